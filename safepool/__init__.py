@@ -1,0 +1,82 @@
+"""Process pools that fit the machine they run on.
+
+Data flows one way through the modules, and each one imports only from its left:
+
+    errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
+           -> decorator, joblib_backend -> cli
+
+Public names load on first use: importing this package imports nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from safepool.budget import Budget
+    from safepool.decorator import worker
+    from safepool.errors import (
+        MissingExtraError,
+        PoolBrokenError,
+        RemoteTaskError,
+        SafepoolError,
+        UnreadableLimitError,
+        WorkerDiedError,
+    )
+    from safepool.joblib_backend import parallel_backend
+    from safepool.limits import Limit, Limits, read_limits
+    from safepool.machine import cpu_count, cpu_limit
+    from safepool.pool.executor import ProcessPool
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "Limit",
+    "Limits",
+    "MissingExtraError",
+    "PoolBrokenError",
+    "ProcessPool",
+    "RemoteTaskError",
+    "SafepoolError",
+    "UnreadableLimitError",
+    "WorkerDiedError",
+    "cpu_count",
+    "cpu_limit",
+    "parallel_backend",
+    "read_limits",
+    "worker",
+]
+
+_HOMES = {
+    "Budget": "safepool.budget",
+    "Limit": "safepool.limits",
+    "Limits": "safepool.limits",
+    "MissingExtraError": "safepool.errors",
+    "PoolBrokenError": "safepool.errors",
+    "ProcessPool": "safepool.pool.executor",
+    "RemoteTaskError": "safepool.errors",
+    "SafepoolError": "safepool.errors",
+    "UnreadableLimitError": "safepool.errors",
+    "WorkerDiedError": "safepool.errors",
+    "cpu_count": "safepool.machine",
+    "cpu_limit": "safepool.machine",
+    "parallel_backend": "safepool.joblib_backend",
+    "read_limits": "safepool.limits",
+    "worker": "safepool.decorator",
+}
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

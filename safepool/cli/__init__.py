@@ -1,0 +1,180 @@
+"""Floor 7: the command ``safepool``, also ``python -m safepool``. Arguments in, exit code out.
+
+It parses, calls one room, and turns whatever goes wrong into one line on standard error.
+What a command does is in its room, which is imported only when it is asked for:
+
+    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why
+    demo            ``safepool demo``: the standard pool and safepool's on the same work
+
+Exit codes:
+    0    fine, also when the reader of the output has left (``safepool | head -1``)
+    1    the demo's comparison failed
+    2    wrong usage, or a package that the command needs is not installed
+    130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import safepool
+from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, Options
+from safepool.errors import MissingExtraError, SafepoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["main"]
+
+_DEFAULTS = Options()
+
+_FINE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Its arguments; ``None`` is ``sys.argv[1:]``.
+
+    Returns:
+        The exit code; the module lists them.
+    """
+    try:
+        code = _run(argv)
+        # Here and not at the interpreter's end, where a broken pipe is no longer caught.
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The interpreter flushes once more as it ends; nobody is left to be told about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FINE
+    except SafepoolError as error:
+        print(f"safepool: {error}", file=sys.stderr)
+        return _USAGE if isinstance(error, MissingExtraError) else _FAILED
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:
+        # argparse leaves this way after --help, --version and wrong arguments.
+        return stop.code if isinstance(stop.code, int) else _USAGE
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def _run_limits(options: argparse.Namespace) -> int:
+    from safepool.cli import limits_screen  # noqa: PLC0415 -- only the command that is asked for
+
+    return limits_screen.run(as_json=options.json)
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from safepool.cli import demo  # noqa: PLC0415 -- only the command that is asked for
+
+    asked = Options(
+        tasks=options.tasks, points=options.points, cpus=options.cpus, bound_s=options.bound
+    )
+    return demo.run(asked, as_json=options.json)
+
+
+class _Parser(argparse.ArgumentParser):
+    """As its base, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="safepool",
+        description="Process pools that fit the machine they run on. Without a command: "
+        "what this process may use, who says so, and the workers and threads that fit.",
+        epilog="Exit codes: 0 fine, 1 the demo's comparison failed, 2 wrong usage or a package "
+        "is missing, 130 Ctrl-C.",
+    )
+    parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.set_defaults(run=_run_limits)
+    commands = parser.add_subparsers(title="commands", metavar="command")
+
+    text = "what this process may use, who says so, and what fits (the default)"
+    limits = commands.add_parser("limits", help=text, description=text.capitalize())
+    limits.set_defaults(run=_run_limits)
+
+    text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
+    demo = commands.add_parser("demo", help=text, description=f"Run {text}, and compare.")
+    demo.set_defaults(run=_run_demo)
+    _add_demo_options(demo)
+    for command in (limits, demo):
+        # Suppressed: a default here would undo a --json that stands before the command.
+        command.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
+        )
+    return parser
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--tasks",
+        type=_whole_number(at_least=1),
+        default=_DEFAULTS.tasks,
+        metavar="N",
+        help="number of tasks (%(default)s)",
+    )
+    demo.add_argument(
+        "--points",
+        type=_whole_number(at_least=FEWEST_POINTS),
+        default=_DEFAULTS.points,
+        metavar="N",
+        help="scattered points, and rows of the matrices, in each task (%(default)s)",
+    )
+    demo.add_argument(
+        "--cpus",
+        type=_number(at_least=LEAST_CPUS),
+        metavar="X",
+        help="run under a quota of X CPUs, in a control group made for it and removed again "
+        "(Linux, as root; elsewhere it is left out)",
+    )
+    demo.add_argument(
+        "--bound",
+        type=_number(at_least=0.01),
+        default=_DEFAULTS.bound_s,
+        metavar="SECONDS",
+        help="cut a pool off after this time (%(default)g)",
+    )
+
+
+def _whole_number(*, at_least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text) if text.isdecimal() else -1
+        if number < at_least:
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {at_least}, found {text!a}"
+            )
+        return number
+
+    return parse
+
+
+def _number(*, at_least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        # Written so that "nan" fails too.
+        if not at_least <= number < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"expected a number of at least {at_least:g}, found {text!a}"
+            )
+        return number
+
+    return parse

@@ -1,0 +1,204 @@
+"""Floor 7: ``safepool demo``: one batch of SciPy and NumPy work in both pools, compared.
+
+First ``concurrent.futures.ProcessPoolExecutor()`` as people write it, then
+``safepool.ProcessPool()``: the same tasks, each half in a fresh child process, under this
+process's own limits or (``--cpus``) under a real quota. It computes none of the numbers that
+it prints, and changes nothing of the environment that the halves run in.
+
+    demo_options    what can be asked for
+    demo_tasks      the work
+    demo_half       the child process: one pool, the whole batch
+    demo_measure    runs a child, counts its threads from outside, cuts it off
+    demo_processes  counting and ending other processes
+    demo_group      the control group with the quota
+    demo_report     the table, the sentence below it, and JSON
+
+``--json`` prints one object:
+
+    tasks, points, cpus_asked, bound_s   the options; cpus_asked is null without --cpus
+    versions                             of Python, numpy and scipy, by name
+    machine_cpus                         CPUs of the machine, whoever may use them
+    limit                                what binds: name, cpus, source, raw
+    no_group                             why --cpus was left out, or null
+    standard, safepool                   the two halves, each with
+        pool, start_method               how it was made; how multiprocessing starts here
+        workers, threads                 most at once; threads is null if not counted
+        seconds, tasks_done, cut_off     seconds is null if it failed, the bound if cut off
+        error                            what it said as it failed, or null
+        throttling                       periods, throttled_periods, throttled_us, source; or
+                                         null without a quota
+    ratio, ratio_is_lower_bound          seconds of standard by seconds of safepool, or null
+    oversubscribed                       standard had more threads than CPUs, or null
+    nothing_to_win                       not oversubscribed, or the ratio is below 1.1
+    comparison                           compared, equal, largest_difference, rtol, atol
+    failed                               safepool's half did not end, or the results differ
+    verdict                              the sentence
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import platform
+import signal
+import tempfile
+import threading
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
+from safepool.cli.demo_measure import measure
+from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
+from safepool.errors import MissingExtraError
+from safepool.limits import read_limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from safepool.cli.demo_options import Options
+    from safepool.limits import Limit
+
+__all__ = ["compare", "run"]
+
+_NEEDED = ("numpy", "scipy")
+_REMEDY = "pip install 'safepool[demo]'"
+
+
+def run(options: Options, *, as_json: bool) -> int:
+    """Run both halves, print what was measured, and leave nothing behind.
+
+    Args:
+        options: What to run.
+        as_json: Print one JSON object in place of the table.
+
+    Returns:
+        Exit code: 0, or 1 if the comparison failed.
+
+    Raises:
+        MissingExtraError: NumPy or SciPy is not installed.
+        GroupLeftError: The control group could not be removed.
+    """
+    for package in _NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, _REMEDY)
+    with ExitStack() as stack:
+        stack.enter_context(_endings_clean_up())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safepool-demo-")))
+        group, no_group = _enter_group(stack, options.cpus)
+        conditions = Conditions(
+            options=options,
+            limit=_binding(group),
+            machine_cpus=os.cpu_count() or 1,
+            no_group=no_group,
+            versions=_versions(),
+        )
+        report = _run_halves(conditions, group=group, folder=folder, quiet=as_json)
+    if as_json:
+        print(report.as_json(), flush=True)
+    else:
+        print(*report.closing_lines(), sep="\n", flush=True)
+    return 1 if report.failed else 0
+
+
+def _run_halves(
+    conditions: Conditions, *, group: QuotaGroup | None, folder: Path, quiet: bool
+) -> Report:
+    """Run one half after the other; each row is printed as soon as it is known."""
+    options = conditions.options
+    halves = {}
+    if not quiet:
+        print(*conditions.lines(), sep="\n", flush=True)
+    for name in ("standard", "safepool"):
+        halves[name] = measure(
+            name,
+            tasks=options.tasks,
+            points=options.points,
+            bound_s=options.bound_s,
+            results_file=folder / f"{name}.npy",
+            group=group,
+        )
+        if not quiet and name == "standard":
+            print(table_row(halves[name], options.tasks, None, bound=False), flush=True)
+    report = Report(
+        conditions=conditions,
+        **halves,
+        comparison=compare(folder / "standard.npy", folder / "safepool.npy"),
+    )
+    if not quiet:
+        print(report.row(report.safepool), flush=True)
+    return report
+
+
+def compare(standard: Path, safepool: Path) -> Comparison:
+    """Compare the results of the tasks that both halves had done.
+
+    Args:
+        standard: The file that one half made, if it got so far.
+        safepool: The file that the other half made, if it got so far.
+    """
+    # Optional, so imported where it is used; and after the halves, which it cannot disturb.
+    import numpy as np  # noqa: PLC0415
+
+    nothing = Comparison(compared=0, equal=True, largest_difference=None)
+    if not (standard.exists() and safepool.exists()):
+        return nothing
+    ours, theirs = np.load(safepool), np.load(standard)
+    done = (ours[:, 0] == 1.0) & (theirs[:, 0] == 1.0)
+    if not done.any():
+        return nothing
+    ours, theirs = ours[done], theirs[done]
+    return Comparison(
+        compared=int(done.sum()),
+        equal=bool(np.allclose(ours, theirs, rtol=RTOL, atol=ATOL)),
+        largest_difference=float(np.abs(ours - theirs).max()),
+    )
+
+
+def _enter_group(stack: ExitStack, cpus: float | None) -> tuple[QuotaGroup | None, str | None]:
+    """Make the group that was asked for, or say why there is none."""
+    if cpus is None:
+        return None, None
+    try:
+        return stack.enter_context(quota_group(cpus)), None
+    except NoGroupError as error:
+        return None, error.reason
+
+
+def _binding(group: QuotaGroup | None) -> Limit:
+    """Return what binds inside the group: its own quota, or something tighter outside it."""
+    outside = read_limits().binding
+    if group is None or (outside.cpus or math.inf) < (group.limit.cpus or math.inf):
+        return outside
+    return group.limit
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in _NEEDED}
+    return {"Python": platform.python_version(), **packages}
+
+
+@contextmanager
+def _endings_clean_up() -> Iterator[None]:
+    """Let ``kill`` and a closed terminal unwind as Ctrl-C does, so that the group goes too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup has them ignored, and a program that runs us may handle them itself: left alone.
+    ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    # As a shell reports a program that a signal has ended.
+    raise SystemExit(128 + number)

@@ -1,0 +1,33 @@
+"""Floor 7: what can be asked of ``safepool demo``. Numbers and their bounds; no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FEWEST_POINTS", "LEAST_CPUS", "Options"]
+
+FEWEST_POINTS = 16
+"""A task's result keeps this many numbers of each operation."""
+
+LEAST_CPUS = 0.01
+"""The kernel takes no quota below 1 ms, of a period of 100 ms (sched-bwc.rst)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user asked for.
+
+    The defaults end within a minute on a laptop: alone on one CPU the batch takes about a
+    second, and the pool that takes longer than the bound is cut off.
+
+    Attributes:
+        tasks: Number of tasks, at least 1.
+        points: Size of each, at least ``FEWEST_POINTS``.
+        cpus: Quota to run under, at least ``LEAST_CPUS``; ``None`` for the limits there are.
+        bound_s: Seconds after which a half is cut off, above 0.
+    """
+
+    tasks: int = 192
+    points: int = 150
+    cpus: float | None = None
+    bound_s: float = 20.0

@@ -1,0 +1,247 @@
+"""Floor 7: what this process may use, who says so, and what follows: text, or JSON.
+
+It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
+value with its source and raw text. It has no opinion of its own on a limit.
+
+``--json`` prints one object:
+
+    version             of safepool
+    limits              every field of ``safepool.Limits``, by name
+    because             the limit that decides: name, cpus, source, raw
+    budget              workers, threads_per_worker, cpus (what was divided up)
+    throttling          periods, throttled_periods, throttled_us, source; null without a quota
+    standard_workers    what ``ProcessPoolExecutor()`` starts here
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import safepool
+from safepool.budget import fit
+from safepool.limits import read_limits, read_throttling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from safepool.budget import Budget
+    from safepool.limits import (
+        Limits,
+        MemoryLimit,
+        OpenFilesLimit,
+        PidsLimit,
+        SharedMemory,
+        Throttling,
+    )
+
+__all__ = ["Screen", "read_screen", "run"]
+
+_T = TypeVar("_T")
+
+_WIDTH = 80
+_NAME_WIDTH = 26
+
+# As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
+# affinity mask and PYTHON_CPU_COUNT leave of it.
+_standard_count = getattr(os, "process_cpu_count", os.cpu_count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Screen:
+    """What is shown. Built from a captured machine as well as from this one.
+
+    Attributes:
+        limits: Every limit that was read.
+        budget: What ``safepool.ProcessPool()`` makes of them.
+        throttling: How often the kernel has frozen the group whose quota binds.
+        standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
+    """
+
+    limits: Limits
+    budget: Budget
+    throttling: Throttling | None
+    standard_workers: int
+
+    def as_text(self) -> str:
+        """Return the screen for people: ASCII, one arrow, at the limit that decides."""
+        sections = {
+            "CPUs": self._cpu_rows(),
+            "Memory": map(_memory_row, self.limits.memory),
+            "Processes and threads": map(_pids_row, self.limits.pids),
+            "Open files": map(_files_row, _present(self.limits.open_files)),
+            "Shared memory": map(_shared_memory_row, _present(self.limits.shared_memory)),
+        }
+        lines = [f"safepool {safepool.__version__}: what this process may use", ""]
+        for title, rows in sections.items():
+            lines += [title, *(line for row in rows for line in row.lines())]
+            if lines[-1] == title:
+                lines.append("   not limited, or not told")
+        if self.limits.skipped:
+            lines.append("Skipped")
+            for skipped in self.limits.skipped:
+                lines += [f"   {_ascii(skipped.source)}", *_wrap(_ascii(skipped.reason), 6)]
+        lines += ["Throttled so far", *self._throttling_lines()]
+        lines += ["Budget", *self._budget_lines()]
+        return "\n".join(lines)
+
+    def as_json(self) -> str:
+        """Return the screen for programs; the module lists the keys."""
+        return json.dumps(
+            {
+                "version": safepool.__version__,
+                "limits": asdict(self.limits),
+                "because": asdict(self.budget.because),
+                "budget": {
+                    "workers": self.budget.workers,
+                    "threads_per_worker": self.budget.threads_per_worker,
+                    "cpus": self.budget.cpus,
+                },
+                "throttling": None if self.throttling is None else asdict(self.throttling),
+                "standard_workers": self.standard_workers,
+            },
+            indent=2,
+        )
+
+    def _cpu_rows(self) -> Iterator[_Row]:
+        limits = self.limits
+        arrow = True
+        for limit in (limits.affinity, *limits.quotas, *limits.bounds):
+            # Two groups may say the same; the first of equals is the one that binds.
+            binds = arrow and limit == self.budget.because
+            arrow = arrow and not binds
+            value = "no limit" if limit.cpus is None else _count(limit.cpus, "CPU")
+            yield _Row(limit.name, value, limit.source, limit.raw, binds=binds)
+        if limits.exact_workers is not None:
+            exact = limits.exact_workers
+            value = "no number" if exact.cpus is None else _count(exact.cpus, "worker")
+            yield _Row(exact.name, value, exact.source, exact.raw, binds=arrow)
+
+    def _throttling_lines(self) -> list[str]:
+        throttling = self.throttling
+        if throttling is None:
+            return ["   never: no quota, or the kernel does not tell"]
+        periods = f"{throttling.throttled_periods} of {throttling.periods} periods"
+        return [
+            f"   {periods}, {throttling.throttled_us / 1e6:.2f} s in all",
+            f"   {_ascii(throttling.source)}",
+        ]
+
+    def _budget_lines(self) -> list[str]:
+        budget = self.budget
+        decided = (
+            f"{_count(budget.workers, 'worker')} x {_count(budget.threads_per_worker, 'thread')} "
+            f"in safepool.ProcessPool(), because of {budget.because.name}."
+        )
+        standard = f"ProcessPoolExecutor() starts {_count(self.standard_workers, 'worker')} here."
+        return _wrap(f"{decided} {standard}", 3)
+
+
+def read_screen() -> Screen:
+    """Read this process's limits."""
+    limits = read_limits()
+    return Screen(
+        limits=limits,
+        budget=fit(limits),
+        throttling=read_throttling(),
+        standard_workers=_standard_count() or 1,
+    )
+
+
+def run(*, as_json: bool) -> int:
+    """Print the limits of this process; always exit code 0."""
+    screen = read_screen()
+    print(screen.as_json() if as_json else screen.as_text())
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One limit on the screen: its value, then where that was read and what it said."""
+
+    name: str
+    value: str
+    source: str
+    raw: str | None
+    binds: bool = False
+
+    def lines(self) -> Iterator[str]:
+        yield f"{'->' if self.binds else '  '} {self.name:<{_NAME_WIDTH}} {self.value}"
+        # The whole source and the whole text, however long: they are what can be looked up.
+        parts = [_ascii(self.source)]
+        if self.raw is not None:
+            parts.append(f"says {self.raw!a}")
+        indent = " " * (_NAME_WIDTH + 4)
+        if len(indent) + len(" ".join(parts)) <= _WIDTH:
+            parts = [" ".join(parts)]
+        for part in parts:
+            # A long path is worth more in one piece than in its column.
+            yield f"{indent if len(indent) + len(part) <= _WIDTH else '      '}{part}"
+
+
+def _memory_row(limit: MemoryLimit) -> _Row:
+    value = "no limit" if limit.bytes is None else _size(limit.bytes)
+    notes = []
+    if limit.used_bytes is not None:
+        notes.append(f"{_size(limit.used_bytes)} used")
+    if limit.reclaimable_bytes is not None:
+        notes.append(f"{_size(limit.reclaimable_bytes)} reclaimable")
+    return _Row(limit.name, _noted(value, notes), limit.source, limit.raw)
+
+
+def _pids_row(limit: PidsLimit) -> _Row:
+    value = "no limit" if limit.tasks is None else str(limit.tasks)
+    notes = [] if limit.used_tasks is None else [f"{limit.used_tasks} used"]
+    return _Row(limit.name, _noted(value, notes), limit.source, limit.raw)
+
+
+def _files_row(limit: OpenFilesLimit) -> _Row:
+    value = "no limit" if limit.files is None else str(limit.files)
+    notes = [] if limit.used_files is None else [f"{limit.used_files} used"]
+    return _Row("RLIMIT_NOFILE", _noted(value, notes), limit.source, limit.raw)
+
+
+def _shared_memory_row(limit: SharedMemory) -> _Row:
+    notes = [f"{_size(limit.free_bytes)} free"]
+    return _Row("size", _noted(_size(limit.bytes), notes), limit.source, None)
+
+
+def _present(limit: _T | None) -> tuple[_T, ...]:
+    return () if limit is None else (limit,)
+
+
+def _noted(value: str, notes: list[str]) -> str:
+    return f"{value} ({', '.join(notes)})" if notes else value
+
+
+def _size(number: int) -> str:
+    size = float(number)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def _ascii(text: str) -> str:
+    # A path may hold any byte; a terminal in the C locale takes ASCII only.
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

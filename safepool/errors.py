@@ -1,0 +1,156 @@
+"""Floor 0: what goes wrong, in words. It formats messages and imports nothing of ours.
+
+Every error keeps its facts as attributes, builds its message from them, survives a pipe
+(its arguments go to ``super().__init__`` unchanged) and is caught by the ``except`` clause
+that people already have.
+"""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures.process import BrokenProcessPool
+
+__all__ = [
+    "MissingExtraError",
+    "PoolBrokenError",
+    "RemoteTaskError",
+    "SafepoolError",
+    "UnreadableLimitError",
+    "WorkerDiedError",
+    "describe_exit",
+]
+
+
+class SafepoolError(Exception):
+    """Every error that safepool raises itself."""
+
+
+class UnreadableLimitError(SafepoolError, ValueError):
+    """A limit's text has a shape that its documentation does not give it.
+
+    Attributes:
+        source: The file or variable that was read.
+        found: What it said, word for word.
+        expected: The documented shape.
+    """
+
+    def __init__(self, source: str, found: str, expected: str) -> None:
+        super().__init__(source, found, expected)
+        self.source = source
+        self.found = found
+        self.expected = expected
+
+    def __str__(self) -> str:
+        found = self.found if len(self.found) <= 80 else self.found[:77] + "..."
+        return (
+            f"cannot read a limit from {self.source}: expected {self.expected}, found {found!r}. "
+            "Pass max_workers= to set the number of workers yourself."
+        )
+
+
+class WorkerDiedError(SafepoolError, BrokenProcessPool):
+    """The worker that ran this task ended before it gave a result.
+
+    The pool goes on: other tasks are not touched and the worker is replaced.
+
+    Attributes:
+        pid: Process id of the worker.
+        exitcode: As ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
+            where the system did not tell.
+        task: What the worker was running, such as ``"package.module.function"``.
+    """
+
+    def __init__(self, pid: int, exitcode: int | None, task: str) -> None:
+        super().__init__(pid, exitcode, task)
+        self.pid = pid
+        self.exitcode = exitcode
+        self.task = task
+
+    def __str__(self) -> str:
+        return f"worker {self.pid} {describe_exit(self.exitcode)} while it ran {self.task}"
+
+
+class PoolBrokenError(SafepoolError, BrokenProcessPool):
+    """The pool gave up as a whole; every task of it ends with this error.
+
+    Attributes:
+        reason: Why, in words. What was raised, if anything was, is the ``__cause__``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RemoteTaskError(SafepoolError):
+    """A task's exception that could not be sent as itself, described instead.
+
+    Attributes:
+        type_name: Qualified name of the exception's type.
+        text: Its ``str()``.
+        reason: Why it could not be sent.
+    """
+
+    def __init__(self, type_name: str, text: str, reason: str) -> None:
+        super().__init__(type_name, text, reason)
+        self.type_name = type_name
+        self.text = text
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.text} (described, not sent: {self.reason})"
+
+
+class MissingExtraError(SafepoolError, ImportError):
+    """An optional package is needed and is not installed.
+
+    Attributes:
+        package: What is missing.
+        remedy: The command that installs it.
+    """
+
+    def __init__(self, package: str, remedy: str) -> None:
+        super().__init__(package, remedy)
+        self.package = package
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.package} is not installed. Install it with: {self.remedy}"
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """Say how a process ended, as the second half of a sentence.
+
+    Args:
+        exitcode: As ``multiprocessing.Process.exitcode``.
+
+    Returns:
+        ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
+        ``"ended with exit code 3"`` and the like.
+
+    Example:
+        >>> describe_exit(-11)
+        'was killed by SIGSEGV (a crash in native code)'
+        >>> describe_exit(7)
+        'ended with exit code 7'
+    """
+    if exitcode is None:
+        return "ended (the system kept no exit code)"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}"
+    hint = _SIGNAL_HINTS.get(-exitcode, "")
+    return f"was killed by {_signal_name(-exitcode)}{hint}"
+
+
+def _signal_name(number: int) -> str:
+    # signal.Signals raises for the unnamed real-time signals.
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+_SIGNAL_HINTS = {
+    9: " (often the kernel's out-of-memory killer: see memory.events)",
+    11: " (a crash in native code)",
+}

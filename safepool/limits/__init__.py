@@ -1,0 +1,135 @@
+"""Floor 1: what the machine grants this process. It reads and asks; it never decides.
+
+No rounding, no cache, nothing read at import. One reader, `read_limits`, and what it is
+made of, in the order in which data goes through it:
+
+    files        one machine's files as text; what cannot be read is noted
+    mounts       mountinfo -> the mounts that can be reached
+    place        /proc/self/cgroup -> own groups; both together are where we are
+    hidden       a group's directory that has no name, found by looking
+    cgroup       own group x mounts x ancestors -> directories, innermost first
+    quota, memory, pids, affinity, environment
+                 the text of each -> limits, each with its source and raw text
+    _linux, _darwin, _windows
+                 one of them is chosen here, and asks the system
+
+Not covered: see each module; most of all, what the kernel enforces and does not show.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from safepool.limits._types import (
+    Limit,
+    Limits,
+    MemoryLimit,
+    OpenFilesLimit,
+    PidsLimit,
+    SharedMemory,
+    Skipped,
+    Throttling,
+)
+
+if sys.platform == "linux":
+    from safepool.limits import _linux as _platform
+elif sys.platform == "darwin":
+    from safepool.limits import _darwin as _platform
+else:
+    from safepool.limits import _windows as _platform
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+__all__ = [
+    "Limit",
+    "Limits",
+    "MemoryLimit",
+    "OpenFilesLimit",
+    "PidsLimit",
+    "QuotaWatch",
+    "SharedMemory",
+    "Skipped",
+    "Throttling",
+    "read_cpu_limits",
+    "read_limits",
+    "read_throttling",
+]
+
+
+def read_limits(
+    root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None
+) -> Limits:
+    """Read every limit that the kernel and the environment set for the calling thread.
+
+    Args:
+        root: ``"/"`` for this machine, or a folder with files captured on another one
+            (``proc/self/cgroup``, ``proc/self/mountinfo``, ``sys/fs/cgroup/...``). Of a
+            captured machine only the files are used; this system is not asked.
+        environ: The environment. ``None`` is this process's, and is empty for a captured
+            machine.
+
+    Returns:
+        Every value with its source and raw text. What was missing, unreadable or of another
+        shape than documented is in ``skipped``; it never raises for what it finds.
+
+    Example:
+        >>> limits = read_limits(environ={"SLURM_CPUS_PER_TASK": "1"})
+        >>> limits.bounds[0].name, limits.bounds[0].cpus
+        ('SLURM_CPUS_PER_TASK', 1.0)
+    """
+    return _platform.read_limits(root, environ=environ)
+
+
+def read_cpu_limits(
+    root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None
+) -> Limits:
+    """Read the limits on CPU time only: a part of `read_limits` at a part of its cost.
+
+    Args:
+        root: As for `read_limits`.
+        environ: As for `read_limits`.
+
+    Returns:
+        As `read_limits`, without memory, processes, files and shared memory.
+    """
+    return _platform.read_cpu_limits(root, environ=environ)
+
+
+def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
+    """Read how often the group whose quota binds has been frozen.
+
+    That is the group with the smallest quota among this process's own and its ancestors
+    (of equal ones the innermost): the kernel counts in the group that has the quota, not in
+    the groups below it.
+
+    Args:
+        root: As for `read_limits`.
+
+    Returns:
+        Its counters; ``None`` if no group that can be seen sets a quota.
+    """
+    return _platform.read_throttling(root)
+
+
+class QuotaWatch(_platform.QuotaWatch):
+    """Reads the limits on CPU time again and again, cheaply.
+
+    It keeps the names of the directories that hold this thread's groups, and looks for them
+    again when the thread was moved to another group, or a group's files have gone. It keeps no
+    descriptor and no value. Not thread-safe; threads of one process may be in different
+    groups, so read in the thread that starts the workers.
+
+    Args:
+        root: As for `read_limits`.
+
+    Not covered:
+        * A mount that changes while the own group's old directory stays readable.
+
+    Example:
+        >>> watch = QuotaWatch()
+        >>> watch.read().affinity == read_cpu_limits().affinity
+        True
+    """

@@ -1,0 +1,199 @@
+"""Floor 1, limits on Linux: control groups, affinity, resource limits, environment.
+
+It reads and asks; it decides nothing and keeps nothing.
+
+Not covered:
+    * Limits that the kernel enforces and does not show: an ancestor outside a cgroup
+      namespace, a quota on a hypervisor.
+    * Descriptors and ``/dev/shm`` of a captured machine: only this system can be asked.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from safepool.limits import memory, pids, quota
+from safepool.limits._types import Limit, Limits, OpenFilesLimit, PidsLimit, SharedMemory
+from safepool.limits.affinity import AFFINITY, read_captured_affinity
+from safepool.limits.cgroup import find_levels
+from safepool.limits.environment import read_environment
+from safepool.limits.files import Machine
+from safepool.limits.place import read_own_groups_text, read_place
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safepool.limits._types import Skipped, Throttling
+    from safepool.limits.cgroup import Level
+
+assert sys.platform == "linux"
+
+__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_throttling"]
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+def read_limits(
+    root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None
+) -> Limits:
+    """Read every limit; see `safepool.limits.read_limits`."""
+    machine = Machine(root)
+    place = read_place(machine)
+    cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), environ)
+    groups_memory = memory.read_memory(machine, find_levels(machine, place, "memory"))
+    tasks = pids.read_pids(machine, find_levels(machine, place, "pids"))
+    here = machine.is_this_one
+    return replace(
+        cpu,
+        memory=groups_memory,
+        pids=(*tasks, _user_processes(machine)) if here else tasks,
+        open_files=_open_files() if here else None,
+        shared_memory=_shared_memory() if here else None,
+        skipped=tuple(machine.skipped),
+    )
+
+
+def read_cpu_limits(
+    root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None
+) -> Limits:
+    """Read the limits on CPU time only; see `safepool.limits.read_cpu_limits`."""
+    machine = Machine(root)
+    return _cpu_limits(machine, find_levels(machine, read_place(machine), "cpu"), environ)
+
+
+def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
+    """Read the counters; see `safepool.limits.read_throttling`."""
+    machine = Machine(root)
+    return quota.read_throttling(machine, find_levels(machine, read_place(machine), "cpu"))
+
+
+def _cpu_limits(
+    machine: Machine, levels: tuple[Level, ...], environ: Mapping[str, str] | None
+) -> Limits:
+    here = machine.is_this_one
+    if environ is None:
+        environ = os.environ if here else {}
+    affinity = _affinity() if here else read_captured_affinity(machine)
+    quotas = quota.read_quotas(machine, levels)
+    bounds, exact, skipped = read_environment(environ, sys._xoptions if here else {})
+    for note in skipped:
+        machine.note(note.source, note.reason)
+    return Limits(
+        affinity=affinity,
+        quotas=quotas,
+        bounds=bounds,
+        exact_workers=exact,
+        skipped=tuple(machine.skipped),
+    )
+
+
+def _affinity() -> Limit:
+    # The calling thread's mask, already cut down to its cpuset by the kernel; a worker
+    # inherits it from the thread that starts it. sched_setaffinity(2).
+    cpus = os.sched_getaffinity(0)
+    return Limit(
+        name=AFFINITY, cpus=float(len(cpus)), source="os.sched_getaffinity(0)", raw=_ranges(cpus)
+    )
+
+
+def _ranges(cpus: set[int]) -> str:
+    """Write CPU numbers as the kernel does: ``0-3,8``."""
+    parts: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if parts and cpu == parts[-1][-1] + 1:
+            parts[-1][1:] = [cpu]
+        else:
+            parts.append([cpu])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _user_processes(machine: Machine) -> PidsLimit:
+    """Ask for the ceiling on this user's tasks, all over the machine (setrlimit(2))."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    raw = _raw_limit(soft)
+    tasks = None if soft == resource.RLIM_INFINITY else soft
+    # kernel/fork.c, copy_process: not enforced for the machine's own root. The root of a
+    # user namespace (rootless podman) is an ordinary user outside, and bound by it.
+    if tasks is not None and os.getuid() == 0 and _is_machines_root(machine):
+        tasks = None
+        raw += " (not enforced for root)"
+    return PidsLimit(
+        name="RLIMIT_NPROC",
+        tasks=tasks,
+        used_tasks=None,
+        source="resource.getrlimit(RLIMIT_NPROC)",
+        raw=raw,
+    )
+
+
+def _is_machines_root(machine: Machine) -> bool:
+    # user_namespaces(7): the first namespace maps every number to itself.
+    text = machine.read("/proc/self/uid_map")
+    return text is not None and text.split() == ["0", "0", "4294967295"]
+
+
+def _open_files() -> OpenFilesLimit:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        # One of them is the listing's own.
+        used = len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        used = None
+    return OpenFilesLimit(
+        files=None if soft == resource.RLIM_INFINITY else soft,
+        used_files=used,
+        source="resource.getrlimit(RLIMIT_NOFILE)",
+        raw=_raw_limit(soft),
+    )
+
+
+def _raw_limit(soft: int) -> str:
+    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+
+
+def _shared_memory() -> SharedMemory | None:
+    try:
+        size = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return SharedMemory(
+        bytes=size.f_blocks * size.f_frsize,
+        free_bytes=size.f_bavail * size.f_frsize,
+        source=_SHARED_MEMORY,
+    )
+
+
+class QuotaWatch:
+    """Reads the limits on CPU time again and again; see `safepool.limits.QuotaWatch`."""
+
+    __slots__ = ("_levels", "_machine", "_notes", "_own", "_quotas")
+
+    def __init__(self, root: str | os.PathLike[str] = "/") -> None:
+        self._machine = Machine(root)
+        self._own: str | None = None
+        self._levels: tuple[Level, ...] | None = None
+        self._notes: list[Skipped] = []
+        self._quotas = 0
+
+    def read(self, *, environ: Mapping[str, str] | None = None) -> Limits:
+        """Read the limits as they are now; see `safepool.limits.read_cpu_limits`."""
+        machine = self._machine
+        machine.skipped.clear()
+        own = read_own_groups_text(machine)
+        if self._levels is not None and own == self._own:
+            machine.skipped[:] = self._notes
+            limits = _cpu_limits(machine, self._levels, environ)
+            # A group that was removed, or whose mount has changed, has no files any more.
+            if len(limits.quotas) == self._quotas:
+                return limits
+        machine.skipped.clear()
+        self._own = own
+        self._levels = find_levels(machine, read_place(machine), "cpu")
+        self._notes = machine.skipped.copy()
+        limits = _cpu_limits(machine, self._levels, environ)
+        self._quotas = len(limits.quotas)
+        return limits

@@ -1,0 +1,197 @@
+"""What a limit is: a value that never travels without its source and raw text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "Limit",
+    "Limits",
+    "MemoryLimit",
+    "OpenFilesLimit",
+    "PidsLimit",
+    "SharedMemory",
+    "Skipped",
+    "Throttling",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """One ceiling on CPU time, with the place it was read from.
+
+    Attributes:
+        name: The field's own term: ``affinity``, ``cpu.max``, ``cpu.cfs_quota_us``, or the
+            name of an environment variable such as ``SLURM_CPUS_PER_TASK``.
+        cpus: Ceiling in CPUs of run time per second of wall time: 2.5 is two and a half
+            CPUs. ``None`` means the source was read and sets no ceiling.
+        source: The file, the call or the variable that was read.
+        raw: What it said, word for word.
+    """
+
+    name: str
+    cpus: float | None
+    source: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLimit:
+    """One ceiling on memory.
+
+    Attributes:
+        name: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes`` or
+            ``hierarchical_memory_limit``.
+        bytes: The ceiling; ``None`` means the source was read and sets none.
+        used_bytes: What the group uses now, page cache included; ``None`` if not told.
+        reclaimable_bytes: The part of it that the kernel gives back under pressure (clean
+            page cache, inactive files, reclaimable slab); ``None`` if not told.
+        source: The file that was read.
+        raw: What it said, word for word.
+    """
+
+    name: str
+    bytes: int | None
+    used_bytes: int | None
+    reclaimable_bytes: int | None
+    source: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PidsLimit:
+    """One ceiling on processes and threads together (the kernel counts tasks).
+
+    Attributes:
+        name: ``pids.max``, or ``RLIMIT_NPROC``.
+        tasks: The ceiling; ``None`` means the source was read and sets none.
+        used_tasks: How many there are now; ``None`` if not told.
+        source: The file or the call that was read.
+        raw: What it said, word for word.
+    """
+
+    name: str
+    tasks: int | None
+    used_tasks: int | None
+    source: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenFilesLimit:
+    """The ceiling on this process's open file descriptors (``RLIMIT_NOFILE``, soft).
+
+    Attributes:
+        files: The ceiling; ``None`` means no ceiling.
+        used_files: How many are open now; ``None`` if not told.
+        source: The call that was made.
+        raw: What it said, word for word.
+    """
+
+    files: int | None
+    used_files: int | None
+    source: str
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMemory:
+    """The size of ``/dev/shm`` (docker gives 64 MB unless told otherwise).
+
+    Attributes:
+        bytes: Size of the file system.
+        free_bytes: What is free of it now.
+        source: The directory that was asked about.
+    """
+
+    bytes: int
+    free_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A source that should have held a limit and was not usable.
+
+    Attributes:
+        source: The file, the call or the variable.
+        reason: Why it was skipped, in words, with what was found.
+    """
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throttling:
+    """How often the kernel has frozen this group for using up its quota.
+
+    The counters only grow; subtract two readings to learn about the time between them.
+
+    Attributes:
+        periods: Enforcement periods in which the group ran (``nr_periods``).
+        throttled_periods: Those in which it was frozen (``nr_throttled``).
+        throttled_us: Time for which it was frozen, in microseconds (``throttled_usec``;
+            version 1's ``throttled_time`` is in nanoseconds and converted).
+        source: The ``cpu.stat`` that was read.
+    """
+
+    periods: int
+    throttled_periods: int
+    throttled_us: int
+    source: str
+
+    def __sub__(self, earlier: Throttling) -> Throttling:
+        return Throttling(
+            periods=self.periods - earlier.periods,
+            throttled_periods=self.throttled_periods - earlier.throttled_periods,
+            throttled_us=self.throttled_us - earlier.throttled_us,
+            source=self.source,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Every limit that was read on one machine for one process, and what was skipped.
+
+    Attributes:
+        affinity: How many CPUs the scheduler may place this process on; ``cpus`` is
+            ``None`` where that is not known (a captured machine).
+        quotas: Control-group CPU quotas, innermost group first, up to the mount point.
+        bounds: Upper bounds from environment variables, in the order of their table.
+        exact_workers: ``SAFEPOOL_MAX_WORKERS``, if it is set: it replaces the computed
+            number of workers (``cpus`` is that number).
+        memory: Control-group memory limits, innermost group first.
+        pids: Limits on processes and threads, innermost group first.
+        open_files: The descriptor limit; ``None`` where the system has none.
+        shared_memory: ``/dev/shm``; ``None`` where there is none.
+        skipped: What could not be used, and why.
+    """
+
+    affinity: Limit
+    quotas: tuple[Limit, ...]
+    bounds: tuple[Limit, ...] = ()
+    exact_workers: Limit | None = None
+    memory: tuple[MemoryLimit, ...] = ()
+    pids: tuple[PidsLimit, ...] = ()
+    open_files: OpenFilesLimit | None = None
+    shared_memory: SharedMemory | None = None
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def cpu_quota(self) -> float | None:
+        """The binding control-group quota in CPUs, or ``None`` if no group sets one."""
+        return min((limit.cpus for limit in self.quotas if limit.cpus is not None), default=None)
+
+    @property
+    def binding(self) -> Limit:
+        """The smallest of affinity, quotas and bounds; on a tie the first of them.
+
+        Where nothing sets a ceiling it is the affinity entry, whose ``cpus`` is ``None``.
+        """
+        ceilings = [
+            limit
+            for limit in (self.affinity, *self.quotas, *self.bounds)
+            if limit.cpus is not None
+        ]
+        return min(ceilings, key=lambda limit: limit.cpus or 0.0, default=self.affinity)

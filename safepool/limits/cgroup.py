@@ -1,0 +1,223 @@
+r"""Floor 1, limits: which control-group directories hold this process, innermost first.
+
+It finds directories and reads no limit. Own group (``/proc/thread-self/cgroup``) x mounts
+(``/proc/self/mountinfo``) x every ancestor:
+
+    4:cpu,cpuacct:/kubepods/pod1/c1   the group, relative to the namespace's root
+    44 31 0:39 /kubepods/pod1 /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct
+               what the mount shows of that same tree, and where
+    -> /sys/fs/cgroup/cpu,cpuacct/c1, /sys/fs/cgroup/cpu,cpuacct
+
+Sources: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/cgroups.rst;
+cgroups(7) and cgroup_namespaces(7).
+
+Not covered:
+    * Ancestors that no mount shows: the kernel tells nothing about them.
+    * Version 1 mounted with ``noprefix`` (file names without ``cpu.``).
+    * Version 1 emulated by a file system other than the kernel's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.limits.hidden import find_own_directory
+from safepool.limits.mounts import GROUP_TYPES, Mount, covering, is_inside
+from safepool.limits.place import OWN_GROUP_FILES, GroupPath, Place, components, leading_ups
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safepool.limits.files import Machine
+
+__all__ = ["Level", "find_levels"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """One control group that this process is in, or below.
+
+    Attributes:
+        version: 1 or 2: which files to expect in it.
+        directories: Where it can be seen: one entry for every mount that shows it.
+    """
+
+    version: int
+    directories: tuple[str, ...]
+
+
+# Where to look if there is no usable mountinfo: systemd's and docker's names.
+# Source: systemd, docs/CGROUP_DELEGATION.md; file-hierarchy(7) names only the first.
+CONVENTIONAL_V2 = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+CONVENTIONAL_V1: dict[str, tuple[str, ...]] = {
+    "cpu": (
+        "/sys/fs/cgroup/cpu",
+        "/sys/fs/cgroup/cpu,cpuacct",
+        "/sys/fs/cgroup/cpuacct,cpu",
+    ),
+    "memory": ("/sys/fs/cgroup/memory",),
+    "pids": ("/sys/fs/cgroup/pids",),
+}
+
+# cgroup-v2.rst, "Processes": appended to the path of a group that was removed.
+_DELETED = " (deleted)"
+
+
+def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level, ...]:
+    """Find every directory that can hold a limit of one controller for this process.
+
+    Args:
+        machine: Where to look.
+        place: What it says about this process.
+        controller: ``"cpu"``, ``"memory"`` or ``"pids"``.
+
+    Returns:
+        This process's group first, then its ancestors up to the mount point. Empty if no
+        mount shows any of them.
+    """
+    if place.mounts is None:
+        return _conventional_levels(machine, place.own, controller)
+    version = _version(place, controller)
+    mounts = [mount for mount in place.mounts if _holds(mount, version, controller)]
+    own = place.own.get(controller if version == 1 else "")
+    seen: dict[GroupPath, list[str]] = {}
+    if own is not None:
+        own = _undeleted(machine, mounts, own) if version == 2 else own
+        _show_ancestors(seen, mounts, own)
+        if seen and len({_depth(group) for group in seen}) <= _depth(own) - min(map(_depth, seen)):
+            _show_hidden(machine, seen, mounts, version)
+        if mounts and not seen:
+            machine.note(
+                OWN_GROUP_FILES[-1],
+                f"no mount shows the group /{'/'.join(own)}: the limits of the mount points count",
+            )
+    # Nothing known about this process's own place: what a container's runtime has mounted
+    # is most likely the container's own group, and a limit too small beats one too big.
+    if not seen:
+        for mount in mounts:
+            seen.setdefault(components(mount.root) or (), []).append(mount.point)
+    # Hosts of containers have thousands of mounts; few lie below a control group's.
+    below = [m for m in place.mounts if any(is_inside(m.point, other.point) for other in mounts)]
+    levels = []
+    for group in sorted(seen, key=_depth, reverse=True):
+        directories = tuple(path for path in seen[group] if _leads_to(below, mounts, path, group))
+        if directories:
+            levels.append(Level(version=version, directories=directories))
+    return tuple(levels)
+
+
+def _version(place: Place, controller: str) -> int:
+    """Say which hierarchy has the controller: a controller is in exactly one at a time."""
+    if controller in place.own:
+        return 1
+    if "" in place.own:
+        return 2
+    mounted = any(_holds(mount, 1, controller) for mount in place.mounts or ())
+    return 1 if mounted else 2
+
+
+def _holds(mount: Mount, version: int, controller: str) -> bool:
+    if mount.type != GROUP_TYPES[version - 1]:
+        return False
+    # The whole word: cpuset, cpuacct and name=cpu are others.
+    return version == 2 or controller in mount.options.split(",")
+
+
+def _shows(mount: Mount, group: GroupPath) -> bool:
+    """Tell whether a group lies in what a mount shows, by whole components."""
+    root = components(mount.root)
+    return (
+        root is not None and leading_ups(root) == leading_ups(group) and group[: len(root)] == root
+    )
+
+
+def _show_ancestors(seen: dict[GroupPath, list[str]], mounts: list[Mount], own: GroupPath) -> None:
+    for mount in mounts:
+        root = components(mount.root)
+        if root is None:
+            continue
+        if _shows(mount, own):
+            for length in range(len(own), len(root) - 1, -1):
+                path = "/".join((mount.point.rstrip("/"), *own[len(root) : length]))
+                seen.setdefault(own[:length], []).append(path or "/")
+        elif leading_ups(root) > leading_ups(own) and leading_ups(root) == len(root):
+            # Above the namespace's root: an ancestor of ours for certain, but the names
+            # between it and us are not told.
+            seen.setdefault(root, []).append(mount.point)
+
+
+def _show_hidden(
+    machine: Machine, seen: dict[GroupPath, list[str]], mounts: list[Mount], version: int
+) -> None:
+    """Add the groups that have no name between a mount above our namespace and us.
+
+    Needed where `_show_ancestors` left a gap: a mount's root is so and so many levels above
+    us, and not every level between was shown.
+    """
+    shown = {_depth(group) for group in seen}
+    outermost = min(seen, key=_depth)
+    for mount in mounts:
+        if components(mount.root) != outermost:
+            continue
+        found = find_own_directory(machine, mount.point, version)
+        if found is None:
+            continue
+        below = found[len(mount.point.rstrip("/")) :].strip("/").split("/")
+        for length in range(1, len(below) + 1):
+            # No name that the kernel uses: the part below the mount is relative to it.
+            group = (*outermost, *below[:length])
+            if _depth(group) not in shown:
+                path = "/".join((mount.point.rstrip("/"), *below[:length]))
+                seen.setdefault(group, []).append(path)
+        return
+
+
+def _undeleted(machine: Machine, mounts: list[Mount], own: GroupPath) -> GroupPath:
+    """Take the kernel's " (deleted)" off, unless the group is really called so."""
+    if not own or not own[-1].endswith(_DELETED):
+        return own
+    for mount in mounts:
+        if _shows(mount, own):
+            below = own[len(components(mount.root) or ()) :]
+            if machine.is_directory("/".join((mount.point.rstrip("/"), *below))):
+                return own
+    return (*own[:-1], own[-1].removesuffix(_DELETED))
+
+
+def _leads_to(candidates: list[Mount], mounts: list[Mount], path: str, group: GroupPath) -> bool:
+    """Tell whether a directory below a mount point is not covered by yet another mount."""
+    mount = covering(candidates, path)
+    if mount is None or mount not in mounts:
+        return False
+    root = components(mount.root) or ()
+    below = path[len(mount.point.rstrip("/")) :].strip("/")
+    return (*root, *(below.split("/") if below else ())) == group
+
+
+def _conventional_levels(
+    machine: Machine, own: Mapping[str, GroupPath], controller: str
+) -> tuple[Level, ...]:
+    """Find the directories by their usual names, without a list of mounts."""
+    # Without a word on the own group either version is possible.
+    tries: list[tuple[int, tuple[str, ...], GroupPath]] = []
+    if controller not in own:
+        tries.append((2, CONVENTIONAL_V2, own.get("", ())))
+    if controller in own or "" not in own:
+        tries.append((1, CONVENTIONAL_V1[controller], own.get(controller, ())))
+    levels: list[Level] = []
+    for version, points, group in tries:
+        point = next((point for point in points if machine.is_directory(point)), None)
+        if point is None:
+            continue
+        # A path out of the namespace cannot be followed by name.
+        known = () if leading_ups(group) else group
+        levels.extend(
+            Level(version=version, directories=("/".join((point, *known[:length])),))
+            for length in range(len(known), -1, -1)
+        )
+    return tuple(levels)
+
+
+def _depth(group: GroupPath) -> int:
+    return len(group) - 2 * leading_ups(group)

@@ -1,0 +1,158 @@
+"""Floor 1, limits: memory ceilings of control groups: text in, `MemoryLimit` out.
+
+Formats: Linux, Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files", and
+cgroup-v1/memory.rst.
+
+Not covered:
+    * ``memory.low``, ``memory.min``, soft limits: guarantees to the group, not ceilings.
+    * Swap and kernel memory, which have ceilings of their own.
+    * 32-bit kernels, whose "no limit" is a smaller number.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from safepool.errors import UnreadableLimitError
+from safepool.limits._types import MemoryLimit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.limits.cgroup import Level
+    from safepool.limits.files import Machine
+
+__all__ = ["NO_LIMIT_BYTES", "parse_bytes", "parse_memory_stat", "read_memory"]
+
+# Version 1 has no word for "no limit": it prints the largest number of whole pages below
+# 2**63 (memory.rst; mm/page_counter.c, PAGE_COUNTER_MAX). Which one depends on the size of
+# a page: 0x7FFFFFFFFFFFF000 for 4 KiB, 0x7FFFFFFFFFFF0000 for 64 KiB. No machine has 4 EiB.
+NO_LIMIT_BYTES = 1 << 62
+
+# Per version: the files that hold a ceiling, the file that tells the use, and the lines of
+# memory.stat that the kernel gives back under pressure. Both file lists, as in the kernel's
+# own MemAvailable (fs/proc/meminfo.c): active pages are only given back later. Version 1's
+# total_ lines count the groups below, as version 2's lines do.
+_CEILINGS = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
+_USED = {1: "memory.usage_in_bytes", 2: "memory.current"}
+_RECLAIMABLE = {
+    1: ("total_inactive_file", "total_active_file"),
+    2: ("inactive_file", "active_file", "slab_reclaimable"),
+}
+
+# Version 1 computes the smallest ceiling over all ancestors itself, those that no mount
+# shows included (memory.rst, "stat file").
+_HIERARCHICAL = "hierarchical_memory_limit"
+
+_BYTES = re.compile(r"\s*(max|[0-9]{1,20})\s*", re.ASCII)
+_STAT_LINE = re.compile(r"^(\w+) ([0-9]{1,20})$", re.ASCII | re.MULTILINE)
+
+
+def parse_bytes(text: str, *, source: str) -> int | None:
+    r"""Parse a file that holds a number of bytes, of either version.
+
+    Args:
+        text: One number of bytes, or the word ``max``.
+        source: Path the text was read from. Kept in the error.
+
+    Returns:
+        The number; ``None`` for no ceiling, which is ``max`` or from 2**62.
+
+    Raises:
+        UnreadableLimitError: The text has another shape.
+
+    Example:
+        >>> parse_bytes("1073741824\n", source="memory.max")
+        1073741824
+        >>> parse_bytes("9223372036854771712\n", source="memory.limit_in_bytes") is None
+        True
+    """
+    match = _BYTES.fullmatch(text)
+    if match is None:
+        raise UnreadableLimitError(source, text, "a number of bytes, or 'max'")
+    if match[1] == "max" or int(match[1]) >= NO_LIMIT_BYTES:
+        return None
+    return int(match[1])
+
+
+def parse_memory_stat(text: str) -> dict[str, int]:
+    r"""Parse the text of one ``memory.stat`` file; lines of another shape are left out.
+
+    Example:
+        >>> parse_memory_stat("inactive_file 4096\nactive_file 0\n")
+        {'inactive_file': 4096, 'active_file': 0}
+    """
+    return {name: int(number) for name, number in _STAT_LINE.findall(text)}
+
+
+def read_memory(machine: Machine, levels: Iterable[Level]) -> tuple[MemoryLimit, ...]:
+    """Read the ceilings of every level, in their order; levels without the files are left out."""
+    found: list[MemoryLimit] = []
+    for index, level in enumerate(levels):
+        for directory in level.directories:
+            here = _read_directory(machine, directory, level.version, innermost=index == 0)
+            found.extend(here)
+            if here:
+                break
+    return tuple(found)
+
+
+def _read_directory(
+    machine: Machine, directory: str, version: int, *, innermost: bool
+) -> list[MemoryLimit]:
+    ceilings: list[tuple[str, str, str, int | None]] = []
+    prefix = directory.rstrip("/")
+    for name in _CEILINGS[version]:
+        source = f"{prefix}/{name}"
+        text = machine.read(source)
+        if text is None:
+            continue
+        try:
+            ceilings.append((name, source, text.strip(), parse_bytes(text, source=source)))
+        except UnreadableLimitError as error:
+            machine.note_unreadable(error)
+    computed = version == 1 and innermost
+    # memory.stat is the expensive file (the kernel sums its counters over all CPUs first):
+    # read only where a number of it is needed.
+    if not computed and all(ceiling is None for *_, ceiling in ceilings):
+        used = reclaimable = None
+        stat = None
+    else:
+        used = _read_used(machine, f"{prefix}/{_USED[version]}")
+        text = machine.read(f"{prefix}/memory.stat")
+        stat = parse_memory_stat(text) if text is not None else {}
+        parts = [stat[name] for name in _RECLAIMABLE[version] if name in stat]
+        reclaimable = sum(parts) if parts else None
+    if computed and stat and _HIERARCHICAL in stat:
+        value = stat[_HIERARCHICAL]
+        ceilings.append(
+            (
+                _HIERARCHICAL,
+                f"{prefix}/memory.stat",
+                f"{_HIERARCHICAL} {value}",
+                None if value >= NO_LIMIT_BYTES else value,
+            )
+        )
+    return [
+        MemoryLimit(
+            name=name,
+            bytes=ceiling,
+            used_bytes=used,
+            reclaimable_bytes=reclaimable,
+            source=source,
+            raw=raw,
+        )
+        for name, source, raw, ceiling in ceilings
+    ]
+
+
+def _read_used(machine: Machine, source: str) -> int | None:
+    text = machine.read(source)
+    if text is None:
+        return None
+    try:
+        return parse_bytes(text, source=source)
+    except UnreadableLimitError as error:
+        machine.note_unreadable(error)
+        return None

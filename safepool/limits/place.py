@@ -1,0 +1,148 @@
+"""Floor 1, limits: where this process is: its control groups, and what is mounted.
+
+Two files of ``/proc`` in, their meaning out. It opens no other file.
+
+Sources: cgroups(7), cgroup_namespaces(7); Linux, Documentation/admin-guide/cgroup-v2.rst.
+
+Not covered:
+    * A thread with mounts of its own (``unshare(CLONE_NEWNS)`` in one thread): the
+      process's mounts are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.limits.mounts import Mount, around_control_groups, parse_mountinfo, reachable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from safepool.limits.files import Machine
+
+__all__ = [
+    "OWN_GROUP_FILES",
+    "GroupPath",
+    "Place",
+    "components",
+    "leading_ups",
+    "parse_own_groups",
+    "read_own_groups_text",
+    "read_place",
+]
+
+GroupPath = tuple[str, ...]
+"""A group as the components of its path, leading ``..`` included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What a machine says about where this process is.
+
+    Attributes:
+        own: Its group for each controller of version 1, and for version 2 under ``""``.
+            Empty if the machine does not say.
+        mounts: The mounts that can be reached; ``None`` if the machine does not say.
+    """
+
+    own: Mapping[str, GroupPath]
+    mounts: tuple[Mount, ...] | None
+
+
+# The thread's file first: threads of one process may be in different groups (version 1
+# `tasks`, version 2 threaded groups), and a child is born in the group of the thread that
+# starts it. The process's file shows the group of its first thread.
+OWN_GROUP_FILES = ("/proc/thread-self/cgroup", "/proc/self/cgroup")
+MOUNTINFO = "/proc/self/mountinfo"
+
+# PATH_MAX, the size of the kernel's buffer for a group's path (cgroup.c, proc_cgroup_show).
+_PATH_MAX = 4096
+
+
+def parse_own_groups(text: str) -> dict[str, GroupPath]:
+    r"""Parse the text of a ``/proc/<pid>/cgroup`` file.
+
+    Args:
+        text: Lines ``ID:CONTROLLERS:PATH``. The path is raw: it may hold blanks, colons
+            and backslashes, so only the first two colons separate.
+
+    Returns:
+        The group of every controller of version 1, and of version 2 under ``""``. A line
+        of another shape is left out; hierarchies without a controller (``name=systemd``) too.
+
+    Source:
+        cgroups(7), "/proc/[pid]/cgroup".
+
+    Example:
+        >>> parse_own_groups("4:cpu,cpuacct:/a b:c\n1:name=cpu:/x\n0::/../d\n")
+        {'cpu': ('a b:c',), 'cpuacct': ('a b:c',), '': ('..', 'd')}
+    """
+    own: dict[str, GroupPath] = {}
+    for line in text.split("\n"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        group = components(path)
+        if group is None or not (number.isascii() and number.isdigit()):
+            continue
+        if number == "0" and not controllers:
+            own.setdefault("", group)
+            continue
+        for controller in controllers.split(","):
+            if controller and not controller.startswith("name="):
+                own.setdefault(controller, group)
+    return own
+
+
+def read_own_groups_text(machine: Machine) -> str | None:
+    """Read the text that names this process's groups: when it changes, it has moved."""
+    for path in OWN_GROUP_FILES:
+        text = machine.read(path)
+        if text:
+            return text
+    return None
+
+
+def read_place(machine: Machine) -> Place:
+    """Read where this process is, and what is mounted."""
+    own: dict[str, GroupPath] = {}
+    for path in OWN_GROUP_FILES:
+        # The thread's file exists since Linux 3.17 and in few captures: no note without it.
+        text = machine.read(path, expected=path == OWN_GROUP_FILES[-1])
+        own = parse_own_groups(text) if text is not None else {}
+        if own:
+            break
+        if text is not None:
+            machine.note(path, f"no line of the form ID:CONTROLLERS:PATH in {text[:80]!r}")
+    text = machine.read(MOUNTINFO, expected=True)
+    mounts = parse_mountinfo(text) if text is not None else []
+    if text is not None and not mounts:
+        machine.note(MOUNTINFO, f"no line that describes a mount in {text[:80]!r}")
+    return Place(
+        own=own,
+        mounts=tuple(reachable(around_control_groups(mounts))) if mounts else None,
+    )
+
+
+def components(path: str) -> GroupPath | None:
+    """Split the path of a group; ``None`` for one that the kernel does not write.
+
+    Example:
+        >>> components("/../system.slice/a b"), components("/a/../b")
+        (('..', 'system.slice', 'a b'), None)
+    """
+    if not path.startswith("/") or len(path) > _PATH_MAX:
+        return None
+    components = tuple(name for name in path.split("/") if name)
+    ups = leading_ups(components)
+    if "." in components or ".." in components[ups:]:
+        return None
+    return components
+
+
+def leading_ups(group: GroupPath) -> int:
+    """Count the leading ``..``: how far above the namespace's root a path begins."""
+    for count, name in enumerate(group):
+        if name != "..":
+            return count
+    return len(group)

@@ -1,0 +1,263 @@
+"""``ProcessPool``: the executor that people hold."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+import sys
+import time
+import weakref
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from safepool.budget import fit
+from safepool.limits import read_limits
+from safepool.pool.scheduler import Scheduler
+from safepool.threads.environment import worker_environment
+from safepool.workers.process import default_context
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from multiprocessing.context import BaseContext
+    from types import TracebackType
+    from typing import Self
+
+    from safepool.errors import PoolBrokenError
+
+__all__ = ["ProcessPool"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# WaitForMultipleObjects takes 63 handles, and the standard pool allows this many.
+_MOST_WORKERS_ON_WINDOWS = 61
+
+
+class ProcessPool(Executor):
+    """A process pool that fits the machine, in the place of ``ProcessPoolExecutor``.
+
+    Workers are sized to the CPUs that the kernel grants, hold every native thread pool at
+    one thread, and share nothing with each other: a worker that dies costs the one task it
+    ran, which ends with :class:`safepool.WorkerDiedError`, and is replaced.
+
+    Args:
+        max_workers: The most workers at a time, at least 1 (on Windows at most 61).
+            ``None`` is the number that fits: see :func:`safepool.cpu_count`.
+        mp_context: A ``multiprocessing`` context that starts the workers. ``None`` starts
+            each in a fresh interpreter that does not import ``__main__``, so that scripts
+            need no ``if __name__ == "__main__"``.
+        initializer: Called once in each worker before its first task, after the caps.
+        initargs: Its arguments.
+        max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
+            keeps workers as long as the pool.
+
+    Raises:
+        ValueError: A number is out of its range.
+        TypeError: ``initializer`` cannot be called, ``max_tasks_per_child`` is no integer.
+
+    Source:
+        Python, Doc/library/concurrent.futures.rst, "ProcessPoolExecutor".
+
+    Example:
+        >>> with ProcessPool(1) as pool:
+        ...     list(pool.map(lambda x: x * x, [1, 2, 3]))
+        [1, 4, 9]
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+    ) -> None:
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child < 1:
+                raise ValueError("max_tasks_per_child must be >= 1")
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")
+        workers = max_workers
+        if sys.platform == "win32":
+            if workers is not None and workers > _MOST_WORKERS_ON_WINDOWS:
+                raise ValueError(f"max_workers must be <= {_MOST_WORKERS_ON_WINDOWS}")
+        self._budget = fit(read_limits(), max_workers=workers)
+        self._max_workers = self._budget.workers
+        if sys.platform == "win32":
+            self._max_workers = min(self._max_workers, _MOST_WORKERS_ON_WINDOWS)
+        self._mp_context = mp_context if mp_context is not None else default_context()
+        self._scheduler = Scheduler(
+            workers=self._max_workers,
+            context=self._mp_context,
+            environment=worker_environment(self._budget.threads_per_worker),
+            threads=self._budget.threads_per_worker,
+            initializer=initializer,
+            initargs=initargs,
+            tasks_per_worker=max_tasks_per_child,
+        )
+        # The scheduler lives on until the submitted work is done; it must not keep the
+        # pool alive, nor the pool's end need the pool.
+        self._finalizer = weakref.finalize(self, self._scheduler.abandon)
+        self._finalizer.atexit = False
+
+    @property
+    def _processes(self) -> dict[int, Any]:
+        """The live workers by process id; programs look here in the standard pool."""
+        return self._scheduler.processes()
+
+    @property
+    def _broken(self) -> PoolBrokenError | bool:
+        return self._scheduler.broken or False
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Schedule ``fn(*args, **kwargs)`` in a worker and return its future.
+
+        Args:
+            fn: Any callable; lambdas, closures and functions of ``__main__`` as well.
+            *args: Its positional arguments, pickled when a worker takes the task.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            A future. It raises what ``fn`` raised, with the remote traceback as its cause;
+            :class:`safepool.WorkerDiedError` if the worker died; what the pickler raised
+            if the call or its result could not be pickled.
+
+        Raises:
+            BrokenProcessPool: The pool gave up as a whole.
+            RuntimeError: The pool was shut down.
+
+        Example:
+            >>> with ProcessPool(1) as pool:
+            ...     pool.submit(pow, 2, 10).result()
+            1024
+        """
+        return self._scheduler.submit(fn, args, kwargs)
+
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[_T]:
+        """Return an iterator over ``fn`` applied to the items, in order.
+
+        Args:
+            fn: Called with one item of each iterable.
+            *iterables: They end with the shortest.
+            timeout: Seconds from this call after which waiting for a result raises
+                ``TimeoutError``; ``None`` waits for ever.
+            chunksize: Items that one task takes, at least 1.
+            buffersize: Items taken from the iterables ahead of the results, at least 1;
+                ``None`` takes all of them at once.
+
+        Returns:
+            The results. It raises what a call raised when its turn comes; leaving it
+            early cancels what has not begun.
+
+        Raises:
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            TypeError: ``buffersize`` is no integer.
+
+        Example:
+            >>> with ProcessPool(1) as pool:
+            ...     list(pool.map(pow, [2, 3], [5, 2], chunksize=2))
+            [32, 9]
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None:
+            if not isinstance(buffersize, int):
+                raise TypeError("buffersize must be an integer or None")
+            if buffersize < 1:
+                raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else timeout + time.monotonic()
+        items = zip(*iterables, strict=False)
+        chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
+        futures: collections.deque[Future[list[_T]]] = collections.deque()
+        call = functools.partial(_call_each, fn)
+        # The buffer counts items, tasks are chunks of them; at least one must be under way.
+        ahead = None if buffersize is None else max(1, buffersize // chunksize)
+        for chunk in itertools.islice(chunks, ahead):
+            futures.append(self.submit(call, chunk))
+        more = None if buffersize is None else chunks
+        return _results(weakref.ref(self), futures, call, more, deadline)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, finish those submitted, end the workers.
+
+        Args:
+            wait: Return only when that is done.
+            cancel_futures: Cancel the tasks that have not begun.
+
+        Example:
+            >>> pool = ProcessPool(1)
+            >>> pool.shutdown()
+            >>> pool.submit(abs, -1)
+            Traceback (most recent call last):
+                ...
+            RuntimeError: cannot schedule new futures after shutdown
+        """
+        self._scheduler.shut_down(wait=wait, cancel=cancel_futures)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Someone at the terminal wants the prompt back: running tasks are not waited for.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self._scheduler.shut_down(wait=True, end=interrupted)
+
+    def __repr__(self) -> str:
+        because = self._budget.because
+        return (
+            f"<ProcessPool of at most {self._max_workers} workers ({because.name}: {because.raw})>"
+        )
+
+
+def _call_each(function: Callable[..., _T], chunk: Iterable[tuple[Any, ...]]) -> list[_T]:
+    return [function(*item) for item in chunk]
+
+
+def _results(
+    pool: weakref.ref[ProcessPool],
+    futures: collections.deque[Future[list[_T]]],
+    call: Callable[..., list[_T]],
+    more: Iterator[tuple[Any, ...]] | None,
+    deadline: float | None,
+) -> Iterator[_T]:
+    """Yield results in order; submit a chunk for each one that was waited for."""
+    try:
+        while futures:
+            if more is not None and (executor := pool()) is not None:
+                chunk = next(more, None)
+                if chunk is not None:
+                    futures.append(executor.submit(call, chunk))
+                del executor
+            future = futures.popleft()
+            try:
+                left = None if deadline is None else deadline - time.monotonic()
+                results = future.result(left)
+            finally:
+                future.cancel()
+                del future
+            # Handed over from the end of a reversed list, so that nothing here keeps a
+            # result that the caller has dropped.
+            results.reverse()
+            while results:
+                yield results.pop()
+    finally:
+        for future in futures:
+            future.cancel()

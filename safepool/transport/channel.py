@@ -1,0 +1,125 @@
+"""One end of the private channel between a pool and one worker.
+
+An unnamed socket pair: no path, no port, nobody else can reach it, and the kernel frees
+it with its last descriptor. The pool's end never blocks; the worker's end always does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import deque
+from typing import TYPE_CHECKING
+
+from safepool.transport.frames import FrameReader
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator, Sequence
+
+    from safepool.transport.frames import Frame
+
+__all__ = ["Channel", "ChannelClosedError"]
+
+# Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
+# promises 16 and every system of today takes this many.
+_PIECES = 256
+# Reads of at most a socket buffer each before another worker has its turn.
+_ROUNDS = 64
+
+
+class ChannelClosedError(Exception):
+    """The other end is gone."""
+
+
+class Channel:
+    """Send and receive frames on one socket.
+
+    Args:
+        sock: A connected stream socket, blocking for a worker and not for a pool. It is
+            owned by the channel from now on.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._reader = FrameReader()
+        self._unsent: deque[memoryview] = deque()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether pieces wait for the other end to read."""
+        return bool(self._unsent)
+
+    def send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Queue the pieces of one frame and send as much as the kernel takes now.
+
+        Raises:
+            ChannelClosedError: The other end is gone.
+        """
+        self._unsent.extend(memoryview(piece).cast("B") for piece in pieces)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the kernel takes it.
+
+        Raises:
+            ChannelClosedError: The other end is gone.
+        """
+        while self._unsent:
+            try:
+                sent = self._send_some()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise ChannelClosedError from error
+            while sent:
+                piece = self._unsent[0]
+                if sent < len(piece):
+                    self._unsent[0] = piece[sent:]
+                    break
+                sent -= len(piece)
+                self._unsent.popleft()
+
+    def receive(self, *, everything: bool = False) -> Iterator[Frame]:
+        """Yield frames that have arrived, or on a blocking socket wait for some.
+
+        Args:
+            everything: Go on until nothing is left to read. Without it the call ends after
+                a while, so that one worker with much to say does not keep the others.
+
+        Raises:
+            ChannelClosedError: The other end is gone and everything it sent was yielded.
+            CorruptFrameError: What it sent is not a frame.
+        """
+        for _ in itertools.count() if everything else range(_ROUNDS):
+            try:
+                count = self._sock.recv_into(self._reader.buffer())
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise ChannelClosedError from error
+            if not count:
+                raise ChannelClosedError
+            yield from self._reader.received(count)
+
+    def close(self) -> None:
+        """Close the socket; what is unsent is dropped. May be called again."""
+        self._unsent.clear()
+        self._sock.close()
+
+    if sys.platform == "win32":
+
+        def _send_some(self) -> int:
+            return self._sock.send(self._unsent[0])
+
+    else:
+
+        def _send_some(self) -> int:
+            if len(self._unsent) == 1:
+                return self._sock.send(self._unsent[0])
+            pieces = [self._unsent[i] for i in range(min(len(self._unsent), _PIECES))]
+            return self._sock.sendmsg(pieces)

@@ -1,0 +1,211 @@
+"""Frames: the unit that travels on a channel. Bytes in, frames out; no socket in sight.
+
+    0        2        3       4            8                16
+    | "sp"   | version| kind  | segments   | task           | length x segments | bytes ...
+    | magic  | u8     | u8    | u32        | u64            | u64 each          |
+
+All numbers are in network byte order. The first segment of a payload is its pickle, the
+others are the buffers that the pickle refers to (PEP 574).
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from safepool.errors import SafepoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["CorruptFrameError", "Frame", "FrameReader", "Kind", "encode"]
+
+_HEADER = struct.Struct("!2sBBIQ")
+_MAGIC = b"sp"
+_VERSION = 1
+# One pickle and its buffers; no task needs more, and a corrupt count must not allocate.
+_MOST_SEGMENTS = 1 << 20
+# Small frames are read many at a time into one buffer of this size (a socket's default
+# receive buffer is about three times as large). A segment with at least a quarter of it
+# still to come is received into its own memory instead: no second copy.
+_SCRATCH_BYTES = 64 * 1024
+_DIRECT_BYTES = _SCRATCH_BYTES // 4
+
+
+class Kind(enum.IntEnum):
+    """What a frame says."""
+
+    INITIALIZE = 1
+    """To a worker: run this initializer."""
+    TASK = 2
+    """To a worker: run this call."""
+    STOP = 3
+    """To a worker: end."""
+    READY = 4
+    """To the pool: initialized, send tasks."""
+    INITIALIZER_FAILED = 5
+    """To the pool: the initializer raised this."""
+    RESULT = 6
+    """To the pool: the call returned this."""
+    EXCEPTION = 7
+    """To the pool: the call raised this."""
+
+
+class Frame(NamedTuple):
+    """One message.
+
+    Attributes:
+        kind: What it says.
+        task: Number of the task it is about; 0 where it is about none.
+        segments: Its payload, each part in memory of its own that may be written to.
+    """
+
+    kind: Kind
+    task: int
+    segments: list[bytearray]
+
+
+_KINDS = frozenset(Kind)
+
+
+class CorruptFrameError(SafepoolError):
+    """The bytes on a channel are not a frame of this version."""
+
+
+def encode(
+    kind: Kind, task: int, segments: Sequence[bytes | memoryview] = ()
+) -> list[bytes | memoryview]:
+    """Return the pieces to send for one frame; the segments are not copied.
+
+    Args:
+        kind: What the frame says.
+        task: Number of the task, 0 to 2**64 - 1.
+        segments: The payload's parts.
+
+    Returns:
+        The header, then the segments that are not empty.
+
+    Example:
+        >>> b"".join(encode(Kind.STOP, 0)).hex()
+        '73700103000000000000000000000000'
+    """
+    lengths = [memoryview(segment).nbytes for segment in segments]
+    header = _HEADER.pack(_MAGIC, _VERSION, kind, len(lengths), task)
+    header += struct.pack(f"!{len(lengths)}Q", *lengths)
+    return [
+        header,
+        *(segment for segment, length in zip(segments, lengths, strict=True) if length),
+    ]
+
+
+class FrameReader:
+    """Cut received bytes into frames, whatever the pieces they arrive in.
+
+    Ask :meth:`buffer` where the next bytes go, receive into it, and tell
+    :meth:`received` how many came.
+    """
+
+    __slots__ = ("_end", "_filled", "_head", "_parts", "_scratch", "_start", "_table", "_view")
+
+    def __init__(self) -> None:
+        self._scratch = bytearray(_SCRATCH_BYTES)
+        self._view = memoryview(self._scratch)
+        self._start = 0
+        self._end = 0
+        # The frame under way: its kind and task, the table of lengths while that is
+        # filled, then the segments; how many bytes of the first part to fill are there.
+        self._head: tuple[Kind, int] | None = None
+        self._table: bytearray | None = None
+        self._parts: list[bytearray] = []
+        self._filled: tuple[int, int] = (0, 0)
+
+    def buffer(self) -> memoryview:
+        """Return the memory that the next bytes are to be received into, never empty."""
+        direct = self._direct()
+        if direct is not None:
+            return direct
+        if self._start:
+            rest = self._end - self._start
+            self._view[:rest] = self._view[self._start : self._end]
+            self._start, self._end = 0, rest
+        return self._view[self._end :]
+
+    def received(self, count: int) -> Iterator[Frame]:
+        """Account for ``count`` bytes in the last :meth:`buffer`; yield what is complete.
+
+        Raises:
+            CorruptFrameError: The bytes are not a frame of this version.
+            MemoryError: There is no memory for a segment of the announced length.
+        """
+        if self._direct() is None:
+            self._end += count
+        else:
+            index, filled = self._filled
+            self._filled = (index, filled + count)
+        while self._complete():
+            # Nothing is kept here: who takes a frame may drop it while it waits for more.
+            yield self._take()
+
+    def _direct(self) -> memoryview | None:
+        index, filled = self._filled
+        if index < len(self._parts) and len(self._parts[index]) - filled >= _DIRECT_BYTES:
+            return memoryview(self._parts[index])[filled:]
+        return None
+
+    def _complete(self) -> bool:
+        if self._head is None and not self._begin():
+            return False
+        if not self._fill():
+            return False
+        if self._table is None:
+            return True
+        lengths = struct.unpack(f"!{len(self._table) // 8}Q", self._table)
+        self._table = None
+        self._allocate(lengths)
+        return self._fill()
+
+    def _take(self) -> Frame:
+        assert self._head is not None
+        frame = Frame(*self._head, self._parts)
+        self._head, self._parts, self._filled = None, [], (0, 0)
+        return frame
+
+    def _begin(self) -> bool:
+        if self._end - self._start < _HEADER.size:
+            return False
+        magic, version, kind, count, task = _HEADER.unpack_from(self._scratch, self._start)
+        if magic != _MAGIC or version != _VERSION or kind not in _KINDS or count > _MOST_SEGMENTS:
+            found = bytes(self._view[self._start : self._start + _HEADER.size])
+            raise CorruptFrameError(
+                f"expected the header of a frame of version {_VERSION}, found {found!r}"
+            )
+        self._start += _HEADER.size
+        self._head = (Kind(kind), task)
+        if count:
+            self._table = bytearray(8 * count)
+            self._parts = [self._table]
+        return True
+
+    def _allocate(self, lengths: tuple[int, ...]) -> None:
+        try:
+            self._parts = [bytearray(length) for length in lengths]
+        except OverflowError:
+            raise CorruptFrameError(f"a segment of {max(lengths)} bytes is announced") from None
+        self._filled = (0, 0)
+
+    def _fill(self) -> bool:
+        """Move what is in the scratch buffer to the parts; tell whether all are full."""
+        index, filled = self._filled
+        while index < len(self._parts):
+            part = self._parts[index]
+            take = min(len(part) - filled, self._end - self._start)
+            part[filled : filled + take] = self._view[self._start : self._start + take]
+            self._start += take
+            filled += take
+            if filled < len(part):
+                self._filled = (index, filled)
+                return False
+            index, filled = index + 1, 0
+        self._filled = (index, filled)
+        return True

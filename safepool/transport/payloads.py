@@ -1,0 +1,113 @@
+"""Objects to segments and back: pickle protocol 5 with its buffers out of band (PEP 574).
+
+What every worker can import is pickled by the standard pickler, by reference. What it
+cannot import (functions and classes of ``__main__``, lambdas, closures, notebook cells)
+travels by value, through cloudpickle with the reducers that were registered with loky.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import sys
+from collections import ChainMap
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["dumps", "loads"]
+
+# A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
+_OUT_OF_BAND_BYTES = 32 * 1024
+
+
+def dumps(value: object) -> list[bytes | memoryview]:
+    """Return the segments of ``value``: its pickle, then its large buffers, not copied.
+
+    Args:
+        value: Anything that pickle or cloudpickle can pickle.
+
+    Returns:
+        At least one segment. The buffers are views of the value's own memory, so it must
+        not change before they are sent.
+
+    Raises:
+        Exception: What the pickler raised, usually ``pickle.PicklingError`` or
+            ``TypeError``; it names the object.
+
+    Example:
+        >>> loads(dumps({"a": lambda: 3}))["a"]()
+        3
+    """
+    if not _by_value_modules():
+        try:
+            segments = _dumps(value, _standard_dumps)
+        except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+            segments = None
+        # A name in ``__main__`` is another thing in the worker, or nothing.
+        if segments is not None and b"__main__" not in segments[0]:
+            return segments
+    return _dumps(value, _by_value_dumps)
+
+
+def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
+    """Return the object that :func:`dumps` made the segments of.
+
+    Args:
+        segments: The pickle, then its buffers in order. Arrays are built on the buffers
+            themselves, so they are writable where the buffer is.
+
+    Raises:
+        Exception: What unpickling raised.
+    """
+    return pickle.loads(segments[0], buffers=segments[1:])
+
+
+def _dumps(
+    value: object, dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes]
+) -> list[bytes | memoryview]:
+    buffers: list[memoryview] = []
+
+    def in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < _OUT_OF_BAND_BYTES:
+            return True
+        buffers.append(raw)
+        return False
+
+    return [dump(value, in_band), *buffers]
+
+
+def _standard_dumps(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    return pickle.dumps(value, protocol=5, buffer_callback=in_band)
+
+
+def _by_value_dumps(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    file = io.BytesIO()
+    pickler = _by_value_pickler("loky.backend.reduction" in sys.modules)
+    pickler(file, protocol=5, buffer_callback=in_band).dump(value)
+    return file.getvalue()
+
+
+@functools.cache
+def _by_value_pickler(loky_imported: bool) -> Any:
+    # Imported here: a worker or a program that sends only importable things never needs it.
+    import cloudpickle  # noqa: PLC0415
+
+    if not loky_imported:  # so nobody can have registered a reducer with it
+        return cloudpickle.Pickler
+    reducers = sys.modules["loky.backend.reduction"]._dispatch_table
+    # The C pickler reads the table from the class; loky's is live, so later registrations hold.
+    table = ChainMap(reducers, cloudpickle.Pickler.dispatch_table)
+    return type("ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
+
+
+def _by_value_modules() -> bool:
+    """Tell whether the program asked cloudpickle to send some module by value."""
+    cloudpickle = sys.modules.get("cloudpickle")
+    return cloudpickle is not None and bool(cloudpickle.list_registry_pickle_by_value())

@@ -1,0 +1,198 @@
+"""What runs in a worker process: initialize, then one task after the other.
+
+It imports only the standard library and the floors below; threadpoolctl comes with the
+first cap, cloudpickle with the first object that needs it.
+
+Not covered:
+    * A task that starts threads which outlive it: they go on beside the next task.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from safepool.threads.cap import cap_worker
+from safepool.transport.channel import Channel, ChannelClosedError
+from safepool.transport.frames import Kind, encode
+from safepool.transport.payloads import dumps, loads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from multiprocessing.connection import Connection
+
+__all__ = ["worker_main"]
+
+
+def worker_main(
+    end: Connection | socket.socket,
+    environment: Mapping[str, str],
+    threads: int,
+    foreign_descriptors: Sequence[int],
+) -> None:
+    """Serve one pool over one channel until it says stop or is gone.
+
+    Args:
+        end: This worker's end of the channel.
+        environment: Variables that bound native threads. Under loky they were set before
+            the interpreter started; elsewhere this is the earliest place.
+        threads: Threads for each native pool.
+        foreign_descriptors: The pool's own descriptors, which a forked worker inherits
+            and must not keep: another worker's channel would never be seen closed.
+    """
+    for descriptor in foreign_descriptors:
+        _close(descriptor)
+    os.environ.update(environment)
+    sock = _adopt(end)
+    _end_with_the_parent(sock)
+    cap_worker(threads)
+    # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
+    # decision. A handler that does nothing rather than SIG_IGN, which programs started by
+    # a task would inherit. The pool starts workers with the signal blocked, so that it
+    # cannot strike before this line.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _do_nothing)
+    _unblock_interrupt()
+    channel = Channel(sock)
+    try:
+        _serve(channel, threads)
+    except ChannelClosedError:
+        pass  # the pool is gone, so is the reason to be here
+    finally:
+        channel.close()
+
+
+def _serve(channel: Channel, threads: int) -> None:
+    while True:
+        for kind, number, received in channel.receive():
+            match kind:
+                case Kind.INITIALIZE:
+                    reply, segments = _initialize(received)
+                    cap_worker(threads)  # what the initializer has loaded
+                case Kind.TASK:
+                    reply, segments = _run(received)
+                case Kind.STOP:
+                    return
+                case _:
+                    raise RuntimeError(f"a pool does not send {kind!r}")
+            channel.send(encode(reply, number, segments))
+            # Nothing of the task may live on in this frame while the worker waits.
+            del segments
+
+
+def _initialize(segments: Sequence[bytearray]) -> tuple[Kind, list[bytes | memoryview]]:
+    try:
+        initializer, arguments = loads(segments)
+        if initializer is not None:
+            initializer(*arguments)
+    except BaseException as error:  # noqa: BLE001 -- the pool must learn of SystemExit as well
+        return Kind.INITIALIZER_FAILED, _describe(error)
+    return Kind.READY, []
+
+
+def _run(segments: list[bytearray]) -> tuple[Kind, list[bytes | memoryview]]:
+    try:
+        function, arguments, keywords = loads(segments)
+        segments.clear()  # the pickle; the buffers live on in the arrays made of them
+        return Kind.RESULT, dumps(function(*arguments, **keywords))
+    except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
+        return Kind.EXCEPTION, _describe(error)
+
+
+def _describe(error: BaseException) -> list[bytes | memoryview]:
+    """Return segments of (pickled exception or None, type, text, traceback, reason)."""
+    # Without the frame of this module that made the call, if there is one below it.
+    inner = error.__traceback__.tb_next if error.__traceback__ else None
+    trace = "".join(traceback.format_exception(type(error), error, inner or error.__traceback__))
+    text = _text(error)
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    # Frames hold the task's arguments; the other end could not use them anyway.
+    error.__traceback__ = None
+    pickled, reason = None, ""
+    try:
+        segments = [bytes(segment) for segment in dumps(error)]
+        # Many exceptions can be pickled and not unpickled (an ``__init__`` with another
+        # signature): found out here, where it costs one task and not a pool.
+        loads(segments)
+        pickled = segments
+    except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
+        reason = f"{type(problem).__name__}: {_text(problem)}"
+    return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException:  # noqa: BLE001 -- user code
+        return "(its text cannot be had)"
+
+
+def _adopt(end: Any) -> socket.socket:
+    if isinstance(end, socket.socket):
+        sock = end
+    else:
+        # A duplicate is closed on exec again, which what a start method hands over is not.
+        sock = socket.socket(fileno=os.dup(end.fileno()))
+        end.close()
+    sock.setblocking(True)
+    return sock
+
+
+def _close(descriptor: int) -> None:
+    try:
+        os.close(descriptor)
+    except OSError:
+        pass
+
+
+def _do_nothing(_signal: int, _frame: object) -> None:
+    pass
+
+
+if sys.platform == "linux":
+
+    def _end_with_the_parent(sock: socket.socket) -> None:
+        import ctypes  # noqa: PLC0415
+        import select  # noqa: PLC0415
+
+        # Also in the middle of a task in C code, where no thread of ours could run
+        # (prctl(2), PR_SET_PDEATHSIG = 1). The signal is tied to the thread that started
+        # this process: the pool's own, which outlives its workers.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # The parent may have died before the call above.
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        if any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0)):
+            os._exit(0)
+
+else:
+
+    def _end_with_the_parent(_sock: socket.socket) -> None:
+        import time  # noqa: PLC0415
+
+        parent = os.getppid()
+
+        def watch() -> None:
+            # Half a second: the promise is one second from the parent's death.
+            while os.getppid() == parent:
+                time.sleep(0.5)
+            os._exit(0)
+
+        threading.Thread(target=watch, name="safepool-parent-watch", daemon=True).start()
+
+
+if sys.platform == "win32":
+
+    def _unblock_interrupt() -> None:
+        pass
+
+else:
+
+    def _unblock_interrupt() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,0 +1,213 @@
+"""Start a worker process, watch it, end it.
+
+A worker is started through a ``multiprocessing`` context: loky's by default (fork and
+exec with an environment of its own, ``__main__`` never imported), or the one that the
+caller gave.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from safepool.transport.channel import Channel
+from safepool.workers.main import worker_main
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from multiprocessing.context import BaseContext
+
+__all__ = ["WorkerProcess", "default_context"]
+
+
+def default_context() -> BaseContext:
+    """Return loky's context: each worker a fresh interpreter, started by exec."""
+    from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not safepool's import
+
+    context: BaseContext = get_context("loky")
+    return context
+
+
+class WorkerProcess:
+    """One running worker and the pool's end of its channel.
+
+    Attributes:
+        process: The ``multiprocessing`` process.
+        pid: Its process id.
+        channel: The pool's end, which never blocks.
+        sentinel: A descriptor that turns readable when the process ends, whatever its
+            own children hold open; ``None`` on Windows, where only the channel tells.
+    """
+
+    def __init__(
+        self,
+        context: BaseContext,
+        *,
+        environment: Mapping[str, str],
+        threads: int,
+        foreign_descriptors: Sequence[int],
+    ) -> None:
+        """Start a worker process.
+
+        Args:
+            context: How to start it.
+            environment: Variables it is born with.
+            threads: Threads for each of its native pools.
+            foreign_descriptors: Descriptors of the pool that a forked child must close.
+
+        Raises:
+            OSError: The system gave no process or no descriptor.
+        """
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setblocking(False)
+            forked = context.get_start_method() == "fork"
+            handle = _handle(theirs)
+            arguments = (
+                handle,
+                dict(environment),
+                threads,
+                (*foreign_descriptors, ours.fileno()) if forked else (),
+            )
+            self.process = _create(context, arguments, environment)
+            _start(self.process, context.get_start_method())
+            handle.close()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        self.pid: int = self.process.pid or 0
+        self.channel = Channel(ours)
+        self._pidfd = _open_pidfd(self.pid)
+        self.sentinel: int | None = _sentinel(self.process, self._pidfd)
+
+    def end(self, number: int) -> None:
+        """Send the signal ``number`` to the process, if it is still the one we started."""
+        if self._pidfd is not None and sys.platform == "linux":
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
+            return
+        # Not yet waited for by us, so the number cannot belong to another process.
+        if self.process.is_alive():
+            try:
+                os.kill(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for the end of the process and return its exit code, ``None`` if unknown."""
+        deadline = time.monotonic() + timeout_s
+        self.process.join(timeout_s)
+        # A fork server passes the code on a moment after the process has ended.
+        exitcode: int | None
+        while (exitcode := self.process.exitcode) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return exitcode
+
+    def close(self) -> None:
+        """Give back every descriptor. The process has ended or is left to itself."""
+        self.channel.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        try:
+            self.process.close()
+        except (ValueError, AttributeError):
+            pass  # still running, or loky's, whose descriptors go with the object
+
+
+def _create(
+    context: BaseContext, arguments: tuple[Any, ...], environment: Mapping[str, str]
+) -> Any:
+    create: Any = context.Process  # type: ignore[attr-defined]
+    if context.get_start_method() in ("loky", "loky_init_main"):
+        process = create(target=worker_main, args=arguments, env=dict(environment))
+        process.name = f"safepool-{process.name}"
+    else:
+        process = create(target=worker_main, args=arguments)
+        # spawn and forkserver import the caller's ``__main__``, and with it NumPy, before
+        # anything of ours runs; the process's name is what they unpickle before that.
+        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment))
+    return process
+
+
+class _NameWithEnvironment(str):
+    """A process name that sets the environment of the interpreter that unpickles it."""
+
+    __slots__ = ("environment",)
+
+    environment: dict[str, str]
+
+    def __new__(cls, name: str, environment: dict[str, str]) -> Self:
+        self = super().__new__(cls, name)
+        self.environment = environment
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Builtins only: the child has no sys.path yet to find a function of ours on.
+        code = "(__import__('os').environ.update(environment), name)[1]"
+        return eval, (code, {"environment": self.environment, "name": str(self)})
+
+
+if sys.platform == "win32":
+
+    def _start(process: Any, _method: str) -> None:
+        process.start()
+
+    def _handle(sock: socket.socket) -> Any:
+        return sock
+
+    def _sentinel(_process: Any, _pidfd: int | None) -> int | None:
+        return None
+
+else:
+
+    def _start(process: Any, method: str) -> None:
+        # The resource trackers that come with exec'ing start methods unblock the signal in
+        # the thread that first needs one, so they must be running by now.
+        if method != "fork":
+            from multiprocessing import resource_tracker  # noqa: PLC0415
+
+            resource_tracker.ensure_running()
+        if method in ("loky", "loky_init_main"):
+            from loky.backend import resource_tracker as loky_tracker  # noqa: PLC0415
+
+            loky_tracker.ensure_running()
+        # Born blocked, unblocked when the worker is ready for it: an interrupt cannot end a
+        # worker that still imports, nor make it print a traceback.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _handle(sock: socket.socket) -> Any:
+        # Every start method knows how to hand a Connection over.
+        from multiprocessing.connection import Connection  # noqa: PLC0415
+
+        return Connection(sock.detach())
+
+    def _sentinel(process: Any, pidfd: int | None) -> int | None:
+        return pidfd if pidfd is not None else int(process.sentinel)
+
+
+if sys.platform == "linux":
+
+    def _open_pidfd(pid: int) -> int | None:
+        # The standard sentinel is a pipe that a task's own children can hold open; a pidfd
+        # tells about this process alone (pidfd_open(2), Linux 5.3).
+        try:
+            return os.pidfd_open(pid)
+        except OSError:
+            return None
+
+else:
+
+    def _open_pidfd(_pid: int) -> int | None:
+        return None

@@ -1,0 +1,175 @@
+"""joblib and scikit-learn on safepool's workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import joblib
+import pytest
+import support_tasks as tasks
+from joblib import Parallel, delayed
+
+import safepool
+
+
+def test_results_come_in_order_from_other_processes() -> None:
+    with safepool.parallel_backend():
+        assert Parallel(n_jobs=2)(delayed(pow)(n, 2) for n in range(300)) == [
+            n**2 for n in range(300)
+        ]
+        pids = set(Parallel(n_jobs=2)(delayed(tasks.pid)() for _ in range(20)))
+    assert os.getpid() not in pids
+
+
+# One row per way to count jobs: what is asked, what joblib gives for a budget of workers.
+COUNTS = {
+    "-1 is the budget": (-1, lambda budget: budget),
+    "-2 is one less, never none": (-2, lambda budget: max(1, budget - 1)),
+    "1": (1, lambda _budget: 1),
+    "more than the budget, as asked": (7, lambda _budget: 7),
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_n_jobs_counts_the_budget(count: str) -> None:
+    n_jobs, expected = COUNTS[count]
+    with safepool.parallel_backend():
+        assert joblib.effective_n_jobs(n_jobs) == expected(safepool.cpu_count())
+
+
+def test_the_block_sets_the_default() -> None:
+    with safepool.parallel_backend(n_jobs=2):
+        pids = set(Parallel()(delayed(tasks.sleep_and_return)(0.05, n) for n in range(4)))
+        assert pids == {0, 1, 2, 3}
+        assert Parallel().n_jobs in (2, None)
+        assert os.getpid() not in set(Parallel()(delayed(tasks.pid)() for _ in range(4)))
+
+
+@pytest.mark.parametrize("where", ["block", "call"])
+def test_no_jobs_is_an_error(where: str) -> None:
+    with pytest.raises(ValueError, match="n_jobs == 0"):
+        if where == "block":
+            with safepool.parallel_backend(n_jobs=0):
+                pass
+        else:
+            with safepool.parallel_backend():
+                Parallel(n_jobs=0)(delayed(abs)(n) for n in range(2))
+
+
+def test_workers_are_shared_by_the_calls_of_a_block() -> None:
+    with safepool.parallel_backend():
+        first = set(Parallel(n_jobs=2)(delayed(tasks.pid)() for _ in range(30)))
+        second = set(Parallel(n_jobs=2)(delayed(tasks.pid)() for _ in range(30)))
+    assert len(first | second) <= 2
+
+
+def test_an_exception_is_itself_and_the_next_call_works() -> None:
+    with safepool.parallel_backend():
+        with pytest.raises(ValueError, match="broken on purpose"):
+            Parallel(n_jobs=2)(
+                delayed(tasks.raise_value_error if n == 3 else tasks.pid)() for n in range(50)
+            )
+        assert Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_a_killed_worker_is_an_error_of_this_call_alone() -> None:
+    """joblib's own backend loses every result and says that memory may be short."""
+    with safepool.parallel_backend():
+        with pytest.raises(safepool.WorkerDiedError, match="SIGKILL"):
+            Parallel(n_jobs=2)(
+                delayed(tasks.be_killed if n == 3 else tasks.pid)() for n in range(50)
+            )
+        assert Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_the_first_error_ends_the_running_tasks() -> None:
+    """Nobody waits half a minute for results that joblib throws away."""
+    started = time.monotonic()
+    with safepool.parallel_backend(), pytest.raises(ValueError, match="broken"):
+        Parallel(n_jobs=2, batch_size=1)(
+            delayed(tasks.raise_value_error)() if n == 0 else delayed(time.sleep)(30)
+            for n in range(4)
+        )
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
+def test_generators(return_as: str) -> None:
+    with safepool.parallel_backend():
+        results = Parallel(n_jobs=2, return_as=return_as)(
+            delayed(pow)(n, 2) for n in range(20)
+        )
+        assert sorted(results) == [n**2 for n in range(20)]
+
+
+def test_a_timeout_is_joblibs_timeout() -> None:
+    with safepool.parallel_backend(), pytest.raises(multiprocessing.TimeoutError):
+        Parallel(n_jobs=2, timeout=0.3)(delayed(time.sleep)(20) for _ in range(2))
+
+
+def test_a_nested_call_stays_within_its_worker() -> None:
+    """Two levels of Parallel do not become workers times workers."""
+
+    def outer(n: int) -> tuple[int, set[int]]:
+        inner = Parallel(n_jobs=-1)(delayed(tasks.pid)() for _ in range(4))
+        return os.getpid(), set(inner)
+
+    with safepool.parallel_backend():
+        for pid, inner in Parallel(n_jobs=2)(delayed(outer)(n) for n in range(4)):
+            assert inner == {pid}
+
+
+def test_shared_memory_is_asked_of_threads() -> None:
+    """``require="sharedmem"`` cannot be had from processes; joblib takes threads."""
+    found: list[int] = []
+    with safepool.parallel_backend():
+        Parallel(n_jobs=2, require="sharedmem")(delayed(found.append)(n) for n in range(5))
+    assert sorted(found) == [0, 1, 2, 3, 4]
+
+
+def test_native_threads_are_capped_in_joblibs_workers() -> None:
+    with safepool.parallel_backend():
+        for pools in Parallel(n_jobs=2)(
+            delayed(tasks.native_pools)("scipy.linalg") for _ in range(2)
+        ):
+            assert pools
+            assert {count for _, count in pools} == {1}
+
+
+def test_cross_validation_gives_the_sequential_scores() -> None:
+    import numpy as np
+    from sklearn.datasets import make_classification
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_score
+
+    data: Any = make_classification(200, random_state=0)
+    with safepool.parallel_backend(n_jobs=2):
+        parallel = cross_val_score(LogisticRegression(), *data, cv=4, n_jobs=-1)
+        also = cross_val_score(LogisticRegression(), *data, cv=4, n_jobs=2)
+    sequential = cross_val_score(LogisticRegression(), *data, cv=4)
+
+    np.testing.assert_allclose(parallel, sequential)
+    np.testing.assert_allclose(also, sequential)
+
+
+def test_an_interrupted_block_leaves_no_worker() -> None:
+    """The prompt is back, whatever the workers were doing."""
+    code = (
+        "import os, signal, threading, time, safepool\n"
+        "from joblib import Parallel, delayed\n"
+        "threading.Timer(1.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+        "with safepool.parallel_backend():\n"
+        "    Parallel(n_jobs=2)(delayed(time.sleep)(60) for _ in range(4))\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False
+    )
+
+    assert time.monotonic() - started < 20
+    assert "KeyboardInterrupt" in done.stderr

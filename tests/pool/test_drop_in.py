@@ -1,0 +1,383 @@
+"""The same program gives the same answers with the standard pool and with ours."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
+
+import pytest
+import support_tasks as tasks
+
+import safepool
+from safepool import ProcessPool
+
+PoolType = Callable[..., Executor]
+
+both = pytest.mark.parametrize("pool_type", [ProcessPoolExecutor, ProcessPool])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    with ProcessPool(2) as pool:
+        yield pool
+
+
+# One row per way a task can end: what runs, and what its caller must catch.
+ENDINGS: dict[str, tuple[Callable[[], object], type[BaseException]]] = {
+    "an exception": (tasks.raise_value_error, ValueError),
+    "sys.exit": (tasks.exit_with_3, SystemExit),
+    "os._exit": (tasks.end_without_cleanup, BrokenProcessPool),
+    "SIGKILL": (tasks.be_killed, BrokenProcessPool),
+    "a result that cannot be pickled": (tasks.return_lock, TypeError),
+}
+
+
+@both
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_same_except_clause_works(pool_type: PoolType, ending: str) -> None:
+    """Whatever the standard pool raises is caught here as well."""
+    function, expected = ENDINGS[ending]
+
+    with pool_type(1) as pool, pytest.raises(expected):
+        pool.submit(function).result(timeout=30)
+
+
+@both
+def test_an_exception_carries_its_remote_traceback(pool_type: PoolType) -> None:
+    """The cause says where in the worker it was raised."""
+    with pool_type(1) as pool:
+        error = pool.submit(tasks.raise_value_error, "here").exception(timeout=30)
+
+    assert isinstance(error, ValueError)
+    assert error.args == ("here",)
+    assert type(error.__cause__) is _RemoteTraceback
+    assert "in raise_value_error" in str(error.__cause__)
+
+
+@both
+def test_submit_passes_every_argument(pool_type: PoolType) -> None:
+    with pool_type(1) as pool:
+        assert pool.submit(tasks.add, 1, 2, more=3).result(timeout=30) == 6
+
+
+@both
+def test_keywords_named_like_submits_own_reach_the_function(pool_type: PoolType) -> None:
+    """``fn`` and ``self`` are positional-only."""
+    with pool_type(1) as pool:
+        assert pool.submit(dict, fn=1, self=2).result(timeout=30) == {"fn": 1, "self": 2}
+
+
+@both
+@pytest.mark.parametrize("chunksize", [1, 3, 100])
+def test_map_keeps_the_order(pool_type: PoolType, chunksize: int) -> None:
+    with pool_type(2) as pool:
+        found = list(pool.map(pow, range(10), range(2, 20), chunksize=chunksize))
+
+    assert found == [n ** (n + 2) for n in range(10)]
+
+
+@both
+def test_map_raises_when_the_turn_comes(pool_type: PoolType) -> None:
+    with pool_type(1) as pool:
+        results = pool.map(divmod, [5, 5, 5], [2, 0, 3])
+        assert next(results) == (2, 1)
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+
+@both
+def test_map_times_out(pool_type: PoolType) -> None:
+    with pool_type(1) as pool:
+        results = pool.map(tasks.sleep_and_return, [0, 1], timeout=0.5)
+        with pytest.raises(TimeoutError):
+            list(results)
+
+
+# One row per argument that is refused: how the pool is made or used, and the error.
+REFUSED: dict[str, tuple[Callable[[PoolType], object], type[Exception], str]] = {
+    "no workers": (lambda new: new(0), ValueError, "max_workers must be greater than 0"),
+    "fewer than none": (lambda new: new(-1), ValueError, "max_workers must be greater than 0"),
+    "initializer": (lambda new: new(1, initializer=3), TypeError, "must be a callable"),
+    "max tasks 0": (lambda new: new(1, max_tasks_per_child=0), ValueError, "must be >= 1"),
+    "max tasks 1.5": (lambda new: new(1, max_tasks_per_child=1.5), TypeError, "an integer"),
+    "chunksize": (lambda new: new(1).map(abs, [1], chunksize=0), ValueError, "must be >= 1"),
+}
+
+
+@both
+@pytest.mark.parametrize("argument", REFUSED)
+def test_bad_arguments_are_refused_alike(pool_type: PoolType, argument: str) -> None:
+    use, error, words = REFUSED[argument]
+
+    with pytest.raises(error, match=words):
+        use(pool_type)
+
+
+@both
+def test_a_shut_down_pool_takes_no_more(pool_type: PoolType) -> None:
+    pool = pool_type(1)
+    pool.shutdown()
+    pool.shutdown()  # again is fine
+
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        pool.submit(abs, 1)
+
+
+@both
+def test_shutdown_cancels_what_has_not_begun(pool_type: PoolType) -> None:
+    """With cancel_futures, queued tasks are cancelled and the running one ends well."""
+    pool = pool_type(1)
+    futures = [pool.submit(tasks.sleep_and_return, 0.4, n) for n in range(20)]
+    while not futures[0].running():
+        time.sleep(0.01)
+    pool.shutdown(cancel_futures=True)
+
+    assert futures[0].result(timeout=0) == 0
+    assert futures[-1].cancelled()
+    assert all(future.done() for future in futures)
+
+
+@both
+def test_shutdown_without_waiting_finishes_the_work(pool_type: PoolType) -> None:
+    pool = pool_type(1)
+    futures = [pool.submit(tasks.square, n) for n in range(20)]
+    pool.shutdown(wait=False)
+
+    assert [future.result(timeout=30) for future in futures] == [n * n for n in range(20)]
+    pool.shutdown()
+
+
+@both
+def test_a_dropped_pool_finishes_the_work(pool_type: PoolType) -> None:
+    """The results come although nobody holds the pool any more."""
+    futures = [pool_type(1).submit(tasks.square, n) for n in range(3)]
+    gc.collect()
+
+    assert [future.result(timeout=30) for future in futures] == [0, 1, 4]
+
+
+@both
+def test_the_initializer_runs_before_tasks_and_its_globals_last(pool_type: PoolType) -> None:
+    with pool_type(1, initializer=tasks.mark, initargs=("here",)) as pool:
+        assert "here" in pool.submit(tasks.marks).result(timeout=30)
+
+
+@both
+def test_a_failing_initializer_breaks_the_pool(pool_type: PoolType) -> None:
+    """Every future ends, each with an error of its own, and the pool takes no more."""
+    pool = pool_type(1, initializer=tasks.fail_to_initialize)
+    futures: list[concurrent.futures.Future[int]] = []
+    with pytest.raises(BrokenProcessPool):
+        for n in range(3):
+            futures.append(pool.submit(tasks.square, n))
+        for future in futures:
+            future.result(timeout=30)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            pool.submit(tasks.square, 1)
+        except BrokenProcessPool:
+            break
+    else:
+        pytest.fail("a broken pool still takes tasks")
+    pool.shutdown()
+
+
+@both
+def test_max_tasks_per_child_replaces_workers(pool_type: PoolType) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with pool_type(1, mp_context=context, max_tasks_per_child=3) as pool:
+        pids = [pool.submit(tasks.pid).result(timeout=60) for _ in range(6)]
+
+    assert len(set(pids)) == 2
+    assert pids[0] == pids[2] != pids[3] == pids[5]
+
+
+def test_run_in_executor(pool: ProcessPool) -> None:
+    async def main() -> int:
+        return await asyncio.get_running_loop().run_in_executor(pool, tasks.square, 7)
+
+    assert asyncio.run(main()) == 49
+
+
+def test_wait_and_as_completed(pool: ProcessPool) -> None:
+    slow = pool.submit(tasks.sleep_and_return, 0.5, "slow")
+    fast = pool.submit(tasks.sleep_and_return, 0, "fast")
+
+    first = next(concurrent.futures.as_completed([slow, fast], timeout=30))
+    assert first is fast
+    assert concurrent.futures.wait([slow, fast], timeout=30).not_done == set()
+
+
+def test_a_callback_may_submit_and_shut_down() -> None:
+    """A future's callback runs in the scheduler's thread, and may use the pool."""
+    pool = ProcessPool(1)
+    second: list[concurrent.futures.Future[int]] = []
+    done = threading.Event()
+
+    def use_pool(_future: object) -> None:
+        second.append(pool.submit(tasks.square, 6))
+        pool.shutdown(wait=True)
+        done.set()
+
+    pool.submit(tasks.square, 5).add_done_callback(use_pool)
+    assert done.wait(30)
+    assert second[0].result(timeout=30) == 36
+    pool.shutdown()
+
+
+def test_a_callback_that_raises_harms_nobody(pool: ProcessPool) -> None:
+    def fail(_future: object) -> None:
+        raise RuntimeError("a callback's own fault")
+
+    first = pool.submit(tasks.square, 2)
+    first.add_done_callback(fail)
+    assert first.result(timeout=30) == 4
+    assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+# One row per object that makes trouble on the way: what is submitted, and the error.
+AWKWARD: dict[str, tuple[tuple[object, ...], type[BaseException], str]] = {
+    "argument not picklable": ((tasks.square, threading.Lock()), TypeError, "lock"),
+    "function not picklable": ((threading.Lock().acquire,), TypeError, "lock"),
+    "argument raises when unpickled": (
+        (tasks.square, tasks.RaisesWhenUnpickled()),
+        ValueError,
+        "raised by unpickling",
+    ),
+    "result not picklable": ((tasks.return_lock,), TypeError, "lock"),
+    "result raises when unpickled": ((tasks.return_raiser,), ValueError, "raised by unpickling"),
+    "exception not picklable": (
+        (tasks.raise_locked,),
+        safepool.RemoteTaskError,
+        "builtins.ValueError: holds a lock",
+    ),
+    "exception not unpicklable": (
+        (tasks.raise_two_arguments,),
+        safepool.RemoteTaskError,
+        "TwoArguments: 1 and 2",
+    ),
+    "exception that is false": ((tasks.raise_false_error,), tasks.FalseError, "still an error"),
+}
+
+
+@pytest.mark.parametrize("case", AWKWARD)
+def test_awkward_objects_cost_one_task(pool: ProcessPool, case: str) -> None:
+    """The error is on the future, names the culprit, and other tasks are untouched."""
+    (function, *arguments), error, words = AWKWARD[case]
+    before = pool.submit(tasks.square, 2)
+    awkward = pool.submit(function, *arguments)  # type: ignore[arg-type]
+    after = pool.submit(tasks.square, 3)
+
+    with pytest.raises(error, match=words):
+        awkward.result(timeout=30)
+    assert (before.result(timeout=30), after.result(timeout=30)) == (4, 9)
+
+
+def test_a_returned_exception_is_a_result(pool: ProcessPool) -> None:
+    error = pool.submit(tasks.sleep_and_return, 0, ValueError("a value")).result(timeout=30)
+
+    assert isinstance(error, ValueError)
+
+
+def test_nothing_is_kept_alive(pool: ProcessPool) -> None:
+    """Neither the pool nor its thread holds arguments or results of a finished task."""
+
+    class Carrier:
+        pass
+
+    argument = Carrier()
+    alive = weakref.ref(argument)
+    result = pool.submit(tasks.sleep_and_return, 0, argument).result(timeout=30)
+    returned = weakref.ref(result)
+    del argument, result
+    deadline = time.monotonic() + 5
+    while (alive() is not None or returned() is not None) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+
+    assert (alive(), returned()) == (None, None)
+
+
+def test_map_over_a_buffer_is_lazy(pool: ProcessPool) -> None:
+    """With buffersize, an endless iterator is read only so far ahead."""
+    taken: list[int] = []
+
+    def endless() -> Iterator[int]:
+        n = 0
+        while True:
+            taken.append(n)
+            yield n
+            n += 1
+
+    results = pool.map(tasks.square, endless(), buffersize=4)
+    assert [next(results) for _ in range(10)] == [n * n for n in range(10)]
+    assert len(taken) <= 10 + 4
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_closures_and_lambdas(pool: ProcessPool) -> None:
+    offset = 5
+    assert list(pool.map(lambda x: x + offset, range(3))) == [5, 6, 7]
+
+
+def test_hundreds_of_megabytes_in_both_directions_at_once() -> None:
+    """Arguments and results larger than every buffer cross each other without a deadlock."""
+    import numpy as np
+
+    arrays = [np.full(5_000_000, n, dtype=np.float64) for n in range(8)]  # 40 MB each
+    with ProcessPool(2) as pool:
+        results = list(pool.map(tasks.sleep_and_return, [0] * 8, arrays))
+
+    for n, result in enumerate(results):
+        assert result.shape == (5_000_000,)
+        assert result[0] == result[-1] == n
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork", "loky"])
+def test_every_start_method_works(method: str) -> None:
+    import multiprocessing
+    import warnings
+
+    from loky.backend import get_context
+
+    context = get_context("loky") if method == "loky" else multiprocessing.get_context(method)
+    with warnings.catch_warnings():
+        # Python 3.12 warns of fork with threads, which the caller has asked for here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with ProcessPool(2, mp_context=context) as pool:
+            assert list(pool.map(tasks.square, range(20))) == [n * n for n in range(20)]
+            with pytest.raises(safepool.WorkerDiedError) as caught:
+                pool.submit(tasks.be_killed).result(timeout=30)
+            assert caught.value.exitcode == -9
+            assert pool.submit(tasks.square, 4).result(timeout=30) == 16
+
+
+def test_a_fork_of_the_program_is_told() -> None:
+    """The child's use of the parent's pool fails at once, and does the parent no harm."""
+    import os
+    import warnings
+
+    with ProcessPool(1) as pool:
+        assert pool.submit(tasks.square, 2).result(timeout=30) == 4
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            try:
+                pool.submit(tasks.square, 2)
+            except RuntimeError as error:
+                pool.shutdown()
+                os._exit(0 if "is its fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9

@@ -1,0 +1,337 @@
+"""Workers never outlive their pool, whatever ends it: a drop, an exit, Ctrl-C, SIGKILL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(script: str, *, cwd: Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user would: from a file, in a directory of its own."""
+    (cwd / "script.py").write_text(textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )
+
+
+def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
+    """Start a script in a process group of its own and wait for its first line."""
+    (cwd / "script.py").write_text(textwrap.dedent(script))
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+    return process
+
+
+def workers_of(line: str) -> list[int]:
+    return [int(word) for word in line.split()]
+
+
+def still_alive(pids: list[int], *, after_s: float) -> list[int]:
+    """Return the processes that live on after so many seconds; a zombie does not live."""
+    deadline = time.monotonic() + after_s
+    while True:
+        alive = [pid for pid in pids if _is_alive(pid)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+# One row per kind of script people write. Each prints 285, from its own function.
+SCRIPTS: dict[str, str] = {
+    "no main guard": """
+        import safepool
+        def square(x): return x * x
+        with safepool.ProcessPool(2) as pool:
+            print(sum(pool.map(square, range(10))))
+    """,
+    "a main guard": """
+        import safepool
+        def square(x): return x * x
+        def main():
+            with safepool.ProcessPool(2) as pool:
+                print(sum(pool.map(square, range(10))))
+        if __name__ == "__main__":
+            main()
+    """,
+    "never shut down": """
+        import safepool
+        pool = safepool.ProcessPool(2)
+        print(sum(pool.map(lambda x: x * x, range(10))))
+    """,
+    "dropped": """
+        import safepool
+        futures = [safepool.ProcessPool(1).submit(pow, x, 2) for x in range(10)]
+        print(sum(f.result() for f in futures))
+    """,
+    "two pools at once": """
+        import safepool
+        with safepool.ProcessPool(1) as a, safepool.ProcessPool(1) as b:
+            print(sum(b.map(pow, a.map(int, range(10)), [2] * 10)))
+    """,
+    "in a thread": """
+        import threading, safepool
+        def work():
+            pool = safepool.ProcessPool(1)
+            print(sum(pool.map(lambda x: x * x, range(10))))
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    """,
+    "a closed stdin": """
+        import os, safepool
+        os.close(0)
+        with safepool.ProcessPool(1) as pool:
+            print(sum(pool.map(lambda x: x * x, range(10))))
+    """,
+    "a class of its own": """
+        import safepool
+        from dataclasses import dataclass
+        @dataclass
+        class Point:
+            x: int
+            def squared(self): return Point(self.x ** 2)
+        with safepool.ProcessPool(1) as pool:
+            points = list(pool.map(Point.squared, map(Point, range(10))))
+        assert all(type(p) is Point for p in points)
+        print(sum(p.x for p in points))
+    """,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_work_as_they_are_written(script: str, tmp_path: Path) -> None:
+    """The result is right, nothing else is printed, the program ends by itself."""
+    done = run(SCRIPTS[script], cwd=tmp_path)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("285\n", "", 0)
+
+
+@pytest.mark.parametrize("how", ["-c", "stdin"])
+def test_programs_without_a_file_work(how: str) -> None:
+    code = (
+        "import safepool\n"
+        "def square(x): return x * x\n"
+        "with safepool.ProcessPool(1) as pool: print(sum(pool.map(square, range(10))))\n"
+    )
+    command = [sys.executable, "-c", code] if how == "-c" else [sys.executable]
+    done = subprocess.run(
+        command, input=code, capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.stdout, done.stderr, done.returncode) == ("285\n", "", 0)
+
+
+def test_pending_work_is_finished_at_exit(tmp_path: Path) -> None:
+    """The interpreter ends when the submitted tasks have, as with the standard pool."""
+    done = run(
+        """
+        import safepool, support_tasks
+        pool = safepool.ProcessPool(2)
+        for n in range(6):
+            pool.submit(support_tasks.sleep_and_return, 0.05, n).add_done_callback(
+                lambda future: print(future.result())
+            )
+        """,
+        cwd=tmp_path,
+    )
+
+    assert sorted(done.stdout.split()) == list("012345")
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
+def test_a_worker_lost_at_exit_hangs_nothing(tmp_path: Path) -> None:
+    """No new process may be started by then (Python 3.12); the rest fails or finishes."""
+    done = run(
+        """
+        import safepool, support_tasks
+        pool = safepool.ProcessPool(1)
+        fatal = pool.submit(support_tasks.be_killed)
+        rest = [pool.submit(support_tasks.square, n) for n in range(3)]
+        rest[-1].add_done_callback(lambda f: print("ended", f.done()))
+        """,
+        cwd=tmp_path,
+        timeout_s=30,
+    )
+
+    assert (done.stdout, done.returncode) == ("ended True\n", 0)
+
+
+# One row per thing the workers do when their parent is killed.
+OCCUPATIONS = {
+    "idle": "",
+    "busy in Python": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in range(2)]",
+    "busy in C, holding the GIL": "[pool.submit(support_tasks.fill_native_sleep, 60) for _ in '12']",
+    "busy, with work queued": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in range(9)]",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.parametrize("occupation", OCCUPATIONS)
+def test_workers_end_within_a_second_of_a_killed_parent(occupation: str, tmp_path: Path) -> None:
+    with begin(
+        f"""
+        import safepool, support_tasks, time
+        pool = safepool.ProcessPool(2)
+        list(pool.map(support_tasks.sleep_and_return, [0.3, 0.3]))
+        print(*pool._processes, flush=True)
+        futures = {OCCUPATIONS[occupation] or None}
+        time.sleep(0.3)
+        print("ready", flush=True)
+        time.sleep(60)
+        """,
+        cwd=tmp_path,
+    ) as parent:
+        assert parent.stdout is not None
+        workers = workers_of(parent.stdout.readline())
+        assert parent.stdout.readline() == "ready\n"
+        assert len(workers) == 2
+        parent.kill()
+
+        assert still_alive(workers, after_s=1.0) == []
+
+
+# One row per way to wait for results when Ctrl-C arrives. Where the with block is left by
+# the interrupt, and where only the interpreter's exit sees it.
+WAITS = {
+    "with and map": """
+        with safepool.ProcessPool(2) as pool:
+            for _ in pool.map(work, range(40)): pass
+    """,
+    "with, outside of a result": """
+        with safepool.ProcessPool(2) as pool:
+            futures = [pool.submit(work, n) for n in range(40)]
+            time.sleep(30)
+    """,
+    "leaving the with block": """
+        with safepool.ProcessPool(2) as pool:
+            futures = [pool.submit(work, n) for n in range(40)]
+    """,
+    "no with": """
+        pool = safepool.ProcessPool(2)
+        futures = [pool.submit(work, n) for n in range(40)]
+        futures[-1].result()
+    """,
+    "at exit": """
+        pool = safepool.ProcessPool(2)
+        futures = [pool.submit(work, n) for n in range(40)]
+    """,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process group")
+@pytest.mark.parametrize("wait", WAITS)
+def test_an_interrupt_brings_the_prompt_back(wait: str, tmp_path: Path) -> None:
+    """Within a second the program has ended, and no worker has printed a traceback."""
+    with begin(
+        """
+        import safepool, time, os, threading
+        def work(n):
+            time.sleep(30)
+        def tell():
+            while len(pool._processes) < 2: time.sleep(0.01)
+            time.sleep(0.3)
+            print(*pool._processes, flush=True)
+        pool = None
+        class Teller(threading.Thread):
+            def run(self):
+                while pool is None: time.sleep(0.01)
+                tell()
+        Teller(daemon=True).start()
+        """
+        + WAITS[wait],
+        cwd=tmp_path,
+    ) as script:
+        assert script.stdout is not None
+        assert script.stderr is not None
+        workers = workers_of(script.stdout.readline())
+        started = time.monotonic()
+        os.killpg(script.pid, signal.SIGINT)
+        script.wait(timeout=20)
+        took_s = time.monotonic() - started
+        errors = script.stderr.read()
+
+    assert len(workers) == 2
+    assert still_alive(workers, after_s=0) == []
+    # The promise is one second on an idle machine; the tasks sleep for thirty.
+    assert took_s < 5
+    assert errors.count("Traceback") <= 1, errors
+    if wait != "at exit":
+        assert script.returncode == -signal.SIGINT
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process group")
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1])
+def test_an_interrupt_does_not_strike_a_worker_that_starts(delay_s: float, tmp_path: Path) -> None:
+    """However young a worker is: no traceback of its own, and none is left behind."""
+    with begin(
+        """
+        import safepool, time, threading
+        class Teller(threading.Thread):
+            def run(self):
+                while pool is None or not pool._processes: time.sleep(0.001)
+                print("started", flush=True)
+        pool = None
+        Teller(daemon=True).start()
+        with safepool.ProcessPool(2) as pool:
+            list(pool.map(time.sleep, [30] * 10))
+        """,
+        cwd=tmp_path,
+    ) as script:
+        assert script.stdout is not None
+        assert script.stderr is not None
+        script.stdout.readline()
+        time.sleep(delay_s)
+        os.killpg(script.pid, signal.SIGINT)
+        script.wait(timeout=20)
+        errors = script.stderr.read()
+
+    assert errors.count("Traceback") == errors.count("script.py") == 1, errors
+
+
+def test_nothing_is_left_after_many_pools() -> None:
+    """Descriptors, threads and children are given back by each pool, not at exit."""
+    import support_tasks
+
+    from safepool import ProcessPool
+
+    def descriptors() -> int:
+        return len(support_tasks.open_descriptors())
+
+    with ProcessPool(1) as pool:  # starts what a start method keeps for the process
+        pool.submit(support_tasks.square, 1).result(timeout=30)
+    before = descriptors()
+    for _ in range(5):
+        with ProcessPool(2) as pool:
+            assert list(pool.map(support_tasks.square, range(4))) == [0, 1, 4, 9]
+
+    assert descriptors() == before

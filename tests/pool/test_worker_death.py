@@ -1,0 +1,153 @@
+"""One dead worker costs one task; every other result arrives, and the pool goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import support_tasks as tasks
+
+import safepool
+from safepool import ProcessPool, WorkerDiedError
+
+# One row per way to die: what runs, with which arguments, and the exit code it leaves.
+DEATHS: dict[str, tuple[Callable[..., object], tuple[object, ...], int]] = {
+    "SIGKILL": (tasks.be_killed, (), -signal.SIGKILL),
+    "SIGSEGV": (tasks.segfault, (), -signal.SIGSEGV),
+    "os._exit": (tasks.end_without_cleanup, (), 7),
+    "while writing 80 MB": (tasks.be_killed_while_answering, (80_000_000,), -signal.SIGKILL),
+    "while reading its argument": (
+        tasks.square,
+        (tasks.SlowToUnpickle(os.getpid()),),
+        -signal.SIGKILL,
+    ),
+    "its child holds its descriptors": (tasks.spawn_a_holder_and_die, (), -signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_only_the_dead_workers_task_is_lost(death: str) -> None:
+    """Twenty tasks around the fatal one return, and so does one submitted later."""
+    function, arguments, exitcode = DEATHS[death]
+    with ProcessPool(2) as pool:
+        before = [pool.submit(tasks.sleep_and_return, 0.01, n) for n in range(10)]
+        fatal = pool.submit(function, *arguments)
+        after = [pool.submit(tasks.sleep_and_return, 0.01, n) for n in range(10)]
+
+        error = fatal.exception(timeout=30)
+        assert [f.result(timeout=30) for f in before + after] == [*range(10), *range(10)]
+        assert pool.submit(tasks.square, 9).result(timeout=30) == 81
+
+    assert isinstance(error, WorkerDiedError)
+    if death == "while writing 80 MB" and error.exitcode == 0:
+        pytest.fail("the worker was to be killed in the middle of its answer")
+    assert error.exitcode == exitcode
+    assert error.pid > 0
+    assert error.task.startswith("support_tasks.")
+    if death == "its child holds its descriptors":
+        _end_the_holder()
+
+
+def _end_the_holder() -> None:
+    """Wait for the process that the task left behind; it is nobody's child now."""
+    time.sleep(5.2)
+
+
+def test_every_lost_task_has_an_error_of_its_own() -> None:
+    with ProcessPool(2) as pool:
+        errors = [pool.submit(tasks.be_killed).exception(timeout=30) for _ in range(3)]
+
+    assert len({id(error) for error in errors}) == 3
+    assert len({error.pid for error in errors if isinstance(error, WorkerDiedError)}) == 3
+
+
+def test_an_idle_worker_that_dies_costs_nothing() -> None:
+    with ProcessPool(1) as pool:
+        first = pool.submit(tasks.pid).result(timeout=30)
+        os.kill(first, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while pool._processes and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pool.submit(tasks.pid).result(timeout=30) != first
+
+
+def test_a_stopped_worker_holds_up_nobody_else() -> None:
+    """SIGSTOP, with a large argument on the way to it: the other worker goes on."""
+    with ProcessPool(2) as pool:
+        pids = set()
+        while len(pids) < 2:
+            futures = [pool.submit(tasks.sleep_and_return, 0.05, None) for _ in range(2)]
+            for future in futures:
+                future.result(timeout=30)
+            pids = set(pool._processes)
+        stopped = min(pids)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            large = [pool.submit(len, bytes(20_000_000)) for _ in range(2)]
+            others = [pool.submit(tasks.square, n) for n in range(50)]
+            assert [f.result(timeout=10) for f in others] == [n * n for n in range(50)]
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert [f.result(timeout=30) for f in large] == [20_000_000] * 2
+
+
+def test_a_worker_that_closes_its_channel_is_replaced() -> None:
+    """A task that closes descriptors it does not own costs itself alone."""
+    with ProcessPool(1) as pool:
+        with pytest.raises(WorkerDiedError):
+            pool.submit(os.closerange, 3, 1000).result(timeout=30)
+        assert pool.submit(tasks.square, 2).result(timeout=30) == 4
+
+
+def test_a_worker_that_dies_in_its_initializer_breaks_the_pool() -> None:
+    """No storm of new workers: it would die again."""
+    with ProcessPool(2, initializer=tasks.be_killed) as pool:
+        futures = [pool.submit(tasks.square, n) for n in range(5)]
+        errors = [future.exception(timeout=30) for future in futures]
+
+    assert all(isinstance(error, safepool.PoolBrokenError) for error in errors)
+    assert len({id(error) for error in errors}) == 5
+    assert "3 workers in a row" in str(errors[0])
+    assert "SIGKILL" in str(errors[0])
+
+
+def test_an_initializer_that_raises_is_the_cause() -> None:
+    with ProcessPool(1, initializer=tasks.fail_to_initialize) as pool:
+        error = pool.submit(tasks.square, 1).exception(timeout=30)
+
+    assert isinstance(error, safepool.PoolBrokenError)
+    assert isinstance(error.__cause__, RuntimeError)
+    assert "no initializer today" in str(error.__cause__)
+
+
+@pytest.mark.slow
+def test_every_task_of_a_storm_is_accounted_for() -> None:
+    """While random workers are killed, each future ends once: a result or its own loss."""
+    import random
+
+    rng = random.Random(7)
+    seen: dict[int, float] = {}
+    kills = 0
+    with ProcessPool(2) as pool:
+        futures = [pool.submit(tasks.sleep_and_return, 0.002, n) for n in range(3000)]
+        while not all(future.done() for future in futures):
+            time.sleep(0.02)
+            now = time.monotonic()
+            # Three killed in a row before they have begun would rightly break the pool.
+            grown = [pid for pid in list(pool._processes) if now - seen.setdefault(pid, now) > 0.3]
+            if grown and kills < 12:
+                victim = rng.choice(grown)
+                del seen[victim]
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+    lost = 0
+    for n, future in enumerate(futures):
+        if (error := future.exception(timeout=0)) is None:
+            assert future.result() == n
+        else:
+            assert isinstance(error, WorkerDiedError)
+            lost += 1
+    assert 0 < lost <= kills

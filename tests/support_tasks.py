@@ -1,0 +1,173 @@
+"""What tests run in workers. On the path of every test, so importable in a worker."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def add(*numbers: int, more: int = 0) -> int:
+    return sum(numbers) + more
+
+
+def pid(_: object = None) -> int:
+    return os.getpid()
+
+
+def sleep_and_return(seconds: float, value: Any = None) -> Any:
+    time.sleep(seconds)
+    return value
+
+
+def raise_value_error(text: str = "broken on purpose") -> None:
+    raise ValueError(text)
+
+
+def exit_with_3() -> None:
+    sys.exit(3)
+
+
+def end_without_cleanup() -> None:
+    os._exit(7)
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfault() -> None:
+    import faulthandler
+
+    faulthandler.disable()
+    ctypes.string_at(0)
+
+
+def be_killed_while_answering(size_bytes: int) -> bytes:
+    """Return a result that is still being written when the worker is killed."""
+    threading.Timer(0.05, be_killed).start()
+    return bytes(size_bytes)
+
+
+class SlowToUnpickle:
+    """Killed while it is read: unpickling it in a worker ends the worker."""
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _kill_unless_owner, (self.owner,)
+
+
+def _kill_unless_owner(owner: int) -> None:
+    if os.getpid() != owner:
+        be_killed()
+
+
+class TwoArguments(Exception):  # noqa: N818
+    """Can be pickled, cannot be unpickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def raise_two_arguments() -> None:
+    raise TwoArguments(1, 2)
+
+
+class FalseError(Exception):
+    def __bool__(self) -> bool:
+        return False
+
+
+def raise_false_error() -> None:
+    raise FalseError("still an error")
+
+
+def return_lock() -> object:
+    return threading.Lock()
+
+
+class RaisesWhenUnpickled:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return raise_value_error, ("raised by unpickling",)
+
+
+def return_raiser() -> object:
+    return RaisesWhenUnpickled()
+
+
+def raise_locked() -> None:
+    error = ValueError("holds a lock")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
+_marks: list[str] = []
+
+
+def mark(text: str) -> None:
+    _marks.append(text)
+
+
+def marks(_: object = None) -> list[str]:
+    return _marks
+
+
+def fail_to_initialize() -> None:
+    raise RuntimeError("no initializer today")
+
+
+def native_pools(import_first: str | None = None) -> list[tuple[str, int]]:
+    """Import a library in this process, and return (library, threads) of every native pool."""
+    import importlib
+
+    import threadpoolctl
+
+    for name in (import_first or "").split():
+        importlib.import_module(name)
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        _ = np.ones((200, 200)) @ np.ones((200, 200))
+    return [(pool["internal_api"], pool["num_threads"]) for pool in threadpoolctl.threadpool_info()]
+
+
+def threads_of_this_process() -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Threads:"))
+
+
+def environment(_: object = None) -> dict[str, str]:
+    return dict(os.environ)
+
+
+def open_descriptors(_: object = None) -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except OSError:
+            pass
+    return found
+
+
+def spawn_a_holder_and_die() -> None:
+    """Leave a child behind that holds every descriptor of this worker, and be killed."""
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    be_killed()
+
+
+def fill_native_sleep(seconds: int) -> None:
+    """Sleep in C with the interpreter lock held, so that no Python thread can run."""
+    ctypes.PyDLL(None).sleep(seconds)

@@ -1,0 +1,80 @@
+"""``@safepool.worker`` caps native threads around a function in any process."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import support_decorated as decorated
+import support_tasks as tasks
+
+import safepool
+
+
+def uncapped() -> list[tuple[str, int]]:
+    return tasks.native_pools("scipy.linalg")
+
+
+def test_the_body_is_capped_and_the_process_restored() -> None:
+    before = uncapped()
+    inside = decorated.pools()
+
+    assert inside
+    assert {count for _, count in inside} == {1}
+    assert uncapped() == before
+
+
+def test_a_standard_pool_runs_it_capped() -> None:
+    """The standard pickler takes it by name, as it takes the function itself."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        pools = pool.submit(decorated.pools).result(timeout=60)
+
+    assert pools
+    assert {count for _, count in pools} == {1}
+
+
+def test_the_environment_is_restored() -> None:
+    """Also when blocks are nested: the variables hold inside, and not a moment longer."""
+    before = dict(os.environ)
+    outer, inner = decorated.nested_variables()
+
+    assert outer == inner == "1"
+    assert dict(os.environ) == before
+
+
+def test_it_runs_in_our_pool() -> None:
+    with safepool.ProcessPool(1) as pool:
+        assert pool.submit(decorated.add, 1, y=2).result(timeout=60) == 3
+        assert pool.submit(safepool.worker(lambda x: x + 1), 2).result(timeout=60) == 3
+
+
+def test_it_survives_pickling_by_the_standard_pickler() -> None:
+    assert pickle.loads(pickle.dumps(decorated.add)) is decorated.add
+
+
+def test_it_looks_like_the_function() -> None:
+    assert decorated.add.__name__ == "add"
+    assert decorated.add.__doc__ == "Add two numbers."
+    assert str(inspect.signature(decorated.add)) == "(x: 'int', y: 'int' = 0) -> 'int'"
+
+
+def test_what_the_function_raises_passes_and_the_cap_is_lifted() -> None:
+    before = uncapped()
+    with pytest.raises(ZeroDivisionError):
+        decorated.divide(1, 0)
+    assert uncapped() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs the affinity mask")
+def test_uncapped_pools_have_several_threads_here() -> None:
+    """Otherwise the tests above could not fail."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("on one CPU every native pool has one thread by itself")
+    if any(os.environ.get(name) == "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")):
+        pytest.skip("the environment caps this process already")
+    assert max(count for _, count in uncapped()) > 1

@@ -1,0 +1,98 @@
+"""Frames survive whatever pieces they arrive in, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safepool.transport.frames import CorruptFrameError, Frame, FrameReader, Kind, encode
+
+
+def read(stream: bytes, cuts: list[int]) -> list[Frame]:
+    """Feed a stream to a reader in pieces that end at the given places."""
+    reader = FrameReader()
+    frames: list[Frame] = []
+    position = 0
+    for end in [*sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]:
+        while position < end:
+            target = reader.buffer()
+            piece = stream[position : min(end, position + len(target))]
+            target[: len(piece)] = piece
+            target.release()
+            frames.extend(reader.received(len(piece)))
+            position += len(piece)
+    return frames
+
+
+messages = st.tuples(
+    st.sampled_from(list(Kind)),
+    st.integers(0, 2**64 - 1),
+    st.lists(st.binary(max_size=300), max_size=5),
+)
+
+
+@given(st.lists(messages, max_size=6), st.lists(st.integers(0, 10**6), max_size=12))
+def test_frames_survive_any_split(
+    sent: list[tuple[Kind, int, list[bytes]]], cuts: list[int]
+) -> None:
+    """What is read is what was encoded, wherever the stream was cut."""
+    stream = b"".join(piece for message in sent for piece in encode(*message))
+
+    assert read(stream, cuts) == [
+        (kind, task, [bytearray(segment) for segment in segments])
+        for kind, task, segments in sent
+    ]
+
+
+# One row per size that takes another path through the reader: scratch buffer (64 KiB),
+# straight into the segment (from 16 KiB on), more lengths than the scratch buffer holds.
+SHAPES: dict[str, list[int]] = {
+    "empty segments": [0, 0, 0],
+    "exactly the scratch buffer": [65536 - 16 - 8],
+    "one byte more": [65536 - 16 - 8 + 1],
+    "large, then small, then large": [300_000, 3, 200_000],
+    "just below direct": [16 * 1024 - 1] * 9,
+    "ten thousand segments": [1] * 10_000,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_segments_of_every_size_arrive_whole(shape: str) -> None:
+    """Each path of the reader gives the same bytes, also with a frame right behind it."""
+    segments = [bytes([i % 251]) * size for i, size in enumerate(SHAPES[shape])]
+    stream = b"".join([*encode(Kind.TASK, 1, segments), *encode(Kind.STOP, 2)])
+
+    first, second = read(stream, [17, 70_000, 70_001, 131_072])
+
+    assert [bytes(segment) for segment in first.segments] == segments
+    assert second == (Kind.STOP, 2, [])
+
+
+# One row per way in which bytes are not a frame.
+CORRUPT: dict[str, bytes] = {
+    "another magic": b"xx" + b"".join(encode(Kind.STOP, 0))[2:],
+    "another version": b"sp\x02" + b"".join(encode(Kind.STOP, 0))[3:],
+    "an unknown kind": b"sp\x01\xff" + b"".join(encode(Kind.STOP, 0))[4:],
+    "too many segments": struct.pack("!2sBBIQ", b"sp", 1, 2, 2**32 - 1, 0),
+    "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 1, 2, 1, 0, 2**64 - 1),
+    "printed text": b"Hello from a task that writes to descriptor 5\n",
+}
+
+
+@pytest.mark.parametrize("case", CORRUPT)
+def test_bytes_that_are_no_frame_are_refused(case: str) -> None:
+    """The reader raises its own error; it neither waits nor allocates."""
+    with pytest.raises(CorruptFrameError):
+        read(CORRUPT[case], [])
+
+
+@given(st.binary(max_size=200))
+def test_no_input_raises_anything_else(garbage: bytes) -> None:
+    """Whatever arrives is frames, part of a frame, or a CorruptFrameError."""
+    try:
+        read(garbage, [])
+    except CorruptFrameError:
+        pass
