@@ -238,9 +238,12 @@ def _remove(directory: Path) -> None:
     deadline = time.monotonic() + _REMOVE_SECONDS
     while True:
         try:
-            for pid in (directory / "cgroup.procs").read_text().split():
+            members = {int(pid) for pid in (directory / "cgroup.procs").read_text().split()}
+            # A thread of ours that was moved here makes us a member until the kernel has
+            # ended it, which is a little after join().
+            for pid in members - {os.getpid()}:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
             directory.rmdir()
         except FileNotFoundError:
             return

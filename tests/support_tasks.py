@@ -138,7 +138,8 @@ def native_pools(import_first: str | None = None) -> list[tuple[str, int]]:
         import numpy as np
 
         _ = np.ones((200, 200)) @ np.ones((200, 200))
-    return [(pool["internal_api"], pool["num_threads"]) for pool in threadpoolctl.threadpool_info()]
+    found = threadpoolctl.threadpool_info()
+    return [(pool["internal_api"], pool["num_threads"]) for pool in found]
 
 
 def threads_of_this_process() -> int:
@@ -168,6 +169,6 @@ def spawn_a_holder_and_die() -> None:
     be_killed()
 
 
-def fill_native_sleep(seconds: int) -> None:
+def sleep_in_c(seconds: int) -> None:
     """Sleep in C with the interpreter lock held, so that no Python thread can run."""
     ctypes.PyDLL(None).sleep(seconds)

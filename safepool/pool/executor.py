@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from safepool.budget import fit
 from safepool.limits import read_limits
 from safepool.pool.scheduler import Scheduler
+from safepool.pool.tasks import name_of
 from safepool.threads.environment import worker_environment
 from safepool.workers.process import default_context
 
@@ -137,7 +138,7 @@ class ProcessPool(Executor):
             ...     pool.submit(pow, 2, 10).result()
             1024
         """
-        return self._scheduler.submit(fn, args, kwargs)
+        return self._scheduler.submit(fn, args, kwargs, name=name_of(fn))
 
     def map(
         self,
@@ -182,13 +183,18 @@ class ProcessPool(Executor):
         items = zip(*iterables, strict=False)
         chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
         futures: collections.deque[Future[list[_T]]] = collections.deque()
-        call = functools.partial(_call_each, fn)
+        call, name = functools.partial(_call_each, fn), name_of(fn)
+
+        # Holds the pool, so that one that nobody else holds is not shut down half-way.
+        def submit(chunk: tuple[Any, ...]) -> Future[list[_T]]:
+            return self._scheduler.submit(call, (chunk,), {}, name=name)
+
         # The buffer counts items, tasks are chunks of them; at least one must be under way.
         ahead = None if buffersize is None else max(1, buffersize // chunksize)
         for chunk in itertools.islice(chunks, ahead):
-            futures.append(self.submit(call, chunk))
-        more = None if buffersize is None else chunks
-        return _results(weakref.ref(self), futures, call, more, deadline)
+            futures.append(submit(chunk))
+        more = None if buffersize is None else map(submit, chunks)
+        return _results(futures, more, deadline)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, finish those submitted, end the workers.
@@ -232,20 +238,15 @@ def _call_each(function: Callable[..., _T], chunk: Iterable[tuple[Any, ...]]) ->
 
 
 def _results(
-    pool: weakref.ref[ProcessPool],
     futures: collections.deque[Future[list[_T]]],
-    call: Callable[..., list[_T]],
-    more: Iterator[tuple[Any, ...]] | None,
+    more: Iterator[Future[list[_T]]] | None,
     deadline: float | None,
 ) -> Iterator[_T]:
-    """Yield results in order; submit a chunk for each one that was waited for."""
+    """Yield results in order; submit one more chunk for each that is waited for."""
     try:
         while futures:
-            if more is not None and (executor := pool()) is not None:
-                chunk = next(more, None)
-                if chunk is not None:
-                    futures.append(executor.submit(call, chunk))
-                del executor
+            if more is not None:
+                futures.extend(itertools.islice(more, 1))
             future = futures.popleft()
             try:
                 left = None if deadline is None else deadline - time.monotonic()

@@ -49,7 +49,7 @@ from safepool.errors import (
     WorkerDiedError,
     describe_exit,
 )
-from safepool.pool.tasks import PoolFuture, Task, name_of
+from safepool.pool.tasks import PoolFuture, Task
 from safepool.transport import payloads
 from safepool.transport.channel import ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
@@ -167,9 +167,14 @@ class Scheduler:
         return {worker.pid: worker.process for worker in list(self._workers.values())}
 
     def submit(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        name: str,
     ) -> PoolFuture:
-        """Queue a call and return its future.
+        """Queue a call and return its future; an error calls it ``name``.
 
         Raises:
             BrokenProcessPool: The pool gave up as a whole.
@@ -191,9 +196,7 @@ class Scheduler:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if self._thread is None:
                 self._start()
-            self._waiting.append(
-                Task(next(self._numbers), future, (function, args, kwargs), name_of(function))
-            )
+            self._waiting.append(Task(next(self._numbers), future, (function, args, kwargs), name))
         self.wake()
         if not self._started.is_set() and threading.current_thread() is not self._thread:
             self._started.wait()

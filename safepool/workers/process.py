@@ -73,7 +73,7 @@ class WorkerProcess:
                 threads,
                 (*foreign_descriptors, ours.fileno()) if forked else (),
             )
-            self.process = _create(context, arguments, environment)
+            self.process: Any = _create(context, arguments, environment)
             _start(self.process, context.get_start_method())
             handle.close()
         except BaseException:
@@ -120,6 +120,7 @@ class WorkerProcess:
             self.process.close()
         except (ValueError, AttributeError):
             pass  # still running, or loky's, whose descriptors go with the object
+        self.process = None
 
 
 def _create(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,9 @@ from safepool.cli.demo_group import GroupLeftError, NoGroupError, Site, find_sit
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from safepool.cli.demo_group import QuotaGroup
+    from safepool.limits import Throttling
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 
@@ -194,13 +198,25 @@ def test_the_group_is_real_and_ends_with_all_that_is_in_it() -> None:
         assert joined.stdout is not None
         assert float(joined.stdout.readline()) == 0.25
         assert group.members_file.read_text().split() == [str(joined.pid)]
-        before = group.throttling()
+        throttling = wait_until_throttled(group)
 
     assert not group.directory.exists()
     joined.stdout.close()
     assert joined.wait(timeout=10) == -9
-    assert before is not None
+    assert 0 < throttling.throttled_periods <= throttling.periods
+    assert throttling.throttled_us > 0
     assert group.throttling() is None
+
+
+def wait_until_throttled(group: QuotaGroup) -> Throttling:
+    """One process that spins has more than a quarter of a CPU at once."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        throttling = group.throttling()
+        if throttling is not None and throttling.throttled_us:
+            return throttling
+        time.sleep(0.02)
+    pytest.fail("the kernel never froze the group")
 
 
 @needs_groups

@@ -52,13 +52,12 @@ def test_the_block_sets_the_default() -> None:
 
 @pytest.mark.parametrize("where", ["block", "call"])
 def test_no_jobs_is_an_error(where: str) -> None:
+    def use() -> None:
+        with safepool.parallel_backend(n_jobs=0 if where == "block" else 2):
+            Parallel(n_jobs=0)(delayed(abs)(n) for n in range(2))
+
     with pytest.raises(ValueError, match="n_jobs == 0"):
-        if where == "block":
-            with safepool.parallel_backend(n_jobs=0):
-                pass
-        else:
-            with safepool.parallel_backend():
-                Parallel(n_jobs=0)(delayed(abs)(n) for n in range(2))
+        use()
 
 
 def test_workers_are_shared_by_the_calls_of_a_block() -> None:
@@ -78,7 +77,7 @@ def test_an_exception_is_itself_and_the_next_call_works() -> None:
 
 
 def test_a_killed_worker_is_an_error_of_this_call_alone() -> None:
-    """joblib's own backend loses every result and says that memory may be short."""
+    """The default backend loses every result and says that memory may be short."""
     with safepool.parallel_backend():
         with pytest.raises(safepool.WorkerDiedError, match="SIGKILL"):
             Parallel(n_jobs=2)(
@@ -101,9 +100,7 @@ def test_the_first_error_ends_the_running_tasks() -> None:
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
 def test_generators(return_as: str) -> None:
     with safepool.parallel_backend():
-        results = Parallel(n_jobs=2, return_as=return_as)(
-            delayed(pow)(n, 2) for n in range(20)
-        )
+        results = Parallel(n_jobs=2, return_as=return_as)(delayed(pow)(n, 2) for n in range(20))
         assert sorted(results) == [n**2 for n in range(20)]
 
 
@@ -115,7 +112,7 @@ def test_a_timeout_is_joblibs_timeout() -> None:
 def test_a_nested_call_stays_within_its_worker() -> None:
     """Two levels of Parallel do not become workers times workers."""
 
-    def outer(n: int) -> tuple[int, set[int]]:
+    def outer(_n: int) -> tuple[int, set[int]]:
         inner = Parallel(n_jobs=-1)(delayed(tasks.pid)() for _ in range(4))
         return os.getpid(), set(inner)
 

@@ -163,15 +163,12 @@ def test_a_users_program_type_checks_strictly(installed: Installed, tmp_path: Pa
     """The installed package carries its types."""
     program = tmp_path / "program.py"
     program.write_text(SNIPPET)
-    options = [
-        "--strict",
-        "--python-executable",
-        installed.bin / "python",
-        "--cache-dir",
-        tmp_path,
-    ]
+    python = installed.bin / "python"
 
-    output = run([sys.executable, "-m", "mypy", *options, program], cwd=tmp_path)
+    output = run(
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, program],
+        cwd=tmp_path,
+    )
 
     assert "no issues found" in output
 

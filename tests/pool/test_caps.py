@@ -20,14 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller has set nothing, so whatever caps a worker is ours."""
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_pool_the_libraries_start_several_threads(without_variables: None) -> None:
+def test_without_a_pool_the_libraries_start_several_threads() -> None:
     """The other tests here could not fail on a machine where this one does."""
     code = "import support_tasks as t; print(max(n for _, n in t.native_pools('scipy.linalg')))"
     done = subprocess.run(
@@ -43,10 +43,8 @@ def test_without_a_pool_the_libraries_start_several_threads(without_variables: N
 
 
 @pytest.mark.parametrize("library", ["numpy", "scipy.linalg", "sklearn.ensemble"])
-def test_a_library_first_imported_inside_a_task_has_one_thread(
-    library: str, without_variables: None
-) -> None:
-    """threadpoolctl in an initializer alone would miss it: there is nothing to cap yet."""
+def test_a_library_first_imported_inside_a_task_has_one_thread(library: str) -> None:
+    """With threadpoolctl in an initializer alone it is missed: there is nothing to cap yet."""
     with ProcessPool(1) as pool:
         pools = pool.submit(tasks.native_pools, library).result(timeout=60)
         threads = pool.submit(tasks.threads_of_this_process).result(timeout=60)
@@ -57,7 +55,7 @@ def test_a_library_first_imported_inside_a_task_has_one_thread(
     assert threads == 1
 
 
-def test_a_library_imported_by_the_initializer_has_one_thread(without_variables: None) -> None:
+def test_a_library_imported_by_the_initializer_has_one_thread() -> None:
     with ProcessPool(1, initializer=tasks.native_pools, initargs=("scipy.linalg",)) as pool:
         pools = pool.submit(tasks.native_pools).result(timeout=60)
 
@@ -69,7 +67,7 @@ def test_a_library_imported_by_the_initializer_has_one_thread(without_variables:
 def test_every_start_method_caps_what_the_program_has_imported(
     method: str, tmp_path: os.PathLike[str]
 ) -> None:
-    """spawn imports the script, and so NumPy, before an initializer could run."""
+    """With spawn, the child imports the script, and so NumPy, before an initializer could run."""
     script = os.path.join(tmp_path, "script.py")
     with open(script, "w", encoding="utf-8") as file:
         file.write(
@@ -95,9 +93,7 @@ def test_every_start_method_caps_what_the_program_has_imported(
     assert (done.stdout, done.stderr) == ("[1]\n", "")
 
 
-def test_workers_are_born_with_the_variables_and_the_caller_is_untouched(
-    without_variables: None,
-) -> None:
+def test_workers_are_born_with_the_variables_and_the_caller_is_untouched() -> None:
     before = dict(os.environ)
     with ProcessPool(1) as pool:
         found = pool.submit(tasks.environment).result(timeout=60)
@@ -106,7 +102,7 @@ def test_workers_are_born_with_the_variables_and_the_caller_is_untouched(
     assert dict(os.environ) == before
 
 
-def test_the_callers_own_pools_keep_their_size(without_variables: None) -> None:
+def test_the_callers_own_pools_keep_their_size() -> None:
     """Only workers are capped; what the main process computes runs as before."""
     code = (
         "import support_tasks as t, safepool\n"

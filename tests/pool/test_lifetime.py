@@ -32,7 +32,7 @@ def run(script: str, *, cwd: Path, timeout_s: float = 60) -> subprocess.Complete
 def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
     """Start a script in a process group of its own and wait for its first line."""
     (cwd / "script.py").write_text(textwrap.dedent(script))
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=cwd,
         stdout=subprocess.PIPE,
@@ -41,7 +41,6 @@ def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
     )
-    return process
 
 
 def workers_of(line: str) -> list[int]:
@@ -189,9 +188,9 @@ def test_a_worker_lost_at_exit_hangs_nothing(tmp_path: Path) -> None:
 # One row per thing the workers do when their parent is killed.
 OCCUPATIONS = {
     "idle": "",
-    "busy in Python": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in range(2)]",
-    "busy in C, holding the GIL": "[pool.submit(support_tasks.fill_native_sleep, 60) for _ in '12']",
-    "busy, with work queued": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in range(9)]",
+    "busy in Python": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in '12']",
+    "busy in C, holding the GIL": "[pool.submit(support_tasks.sleep_in_c, 60) for _ in '12']",
+    "busy, with work queued": "[pool.submit(support_tasks.sleep_and_return, 60) for _ in '12345']",
 }
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
 
 import safepool
 from safepool import ProcessPool, WorkerDiedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # One row per way to die: what runs, with which arguments, and the exit code it leaves.
 DEATHS: dict[str, tuple[Callable[..., object], tuple[object, ...], int]] = {

@@ -42,8 +42,7 @@ def test_frames_survive_any_split(
     stream = b"".join(piece for message in sent for piece in encode(*message))
 
     assert read(stream, cuts) == [
-        (kind, task, [bytearray(segment) for segment in segments])
-        for kind, task, segments in sent
+        (kind, task, [bytearray(segment) for segment in segments]) for kind, task, segments in sent
     ]
 
 

@@ -8,8 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy as np
@@ -17,6 +16,9 @@ import pytest
 import support_tasks
 
 from safepool.transport.payloads import dumps, loads
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def round_trip(value: object) -> Any:
