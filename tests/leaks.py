@@ -1,7 +1,8 @@
 """What this process and its family hold, before a test and after it.
 
-Two fixtures that every test has, and what they are made of: a snapshot, and what is new since
-an older one.
+A fixture that every test has, and what it is made of: a snapshot, and what is new since an
+older one. A test whose module has a shared fixture set up is checked with the module: it may
+be the shared pool that has started a worker.
 
 Not covered:
     * An orphan that was started with an empty environment *and* left the process group:
@@ -141,6 +142,11 @@ class Leak:
     what: str
     process: Process | None = None
 
+    @property
+    def key(self) -> str:
+        """The same at every look, whatever a process does meanwhile."""
+        return f"process {self.process.pid}" if self.process else self.what
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -162,14 +168,35 @@ class Snapshot:
     names: frozenset[Path]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Note a fixture that the tests define for longer than one test."""
+    # Without a base it is a plugin's, as pytest's own and those in this file.
+    if fixturedef.scope != "function" and fixturedef.baseid:
+        _SHARED_FIXTURES.add(fixturedef)
+
+
+def pytest_fixture_post_finalizer(fixturedef: pytest.FixtureDef[object]) -> None:
+    """Note its end."""
+    _SHARED_FIXTURES.discard(fixturedef)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _the_session_leaves_nothing_behind() -> Iterator[None]:
-    """Look for processes once more at the end: a module's fixtures escape the check below."""
+    """Look for processes once more, when every fixture has ended."""
     before = frozenset(_every_pid())
     yield
     end_reusable_executors()
-    left = _what_stays(lambda: _new_processes(before | _CHARGED))
-    _fail_for(left, "the session left behind")
+    _fail_for(_what_stays(lambda: _new_processes(before)), "the session left behind")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _the_module_leaves_nothing_behind() -> Iterator[None]:
+    """Look again when the fixtures that a module's tests share have ended."""
+    before = take_snapshot()
+    yield
+    if not _SHARED_FIXTURES:
+        _fail_for(left_since(before), "the module left behind")
 
 
 @pytest.fixture(autouse=True)
@@ -179,14 +206,15 @@ def _the_test_leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[
     yield
     if request.node.get_closest_marker("foreign_pools"):
         end_reusable_executors()
-    _fail_for(left_since(before), "the test left behind")
+    # A pool that several tests share starts and replaces workers in any of them.
+    if not _SHARED_FIXTURES:
+        _fail_for(left_since(before), "the test left behind")
 
 
 def _fail_for(left: list[Leak], title: str) -> None:
     if left:
-        processes = [leak.process for leak in left if leak.process]
-        _CHARGED.update(process.pid for process in processes)
-        kill(processes)
+        _CHARGED.update(leak.key for leak in left)
+        kill([leak.process for leak in left if leak.process])
         pytest.fail(title + ":" + "".join(f"\n  {leak.what}" for leak in left), pytrace=False)
 
 
@@ -208,16 +236,20 @@ def left_since(before: Snapshot) -> list[Leak]:
 
 def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
     """Look once; only when something is found, collect garbage and wait for it to go."""
-    found = list(look())
+    found = _uncharged(look())
     if not found:
         return []
     gc.collect()
     deadline = time.monotonic() + GRACE_S
     pause_s = 0.005
-    while (found := list(look())) and time.monotonic() < deadline:
+    while (found := _uncharged(look())) and time.monotonic() < deadline:
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
     return found
+
+
+def _uncharged(found: Iterator[Leak]) -> list[Leak]:
+    return [leak for leak in found if leak.key not in _CHARGED]
 
 
 def end_reusable_executors() -> None:
@@ -437,7 +469,11 @@ def _is_someone_elses(name: Path) -> bool:
     return not any(maker.pid in ours for maker in makers)
 
 
-# Session state, the one thing here that changes: processes that a test has failed for.
-_CHARGED: set[int] = set()
+# The session's state. The keys of leaks that a test has failed for: nothing fails twice.
+_CHARGED: set[str] = set()
 
+# Fixtures that are set up, and belong to more than one test.
+_SHARED_FIXTURES: set[pytest.FixtureDef[object]] = set()
+
+# The processes of the machine when this session began.
 _PRESENT_AT_START = frozenset(_every_pid())

@@ -28,6 +28,11 @@ def sleep_and_return(seconds: float, value: Any = None) -> Any:
     return value
 
 
+def value_and_pid(value: int) -> tuple[int, int]:
+    time.sleep(0.002)
+    return value, os.getpid()
+
+
 def raise_value_error(text: str = "broken on purpose") -> None:
     raise ValueError(text)
 

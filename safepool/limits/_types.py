@@ -22,11 +22,13 @@ class Limit:
 
     Attributes:
         name: The field's own term: ``affinity``, ``cpu.max``, ``cpu.cfs_quota_us``, or the
-            name of an environment variable such as ``SLURM_CPUS_PER_TASK``.
+            name of an environment variable such as ``SLURM_CPUS_PER_TASK``, or Python's
+            option ``-X cpu_count``.
         cpus: Ceiling in CPUs of run time per second of wall time: 2.5 is two and a half
             CPUs. ``None`` means the source was read and sets no ceiling.
         source: The file, the call or the variable that was read.
-        raw: What it said, word for word.
+        raw: What it said, word for word. Where two files make one limit (version 1),
+            ``150000 / 100000``.
     """
 
     name: str
@@ -43,7 +45,9 @@ class MemoryLimit:
         name: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes`` or
             ``hierarchical_memory_limit``.
         bytes: The ceiling; ``None`` means the source was read and sets none.
-        used_bytes: What the group uses now, page cache included; ``None`` if not told.
+        used_bytes: What the group uses now, page cache included; ``None`` if not told, or
+            not asked because the group has no ceiling. For ``hierarchical_memory_limit``,
+            whose ancestor may be hidden, it is the own group's: at least so much is used.
         reclaimable_bytes: The part of it that the kernel gives back under pressure (clean
             page cache, inactive files, reclaimable slab); ``None`` if not told.
         source: The file that was read.
@@ -65,7 +69,8 @@ class PidsLimit:
     Attributes:
         name: ``pids.max``, or ``RLIMIT_NPROC``.
         tasks: The ceiling; ``None`` means the source was read and sets none.
-        used_tasks: How many there are now; ``None`` if not told.
+        used_tasks: How many there are now; ``None`` if not told, or not asked because there
+            is no ceiling.
         source: The file or the call that was read.
         raw: What it said, word for word.
     """
@@ -162,7 +167,7 @@ class Limits:
         exact_workers: ``SAFEPOOL_MAX_WORKERS``, if it is set: it replaces the computed
             number of workers (``cpus`` is that number).
         memory: Control-group memory limits, innermost group first.
-        pids: Limits on processes and threads, innermost group first.
+        pids: Limits on processes and threads, innermost group first, then the user's.
         open_files: The descriptor limit; ``None`` where the system has none.
         shared_memory: ``/dev/shm``; ``None`` where there is none.
         skipped: What could not be used, and why.

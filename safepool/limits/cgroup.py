@@ -47,8 +47,9 @@ class Level:
     directories: tuple[str, ...]
 
 
-# Where to look if there is no usable mountinfo: systemd's and docker's names.
-# Source: systemd, docs/CGROUP_DELEGATION.md; file-hierarchy(7) names only the first.
+# Where to look if there is no usable mountinfo: systemd's and docker's names, of which the
+# first that exists counts. Source: systemd, docs/CGROUP_DELEGATION.md, "Three Different
+# Tree Setups".
 CONVENTIONAL_V2 = ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 CONVENTIONAL_V1: dict[str, tuple[str, ...]] = {
     "cpu": (

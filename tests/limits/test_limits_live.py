@@ -149,7 +149,7 @@ def test_a_level_between_two_mounts_is_found() -> None:
         )
         found = read_in(group, before=inside_unshare("-Cm", script))
 
-    assert found["cpus"] == 1.5
+    assert found["quotas"][:2] == [None, 1.5]
 
 
 @needs_version_1
@@ -282,25 +282,31 @@ def test_a_watch_keeps_no_descriptor_open() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+# Busy until it was frozen three times: how long that takes depends on what else runs here.
 THROTTLED = """
 import time, safepool.limits as limits
 before = limits.read_throttling()
-end = time.monotonic() + 1.0
-while time.monotonic() < end:
-    pass
-now = limits.read_throttling() - before
-print(now.periods, now.throttled_periods, now.throttled_us)
+now = before
+end = time.monotonic() + 40
+while now.throttled_periods < before.throttled_periods + 3 and time.monotonic() < end:
+    pause = time.monotonic() + 0.05
+    while time.monotonic() < pause:
+        pass
+    now = limits.read_throttling()
+found = now - before
+print(found.periods, found.throttled_periods, found.throttled_us)
 """
 
 
 def test_throttling_is_counted_where_the_quota_is() -> None:
-    """A busy process below a parent with half a CPU is frozen half of the time."""
-    with control_group(cpus=0.5) as parent, control_group(inside=parent) as group:
+    """A busy process is frozen by its parent group's quota, and the counters say so."""
+    with control_group(cpus=0.2) as parent, control_group(inside=parent) as group:
         periods, frozen, microseconds = map(int, group.run(THROTTLED).split())
 
-    assert periods >= 5
     assert frozen >= 3
-    assert microseconds > 100_000
+    assert periods >= frozen
+    # Each time until the end of a tenth of a second, of which it ran at most a fifth.
+    assert microseconds > 10_000
 
 
 def test_without_a_quota_there_is_no_throttling() -> None:

@@ -246,23 +246,53 @@ def test_a_leak_is_charged_to_one_test_only(tmp_path: Path) -> None:
 
 
 @linux_only
-def test_a_wider_fixture_is_checked_at_the_end(tmp_path: Path) -> None:
-    """A module's fixture may keep a process between tests, not beyond the last one."""
-    source = """
-        @pytest.fixture(scope="module")
-        def process():
-            process = subprocess.Popen(["sleep", "1006"])
-            kept.append(process)
-            return process
+@pytest.mark.parametrize("scope", ["module", "session"])
+def test_a_shared_fixture_is_checked_at_its_end(scope: str, tmp_path: Path) -> None:
+    """It may start a process in any test that it serves, and may leave none."""
+    source = f"""
+        @pytest.fixture(scope="{scope}")
+        def start():
+            return lambda *command: kept.append(subprocess.Popen(command))
 
-        def test_first(process): pass
-        def test_second(process): pass
+        def test_first(start): start("sleep", "1006")
+        def test_second(start): start("sleep", "1007")
+        def test_third(start): assert kept[0].poll() is None
     """
 
     run = run_pytest(tmp_path, source)
 
-    assert re.search(r"the session left behind:\n  process \d+ .*: sleep 1006", run.stdout)
-    assert "2 passed, 1 error" in run.stdout, run.stdout
+    found = re.search(rf"the {scope} left behind:((\n  .*)+)", run.stdout)
+    assert found, run.stdout
+    assert "sleep 1006" in found[1]
+    assert "sleep 1007" in found[1]
+    assert len(re.findall("left behind:\n  process", run.stdout)) == 1
+    assert "3 passed, 1 error" in run.stdout, run.stdout
+
+
+def test_a_shared_fixture_that_cleans_up_passes(tmp_path: Path) -> None:
+    """Replacing a process between tests is a shared pool's right."""
+    source = """
+        @pytest.fixture(scope="module")
+        def replace():
+            running = []
+            def end():
+                while running:
+                    running[-1].kill()
+                    running.pop().wait()
+            def replace():
+                end()
+                running.append(subprocess.Popen(["sleep", "1008"]))
+            yield replace
+            end()
+
+        def test_first(replace): replace()
+        def test_second(replace): replace()
+    """
+
+    run = run_pytest(tmp_path, source)
+
+    assert "2 passed" in run.stdout, run.stdout
+    assert run.returncode == 0
 
 
 @linux_only
