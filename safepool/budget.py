@@ -7,19 +7,77 @@ wants to know what the machine says asks ``safepool.limits`` and hands the answe
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from safepool.limits import Limit
+from safepool.limits import Limit, MemoryLimit, OpenFilesLimit, PidsLimit
 
 if TYPE_CHECKING:
-    from safepool.limits import Limits
+    from collections.abc import Iterator
 
-__all__ = ["Budget", "fit"]
+    from safepool.limits import Limits
+    from safepool.limits.waiting import WaitSample
+
+__all__ = ["AnyLimit", "Budget", "Request", "Rounding", "fit", "is_held_back", "parse_bytes"]
+
+AnyLimit = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
+Rounding = Literal["floor", "nearest", "ceil"]
 
 # A limit this close below an integer counts as that integer: systemd rounds a quota to
 # 10 ms and odd periods give 1.99999 where 2 was meant.
 _SNAP = 0.01
+
+# The kernel counts threads as it counts processes. Beside its first thread a worker has
+# those of one native pool, a thread or two of a library's own (jemalloc's, Arrow's), and
+# starts a program now and then.
+_TASKS_BESIDE_THREADS = 3
+# The scheduler's thread, the processes that come with a start method, and something to spare.
+_TASKS_OF_A_POOL = 8
+
+# A channel, a process descriptor, a start method's pipe, and one while it starts.
+_FILES_PER_WORKER = 4
+# For the program itself, which opens more while the pool lives.
+_FILES_SPARED = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the caller wants of the machine; the defaults want nothing special.
+
+    Attributes:
+        max_workers: The caller's own number of workers, which always wins, at least 1;
+            ``None`` lets the limits decide.
+        threads_per_worker: Threads of each native pool in a worker, at least 1, or
+            ``"auto"``: what the limit leaves to each of ``max_workers``.
+        rounding: What becomes of a fraction of a CPU.
+        reserve: CPUs kept for this process and for others beside it, such as 0.5.
+        memory_per_worker: Bytes that one worker needs; ``None`` leaves memory out.
+    """
+
+    max_workers: int | None = None
+    threads_per_worker: int | Literal["auto"] = 1
+    rounding: Rounding = "floor"
+    reserve: float = 0.0
+    memory_per_worker: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_workers is not None and self.max_workers < 1:
+            raise ValueError("max_workers must be greater than 0")
+        if self.threads_per_worker != "auto" and not (
+            isinstance(self.threads_per_worker, int) and self.threads_per_worker >= 1
+        ):
+            raise ValueError(
+                f'threads_per_worker must be at least 1 or "auto", not {self.threads_per_worker!r}'
+            )
+        if self.rounding not in _ROUND:
+            raise ValueError(
+                f"rounding must be one of {', '.join(map(repr, _ROUND))}, not {self.rounding!r}"
+            )
+        if not 0 <= self.reserve < math.inf:
+            raise ValueError(f"reserve must be a number of CPUs from 0 up, not {self.reserve!r}")
+        if self.memory_per_worker is not None and self.memory_per_worker < 1:
+            raise ValueError(f"memory_per_worker must be above 0, not {self.memory_per_worker}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,74 +87,178 @@ class Budget:
     Attributes:
         workers: Worker processes, at least 1.
         threads_per_worker: Threads of each native pool inside a worker, at least 1.
-        cpus: The CPUs that were divided up, before rounding.
+        cpus: The CPUs that the kernel grants, before reserve and rounding.
+        dropped_cpus: What rounding left over, 0 or more.
         because: The limit that decided.
     """
 
     workers: int
     threads_per_worker: int
     cpus: float
-    because: Limit
+    dropped_cpus: float = 0.0
+    because: AnyLimit
 
 
-def fit(limits: Limits, *, max_workers: int | None = None, threads_per_worker: int = 1) -> Budget:
+def fit(limits: Limits, request: Request | None = None) -> Budget:
     """Divide the CPUs that the kernel grants into workers.
 
-    Rounded down: the fraction is left to this process, which pickles and unpickles every
-    task, and to the pool's own threads. The minimum is one worker, and workers x threads
-    never exceed the affinity mask.
+    Rounded down by default: the fraction is left to this process, which pickles and
+    unpickles every task, and to the pool's own threads. With one worker more than that,
+    the kernel freezes all of them and this process together for a part of every period.
+    ``benchmarks/rounding.py`` measures both.
+
+    The minimum is one worker. Workers x threads never exceed the affinity mask, and no more
+    workers are planned than the limits on memory (if ``memory_per_worker`` is given), on
+    processes and on open files have room for.
 
     Args:
         limits: What was read.
-        max_workers: The caller's own number, which always wins; ``None`` lets the limits
-            decide.
-        threads_per_worker: Native threads that each worker may use, at least 1.
+        request: What the caller wants.
 
     Returns:
         The budget with the limit that decided it.
 
-    Raises:
-        ValueError: ``max_workers`` or ``threads_per_worker`` is below 1.
-
     Example:
+        >>> from safepool.limits import Limits
         >>> affinity = Limit(name="affinity", cpus=8.0, source="sched_getaffinity", raw="0-7")
         >>> quota = Limit(name="cpu.max", cpus=2.5, source="cpu.max", raw="250000 100000")
-        >>> from safepool.limits import Limits
         >>> fit(Limits(affinity=affinity, quotas=(quota,))).workers
         2
+        >>> fit(Limits(affinity=affinity, quotas=(quota,)), Request(rounding="ceil")).workers
+        3
     """
-    if threads_per_worker < 1:
-        raise ValueError(f"threads_per_worker must be at least 1, not {threads_per_worker}")
+    request = request or Request()
     binding = limits.binding
     # A captured machine may say nothing at all; one CPU is the only number sure to exist.
     cpus = 1.0 if binding.cpus is None else binding.cpus
-    if max_workers is not None:
-        if max_workers < 1:
-            raise ValueError("max_workers must be greater than 0")
-        asked = Limit(
-            name="max_workers",
-            cpus=float(max_workers),
-            source="the max_workers= argument",
-            raw=str(max_workers),
-        )
-        return Budget(
-            workers=max_workers, threads_per_worker=threads_per_worker, cpus=cpus, because=asked
-        )
-    if limits.exact_workers is not None and limits.exact_workers.cpus is not None:
-        return Budget(
-            workers=max(1, int(limits.exact_workers.cpus)),
-            threads_per_worker=threads_per_worker,
-            cpus=cpus,
-            because=limits.exact_workers,
-        )
+    exact = _exact(limits, request)
+    if exact is not None:
+        workers, because = exact
+        share = max(1, math.floor(_snapped(cpus) - request.reserve) // workers)
+        asked = request.threads_per_worker
+        threads = share if asked == "auto" else asked
+        return Budget(workers=workers, threads_per_worker=threads, cpus=cpus, because=because)
+
+    threads = 1 if request.threads_per_worker == "auto" else request.threads_per_worker
+    left = _snapped(cpus) - request.reserve
+    whole = _ROUND[request.rounding](left)
+    if limits.affinity.cpus is not None:
+        whole = min(whole, int(limits.affinity.cpus))
+    planned: list[tuple[int, AnyLimit]] = [(whole // threads, binding)]
+    planned.extend(_rooms(limits, request, threads))
+    # min() keeps the first of equals: the CPUs, where something else has room for as many.
+    workers, why = min(planned, key=lambda room: room[0])
     return Budget(
-        workers=max(1, _whole(cpus) // threads_per_worker),
-        threads_per_worker=threads_per_worker,
+        workers=max(1, workers),
+        threads_per_worker=threads,
         cpus=cpus,
-        because=binding,
+        dropped_cpus=max(0.0, left - max(1, whole)),
+        because=why,
     )
 
 
-def _whole(cpus: float) -> int:
+def is_held_back(sample: WaitSample) -> bool:
+    """Tell whether processes waited for CPUs while CPUs stood idle.
+
+    A quarter of the time that they wanted to run is far above what a scheduler's ordinary
+    delays come to; and idle time must cover at least half of the waiting, or others used
+    the CPUs and the processes simply had to share.
+
+    Example:
+        >>> from safepool.limits.waiting import WaitSample
+        >>> is_held_back(WaitSample(ran_s=0.5, waited_s=0.5, idle_s=1.4))
+        True
+        >>> is_held_back(WaitSample(ran_s=0.5, waited_s=0.5, idle_s=0.0))
+        False
+    """
+    wanted_s = sample.ran_s + sample.waited_s
+    return sample.waited_s > 0.25 * wanted_s and sample.idle_s >= 0.5 * sample.waited_s
+
+
+_UNITS = {"": 1, "B": 1} | {
+    unit: factor**power
+    for power, prefix in enumerate("kMGTP", start=1)
+    for unit, factor in (
+        (f"{prefix}B", 1000),
+        (f"{prefix}iB", 1024),
+        (prefix, 1000),
+        (f"{prefix}i", 1024),
+    )
+}
+_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        size: A number of bytes, or a number with a unit: ``kB``, ``MB``, ``GB`` are powers of
+            1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
+
+    Raises:
+        ValueError: It is neither, or not above 0.
+
+    Source:
+        IEC 80000-13; Kubernetes, "Resource units".
+
+    Example:
+        >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
+        (2147483648, 1500000000, 4096)
+    """
+    if isinstance(size, int):
+        found = size
+    else:
+        match = _BYTES.fullmatch(size)
+        unit = match[2] if match else ""
+        # Only the k of kilo is written small, and nobody means anything else by K.
+        unit = f"k{unit[1:]}" if unit.startswith("K") else unit
+        if match is None or unit not in _UNITS:
+            raise ValueError(f'a size is a number of bytes or text like "2GiB", not {size!r}')
+        found = int(float(match[1]) * _UNITS[unit])
+    if found < 1:
+        raise ValueError(f"a size must be above 0, not {size!r}")
+    return found
+
+
+def _exact(limits: Limits, request: Request) -> tuple[int, Limit] | None:
+    """Return the number that somebody has set, and who."""
+    if request.max_workers is not None:
+        return request.max_workers, Limit(
+            name="max_workers",
+            cpus=float(request.max_workers),
+            source="the max_workers= argument",
+            raw=str(request.max_workers),
+        )
+    exact = limits.exact_workers
+    if exact is not None and exact.cpus is not None:
+        return max(1, int(exact.cpus)), exact
+    return None
+
+
+def _rooms(limits: Limits, request: Request, threads: int) -> Iterator[tuple[int, AnyLimit]]:
+    """Yield how many workers each other limit has room for."""
+    if request.memory_per_worker is not None:
+        for memory in limits.memory:
+            if memory.bytes is not None:
+                used = (memory.used_bytes or 0) - (memory.reclaimable_bytes or 0)
+                yield (memory.bytes - max(0, used)) // request.memory_per_worker, memory
+    for pids in limits.pids:
+        if pids.tasks is not None:
+            left = pids.tasks - (pids.used_tasks or 0) - _TASKS_OF_A_POOL
+            yield left // (threads + _TASKS_BESIDE_THREADS), pids
+    files = limits.open_files
+    if files is not None and files.files is not None:
+        left = files.files - (files.used_files or 0) - _FILES_SPARED
+        yield left // _FILES_PER_WORKER, files
+
+
+def _snapped(cpus: float) -> float:
     above = math.ceil(cpus)
-    return above if cpus >= above * (1 - _SNAP) else math.floor(cpus)
+    return above if cpus >= above * (1 - _SNAP) else cpus
+
+
+_ROUND = {
+    "floor": math.floor,
+    "nearest": lambda cpus: math.floor(cpus + 0.5),
+    "ceil": math.ceil,
+}

@@ -1,15 +1,35 @@
-"""Floor 3: what this process may use, asked now and decided now.
+"""Floor 3: what this process may use, asked now, decided now, and said where it surprises.
 
-The two numbers that most callers want: it joins ``limits`` and ``budget`` and holds no
-rule of its own. Nothing is cached: limits change while a program runs.
+It joins ``limits`` and ``budget`` and holds no rule of its own. Nothing is cached: limits
+change while a program runs.
 """
 
 from __future__ import annotations
 
-from safepool.budget import fit
-from safepool.limits import read_limits
+import logging
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-__all__ = ["cpu_count", "cpu_limit"]
+from safepool.budget import Request, fit, is_held_back
+from safepool.limits import QuotaWatch, read_limits
+from safepool.limits.waiting import WaitWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.budget import Budget
+    from safepool.limits import Limits
+
+__all__ = ["BudgetWatch", "cpu_count", "cpu_limit", "read_budget", "tell_once"]
+
+_log = logging.getLogger("safepool")
+
+# Less than this is what rounding is for; more may be a surprise.
+_NOTABLE_CPUS = 0.25
+# Samples in a row, a second apart, before the pool says that it is held back: one or two
+# are a neighbour's burst.
+_SAMPLES_HELD_BACK = 3
 
 
 def cpu_limit() -> float:
@@ -27,17 +47,119 @@ def cpu_limit() -> float:
         >>> cpu_limit() > 0
         True
     """
-    return fit(read_limits()).cpus
+    return read_budget()[0].cpus
 
 
 def cpu_count() -> int:
     """Return the number of workers that fit this process's limits.
 
     Returns:
-        :func:`cpu_limit` rounded down, at least 1.
+        :func:`cpu_limit` rounded down, at least 1; fewer where the limits on processes or
+        open files have no room for as many.
 
     Example:
         >>> cpu_count() >= 1
         True
     """
-    return fit(read_limits()).workers
+    return read_budget()[0].workers
+
+
+def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
+    """Read the limits and fit the request to them; say once what was ignored or dropped.
+
+    Args:
+        request: What the caller wants.
+
+    Returns:
+        The budget, and the limits it was made of.
+    """
+    limits = read_limits()
+    for skipped in limits.skipped:
+        if skipped.was_set:
+            tell_once(f"{skipped.source} is ignored: {skipped.reason}")
+    budget = fit(limits, request)
+    if budget.dropped_cpus > _NOTABLE_CPUS:
+        log_once(
+            f"{budget.cpus:g} CPUs ({budget.because.name} in {budget.because.source}) make "
+            f"{budget.workers} workers: {budget.dropped_cpus:.2f} CPUs are left to this "
+            'process. rounding="ceil" would use them'
+        )
+    return budget, limits
+
+
+class BudgetWatch:
+    """The budget of a running pool, computed again as its limits change.
+
+    Read in the thread that starts the workers, which are born in that thread's group.
+
+    Args:
+        request: What the pool was asked for.
+        limits: What was read when it was made. The room for memory, processes and open
+            files is that of this moment: what is in use later includes the workers.
+    """
+
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self._request = request
+        self._limits = limits
+        self._quotas = QuotaWatch()
+        self._waiting = WaitWatch()
+        self._held_back = 0
+
+    def read(self) -> Budget:
+        """Return the budget as the limits are now."""
+        now = self._quotas.read()
+        return fit(
+            replace(
+                self._limits,
+                affinity=now.affinity,
+                quotas=now.quotas,
+                bounds=now.bounds,
+                exact_workers=now.exact_workers,
+            ),
+            self._request,
+        )
+
+    def look_for_hidden_limit(self, pids: Iterable[int], budget: Budget) -> None:
+        """Say once if the workers fit what can be seen and are held back all the same.
+
+        Args:
+            pids: The workers that have work.
+            budget: What they were fitted to.
+        """
+        sample = self._waiting.sample(pids)
+        if sample is None or not is_held_back(sample):
+            self._held_back = 0
+            return
+        self._held_back += 1
+        if self._held_back == _SAMPLES_HELD_BACK:
+            wanted_s = sample.ran_s + sample.waited_s
+            tell_once(
+                f"{budget.workers} workers fit the visible limit of {budget.cpus:g} CPUs "
+                f"({budget.because.name} in {budget.because.source}) and are still kept "
+                f"waiting for {sample.waited_s / wanted_s:.0%} of the time, with idle CPUs "
+                "beside them: a tighter limit that cannot be seen from here holds above it, or "
+                "others in the same group use it up. Give max_workers= or "
+                "SAFEPOOL_MAX_WORKERS to match it"
+            )
+
+
+_told: set[str] = set()
+
+
+def tell_once(text: str) -> None:
+    """Warn of something once in this process; never raise, whatever the filters say."""
+    if text in _told:
+        return
+    _told.add(text)
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        # Filtered to an error. What is wrong with the machine must not cost a pool.
+        _log.warning("%s", text)
+
+
+def log_once(text: str) -> None:
+    """Log something once in this process."""
+    if text not in _told:
+        _told.add(text)
+        _log.info("%s", text)

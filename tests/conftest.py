@@ -106,7 +106,7 @@ class Harness:
             settings.timeout + WATCHDOG_MARGIN_S, exit=True, file=self._stderr
         )
         timer = threading.Timer(settings.timeout, self._expire, (item, settings))
-        timer.name = f"time limit of {item.nodeid}"
+        timer.name = leaks.TIMER + item.nodeid
         timer.daemon = True
         self._timers[item] = timer
         timer.start()

@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
-from safepool.cli.demo_measure import measure
+from safepool.cli.demo_measure import POOLS, measure
 from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
 from safepool.errors import MissingExtraError
 from safepool.limits import read_limits
@@ -112,7 +112,7 @@ def _run_halves(
     halves = {}
     if not quiet:
         print(*conditions.lines(), sep="\n", flush=True)
-    for name in ("standard", "safepool"):
+    for name in POOLS:
         halves[name] = measure(
             name,
             tasks=options.tasks,

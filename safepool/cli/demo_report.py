@@ -263,7 +263,7 @@ def table_row(half: Half, tasks: int, ratio: float | None, *, bound: bool) -> st
         "-" if half.threads is None else str(half.threads),
         "failed" if half.seconds is None else f"{half.seconds:.2f}",
         f"{half.tasks_done}/{tasks}",
-        "no quota" if half.throttling is None else f"{half.throttling.throttled_us / 1e6:.2f} s",
+        "-" if half.throttling is None else f"{half.throttling.throttled_us / 1e6:.2f} s",
         "" if ratio is None else f"{'> ' if bound else ''}{ratio:.1f} x",
     )
     widths = (width for _, width in _COLUMNS)

@@ -7,8 +7,8 @@ value with its source and raw text. It has no opinion of its own on a limit.
 
     version             of safepool
     limits              every field of ``safepool.Limits``, by name
-    because             the limit that decides: name, cpus, source, raw
-    budget              workers, threads_per_worker, cpus (what was divided up)
+    because             the limit that decides, with its name, source and raw text
+    budget              workers, threads_per_worker, and the other numbers of ``safepool.Budget``
     throttling          periods, throttled_periods, throttled_us, source; null without a quota
     standard_workers    what ``ProcessPoolExecutor()`` starts here
 """
@@ -19,17 +19,18 @@ import json
 import os
 import textwrap
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import safepool
 from safepool.budget import fit
 from safepool.limits import read_limits, read_throttling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from safepool.budget import Budget
     from safepool.limits import (
+        Limit,
         Limits,
         MemoryLimit,
         OpenFilesLimit,
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
         Throttling,
     )
 
-__all__ = ["Screen", "read_screen", "run"]
+    _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 
-_T = TypeVar("_T")
+__all__ = ["Screen", "read_screen", "run"]
 
 _WIDTH = 80
 _NAME_WIDTH = 26
@@ -68,57 +69,58 @@ class Screen:
 
     def as_text(self) -> str:
         """Return the screen for people: ASCII, one arrow, at the limit that decides."""
-        sections = {
-            "CPUs": self._cpu_rows(),
-            "Memory": map(_memory_row, self.limits.memory),
-            "Processes and threads": map(_pids_row, self.limits.pids),
-            "Open files": map(_files_row, _present(self.limits.open_files)),
-            "Shared memory": map(_shared_memory_row, _present(self.limits.shared_memory)),
-        }
+        sections = self._sections()
+        pointed = self._decisive_row(sections)
         lines = [f"safepool {safepool.__version__}: what this process may use", ""]
         for title, rows in sections.items():
-            lines += [title, *(line for row in rows for line in row.lines())]
-            if lines[-1] == title:
+            lines.append(title)
+            for row in rows:
+                lines += row.lines(arrow=row is pointed)
+            if not rows:
                 lines.append("   not limited, or not told")
         if self.limits.skipped:
             lines.append("Skipped")
             for skipped in self.limits.skipped:
                 lines += [f"   {_ascii(skipped.source)}", *_wrap(_ascii(skipped.reason), 6)]
         lines += ["Throttled so far", *self._throttling_lines()]
-        lines += ["Budget", *self._budget_lines()]
+        lines += ["Budget", *self._budget_lines(pointed)]
         return "\n".join(lines)
 
     def as_json(self) -> str:
         """Return the screen for programs; the module lists the keys."""
+        budget = asdict(self.budget)
+        because = budget.pop("because")
         return json.dumps(
             {
                 "version": safepool.__version__,
                 "limits": asdict(self.limits),
-                "because": asdict(self.budget.because),
-                "budget": {
-                    "workers": self.budget.workers,
-                    "threads_per_worker": self.budget.threads_per_worker,
-                    "cpus": self.budget.cpus,
-                },
+                "because": because,
+                "budget": budget,
                 "throttling": None if self.throttling is None else asdict(self.throttling),
                 "standard_workers": self.standard_workers,
             },
             indent=2,
         )
 
-    def _cpu_rows(self) -> Iterator[_Row]:
+    def _sections(self) -> dict[str, list[_Row]]:
         limits = self.limits
-        arrow = True
-        for limit in (limits.affinity, *limits.quotas, *limits.bounds):
-            # Two groups may say the same; the first of equals is the one that binds.
-            binds = arrow and limit == self.budget.because
-            arrow = arrow and not binds
-            value = "no limit" if limit.cpus is None else _count(limit.cpus, "CPU")
-            yield _Row(limit.name, value, limit.source, limit.raw, binds=binds)
-        if limits.exact_workers is not None:
-            exact = limits.exact_workers
-            value = "no number" if exact.cpus is None else _count(exact.cpus, "worker")
-            yield _Row(exact.name, value, exact.source, exact.raw, binds=arrow)
+        cpus = (limits.affinity, *limits.quotas, *limits.bounds)
+        exact = () if limits.exact_workers is None else (limits.exact_workers,)
+        files = () if limits.open_files is None else (limits.open_files,)
+        shared = () if limits.shared_memory is None else (limits.shared_memory,)
+        return {
+            "CPUs": [*(_cpu_row(limit, "CPU") for limit in cpus)]
+            + [_cpu_row(limit, "worker") for limit in exact],
+            "Memory": [_memory_row(limit) for limit in limits.memory],
+            "Processes and threads": [_pids_row(limit) for limit in limits.pids],
+            "Open files": [_files_row(limit) for limit in files],
+            "Shared memory": [_shared_memory_row(limit) for limit in shared],
+        }
+
+    def _decisive_row(self, sections: Mapping[str, list[_Row]]) -> _Row:
+        # Two groups may say the same; the first of equals is the one that decides.
+        rows = (row for rows in sections.values() for row in rows)
+        return next(row for row in rows if row.limit == self.budget.because)
 
     def _throttling_lines(self) -> list[str]:
         throttling = self.throttling
@@ -130,11 +132,11 @@ class Screen:
             f"   {_ascii(throttling.source)}",
         ]
 
-    def _budget_lines(self) -> list[str]:
+    def _budget_lines(self, because: _Row) -> list[str]:
         budget = self.budget
         decided = (
             f"{_count(budget.workers, 'worker')} x {_count(budget.threads_per_worker, 'thread')} "
-            f"in safepool.ProcessPool(), because of {budget.because.name}."
+            f"in safepool.ProcessPool(), because of {because.name}."
         )
         standard = f"ProcessPoolExecutor() starts {_count(self.standard_workers, 'worker')} here."
         return _wrap(f"{decided} {standard}", 3)
@@ -158,18 +160,19 @@ def run(*, as_json: bool) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
+# eq=False: two groups may have equal limits, and each is a row of its own.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Row:
     """One limit on the screen: its value, then where that was read and what it said."""
 
+    limit: object
     name: str
     value: str
     source: str
     raw: str | None
-    binds: bool = False
 
-    def lines(self) -> Iterator[str]:
-        yield f"{'->' if self.binds else '  '} {self.name:<{_NAME_WIDTH}} {self.value}"
+    def lines(self, *, arrow: bool) -> Iterator[str]:
+        yield f"{'->' if arrow else '  '} {self.name:<{_NAME_WIDTH}} {self.value}"
         # The whole source and the whole text, however long: they are what can be looked up.
         parts = [_ascii(self.source)]
         if self.raw is not None:
@@ -182,38 +185,45 @@ class _Row:
             yield f"{indent if len(indent) + len(part) <= _WIDTH else '      '}{part}"
 
 
+def _row(limit: _NamedLimit, value: str, *notes: str) -> _Row:
+    return _Row(
+        limit=limit,
+        name=limit.name,
+        value=_noted(value, notes),
+        source=limit.source,
+        raw=limit.raw,
+    )
+
+
+def _cpu_row(limit: Limit, noun: str) -> _Row:
+    return _row(limit, "no limit" if limit.cpus is None else _count(limit.cpus, noun))
+
+
 def _memory_row(limit: MemoryLimit) -> _Row:
-    value = "no limit" if limit.bytes is None else _size(limit.bytes)
     notes = []
     if limit.used_bytes is not None:
         notes.append(f"{_size(limit.used_bytes)} used")
     if limit.reclaimable_bytes is not None:
         notes.append(f"{_size(limit.reclaimable_bytes)} reclaimable")
-    return _Row(limit.name, _noted(value, notes), limit.source, limit.raw)
+    return _row(limit, "no limit" if limit.bytes is None else _size(limit.bytes), *notes)
 
 
 def _pids_row(limit: PidsLimit) -> _Row:
-    value = "no limit" if limit.tasks is None else str(limit.tasks)
     notes = [] if limit.used_tasks is None else [f"{limit.used_tasks} used"]
-    return _Row(limit.name, _noted(value, notes), limit.source, limit.raw)
+    return _row(limit, "no limit" if limit.tasks is None else str(limit.tasks), *notes)
 
 
 def _files_row(limit: OpenFilesLimit) -> _Row:
-    value = "no limit" if limit.files is None else str(limit.files)
     notes = [] if limit.used_files is None else [f"{limit.used_files} used"]
-    return _Row("RLIMIT_NOFILE", _noted(value, notes), limit.source, limit.raw)
+    return _row(limit, "no limit" if limit.files is None else str(limit.files), *notes)
 
 
 def _shared_memory_row(limit: SharedMemory) -> _Row:
-    notes = [f"{_size(limit.free_bytes)} free"]
-    return _Row("size", _noted(_size(limit.bytes), notes), limit.source, None)
+    value = _noted(_size(limit.bytes), [f"{_size(limit.free_bytes)} free"])
+    return _Row(limit=limit, name="size", value=value, source=limit.source, raw=None)
 
 
-def _present(limit: _T | None) -> tuple[_T, ...]:
-    return () if limit is None else (limit,)
-
-
-def _noted(value: str, notes: list[str]) -> str:
+def _noted(value: str, notes: Sequence[str]) -> str:
     return f"{value} ({', '.join(notes)})" if notes else value
 
 

@@ -80,8 +80,7 @@ def _cpu_limits(
     affinity = _affinity() if here else read_captured_affinity(machine)
     quotas = quota.read_quotas(machine, levels)
     bounds, exact, skipped = read_environment(environ, sys._xoptions if here else {})
-    for note in skipped:
-        machine.note(note.source, note.reason)
+    machine.skipped.extend(note for note in skipped if note not in machine.skipped)
     return Limits(
         affinity=affinity,
         quotas=quotas,

@@ -84,15 +84,17 @@ class PidsLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenFilesLimit:
-    """The ceiling on this process's open file descriptors (``RLIMIT_NOFILE``, soft).
+    """The ceiling on this process's open file descriptors.
 
     Attributes:
+        name: ``RLIMIT_NOFILE``, whose soft value it is.
         files: The ceiling; ``None`` means no ceiling.
         used_files: How many are open now; ``None`` if not told.
         source: The call that was made.
         raw: What it said, word for word.
     """
 
+    name: str = "RLIMIT_NOFILE"
     files: int | None
     used_files: int | None
     source: str
@@ -121,10 +123,13 @@ class Skipped:
     Attributes:
         source: The file, the call or the variable.
         reason: Why it was skipped, in words, with what was found.
+        was_set: It is a variable that the user or a scheduler has set, who will want to
+            know that it is ignored.
     """
 
     source: str
     reason: str
+    was_set: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

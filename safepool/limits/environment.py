@@ -144,6 +144,7 @@ def _limit(name: str, text: str, skipped: list[Skipped]) -> list[Limit]:
         count = parse_count(text, source=name)
     except UnreadableLimitError as error:
         found = text if len(text) <= 80 else text[:77] + "..."
-        skipped.append(Skipped(source=name, reason=f"expected {error.expected}, found {found!r}"))
+        reason = f"expected {error.expected}, found {found!r}"
+        skipped.append(Skipped(source=name, reason=reason, was_set=True))
         return []
     return [Limit(name=name, cpus=float(count), source=name, raw=text)]

@@ -9,10 +9,10 @@ import sys
 import time
 import weakref
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from safepool.budget import fit
-from safepool.limits import read_limits
+from safepool.budget import Request, parse_bytes
+from safepool.machine import BudgetWatch, read_budget
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.threads.environment import worker_environment
@@ -24,15 +24,18 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from safepool.budget import Rounding
     from safepool.errors import PoolBrokenError
+    from safepool.limits import Limits
 
 __all__ = ["ProcessPool"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# WaitForMultipleObjects takes 63 handles, and the standard pool allows this many.
-_MOST_WORKERS_ON_WINDOWS = 61
+# WaitForMultipleObjects takes 63 handles, and the standard pool allows this many. Elsewhere
+# the number is the caller's business.
+_MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 
 class ProcessPool(Executor):
@@ -52,6 +55,19 @@ class ProcessPool(Executor):
         initargs: Its arguments.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
             keeps workers as long as the pool.
+        threads_per_worker: Threads that each native pool in a worker may have, at least 1;
+            the number of workers that fit is the limit divided by it. ``"auto"`` is what
+            the limit leaves to each of ``max_workers``.
+        rounding: What becomes of a fraction of a CPU: ``"floor"`` leaves it to this process,
+            ``"ceil"`` starts one worker more, which the kernel then freezes together with
+            all others for a part of every period, ``"nearest"`` is in between.
+        reserve: CPUs kept for this process and whatever runs beside it, such as 0.5.
+        memory_per_worker: Bytes, or text such as ``"2GiB"``: start no more workers than fit
+            into what the control groups have left. ``None`` does not ask.
+
+    A pool that is sized from the limits follows them: while it has work it reads them again
+    once a second, starts workers when they grow, and lets workers end after their task when
+    they shrink.
 
     Raises:
         ValueError: A number is out of its range.
@@ -74,6 +90,10 @@ class ProcessPool(Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        threads_per_worker: int | Literal["auto"] = 1,
+        rounding: Rounding = "floor",
+        reserve: float = 0.0,
+        memory_per_worker: int | str | None = None,
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -82,30 +102,36 @@ class ProcessPool(Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child < 1:
                 raise ValueError("max_tasks_per_child must be >= 1")
-        if max_workers is not None and max_workers <= 0:
-            raise ValueError("max_workers must be greater than 0")
-        workers = max_workers
-        if sys.platform == "win32":
-            if workers is not None and workers > _MOST_WORKERS_ON_WINDOWS:
-                raise ValueError(f"max_workers must be <= {_MOST_WORKERS_ON_WINDOWS}")
-        self._budget = fit(read_limits(), max_workers=workers)
-        self._max_workers = self._budget.workers
-        if sys.platform == "win32":
-            self._max_workers = min(self._max_workers, _MOST_WORKERS_ON_WINDOWS)
+        memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
+        request = Request(
+            max_workers=max_workers,
+            threads_per_worker=threads_per_worker,
+            rounding=rounding,
+            reserve=reserve,
+            memory_per_worker=memory,
+        )
+        if max_workers is not None and max_workers > _MOST_WORKERS:
+            raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
+        self._budget, limits = read_budget(request)
         self._mp_context = mp_context if mp_context is not None else default_context()
         self._scheduler = Scheduler(
-            workers=self._max_workers,
+            workers=min(self._budget.workers, _MOST_WORKERS),
             context=self._mp_context,
             environment=worker_environment(self._budget.threads_per_worker),
             threads=self._budget.threads_per_worker,
             initializer=initializer,
             initargs=initargs,
             tasks_per_worker=max_tasks_per_child,
+            follow=None if max_workers is not None else _Follower(request, limits),
         )
         # The scheduler lives on until the submitted work is done; it must not keep the
         # pool alive, nor the pool's end need the pool.
         self._finalizer = weakref.finalize(self, self._scheduler.abandon)
         self._finalizer.atexit = False
+
+    @property
+    def _max_workers(self) -> int:
+        return self._scheduler.size
 
     @property
     def _processes(self) -> dict[int, Any]:
@@ -196,6 +222,29 @@ class ProcessPool(Executor):
         more = None if buffersize is None else map(submit, chunks)
         return _results(futures, more, deadline)
 
+    def resize(self, max_workers: int) -> None:
+        """Keep at most this many workers from now on, whatever the limits say.
+
+        More are started when tasks wait for them; too many end after their task.
+
+        Args:
+            max_workers: At least 1.
+
+        Raises:
+            ValueError: It is below 1, or above 61 on Windows.
+
+        Example:
+            >>> with ProcessPool(1) as pool:
+            ...     pool.resize(2)
+            ...     sorted(pool.map(abs, [-1, -2]))
+            [1, 2]
+        """
+        if max_workers < 1:
+            raise ValueError("max_workers must be greater than 0")
+        if max_workers > _MOST_WORKERS:
+            raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
+        self._scheduler.resize(max_workers)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, finish those submitted, end the workers.
 
@@ -231,6 +280,18 @@ class ProcessPool(Executor):
         return (
             f"<ProcessPool of at most {self._max_workers} workers ({because.name}: {because.raw})>"
         )
+
+
+class _Follower:
+    """Computes the number of workers again; it must not hold the pool."""
+
+    def __init__(self, request: Request, limits: Limits) -> None:
+        self._watch = BudgetWatch(request, limits)
+
+    def __call__(self, busy: list[int]) -> int:
+        budget = self._watch.read()
+        self._watch.look_for_hidden_limit(busy, budget)
+        return min(budget.workers, _MOST_WORKERS)
 
 
 def _call_each(function: Callable[..., _T], chunk: Iterable[tuple[Any, ...]]) -> list[_T]:

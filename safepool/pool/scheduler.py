@@ -73,6 +73,8 @@ _STOPPING_S = 30.0
 # One worker killed while it starts is bad luck; so many in a row are a cause, such as an
 # initializer that crashes, and would go on for ever.
 _MOST_FAILED_STARTS = 3
+# Between two readings of the limits.
+_FOLLOW_S = 1.0
 # Between two attempts to start a worker when the system refuses.
 _RETRY_S = 1.0
 # Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
@@ -113,6 +115,9 @@ class Scheduler:
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
+        follow: Called at most once a second while there is work, in the thread that starts
+            the workers, with the ids of those that have some; returns the most workers
+            from now on. ``None`` keeps the number.
     """
 
     def __init__(
@@ -125,8 +130,11 @@ class Scheduler:
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
         tasks_per_worker: int | None,
+        follow: Callable[[list[int]], int] | None = None,
     ) -> None:
         self._size = workers
+        self._follow = follow
+        self._follow_at = 0.0
         self._context = context
         self._environment = environment
         self._threads = threads
@@ -165,6 +173,18 @@ class Scheduler:
     def processes(self) -> dict[int, Any]:
         """Return the live workers' processes by process id."""
         return {worker.pid: worker.process for worker in list(self._workers.values())}
+
+    @property
+    def size(self) -> int:
+        """The most workers at a time."""
+        return self._size
+
+    def resize(self, workers: int) -> None:
+        """Keep at most so many workers from now on, and follow the limits no more."""
+        with self._lock:
+            self._follow = None
+            self._size = workers
+        self.wake()
 
     def submit(
         self,
@@ -293,8 +313,30 @@ class Scheduler:
             task.future.set_running_or_notify_cancel()
         if ending:
             return False
+        self._follow_the_limits()
+        self._shrink()
         self._hand_out()
         return not closing or bool(self._waiting) or any(w.task for w in self._workers.values())
+
+    def _follow_the_limits(self) -> None:
+        follow, now = self._follow, time.monotonic()
+        busy = [worker.pid for worker in self._workers.values() if worker.task is not None]
+        if follow is None or now < self._follow_at or not (busy or self._waiting):
+            return
+        self._follow_at = now + _FOLLOW_S
+        size = follow(busy)
+        with self._lock:
+            if self._follow is None or size == self._size:  # resized by hand meanwhile
+                return
+            before, self._size = self._size, size
+        _log.info("the limits have changed: %d workers instead of %d", size, before)
+
+    def _shrink(self) -> None:
+        """Let workers go that are too many: between two tasks, never in one."""
+        staff = [worker for worker in self._workers.values() if not worker.leaving]
+        idle = [worker for worker in staff if worker.ready and worker.task is None]
+        for worker in idle[: max(0, len(staff) - self._size)]:
+            self._stop(worker)
 
     def _hand_out(self) -> None:
         for worker in list(self._workers.values()):
@@ -527,8 +569,12 @@ class Scheduler:
 
     def _patience(self) -> float | None:
         deadlines = [w.deadline for w in self._workers.values() if w.deadline is not None]
-        if self._waiting and self._hire_not_before > time.monotonic():
-            deadlines.append(self._hire_not_before)
+        if self._waiting:
+            # Without tasks that wait nothing is to be started, and an idle pool only sleeps.
+            if self._hire_not_before > time.monotonic():
+                deadlines.append(self._hire_not_before)
+            if self._follow is not None:
+                deadlines.append(self._follow_at)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _end_the_late(self) -> None:

@@ -49,6 +49,7 @@ def worker_main(
     for descriptor in foreign_descriptors:
         _close(descriptor)
     os.environ.update(environment)
+    _pretend_cpus(threads)
     sock = _adopt(end)
     _end_with_the_parent(sock)
     cap_worker(threads)
@@ -131,6 +132,17 @@ def _text(error: BaseException) -> str:
         return str(error)
     except BaseException:  # noqa: BLE001 -- user code
         return "(its text cannot be had)"
+
+
+def _pretend_cpus(count: int) -> None:
+    """Let pools that a task makes see the worker's share of the machine, not all of it.
+
+    Python 3.13 reads PYTHON_CPU_COUNT and does this itself where the interpreter was started
+    with it; here it is done for older ones, and for workers that were forked.
+    """
+    os.cpu_count = lambda: count
+    if sys.version_info >= (3, 13):
+        os.process_cpu_count = lambda: count
 
 
 def _adopt(end: Any) -> socket.socket:

@@ -125,9 +125,13 @@ def test_ctrl_c_is_silent(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [[], ["--json"], ["--help"]])
-def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
-    """As in ``safepool | head -1``, here with a reader that has left before the first line."""
+def test_a_reader_that_leaves_is_no_error(arguments: list[str], unbuffered: str) -> None:
+    """As in ``safepool | head -1``, here with a reader that has left before the first line.
+
+    Without a buffer the first print fails, with one only the flush at the end does.
+    """
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -136,6 +140,7 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
             stdout=write_end,
             stderr=subprocess.PIPE,
             cwd=REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
             timeout=60,
             check=False,
         )

@@ -100,8 +100,8 @@ LEAKS: dict[str, tuple[str, str]] = {
         r"mapped memory file /memfd:mine \(deleted\) \(inode \d+\)",
     ),
     "shared memory": (
-        "open(f'/dev/shm/safepool-{os.getpid()}-test', 'x').close()",
-        r"name /dev/shm/safepool-\d+-test",
+        "open(f'/dev/shm/safepool-of{os.getppid()}-test', 'x').close()",
+        r"name /dev/shm/safepool-of\d+-test",
     ),
     "temporary file": ("tempfile.mkstemp(suffix='.mine')[0]", r"name /\S+\.mine"),
     "temporary folder": ("tempfile.mkdtemp(prefix='loky-')", r"name /\S+/loky-"),
@@ -195,9 +195,7 @@ def test_a_leak_fails_its_test_and_is_named(leak: str, tmp_path: Path) -> None:
 
     run = run_pytest(tmp_path, a_test(body))
 
-    shared = leaks.SHARED_MEMORY
-    for path in shared.glob("safepool-*-test"):
-        path.unlink()
+    (leaks.SHARED_MEMORY / f"safepool-of{os.getpid()}-test").unlink(missing_ok=True)
     assert run.returncode == 1, run.stdout + run.stderr
     assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", run.stdout), run.stdout
     assert "1 error" in run.stdout

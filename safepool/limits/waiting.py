@@ -1,0 +1,132 @@
+"""Floor 1, limits: how long processes waited for a CPU while CPUs stood idle.
+
+A quota that this process cannot see (on a group outside its control-group namespace, on
+the virtual machine) shows nowhere in its own group's counters. It shows in this: processes
+want to run, CPUs that they may run on are idle, and the processes wait all the same.
+
+Formats: Linux, Documentation/scheduler/sched-stats.rst, "/proc/<pid>/schedstat", and
+proc_stat(5).
+
+Not covered:
+    * A kernel without CONFIG_SCHED_INFO, or another system: there is no sample.
+    * Threads of a process besides its first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["WaitSample", "WaitWatch", "parse_idle", "parse_schedstat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitSample:
+    """What some processes did between two readings.
+
+    Attributes:
+        ran_s: Seconds for which they ran, all together.
+        waited_s: Seconds for which they could have run and were not given a CPU.
+        idle_s: Seconds for which the CPUs of the affinity mask stood idle, all together.
+    """
+
+    ran_s: float
+    waited_s: float
+    idle_s: float
+
+
+def parse_schedstat(text: str) -> tuple[int, int] | None:
+    """Return nanoseconds run and nanoseconds waited; ``None`` for any other text.
+
+    Example:
+        >>> parse_schedstat("1027455921 1006301150 40")
+        (1027455921, 1006301150)
+    """
+    words = text.split()
+    if len(words) < 2 or not (words[0].isascii() and words[0].isdigit()):
+        return None
+    if not (words[1].isascii() and words[1].isdigit()) or max(map(len, words[:2])) > 20:
+        return None
+    return int(words[0]), int(words[1])
+
+
+def parse_idle(text: str, cpus: Iterable[int]) -> int:
+    r"""Return the clock ticks for which these CPUs were idle, from the text of ``/proc/stat``.
+
+    Example:
+        >>> parse_idle("cpu  9 9 9 9 9\ncpu0 1 0 1 70 5\ncpu1 1 0 1 30 5\n", {1})
+        30
+    """
+    names = {f"cpu{cpu}" for cpu in cpus}
+    idle = 0
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) > 4 and words[0] in names and words[4].isascii() and words[4].isdigit():
+            idle += int(words[4][:18])
+    return idle
+
+
+class WaitWatch:
+    """Samples some processes now and then. Reads only when asked; keeps the last reading."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, tuple[int, int]] = {}
+        self._idle: int | None = None
+
+    def sample(self, pids: Iterable[int]) -> WaitSample | None:
+        """Return what happened since the last call to the processes that were there then.
+
+        Args:
+            pids: Process ids.
+
+        Returns:
+            The differences; ``None`` the first time, and where the system does not tell.
+        """
+        before, idle_before = self._processes, self._idle
+        self._processes = {pid: found for pid in pids if (found := _schedstat(pid)) is not None}
+        self._idle = _idle_ticks()
+        both = before.keys() & self._processes.keys()
+        if not both or idle_before is None or self._idle is None:
+            return None
+        ticks = self._idle - idle_before
+        return WaitSample(
+            ran_s=sum(self._processes[pid][0] - before[pid][0] for pid in both) / 1e9,
+            waited_s=sum(self._processes[pid][1] - before[pid][1] for pid in both) / 1e9,
+            idle_s=max(0.0, ticks / _ticks_per_second()),
+        )
+
+
+if sys.platform == "linux":
+
+    def _idle_ticks() -> int | None:
+        text = _read("/proc/stat")
+        return None if text is None else parse_idle(text, os.sched_getaffinity(0))
+
+    def _ticks_per_second() -> int:
+        return os.sysconf("SC_CLK_TCK")
+
+else:
+
+    def _idle_ticks() -> int | None:
+        return None
+
+    def _ticks_per_second() -> int:
+        return 100
+
+
+def _schedstat(pid: int) -> tuple[int, int] | None:
+    text = _read(f"/proc/{pid}/schedstat")
+    return None if text is None else parse_schedstat(text)
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None
