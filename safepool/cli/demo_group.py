@@ -242,8 +242,8 @@ def _why(error: OSError, directory: Path) -> str:
     reason = f"{error.filename or directory}: {error.strerror}"
     if isinstance(error, PermissionError):
         return f"{reason} (it takes root)"
-    # EINVAL, version 1: a child's quota may not exceed its parent's (sched-bwc.rst).
-    return f"{reason} (the groups above allow less)" if error.errno == 22 else reason
+    # EINVAL, version 1: no quota in the tree may exceed that of a group above (sched-bwc.rst).
+    return f"{reason} (the groups around it do not allow it)" if error.errno == 22 else reason
 
 
 def _remove(directory: Path, site: Site) -> None:

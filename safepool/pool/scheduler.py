@@ -39,7 +39,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import InvalidStateError
+from concurrent.futures import CancelledError, InvalidStateError
 from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any
 
@@ -309,8 +309,10 @@ class Scheduler:
             if cancelled:
                 self._waiting.clear()
         for task in cancelled:
-            task.future.cancel()
-            task.future.set_running_or_notify_cancel()
+            if task.future.cancel():
+                task.future.set_running_or_notify_cancel()
+            else:  # taken once, and given back because its worker was gone
+                _fail(task.future, CancelledError())
         if ending:
             return False
         self._follow_the_limits()
@@ -324,7 +326,12 @@ class Scheduler:
         if follow is None or now < self._follow_at or not (busy or self._waiting):
             return
         self._follow_at = now + _FOLLOW_S
-        size = follow(busy)
+        try:
+            size = follow(busy)
+        except Exception:  # noqa: BLE001 -- a limit that cannot be read must not cost a pool
+            _log.exception("the limits could not be read again; the pool keeps its size")
+            self._follow = None
+            return
         with self._lock:
             if self._follow is None or size == self._size:  # resized by hand meanwhile
                 return
@@ -353,7 +360,7 @@ class Scheduler:
                 if not self._waiting:
                     return None
                 task = self._waiting.popleft()
-            if task.future.set_running_or_notify_cancel():
+            if task.future.running() or task.future.set_running_or_notify_cancel():
                 return task
 
     def _give(self, worker: _Worker, task: Task) -> None:
@@ -365,7 +372,11 @@ class Scheduler:
             _fail(task.future, error)
             return
         worker.task = task
-        self._send(worker, encode(Kind.TASK, task.number, segments))
+        if not self._send(worker, encode(Kind.TASK, task.number, segments)):
+            # The worker was gone before it had the whole task, so it has not begun it.
+            worker.task, task.call = None, call
+            with self._lock:
+                self._waiting.appendleft(task)
 
     def _hire(self) -> None:
         """Start workers while tasks wait that no starting worker will take."""
@@ -425,13 +436,15 @@ class Scheduler:
         else:
             self._watch(worker)
 
-    def _send(self, worker: _Worker, pieces: list[bytes | memoryview]) -> None:
+    def _send(self, worker: _Worker, pieces: list[bytes | memoryview]) -> bool:
+        """Send a frame, or as much as goes now; return whether the worker is still there."""
         try:
             worker.channel.send(pieces)
         except ChannelClosedError as error:
             self._lost(worker, error)
-        else:
-            self._watch(worker)
+            return False
+        self._watch(worker)
+        return True
 
     def _watch(self, worker: _Worker) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.unsent else 0)

@@ -253,5 +253,5 @@ def test_more_than_the_groups_above_allow_is_refused() -> None:
         said = outer.run(code)
         left = [path.name for path in outer.cpu.iterdir() if path.is_dir()]
 
-    assert "the groups above allow less" in said
+    assert "the groups around it do not allow it" in said
     assert left == []

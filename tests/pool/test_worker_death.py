@@ -77,6 +77,28 @@ def test_an_idle_worker_that_dies_costs_nothing() -> None:
         assert pool.submit(tasks.pid).result(timeout=30) != first
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see a zombie")
+def test_a_task_for_a_worker_that_is_gone_already_is_not_lost() -> None:
+    """It has not begun, so it goes to the next worker, whoever notices the death first."""
+    with ProcessPool(1) as pool:
+        for n in range(15):
+            pid = pool.submit(tasks.pid).result(timeout=30)
+            os.kill(pid, signal.SIGKILL)
+            _wait_until_gone(pid)
+            assert pool.submit(tasks.square, n).result(timeout=30) == n * n
+
+
+def _wait_until_gone(pid: int) -> None:
+    """A zombie has closed its descriptors."""
+    while True:
+        try:
+            with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return
+        except (FileNotFoundError, ProcessLookupError):
+            return
+
+
 def test_a_stopped_worker_holds_up_nobody_else() -> None:
     """SIGSTOP, with a large argument on the way to it: the other worker goes on."""
     with ProcessPool(2) as pool:
