@@ -1,16 +1,20 @@
-"""One call on its way to a result."""
+"""One call on its way to a result, and the ways in which it gets there."""
 
 from __future__ import annotations
 
 import sys
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures.process import _RemoteTraceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from safepool.errors import PoolBrokenError, RemoteTaskError
+from safepool.transport import payloads
 
-__all__ = ["PoolFuture", "Task"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["PoolFuture", "Task", "fail", "finish", "fresh", "name_of", "rebuild"]
 
 
 class PoolFuture(Future[Any]):
@@ -61,3 +65,41 @@ def name_of(function: Callable[..., Any]) -> str:
     module = getattr(function, "__module__", None) or type(function).__module__
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{module}.{name}"
+
+
+def finish(future: PoolFuture, result: object) -> None:
+    """End a future with a result, unless somebody else has ended it."""
+    try:
+        future.set_result(result)
+    except InvalidStateError:
+        pass
+
+
+def fail(future: PoolFuture, error: BaseException) -> None:
+    """End a future with an exception, unless somebody else has ended it."""
+    try:
+        future.set_exception(error)
+    except InvalidStateError:
+        pass
+
+
+def fresh(error: PoolBrokenError) -> PoolBrokenError:
+    """Return an error of its own for each future (gh-101267), with the same cause."""
+    copy = PoolBrokenError(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def rebuild(segments: Sequence[bytearray]) -> BaseException:
+    """Return the exception that a worker described, its remote traceback as the cause."""
+    pickled, name, text, trace, reason = payloads.loads(segments)
+    error: BaseException | None = None
+    if pickled is not None:
+        try:
+            error = payloads.loads(pickled)
+        except BaseException as problem:  # noqa: BLE001 -- user code
+            reason = f"{type(problem).__name__}: {problem}"
+    if not isinstance(error, BaseException):
+        error = RemoteTaskError(name, text, reason)
+    error.__cause__ = _RemoteTraceback(trace)
+    return error

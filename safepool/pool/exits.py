@@ -1,0 +1,56 @@
+"""The pools that work, so that the interpreter's exit finds them, and a fork."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from typing import Protocol
+
+__all__ = ["Exiting", "finish_at_exit", "last_uncaught", "working"]
+
+
+class Exiting(Protocol):
+    """What has work to finish before the interpreter ends."""
+
+    def exit(self) -> None:
+        """Finish it."""
+
+
+_working: weakref.WeakSet[Exiting] = weakref.WeakSet()
+_registered = False
+
+
+def finish_at_exit(pool: Exiting) -> None:
+    """Call ``pool.exit()`` before the interpreter ends, if the pool is still there.
+
+    ``threading`` runs such functions before it joins other threads and before daemon threads
+    are stopped; ``atexit`` runs after both. The call is private, and the standard pool's own
+    from Python 3.9 to this day.
+
+    Raises:
+        RuntimeError: The interpreter is ending.
+    """
+    global _registered  # noqa: PLW0603 -- one registration per interpreter
+    if not _registered:
+        threading._register_atexit(_exit_all)  # type: ignore[attr-defined]
+        _registered = True
+    _working.add(pool)
+
+
+def working() -> list[Exiting]:
+    """Return the pools of this process that have been used and are still there."""
+    return list(_working)
+
+
+def last_uncaught() -> BaseException | None:
+    """Return the exception that ends the program; ``None`` also at a prompt, which goes on."""
+    if hasattr(sys, "ps1"):
+        return None
+    error: BaseException | None = getattr(sys, "last_value", None)
+    return error
+
+
+def _exit_all() -> None:
+    for pool in working():
+        pool.exit()

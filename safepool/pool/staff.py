@@ -1,0 +1,268 @@
+"""The workers of one pool: hired, listened to, dismissed, and seen to their end.
+
+Only the scheduler's thread uses it. It knows processes, channels and deadlines; what a
+task is, and what its loss means, is the scheduler's.
+
+Races, each handled where its letter stands below:
+    A  A worker's channel closes before the system tells how it ended: wait for the ending.
+    B  A worker ends, its result already on the way: read the channel dry before judging.
+    C  A worker ends, a program it started holds its channel open: the pidfd tells anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.transport.channel import ChannelClosedError
+from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.workers.process import WorkerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from safepool.pool.tasks import Task
+    from safepool.transport.frames import Frame
+
+__all__ = ["Ended", "Staff", "Worker"]
+
+_log = logging.getLogger("safepool")
+
+# A worker whose channel is closed and that has not ended by then is ended (race A).
+_ENDING_S = 1.0
+# A worker that was told to stop may flush, run its atexit functions, join its threads.
+_STOPPING_S = 30.0
+# Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
+# within a second of Ctrl-C.
+_TERMINATING_S = 0.4
+
+if sys.platform == "win32":
+    _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
+else:
+    _KILL = signal.SIGKILL
+
+
+class Worker(WorkerProcess):
+    """A worker process with what its pool knows about it.
+
+    Attributes:
+        ready: Its initializer has ended well.
+        task: The task it holds.
+        done: How many tasks it has finished.
+        leaving: It gets no more tasks.
+        dismissed: It was told to stop or was ended by the pool.
+        terminated: It was sent ``SIGTERM``.
+        deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
+        events: What the selector watches its channel for.
+    """
+
+    ready: bool = False
+    task: Task | None = None
+    done: int = 0
+    leaving: bool = False
+    dismissed: bool = False
+    terminated: bool = False
+    deadline: float | None = None
+    events: int = selectors.EVENT_READ
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A worker's process has ended, and everything that it sent was handed over before.
+
+    Attributes:
+        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
+    """
+
+    exitcode: int | None
+
+
+class Staff:
+    """The workers of one pool.
+
+    Args:
+        start: Starts a worker process.
+    """
+
+    def __init__(self, start: Callable[[], Worker]) -> None:
+        self._start = start
+        self._workers: dict[int, Worker] = {}
+        self._selector = selectors.DefaultSelector()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        """All of them, those that are leaving included; safe against changes meanwhile."""
+        return iter(list(self._workers.values()))
+
+    def wake(self) -> None:
+        """Make :meth:`listen` return. From any thread, never blocks, takes no lock."""
+        try:
+            self._wake_sender.send(b"\0")
+        except OSError:
+            pass  # a wake-up is already under way, or all is over
+
+    def descriptors(self) -> list[int]:
+        """Return what a forked worker must not keep: it would hold others' channels open.
+
+        From any thread; another pool's workers must not keep them either.
+        """
+        found = [
+            self._wake_receiver.fileno(),
+            self._wake_sender.fileno(),
+            *(worker.channel.fileno() for worker in self),
+        ]
+        return [descriptor for descriptor in found if descriptor >= 0]
+
+    def hire(self) -> Worker:
+        """Start one worker.
+
+        Raises:
+            Exception: What starting it raised; ``OSError`` if the system has no room for it,
+                ``RuntimeError`` if the interpreter shuts down.
+        """
+        worker = self._start()
+        self._workers[worker.pid] = worker
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+        if worker.sentinel is not None:
+            self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
+        _log.debug("worker %d started", worker.pid)
+        return worker
+
+    def send(self, worker: Worker, pieces: list[bytes | memoryview]) -> bool:
+        """Send a frame, or as much as goes now; return whether the worker is still there."""
+        try:
+            worker.channel.send(pieces)
+        except ChannelClosedError:
+            self._disconnect(worker)
+            return False
+        self._watch(worker)
+        return True
+
+    def listen(self, timeout_s: float | None) -> Iterator[tuple[Worker, Frame | Ended]]:
+        """Wait for workers or a wake-up; yield the frames that arrived and who has ended.
+
+        Args:
+            timeout_s: Return after this time at the latest; ``None`` is not limited.
+        """
+        for worker in self:
+            # Without a sentinel (Windows) a closed channel is all there is to see of an end.
+            if worker.sentinel is None and worker.channel.fileno() < 0:
+                yield worker, Ended(self._forget(worker))
+        deadlines = [worker.deadline for worker in self if worker.deadline is not None]
+        if deadlines:
+            left_s = max(0.0, min(deadlines) - time.monotonic())
+            timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        for key, _ in self._selector.select(timeout_s):
+            found: Worker | None = key.data
+            if found is None:
+                self._wake_receiver.recv(4096)
+            elif found.pid not in self._workers:
+                pass  # ended by an earlier event of the same round
+            elif key.fd == found.sentinel:
+                yield from self._see_off(found)
+            else:
+                yield from self._read(found)
+        self._end_the_late()
+
+    def stop(self, worker: Worker) -> None:
+        """Tell a worker to end when it has done what it was sent."""
+        worker.leaving = worker.dismissed = True
+        worker.deadline = time.monotonic() + _STOPPING_S
+        self.send(worker, encode(Kind.STOP, 0))
+
+    def end(self, worker: Worker) -> None:
+        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``."""
+        soon = time.monotonic() + _TERMINATING_S
+        worker.deadline = min(worker.deadline or soon, soon)
+        worker.leaving = worker.dismissed = True
+        if not worker.terminated:
+            worker.terminated = True
+            worker.end(signal.SIGTERM)
+
+    def distrust(self, worker: Worker, error: BaseException) -> None:
+        """End a worker that sends what cannot be understood."""
+        _log.error("worker %d sent what cannot be read and is ended: %s", worker.pid, error)
+        worker.end(signal.SIGTERM)
+        self._disconnect(worker)
+
+    def close(self) -> None:
+        """Kill whoever is left, and give back every descriptor."""
+        for worker in self:
+            try:
+                worker.end(_KILL)
+                self._forget(worker)
+            except Exception:  # noqa: BLE001 -- one that resists must not keep the others
+                _log.exception("worker %d could not be ended", worker.pid)
+        self._selector.close()
+        self._wake_receiver.close()
+        self._wake_sender.close()
+
+    def _read(self, worker: Worker) -> Iterator[tuple[Worker, Frame]]:
+        try:
+            worker.channel.flush()
+            for frame in worker.channel.receive():
+                yield worker, frame
+                if worker.channel.fileno() < 0:  # distrusted for what that frame said
+                    return
+        except ChannelClosedError:
+            self._disconnect(worker)
+        except (CorruptFrameError, MemoryError) as error:
+            self.distrust(worker, error)
+        else:
+            self._watch(worker)
+
+    def _see_off(self, worker: Worker) -> Iterator[tuple[Worker, Frame | Ended]]:
+        if worker.channel.fileno() >= 0:
+            try:
+                for frame in worker.channel.receive(everything=True):  # races B and C
+                    yield worker, frame
+                    if worker.channel.fileno() < 0:
+                        break
+            except (ChannelClosedError, CorruptFrameError, MemoryError):
+                pass
+        yield worker, Ended(self._forget(worker))
+
+    def _disconnect(self, worker: Worker) -> None:
+        """The channel is of no more use; how the worker ends is still to come (race A)."""
+        worker.leaving = True
+        if worker.channel.fileno() >= 0:
+            self._selector.unregister(worker.channel)
+            worker.channel.close()
+        soon = time.monotonic() + _ENDING_S
+        worker.deadline = soon if worker.deadline is None else min(worker.deadline, soon)
+
+    def _watch(self, worker: Worker) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.channel.unsent else 0)
+        if events != worker.events and worker.channel.fileno() >= 0:
+            worker.events = events
+            self._selector.modify(worker.channel, events, worker)
+
+    def _end_the_late(self) -> None:
+        now = time.monotonic()
+        for worker in self:
+            if worker.deadline is not None and worker.deadline <= now:
+                worker.deadline = None
+                _log.info("worker %d did not end in time and is killed", worker.pid)
+                worker.end(_KILL)
+
+    def _forget(self, worker: Worker) -> int | None:
+        del self._workers[worker.pid]
+        if worker.channel.fileno() >= 0:
+            self._selector.unregister(worker.channel)
+        if worker.sentinel is not None:
+            self._selector.unregister(worker.sentinel)
+        exitcode = worker.wait(1.0)
+        worker.close()
+        return exitcode
