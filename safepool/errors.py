@@ -18,6 +18,7 @@ __all__ = [
     "UnreadableLimitError",
     "WorkerDiedError",
     "describe_exit",
+    "text_of",
 ]
 
 
@@ -140,6 +141,19 @@ def describe_exit(exitcode: int | None) -> str:
         return f"ended with exit code {exitcode}"
     hint = _SIGNAL_HINTS.get(-exitcode, "")
     return f"was killed by {_signal_name(-exitcode)}{hint}"
+
+
+def text_of(error: BaseException) -> str:
+    """Return ``str(error)``, whatever its class does with that.
+
+    Example:
+        >>> text_of(ValueError("as it is"))
+        'as it is'
+    """
+    try:
+        return str.__str__(str(error))  # a plain one: a subclass of str may not travel
+    except BaseException:  # noqa: BLE001 -- user code
+        return "(its text cannot be had)"
 
 
 def _signal_name(number: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.limits import Limits
 
-__all__ = ["BudgetWatch", "cpu_count", "cpu_limit", "read_budget", "tell_once"]
+__all__ = ["BudgetWatch", "cpu_count", "cpu_limit", "log_once", "read_budget", "tell_once"]
 
 _log = logging.getLogger("safepool")
 

@@ -6,20 +6,21 @@ import collections
 import functools
 import itertools
 import sys
+import threading
 import time
 import weakref
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from safepool.budget import Request, parse_bytes
-from safepool.machine import BudgetWatch, read_budget
+from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
-from safepool.threads.environment import worker_environment
-from safepool.workers.process import default_context
+from safepool.threads.environment import overridden, worker_environment
+from safepool.workers.process import find_context, native_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
@@ -48,9 +49,10 @@ class ProcessPool(Executor):
     Args:
         max_workers: The most workers at a time, at least 1 (on Windows at most 61).
             ``None`` is the number that fits: see :func:`safepool.cpu_count`.
-        mp_context: A ``multiprocessing`` context that starts the workers. ``None`` starts
-            each in a fresh interpreter that does not import ``__main__``, so that scripts
-            need no ``if __name__ == "__main__"``.
+        mp_context: A ``multiprocessing`` context that starts the workers, or the name of
+            one. ``None`` and ``"loky"`` start each in a fresh interpreter that does not
+            import ``__main__``, so that scripts need no ``if __name__ == "__main__"``.
+            ``"fork"`` is as safe as the program has few threads, which a warning names.
         initializer: Called once in each worker before its first task, after the caps.
         initargs: Its arguments.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
@@ -64,6 +66,8 @@ class ProcessPool(Executor):
         reserve: CPUs kept for this process and whatever runs beside it, such as 0.5.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: start no more workers than fit
             into what the control groups have left. ``None`` does not ask.
+        env: Variables to set in the workers. One that bounds native threads takes the place
+            of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when
@@ -85,7 +89,7 @@ class ProcessPool(Executor):
     def __init__(
         self,
         max_workers: int | None = None,
-        mp_context: BaseContext | None = None,
+        mp_context: BaseContext | str | None = None,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         *,
@@ -94,6 +98,7 @@ class ProcessPool(Executor):
         rounding: Rounding = "floor",
         reserve: float = 0.0,
         memory_per_worker: int | str | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -113,12 +118,20 @@ class ProcessPool(Executor):
         if max_workers is not None and max_workers > _MOST_WORKERS:
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._budget, limits = read_budget(request)
-        self._mp_context = mp_context if mp_context is not None else default_context()
+        self._mp_context = find_context(mp_context)
+        if self._mp_context.get_start_method() == "fork":
+            _warn_of_threads()
+        threads = self._budget.threads_per_worker
+        for override in overridden(threads, env or {}):
+            log_once(
+                f"{override.variable}={override.value} for workers takes the place of the cap "
+                f"on {override.runtime}, {override.instead_of}"
+            )
         self._scheduler = Scheduler(
             workers=min(self._budget.workers, _MOST_WORKERS),
             context=self._mp_context,
-            environment=worker_environment(self._budget.threads_per_worker),
-            threads=self._budget.threads_per_worker,
+            environment=worker_environment(threads, overrides=env),
+            threads=threads,
             initializer=initializer,
             initargs=initargs,
             tasks_per_worker=max_tasks_per_child,
@@ -279,6 +292,21 @@ class ProcessPool(Executor):
         because = self._budget.because
         return (
             f"<ProcessPool of at most {self._max_workers} workers ({because.name}: {because.raw})>"
+        )
+
+
+def _warn_of_threads() -> None:
+    """Say which threads a forked worker would find gone, with the locks that they held."""
+    ours = threading.current_thread()
+    names = [thread.name for thread in threading.enumerate() if thread is not ours]
+    known = {thread.native_id for thread in threading.enumerate()}
+    names += [f"{name} (native)" for task, name in native_threads() if task not in known]
+    if names:
+        tell_once(
+            f'mp_context="fork" copies a process with {len(names)} more threads: '
+            f"{', '.join(sorted(names))}. A worker has none of them and keeps every lock that "
+            "one holds at that moment, which is how forked workers hang. Without mp_context= "
+            "workers start clean"
         )
 
 

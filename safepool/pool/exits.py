@@ -7,7 +7,7 @@ import threading
 import weakref
 from typing import Protocol
 
-__all__ = ["Exiting", "finish_at_exit", "last_uncaught", "working"]
+__all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"]
 
 
 class Exiting(Protocol):
@@ -19,6 +19,7 @@ class Exiting(Protocol):
 
 _working: weakref.WeakSet[Exiting] = weakref.WeakSet()
 _registered = False
+_exited = False
 
 
 def finish_at_exit(pool: Exiting) -> None:
@@ -33,9 +34,17 @@ def finish_at_exit(pool: Exiting) -> None:
     """
     global _registered  # noqa: PLW0603 -- one registration per interpreter
     if not _registered:
-        threading._register_atexit(_exit_all)  # type: ignore[attr-defined]
+        try:
+            threading._register_atexit(_exit_all)  # type: ignore[attr-defined]
+        except RuntimeError:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown") from None
         _registered = True
     _working.add(pool)
+
+
+def has_exited() -> bool:
+    """Tell whether the interpreter ends: a thread that is started now may never run."""
+    return _exited
 
 
 def working() -> list[Exiting]:
@@ -52,5 +61,7 @@ def last_uncaught() -> BaseException | None:
 
 
 def _exit_all() -> None:
+    global _exited  # noqa: PLW0603 -- a fact about the interpreter
+    _exited = True
     for pool in working():
         pool.exit()

@@ -36,13 +36,12 @@ import os
 import threading
 import time
 from collections import deque
-from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, WorkerDiedError, describe_exit
-from safepool.pool.exits import finish_at_exit, last_uncaught, working
+from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
 from safepool.pool.staff import Ended, Staff, Worker
-from safepool.pool.tasks import PoolFuture, Task, fail, finish, fresh, rebuild
+from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 
@@ -169,7 +168,7 @@ class Scheduler:
         with self._lock:
             if self._broken is not None:
                 raise fresh(self._broken)
-            if self._exiting:
+            if self._exiting or has_exited():
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
             if self._closing:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -238,12 +237,14 @@ class Scheduler:
         thread = threading.Thread(
             target=self._run, args=(staff,), name="safepool-scheduler", daemon=True
         )
+        # Before it starts: an interrupt inside start() leaves a thread that runs.
+        self._staff, self._thread = staff, thread
         try:
             thread.start()
-        except BaseException:
+        except RuntimeError:  # no thread could be started
+            self._staff = self._thread = None
             staff.close()
             raise
-        self._staff, self._thread = staff, thread
 
     def _start_worker(self) -> Worker:
         return Worker(
@@ -275,10 +276,7 @@ class Scheduler:
             if cancelled:
                 self._waiting.clear()
         for task in cancelled:
-            if task.future.cancel():
-                task.future.set_running_or_notify_cancel()
-            else:  # taken once, and given back because its worker was gone
-                fail(task.future, CancelledError())
+            cancel(task.future)
         if ending:
             return False
         self._follow_the_limits(staff)
@@ -348,7 +346,7 @@ class Scheduler:
                 if not self._waiting:
                     return None
                 task = self._waiting.popleft()
-            if task.future.running() or task.future.set_running_or_notify_cancel():
+            if begin(task.future):
                 return task
 
     def _give(self, staff: Staff, worker: Worker, task: Task) -> None:
@@ -374,7 +372,7 @@ class Scheduler:
             return
         try:
             initialize = payloads.dumps(self._initialize)
-        except Exception as error:  # noqa: BLE001 -- user code
+        except BaseException as error:  # noqa: BLE001 -- user code
             self._break(
                 staff, PoolBrokenError(f"the initializer cannot be pickled: {error!r}"), error
             )
@@ -422,7 +420,11 @@ class Scheduler:
         future = task.future
         del task
         if frame.kind is Kind.EXCEPTION:
-            fail(future, rebuild(frame.segments))
+            try:
+                error = rebuild(frame.segments)
+            except BaseException as problem:  # noqa: BLE001 -- user code, or no memory
+                error = problem
+            fail(future, error)
             return
         try:
             result = payloads.loads(frame.segments)
@@ -436,6 +438,7 @@ class Scheduler:
         if worker.task is not None:
             task, worker.task = worker.task, None
             error = WorkerDiedError(worker.pid, exitcode, task.name)
+            error.__cause__ = worker.fault
             _log.log(logging.DEBUG if self._ending else logging.WARNING, "%s", error)
             fail(task.future, error)
         elif worker.ready or worker.dismissed:
@@ -466,7 +469,7 @@ class Scheduler:
                 failed.append(worker.task)
                 worker.task = None
         for task in failed:
-            if task.future.running() or task.future.set_running_or_notify_cancel():
+            if begin(task.future):
                 fail(task.future, fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:

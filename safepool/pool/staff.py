@@ -58,6 +58,7 @@ class Worker(WorkerProcess):
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
+        fault: Why the pool ended it, if what it sent could not be read.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
     """
@@ -68,6 +69,7 @@ class Worker(WorkerProcess):
     leaving: bool = False
     dismissed: bool = False
     terminated: bool = False
+    fault: BaseException | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
 
@@ -194,6 +196,7 @@ class Staff:
     def distrust(self, worker: Worker, error: BaseException) -> None:
         """End a worker that sends what cannot be understood."""
         _log.error("worker %d sent what cannot be read and is ended: %s", worker.pid, error)
+        worker.fault = error
         worker.end(signal.SIGTERM)
         self._disconnect(worker)
 

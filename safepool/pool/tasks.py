@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from concurrent.futures.process import _RemoteTraceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import PoolBrokenError, RemoteTaskError
+from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["PoolFuture", "Task", "fail", "finish", "fresh", "name_of", "rebuild"]
+__all__ = [
+    "PoolFuture",
+    "Task",
+    "begin",
+    "cancel",
+    "fail",
+    "finish",
+    "fresh",
+    "name_of",
+    "rebuild",
+]
+
+_log = logging.getLogger("safepool")
 
 
 class PoolFuture(Future[Any]):
@@ -67,20 +80,45 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{module}.{name}"
 
 
+def begin(future: PoolFuture) -> bool:
+    """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else.
+
+    A task that was given back by a worker which never began it is running already.
+    """
+    if future.running():
+        return True
+    try:
+        return future.set_running_or_notify_cancel()
+    except (InvalidStateError, RuntimeError):
+        return False
+
+
+def cancel(future: PoolFuture) -> None:
+    """End a future that no worker has begun."""
+    _end(future.cancel)
+    if future.running():  # taken once, and given back because its worker was gone
+        fail(future, CancelledError())
+    else:
+        begin(future)
+
+
 def finish(future: PoolFuture, result: object) -> None:
     """End a future with a result, unless somebody else has ended it."""
-    try:
-        future.set_result(result)
-    except InvalidStateError:
-        pass
+    _end(future.set_result, result)
 
 
 def fail(future: PoolFuture, error: BaseException) -> None:
     """End a future with an exception, unless somebody else has ended it."""
+    _end(future.set_exception, error)
+
+
+def _end(end: Callable[..., object], *arguments: object) -> None:
     try:
-        future.set_exception(error)
+        end(*arguments)
     except InvalidStateError:
-        pass
+        pass  # somebody else has ended it
+    except BaseException:  # noqa: BLE001 -- a callback's SystemExit must not cost other tasks
+        _log.exception("a callback of a future raised")
 
 
 def fresh(error: PoolBrokenError) -> PoolBrokenError:
@@ -98,8 +136,9 @@ def rebuild(segments: Sequence[bytearray]) -> BaseException:
         try:
             error = payloads.loads(pickled)
         except BaseException as problem:  # noqa: BLE001 -- user code
-            reason = f"{type(problem).__name__}: {problem}"
+            reason = f"{type(problem).__name__}: {text_of(problem)}"
     if not isinstance(error, BaseException):
         error = RemoteTaskError(name, text, reason)
-    error.__cause__ = _RemoteTraceback(trace)
+    # Not by the exception's own __setattr__: a frozen dataclass forbids it.
+    BaseException.__setattr__(error, "__cause__", _RemoteTraceback(trace))
     return error

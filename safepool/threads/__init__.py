@@ -1,5 +1,52 @@
 """Floor 3: the native thread pools that a worker can meet, and how each one is capped.
 
-``table`` is the knowledge, ``environment`` what a child is born with, ``cap`` what is done
-to the libraries that are loaded. It never measures limits: the number of threads is given.
+    table         knowledge: a row for each runtime
+    calls         what caps a loaded runtime, for the rows that threadpoolctl does not know
+    registry      the rows that count here: the table's, and those that others add
+    environment   what a worker is born with
+    libraries     what was loaded since the last look
+    imports       what is being imported
+    cap           the three layers, and the block around a function
+    pools         what is loaded now
+
+It never measures limits: the number of threads is given. It never imports a library in
+order to cap it.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from safepool.threads.pools import NativePool, inspect
+    from safepool.threads.registry import register, unregister
+    from safepool.threads.table import NativeRuntime, ThreadVariable
+
+__all__ = [
+    "NativePool",
+    "NativeRuntime",
+    "ThreadVariable",
+    "inspect",
+    "register",
+    "unregister",
+]
+
+_HOMES = {
+    "NativePool": "safepool.threads.pools",
+    "NativeRuntime": "safepool.threads.table",
+    "ThreadVariable": "safepool.threads.table",
+    "inspect": "safepool.threads.pools",
+    "register": "safepool.threads.registry",
+    "unregister": "safepool.threads.registry",
+}
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module 'safepool.threads' has no attribute {name!r}") from None
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value

@@ -1,31 +1,158 @@
-"""The environment that a worker is born with. It is computed, never set on the caller."""
+"""The environment that a worker is born with: computed here, never set on the caller.
+
+A library reads its variables once, when it is loaded; what is set later is ignored. So
+they must be in the environment that the process is started with.
+"""
 
 from __future__ import annotations
 
-from safepool.threads.table import THREAD_VARIABLES
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["worker_environment"]
+from safepool.threads.registry import runtimes
 
-# Read by loky and joblib, and by os.process_cpu_count() from Python 3.13 on: a pool that
-# a task starts sees the worker's share of the machine, not the whole of it.
-_SHARE_VARIABLES = ("LOKY_MAX_CPU_COUNT", "PYTHON_CPU_COUNT")
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from safepool.threads.table import NativeRuntime
+
+__all__ = [
+    "Override",
+    "change_environment",
+    "overridden",
+    "runtime_threads",
+    "worker_environment",
+]
 
 
-def worker_environment(threads: int) -> dict[str, str]:
-    """Return the variables to set for a worker before its interpreter starts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """A thread variable that the user has set for workers, in place of the cap.
 
-    A library reads its variable once, when it is loaded; what is set later is ignored.
-    So these must be in the environment that the process is started with.
+    Attributes:
+        variable: Its name.
+        value: What the user has set.
+        instead_of: What the cap would have set; ``None`` if it would have removed it or
+            not have touched it.
+        runtime: The row that it rules.
+    """
+
+    variable: str
+    value: str
+    instead_of: str | None
+    runtime: str
+
+
+def worker_environment(
+    threads: int, *, overrides: Mapping[str, str] | None = None
+) -> dict[str, str | None]:
+    """Return the changes to make to a worker's environment before it starts.
 
     Args:
         threads: Threads for each native pool, at least 1.
+        overrides: What the user sets for workers, any variable. It wins, and the run-time
+            cap of the pool that it rules follows it (:func:`runtime_threads`); its other
+            variables do too, such as the ceiling beside a number.
 
     Returns:
-        Variable names and their values.
+        The value of each variable; ``None`` removes it: it would beat the cap.
+
+    Raises:
+        ValueError: ``threads`` is below 1.
 
     Example:
-        >>> worker_environment(1)["OPENBLAS_NUM_THREADS"]
-        '1'
+        >>> environment = worker_environment(1)
+        >>> environment["OPENBLAS_NUM_THREADS"], environment["MKL_DOMAIN_NUM_THREADS"]
+        ('1', None)
+        >>> chosen = worker_environment(1, overrides={"NUMEXPR_NUM_THREADS": "4"})
+        >>> chosen["NUMEXPR_NUM_THREADS"], chosen["NUMEXPR_MAX_THREADS"]
+        ('4', '4')
     """
-    names = (*(variable.name for variable in THREAD_VARIABLES), *_SHARE_VARIABLES)
-    return dict.fromkeys(names, str(threads))
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    asked = overrides or {}
+    environment: dict[str, str | None] = {}
+    for row in runtimes():
+        environment.update(dict.fromkeys(row.removed))
+        of_row = _first_number(_own(row), asked) or threads
+        for variable in row.variables:
+            if variable.off is None:
+                environment[variable.name] = str(of_row)
+            elif of_row == 1:
+                environment[variable.name] = variable.off
+    environment.update(asked)
+    return environment
+
+
+def change_environment(changes: Mapping[str, str | None]) -> None:
+    """Make the changes of :func:`worker_environment` in this process.
+
+    Args:
+        changes: The value of each variable, ``None`` to remove it.
+    """
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def runtime_threads(threads: int, environment: Mapping[str, str | None]) -> dict[str, int]:
+    """Return the number that each runtime is capped to in a worker of that environment.
+
+    Args:
+        threads: The worker's threads.
+        environment: From :func:`worker_environment`.
+
+    Returns:
+        For each row of the table, by its name, the number that its ruling variable says,
+        ``threads`` where none does.
+
+    Example:
+        >>> chosen = worker_environment(1, overrides={"OMP_NUM_THREADS": "2"})
+        >>> capped = runtime_threads(1, chosen)
+        >>> capped["openmp"], capped["xgboost"], capped["openblas"]
+        (2, 2, 1)
+    """
+    return {
+        row.name: _first_number((*_own(row), *row.falls_back_to), environment) or threads
+        for row in runtimes()
+    }
+
+
+def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ...]:
+    """Return which of the user's variables take the place of the cap, for a report.
+
+    Args:
+        threads: The worker's threads.
+        overrides: As for :func:`worker_environment`.
+
+    Returns:
+        One entry for each thread variable whose value is not the cap's; other variables
+        are not ours to report.
+
+    Example:
+        >>> [o.variable for o in overridden(1, {"OMP_NUM_THREADS": "2", "HOME": "/tmp"})]
+        ['OMP_NUM_THREADS']
+    """
+    ours = worker_environment(threads)
+    return tuple(
+        Override(variable=name, value=overrides[name], instead_of=ours.get(name), runtime=row.name)
+        for row in runtimes()
+        for name in (*_own(row), *row.removed)
+        if name in overrides and overrides[name] != ours.get(name)
+    )
+
+
+def _own(row: NativeRuntime) -> tuple[str, ...]:
+    return (*(variable.name for variable in row.variables if variable.off is None), *row.opt_in)
+
+
+def _first_number(names: Iterable[str], values: Mapping[str, str | None]) -> int | None:
+    for name in names:
+        # OMP_NUM_THREADS may be a list, one number for each level of nesting.
+        first = (values.get(name) or "").split(",")[0].strip()
+        if first.isascii() and first.isdigit() and int(first) > 0:
+            return int(first)
+    return None

@@ -109,7 +109,10 @@ class Channel:
     def close(self) -> None:
         """Close the socket; what is unsent is dropped. May be called again."""
         self._unsent.clear()
-        self._sock.close()
+        try:
+            self._sock.close()
+        except OSError:
+            pass  # a task has closed the descriptor
 
     if sys.platform == "win32":
 

@@ -18,7 +18,9 @@ import threading
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import text_of
 from safepool.threads.cap import cap_worker
+from safepool.threads.environment import change_environment
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
 from safepool.transport.payloads import dumps, loads
@@ -26,13 +28,16 @@ from safepool.transport.payloads import dumps, loads
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
+    from types import TracebackType
+
+    from safepool.threads.cap import WorkerCap
 
 __all__ = ["worker_main"]
 
 
 def worker_main(
     end: Connection | socket.socket,
-    environment: Mapping[str, str],
+    environment: Mapping[str, str | None],
     threads: int,
     foreign_descriptors: Sequence[int],
 ) -> None:
@@ -40,19 +45,20 @@ def worker_main(
 
     Args:
         end: This worker's end of the channel.
-        environment: Variables that bound native threads. Under loky they were set before
-            the interpreter started; elsewhere this is the earliest place.
+        environment: Variables that bound native threads, ``None`` for those to remove.
+            Most start methods have set them before anything of ours runs; in a forked
+            worker this is the earliest place.
         threads: Threads for each native pool.
         foreign_descriptors: The pool's own descriptors, which a forked worker inherits
             and must not keep: another worker's channel would never be seen closed.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
-    os.environ.update(environment)
+    change_environment(environment)
     _pretend_cpus(threads)
     sock = _adopt(end)
     _end_with_the_parent(sock)
-    cap_worker(threads)
+    cap = cap_worker(threads, environment)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
     # decision. A handler that does nothing rather than SIG_IGN, which programs started by
     # a task would inherit. The pool starts workers with the signal blocked, so that it
@@ -62,26 +68,32 @@ def worker_main(
     _unblock_interrupt()
     channel = Channel(sock)
     try:
-        _serve(channel, threads)
+        _serve(channel, cap)
     except ChannelClosedError:
         pass  # the pool is gone, so is the reason to be here
     finally:
         channel.close()
 
 
-def _serve(channel: Channel, threads: int) -> None:
+def _serve(channel: Channel, cap: WorkerCap) -> None:
+    pid = os.getpid()
     while True:
         for kind, number, received in channel.receive():
             match kind:
                 case Kind.INITIALIZE:
                     reply, segments = _initialize(received)
-                    cap_worker(threads)  # what the initializer has loaded
+                    cap.apply()  # what the initializer has loaded or changed
                 case Kind.TASK:
+                    cap.recheck()  # what the task before has loaded
                     reply, segments = _run(received)
                 case Kind.STOP:
                     return
                 case _:
                     raise RuntimeError(f"a pool does not send {kind!r}")
+            if os.getpid() != pid:
+                # The task has forked and this is its child: the answer is the worker's to
+                # give, and so is the next task to take.
+                os._exit(0)
             channel.send(encode(reply, number, segments))
             # Nothing of the task may live on in this frame while the worker waits.
             del segments
@@ -110,11 +122,12 @@ def _describe(error: BaseException) -> list[bytes | memoryview]:
     """Return segments of (pickled exception or None, type, text, traceback, reason)."""
     # Without the frame of this module that made the call, if there is one below it.
     inner = error.__traceback__.tb_next if error.__traceback__ else None
-    trace = "".join(traceback.format_exception(type(error), error, inner or error.__traceback__))
-    text = _text(error)
-    name = f"{type(error).__module__}.{type(error).__qualname__}"
-    # Frames hold the task's arguments; the other end could not use them anyway.
-    error.__traceback__ = None
+    trace = _trace(error, inner or error.__traceback__)
+    text = text_of(error)
+    name = _name(type(error))
+    # Frames hold the task's arguments; the other end could not use them anyway. By the base
+    # class, since a frozen dataclass forbids to set an attribute.
+    BaseException.with_traceback(error, None)
     pickled, reason = None, ""
     try:
         segments = [bytes(segment) for segment in dumps(error)]
@@ -123,15 +136,23 @@ def _describe(error: BaseException) -> list[bytes | memoryview]:
         loads(segments)
         pickled = segments
     except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
-        reason = f"{type(problem).__name__}: {_text(problem)}"
+        reason = f"{type(problem).__name__}: {text_of(problem)}"
     return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
 
 
-def _text(error: BaseException) -> str:
+def _trace(error: BaseException, frames: TracebackType | None) -> str:
     try:
-        return str(error)
-    except BaseException:  # noqa: BLE001 -- user code
-        return "(its text cannot be had)"
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details
+        shown = "".join(traceback.format_tb(frames))
+        return f"{shown}{_name(type(error))} (not formatted: {text_of(problem)})\n"
+
+
+def _name(kind: type) -> str:
+    try:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    except BaseException:  # noqa: BLE001 -- a metaclass may do anything
+        return "(an exception whose type has no name)"
 
 
 def _pretend_cpus(count: int) -> None:

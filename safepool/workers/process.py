@@ -7,6 +7,9 @@ caller gave.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,18 +21,47 @@ from safepool.transport.channel import Channel
 from safepool.workers.main import worker_main
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
 
-__all__ = ["WorkerProcess", "default_context"]
+__all__ = ["WorkerProcess", "find_context", "native_threads"]
 
 
-def default_context() -> BaseContext:
-    """Return loky's context: each worker a fresh interpreter, started by exec."""
-    from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not safepool's import
+def find_context(wanted: BaseContext | str | None) -> BaseContext:
+    """Return the context that starts workers.
 
-    context: BaseContext = get_context("loky")
-    return context
+    Args:
+        wanted: A context, or the name of one: ``"loky"`` (each worker a fresh interpreter,
+            started by exec), or one of ``multiprocessing``'s. ``None`` is ``"loky"``.
+
+    Raises:
+        ValueError: There is no context of this name.
+    """
+    if wanted is None or wanted == "loky":
+        from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
+
+        context: BaseContext = get_context("loky")
+        return context
+    return multiprocessing.get_context(wanted) if isinstance(wanted, str) else wanted
+
+
+def native_threads() -> list[tuple[int, str]]:
+    """Return number and name of every thread that the system counts in this process.
+
+    Source: proc(5), ``/proc/pid/task/tid/comm``. Empty elsewhere than on Linux.
+    """
+    found = []
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:
+        return []
+    for task in tasks:
+        try:
+            with open(f"/proc/self/task/{task}/comm", encoding="utf-8", errors="replace") as file:
+                found.append((int(task), file.read().strip()))
+        except OSError:
+            pass  # it has ended
+    return found
 
 
 class WorkerProcess:
@@ -47,7 +79,7 @@ class WorkerProcess:
         self,
         context: BaseContext,
         *,
-        environment: Mapping[str, str],
+        environment: Mapping[str, str | None],
         threads: int,
         foreign_descriptors: Sequence[int],
     ) -> None:
@@ -55,7 +87,7 @@ class WorkerProcess:
 
         Args:
             context: How to start it.
-            environment: Variables it is born with.
+            environment: Variables it is born with, ``None`` for those it is born without.
             threads: Threads for each of its native pools.
             foreign_descriptors: Descriptors of the pool that a forked child must close.
 
@@ -124,11 +156,14 @@ class WorkerProcess:
 
 
 def _create(
-    context: BaseContext, arguments: tuple[Any, ...], environment: Mapping[str, str]
+    context: BaseContext, arguments: tuple[Any, ...], environment: Mapping[str, str | None]
 ) -> Any:
     create: Any = context.Process  # type: ignore[attr-defined]
     if context.get_start_method() in ("loky", "loky_init_main"):
-        process = create(target=worker_main, args=arguments, env=dict(environment))
+        # loky's can only set. What is to be removed is removed by worker_main, before
+        # anything that reads it is imported.
+        born_with = {name: value for name, value in environment.items() if value is not None}
+        process = create(target=worker_main, args=arguments, env=born_with)
         process.name = f"safepool-{process.name}"
     else:
         process = create(target=worker_main, args=arguments)
@@ -138,22 +173,44 @@ def _create(
     return process
 
 
+_SET_ENVIRONMENT = """(
+    [
+        environ.pop(key, None) if value is None else environ.__setitem__(key, value)
+        for environ in [__import__("os").environ]
+        for key, value in environment.items()
+    ],
+    name,
+)[1]"""
+
+
+@contextlib.contextmanager
+def _no_missing_streams() -> Iterator[None]:
+    """Give loky something to flush where a program has no stdout or stderr (``>&-``)."""
+    missing = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    for name in missing:
+        setattr(sys, name, io.StringIO())
+    try:
+        yield
+    finally:
+        for name in missing:
+            setattr(sys, name, None)
+
+
 class _NameWithEnvironment(str):
     """A process name that sets the environment of the interpreter that unpickles it."""
 
     __slots__ = ("environment",)
 
-    environment: dict[str, str]
+    environment: dict[str, str | None]
 
-    def __new__(cls, name: str, environment: dict[str, str]) -> Self:
+    def __new__(cls, name: str, environment: dict[str, str | None]) -> Self:
         self = super().__new__(cls, name)
         self.environment = environment
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Builtins only: the child has no sys.path yet to find a function of ours on.
-        code = "(__import__('os').environ.update(environment), name)[1]"
-        return eval, (code, {"environment": self.environment, "name": str(self)})
+        return eval, (_SET_ENVIRONMENT, {"environment": self.environment, "name": str(self)})
 
 
 if sys.platform == "win32":
@@ -184,7 +241,8 @@ else:
         # worker that still imports, nor make it print a traceback.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            process.start()
+            with _no_missing_streams():
+                process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

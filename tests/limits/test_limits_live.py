@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import threading
-import time
 from typing import Any
 
 import pytest

@@ -36,7 +36,7 @@ def sizes() -> dict[str, int]:
 
 def test_everybody_in_a_worker_sees_its_share() -> None:
     with ProcessPool(2) as pool:
-        found = pool.submit(lambda: sizes()).result(timeout=60)
+        found = pool.submit(sizes).result(timeout=60)
 
     assert found == dict.fromkeys(found, 1)
 
@@ -49,7 +49,7 @@ def test_also_with_the_other_start_methods(method: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with ProcessPool(2, mp_context=multiprocessing.get_context(method)) as pool:
-            found = pool.submit(lambda: sizes()).result(timeout=60)
+            found = pool.submit(sizes).result(timeout=60)
 
     assert found == dict.fromkeys(found, 1)
 
@@ -57,7 +57,6 @@ def test_also_with_the_other_start_methods(method: str) -> None:
 def test_threads_of_a_worker_are_its_share() -> None:
     with ProcessPool(1, threads_per_worker=2) as pool:
         assert pool.submit(os.cpu_count).result(timeout=60) == 2
-
 
 
 def inner_pool(_: int) -> set[int]:
@@ -87,7 +86,7 @@ def _pid(_: int) -> int:
 def test_pools_inside_workers_do_not_multiply(inner: Any) -> None:
     """Two workers with a pool of their own each: two processes that work, not four."""
     with ProcessPool(2) as pool:
-        for found in pool.map(lambda n: inner(n), range(2)):
+        for found in pool.map(inner, range(2)):
             assert len(found) == 1
 
 
@@ -95,5 +94,5 @@ def test_a_pool_inside_joblib_does_not_multiply() -> None:
     from joblib import Parallel, delayed
 
     with safepool.parallel_backend(n_jobs=2):
-        for found in Parallel()(delayed(lambda n: inner_pool(n))(n) for n in range(2)):
+        for found in Parallel()(delayed(inner_pool)(n) for n in range(2)):
             assert len(found) == 1

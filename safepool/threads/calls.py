@@ -1,0 +1,148 @@
+"""The calls that cap a loaded runtime, one for each row of the table that names one.
+
+They are handed the module, which somebody else has imported: nothing here imports a
+library. What threadpoolctl caps is not here, it finds its libraries itself (``cap``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CALLS", "Call"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """How to read and set the threads of a loaded runtime.
+
+    Attributes:
+        read: Given the module, its threads now, ``None`` if it does not say.
+        write: Given the module and a number of threads, sets it. Raises whatever the
+            library raises when it cannot.
+        undone: The number can be put back, so a block may change it (``cap.capped``);
+            otherwise it is changed in workers only.
+    """
+
+    read: Callable[[Any], int | None] | None
+    write: Callable[[Any, int], object]
+    undone: bool = True
+
+
+def _set_torch_interop(torch: Any, threads: int) -> None:
+    # A second call raises, also with the same number.
+    if torch.get_num_interop_threads() != threads:
+        torch.set_num_interop_threads(threads)
+
+
+def _read_numba(numba: Any) -> int:
+    launcher = _numba_launcher()
+    count = numba.config.NUMBA_NUM_THREADS if launcher is not None else numba.get_num_threads()
+    return int(count)
+
+
+def _set_numba(numba: Any, threads: int) -> None:
+    launcher = _numba_launcher()
+    if launcher is None:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    elif threads != numba.config.NUMBA_NUM_THREADS:
+        # numba.set_num_threads() would launch them all now, to let one of them work.
+        numba.config.NUMBA_NUM_THREADS = threads
+        launcher.NUM_THREADS = threads
+
+
+def _numba_launcher() -> Any:
+    """Return Numba's module that will launch the threads; ``None`` if it has, or may have."""
+    launcher: Any = sys.modules.get("numba.np.ufunc.parallel")
+    if getattr(launcher, "_is_initialized", True) or not hasattr(launcher, "NUM_THREADS"):
+        return None
+    return launcher
+
+
+def _set_opencv(cv2: Any, threads: int) -> None:
+    now = cv2.getNumThreads()
+    if now == threads:
+        return
+    # Lowered to another number than 0, OpenCV stops threads and waits for them, which a
+    # forked process does not have. 0 leaves them alone and computes in the caller's thread.
+    cv2.setNumThreads(0 if threads < now else threads)
+
+
+def _set_duckdb(duckdb: Any, threads: int) -> None:
+    """Replace ``duckdb.connect`` by one that opens databases with ``threads`` threads.
+
+    Nothing less would do: a database starts five threads for each CPU when it is opened.
+    """
+    original = getattr(duckdb.connect, "__wrapped__", duckdb.connect)
+
+    @functools.wraps(original)
+    def connect(database: Any = ":memory:", read_only: bool = False, config: Any = None) -> object:
+        if database == ":default:":  # takes no configuration
+            return original(database)
+        asked = dict(config or {})
+        if "threads" in asked or "worker_threads" in asked:
+            return original(database, read_only, asked)
+        try:
+            capped = {"threads": threads, "async_threads": threads, **asked}
+            return original(database, read_only, capped)
+        except duckdb.Error as error:
+            if "async_threads" not in str(error):
+                raise
+        # A release that knows no asynchronous threads.
+        return original(database, read_only, {"threads": threads, **asked})
+
+    duckdb.connect = connect
+
+
+CALLS: dict[str, Call] = {
+    "torch": Call(
+        read=lambda torch: torch.get_num_threads(),
+        write=lambda torch, threads: torch.set_num_threads(threads),
+    ),
+    "torch-interop": Call(
+        read=lambda torch: torch.get_num_interop_threads(),
+        write=_set_torch_interop,
+        undone=False,
+    ),
+    "numba": Call(read=_read_numba, write=_set_numba),
+    "numexpr": Call(
+        read=lambda numexpr: numexpr.get_num_threads(),
+        write=lambda numexpr, threads: numexpr.set_num_threads(threads),
+    ),
+    "arrow": Call(
+        read=lambda pyarrow: pyarrow.cpu_count(),
+        write=lambda pyarrow, threads: pyarrow.set_cpu_count(threads),
+    ),
+    "arrow-io": Call(
+        read=lambda pyarrow: pyarrow.io_thread_count(),
+        write=lambda pyarrow, threads: pyarrow.set_io_thread_count(threads),
+    ),
+    "opencv": Call(read=lambda cv2: cv2.getNumThreads(), write=_set_opencv),
+    "xgboost": Call(
+        # 0 is what OpenMP says.
+        read=lambda xgboost: xgboost.get_config().get("nthread"),
+        write=lambda xgboost, threads: xgboost.set_config(nthread=threads),
+    ),
+    "duckdb": Call(read=None, write=_set_duckdb, undone=False),
+    "blosc": Call(
+        read=lambda blosc: blosc.nthreads,
+        write=lambda blosc, threads: blosc.set_nthreads(threads),
+    ),
+    "blosc2": Call(
+        read=lambda blosc2: blosc2.nthreads,
+        write=lambda blosc2, threads: blosc2.set_nthreads(threads),
+    ),
+    "numcodecs": Call(
+        read=lambda blosc: blosc.get_nthreads(),
+        write=lambda blosc, threads: blosc.set_nthreads(threads),
+    ),
+    "itk": Call(
+        read=lambda itk: itk.ProcessObject.GetGlobalDefaultNumberOfThreads(),
+        write=lambda itk, threads: itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads),
+    ),
+}

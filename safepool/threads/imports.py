@@ -1,0 +1,96 @@
+"""Be told when one of certain modules has been imported, before its importer goes on.
+
+A library that is first imported inside a task is met by nothing else: the check before
+the task came too early, the next comes too late, and some pools have no variable.
+
+Not covered:
+    * A module whose loader takes no attributes, or is the class itself (frozen, built in).
+    * A module that loads itself lazily: it counts as imported when it has been loaded,
+      and nobody is told then.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+__all__ = ["AfterImport", "imported"]
+
+
+def imported(name: str) -> ModuleType | None:
+    """Return the module of that name if it has been imported to its end, else ``None``."""
+    module = sys.modules.get(name)
+    # importlib's lazy module would be loaded by the first attribute that is asked of it.
+    if module is None or type(module).__name__ == "_LazyModule":
+        return None
+    # Another thread may be in the middle of it.
+    spec = getattr(module, "__spec__", None)
+    return None if getattr(spec, "_initializing", False) else module
+
+
+class AfterImport:
+    """Stand first in ``sys.meta_path`` and call back after certain imports.
+
+    Args:
+        tell: Called with the full name of such a module and the module, in the importing
+            thread.
+    """
+
+    def __init__(self, tell: Callable[[str, ModuleType], None]) -> None:
+        self._tell = tell
+        self._names: frozenset[str] = frozenset()
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        """Let the other finders find it; a module that is wanted tells when it has run."""
+        if fullname not in self._names:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is self or find is None:
+                continue
+            spec: ModuleSpec | None = find(fullname, path, target)
+            if spec is not None:
+                self._follow(spec.loader, fullname)
+                return spec
+        return None
+
+    def start(self, names: frozenset[str]) -> None:
+        """Call back for the modules of these full names from now on."""
+        self._names = names
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def stop(self) -> None:
+        """Be asked no more."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def _follow(self, loader: Any, fullname: str) -> None:
+        if isinstance(loader, type) or not hasattr(loader, "exec_module"):
+            return
+        original = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            # A loader may serve several modules, and is itself again after this one.
+            if module.__name__ == fullname:
+                loader.__dict__.pop("exec_module", None)
+            original(module)
+            if module.__name__ == fullname and type(module).__name__ != "_LazyModule":
+                self._tell(fullname, module)
+
+        try:
+            # The loader's own, not one in its place: code asks a module's loader for its
+            # source, its resources and its type.
+            loader.exec_module = exec_module
+        except AttributeError:
+            pass

@@ -1,0 +1,111 @@
+"""Which native thread pools are loaded in this process, how large, and what rules them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.threads.imports import imported
+from safepool.threads.registry import call_of, runtimes
+
+if TYPE_CHECKING:
+    from safepool.threads.table import NativeRuntime
+
+__all__ = ["NativePool", "inspect"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativePool:
+    """One native thread pool that is loaded in this process.
+
+    Attributes:
+        runtime: Its row in the table, such as ``openblas``; threadpoolctl's own name for a
+            library that only threadpoolctl knows.
+        library: The file it was loaded from; for a Python module its file.
+        threads: The most threads it uses now; ``None`` if it does not say.
+        variable: The environment variable that rules it in this process, or would if it
+            were set; ``None`` if it has none.
+        value: What that variable says now, word for word; ``None`` if it is not set. The
+            library has read it when it was loaded.
+        fixed: What cannot be changed now that it is loaded; empty if all can.
+        hole: What neither variable nor call reaches, and what to do; empty if nothing.
+        source: Where this is documented.
+    """
+
+    runtime: str
+    library: str
+    threads: int | None
+    variable: str | None
+    value: str | None
+    fixed: str
+    hole: str
+    source: str
+
+
+def inspect() -> tuple[NativePool, ...]:
+    """Return the native thread pools that are loaded in this process.
+
+    Returns:
+        What threadpoolctl finds, then the table's further runtimes whose module is
+        imported. A pool that a library takes from another, such as scikit-learn's from
+        OpenMP, is listed there. Nothing is imported or started to find out.
+
+    Example:
+        >>> for pool in inspect():
+        ...     assert pool.threads is None or pool.threads >= 0
+    """
+    from threadpoolctl import threadpool_info  # noqa: PLC0415 -- importing safepool stays light
+
+    rows = {row.name: row for row in runtimes()}
+    found = [
+        _pool(
+            rows.get(info["internal_api"]),
+            runtime=info["internal_api"],
+            library=info["filepath"],
+            threads=info["num_threads"],
+        )
+        for info in threadpool_info()
+    ]
+    for row in runtimes():
+        module = next((m for name in row.modules if (m := imported(name)) is not None), None)
+        if module is None or row.through is not None:
+            continue
+        call = call_of(row)
+        threads = None
+        if call is not None and call.read is not None:
+            try:
+                threads = call.read(module)
+            except Exception:  # noqa: BLE001 -- any library's own errors; then it does not say
+                threads = None
+        file = getattr(module, "__file__", None) or ""
+        found.append(_pool(row, runtime=row.name, library=file, threads=threads))
+    return tuple(found)
+
+
+def _pool(
+    row: NativeRuntime | None, *, runtime: str, library: str, threads: int | None
+) -> NativePool:
+    if row is None:
+        return NativePool(
+            runtime=runtime,
+            library=library,
+            threads=threads,
+            variable=None,
+            value=None,
+            fixed="",
+            hole="no row of the table: safepool.threads.register() adds one",
+            source="threadpoolctl",
+        )
+    names = [*(variable.name for variable in row.variables), *row.falls_back_to]
+    ruling = next((name for name in names if os.environ.get(name)), next(iter(names), None))
+    return NativePool(
+        runtime=runtime,
+        library=library,
+        threads=threads,
+        variable=ruling,
+        value=None if ruling is None else os.environ.get(ruling),
+        fixed=row.fixed,
+        hole=row.hole,
+        source=row.source,
+    )

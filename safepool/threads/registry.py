@@ -1,0 +1,96 @@
+"""The rows that count in this process: the table's, and those that others have added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safepool.threads.calls import CALLS, Call
+from safepool.threads.table import RUNTIMES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from safepool.threads.table import NativeRuntime
+
+__all__ = ["call_of", "modules_to_cap", "register", "runtimes", "unregister"]
+
+_added: dict[str, tuple[NativeRuntime, Call | None]] = {}
+
+
+def runtimes() -> tuple[NativeRuntime, ...]:
+    """Return every row: the table's first, then those added, in their order."""
+    return (*RUNTIMES, *(row for row, _ in _added.values()))
+
+
+def call_of(row: NativeRuntime) -> Call | None:
+    """Return the call that caps the pool of ``row`` at run time; ``None`` if none does."""
+    if row.name in _added:
+        return _added[row.name][1]
+    return CALLS.get(row.name)
+
+
+def modules_to_cap() -> frozenset[str]:
+    """Return the modules that a call is made with: the first of their rows."""
+    return frozenset(row.modules[0] for row in runtimes() if call_of(row) is not None)
+
+
+def register(
+    runtime: NativeRuntime,
+    *,
+    read: Callable[[ModuleType], int | None] | None = None,
+    write: Callable[[ModuleType, int], object] | None = None,
+) -> None:
+    """Add a native thread pool that this package does not know.
+
+    Its variables hold in every pool that is made afterwards. Its call holds in the
+    processes that register it: a library does so best when it is imported, which it is in
+    the workers that use it; a program does so in its initializer. A process that is a
+    worker already is capped at once.
+
+    Args:
+        runtime: The row. A row of the same name that was registered before is replaced.
+        read: Given the first of ``runtime.modules``, returns its threads now; needed to
+            put the number back after :func:`safepool.worker`.
+        write: Given the same module and a number of threads, sets it. May be called often.
+
+    Raises:
+        ValueError: The table has a row of this name or for one of its variables, or
+            ``write`` was given and ``runtime.modules`` is empty.
+
+    Example:
+        >>> from safepool.threads import NativeRuntime, ThreadVariable
+        >>> register(
+        ...     NativeRuntime(
+        ...         name="mylib",
+        ...         used_by="mylib",
+        ...         variables=(ThreadVariable(name="MYLIB_NUM_THREADS"),),
+        ...         source="mylib's manual",
+        ...     )
+        ... )
+        >>> from safepool.threads.environment import worker_environment
+        >>> worker_environment(1)["MYLIB_NUM_THREADS"]
+        '1'
+        >>> unregister("mylib")
+    """
+    for row in runtimes():
+        if row.name == runtime.name and row.name not in _added:
+            raise ValueError(f"the table has a row {row.name!r} already")
+        if row.name != runtime.name and (taken := _names(row) & _names(runtime)):
+            raise ValueError(f"{min(taken)} is a variable of {row.name!r} already")
+    if write is not None and not runtime.modules:
+        raise ValueError("write= needs the module to be called with: runtime.modules is empty")
+    call = None if write is None else Call(read=read, write=write, undone=read is not None)
+    _added[runtime.name] = (runtime, call)
+    from safepool.threads import cap  # noqa: PLC0415 -- it builds on this module
+
+    cap.apply_again()
+
+
+def unregister(name: str) -> None:
+    """Take back what was registered under ``name``; nothing happens if nothing was."""
+    _added.pop(name, None)
+
+
+def _names(row: NativeRuntime) -> set[str]:
+    return {*(variable.name for variable in row.variables), *row.removed, *row.opt_in}
