@@ -352,7 +352,7 @@ class Scheduler:
     def _give(self, staff: Staff, worker: Worker, task: Task) -> None:
         call, task.call = task.call, None
         try:
-            segments = payloads.dumps(call)
+            segments = payloads.dumps(call, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
             del call
             fail(task.future, error)
@@ -371,7 +371,7 @@ class Scheduler:
         if wanted <= 0 or time.monotonic() < self._hire_not_before:
             return
         try:
-            initialize = payloads.dumps(self._initialize)
+            initialize = payloads.dumps(self._initialize, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code
             self._break(
                 staff, PoolBrokenError(f"the initializer cannot be pickled: {error!r}"), error

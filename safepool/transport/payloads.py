@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["dumps", "loads"]
+__all__ = ["dumps", "loads", "main_namespace"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 
-def dumps(value: object) -> list[bytes | memoryview]:
+def dumps(value: object, *, into_main: bool = False) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
 
     Args:
         value: Anything that pickle or cloudpickle can pickle.
+        into_main: Functions of ``__main__`` get the receiver's ``__main__`` as their globals,
+            all of them the same, also those that arrive later. Without it, those that
+            travel together share globals of their own.
 
     Returns:
         At least one segment. The buffers are views of the value's own memory, so it must
@@ -49,7 +52,7 @@ def dumps(value: object) -> list[bytes | memoryview]:
         # A name in ``__main__`` is another thing in the worker, or nothing.
         if segments is not None and b"__main__" not in segments[0]:
             return segments
-    return _dumps(value, _by_value_dumps)
+    return _dumps(value, functools.partial(_by_value_dumps, into_main=into_main))
 
 
 def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
@@ -87,11 +90,29 @@ def _standard_dumps(value: object, in_band: Callable[[pickle.PickleBuffer], bool
     return pickle.dumps(value, protocol=5, buffer_callback=in_band)
 
 
-def _by_value_dumps(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+def _by_value_dumps(
+    value: object, in_band: Callable[[pickle.PickleBuffer], bool], *, into_main: bool
+) -> bytes:
     file = io.BytesIO()
-    pickler = _by_value_pickler("loky.backend.reduction" in sys.modules)
-    pickler(file, protocol=5, buffer_callback=in_band).dump(value)
+    kind = _by_value_pickler("loky.backend.reduction" in sys.modules)
+    pickler = kind(file, protocol=5, buffer_callback=in_band)
+    if into_main:
+        # cloudpickle asks here for what stands for a function's globals.
+        pickler.globals_ref[id(main_namespace())] = _Main(__name__="__main__")
+    pickler.dump(value)
     return file.getvalue()
+
+
+def main_namespace() -> dict[str, Any]:
+    """Return the globals of this process's ``__main__``."""
+    return vars(sys.modules["__main__"])
+
+
+class _Main(dict[str, Any]):
+    """Stands for the globals of ``__main__``, and arrives as the receiver's."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return main_namespace, ()
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from safepool.threads.environment import change_environment
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
 from safepool.transport.payloads import dumps, loads
+from safepool.workers.namespace import MainNamespace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,15 +78,16 @@ def worker_main(
 
 def _serve(channel: Channel, cap: WorkerCap) -> None:
     pid = os.getpid()
+    main = MainNamespace()
     while True:
         for kind, number, received in channel.receive():
             match kind:
                 case Kind.INITIALIZE:
-                    reply, segments = _initialize(received)
+                    reply, segments = _initialize(received, main)
                     cap.apply()  # what the initializer has loaded or changed
                 case Kind.TASK:
                     cap.recheck()  # what the task before has loaded
-                    reply, segments = _run(received)
+                    reply, segments = _run(received, main)
                 case Kind.STOP:
                     return
                 case _:
@@ -99,21 +101,26 @@ def _serve(channel: Channel, cap: WorkerCap) -> None:
             del segments
 
 
-def _initialize(segments: Sequence[bytearray]) -> tuple[Kind, list[bytes | memoryview]]:
+def _initialize(
+    segments: Sequence[bytearray], main: MainNamespace
+) -> tuple[Kind, list[bytes | memoryview]]:
     try:
         initializer, arguments = loads(segments)
-        if initializer is not None:
-            initializer(*arguments)
+        with main:
+            if initializer is not None:
+                initializer(*arguments)
     except BaseException as error:  # noqa: BLE001 -- the pool must learn of SystemExit as well
         return Kind.INITIALIZER_FAILED, _describe(error)
     return Kind.READY, []
 
 
-def _run(segments: list[bytearray]) -> tuple[Kind, list[bytes | memoryview]]:
+def _run(segments: list[bytearray], main: MainNamespace) -> tuple[Kind, list[bytes | memoryview]]:
     try:
         function, arguments, keywords = loads(segments)
         segments.clear()  # the pickle; the buffers live on in the arrays made of them
-        return Kind.RESULT, dumps(function(*arguments, **keywords))
+        with main:
+            result = function(*arguments, **keywords)
+        return Kind.RESULT, dumps(result)
     except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
         return Kind.EXCEPTION, _describe(error)
 

@@ -112,6 +112,44 @@ SCRIPTS: dict[str, str] = {
         with safepool.ProcessPool(1) as pool:
             print(sum(pool.map(lambda x: x * x, range(10))))
     """,
+    "a global set by the initializer": """
+        import safepool
+        data = None
+        def begin(x):
+            global data
+            data = x
+        def square_and_add(x):
+            return x * x + data
+        with safepool.ProcessPool(2, initializer=begin, initargs=(0,)) as pool:
+            print(sum(pool.map(square_and_add, range(10))))
+    """,
+    "a global set by a task, and one that the program changes": """
+        import safepool
+        cache, factor = None, 1
+        def square(x):
+            global cache
+            first = cache is None
+            if first:
+                cache = "loaded"
+            return x * x * factor, first
+        with safepool.ProcessPool(1) as pool:
+            squares = list(pool.map(square, range(10)))
+            assert [first for _, first in squares] == [True] + [False] * 9
+            factor = 2
+            assert pool.submit(square, 3).result() == (18, False)
+            assert cache is None
+        print(sum(value for value, _ in squares))
+    """,
+    "two functions that call each other": """
+        import safepool
+        def even(n): return True if n == 0 else odd(n - 1)
+        def odd(n): return False if n == 0 else even(n - 1)
+        with safepool.ProcessPool(1) as pool:
+            assert list(pool.map(even, range(4))) == [True, False, True, False]
+            def odd(n): return "redefined"
+            assert pool.submit(even, 3).result() == "redefined"
+        print(285)
+    """,
     "a class of its own": """
         import safepool
         from dataclasses import dataclass
