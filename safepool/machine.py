@@ -127,7 +127,10 @@ class BudgetWatch:
             budget: What they were fitted to.
         """
         sample = self._waiting.sample(pids)
-        if sample is None or not is_held_back(sample):
+        # More threads than CPUs, by another rounding or the minimum of one worker, are frozen
+        # by the limit that can be seen.
+        fits = budget.workers * budget.threads_per_worker <= budget.cpus
+        if sample is None or not fits or not is_held_back(sample):
             self._held_back = 0
             return
         self._held_back += 1

@@ -185,6 +185,22 @@ def test_a_quota_that_cannot_be_seen_is_suspected_once() -> None:
     assert warned.count("fit the visible limit") == 1
 
 
+def test_a_limit_that_can_be_seen_is_not_suspected() -> None:
+    """One worker is the minimum: under half a CPU it is frozen, and everybody knows why."""
+    code = (
+        "import time, warnings, safepool\n"
+        "def burn(_):\n"
+        "    end = time.monotonic() + 0.5\n"
+        "    while time.monotonic() < end: pass\n"
+        "warnings.simplefilter('error')\n"
+        "with safepool.ProcessPool() as pool:\n"
+        "    list(pool.map(burn, range(10)))\n"
+        "print(pool._max_workers, len(safepool.machine._told))\n"
+    )
+    with control_group(cpus=0.5) as group:
+        assert group.run(code, timeout_s=100) == "1 0"
+
+
 def _idle_seconds() -> float:
     with open("/proc/stat", encoding="ascii") as file:
         return parse_idle(file.read(), os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")

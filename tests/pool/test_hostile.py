@@ -1,0 +1,223 @@
+"""What tasks, callbacks and exceptions do to harm a pool, and the pool goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import support_tasks as tasks
+
+import safepool
+from safepool import ProcessPool
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+OWNER = os.getpid()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Forbids to set any attribute, ``__traceback__`` and ``__cause__`` included."""
+
+    number: int
+
+
+class TextlessError(Exception):
+    """Raises when it is formatted."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class ElsewhereError(Exception):
+    """Can be rebuilt in the worker, where that is tried, and not in the program."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _build, (OWNER,)
+
+
+def _build(owner: int) -> Exception:
+    if os.getpid() == owner:
+        raise TextlessError
+    return ValueError("rebuilt in the worker")
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+# One row per exception that resists: how it is made, and what the caller gets.
+RESISTING = {
+    "a frozen dataclass": (lambda: FrozenError(3), "FrozenError"),
+    "without a text": (TextlessError, "TextlessError"),
+    "rebuilt here only": (ElsewhereError, "ElsewhereError"),
+    "a group": (lambda: ExceptionGroup("two", [ValueError(1), KeyError(2)]), "two"),
+    "KeyboardInterrupt": (KeyboardInterrupt, "KeyboardInterrupt"),
+    "GeneratorExit": (GeneratorExit, "GeneratorExit"),
+}
+
+
+@pytest.mark.parametrize("case", RESISTING)
+def test_exceptions_that_resist_cost_their_own_task(case: str) -> None:
+    """The future ends, the worker lives, and the next task runs in it."""
+    make, words = RESISTING[case]
+    with ProcessPool(1) as pool:
+        worker = pool.submit(tasks.pid).result(timeout=30)
+        error = pool.submit(lambda: raise_it(make())).exception(timeout=30)
+        assert pool.submit(tasks.pid).result(timeout=30) == worker
+
+    assert words in f"{type(error).__name__} {_text(error)}"
+
+
+def _text(error: BaseException | None) -> str:
+    try:
+        return str(error)
+    except RuntimeError:
+        return ""
+
+
+def test_a_worker_that_ends_after_its_last_task_costs_nobody() -> None:
+    """It answers and dies, and the pool wants to tell it to stop."""
+
+    def answer_and_die(x: int) -> int:
+        threading.Timer(0.1, os._exit, (0,)).start()
+        return x
+
+    with ProcessPool(2, max_tasks_per_child=2) as pool:
+        list(pool.map(tasks.square, range(2)))
+        first = pool.submit(tasks.square, 0)
+        last = pool.submit(answer_and_die, 1)
+        # Keeps the scheduler's thread busy until the worker has gone.
+        first.add_done_callback(lambda _: time.sleep(0.6))
+        rest = [pool.submit(tasks.square, n) for n in range(5)]
+        assert [future.result(timeout=30) for future in rest] == [0, 1, 4, 9, 16]
+        assert last.result(timeout=30) == 1
+
+
+def test_a_task_that_forks_and_returns_answers_once() -> None:
+    """Its child must neither answer for it nor take the next task."""
+
+    def fork() -> int:
+        return os.fork()
+
+    with ProcessPool(1) as pool:
+        future = pool.submit(fork)
+        after = [pool.submit(tasks.square, n) for n in range(5)]
+        assert future.result(timeout=30) > 0
+        assert [f.result(timeout=30) for f in after] == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, RuntimeError])
+def test_a_callback_that_raises_costs_nobody(raised: type[BaseException]) -> None:
+    def fail(_future: object) -> None:
+        raise raised
+
+    with ProcessPool(1) as pool:
+        first = pool.submit(tasks.square, 2)
+        first.add_done_callback(fail)
+        assert first.result(timeout=30) == 4
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+def test_a_future_that_the_caller_ends_costs_nobody() -> None:
+    with ProcessPool(1) as pool:
+        busy = pool.submit(tasks.sleep_and_return, 0.3, "busy")
+        ours: list[Future[int]] = [pool.submit(tasks.square, n) for n in range(3)]
+        ours[1].set_result(-1)
+        assert busy.result(timeout=30) == "busy"
+        assert [future.result(timeout=30) for future in ours] == [0, -1, 4]
+
+
+def test_a_pool_first_used_while_the_interpreter_ends_is_refused() -> None:
+    """A thread that is started by then may never run; the error comes instead."""
+    code = (
+        "import safepool\n"
+        "safepool.ProcessPool(1).submit(abs, 1).result()\n"
+        "class Late:\n"
+        "    def __init__(self): self.pool = safepool.ProcessPool(1)\n"
+        "    def __del__(self):\n"
+        "        try: self.pool.submit(abs, 2)\n"
+        "        except RuntimeError as error: print(error)\n"
+        "late = Late()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert done.stdout == "cannot schedule new futures after interpreter shutdown\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell closes the streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_program_without_streams_works(closed: str) -> None:
+    """As a daemon's: the exit code says that the sum was right."""
+    code = (
+        "import safepool, sys\n"
+        "with safepool.ProcessPool(2) as pool:\n"
+        "    sys.exit(sum(pool.map(abs, range(5))))\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code],
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 10
+
+
+def test_an_initializer_whose_arguments_cannot_be_pickled_breaks_the_pool() -> None:
+    with ProcessPool(1, initializer=print, initargs=(threading.Lock(),)) as pool:
+        error = pool.submit(tasks.square, 1).exception(timeout=30)
+
+    assert isinstance(error, safepool.PoolBrokenError)
+    assert "the initializer cannot be pickled" in str(error)
+
+
+def test_two_pools_one_after_the_other() -> None:
+    for _ in range(2):
+        with ProcessPool(2) as pool:
+            assert list(pool.map(tasks.square, range(4))) == [0, 1, 4, 9]
+
+
+def test_fork_from_a_process_with_threads_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning: whose locks a forked worker may wait for."""
+    import multiprocessing
+    import warnings
+
+    from safepool import machine
+
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork here")
+    monkeypatch.setattr(machine, "_told", set())
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait, name="holds-a-lock")
+    thread.start()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                ProcessPool(1, mp_context="fork").shutdown()
+    finally:
+        release.set()
+        thread.join()
+
+    (warning,) = [w for w in caught if "holds-a-lock" in str(w.message)]
+    assert issubclass(warning.category, RuntimeWarning)
+
+
+@pytest.mark.parametrize("name", ["spawn", "loky"])
+def test_contexts_are_found_by_name(name: str) -> None:
+    with ProcessPool(1, mp_context=name) as pool:
+        assert pool.submit(tasks.square, 3).result(timeout=60) == 9
+
+
+def test_an_unknown_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="quantum"):
+        ProcessPool(1, mp_context="quantum")
