@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from safepool.budget import Request, fit, is_held_back
-from safepool.limits import QuotaWatch, read_limits
+from safepool.limits import Limit, QuotaWatch, read_limits
 from safepool.limits.waiting import WaitWatch
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
         if skipped.was_set:
             tell_once(f"{skipped.source} is ignored: {skipped.reason}")
     budget = fit(limits, request)
+    if not isinstance(budget.because, Limit):
+        log_once(
+            f"{budget.workers} workers: there is no room for more within {budget.because.name} "
+            f"({budget.because.raw} in {budget.because.source})"
+        )
     if budget.dropped_cpus > _NOTABLE_CPUS:
         log_once(
             f"{budget.cpus:g} CPUs ({budget.because.name} in {budget.because.source}) make "

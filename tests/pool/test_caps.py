@@ -73,7 +73,7 @@ def test_every_start_method_caps_what_the_program_has_imported(
         file.write(
             "import multiprocessing, warnings\n"
             "import numpy, scipy.linalg, support_tasks, safepool\n"
-            "warnings.simplefilter('ignore', DeprecationWarning)\n"
+            "warnings.simplefilter('ignore')\n"  # fork from a process with threads is warned of
             "if __name__ == '__main__':\n"
             f"    context = multiprocessing.get_context({method!r})\n"
             "    with safepool.ProcessPool(1, mp_context=context) as pool:\n"

@@ -260,6 +260,26 @@ def test_a_dropped_fraction_is_logged_once(
     )
 
 
+def test_what_bounds_the_workers_beside_cpus_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safepool.limits import Limit, Limits, PidsLimit
+
+    affinity = Limit(name="affinity", cpus=8.0, source="call", raw="0-7")
+    pids = PidsLimit(name="pids.max", tasks=20, used_tasks=4, source="/a/pids.max", raw="20")
+    monkeypatch.setattr(machine, "_told", set())
+    monkeypatch.setattr(
+        machine, "read_limits", lambda: Limits(affinity=affinity, quotas=(), pids=(pids,))
+    )
+    with caplog.at_level(logging.INFO, logger="safepool"):
+        assert ProcessPool()._max_workers == 2
+
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "2 workers: there is no room for more within pids.max (20 in /a/pids.max)"
+    )
+
+
 def test_memory_per_worker_bounds_the_workers() -> None:
     """In a real memory group with 512 MiB, workers of 200 MiB fit twice, of 400 MiB once."""
     code = (
