@@ -67,8 +67,13 @@ _HOMES = {
     "worker": "safepool.decorator",
 }
 
+# Reached by attribute after ``import safepool``.
+_SUBMODULES = frozenset({"limits", "threads"})
+
 
 def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     try:
         home = _HOMES[name]
     except KeyError:

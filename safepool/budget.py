@@ -7,6 +7,7 @@ wants to know what the machine says asks ``safepool.limits`` and hands the answe
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -62,7 +63,8 @@ class Request:
     memory_per_worker: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_workers is not None and self.max_workers < 1:
+        # index(): a float that counts workers is a mistake of the caller's, said here.
+        if self.max_workers is not None and operator.index(self.max_workers) < 1:
             raise ValueError("max_workers must be greater than 0")
         if self.threads_per_worker != "auto" and not (
             isinstance(self.threads_per_worker, int) and self.threads_per_worker >= 1
@@ -196,7 +198,7 @@ _UNITS = {"": 1, "B": 1} | {
 _BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: float | str) -> int:
     """Return a size in bytes.
 
     Args:
@@ -213,8 +215,8 @@ def parse_bytes(size: int | str) -> int:
         >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
         (2147483648, 1500000000, 4096)
     """
-    if isinstance(size, int):
-        found = size
+    if isinstance(size, (int, float)):
+        found = int(size) if math.isfinite(size) else 0
     else:
         match = _BYTES.fullmatch(size)
         unit = match[2] if match else ""

@@ -25,6 +25,10 @@ def worker(function: Callable[_P, _T]) -> Callable[_P, _T]:
     the first to import keeps to one thread. The result is a plain function of the same name,
     so the standard pickler takes it wherever it takes the function itself.
 
+    Not covered: a coroutine or generator function, whose body runs after it has returned.
+    Outside of a worker the thread variables of ``os.environ`` are set while it runs, for the
+    whole process.
+
     Args:
         function: The function to decorate.
 

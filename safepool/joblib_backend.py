@@ -82,7 +82,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         super().__init__(**kwargs)
         self._lock = threading.Lock()
         self._pool: ProcessPool | None = None
-        self._aborted: list[ProcessPool] = []
+        # Not waited for when they were replaced; with the block, they end too.
+        self._old: list[ProcessPool] = []
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         """Return the number of workers that ``n_jobs`` stands for, at least 1."""
@@ -103,7 +104,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             if old is None or old._broken or old._max_workers != workers:
                 if old is not None:
                     old.shutdown(wait=False)
-                self._pool = ProcessPool(workers)
+                    self._old.append(old)
+                self._pool = self._new_pool(workers)
         return workers
 
     def submit(
@@ -135,9 +137,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
                 return
             # Not waited for: joblib may hold a lock that the pool's callbacks want.
             old._scheduler.shut_down(wait=False, end=True)
-            self._aborted.append(old)
+            self._old.append(old)
             if ensure_ready:
-                self._pool = ProcessPool(old._max_workers)
+                self._pool = self._new_pool(old._max_workers)
 
     def terminate(self) -> None:
         """End one ``Parallel`` call; the workers stay for the next."""
@@ -150,10 +152,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def close(self, *, end: bool = False) -> None:
         """End the workers; ``end=True`` does not wait for running tasks."""
         with self._lock:
-            pools = [*self._aborted, *([self._pool] if self._pool else [])]
-            self._aborted, self._pool = [], None
+            pools = [*self._old, *([self._pool] if self._pool else [])]
+            self._old, self._pool = [], None
         for pool in pools:
             pool._scheduler.shut_down(wait=True, end=end)
+
+    def _new_pool(self, workers: int) -> ProcessPool:
+        return ProcessPool(workers, threads_per_worker=self.inner_max_num_threads or 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Travels inside batches as the parent of a nested call; a pool cannot.

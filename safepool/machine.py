@@ -147,18 +147,25 @@ class BudgetWatch:
                 f"waiting for {sample.waited_s / wanted_s:.0%} of the time, with idle CPUs "
                 "beside them: a tighter limit that cannot be seen from here holds above it, or "
                 "others in the same group use it up. Give max_workers= or "
-                "SAFEPOOL_MAX_WORKERS to match it"
+                "SAFEPOOL_MAX_WORKERS to match it",
+                subject="held back",
             )
 
 
 _told: set[str] = set()
 
 
-def tell_once(text: str) -> None:
-    """Warn of something once in this process; never raise, whatever the filters say."""
-    if text in _told:
+def tell_once(text: str, *, subject: str | None = None) -> None:
+    """Warn of something once in this process; never raise, whatever the filters say.
+
+    Args:
+        text: The warning.
+        subject: What must not be warned of twice, where the text differs each time.
+    """
+    subject = subject or text
+    if subject in _told:
         return
-    _told.add(text)
+    _told.add(subject)
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import support_tasks
 
 import safepool
+
+if TYPE_CHECKING:
+    import threading
 
 
 @safepool.worker
@@ -34,3 +38,17 @@ def variable() -> str | None:
 def nested_variables() -> tuple[str | None, str | None]:
     inner = variable()
     return os.environ.get("OPENBLAS_NUM_THREADS"), inner
+
+
+@safepool.worker
+def wait(inside: threading.Event, may_go: threading.Event) -> None:
+    inside.set()
+    may_go.wait(30)
+
+
+@safepool.worker
+def pools_after(inside: threading.Event, other: threading.Thread) -> list[tuple[str, int]]:
+    """Look at the pools after another thread has left its own call."""
+    inside.set()
+    other.join(30)
+    return support_tasks.native_pools("scipy.linalg")

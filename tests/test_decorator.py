@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import threading
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -36,6 +37,31 @@ def test_a_standard_pool_runs_it_capped() -> None:
 
     assert pools
     assert {count for _, count in pools} == {1}
+
+
+def test_calls_that_overlap_in_two_threads_are_capped_and_restored() -> None:
+    """The first to leave must not lift the other's cap, nor the last keep it for ever."""
+    before = uncapped()
+    first_in, first_may_go, second_in = (threading.Event() for _ in range(3))
+    found: list[list[tuple[str, int]]] = []
+    first = threading.Thread(target=decorated.wait, args=(first_in, first_may_go))
+
+    def look() -> None:
+        first_in.wait(30)
+        found.append(decorated.pools_after(second_in, first))
+
+    second = threading.Thread(target=look)
+    first.start()
+    second.start()
+    second_in.wait(30)
+    first_may_go.set()
+    for thread in (first, second):
+        thread.join(30)
+
+    blas = [count for api, count in found[0] if api == "openblas"]
+    assert blas
+    assert set(blas) == {1}
+    assert uncapped() == before
 
 
 def test_the_environment_is_restored() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import operator
 import sys
 import threading
 import time
@@ -52,7 +53,8 @@ class ProcessPool(Executor):
         mp_context: A ``multiprocessing`` context that starts the workers, or the name of
             one. ``None`` and ``"loky"`` start each in a fresh interpreter that does not
             import ``__main__``, so that scripts need no ``if __name__ == "__main__"``.
-            ``"fork"`` is as safe as the program has few threads, which a warning names.
+            ``"fork"`` is as safe as the program has few threads: those that there are when
+            the pool is made are named by a warning.
         initializer: Called once in each worker before its first task, after the caps.
         initargs: Its arguments.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
@@ -74,8 +76,9 @@ class ProcessPool(Executor):
     they shrink.
 
     Raises:
-        ValueError: A number is out of its range.
-        TypeError: ``initializer`` cannot be called, ``max_tasks_per_child`` is no integer.
+        ValueError: A number is out of its range; there is no such context, rounding or size.
+        TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
+            integer, ``env`` holds something else than text.
 
     Source:
         Python, Doc/library/concurrent.futures.rst, "ProcessPoolExecutor".
@@ -97,7 +100,7 @@ class ProcessPool(Executor):
         threads_per_worker: int | Literal["auto"] = 1,
         rounding: Rounding = "floor",
         reserve: float = 0.0,
-        memory_per_worker: int | str | None = None,
+        memory_per_worker: float | str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         if initializer is not None and not callable(initializer):
@@ -122,6 +125,9 @@ class ProcessPool(Executor):
         if self._mp_context.get_start_method() == "fork":
             _warn_of_threads()
         threads = self._budget.threads_per_worker
+        for name, value in (env or {}).items():
+            if not (isinstance(name, str) and isinstance(value, str)):
+                raise TypeError(f"env must map text to text, not {name!r} to {value!r}")
         for override in overridden(threads, env or {}):
             log_once(
                 f"{override.variable}={override.value} for workers takes the place of the cap "
@@ -245,6 +251,7 @@ class ProcessPool(Executor):
 
         Raises:
             ValueError: It is below 1, or above 61 on Windows.
+            TypeError: It is no integer.
 
         Example:
             >>> with ProcessPool(1) as pool:
@@ -252,7 +259,7 @@ class ProcessPool(Executor):
             ...     sorted(pool.map(abs, [-1, -2]))
             [1, 2]
         """
-        if max_workers < 1:
+        if operator.index(max_workers) < 1:
             raise ValueError("max_workers must be greater than 0")
         if max_workers > _MOST_WORKERS:
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
@@ -289,10 +296,9 @@ class ProcessPool(Executor):
         self._scheduler.shut_down(wait=True, end=interrupted)
 
     def __repr__(self) -> str:
-        because = self._budget.because
-        return (
-            f"<ProcessPool of at most {self._max_workers} workers ({because.name}: {because.raw})>"
-        )
+        why = f"{self._budget.because.name}: {self._budget.because.raw}"
+        now = f"at most {self._max_workers} workers, {self._budget.workers} at first ({why})"
+        return f"<ProcessPool of {now}>"
 
 
 def _warn_of_threads() -> None:

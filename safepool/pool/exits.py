@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"]
 
@@ -15,6 +18,9 @@ class Exiting(Protocol):
 
     def exit(self) -> None:
         """Finish it."""
+
+    def descriptors(self) -> Iterable[int]:
+        """Return what a worker that is forked meanwhile must not keep."""
 
 
 _working: weakref.WeakSet[Exiting] = weakref.WeakSet()

@@ -7,8 +7,8 @@
 
 Data goes one way: a task waits in ``_waiting``, is taken by the scheduler's thread, belongs
 to exactly one worker, and ends by its future. Callers only append to ``_waiting`` or raise a
-flag, under ``_lock``, and then wake the thread up; nothing else is shared with them. The
-lock is never held across input, output, pickling or a future's callbacks.
+flag, under ``_lock`` (but race E), and then wake the thread up. The lock is never held across
+input, output, pickling or a future's callbacks.
 
 The workers themselves are the staff's (``staff``): started, listened to, seen to their end.
 What a task is, and what its loss means, is decided here.
@@ -21,8 +21,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
     F  The interpreter shuts down: it refuses new processes, so the first worker is started
        before submit() returns, and what cannot be run any more fails instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
-    H  A worker is gone before it has a whole task: the task has not begun, and goes to
-       another.
+    H  A worker is gone when a task is to be sent: the task has not begun, and goes to
+       another. One that was sent in part is lost with its worker.
 
 Not covered:
     * Tasks sent ahead to a busy worker: a worker holds one task at a time.
@@ -257,7 +257,7 @@ class Scheduler:
     def _run(self, staff: Staff) -> None:
         try:
             while self._step(staff):
-                self._listen(staff, self._patience())
+                self._listen(staff, self._patience(staff))
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
@@ -282,6 +282,8 @@ class Scheduler:
         self._follow_the_limits(staff)
         self._shrink(staff)
         self._hand_out(staff)
+        if self._ending:  # broken meanwhile
+            return False
         return not closing or bool(self._waiting) or any(worker.task for worker in staff)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
@@ -294,13 +296,13 @@ class Scheduler:
             except CorruptFrameError as error:
                 staff.distrust(worker, error)
 
-    def _patience(self) -> float | None:
-        """Return how long to listen at most; without tasks that wait a pool only sleeps."""
+    def _patience(self, staff: Staff) -> float | None:
+        """Return how long to listen at most; a pool without work only sleeps."""
         now = time.monotonic()
         times = []
         if self._waiting and self._hire_not_before > now:
             times.append(self._hire_not_before)
-        if self._waiting and self._follow is not None:
+        if self._follow is not None and (self._waiting or any(w.task for w in staff)):
             times.append(self._follow_at)
         return max(0.0, min(times) - now) if times else None
 
@@ -490,5 +492,4 @@ class Scheduler:
 
 def _descriptors_of_all_pools() -> Iterable[int]:
     for pool in working():
-        if isinstance(pool, Scheduler):
-            yield from pool.descriptors()
+        yield from pool.descriptors()

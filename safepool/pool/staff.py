@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safepool.transport.channel import ChannelClosedError
+from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.process import WorkerProcess
 
@@ -111,7 +111,7 @@ class Staff:
     def wake(self) -> None:
         """Make :meth:`listen` return. From any thread, never blocks, takes no lock."""
         try:
-            self._wake_sender.send(b"\0")
+            self._wake_sender.send(b"\0", NO_SIGPIPE)
         except OSError:
             pass  # a wake-up is already under way, or all is over
 
@@ -209,16 +209,16 @@ class Staff:
             except Exception:  # noqa: BLE001 -- one that resists must not keep the others
                 _log.exception("worker %d could not be ended", worker.pid)
         self._selector.close()
-        self._wake_receiver.close()
         self._wake_sender.close()
+        self._wake_receiver.close()
 
     def _read(self, worker: Worker) -> Iterator[tuple[Worker, Frame]]:
         try:
-            worker.channel.flush()
             for frame in worker.channel.receive():
                 yield worker, frame
                 if worker.channel.fileno() < 0:  # distrusted for what that frame said
                     return
+            worker.channel.flush()
         except ChannelClosedError:
             self._disconnect(worker)
         except (CorruptFrameError, MemoryError) as error:

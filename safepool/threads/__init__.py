@@ -43,6 +43,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "table":
+        return importlib.import_module("safepool.threads.table")
     try:
         home = _HOMES[name]
     except KeyError:

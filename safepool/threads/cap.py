@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from safepool.threads.calls import Call
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped", "worker_threads"]
+__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped"]
 
 
 class WorkerCap:
@@ -60,14 +60,14 @@ class WorkerCap:
         """
         self.threads = threads
         self._environment = environment
-        self._of = runtime_threads(threads, environment)
+        self._of: dict[str, int] = {}
         self._native = _NativeLibraries()
         self._imports = AfterImport(self._cap_new)
 
     def apply(self) -> None:
         """Cap everything that is loaded, and watch what will be."""
         self._of = runtime_threads(self.threads, self._environment)
-        self._native.set(lambda name: self._of.get(name, self.threads))
+        _try(self._native.set, lambda name: self._of.get(name, self.threads))
         self._cap_imported()
         self._imports.start(modules_to_cap())
 
@@ -78,21 +78,16 @@ class WorkerCap:
 
     def _cap_imported(self) -> None:
         for row, call, module in _imported_runtimes():
-            _try(call.write, module, self._of[row.name])
+            _try(call.write, module, self._of.get(row.name, self.threads))
 
     def _cap_new(self, name: str, module: ModuleType) -> None:
         for row, call in _brought_by(name):
-            _try(call.write, module, self._of[row.name])
+            _try(call.write, module, self._of.get(row.name, self.threads))
         # Importing blosc2 sets NumExpr to all CPUs; others may do the like.
         self._cap_imported()
 
 
 _worker_cap: WorkerCap | None = None
-
-
-def worker_threads() -> int | None:
-    """Return the threads this process was capped to as a worker; ``None`` outside one."""
-    return None if _worker_cap is None else _worker_cap.threads
 
 
 def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None) -> WorkerCap:
@@ -153,6 +148,9 @@ class _NativeLibraries:
         self._lock = threading.Lock()
         self._libraries: LoadedLibraries | None = None
         self._controller: Any = None
+        # While blocks are open: their numbers, and what belonged to the process before.
+        self._inside: list[int] = []
+        self._before: dict[str, tuple[Any, int]] = {}
 
     def changed(self) -> bool:
         return self._libraries is None or self._libraries.changed()
@@ -165,22 +163,39 @@ class _NativeLibraries:
         for library in controller.lib_controllers:
             # An OpenBLAS that computes with OpenMP's threads has no number of its own.
             on_openmp = getattr(library, "threading_layer", None) == "openmp"
-            library.set_num_threads(threads_of("openmp" if on_openmp else library.internal_api))
-            # threadpoolctl 3.8 and later keeps OpenBLAS for the thread that set it first, and
-            # passes over the limits that a task's other threads set.
-            release = getattr(library, "clear_controlling_thread", None)
-            if release is not None:
-                release(force=True)
+            _write(library, threads_of("openmp" if on_openmp else library.internal_api))
 
     @contextmanager
     def limited_to(self, threads: int) -> Iterator[None]:
-        """Set all of them to ``threads`` inside the block, for OpenMP in this thread."""
+        """Set all of them to ``threads`` inside the block, for OpenMP in this thread.
+
+        What belongs to the whole process is restored by the last block to leave, in
+        whatever order the blocks of several threads do.
+        """
         controller = self._find()
         if controller is None:
             yield
             return
-        with controller.limit(limits=threads):
+        with self._lock:
+            for library in controller.lib_controllers:
+                if _is_of_the_process(library) and library.filepath not in self._before:
+                    self._before[library.filepath] = (library, library.num_threads)
+            limiter = controller.limit(limits=threads)
+            self._inside.append(threads)
+            self._write_for_the_process()
+        try:
             yield
+        finally:
+            with self._lock:
+                limiter.restore_original_limits()
+                _remove_last(self._inside, threads)
+                self._write_for_the_process()
+
+    def _write_for_the_process(self) -> None:
+        for library, before in self._before.values():
+            _write(library, self._inside[-1] if self._inside else before)
+        if not self._inside:
+            self._before.clear()
 
     def _find(self) -> Any:
         with self._lock:
@@ -222,9 +237,7 @@ class _Blocks:
             yield
         finally:
             with self._lock:
-                self._numbers.reverse()
-                self._numbers.remove(threads)  # the last of that number, not the first
-                self._numbers.reverse()
+                _remove_last(self._numbers, threads)
                 if self._numbers:
                     self._set(self._numbers[-1], worker_environment(self._numbers[-1]))
                 else:
@@ -261,6 +274,28 @@ class _Blocks:
 
 _shared_libraries = _NativeLibraries()
 _blocks = _Blocks()
+
+
+def _is_of_the_process(library: Any) -> bool:
+    # OpenMP's and MKL's numbers are the calling thread's own, and so is that of a BLAS which
+    # computes with OpenMP's threads.
+    on_openmp = getattr(library, "threading_layer", None) == "openmp"
+    return library.internal_api in ("openblas", "blis") and not on_openmp
+
+
+def _write(library: Any, threads: int) -> None:
+    # threadpoolctl 3.8 and later keeps OpenBLAS for the thread that set it first, and passes
+    # over what other threads set.
+    release = getattr(library, "clear_controlling_thread", None)
+    if release is not None:
+        release(force=True)
+    library.set_num_threads(threads)
+    if release is not None:
+        release(force=True)
+
+
+def _remove_last(numbers: list[int], number: int) -> None:
+    del numbers[len(numbers) - 1 - numbers[::-1].index(number)]
 
 
 def _imported_runtimes() -> Iterator[tuple[NativeRuntime, Call, ModuleType]]:

@@ -7,6 +7,7 @@ it with its last descriptor. The pool's end never blocks; the worker's end alway
 from __future__ import annotations
 
 import itertools
+import socket
 import sys
 from collections import deque
 from typing import TYPE_CHECKING
@@ -14,18 +15,19 @@ from typing import TYPE_CHECKING
 from safepool.transport.frames import FrameReader
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Iterator, Sequence
 
     from safepool.transport.frames import Frame
 
-__all__ = ["Channel", "ChannelClosedError"]
+__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError"]
 
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
 _PIECES = 256
 # Reads of at most a socket buffer each before another worker has its turn.
 _ROUNDS = 64
+# A program may have given SIGPIPE its default meaning, and a dead worker must not end it.
+NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class ChannelClosedError(Exception):
@@ -117,12 +119,12 @@ class Channel:
     if sys.platform == "win32":
 
         def _send_some(self) -> int:
-            return self._sock.send(self._unsent[0])
+            return self._sock.send(self._unsent[0], NO_SIGPIPE)
 
     else:
 
         def _send_some(self) -> int:
             if len(self._unsent) == 1:
-                return self._sock.send(self._unsent[0])
+                return self._sock.send(self._unsent[0], NO_SIGPIPE)
             pieces = [self._unsent[i] for i in range(min(len(self._unsent), _PIECES))]
-            return self._sock.sendmsg(pieces)
+            return self._sock.sendmsg(pieces, (), NO_SIGPIPE)

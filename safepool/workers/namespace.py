@@ -50,7 +50,7 @@ class MainNamespace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for name, value in self._names.items():
+        for name, value in self._names.copy().items():  # a task's thread may go on
             if self._arrived.get(name, self) is not value:
                 self._own[name] = value
         self._arrived = {}

@@ -71,8 +71,9 @@ class WorkerProcess:
         process: The ``multiprocessing`` process.
         pid: Its process id.
         channel: The pool's end, which never blocks.
-        sentinel: A descriptor that turns readable when the process ends, whatever its
-            own children hold open; ``None`` on Windows, where only the channel tells.
+        sentinel: A descriptor that turns readable when the process ends; ``None`` on
+            Windows, where only the channel tells. Before Linux 5.3 and elsewhere it is a
+            pipe, which the worker's own children can hold open.
     """
 
     def __init__(
@@ -122,8 +123,8 @@ class WorkerProcess:
         if self._pidfd is not None and sys.platform == "linux":
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
-            except ProcessLookupError:
-                pass
+            except (ProcessLookupError, PermissionError):
+                pass  # it has ended, or made itself somebody else's
             return
         # Not yet waited for by us, so the number cannot belong to another process.
         if self.process.is_alive():
@@ -135,11 +136,13 @@ class WorkerProcess:
     def wait(self, timeout_s: float) -> int | None:
         """Wait for the end of the process and return its exit code, ``None`` if unknown."""
         deadline = time.monotonic() + timeout_s
-        self.process.join(timeout_s)
-        # A fork server passes the code on a moment after the process has ended.
+        # Not by join(): that waits for multiprocessing's pipe, which a child of the worker
+        # may hold open. And a fork server passes the code on a moment after the end.
         exitcode: int | None
         while (exitcode := self.process.exitcode) is None and time.monotonic() < deadline:
             time.sleep(0.001)
+        if exitcode is not None:
+            self.process.join()  # returns at once, and takes it off multiprocessing's list
         return exitcode
 
     def close(self) -> None:

@@ -138,6 +138,20 @@ def test_native_threads_are_capped_in_joblibs_workers() -> None:
             assert {count for _, count in pools} == {1}
 
 
+def test_inner_max_num_threads_is_what_a_worker_may_use() -> None:
+    from joblib import parallel_config
+
+    from safepool.joblib_backend import SafepoolBackend
+
+    backend = SafepoolBackend(nesting_level=0, inner_max_num_threads=2)
+    try:
+        with parallel_config(backend=backend, n_jobs=2):
+            found = Parallel()(delayed(os.getenv)("OMP_NUM_THREADS") for _ in range(2))
+    finally:
+        backend.close()
+    assert found == ["2", "2"]
+
+
 def test_cross_validation_gives_the_sequential_scores() -> None:
     import numpy as np
     from sklearn.datasets import make_classification

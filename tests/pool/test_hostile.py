@@ -221,3 +221,59 @@ def test_contexts_are_found_by_name(name: str) -> None:
 def test_an_unknown_context_is_refused() -> None:
     with pytest.raises(ValueError, match="quantum"):
         ProcessPool(1, mp_context="quantum")
+
+
+# One row per argument that is refused at once, not by a worker that dies of it.
+LATE_MISTAKES: dict[str, dict[str, object]] = {
+    "workers as a float": {"max_workers": 1.5},
+    "a number in env": {"env": {"OMP_NUM_THREADS": 2}},
+    "no name in env": {"env": {3: "x"}},
+}
+
+
+@pytest.mark.parametrize("mistake", LATE_MISTAKES)
+def test_mistakes_are_told_to_who_makes_them(mistake: str) -> None:
+    with pytest.raises(TypeError):
+        ProcessPool(**LATE_MISTAKES[mistake])  # type: ignore[arg-type]
+
+
+def test_resize_refuses_a_float() -> None:
+    with ProcessPool(1) as pool:
+        with pytest.raises(TypeError):
+            pool.resize(2.5)  # type: ignore[arg-type]
+        assert pool.submit(tasks.square, 2).result(timeout=30) == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_dead_worker_does_not_end_a_program_that_dies_of_sigpipe() -> None:
+    """As scripts do that end quietly when their reader has left."""
+    code = (
+        "import os, signal, time, safepool\n"
+        "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+        "with safepool.ProcessPool(1) as pool:\n"
+        "    pid = pool.submit(os.getpid).result()\n"
+        "    os.kill(pid, signal.SIGSTOP)\n"
+        "    future = pool.submit(len, bytes(20_000_000))\n"
+        "    time.sleep(0.3)\n"
+        "    os.kill(pid, signal.SIGKILL)\n"
+        "    print(type(future.exception(30)).__name__, pool.submit(abs, -1).result(30))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.stdout, done.returncode) == ("WorkerDiedError 1\n", 0)
+
+
+def test_a_pool_that_breaks_while_it_hires_ends_its_workers() -> None:
+    """The second worker's initializer can no longer be pickled; the first is in a task."""
+    argument: list[object] = []
+    with ProcessPool(2, initializer=len, initargs=(argument,)) as pool:
+        running = pool.submit(tasks.sleep_and_return, 20)
+        while not running.running():
+            time.sleep(0.01)
+        argument.append(threading.Lock())
+        started = time.monotonic()
+        assert isinstance(pool.submit(abs, 1).exception(timeout=30), safepool.PoolBrokenError)
+        assert isinstance(running.exception(timeout=30), safepool.PoolBrokenError)
+    assert time.monotonic() - started < 10
