@@ -354,7 +354,8 @@ class Scheduler:
     def _give(self, staff: Staff, worker: Worker, task: Task) -> None:
         call, task.call = task.call, None
         try:
-            segments = payloads.dumps(call, into_main=True)
+            of_main = task.name.startswith("__main__.")
+            segments = payloads.dumps(call, into_main=True, by_value=of_main)
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
             del call
             fail(task.future, error)

@@ -23,7 +23,9 @@ __all__ = ["dumps", "loads", "main_namespace"]
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 
-def dumps(value: object, *, into_main: bool = False) -> list[bytes | memoryview]:
+def dumps(
+    value: object, *, into_main: bool = False, by_value: bool = False
+) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
 
     Args:
@@ -31,6 +33,8 @@ def dumps(value: object, *, into_main: bool = False) -> list[bytes | memoryview]
         into_main: Functions of ``__main__`` get the receiver's ``__main__`` as their globals,
             all of them the same, also those that arrive later. Without it, those that
             travel together share globals of their own.
+        by_value: It is known to hold something of ``__main__``: pickle it once, and not by
+            reference first to find that out.
 
     Returns:
         At least one segment. The buffers are views of the value's own memory, so it must
@@ -44,7 +48,7 @@ def dumps(value: object, *, into_main: bool = False) -> list[bytes | memoryview]
         >>> loads(dumps({"a": lambda: 3}))["a"]()
         3
     """
-    if not _by_value_modules():
+    if not (by_value or _by_value_modules()):
         try:
             segments = _dumps(value, _standard_dumps)
         except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it

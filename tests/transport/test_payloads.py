@@ -35,6 +35,19 @@ def test_plain_values_arrive_equal(value: object) -> None:
     assert round_trip(value) == value
 
 
+def test_what_is_known_to_travel_by_value_is_pickled_once() -> None:
+    """A reducer with side effects runs once, as with every other pickler."""
+    reduced: list[int] = []
+
+    class Counted:
+        def __reduce__(self) -> tuple[Any, ...]:
+            reduced.append(1)
+            return int, ()
+
+    dumps((lambda: 3, Counted()), by_value=True)
+    assert reduced == [1]
+
+
 def test_importable_functions_travel_by_reference() -> None:
     """A function that the worker can import is a name, not a copy of its code."""
     assert round_trip(support_tasks.square) is support_tasks.square
