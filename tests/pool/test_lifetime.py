@@ -30,7 +30,7 @@ def run(script: str, *, cwd: Path, timeout_s: float = 60) -> subprocess.Complete
 
 
 def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
-    """Start a script in a process group of its own and wait for its first line."""
+    """Start a script in a process group of its own, its output on pipes."""
     (cwd / "script.py").write_text(textwrap.dedent(script))
     return subprocess.Popen(
         [sys.executable, "script.py"],
