@@ -15,6 +15,7 @@ __all__ = [
     "PoolBrokenError",
     "RemoteTaskError",
     "SafepoolError",
+    "TaskTimeoutError",
     "UnreadableLimitError",
     "WorkerDiedError",
     "describe_exit",
@@ -59,16 +60,46 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         exitcode: As ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
             where the system did not tell.
         task: What the worker was running, such as ``"package.module.function"``.
+        stack: The Python stack in which a crash in native code left the worker, as
+            :mod:`faulthandler` writes it; empty if there was no such crash.
     """
 
-    def __init__(self, pid: int, exitcode: int | None, task: str) -> None:
-        super().__init__(pid, exitcode, task)
+    def __init__(self, pid: int, exitcode: int | None, task: str, stack: str = "") -> None:
+        super().__init__(pid, exitcode, task, stack)
         self.pid = pid
         self.exitcode = exitcode
         self.task = task
+        self.stack = stack
 
     def __str__(self) -> str:
-        return f"worker {self.pid} {describe_exit(self.exitcode)} while it ran {self.task}"
+        told = f"worker {self.pid} {describe_exit(self.exitcode)} while it ran {self.task}"
+        return f"{told}\n{self.stack.rstrip()}" if self.stack else told
+
+
+class TaskTimeoutError(SafepoolError, TimeoutError):
+    """A task ran for longer than its timeout and was ended, with its worker.
+
+    Attributes:
+        pid: Process id of the worker.
+        timeout_s: Seconds that the task had, from its start.
+        task: What it was, such as ``"package.module.function"``.
+        stack: The Python stack where it was, as :mod:`faulthandler` writes it; empty where
+            it cannot be had.
+    """
+
+    def __init__(self, pid: int, timeout_s: float, task: str, stack: str = "") -> None:
+        super().__init__(pid, timeout_s, task, stack)
+        self.pid = pid
+        self.timeout_s = timeout_s
+        self.task = task
+        self.stack = stack
+
+    def __str__(self) -> str:
+        told = (
+            f"{self.task} ran for more than {self.timeout_s:g} s in worker {self.pid}, "
+            "which was killed"
+        )
+        return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
 
 class PoolBrokenError(SafepoolError, BrokenProcessPool):

@@ -136,7 +136,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             if old is None:
                 return
             # Not waited for: joblib may hold a lock that the pool's callbacks want.
-            old._scheduler.shut_down(wait=False, end=True)
+            old._scheduler.shut_down(wait=False, end="terminate")
             self._old.append(old)
             if ensure_ready:
                 self._pool = self._new_pool(old._max_workers)
@@ -155,7 +155,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             pools = [*self._old, *([self._pool] if self._pool else [])]
             self._old, self._pool = [], None
         for pool in pools:
-            pool._scheduler.shut_down(wait=True, end=end)
+            pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
 
     def _new_pool(self, workers: int) -> ProcessPool:
         return ProcessPool(workers, threads_per_worker=self.inner_max_num_threads or 1)

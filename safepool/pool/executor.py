@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import collections
-import functools
-import itertools
 import operator
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Sized
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from safepool.budget import Request, parse_bytes
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
+from safepool.pool.mapping import MapRun
+from safepool.pool.policy import Policy, policy_of
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.threads.environment import overridden, worker_environment
@@ -70,6 +70,16 @@ class ProcessPool(Executor):
             into what the control groups have left. ``None`` does not ask.
         env: Variables to set in the workers. One that bounds native threads takes the place
             of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log.
+        timeout: Seconds that a task may run, from its start; above 0. Then its worker is killed
+            with every process that the task started, and the task ends with
+            :class:`safepool.TaskTimeoutError`. ``None`` does not limit.
+        retries: How often a task is run again whose worker died under it, at least 0. Never
+            after an exception, nor after a timeout. A function may have a timeout and
+            retries of its own: see :func:`safepool.worker`.
+        max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
+            a task ends is replaced. ``None`` does not ask.
+        on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
+            as the standard pool does.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when
@@ -102,6 +112,10 @@ class ProcessPool(Executor):
         reserve: float = 0.0,
         memory_per_worker: float | str | None = None,
         env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        max_memory_per_worker: float | str | None = None,
+        on_worker_death: Literal["replace", "break"] = "replace",
     ) -> None:
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -110,6 +124,10 @@ class ProcessPool(Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child < 1:
                 raise ValueError("max_tasks_per_child must be >= 1")
+        if on_worker_death not in ("replace", "break"):
+            raise ValueError(
+                f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}"
+            )
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
         request = Request(
             max_workers=max_workers,
@@ -121,6 +139,7 @@ class ProcessPool(Executor):
         if max_workers is not None and max_workers > _MOST_WORKERS:
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._budget, limits = read_budget(request)
+        self._policy = Policy(timeout_s=timeout, retries=retries)
         self._mp_context = find_context(mp_context)
         if self._mp_context.get_start_method() == "fork":
             _warn_of_threads()
@@ -141,6 +160,10 @@ class ProcessPool(Executor):
             initializer=initializer,
             initargs=initargs,
             tasks_per_worker=max_tasks_per_child,
+            memory_per_worker=(
+                None if max_memory_per_worker is None else parse_bytes(max_memory_per_worker)
+            ),
+            break_on_death=on_worker_death == "break",
             follow=None if max_workers is not None else _Follower(request, limits),
         )
         # The scheduler lives on until the submitted work is done; it must not keep the
@@ -155,7 +178,7 @@ class ProcessPool(Executor):
     @property
     def _processes(self) -> dict[int, Any]:
         """The live workers by process id; programs look here in the standard pool."""
-        return self._scheduler.processes()
+        return {worker.pid: worker.process for worker in self._scheduler.workers()}
 
     @property
     def _broken(self) -> PoolBrokenError | bool:
@@ -183,7 +206,8 @@ class ProcessPool(Executor):
             ...     pool.submit(pow, 2, 10).result()
             1024
         """
-        return self._scheduler.submit(fn, args, kwargs, name=name_of(fn))
+        policy = policy_of(fn, self._policy)
+        return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
     def map(
         self,
@@ -225,21 +249,12 @@ class ProcessPool(Executor):
             if buffersize < 1:
                 raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else timeout + time.monotonic()
+        if buffersize is None and all(isinstance(items, Sized) for items in iterables):
+            buffersize = sys.maxsize
+        at_once = None if chunksize == 1 else chunksize
+        run = MapRun(fn, name_of(fn), policy_of(fn, self._policy), at_once)
         items = zip(*iterables, strict=False)
-        chunks = iter(lambda: tuple(itertools.islice(items, chunksize)), ())
-        futures: collections.deque[Future[list[_T]]] = collections.deque()
-        call, name = functools.partial(_call_each, fn), name_of(fn)
-
-        # Holds the pool, so that one that nobody else holds is not shut down half-way.
-        def submit(chunk: tuple[Any, ...]) -> Future[list[_T]]:
-            return self._scheduler.submit(call, (chunk,), {}, name=name)
-
-        # The buffer counts items, tasks are chunks of them; at least one must be under way.
-        ahead = None if buffersize is None else max(1, buffersize // chunksize)
-        for chunk in itertools.islice(chunks, ahead):
-            futures.append(submit(chunk))
-        more = None if buffersize is None else map(submit, chunks)
-        return _results(futures, more, deadline)
+        return self._scheduler.map(run, items, buffersize, deadline, keep=self)
 
     def resize(self, max_workers: int) -> None:
         """Keep at most this many workers from now on, whatever the limits say.
@@ -293,7 +308,7 @@ class ProcessPool(Executor):
     ) -> None:
         # Someone at the terminal wants the prompt back: running tasks are not waited for.
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self._scheduler.shut_down(wait=True, end=interrupted)
+        self._scheduler.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def __repr__(self) -> str:
         why = f"{self._budget.because.name}: {self._budget.because.raw}"
@@ -326,34 +341,3 @@ class _Follower:
         budget = self._watch.read()
         self._watch.look_for_hidden_limit(busy, budget)
         return min(budget.workers, _MOST_WORKERS)
-
-
-def _call_each(function: Callable[..., _T], chunk: Iterable[tuple[Any, ...]]) -> list[_T]:
-    return [function(*item) for item in chunk]
-
-
-def _results(
-    futures: collections.deque[Future[list[_T]]],
-    more: Iterator[Future[list[_T]]] | None,
-    deadline: float | None,
-) -> Iterator[_T]:
-    """Yield results in order; submit one more chunk for each that is waited for."""
-    try:
-        while futures:
-            if more is not None:
-                futures.extend(itertools.islice(more, 1))
-            future = futures.popleft()
-            try:
-                left = None if deadline is None else deadline - time.monotonic()
-                results = future.result(left)
-            finally:
-                future.cancel()
-                del future
-            # Handed over from the end of a reversed list, so that nothing here keeps a
-            # result that the caller has dropped.
-            results.reverse()
-            while results:
-                yield results.pop()
-    finally:
-        for future in futures:
-            future.cancel()

@@ -1,17 +1,24 @@
 """The scheduler: one thread that owns every worker of a pool.
 
-                        submit()                    frames
+                        submit(), map()             frames
     caller's threads  ------------>  scheduler  <------------>  worker 1   (one private
-                      <------------   thread    <------------>  worker 2    channel each)
-                         futures                <------------>  ...
+                      <------------   thread    <------------>  worker 2    channel and one
+                        futures,                <------------>  ...         board each)
+                        results
 
-Data goes one way: a task waits in ``_waiting``, is taken by the scheduler's thread, belongs
-to exactly one worker, and ends by its future. Callers only append to ``_waiting`` or raise a
-flag, under ``_lock`` (but race E), and then wake the thread up. The lock is never held across
-input, output, pickling or a future's callbacks.
+Data goes one way: what is submitted waits in the backlog (``backlog``), is taken by the
+scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
+(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends by its future
+or among its map's results (``mapping``). Callers only add to the backlog or raise a flag, under
+``_lock`` (but race E), and then wake the thread up. The lock is never held across input,
+output, pickling or a future's callbacks.
 
 The workers themselves are the staff's (``staff``): started, listened to, seen to their end.
 What a task is, and what its loss means, is decided here.
+
+A worker is sent several short tasks at a time. What it has not begun can be had back at any time,
+by the board that it shares with the pool (``workers.board``): when another worker is idle, when
+one task turns out to be long, when a task's time is over, when the worker dies.
 
 Races, each handled where its letter stands below (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: no lock is held,
@@ -21,33 +28,54 @@ Races, each handled where its letter stands below (A to C: ``staff``):
     F  The interpreter shuts down: it refuses new processes, so the first worker is started
        before submit() returns, and what cannot be run any more fails instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
-    H  A worker is gone when a task is to be sent: the task has not begun, and goes to
-       another. One that was sent in part is lost with its worker.
+    H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
+       another. Only a large one that was sent in part is lost with its worker.
+    I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
+       taken back before, so the signal meets this task or nothing; a result that was
+       left on the board counts.
+    J  A worker claims a task in the moment in which it is taken back: it finds so, says so
+       (``SKIPPED``), and the task waits again.
 
 Not covered:
-    * Tasks sent ahead to a busy worker: a worker holds one task at a time.
+    * Where there is no board (elsewhere than on Linux) a worker holds one task at a time.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 import time
+import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.errors import PoolBrokenError, WorkerDiedError, describe_exit
+from safepool.errors import (
+    PoolBrokenError,
+    TaskTimeoutError,
+    WorkerDiedError,
+    describe_exit,
+)
+from safepool.pool.backlog import Backlog
+from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
+from safepool.pool.mapping import MapRun, Results, Span
+from safepool.pool.pace import Pace
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
+from safepool.workers.board import Board, records_of
+from safepool.workers.messages import read_values
+from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from multiprocessing.context import BaseContext
+
+    from safepool.pool.mapping import Item
+    from safepool.pool.policy import Policy
 
 __all__ = ["Scheduler"]
 
@@ -63,6 +91,12 @@ _MOST_FAILED_STARTS = 3
 _FOLLOW_S = 1.0
 # Between two attempts to start a worker when the system refuses.
 _RETRY_S = 1.0
+# A task that runs for so long keeps those behind it: they are taken back, at once if a
+# worker is idle.
+_LONG_NS = 5_000_000
+_LONG_WHILE_IDLE_NS = 1_000_000
+# Between two looks at the memory of a worker that has a limit for it.
+_MEMORY_LOOK_NS = 200_000_000
 
 
 class Scheduler:
@@ -76,6 +110,8 @@ class Scheduler:
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
+        memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
+        break_on_death: One dead worker ends the pool as a whole, as the standard pool.
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
@@ -91,6 +127,8 @@ class Scheduler:
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
         tasks_per_worker: int | None,
+        memory_per_worker: int | None = None,
+        break_on_death: bool = False,
         follow: Callable[[list[int]], int] | None = None,
     ) -> None:
         self._size = workers
@@ -101,21 +139,33 @@ class Scheduler:
         self._threads = threads
         self._initialize = (initializer, initargs)
         self._tasks_per_worker = tasks_per_worker
+        self._memory_per_worker = memory_per_worker
+        self._break_on_death = break_on_death
 
         # Shared with callers, under the lock.
-        self._lock = threading.Lock()
-        self._waiting: deque[Task] = deque()
-        self._numbers = itertools.count(1)
+        # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
+        self._lock = threading.RLock()
+        self._backlog = Backlog()
+        self._to_kill: list[PoolFuture] = []
+        self._ended_runs: list[MapRun] = []
+        self._dropped_runs: deque[MapRun] = deque()
+        self._news = False
         self._closing = False
         self._cancelling = False
-        self._ending = False
+        self._ending: Literal["", "terminate", "kill"] = ""
         self._exiting = False
         self._broken: PoolBrokenError | None = None
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+        # Maps whose items have not all been taken from the caller's iterators.
+        self._open: dict[weakref.ref[Any], Results] = {}
+        # Set by the scheduler's thread before it waits, cleared by whoever wakes it.
+        self._asleep = False
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
+        self._dispatch = Dispatch()
+        self._pace = Pace()
         self._hire_not_before = 0.0
         self._failed_starts = 0
         # Set when the first worker was started, or never will be (race F).
@@ -128,9 +178,9 @@ class Scheduler:
         """Why the pool gave up as a whole; ``None`` while it works."""
         return self._broken
 
-    def processes(self) -> dict[int, Any]:
-        """Return the live workers' processes by process id."""
-        return {worker.pid: worker.process for worker in self._staff or ()}
+    def workers(self) -> list[Worker]:
+        """Return the live workers."""
+        return list(self._staff or ())
 
     @property
     def size(self) -> int:
@@ -142,6 +192,7 @@ class Scheduler:
         with self._lock:
             self._follow = None
             self._size = workers
+            self._news = True
         self.wake()
 
     def submit(
@@ -151,6 +202,7 @@ class Scheduler:
         kwargs: dict[str, Any],
         *,
         name: str,
+        policy: Policy,
     ) -> PoolFuture:
         """Queue a call and return its future; an error calls it ``name``.
 
@@ -159,41 +211,105 @@ class Scheduler:
             RuntimeError: The pool or the interpreter shuts down, or this process is a fork
                 of the one that made the pool.
         """
-        if os.getpid() != self._pid:  # race G
-            raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and this is its fork "
-                f"{os.getpid()}: make a pool of its own here"
-            )
+        self._check_fork()
         future = PoolFuture()
+        task = Task(future, (function, args, kwargs), name, policy)
         with self._lock:
-            if self._broken is not None:
-                raise fresh(self._broken)
-            if self._exiting or has_exited():
-                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-            if self._closing:
-                raise RuntimeError("cannot schedule new futures after shutdown")
-            if self._thread is None:
-                self._start()
-            self._waiting.append(Task(next(self._numbers), future, (function, args, kwargs), name))
-        self.wake()
-        if not self._started.is_set() and threading.current_thread() is not self._thread:
-            self._started.wait()
+            self._check_open()
+            self._backlog.add(task)
+            self._news = True
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self.wake()
+        self._wait_for_the_first_worker()
         return future
 
-    def shut_down(self, *, wait: bool, cancel: bool = False, end: bool = False) -> None:
+    def map(
+        self,
+        run: MapRun,
+        items: Iterable[Item],
+        ahead: int | None,
+        deadline: float | None,
+        keep: object,
+    ) -> Generator[Any]:
+        """Queue the calls of a run, as :meth:`submit`, and return the iterator over its results.
+
+        Args:
+            run: Which.
+            items: The arguments of each.
+            ahead: As :class:`~safepool.pool.mapping.Results`.
+            deadline: When waiting for a result ends, by the monotonic clock.
+            keep: Held as long as there are items to take.
+        """
+        self._check_fork()
+        with self._lock:
+            self._check_open()
+        results = Results(run, iter(items), self, ahead, deadline)
+        iterator = results.iterate(keep)
+        if not run.fed and ahead is None:
+            # One that is dropped without a look is a map for the sake of what its calls do.
+            self._open[weakref.ref(iterator, self._finish_unseen)] = results
+        return iterator
+
+    def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
+        results = self._open.pop(iterator, None)
+        if results is not None:
+            results.finish()
+
+    def add_items(self, run: MapRun, items: Sequence[Item], *, last: bool) -> None:
+        """Queue further calls of a run; ``last``: there will be no more."""
+        self._check_fork()
+        with self._lock:
+            if items:
+                self._check_open()
+            run.unsettled += len(items)
+            run.fed = run.fed or last
+            self._backlog.add_items(run, items)
+            if run.fed and not run.unsettled:
+                self._ended_runs.append(run)
+            self._news = True
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self.wake()
+        if items:
+            self._wait_for_the_first_worker()
+
+    def give_up(self, run: MapRun) -> None:
+        """Drop the calls of a run that no worker has: nobody wants the rest (race E)."""
+        self._dropped_runs.append(run)
+        self.wake()
+
+    def kill(self, future: PoolFuture) -> bool:
+        """Cancel a task that runs, and end its worker; ``False`` if it has ended."""
+        if not future.cancel_running():
+            return False
+        with self._lock:
+            self._to_kill.append(future)
+            self._news = True
+        self.wake()
+        return True
+
+    def shut_down(
+        self, *, wait: bool, cancel: bool = False, end: Literal["", "terminate", "kill"] = ""
+    ) -> None:
         """Take no more tasks; finish those that were submitted, and end the workers.
 
         Args:
             wait: Return when all that is done.
             cancel: Cancel the tasks that no worker has taken.
-            end: Do not wait for running tasks: end their workers at once.
+            end: Do not wait for running tasks: end their workers at once, by ``SIGTERM`` or
+                by ``SIGKILL``.
         """
         if os.getpid() != self._pid:  # race G: the lock may be held for ever here
             return
+        if not (cancel or end or self._closing):
+            # What the standard pool has taken from its iterators by now.
+            for results in [*self._open.values()]:
+                results.finish()
         with self._lock:
-            self._closing = True
-            self._cancelling |= cancel or end
-            self._ending |= end
+            self._closing = self._news = True
+            self._cancelling |= cancel or bool(end)
+            self._ending = end or self._ending
             thread = self._thread
         if thread is None:
             return
@@ -204,18 +320,21 @@ class Scheduler:
             thread.join()
         except KeyboardInterrupt:
             # Someone waits at the terminal; a second interrupt in the join below is theirs.
-            self.shut_down(wait=True, end=True)
+            self.shut_down(wait=True, end="terminate")
             raise
 
     def exit(self) -> None:
         """Finish before the interpreter ends, as the standard pool does."""
         if os.getpid() != self._pid:
             return
-        with self._lock:
-            self._exiting = True
         # An interrupt that nobody caught ends the program: its queued work is not wanted.
         interrupted = isinstance(last_uncaught(), KeyboardInterrupt)
-        self.shut_down(wait=True, end=interrupted)
+        if not interrupted:
+            for results in [*self._open.values()]:
+                results.finish()
+        with self._lock:
+            self._exiting = True
+        self.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def abandon(self) -> None:
         """Finish without anybody waiting: nobody holds the pool any more (race E)."""
@@ -227,6 +346,28 @@ class Scheduler:
         staff = self._staff
         if staff is not None:
             staff.wake()
+
+    def _check_fork(self) -> None:
+        # Race G; before the lock, which may be held for ever here.
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this pool belongs to process {self._pid}, and this is its fork "
+                f"{os.getpid()}: make a pool of its own here"
+            )
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise fresh(self._broken)
+        if self._exiting or has_exited():
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+        if self._closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if self._thread is None:
+            self._start()
+
+    def _wait_for_the_first_worker(self) -> None:
+        if not self._started.is_set() and threading.current_thread() is not self._thread:
+            self._started.wait()
 
     # The scheduler's thread.
 
@@ -252,6 +393,7 @@ class Scheduler:
             environment=self._environment,
             threads=self._threads,
             foreign_descriptors=list(_descriptors_of_all_pools()),
+            board=Board.create(),
         )
 
     def _run(self, staff: Staff) -> None:
@@ -271,47 +413,75 @@ class Scheduler:
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
         with self._lock:
+            self._news = False
             closing, ending = self._closing, self._ending
-            cancelled = list(self._waiting) if self._cancelling else []
-            if cancelled:
-                self._waiting.clear()
-        for task in cancelled:
-            cancel(task.future)
+            cancelled = self._backlog.clear() if self._cancelling else []
+            to_kill, self._to_kill = self._to_kill, []
+            ended_runs, self._ended_runs = self._ended_runs, []
+        for entry in cancelled:
+            _cancel(entry)
         if ending:
             return False
+        while self._dropped_runs:
+            run = self._dropped_runs.popleft()
+            with self._lock:
+                run.drop()
+            ended_runs.append(run)
+        for run in ended_runs:
+            self._forget(staff, run)
+        for future in to_kill:
+            self._end_task(staff, future)
         self._follow_the_limits(staff)
         self._shrink(staff)
+        self._end_the_overdue(staff)
+        self._take_back_from_the_slow(staff)
         self._hand_out(staff)
         if self._ending:  # broken meanwhile
             return False
-        return not closing or bool(self._waiting) or any(worker.task for worker in staff)
+        return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
-        for worker, news in staff.listen(timeout_s):
+        with self._lock:
+            if self._news:
+                timeout_s = 0.0
+            else:
+                self._asleep = True
+        for worker, news in staff.listen(timeout_s, self._awake):
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
             try:
                 self._receive(staff, worker, news)
-            except CorruptFrameError as error:
+            except (CorruptFrameError, ValueError) as error:
                 staff.distrust(worker, error)
+
+    def _awake(self) -> None:
+        self._asleep = False
 
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
         now = time.monotonic()
         times = []
-        if self._waiting and self._hire_not_before > now:
+        if self._backlog and self._hire_not_before > now:
             times.append(self._hire_not_before)
-        if self._follow is not None and (self._waiting or any(w.task for w in staff)):
+        busy = [worker for worker in staff if worker.ledger.owed]
+        if self._follow is not None and (self._backlog or busy):
             times.append(self._follow_at)
+        if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
+            idle = any(_is_idle(worker) for worker in staff)
+            times.append(now + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS) / 1e9)
+        for worker in busy:
+            due_s = _due_in_s(worker)
+            if due_s is not None:
+                times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
 
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
         if follow is None or now < self._follow_at:
             return
-        busy = [worker.pid for worker in staff if worker.task is not None]
-        if not (busy or self._waiting):
+        busy = [worker.pid for worker in staff if worker.ledger.owed]
+        if not (busy or self._backlog):
             return
         self._follow_at = now + _FOLLOW_S
         try:
@@ -327,51 +497,85 @@ class Scheduler:
         _log.info("the limits have changed: %d workers instead of %d", size, before)
 
     def _shrink(self, staff: Staff) -> None:
-        """Let workers go that are too many: between two tasks, never in one."""
+        """Let workers go that are too many or too large: between two tasks, never in one."""
         staying = [worker for worker in staff if not worker.leaving]
-        idle = [worker for worker in staying if worker.ready and worker.task is None]
-        for worker in idle[: max(0, len(staying) - self._size)]:
+        shrinking = len(staying) > self._size
+        for worker in staying:
+            if (shrinking or worker.retiring) and worker.ledger.owed > 1:
+                self._take_back(staff, worker)
+        if not shrinking:
+            return
+        idle = [worker for worker in staying if _is_idle(worker)]
+        for worker in idle[: len(staying) - self._size]:
             staff.stop(worker)
 
+    # Tasks to workers.
+
     def _hand_out(self, staff: Staff) -> None:
-        for worker in staff:
-            while worker.ready and not worker.leaving and worker.task is None:
-                task = self._next_task()
-                if task is None:
-                    return
-                self._give(staff, worker, task)
+        if not self._backlog:
+            return
+        staying = [worker for worker in staff if not worker.leaving]
+        ready = [worker for worker in staying if worker.ready]
+        # Who has nothing first, so that it does not wait while others are sent ahead.
+        ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
+        for worker in ready[: self._size]:
+            while self._fill(staff, worker, max(1, min(self._size, len(staying)))):
+                pass
         self._hire(staff)
 
-    def _next_task(self) -> Task | None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return None
-                task = self._waiting.popleft()
-            if begin(task.future):
-                return task
+    def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
+        """Send a worker what it has room for; return whether it may have room for more."""
+        ledger = worker.ledger
+        if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
+            return False
+        most = None if worker.board is not None else 1 - ledger.owed
+        if self._tasks_per_worker is not None:
+            left = self._tasks_per_worker - worker.given
+            most = left if most is None else min(most, left)
 
-    def _give(self, staff: Staff, worker: Worker, task: Task) -> None:
-        call, task.call = task.call, None
-        try:
-            of_main = task.name.startswith("__main__.")
-            segments = payloads.dumps(call, into_main=True, by_value=of_main)
-        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-            del call
-            fail(task.future, error)
-            return
-        worker.task = task
-        if not staff.send(worker, encode(Kind.TASK, task.number, segments)):  # race H
-            worker.task, task.call = None, call
+        def room(name: str, more_ns: int) -> int:
+            many = self._pace.room(
+                name, ledger.expected_ns + more_ns, idle=not (ledger.owed or more_ns)
+            )
+            return many if most is None else min(many, most)
+
+        with self._lock:
+            taken = self._backlog.take(room, self._pace.expected_ns, among)
+        back: Sequence[Task | Span]
+        if isinstance(taken, Span):
+            if most is not None and taken.count > most:
+                rest = taken.split(most)
+                with self._lock:
+                    self._backlog.put_back([rest])
+            pieces, back = self._dispatch.pack_span(worker, taken)
+        elif taken:
+            if most is not None and len(taken) > most:
+                with self._lock:
+                    self._backlog.put_back(taken[most:])
+                taken = taken[:most]
+            pieces, back = self._dispatch.pack_tasks(worker, taken)
+        else:
+            return False
+        if back:
             with self._lock:
-                self._waiting.appendleft(task)
+                self._backlog.put_back(back)
+        if pieces:
+            worker.given = ledger.last
+            worker.sent_ns = time.monotonic_ns()
+            if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
+                return False
+        return not (back and ledger.owed)
 
     def _hire(self, staff: Staff) -> None:
         """Start workers while tasks wait that no starting worker will take."""
         staying = [worker for worker in staff if not worker.leaving]
         starting = sum(not worker.ready for worker in staying)
-        wanted = min(self._size - len(staying), len(self._waiting) - starting)
-        if wanted <= 0 or time.monotonic() < self._hire_not_before:
+        most = self._size - len(staying)
+        if most <= 0 or time.monotonic() < self._hire_not_before:
+            return
+        with self._lock:
+            wanted = min(most, self._backlog.at_most(self._size) - starting)
+        if wanted <= 0:
             return
         try:
             initialize = payloads.dumps(self._initialize, into_main=True)
@@ -394,57 +598,281 @@ class Scheduler:
             self._started.set()
             staff.send(worker, encode(Kind.INITIALIZE, 0, initialize))
 
+    # Tasks back from workers.
+
+    def _take_back_from_the_slow(self, staff: Staff) -> None:
+        """Let nothing wait behind a long task, nor while another worker is idle."""
+        ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
+        if not ahead:
+            return
+        idle = not self._backlog and any(_is_idle(worker) for worker in staff)
+        long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS
+        now = time.monotonic_ns()
+        for worker in ahead:
+            board = worker.board
+            assert board is not None
+            # What it has claimed and nobody has read yet counts as done here.
+            left = worker.ledger.last - board.claimed
+            head = worker.ledger.head
+            left_ns = left * head.expected_ns if head is not None else 0
+            since_ns = max(board.since_ns, worker.sent_ns)
+            if now - since_ns > long_ns or (idle and left > 1 and left_ns > _LONG_NS // 2):
+                self._take_back(staff, worker)
+
+    def _take_back(self, staff: Staff, worker: Worker) -> None:
+        """Read what a worker has left on its board, and have back what it has not begun."""
+        board, ledger = worker.board, worker.ledger
+        if board is None:
+            return
+        board.revoke(ledger.last)
+        self._settle_records(staff, worker, board.peek(), peeked=True)
+        self._wait_again(ledger.take_back(board.claimed))
+
+    def _wait_again(self, works: Sequence[Task | Span]) -> None:
+        """Queue again what no worker has begun."""
+        for work in works:
+            if isinstance(work, Task):
+                work.future.wait_again()
+        with self._lock:
+            self._backlog.put_back(works)
+
     def _receive(self, staff: Staff, worker: Worker, frame: Frame) -> None:
         """Act on what a worker says.
 
         Raises:
             CorruptFrameError: It says what no worker should.
+            ValueError: Its records are not what they should be.
         """
-        match frame.kind:
+        kind, position, segments = frame
+        match kind:
+            case Kind.RESULTS:
+                self._settle_records(staff, worker, segments[0])
+            case Kind.VALUES:
+                self._settle_values(staff, worker, position, segments)
+            case Kind.RESULT | Kind.EXCEPTION:
+                run = self._settle(staff, worker, position, kind, segments)
+                if run is not None:
+                    run.tell()
             case Kind.READY:
                 worker.ready = True
                 self._failed_starts = 0
-                return
+                if not segments and worker.board is not None:
+                    worker.board.close()
+                    worker.board = None
             case Kind.INITIALIZER_FAILED:
                 problem = PoolBrokenError("a worker's initializer failed")
-                self._break(staff, problem, rebuild(frame.segments))
-                return
-            case Kind.RESULT | Kind.EXCEPTION if (
-                worker.task is not None and worker.task.number == frame.task
-            ):
-                task, worker.task = worker.task, None
-            case _ if worker.dismissed or self._ending:
-                return  # its task was given up
+                self._break(staff, problem, rebuild(segments))
+            case Kind.SKIPPED:  # race J
+                self._return_skipped(worker, position)
+            case Kind.UNREADABLE:
+                self._return_unreadable(worker, position)
             case _:
-                raise CorruptFrameError(f"{frame.kind!r} was not asked for")
-        worker.done += 1
-        if worker.done == self._tasks_per_worker:
-            staff.stop(worker)
-        future = task.future
-        del task
-        if frame.kind is Kind.EXCEPTION:
-            try:
-                error = rebuild(frame.segments)
-            except BaseException as problem:  # noqa: BLE001 -- user code, or no memory
-                error = problem
-            fail(future, error)
-            return
+                raise CorruptFrameError(f"{kind!r} was not asked for")
+
+    def _return_skipped(self, worker: Worker, position: int) -> None:
+        ledger = worker.ledger
+        head = ledger.head
+        if head is not None and head.position + head.done == position:
+            self._wait_again(ledger.take_back(position - 1))
+
+    def _return_unreadable(self, worker: Worker, position: int) -> None:
+        """A batch that cannot be unpickled: find out which call it is by sending each alone."""
+        head = worker.ledger.head
+        if not isinstance(head, Span) or head.position != position or head.done:
+            if worker.ledger.last >= position:
+                return  # taken back meanwhile
+            raise CorruptFrameError(f"position {position} was not sent")
+        back = worker.ledger.take_back(position - 1)
+        alone = [head.only(place) for place in range(head.count)]
+        self._wait_again([*alone, *back[1:]])
+
+    def _settle_records(
+        self,
+        staff: Staff,
+        worker: Worker,
+        records: bytes | bytearray,
+        *,
+        peeked: bool = False,
+    ) -> None:
+        runs: set[MapRun] = set()
+        spent: dict[str, list[int]] = {}
+        for position, microseconds, kind, pickled in records_of(records):
+            head = worker.ledger.head
+            if peeked and (head is None or position > head.position + head.done):
+                break  # an earlier message has not been read; then it will bring these as well
+            run = self._settle(staff, worker, position, kind, [pickled])
+            if run is not None:
+                runs.add(run)
+            if head is not None:
+                times = spent.setdefault(head.name, [0, 0])
+                times[0] += microseconds
+                times[1] += 1
+        for name, (microseconds, count) in spent.items():
+            self._pace.note(name, microseconds * 1000, count)
+        for run in runs:
+            run.tell()
+
+    def _settle(
+        self,
+        staff: Staff,
+        worker: Worker,
+        position: int,
+        kind: int,
+        segments: Sequence[bytes | bytearray | memoryview],
+    ) -> MapRun | None:
+        """End the call at this position of a worker by its answer; return its run if it has one.
+
+        Raises:
+            ValueError: It was not sent.
+        """
+        settled = worker.ledger.settle(position)
+        if settled is None:
+            return None  # read from the board before, or given up
+        work, place = settled
+        self._count(staff, worker, 1)
+        failed = False
+        value: Any
         try:
-            result = payloads.loads(frame.segments)
+            if kind == Kind.EXCEPTION:
+                value, failed = rebuild(segments), True
+            else:
+                value = payloads.loads(segments)
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-            fail(future, error)
+            value, failed = error, True
+        if isinstance(work, Task):
+            work.pickled = None
+            (fail if failed else finish)(work.future, value)
+            return None
+        run = work.run
+        if failed:
+            run.put_error(work.start + place, value)
         else:
-            finish(future, result)
+            run.put(work.start + place, [value])
+        self._settled(run)
+        return run
+
+    def _settle_values(self, staff: Staff, worker: Worker, position: int, segments: Sequence[bytearray]) -> None:
+        """End several calls of one run, which returned plain values.
+
+        Raises:
+            ValueError: They were not sent.
+        """
+        microseconds, values = read_values(segments)
+        head = worker.ledger.head
+        known = 0
+        if head is not None and position < head.position + head.done:
+            known = min(head.position + head.done - position, len(values))  # peeked at before
+        if known == len(values):
+            return
+        settled = worker.ledger.settle(position + known, len(values) - known)
+        if settled is None:
+            return
+        work, place = settled
+        if not isinstance(work, Span):
+            raise ValueError(f"values at {position}, where a task was sent")
+        run = work.run
+        run.put(work.start + place, values[known:])
+        self._settled(run, len(values) - known)
+        run.tell()
+        self._pace.note(work.name, microseconds * 1000, len(values))
+        self._count(staff, worker, len(values) - known)
+
+    def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
+        worker.exclusive = False
+        worker.done += settled
+        if worker.done == self._tasks_per_worker or self._is_too_large(worker):
+            worker.retiring = True
+        if worker.retiring and not worker.ledger.owed and not worker.leaving:
+            staff.stop(worker)
+
+    def _settled(self, run: MapRun, count: int = 1) -> None:
+        run.unsettled -= count
+        if run.fed and not run.unsettled:
+            with self._lock:
+                self._ended_runs.append(run)
+                self._news = True
+
+    def _forget(self, staff: Staff, run: MapRun) -> None:
+        """Let the workers drop the function of a run that has ended."""
+        if run.sent is None or run.sent.lasting:
+            return
+        for worker in staff:
+            if not worker.leaving:
+                forget(worker, run.sent, staff.send)
+
+    def _is_too_large(self, worker: Worker) -> bool:
+        limit, now = self._memory_per_worker, time.monotonic_ns()
+        if limit is None or now < worker.memory_look_ns:
+            return False
+        worker.memory_look_ns = now + _MEMORY_LOOK_NS
+        held = worker.resident_bytes()
+        if held is None or held <= limit:
+            return False
+        _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
+        return True
+
+    # Workers and tasks that end otherwise.
+
+    def _end_the_overdue(self, staff: Staff) -> None:
+        for worker in staff:
+            if worker.condemned is None and _due_in_s(worker) == 0.0:
+                work = worker.ledger.head
+                assert work is not None and work.policy.timeout_s is not None
+                self._condemn(
+                    staff,
+                    worker,
+                    work,
+                    TaskTimeoutError(worker.pid, work.policy.timeout_s, work.name, ""),
+                )
+
+    def _end_task(self, staff: Staff, future: PoolFuture) -> None:
+        """End the worker that runs a task whose future was cancelled."""
+        for worker in staff:
+            for work in worker.ledger:
+                if isinstance(work, Task) and work.future is future:
+                    self._take_back(staff, worker)
+                    if worker.ledger.head is work:
+                        worker.condemned = worker.condemned or RuntimeError("cancelled")
+                        worker.leaving = True
+                        end_with_descendants(worker)
+                    return
+
+    def _condemn(
+        self, staff: Staff, worker: Worker, work: Task | Span, why: BaseException
+    ) -> None:
+        """End a worker for what it does now, and for that alone (race I)."""
+        position = work.position + work.done
+        self._take_back(staff, worker)
+        head = worker.ledger.head
+        if head is None or head.position + head.done != position:
+            return  # it has ended meanwhile
+        staff.condemn(worker, why)
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        if worker.task is not None:
-            task, worker.task = worker.task, None
-            error = WorkerDiedError(worker.pid, exitcode, task.name)
-            error.__cause__ = worker.fault
-            _log.log(logging.DEBUG if self._ending else logging.WARNING, "%s", error)
-            fail(task.future, error)
-        elif worker.ready or worker.dismissed:
+        ledger, board = worker.ledger, worker.board
+        fault, back = "", list[Task | Span]()
+        if board is not None:
+            try:
+                self._settle_records(staff, worker, board.published())
+            except ValueError as error:
+                worker.fault = worker.fault or error
+            fault = board.fault()
+            # Without a board it holds one task, and may have begun it.
+            back = ledger.take_back(board.began)
+        lost = [ledger.strike() for _ in range(ledger.owed)]
+        # One that was large was not kept: what it refers to may have changed since.
+        lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
+        self._wait_again([work for work in back if _can_wait_again(work)])
+        for work, place in lost:
+            self._lost(worker, work, place, exitcode, fault)
+        if lost and self._break_on_death and not (self._ending or worker.condemned):
+            problem = PoolBrokenError(
+                "A process in the process pool was terminated abruptly while the future was "
+                f"running or pending: worker {worker.pid} {describe_exit(exitcode)}"
+            )
+            self._break(staff, problem)
+        if lost or worker.ready or worker.dismissed:
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode))
         else:
             ending = f"{worker.pid} {describe_exit(exitcode)}"
@@ -457,6 +885,55 @@ class Scheduler:
                 )
                 self._break(staff, PoolBrokenError(reason))
 
+    def _lost(
+        self,
+        worker: Worker,
+        work: Task | Span,
+        place: int,
+        exitcode: int | None,
+        fault: str,
+    ) -> None:
+        """End a call that was lost with its worker, or queue it again."""
+        error: BaseException
+        if isinstance(worker.condemned, TaskTimeoutError):
+            said = worker.condemned
+            error = TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
+        else:
+            again = self._again(work, place)
+            if again is not None and worker.condemned is None and not self._ending:
+                _log.warning(
+                    "worker %d %s while it ran %s, which is run again",
+                    worker.pid,
+                    describe_exit(exitcode),
+                    work.name,
+                )
+                self._wait_again([again])
+                return
+            error = WorkerDiedError(worker.pid, exitcode, work.name, fault)
+            error.__cause__ = worker.fault
+        quiet = self._ending or worker.condemned is not None
+        _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
+        if isinstance(work, Task):
+            fail(work.future, error)
+            return
+        work.run.put_error(work.start + place, error)
+        self._settled(work.run)
+        work.run.tell()
+
+    def _again(self, work: Task | Span, place: int) -> Task | Span | None:
+        """Return a lost call as it is to be queued again, if it may be."""
+        retries = work.policy.retries or 0
+        if isinstance(work, Task):
+            if work.attempts >= retries or work.pickled is None:
+                return None
+            work.attempts += 1
+            return work
+        again = work.only(place)
+        if again.attempts >= retries:
+            return None
+        again.attempts += 1
+        return again
+
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None
     ) -> None:
@@ -464,16 +941,20 @@ class Scheduler:
         error.__cause__ = cause
         with self._lock:
             self._broken = self._broken or error
-            self._closing = self._ending = True
-            failed = [*self._waiting]
-            self._waiting.clear()
+            self._closing = True
+            self._ending = self._ending or "terminate"
+            failed = self._backlog.clear()
         for worker in staff:
-            if worker.task is not None:
-                failed.append(worker.task)
-                worker.task = None
-        for task in failed:
-            if begin(task.future):
-                fail(task.future, fresh(error))
+            while worker.ledger.owed:
+                work, place = worker.ledger.strike()
+                failed.append(work.only(place) if isinstance(work, Span) else work)
+        for entry in failed:
+            if isinstance(entry, MapRun):
+                entry.stop(lambda: fresh(error))
+            elif isinstance(entry, Span):
+                entry.give_up(lambda: fresh(error))
+            elif entry.future.running() or begin(entry.future):
+                fail(entry.future, fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:
         for worker in staff:
@@ -482,7 +963,7 @@ class Scheduler:
         while len(staff):
             if self._ending:  # from the beginning, or while the workers stop
                 for worker in staff:
-                    staff.end(worker)
+                    staff.end(worker, at_once=self._ending == "kill")
             self._listen(staff, None)
 
     def descriptors(self) -> Iterable[int]:
@@ -494,3 +975,34 @@ class Scheduler:
 def _descriptors_of_all_pools() -> Iterable[int]:
     for pool in working():
         yield from pool.descriptors()
+
+
+def _is_idle(worker: Worker) -> bool:
+    return worker.ready and not worker.leaving and not worker.ledger.owed
+
+
+def _due_in_s(worker: Worker) -> float | None:
+    """Return when the task that a worker runs has had its time; ``None`` if it is not limited."""
+    work = worker.ledger.head
+    if work is None or work.policy.timeout_s is None or worker.condemned is not None:
+        return None
+    since_ns, board = worker.sent_ns, worker.board
+    if board is not None:
+        if board.claimed < work.position + work.done:
+            return work.policy.timeout_s  # not begun
+        since_ns = board.since_ns
+    elapsed_s = (time.monotonic_ns() - since_ns) / 1e9
+    return max(0.0, work.policy.timeout_s - elapsed_s)
+
+
+def _can_wait_again(work: Task | Span) -> bool:
+    return isinstance(work, Span) or work.pickled is not None
+
+
+def _cancel(entry: Task | Span | MapRun) -> None:
+    if isinstance(entry, Task):
+        cancel(entry.future)
+    elif isinstance(entry, Span):
+        entry.give_up(CancelledError)
+    else:
+        entry.stop(CancelledError)

@@ -18,15 +18,19 @@ import socket
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from safepool.pool.ledger import Ledger
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.process import WorkerProcess
+from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from safepool.pool.mapping import Span
     from safepool.pool.tasks import Task
     from safepool.transport.frames import Frame
 
@@ -41,6 +45,9 @@ _STOPPING_S = 30.0
 # Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
 # within a second of Ctrl-C.
 _TERMINATING_S = 0.4
+# For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
+# on a machine that is frozen by its quota a tenth of a second.
+_STACK_S = 0.15
 
 if sys.platform == "win32":
     _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
@@ -53,8 +60,15 @@ class Worker(WorkerProcess):
 
     Attributes:
         ready: Its initializer has ended well.
-        task: The task it holds.
-        done: How many tasks it has finished.
+        ledger: What it was sent and has not answered.
+        given: How many tasks it was sent in its life.
+        done: How many it has finished.
+        functions: Numbers of the functions that it keeps.
+        exclusive: What it holds must not be followed by anything.
+        sent_ns: When it was last sent something, by the monotonic clock.
+        condemned: Why the pool ends it in the middle of a task.
+        retiring: It gets no more tasks, and is told to stop when it has finished.
+        memory_look_ns: When its memory is next to be looked at.
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
@@ -64,14 +78,25 @@ class Worker(WorkerProcess):
     """
 
     ready: bool = False
-    task: Task | None = None
+    given: int = 0
     done: int = 0
+    exclusive: bool = False
+    sent_ns: int = 0
+    condemned: BaseException | None = None
+    retiring: bool = False
+    memory_look_ns: int = 0
     leaving: bool = False
     dismissed: bool = False
     terminated: bool = False
     fault: BaseException | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """Start it, as :class:`WorkerProcess` does."""
+        super().__init__(*arguments, **keywords)
+        self.ledger: Ledger[Task | Span] = Ledger()
+        self.functions: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +148,7 @@ class Staff:
         found = [
             self._wake_receiver.fileno(),
             self._wake_sender.fileno(),
-            *(worker.channel.fileno() for worker in self),
+            *(number for worker in self for number in worker.descriptors()),
         ]
         return [descriptor for descriptor in found if descriptor >= 0]
 
@@ -152,21 +177,26 @@ class Staff:
         self._watch(worker)
         return True
 
-    def listen(self, timeout_s: float | None) -> Iterator[tuple[Worker, Frame | Ended]]:
+    def listen(
+        self, timeout_s: float | None, awake: Callable[[], None]
+    ) -> Iterator[tuple[Worker, Frame | Ended]]:
         """Wait for workers or a wake-up; yield the frames that arrived and who has ended.
 
         Args:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
+            awake: Called when the waiting is over.
         """
         for worker in self:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
             if worker.sentinel is None and worker.channel.fileno() < 0:
-                yield worker, Ended(self._forget(worker))
+                yield from self._bury(worker)
         deadlines = [worker.deadline for worker in self if worker.deadline is not None]
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
-        for key, _ in self._selector.select(timeout_s):
+        events = self._selector.select(timeout_s)
+        awake()
+        for key, _ in events:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
@@ -184,14 +214,32 @@ class Staff:
         worker.deadline = time.monotonic() + _STOPPING_S
         self.send(worker, encode(Kind.STOP, 0))
 
-    def end(self, worker: Worker) -> None:
-        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``."""
-        soon = time.monotonic() + _TERMINATING_S
+    def end(self, worker: Worker, *, at_once: bool = False) -> None:
+        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``.
+
+        Args:
+            worker: Whom.
+            at_once: Do not ask.
+        """
+        soon = time.monotonic() + (0.0 if at_once else _TERMINATING_S)
         worker.deadline = min(worker.deadline or soon, soon)
         worker.leaving = worker.dismissed = True
         if not worker.terminated:
             worker.terminated = True
-            worker.end(signal.SIGTERM)
+            worker.end(_KILL if at_once else signal.SIGTERM)
+
+    def condemn(self, worker: Worker, why: BaseException) -> None:
+        """End a worker in the middle of its task, with every process that the task started.
+
+        It is asked for its Python stack first, which it leaves on its board.
+        """
+        worker.condemned = why
+        worker.leaving = True
+        pause_s = 0.0
+        if worker.board is not None and STACK_SIGNAL:
+            worker.end(STACK_SIGNAL)
+            pause_s = _STACK_S
+        worker.deadline = time.monotonic() + pause_s
 
     def distrust(self, worker: Worker, error: BaseException) -> None:
         """End a worker that sends what cannot be understood."""
@@ -206,6 +254,7 @@ class Staff:
             try:
                 worker.end(_KILL)
                 self._forget(worker)
+                worker.close()
             except Exception:  # noqa: BLE001 -- one that resists must not keep the others
                 _log.exception("worker %d could not be ended", worker.pid)
         self._selector.close()
@@ -235,7 +284,14 @@ class Staff:
                         break
             except (ChannelClosedError, CorruptFrameError, MemoryError):
                 pass
-        yield worker, Ended(self._forget(worker))
+        yield from self._bury(worker)
+
+    def _bury(self, worker: Worker) -> Iterator[tuple[Worker, Ended]]:
+        exitcode = self._forget(worker)
+        try:
+            yield worker, Ended(exitcode)
+        finally:
+            worker.close()  # only now: its board was to be read
 
     def _disconnect(self, worker: Worker) -> None:
         """The channel is of no more use; how the worker ends is still to come (race A)."""
@@ -257,6 +313,9 @@ class Staff:
         for worker in self:
             if worker.deadline is not None and worker.deadline <= now:
                 worker.deadline = None
+                if worker.condemned is not None:
+                    end_with_descendants(worker)
+                    continue
                 _log.info("worker %d did not end in time and is killed", worker.pid)
                 worker.end(_KILL)
 
@@ -266,6 +325,4 @@ class Staff:
             self._selector.unregister(worker.channel)
         if worker.sentinel is not None:
             self._selector.unregister(worker.sentinel)
-        exitcode = worker.wait(1.0)
-        worker.close()
-        return exitcode
+        return worker.wait(1.0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
@@ -14,6 +13,13 @@ from safepool.transport import payloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Self
+
+    from safepool.pool.functions import SentFunction
+    from safepool.pool.policy import Policy
+
+    Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    Pickled = tuple[SentFunction | None, list[bytes | memoryview]]
 
 __all__ = [
     "PoolFuture",
@@ -31,11 +37,29 @@ _log = logging.getLogger("safepool")
 
 
 class PoolFuture(Future[Any]):
-    """A future that also raises exceptions that are false in a boolean context.
+    """A future that may have to wait again, and raises exceptions whatever their truth value.
 
     ``concurrent.futures.Future`` before Python 3.14 asks ``if self._exception:`` and so
     returns ``None`` for an exception with ``__bool__`` or an empty ``__len__`` (gh-132063).
     """
+
+    def wait_again(self) -> None:
+        """Stop being marked as running: the worker that had it never began."""
+        with self._condition:
+            if self._state == _base.RUNNING:
+                self._state = _base.PENDING
+
+    def cancel_running(self) -> bool:
+        """Become cancelled though a worker runs it; ``False`` if it has ended."""
+        with self._condition:
+            if self._state not in (_base.PENDING, _base.RUNNING):
+                return False
+            self._state = _base.CANCELLED
+        self.set_running_or_notify_cancel()
+        with self._condition:
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
+        return True
 
     if sys.version_info < (3, 14):
 
@@ -49,22 +73,46 @@ class PoolFuture(Future[Any]):
                 self = None  # type: ignore[assignment]  # noqa: PLW0642
 
 
-@dataclass(slots=True, eq=False)
 class Task:
-    """A call that waits for a worker, or runs in one.
+    """A call that waits for a worker, or that one has.
 
     Attributes:
-        number: What its frames are marked with.
         future: Where its result goes.
         call: Function, positional and keyword arguments; ``None`` once they were sent, so
             that the pool keeps nothing alive.
         name: What an error calls it.
+        policy: What holds for it.
+        pickled: What was sent, kept while it may have to be sent again: the function and
+            the segments.
+        attempts: How often it was begun and lost with its worker.
+        position, done, count, expected_ns: As of any :class:`~safepool.pool.ledger.Work`.
     """
 
-    number: int
-    future: PoolFuture
-    call: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None
-    name: str
+    __slots__ = (
+        "attempts",
+        "call",
+        "done",
+        "expected_ns",
+        "future",
+        "name",
+        "pickled",
+        "policy",
+        "position",
+    )
+
+    count = 1
+
+    def __init__(self, future: PoolFuture, call: Call, name: str, policy: Policy) -> None:
+        self.future = future
+        self.call: Call | None = call
+        self.name = name
+        self.policy = policy
+        self.pickled: Pickled | None = None
+        self.attempts = self.position = self.done = self.expected_ns = 0
+
+    def split(self, at: int) -> Self:
+        """Never asked for: there is one call."""
+        raise ValueError(at)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -81,12 +129,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def begin(future: PoolFuture) -> bool:
-    """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else.
-
-    A task that was given back by a worker which never began it is running already.
-    """
-    if future.running():
-        return True
+    """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else."""
     try:
         return future.set_running_or_notify_cancel()
     except (InvalidStateError, RuntimeError):
@@ -96,10 +139,7 @@ def begin(future: PoolFuture) -> bool:
 def cancel(future: PoolFuture) -> None:
     """End a future that no worker has begun."""
     _end(future.cancel)
-    if future.running():  # taken once, and given back because its worker was gone
-        fail(future, CancelledError())
-    else:
-        begin(future)
+    begin(future)
 
 
 def finish(future: PoolFuture, result: object) -> None:

@@ -62,8 +62,20 @@ class Channel:
         Raises:
             ChannelClosedError: The other end is gone.
         """
-        self._unsent.extend(memoryview(piece).cast("B") for piece in pieces)
-        self.flush()
+        if len(pieces) == 1 and not self._unsent:  # the common case, without a queue
+            try:
+                sent = self._sock.send(pieces[0], NO_SIGPIPE)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                raise ChannelClosedError from error
+            rest = memoryview(pieces[0]).cast("B")[sent:]
+            if rest:
+                self._unsent.append(rest)
+        else:
+            self._unsent.extend(memoryview(piece).cast("B") for piece in pieces)
+        if self._unsent:
+            self.flush()
 
     def flush(self) -> None:
         """Send what is queued, as far as the kernel takes it.

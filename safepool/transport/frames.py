@@ -31,6 +31,9 @@ _MOST_SEGMENTS = 1 << 20
 # still to come is received into its own memory instead: no second copy.
 _SCRATCH_BYTES = 64 * 1024
 _DIRECT_BYTES = _SCRATCH_BYTES // 4
+# A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
+_JOINED_BYTES = 4 * 1024
+_TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
 
 class Kind(enum.IntEnum):
@@ -50,6 +53,24 @@ class Kind(enum.IntEnum):
     """To the pool: the call returned this."""
     EXCEPTION = 7
     """To the pool: the call raised this."""
+    FUNCTION = 8
+    """To a worker: keep this callable, under this number instead of a task's."""
+    FORGET = 9
+    """To a worker: drop the callable of this number."""
+    TASKS = 10
+    """To a worker: run these calls, one after the other."""
+    BATCH = 11
+    """To a worker: call one function with each of these."""
+    RESULTS = 12
+    """To the pool: records of several results."""
+    UNREADABLE = 13
+    """To the pool: this batch could not be unpickled, nothing of it has begun."""
+    SKIPPED = 14
+    """To the pool: this call was taken back when it was about to begin."""
+    LOG = 15
+    """To the pool: a log record."""
+    VALUES = 16
+    """To the pool: several calls that follow each other returned these plain values."""
 
 
 class Frame(NamedTuple):
@@ -57,7 +78,8 @@ class Frame(NamedTuple):
 
     Attributes:
         kind: What it says.
-        task: Number of the task it is about; 0 where it is about none.
+        task: Position of the task it is about, counted by worker from 1; 0 where it is
+            about none.
         segments: Its payload, each part in memory of its own that may be written to.
     """
 
@@ -67,6 +89,7 @@ class Frame(NamedTuple):
 
 
 _KINDS = frozenset(Kind)
+_KIND_OF = {int(kind): kind for kind in Kind}
 
 
 class CorruptFrameError(SafepoolError):
@@ -80,19 +103,24 @@ def encode(
 
     Args:
         kind: What the frame says.
-        task: Number of the task, 0 to 2**64 - 1.
+        task: Position of the task, 0 to 2**64 - 1.
         segments: The payload's parts.
 
     Returns:
-        The header, then the segments that are not empty.
+        The header, then the segments that are not empty; small ones joined to one piece.
 
     Example:
         >>> b"".join(encode(Kind.STOP, 0)).hex()
         '73700103000000000000000000000000'
     """
-    lengths = [memoryview(segment).nbytes for segment in segments]
+    lengths = [
+        len(segment) if type(segment) is bytes else memoryview(segment).nbytes
+        for segment in segments
+    ]
     header = _HEADER.pack(_MAGIC, _VERSION, kind, len(lengths), task)
     header += struct.pack(f"!{len(lengths)}Q", *lengths)
+    if sum(lengths) <= _JOINED_BYTES:
+        return [b"".join([header, *segments])]
     return [
         header,
         *(segment for segment, length in zip(segments, lengths, strict=True) if length),
@@ -143,15 +171,37 @@ class FrameReader:
         else:
             index, filled = self._filled
             self._filled = (index, filled + count)
-        while self._complete():
+        while (frame := self._whole()) is not None or self._complete():
             # Nothing is kept here: who takes a frame may drop it while it waits for more.
-            yield self._take()
+            yield self._take() if frame is None else frame
+            frame = None
 
     def _direct(self) -> memoryview | None:
         index, filled = self._filled
         if index < len(self._parts) and len(self._parts[index]) - filled >= _DIRECT_BYTES:
             return memoryview(self._parts[index])[filled:]
         return None
+
+    def _whole(self) -> Frame | None:
+        """Return the next frame if it is short and all there: most are."""
+        start, end = self._start + _HEADER.size, self._end
+        if self._head is not None or start > end:
+            return None
+        magic, version, kind, count, task = _HEADER.unpack_from(self._scratch, self._start)
+        if count >= len(_TABLES) or magic != _MAGIC or version != _VERSION or kind not in _KINDS:
+            return None
+        start += 8 * count
+        if start > end:
+            return None
+        lengths = _TABLES[count].unpack_from(self._scratch, start - 8 * count)
+        if start + sum(lengths) > end:
+            return None
+        segments = []
+        for length in lengths:
+            segments.append(self._scratch[start : start + length])
+            start += length
+        self._start = start
+        return Frame(_KIND_OF[kind], task, segments)
 
     def _complete(self) -> bool:
         if self._head is None and not self._begin():

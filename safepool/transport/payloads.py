@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["dumps", "loads", "main_namespace"]
+__all__ = ["by_value_modules", "dumps", "loads", "main_namespace"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
@@ -48,7 +48,7 @@ def dumps(
         >>> loads(dumps({"a": lambda: 3}))["a"]()
         3
     """
-    if not (by_value or _by_value_modules()):
+    if not (by_value or by_value_modules()):
         try:
             segments = _dumps(value, _standard_dumps)
         except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
@@ -132,7 +132,7 @@ def _by_value_pickler(loky_imported: bool) -> Any:
     return type("ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
 
 
-def _by_value_modules() -> bool:
+def by_value_modules() -> bool:
     """Tell whether the program asked cloudpickle to send some module by value."""
     cloudpickle = sys.modules.get("cloudpickle")
     return cloudpickle is not None and bool(cloudpickle.list_registry_pickle_by_value())

@@ -1,43 +1,35 @@
-"""What runs in a worker process: initialize, then one task after the other.
+"""What a worker process is made of before the first task: environment, caps, signals, channel.
 
 It imports only the standard library and the floors below; threadpoolctl comes with the
 first cap, cloudpickle with the first object that needs it.
-
-Not covered:
-    * A task that starts threads which outlive it: they go on beside the next task.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
-import pickle
 import signal
 import socket
 import sys
 import threading
-import traceback
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import text_of
 from safepool.threads.cap import cap_worker
 from safepool.threads.environment import change_environment
 from safepool.transport.channel import Channel, ChannelClosedError
-from safepool.transport.frames import Kind, encode
-from safepool.transport.payloads import dumps, loads
-from safepool.workers.namespace import MainNamespace
+from safepool.workers.board import STACK_SIGNAL, Board, register
+from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
-    from types import TracebackType
-
-    from safepool.threads.cap import WorkerCap
 
 __all__ = ["worker_main"]
 
 
 def worker_main(
     end: Connection | socket.socket,
+    board: Connection | int | None,
     environment: Mapping[str, str | None],
     threads: int,
     foreign_descriptors: Sequence[int],
@@ -46,6 +38,7 @@ def worker_main(
 
     Args:
         end: This worker's end of the channel.
+        board: The board's descriptor; ``None`` if there is none.
         environment: Variables that bound native threads, ``None`` for those to remove.
             Most start methods have set them before anything of ours runs; in a forked
             worker this is the earliest place.
@@ -59,6 +52,7 @@ def worker_main(
     _pretend_cpus(threads)
     sock = _adopt(end)
     _end_with_the_parent(sock)
+    shared = _open_board(board)
     cap = cap_worker(threads, environment)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
     # decision. A handler that does nothing rather than SIG_IGN, which programs started by
@@ -69,97 +63,11 @@ def worker_main(
     _unblock_interrupt()
     channel = Channel(sock)
     try:
-        _serve(channel, cap)
+        Runner(channel, shared, cap).serve()
     except ChannelClosedError:
         pass  # the pool is gone, so is the reason to be here
     finally:
         channel.close()
-
-
-def _serve(channel: Channel, cap: WorkerCap) -> None:
-    pid = os.getpid()
-    main = MainNamespace()
-    while True:
-        for kind, number, received in channel.receive():
-            match kind:
-                case Kind.INITIALIZE:
-                    reply, segments = _initialize(received, main)
-                    cap.apply()  # what the initializer has loaded or changed
-                case Kind.TASK:
-                    cap.recheck()  # what the task before has loaded
-                    reply, segments = _run(received, main)
-                case Kind.STOP:
-                    return
-                case _:
-                    raise RuntimeError(f"a pool does not send {kind!r}")
-            if os.getpid() != pid:
-                # The task has forked and this is its child: the answer is the worker's to
-                # give, and so is the next task to take.
-                os._exit(0)
-            channel.send(encode(reply, number, segments))
-            # Nothing of the task may live on in this frame while the worker waits.
-            del segments
-
-
-def _initialize(
-    segments: Sequence[bytearray], main: MainNamespace
-) -> tuple[Kind, list[bytes | memoryview]]:
-    try:
-        initializer, arguments = loads(segments)
-        with main:
-            if initializer is not None:
-                initializer(*arguments)
-    except BaseException as error:  # noqa: BLE001 -- the pool must learn of SystemExit as well
-        return Kind.INITIALIZER_FAILED, _describe(error)
-    return Kind.READY, []
-
-
-def _run(segments: list[bytearray], main: MainNamespace) -> tuple[Kind, list[bytes | memoryview]]:
-    try:
-        function, arguments, keywords = loads(segments)
-        segments.clear()  # the pickle; the buffers live on in the arrays made of them
-        with main:
-            result = function(*arguments, **keywords)
-        return Kind.RESULT, dumps(result)
-    except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
-        return Kind.EXCEPTION, _describe(error)
-
-
-def _describe(error: BaseException) -> list[bytes | memoryview]:
-    """Return segments of (pickled exception or None, type, text, traceback, reason)."""
-    # Without the frame of this module that made the call, if there is one below it.
-    inner = error.__traceback__.tb_next if error.__traceback__ else None
-    trace = _trace(error, inner or error.__traceback__)
-    text = text_of(error)
-    name = _name(type(error))
-    # Frames hold the task's arguments; the other end could not use them anyway. By the base
-    # class, since a frozen dataclass forbids to set an attribute.
-    BaseException.with_traceback(error, None)
-    pickled, reason = None, ""
-    try:
-        segments = [bytes(segment) for segment in dumps(error)]
-        # Many exceptions can be pickled and not unpickled (an ``__init__`` with another
-        # signature): found out here, where it costs one task and not a pool.
-        loads(segments)
-        pickled = segments
-    except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
-        reason = f"{type(problem).__name__}: {text_of(problem)}"
-    return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
-
-
-def _trace(error: BaseException, frames: TracebackType | None) -> str:
-    try:
-        return "".join(traceback.format_exception(type(error), error, frames))
-    except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details
-        shown = "".join(traceback.format_tb(frames))
-        return f"{shown}{_name(type(error))} (not formatted: {text_of(problem)})\n"
-
-
-def _name(kind: type) -> str:
-    try:
-        return f"{kind.__module__}.{kind.__qualname__}"
-    except BaseException:  # noqa: BLE001 -- a metaclass may do anything
-        return "(an exception whose type has no name)"
 
 
 def _pretend_cpus(count: int) -> None:
@@ -182,6 +90,24 @@ def _adopt(end: Any) -> socket.socket:
         end.close()
     sock.setblocking(True)
     return sock
+
+
+def _open_board(handle: Any) -> Board | None:
+    if handle is None:
+        return None
+    descriptor = handle if isinstance(handle, int) else os.dup(handle.fileno())
+    if not isinstance(handle, int):
+        handle.close()
+    os.set_inheritable(descriptor, False)
+    board = Board(descriptor)
+    # A crash in native code leaves the Python stack on the board, and so does the signal.
+    faulthandler.enable(file=descriptor, all_threads=True)
+    if STACK_SIGNAL and sys.platform != "win32":
+        faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
+    if not register():
+        board.close()
+        return None
+    return board
 
 
 def _close(descriptor: int) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
 
+    from safepool.workers.board import Board
+
 __all__ = ["WorkerProcess", "find_context", "native_threads"]
 
 
@@ -70,6 +72,7 @@ class WorkerProcess:
     Attributes:
         process: The ``multiprocessing`` process.
         pid: Its process id.
+        board: What it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.
         sentinel: A descriptor that turns readable when the process ends; ``None`` on
             Windows, where only the channel tells. Before Linux 5.3 and elsewhere it is a
@@ -83,6 +86,7 @@ class WorkerProcess:
         environment: Mapping[str, str | None],
         threads: int,
         foreign_descriptors: Sequence[int],
+        board: Board | None = None,
     ) -> None:
         """Start a worker process.
 
@@ -91,17 +95,22 @@ class WorkerProcess:
             environment: Variables it is born with, ``None`` for those it is born without.
             threads: Threads for each of its native pools.
             foreign_descriptors: Descriptors of the pool that a forked child must close.
+            board: To be shared with it; closed with this object, also if it cannot start.
 
         Raises:
             OSError: The system gave no process or no descriptor.
         """
+        self.board = board
         ours, theirs = socket.socketpair()
+        shared: Any = None
         try:
             ours.setblocking(False)
             forked = context.get_start_method() == "fork"
             handle = _handle(theirs)
+            shared = None if board is None else _handle_of(os.dup(board.fileno()))
             arguments = (
                 handle,
+                shared,
                 dict(environment),
                 threads,
                 (*foreign_descriptors, ours.fileno()) if forked else (),
@@ -112,11 +121,32 @@ class WorkerProcess:
         except BaseException:
             ours.close()
             theirs.close()
+            if board is not None:
+                board.close()
             raise
+        finally:
+            if shared is not None:
+                shared.close()
         self.pid: int = self.process.pid or 0
         self.channel = Channel(ours)
         self._pidfd = _open_pidfd(self.pid)
         self.sentinel: int | None = _sentinel(self.process, self._pidfd)
+
+    def descriptors(self) -> list[int]:
+        """Return what belongs to this worker alone, and no other must inherit."""
+        found = [self.channel.fileno(), -1 if self.board is None else self.board.fileno()]
+        return [descriptor for descriptor in found if descriptor >= 0]
+
+    def resident_bytes(self) -> int | None:
+        """Return the memory that the process holds; ``None`` where the system does not tell.
+
+        Source: proc_pid_statm(5), second field.
+        """
+        try:
+            with open(f"/proc/{self.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError):
+            return None
 
     def end(self, number: int) -> None:
         """Send the signal ``number`` to the process, if it is still the one we started."""
@@ -148,6 +178,8 @@ class WorkerProcess:
     def close(self) -> None:
         """Give back every descriptor. The process has ended or is left to itself."""
         self.channel.close()
+        if self.board is not None:
+            self.board.close()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
@@ -224,6 +256,9 @@ if sys.platform == "win32":
     def _handle(sock: socket.socket) -> Any:
         return sock
 
+    def _handle_of(descriptor: int) -> Any:
+        raise OSError(f"there is no board on Windows, and no descriptor {descriptor} of it")
+
     def _sentinel(_process: Any, _pidfd: int | None) -> int | None:
         return None
 
@@ -250,10 +285,13 @@ else:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _handle(sock: socket.socket) -> Any:
+        return _handle_of(sock.detach())
+
+    def _handle_of(descriptor: int) -> Any:
         # Every start method knows how to hand a Connection over.
         from multiprocessing.connection import Connection  # noqa: PLC0415
 
-        return Connection(sock.detach())
+        return Connection(descriptor)
 
     def _sentinel(process: Any, pidfd: int | None) -> int | None:
         return pidfd if pidfd is not None else int(process.sentinel)

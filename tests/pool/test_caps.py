@@ -51,7 +51,6 @@ def test_a_library_first_imported_inside_a_task_has_one_thread(library: str) -> 
 
     assert pools
     assert {count for _, count in pools} == {1}
-    # jemalloc, in the wheels of some of scikit-learn's companions, keeps a thread of its own.
     assert threads == 1
 
 

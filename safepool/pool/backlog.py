@@ -1,0 +1,152 @@
+"""What waits for a worker, in the order in which it came. No lock: the scheduler's holds."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from safepool.pool.mapping import MapRun, Span
+from safepool.pool.tasks import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safepool.pool.mapping import Item
+
+__all__ = ["Backlog"]
+
+
+
+class Backlog:
+    """Tasks, runs with calls that wait, and spans that were taken back."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Task | Span | MapRun] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def at_most(self, limit: int) -> int:
+        """Return how many calls wait, counted up to ``limit``."""
+        count = 0
+        for entry in self._entries:
+            count += _size(entry)
+            if count >= limit:
+                return limit
+        return count
+
+    def add(self, task: Task) -> None:
+        """Queue a task."""
+        self._entries.append(task)
+
+    def add_items(self, run: MapRun, items: Iterable[Item]) -> None:
+        """Queue further calls of a run."""
+        run.waiting.extend(items)
+        if run.waiting and not run.queued:
+            run.queued = True
+            self._entries.append(run)
+
+    def put_back(self, works: Sequence[Task | Span]) -> None:
+        """Queue what was taken before, in its order, ahead of everything else."""
+        self._entries.extendleft(reversed(works))
+
+    def clear(self) -> list[Task | Span | MapRun]:
+        """Empty it, and return what was there."""
+        found = [*self._entries]
+        self._entries.clear()
+        for entry in found:
+            if isinstance(entry, MapRun):
+                entry.queued = False
+        return found
+
+    def take(
+        self, room: Callable[[str, int], int], expected_ns: Callable[[str], int], among: int
+    ) -> Span | list[Task]:
+        """Take what one worker gets in one message.
+
+        Args:
+            room: How many calls of a name to send on top of so many nanoseconds of work.
+            expected_ns: How long one call of a name takes.
+            among: Workers between whom what waits is to be divided.
+
+        Returns:
+            A span of one run, or tasks; an empty list if there is nothing, or no room.
+        """
+        while self._entries:
+            head = self._entries[0]
+            if isinstance(head, Task):
+                return self._take_tasks(room, expected_ns, among)
+            if isinstance(head, Span):
+                if head.run.stopped:
+                    self._entries.popleft()
+                    continue
+                return self._take_span(head, room, expected_ns, among)
+            if head.stopped or not head.waiting:
+                head.queued = False
+                self._entries.popleft()
+                continue
+            return self._cut(head, room, expected_ns, among)
+        return []
+
+    def _take_tasks(
+        self, room: Callable[[str, int], int], expected_ns: Callable[[str], int], among: int
+    ) -> list[Task]:
+        entries = self._entries
+        taken: list[Task] = []
+        left = -(-len(entries) // among)
+        name, fit, each, held = "", 0, 0, 0
+        while left and entries and isinstance(entries[0], Task):
+            task = entries[0]
+            if task.name != name:
+                name = task.name
+                fit, each = room(name, held), expected_ns(name)
+            if fit <= 0:
+                break
+            entries.popleft()
+            task.expected_ns = each
+            taken.append(task)
+            held += each or 1
+            fit -= 1
+            left -= 1
+        return taken
+
+    def _take_span(
+        self,
+        span: Span,
+        room: Callable[[str, int], int],
+        expected_ns: Callable[[str], int],
+        among: int,
+    ) -> Span | list[Task]:
+        many = min(room(span.name, 0), -(-span.count // among))
+        if many <= 0:
+            return []
+        self._entries.popleft()
+        span.expected_ns = expected_ns(span.name)
+        if many < span.count:
+            self._entries.appendleft(span.split(many))
+        return span
+
+    def _cut(
+        self,
+        run: MapRun,
+        room: Callable[[str, int], int],
+        expected_ns: Callable[[str], int],
+        among: int,
+    ) -> Span | list[Task]:
+        many = room(run.name, 0)
+        if many <= 0:
+            return []
+        if run.at_once is None:
+            many = min(many, run.most_at_once, -(-len(run.waiting) // among))
+        else:
+            many = run.at_once
+        span = run.cut(many)
+        span.expected_ns = expected_ns(run.name)
+        if not run.waiting:
+            run.queued = False
+            self._entries.popleft()
+        return span
+
+
+def _size(entry: Task | Span | MapRun) -> int:
+    return len(entry.waiting) if isinstance(entry, MapRun) else entry.count

@@ -1,0 +1,151 @@
+"""What one worker has been sent, in order, and what it still owes.
+
+Everything sent to a worker gets a position, counted from 1. A worker does what it was sent in
+that order, so what it owes is always: one that has begun perhaps, then some that have not. All
+that the pool has to know of a worker that died is how far it came.
+
+Positions in, work out: no process, no message, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Ledger", "Work"]
+
+
+class Work(Protocol):
+    """A call, or several that travel together.
+
+    Attributes:
+        position: The first one's, while a worker has it.
+        count: How many calls, at least 1.
+        done: How many of them are settled.
+        expected_ns: How long each is thought to take.
+    """
+
+    position: int
+    done: int
+    expected_ns: int
+
+    @property
+    def count(self) -> int: ...  # noqa: D102 -- an attribute above
+
+    def split(self, at: int) -> Self:
+        """Keep the calls before ``at``, return the others; 0 < ``at`` < count."""
+        ...
+
+
+_W = TypeVar("_W", bound=Work)
+
+
+class Ledger(Generic[_W]):
+    """What one worker owes.
+
+    Attributes:
+        owed: How many calls.
+        expected_ns: How long they are thought to take.
+    """
+
+    __slots__ = ("_next", "_works", "expected_ns", "owed")
+
+    def __init__(self) -> None:
+        self._works: deque[_W] = deque()
+        self._next = 1
+        self.owed = 0
+        self.expected_ns = 0
+
+    def __iter__(self) -> Iterator[_W]:
+        return iter(self._works)
+
+    @property
+    def last(self) -> int:
+        """The position of what was sent last, 0 at first."""
+        return self._next - 1
+
+    @property
+    def head(self) -> _W | None:
+        """What the worker does now, or will next."""
+        return self._works[0] if self._works else None
+
+    def give(self, work: _W) -> None:
+        """Write down what is sent now."""
+        work.position = self._next
+        work.done = 0
+        self._next += work.count
+        self._works.append(work)
+        self.owed += work.count
+        self.expected_ns += work.expected_ns * work.count
+
+    def settle(self, position: int, count: int = 1) -> tuple[_W, int] | None:
+        """Cross out the calls from this position on, which are answered.
+
+        Args:
+            position: The first one's.
+            count: How many, all of one work.
+
+        Returns:
+            The work it belongs to and its place there; ``None`` if it was answered before.
+
+        Raises:
+            ValueError: It is not what is owed next.
+        """
+        work = self.head
+        if position > self.last:
+            raise ValueError(f"position {position} of {self.last}")
+        if work is None or position < work.position + work.done:
+            return None
+        place = position - work.position
+        if place != work.done:
+            raise ValueError(f"position {position} instead of {work.position + work.done}")
+        if place + count > work.count:
+            raise ValueError(f"{count} answers at {position}, of {work.count - place} calls")
+        work.done += count
+        if work.done == work.count:
+            self._works.popleft()
+        self._owe_less(work, count)
+        return work, place
+
+    def take_back(self, begun: int) -> list[_W]:
+        """Strike what has not begun, and return it in order.
+
+        Args:
+            begun: The last position that has, or may have.
+        """
+        back: list[_W] = []
+        while self._works:
+            work = self._works[-1]
+            begun_of_it = begun + 1 - work.position
+            if begun_of_it >= work.count:
+                break
+            if begun_of_it <= work.done:
+                self._works.pop()
+                if work.done:
+                    work = work.split(work.done)
+            else:
+                work = work.split(begun_of_it)
+            self._owe_less(work, work.count)
+            back.append(work)
+            if begun_of_it > 0:
+                break
+        back.reverse()
+        return back
+
+    def strike(self) -> tuple[_W, int]:
+        """Strike the call that is owed next, and return its work and its place there.
+
+        Raises:
+            IndexError: Nothing is owed.
+        """
+        work = self._works[0]
+        settled = self.settle(work.position + work.done)
+        assert settled is not None
+        return settled
+
+    def _owe_less(self, work: _W, count: int) -> None:
+        self.owed -= count
+        self.expected_ns = self.expected_ns - work.expected_ns * count if self.owed else 0

@@ -1,0 +1,337 @@
+"""``map``: many calls of one function, their results handed over in order.
+
+The calls have no future each: a result is put down by the scheduler's thread under its index,
+and taken up by whoever iterates. What is sent together, taken back or lost is a span of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from safepool.pool.functions import SentFunction
+    from safepool.pool.tasks import Policy
+
+__all__ = ["Feed", "MapRun", "Results", "Span"]
+
+# Items taken ahead from an iterator that does not say its length: so many at first, twice as
+# many whenever the workers ran out, and never more than the last.
+_FIRST_AHEAD = 256
+_MOST_AHEAD = 65536
+
+Item = tuple[Any, ...]
+
+
+class _Raised:
+    """Stands for a result: this call raised."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class MapRun:
+    """One ``map``, between the thread that iterates and the scheduler's.
+
+    Args:
+        function: What is called.
+        name: What an error calls it.
+        policy: Holds for each call.
+        at_once: Calls that travel together; ``None`` is as many as their time allows.
+
+    Attributes:
+        waiting: What no worker has, in order; the scheduler's, under its lock.
+        queued: The scheduler has this run in its queue.
+        most_at_once: Calls whose arguments are thought to fit one message.
+        sent: The function as workers know it.
+        unsettled: Calls that were queued and have no result yet.
+        fed: All calls were queued.
+        dropped: Nobody will take further results.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        policy: Policy,
+        at_once: int | None,
+    ) -> None:
+        self.function = function
+        self.name = name
+        self.policy = policy
+        self.at_once = at_once
+        self.most_at_once = sys.maxsize
+        self.unsettled = 0
+        self.fed = self.dropped = False
+        self.waiting: deque[Item] = deque()
+        self.queued = False
+        self.sent: SentFunction | None = None
+        self._cut = 0
+        # By the index of the first: values of calls that follow each other, or an error.
+        self._results: dict[int, list[Any] | _Raised] = {}
+        self._arrived = threading.Condition()
+        # Nothing arrives from this index on: the run was stopped there.
+        self._stopped: tuple[int, Callable[[], BaseException]] | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nobody wants, or nobody will compute, the rest."""
+        return self._stopped is not None
+
+    def cut(self, count: int) -> Span:
+        """Take the next calls, at most ``count``, from those that wait."""
+        items = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
+        span = Span(self, self._cut, items)
+        self._cut += len(items)
+        return span
+
+    def put(self, index: int, results: list[Any]) -> None:
+        """Put results down that follow each other; :meth:`tell` when these are all for now."""
+        if not self.dropped:
+            self._results[index] = results
+
+    def put_error(self, index: int, error: BaseException) -> None:
+        """Put down what a call raised."""
+        self._results[index] = _Raised(error)
+
+    def drop(self) -> None:
+        """Keep nothing more: nobody takes it."""
+        self.dropped = True
+        self.stop(CancelledError)
+        self._results.clear()
+
+    def tell(self) -> None:
+        """Let whoever waits look again."""
+        with self._arrived:
+            self._arrived.notify_all()
+
+    def stop(self, error: Callable[[], BaseException]) -> None:
+        """Give the rest up: calls that no worker has raise ``error()``."""
+        self.waiting.clear()
+        if self._stopped is None:
+            self._stopped = (self._cut, error)
+        self.tell()
+
+    def has(self, index: int) -> bool:
+        """Tell whether the result is there."""
+        return index in self._results
+
+    def take(self, index: int, deadline: float | None) -> list[Any]:
+        """Return results from this index on, and keep them no longer; wait until ``deadline``.
+
+        Args:
+            index: Of the first that nobody has taken.
+            deadline: By the monotonic clock.
+
+        Returns:
+            At least one, in order.
+
+        Raises:
+            TimeoutError: It is not there by then.
+            BaseException: What the call raised.
+        """
+        results = self._results.pop(index, None)
+        if results is None:
+            results = self._wait_for(index, deadline)
+        if isinstance(results, _Raised):
+            try:
+                raise results.error
+            finally:
+                del results
+        return results
+
+    def _wait_for(self, index: int, deadline: float | None) -> list[Any] | _Raised:
+        with self._arrived:
+            while index not in self._results:
+                if self._stopped is not None and index >= self._stopped[0]:
+                    raise self._stopped[1]()
+                left_s = None if deadline is None else deadline - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    raise TimeoutError
+                self._arrived.wait(left_s)
+        return self._results.pop(index)
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Calls of one run that follow each other: sent together, or taken back.
+
+    Attributes:
+        run: Theirs.
+        start: The index of the first.
+        items: The arguments of each.
+        attempts: How often the first was begun and lost with its worker.
+        alone: It holds one call that must not travel with others.
+    """
+
+    run: MapRun
+    start: int
+    items: list[Item] = field(repr=False)
+    attempts: int = 0
+    alone: bool = False
+    position: int = 0
+    done: int = 0
+    expected_ns: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many calls."""
+        return len(self.items)
+
+    @property
+    def name(self) -> str:
+        """What an error calls each."""
+        return self.run.name
+
+    @property
+    def policy(self) -> Policy:
+        """What holds for each."""
+        return self.run.policy
+
+    def split(self, at: int) -> Self:
+        """Keep the calls before ``at``, return the others."""
+        rest = type(self)(self.run, self.start + at, self.items[at:])
+        rest.expected_ns = self.expected_ns
+        del self.items[at:]
+        return rest
+
+    def give_up(self, error: Callable[[], BaseException]) -> None:
+        """Let every call raise ``error()``, and those of the run that follow."""
+        for place in range(self.done, self.count):
+            self.run.put_error(self.start + place, error())
+        self.run.stop(error)
+
+    def only(self, place: int) -> Self:
+        """Return the call at this place as a span that travels alone."""
+        span = type(self)(self.run, self.start + place, [self.items[place]], alone=True)
+        span.attempts = self.attempts if place == 0 else 0
+        return span
+
+
+class Feed(Protocol):
+    """What a result iterator asks of the pool."""
+
+    def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
+        """Queue further calls; ``last``: there will be no more."""
+
+    def give_up(self, run: MapRun) -> None:
+        """Drop the calls that no worker has: nobody wants the rest."""
+
+
+class Results:
+    """Takes items from the caller's iterators, and results in their order.
+
+    Args:
+        run: Where results are put down.
+        items: The arguments of each call.
+        feed: Queues calls.
+        ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy.
+        deadline: When waiting ends, by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        run: MapRun,
+        items: Iterator[Item],
+        feed: Feed,
+        ahead: int | None,
+        deadline: float | None,
+    ) -> None:
+        self._run = run
+        self._items: Iterator[Item] | None = items
+        self._feed = feed
+        self._grows = ahead is None
+        self._ahead = _FIRST_AHEAD if ahead is None else ahead
+        self._deadline = deadline
+        self._error: BaseException | None = None
+        self._fed = 0
+        self._taken = 0
+        self._pull()
+
+    def iterate(self, keep: object) -> Generator[Any]:
+        """Yield the results; leaving early drops what has not begun.
+
+        Args:
+            keep: Held until the end: a pool that nobody else holds goes on as long.
+        """
+        try:
+            while results := self._next():
+                # From the end of a reversed list, so that nothing here keeps a result
+                # that the caller has dropped.
+                results.reverse()
+                while results:
+                    # Counted before: whoever takes one may ask for the next item first.
+                    self._taken += 1
+                    yield results.pop()
+                    if self._items is not None:
+                        self._refill()
+        finally:
+            del keep
+            self._items = None
+            if self._taken < self._fed:
+                self._feed.give_up(self._run)
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Queue calls for all items that are left, as the standard pool does at first.
+
+        Nothing happens if the pool was shut down or is broken: there is nobody to tell.
+        """
+        if self._grows:
+            try:
+                self._pull(everything=True)
+            except RuntimeError:
+                pass
+
+    def _next(self) -> list[Any]:
+        """Return the next results, none at the end."""
+        if self._items is not None:
+            self._refill()
+        if self._taken == self._fed:
+            return []
+        run, index = self._run, self._taken
+        if self._grows and self._items is not None and not (run.waiting or run.has(index)):
+            self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
+        return run.take(index, self._deadline)
+
+    def _refill(self) -> None:
+        if self._fed - self._taken < self._ahead and (
+            not self._grows or 2 * (self._fed - self._taken) <= self._ahead
+        ):
+            self._pull()
+
+    def _pull(self, *, everything: bool = False) -> None:
+        """Queue calls for the items that may be taken ahead.
+
+        Raises:
+            RuntimeError: The pool was shut down.
+            BaseException: What the iterator of the items raised before the first result; a
+                later one is raised when its turn comes.
+        """
+        if self._items is None:
+            return
+        many = None if everything else self._ahead - (self._fed - self._taken)
+        batch: list[Item] = []
+        error: BaseException | None = None
+        try:
+            batch.extend(itertools.islice(self._items, many))
+        except BaseException as problem:
+            if not self._fed:
+                raise
+            error = problem
+        if error is not None or many is None or len(batch) < many:
+            self._items = None
+        self._feed.add_items(self._run, batch, last=self._items is None)
+        self._fed += len(batch)
+        self._error = error

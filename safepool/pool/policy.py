@@ -1,0 +1,66 @@
+"""What holds for a call beside its arguments: how long it may take, how often it may be lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["NO_POLICY", "Policy", "policy_of"]
+
+# Where a decorated function keeps its policy; functools.wraps hands it on.
+_ATTRIBUTE = "__safepool_policy__"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What holds for a call.
+
+    Attributes:
+        timeout_s: Seconds from its start after which it is ended; ``None`` is never.
+        retries: How often it is run again when its worker was lost; ``None`` is not said.
+    """
+
+    timeout_s: float | None = None
+    retries: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout_s is not None and not (
+            isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf
+        ):
+            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout_s!r}")
+        if self.retries is not None and (not isinstance(self.retries, int) or self.retries < 0):
+            raise ValueError(f"retries must be an integer of at least 0, not {self.retries!r}")
+
+    def otherwise(self, other: Policy) -> Policy:
+        """Return this policy, and ``other``'s where this one says nothing."""
+        return Policy(
+            timeout_s=other.timeout_s if self.timeout_s is None else self.timeout_s,
+            retries=other.retries if self.retries is None else self.retries,
+        )
+
+    def attach(self, function: Callable[..., Any]) -> None:
+        """Let pools that are given this function find the policy."""
+        setattr(function, _ATTRIBUTE, self)
+
+
+NO_POLICY = Policy()
+
+
+def policy_of(function: Callable[..., Any], default: Policy) -> Policy:
+    """Return what holds for calls of ``function``.
+
+    Args:
+        function: A decorated one has a policy of its own; also inside of
+            ``functools.partial``.
+        default: The pool's.
+    """
+    own = getattr(function, _ATTRIBUTE, None) or getattr(
+        getattr(function, "func", None), _ATTRIBUTE, None
+    )
+    if not isinstance(own, Policy):
+        return default
+    return own if default is NO_POLICY else own.otherwise(default)

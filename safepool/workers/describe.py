@@ -1,0 +1,52 @@
+"""A task's exception on its way to the pool: as itself if it can travel, in words in any case."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from typing import TYPE_CHECKING
+
+from safepool.errors import text_of
+from safepool.transport.payloads import dumps, loads
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["describe"]
+
+
+def describe(error: BaseException) -> list[bytes | memoryview]:
+    """Return segments of (pickled exception or None, type, text, traceback, reason)."""
+    # Without the frame of this module that made the call, if there is one below it.
+    inner = error.__traceback__.tb_next if error.__traceback__ else None
+    trace = _trace(error, inner or error.__traceback__)
+    text = text_of(error)
+    name = _name(type(error))
+    # Frames hold the task's arguments; the other end could not use them anyway. By the base
+    # class, since a frozen dataclass forbids to set an attribute.
+    BaseException.with_traceback(error, None)
+    pickled, reason = None, ""
+    try:
+        segments = [bytes(segment) for segment in dumps(error)]
+        # Many exceptions can be pickled and not unpickled (an ``__init__`` with another
+        # signature): found out here, where it costs one task and not a pool.
+        loads(segments)
+        pickled = segments
+    except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
+        reason = f"{type(problem).__name__}: {text_of(problem)}"
+    return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
+
+
+def _trace(error: BaseException, frames: TracebackType | None) -> str:
+    try:
+        return "".join(traceback.format_exception(type(error), error, frames))
+    except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details
+        shown = "".join(traceback.format_tb(frames))
+        return f"{shown}{_name(type(error))} (not formatted: {text_of(problem)})\n"
+
+
+def _name(kind: type) -> str:
+    try:
+        return f"{kind.__module__}.{kind.__qualname__}"
+    except BaseException:  # noqa: BLE001 -- a metaclass may do anything
+        return "(an exception whose type has no name)"

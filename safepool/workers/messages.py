@@ -1,0 +1,95 @@
+"""What a pool and its worker say about calls: how several travel in one frame.
+
+A call is the number of a function and a pickle of its arguments. A function that was sent once
+(``Kind.FUNCTION``) is called by that number; 0 stands for one that travels with its arguments.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from typing import TYPE_CHECKING
+
+from safepool.transport.frames import CorruptFrameError, Kind, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = [
+    "batch_frame",
+    "function_of",
+    "read_tasks",
+    "read_values",
+    "task_frame",
+    "tasks_frame",
+    "values_frame",
+]
+
+_FUNCTION = struct.Struct("<I")
+# Of each call in a frame of several: the function's number and the length of the pickle.
+_CALL = struct.Struct("<II")
+_SPENT = struct.Struct("<I")
+
+Pieces = list[bytes | memoryview]
+
+
+def task_frame(position: int, function: int, segments: Sequence[bytes | memoryview]) -> Pieces:
+    """Return the frame of one call whose pickle has buffers, or is large."""
+    return encode(Kind.TASK, position, [_FUNCTION.pack(function), *segments])
+
+
+def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) -> Pieces:
+    """Return the frame of several small calls.
+
+    Args:
+        position: The first one's; they are numbered upwards from it.
+        calls: Function and pickle of each.
+    """
+    table = b"".join([_CALL.pack(function, len(pickled)) for function, pickled in calls])
+    return encode(Kind.TASKS, position, [table, b"".join([pickled for _, pickled in calls])])
+
+
+def batch_frame(position: int, function: int, segments: Sequence[bytes | memoryview]) -> Pieces:
+    """Return the frame of calls of one function, their arguments pickled as one list."""
+    return encode(Kind.BATCH, position, [_FUNCTION.pack(function), *segments])
+
+
+def function_of(segments: Sequence[bytes | bytearray | memoryview]) -> int:
+    """Return the function's number in a frame of :func:`task_frame` or :func:`batch_frame`."""
+    number: int = _FUNCTION.unpack(segments[0])[0]
+    return number
+
+
+def values_frame(position: int, microseconds: int, values: list[object]) -> Pieces:
+    """Return the frame of what several calls returned.
+
+    Args:
+        position: The first one's.
+        microseconds: What they took together.
+        values: Of types that are immutable and hold nothing: pickled as one list, they
+            arrive as they would one by one.
+    """
+    head = _SPENT.pack(min(microseconds, 0xFFFF_FFFF))
+    return encode(Kind.VALUES, position, [head, pickle.dumps(values, 5)])
+
+
+def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object]]:
+    """Return microseconds and values of a frame of :func:`values_frame`."""
+    return _SPENT.unpack(segments[0])[0], pickle.loads(segments[1])
+
+
+def read_tasks(segments: Sequence[bytes | bytearray]) -> Iterator[tuple[int, memoryview]]:
+    """Yield function and pickle of each call in a frame of :func:`tasks_frame`.
+
+    Raises:
+        CorruptFrameError: The table does not fit what follows it.
+    """
+    if len(segments) != 2 or len(segments[0]) % _CALL.size:
+        raise CorruptFrameError("a frame of calls without a table of them")
+    pickles = memoryview(segments[1])
+    at = 0
+    for function, length in _CALL.iter_unpack(segments[0]):
+        yield function, pickles[at : at + length]
+        at += length
+    if at != len(pickles):
+        raise CorruptFrameError(f"{len(pickles)} bytes of calls, {at} announced")

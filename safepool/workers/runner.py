@@ -1,0 +1,265 @@
+"""Run the calls that arrive, one after the other, and answer each.
+
+Small results are left on the board (``board``) and sent together: at once when nothing else is
+here to do, else after a millisecond. So a result costs no system call, and is not lost when
+the next call kills the process.
+
+Not covered:
+    * A task that starts threads which outlive it: they go on beside the next task.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import Kind, encode
+from safepool.transport.payloads import dumps, loads
+from safepool.workers.describe import describe
+from safepool.workers.messages import function_of, read_tasks, values_frame
+from safepool.workers.namespace import MainNamespace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.threads.cap import WorkerCap
+    from safepool.transport.channel import Channel
+    from safepool.transport.frames import Frame
+    from safepool.workers.board import Board
+
+__all__ = ["Runner"]
+
+# Results wait for no more than this while further calls run. A message costs some 5
+# microseconds on each side, so it is paid by a few hundred of the shortest calls.
+_FLUSH_NS = 1_000_000
+# A larger result is sent on its own: it would fill the board.
+_SMALL_BYTES = 16 * 1024
+# Their pickle needs no second look for buffers or names of ``__main__``.
+# And they hold nothing, so that several in one pickle do not become one object.
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+
+Segments = list[bytes | memoryview]
+
+
+class Runner:
+    """The calls of one pool in this process.
+
+    Args:
+        channel: To the pool. Blocking.
+        board: Shared with the pool; ``None`` if there is none, then calls come one by one.
+        cap: Checked again before each call.
+    """
+
+    def __init__(self, channel: Channel, board: Board | None, cap: WorkerCap) -> None:
+        self._channel = channel
+        self._board = board
+        self._cap = cap
+        self._forked = False
+        self._main = MainNamespace()
+        self._functions: dict[int, Callable[..., Any]] = {}
+        # When the call under way began to cost time, and when results were last sent.
+        self._mark_ns = self._flushed_ns = 0
+        # What is on the board: plain values that follow each other, the first one's position,
+        # or else records of other answers.
+        self._values: list[object] = []
+        self._first = 0
+        self._others = False
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forked_now)
+
+    def serve(self) -> None:
+        """Do what the pool says until it says stop.
+
+        Raises:
+            ChannelClosedError: The pool is gone.
+            CorruptFrameError: It sent what is no message.
+        """
+        while True:
+            for frame in self._channel.receive():
+                if frame.kind is Kind.STOP:
+                    return
+                self._mark_ns = time.monotonic_ns()
+                self._handle(frame)
+                # Nothing of the task may live on in this frame while the worker waits.
+                del frame
+                self._flush()
+
+    def _handle(self, frame: Frame) -> None:
+        kind, position, segments = frame
+        match kind:
+            case Kind.INITIALIZE:
+                self._initialize(segments)
+            case Kind.FUNCTION:
+                self._functions[position] = _load_function(segments)
+            case Kind.FORGET:
+                self._functions.pop(position, None)
+            case Kind.TASK:
+                function = self._functions.get(function_of(segments))
+                self._run_pickled(position, function, segments[1:], segments)
+            case Kind.TASKS:
+                for number, pickled in read_tasks(segments):
+                    self._run_pickled(position, self._functions.get(number), [pickled], segments)
+                    position += 1
+            case Kind.BATCH:
+                self._run_batch(position, segments)
+            case _:
+                raise RuntimeError(f"a pool does not send {kind!r}")
+
+    def _initialize(self, segments: Sequence[bytearray]) -> None:
+        try:
+            initializer, arguments = loads(segments)
+            with self._main:
+                if initializer is not None:
+                    initializer(*arguments)
+        except BaseException as error:  # noqa: BLE001 -- the pool must learn of SystemExit as well
+            reply, described = Kind.INITIALIZER_FAILED, describe(error)
+        else:
+            # Whether what the pool writes on the board is heeded.
+            reply, described = Kind.READY, [b"board"] if self._board else []
+        self._cap.apply()  # what the initializer has loaded or changed
+        self._leave_if_forked()
+        self._channel.send(encode(reply, 0, described))
+
+    def _run_pickled(
+        self,
+        position: int,
+        function: Callable[..., Any] | None,
+        pickled: Sequence[bytearray | memoryview],
+        segments: list[bytearray],
+    ) -> None:
+        if not self._claim(position):
+            return
+        try:
+            if function is None:
+                function, arguments, keywords = loads(pickled)
+            else:
+                arguments, keywords = loads(pickled)
+            if len(segments) > 2:
+                segments.clear()  # the buffers live on in the arrays made of them
+            del pickled
+            with self._main:
+                result = function(*arguments, **keywords)
+            # Before it is pickled: what only the result refers to is to go first.
+            del function, arguments, keywords
+            kind, answer = Kind.RESULT, _pickle(result)
+        except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
+            kind, answer = Kind.EXCEPTION, describe(error)
+        self._answer(position, kind, answer)
+
+    def _run_batch(self, position: int, segments: list[bytearray]) -> None:
+        function = self._functions[function_of(segments)]
+        try:
+            items = loads(segments[1:])
+        except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
+            self._channel.send(encode(Kind.UNREADABLE, position))
+            return
+        segments.clear()
+        items.reverse()  # each is dropped when its turn has come
+        claim, publish, clock = self._claim, self._publish, time.monotonic_ns
+        with self._main:
+            while items:
+                if not claim(position):
+                    return
+                try:
+                    value = function(*items.pop())
+                    if type(value) in _PLAIN and publish(position, value):
+                        position += 1
+                        if clock() - self._flushed_ns > _FLUSH_NS:
+                            self._flush()
+                        continue
+                    kind, answer = Kind.RESULT, dumps(value)
+                    del value
+                except BaseException as error:  # noqa: BLE001 -- as above
+                    kind, answer = Kind.EXCEPTION, describe(error)
+                self._answer(position, kind, answer)
+                position += 1
+
+    def _claim(self, position: int) -> bool:
+        self._cap.recheck()  # what the task before has loaded
+        board = self._board
+        if board is None or board.claim(position, time.monotonic_ns()):
+            return True
+        self._channel.send(encode(Kind.SKIPPED, position))
+        return False
+
+    def _publish(self, position: int, value: object) -> bool:
+        """Leave a plain value on the board, and remember it for the next flush."""
+        board = self._board
+        if board is None or self._forked:
+            return False
+        if self._others or not board.publish(position, 0, Kind.RESULT, pickle.dumps(value, 5)):
+            self._flush()
+            if not board.publish(position, 0, Kind.RESULT, pickle.dumps(value, 5)):
+                return False
+        if not self._values:
+            self._first = position
+        self._values.append(value)
+        return True
+
+    def _answer(self, position: int, kind: Kind, segments: Segments) -> None:
+        self._leave_if_forked()
+        board = self._board
+        if self._values:
+            self._flush()
+        if board is None or len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
+            self._flush()
+            self._channel.send(encode(kind, position, segments))
+            return
+        now = time.monotonic_ns()
+        microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
+        self._mark_ns = now
+        if not board.publish(position, microseconds, kind, segments[0]):
+            self._flush()
+            board.publish(position, microseconds, kind, segments[0])
+        self._others = True
+        if now - self._flushed_ns > _FLUSH_NS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send the results that were left on the board."""
+        board = self._board
+        if board is None or not (self._values or self._others):
+            return
+        self._leave_if_forked()
+        now = time.monotonic_ns()
+        if self._values:
+            spent = (now - self._mark_ns) // 1000
+            frame = values_frame(self._first, spent, self._values)
+            self._values = []
+            self._mark_ns = now
+        else:
+            frame = encode(Kind.RESULTS, 0, [board.published()])
+            self._others = False
+        self._channel.send(frame)
+        # Only now: who is killed in between leaves them twice, and the pool takes them once.
+        board.flushed()
+        self._flushed_ns = now
+
+    def _leave_if_forked(self) -> None:
+        # The task has forked and this is its child: the answer is the worker's to give, and
+        # so is the next task to take.
+        if self._forked:
+            os._exit(0)
+
+    def _forked_now(self) -> None:
+        self._forked = True
+
+
+def _load_function(segments: Sequence[bytearray]) -> Callable[..., Any]:
+    try:
+        function: Callable[..., Any] = loads(segments)
+    except BaseException as error:  # noqa: BLE001 -- user code; every call of it raises this
+        problem = error
+
+        def function(*_args: object, **_keywords: object) -> Any:
+            raise problem.with_traceback(None)
+
+    return function
+
+
+def _pickle(result: object) -> Segments:
+    if type(result) in _PLAIN and (not isinstance(result, (str, bytes)) or len(result) < 1024):
+        return [pickle.dumps(result, protocol=5)]
+    return dumps(result)
