@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["Backlog"]
 
 
-
 class Backlog:
     """Tasks, runs with calls that wait, and spans that were taken back."""
 
@@ -60,7 +59,11 @@ class Backlog:
         return found
 
     def take(
-        self, room: Callable[[str, int], int], expected_ns: Callable[[str], int], among: int
+        self,
+        room: Callable[[str, int], int],
+        expected_ns: Callable[[str], int],
+        among: int,
+        most: int,
     ) -> Span | list[Task]:
         """Take what one worker gets in one message.
 
@@ -68,32 +71,37 @@ class Backlog:
             room: How many calls of a name to send on top of so many nanoseconds of work.
             expected_ns: How long one call of a name takes.
             among: Workers between whom what waits is to be divided.
+            most: How many calls in all, nothing below 1.
 
         Returns:
             A span of one run, or tasks; an empty list if there is nothing, or no room.
         """
-        while self._entries:
+        while self._entries and most > 0:
             head = self._entries[0]
             if isinstance(head, Task):
-                return self._take_tasks(room, expected_ns, among)
+                return self._take_tasks(room, expected_ns, among, most)
             if isinstance(head, Span):
                 if head.run.stopped:
                     self._entries.popleft()
                     continue
-                return self._take_span(head, room, expected_ns, among)
+                return self._take_span(head, room, expected_ns, among, most)
             if head.stopped or not head.waiting:
                 head.queued = False
                 self._entries.popleft()
                 continue
-            return self._cut(head, room, expected_ns, among)
+            return self._cut(head, room, expected_ns, among, most)
         return []
 
     def _take_tasks(
-        self, room: Callable[[str, int], int], expected_ns: Callable[[str], int], among: int
+        self,
+        room: Callable[[str, int], int],
+        expected_ns: Callable[[str], int],
+        among: int,
+        most: int,
     ) -> list[Task]:
         entries = self._entries
         taken: list[Task] = []
-        left = -(-len(entries) // among)
+        left = min(most, -(-len(entries) // among))
         name, fit, each, held = "", 0, 0, 0
         while left and entries and isinstance(entries[0], Task):
             task = entries[0]
@@ -116,8 +124,9 @@ class Backlog:
         room: Callable[[str, int], int],
         expected_ns: Callable[[str], int],
         among: int,
+        most: int,
     ) -> Span | list[Task]:
-        many = min(room(span.name, 0), -(-span.count // among))
+        many = min(room(span.name, 0), -(-span.count // among), most)
         if many <= 0:
             return []
         self._entries.popleft()
@@ -132,6 +141,7 @@ class Backlog:
         room: Callable[[str, int], int],
         expected_ns: Callable[[str], int],
         among: int,
+        most: int,
     ) -> Span | list[Task]:
         many = room(run.name, 0)
         if many <= 0:
@@ -140,7 +150,7 @@ class Backlog:
             many = min(many, run.most_at_once, -(-len(run.waiting) // among))
         else:
             many = run.at_once
-        span = run.cut(many)
+        span = run.cut(min(many, most))
         span.expected_ns = expected_ns(run.name)
         if not run.waiting:
             run.queued = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safepool.pool.functions import Functions, SentFunction
-from safepool.pool.mapping import Span
 from safepool.pool.tasks import begin, fail
 from safepool.transport import payloads
 from safepool.transport.frames import Kind, encode
@@ -14,6 +13,7 @@ from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from safepool.pool.mapping import Span
     from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
 
@@ -85,7 +85,7 @@ class Dispatch:
                 _fail_all(span, error)
                 return [], []
         try:
-            value = (span.items[0], {}) if span.alone else span.items
+            value: object = (span.items[0], {}) if span.alone else span.items
             segments = payloads.dumps(value, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:

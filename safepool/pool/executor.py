@@ -99,7 +99,7 @@ class ProcessPool(Executor):
         [1, 4, 9]
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- the standard pool's arguments, and ours by name
         self,
         max_workers: int | None = None,
         mp_context: BaseContext | str | None = None,
@@ -117,17 +117,7 @@ class ProcessPool(Executor):
         max_memory_per_worker: float | str | None = None,
         on_worker_death: Literal["replace", "break"] = "replace",
     ) -> None:
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        if max_tasks_per_child is not None:
-            if not isinstance(max_tasks_per_child, int):
-                raise TypeError("max_tasks_per_child must be an integer")
-            if max_tasks_per_child < 1:
-                raise ValueError("max_tasks_per_child must be >= 1")
-        if on_worker_death not in ("replace", "break"):
-            raise ValueError(
-                f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}"
-            )
+        _check(initializer, max_tasks_per_child, on_worker_death)
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
         request = Request(
             max_workers=max_workers,
@@ -314,6 +304,19 @@ class ProcessPool(Executor):
         why = f"{self._budget.because.name}: {self._budget.because.raw}"
         now = f"at most {self._max_workers} workers, {self._budget.workers} at first ({why})"
         return f"<ProcessPool of {now}>"
+
+
+def _check(initializer: object, max_tasks_per_child: object, on_worker_death: str) -> None:
+    # In the standard pool's words, where it has some.
+    if initializer is not None and not callable(initializer):
+        raise TypeError("initializer must be a callable")
+    if max_tasks_per_child is not None:
+        if not isinstance(max_tasks_per_child, int):
+            raise TypeError("max_tasks_per_child must be an integer")
+        if max_tasks_per_child < 1:
+            raise ValueError("max_tasks_per_child must be >= 1")
+    if on_worker_death not in ("replace", "break"):
+        raise ValueError(f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}")
 
 
 def _warn_of_threads() -> None:

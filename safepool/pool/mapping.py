@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
     from safepool.pool.functions import SentFunction
-    from safepool.pool.tasks import Policy
+    from safepool.pool.policy import Policy
 
 __all__ = ["Feed", "MapRun", "Results", "Span"]
 
@@ -154,7 +154,8 @@ class MapRun:
         with self._arrived:
             while index not in self._results:
                 if self._stopped is not None and index >= self._stopped[0]:
-                    raise self._stopped[1]()
+                    error = self._stopped[1]()
+                    raise error
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if left_s is not None and left_s <= 0:
                     raise TimeoutError

@@ -31,7 +31,9 @@ class Policy:
         if self.timeout_s is not None and not (
             isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf
         ):
-            raise ValueError(f"timeout must be a number of seconds above 0, not {self.timeout_s!r}")
+            raise ValueError(
+                f"timeout must be a number of seconds above 0, not {self.timeout_s!r}"
+            )
         if self.retries is not None and (not isinstance(self.retries, int) or self.retries < 0):
             raise ValueError(f"retries must be an integer of at least 0, not {self.retries!r}")
 

@@ -37,13 +37,15 @@ Races, each handled where its letter stands below (A to C: ``staff``):
        (``SKIPPED``), and the task waits again.
 
 Not covered:
-    * Where there is no board (elsewhere than on Linux) a worker holds one task at a time.
+    * Where there is no board (elsewhere than on Linux) a worker holds one task at a time, or
+      as many calls of a map as its ``chunksize`` says.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -528,31 +530,22 @@ class Scheduler:
         ledger = worker.ledger
         if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
             return False
-        most = None if worker.board is not None else 1 - ledger.owed
-        if self._tasks_per_worker is not None:
-            left = self._tasks_per_worker - worker.given
-            most = left if most is None else min(most, left)
+        if ledger.owed and worker.board is None:
+            return False
+        left = (self._tasks_per_worker or sys.maxsize) - worker.done - ledger.owed
 
         def room(name: str, more_ns: int) -> int:
-            many = self._pace.room(
-                name, ledger.expected_ns + more_ns, idle=not (ledger.owed or more_ns)
-            )
-            return many if most is None else min(many, most)
+            idle = not (ledger.owed or more_ns)
+            if worker.board is None:
+                return int(idle)
+            return self._pace.room(name, ledger.expected_ns + more_ns, idle=idle)
 
         with self._lock:
-            taken = self._backlog.take(room, self._pace.expected_ns, among)
+            taken = self._backlog.take(room, self._pace.expected_ns, among, left)
         back: Sequence[Task | Span]
         if isinstance(taken, Span):
-            if most is not None and taken.count > most:
-                rest = taken.split(most)
-                with self._lock:
-                    self._backlog.put_back([rest])
             pieces, back = self._dispatch.pack_span(worker, taken)
         elif taken:
-            if most is not None and len(taken) > most:
-                with self._lock:
-                    self._backlog.put_back(taken[most:])
-                taken = taken[:most]
             pieces, back = self._dispatch.pack_tasks(worker, taken)
         else:
             return False
@@ -560,7 +553,6 @@ class Scheduler:
             with self._lock:
                 self._backlog.put_back(back)
         if pieces:
-            worker.given = ledger.last
             worker.sent_ns = time.monotonic_ns()
             if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
                 return False
@@ -751,7 +743,9 @@ class Scheduler:
         self._settled(run)
         return run
 
-    def _settle_values(self, staff: Staff, worker: Worker, position: int, segments: Sequence[bytearray]) -> None:
+    def _settle_values(
+        self, staff: Staff, worker: Worker, position: int, segments: Sequence[bytearray]
+    ) -> None:
         """End several calls of one run, which returned plain values.
 
         Raises:
@@ -769,7 +763,7 @@ class Scheduler:
             return
         work, place = settled
         if not isinstance(work, Span):
-            raise ValueError(f"values at {position}, where a task was sent")
+            raise CorruptFrameError(f"values at {position}, where a task was sent")
         run = work.run
         run.put(work.start + place, values[known:])
         self._settled(run, len(values) - known)
@@ -780,7 +774,7 @@ class Scheduler:
     def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
         worker.exclusive = False
         worker.done += settled
-        if worker.done == self._tasks_per_worker or self._is_too_large(worker):
+        if worker.done >= (self._tasks_per_worker or sys.maxsize) or self._is_too_large(worker):
             worker.retiring = True
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
             staff.stop(worker)
@@ -817,7 +811,8 @@ class Scheduler:
         for worker in staff:
             if worker.condemned is None and _due_in_s(worker) == 0.0:
                 work = worker.ledger.head
-                assert work is not None and work.policy.timeout_s is not None
+                assert work is not None
+                assert work.policy.timeout_s is not None
                 self._condemn(
                     staff,
                     worker,
@@ -858,8 +853,10 @@ class Scheduler:
             except ValueError as error:
                 worker.fault = worker.fault or error
             fault = board.fault()
-            # Without a board it holds one task, and may have begun it.
             back = ledger.take_back(board.began)
+        elif ledger.head is not None:
+            # It answers each call before it begins the next; this one it may have begun.
+            back = ledger.take_back(ledger.head.position + ledger.head.done)
         lost = [ledger.strike() for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H

@@ -61,7 +61,6 @@ class Worker(WorkerProcess):
     Attributes:
         ready: Its initializer has ended well.
         ledger: What it was sent and has not answered.
-        given: How many tasks it was sent in its life.
         done: How many it has finished.
         functions: Numbers of the functions that it keeps.
         exclusive: What it holds must not be followed by anything.
@@ -78,7 +77,6 @@ class Worker(WorkerProcess):
     """
 
     ready: bool = False
-    given: int = 0
     done: int = 0
     exclusive: bool = False
     sent_ns: int = 0

@@ -168,7 +168,7 @@ def fresh(error: PoolBrokenError) -> PoolBrokenError:
     return copy
 
 
-def rebuild(segments: Sequence[bytearray]) -> BaseException:
+def rebuild(segments: Sequence[bytes | bytearray | memoryview]) -> BaseException:
     """Return the exception that a worker described, its remote traceback as the cause."""
     pickled, name, text, trace, reason = payloads.loads(segments)
     error: BaseException | None = None

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
 
+    Segment = bytes | memoryview
+
 __all__ = ["STACK_SIGNAL", "Board", "barrier", "records_of", "register"]
 
 _CLAIMED, _SINCE, _BEGAN, _REVOKED, _ERA, _FILLED = range(6)
@@ -135,7 +137,7 @@ class Board:
         cells[_BEGAN] = position
         return True
 
-    def publish(self, position: int, microseconds: int, kind: int, pickled: bytes) -> bool:
+    def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
         """Leave a result for the next flush; ``False`` if there is no room for it."""
         cells = self._cells
         begin = cells[_FILLED]
@@ -159,7 +161,7 @@ class Board:
     # What the pool reads and writes.
 
     def revoke(self, position: int) -> None:
-        """Take back what the worker has not claimed, up to this position; then pass the barrier."""
+        """Take back what is not claimed, up to this position; then pass the barrier."""
         self._cells[_REVOKED] = position
 
     @property
@@ -256,5 +258,3 @@ def barrier() -> None:
     call = _membarrier()
     assert call is not None  # there would be no board
     call(_EXPEDITED)
-
-
