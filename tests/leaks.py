@@ -379,6 +379,11 @@ def _describe_thread(ident: int, thread: threading.Thread | None, frame: FrameTy
 def _helpers() -> tuple[set[int], set[int]]:
     pids: set[int] = set()
     descriptors: set[int] = set()
+    if "safepool.workers.forkserver" in sys.modules:
+        # One for each setting, until exit: the next pool starts in milliseconds.
+        for pid, numbers in sys.modules["safepool.workers.forkserver"].running():
+            pids.add(pid)
+            descriptors.update(numbers)
     for row in HELPERS:
         holder = getattr(sys.modules.get(row.module), row.holder, None)
         pids.add(getattr(holder, row.pid, None) or 0)

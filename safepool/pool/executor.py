@@ -21,7 +21,7 @@ from safepool.threads.environment import overridden, worker_environment
 from safepool.workers.process import find_context, native_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
@@ -51,10 +51,11 @@ class ProcessPool(Executor):
         max_workers: The most workers at a time, at least 1 (on Windows at most 61).
             ``None`` is the number that fits: see :func:`safepool.cpu_count`.
         mp_context: A ``multiprocessing`` context that starts the workers, or the name of
-            one. ``None`` and ``"loky"`` start each in a fresh interpreter that does not
-            import ``__main__``, so that scripts need no ``if __name__ == "__main__"``.
-            ``"fork"`` is as safe as the program has few threads: those that there are when
-            the pool is made are named by a warning.
+            one. ``None`` is ``"safepool"`` on Linux, which forks them from a server of our own
+            that has no threads, and ``"loky"`` elsewhere, which starts a fresh interpreter for
+            each. Neither imports ``__main__``, so that scripts need no
+            ``if __name__ == "__main__"``. ``"fork"`` is as safe as the program has few threads:
+            those that there are when the pool is made are named by a warning.
         initializer: Called once in each worker before its first task, after the caps.
         initargs: Its arguments.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
@@ -80,6 +81,12 @@ class ProcessPool(Executor):
             a task ends is replaced. ``None`` does not ask.
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
             as the standard pool does.
+        preload: Modules that are imported once, ahead of the workers, which then share their
+            memory: ``"auto"`` is what this process has imported of the large libraries that
+            are known to bear it (NumPy, SciPy, pandas, PyTorch, ...), with more than one
+            thread per worker none of them; a list names others, to which the same must apply:
+            importing them starts no thread and opens nothing that two processes must not
+            share. ``[]`` is nothing. Without effect where workers are not forked from a server.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when
@@ -116,6 +123,7 @@ class ProcessPool(Executor):
         retries: int = 0,
         max_memory_per_worker: float | str | None = None,
         on_worker_death: Literal["replace", "break"] = "replace",
+        preload: Literal["auto"] | Sequence[str] = "auto",
     ) -> None:
         _check(initializer, max_tasks_per_child, on_worker_death)
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
@@ -130,7 +138,7 @@ class ProcessPool(Executor):
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._budget, limits = read_budget(request)
         self._policy = Policy(timeout_s=timeout, retries=retries)
-        self._mp_context = find_context(mp_context)
+        self._mp_context = find_context(mp_context, _names(preload))
         if self._mp_context.get_start_method() == "fork":
             _warn_of_threads()
         threads = self._budget.threads_per_worker
@@ -317,6 +325,14 @@ def _check(initializer: object, max_tasks_per_child: object, on_worker_death: st
             raise ValueError("max_tasks_per_child must be >= 1")
     if on_worker_death not in ("replace", "break"):
         raise ValueError(f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}")
+
+
+def _names(preload: str | Sequence[str]) -> str | list[str]:
+    if preload == "auto":
+        return "auto"
+    if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
+        raise TypeError(f'preload must be "auto" or a list of module names, not {preload!r}')
+    return list(preload)
 
 
 def _warn_of_threads() -> None:

@@ -33,6 +33,7 @@ Not covered:
 
 from __future__ import annotations
 
+import errno
 import functools
 import mmap
 import os
@@ -59,7 +60,10 @@ _RECORD = struct.Struct("<QIIB")
 
 # Makes a worker write its Python stack behind the board. A real-time signal, which
 # neither the system nor, as good as ever, a program uses; glibc keeps the first two.
-STACK_SIGNAL = signal.SIGRTMAX - 3 if sys.platform == "linux" else 0
+if sys.platform == "linux":
+    STACK_SIGNAL = int(signal.SIGRTMAX) - 3
+else:
+    STACK_SIGNAL = 0
 
 # membarrier(2): MEMBARRIER_CMD_GLOBAL_EXPEDITED and its registration, Linux 4.16.
 _EXPEDITED, _REGISTER_EXPEDITED = 1 << 1, 1 << 2
@@ -97,9 +101,9 @@ class Board:
         Raises:
             OSError: No descriptor or no memory is left.
         """
-        if sys.platform != "linux" or not _has_barrier():
+        descriptor = _create_file() if _has_barrier() else None
+        if descriptor is None:
             return None
-        descriptor = os.memfd_create("safepool-board", os.MFD_CLOEXEC)
         try:
             os.ftruncate(descriptor, _BYTES)
             os.lseek(descriptor, _BYTES, os.SEEK_SET)  # where faulthandler begins to write
@@ -193,7 +197,7 @@ class Board:
         """Return what faulthandler has written, empty if nothing."""
         try:
             size = os.fstat(self._descriptor).st_size - _BYTES
-            return os.pread(self._descriptor, max(0, size), _BYTES).decode(errors="replace")
+            return _read_at(self._descriptor, max(0, size), _BYTES).decode(errors="replace")
         except OSError:
             return ""
 
@@ -218,23 +222,47 @@ def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryv
         at += length
 
 
-@functools.cache
-def _membarrier() -> Callable[[int], int] | None:
-    if sys.platform != "linux":
+if sys.platform == "linux":
+    # What a system that knows the call and does not allow it says (a seccomp filter, mostly).
+    _REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES)
+
+    def _create_file() -> int | None:
+        try:
+            return os.memfd_create("safepool-board", os.MFD_CLOEXEC)
+        except OSError as error:
+            if error.errno in _REFUSED:
+                return None
+            raise
+
+    def _read_at(descriptor: int, size: int, at: int) -> bytes:
+        return os.pread(descriptor, size, at)
+
+    @functools.cache
+    def _membarrier() -> Callable[[int], int] | None:
+        import ctypes  # noqa: PLC0415 -- 5 ms
+
+        number = _SYSCALL_NUMBERS.get(os.uname().machine)
+        if number is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+            return None
+        # PyDLL: it takes a few microseconds, and to give the lock away and get it again more.
+        syscall = ctypes.PyDLL(None).syscall
+
+        def call(command: int) -> int:
+            result: int = syscall(number, command, 0, 0)
+            return result
+
+        return call
+
+else:
+
+    def _create_file() -> int | None:
         return None
-    import ctypes  # noqa: PLC0415 -- 5 ms
 
-    number = _SYSCALL_NUMBERS.get(os.uname().machine)
-    if number is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+    def _read_at(_descriptor: int, _size: int, _at: int) -> bytes:
+        return b""
+
+    def _membarrier() -> Callable[[int], int] | None:
         return None
-    # PyDLL: it takes a few microseconds, and to give the lock away and get it again more.
-    syscall = ctypes.PyDLL(None).syscall
-
-    def call(command: int) -> int:
-        result: int = syscall(number, command, 0, 0)
-        return result
-
-    return call
 
 
 @functools.cache

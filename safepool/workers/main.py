@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
 
-__all__ = ["worker_main"]
+__all__ = ["be_worker", "worker_main"]
 
 
 def worker_main(
@@ -34,24 +34,41 @@ def worker_main(
     threads: int,
     foreign_descriptors: Sequence[int],
 ) -> None:
-    """Serve one pool over one channel until it says stop or is gone.
+    """Be a worker that a ``multiprocessing`` context has started.
 
     Args:
         end: This worker's end of the channel.
         board: The board's descriptor; ``None`` if there is none.
-        environment: Variables that bound native threads, ``None`` for those to remove.
-            Most start methods have set them before anything of ours runs; in a forked
-            worker this is the earliest place.
-        threads: Threads for each native pool.
+        environment: As for :func:`be_worker`.
+        threads: As for :func:`be_worker`.
         foreign_descriptors: The pool's own descriptors, which a forked worker inherits
             and must not keep: another worker's channel would never be seen closed.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
-    change_environment(environment)
-    _pretend_cpus(threads)
     sock = _adopt(end)
     _end_with_the_parent(sock)
+    be_worker(sock, board, environment, threads)
+
+
+def be_worker(
+    sock: socket.socket,
+    board: Connection | int | None,
+    environment: Mapping[str, str | None],
+    threads: int,
+) -> None:
+    """Serve one pool over one channel until it says stop or is gone.
+
+    Args:
+        sock: This worker's end of the channel.
+        board: The board's descriptor; ``None`` if there is none.
+        environment: Variables that bound native threads, ``None`` for those to remove.
+            Most start methods have set them before anything of ours runs; in a forked
+            worker this is the earliest place.
+        threads: Threads for each native pool.
+    """
+    change_environment(environment)
+    _pretend_cpus(threads)
     shared = _open_board(board)
     cap = cap_worker(threads, environment)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's

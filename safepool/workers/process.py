@@ -1,14 +1,15 @@
 """Start a worker process, watch it, end it.
 
-A worker is started through a ``multiprocessing`` context: loky's by default (fork and
-exec with an environment of its own, ``__main__`` never imported), or the one that the
-caller gave.
+A worker is started through a context: on Linux our own by default, which forks it from a server
+that has no threads (``forkserver``); elsewhere loky's (fork and exec with an environment of its
+own, ``__main__`` never imported); or the one of ``multiprocessing`` that the caller gave.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import mmap
 import multiprocessing
 import os
 import signal
@@ -29,22 +30,51 @@ if TYPE_CHECKING:
 __all__ = ["WorkerProcess", "find_context", "native_threads"]
 
 
-def find_context(wanted: BaseContext | str | None) -> BaseContext:
+def find_context(
+    wanted: BaseContext | str | None, preload: str | Sequence[str] = "auto"
+) -> BaseContext:
     """Return the context that starts workers.
 
     Args:
-        wanted: A context, or the name of one: ``"loky"`` (each worker a fresh interpreter,
-            started by exec), or one of ``multiprocessing``'s. ``None`` is ``"loky"``.
+        wanted: A context, or the name of one: ``"safepool"`` (forked from a server, Linux only),
+            ``"loky"`` (each worker a fresh interpreter, started by exec), or one of
+            ``multiprocessing``'s. ``None`` is the first of these that works here.
+        preload: What the server imports ahead.
 
     Raises:
         ValueError: There is no context of this name.
     """
+    if wanted is None or wanted == "safepool":
+        ours = _server_context(preload)
+        if ours is not None:
+            return ours
+        if wanted is not None:
+            raise ValueError(
+                'mp_context="safepool" forks workers from a server of its own, which needs Linux '
+                "and a Python interpreter that can be started again (sys.executable)"
+            )
     if wanted is None or wanted == "loky":
         from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
 
         context: BaseContext = get_context("loky")
         return context
     return multiprocessing.get_context(wanted) if isinstance(wanted, str) else wanted
+
+
+if sys.platform == "linux":
+
+    def _server_context(preload: str | Sequence[str]) -> BaseContext | None:
+        # A frozen program would be started again instead of an interpreter.
+        if not sys.executable or hasattr(sys, "frozen"):
+            return None
+        from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
+
+        return ServerContext(preload)
+
+else:
+
+    def _server_context(_preload: str | Sequence[str]) -> BaseContext | None:
+        return None
 
 
 def native_threads() -> list[tuple[int, str]]:
@@ -102,34 +132,27 @@ class WorkerProcess:
         """
         self.board = board
         ours, theirs = socket.socketpair()
-        shared: Any = None
+        self.process: Any
+        self._pidfd: int | None = None
         try:
             ours.setblocking(False)
-            forked = context.get_start_method() == "fork"
-            handle = _handle(theirs)
-            shared = None if board is None else _handle_of(os.dup(board.fileno()))
-            arguments = (
-                handle,
-                shared,
-                dict(environment),
-                threads,
-                (*foreign_descriptors, ours.fileno()) if forked else (),
-            )
-            self.process: Any = _create(context, arguments, environment)
-            _start(self.process, context.get_start_method())
-            handle.close()
+            if context.get_start_method() == "safepool":
+                fork: Any = context
+                number = None if board is None else board.fileno()
+                self.process = fork.fork_worker(environment, threads, theirs.fileno(), number)
+            else:
+                more = (*foreign_descriptors, ours.fileno())
+                self.process = _launch(context, theirs, board, environment, threads, more)
+                self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
             ours.close()
-            theirs.close()
             if board is not None:
                 board.close()
             raise
         finally:
-            if shared is not None:
-                shared.close()
+            theirs.close()
         self.pid: int = self.process.pid or 0
         self.channel = Channel(ours)
-        self._pidfd = _open_pidfd(self.pid)
         self.sentinel: int | None = _sentinel(self.process, self._pidfd)
 
     def descriptors(self) -> list[int]:
@@ -144,12 +167,15 @@ class WorkerProcess:
         """
         try:
             with open(f"/proc/{self.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                return int(file.read().split()[1]) * mmap.PAGESIZE
         except (OSError, ValueError, IndexError):
             return None
 
     def end(self, number: int) -> None:
         """Send the signal ``number`` to the process, if it is still the one we started."""
+        if hasattr(self.process, "send_signal"):
+            self.process.send_signal(number)
+            return
         if self._pidfd is not None and sys.platform == "linux":
             try:
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -165,6 +191,9 @@ class WorkerProcess:
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for the end of the process and return its exit code, ``None`` if unknown."""
+        if hasattr(self.process, "wait"):
+            told: int | None = self.process.wait(timeout_s)
+            return told
         deadline = time.monotonic() + timeout_s
         # Not by join(): that waits for multiprocessing's pipe, which a child of the worker
         # may hold open. And a fork server passes the code on a moment after the end.
@@ -188,6 +217,37 @@ class WorkerProcess:
         except (ValueError, AttributeError):
             pass  # still running, or loky's, whose descriptors go with the object
         self.process = None
+
+
+def _launch(
+    context: BaseContext,
+    theirs: socket.socket,
+    board: Board | None,
+    environment: Mapping[str, str | None],
+    threads: int,
+    foreign_descriptors: Sequence[int],
+) -> Any:
+    """Start a worker by a context of ``multiprocessing`` or loky."""
+    handle = _handle(theirs)
+    shared = None
+    try:
+        if board is not None:
+            shared = _handle_of(os.dup(board.fileno()))
+        forked = context.get_start_method() == "fork"
+        arguments = (
+            handle,
+            shared,
+            dict(environment),
+            threads,
+            foreign_descriptors if forked else (),
+        )
+        process = _create(context, arguments, environment)
+        _start(process, context.get_start_method())
+    finally:
+        handle.close()
+        if shared is not None:
+            shared.close()
+    return process
 
 
 def _create(

@@ -14,36 +14,27 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from safepool.workers.process import WorkerProcess
 
 __all__ = ["descendants", "end_with_descendants"]
 
-_KILL = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL
-_STOP = None if sys.platform == "win32" else signal.SIGSTOP
-
 
 def end_with_descendants(worker: WorkerProcess) -> None:
     """Kill a worker and every process that descends from it."""
-    if _STOP is None or sys.platform == "win32":
-        worker.end(_KILL)
-        return
-    # Stopped first: it can start nothing more, nor end and leave its children to init.
-    worker.end(_STOP)
-    ended: set[int] = set()
-    # A child may start others while we look; each round sees those of the one before.
-    while found := descendants(worker.pid) - ended:
-        for pid in found:
-            try:
-                os.kill(pid, _STOP)
-            except (ProcessLookupError, PermissionError):
-                pass
-        ended |= found
-    worker.end(_KILL)
-    for pid in ended:
-        try:
-            os.kill(pid, _KILL)
-        except (ProcessLookupError, PermissionError):
-            pass
+    if sys.platform == "win32":
+        worker.end(signal.SIGTERM)  # TerminateProcess
+    else:
+        # Stopped first: it can start nothing more, nor end and leave its children to init.
+        worker.end(signal.SIGSTOP)
+        ended: set[int] = set()
+        # A child may start others while we look; each round sees those of the one before.
+        while found := descendants(worker.pid) - ended:
+            _signal_all(found, signal.SIGSTOP)
+            ended |= found
+        worker.end(signal.SIGKILL)
+        _signal_all(ended, signal.SIGKILL)
 
 
 def descendants(pid: int) -> set[int]:
@@ -64,6 +55,14 @@ def descendants(pid: int) -> set[int]:
                 found.add(child)
                 look_at.append(child)
     return found
+
+
+def _signal_all(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
 
 
 def _parent(name: str) -> int | None:

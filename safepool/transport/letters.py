@@ -1,0 +1,86 @@
+"""Letters: rare messages with open descriptors, between this process and a fork server.
+
+    0           8
+    | length    | pickle ...
+    | u64       |
+
+The descriptors travel with the first bytes (unix(7), ``SCM_RIGHTS``) and arrive closed on exec.
+Both ends are one program of one user, on an unnamed socket pair, so a pickle may be trusted.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+assert sys.platform == "linux"
+
+__all__ = ["receive", "send"]
+
+_HEADER = struct.Struct("!Q")
+# No letter has more; the kernel takes 253 (SCM_MAX_FD).
+_MOST_DESCRIPTORS = 64
+_READ_BYTES = 1 << 20
+
+
+def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) -> None:
+    """Send a message and duplicates of the descriptors.
+
+    Args:
+        sock: A connected stream socket of the family ``AF_UNIX``; blocking, or with a time limit.
+        message: Anything that pickle takes.
+        descriptors: They stay open here. At most 64.
+
+    Raises:
+        OSError: The other end is gone, or reads nothing in time (``TimeoutError``).
+
+    Example:
+        >>> here, there = socket.socketpair()
+        >>> send(here, ("fork", 3))
+        >>> receive(there)
+        (('fork', 3), [])
+        >>> here.close()
+        >>> receive(there) is None
+        True
+        >>> there.close()
+    """
+    pickled = pickle.dumps(message, protocol=5)
+    data = memoryview(_HEADER.pack(len(pickled)) + pickled)
+    sent = socket.send_fds(sock, [data], descriptors) if descriptors else sock.send(data)
+    sock.sendall(data[sent:])
+
+
+def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
+    """Return a message and the descriptors that came with it; ``None`` if there will be none.
+
+    Args:
+        sock: As for :func:`send`.
+
+    Raises:
+        OSError: The socket's time limit was exceeded (``TimeoutError``), or it failed.
+    """
+    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    header, descriptors, _, _ = socket.recv_fds(sock, _HEADER.size, _MOST_DESCRIPTORS, flags)
+    rest = None if not header else _receive_all(sock, _HEADER.size - len(header))
+    if rest is None:
+        return None
+    length: int = _HEADER.unpack(header + rest)[0]
+    pickled = _receive_all(sock, length)
+    return None if pickled is None else (pickle.loads(pickled), list(descriptors))
+
+
+def _receive_all(sock: socket.socket, left: int) -> bytes | None:
+    parts = []
+    while left:
+        part = sock.recv(min(left, _READ_BYTES))
+        if not part:
+            return None
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,208 @@
+"""From a fresh fork of the server to a worker like any other, and to its end.
+
+What a worker would have inherited, had the program itself started it, is set here: directory,
+environment, path, streams, mask, priority. And what must differ from worker to worker: the
+state of random number generators.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers import lifeline
+from safepool.workers.main import be_worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+assert sys.platform == "linux"
+
+__all__ = ["be_born", "circumstances"]
+
+_LIMITS = (
+    "RLIMIT_AS",
+    "RLIMIT_CORE",
+    "RLIMIT_CPU",
+    "RLIMIT_DATA",
+    "RLIMIT_FSIZE",
+    "RLIMIT_MEMLOCK",
+    "RLIMIT_NOFILE",
+    "RLIMIT_NPROC",
+    "RLIMIT_STACK",
+)
+
+
+def circumstances() -> dict[str, Any]:
+    """Return what a child of this process would inherit, and can still be set later."""
+    return {
+        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "argv": list(sys.argv),
+        "umask": _umask(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "affinity": os.sched_getaffinity(0),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
+        "recursion": sys.getrecursionlimit(),
+    }
+
+
+def _umask() -> int | None:
+    # umask(2) can only be asked by setting it, for all threads. proc_pid_status(5), Linux 4.7.
+    try:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            return next((int(line.split()[1], 8) for line in file if line[:6] == "Umask:"), None)
+    except OSError:
+        return None
+
+
+def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
+    """Be a worker until the pool says stop; return the exit code.
+
+    Args:
+        details: :func:`circumstances`, and what the pool says besides.
+        line: The reading end of the life-line.
+        own: This worker's descriptors: its end of the channel, the program's working
+            directory, standard output and error, the pipe to multiprocessing's resource
+            tracker, the board if there is one.
+    """
+    channel, folder, out, err, tracker, *board = own
+    server = os.getppid()
+    try:
+        line = lifeline.hold(line)
+    except OSError:
+        _end_with(server)
+    _set_streams(out, err)
+    _inherit(details, folder)
+    # The server's ``-c`` text is not the program's ``__main__``.
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    _draw_other_numbers()
+    _be_a_child(details, line, tracker)
+    try:
+        be_worker(
+            socket.socket(fileno=channel),
+            board[0] if board else None,
+            details["changes"],
+            details["threads"],
+        )
+    except SystemExit as error:
+        code = _exit_code(error)
+    except BaseException:  # noqa: BLE001 -- as the interpreter itself reports it
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    else:
+        code = 0
+    _finish()
+    return code
+
+
+def _end_with(server: int) -> None:
+    """End with the server, where there is no life-line to end with the program."""
+    import ctypes  # noqa: PLC0415
+
+    # prctl(2), PR_SET_PDEATHSIG = 1. The server is one thread, so its death is the server's.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != server:
+        os._exit(0)
+
+
+def _set_streams(out: int, err: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for wanted, number in ((nothing, 0), (out, 1), (err, 2)):
+        os.dup2(wanted, number)
+    for descriptor in {nothing, out, err} - {0, 1, 2}:
+        os.close(descriptor)
+    # Written by lines where a person looks on, as at the start of an interpreter.
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+
+
+def _inherit(details: dict[str, Any], folder: int) -> None:
+    try:
+        os.fchdir(folder)
+    except OSError:
+        pass  # the program is in a directory that it may not enter
+    os.close(folder)
+    if details["environ"] != dict(os.environ):
+        zone = os.environ.get("TZ")
+        os.environ.clear()
+        os.environ.update(details["environ"])
+        if os.environ.get("TZ") != zone:
+            time.tzset()
+    sys.path[:] = details["path"]
+    sys.argv[:] = details["argv"]
+    sys.setrecursionlimit(details["recursion"])
+    if details["umask"] is not None:
+        os.umask(details["umask"])
+    for name, limit in details["limits"].items():
+        if resource.getrlimit(getattr(resource, name)) != limit:
+            _try(resource.setrlimit, getattr(resource, name), limit)
+    if os.getpriority(os.PRIO_PROCESS, 0) != details["nice"]:
+        _try(os.setpriority, os.PRIO_PROCESS, 0, details["nice"])
+    if os.sched_getaffinity(0) != details["affinity"]:
+        _try(os.sched_setaffinity, 0, details["affinity"])
+
+
+def _draw_other_numbers() -> None:
+    # Python's own generator reseeds itself after a fork; NumPy's legacy one does not, and
+    # every worker would draw the same numbers.
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> None:
+    """Look like a child of ``multiprocessing``: programs ask whether they run in one."""
+    from multiprocessing import process, resource_tracker  # noqa: PLC0415
+
+    known: Any = process
+    child: Any = process.BaseProcess(name=details["name"])
+    child._parent_pid = details["parent"]
+    child._config = {
+        "authkey": known.AuthenticationString(details["authkey"]),
+        "semprefix": "/mp",
+    }
+    child._popen = None
+    known._current_process = child
+    # The life-line turns readable when the program is gone, as this sentinel should.
+    known._parent_process = known._ParentProcess(details["parent_name"], details["parent"], line)
+    threading.current_thread().name = "MainThread"
+    tracker: Any = resource_tracker
+    tracker._resource_tracker._fd = tracker_descriptor
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    sys.stderr.write(f"{error.code}\n")  # as the interpreter does
+    return 1
+
+
+def _finish() -> None:
+    """Do what an interpreter's end does for the program, and not what it does for itself."""
+    known: Any = threading
+    for step in (known._shutdown, getattr(atexit, "_run_exitfuncs")):  # noqa: B009 -- not in the stubs
+        try:
+            step()
+        except BaseException:  # noqa: BLE001 -- the rest is to be done as well
+            sys.excepthook(*sys.exc_info())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass  # closed, or nobody reads it
+
+
+def _try(call: Any, *arguments: Any) -> None:
+    try:
+        call(*arguments)
+    except (OSError, ValueError):
+        pass  # not allowed to the server any more, or to this user

@@ -1,0 +1,518 @@
+"""The fork servers of this process: started by exec, asked for workers, started again.
+
+    program  --- unnamed socket pair --->  server  --- fork --->  worker, worker, ...
+             --- life-line (a pipe) ---->          ----------->
+
+A server is born with the caps in its environment, imports what its workers will need
+(``server``, ``preload``), and forks one in milliseconds. There is one for each distinct setting,
+shared by the pools of this process and kept for the next ones; it ends with the program.
+
+What goes wrong, and what is done:
+    It is killed            its workers live on; another is started when one is needed.
+    An import crashes or    another is started without that library; one that started threads
+    starts threads          would make every fork unsafe.
+    It does not answer      it is killed, and another is started.
+    The program forks       the child gives up its copies: it would keep the server alive.
+
+Not covered:
+    * A preloaded library that reads a variable when it is imported has read it as it was when
+      the server imported it, unless it is one of those that bound threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import multiprocessing.context
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import describe_exit
+from safepool.transport import letters
+from safepool.workers import birth
+from safepool.workers import server as program
+from safepool.workers.preload import modules_to_preload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+assert sys.platform == "linux"
+
+__all__ = ["ForkedProcess", "ServerContext", "running", "stop_all"]
+
+_log = logging.getLogger("safepool")
+
+# Seconds for one import, and for one fork. Imports of large libraries take ten seconds under a
+# small quota; a fork of a few hundred megabytes takes milliseconds.
+_IMPORT_S = 60.0
+_FORK_S = 15.0
+# With offenders left out, then with nothing preloaded, then once more for bad luck.
+_MOST_STARTS = 4
+# Servers without workers beyond this number are ended: a program may make pools of ever new
+# settings.
+_MOST_IDLE = 3
+
+
+class ServerContext(multiprocessing.context.SpawnContext):
+    """How workers are started by default: forked from a server that has no threads.
+
+    Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
+
+    Args:
+        preload: What the server imports ahead, as :func:`modules_to_preload`.
+    """
+
+    _name = "safepool"
+
+    def __init__(self, preload: str | Sequence[str] = "auto") -> None:
+        super().__init__()
+        self.preload = preload
+        self._modules: list[str] | None = None
+
+    def fork_worker(
+        self,
+        changes: Mapping[str, str | None],
+        threads: int,
+        channel: int,
+        board: int | None,
+    ) -> ForkedProcess:
+        """Start a worker.
+
+        Args:
+            changes: To the environment: the caps, and what the user sets.
+            threads: Threads for each of its native pools.
+            channel: Its end of the channel, which stays open here too.
+            board: Its board.
+
+        Raises:
+            OSError: The system has no room for a process or a descriptor, or no server
+                could be kept running.
+        """
+        asked = self.preload != "auto"
+        if self._modules is None:  # what is there when the pool begins its work
+            # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
+            wanted = self.preload if asked or threads == 1 else []
+            self._modules = modules_to_preload(wanted)
+        server = _server_for(changes)
+        return server.fork_worker(self._modules, threads, channel, board, strict=asked)
+
+
+class ForkedProcess:
+    """A process that a fork server has started, in the words of ``multiprocessing.Process``.
+
+    Attributes:
+        name: Its name.
+        pid: Its process id.
+        pidfd: Refers to this process alone; ``None`` before Linux 5.3.
+        sentinel: Turns readable when it has ended.
+        daemon: ``False``: it may have children.
+    """
+
+    daemon = False
+
+    def __init__(self, name: str, pid: int, pidfd: int | None, status: int) -> None:
+        self.name = name
+        self.pid = pid
+        self.pidfd = pidfd
+        self._status = status
+        self._exitcode: int | None = None
+        self._lost = False
+        self.sentinel = status if pidfd is None else pidfd
+
+    @property
+    def ident(self) -> int:
+        """The process id."""
+        return self.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """Negative for a signal; ``None`` while it runs, or if the server was lost with it."""
+        if self._exitcode is None and not self._lost:
+            try:
+                told = os.read(self._status, program.EXIT_CODE.size)
+            except BlockingIOError:
+                return None
+            except OSError:
+                told = b""
+            if len(told) == program.EXIT_CODE.size:
+                self._exitcode = program.EXIT_CODE.unpack(told)[0]
+            else:
+                self._lost = True
+        return self._exitcode
+
+    def is_alive(self) -> bool:
+        """Return whether it has not ended."""
+        if self.exitcode is not None:
+            return False
+        if self.pidfd is not None:
+            return not _is_readable(self.pidfd, 0.0)
+        return not self._lost
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
+        deadline = time.monotonic() + timeout_s
+        while self.exitcode is None and not self._lost:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not _is_readable(self._status, left_s):
+                break
+        return self._exitcode
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+        if self.is_alive():
+            _is_readable(self.sentinel, timeout)
+
+    def terminate(self) -> None:
+        """Ask it to end, by ``SIGTERM``."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it, by ``SIGKILL``."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        try:
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
+            elif self.is_alive():
+                os.kill(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def close(self) -> None:
+        """Give its descriptors back."""
+        for descriptor in (self._status, self.pidfd):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._status, self.pidfd, self._lost = -1, None, True
+
+    def __repr__(self) -> str:
+        return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"
+
+
+class _LostError(Exception):
+    """The server has ended, or does not answer."""
+
+
+class _StartedThreadsError(Exception):
+    """The server has threads that a fork would lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What a server has for good: pools with another need another server."""
+
+    changes: tuple[tuple[str, str | None], ...]
+    # User, groups, capabilities, control group, name spaces, root directory: a program that
+    # has given up rights must not get workers that still have them.
+    identity: tuple[str, ...]
+
+
+class _Server:
+    """One fork server, started when it is needed."""
+
+    def __init__(self, changes: Mapping[str, str | None]) -> None:
+        self._changes = dict(changes)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._asked: set[str] = set()
+        # Libraries that cannot be preloaded, by the first part of their name.
+        self._left_out: set[str] = set()
+        self._workers: list[ForkedProcess] = []
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; ``None`` while none runs."""
+        return None if self._process is None else self._process.pid
+
+    def descriptors(self) -> list[int]:
+        """Return what it holds in this process."""
+        sock = self._sock
+        return [*_line, *([] if sock is None else [sock.fileno()])]
+
+    def is_idle(self) -> bool:
+        """Return whether no worker of it lives."""
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        return not (self._workers or self._lock.locked())
+
+    def fork_worker(
+        self,
+        modules: Sequence[str],
+        threads: int,
+        channel: int,
+        board: int | None,
+        *,
+        strict: bool,
+    ) -> ForkedProcess:
+        """Preload what is new and fork a worker; start the server first, or again."""
+        with self._lock:
+            for attempt in range(_MOST_STARTS):
+                if self._process is None:
+                    self._start()
+                try:
+                    if attempt < 2:
+                        self._preload(modules, strict=strict)
+                    process = self._fork(threads, channel, board)
+                except (_LostError, ConnectionError, TimeoutError):
+                    ending = self._stop()
+                    _log.info("a fork server was lost and is started again: it %s", ending)
+                except _StartedThreadsError:
+                    ending = self._stop()
+                else:
+                    self._workers.append(process)
+                    return process
+            raise OSError(f"{_MOST_STARTS} fork servers in a row were lost; the last {ending}")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        if not _line:
+            _line[:] = os.pipe()
+        line = _line[0]
+        code = (
+            f"import sys; sys.path[:] = {[p for p in sys.path if isinstance(p, str)]!r}; "
+            "from safepool.workers.server import serve; "
+            f"serve({theirs.fileno()}, {line})"
+        )
+        # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *_interpreter_flags(), "-c", code],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), line),
+                env=self._environment(),
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        self._sock = ours
+        self._asked = set()
+        _log.debug("fork server %d started", self._process.pid)
+
+    def _environment(self) -> dict[str, str]:
+        changed = {name: value for name, value in self._changes.items() if value is not None}
+        kept = {name: value for name, value in os.environ.items() if name not in self._changes}
+        return kept | changed
+
+    def _preload(self, modules: Sequence[str], *, strict: bool) -> None:
+        new = [
+            name
+            for name in modules
+            if name not in self._asked and name.partition(".")[0] not in self._left_out
+        ]
+        if not new:
+            return
+        self._asked.update(new)
+        self._send(("preload", new))
+        importing = ""
+        while True:
+            try:
+                (what, told), _ = self._receive(_IMPORT_S)
+            except _LostError:
+                _log.warning("%s is not preloaded: importing it ended the fork server", importing)
+                self._left_out.add(importing.partition(".")[0])
+                raise
+            if what == "preloaded":
+                break
+            importing = told
+        failed, started = told
+        for name, reason in failed.items():
+            level = logging.WARNING if strict else logging.DEBUG
+            _log.log(level, "%s could not be preloaded: %s", name, reason)
+        for name, threads in started.items():
+            _log.info("%s is not preloaded: its import starts %s", name, ", ".join(threads))
+            self._left_out.add(name.partition(".")[0])
+        if started:
+            raise _StartedThreadsError
+
+    def _fork(self, threads: int, channel: int, board: int | None) -> ForkedProcess:
+        from multiprocessing import resource_tracker  # noqa: PLC0415 -- a worker's, not an import's
+
+        name = f"safepool-{next(_numbers)}"
+        me = multiprocessing.current_process()
+        details = {
+            **birth.circumstances(),
+            "environ": self._environment(),
+            "changes": self._changes,
+            "threads": threads,
+            "name": name,
+            "parent": os.getpid(),
+            "parent_name": me.name,
+            "authkey": bytes(me.authkey),
+        }
+        opened: list[int] = []
+        try:
+            status, told = os.pipe()
+            opened += [status, told]
+            os.set_blocking(status, False)
+            folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
+            opened.append(folder)
+            streams = [_stream(number, opened) for number in (1, 2)]
+            # Shared, so that shared memory is not unlinked by the worker's own at its end.
+            tracker = resource_tracker.getfd()
+            assert tracker is not None
+            boards = [] if board is None else [board]
+            given = [told, channel, folder, *streams, tracker, *boards]
+            self._send(("fork", {**details, "files": len(given)}), given)
+            (what, answer), descriptors = self._receive(_FORK_S)
+            if what == "forked":
+                opened.remove(status)
+                pidfd = descriptors[0] if descriptors else None
+                return ForkedProcess(name, answer, pidfd, status)
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+        if what == "refused":
+            raise OSError(answer, os.strerror(answer))
+        _log.warning("nothing is preloaded: the fork server has threads: %s", ", ".join(answer))
+        self._left_out.update(name.partition(".")[0] for name in self._asked)
+        raise _StartedThreadsError
+
+    def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
+        assert self._sock is not None
+        self._sock.settimeout(_FORK_S)
+        letters.send(self._sock, message, descriptors)
+
+    def _receive(self, timeout_s: float) -> tuple[Any, list[int]]:
+        assert self._sock is not None
+        self._sock.settimeout(timeout_s)
+        received = letters.receive(self._sock)
+        if received is None:
+            raise _LostError
+        return received
+
+    def stop(self) -> None:
+        """End it; its workers live on."""
+        with self._lock:
+            if self._process is not None:
+                self._stop()
+
+    def _stop(self) -> str:
+        """End what is left of it, and say how it ended."""
+        process, self._process = self._process, None
+        assert process is not None
+        assert self._sock is not None
+        self._sock.close()
+        self._sock = None
+        process.kill()
+        return describe_exit(process.wait())
+
+    def forget(self) -> None:
+        """Give up the copies that a fork of the program has made."""
+        self._lock = threading.Lock()
+        if self._process is not None:
+            self._process.returncode = 0  # not this process's child
+        if self._sock is not None:
+            self._sock.close()
+        self._process, self._sock, self._workers = None, None, []
+
+
+_servers: dict[_Setting, _Server] = {}
+_servers_lock = threading.Lock()
+# The life-line: reading and writing end. One for the process, never closed: the workers of a
+# server that was killed still hold it.
+_line: list[int] = []
+_numbers = iter(range(1, sys.maxsize))
+
+
+def _server_for(changes: Mapping[str, str | None]) -> _Server:
+    setting = _Setting(tuple(sorted(changes.items())), _identity())
+    with _servers_lock:
+        found = _servers.get(setting)
+        if found is None:
+            idle = [key for key, other in _servers.items() if other.is_idle()]
+            for key in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
+                _servers.pop(key).stop()
+            found = _servers[setting] = _Server(changes)
+        return found
+
+
+def running() -> list[tuple[int, list[int]]]:
+    """Return process id and descriptors of each server that this process has started."""
+    found = []
+    for one in [*_servers.values()]:
+        pid = one.pid
+        if pid is not None:
+            found.append((pid, one.descriptors()))
+    return found
+
+
+def stop_all() -> None:
+    """End the servers of this process; the next pool starts another."""
+    with _servers_lock:
+        for one in _servers.values():
+            one.stop()
+        _servers.clear()
+
+
+def _forget_all() -> None:
+    global _servers_lock  # noqa: PLW0603 -- a thread that the child has not may hold it
+    _servers_lock = threading.Lock()
+    for one in _servers.values():
+        one.forget()
+    _servers.clear()
+    while _line:
+        os.close(_line.pop())
+
+
+os.register_at_fork(after_in_child=_forget_all)
+atexit.register(stop_all)
+
+
+def _identity() -> tuple[str, ...]:
+    """Return what this process may do and where it is: nothing of it can be handed on later.
+
+    Source: proc_pid_status(5), cgroups(7), namespaces(7).
+    """
+    found = []
+    try:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            found += [line for line in file if line.startswith(_RIGHTS)]
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            found.append(file.read())
+        names = sorted(os.listdir("/proc/self/ns"))
+        found += [os.readlink(f"/proc/self/ns/{name}") for name in names]
+        found.append(os.readlink("/proc/self/root"))
+    except OSError:
+        pass  # not Linux, or not shown; what was read still counts
+    return (*found, repr(os.getresuid()), repr(os.getresgid()))
+
+
+_RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
+
+
+def _interpreter_flags() -> list[str]:
+    flags: Any = subprocess
+    found: list[str] = flags._args_from_interpreter_flags()  # as multiprocessing's spawn does
+    return found
+
+
+def _stream(number: int, opened: list[int]) -> int:
+    """Return the standard stream of that number, or a substitute where the program has none."""
+    try:
+        os.fstat(number)
+    except OSError:
+        number = os.open(os.devnull, os.O_WRONLY)
+        opened.append(number)
+    return number
+
+
+def _is_readable(descriptor: int, timeout_s: float | None) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else max(0, round(timeout_s * 1000))))

@@ -1,0 +1,240 @@
+"""The fork server's own program: import, check, fork, report. It never runs an operation.
+
+One thread, one socket to the program that started it. It imports what it is asked to, forks
+a worker on request, and reports how each ended. It ends with the program: when the
+socket closes or, should it be in the middle of a long import, by the life-line.
+
+    to the server     ("preload", [names])        from it    ("importing", name) before each
+                                                             ("preloaded", (failed, threads))
+                      ("fork", details) + files   from it    ("forked", pid) + pidfd, or
+                                                             ("threads", names), or
+                                                             ("refused", errno)
+
+Every worker has a pipe besides, into which the server writes its exit code when it has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import importlib
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport import letters
+from safepool.workers import birth, lifeline
+from safepool.workers.preload import BACKGROUND_THREADS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import NoReturn
+
+assert sys.platform == "linux"
+
+__all__ = ["EXIT_CODE", "serve"]
+
+EXIT_CODE = struct.Struct("!i")
+"""What is written into a worker's pipe when it has ended."""
+
+_TASKS = "/proc/self/task"
+
+
+def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
+    """Serve the program at the other end of the socket until it is gone.
+
+    Args:
+        sock_descriptor: This end of an unnamed stream socket pair.
+        lifeline_descriptor: The reading end of a pipe whose writing end is the program's alone.
+    """
+    os.set_inheritable(sock_descriptor, False)
+    os.set_inheritable(lifeline_descriptor, False)
+    # A description of its own for each worker is opened from this one; the server's is another.
+    line = os.dup(lifeline_descriptor)
+    try:
+        lifeline.hold(lifeline_descriptor)
+    except OSError:
+        pass  # the socket still tells, as soon as the server looks
+    # From Python 3.12 on, a fork beside a background thread warns; which threads may be there
+    # is checked here. In the workers the rule is without effect.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=__name__)
+    try:
+        _Server(socket.socket(fileno=sock_descriptor), line).run()
+    except (ConnectionError, KeyboardInterrupt):
+        pass
+    # Nobody's exit functions: what was imported belongs to the workers.
+    os._exit(0)
+
+
+class _Server:
+    def __init__(self, sock: socket.socket, line: int) -> None:
+        self._sock = sock
+        self._line = line
+        # By process id, where to tell how it ended.
+        self._workers: dict[int, int] = {}
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+
+    def run(self) -> None:
+        signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
+        # Whatever the program does with the signal: ignored, endings would be lost.
+        signal.signal(signal.SIGCHLD, _do_nothing)
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake_receiver, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._wake_receiver.fileno() in ready:
+                self._wake_receiver.recv(4096)
+                self._reap()
+            if self._sock.fileno() in ready:
+                received = letters.receive(self._sock)
+                if received is None:
+                    return
+                (what, details), descriptors = received
+                if what == "preload":
+                    self._preload(details)
+                else:
+                    self._fork(details, descriptors)
+
+    def _preload(self, names: list[str]) -> None:
+        failed: dict[str, str] = {}
+        started: dict[str, list[str]] = {}
+        with _silence():
+            for name in names:
+                letters.send(self._sock, ("importing", name))
+                before = _thread_count()
+                try:
+                    importlib.import_module(name)
+                except BaseException as error:  # noqa: BLE001 -- user code; a worker may do without
+                    failed[name] = f"{type(error).__name__}: {error}"
+                if _thread_count() > before and (threads := _foreign_threads()):
+                    started[name] = threads
+        # What is there now is there for good; a collection in a worker would write to, and
+        # so copy, every page of it.
+        gc.collect()
+        gc.freeze()
+        letters.send(self._sock, ("preloaded", (failed, started)))
+
+    def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:
+        if len(descriptors) < details["files"]:  # no room for all of them
+            _close_all(descriptors)
+            letters.send(self._sock, ("refused", errno.EMFILE))
+            return
+        status = descriptors[0]
+        threads = _foreign_threads()
+        if threads:
+            _close_all(descriptors)
+            letters.send(self._sock, ("threads", threads))
+            return
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _close_all(descriptors)
+            letters.send(self._sock, ("refused", error.errno))
+            return
+        if pid == 0:
+            self._become_worker(details, descriptors)
+        self._workers[pid] = status
+        _close_all(descriptors[1:])
+        # Before anything is waited for: so long the number is this worker's.
+        try:
+            pidfd = [os.pidfd_open(pid)]
+        except OSError:  # before Linux 5.3
+            pidfd = []
+        try:
+            letters.send(self._sock, ("forked", pid), pidfd)
+        finally:
+            _close_all(pidfd)
+
+    def _reap(self) -> None:
+        for pid, status in [*self._workers.items()]:
+            try:
+                ended, code = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                ended, code = pid, 0
+            if not ended:
+                continue
+            del self._workers[pid]
+            try:
+                os.write(status, EXIT_CODE.pack(os.waitstatus_to_exitcode(code)))
+            except OSError:
+                pass  # nobody asks any more
+            os.close(status)
+
+    def _become_worker(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._wake_receiver.close()
+            self._wake_sender.close()
+            self._sock.close()
+            status, *own = descriptors
+            _close_all([status, *self._workers.values()])
+            code = birth.be_born(details, self._line, own)
+        except BaseException:  # noqa: BLE001 -- whatever it is, this process is not a server
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+
+
+def _thread_count() -> int:
+    # proc(5): a directory's links are its entries and two more.
+    return os.stat(_TASKS).st_nlink - 2
+
+
+def _foreign_threads() -> list[str]:
+    """Return the names of threads that a fork would lose and somebody might miss."""
+    foreign: list[str] = []
+    for attempt in range(5):
+        if _thread_count() == 1:
+            return []
+        foreign = []
+        for task in os.listdir(_TASKS):
+            try:
+                with open(f"{_TASKS}/{task}/comm", encoding="utf-8", errors="replace") as file:
+                    name = file.read().strip()
+            except OSError:
+                continue  # it has ended
+            if int(task) != os.getpid() and name not in BACKGROUND_THREADS:
+                foreign.append(name)
+        if not foreign:
+            return []
+        # A thread that an import has started and joined may still be on its way out.
+        time.sleep(0.01 * attempt)
+    return foreign
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let what is imported print nothing: it has said it in the program already."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        _close_all([kept, nothing])
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        try:
+            os.close(descriptor)
+        except OSError:
+            pass
+
+
+def _do_nothing(_number: int, _frame: object) -> None:
+    pass

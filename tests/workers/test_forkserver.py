@@ -1,0 +1,458 @@
+"""Workers come from a fork server: clean, cheap, and independent of what happens to it."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support_tasks as tasks
+
+from safepool import ProcessPool, WorkerDiedError
+
+if sys.platform != "linux":
+    pytest.skip("there is a fork server on Linux only", allow_module_level=True)
+
+from safepool.workers import forkserver
+
+TESTS = Path(__file__).parent.parent
+
+
+def run(script: str, folder: Path, *, status: int = 0) -> str:
+    """Run a script as a user would, and return what it printed."""
+    (folder / "script.py").write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{folder}"},
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return done.stdout.strip()
+
+
+def server_of(worker: int) -> int:
+    stat = Path(f"/proc/{worker}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_workers_are_forked_from_a_server_that_has_one_thread() -> None:
+    """The server is the workers' parent, and nothing of it runs beside the loop."""
+    with ProcessPool(2) as pool:
+        list(pool.map(tasks.value_and_pid, range(20)))
+        servers = {server_of(pid) for pid in pool._processes}
+        assert servers == {pid for pid, _ in forkserver.running()} & servers
+        assert len(servers) == 1
+        assert len(os.listdir(f"/proc/{servers.pop()}/task")) == 1
+
+
+def test_pools_of_one_setting_share_a_server_and_others_do_not() -> None:
+    with ProcessPool(1) as one, ProcessPool(1) as two, ProcessPool(1, env={"A": "1"}) as other:
+        pids = [pool.submit(os.getppid).result() for pool in (one, two, other)]
+
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_servers_of_ever_new_settings_do_not_pile_up() -> None:
+    before = len(forkserver.running())
+    for number in range(6):
+        with ProcessPool(1, env={"SAFEPOOL_TEST_SETTING": str(number)}) as pool:
+            assert pool.submit(os.getenv, "SAFEPOOL_TEST_SETTING").result() == str(number)
+
+    assert len(forkserver.running()) <= max(before, 4)
+
+
+def test_a_killed_server_costs_nobody_and_is_started_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Running tasks return, and so do those of workers that are started later."""
+    caplog.set_level(logging.INFO, "safepool")
+    with ProcessPool(2) as pool:
+        running = [pool.submit(tasks.sleep_and_return, 0.4, n) for n in range(2)]
+        while len(pool._processes) < 2:
+            time.sleep(0.01)
+        first = server_of(next(iter(pool._processes)))
+        os.kill(first, signal.SIGKILL)
+        assert [future.result(timeout=30) for future in running] == [0, 1]
+        with pytest.raises(WorkerDiedError):
+            pool.submit(tasks.be_killed).result(timeout=30)
+        pids = {pool.submit(tasks.pid).result(timeout=30) for _ in range(20)}
+        pool.resize(4)
+        list(pool.map(tasks.value_and_pid, range(200)))
+        assert server_of(max(pool._processes)) != first
+        assert pids
+    assert "a fork server was lost" in caplog.text
+
+
+def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() -> None:
+    with ProcessPool(1) as pool:
+        worker = pool.submit(tasks.pid).result()
+        os.kill(server_of(worker), signal.SIGKILL)
+        future = pool.submit(tasks.end_without_cleanup)
+        with pytest.raises(WorkerDiedError, match="kept no exit code") as caught:
+            future.result(timeout=30)
+        assert caught.value.exitcode is None
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nothing; the pool waits for a while, and then starts another."""
+    monkeypatch.setattr(forkserver, "_FORK_S", 0.3)
+    with ProcessPool(1) as pool:
+        worker = pool.submit(tasks.pid).result()
+        os.kill(server_of(worker), signal.SIGSTOP)
+        with pytest.raises(WorkerDiedError):
+            pool.submit(tasks.be_killed).result(timeout=30)
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+# One row per way in which a preload goes wrong: the module's text, and what the log says.
+BAD_PRELOADS = {
+    "starts a thread": (
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()",
+        "bad_preload is not preloaded: its import starts",
+    ),
+    "crashes": (
+        "import os, sys\nif 'safepool.workers.server' in sys.modules: os.abort()",
+        "importing it ended the fork server",
+    ),
+    "raises": ("raise RuntimeError('not today')", "could not be preloaded: RuntimeError: not"),
+    "exits": ("raise SystemExit(3)", "could not be preloaded: SystemExit: 3"),
+    "does not exist": (None, "could not be preloaded: ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PRELOADS)
+def test_a_preload_that_goes_wrong_is_left_out_and_said(case: str, tmp_path: Path) -> None:
+    text, said = BAD_PRELOADS[case]
+    if text is not None:
+        (tmp_path / "bad_preload.py").write_text(text)
+    out = run(
+        """
+        import logging, sys
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+        import safepool
+        with safepool.ProcessPool(1, preload=["bad_preload", "colorsys"]) as pool:
+            names = {"bad_preload", "colorsys"}
+            print(pool.submit(lambda: sorted(names & set(sys.modules))).result())
+        """,
+        tmp_path,
+    )
+
+    assert said in out
+    assert "['colorsys']" in out
+
+
+def test_what_the_program_has_imported_of_known_libraries_is_preloaded(tmp_path: Path) -> None:
+    pytest.importorskip("numpy")
+    script = """
+        import sys, safepool
+        {imports}
+        def loaded():
+            return [name in sys.modules for name in ("numpy", "numpy.linalg", "own_module")]
+        with safepool.ProcessPool(1) as pool:
+            print(*pool.submit(loaded).result())
+        """
+    (tmp_path / "own_module.py").write_text("")
+
+    assert run(script.format(imports="import numpy, own_module"), tmp_path) == "True True False"
+    assert run(script.format(imports=""), tmp_path) == "False False False"
+
+
+def test_more_threads_than_one_preload_nothing_by_themselves(tmp_path: Path) -> None:
+    """OpenBLAS would start its threads in the server, which then could not be forked."""
+    pytest.importorskip("numpy")
+    out = run(
+        """
+        import sys, numpy, safepool
+        with safepool.ProcessPool(1, threads_per_worker=2) as pool:
+            print(pool.submit(lambda: "numpy" in sys.modules).result())
+        with safepool.ProcessPool(1, threads_per_worker=2, preload=["numpy"]) as pool:
+            print(pool.submit(lambda: "numpy" in sys.modules).result())
+        """,
+        tmp_path,
+    )
+
+    assert out.split()[0] == "False"
+
+
+# One row per thing that a child inherits: how the program changes it after its server was
+# started, and how a worker sees it.
+
+CIRCUMSTANCES: dict[str, tuple[str, str]] = {
+    "directory": ("os.chdir('/')", "os.getcwd()"),
+    "environment": ("os.environ['NEW'] = '1'", "os.environ.get('NEW')"),
+    "removed variable": ("del os.environ['OLD']", "os.environ.get('OLD')"),
+    "path": ("sys.path.insert(0, '/nowhere')", "sys.path"),
+    "arguments": ("sys.argv[:] = ['x', 'y']", "sys.argv"),
+    "mask": ("os.umask(0o027)", "(os.umask(0o022), os.umask(0o027))[0] if WORKER else 0o027"),
+    "priority": ("os.nice(3)", "os.getpriority(os.PRIO_PROCESS, 0)"),
+    "open files": (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 1000))",
+        "resource.getrlimit(resource.RLIMIT_NOFILE)",
+    ),
+    "CPUs": ("os.sched_setaffinity(0, {0})", "os.sched_getaffinity(0)"),
+    "recursion": ("sys.setrecursionlimit(1234)", "sys.getrecursionlimit()"),
+    "output": ("os.dup2(os.open('out.txt', os.O_CREAT | os.O_WRONLY), 1)", "os.fstat(1).st_ino"),
+}
+
+
+@pytest.mark.parametrize("case", CIRCUMSTANCES)
+def test_a_worker_has_what_a_child_of_the_program_would_have(case: str, tmp_path: Path) -> None:
+    """As it is when the worker is started, not when the server was."""
+    change, look = CIRCUMSTANCES[case]
+    out = run(
+        f"""
+        import os, sys, resource
+        os.environ["OLD"] = "1"
+        import safepool
+        with safepool.ProcessPool(1) as pool:
+            pool.submit(int).result()
+        {change}
+        def seen(WORKER):
+            return {look}
+        with safepool.ProcessPool(1) as pool:
+            theirs = pool.submit(seen, True).result()
+        print(theirs == seen(False) or (theirs, seen(False)), file=sys.stderr)
+        assert theirs == seen(False), (theirs, seen(False))
+        """,
+        tmp_path,
+    )
+
+    assert out == ""
+
+
+def test_a_program_that_gives_up_rights_gets_workers_without_them(tmp_path: Path) -> None:
+    """The server that was started before still has them, so another one is."""
+    if os.getuid() != 0:
+        pytest.skip("only root can leave its group")
+    out = run(
+        """
+        import os, safepool
+        with safepool.ProcessPool(1) as pool:
+            first = pool.submit(os.getgid).result()
+        os.setresgid(65534, 65534, 65534)
+        with safepool.ProcessPool(1) as pool:
+            print(first, pool.submit(os.getgid).result())
+        """,
+        tmp_path,
+    )
+
+    assert out == "0 65534"
+
+
+def test_workers_draw_different_random_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert numpy.random.random() >= 0
+
+    def draw(_: int) -> tuple[int, float, float]:
+        import random
+
+        time.sleep(0.05)
+        return os.getpid(), random.random(), float(numpy.random.random())
+
+    with ProcessPool(3) as pool:
+        drawn = list(pool.map(draw, range(12)))
+    assert len({pid for pid, *_ in drawn}) > 1
+    assert len({number for _, number, _ in drawn}) == 12
+    assert len({number for *_, number in drawn}) == 12
+
+
+def _relations() -> tuple[Any, ...]:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    me = multiprocessing.current_process()
+    return parent.pid, parent.is_alive(), me.daemon, me.pid == os.getpid(), bytes(me.authkey)
+
+
+def test_a_worker_is_a_child_in_the_eyes_of_multiprocessing() -> None:
+    key = bytes(multiprocessing.current_process().authkey)
+    with ProcessPool(1) as pool:
+        assert pool.submit(_relations).result() == (os.getpid(), True, False, True, key)
+
+
+def _read(name: str) -> bytes:
+    from multiprocessing.shared_memory import SharedMemory
+
+    block = SharedMemory(name)
+    try:
+        return bytes(block.buf[:3])
+    finally:
+        block.close()
+
+
+def test_shared_memory_survives_the_worker_that_looked_at_it() -> None:
+    """A worker with a resource tracker of its own would remove it at its end."""
+    from multiprocessing.shared_memory import SharedMemory
+
+    block = SharedMemory(create=True, size=3)
+    try:
+        block.buf[:3] = b"abc"
+        for _ in range(2):
+            with ProcessPool(1) as pool:
+                assert pool.submit(_read, block.name).result() == b"abc"
+    finally:
+        block.close()
+        block.unlink()
+
+
+def test_a_worker_ends_as_an_interpreter_does(tmp_path: Path) -> None:
+    """Its exit functions run, its threads are waited for, what it printed is written."""
+    out = run(
+        """
+        import atexit, safepool, sys, threading, time
+        def leave_things_to_do():
+            atexit.register(print, "exit function")
+            threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+            print("task")
+        with safepool.ProcessPool(1) as pool:
+            pool.submit(leave_things_to_do).result()
+        """,
+        tmp_path,
+    )
+
+    assert out.split("\n") == ["task", "thread", "exit function"]
+
+
+@pytest.mark.parametrize("with_a_fork_of_it", [False, True])
+def test_server_and_workers_end_with_a_killed_program(
+    with_a_fork_of_it: bool, tmp_path: Path
+) -> None:
+    """Within a second, in the middle of C code; a fork of the program must not keep them."""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys, time, safepool
+            from safepool.workers import forkserver
+            pool = safepool.ProcessPool(2)
+            for _ in range(2):
+                pool.submit(sum, range(10**11))
+            while len(pool._processes) < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            if {with_a_fork_of_it} and os.fork() == 0:
+                time.sleep(20)
+                os._exit(0)
+            print(*pool._processes, *[pid for pid, _ in forkserver.running()], flush=True)
+            time.sleep(60)
+            """
+        )
+    )
+    with subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as program:
+        assert program.stdout is not None
+        pids = [int(word) for word in program.stdout.readline().split()]
+        assert len(pids) == 3
+        program.kill()
+        try:
+            assert [pid for pid in pids if not ends_within(pid, 1.0)] == []
+        finally:
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+# Programs that start their workers in unusual places.
+PLACES: dict[str, str] = {
+    "SIGCHLD is ignored": """
+        import signal
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        WORK()
+    """,
+    "a daemonic process": """
+        import multiprocessing
+        process = multiprocessing.get_context("fork").Process(target=WORK, daemon=True)
+        process.start()
+        process.join()
+    """,
+    "the directory is gone": """
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir("../gone")
+        WORK()
+    """,
+    "no standard streams": """
+        os.close(0)
+        os.close(1)
+        os.close(2)
+        WORK()
+    """,
+    "a long path and many arguments": """
+        sys.argv += ["x" * 1000] * 200
+        sys.path += [f"/nowhere/{n}" for n in range(500)]
+        WORK()
+    """,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_workers_start_wherever_the_program_is(place: str, tmp_path: Path) -> None:
+    script = """
+import os, sys
+result = os.path.abspath("result.txt")
+import safepool
+def WORK():
+    with safepool.ProcessPool(2) as pool:
+        codes = []
+        try:
+            pool.submit(os._exit, 7).result()
+        except safepool.WorkerDiedError as error:
+            codes.append(error.exitcode)
+        values = list(pool.map(abs, range(-3, 0)))
+    with open(result, "w") as file:
+        file.write(f"{values} {codes}")
+""" + textwrap.dedent(PLACES[place])
+    run(script, tmp_path)
+
+    assert (tmp_path / "result.txt").read_text() == "[3, 2, 1] [7]"
+
+
+def test_interpreter_flags_reach_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import sys, safepool\n"
+        "with safepool.ProcessPool(1) as pool:\n"
+        "    print(*pool.submit(lambda: (sys.flags.optimize, sys.flags.dev_mode)).result())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-O", "-X", "dev", "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    assert done.stdout.split() == ["1", "True"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("wrong", ["numpy", 3, [3]])
+def test_preload_takes_auto_or_a_list(wrong: Any) -> None:
+    with pytest.raises(TypeError):
+        ProcessPool(1, preload=wrong)
