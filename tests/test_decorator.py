@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import operator
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_decorated as decorated
 import support_tasks as tasks
 
 import safepool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def uncapped() -> list[tuple[str, int]]:
@@ -104,3 +110,84 @@ def test_uncapped_pools_have_several_threads_here() -> None:
     if any(os.environ.get(name) == "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")):
         pytest.skip("the environment caps this process already")
     assert max(count for _, count in uncapped()) > 1
+
+
+@safepool.worker(timeout=0.3)
+def _sleeps(seconds: float) -> str:
+    time.sleep(seconds)
+    return "slept"
+
+
+@safepool.worker(retries=2)
+def _dies_at_first(marks: str) -> int:
+    with open(marks, "a+") as file:
+        file.write("x")
+        file.seek(0)
+        count = len(file.read())
+    if count < 3:
+        os._exit(1)
+    return count
+
+
+def test_its_timeout_ends_the_call_and_nothing_else() -> None:
+    with safepool.ProcessPool(1) as pool:
+        late, early = pool.submit(_sleeps, 30), pool.submit(_sleeps, 0)
+        with pytest.raises(safepool.TaskTimeoutError, match=r"_sleeps ran for more than 0\.3 s"):
+            late.result(timeout=60)
+        assert early.result(timeout=60) == "slept"
+
+
+def test_its_timeout_takes_the_place_of_the_pools() -> None:
+    with safepool.ProcessPool(1, timeout=0.2) as pool:
+        assert pool.submit(safepool.worker(time.sleep, timeout=30), 0.5).result(timeout=60) is None
+        with pytest.raises(TimeoutError):
+            pool.submit(time.sleep, 30).result(timeout=60)
+        with pytest.raises(TimeoutError):
+            list(pool.map(time.sleep, [30]))
+
+
+def test_its_retries_are_for_lost_workers_only(tmp_path: Path) -> None:
+    with safepool.ProcessPool(1) as pool:
+        marks = tmp_path / "marks"
+        assert pool.submit(_dies_at_first, str(marks)).result(timeout=60) == 3
+        divide = safepool.worker(operator.truediv, retries=5)
+        with pytest.raises(ZeroDivisionError):
+            pool.submit(divide, 1, 0).result(timeout=60)
+
+
+def test_its_threads_are_those_of_the_body() -> None:
+    """Two threads where it asks for two, and one again afterwards."""
+    two = safepool.worker(tasks.native_pools, threads=2)
+    before = uncapped()
+    if max(count for _, count in before) < 2:
+        pytest.skip("on one CPU every native pool has one thread by itself")
+    assert {count for _, count in two("scipy.linalg")} == {2}
+    with safepool.ProcessPool(1) as pool:
+        inside = pool.submit(two, "scipy.linalg").result(timeout=60)
+        after = pool.submit(tasks.native_pools, "scipy.linalg").result(timeout=60)
+    assert {count for api, count in inside if api == "openblas"} == {2}
+    assert {count for _, count in after} == {1}
+
+
+# One row per wrong argument: what is passed, and what is raised.
+WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
+    "no time": ({"timeout": 0}, ValueError),
+    "an endless time": ({"timeout": float("inf")}, ValueError),
+    "negative retries": ({"retries": -1}, ValueError),
+    "retries in words": ({"retries": "many"}, ValueError),
+    "no threads": ({"threads": 0}, ValueError),
+    "half a thread": ({"threads": 0.5}, TypeError),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_told_where_they_are_written(case: str) -> None:
+    arguments, error = WRONG[case]
+    with pytest.raises(error):
+        safepool.worker(**arguments)
+
+
+def test_it_takes_only_what_can_be_called() -> None:
+    wrong: Any = 3
+    with pytest.raises(TypeError, match="not 3"):
+        safepool.worker(wrong)
