@@ -68,7 +68,9 @@ from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
+from safepool.workers import inheritance
 from safepool.workers.board import Board, records_of
+from safepool.workers.inheritance import Inheritance
 from safepool.workers.messages import read_values
 from safepool.workers.tree import end_with_descendants
 
@@ -140,6 +142,7 @@ class Scheduler:
         self._environment = environment
         self._threads = threads
         self._initialize = (initializer, initargs)
+        self._inheritance = Inheritance([], [])
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
         self._break_on_death = break_on_death
@@ -395,6 +398,7 @@ class Scheduler:
             environment=self._environment,
             threads=self._threads,
             foreign_descriptors=list(_descriptors_of_all_pools()),
+            inheritance=self._inheritance,
             board=Board.create(),
         )
 
@@ -570,7 +574,8 @@ class Scheduler:
         if wanted <= 0:
             return
         try:
-            initialize = payloads.dumps(self._initialize, into_main=True)
+            forked = self._context.get_start_method() == "fork"
+            self._inheritance = inheritance.pack(self._initialize, forked=forked)
         except BaseException as error:  # noqa: BLE001 -- user code
             self._break(
                 staff, PoolBrokenError(f"the initializer cannot be pickled: {error!r}"), error
@@ -588,7 +593,7 @@ class Scheduler:
                     self._break(staff, problem, error)
                 return
             self._started.set()
-            staff.send(worker, encode(Kind.INITIALIZE, 0, initialize))
+            staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
 
     # Tasks back from workers.
 

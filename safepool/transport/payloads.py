@@ -7,6 +7,7 @@ travels by value, through cloudpickle with the reducers that were registered wit
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import pickle
@@ -15,7 +16,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["by_value_modules", "dumps", "loads", "main_namespace"]
 
@@ -24,7 +25,11 @@ _OUT_OF_BAND_BYTES = 32 * 1024
 
 
 def dumps(
-    value: object, *, into_main: bool = False, by_value: bool = False
+    value: object,
+    *,
+    into_main: bool = False,
+    by_value: bool = False,
+    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
 
@@ -35,6 +40,7 @@ def dumps(
             travel together share globals of their own.
         by_value: It is known to hold something of ``__main__``: pickle it once, and not by
             reference first to find that out.
+        reducers: Ways to pickle certain types that hold for this value only.
 
     Returns:
         At least one segment. The buffers are views of the value's own memory, so it must
@@ -50,13 +56,14 @@ def dumps(
     """
     if not (by_value or by_value_modules()):
         try:
-            segments = _dumps(value, _standard_dumps)
+            segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
         except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
             segments = None
         # A name in ``__main__`` is another thing in the worker, or nothing.
         if segments is not None and b"__main__" not in segments[0]:
             return segments
-    return _dumps(value, functools.partial(_by_value_dumps, into_main=into_main))
+    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
+    return _dumps(value, dump)
 
 
 def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
@@ -90,15 +97,34 @@ def _dumps(
     return [dump(value, in_band), *buffers]
 
 
-def _standard_dumps(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
-    return pickle.dumps(value, protocol=5, buffer_callback=in_band)
+def _standard_dumps(
+    value: object,
+    in_band: Callable[[pickle.PickleBuffer], bool],
+    *,
+    reducers: Mapping[type, Callable[[Any], Any]] | None,
+) -> bytes:
+    if reducers is None:
+        return pickle.dumps(value, protocol=5, buffer_callback=in_band)
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol=5, buffer_callback=in_band)
+    table: Any = ChainMap(dict(reducers), copyreg.dispatch_table)
+    pickler.dispatch_table = table
+    pickler.dump(value)
+    return file.getvalue()
 
 
 def _by_value_dumps(
-    value: object, in_band: Callable[[pickle.PickleBuffer], bool], *, into_main: bool
+    value: object,
+    in_band: Callable[[pickle.PickleBuffer], bool],
+    *,
+    into_main: bool,
+    reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
     kind = _by_value_pickler("loky.backend.reduction" in sys.modules)
+    if reducers is not None:
+        table = ChainMap(dict(reducers), kind.dispatch_table)
+        kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     pickler = kind(file, protocol=5, buffer_callback=in_band)
     if into_main:
         # cloudpickle asks here for what stands for a function's globals.

@@ -69,11 +69,12 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     Args:
         details: :func:`circumstances`, and what the pool says besides.
         line: The reading end of the life-line.
-        own: This worker's descriptors: its end of the channel, the program's working
-            directory, standard output and error, the pipe to multiprocessing's resource
-            tracker, the board if there is one.
+        own: This worker's descriptors: the program's working directory, standard output and
+            error, the pipe to multiprocessing's resource tracker; its end of the channel, the
+            board if there is one, and what its initializer inherits.
     """
-    channel, folder, out, err, tracker, *board = own
+    folder, out, err, tracker, channel, *more = own
+    board = more.pop(0) if details["board"] else None
     server = os.getppid()
     try:
         line = lifeline.hold(line)
@@ -88,9 +89,10 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     try:
         be_worker(
             socket.socket(fileno=channel),
-            board[0] if board else None,
+            board,
             details["changes"],
             details["threads"],
+            inherited=more,
         )
     except SystemExit as error:
         code = _exit_code(error)

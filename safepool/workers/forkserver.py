@@ -84,6 +84,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         threads: int,
         channel: int,
         board: int | None,
+        inherited: Sequence[int],
     ) -> ForkedProcess:
         """Start a worker.
 
@@ -92,6 +93,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             threads: Threads for each of its native pools.
             channel: Its end of the channel, which stays open here too.
             board: Its board.
+            inherited: Descriptors for its initializer.
 
         Raises:
             OSError: The system has no room for a process or a descriptor, or no server
@@ -103,7 +105,9 @@ class ServerContext(multiprocessing.context.SpawnContext):
             wanted = self.preload if asked or threads == 1 else []
             self._modules = modules_to_preload(wanted)
         server = _server_for(changes)
-        return server.fork_worker(self._modules, threads, channel, board, strict=asked)
+        files = [channel, *inherited] if board is None else [channel, board, *inherited]
+        details = {"threads": threads, "board": board is not None}
+        return server.fork_worker(self._modules, details, files, strict=asked)
 
 
 class ForkedProcess:
@@ -249,9 +253,8 @@ class _Server:
     def fork_worker(
         self,
         modules: Sequence[str],
-        threads: int,
-        channel: int,
-        board: int | None,
+        details: Mapping[str, Any],
+        files: Sequence[int],
         *,
         strict: bool,
     ) -> ForkedProcess:
@@ -263,7 +266,7 @@ class _Server:
                 try:
                     if attempt < 2:
                         self._preload(modules, strict=strict)
-                    process = self._fork(threads, channel, board)
+                    process = self._fork(details, files)
                 except (_LostError, ConnectionError, TimeoutError):
                     ending = self._stop()
                     _log.info("a fork server was lost and is started again: it %s", ending)
@@ -340,7 +343,7 @@ class _Server:
         if started:
             raise _StartedThreadsError
 
-    def _fork(self, threads: int, channel: int, board: int | None) -> ForkedProcess:
+    def _fork(self, more: Mapping[str, Any], files: Sequence[int]) -> ForkedProcess:
         from multiprocessing import resource_tracker  # noqa: PLC0415 -- a worker's, not an import's
 
         name = f"safepool-{next(_numbers)}"
@@ -349,7 +352,7 @@ class _Server:
             **birth.circumstances(),
             "environ": self._environment(),
             "changes": self._changes,
-            "threads": threads,
+            **more,
             "name": name,
             "parent": os.getpid(),
             "parent_name": me.name,
@@ -366,8 +369,7 @@ class _Server:
             # Shared, so that shared memory is not unlinked by the worker's own at its end.
             tracker = resource_tracker.getfd()
             assert tracker is not None
-            boards = [] if board is None else [board]
-            given = [told, channel, folder, *streams, tracker, *boards]
+            given = [told, folder, *streams, tracker, *files]
             self._send(("fork", {**details, "files": len(given)}), given)
             (what, answer), descriptors = self._receive(_FORK_S)
             if what == "forked":

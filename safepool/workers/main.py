@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 from safepool.threads.cap import cap_worker
 from safepool.threads.environment import change_environment
 from safepool.transport.channel import Channel, ChannelClosedError
+from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board, register
 from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
+
+    from safepool.workers.inheritance import Initializer
 
 __all__ = ["be_worker", "worker_main"]
 
@@ -33,6 +36,7 @@ def worker_main(
     environment: Mapping[str, str | None],
     threads: int,
     foreign_descriptors: Sequence[int],
+    inherited: Sequence[Connection] | Initializer,
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.
 
@@ -43,12 +47,18 @@ def worker_main(
         threads: As for :func:`be_worker`.
         foreign_descriptors: The pool's own descriptors, which a forked worker inherits
             and must not keep: another worker's channel would never be seen closed.
+        inherited: What its initializer finds beside the pickle; in a forked worker the
+            initializer itself.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
     sock = _adopt(end)
     _end_with_the_parent(sock)
-    be_worker(sock, board, environment, threads)
+    if isinstance(inherited, tuple):
+        be_worker(sock, board, environment, threads, initializer=inherited)
+        return
+    numbers = [_take(handle) for handle in inherited]
+    be_worker(sock, board, environment, threads, inherited=numbers)
 
 
 def be_worker(
@@ -56,6 +66,9 @@ def be_worker(
     board: Connection | int | None,
     environment: Mapping[str, str | None],
     threads: int,
+    *,
+    inherited: Sequence[int] = (),
+    initializer: Initializer | None = None,
 ) -> None:
     """Serve one pool over one channel until it says stop or is gone.
 
@@ -66,6 +79,8 @@ def be_worker(
             Most start methods have set them before anything of ours runs; in a forked
             worker this is the earliest place.
         threads: Threads for each native pool.
+        inherited: Descriptors that the initializer's arguments refer to.
+        initializer: What a forked worker has inherited, instead of a pickle of it.
     """
     change_environment(environment)
     _pretend_cpus(threads)
@@ -79,8 +94,9 @@ def be_worker(
         signal.signal(signal.SIGINT, _do_nothing)
     _unblock_interrupt()
     channel = Channel(sock)
+    inheritance.receive(inherited)
     try:
-        Runner(channel, shared, cap).serve()
+        Runner(channel, shared, cap, initializer).serve()
     except ChannelClosedError:
         pass  # the pool is gone, so is the reason to be here
     finally:
@@ -99,12 +115,7 @@ def _pretend_cpus(count: int) -> None:
 
 
 def _adopt(end: Any) -> socket.socket:
-    if isinstance(end, socket.socket):
-        sock = end
-    else:
-        # A duplicate is closed on exec again, which what a start method hands over is not.
-        sock = socket.socket(fileno=os.dup(end.fileno()))
-        end.close()
+    sock = end if isinstance(end, socket.socket) else socket.socket(fileno=_take(end))
     sock.setblocking(True)
     return sock
 
@@ -112,9 +123,7 @@ def _adopt(end: Any) -> socket.socket:
 def _open_board(handle: Any) -> Board | None:
     if handle is None:
         return None
-    descriptor = handle if isinstance(handle, int) else os.dup(handle.fileno())
-    if not isinstance(handle, int):
-        handle.close()
+    descriptor = handle if isinstance(handle, int) else _take(handle)
     os.set_inheritable(descriptor, False)
     board = Board(descriptor)
     # A crash in native code leaves the Python stack on the board, and so does the signal.
@@ -125,6 +134,13 @@ def _open_board(handle: Any) -> Board | None:
         board.close()
         return None
     return board
+
+
+def _take(handle: Connection) -> int:
+    # A duplicate is closed on exec again, which what a start method hands over is not.
+    descriptor = os.dup(handle.fileno())
+    handle.close()
+    return descriptor
 
 
 def _close(descriptor: int) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
     from safepool.workers.board import Board
+    from safepool.workers.inheritance import Inheritance
 
 __all__ = ["WorkerProcess", "find_context", "native_threads"]
 
@@ -116,6 +117,7 @@ class WorkerProcess:
         environment: Mapping[str, str | None],
         threads: int,
         foreign_descriptors: Sequence[int],
+        inheritance: Inheritance,
         board: Board | None = None,
     ) -> None:
         """Start a worker process.
@@ -125,6 +127,7 @@ class WorkerProcess:
             environment: Variables it is born with, ``None`` for those it is born without.
             threads: Threads for each of its native pools.
             foreign_descriptors: Descriptors of the pool that a forked child must close.
+            inheritance: What its initializer finds beside the pickle.
             board: To be shared with it; closed with this object, also if it cannot start.
 
         Raises:
@@ -139,10 +142,14 @@ class WorkerProcess:
             if context.get_start_method() == "safepool":
                 fork: Any = context
                 number = None if board is None else board.fileno()
-                self.process = fork.fork_worker(environment, threads, theirs.fileno(), number)
+                self.process = fork.fork_worker(
+                    environment, threads, theirs.fileno(), number, inheritance.descriptors
+                )
             else:
                 more = (*foreign_descriptors, ours.fileno())
-                self.process = _launch(context, theirs, board, environment, threads, more)
+                self.process = _launch(
+                    context, theirs, board, environment, threads, more, inheritance
+                )
                 self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
             ours.close()
@@ -226,27 +233,31 @@ def _launch(
     environment: Mapping[str, str | None],
     threads: int,
     foreign_descriptors: Sequence[int],
+    inheritance: Inheritance,
 ) -> Any:
     """Start a worker by a context of ``multiprocessing`` or loky."""
-    handle = _handle(theirs)
-    shared = None
+    handles = [_handle(theirs)]
     try:
+        shared = None
         if board is not None:
             shared = _handle_of(os.dup(board.fileno()))
+            handles.append(shared)
+        inherited = [_handle_of(os.dup(number)) for number in inheritance.descriptors]
+        handles += inherited
         forked = context.get_start_method() == "fork"
         arguments = (
-            handle,
+            handles[0],
             shared,
             dict(environment),
             threads,
             foreign_descriptors if forked else (),
+            inheritance.itself or inherited,
         )
         process = _create(context, arguments, environment)
         _start(process, context.get_start_method())
     finally:
-        handle.close()
-        if shared is not None:
-            shared.close()
+        for handle in handles:
+            handle.close()
     return process
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from safepool.transport.channel import Channel
     from safepool.transport.frames import Frame
     from safepool.workers.board import Board
+    from safepool.workers.inheritance import Initializer
 
 __all__ = ["Runner"]
 
@@ -50,9 +51,17 @@ class Runner:
         channel: To the pool. Blocking.
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
         cap: Checked again before each call.
+        initializer: What a forked worker has inherited, instead of a pickle of it.
     """
 
-    def __init__(self, channel: Channel, board: Board | None, cap: WorkerCap) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        board: Board | None,
+        cap: WorkerCap,
+        initializer: Initializer | None = None,
+    ) -> None:
+        self._initializer = initializer
         self._channel = channel
         self._board = board
         self._cap = cap
@@ -109,7 +118,8 @@ class Runner:
 
     def _initialize(self, segments: Sequence[bytearray]) -> None:
         try:
-            initializer, arguments = loads(segments)
+            initializer, arguments = self._initializer or loads(segments)
+            self._initializer = None
             with self._main:
                 if initializer is not None:
                     initializer(*arguments)

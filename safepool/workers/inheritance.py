@@ -1,0 +1,113 @@
+"""What a worker inherits for its initializer: ``multiprocessing``'s locks, queues and values.
+
+Programs hand them over by ``initargs=``. They may be pickled only while a process is being
+started, and their descriptors must travel beside the pickle; a forked worker needs no pickle.
+
+Source: Python, Lib/multiprocessing/context.py, ``assert_spawning``, and reduction.py beside it.
+
+Not covered:
+    * Windows, where a handle is duplicated into a process that must exist by then.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport import payloads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
+
+__all__ = ["Inheritance", "pack", "receive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """The initializer and its arguments, on their way to a worker.
+
+    Attributes:
+        segments: The pickle; none for a worker that is forked from this process.
+        descriptors: What the pickle refers to. They belong to the arguments.
+        itself: What a forked worker finds in its memory.
+    """
+
+    segments: list[bytes | memoryview] = field(repr=False)
+    descriptors: list[int]
+    itself: Initializer | None = None
+
+
+def pack(initializer: Initializer, *, forked: bool) -> Inheritance:
+    """Make the initializer and its arguments ready for a worker that is about to start.
+
+    Args:
+        initializer: What is called, and the arguments.
+        forked: The worker is a fork of this process.
+
+    Raises:
+        Exception: What the pickler raised.
+    """
+    if forked:
+        return Inheritance([], [], initializer)
+    if initializer[0] is None:
+        return Inheritance(payloads.dumps(initializer, into_main=True), [])
+    return _pickle(initializer)
+
+
+if sys.platform == "win32":
+
+    def _pickle(initializer: Initializer) -> Inheritance:
+        return Inheritance(payloads.dumps(initializer, into_main=True), [])
+
+else:
+
+    def _pickle(initializer: Initializer) -> Inheritance:
+        from multiprocessing import context, reduction  # noqa: PLC0415 -- a pool's start, not ours
+
+        starting = _Starting()
+        spawning: Any = context
+        before = spawning.get_spawning_popen()
+        spawning.set_spawning_popen(starting)
+        try:
+            pickler: Any = reduction.ForkingPickler
+            reducers = pickler._extra_reducers
+            segments = payloads.dumps(initializer, into_main=True, reducers=reducers)
+        finally:
+            spawning.set_spawning_popen(before)
+        return Inheritance(segments, starting.descriptors)
+
+
+_received: list[int] = []
+
+
+def receive(descriptors: Sequence[int]) -> None:
+    """Keep in a worker what its initializer's arguments will ask for."""
+    _received[:] = descriptors
+
+
+class _Received:
+    """A descriptor by its place; in the words of ``multiprocessing.reduction.DupFd``."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+
+    def detach(self) -> int:
+        """Give it away."""
+        return _received[self._place]
+
+
+class _Starting:
+    """Stands for the process that is started, in the words of multiprocessing's ``Popen``."""
+
+    DupFd = _Received
+
+    def __init__(self) -> None:
+        self.descriptors: list[int] = []
+
+    def duplicate_for_child(self, descriptor: int) -> int:
+        """Take a descriptor along, and return its place."""
+        self.descriptors.append(descriptor)
+        return len(self.descriptors) - 1

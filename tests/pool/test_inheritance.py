@@ -1,0 +1,126 @@
+"""What ``initargs=`` may hold: what the standard pool's may, by each start method."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from safepool import PoolBrokenError, ProcessPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.context import BaseContext
+
+METHODS = ["safepool", "loky", "spawn", "forkserver", "fork"]
+
+# multiprocessing keeps the memory file of its first value for the next ones.
+_first_value = multiprocessing.get_context("spawn").Value("i", 0)
+
+_given: Any = None
+
+
+def keep(*things: Any) -> None:
+    global _given  # noqa: PLW0603 -- what initializers do
+    _given = things
+
+
+def hold_lock(_: int) -> bool:
+    with _given[0]:
+        return True
+
+
+def count_up(_: int) -> bool:
+    with _given[0].get_lock():
+        _given[0].value += 1
+    return True
+
+
+def put(number: int) -> bool:
+    _given[0].put(number)
+    return True
+
+
+def set_event(_: int) -> bool:
+    _given[0].set()
+    return True
+
+
+def send(number: int) -> bool:
+    _given[0].send(number)
+    return True
+
+
+def _lock(context: BaseContext) -> tuple[Any, Callable[[], bool]]:
+    return context.Lock(), lambda: True
+
+
+def _value(context: BaseContext) -> tuple[Any, Callable[[], bool]]:
+    value = context.Value("i", 0)
+    return value, lambda: value.value == 20
+
+
+def _queue(context: BaseContext) -> tuple[Any, Callable[[], bool]]:
+    queue = context.SimpleQueue()
+    return queue, lambda: sorted(queue.get() for _ in range(20)) == list(range(20))
+
+
+def _event(context: BaseContext) -> tuple[Any, Callable[[], bool]]:
+    event = context.Event()
+    return event, event.is_set
+
+
+def _pipe(context: BaseContext) -> tuple[Any, Callable[[], bool]]:
+    receiver, sender = context.Pipe(duplex=False)
+
+    def got_all() -> bool:
+        found = sorted(receiver.recv() for _ in range(20))
+        receiver.close()
+        sender.close()
+        return found == list(range(20))
+
+    return sender, got_all
+
+
+# One row per thing: how it is made and what must be true in the end, and what a task does.
+THINGS: dict[str, tuple[Callable[[BaseContext], tuple[Any, Callable[[], bool]]], Any]] = {
+    "Lock": (_lock, hold_lock),
+    "Value": (_value, count_up),
+    "SimpleQueue": (_queue, put),
+    "Event": (_event, set_event),
+    "Pipe": (_pipe, send),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("thing", THINGS)
+def test_the_initializer_gets_what_multiprocessing_shares(thing: str, method: str) -> None:
+    """One lock, one value, one queue for all workers and the program."""
+    make, use = THINGS[thing]
+    context = multiprocessing.get_context("fork" if method == "fork" else "spawn")
+    shared, holds = make(context)
+    # One worker where writers would otherwise have to share the end of a pipe.
+    workers = 1 if thing == "Pipe" else 2
+    with ProcessPool(workers, method, initializer=keep, initargs=(shared,)) as pool:
+        assert all(pool.map(use, range(20)))
+    assert holds()
+    if hasattr(shared, "close"):
+        shared.close()
+
+
+def test_a_forked_worker_takes_what_cannot_be_pickled() -> None:
+    lock = threading.Lock()
+
+    with ProcessPool(1, "fork", initializer=keep, initargs=(lock,)) as pool:
+        assert pool.submit(hold_lock, 0).result(timeout=30)
+
+
+@pytest.mark.parametrize("method", ["safepool", "spawn"])
+def test_what_cannot_travel_breaks_the_pool_and_is_named(method: str) -> None:
+    with (
+        ProcessPool(1, method, initializer=keep, initargs=(threading.Lock(),)) as pool,
+        pytest.raises(PoolBrokenError, match=r"initializer cannot be pickled.*lock"),
+    ):
+        pool.submit(hold_lock, 0).result(timeout=30)
