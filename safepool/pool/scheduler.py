@@ -72,6 +72,7 @@ from safepool.workers import inheritance
 from safepool.workers.board import Board, records_of
 from safepool.workers.inheritance import Inheritance
 from safepool.workers.messages import read_values
+from safepool.workers.process import prepare
 from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
@@ -399,6 +400,7 @@ class Scheduler:
             threads=self._threads,
             foreign_descriptors=list(_descriptors_of_all_pools()),
             inheritance=self._inheritance,
+            given_up=lambda: bool(self._ending),
             board=Board.create(),
         )
 
@@ -406,6 +408,7 @@ class Scheduler:
         try:
             while self._step(staff):
                 self._listen(staff, self._patience(staff))
+            self._cancel_all()  # what has waited when the pool was ended in the middle of a step
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
@@ -421,11 +424,11 @@ class Scheduler:
         with self._lock:
             self._news = False
             closing, ending = self._closing, self._ending
-            cancelled = self._backlog.clear() if self._cancelling else []
+            cancelling = self._cancelling
             to_kill, self._to_kill = self._to_kill, []
             ended_runs, self._ended_runs = self._ended_runs, []
-        for entry in cancelled:
-            _cancel(entry)
+        if cancelling:
+            self._cancel_all()
         if ending:
             return False
         while self._dropped_runs:
@@ -445,6 +448,12 @@ class Scheduler:
         if self._ending:  # broken meanwhile
             return False
         return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
+
+    def _cancel_all(self) -> None:
+        with self._lock:
+            waiting = self._backlog.clear()
+        for entry in waiting:
+            _cancel(entry)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
         with self._lock:
@@ -583,8 +592,13 @@ class Scheduler:
             return
         for _ in range(wanted):
             try:
+                if not self._started.is_set() and prepare(self._context, self._environment):
+                    # submit() need not wait for imports: what comes needs no new process.
+                    self._started.set()
                 worker = staff.hire()
             except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
+                if self._ending:
+                    return
                 if len(staff):
                     _log.warning("no further worker could be started: %s", error)
                     self._hire_not_before = time.monotonic() + _RETRY_S

@@ -43,7 +43,7 @@ from safepool.workers import server as program
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 assert sys.platform == "linux"
 
@@ -55,6 +55,8 @@ _log = logging.getLogger("safepool")
 # small quota; a fork of a few hundred megabytes takes milliseconds.
 _IMPORT_S = 60.0
 _FORK_S = 15.0
+# Between two looks whether an import is still waited for: Ctrl-C must not have to.
+_LOOK_S = 0.1
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
 _MOST_STARTS = 4
 # Servers without workers beyond this number are ended: a program may make pools of ever new
@@ -78,6 +80,18 @@ class ServerContext(multiprocessing.context.SpawnContext):
         self.preload = preload
         self._modules: list[str] | None = None
 
+    def prepare(self, changes: Mapping[str, str | None]) -> None:
+        """Start the server, if none runs: from then on a worker costs this process no process.
+
+        Args:
+            changes: As for :meth:`fork_worker`.
+
+        Raises:
+            OSError: The system has no room for a process or a descriptor.
+            RuntimeError: The interpreter shuts down.
+        """
+        _server_for(changes).start()
+
     def fork_worker(
         self,
         changes: Mapping[str, str | None],
@@ -85,6 +99,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         channel: int,
         board: int | None,
         inherited: Sequence[int],
+        given_up: Callable[[], bool],
     ) -> ForkedProcess:
         """Start a worker.
 
@@ -94,10 +109,12 @@ class ServerContext(multiprocessing.context.SpawnContext):
             channel: Its end of the channel, which stays open here too.
             board: Its board.
             inherited: Descriptors for its initializer.
+            given_up: Asked now and then: nobody wants the worker any more.
 
         Raises:
             OSError: The system has no room for a process or a descriptor, or no server
                 could be kept running.
+            InterruptedError: It was given up.
         """
         asked = self.preload != "auto"
         if self._modules is None:  # what is there when the pool begins its work
@@ -107,7 +124,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         server = _server_for(changes)
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
         details = {"threads": threads, "board": board is not None}
-        return server.fork_worker(self._modules, details, files, strict=asked)
+        return server.fork_worker(self._modules, details, files, given_up, strict=asked)
 
 
 class ForkedProcess:
@@ -255,6 +272,7 @@ class _Server:
         modules: Sequence[str],
         details: Mapping[str, Any],
         files: Sequence[int],
+        given_up: Callable[[], bool],
         *,
         strict: bool,
     ) -> ForkedProcess:
@@ -265,17 +283,27 @@ class _Server:
                     self._start()
                 try:
                     if attempt < 2:
-                        self._preload(modules, strict=strict)
+                        self._preload(modules, given_up, strict=strict)
                     process = self._fork(details, files)
                 except (_LostError, ConnectionError, TimeoutError):
                     ending = self._stop()
                     _log.info("a fork server was lost and is started again: it %s", ending)
                 except _StartedThreadsError:
                     ending = self._stop()
+                except InterruptedError:
+                    self._stop()  # in the middle of an import
+                    raise
                 else:
                     self._workers.append(process)
                     return process
             raise OSError(f"{_MOST_STARTS} fork servers in a row were lost; the last {ending}")
+
+    def start(self) -> None:
+        """Start it, if it does not run."""
+        if self._process is None:  # or somebody starts it now, who would not be waited for
+            with self._lock:
+                if self._process is None:
+                    self._start()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -312,7 +340,9 @@ class _Server:
         kept = {name: value for name, value in os.environ.items() if name not in self._changes}
         return kept | changed
 
-    def _preload(self, modules: Sequence[str], *, strict: bool) -> None:
+    def _preload(
+        self, modules: Sequence[str], given_up: Callable[[], bool], *, strict: bool
+    ) -> None:
         new = [
             name
             for name in modules
@@ -325,7 +355,7 @@ class _Server:
         importing = ""
         while True:
             try:
-                (what, told), _ = self._receive(_IMPORT_S)
+                (what, told), _ = self._receive(_IMPORT_S, given_up)
             except _LostError:
                 _log.warning("%s is not preloaded: importing it ended the fork server", importing)
                 self._left_out.add(importing.partition(".")[0])
@@ -390,9 +420,17 @@ class _Server:
         self._sock.settimeout(_FORK_S)
         letters.send(self._sock, message, descriptors)
 
-    def _receive(self, timeout_s: float) -> tuple[Any, list[int]]:
+    def _receive(
+        self, timeout_s: float, given_up: Callable[[], bool] | None = None
+    ) -> tuple[Any, list[int]]:
         assert self._sock is not None
         self._sock.settimeout(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while given_up is not None and not _is_readable(self._sock.fileno(), _LOOK_S):
+            if given_up():
+                raise InterruptedError("the pool was shut down while the server imported")
+            if time.monotonic() > deadline:
+                raise TimeoutError
         received = letters.receive(self._sock)
         if received is None:
             raise _LostError

@@ -22,13 +22,13 @@ from safepool.transport.channel import Channel
 from safepool.workers.main import worker_main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
 
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["WorkerProcess", "find_context", "native_threads"]
+__all__ = ["WorkerProcess", "find_context", "native_threads", "prepare"]
 
 
 def find_context(
@@ -78,6 +78,24 @@ else:
         return None
 
 
+def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool:
+    """Do what must be done before the first worker; return whether others need no new process.
+
+    Args:
+        context: From :func:`find_context`.
+        environment: Of the workers.
+
+    Raises:
+        OSError: The system has no room for it.
+        RuntimeError: The interpreter shuts down.
+    """
+    if context.get_start_method() != "safepool":
+        return False
+    own: Any = context
+    own.prepare(environment)
+    return True
+
+
 def native_threads() -> list[tuple[int, str]]:
     """Return number and name of every thread that the system counts in this process.
 
@@ -119,6 +137,7 @@ class WorkerProcess:
         foreign_descriptors: Sequence[int],
         inheritance: Inheritance,
         board: Board | None = None,
+        given_up: Callable[[], bool] = bool,
     ) -> None:
         """Start a worker process.
 
@@ -128,6 +147,7 @@ class WorkerProcess:
             threads: Threads for each of its native pools.
             foreign_descriptors: Descriptors of the pool that a forked child must close.
             inheritance: What its initializer finds beside the pickle.
+            given_up: Asked while the start takes its time: nobody wants it any more.
             board: To be shared with it; closed with this object, also if it cannot start.
 
         Raises:
@@ -143,7 +163,12 @@ class WorkerProcess:
                 fork: Any = context
                 number = None if board is None else board.fileno()
                 self.process = fork.fork_worker(
-                    environment, threads, theirs.fileno(), number, inheritance.descriptors
+                    environment,
+                    threads,
+                    theirs.fileno(),
+                    number,
+                    inheritance.descriptors,
+                    given_up,
                 )
             else:
                 more = (*foreign_descriptors, ours.fileno())

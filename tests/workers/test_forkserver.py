@@ -456,3 +456,24 @@ def test_interpreter_flags_reach_the_workers(tmp_path: Path) -> None:
 def test_preload_takes_auto_or_a_list(wrong: Any) -> None:
     with pytest.raises(TypeError):
         ProcessPool(1, preload=wrong)
+
+
+def test_submit_and_an_interrupt_do_not_wait_for_imports(tmp_path: Path) -> None:
+    """Large libraries take seconds; an event loop or a person does not."""
+    (tmp_path / "slow_import.py").write_text("import time\ntime.sleep(30)")
+    out = run(
+        """
+        import time, safepool
+        pool = safepool.ProcessPool(1, preload=["slow_import"])
+        begin = time.monotonic()
+        future = pool.submit(abs, -1)
+        try:
+            with pool:
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            print(future.cancelled(), time.monotonic() - begin < 15)
+        """,
+        tmp_path,
+    )
+
+    assert out == "True True"
