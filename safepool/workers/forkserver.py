@@ -26,7 +26,6 @@ import logging
 import multiprocessing
 import multiprocessing.context
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -38,8 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import describe_exit
 from safepool.transport import letters
-from safepool.workers import birth
-from safepool.workers import server as program
+from safepool.workers import birth, forked
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
@@ -47,14 +45,14 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["ForkedProcess", "ServerContext", "running", "stop_all"]
+__all__ = ["ServerContext", "running", "stop_all"]
 
 _log = logging.getLogger("safepool")
 
 # Seconds for one import, and for one fork. Imports of large libraries take ten seconds under a
 # small quota; a fork of a few hundred megabytes takes milliseconds.
 _IMPORT_S = 60.0
-_FORK_S = 15.0
+_FORK_S = 5.0
 # Between two looks whether an import is still waited for: Ctrl-C must not have to.
 _LOOK_S = 0.1
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
@@ -100,7 +98,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         board: int | None,
         inherited: Sequence[int],
         given_up: Callable[[], bool],
-    ) -> ForkedProcess:
+    ) -> forked.ForkedProcess:
         """Start a worker.
 
         Args:
@@ -125,100 +123,6 @@ class ServerContext(multiprocessing.context.SpawnContext):
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
         details = {"threads": threads, "board": board is not None}
         return server.fork_worker(self._modules, details, files, given_up, strict=asked)
-
-
-class ForkedProcess:
-    """A process that a fork server has started, in the words of ``multiprocessing.Process``.
-
-    Attributes:
-        name: Its name.
-        pid: Its process id.
-        pidfd: Refers to this process alone; ``None`` before Linux 5.3.
-        sentinel: Turns readable when it has ended.
-        daemon: ``False``: it may have children.
-    """
-
-    daemon = False
-
-    def __init__(self, name: str, pid: int, pidfd: int | None, status: int) -> None:
-        self.name = name
-        self.pid = pid
-        self.pidfd = pidfd
-        self._status = status
-        self._exitcode: int | None = None
-        self._lost = False
-        self.sentinel = status if pidfd is None else pidfd
-
-    @property
-    def ident(self) -> int:
-        """The process id."""
-        return self.pid
-
-    @property
-    def exitcode(self) -> int | None:
-        """Negative for a signal; ``None`` while it runs, or if the server was lost with it."""
-        if self._exitcode is None and not self._lost:
-            try:
-                told = os.read(self._status, program.EXIT_CODE.size)
-            except BlockingIOError:
-                return None
-            except OSError:
-                told = b""
-            if len(told) == program.EXIT_CODE.size:
-                self._exitcode = program.EXIT_CODE.unpack(told)[0]
-            else:
-                self._lost = True
-        return self._exitcode
-
-    def is_alive(self) -> bool:
-        """Return whether it has not ended."""
-        if self.exitcode is not None:
-            return False
-        if self.pidfd is not None:
-            return not _is_readable(self.pidfd, 0.0)
-        return not self._lost
-
-    def wait(self, timeout_s: float) -> int | None:
-        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
-        deadline = time.monotonic() + timeout_s
-        while self.exitcode is None and not self._lost:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not _is_readable(self._status, left_s):
-                break
-        return self._exitcode
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait for its end."""
-        if self.is_alive():
-            _is_readable(self.sentinel, timeout)
-
-    def terminate(self) -> None:
-        """Ask it to end, by ``SIGTERM``."""
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End it, by ``SIGKILL``."""
-        self.send_signal(signal.SIGKILL)
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
-        try:
-            if self.pidfd is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
-            elif self.is_alive():
-                os.kill(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
-
-    def close(self) -> None:
-        """Give its descriptors back."""
-        for descriptor in (self._status, self.pidfd):
-            if descriptor is not None and descriptor >= 0:
-                os.close(descriptor)
-        self._status, self.pidfd, self._lost = -1, None, True
-
-    def __repr__(self) -> str:
-        return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"
 
 
 class _LostError(Exception):
@@ -250,7 +154,7 @@ class _Server:
         self._asked: set[str] = set()
         # Libraries that cannot be preloaded, by the first part of their name.
         self._left_out: set[str] = set()
-        self._workers: list[ForkedProcess] = []
+        self._workers: list[forked.ForkedProcess] = []
 
     @property
     def pid(self) -> int | None:
@@ -275,7 +179,7 @@ class _Server:
         given_up: Callable[[], bool],
         *,
         strict: bool,
-    ) -> ForkedProcess:
+    ) -> forked.ForkedProcess:
         """Preload what is new and fork a worker; start the server first, or again."""
         with self._lock:
             for attempt in range(_MOST_STARTS):
@@ -373,7 +277,7 @@ class _Server:
         if started:
             raise _StartedThreadsError
 
-    def _fork(self, more: Mapping[str, Any], files: Sequence[int]) -> ForkedProcess:
+    def _fork(self, more: Mapping[str, Any], files: Sequence[int]) -> forked.ForkedProcess:
         from multiprocessing import resource_tracker  # noqa: PLC0415 -- a worker's, not an import's
 
         name = f"safepool-{next(_numbers)}"
@@ -405,7 +309,7 @@ class _Server:
             if what == "forked":
                 opened.remove(status)
                 pidfd = descriptors[0] if descriptors else None
-                return ForkedProcess(name, answer, pidfd, status)
+                return forked.ForkedProcess(name, answer, pidfd, status)
         finally:
             for descriptor in opened:
                 os.close(descriptor)
@@ -426,7 +330,7 @@ class _Server:
         assert self._sock is not None
         self._sock.settimeout(timeout_s)
         deadline = time.monotonic() + timeout_s
-        while given_up is not None and not _is_readable(self._sock.fileno(), _LOOK_S):
+        while given_up is not None and not forked.is_readable(self._sock.fileno(), _LOOK_S):
             if given_up():
                 raise InterruptedError("the pool was shut down while the server imported")
             if time.monotonic() > deadline:
@@ -550,9 +454,3 @@ def _stream(number: int, opened: list[int]) -> int:
         number = os.open(os.devnull, os.O_WRONLY)
         opened.append(number)
     return number
-
-
-def _is_readable(descriptor: int, timeout_s: float | None) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(None if timeout_s is None else max(0, round(timeout_s * 1000))))

@@ -1,0 +1,120 @@
+"""A process that a fork server has started: signalled, waited for, asked how it ended.
+
+It is no child of this process, so the server reaps it and writes its exit code into a pipe; a
+pidfd refers to it alone and tells of its end (pidfd_open(2), Linux 5.3).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+from safepool.workers import server
+
+assert sys.platform == "linux"
+
+__all__ = ["ForkedProcess", "is_readable"]
+
+
+class ForkedProcess:
+    """A process that a fork server has started, in the words of ``multiprocessing.Process``.
+
+    Attributes:
+        name: Its name.
+        pid: Its process id.
+        pidfd: Refers to this process alone; ``None`` before Linux 5.3.
+        sentinel: Turns readable when it has ended.
+        daemon: ``False``: it may have children.
+    """
+
+    daemon = False
+
+    def __init__(self, name: str, pid: int, pidfd: int | None, status: int) -> None:
+        self.name = name
+        self.pid = pid
+        self.pidfd = pidfd
+        self._status = status
+        self._exitcode: int | None = None
+        self._lost = False
+        self.sentinel = status if pidfd is None else pidfd
+
+    @property
+    def ident(self) -> int:
+        """The process id."""
+        return self.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """Negative for a signal; ``None`` while it runs, or if the server was lost with it."""
+        if self._exitcode is None and not self._lost:
+            try:
+                told = os.read(self._status, server.EXIT_CODE.size)
+            except BlockingIOError:
+                return None
+            except OSError:
+                told = b""
+            if len(told) == server.EXIT_CODE.size:
+                self._exitcode = server.EXIT_CODE.unpack(told)[0]
+            else:
+                self._lost = True
+        return self._exitcode
+
+    def is_alive(self) -> bool:
+        """Return whether it has not ended."""
+        if self.exitcode is not None:
+            return False
+        if self.pidfd is not None:
+            return not is_readable(self.pidfd, 0.0)
+        return not self._lost
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
+        deadline = time.monotonic() + timeout_s
+        while self.exitcode is None and not self._lost:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not is_readable(self._status, left_s):
+                break
+        return self._exitcode
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end."""
+        if self.is_alive():
+            is_readable(self.sentinel, timeout)
+
+    def terminate(self) -> None:
+        """Ask it to end, by ``SIGTERM``."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it, by ``SIGKILL``."""
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        try:
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
+            elif self.is_alive():
+                os.kill(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            pass
+
+    def close(self) -> None:
+        """Give its descriptors back."""
+        for descriptor in (self._status, self.pidfd):
+            if descriptor is not None and descriptor >= 0:
+                os.close(descriptor)
+        self._status, self.pidfd, self._lost = -1, None, True
+
+    def __repr__(self) -> str:
+        return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"
+
+
+def is_readable(descriptor: int, timeout_s: float | None) -> bool:
+    """Wait until a descriptor is readable or at its end; ``None`` waits for ever."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else max(0, round(timeout_s * 1000))))
