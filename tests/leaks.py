@@ -381,9 +381,9 @@ def _helpers() -> tuple[set[int], set[int]]:
     descriptors: set[int] = set()
     if "safepool.workers.forkserver" in sys.modules:
         # One for each setting, until exit: the next pool starts in milliseconds.
-        for pid, numbers in sys.modules["safepool.workers.forkserver"].running():
-            pids.add(pid)
-            descriptors.update(numbers)
+        servers = sys.modules["safepool.workers.forkserver"]
+        pids.update(servers.running())
+        descriptors.update(servers.descriptors())
     for row in HELPERS:
         holder = getattr(sys.modules.get(row.module), row.holder, None)
         pids.add(getattr(holder, row.pid, None) or 0)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["ServerContext", "running", "stop_all"]
+__all__ = ["ServerContext", "descriptors", "running", "stop_all"]
 
 _log = logging.getLogger("safepool")
 
@@ -152,6 +152,7 @@ class _Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._asked: set[str] = set()
+        self._answers = False  # until then it may still be starting
         # Libraries that cannot be preloaded, by the first part of their name.
         self._left_out: set[str] = set()
         self._workers: list[forked.ForkedProcess] = []
@@ -164,7 +165,7 @@ class _Server:
     def descriptors(self) -> list[int]:
         """Return what it holds in this process."""
         sock = self._sock
-        return [*_line, *([] if sock is None else [sock.fileno()])]
+        return [] if sock is None else [sock.fileno()]
 
     def is_idle(self) -> bool:
         """Return whether no worker of it lives."""
@@ -237,6 +238,7 @@ class _Server:
             theirs.close()
         self._sock = ours
         self._asked = set()
+        self._answers = False
         _log.debug("fork server %d started", self._process.pid)
 
     def _environment(self) -> dict[str, str]:
@@ -305,7 +307,8 @@ class _Server:
             assert tracker is not None
             given = [told, folder, *streams, tracker, *files]
             self._send(("fork", {**details, "files": len(given)}), given)
-            (what, answer), descriptors = self._receive(_FORK_S)
+            (what, answer), descriptors = self._receive(_FORK_S if self._answers else _IMPORT_S)
+            self._answers = True
             if what == "forked":
                 opened.remove(status)
                 pidfd = descriptors[0] if descriptors else None
@@ -386,14 +389,14 @@ def _server_for(changes: Mapping[str, str | None]) -> _Server:
         return found
 
 
-def running() -> list[tuple[int, list[int]]]:
-    """Return process id and descriptors of each server that this process has started."""
-    found = []
-    for one in [*_servers.values()]:
-        pid = one.pid
-        if pid is not None:
-            found.append((pid, one.descriptors()))
-    return found
+def running() -> list[int]:
+    """Return the process id of each server that this process has started."""
+    return [pid for one in [*_servers.values()] if (pid := one.pid) is not None]
+
+
+def descriptors() -> list[int]:
+    """Return what this process keeps open for its servers and their workers."""
+    return [*_line, *(number for one in [*_servers.values()] for number in one.descriptors())]
 
 
 def stop_all() -> None:

@@ -64,7 +64,7 @@ def test_workers_are_forked_from_a_server_that_has_one_thread() -> None:
     with ProcessPool(2) as pool:
         list(pool.map(tasks.value_and_pid, range(20)))
         servers = {server_of(pid) for pid in pool._processes}
-        assert servers == {pid for pid, _ in forkserver.running()} & servers
+        assert servers == set(forkserver.running()) & servers
         assert len(servers) == 1
         assert len(os.listdir(f"/proc/{servers.pop()}/task")) == 1
 
@@ -356,7 +356,7 @@ def test_server_and_workers_end_with_a_killed_program(
             if {with_a_fork_of_it} and os.fork() == 0:
                 time.sleep(20)
                 os._exit(0)
-            print(*pool._processes, *[pid for pid, _ in forkserver.running()], flush=True)
+            print(*pool._processes, *forkserver.running(), flush=True)
             time.sleep(60)
             """
         )
