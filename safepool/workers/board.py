@@ -20,8 +20,9 @@ Two agreements rest on the order of memory accesses:
               cost more than a tiny task; so the pool pays for both: membarrier(2) makes every
               processor that runs a registered process pass a fence.
     results   The worker writes a record and then ``filled``; before it uses the space again it
-              raises ``era``. The pool copies, passes the barrier, and throws the copy away if
-              ``era`` has changed: then the results are on their way as a frame.
+              raises ``era``. The pool reads ``filled``, passes the barrier, copies, passes the
+              barrier, and throws the copy away if ``era`` has changed: then the results are
+              on their way as a frame.
 
 The same unnamed file takes faulthandler's report, behind the board: a crash is written down by a
 process that can do nothing else any more.
@@ -184,8 +185,9 @@ class Board:
 
         Passes the barrier, so that what :attr:`claimed` says afterwards is later.
         """
-        era = self._cells[_ERA]
-        records = self.published()
+        era, filled = self._cells[_ERA], self._cells[_FILLED]
+        barrier()  # the records that ``filled`` counts are there
+        records = bytes(self._results[:filled])
         barrier()
         return records if self._cells[_ERA] == era else b""
 
