@@ -295,12 +295,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.check(end)
 
     def teardown(self) -> None:
-        if hasattr(self, "pool"):
-            try:
+        try:
+            if hasattr(self, "pool"):
                 self.finish("wait")
-            finally:
-                self.pool._scheduler.shut_down(wait=False, end="kill")
-        self.folder.cleanup()
+        finally:
+            if hasattr(self, "pool"):
+                self.pool._scheduler.shut_down(wait=True, end="kill")
+            self.folder.cleanup()
 
     # What must have come of it.
 
