@@ -179,3 +179,42 @@ def spawn_a_holder_and_die() -> None:
 def sleep_in_c(seconds: int) -> None:
     """Sleep in C with the interpreter lock held, so that no Python thread can run."""
     ctypes.PyDLL(None).sleep(seconds)
+
+
+def append_line(path: str, text: object) -> object:
+    """Leave a line in a file that several processes write to, whole or not at all."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, f"{text}\n".encode())
+    finally:
+        os.close(descriptor)
+    return text
+
+
+def stop_after_answer() -> int:
+    """Let this worker be stopped (SIGSTOP) as soon as its answer is sent."""
+
+    def watch(frame: Any, event: str, _argument: object) -> None:
+        if event == "return" and frame.f_code.co_name == "_flush":
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.setprofile(watch)
+    return os.getpid()
+
+
+def do(what: Any) -> Any:
+    """Call what it is given: one function, and so one pace, for different things."""
+    return what()
+
+
+class ForksWhenUnpickled:
+    """Unpickling it forks; the copy of the worker goes on as if it was one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.fork, ()
+
+
+def pid_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()

@@ -81,7 +81,7 @@ class Backlog:
             if isinstance(head, Task):
                 return self._take_tasks(room, expected_ns, among, most)
             if isinstance(head, Span):
-                if head.run.stopped:
+                if head.run.dropped:
                     self._entries.popleft()
                     continue
                 return self._take_span(head, room, expected_ns, among, most)

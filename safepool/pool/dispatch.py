@@ -13,7 +13,7 @@ from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safepool.pool.mapping import Span
+    from safepool.pool.mapping import MapRun, Span
     from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
 
@@ -29,10 +29,15 @@ Pieces = list["bytes | memoryview"]
 
 
 class Dispatch:
-    """Makes the messages of one pool."""
+    """Makes the messages of one pool.
 
-    def __init__(self) -> None:
+    Args:
+        settled: Told of calls of a run that ended here, and how many.
+    """
+
+    def __init__(self, settled: Callable[[MapRun, int], None]) -> None:
         self.functions = Functions()
+        self._settled = settled
 
     def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
         """Give tasks to a worker.
@@ -82,14 +87,14 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
-                _fail_all(span, error)
+                self._fail_all(span, error)
                 return [], []
         try:
             value: object = (span.items[0], {}) if span.alone else span.items
             segments = payloads.dumps(value, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
-                _fail_all(span, error)
+                self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
         size = sum(memoryview(segment).nbytes for segment in segments)
@@ -108,6 +113,13 @@ class Dispatch:
         of_main = task.name.startswith("__main__.")
         return None, payloads.dumps(task.call, into_main=True, by_value=of_main)
 
+    def _fail_all(self, span: Span, error: BaseException) -> None:
+        run = span.run
+        for place in range(span.count):
+            run.put_error(span.start + place, error)
+        self._settled(run, span.count)
+        run.tell()
+
     def _introduce(self, worker: Worker, function: SentFunction) -> Pieces:
         if function.number in worker.functions:
             return []
@@ -117,14 +129,6 @@ class Dispatch:
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:
     return tasks_frame(first, group) if group else []
-
-
-def _fail_all(span: Span, error: BaseException) -> None:
-    run = span.run
-    for place in range(span.count):
-        run.put_error(span.start + place, error)
-    run.unsettled -= span.count
-    run.tell()
 
 
 def forget(worker: Worker, function: SentFunction, send: Callable[[Worker, Pieces], bool]) -> None:

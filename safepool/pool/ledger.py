@@ -135,6 +135,20 @@ class Ledger(Generic[_W]):
         back.reverse()
         return back
 
+    def withdraw(self) -> _W:
+        """Strike what is left of the work that is owed next, and return it.
+
+        What was sent behind it stays: the worker may have begun that.
+
+        Raises:
+            IndexError: Nothing is owed.
+        """
+        work = self._works.popleft()
+        if work.done:
+            work = work.split(work.done)
+        self._owe_less(work, work.count)
+        return work
+
     def strike(self) -> tuple[_W, int]:
         """Strike the call that is owed next, and return its work and its place there.
 

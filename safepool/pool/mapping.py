@@ -102,7 +102,8 @@ class MapRun:
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Put down what a call raised."""
-        self._results[index] = _Raised(error)
+        if not self.dropped:
+            self._results[index] = _Raised(error)
 
     def drop(self) -> None:
         """Keep nothing more: nobody takes it."""
@@ -238,6 +239,9 @@ class Results:
         feed: Queues calls.
         ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy.
         deadline: When waiting ends, by the monotonic clock.
+
+    Attributes:
+        seen: Somebody has asked for the first result.
     """
 
     def __init__(
@@ -257,6 +261,10 @@ class Results:
         self._error: BaseException | None = None
         self._fed = 0
         self._taken = 0
+        self.seen = False
+        # Whoever shuts the pool down takes items beside the thread that iterates.
+        self._pulling = threading.RLock()
+        self._pulls = False
         self._pull()
 
     def iterate(self, keep: object) -> Generator[Any]:
@@ -265,6 +273,7 @@ class Results:
         Args:
             keep: Held until the end: a pool that nobody else holds goes on as long.
         """
+        self.seen = True
         try:
             while results := self._next():
                 # From the end of a reversed list, so that nothing here keeps a result
@@ -278,8 +287,9 @@ class Results:
                         self._refill()
         finally:
             del keep
+            early = self._items is not None or self._taken < self._fed
             self._items = None
-            if self._taken < self._fed:
+            if early:
                 self._feed.give_up(self._run)
         if self._error is not None:
             raise self._error
@@ -287,20 +297,19 @@ class Results:
     def finish(self) -> None:
         """Queue calls for all items that are left, as the standard pool does at first.
 
-        Nothing happens if the pool was shut down or is broken: there is nobody to tell.
+        If the pool was shut down or is broken, that is raised after the results of the others.
         """
         if self._grows:
-            try:
-                self._pull(everything=True)
-            except RuntimeError:
-                pass
+            self._pull(everything=True)
 
     def _next(self) -> list[Any]:
         """Return the next results, none at the end."""
         if self._items is not None:
             self._refill()
         if self._taken == self._fed:
-            return []
+            with self._pulling:  # another thread may be queueing the last ones
+                if self._taken == self._fed:
+                    return []
         run, index = self._run, self._taken
         if self._grows and self._items is not None and not (run.waiting or run.has(index)):
             self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
@@ -316,23 +325,38 @@ class Results:
         """Queue calls for the items that may be taken ahead.
 
         Raises:
-            RuntimeError: The pool was shut down.
+            RuntimeError: The pool was shut down before it had any.
             BaseException: What the iterator of the items raised before the first result; a
                 later one is raised when its turn comes.
         """
-        if self._items is None:
-            return
-        many = None if everything else self._ahead - (self._fed - self._taken)
+        with self._pulling:
+            if self._items is None or self._pulls:  # the items' own iterator shuts the pool down
+                return
+            self._pulls = True
+            try:
+                many = None if everything else self._ahead - (self._fed - self._taken)
+                if many is None or many > 0:
+                    self._queue(self._items, many)
+            finally:
+                self._pulls = False
+
+    def _queue(self, items: Iterator[Item], many: int | None) -> None:
         batch: list[Item] = []
         error: BaseException | None = None
         try:
-            batch.extend(itertools.islice(self._items, many))
+            batch.extend(itertools.islice(items, many))
         except BaseException as problem:
             if not self._fed:
                 raise
             error = problem
         if error is not None or many is None or len(batch) < many:
             self._items = None
-        self._feed.add_items(self._run, batch, last=self._items is None)
-        self._fed += len(batch)
+        try:
+            self._feed.add_items(self._run, batch, last=self._items is None)
+        except RuntimeError as problem:  # the pool was shut down, or is broken
+            if not self._fed:
+                raise
+            self._items, error = None, problem
+        else:
+            self._fed += len(batch)
         self._error = error

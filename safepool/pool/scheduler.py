@@ -170,7 +170,7 @@ class Scheduler:
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
-        self._dispatch = Dispatch()
+        self._dispatch = Dispatch(self._settled)
         self._pace = Pace()
         self._hire_not_before = 0.0
         self._failed_starts = 0
@@ -259,7 +259,8 @@ class Scheduler:
 
     def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
         results = self._open.pop(iterator, None)
-        if results is not None:
+        # A generator's weak references are told of its end before its own finally.
+        if results is not None and not results.seen:
             results.finish()
 
     def add_items(self, run: MapRun, items: Sequence[Item], *, last: bool) -> None:
@@ -308,7 +309,9 @@ class Scheduler:
         """
         if os.getpid() != self._pid:  # race G: the lock may be held for ever here
             return
-        if not (cancel or end or self._closing):
+        # Not in the scheduler's own thread (race D): the items may be results of this pool.
+        ours = threading.current_thread() is self._thread
+        if not (cancel or end or ours or self._closing):
             # What the standard pool has taken from its iterators by now.
             for results in [*self._open.values()]:
                 results.finish()
@@ -364,7 +367,8 @@ class Scheduler:
     def _check_open(self) -> None:
         if self._broken is not None:
             raise fresh(self._broken)
-        if self._exiting or has_exited():
+        # Until its own exit() a pool that runs can take what is left of its maps.
+        if self._exiting or (self._thread is None and has_exited()):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
@@ -408,7 +412,7 @@ class Scheduler:
         try:
             while self._step(staff):
                 self._listen(staff, self._patience(staff))
-            self._cancel_all()  # what has waited when the pool was ended in the middle of a step
+            self._cancel_waiting()  # the pool may have been ended in the middle of a step
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
@@ -424,11 +428,9 @@ class Scheduler:
         with self._lock:
             self._news = False
             closing, ending = self._closing, self._ending
-            cancelling = self._cancelling
             to_kill, self._to_kill = self._to_kill, []
             ended_runs, self._ended_runs = self._ended_runs, []
-        if cancelling:
-            self._cancel_all()
+        self._cancel_waiting()
         if ending:
             return False
         while self._dropped_runs:
@@ -444,12 +446,15 @@ class Scheduler:
         self._shrink(staff)
         self._end_the_overdue(staff)
         self._take_back_from_the_slow(staff)
+        self._cancel_waiting()  # what was taken back above is not to be sent again
         self._hand_out(staff)
         if self._ending:  # broken meanwhile
             return False
         return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
 
-    def _cancel_all(self) -> None:
+    def _cancel_waiting(self) -> None:
+        if not self._cancelling:
+            return
         with self._lock:
             waiting = self._backlog.clear()
         for entry in waiting:
@@ -513,15 +518,18 @@ class Scheduler:
 
     def _shrink(self, staff: Staff) -> None:
         """Let workers go that are too many or too large: between two tasks, never in one."""
-        staying = [worker for worker in staff if not worker.leaving]
-        shrinking = len(staying) > self._size
-        for worker in staying:
-            if (shrinking or worker.retiring) and worker.ledger.owed > 1:
+        shrinking = sum(not worker.leaving for worker in staff) > self._size
+        for worker in staff:
+            if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
+            # Nothing that it owed may have begun; then no answer brings its end.
+            if worker.retiring and _is_idle(worker):
+                staff.stop(worker)
         if not shrinking:
             return
+        staying = [worker for worker in staff if not worker.leaving]
         idle = [worker for worker in staying if _is_idle(worker)]
-        for worker in idle[: len(staying) - self._size]:
+        for worker in idle[: max(0, len(staying) - self._size)]:
             staff.stop(worker)
 
     # Tasks to workers.
@@ -541,6 +549,8 @@ class Scheduler:
     def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
         """Send a worker what it has room for; return whether it may have room for more."""
         ledger = worker.ledger
+        # A large task that was taken back is nobody's any more.
+        worker.exclusive = worker.exclusive and ledger.owed > 0
         if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
             return False
         if ledger.owed and worker.board is None:
@@ -636,7 +646,10 @@ class Scheduler:
         if board is None:
             return
         board.revoke(ledger.last)
-        self._settle_records(staff, worker, board.peek(), peeked=True)
+        try:
+            self._settle_records(staff, worker, board.peek(), peeked=True)
+        except ValueError as error:
+            staff.distrust(worker, error)
         self._wait_again(ledger.take_back(board.claimed))
 
     def _wait_again(self, works: Sequence[Task | Span]) -> None:
@@ -657,7 +670,7 @@ class Scheduler:
         kind, position, segments = frame
         match kind:
             case Kind.RESULTS:
-                self._settle_records(staff, worker, segments[0])
+                self._settle_records(staff, worker, b"".join(segments))
             case Kind.VALUES:
                 self._settle_values(staff, worker, position, segments)
             case Kind.RESULT | Kind.EXCEPTION:
@@ -684,7 +697,9 @@ class Scheduler:
         ledger = worker.ledger
         head = ledger.head
         if head is not None and head.position + head.done == position:
-            self._wait_again(ledger.take_back(position - 1))
+            # It alone, with what was to follow in the same message: what was sent since then
+            # is not revoked, and may have begun.
+            self._wait_again([ledger.withdraw()])
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""
@@ -693,9 +708,8 @@ class Scheduler:
             if worker.ledger.last >= position:
                 return  # taken back meanwhile
             raise CorruptFrameError(f"position {position} was not sent")
-        back = worker.ledger.take_back(position - 1)
-        alone = [head.only(place) for place in range(head.count)]
-        self._wait_again([*alone, *back[1:]])
+        worker.ledger.withdraw()  # not what is behind it: the worker goes on with that
+        self._wait_again([head.only(place) for place in range(head.count)])
 
     def _settle_records(
         self,
@@ -799,9 +813,9 @@ class Scheduler:
             staff.stop(worker)
 
     def _settled(self, run: MapRun, count: int = 1) -> None:
-        run.unsettled -= count
-        if run.fed and not run.unsettled:
-            with self._lock:
+        with self._lock:  # the caller's thread may be queueing further calls
+            run.unsettled -= count
+            if run.fed and not run.unsettled:
                 self._ended_runs.append(run)
                 self._news = True
 
@@ -849,6 +863,11 @@ class Scheduler:
                         worker.condemned = worker.condemned or RuntimeError("cancelled")
                         worker.leaving = True
                         end_with_descendants(worker)
+                    elif any(owed is work for owed in worker.ledger):
+                        # What was before it has ended, and its answers are on their way:
+                        # only then is it sure that the signal meets this task.
+                        with self._lock:
+                            self._to_kill.append(future)
                     return
 
     def _condemn(
@@ -981,6 +1000,7 @@ class Scheduler:
                 for worker in staff:
                     staff.end(worker, at_once=self._ending == "kill")
             self._listen(staff, None)
+            self._cancel_waiting()  # what was sent ahead to a worker that was ended
 
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked while this pool works must not keep."""

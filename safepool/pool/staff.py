@@ -170,7 +170,7 @@ class Staff:
         try:
             worker.channel.send(pieces)
         except ChannelClosedError:
-            self._disconnect(worker)
+            self._send_no_more(worker)
             return False
         self._watch(worker)
         return True
@@ -265,13 +265,12 @@ class Staff:
                 yield worker, frame
                 if worker.channel.fileno() < 0:  # distrusted for what that frame said
                     return
-            worker.channel.flush()
         except ChannelClosedError:
             self._disconnect(worker)
         except (CorruptFrameError, MemoryError) as error:
             self.distrust(worker, error)
         else:
-            self._watch(worker)
+            self.send(worker, [])  # what waits
 
     def _see_off(self, worker: Worker) -> Iterator[tuple[Worker, Frame | Ended]]:
         if worker.channel.fileno() >= 0:
@@ -293,10 +292,19 @@ class Staff:
 
     def _disconnect(self, worker: Worker) -> None:
         """The channel is of no more use; how the worker ends is still to come (race A)."""
-        worker.leaving = True
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
             worker.channel.close()
+        self._expect_the_end(worker)
+
+    def _send_no_more(self, worker: Worker) -> None:
+        """The worker reads no more; what it has sent before is still to be read (race B)."""
+        worker.channel.drop_unsent()
+        self._watch(worker)
+        self._expect_the_end(worker)
+
+    def _expect_the_end(self, worker: Worker) -> None:
+        worker.leaving = True
         soon = time.monotonic() + _ENDING_S
         worker.deadline = soon if worker.deadline is None else min(worker.deadline, soon)
 
@@ -319,6 +327,7 @@ class Staff:
 
     def _forget(self, worker: Worker) -> int | None:
         del self._workers[worker.pid]
+        worker.leaving = True  # nothing is sent to it, whatever its last results bring about
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
         if worker.sentinel is not None:

@@ -49,14 +49,18 @@ class PoolFuture(Future[Any]):
             if self._state == _base.RUNNING:
                 self._state = _base.PENDING
 
+    def cancelled_and_notified(self) -> bool:
+        """Tell whether whoever waits has been told of the cancellation."""
+        return self._state == _base.CANCELLED_AND_NOTIFIED
+
     def cancel_running(self) -> bool:
         """Become cancelled though a worker runs it; ``False`` if it has ended."""
         with self._condition:
             if self._state not in (_base.PENDING, _base.RUNNING):
                 return False
             self._state = _base.CANCELLED
-        self.set_running_or_notify_cancel()
-        with self._condition:
+            # In the same breath: the scheduler's thread may ask the same question.
+            self.set_running_or_notify_cancel()
             self._condition.notify_all()
         self._invoke_callbacks()  # type: ignore[attr-defined]
         return True
@@ -130,6 +134,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def begin(future: PoolFuture) -> bool:
     """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else."""
+    if future.cancelled_and_notified():
+        return False
     try:
         return future.set_running_or_notify_cancel()
     except (InvalidStateError, RuntimeError):

@@ -98,6 +98,10 @@ class Channel:
                 sent -= len(piece)
                 self._unsent.popleft()
 
+    def drop_unsent(self) -> None:
+        """Forget what waits for the other end: it reads no more."""
+        self._unsent.clear()
+
     def receive(self, *, everything: bool = False) -> Iterator[Frame]:
         """Yield frames that have arrived, or on a blocking socket wait for some.
 

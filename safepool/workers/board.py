@@ -5,9 +5,9 @@ begins and what it has finished; the pool reads that when the worker is dead, st
 chalks up what it takes back. Nothing on it is ever waited for and no lock exists, so a worker
 that is killed at any instruction leaves the board readable.
 
-    0          8        16       24        32         40
-    | claimed  | since  | began  | revoked | era      | filled  | ... | results
-    | position | ns     | pos.   | pos.    | counter  | bytes   |     | since the last flush
+    0          8        16       24        32                  40
+    | claimed  | since  | began  | revoked | era, filled       | ... | results
+    | position | ns     | pos.   | pos.    | flushes, bytes    |     | since the last flush
 
 All cells are u64, written by the worker, but ``revoked``: by the pool. Positions count what was
 sent to this worker, from 1.
@@ -19,9 +19,11 @@ Two agreements rest on the order of memory accesses:
               lets its read overtake its write. A fence in the worker for every task would
               cost more than a tiny task; so the pool pays for both: membarrier(2) makes every
               processor that runs a registered process pass a fence.
-    results   The worker writes a record and then ``filled``; before it uses the space again it
-              raises ``era``. The pool copies, passes the barrier, and throws the copy away if
-              ``era`` has changed: then the results are on their way as a frame.
+    results   The worker writes a record and then how many bytes are filled; with each flush it
+              sets that to zero and the era, in the same cell, one further, before it uses the
+              space again. The pool reads the cell, passes the barrier, copies, passes the
+              barrier, and throws the copy away if the era has changed: then the results are
+              on their way as a frame.
 
 The same unnamed file takes faulthandler's report, behind the board: a crash is written down by a
 process that can do nothing else any more.
@@ -50,8 +52,12 @@ if TYPE_CHECKING:
 
 __all__ = ["STACK_SIGNAL", "Board", "barrier", "records_of", "register"]
 
-_CLAIMED, _SINCE, _BEGAN, _REVOKED, _ERA, _FILLED = range(6)
+_CLAIMED, _SINCE, _BEGAN, _REVOKED, _FILLED = range(5)
 _CELLS_BYTES = 64
+# The last cell's lower half; the era is above it. In one cell, so that nobody ever sees the
+# bytes of one era with the number of the next.
+_FILLED_MASK = (1 << 32) - 1
+_CELL_MASK = (1 << 64) - 1
 # Larger results go as a frame of their own. Large enough for a few hundred small ones: that
 # many are flushed in one message.
 _BYTES = 64 * 1024
@@ -144,23 +150,23 @@ class Board:
     def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
         """Leave a result for the next flush; ``False`` if there is no room for it."""
         cells = self._cells
-        begin = cells[_FILLED]
+        filled = cells[_FILLED]
+        begin = filled & _FILLED_MASK
         end = begin + _RECORD.size + len(pickled)
         if end > len(self._results):
             return False
         _RECORD.pack_into(self._results, begin, position, microseconds, len(pickled), kind)
         self._results[begin + _RECORD.size : end] = pickled
-        cells[_FILLED] = end
+        cells[_FILLED] = filled + end - begin
         return True
 
     def published(self) -> bytes:
         """Return the records since the last flush."""
-        return bytes(self._results[: self._cells[_FILLED]])
+        return bytes(self._results[: self._cells[_FILLED] & _FILLED_MASK])
 
     def flushed(self) -> None:
         """Use the space again: what was published has been sent."""
-        self._cells[_ERA] += 1
-        self._cells[_FILLED] = 0
+        self._cells[_FILLED] = ((self._cells[_FILLED] | _FILLED_MASK) + 1) & _CELL_MASK
 
     # What the pool reads and writes.
 
@@ -188,10 +194,11 @@ class Board:
 
         Passes the barrier, so that what :attr:`claimed` says afterwards is later.
         """
-        era = self._cells[_ERA]
-        records = self.published()
+        before = self._cells[_FILLED]
+        barrier()  # all records that it counts are there
+        records = bytes(self._results[: before & _FILLED_MASK])
         barrier()
-        return records if self._cells[_ERA] == era else b""
+        return records if self._cells[_FILLED] >> 32 == before >> 32 else b""
 
     def fault(self) -> str:
         """Return what faulthandler has written, empty if nothing."""

@@ -74,8 +74,19 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
 
 
 def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object]]:
-    """Return microseconds and values of a frame of :func:`values_frame`."""
-    return _SPENT.unpack(segments[0])[0], pickle.loads(segments[1])
+    """Return microseconds and values of a frame of :func:`values_frame`.
+
+    Raises:
+        CorruptFrameError: It is none.
+    """
+    try:
+        head, pickled = segments
+        spent, values = _SPENT.unpack(head)[0], pickle.loads(pickled)
+    except Exception as error:
+        raise CorruptFrameError(f"a frame of values that cannot be read: {error!r}") from error
+    if not isinstance(values, list) or not values:
+        raise CorruptFrameError(f"a frame of values that holds {values!r}")
+    return spent, values
 
 
 def read_tasks(segments: Sequence[bytes | bytearray]) -> Iterator[tuple[int, memoryview]]:

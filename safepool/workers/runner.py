@@ -163,6 +163,7 @@ class Runner:
         try:
             items = loads(segments[1:])
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
+            self._leave_if_forked()
             self._channel.send(encode(Kind.UNREADABLE, position))
             return
         segments.clear()
@@ -189,8 +190,12 @@ class Runner:
     def _claim(self, position: int) -> bool:
         self._cap.recheck()  # what the task before has loaded
         board = self._board
+        if self._forked:  # while it read the arguments: the call is the worker's
+            os._exit(0)
         if board is None or board.claim(position, time.monotonic_ns()):
             return True
+        # What ended before goes first: the pool takes this for its turn.
+        self._flush()
         self._channel.send(encode(Kind.SKIPPED, position))
         return False
 

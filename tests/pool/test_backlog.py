@@ -1,0 +1,129 @@
+"""The backlog and the pace: order, bounds, and that nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safepool.pool.backlog import Backlog
+from safepool.pool.mapping import MapRun, Span
+from safepool.pool.pace import Pace
+from safepool.pool.policy import NO_POLICY
+from safepool.pool.tasks import PoolFuture, Task
+
+
+def new_task(name: int) -> Task:
+    return Task(PoolFuture(), (abs, (name,), {}), f"f{name % 2}", NO_POLICY)
+
+
+def names_of(taken: Span | list[Task]) -> list[int]:
+    if isinstance(taken, Span):
+        return [item[0] for item in taken.items]
+    return [task.call[1][0] for task in taken if task.call]
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["task", "items", "take", "take", "take and put back"]),
+        st.integers(1, 9),
+        st.integers(1, 4),
+        st.integers(0, 9),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS, st.sampled_from([None, 1, 3]))
+def test_what_waits_is_taken_once_and_in_order(
+    steps: list[tuple[str, int, int, int]], at_once: int | None
+) -> None:
+    """Each source is a queue: what was put back comes before what came later."""
+    backlog = Backlog()
+    names = itertools.count()
+    run = MapRun(abs, "run", NO_POLICY, at_once)
+    waiting: dict[bool, list[int]] = {True: [], False: []}  # calls of the run, tasks
+    for step, count, among, room in steps:
+        if step == "task":
+            name = next(names)
+            waiting[False].append(name)
+            backlog.add(new_task(name))
+        elif step == "items":
+            items = [next(names) for _ in range(count)]
+            waiting[True] += items
+            backlog.add_items(run, [(item,) for item in items])
+        else:
+            taken = backlog.take(
+                lambda _, held, room=room: max(0, room - held), lambda _: 1, among, count
+            )
+            is_run = isinstance(taken, Span)
+            found = names_of(taken)
+            assert len(found) <= count
+            assert len(found) <= room or (is_run and at_once is not None)
+            assert bool(found) == bool(backlog or found) * (room > 0)
+            assert found == waiting[is_run][: len(found)]
+            if step == "take":
+                del waiting[is_run][: len(found)]
+            elif found:
+                backlog.put_back([taken] if isinstance(taken, Span) else taken)
+        left = len(waiting[True]) + len(waiting[False])
+        assert backlog.at_most(10**6) == left
+        assert backlog.at_most(2) == min(2, left)
+        assert bool(backlog) >= bool(left)
+
+
+def test_calls_of_a_run_that_nobody_wants_are_passed_over() -> None:
+    backlog = Backlog()
+    unwanted, wanted = MapRun(abs, "a", NO_POLICY, None), MapRun(abs, "b", NO_POLICY, None)
+    backlog.add_items(unwanted, [(1,), (2,), (3,)])
+    backlog.add_items(wanted, [(4,)])
+    span = backlog.take(lambda *_: 2, lambda _: 1, 1, 9)
+    assert isinstance(span, Span)
+    backlog.put_back([span])
+    unwanted.drop()
+
+    assert names_of(backlog.take(lambda *_: 2, lambda _: 1, 1, 9)) == [4]
+    assert not backlog
+
+
+def test_what_is_cleared_can_be_queued_again() -> None:
+    backlog = Backlog()
+    run = MapRun(abs, "run", NO_POLICY, None)
+    backlog.add_items(run, [(1,)])
+    assert backlog.clear() == [run]
+    backlog.add_items(run, [(2,)])
+
+    assert names_of(backlog.take(lambda *_: 9, lambda _: 1, 1, 9)) == [1, 2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**12), st.integers(1, 1000)), max_size=20),
+    st.integers(0, 10**8),
+)
+def test_room_is_bounded_by_time_and_by_number(notes: list[tuple[int, int]], held_ns: int) -> None:
+    """An idle worker always gets a call; a busy one never more than ten milliseconds of them."""
+    pace = Pace()
+    for nanoseconds, count in notes:
+        pace.note("f", nanoseconds, count)
+    each_ns = pace.expected_ns("f")
+    idle, busy = pace.room("f", held_ns, idle=True), pace.room("f", held_ns, idle=False)
+
+    assert 1 <= idle <= 2048
+    assert 0 <= busy <= idle
+    assert held_ns + busy * each_ns <= 10_000_000 or busy == 0
+    if notes:
+        averages = [nanoseconds / count for nanoseconds, count in notes]
+        assert min(averages) - 1 <= each_ns <= max(averages) + 1
+    else:
+        assert (idle, busy, each_ns) == (1, 0, 0)
+
+
+def test_functions_without_end_do_not_fill_the_memory() -> None:
+    pace = Pace()
+    for number in range(10_000):
+        pace.note(f"f{number}", 5)
+    kept: dict[str, Any] = vars(pace)["_nanoseconds"]
+    assert len(kept) <= 4096
+    assert pace.expected_ns("f9999") == 5

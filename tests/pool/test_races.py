@@ -1,0 +1,308 @@
+"""Races between the scheduler and its workers, each forced to be lost every time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import support_tasks as tasks
+
+from safepool import ProcessPool, WorkerDiedError
+from safepool.pool import scheduler as scheduler_module
+from safepool.pool.dispatch import Dispatch
+from safepool.pool.ledger import Ledger
+from safepool.pool.mapping import MapRun
+from safepool.pool.policy import NO_POLICY
+from safepool.pool.scheduler import Scheduler
+from safepool.pool.tasks import PoolFuture, Task, begin
+from safepool.workers.process import find_context
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTS = Path(__file__).parent.parent
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a board and /proc")
+
+
+def wait_for_state(pid: int, states: str) -> None:
+    """Wait until the system says that a process is stopped (T), a zombie (Z), or asleep (S)."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            stat = ") Z"
+        if stat.rpartition(")")[2].split()[0] in states:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"process {pid} did not get into a state of {states}")
+
+
+def make_known(pool: ProcessPool, *functions: Any) -> None:
+    """Let the pool know that calls of these are short, so that it sends them ahead."""
+    for function, *arguments in functions:
+        for _ in range(20):  # the first may be slow on a busy machine
+            pool.submit(function, *arguments).result(timeout=30)
+
+
+def staff_fully(pool: ProcessPool, size: int) -> set[int]:
+    """Return the ids of this many workers, all ready."""
+    while sum(worker.ready for worker in pool._scheduler.workers()) < size:
+        for future in [pool.submit(tasks.pid_after, 0.02) for _ in range(2 * size)]:
+            future.result(timeout=30)
+    return set(pool._processes)
+
+
+class Gate:
+    """A callback that keeps the scheduler's thread until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.open = threading.Event()
+
+    def __call__(self, _future: Future[Any]) -> None:
+        self.reached.set()
+        self.open.wait(30)
+
+
+@on_linux
+def test_an_answer_under_way_is_read_when_the_next_task_meets_a_dead_worker() -> None:
+    """The worker has answered and died; a failed send must not throw the answer away."""
+    gate = Gate()
+    with ProcessPool(2) as pool:
+        make_known(pool, (tasks.sleep_and_return, 0.0), (tasks.square, 2))
+        pids = staff_fully(pool, 2)
+        held = pool.submit(tasks.pid_after, 0.1)
+        held.add_done_callback(gate)
+        # 20 KB: too large for the board, so it goes as a frame of its own.
+        answered = pool.submit(tasks.sleep_and_return, 0.3, bytes(20_000))
+        assert gate.reached.wait(30)
+        (busy,) = pids - {held.result(timeout=0)}
+        time.sleep(0.5)
+        wait_for_state(busy, "S")
+        os.kill(busy, signal.SIGKILL)
+        wait_for_state(busy, "Z")
+        # More than the other worker has room for, so that this one is sent some as well.
+        later = [pool.submit(tasks.square, n) for n in range(3000)]
+        gate.open.set()
+
+        assert len(answered.result(timeout=30)) == 20_000
+        assert [future.result(timeout=30) for future in later] == [n * n for n in range(3000)]
+
+
+def test_what_follows_a_batch_that_cannot_be_read_is_not_run_twice(tmp_path: Path) -> None:
+    """The worker goes on with what is behind it, so that must not be taken back."""
+    log = str(tmp_path / "log")
+    items: list[Any] = [*range(20)]
+    items[3] = tasks.RaisesWhenUnpickled()
+    with ProcessPool(1) as pool:
+        make_known(pool, (tasks.append_line, log, "before"))
+        results = pool.map(tasks.append_line, itertools.repeat(log, 20), items, chunksize=5)
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        time.sleep(0.2)
+        pool.submit(tasks.square, 1).result(timeout=30)
+
+    lines = Path(log).read_text().split()
+    assert sorted(lines) == sorted(set(lines) - {"before"}) + ["before"] * 20
+
+
+@on_linux
+def test_what_was_sent_ahead_is_cancelled_when_the_workers_are_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits in no queue any more, and nobody else would ever end it."""
+    monkeypatch.setattr(scheduler_module, "_LONG_NS", 10**12)
+    with ProcessPool(1) as pool:
+        make_known(pool, (tasks.sleep_and_return, 0.0))
+        running = pool.submit(tasks.sleep_and_return, 30)
+        futures = [pool.submit(tasks.sleep_and_return, 0.0) for _ in range(8)]
+        results = pool.map(tasks.sleep_and_return, [0.0] * 8)
+        while not futures[-1].running():
+            time.sleep(0.001)
+        pool._scheduler.shut_down(wait=True, end="terminate")
+
+        assert isinstance(running.exception(timeout=0), WorkerDiedError)
+        assert all(future.cancelled() for future in futures)
+        with pytest.raises(CancelledError):
+            next(results)
+
+
+@on_linux
+def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scheduler cancels what waits, and then finds more: they must not vanish."""
+    monkeypatch.setattr(scheduler_module, "_LONG_NS", 10**12)
+    monkeypatch.setattr(scheduler_module, "_LONG_WHILE_IDLE_NS", 10**12)
+    gate = Gate()
+    with ProcessPool(2) as pool:
+        staff_fully(pool, 2)
+        results = pool.map(tasks.sleep_and_return, [0.6, *[0.0] * 9], chunksize=10)
+        held = pool.submit(tasks.pid_after, 0.1)
+        held.add_done_callback(gate)
+        assert gate.reached.wait(30)
+        pool.shutdown(wait=False, cancel_futures=True)
+        monkeypatch.setattr(scheduler_module, "_LONG_WHILE_IDLE_NS", 1)
+        gate.open.set()
+
+        assert next(results) is None
+        with pytest.raises(CancelledError):
+            next(results)
+
+
+@on_linux
+def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> None:
+    with ProcessPool(1) as pool:
+        pid = pool.submit(tasks.pid).result(timeout=30)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            large = pool.submit(len, bytes(20_000_000))
+            while not large.running():
+                time.sleep(0.001)
+            assert pool._scheduler.kill(large)
+            time.sleep(0.1)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@on_linux
+def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
+    """It is too large, and all that it still owes can be taken back: then it owes nothing."""
+    with ProcessPool(1, max_memory_per_worker=1) as pool:
+        make_known(pool, (tasks.do, tasks.pid))
+        first = pool.submit(tasks.do, tasks.stop_after_answer)
+        others = [pool.submit(tasks.do, tasks.pid) for _ in range(5)]
+        pid = first.result(timeout=30)
+        wait_for_state(pid, "T")
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGCONT)
+
+        assert pid not in [future.result(timeout=30) for future in others]
+
+
+def new_scheduler() -> Scheduler:
+    return Scheduler(
+        workers=1,
+        context=find_context(None),
+        environment={},
+        threads=1,
+        initializer=None,
+        initargs=(),
+        tasks_per_worker=None,
+    )
+
+
+def new_task() -> Task:
+    future = PoolFuture()
+    begin(future)
+    return Task(future, (tasks.square, (1,), {}), "square", NO_POLICY)
+
+
+def test_a_kill_waits_for_the_answers_before_it() -> None:
+    """While another task is the next to be answered the signal could meet that one."""
+    scheduler = new_scheduler()
+    before, wanted = new_task(), new_task()
+    worker: Any = SimpleNamespace(ledger=Ledger(), board=None)
+    worker.ledger.give(before)
+    worker.ledger.give(wanted)
+    staff: Any = [worker]
+
+    scheduler._end_task(staff, wanted.future)
+
+    assert scheduler._to_kill == [wanted.future]
+
+
+def test_a_cancelled_task_in_the_queue_is_passed_over_in_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    future = PoolFuture()
+    assert future.cancel_running()
+    assert not begin(future)
+    assert not caplog.records
+
+
+def test_a_cancellation_and_the_beginning_of_a_task_may_meet() -> None:
+    """Neither raises; whoever waits is told once."""
+    for _ in range(2000):
+        future = PoolFuture()
+        thread = threading.Thread(target=begin, args=(future,))
+        thread.start()
+        assert future.cancel_running()
+        thread.join()
+        assert future.cancelled()
+
+
+def test_calls_that_cannot_be_pickled_are_settled() -> None:
+    """Else their map never ends, and its function stays in every worker."""
+    settled: list[int] = []
+    run = MapRun(tasks.square, "square", NO_POLICY, 2)
+    run.waiting.extend([(threading.Lock(),)])
+    worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
+
+    Dispatch(lambda _, count: settled.append(count)).pack_span(worker, run.cut(1))
+
+    assert settled == [1]
+    with pytest.raises(TypeError, match="lock"):
+        run.take(0, None)
+
+
+def test_leaving_a_map_early_takes_no_more_items() -> None:
+    """A generator of any length is read no further."""
+    taken = 0
+
+    def items() -> Iterator[int]:
+        nonlocal taken
+        while taken < 100_000:
+            taken += 1
+            yield taken
+
+    with ProcessPool(1) as pool:
+        for result in pool.map(tasks.square, items()):
+            assert result == 1
+            break
+        assert taken < 10_000
+
+
+def test_a_map_whose_items_shut_the_pool_down_ends() -> None:
+    def items() -> Iterator[int]:
+        yield from range(300)
+        pool.shutdown(wait=False)
+        yield from range(300, 310)
+
+    with ProcessPool(1) as pool:
+        results = pool.map(tasks.square, items())
+        found: list[int] = []
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            found.extend(results)
+    assert found == [n * n for n in range(256)]
+
+
+def test_a_generators_calls_that_nobody_looked_at_run_before_the_program_ends(
+    tmp_path: Path,
+) -> None:
+    """As the standard pool's, which takes all items at once."""
+    script = f"""
+        import sys
+        sys.path.insert(0, {str(TESTS)!r})
+        import support_tasks as tasks, safepool
+        pool = safepool.ProcessPool(1)
+        unseen = pool.map(tasks.append_line, ["log"] * 1000, (n for n in range(1000)))
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=True, timeout=60
+    )
+    assert len((tmp_path / "log").read_text().split()) == 1000
