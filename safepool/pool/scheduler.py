@@ -63,6 +63,7 @@ from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
 from safepool.pool.mapping import MapRun, Results, Span
+from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
@@ -97,6 +98,8 @@ _RETRY_S = 1.0
 # worker is idle.
 _LONG_NS = 5_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
+# What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
+_KILLED = -9
 # Between two looks at the memory of a worker that has a limit for it.
 _MEMORY_LOOK_NS = 200_000_000
 
@@ -168,6 +171,7 @@ class Scheduler:
         self._staff: Staff | None = None
         self._dispatch = Dispatch()
         self._pace = Pace()
+        self._oom = OutOfMemoryWatch()
         self._hire_not_before = 0.0
         self._failed_starts = 0
         # Set when the first worker was started, or never will be (race F).
@@ -569,6 +573,7 @@ class Scheduler:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
+        self._oom.look()
         try:
             initialize = payloads.dumps(self._initialize, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code
@@ -846,6 +851,8 @@ class Scheduler:
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
         ledger, board = worker.ledger, worker.board
+        if exitcode == _KILLED and not worker.ended_by_us:
+            worker.oom = self._oom.explain()
         fault, back = "", list[Task | Span]()
         if board is not None:
             try:
@@ -866,13 +873,13 @@ class Scheduler:
         if lost and self._break_on_death and not (self._ending or worker.condemned):
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {worker.pid} {describe_exit(exitcode)}"
+                f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
             )
             self._break(staff, problem)
         if lost or worker.ready or worker.dismissed:
-            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode))
+            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
         else:
-            ending = f"{worker.pid} {describe_exit(exitcode)}"
+            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)}"
             _log.warning("worker %s before it was initialized", ending)
             self._failed_starts += 1
             if self._failed_starts == _MOST_FAILED_STARTS:
@@ -880,6 +887,8 @@ class Scheduler:
                     f"{_MOST_FAILED_STARTS} workers in a row ended before they were "
                     f"initialized; the last, {ending}"
                 )
+                if worker.oom is not None:
+                    reason += f": {worker.oom}"
                 self._break(staff, PoolBrokenError(reason))
 
     def _lost(
@@ -901,12 +910,12 @@ class Scheduler:
                 _log.warning(
                     "worker %d %s while it ran %s, which is run again",
                     worker.pid,
-                    describe_exit(exitcode),
+                    describe_exit(exitcode, worker.oom),
                     work.name,
                 )
                 self._wait_again([again])
                 return
-            error = WorkerDiedError(worker.pid, exitcode, work.name, fault)
+            error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
             error.__cause__ = worker.fault
         quiet = self._ending or worker.condemned is not None
         _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)

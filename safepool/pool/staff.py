@@ -30,6 +30,7 @@ from safepool.workers.tree import end_with_descendants
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from safepool.errors import OutOfMemory
     from safepool.pool.mapping import Span
     from safepool.pool.tasks import Task
     from safepool.transport.frames import Frame
@@ -71,7 +72,8 @@ class Worker(WorkerProcess):
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
-        fault: Why the pool ended it, if what it sent could not be read.
+        fault: Why the pool ended it, if what it sent could not be read or no more could come.
+        oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
     """
@@ -87,6 +89,7 @@ class Worker(WorkerProcess):
     dismissed: bool = False
     terminated: bool = False
     fault: BaseException | None = None
+    oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
 
@@ -95,6 +98,11 @@ class Worker(WorkerProcess):
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
+
+    @property
+    def ended_by_us(self) -> bool:
+        """Whether a signal that ended it can be the pool's own."""
+        return self.terminated or self.condemned is not None or self.fault is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +323,10 @@ class Staff:
                     end_with_descendants(worker)
                     continue
                 _log.info("worker %d did not end in time and is killed", worker.pid)
+                if worker.channel.fileno() < 0:
+                    worker.fault = worker.fault or ChannelClosedError(
+                        "it had closed its channel, so nothing could come of it"
+                    )
                 worker.end(_KILL)
 
     def _forget(self, worker: Worker) -> int | None:
