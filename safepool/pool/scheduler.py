@@ -98,6 +98,9 @@ _RETRY_S = 1.0
 # worker is idle.
 _LONG_NS = 5_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
+# A task that a worker has not come to after so long goes to another that is idle. It may be
+# stopped; it may also import what the task needs, then two of them do.
+_UNHEARD_NS = 1_000_000_000
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
 # Between two looks at the memory of a worker that has a limit for it.
@@ -473,9 +476,12 @@ class Scheduler:
         busy = [worker for worker in staff if worker.ledger.owed]
         if self._follow is not None and (self._backlog or busy):
             times.append(self._follow_at)
+        idle = any(_is_idle(worker) for worker in staff)
         if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
-            idle = any(_is_idle(worker) for worker in staff)
             times.append(now + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS) / 1e9)
+        if idle:
+            unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
+            times += [(worker.sent_ns + _UNHEARD_NS) / 1e9 for worker in unheard]
         for worker in busy:
             due_s = _due_in_s(worker)
             if due_s is not None:
@@ -521,7 +527,7 @@ class Scheduler:
         if not self._backlog:
             return
         staying = [worker for worker in staff if not worker.leaving]
-        ready = [worker for worker in staying if worker.ready]
+        ready = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
         ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
         for worker in ready[: self._size]:
@@ -600,11 +606,15 @@ class Scheduler:
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
         ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
-        if not ahead:
+        unheard = [w for w in staff if w.unheard and not w.exclusive]
+        if not (ahead or unheard):
             return
         idle = not self._backlog and any(_is_idle(worker) for worker in staff)
         long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS
         now = time.monotonic_ns()
+        for worker in unheard:
+            if idle and now - worker.sent_ns > _UNHEARD_NS:
+                self._take_back(staff, worker)
         for worker in ahead:
             board = worker.board
             assert board is not None
@@ -623,7 +633,11 @@ class Scheduler:
             return
         board.revoke(ledger.last)
         self._settle_records(staff, worker, board.peek(), peeked=True)
-        self._wait_again(ledger.take_back(board.claimed))
+        claimed = board.claimed
+        back = ledger.take_back(claimed)
+        if back:
+            worker.awaited = claimed + 1  # it will come to it, and say so (race J)
+        self._wait_again(back)
 
     def _wait_again(self, works: Sequence[Task | Span]) -> None:
         """Queue again what no worker has begun."""
@@ -652,7 +666,6 @@ class Scheduler:
                     run.tell()
             case Kind.READY:
                 worker.ready = True
-                self._failed_starts = 0
                 if not segments and worker.board is not None:
                     worker.board.close()
                     worker.board = None
@@ -779,6 +792,7 @@ class Scheduler:
     def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
         worker.exclusive = False
         worker.done += settled
+        self._failed_starts = 0
         if worker.done >= (self._tasks_per_worker or sys.maxsize) or self._is_too_large(worker):
             worker.retiring = True
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
@@ -876,16 +890,17 @@ class Scheduler:
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
             )
             self._break(staff, problem)
-        if lost or worker.ready or worker.dismissed:
+        if lost or worker.done or worker.dismissed or worker.condemned is not None:
+            self._failed_starts = 0 if lost else self._failed_starts
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
         else:
-            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)}"
-            _log.warning("worker %s before it was initialized", ending)
+            before = "it began a task" if worker.ready else "it was initialized"
+            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
+            _log.warning("worker %s", ending)
             self._failed_starts += 1
             if self._failed_starts == _MOST_FAILED_STARTS:
                 reason = (
-                    f"{_MOST_FAILED_STARTS} workers in a row ended before they were "
-                    f"initialized; the last, {ending}"
+                    f"{_MOST_FAILED_STARTS} workers in a row were of no use; the last, {ending}"
                 )
                 if worker.oom is not None:
                     reason += f": {worker.oom}"
@@ -984,7 +999,7 @@ def _descriptors_of_all_pools() -> Iterable[int]:
 
 
 def _is_idle(worker: Worker) -> bool:
-    return worker.ready and not worker.leaving and not worker.ledger.owed
+    return worker.ready and not worker.leaving and not worker.ledger.owed and not worker.silent
 
 
 def _due_in_s(worker: Worker) -> float | None:

@@ -65,6 +65,7 @@ class Worker(WorkerProcess):
         done: How many it has finished.
         functions: Numbers of the functions that it keeps.
         exclusive: What it holds must not be followed by anything.
+        awaited: The first position of what was taken back from it last.
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
@@ -81,6 +82,7 @@ class Worker(WorkerProcess):
     ready: bool = False
     done: int = 0
     exclusive: bool = False
+    awaited: int = 0
     sent_ns: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
@@ -98,6 +100,21 @@ class Worker(WorkerProcess):
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
+
+    @property
+    def unheard(self) -> bool:
+        """Whether it has not come to what it is to do next: stopped, or still reading it."""
+        work = self.ledger.head
+        return (
+            self.board is not None
+            and work is not None
+            and self.board.claimed < work.position + work.done
+        )
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not come to what was taken back from it: stopped, or in a long task."""
+        return self.board is not None and self.board.claimed < self.awaited
 
     @property
     def ended_by_us(self) -> bool:
@@ -121,13 +138,21 @@ class Staff:
 
     Args:
         start: Starts a worker process.
+
+    Raises:
+        OSError: No descriptor is left.
     """
 
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
         self._workers: dict[int, Worker] = {}
-        self._selector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()
+        try:
+            self._selector = selectors.DefaultSelector()
+        except OSError:
+            self._wake_receiver.close()
+            self._wake_sender.close()
+            raise
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["WorkerProcess", "find_context", "native_threads"]
 
 
+# Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
+# start method opens on the way.
+_START_DESCRIPTORS = 8
+
+
 def find_context(wanted: BaseContext | str | None) -> BaseContext:
     """Return the context that starts workers.
 
@@ -101,7 +106,13 @@ class WorkerProcess:
             OSError: The system gave no process or no descriptor.
         """
         self.board = board
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            if board is not None:
+                board.close()
+            raise
+        handle: Any = theirs
         shared: Any = None
         try:
             ours.setblocking(False)
@@ -116,11 +127,12 @@ class WorkerProcess:
                 (*foreign_descriptors, ours.fileno()) if forked else (),
             )
             self.process: Any = _create(context, arguments, environment)
+            _check_descriptors(ours.fileno())
             _start(self.process, context.get_start_method())
             handle.close()
         except BaseException:
             ours.close()
-            theirs.close()
+            handle.close()
             if board is not None:
                 board.close()
             raise
@@ -188,6 +200,24 @@ class WorkerProcess:
         except (ValueError, AttributeError):
             pass  # still running, or loky's, whose descriptors go with the object
         self.process = None
+
+
+def _check_descriptors(existing: int) -> None:
+    """Raise now what would be raised in the middle of a start, which then leaks its pipes.
+
+    Args:
+        existing: A descriptor, of which copies are made.
+
+    Raises:
+        OSError: There are fewer descriptors left than a start method opens.
+    """
+    spare: list[int] = []
+    try:
+        while len(spare) < _START_DESCRIPTORS:
+            spare.append(os.dup(existing))
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
 
 
 def _create(
