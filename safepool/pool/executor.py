@@ -79,7 +79,7 @@ class ProcessPool(Executor):
         max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
             a task ends is replaced. ``None`` does not ask.
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
-            as the standard pool does.
+            as the standard pool does, when a task is lost that has no retries left.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when

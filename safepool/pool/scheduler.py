@@ -32,7 +32,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
        another. Only a large one that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
        taken back before, so the signal meets this task or nothing; a result that was
-       left on the board counts.
+       left on the board before counts. One that comes later does not: the signal for the stack
+       may have cut short what the task was waiting for.
     J  A worker claims a task in the moment in which it is taken back: it finds so, says so
        (``SKIPPED``), and the task waits again.
 
@@ -459,6 +460,8 @@ class Scheduler:
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
+            if worker.condemned is not None:  # race I
+                continue
             try:
                 self._receive(staff, worker, news)
             except (CorruptFrameError, ValueError) as error:
@@ -870,7 +873,8 @@ class Scheduler:
         fault, back = "", list[Task | Span]()
         if board is not None:
             try:
-                self._settle_records(staff, worker, board.published())
+                if worker.condemned is None:  # race I
+                    self._settle_records(staff, worker, board.published())
             except ValueError as error:
                 worker.fault = worker.fault or error
             fault = board.fault()
@@ -882,9 +886,8 @@ class Scheduler:
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
-        for work, place in lost:
-            self._lost(worker, work, place, exitcode, fault)
-        if lost and self._break_on_death and not (self._ending or worker.condemned):
+        for_good = [self._lost(worker, *call, exitcode, fault) for call in lost]
+        if any(for_good) and self._break_on_death and not (self._ending or worker.condemned):
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
@@ -913,8 +916,8 @@ class Scheduler:
         place: int,
         exitcode: int | None,
         fault: str,
-    ) -> None:
-        """End a call that was lost with its worker, or queue it again."""
+    ) -> bool:
+        """End a call that was lost with its worker, or queue it again; return which."""
         error: BaseException
         if isinstance(worker.condemned, TaskTimeoutError):
             said = worker.condemned
@@ -929,17 +932,18 @@ class Scheduler:
                     work.name,
                 )
                 self._wait_again([again])
-                return
+                return False
             error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
             error.__cause__ = worker.fault
         quiet = self._ending or worker.condemned is not None
         _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
         if isinstance(work, Task):
             fail(work.future, error)
-            return
+            return True
         work.run.put_error(work.start + place, error)
         self._settled(work.run)
         work.run.tell()
+        return True
 
     def _again(self, work: Task | Span, place: int) -> Task | Span | None:
         """Return a lost call as it is to be queued again, if it may be."""

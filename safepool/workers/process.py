@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, Self
 
 from safepool.transport.channel import Channel
@@ -129,6 +131,9 @@ class WorkerProcess:
             self.process: Any = _create(context, arguments, environment)
             _check_descriptors(ours.fileno())
             _start(self.process, context.get_start_method())
+            # The pool sees to its end. multiprocessing would join it at the exit of the program,
+            # and at that of a fork of the program, where that fails with a traceback.
+            multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
             handle.close()
         except BaseException:
             ours.close()
@@ -278,6 +283,18 @@ class _NameWithEnvironment(str):
         return eval, (_SET_ENVIRONMENT, {"environment": self.environment, "name": str(self)})
 
 
+def _close_lost_pipe(error: OSError) -> None:
+    """Close the pipe that loky leaves open when the system has no process to give.
+
+    A pool that tries again every second would be out of descriptors some day. Source: loky
+    3.7.0, backend/popen_loky_posix.py, ``_launch``.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame, inner in itertools.pairwise(frames):
+        if (frame.f_code.co_name, inner.f_code.co_name) == ("_launch", "fork_exec"):
+            os.close(frame.f_locals["parent_w"])
+
+
 if sys.platform == "win32":
 
     def _start(process: Any, _method: str) -> None:
@@ -311,6 +328,9 @@ else:
         try:
             with _no_missing_streams():
                 process.start()
+        except OSError as error:
+            _close_lost_pipe(error)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

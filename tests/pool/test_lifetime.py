@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support_processes import still_alive
 
 TESTS = Path(__file__).parent.parent
 
@@ -45,24 +46,6 @@ def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
 
 def workers_of(line: str) -> list[int]:
     return [int(word) for word in line.split()]
-
-
-def still_alive(pids: list[int], *, after_s: float) -> list[int]:
-    """Return the processes that live on after so many seconds; a zombie does not live."""
-    deadline = time.monotonic() + after_s
-    while True:
-        alive = [pid for pid in pids if _is_alive(pid)]
-        if not alive or time.monotonic() > deadline:
-            return alive
-        time.sleep(0.01)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 # One row per kind of script people write. Each prints 285, from its own function.
