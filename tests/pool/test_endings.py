@@ -236,7 +236,7 @@ def test_one_item_of_a_map_costs_its_own_call(item: str, chunksize: int, tmp_pat
         assert pool.submit(tasks.pid).result(timeout=30) == worker
 
     noted = endings.lines(path)
-    assert noted[:5] == list("01234")
+    assert {*noted} >= {*"01234"}
     assert len(noted) == len(set(noted))
 
 

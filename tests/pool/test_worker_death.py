@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 import support_tasks as tasks
 
-import safepool
 from safepool import ProcessPool, WorkerDiedError
 
 if TYPE_CHECKING:
