@@ -173,6 +173,33 @@ def large_sum(data: bytes) -> int:
     return len(data)
 
 
+class SlowToFail:
+    """Unpickled, it raises after a while."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _fail_slowly, ()
+
+
+def _fail_slowly() -> None:
+    time.sleep(0.2)
+    raise ValueError("slow to fail")
+
+
+class SlowToRead:
+    """Unpickling it takes a while, and gives a number."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read_slowly, (self.seconds,)
+
+
+def _read_slowly(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
 class KillsWhenPickled:
     """As a result: its worker is killed while it pickles the answer."""
 

@@ -690,14 +690,16 @@ class Scheduler:
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""
+        worker.awaited = 0  # it will come to nothing more of this batch
         head = worker.ledger.head
         if not isinstance(head, Span) or head.position != position or head.done:
             if worker.ledger.last >= position:
                 return  # taken back meanwhile
             raise CorruptFrameError(f"position {position} was not sent")
-        back = worker.ledger.take_back(position - 1)
         alone = [head.only(place) for place in range(head.count)]
-        self._wait_again([*alone, *back[1:]])
+        for _ in alone:
+            worker.ledger.strike()  # this one only: the worker goes on with what is behind it
+        self._wait_again(alone)
 
     def _settle_records(
         self,
@@ -870,18 +872,8 @@ class Scheduler:
         ledger, board = worker.ledger, worker.board
         if exitcode == _KILLED and not worker.ended_by_us:
             worker.oom = self._oom.explain()
-        fault, back = "", list[Task | Span]()
-        if board is not None:
-            try:
-                if worker.condemned is None:  # race I
-                    self._settle_records(staff, worker, board.published())
-            except ValueError as error:
-                worker.fault = worker.fault or error
-            fault = board.fault()
-            back = ledger.take_back(board.began)
-        elif ledger.head is not None:
-            # It answers each call before it begins the next; this one it may have begun.
-            back = ledger.take_back(ledger.head.position + ledger.head.done)
+        back = self._have_back(staff, worker)
+        fault = "" if board is None else board.fault()
         lost = [ledger.strike() for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
@@ -908,6 +900,27 @@ class Scheduler:
                 if worker.oom is not None:
                     reason += f": {worker.oom}"
                 self._break(staff, PoolBrokenError(reason))
+
+    def _have_back(self, staff: Staff, worker: Worker) -> list[Task | Span]:
+        """Take what a worker that has ended had not begun, and the results that it left."""
+        ledger, board = worker.ledger, worker.board
+        if board is None:
+            if ledger.head is None:
+                return []
+            # It answers each call before it begins the next; this one it may have begun.
+            return ledger.take_back(ledger.head.position + ledger.head.done)
+        if worker.condemned is not None:  # race I
+            return ledger.take_back(board.claimed)  # begun, also if it was still reading
+        try:
+            self._settle_records(staff, worker, board.published())
+        except ValueError as error:
+            worker.fault = worker.fault or error
+        back = ledger.take_back(board.began)
+        if back and back[0].position == board.claimed and isinstance(back[0], Span):
+            # It died of what it read for several calls: which one's is found out by sending
+            # each alone.
+            return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
+        return back
 
     def _lost(
         self,

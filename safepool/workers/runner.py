@@ -150,17 +150,23 @@ class Runner:
 
     def _run_batch(self, position: int, segments: list[bytearray]) -> None:
         function = self._functions[function_of(segments)]
+        # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
+        if not self._claim(position, reading=True):
+            return
         try:
             items = loads(segments[1:])
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
             self._channel.send(encode(Kind.UNREADABLE, position))
             return
+        begun = position
+        if self._board is not None:
+            self._board.begin(begun)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
         claim, publish, clock = self._claim, self._publish, time.monotonic_ns
         with self._main:
             while items:
-                if not claim(position):
+                if position != begun and not claim(position):
                     return
                 try:
                     value = function(*items.pop())
@@ -176,10 +182,10 @@ class Runner:
                 self._answer(position, kind, answer)
                 position += 1
 
-    def _claim(self, position: int) -> bool:
+    def _claim(self, position: int, *, reading: bool = False) -> bool:
         self._cap.recheck()  # what the task before has loaded
         board = self._board
-        if board is None or board.claim(position, time.monotonic_ns()):
+        if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
             return True
         self._channel.send(encode(Kind.SKIPPED, position))
         return False

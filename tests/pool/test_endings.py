@@ -240,6 +240,49 @@ def test_one_item_of_a_map_costs_its_own_call(item: str, chunksize: int, tmp_pat
     assert len(noted) == len(set(noted))
 
 
+def test_items_that_are_slow_to_read_and_then_fail_do_not_go_round_for_ever() -> None:
+    """Their message is taken back while it is read; whose fault it is must be found out."""
+    items = [1, endings.SlowToFail(), 3, endings.SlowToFail(), 5, 6, 7, 8]
+    with ProcessPool(1) as pool:
+        results = pool.map(tasks.sleep_and_return, [0] * 8, items, chunksize=4)
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="slow to fail"):
+            next(results)
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_an_item_that_kills_its_reader_costs_its_own_call(place: int, tmp_path: Path) -> None:
+    """Not the one that its message begins with, and no worker after the other."""
+    path = str(tmp_path / "runs")
+    items: list[object] = [*range(8)]
+    items[place] = tasks.SlowToUnpickle(os.getpid())
+    with ProcessPool(1) as pool:
+        results = pool.map(endings.note_and_call, [path] * 8, items, chunksize=8)
+        assert [next(results) for _ in range(place)] == list(range(place))
+        with pytest.raises(WorkerDiedError):
+            next(results)
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+    assert len(endings.lines(path)) == len(set(endings.lines(path)))
+
+
+@linux
+def test_a_timeout_while_the_arguments_are_read() -> None:
+    with ProcessPool(1, timeout=0.5) as pool:
+        items = [endings.SlowToRead(60), endings.SlowToRead(0)]
+        results = pool.map(tasks.sleep_and_return, [0, 0], items, chunksize=2)
+        with pytest.raises(TaskTimeoutError):
+            next(results)
+        error = pool.submit(tasks.sleep_and_return, 0, endings.SlowToRead(60)).exception(
+            timeout=30
+        )
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+    assert isinstance(error, TaskTimeoutError)
+
+
 # A worker is stopped, and does not end.
 
 
