@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safepool.decorator import worker
     from safepool.errors import (
         MissingExtraError,
+        OutOfMemory,
         PoolBrokenError,
         RemoteTaskError,
         SafepoolError,
@@ -37,6 +38,7 @@ __all__ = [
     "Limit",
     "Limits",
     "MissingExtraError",
+    "OutOfMemory",
     "PoolBrokenError",
     "ProcessPool",
     "RemoteTaskError",
@@ -56,6 +58,7 @@ _HOMES = {
     "Limit": "safepool.limits",
     "Limits": "safepool.limits",
     "MissingExtraError": "safepool.errors",
+    "OutOfMemory": "safepool.errors",
     "PoolBrokenError": "safepool.errors",
     "ProcessPool": "safepool.pool.executor",
     "RemoteTaskError": "safepool.errors",

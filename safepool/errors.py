@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 
 __all__ = [
     "MissingExtraError",
+    "OutOfMemory",
     "PoolBrokenError",
     "RemoteTaskError",
     "SafepoolError",
@@ -50,6 +52,48 @@ class UnreadableLimitError(SafepoolError, ValueError):
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemory:
+    """What the kernel has counted when its out-of-memory killer took a worker.
+
+    Attributes:
+        kills_before: Processes of the pool's group that it had killed before.
+        kills: And afterwards: more than one may have been taken at once.
+        source: The file that tells, ``oom_kill`` in ``memory.events`` (version 1:
+            ``memory.oom_control``).
+        limit_bytes: The ceiling that was used up; ``None`` if no group that can be seen has
+            met its own: then it was one that cannot be seen, or the machine's memory.
+        used_bytes: The most that the group with the ceiling has used so far, page cache
+            included; ``None`` if not told.
+        group: Directory of the group with the ceiling, else of the pool's own group.
+    """
+
+    kills_before: int
+    kills: int
+    source: str
+    limit_bytes: int | None
+    used_bytes: int | None
+    group: str
+
+    def __str__(self) -> str:
+        counted = f"oom_kill {self.kills_before} -> {self.kills}"
+        if self.limit_bytes is None:
+            return (
+                "no limit that can be seen was used up, so the machine's memory was, or a "
+                f"limit above {self.group} ({counted} in {self.source})"
+            )
+        used = (
+            "" if self.used_bytes is None else f"{_mebibytes(self.used_bytes)} used at the peak, "
+        )
+        told = f"{used}{counted}"
+        if not self.source.startswith(f"{self.group}/memory."):
+            told += f" in {self.source}"
+        return (
+            f"the limit of {_mebibytes(self.limit_bytes)} in {self.group} was used up ({told}). "
+            "Fewer workers leave more to each: see max_workers= and memory_per_worker="
+        )
+
+
 class WorkerDiedError(SafepoolError, BrokenProcessPool):
     """The worker that ran this task ended before it gave a result.
 
@@ -62,17 +106,29 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         task: What the worker was running, such as ``"package.module.function"``.
         stack: The Python stack in which a crash in native code left the worker, as
             :mod:`faulthandler` writes it; empty if there was no such crash.
+        oom: What the kernel's out-of-memory killer has counted, if it was that.
     """
 
-    def __init__(self, pid: int, exitcode: int | None, task: str, stack: str = "") -> None:
-        super().__init__(pid, exitcode, task, stack)
+    def __init__(
+        self,
+        pid: int,
+        exitcode: int | None,
+        task: str,
+        stack: str = "",
+        oom: OutOfMemory | None = None,
+    ) -> None:
+        super().__init__(pid, exitcode, task, stack, oom)
         self.pid = pid
         self.exitcode = exitcode
         self.task = task
         self.stack = stack
+        self.oom = oom
 
     def __str__(self) -> str:
-        told = f"worker {self.pid} {describe_exit(self.exitcode)} while it ran {self.task}"
+        ending = describe_exit(self.exitcode, self.oom)
+        told = f"worker {self.pid} {ending} while it ran {self.task}"
+        if self.oom is not None:
+            told += f": {self.oom}"
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
 
@@ -150,11 +206,12 @@ class MissingExtraError(SafepoolError, ImportError):
         return f"{self.package} is not installed. Install it with: {self.remedy}"
 
 
-def describe_exit(exitcode: int | None) -> str:
+def describe_exit(exitcode: int | None, oom: OutOfMemory | None = None) -> str:
     """Say how a process ended, as the second half of a sentence.
 
     Args:
         exitcode: As ``multiprocessing.Process.exitcode``.
+        oom: What the kernel's out-of-memory killer has counted, if it was that.
 
     Returns:
         ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
@@ -166,6 +223,8 @@ def describe_exit(exitcode: int | None) -> str:
         >>> describe_exit(7)
         'ended with exit code 7'
     """
+    if oom is not None:
+        return "was killed by the kernel's out-of-memory killer"
     if exitcode is None:
         return "ended (the system kept no exit code)"
     if exitcode >= 0:
@@ -193,6 +252,10 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / (1 << 20):,.0f} MiB"
 
 
 _SIGNAL_HINTS = {

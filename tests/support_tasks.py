@@ -168,14 +168,6 @@ def open_descriptors(_: object = None) -> list[str]:
     return found
 
 
-def spawn_a_holder_and_die() -> None:
-    """Leave a child behind that holds every descriptor of this worker, and be killed."""
-    if os.fork() == 0:
-        time.sleep(5)
-        os._exit(0)
-    be_killed()
-
-
 def sleep_in_c(seconds: int) -> None:
     """Sleep in C with the interpreter lock held, so that no Python thread can run."""
     ctypes.PyDLL(None).sleep(seconds)

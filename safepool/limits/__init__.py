@@ -8,7 +8,7 @@ made of, in the order in which data goes through it:
     place        /proc/self/cgroup -> own groups; both together are where we are
     hidden       a group's directory that has no name, found by looking
     cgroup       own group x mounts x ancestors -> directories, innermost first
-    quota, memory, pids, affinity, environment
+    quota, memory, pids, oom, affinity, environment
                  the text of each -> limits, each with its source and raw text
     _linux, _darwin, _windows
                  one of them is chosen here, and asks the system
@@ -26,6 +26,7 @@ from safepool.limits._types import (
     Limits,
     MemoryLimit,
     OpenFilesLimit,
+    OutOfMemoryCount,
     PidsLimit,
     SharedMemory,
     Skipped,
@@ -48,6 +49,7 @@ __all__ = [
     "Limits",
     "MemoryLimit",
     "OpenFilesLimit",
+    "OutOfMemoryCount",
     "PidsLimit",
     "QuotaWatch",
     "SharedMemory",
@@ -55,6 +57,7 @@ __all__ = [
     "Throttling",
     "read_cpu_limits",
     "read_limits",
+    "read_oom_counts",
     "read_throttling",
 ]
 
@@ -112,6 +115,19 @@ def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
         Its counters; ``None`` if no group that can be seen sets a quota.
     """
     return _platform.read_throttling(root)
+
+
+def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCount, ...]:
+    """Read what the kernel's out-of-memory killer has counted in this thread's groups.
+
+    Args:
+        root: As for `read_limits`.
+
+    Returns:
+        The own group's counters first, then its ancestors' up to the mount point; groups that
+        count nothing are left out, and so is everything that cannot be read.
+    """
+    return _platform.read_oom_counts(root)
 
 
 class QuotaWatch(_platform.QuotaWatch):

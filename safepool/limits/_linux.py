@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safepool.limits import memory, pids, quota
+from safepool.limits import memory, oom, pids, quota
 from safepool.limits._types import Limit, Limits, OpenFilesLimit, PidsLimit, SharedMemory
 from safepool.limits.affinity import AFFINITY, read_captured_affinity
 from safepool.limits.cgroup import find_levels
@@ -27,12 +27,12 @@ from safepool.limits.place import read_own_groups_text, read_place
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safepool.limits._types import Skipped, Throttling
+    from safepool.limits._types import OutOfMemoryCount, Skipped, Throttling
     from safepool.limits.cgroup import Level
 
 assert sys.platform == "linux"
 
-__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_throttling"]
+__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_oom_counts", "read_throttling"]
 
 _SHARED_MEMORY = "/dev/shm"
 
@@ -69,6 +69,13 @@ def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
     """Read the counters; see `safepool.limits.read_throttling`."""
     machine = Machine(root)
     return quota.read_throttling(machine, find_levels(machine, read_place(machine), "cpu"))
+
+
+def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCount, ...]:
+    """Read the counters; see `safepool.limits.read_oom_counts`."""
+    machine = Machine(root)
+    levels = find_levels(machine, read_place(machine), "memory")
+    return oom.read_oom_counts(machine, levels)
 
 
 def _cpu_limits(

@@ -9,6 +9,7 @@ __all__ = [
     "Limits",
     "MemoryLimit",
     "OpenFilesLimit",
+    "OutOfMemoryCount",
     "PidsLimit",
     "SharedMemory",
     "Skipped",
@@ -158,6 +159,32 @@ class Throttling:
             throttled_us=self.throttled_us - earlier.throttled_us,
             source=self.source,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutOfMemoryCount:
+    """What the kernel's out-of-memory killer has counted in one control group so far.
+
+    The counters only grow; compare two readings to learn about the time between them.
+
+    Attributes:
+        kills: Processes of this group that it has killed, for whatever limit; on version 2
+            those of the groups below as well (``oom_kill``).
+        used_up: How often this group's own ceiling was met: on version 1 whatever came of it
+            (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
+            ``None`` if not told.
+        limit_bytes: The ceiling now; ``None`` if the group sets none.
+        peak_bytes: The most that the group has used so far; ``None`` if not told.
+        group: The group's directory.
+        source: The file with ``kills``.
+    """
+
+    kills: int
+    used_up: int | None
+    limit_bytes: int | None
+    peak_bytes: int | None
+    group: str
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,11 +16,11 @@ from safepool.limits._types import Limit
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safepool.limits._types import Limits, Throttling
+    from safepool.limits._types import Limits, OutOfMemoryCount, Throttling
 
 assert sys.platform == "win32"
 
-__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_throttling"]
+__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_oom_counts", "read_throttling"]
 
 
 def read_limits(
@@ -40,6 +40,13 @@ def read_cpu_limits(
 def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:  # noqa: ARG001
     """Return ``None``: without control groups nobody is throttled."""
     return None
+
+
+def read_oom_counts(
+    root: str | os.PathLike[str] = "/",  # noqa: ARG001
+) -> tuple[OutOfMemoryCount, ...]:
+    """Return nothing: without control groups nobody counts."""
+    return ()
 
 
 def _affinity() -> Limit:

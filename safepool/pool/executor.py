@@ -80,7 +80,7 @@ class ProcessPool(Executor):
         max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
             a task ends is replaced. ``None`` does not ask.
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
-            as the standard pool does.
+            as the standard pool does, when a task is lost that has no retries left.
         preload: Modules that are imported once, ahead of the workers, which then share their
             memory: ``"auto"`` is what this process has imported of the large libraries that
             are known to bear it (NumPy, SciPy, pandas, PyTorch, ...), with more than one

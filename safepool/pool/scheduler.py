@@ -32,7 +32,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
        another. Only a large one that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
        taken back before, so the signal meets this task or nothing; a result that was
-       left on the board counts.
+       left on the board before counts. One that comes later does not: the signal for the stack
+       may have cut short what the task was waiting for.
     J  A worker claims a task in the moment in which it is taken back: it finds so, says so
        (``SKIPPED``), and the task waits again.
 
@@ -63,6 +64,7 @@ from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
 from safepool.pool.mapping import MapRun, Results, Span
+from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
@@ -100,6 +102,11 @@ _RETRY_S = 1.0
 # worker is idle.
 _LONG_NS = 5_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
+# A task that a worker has not come to after so long goes to another that is idle. It may be
+# stopped; it may also import what the task needs, then two of them do.
+_UNHEARD_NS = 1_000_000_000
+# What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
+_KILLED = -9
 # Between two looks at the memory of a worker that has a limit for it.
 _MEMORY_LOOK_NS = 200_000_000
 
@@ -172,6 +179,7 @@ class Scheduler:
         self._staff: Staff | None = None
         self._dispatch = Dispatch(self._settled)
         self._pace = Pace()
+        self._oom = OutOfMemoryWatch()
         self._hire_not_before = 0.0
         self._failed_starts = 0
         # Set when the first worker was started, or never will be (race F).
@@ -470,6 +478,8 @@ class Scheduler:
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
+            if worker.condemned is not None:  # race I
+                continue
             try:
                 self._receive(staff, worker, news)
             except (CorruptFrameError, ValueError) as error:
@@ -487,9 +497,12 @@ class Scheduler:
         busy = [worker for worker in staff if worker.ledger.owed]
         if self._follow is not None and (self._backlog or busy):
             times.append(self._follow_at)
+        idle = any(_is_idle(worker) for worker in staff)
         if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
-            idle = any(_is_idle(worker) for worker in staff)
             times.append(now + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS) / 1e9)
+        if idle:
+            unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
+            times += [(worker.sent_ns + _UNHEARD_NS) / 1e9 for worker in unheard]
         for worker in busy:
             due_s = _due_in_s(worker)
             if due_s is not None:
@@ -538,7 +551,7 @@ class Scheduler:
         if not self._backlog:
             return
         staying = [worker for worker in staff if not worker.leaving]
-        ready = [worker for worker in staying if worker.ready]
+        ready = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
         ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
         for worker in ready[: self._size]:
@@ -592,6 +605,7 @@ class Scheduler:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
+        self._oom.look()
         try:
             forked = self._context.get_start_method() == "fork"
             self._inheritance = inheritance.pack(self._initialize, forked=forked)
@@ -624,11 +638,15 @@ class Scheduler:
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
         ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
-        if not ahead:
+        unheard = [w for w in staff if w.unheard and not w.exclusive]
+        if not (ahead or unheard):
             return
         idle = not self._backlog and any(_is_idle(worker) for worker in staff)
         long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS
         now = time.monotonic_ns()
+        for worker in unheard:
+            if idle and now - worker.sent_ns > _UNHEARD_NS:
+                self._take_back(staff, worker)
         for worker in ahead:
             board = worker.board
             assert board is not None
@@ -650,7 +668,11 @@ class Scheduler:
             self._settle_records(staff, worker, board.peek(), peeked=True)
         except ValueError as error:
             staff.distrust(worker, error)
-        self._wait_again(ledger.take_back(board.claimed))
+        claimed = board.claimed
+        back = ledger.take_back(claimed)
+        if back:
+            worker.awaited = claimed + 1  # it will come to it, and say so (race J)
+        self._wait_again(back)
 
     def _wait_again(self, works: Sequence[Task | Span]) -> None:
         """Queue again what no worker has begun."""
@@ -679,7 +701,6 @@ class Scheduler:
                     run.tell()
             case Kind.READY:
                 worker.ready = True
-                self._failed_starts = 0
                 if not segments and worker.board is not None:
                     worker.board.close()
                     worker.board = None
@@ -703,6 +724,7 @@ class Scheduler:
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""
+        worker.awaited = 0  # it will come to nothing more of this batch
         head = worker.ledger.head
         if not isinstance(head, Span) or head.position != position or head.done:
             if worker.ledger.last >= position:
@@ -807,6 +829,7 @@ class Scheduler:
     def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
         worker.exclusive = False
         worker.done += settled
+        self._failed_starts = 0
         if worker.done >= (self._tasks_per_worker or sys.maxsize) or self._is_too_large(worker):
             worker.retiring = True
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
@@ -884,41 +907,57 @@ class Scheduler:
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
         ledger, board = worker.ledger, worker.board
-        fault, back = "", list[Task | Span]()
-        if board is not None:
-            try:
-                self._settle_records(staff, worker, board.published())
-            except ValueError as error:
-                worker.fault = worker.fault or error
-            fault = board.fault()
-            back = ledger.take_back(board.began)
-        elif ledger.head is not None:
-            # It answers each call before it begins the next; this one it may have begun.
-            back = ledger.take_back(ledger.head.position + ledger.head.done)
+        if exitcode == _KILLED and not worker.ended_by_us:
+            worker.oom = self._oom.explain()
+        back = self._have_back(staff, worker)
+        fault = "" if board is None else board.fault()
         lost = [ledger.strike() for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
-        for work, place in lost:
-            self._lost(worker, work, place, exitcode, fault)
-        if lost and self._break_on_death and not (self._ending or worker.condemned):
+        for_good = [self._lost(worker, *call, exitcode, fault) for call in lost]
+        if any(for_good) and self._break_on_death and not (self._ending or worker.condemned):
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {worker.pid} {describe_exit(exitcode)}"
+                f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
             )
             self._break(staff, problem)
-        if lost or worker.ready or worker.dismissed:
-            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode))
+        if lost or worker.done or worker.dismissed or worker.condemned is not None:
+            self._failed_starts = 0 if lost else self._failed_starts
+            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
         else:
-            ending = f"{worker.pid} {describe_exit(exitcode)}"
-            _log.warning("worker %s before it was initialized", ending)
+            before = "it began a task" if worker.ready else "it was initialized"
+            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
+            _log.warning("worker %s", ending)
             self._failed_starts += 1
             if self._failed_starts == _MOST_FAILED_STARTS:
                 reason = (
-                    f"{_MOST_FAILED_STARTS} workers in a row ended before they were "
-                    f"initialized; the last, {ending}"
+                    f"{_MOST_FAILED_STARTS} workers in a row were of no use; the last, {ending}"
                 )
+                if worker.oom is not None:
+                    reason += f": {worker.oom}"
                 self._break(staff, PoolBrokenError(reason))
+
+    def _have_back(self, staff: Staff, worker: Worker) -> list[Task | Span]:
+        """Take what a worker that has ended had not begun, and the results that it left."""
+        ledger, board = worker.ledger, worker.board
+        if board is None:
+            if ledger.head is None:
+                return []
+            # It answers each call before it begins the next; this one it may have begun.
+            return ledger.take_back(ledger.head.position + ledger.head.done)
+        if worker.condemned is not None:  # race I
+            return ledger.take_back(board.claimed)  # begun, also if it was still reading
+        try:
+            self._settle_records(staff, worker, board.published())
+        except ValueError as error:
+            worker.fault = worker.fault or error
+        back = ledger.take_back(board.began)
+        if back and back[0].position == board.claimed and isinstance(back[0], Span):
+            # It died of what it read for several calls: which one's is found out by sending
+            # each alone.
+            return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
+        return back
 
     def _lost(
         self,
@@ -927,8 +966,8 @@ class Scheduler:
         place: int,
         exitcode: int | None,
         fault: str,
-    ) -> None:
-        """End a call that was lost with its worker, or queue it again."""
+    ) -> bool:
+        """End a call that was lost with its worker, or queue it again; return which."""
         error: BaseException
         if isinstance(worker.condemned, TaskTimeoutError):
             said = worker.condemned
@@ -939,21 +978,22 @@ class Scheduler:
                 _log.warning(
                     "worker %d %s while it ran %s, which is run again",
                     worker.pid,
-                    describe_exit(exitcode),
+                    describe_exit(exitcode, worker.oom),
                     work.name,
                 )
                 self._wait_again([again])
-                return
-            error = WorkerDiedError(worker.pid, exitcode, work.name, fault)
+                return False
+            error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
             error.__cause__ = worker.fault
         quiet = self._ending or worker.condemned is not None
         _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
         if isinstance(work, Task):
             fail(work.future, error)
-            return
+            return True
         work.run.put_error(work.start + place, error)
         self._settled(work.run)
         work.run.tell()
+        return True
 
     def _again(self, work: Task | Span, place: int) -> Task | Span | None:
         """Return a lost call as it is to be queued again, if it may be."""
@@ -1014,7 +1054,7 @@ def _descriptors_of_all_pools() -> Iterable[int]:
 
 
 def _is_idle(worker: Worker) -> bool:
-    return worker.ready and not worker.leaving and not worker.ledger.owed
+    return worker.ready and not worker.leaving and not worker.ledger.owed and not worker.silent
 
 
 def _due_in_s(worker: Worker) -> float | None:

@@ -30,6 +30,7 @@ from safepool.workers.tree import end_with_descendants
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from safepool.errors import OutOfMemory
     from safepool.pool.mapping import Span
     from safepool.pool.tasks import Task
     from safepool.transport.frames import Frame
@@ -64,6 +65,7 @@ class Worker(WorkerProcess):
         done: How many it has finished.
         functions: Numbers of the functions that it keeps.
         exclusive: What it holds must not be followed by anything.
+        awaited: The first position of what was taken back from it last.
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
@@ -71,7 +73,8 @@ class Worker(WorkerProcess):
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
-        fault: Why the pool ended it, if what it sent could not be read.
+        fault: Why the pool ended it, if what it sent could not be read or no more could come.
+        oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
     """
@@ -79,6 +82,7 @@ class Worker(WorkerProcess):
     ready: bool = False
     done: int = 0
     exclusive: bool = False
+    awaited: int = 0
     sent_ns: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
@@ -87,6 +91,7 @@ class Worker(WorkerProcess):
     dismissed: bool = False
     terminated: bool = False
     fault: BaseException | None = None
+    oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
 
@@ -95,6 +100,26 @@ class Worker(WorkerProcess):
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
+
+    @property
+    def unheard(self) -> bool:
+        """Whether it has not come to what it is to do next: stopped, or still reading it."""
+        work = self.ledger.head
+        return (
+            self.board is not None
+            and work is not None
+            and self.board.claimed < work.position + work.done
+        )
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not come to what was taken back from it: stopped, or in a long task."""
+        return self.board is not None and self.board.claimed < self.awaited
+
+    @property
+    def ended_by_us(self) -> bool:
+        """Whether a signal that ended it can be the pool's own."""
+        return self.terminated or self.condemned is not None or self.fault is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +138,21 @@ class Staff:
 
     Args:
         start: Starts a worker process.
+
+    Raises:
+        OSError: No descriptor is left.
     """
 
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
         self._workers: dict[int, Worker] = {}
-        self._selector = selectors.DefaultSelector()
         self._wake_receiver, self._wake_sender = socket.socketpair()
+        try:
+            self._selector = selectors.DefaultSelector()
+        except OSError:
+            self._wake_receiver.close()
+            self._wake_sender.close()
+            raise
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
@@ -323,6 +356,10 @@ class Staff:
                     end_with_descendants(worker)
                     continue
                 _log.info("worker %d did not end in time and is killed", worker.pid)
+                if worker.channel.fileno() < 0:
+                    worker.fault = worker.fault or ChannelClosedError(
+                        "it had closed its channel, so nothing could come of it"
+                    )
                 worker.end(_KILL)
 
     def _forget(self, worker: Worker) -> int | None:

@@ -64,7 +64,7 @@ class Kind(enum.IntEnum):
     RESULTS = 12
     """To the pool: records of several results."""
     UNREADABLE = 13
-    """To the pool: this batch could not be unpickled, nothing of it has begun."""
+    """To the pool: this batch could not be unpickled, nothing of it has run."""
     SKIPPED = 14
     """To the pool: this call was taken back when it was about to begin."""
     LOG = 15

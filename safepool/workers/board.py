@@ -137,15 +137,26 @@ class Board:
 
     # What the worker writes.
 
-    def claim(self, position: int, now_ns: int) -> bool:
-        """Say that this position begins now; ``False`` if the pool has taken it back."""
+    def claim(self, position: int, now_ns: int, *, reading: bool = False) -> bool:
+        """Say that this position begins now; ``False`` if the pool has taken it back.
+
+        Args:
+            position: Which.
+            now_ns: By the monotonic clock.
+            reading: Its arguments are read first, with those of others, and it begins then.
+        """
         cells = self._cells
         cells[_SINCE] = now_ns
         cells[_CLAIMED] = position
         if cells[_REVOKED] >= position:
             return False
-        cells[_BEGAN] = position
+        if not reading:
+            cells[_BEGAN] = position
         return True
+
+    def begin(self, position: int) -> None:
+        """Say that a position begins that was claimed for reading."""
+        self._cells[_BEGAN] = position
 
     def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
         """Leave a result for the next flush; ``False`` if there is no room for it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from typing import TYPE_CHECKING, Any, Self
 
 from safepool.transport.channel import Channel
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from safepool.workers.inheritance import Inheritance
 
 __all__ = ["WorkerProcess", "find_context", "native_threads", "prepare"]
+
+
+# Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
+# start method opens on the way.
+_START_DESCRIPTORS = 8
 
 
 def find_context(
@@ -154,7 +161,12 @@ class WorkerProcess:
             OSError: The system gave no process or no descriptor.
         """
         self.board = board
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:
+            if board is not None:
+                board.close()
+            raise
         self.process: Any
         self._pidfd: int | None = None
         try:
@@ -279,11 +291,33 @@ def _launch(
             inheritance.itself or inherited,
         )
         process = _create(context, arguments, environment)
+        _check_descriptors(handles[0].fileno())
         _start(process, context.get_start_method())
+        # The pool sees to its end. multiprocessing would join it at the exit of the program,
+        # and at that of a fork of the program, where that fails with a traceback.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
     finally:
         for handle in handles:
             handle.close()
     return process
+
+
+def _check_descriptors(existing: int) -> None:
+    """Raise now what would be raised in the middle of a start, which then leaks its pipes.
+
+    Args:
+        existing: A descriptor, of which copies are made.
+
+    Raises:
+        OSError: There are fewer descriptors left than a start method opens.
+    """
+    spare: list[int] = []
+    try:
+        while len(spare) < _START_DESCRIPTORS:
+            spare.append(os.dup(existing))
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
 
 
 def _create(
@@ -344,6 +378,18 @@ class _NameWithEnvironment(str):
         return eval, (_SET_ENVIRONMENT, {"environment": self.environment, "name": str(self)})
 
 
+def _close_lost_pipe(error: OSError) -> None:
+    """Close the pipe that loky leaves open when the system has no process to give.
+
+    A pool that tries again every second would be out of descriptors some day. Source: loky
+    3.7.0, backend/popen_loky_posix.py, ``_launch``.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame, inner in itertools.pairwise(frames):
+        if (frame.f_code.co_name, inner.f_code.co_name) == ("_launch", "fork_exec"):
+            os.close(frame.f_locals["parent_w"])
+
+
 if sys.platform == "win32":
 
     def _start(process: Any, _method: str) -> None:
@@ -377,6 +423,9 @@ else:
         try:
             with _no_missing_streams():
                 process.start()
+        except OSError as error:
+            _close_lost_pipe(error)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

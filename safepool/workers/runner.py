@@ -160,18 +160,25 @@ class Runner:
 
     def _run_batch(self, position: int, segments: list[bytearray]) -> None:
         function = self._functions[function_of(segments)]
+        # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
+        if not self._claim(position, reading=True):
+            return
         try:
             items = loads(segments[1:])
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
             self._leave_if_forked()
             self._channel.send(encode(Kind.UNREADABLE, position))
             return
+        self._leave_if_forked()
+        begun = position
+        if self._board is not None:
+            self._board.begin(begun)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
         claim, publish, clock = self._claim, self._publish, time.monotonic_ns
         with self._main:
             while items:
-                if not claim(position):
+                if position != begun and not claim(position):
                     return
                 try:
                     value = function(*items.pop())
@@ -187,12 +194,12 @@ class Runner:
                 self._answer(position, kind, answer)
                 position += 1
 
-    def _claim(self, position: int) -> bool:
+    def _claim(self, position: int, *, reading: bool = False) -> bool:
         self._cap.recheck()  # what the task before has loaded
         board = self._board
         if self._forked:  # while it read the arguments: the call is the worker's
             os._exit(0)
-        if board is None or board.claim(position, time.monotonic_ns()):
+        if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
             return True
         # What ended before goes first: the pool takes this for its turn.
         self._flush()

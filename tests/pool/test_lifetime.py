@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support_processes import still_alive, terminal
 
 TESTS = Path(__file__).parent.parent
 
@@ -45,24 +46,6 @@ def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:
 
 def workers_of(line: str) -> list[int]:
     return [int(word) for word in line.split()]
-
-
-def still_alive(pids: list[int], *, after_s: float) -> list[int]:
-    """Return the processes that live on after so many seconds; a zombie does not live."""
-    deadline = time.monotonic() + after_s
-    while True:
-        alive = [pid for pid in pids if _is_alive(pid)]
-        if not alive or time.monotonic() > deadline:
-            return alive
-        time.sleep(0.01)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 # One row per kind of script people write. Each prints 285, from its own function.
@@ -353,6 +336,50 @@ def test_an_interrupt_does_not_strike_a_worker_that_starts(delay_s: float, tmp_p
         errors = script.stderr.read()
 
     assert errors.count("Traceback") == errors.count("script.py") == 1, errors
+
+
+# What a terminal's Ctrl-C finds: two tasks that heed no SIGTERM, and 38 that wait.
+INTERRUPTED = """
+    import os, sys, time, safepool, support_endings
+    print("pid", os.getpid(), flush=True)
+    try:
+        with safepool.ProcessPool(2) as pool:
+            tasks = support_endings.ignore_sigterm_and_sleep
+            futures = [pool.submit(tasks, 60) for _ in range(40)]
+            while sum(future.running() for future in futures) < 2: time.sleep(0.01)
+            time.sleep(0.5)
+            print("workers", *pool._processes, flush=True)
+            time.sleep(60)
+    finally:
+        died = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
+        print("cancelled", sum(f.cancelled() for f in futures), "died", len(died), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux's, and /proc")
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_an_interrupt_at_a_terminal(interrupts: int, tmp_path: Path) -> None:
+    """The prompt is back, what waited is cancelled, nothing of a worker is on the screen."""
+    with terminal(INTERRUPTED, cwd=tmp_path) as (script, screen):
+        workers = workers_of(screen.until("workers ")[-1].removeprefix("workers "))
+        started = time.monotonic()
+        for _ in range(interrupts):
+            screen.press(b"\x03")
+            time.sleep(0.15)  # two that come closer are one to the kernel
+        script.wait(timeout=20)
+        took_s = time.monotonic() - started
+        shown = "\n".join(screen.rest())
+
+    assert len(workers) == 2
+    assert still_alive(workers, after_s=1.0) == []
+    # The promise is one second on an idle machine.
+    assert took_s < 5
+    assert script.returncode == -signal.SIGINT
+    assert "safepool/workers" not in shown
+    assert "support_endings.py" not in shown
+    if interrupts == 1:
+        assert "cancelled 38 died 2" in shown
+        assert shown.count("Traceback") == 1
 
 
 def test_nothing_is_left_after_many_pools() -> None:

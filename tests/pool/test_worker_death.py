@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 import support_tasks as tasks
 
-import safepool
 from safepool import ProcessPool, WorkerDiedError
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ DEATHS: dict[str, tuple[Callable[..., object], tuple[object, ...], int]] = {
         (tasks.SlowToUnpickle(os.getpid()),),
         -signal.SIGKILL,
     ),
-    "its child holds its descriptors": (tasks.spawn_a_holder_and_die, (), -signal.SIGKILL),
 }
 
 
@@ -50,13 +48,6 @@ def test_only_the_dead_workers_task_is_lost(death: str) -> None:
     assert error.exitcode == exitcode
     assert error.pid > 0
     assert error.task.startswith("support_tasks.")
-    if death == "its child holds its descriptors":
-        _end_the_holder()
-
-
-def _end_the_holder() -> None:
-    """Wait for the process that the task left behind; it is nobody's child now."""
-    time.sleep(5.2)
 
 
 def test_every_lost_task_has_an_error_of_its_own() -> None:
@@ -126,27 +117,6 @@ def test_a_worker_that_closes_its_channel_is_replaced() -> None:
         assert pool.submit(os.closerange, 3, 1000).result(timeout=30) is None
         assert pool.submit(os.getpid).result(timeout=30) != before
         assert pool.submit(tasks.square, 2).result(timeout=30) == 4
-
-
-def test_a_worker_that_dies_in_its_initializer_breaks_the_pool() -> None:
-    """No storm of new workers: it would die again."""
-    with ProcessPool(2, initializer=tasks.be_killed) as pool:
-        futures = [pool.submit(tasks.square, n) for n in range(5)]
-        errors = [future.exception(timeout=30) for future in futures]
-
-    assert all(isinstance(error, safepool.PoolBrokenError) for error in errors)
-    assert len({id(error) for error in errors}) == 5
-    assert "3 workers in a row" in str(errors[0])
-    assert "SIGKILL" in str(errors[0])
-
-
-def test_an_initializer_that_raises_is_the_cause() -> None:
-    with ProcessPool(1, initializer=tasks.fail_to_initialize) as pool:
-        error = pool.submit(tasks.square, 1).exception(timeout=30)
-
-    assert isinstance(error, safepool.PoolBrokenError)
-    assert isinstance(error.__cause__, RuntimeError)
-    assert "no initializer today" in str(error.__cause__)
 
 
 @pytest.mark.slow

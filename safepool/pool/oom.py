@@ -1,0 +1,112 @@
+"""Did the kernel's out-of-memory killer take a worker? Counters before and after, compared.
+
+The kernel counts its kills by control group and sends the same signal as anybody else. So a
+worker that somebody killed and a count that has grown meanwhile belong together.
+
+Not covered:
+    * Who it was: if the kernel killed another process of the group, and within seconds
+      somebody kills a worker by hand, the kernel is named for that.
+    * A worker that its task has moved to another group.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from safepool.errors import OutOfMemory
+from safepool.limits import read_oom_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from safepool.limits import OutOfMemoryCount
+
+__all__ = ["OutOfMemoryWatch"]
+
+# Between two looks: one costs about half a millisecond, and short-lived workers are started
+# all the time.
+_LOOK_S = 1.0
+# A kill that was counted and whose victim has not been seen by then was not a worker. The
+# kernel may take several at once, and the pool learns of them one after the other.
+_CLAIM_S = 5.0
+
+
+class OutOfMemoryWatch:
+    """The counters of the groups of the thread that starts the workers, which are theirs.
+
+    Args:
+        read: Reads them, this thread's own group first.
+        clock: Seconds; only differences count.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[OutOfMemoryCount, ...]] = read_oom_counts,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read = read
+        self._clock = clock
+        self._counts: dict[str, OutOfMemoryCount] | None = None
+        self._looked_at = 0.0
+        # What was counted and no worker's end explained yet, and when that was seen.
+        self._unclaimed = 0
+        self._seen_at = 0.0
+        self._latest: OutOfMemory | None = None
+
+    def look(self) -> None:
+        """Remember the counters as they are now, unless that was done just before."""
+        if self._counts is None or self._clock() - self._looked_at >= _LOOK_S:
+            self._compare()
+
+    def explain(self) -> OutOfMemory | None:
+        """Say what the kernel has counted for a worker that was killed just now.
+
+        Returns:
+            One kill, which explains no other worker's end; ``None`` if none was counted.
+        """
+        self._compare()
+        if self._clock() - self._seen_at > _CLAIM_S:
+            self._unclaimed = 0
+        if not self._unclaimed:
+            return None
+        self._unclaimed -= 1
+        return self._latest
+
+    def _compare(self) -> None:
+        self._looked_at = self._clock()
+        before = self._counts
+        now = self._read()
+        self._counts = {count.source: count for count in now}
+        # Only the own group's: an ancestor of version 2 counts its other groups' as well.
+        if not before or not now or now[0].source not in before:
+            return
+        own, kills_before = now[0], before[now[0].source].kills
+        if own.kills <= kills_before:
+            return
+        if self._looked_at - self._seen_at > _CLAIM_S:
+            self._unclaimed = 0
+        self._unclaimed += own.kills - kills_before
+        self._seen_at = self._looked_at
+        full = _used_up(before, now)
+        self._latest = OutOfMemory(
+            kills_before=kills_before,
+            kills=own.kills,
+            source=own.source,
+            limit_bytes=None if full is None else full.limit_bytes,
+            used_bytes=None if full is None else full.peak_bytes,
+            group=own.group if full is None else full.group,
+        )
+
+
+def _used_up(
+    before: dict[str, OutOfMemoryCount], now: tuple[OutOfMemoryCount, ...]
+) -> OutOfMemoryCount | None:
+    """Return the innermost group whose own ceiling was met meanwhile."""
+    for count in now:
+        earlier = before.get(count.source)
+        if count.limit_bytes is None or count.used_up is None or earlier is None:
+            continue
+        if count.used_up > (earlier.used_up or 0):
+            return count
+    return None

@@ -1,0 +1,117 @@
+"""Other processes, seen from a test. Linux: ``/proc`` is the source."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTS = Path(__file__).parent
+
+
+def still_alive(pids: list[int], *, after_s: float) -> list[int]:
+    """Return the processes that live on after so many seconds; a zombie does not live."""
+    deadline = time.monotonic() + after_s
+    while True:
+        alive = [pid for pid in pids if _is_alive(pid)]
+        if not alive or time.monotonic() > deadline:
+            return alive
+        time.sleep(0.01)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+class Screen:
+    """The other end of a program's terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._shown = b""
+
+    def press(self, keys: bytes) -> None:
+        r"""Type something; ``b"\x03"`` is Ctrl-C."""
+        os.write(self._descriptor, keys)
+
+    def until(self, words: str) -> list[str]:
+        """Wait for a whole line that begins so, and return the lines up to it.
+
+        Raises:
+            AssertionError: The program ended, or said nothing for half a minute.
+        """
+        while not any(line.startswith(words) for line in self._lines()[:-1]):
+            assert self._read(30.0), self._shown
+        return self._lines()[:-1]
+
+    def rest(self) -> list[str]:
+        """Return all lines, when the program has ended."""
+        while self._read(1.0):
+            pass
+        return self._lines()
+
+    def _lines(self) -> list[str]:
+        return self._shown.decode(errors="replace").replace("\r\n", "\n").split("\n")
+
+    def _read(self, timeout_s: float) -> bool:
+        if not select.select([self._descriptor], [], [], timeout_s)[0]:
+            return False
+        try:
+            data = os.read(self._descriptor, 4096)
+        except OSError:  # nobody has the terminal any more
+            return False
+        self._shown += data
+        return bool(data)
+
+
+@contextlib.contextmanager
+def terminal(code: str, *, cwd: Path) -> Iterator[tuple[subprocess.Popen[bytes], Screen]]:
+    """Run a script at a terminal of its own, in the foreground."""
+    import fcntl
+    import termios
+
+    (cwd / "script.py").write_text(textwrap.dedent(code))
+    ours, theirs = os.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    try:
+        with warnings.catch_warnings():
+            # Python 3.12 warns of a function run between fork and exec.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script = subprocess.Popen(
+                [sys.executable, "script.py"],
+                cwd=cwd,
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                start_new_session=True,
+                preexec_fn=take_terminal,  # noqa: PLW1509 -- one system call, no lock
+                env={**os.environ, "PYTHONPATH": str(TESTS)},
+            )
+        os.close(theirs)
+        theirs = -1
+        try:
+            yield script, Screen(ours)
+        finally:
+            script.kill()
+            script.wait()
+    finally:
+        os.close(ours)
+        if theirs >= 0:
+            os.close(theirs)
