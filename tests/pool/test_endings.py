@@ -559,6 +559,7 @@ def test_whatever_number_of_descriptors_is_left(tmp_path: Path) -> None:
     assert program(WITHOUT_DESCRIPTORS, cwd=tmp_path).splitlines() == [
         "OSError: [Errno 24] Too many open files",
         "PoolBrokenError: no worker could be started: [Errno 24] Too many open files",
+        "PoolBrokenError: no worker could be started: [Errno 24] Too many open files: '.'",
         "[0, 1, 2]",
     ]
 
@@ -621,7 +622,8 @@ give(int(sys.argv[2]))
 try:
     with safepool.ProcessPool(3) as pool:
         futures = [pool.submit(time.sleep, 0.5) for _ in range(5)]
-        assert [future.exception(30) for future in futures] == [None] * 5
+        for future in futures:
+            future.result(30)
         workers = len(pool._processes)
         give(None)
         futures = [pool.submit(time.sleep, 2) for _ in range(3)]
