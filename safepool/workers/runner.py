@@ -181,6 +181,8 @@ class Runner:
         board = self._board
         if board is None or board.claim(position, time.monotonic_ns()):
             return True
+        # What is still on the board comes before it: the pool takes answers in order only.
+        self._flush()
         self._channel.send(encode(Kind.SKIPPED, position))
         return False
 
