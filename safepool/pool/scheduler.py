@@ -64,11 +64,13 @@ from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.pace import Pace
+from safepool.pool.records import ContainedLogger, handle_record
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers.board import Board, records_of
+from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
 from safepool.workers.tree import end_with_descendants
 
@@ -81,10 +83,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scheduler"]
 
-_log = logging.getLogger("safepool")
-# What happens to a worker is told by its task's future; a program that wants to read it in
-# its log as well configures logging.
-_log.addHandler(logging.NullHandler())
+_log = ContainedLogger()
 
 # One worker killed while it starts is bad luck; so many in a row are a cause, such as an
 # initializer that crashes, and would go on for ever.
@@ -193,8 +192,10 @@ class Scheduler:
         """Keep at most so many workers from now on, and follow the limits no more."""
         with self._lock:
             self._follow = None
-            self._size = workers
+            before, self._size = self._size, workers
             self._news = True
+        if before != workers:
+            _log.info("resized by hand: %d workers instead of %d", workers, before)
         self.wake()
 
     def submit(
@@ -452,6 +453,9 @@ class Scheduler:
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
+            if news.kind is Kind.LOG:
+                handle_record(news.segments)
+                continue
             try:
                 self._receive(staff, worker, news)
             except (CorruptFrameError, ValueError) as error:
@@ -588,6 +592,7 @@ class Scheduler:
                     self._break(staff, problem, error)
                 return
             self._started.set()
+            staff.send(worker, levels_frame())
             staff.send(worker, encode(Kind.INITIALIZE, 0, initialize))
 
     # Tasks back from workers.
@@ -648,9 +653,8 @@ class Scheduler:
             case Kind.READY:
                 worker.ready = True
                 self._failed_starts = 0
-                if not segments and worker.board is not None:
-                    worker.board.close()
-                    worker.board = None
+                if not segments:
+                    worker.drop_board()
             case Kind.INITIALIZER_FAILED:
                 problem = PoolBrokenError("a worker's initializer failed")
                 self._break(staff, problem, rebuild(segments))
@@ -852,7 +856,7 @@ class Scheduler:
                 self._settle_records(staff, worker, board.published())
             except ValueError as error:
                 worker.fault = worker.fault or error
-            fault = board.fault()
+            fault = board.fault(worker.stack_begin)
             back = ledger.take_back(board.began)
         elif ledger.head is not None:
             # It answers each call before it begins the next; this one it may have begun.
@@ -869,8 +873,10 @@ class Scheduler:
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode)}"
             )
             self._break(staff, problem)
-        if lost or worker.ready or worker.dismissed:
+        if lost or worker.dismissed or worker.condemned is not None:
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode))
+        elif worker.ready:
+            _log.warning("worker %d %s while it ran nothing", worker.pid, describe_exit(exitcode))
         else:
             ending = f"{worker.pid} {describe_exit(exitcode)}"
             _log.warning("worker %s before it was initialized", ending)
