@@ -800,7 +800,8 @@ class Scheduler:
 
     def _is_too_large(self, worker: Worker) -> bool:
         limit, now = self._memory_per_worker, time.monotonic_ns()
-        if limit is None or now < worker.memory_look_ns:
+        # One that falls idle is looked at in any case: it might hold its memory for ever.
+        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
             return False
         worker.memory_look_ns = now + _MEMORY_LOOK_NS
         held = worker.resident_bytes()
