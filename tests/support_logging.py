@@ -194,3 +194,50 @@ def wait_for(path: str) -> None:
     while not Path(path).exists():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def sleep_here(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def sleep_in_thread(seconds: float) -> None:
+    thread = threading.Thread(target=sleep_here, args=(seconds,))
+    thread.start()
+    thread.join()
+
+
+def sum_here(size: int, times: int) -> None:
+    import numpy as np
+
+    numbers = np.ones(size)
+    for _ in range(times):
+        numbers.sum()
+
+
+_held: list[bytes] = []
+
+
+def hold(size_bytes: int, threads: int = 0) -> int:
+    """Keep memory, and threads that wait, as long as this process lives."""
+    _held.append(b"x" * size_bytes)
+    for _ in range(threads):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return os.getpid()
+
+
+def take_the_handler_away(number: int) -> None:
+    faulthandler.unregister(number)
+
+
+def leave_a_thread(seconds: float) -> int:
+    """Start a thread that this process waits for when it ends."""
+    threading.Thread(target=time.sleep, args=(seconds,)).start()
+    return os.getpid()
+
+
+def hold_for_a_moment(size_bytes: int) -> int:
+    """Hold memory, and give it back to the system before the end."""
+    held = b"x" * size_bytes
+    del held
+    return os.getpid()

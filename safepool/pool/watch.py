@@ -178,7 +178,7 @@ class _Request:
             return "(it is stopped, by SIGSTOP or a debugger: it runs nothing)"
         if not status.catches(STACK_SIGNAL):
             # Else the signal would end it.
-            told = "another handler" if self.worker.ready else "it is still starting"
+            told = "it handles no such signal" if self.worker.ready else "it is still starting"
             return f"(it cannot be asked: {told})"
         return ""
 
