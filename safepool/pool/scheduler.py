@@ -778,8 +778,9 @@ class Scheduler:
     def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
         worker.exclusive = False
         worker.done += settled
-        if worker.done >= (self._tasks_per_worker or sys.maxsize) or self._is_too_large(worker):
-            worker.retiring = True
+        if not worker.retiring:
+            full = worker.done >= (self._tasks_per_worker or sys.maxsize)
+            worker.retiring = full or self._is_too_large(worker)
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
             staff.stop(worker)
 

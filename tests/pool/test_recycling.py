@@ -41,7 +41,7 @@ def is_quiet(kept: support.Kept) -> bool:
 
 @needs_statm
 def test_a_worker_that_grows_is_replaced_and_nothing_is_lost(kept: support.Kept) -> None:
-    """Among 60 tasks on two workers, three hold 200 MB each: three workers are replaced."""
+    """Among 60 tasks on two workers, three hold 200 MB each: who has one is replaced, once."""
     with ProcessPool(2, max_memory_per_worker="150MiB") as pool:
         futures = []
         for number in range(60):
@@ -54,8 +54,9 @@ def test_a_worker_that_grows_is_replaced_and_nothing_is_lost(kept: support.Kept)
     assert [value for value, _ in answers] == list(range(60))
     grown = {result for result in results if isinstance(result, int)}
     replaced = [text for text in kept.messages if "MiB and is replaced" in text]
-    assert len(replaced) == len(grown) == 3
-    assert {int(text.split()[1]) for text in replaced} == grown
+    # One may have had two of them, if the second was begun before the first was heard of.
+    assert 1 <= len(grown) <= 3
+    assert sorted(int(text.split()[1]) for text in replaced) == sorted(grown)
     assert is_quiet(kept)
 
 
