@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from safepool.limits import Limit, Limits, read_limits
     from safepool.machine import cpu_count, cpu_limit
     from safepool.pool.executor import ProcessPool
+    from safepool.pool.watch import WorkerInfo
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "TaskTimeoutError",
     "UnreadableLimitError",
     "WorkerDiedError",
+    "WorkerInfo",
     "cpu_count",
     "cpu_limit",
     "parallel_backend",
@@ -66,6 +68,7 @@ _HOMES = {
     "TaskTimeoutError": "safepool.errors",
     "UnreadableLimitError": "safepool.errors",
     "WorkerDiedError": "safepool.errors",
+    "WorkerInfo": "safepool.pool.watch",
     "cpu_count": "safepool.machine",
     "cpu_limit": "safepool.machine",
     "parallel_backend": "safepool.joblib_backend",

@@ -17,6 +17,7 @@ from safepool.pool.mapping import MapRun
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
+from safepool.pool.watch import Stacks, look_at
 from safepool.threads.environment import overridden, worker_environment
 from safepool.workers.process import find_context, native_threads
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
     from safepool.errors import PoolBrokenError
     from safepool.limits import Limits
+    from safepool.pool.watch import WorkerInfo
 
 __all__ = ["ProcessPool"]
 
@@ -164,6 +166,7 @@ class ProcessPool(Executor):
             break_on_death=on_worker_death == "break",
             follow=None if max_workers is not None else _Follower(request, limits),
         )
+        self._stacks = Stacks()
         # The scheduler lives on until the submitted work is done; it must not keep the
         # pool alive, nor the pool's end need the pool.
         self._finalizer = weakref.finalize(self, self._scheduler.abandon)
@@ -277,6 +280,53 @@ class ProcessPool(Executor):
         if max_workers > _MOST_WORKERS:
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._scheduler.resize(max_workers)
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Return what each worker does at this moment.
+
+        From any thread; it waits for nothing, also when the pool is stuck.
+
+        Returns:
+            One entry for each worker process, oldest first; none before the first task.
+
+        Source:
+            ``/proc/pid/status`` and ``/proc/pid/statm``, proc(5), for memory and threads.
+
+        Example:
+            >>> with ProcessPool(1) as pool:
+            ...     pool.submit(abs, -1).result()
+            ...     [(worker.state, worker.tasks_done) for worker in pool.workers()]
+            1
+            [('idle', 1)]
+        """
+        return look_at(self._scheduler.workers())
+
+    def dump_tracebacks(self, timeout: float = 1.0) -> dict[int, str]:
+        """Return the Python stacks of every thread of every worker: where does it hang?
+
+        Workers are not disturbed: each is sent a real-time signal, whose handler writes the
+        stacks down, also in the middle of C code. A system call that such code is in may
+        return early (``EINTR``), as after any signal. From any thread.
+
+        Args:
+            timeout: Seconds to wait for all of them together, at least 0.
+
+        Returns:
+            By process id the stacks, as :mod:`faulthandler` writes them, or in parentheses
+            why there are none: the worker is stopped (``SIGSTOP``), still starting, has ended,
+            does not answer in time, or this system is not Linux.
+
+        Example:
+            >>> import time
+            >>> with ProcessPool(1) as pool:
+            ...     future = pool.submit(time.sleep, 0.5)
+            ...     while not future.running() or pool.workers()[0].task is None:
+            ...         time.sleep(0.01)
+            ...     (stack,) = pool.dump_tracebacks().values()
+            >>> "most recent call first" in stack or stack
+            True
+        """
+        return self._stacks.of(self._scheduler.workers(), timeout)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, finish those submitted, end the workers.

@@ -66,6 +66,7 @@ from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, worki
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
+from safepool.pool.records import ContainedLogger, handle_record
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
@@ -73,6 +74,7 @@ from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers import inheritance
 from safepool.workers.board import Board, records_of
 from safepool.workers.inheritance import Inheritance
+from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
 from safepool.workers.process import prepare
 from safepool.workers.tree import end_with_descendants
@@ -86,10 +88,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Scheduler"]
 
-_log = logging.getLogger("safepool")
-# What happens to a worker is told by its task's future; a program that wants to read it in
-# its log as well configures logging.
-_log.addHandler(logging.NullHandler())
+_log = ContainedLogger()
 
 # One worker killed while it starts is bad luck; so many in a row are a cause, such as an
 # initializer that crashes, and would go on for ever.
@@ -205,8 +204,10 @@ class Scheduler:
         """Keep at most so many workers from now on, and follow the limits no more."""
         with self._lock:
             self._follow = None
-            self._size = workers
+            before, self._size = self._size, workers
             self._news = True
+        if before != workers:
+            _log.info("resized by hand: %d workers instead of %d", workers, before)
         self.wake()
 
     def submit(
@@ -478,6 +479,9 @@ class Scheduler:
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
+            if news.kind is Kind.LOG:
+                handle_record(news.segments)
+                continue
             if worker.condemned is not None:  # race I
                 continue
             try:
@@ -631,6 +635,7 @@ class Scheduler:
                     self._break(staff, problem, error)
                 return
             self._started.set()
+            staff.send(worker, levels_frame())
             staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
 
     # Tasks back from workers.
@@ -701,9 +706,8 @@ class Scheduler:
                     run.tell()
             case Kind.READY:
                 worker.ready = True
-                if not segments and worker.board is not None:
-                    worker.board.close()
-                    worker.board = None
+                if not segments:
+                    worker.drop_board()
             case Kind.INITIALIZER_FAILED:
                 problem = PoolBrokenError("a worker's initializer failed")
                 self._break(staff, problem, rebuild(segments))
@@ -830,8 +834,9 @@ class Scheduler:
         worker.exclusive = False
         worker.done += settled
         self._failed_starts = 0
-        if worker.done >= (self._tasks_per_worker or sys.maxsize) or self._is_too_large(worker):
-            worker.retiring = True
+        if not worker.retiring:
+            full = worker.done >= (self._tasks_per_worker or sys.maxsize)
+            worker.retiring = full or self._is_too_large(worker)
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
             staff.stop(worker)
 
@@ -852,7 +857,8 @@ class Scheduler:
 
     def _is_too_large(self, worker: Worker) -> bool:
         limit, now = self._memory_per_worker, time.monotonic_ns()
-        if limit is None or now < worker.memory_look_ns:
+        # One that falls idle is looked at in any case: it might hold its memory for ever.
+        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
             return False
         worker.memory_look_ns = now + _MEMORY_LOOK_NS
         held = worker.resident_bytes()
@@ -910,7 +916,7 @@ class Scheduler:
         if exitcode == _KILLED and not worker.ended_by_us:
             worker.oom = self._oom.explain()
         back = self._have_back(staff, worker)
-        fault = "" if board is None else board.fault()
+        fault = "" if board is None else board.fault(worker.stack_begin)
         lost = [ledger.strike() for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
@@ -922,9 +928,12 @@ class Scheduler:
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
             )
             self._break(staff, problem)
-        if lost or worker.done or worker.dismissed or worker.condemned is not None:
+        if lost or worker.dismissed or worker.condemned is not None:
             self._failed_starts = 0 if lost else self._failed_starts
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
+        elif worker.done:
+            ending = describe_exit(exitcode, worker.oom)
+            _log.warning("worker %d %s while it ran nothing", worker.pid, ending)
         else:
             before = "it began a task" if worker.ready else "it was initialized"
             ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"

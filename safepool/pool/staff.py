@@ -11,16 +11,17 @@ Races, each handled where its letter stands below:
 
 from __future__ import annotations
 
-import logging
 import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.ledger import Ledger
+from safepool.pool.records import ContainedLogger
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ended", "Staff", "Worker"]
 
-_log = logging.getLogger("safepool")
+_log = ContainedLogger()
 
 # A worker whose channel is closed and that has not ended by then is ended (race A).
 _ENDING_S = 1.0
@@ -77,6 +78,10 @@ class Worker(WorkerProcess):
         oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
+        stack_begin: Where on its board the stack begins that it was asked for when it was
+            condemned.
+        guard: Held while another thread uses its descriptors, and while they are closed.
+        closed: They are.
     """
 
     ready: bool = False
@@ -94,9 +99,13 @@ class Worker(WorkerProcess):
     oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
+    stack_begin: int | None = None
+    closed: bool = False
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """Start it, as :class:`WorkerProcess` does."""
+        # Before the process: its descriptors are closed if it cannot start.
+        self.guard = threading.RLock()
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
@@ -120,6 +129,19 @@ class Worker(WorkerProcess):
     def ended_by_us(self) -> bool:
         """Whether a signal that ended it can be the pool's own."""
         return self.terminated or self.condemned is not None or self.fault is not None
+
+    def close(self) -> None:
+        """Give back every descriptor, which no other thread uses meanwhile."""
+        with self.guard:
+            self.closed = True
+            super().close()
+
+    def drop_board(self) -> None:
+        """Do without the board: the worker's system cannot use it."""
+        with self.guard:
+            if self.board is not None:
+                self.board.close()
+                self.board = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +290,7 @@ class Staff:
         worker.leaving = True
         pause_s = 0.0
         if worker.board is not None and STACK_SIGNAL:
+            worker.stack_begin = worker.board.written
             worker.end(STACK_SIGNAL)
             pause_s = _STACK_S
         worker.deadline = time.monotonic() + pause_s

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from concurrent.futures import Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
+from safepool.pool.records import ContainedLogger
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ __all__ = [
     "rebuild",
 ]
 
-_log = logging.getLogger("safepool")
+_log = ContainedLogger()
 
 
 class PoolFuture(Future[Any]):

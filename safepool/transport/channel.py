@@ -28,6 +28,8 @@ _PIECES = 256
 _ROUNDS = 64
 # A program may have given SIGPIPE its default meaning, and a dead worker must not end it.
 NO_SIGPIPE = getattr(socket, "MSG_NOSIGNAL", 0)
+# For one send on a socket that waits otherwise. Windows has no such flag.
+_DO_NOT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 class ChannelClosedError(Exception):
@@ -77,15 +79,37 @@ class Channel:
         if self._unsent:
             self.flush()
 
-    def flush(self) -> None:
+    def offer(self, frame: bytes) -> bool:
+        """Send a frame without waiting for the other end, whatever the socket.
+
+        Returns:
+            Whether it was taken: sent, or queued as the only one. ``False`` while an earlier
+            one is queued, and always where the system can only wait (Windows).
+
+        Raises:
+            ChannelClosedError: The other end is gone.
+        """
+        if not _DO_NOT_WAIT:
+            return False
+        self.flush(_DO_NOT_WAIT)
+        if self._unsent:
+            return False
+        self._unsent.append(memoryview(frame))
+        self.flush(_DO_NOT_WAIT)
+        return True
+
+    def flush(self, flags: int = 0) -> None:
         """Send what is queued, as far as the kernel takes it.
+
+        Args:
+            flags: Of send(2), for this time.
 
         Raises:
             ChannelClosedError: The other end is gone.
         """
         while self._unsent:
             try:
-                sent = self._send_some()
+                sent = self._send_some(flags)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -134,13 +158,13 @@ class Channel:
 
     if sys.platform == "win32":
 
-        def _send_some(self) -> int:
-            return self._sock.send(self._unsent[0], NO_SIGPIPE)
+        def _send_some(self, flags: int) -> int:
+            return self._sock.send(self._unsent[0], NO_SIGPIPE | flags)
 
     else:
 
-        def _send_some(self) -> int:
+        def _send_some(self, flags: int) -> int:
             if len(self._unsent) == 1:
-                return self._sock.send(self._unsent[0], NO_SIGPIPE)
+                return self._sock.send(self._unsent[0], NO_SIGPIPE | flags)
             pieces = [self._unsent[i] for i in range(min(len(self._unsent), _PIECES))]
-            return self._sock.sendmsg(pieces, (), NO_SIGPIPE)
+            return self._sock.sendmsg(pieces, (), NO_SIGPIPE | flags)

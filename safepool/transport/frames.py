@@ -68,7 +68,7 @@ class Kind(enum.IntEnum):
     SKIPPED = 14
     """To the pool: this call was taken back when it was about to begin."""
     LOG = 15
-    """To the pool: a log record."""
+    """To the pool: a log record. To a worker: which records are wanted."""
     VALUES = 16
     """To the pool: several calls that follow each other returned these plain values."""
 

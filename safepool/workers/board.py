@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     Segment = bytes | memoryview
 
-__all__ = ["STACK_SIGNAL", "Board", "barrier", "records_of", "register"]
+__all__ = ["STACK_SIGNAL", "Board", "barrier", "record_of", "records_of", "register"]
 
 _CLAIMED, _SINCE, _BEGAN, _REVOKED, _FILLED = range(5)
 _CELLS_BYTES = 64
@@ -70,6 +70,10 @@ if sys.platform == "linux":
     STACK_SIGNAL = int(signal.SIGRTMAX) - 3
 else:
     STACK_SIGNAL = 0
+
+# How faulthandler begins when a signal ends the process (Modules/faulthandler.c,
+# faulthandler_fatal_error); a stack that was asked for begins with a thread.
+_CRASH = b"Fatal Python error: "
 
 # membarrier(2): MEMBARRIER_CMD_GLOBAL_EXPEDITED and its registration, Linux 4.16.
 _EXPEDITED, _REGISTER_EXPEDITED = 1 << 1, 1 << 2
@@ -211,13 +215,46 @@ class Board:
         barrier()
         return records if self._cells[_FILLED] >> 32 == before >> 32 else b""
 
-    def fault(self) -> str:
-        """Return what faulthandler has written, empty if nothing."""
+    @property
+    def written(self) -> int:
+        """How many bytes faulthandler has written."""
         try:
-            size = os.fstat(self._descriptor).st_size - _BYTES
-            return _read_at(self._descriptor, max(0, size), _BYTES).decode(errors="replace")
+            return max(0, os.fstat(self._descriptor).st_size - _BYTES)
+        except OSError:
+            return 0
+
+    def fault(self, begin: int | None = None) -> str:
+        """Return what faulthandler has written, empty if nothing.
+
+        Args:
+            begin: From this byte on, such as :attr:`written` when the worker was asked. ``None``
+                is what it wrote of a crash, and nothing that it was asked for.
+        """
+        skipped = begin or 0
+        size = self.written - skipped
+        if size <= 0:
+            return ""
+        try:
+            found = _read_at(self._descriptor, size, _BYTES + skipped)
         except OSError:
             return ""
+        if begin is None:
+            found = found[found.rindex(_CRASH) :] if _CRASH in found else b""
+        return found.decode(errors="replace")
+
+    def drop_faults(self) -> None:
+        """Give back the memory of what faulthandler has written."""
+        try:
+            # Where it writes next is a property of the file that both processes hold open.
+            os.lseek(self._descriptor, _BYTES, os.SEEK_SET)
+            os.ftruncate(self._descriptor, _BYTES)
+        except OSError:
+            pass
+
+
+def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> bytes:
+    """Return one record as :func:`records_of` reads it, for a result that is not published."""
+    return _RECORD.pack(position, microseconds, len(pickled), kind) + pickled
 
 
 def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryview]]:

@@ -2,7 +2,8 @@
 
 Small results are left on the board (``board``) and sent together: at once when nothing else is
 here to do, else after a millisecond. So a result costs no system call, and is not lost when
-the next call kills the process.
+the next call kills the process. The result of a call that has logged is sent at once: the
+pool is to see it after what was logged.
 
 Not covered:
     * A task that starts threads which outlive it: they go on beside the next task.
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Kind, encode
 from safepool.transport.payloads import dumps, loads
+from safepool.workers.board import record_of
 from safepool.workers.describe import describe
+from safepool.workers.logs import Outbox, forward_records
 from safepool.workers.messages import function_of, read_tasks, values_frame
 from safepool.workers.namespace import MainNamespace
 
@@ -63,6 +66,7 @@ class Runner:
     ) -> None:
         self._initializer = initializer
         self._channel = channel
+        self._outbox = Outbox(channel)
         self._board = board
         self._cap = cap
         self._forked = False
@@ -88,6 +92,7 @@ class Runner:
         while True:
             for frame in self._channel.receive():
                 if frame.kind is Kind.STOP:
+                    self._outbox.close(flush=True)
                     return
                 self._mark_ns = time.monotonic_ns()
                 self._handle(frame)
@@ -98,6 +103,8 @@ class Runner:
     def _handle(self, frame: Frame) -> None:
         kind, position, segments = frame
         match kind:
+            case Kind.LOG:
+                forward_records(self._outbox, segments[0])
             case Kind.INITIALIZE:
                 self._initialize(segments)
             case Kind.FUNCTION:
@@ -130,7 +137,7 @@ class Runner:
             reply, described = Kind.READY, [b"board"] if self._board else []
         self._cap.apply()  # what the initializer has loaded or changed
         self._leave_if_forked()
-        self._channel.send(encode(reply, 0, described))
+        self._outbox.send(encode(reply, 0, described))
 
     def _run_pickled(
         self,
@@ -167,7 +174,7 @@ class Runner:
             items = loads(segments[1:])
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
             self._leave_if_forked()
-            self._channel.send(encode(Kind.UNREADABLE, position))
+            self._outbox.send(encode(Kind.UNREADABLE, position))
             return
         self._leave_if_forked()
         begun = position
@@ -203,13 +210,13 @@ class Runner:
             return True
         # What ended before goes first: the pool takes this for its turn.
         self._flush()
-        self._channel.send(encode(Kind.SKIPPED, position))
+        self._outbox.send(encode(Kind.SKIPPED, position))
         return False
 
     def _publish(self, position: int, value: object) -> bool:
         """Leave a plain value on the board, and remember it for the next flush."""
         board = self._board
-        if board is None or self._forked:
+        if board is None or self._forked or self._outbox.logged:
             return False
         if self._others or not board.publish(position, 0, Kind.RESULT, pickle.dumps(value, 5)):
             self._flush()
@@ -227,11 +234,18 @@ class Runner:
             self._flush()
         if board is None or len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
             self._flush()
-            self._channel.send(encode(kind, position, segments))
+            self._outbox.logged = False
+            self._outbox.send(encode(kind, position, segments))
             return
         now = time.monotonic_ns()
         microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
         self._mark_ns = now
+        if self._outbox.logged:
+            self._flush()
+            self._outbox.logged = False
+            record = record_of(position, microseconds, kind, segments[0])
+            self._outbox.send(encode(Kind.RESULTS, 0, [record]))
+            return
         if not board.publish(position, microseconds, kind, segments[0]):
             self._flush()
             board.publish(position, microseconds, kind, segments[0])
@@ -254,7 +268,7 @@ class Runner:
         else:
             frame = encode(Kind.RESULTS, 0, [board.published()])
             self._others = False
-        self._channel.send(frame)
+        self._outbox.send(frame)
         # Only now: who is killed in between leaves them twice, and the pool takes them once.
         board.flushed()
         self._flushed_ns = now
@@ -267,6 +281,7 @@ class Runner:
 
     def _forked_now(self) -> None:
         self._forked = True
+        self._outbox.close()
 
 
 def _load_function(segments: Sequence[bytearray]) -> Callable[..., Any]:

@@ -1,0 +1,214 @@
+"""A pool seen from outside: what each worker does, and where it is in its code.
+
+From any thread, also while the scheduler's is stuck in somebody's callback: nothing here waits for
+it. What it writes is read as it is at that moment; a worker's descriptors are used under the
+worker's ``guard``, so that none is closed, and its number given to something else, in between.
+
+Not covered:
+    * An answer that a worker has given and the scheduler not yet read: the worker counts as
+      busy until then.
+    * Stacks elsewhere than on Linux.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from safepool.workers.board import STACK_SIGNAL
+from safepool.workers.status import Status, read_status, threads_that_block
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.pool.mapping import Span
+    from safepool.pool.staff import Worker
+    from safepool.pool.tasks import Task
+
+__all__ = ["Stacks", "WorkerInfo", "look_at"]
+
+# Between two looks whether a worker has written its stack; that takes it microseconds.
+_LOOK_S = 0.002
+# More of old stacks is not kept in a worker's file: it is memory.
+_KEPT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """One worker at one moment.
+
+    Attributes:
+        pid: Process id.
+        state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
+            else ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after what
+            it has.
+        task: What it runs, such as ``"package.module.function"``; ``None`` if nothing.
+        running_s: Seconds since that began; ``None`` if nothing runs.
+        tasks_done: Tasks that it has finished; each call of a ``map`` is one.
+        waiting: Tasks that were sent to it and that it has not begun. Another worker gets
+            them when it is idle.
+        resident_bytes: Memory that it holds; ``None`` where the system does not tell.
+        native_threads: Threads that the system counts in it, those of native libraries
+            included; ``None`` where it does not tell.
+    """
+
+    pid: int
+    state: Literal["starting", "idle", "busy", "leaving"]
+    task: str | None
+    running_s: float | None
+    tasks_done: int
+    waiting: int
+    resident_bytes: int | None
+    native_threads: int | None
+
+
+def look_at(workers: Iterable[Worker]) -> tuple[WorkerInfo, ...]:
+    """Return what each of the workers does."""
+    return tuple(_look_at(worker) for worker in workers)
+
+
+def _look_at(worker: Worker) -> WorkerInfo:
+    at, since_ns = _place(worker)
+    task, waiting = None, 0
+    for work in _works(worker):
+        begin, end = work.position + work.done, work.position + work.count
+        if begin <= at < end:
+            task = work.name
+        waiting += max(0, end - max(begin, at + 1))
+    state: Literal["starting", "idle", "busy", "leaving"]
+    if worker.leaving or worker.retiring:
+        state = "leaving"
+    elif not worker.ready:
+        state = "starting"
+    else:
+        state = "idle" if task is None else "busy"
+    status = read_status(worker.pid)
+    return WorkerInfo(
+        pid=worker.pid,
+        state=state,
+        task=task,
+        running_s=None if task is None else max(0, time.monotonic_ns() - since_ns) / 1e9,
+        tasks_done=worker.done,
+        waiting=waiting,
+        resident_bytes=worker.resident_bytes(),
+        native_threads=None if status is None else status.threads,
+    )
+
+
+def _place(worker: Worker) -> tuple[int, int]:
+    """Return the position that a worker has come to, and when that began."""
+    board = worker.board
+    while board is not None:
+        try:
+            at, since_ns = board.claimed, board.since_ns
+            if board.claimed == at:
+                return at, since_ns
+        except ValueError:
+            break  # it has ended, and its board is closed
+    # It does what it was sent one by one, from the moment in which it was.
+    head = next(iter(_works(worker)), None)
+    return (0 if head is None else head.position + head.done), worker.sent_ns
+
+
+def _works(worker: Worker) -> list[Task | Span]:
+    while True:
+        try:
+            return list(worker.ledger)
+        except RuntimeError:  # the scheduler's thread has just changed it
+            pass
+
+
+class Stacks:
+    """Asks workers for their Python stacks, one request at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def of(self, workers: Iterable[Worker], timeout_s: float) -> dict[int, str]:
+        """Return the stacks of each worker by its process id, or in parentheses why not.
+
+        Args:
+            workers: Whose.
+            timeout_s: How long to wait for all of them together.
+        """
+        deadline = time.monotonic() + timeout_s
+        if not self._lock.acquire(timeout=max(0.0, timeout_s)):
+            return {worker.pid: "(others are asking for its stacks)" for worker in workers}
+        try:
+            requests = [_Request(worker) for worker in workers]
+            left = requests
+            while left := [request for request in left if not request.look()]:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(_LOOK_S)
+            return {request.worker.pid: request.close() for request in requests}
+        finally:
+            self._lock.release()
+
+
+class _Request:
+    """One worker that was asked for its stacks by ``STACK_SIGNAL``."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self._text = ""
+        self._begin = 0
+        self._blocking: frozenset[str] = frozenset()
+        with worker.guard:
+            status = None if worker.closed else read_status(worker.pid)
+            self._text = self._why_not(status)
+            if self._text:
+                return
+            assert status is not None
+            assert worker.board is not None
+            # What others have asked for, and what came too late, is not the answer.
+            self._begin = worker.board.written
+            self._blocking = threads_that_block(worker.pid, STACK_SIGNAL)
+            if not status.awaits(STACK_SIGNAL):
+                worker.end(STACK_SIGNAL)
+
+    def _why_not(self, status: Status | None) -> str:
+        if not STACK_SIGNAL or self.worker.board is None:
+            return "(no stacks: this system has no file that a worker can leave them in)"
+        if status is None or status.state in "ZX":
+            return "(it has ended)"
+        if status.state in "Tt":
+            return "(it is stopped, by SIGSTOP or a debugger: it runs nothing)"
+        if not status.catches(STACK_SIGNAL):
+            # Else the signal would end it.
+            told = "it handles no such signal" if self.worker.ready else "it is still starting"
+            return f"(it cannot be asked: {told})"
+        return ""
+
+    def look(self) -> bool:
+        """Tell whether nothing more is to be waited for."""
+        if self._text:
+            return True
+        worker = self.worker
+        with worker.guard:
+            if worker.closed or worker.board is None:
+                self._text = "(it has ended)"
+                return True
+            status = read_status(worker.pid)
+            if status is None or status.awaits(STACK_SIGNAL):
+                return False
+            if worker.board.written <= self._begin:
+                return False
+            # In the middle of its handler a thread blocks the signal.
+            if threads_that_block(worker.pid, STACK_SIGNAL) - self._blocking:
+                return False
+            self._text = worker.board.fault(self._begin)
+            if worker.board.written > _KEPT_BYTES and worker.condemned is None:
+                worker.board.drop_faults()
+        return True
+
+    def close(self) -> str:
+        """Return what there is."""
+        if self._text:
+            return self._text
+        with self.worker.guard:
+            board = self.worker.board
+            found = "" if board is None or self.worker.closed else board.fault(self._begin)
+        return found or "(no answer in time: it waits in the kernel, or is frozen)"

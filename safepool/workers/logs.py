@@ -1,0 +1,284 @@
+"""Log records of a worker, on their way to the loggers of its program.
+
+A program configures logging once, in its own process, and workers know nothing of it. So a
+record that no handler of the worker takes travels to the pool, whose program handles it as if it
+had been logged there. A worker that has handlers of its own, because a task or an initializer
+configured logging or a library came with one, keeps what they take: each record is
+handled in one place. A ``NullHandler`` takes nothing.
+
+This happens where a logger calls its handlers (``Logger.callHandlers``), and not in a handler of
+the root logger: a record of a logger that does not propagate would never get there, and
+``logging.basicConfig`` in an initializer would find a handler and do nothing.
+
+Records never hold up the task. What the pool is too slow to read waits here, up to a bound; beyond
+that records are dropped, and their number is told in a record of its own. Those of
+a task arrive before its result does.
+
+Not covered:
+    * A process that a task forks: its records go to the handlers that it has, or as anywhere
+      to stderr from ``WARNING`` on. The channel is the worker's.
+    * What waits when a worker falls idle is sent with its next record or answer.
+    * Where a send cannot be told not to wait (Windows), records travel with the task's answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import text_of
+from safepool.transport.channel import ChannelClosedError
+from safepool.transport.frames import Kind, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from safepool.transport.channel import Channel
+
+__all__ = ["Outbox", "forward_records", "levels_frame", "pack_record", "unpack_record"]
+
+# Records that wait for a slow pool: a few thousand of the usual ones.
+_WAITING_BYTES = 1024 * 1024
+# As themselves in one pickle; anything else in one of its own, which may fail by itself.
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+
+_formatter = logging.Formatter()
+
+
+class Outbox:
+    """What a worker sends, from whichever thread: whole frames, one after the other.
+
+    Answers wait until the pool reads; records do not. Nothing that logs ever waits for the
+    lock, so a signal's handler may log, and a thread, while an answer is being sent: who
+    has the lock looks for what was added meanwhile when it has let go of it.
+
+    Args:
+        channel: To the pool. Nobody else sends on it.
+
+    Attributes:
+        logged: There was a record since the runner last set this to ``False``.
+    """
+
+    __slots__ = ("_channel", "_dropped", "_lock", "_open", "_waiting", "logged")
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._waiting: deque[bytes] = deque()
+        self._dropped = 0
+        self._open = True
+        self.logged = False
+
+    @property
+    def open(self) -> bool:
+        """Whether records may be added."""
+        return self._open
+
+    def send(self, pieces: Sequence[bytes | memoryview]) -> None:
+        """Send a frame after every record that was added before. May wait for the pool.
+
+        Raises:
+            ChannelClosedError: The pool is gone.
+        """
+        with self._lock:
+            self._send_records()
+            self._channel.send(pieces)
+        self._offer_records()
+
+    def add(self, record: logging.LogRecord) -> None:
+        """Send a record soon, or drop and count it. Never waits.
+
+        Raises:
+            Exception: What user code raised that makes text of its arguments.
+        """
+        frame = b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
+        self.logged = True
+        # A copy: other threads add and take.
+        waiting_bytes = sum(map(len, list(self._waiting)))
+        if waiting_bytes and waiting_bytes + len(frame) > _WAITING_BYTES:
+            self._dropped += 1
+            frame = b""
+        if frame:
+            self._waiting.append(frame)
+        self._offer_records()
+
+    def close(self, *, flush: bool = False) -> None:
+        """Take no more records.
+
+        Args:
+            flush: Send those that wait. May wait for the pool.
+        """
+        self._open = False
+        if flush:
+            with self._lock:
+                self._send_records()
+
+    def _send_records(self) -> None:
+        # Not until none is left: a thread may log without end.
+        for _ in range(len(self._waiting)):
+            self._channel.send([self._waiting[0]])
+            self._waiting.popleft()
+        if self._dropped:
+            self._channel.send([self._report()])
+
+    def _offer_records(self) -> None:
+        while self._waiting and self._lock.acquire(blocking=False):
+            try:
+                while self._waiting:
+                    if not self._channel.offer(self._waiting[0]):
+                        return
+                    self._waiting.popleft()
+                if self._dropped:
+                    self._waiting.append(self._report())
+            except ChannelClosedError:
+                self._waiting.clear()
+                return
+            finally:
+                self._lock.release()
+
+    def _report(self) -> bytes:
+        count, self._dropped = self._dropped, 0
+        record = logging.getLogger("safepool").makeRecord(
+            "safepool",
+            logging.WARNING,
+            __file__,
+            0,
+            "worker %d logged faster than the program took it: %d records were dropped",
+            (os.getpid(), count),
+            None,
+        )
+        return b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
+
+
+def forward_records(outbox: Outbox, levels: bytes | bytearray) -> None:
+    """Hand over to the pool what no handler of this process takes, from now on.
+
+    Handlers that are here already were set up for the program, not for its worker (a fork
+    inherits them, ``spawn`` makes them again when it imports ``__main__``): they are
+    removed, and what they would take goes to the program's own.
+
+    Args:
+        outbox: Where records go.
+        levels: What :func:`levels_frame` made.
+    """
+    disabled, by_name = pickle.loads(levels)
+    manager = logging.root.manager
+    for logger in [logging.root, *manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+            logger.propagate = True
+    for name, level in by_name.items():
+        logging.getLogger(name).setLevel(level)
+    logging.disable(disabled)
+    # Of the class: a logger that is made later has it as well. Whatever somebody else has put
+    # there (Sentry's SDK does) goes on to be called for what stays in this process.
+    logging.Logger.callHandlers = _forwarding(  # type: ignore[assignment, method-assign]
+        outbox, logging.Logger.callHandlers
+    )
+
+
+def _forwarding(
+    outbox: Outbox, otherwise: Callable[[logging.Logger, logging.LogRecord], None]
+) -> Callable[[logging.Logger, logging.LogRecord], None]:
+    # For its handling of errors alone: what is logged must not end the task.
+    errors = logging.Handler()
+
+    def call_handlers(self: logging.Logger, record: logging.LogRecord) -> None:
+        if not outbox.open or _is_taken(self, record):
+            otherwise(self, record)
+            return
+        try:
+            outbox.add(record)
+        except RecursionError:  # as in logging's own handlers (bpo-36272)
+            raise
+        except Exception:  # noqa: BLE001 -- user code
+            errors.handleError(record)
+
+    return call_handlers
+
+
+def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
+    at: logging.Logger | None = logger
+    while at is not None:
+        for handler in at.handlers:
+            if record.levelno >= handler.level and not isinstance(handler, logging.NullHandler):
+                return True
+        at = at.parent if at.propagate else None
+    return False
+
+
+def levels_frame() -> list[bytes | memoryview]:
+    """Return the frame that tells a worker which records its program wants."""
+    root = logging.root
+    loggers = list(root.manager.loggerDict.items())
+    levels = {
+        name: logger.level
+        for name, logger in loggers
+        if isinstance(logger, logging.Logger) and logger.level
+    }
+    return encode(
+        Kind.LOG, 0, [pickle.dumps((root.manager.disable, {"": root.level, **levels}), protocol=5)]
+    )
+
+
+def pack_record(record: logging.LogRecord) -> bytes:
+    """Pickle a record in words: its arguments and exception as text, as they are now.
+
+    Args:
+        record: It is not changed.
+
+    Returns:
+        What :func:`unpack_record` reads. What ``extra=`` added travels as itself; where it
+        cannot be pickled, as its ``repr()``.
+
+    Raises:
+        Exception: What user code raised that makes text of the arguments.
+    """
+    told = dict(record.__dict__)
+    told["msg"], told["args"] = str.__str__(record.getMessage()), None
+    if record.exc_info and not record.exc_text:
+        told["exc_text"] = _formatter.formatException(record.exc_info)
+    told["exc_info"] = None
+    plain = {name: value for name, value in told.items() if type(value) in _PLAIN}
+    others = {name: _pickle(told[name]) for name in told.keys() - plain.keys()}
+    return pickle.dumps((plain, others), protocol=5)
+
+
+def unpack_record(packed: bytes | bytearray) -> Mapping[str, Any]:
+    """Return the attributes of a record that :func:`pack_record` packed.
+
+    Example:
+        >>> record = logging.makeLogRecord({"msg": "%d files", "args": (3,)})
+        >>> unpack_record(pack_record(record))["msg"]
+        '3 files'
+    """
+    attributes: dict[str, Any]
+    attributes, others = pickle.loads(packed)
+    for name, pickled in others.items():
+        try:
+            attributes[name] = pickle.loads(pickled)
+        except Exception as error:  # noqa: BLE001 -- user code; the rest of the record is whole
+            attributes[name] = f"(cannot be unpickled: {text_of(error)})"
+    return attributes
+
+
+def _pickle(value: object) -> bytes:
+    try:
+        return pickle.dumps(value, protocol=5)
+    except RecursionError:
+        raise
+    except Exception:  # noqa: BLE001 -- user code; words will do
+        return pickle.dumps(_words(value), protocol=5)
+
+
+def _words(value: object) -> str:
+    try:
+        return str.__str__(repr(value))
+    except RecursionError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- user code
+        return f"(not shown: {text_of(error)})"
