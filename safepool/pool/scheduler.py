@@ -683,10 +683,10 @@ class Scheduler:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
 
     def _return_skipped(self, worker: Worker, position: int) -> None:
-        ledger = worker.ledger
-        head = ledger.head
+        head = worker.ledger.head
         if head is not None and head.position + head.done == position:
-            self._wait_again(ledger.take_back(position - 1))
+            work, place = worker.ledger.strike()  # what is behind it was sent later
+            self._wait_again([work.only(place) if isinstance(work, Span) else work])
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""

@@ -187,6 +187,7 @@ class Runner:
         board = self._board
         if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
             return True
+        self._flush()  # what was finished before must be told before
         self._channel.send(encode(Kind.SKIPPED, position))
         return False
 
