@@ -719,12 +719,11 @@ class Scheduler:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
 
     def _return_skipped(self, worker: Worker, position: int) -> None:
-        ledger = worker.ledger
-        head = ledger.head
+        head = worker.ledger.head
         if head is not None and head.position + head.done == position:
             # It alone, with what was to follow in the same message: what was sent since then
             # is not revoked, and may have begun.
-            self._wait_again([ledger.withdraw()])
+            self._wait_again([worker.ledger.withdraw()])
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""

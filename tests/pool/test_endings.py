@@ -31,6 +31,7 @@ from safepool import (
     WorkerDiedError,
 )
 from safepool.pool.policy import Policy
+from safepool.workers.board import Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -281,6 +282,41 @@ def test_a_timeout_while_the_arguments_are_read() -> None:
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
     assert isinstance(error, TaskTimeoutError)
+
+
+@linux
+def test_a_task_that_is_claimed_and_taken_back_at_once_runs_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both see it; the worker says so after what it has finished and before what comes next."""
+    path = str(tmp_path / "runs")
+    peek = Board.peek
+    met = []
+
+    def peek_early(board: Board) -> bytes:
+        """Look, and then let the worker finish its task and claim the next, which is revoked."""
+        before, records = board.claimed, peek(board)
+        deadline = time.monotonic() + 0.5
+        while board.claimed == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        met.append(board.claimed != before)
+        return records
+
+    with ProcessPool(1, initializer=endings.tell_results_late) as pool:
+        worker = pool.submit(tasks.pid).result(timeout=30)
+        for n in range(10):  # their time is known then, and several are sent together
+            pool.submit(endings.note_and_wait, path, n, 0).result(timeout=30)
+        monkeypatch.setattr(Board, "peek", peek_early)
+        times = [0.1 if n % 30 == 10 else 0.0 for n in range(10, 100)]
+        futures = [
+            pool.submit(endings.note_and_wait, path, n, seconds)
+            for n, seconds in enumerate(times, 10)
+        ]
+        assert [future.result(timeout=30) for future in futures] == list(range(10, 100))
+        assert pool.submit(tasks.pid).result(timeout=30) == worker
+
+    assert any(met)
+    assert sorted(map(int, endings.lines(path))) == list(range(100))
 
 
 # A worker is stopped, and does not end.
