@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 MANY = 48
 
+# The ways to start a worker that each library is tried with; names, as ``mp_context=`` takes.
+METHODS = ["loky", "spawn", "forkserver", "fork"]
+
 _TESTS = Path(__file__).resolve().parent
 # What programs of the tests import from.
 PATHS = [str(_TESTS), str(_TESTS.parent)]
@@ -316,6 +319,13 @@ def use_and_look(name: str) -> list[tuple[str, int | None]]:
     """Import a library, compute, and return the pools."""
     use(name)
     return pools()
+
+
+def mask_with_numpy(seconds: float) -> list[int]:
+    """Import NumPy, keep the worker busy, return where it may run."""
+    load("numpy")
+    time.sleep(seconds)
+    return sorted(os.sched_getaffinity(0))
 
 
 def threads_of(pid: int) -> int:

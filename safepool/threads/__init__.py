@@ -6,6 +6,7 @@
     environment   what a worker is born with
     libraries     what was loaded since the last look
     imports       what is being imported
+    placement     which CPUs a worker is bound to, if it is
     cap           the three layers, and the block around a function
     pools         what is loaded now
 

@@ -121,6 +121,7 @@ class WorkerProcess:
     Attributes:
         process: The ``multiprocessing`` process.
         pid: Its process id.
+        cpus: What it is bound to; empty if to nothing.
         board: What it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.
         sentinel: A descriptor that turns readable when the process ends; ``None`` on
@@ -138,6 +139,7 @@ class WorkerProcess:
         inheritance: Inheritance,
         board: Board | None = None,
         given_up: Callable[[], bool] = bool,
+        cpus: tuple[int, ...] = (),
     ) -> None:
         """Start a worker process.
 
@@ -149,11 +151,13 @@ class WorkerProcess:
             inheritance: What its initializer finds beside the pickle.
             given_up: Asked while the start takes its time: nobody wants it any more.
             board: To be shared with it; closed with this object, also if it cannot start.
+            cpus: Bind it to these CPUs, before it imports anything of the caller's.
 
         Raises:
             OSError: The system gave no process or no descriptor.
         """
         self.board = board
+        self.cpus = cpus
         ours, theirs = socket.socketpair()
         self.process: Any
         self._pidfd: int | None = None
@@ -169,11 +173,12 @@ class WorkerProcess:
                     number,
                     inheritance.descriptors,
                     given_up,
+                    cpus,
                 )
             else:
                 more = (*foreign_descriptors, ours.fileno())
                 self.process = _launch(
-                    context, theirs, board, environment, threads, more, inheritance
+                    context, theirs, board, environment, threads, more, inheritance, cpus
                 )
                 self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
@@ -259,6 +264,7 @@ def _launch(
     threads: int,
     foreign_descriptors: Sequence[int],
     inheritance: Inheritance,
+    cpus: tuple[int, ...],
 ) -> Any:
     """Start a worker by a context of ``multiprocessing`` or loky."""
     handles = [_handle(theirs)]
@@ -277,8 +283,9 @@ def _launch(
             threads,
             foreign_descriptors if forked else (),
             inheritance.itself or inherited,
+            cpus,
         )
-        process = _create(context, arguments, environment)
+        process = _create(context, arguments, environment, cpus)
         _start(process, context.get_start_method())
     finally:
         for handle in handles:
@@ -287,7 +294,10 @@ def _launch(
 
 
 def _create(
-    context: BaseContext, arguments: tuple[Any, ...], environment: Mapping[str, str | None]
+    context: BaseContext,
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str | None],
+    cpus: tuple[int, ...],
 ) -> Any:
     create: Any = context.Process  # type: ignore[attr-defined]
     if context.get_start_method() in ("loky", "loky_init_main"):
@@ -300,7 +310,7 @@ def _create(
         process = create(target=worker_main, args=arguments)
         # spawn and forkserver import the caller's ``__main__``, and with it NumPy, before
         # anything of ours runs; the process's name is what they unpickle before that.
-        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment))
+        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment), cpus)
     return process
 
 
@@ -310,8 +320,14 @@ _SET_ENVIRONMENT = """(
         for environ in [__import__("os").environ]
         for key, value in environment.items()
     ],
+    # A fork server may have fewer by itself: then worker_main() asks the system.
+    [
+        os.sched_setaffinity(0, cpus)
+        for os in [__import__("os")]
+        if cpus and os.sched_getaffinity(0).issuperset(cpus)
+    ],
     name,
-)[1]"""
+)[2]"""
 
 
 @contextlib.contextmanager
@@ -328,20 +344,23 @@ def _no_missing_streams() -> Iterator[None]:
 
 
 class _NameWithEnvironment(str):
-    """A process name that sets the environment of the interpreter that unpickles it."""
+    """A process name that sets environment and CPUs of the interpreter that unpickles it."""
 
-    __slots__ = ("environment",)
+    __slots__ = ("cpus", "environment")
 
     environment: dict[str, str | None]
+    cpus: tuple[int, ...]
 
-    def __new__(cls, name: str, environment: dict[str, str | None]) -> Self:
+    def __new__(cls, name: str, environment: dict[str, str | None], cpus: tuple[int, ...]) -> Self:
         self = super().__new__(cls, name)
         self.environment = environment
+        self.cpus = cpus
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Builtins only: the child has no sys.path yet to find a function of ours on.
-        return eval, (_SET_ENVIRONMENT, {"environment": self.environment, "name": str(self)})
+        facts = {"environment": self.environment, "cpus": self.cpus, "name": str(self)}
+        return eval, (_SET_ENVIRONMENT, facts)
 
 
 if sys.platform == "win32":
