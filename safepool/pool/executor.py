@@ -18,8 +18,9 @@ from safepool.pool.policy import Policy, policy_of
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.threads.environment import overridden, worker_environment
+from safepool.threads.kernel import native_threads
 from safepool.threads.placement import Placement, why_not_bound
-from safepool.workers.process import find_context, native_threads
+from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -52,9 +52,13 @@ class NativeRuntime:
         falls_back_to: Variables of other rows that it reads where its own are not set,
             the one that wins first.
         removed: Taken out of a worker's environment: they would beat the cap.
+        removed_win: They beat its own variables; otherwise they come between those and
+            the ones it falls back to.
         opt_in: Bound it as well, and are set only by the user (the module says why).
         libraries: How the file names of its shared libraries begin, lower case.
         modules: The Python modules that bring it, by the full name that is imported.
+        thread_names: How its threads are called, as a regular expression, where they have
+            names of their own.
         call: What caps it once it is loaded; ``None`` if nothing does.
         through: The row whose pool it uses, when it has none of its own.
         fixed: What cannot be changed once it is loaded; empty if all can.
@@ -67,9 +71,11 @@ class NativeRuntime:
     variables: tuple[ThreadVariable, ...] = ()
     falls_back_to: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    removed_win: bool = False
     opt_in: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    thread_names: str = ""
     call: str | None = None
     through: str | None = None
     fixed: str = ""
@@ -108,6 +114,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         variables=_numbers("MKL_NUM_THREADS"),
         falls_back_to=("OMP_NUM_THREADS",),
         removed=("MKL_DOMAIN_NUM_THREADS",),
+        removed_win=True,
         libraries=("libmkl_rt", "mkl_rt"),
         call="threadpoolctl",
         hole="its TBB layer reads no variable and is capped in the worker's own thread only: "
@@ -121,6 +128,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         variables=_numbers("BLIS_NUM_THREADS"),
         falls_back_to=("OMP_NUM_THREADS",),
         removed=("BLIS_JC_NT", "BLIS_PC_NT", "BLIS_IC_NT", "BLIS_JR_NT", "BLIS_IR_NT"),
+        removed_win=True,
         libraries=("libblis", "blis"),
         call="threadpoolctl",
         source="BLIS docs/Multithreading.md, 'Globally via environment variables'",
@@ -236,6 +244,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="Polars",
         variables=_numbers("POLARS_MAX_THREADS", "POLARS_ASYNC_THREAD_COUNT"),
         modules=("polars",),
+        thread_names=r"polars-[0-9]+",
         fixed="everything: the pool is made with the first query and keeps its size",
         hole="background threads (jemalloc's, its own cleaner's, those of readers) stay, idle",
         source="Polars, polars.thread_pool_size()",
@@ -261,6 +270,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="tokio",
         used_by="libraries written in Rust with asynchronous input: DataFusion, delta-rs",
         variables=_numbers("TOKIO_WORKER_THREADS"),
+        thread_names=r"tokio-rt-worker",
         fixed="everything: a runtime is made with its first use",
         hole="blocking threads (512 at most) are started as they are needed",
         source="tokio, runtime::Builder::worker_threads",
@@ -367,6 +377,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="ITK and SimpleITK",
         variables=_numbers("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"),
         removed=("ITK_NUMBER_OF_THREADS_ENV_LIST",),
+        removed_win=True,
         modules=("SimpleITK",),
         call="SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads()",
         hole="filters that exist already keep their number: SetNumberOfWorkUnits(1)",

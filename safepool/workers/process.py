@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["WorkerProcess", "find_context", "native_threads", "prepare"]
+__all__ = ["WorkerProcess", "find_context", "prepare"]
 
 
 def find_context(
@@ -94,25 +94,6 @@ def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool
     own: Any = context
     own.prepare(environment)
     return True
-
-
-def native_threads() -> list[tuple[int, str]]:
-    """Return number and name of every thread that the system counts in this process.
-
-    Source: proc(5), ``/proc/pid/task/tid/comm``. Empty elsewhere than on Linux.
-    """
-    found = []
-    try:
-        tasks = os.listdir("/proc/self/task")
-    except OSError:
-        return []
-    for task in tasks:
-        try:
-            with open(f"/proc/self/task/{task}/comm", encoding="utf-8", errors="replace") as file:
-                found.append((int(task), file.read().strip()))
-        except OSError:
-            pass  # it has ended
-    return found
 
 
 class WorkerProcess:
