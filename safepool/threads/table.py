@@ -88,7 +88,7 @@ def _numbers(*names: str) -> tuple[ThreadVariable, ...]:
 
 
 # What a hole is closed with where nothing of the runtime's own does it.
-_AFFINITY = "os.sched_setaffinity() in the initializer, which it respects, bounds it"
+_AFFINITY = "ProcessPool(pin_workers=True) bounds it"
 
 RUNTIMES: tuple[NativeRuntime, ...] = (
     # BLAS, as threadpoolctl knows it.
@@ -344,6 +344,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="JAX on the CPU",
         variables=_numbers("PJRT_NPROC"),
         modules=("jax", "jaxlib"),
+        thread_names=r"tf_XLAEigen",
         fixed="everything: the client is made with the first operation",
         hole=f"the pool that compiles, idle afterwards; {_AFFINITY}",
         source="XLA, xla/pjrt/utils.cc, DefaultThreadPoolSize",
@@ -395,7 +396,8 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="catboost",
         used_by="CatBoost: one pool per model",
         modules=("catboost",),
-        hole=f"no variable: pass thread_count=1 to each model; {_AFFINITY}",
+        hole="no variable: pass thread_count=1 to each Pool, to each model and to predict(); "
+        f"{_AFFINITY}",
         source="CatBoost, 'Performance settings', thread_count",
     ),
     NativeRuntime(
@@ -417,7 +419,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="ffmpeg",
         used_by="FFmpeg: PyAV, one pool per codec",
         modules=("av",),
-        hole="no variable: set codec_context.thread_count = 1 for each stream",
+        hole=f"no variable: set codec_context.thread_count = 1 for each stream; {_AFFINITY}",
         source="FFmpeg, AVCodecContext.thread_count",
     ),
     NativeRuntime(

@@ -39,6 +39,10 @@ static int choose(pid_t pid, size_t size, const void *mask)
 {
     unsigned char found[sizeof chosen] = {0};
     int any = 0;
+    if (mask == NULL) { /* Intel's OpenMP asks with it whether there is such a call */
+        errno = EFAULT;
+        return -1;
+    }
     for (long cpu = 0; cpu < cpus() && cpu < MOST && (size_t)cpu / 8 < size; cpu++)
         if (((const unsigned char *)mask)[cpu / 8] & (1 << (cpu % 8))) {
             found[cpu / 8] |= (unsigned char)(1 << (cpu % 8));
