@@ -50,6 +50,7 @@ class Library:
         helpers: Idle threads that it keeps beside the one that works, cap or no cap:
             jemalloc's, readers' and writers'.
         forked: Used in a parent, it works in a child that was forked and capped.
+        inherited: Imported in a parent, its pools have the parent's size in a forked child.
         pinned: Nothing but the affinity mask bounds its threads: its workers are bound.
     """
 
@@ -58,6 +59,7 @@ class Library:
     runtimes: tuple[str, ...]
     helpers: int = 0
     forked: bool = True
+    inherited: tuple[str, ...] = ()
     pinned: bool = False
 
 
@@ -302,7 +304,12 @@ LIBRARIES: dict[str, Library] = {
         modules=("numba", "numpy"), use=_numba, runtimes=("numba", "openmp"), forked=False
     ),
     "polars": Library(
-        modules=("polars",), use=_polars, runtimes=("polars",), helpers=8, forked=False
+        modules=("polars",),
+        use=_polars,
+        runtimes=("polars",),
+        helpers=8,
+        forked=False,
+        inherited=("polars",),
     ),
     "pyarrow": Library(
         modules=("pyarrow.csv", "pyarrow.parquet"),

@@ -245,7 +245,8 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         variables=_numbers("POLARS_MAX_THREADS", "POLARS_ASYNC_THREAD_COUNT"),
         modules=("polars",),
         thread_names=r"polars-[0-9]+",
-        fixed="everything: the pool is made with the first query and keeps its size",
+        fixed="everything: the size of its pool is read when polars is imported, so a forked "
+        "worker has its program's",
         hole="background threads (jemalloc's, its own cleaner's, those of readers) stay, idle",
         source="Polars, polars.thread_pool_size()",
     ),
