@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MANY = 48
 
 # The ways to start a worker that each library is tried with; names, as ``mp_context=`` takes.
-METHODS = ["loky", "spawn", "forkserver", "fork"]
+METHODS = ["safepool", "loky", "spawn", "forkserver", "fork"]
 
 _TESTS = Path(__file__).resolve().parent
 # What programs of the tests import from.
