@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 MANY = 48
 
+# The ways to start a worker that each library is tried with; names, as ``mp_context=`` takes.
+METHODS = ["safepool", "loky", "spawn", "forkserver", "fork"]
+
 _TESTS = Path(__file__).resolve().parent
 # What programs of the tests import from.
 PATHS = [str(_TESTS), str(_TESTS.parent)]
@@ -47,6 +50,8 @@ class Library:
         helpers: Idle threads that it keeps beside the one that works, cap or no cap:
             jemalloc's, readers' and writers'.
         forked: Used in a parent, it works in a child that was forked and capped.
+        inherited: Imported in a parent, its pools have the parent's size in a forked child.
+        pinned: Nothing but the affinity mask bounds its threads: its workers are bound.
     """
 
     modules: tuple[str, ...]
@@ -54,6 +59,8 @@ class Library:
     runtimes: tuple[str, ...]
     helpers: int = 0
     forked: bool = True
+    inherited: tuple[str, ...] = ()
+    pinned: bool = False
 
 
 def _array(rows: int, columns: int) -> Any:
@@ -73,17 +80,13 @@ def _scipy() -> None:
     scipy.linalg.svd(_array(200, 200))
 
 
-def _hist_gradient_boosting() -> None:
+def _scikit_learn() -> None:
+    from sklearn.cluster import KMeans
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    x = _array(2000, 10)
+    x = _array(4000, 10)
     HistGradientBoostingClassifier(max_iter=3).fit(x, x[:, 0] > 0)
-
-
-def _kmeans() -> None:
-    from sklearn.cluster import KMeans
-
-    KMeans(4, n_init=1, max_iter=5).fit(_array(4000, 10))
+    KMeans(4, n_init=1, max_iter=5).fit(x)
 
 
 def _numexpr() -> None:
@@ -175,13 +178,8 @@ def _torch() -> None:
     a = torch.ones(1500, 1500)
     _ = a @ a
     _ = torch.exp(torch.ones(2_000_000))
-
-
-def _torch_backward() -> None:
-    import torch
-
-    a = torch.ones(500, 500, requires_grad=True)
-    (torch.exp(a) @ a).sum().backward()
+    b = torch.ones(500, 500, requires_grad=True)
+    (torch.exp(b) @ b).sum().backward()
 
 
 def _torch_interop() -> None:
@@ -220,20 +218,83 @@ def _numcodecs() -> None:
     blosc.compress(np.arange(3_000_000).tobytes(), b"lz4", 5, 1)
 
 
+def _itk() -> None:
+    import SimpleITK
+
+    image = SimpleITK.Image(100, 100, 100, SimpleITK.sitkFloat32)
+    SimpleITK.SmoothingRecursiveGaussian(image, 3.0)
+
+
+def _onnxruntime() -> None:
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    shape = [500, 500]
+    given, product = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name in "xy"
+    )
+    multiply = onnx.helper.make_node("MatMul", ["x", "x"], ["y"])
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([multiply], "square", [given], [product]),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"x": np.ones(shape, np.float32)})
+    _open[:] = [session]
+
+
+def _jax() -> None:
+    import jax.numpy as jnp
+
+    a = jnp.ones((1000, 1000))
+    float((jnp.exp(a * 1e-6) @ a).sum())
+
+
+def _catboost() -> None:
+    import catboost
+
+    x = _array(3000, 10)
+    model = catboost.CatBoostRegressor(iterations=3, verbose=0, allow_writing_files=False)
+    model.fit(x, x[:, 0]).predict(x)
+
+
+def _ffmpeg() -> None:
+    import io
+
+    import av
+    import numpy as np
+
+    film = io.BytesIO()
+    with av.open(film, "w", format="mp4") as written:
+        stream: Any = written.add_stream("mpeg4", rate=24)
+        stream.width = stream.height = 320
+        stream.pix_fmt = "yuv420p"
+        for number in range(12):
+            picture = np.full((320, 320, 3), number, np.uint8)
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        written.mux(stream.encode())
+    film.seek(0)
+    read = av.open(film)
+    read.streams.video[0].thread_type = "AUTO"
+    assert sum(1 for _ in read.decode(video=0)) == 12
+    _open[:] = [read]
+
+
 # OpenMP's layer of Numba is checked; oneTBB's keeps idle threads, which the table says.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 
 LIBRARIES: dict[str, Library] = {
     "numpy": Library(modules=("numpy",), use=_numpy, runtimes=("openblas",)),
     "scipy": Library(modules=("scipy.linalg",), use=_scipy, runtimes=("openblas",)),
-    "scikit-learn boosting": Library(
-        modules=("sklearn.ensemble",),
-        use=_hist_gradient_boosting,
+    "scikit-learn": Library(
+        modules=("sklearn.ensemble", "sklearn.cluster"),
+        use=_scikit_learn,
         runtimes=("openblas", "openmp"),
         helpers=1,
-    ),
-    "scikit-learn k-means": Library(
-        modules=("sklearn.cluster",), use=_kmeans, runtimes=("openblas", "openmp"), helpers=1
     ),
     "numexpr": Library(
         modules=("numexpr", "numpy"), use=_numexpr, runtimes=("numexpr", "openblas")
@@ -243,7 +304,12 @@ LIBRARIES: dict[str, Library] = {
         modules=("numba", "numpy"), use=_numba, runtimes=("numba", "openmp"), forked=False
     ),
     "polars": Library(
-        modules=("polars",), use=_polars, runtimes=("polars",), helpers=8, forked=False
+        modules=("polars",),
+        use=_polars,
+        runtimes=("polars",),
+        helpers=8,
+        forked=False,
+        inherited=("polars",),
     ),
     "pyarrow": Library(
         modules=("pyarrow.csv", "pyarrow.parquet"),
@@ -266,7 +332,6 @@ LIBRARIES: dict[str, Library] = {
     "torch": Library(
         modules=("torch",), use=_torch, runtimes=("torch", "torch-interop", "openmp")
     ),
-    "torch autograd": Library(modules=("torch",), use=_torch_backward, runtimes=("torch",)),
     "torch inter-op": Library(
         modules=("torch",),
         use=_torch_interop,
@@ -277,6 +342,28 @@ LIBRARIES: dict[str, Library] = {
     "faiss": Library(modules=("faiss",), use=_faiss, runtimes=("openmp", "openblas")),
     "blosc2": Library(modules=("blosc2",), use=_blosc2, runtimes=("blosc2",), helpers=1),
     "numcodecs": Library(modules=("numcodecs.blosc",), use=_numcodecs, runtimes=("numcodecs",)),
+    "simpleitk": Library(modules=("SimpleITK", "numpy"), use=_itk, runtimes=("itk",)),
+    "onnxruntime": Library(
+        modules=("onnxruntime", "onnx"),
+        use=_onnxruntime,
+        runtimes=("onnxruntime",),
+        helpers=1,
+        forked=False,
+    ),
+    "jax": Library(
+        modules=("jax",), use=_jax, runtimes=("xla",), helpers=12, forked=False, pinned=True
+    ),
+    "catboost": Library(
+        modules=("catboost",), use=_catboost, runtimes=("catboost",), forked=False, pinned=True
+    ),
+    "pyav": Library(
+        modules=("av", "numpy"),
+        use=_ffmpeg,
+        runtimes=("ffmpeg",),
+        helpers=3,
+        forked=False,
+        pinned=True,
+    ),
 }
 
 
@@ -316,6 +403,13 @@ def use_and_look(name: str) -> list[tuple[str, int | None]]:
     """Import a library, compute, and return the pools."""
     use(name)
     return pools()
+
+
+def mask_with_numpy(seconds: float) -> list[int]:
+    """Import NumPy, keep the worker busy, return where it may run."""
+    load("numpy")
+    time.sleep(seconds)
+    return sorted(os.sched_getaffinity(0))
 
 
 def threads_of(pid: int) -> int:

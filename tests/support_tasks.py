@@ -154,6 +154,12 @@ def threads_of_this_process() -> int:
     return len([name for name in names if name != "jemalloc_bg_thd"])
 
 
+def cpus_after_a_while(seconds: float) -> list[int]:
+    """Keep a worker busy, so that others are started too; return where it may run."""
+    time.sleep(seconds)
+    return sorted(os.sched_getaffinity(0))
+
+
 def environment(_: object = None) -> dict[str, str]:
     return dict(os.environ)
 

@@ -4,11 +4,12 @@ It parses, calls one room, and turns whatever goes wrong into one line on standa
 What a command does is in its room, which is imported only when it is asked for:
 
     limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why
+    doctor          ``safepool doctor NAME...``: which library brings which native threads
     demo            ``safepool demo``: the standard pool and safepool's on the same work
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
-    1    the demo's comparison failed
+    1    the demo's comparison failed, or the doctor could not import a library
     2    wrong usage, or a package that the command needs is not installed
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
 """
@@ -85,6 +86,14 @@ def _run_demo(options: argparse.Namespace) -> int:
     return demo.run(asked, as_json=options.json)
 
 
+def _run_doctor(options: argparse.Namespace) -> int:
+    if not options.libraries:
+        return _run_limits(options)
+    from safepool.cli import doctor  # noqa: PLC0415 -- only the command that is asked for
+
+    return doctor.run(options.libraries, limit_s=options.timeout, as_json=options.json)
+
+
 class _Parser(argparse.ArgumentParser):
     """As its base, with errors of one line."""
 
@@ -97,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="safepool",
         description="Process pools that fit the machine they run on. Without a command: "
         "what this process may use, who says so, and the workers and threads that fit.",
-        epilog="Exit codes: 0 fine, 1 the demo's comparison failed, 2 wrong usage or a package "
-        "is missing, 130 Ctrl-C.",
+        epilog="Exit codes: 0 fine, 1 the demo's comparison failed or the doctor could not "
+        "import a library, 2 wrong usage or a package is missing, 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -109,16 +118,56 @@ def _parser() -> argparse.ArgumentParser:
     limits = commands.add_parser("limits", help=text, description=text.capitalize())
     limits.set_defaults(run=_run_limits)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="which of your libraries brings which native threads, and what rules them",
+        description=_DOCTOR,
+        epilog=_DOCTOR_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.set_defaults(run=_run_doctor)
+    _add_doctor_options(doctor)
+
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
     demo = commands.add_parser("demo", help=text, description=f"Run {text}, and compare.")
     demo.set_defaults(run=_run_demo)
     _add_demo_options(demo)
-    for command in (limits, demo):
+    for command in (limits, doctor, demo):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
         )
     return parser
+
+
+_DOCTOR = """\
+Import libraries one after the other in a fresh process, in which nothing is
+capped, and say for each one: which native thread pools came with it, from which
+file, how many threads they have here by default, which environment variable
+rules them, whether it is set, and how many threads the process then has.
+Without a library: what this process may use, as 'safepool limits'."""
+
+_DOCTOR_EXAMPLES = """\
+examples:
+  safepool doctor numpy scipy.linalg        names as in Python's import
+  OMP_NUM_THREADS=4 safepool doctor torch   with a variable that you set
+  safepool doctor --json numpy | jq '.libraries[].os_threads'
+
+Exit codes: 0 fine, 1 a library could not be imported (the others are reported),
+2 wrong usage."""
+
+
+def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument(
+        "libraries", nargs="*", metavar="LIBRARY", help="what to import, such as numpy"
+    )
+    doctor.add_argument(
+        "--timeout",
+        type=_number(at_least=0.1),
+        default=60.0,
+        metavar="SECONDS",
+        help="end an import that takes longer (%(default)g)",
+    )
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:

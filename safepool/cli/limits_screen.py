@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import json
 import os
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import safepool
 from safepool.budget import fit
+from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
 from safepool.limits import read_limits, read_throttling
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Screen", "read_screen", "run"]
 
-_WIDTH = 80
 _NAME_WIDTH = 26
 
 # As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
@@ -81,7 +80,7 @@ class Screen:
         if self.limits.skipped:
             lines.append("Skipped")
             for skipped in self.limits.skipped:
-                lines += [f"   {_ascii(skipped.source)}", *_wrap(_ascii(skipped.reason), 6)]
+                lines += [f"   {as_ascii(skipped.source)}", *wrapped(as_ascii(skipped.reason), 6)]
         lines += ["Throttled so far", *self._throttling_lines()]
         lines += ["Budget", *self._budget_lines(pointed)]
         return "\n".join(lines)
@@ -129,17 +128,18 @@ class Screen:
         periods = f"{throttling.throttled_periods} of {throttling.periods} periods"
         return [
             f"   {periods}, {throttling.throttled_us / 1e6:.2f} s in all",
-            f"   {_ascii(throttling.source)}",
+            f"   {as_ascii(throttling.source)}",
         ]
 
     def _budget_lines(self, because: _Row) -> list[str]:
         budget = self.budget
         decided = (
-            f"{_count(budget.workers, 'worker')} x {_count(budget.threads_per_worker, 'thread')} "
+            f"{counted(budget.workers, 'worker')} x "
+            f"{counted(budget.threads_per_worker, 'thread')} "
             f"in safepool.ProcessPool(), because of {because.name}."
         )
-        standard = f"ProcessPoolExecutor() starts {_count(self.standard_workers, 'worker')} here."
-        return _wrap(f"{decided} {standard}", 3)
+        standard = f"ProcessPoolExecutor() starts {counted(self.standard_workers, 'worker')} here."
+        return wrapped(f"{decided} {standard}", 3)
 
 
 def read_screen() -> Screen:
@@ -174,15 +174,15 @@ class _Row:
     def lines(self, *, arrow: bool) -> Iterator[str]:
         yield f"{'->' if arrow else '  '} {self.name:<{_NAME_WIDTH}} {self.value}"
         # The whole source and the whole text, however long: they are what can be looked up.
-        parts = [_ascii(self.source)]
+        parts = [as_ascii(self.source)]
         if self.raw is not None:
             parts.append(f"says {self.raw!a}")
         indent = " " * (_NAME_WIDTH + 4)
-        if len(indent) + len(" ".join(parts)) <= _WIDTH:
+        if len(indent) + len(" ".join(parts)) <= WIDTH:
             parts = [" ".join(parts)]
         for part in parts:
             # A long path is worth more in one piece than in its column.
-            yield f"{indent if len(indent) + len(part) <= _WIDTH else '      '}{part}"
+            yield f"{indent if len(indent) + len(part) <= WIDTH else '      '}{part}"
 
 
 def _row(limit: _NamedLimit, value: str, *notes: str) -> _Row:
@@ -196,7 +196,7 @@ def _row(limit: _NamedLimit, value: str, *notes: str) -> _Row:
 
 
 def _cpu_row(limit: Limit, noun: str) -> _Row:
-    return _row(limit, "no limit" if limit.cpus is None else _count(limit.cpus, noun))
+    return _row(limit, "no limit" if limit.cpus is None else counted(limit.cpus, noun))
 
 
 def _memory_row(limit: MemoryLimit) -> _Row:
@@ -234,24 +234,3 @@ def _size(number: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def _count(number: float, noun: str) -> str:
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
-
-
-def _ascii(text: str) -> str:
-    # A path may hold any byte; a terminal in the C locale takes ASCII only.
-    return text.encode("ascii", "backslashreplace").decode("ascii")
-
-
-def _wrap(text: str, indent: int) -> list[str]:
-    margin = " " * indent
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=margin,
-        subsequent_indent=margin,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

@@ -19,7 +19,9 @@ from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.pool.watch import Stacks, look_at
 from safepool.threads.environment import overridden, worker_environment
-from safepool.workers.process import find_context, native_threads
+from safepool.threads.kernel import native_threads
+from safepool.threads.placement import Placement, why_not_bound
+from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +73,14 @@ class ProcessPool(Executor):
         reserve: CPUs kept for this process and whatever runs beside it, such as 0.5.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: start no more workers than fit
             into what the control groups have left. ``None`` does not ask.
+        pin_workers: Bind each worker to ``threads_per_worker`` CPUs of this process's affinity
+            mask, as few workers to each CPU as can be, before it imports anything: libraries
+            whose threads no variable bounds start as many as they find CPUs. What was imported
+            before a worker was forked keeps its size, and what a task starts is bound as well.
+            The price: the kernel can no longer move a worker whose CPU somebody else uses too,
+            another pool in another container of a shared host for one, so it may wait beside
+            idle CPUs. Worth it where the CPUs are this program's own. Linux only: elsewhere,
+            and where it is refused, it is said once and nothing is bound.
         env: Variables to set in the workers. One that bounds native threads takes the place
             of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log.
         timeout: Seconds that a task may run, from its start; above 0. Then its worker is killed
@@ -120,6 +130,7 @@ class ProcessPool(Executor):
         rounding: Rounding = "floor",
         reserve: float = 0.0,
         memory_per_worker: float | str | None = None,
+        pin_workers: bool = False,
         env: Mapping[str, str] | None = None,
         timeout: float | None = None,
         retries: int = 0,
@@ -152,6 +163,7 @@ class ProcessPool(Executor):
                 f"{override.variable}={override.value} for workers takes the place of the cap "
                 f"on {override.runtime}, {override.instead_of}"
             )
+        placement = _placement(threads) if pin_workers else None
         self._scheduler = Scheduler(
             workers=min(self._budget.workers, _MOST_WORKERS),
             context=self._mp_context,
@@ -164,7 +176,8 @@ class ProcessPool(Executor):
                 None if max_memory_per_worker is None else parse_bytes(max_memory_per_worker)
             ),
             break_on_death=on_worker_death == "break",
-            follow=None if max_workers is not None else _Follower(request, limits),
+            placement=placement,
+            follow=None if max_workers is not None else _Follower(request, limits, placement),
         )
         self._stacks = Stacks()
         # The scheduler lives on until the submitted work is done; it must not keep the
@@ -400,13 +413,23 @@ def _warn_of_threads() -> None:
         )
 
 
+def _placement(threads: int) -> Placement | None:
+    why_not = why_not_bound()
+    if why_not:
+        tell_once(f"pin_workers=True binds no worker to CPUs: {why_not}")
+    return None if why_not else Placement(threads)
+
+
 class _Follower:
     """Computes the number of workers again; it must not hold the pool."""
 
-    def __init__(self, request: Request, limits: Limits) -> None:
+    def __init__(self, request: Request, limits: Limits, placement: Placement | None) -> None:
         self._watch = BudgetWatch(request, limits)
+        self._free_to_move = placement is None
 
     def __call__(self, busy: list[int]) -> int:
         budget = self._watch.read()
-        self._watch.look_for_hidden_limit(busy, budget)
+        # One that is bound may wait for its own CPU beside idle ones, without any limit.
+        if self._free_to_move:
+            self._watch.look_for_hidden_limit(busy, budget)
         return min(budget.workers, _MOST_WORKERS)

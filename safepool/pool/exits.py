@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from safepool.pool.staff import Worker
+
 __all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"]
 
 
@@ -21,6 +23,9 @@ class Exiting(Protocol):
 
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked meanwhile must not keep."""
+
+    def workers(self) -> list[Worker]:
+        """Return the live workers."""
 
 
 _working: weakref.WeakSet[Exiting] = weakref.WeakSet()

@@ -85,6 +85,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
+    from safepool.threads.placement import Placement
 
 __all__ = ["Scheduler"]
 
@@ -123,12 +124,13 @@ class Scheduler:
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
+        placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each by its name
         self,
         *,
         workers: int,
@@ -140,6 +142,7 @@ class Scheduler:
         tasks_per_worker: int | None,
         memory_per_worker: int | None = None,
         break_on_death: bool = False,
+        placement: Placement | None = None,
         follow: Callable[[list[int]], int] | None = None,
     ) -> None:
         self._size = workers
@@ -153,6 +156,7 @@ class Scheduler:
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
         self._break_on_death = break_on_death
+        self._placement = placement
 
         # Shared with callers, under the lock.
         # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
@@ -414,6 +418,7 @@ class Scheduler:
             foreign_descriptors=list(_descriptors_of_all_pools()),
             inheritance=self._inheritance,
             given_up=lambda: bool(self._ending),
+            cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             board=Board.create(),
         )
 
@@ -1059,6 +1064,12 @@ class Scheduler:
 def _descriptors_of_all_pools() -> Iterable[int]:
     for pool in working():
         yield from pool.descriptors()
+
+
+def _taken_cpus() -> Iterable[tuple[int, ...]]:
+    """Yield the CPUs of each worker that stays, whichever pool of this process has it."""
+    for pool in working():
+        yield from (worker.cpus for worker in pool.workers() if not worker.leaving)
 
 
 def _is_idle(worker: Worker) -> bool:

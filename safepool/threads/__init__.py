@@ -6,7 +6,9 @@
     environment   what a worker is born with
     libraries     what was loaded since the last look
     imports       what is being imported
+    placement     which CPUs a worker is bound to, if it is
     cap           the three layers, and the block around a function
+    kernel        what the kernel says of threads and loaded files
     pools         what is loaded now
 
 It never measures limits: the number of threads is given. It never imports a library in

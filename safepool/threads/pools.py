@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safepool.threads.imports import imported
+from safepool.threads.kernel import loaded_files, native_threads
 from safepool.threads.registry import call_of, runtimes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from safepool.threads.table import NativeRuntime
 
 __all__ = ["NativePool", "inspect"]
@@ -22,8 +26,10 @@ class NativePool:
     Attributes:
         runtime: Its row in the table, such as ``openblas``; threadpoolctl's own name for a
             library that only threadpoolctl knows.
-        library: The file it was loaded from; for a Python module its file.
-        threads: The most threads it uses now; ``None`` if it does not say.
+        library: The file it was loaded from; for a Python module its file. Empty if neither
+            is known, as for a pool that is recognised by the names of its threads.
+        threads: The most threads it uses now; ``None`` if it does not say. Of a pool that
+            has no call for it, the threads that it has started, where they have its name.
         variable: The environment variable that rules it in this process, or would if it
             were set; ``None`` if it has none.
         value: What that variable says now, word for word; ``None`` if it is not set. The
@@ -48,8 +54,9 @@ def inspect() -> tuple[NativePool, ...]:
 
     Returns:
         What threadpoolctl finds, then the table's further runtimes whose module is
-        imported. A pool that a library takes from another, such as scikit-learn's from
-        OpenMP, is listed there. Nothing is imported or started to find out.
+        imported, whose library is loaded or whose threads run. A pool that a library takes
+        from another, such as scikit-learn's from OpenMP, is listed there. Nothing is
+        imported or started to find out.
 
     Example:
         >>> for pool in inspect():
@@ -67,20 +74,35 @@ def inspect() -> tuple[NativePool, ...]:
         )
         for info in threadpool_info()
     ]
+    files = loaded_files()
+    names = [name for _, name in native_threads()]
     for row in runtimes():
-        module = next((m for name in row.modules if (m := imported(name)) is not None), None)
-        if module is None or row.through is not None:
-            continue
+        if row.through is None:
+            found += _pools_of(row, files, names)
+    return tuple(found)
+
+
+def _pools_of(row: NativeRuntime, files: list[str], names: list[str]) -> Iterator[NativePool]:
+    """Yield what threadpoolctl does not know of a row."""
+    called = re.compile(row.thread_names or r"(?!)")  # one that matches nothing
+    started = sum(called.fullmatch(name) is not None for name in names) or None
+    module = next((m for name in row.modules if (m := imported(name)) is not None), None)
+    if module is not None:
+        threads = started
         call = call_of(row)
-        threads = None
         if call is not None and call.read is not None:
             try:
                 threads = call.read(module)
             except Exception:  # noqa: BLE001 -- any library's own errors; then it does not say
                 threads = None
         file = getattr(module, "__file__", None) or ""
-        found.append(_pool(row, runtime=row.name, library=file, threads=threads))
-    return tuple(found)
+        yield _pool(row, runtime=row.name, library=file, threads=threads)
+    elif row.libraries and row.call != "threadpoolctl":
+        for file in files:
+            if os.path.basename(file).lower().startswith(row.libraries):
+                yield _pool(row, runtime=row.name, library=file, threads=started)
+    elif started is not None:
+        yield _pool(row, runtime=row.name, library="", threads=started)
 
 
 def _pool(
@@ -97,8 +119,11 @@ def _pool(
             hole="no row of the table: safepool.threads.register() adds one",
             source="threadpoolctl",
         )
-    names = [*(variable.name for variable in row.variables), *row.falls_back_to]
-    ruling = next((name for name in names if os.environ.get(name)), next(iter(names), None))
+    own = [variable.name for variable in row.variables]
+    first = [*row.removed, *own] if row.removed_win else [*own, *row.removed]
+    names = [*first, *row.opt_in, *row.falls_back_to]
+    settable = [*own, *row.opt_in, *row.falls_back_to, None]
+    ruling = next((name for name in names if os.environ.get(name)), settable[0])
     return NativePool(
         runtime=runtime,
         library=library,

@@ -52,9 +52,13 @@ class NativeRuntime:
         falls_back_to: Variables of other rows that it reads where its own are not set,
             the one that wins first.
         removed: Taken out of a worker's environment: they would beat the cap.
+        removed_win: They beat its own variables; otherwise they come between those and
+            the ones it falls back to.
         opt_in: Bound it as well, and are set only by the user (the module says why).
         libraries: How the file names of its shared libraries begin, lower case.
         modules: The Python modules that bring it, by the full name that is imported.
+        thread_names: How its threads are called, as a regular expression, where they have
+            names of their own.
         call: What caps it once it is loaded; ``None`` if nothing does.
         through: The row whose pool it uses, when it has none of its own.
         fixed: What cannot be changed once it is loaded; empty if all can.
@@ -67,9 +71,11 @@ class NativeRuntime:
     variables: tuple[ThreadVariable, ...] = ()
     falls_back_to: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    removed_win: bool = False
     opt_in: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    thread_names: str = ""
     call: str | None = None
     through: str | None = None
     fixed: str = ""
@@ -82,7 +88,7 @@ def _numbers(*names: str) -> tuple[ThreadVariable, ...]:
 
 
 # What a hole is closed with where nothing of the runtime's own does it.
-_AFFINITY = "os.sched_setaffinity() in the initializer, which it respects, bounds it"
+_AFFINITY = "ProcessPool(pin_workers=True) bounds it"
 
 RUNTIMES: tuple[NativeRuntime, ...] = (
     # BLAS, as threadpoolctl knows it.
@@ -108,6 +114,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         variables=_numbers("MKL_NUM_THREADS"),
         falls_back_to=("OMP_NUM_THREADS",),
         removed=("MKL_DOMAIN_NUM_THREADS",),
+        removed_win=True,
         libraries=("libmkl_rt", "mkl_rt"),
         call="threadpoolctl",
         hole="its TBB layer reads no variable and is capped in the worker's own thread only: "
@@ -121,6 +128,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         variables=_numbers("BLIS_NUM_THREADS"),
         falls_back_to=("OMP_NUM_THREADS",),
         removed=("BLIS_JC_NT", "BLIS_PC_NT", "BLIS_IC_NT", "BLIS_JR_NT", "BLIS_IR_NT"),
+        removed_win=True,
         libraries=("libblis", "blis"),
         call="threadpoolctl",
         source="BLIS docs/Multithreading.md, 'Globally via environment variables'",
@@ -236,7 +244,9 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="Polars",
         variables=_numbers("POLARS_MAX_THREADS", "POLARS_ASYNC_THREAD_COUNT"),
         modules=("polars",),
-        fixed="everything: the pool is made with the first query and keeps its size",
+        thread_names=r"polars-[0-9]+",
+        fixed="everything: the size of its pool is read when polars is imported, so a forked "
+        "worker has its program's",
         hole="background threads (jemalloc's, its own cleaner's, those of readers) stay, idle",
         source="Polars, polars.thread_pool_size()",
     ),
@@ -261,6 +271,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="tokio",
         used_by="libraries written in Rust with asynchronous input: DataFusion, delta-rs",
         variables=_numbers("TOKIO_WORKER_THREADS"),
+        thread_names=r"tokio-rt-worker",
         fixed="everything: a runtime is made with its first use",
         hole="blocking threads (512 at most) are started as they are needed",
         source="tokio, runtime::Builder::worker_threads",
@@ -334,6 +345,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="JAX on the CPU",
         variables=_numbers("PJRT_NPROC"),
         modules=("jax", "jaxlib"),
+        thread_names=r"tf_XLAEigen",
         fixed="everything: the client is made with the first operation",
         hole=f"the pool that compiles, idle afterwards; {_AFFINITY}",
         source="XLA, xla/pjrt/utils.cc, DefaultThreadPoolSize",
@@ -367,6 +379,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         used_by="ITK and SimpleITK",
         variables=_numbers("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"),
         removed=("ITK_NUMBER_OF_THREADS_ENV_LIST",),
+        removed_win=True,
         modules=("SimpleITK",),
         call="SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads()",
         hole="filters that exist already keep their number: SetNumberOfWorkUnits(1)",
@@ -384,7 +397,8 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="catboost",
         used_by="CatBoost: one pool per model",
         modules=("catboost",),
-        hole=f"no variable: pass thread_count=1 to each model; {_AFFINITY}",
+        hole="no variable: pass thread_count=1 to each Pool, to each model and to predict(); "
+        f"{_AFFINITY}",
         source="CatBoost, 'Performance settings', thread_count",
     ),
     NativeRuntime(
@@ -406,7 +420,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="ffmpeg",
         used_by="FFmpeg: PyAV, one pool per codec",
         modules=("av",),
-        hole="no variable: set codec_context.thread_count = 1 for each stream",
+        hole=f"no variable: set codec_context.thread_count = 1 for each stream; {_AFFINITY}",
         source="FFmpeg, AVCodecContext.thread_count",
     ),
     NativeRuntime(

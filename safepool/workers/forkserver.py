@@ -41,7 +41,7 @@ from safepool.workers import birth, forked
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 assert sys.platform == "linux"
 
@@ -98,6 +98,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         board: int | None,
         inherited: Sequence[int],
         given_up: Callable[[], bool],
+        cpus: Collection[int] = (),
     ) -> forked.ForkedProcess:
         """Start a worker.
 
@@ -108,6 +109,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             board: Its board.
             inherited: Descriptors for its initializer.
             given_up: Asked now and then: nobody wants the worker any more.
+            cpus: What it is bound to; none is where this program may run.
 
         Raises:
             OSError: The system has no room for a process or a descriptor, or no server
@@ -121,7 +123,9 @@ class ServerContext(multiprocessing.context.SpawnContext):
             self._modules = modules_to_preload(wanted)
         server = _server_for(changes)
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
-        details = {"threads": threads, "board": board is not None}
+        details: dict[str, Any] = {"threads": threads, "board": board is not None}
+        if cpus:
+            details["affinity"] = set(cpus)
         return server.fork_worker(self._modules, details, files, given_up, strict=asked)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.threads.cap import cap_worker
 from safepool.threads.environment import change_environment
+from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board, register
@@ -37,6 +38,7 @@ def worker_main(
     threads: int,
     foreign_descriptors: Sequence[int],
     inherited: Sequence[Connection] | Initializer,
+    cpus: Sequence[int] = (),
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.
 
@@ -49,9 +51,11 @@ def worker_main(
             and must not keep: another worker's channel would never be seen closed.
         inherited: What its initializer finds beside the pickle; in a forked worker the
             initializer itself.
+        cpus: What this process is bound to; empty if to nothing.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
+    bind(cpus)
     sock = _adopt(end)
     _end_with_the_parent(sock)
     if isinstance(inherited, tuple):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["WorkerProcess", "find_context", "native_threads", "prepare"]
+__all__ = ["WorkerProcess", "find_context", "prepare"]
 
 
 # Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
@@ -103,31 +103,13 @@ def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool
     return True
 
 
-def native_threads() -> list[tuple[int, str]]:
-    """Return number and name of every thread that the system counts in this process.
-
-    Source: proc(5), ``/proc/pid/task/tid/comm``. Empty elsewhere than on Linux.
-    """
-    found = []
-    try:
-        tasks = os.listdir("/proc/self/task")
-    except OSError:
-        return []
-    for task in tasks:
-        try:
-            with open(f"/proc/self/task/{task}/comm", encoding="utf-8", errors="replace") as file:
-                found.append((int(task), file.read().strip()))
-        except OSError:
-            pass  # it has ended
-    return found
-
-
 class WorkerProcess:
     """One running worker and the pool's end of its channel.
 
     Attributes:
         process: The ``multiprocessing`` process.
         pid: Its process id.
+        cpus: What it is bound to; empty if to nothing.
         board: What it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.
         sentinel: A descriptor that turns readable when the process ends; ``None`` on
@@ -145,6 +127,7 @@ class WorkerProcess:
         inheritance: Inheritance,
         board: Board | None = None,
         given_up: Callable[[], bool] = bool,
+        cpus: tuple[int, ...] = (),
     ) -> None:
         """Start a worker process.
 
@@ -156,11 +139,13 @@ class WorkerProcess:
             inheritance: What its initializer finds beside the pickle.
             given_up: Asked while the start takes its time: nobody wants it any more.
             board: To be shared with it; closed with this object, also if it cannot start.
+            cpus: Bind it to these CPUs, before it imports anything of the caller's.
 
         Raises:
             OSError: The system gave no process or no descriptor.
         """
         self.board = board
+        self.cpus = cpus
         try:
             ours, theirs = socket.socketpair()
         except OSError:
@@ -181,11 +166,12 @@ class WorkerProcess:
                     number,
                     inheritance.descriptors,
                     given_up,
+                    cpus,
                 )
             else:
                 more = (*foreign_descriptors, ours.fileno())
                 self.process = _launch(
-                    context, theirs, board, environment, threads, more, inheritance
+                    context, theirs, board, environment, threads, more, inheritance, cpus
                 )
                 self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
@@ -271,6 +257,7 @@ def _launch(
     threads: int,
     foreign_descriptors: Sequence[int],
     inheritance: Inheritance,
+    cpus: tuple[int, ...],
 ) -> Any:
     """Start a worker by a context of ``multiprocessing`` or loky."""
     handles = [_handle(theirs)]
@@ -289,8 +276,9 @@ def _launch(
             threads,
             foreign_descriptors if forked else (),
             inheritance.itself or inherited,
+            cpus,
         )
-        process = _create(context, arguments, environment)
+        process = _create(context, arguments, environment, cpus)
         _check_descriptors(handles[0].fileno())
         _start(process, context.get_start_method())
         # The pool sees to its end. multiprocessing would join it at the exit of the program,
@@ -321,7 +309,10 @@ def _check_descriptors(existing: int) -> None:
 
 
 def _create(
-    context: BaseContext, arguments: tuple[Any, ...], environment: Mapping[str, str | None]
+    context: BaseContext,
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str | None],
+    cpus: tuple[int, ...],
 ) -> Any:
     create: Any = context.Process  # type: ignore[attr-defined]
     if context.get_start_method() in ("loky", "loky_init_main"):
@@ -334,7 +325,7 @@ def _create(
         process = create(target=worker_main, args=arguments)
         # spawn and forkserver import the caller's ``__main__``, and with it NumPy, before
         # anything of ours runs; the process's name is what they unpickle before that.
-        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment))
+        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment), cpus)
     return process
 
 
@@ -344,8 +335,14 @@ _SET_ENVIRONMENT = """(
         for environ in [__import__("os").environ]
         for key, value in environment.items()
     ],
+    # A fork server may have fewer by itself: then worker_main() asks the system.
+    [
+        os.sched_setaffinity(0, cpus)
+        for os in [__import__("os")]
+        if cpus and os.sched_getaffinity(0).issuperset(cpus)
+    ],
     name,
-)[1]"""
+)[2]"""
 
 
 @contextlib.contextmanager
@@ -362,20 +359,23 @@ def _no_missing_streams() -> Iterator[None]:
 
 
 class _NameWithEnvironment(str):
-    """A process name that sets the environment of the interpreter that unpickles it."""
+    """A process name that sets environment and CPUs of the interpreter that unpickles it."""
 
-    __slots__ = ("environment",)
+    __slots__ = ("cpus", "environment")
 
     environment: dict[str, str | None]
+    cpus: tuple[int, ...]
 
-    def __new__(cls, name: str, environment: dict[str, str | None]) -> Self:
+    def __new__(cls, name: str, environment: dict[str, str | None], cpus: tuple[int, ...]) -> Self:
         self = super().__new__(cls, name)
         self.environment = environment
+        self.cpus = cpus
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Builtins only: the child has no sys.path yet to find a function of ours on.
-        return eval, (_SET_ENVIRONMENT, {"environment": self.environment, "name": str(self)})
+        facts = {"environment": self.environment, "cpus": self.cpus, "name": str(self)}
+        return eval, (_SET_ENVIRONMENT, facts)
 
 
 def _close_lost_pipe(error: OSError) -> None:

@@ -17,8 +17,12 @@ REPOSITORY = Path(safepool.__file__).parent.parent
 
 # One row per way to ask for help: what the text must mention.
 HELP: dict[str, tuple[list[str], list[str]]] = {
-    "the command": (["--help"], ["limits", "demo", "--json", "--version", "130"]),
+    "the command": (["--help"], ["limits", "doctor", "demo", "--json", "--version", "130"]),
     "limits": (["limits", "--help"], ["--json"]),
+    "doctor": (
+        ["doctor", "--help"],
+        ["LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy", "Exit codes"],
+    ),
     "demo": (["demo", "--help"], ["--tasks", "--points", "--cpus", "--bound", "--json"]),
 }
 
@@ -29,6 +33,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no tasks": (["demo", "--tasks", "0"], "at least 1, found '0'"),
     "tasks in words": (["demo", "--tasks", "many"], "'many'"),
     "too few points": (["demo", "--points", "15"], "at least 16, found '15'"),
+    "no time": (["doctor", "--timeout", "0", "numpy"], "at least 0.1, found '0'"),
+    "unknown option of the doctor": (["doctor", "numpy", "--fast"], "--fast"),
     "no CPUs": (["demo", "--cpus", "0"], "at least 0.01, found '0'"),
     "negative CPUs": (["demo", "--cpus=-1"], "found '-1'"),
     "CPUs that are not a number": (["demo", "--cpus", "nan"], "found 'nan'"),
@@ -154,7 +160,8 @@ def test_the_command_imports_neither_numpy_nor_the_demo() -> None:
     """``safepool`` answers at once, also where NumPy takes seconds to load."""
     code = (
         "import sys, safepool.cli; safepool.cli.main([])\n"
-        "print([n for n in ('numpy', 'scipy', 'safepool.cli.demo') if n in sys.modules])"
+        "unwanted = ('numpy', 'scipy', 'safepool.cli.demo', 'safepool.cli.doctor')\n"
+        "print([name for name in unwanted if name in sys.modules])"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code],

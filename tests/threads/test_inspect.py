@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import types
 from typing import TYPE_CHECKING
 
 import pytest
 import support_natives as natives
 
-from safepool.threads import NativeRuntime, inspect, register, unregister
-from safepool.threads.table import RUNTIMES
+from safepool.threads import NativeRuntime, inspect, kernel, pools, register, unregister
+from safepool.threads.table import RUNTIMES, THREAD_VARIABLES, ThreadVariable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +58,123 @@ def test_the_ruling_variable_is_the_first_that_is_set(tmp_path: Path) -> None:
         "own": [["OPENBLAS_NUM_THREADS", "3", 3]],
         "another's": [["OMP_NUM_THREADS", "2", 2]],
     }
+
+
+# One row per library that threadpoolctl does not know: what is listed once it was used on 48
+# CPUs, by runtime: the threads with nothing set, the variable that rules them, and the threads
+# with that one set to 3.
+FURTHER: dict[str, dict[str, tuple[int | None, str | None, int | None]]] = {
+    "numexpr": {"numexpr": (16, "NUMEXPR_NUM_THREADS", 3)},
+    "numba": {"numba": (48, "NUMBA_NUM_THREADS", 3), "openmp": (48, "OMP_NUM_THREADS", 3)},
+    "polars": {"polars": (48, "POLARS_MAX_THREADS", 3), "tokio": (32, "TOKIO_WORKER_THREADS", 3)},
+    "pyarrow": {"arrow": (48, "OMP_NUM_THREADS", 3), "arrow-io": (8, "ARROW_IO_THREADS", 3)},
+    # One pool for each database, which are not to be found.
+    "duckdb": {"duckdb": (None, "SLURM_CPUS_ON_NODE", None)},
+    "numcodecs": {"numcodecs": (8, "BLOSC_NTHREADS", 3)},
+}
+
+USE_AND_INSPECT = """
+import json, sys, safepool.threads, support_natives as n
+n.use(sys.argv[1])
+found = safepool.threads.inspect()
+print(json.dumps([[p.runtime, p.threads, p.variable, p.value] for p in found]))
+"""
+
+
+@pytest.mark.natives
+@pytest.mark.parametrize("library", FURTHER)
+def test_what_threadpoolctl_does_not_know_is_listed_too(library: str, tmp_path: Path) -> None:
+    if module := natives.missing(library):
+        pytest.skip(f"{module} is not installed")
+    if natives.shim(tmp_path.parent) is None:
+        pytest.skip("no compiler to build the shim with: this machine may have fewer CPUs")
+
+    def look(variables: dict[str, str]) -> list[list[object]]:
+        found = natives.run(
+            USE_AND_INSPECT, folder=tmp_path, arguments=(library,), variables=variables
+        )
+        return [row for row in found if row[0] in FURTHER[library]]
+
+    unset = [[name, many, by, None] for name, (many, by, _) in FURTHER[library].items()]
+    three = [[name, three, by, "3"] for name, (_, by, three) in FURTHER[library].items()]
+    variables = {by: "3" for _, by, _ in FURTHER[library].values() if by is not None}
+
+    assert sorted(look({}), key=str) == sorted(unset, key=str)
+    assert sorted(look(variables), key=str) == sorted(three, key=str)
+
+
+# One row per order that is not plain: the runtime, what is set, and what rules.
+RULING: dict[str, tuple[str, dict[str, str], str | None]] = {
+    "a domain's number beats MKL's": (
+        "mkl",
+        {"MKL_DOMAIN_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
+        "MKL_DOMAIN_NUM_THREADS",
+    ),
+    "BLIS's loops beat its number": (
+        "blis",
+        {"BLIS_JC_NT": "2", "BLIS_NUM_THREADS": "1"},
+        "BLIS_JC_NT",
+    ),
+    "Goto's comes after OpenBLAS's": (
+        "openblas",
+        {"OPENBLAS_NUM_THREADS": "2", "GOTO_NUM_THREADS": "1"},
+        "OPENBLAS_NUM_THREADS",
+    ),
+    "Goto's comes before OpenMP's": (
+        "openblas",
+        {"OMP_NUM_THREADS": "2", "GOTO_NUM_THREADS": "1"},
+        "GOTO_NUM_THREADS",
+    ),
+    "an empty one is none": (
+        "openblas",
+        {"OPENBLAS_NUM_THREADS": "", "OMP_NUM_THREADS": "2"},
+        "OMP_NUM_THREADS",
+    ),
+    "one that is removed from workers is not recommended": ("mkl", {}, "MKL_NUM_THREADS"),
+    "a limit that only users set": ("openmp", {"OMP_THREAD_LIMIT": "2"}, "OMP_THREAD_LIMIT"),
+    "nothing at all": ("catboost", {}, None),
+}
+
+
+@pytest.mark.parametrize("order", RULING)
+def test_the_variable_that_wins_is_the_one_that_is_named(
+    order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, variables, expected = RULING[order]
+    row = next(row for row in RUNTIMES if row.name == runtime)
+    for variable in (*THREAD_VARIABLES, *(ThreadVariable(name=name) for name in row.removed)):
+        monkeypatch.delenv(variable.name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    found = pools._pool(row, runtime=runtime, library="", threads=None)
+
+    assert (found.variable, found.value) == (expected, variables.get(expected or ""))
+
+
+def test_a_pool_is_known_by_its_library_or_by_the_names_of_its_threads() -> None:
+    """Where no Python module brings it: oneTBB under MKL, Tokio in a library written in Rust."""
+    rows = {row.name: row for row in RUNTIMES}
+    files = ["/opt/x/libtbb.so.12", "/opt/x/libtbbmalloc.so.2", "/opt/x/libother.so"]
+    names = ["python", "tokio-rt-worker", "tokio-rt-worker", "tokio-rt-worker-2"]
+
+    found = [
+        (pool.runtime, pool.library, pool.threads)
+        for name in ("tbb", "tokio", "rayon", "openblas")
+        for pool in pools._pools_of(rows[name], files, names)
+    ]
+
+    assert found == [("tbb", "/opt/x/libtbb.so.12", None), ("tokio", "", 2)]
+
+
+def test_the_kernel_names_threads_and_files() -> None:
+    if sys.platform != "linux":
+        assert (kernel.native_threads(), kernel.loaded_files()) == ([], [])
+        return
+    assert threading.get_native_id() in dict(kernel.native_threads())
+    files = kernel.loaded_files()
+    assert len(set(files)) == len(files)
+    assert os.path.realpath(sys.executable) in files or any("libpython" in f for f in files)
 
 
 def test_a_registered_runtime_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_python_threads_of_a_task_are_capped(tmp_path: Path) -> None:
 with safepool.ProcessPool(1) as p:
     print(json.dumps(p.submit(natives.openmp_threads_in_python_threads).result(60)))
 """
-    if natives.missing("scikit-learn boosting"):
+    if natives.missing("scikit-learn"):
         pytest.skip("scikit-learn is not installed")
     assert threads(program, "with", tmp_path) == [1, 1]
 

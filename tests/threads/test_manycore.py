@@ -57,6 +57,24 @@ print(json.dumps([inside, len(os.listdir("/proc/self/task"))]))
     assert natives.run(code, folder=tmp_path) == [1, 48]
 
 
+ASK_BOUND = """
+import json, os
+os.sched_setaffinity(0, {1, 47, 99})
+fork = os.fork()
+print(json.dumps(sorted(os.sched_getaffinity(0)))) if not fork else os.waitpid(fork, 0)
+try:
+    os.sched_setaffinity(0, {48})
+except OSError as error:
+    print(json.dumps([sorted(os.sched_getaffinity(0)), os.cpu_count(), error.strerror]))
+"""
+
+
+@pytest.mark.usefixtures("preload")
+def test_a_mask_that_is_set_is_remembered(tmp_path: Path) -> None:
+    """Of the CPUs that there are, and by a forked child too, as the kernel does."""
+    assert natives.run(ASK_BOUND, folder=tmp_path) == [[1, 47], 48, "Invalid argument"]
+
+
 FEW = 30
 
 UNCAPPED = """

@@ -1,0 +1,419 @@
+"""Floor 7: which library brings which native threads into a process, and what rules them.
+
+The libraries are imported one after the other in a fresh process (``doctor_child``) that
+nothing caps; one that crashes it or hangs is reported, and the others are looked at in
+another. Nothing here imports them.
+
+``--json`` prints one object:
+
+    version          of safepool
+    python           version of the interpreter
+    cpus             CPUs that this process may use, such as 2.5
+    libraries        one object for each library, in the order that was asked for:
+        name                 as asked for
+        error                why it could not be imported, empty if it could
+        version              its ``__version__``, empty if it has none
+        os_threads_before    threads of the process before the import; null if not told
+        os_threads           and after it
+        pools                native pools that are new: the fields of
+                             ``safepool.threads.NativePool``, by name
+        changed              pools of before whose size the import has changed:
+                             runtime, library, threads_before, threads
+        guests               what computes in the threads of another runtime:
+                             runtime, through (that other), fixed, hole
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+import safepool
+from safepool.cli.text import as_ascii, counted, wrapped
+from safepool.errors import SafepoolError, describe_exit
+from safepool.machine import cpu_limit
+from safepool.threads import NativePool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "run"]
+
+# Run in the process that imports.
+_MODULE = "safepool.cli.doctor_child"
+# The child prints its stacks when an import has had its time; it is killed a moment later.
+_LAST_WORDS_S = 0.5
+# Before the first import it starts an interpreter, on a machine that may be frozen.
+_START_S = 60.0
+_LOOK_S = 0.02
+# Of what a process has written that ended before its time.
+_MOST_LINES = 8
+_OURS = ("importlib", "<frozen runpy>", "doctor_child.py")
+# The longest name of a runtime.
+_COLUMN = 18
+
+
+class DoctorError(SafepoolError):
+    """The process that imports the libraries could not be used at all."""
+
+    def __init__(self, ending: str, output: str) -> None:
+        super().__init__(ending, output)
+        self.ending = ending
+        self.output = output
+
+    def __str__(self) -> str:
+        said = f": {self.output}" if self.output else ""
+        return f"the process that imports the libraries {self.ending} before the first{said}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A pool whose size an import has changed that did not bring it.
+
+    Attributes:
+        runtime: Its row in the table.
+        library: The file it was loaded from.
+        threads_before: Its threads before the import, ``None`` if it did not say.
+        threads: And after it.
+    """
+
+    runtime: str
+    library: str
+    threads_before: int | None
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guest:
+    """A library that computes in the threads of another runtime.
+
+    Attributes:
+        runtime: Its row in the table.
+        through: The row whose threads it uses.
+        fixed: As of :class:`safepool.threads.NativePool`.
+        hole: As of :class:`safepool.threads.NativePool`.
+    """
+
+    runtime: str
+    through: str
+    fixed: str
+    hole: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """What one import did.
+
+    Attributes:
+        name: What was imported.
+        error: Why it could not be; empty if it could.
+        version: Its own, empty if it does not say.
+        os_threads_before: Threads that the kernel counted before, ``None`` if it does not.
+        os_threads: And after.
+        pools: Native pools that came with it.
+        changed: Pools that it found and changed.
+        guests: What came with it and has no pool of its own.
+    """
+
+    name: str
+    error: str = ""
+    version: str = ""
+    os_threads_before: int | None = None
+    os_threads: int | None = None
+    pools: tuple[NativePool, ...] = ()
+    changed: tuple[Change, ...] = ()
+    guests: tuple[Guest, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What is shown. Built from data, so that any machine's can be.
+
+    Attributes:
+        python: Version of the interpreter.
+        cpus: CPUs that this process may use.
+        libraries: What each import did, in order.
+    """
+
+    python: str
+    cpus: float
+    libraries: tuple[Library, ...]
+
+    @property
+    def failed(self) -> list[Library]:
+        """Those that could not be imported."""
+        return [library for library in self.libraries if library.error]
+
+    def as_text(self) -> str:
+        """Return the report for people: ASCII, 80 columns but for long paths."""
+        lines = [
+            f"safepool {safepool.__version__}: native threads after each import, nothing capped",
+            f"Python {self.python}, {counted(self.cpus, 'CPU')} for this process",
+        ]
+        for library in self.libraries:
+            lines += ["", *self._library_lines(library)]
+        lines += self._section(
+            "Fixed once it is loaded, so in the environment before the start", "fixed"
+        )
+        lines += self._section("Not reached by any cap of safepool's", "hole")
+        if any(library.pools for library in self.libraries):
+            lines += ["", *_ENDING]
+        return "\n".join(lines)
+
+    def as_json(self) -> str:
+        """Return the report for programs; the module lists the keys."""
+        return json.dumps({"version": safepool.__version__, **asdict(self)}, indent=2)
+
+    def _library_lines(self, library: Library) -> Iterator[str]:
+        name = as_ascii(f"{library.name} {library.version}".rstrip())
+        if library.error:
+            yield f"{name}: cannot be imported"
+        elif library.os_threads is None:
+            yield name
+        else:
+            grown = library.os_threads != library.os_threads_before
+            before = f"{library.os_threads_before} -> " if grown else ""
+            yield f"{name}: {before}{counted(library.os_threads, 'OS thread')}"
+        for line in as_ascii(library.error).split("\n"):
+            # A line of a stack is looked up by its path: in one piece.
+            yield from [f"   {line}"] if line.startswith(" ") else wrapped(line, 3)
+        for pool in library.pools:
+            yield f"   {pool.runtime:<{_COLUMN}} {self._size(pool.threads)}"
+            if pool.library:
+                yield f"      {as_ascii(_shortened(pool.library))}"
+            yield f"      {as_ascii(_ruled(pool))}"
+        for change in library.changed:
+            before = "?" if change.threads_before is None else f"{change.threads_before}"
+            now = self._size(change.threads)
+            yield f"   {change.runtime:<{_COLUMN}} changed: {before} -> {now}"
+        for guest in library.guests:
+            yield f"   {guest.runtime:<{_COLUMN}} computes in the threads of {guest.through}"
+        if not (library.error or library.pools or library.changed or library.guests):
+            yield "   no native pool"
+
+    def _size(self, threads: int | None) -> str:
+        if threads is None:
+            return "does not say how many threads"
+        if threads == 0:
+            return "no threads of its own"
+        many = f" for {counted(self.cpus, 'CPU')}" if threads > max(1, self.cpus) else ""
+        return f"{counted(threads, 'thread')}{many}"
+
+    def _section(self, title: str, field: str) -> Iterator[str]:
+        """Yield what is to be known of each runtime, once."""
+        told: dict[str, str] = {}
+        for library in self.libraries:
+            items: tuple[NativePool | Guest, ...] = (*library.pools, *library.guests)
+            for item in items:
+                if text := getattr(item, field):
+                    told[item.runtime] = text
+        if told:
+            yield ""
+            yield title
+        for runtime, text in told.items():
+            yield from wrapped(as_ascii(text), _COLUMN + 4, label=f"   {runtime} ")
+
+
+_ENDING = wrapped(
+    "In a worker of safepool.ProcessPool() each of these pools has threads_per_worker threads, "
+    "one by default, but for what is not reached.",
+    0,
+)
+
+
+def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
+    """Print what each library brings.
+
+    Args:
+        names: What to import.
+        limit_s: Seconds that one import may take.
+        as_json: For programs.
+
+    Returns:
+        The exit code: 1 if one could not be imported, which standard error says too.
+    """
+    names = list(dict.fromkeys(names))
+    report = Report(
+        python=platform.python_version(),
+        cpus=cpu_limit(),
+        libraries=tuple(examine(names, limit_s=limit_s)),
+    )
+    print(report.as_json() if as_json else report.as_text())
+    for library in report.failed:
+        first_line = library.error.split("\n")[0]
+        print(f"safepool doctor: {library.name}: {first_line}", file=sys.stderr)
+    return 1 if report.failed else 0
+
+
+def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
+    """Import libraries in a fresh process, in another if one of them ends it.
+
+    Args:
+        names: What to import, each once.
+        limit_s: Seconds that one import may take.
+
+    Returns:
+        What each did, in the same order. After a crash the others are imported once more,
+        without the one that crashed: what each brought depends on what was there.
+
+    Raises:
+        DoctorError: The process ended before it imported anything.
+    """
+    ended: dict[str, Library] = {}
+    while True:
+        left = [name for name in names if name not in ended]
+        child = _Child(left, limit_s)
+        if child.importing is None:
+            found = {library.name: library for library in child.libraries} | ended
+            return [found[name] for name in names]
+        ended[child.importing] = Library(
+            name=child.importing,
+            error=f"the process that imported it {child.ending}\n{child.stack}".rstrip(),
+        )
+
+
+class _Child:
+    """One run of the process that imports.
+
+    Attributes:
+        libraries: What it has imported.
+        importing: What it was importing when it ended; ``None`` if it came to its end.
+        ending: How it ended, as the second half of a sentence.
+        stack: Where it was, as :mod:`faulthandler` writes it, the importing left out; the
+            last that it wrote if it left no stack.
+    """
+
+    def __init__(self, names: Sequence[str], limit_s: float) -> None:
+        self.libraries: list[Library] = []
+        self.importing: str | None = None
+        self.ending = ""
+        self._complete = False
+        # Files, not pipes: a process that an import has left behind may hold a pipe open.
+        with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as noise:
+            command = [sys.executable, "-m", _MODULE, f"{limit_s:g}", *names]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=told,
+                stderr=noise,
+                start_new_session=True,
+            )
+            try:
+                self._follow(process, told, limit_s)
+            finally:
+                _end(process)
+            if not self.ending:
+                self.ending = describe_exit(process.returncode)
+            noise.seek(0)
+            lines = noise.read().decode("utf-8", "replace").splitlines()
+        self.stack = "\n".join(_of_the_library(lines))
+        if not self._complete and self.importing is None:
+            raise DoctorError(self.ending, " / ".join(lines[-_MOST_LINES:]))
+
+    def _follow(self, process: subprocess.Popen[bytes], told: IO[bytes], limit_s: float) -> None:
+        read = 0
+        deadline = time.monotonic() + _START_S
+        while True:
+            # Asked first: what an ended process has written is all there.
+            over = process.poll() is not None
+            told.seek(read)
+            *lines, _ = told.read().split(b"\n")
+            for line in lines:
+                read += len(line) + 1
+                self._take(json.loads(line))
+                deadline = time.monotonic() + limit_s + _LAST_WORDS_S
+            if over or self._complete:
+                return
+            if time.monotonic() > deadline:
+                self.ending = (
+                    f"was killed after {counted(limit_s, 'second')} (--timeout)"
+                    if self.importing
+                    else "did not begin"
+                )
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOK_S)
+
+    def _take(self, fact: dict[str, Any]) -> None:
+        match fact:
+            case {"begin": name}:
+                self.importing = name
+            case {"end": True}:
+                self._complete = True
+            case _:
+                self.importing = None
+                pools = tuple(NativePool(**pool) for pool in fact.pop("pools"))
+                changed = tuple(Change(**change) for change in fact.pop("changed"))
+                guests = tuple(Guest(**guest) for guest in fact.pop("guests"))
+                self.libraries.append(Library(pools=pools, changed=changed, guests=guests, **fact))
+
+
+def _of_the_library(lines: Sequence[str]) -> list[str]:
+    """Return the innermost lines of a stack that are not the import system's or ours.
+
+    Where there is no stack, what was written last.
+    """
+    starts = [n for n, line in enumerate(lines) if line.endswith("(most recent call first):")]
+    if not starts:
+        return [f"  {line}" for line in lines[-_MOST_LINES:]]
+    # The thread that crashed is named so; the main thread is the last one otherwise.
+    start = next((n for n in starts if lines[n].startswith("Current thread")), starts[-1])
+    frames = itertools.takewhile(_is_frame, lines[start + 1 :])
+    return [line for line in frames if not any(name in line for name in _OURS)][:_MOST_LINES]
+
+
+def _is_frame(line: str) -> bool:
+    return line.startswith("  File ")
+
+
+def _shortened(path: str) -> str:
+    """Return a path from the folder on that packages are installed in.
+
+    Example:
+        >>> _shortened("/opt/env/lib/python3.12/site-packages/numpy.libs/libopenblas.so")
+        'numpy.libs/libopenblas.so'
+        >>> _shortened("/usr/lib/x86_64-linux-gnu/libgomp.so.1")
+        '/usr/lib/x86_64-linux-gnu/libgomp.so.1'
+    """
+    for folder in ("site-packages", "dist-packages"):
+        _, found, rest = path.replace("\\", "/").rpartition(f"/{folder}/")
+        if found:
+            return rest
+    return path
+
+
+def _ruled(pool: NativePool) -> str:
+    if pool.variable is None:
+        return "no variable rules it"
+    if pool.value is None:
+        return f"{pool.variable} rules it, and is not set"
+    return f"{pool.variable}={pool.value} rules it"
+
+
+if sys.platform == "win32":
+
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+
+else:
+
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """End the process and whatever an import has started: its whole session's group."""
+        try:
+            # Also when it has ended: its number stays the group's while one of it is left,
+            # and is nobody's in the moments after.
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        process.wait()

@@ -1,0 +1,152 @@
+"""Floor 7: the process that the doctor imports libraries in, ``python -m`` of this module.
+
+Arguments: seconds for each import, then the libraries. On standard output, one line of JSON
+for each step, as ``doctor`` reads it:
+
+    {"begin": NAME}                   the import begins
+    {"name": NAME, ...}               it has ended: the fields of ``doctor.Library``
+    {"end": true}                     nothing follows
+
+What a library prints goes to standard error. Nothing is capped: this is what the libraries
+do by themselves.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TextIO
+
+from safepool.errors import text_of
+from safepool.threads import inspect
+from safepool.threads.imports import imported
+from safepool.threads.registry import runtimes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.threads import NativePool
+
+__all__ = ["main"]
+
+_Key = tuple[str, str]
+
+
+def main(arguments: list[str]) -> None:
+    """Import one library after the other, say what each brought, and end the process."""
+    limit_s, *names = arguments
+    with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
+        os.dup2(2, 1)
+        faulthandler.enable()
+        inspect()  # imports what looks, before anything is counted
+        for name in names:
+            _tell(told, {"begin": name})
+            _tell(told, _import(name, float(limit_s)))
+        _tell(told, {"end": True})
+    # Not by returning: threads that a library has started may keep an interpreter alive.
+    os._exit(0)
+
+
+def _tell(told: TextIO, fact: dict[str, object]) -> None:
+    told.write(f"{json.dumps(fact)}\n")
+    told.flush()
+
+
+def _import(name: str, limit_s: float) -> dict[str, object]:
+    threads_before = _os_threads()
+    pools_before = _by_key(inspect())
+    guests_before = _guests()
+    error = ""
+    # A stack that the parent can show, just before it loses its patience. It takes a thread,
+    # so not while threads are counted.
+    faulthandler.dump_traceback_later(limit_s)
+    try:
+        importlib.import_module(name)
+    except BaseException as problem:  # noqa: BLE001 -- whatever a library raises is its report
+        error = f"{type(problem).__name__}: {text_of(problem)}{_hint(name, problem)}"
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    pools = _by_key(inspect())
+    return {
+        "name": name,
+        "error": error,
+        "version": "" if error else _version(name),
+        "os_threads_before": threads_before,
+        "os_threads": _os_threads(),
+        "pools": [asdict(pool) for key, pool in pools.items() if key not in pools_before],
+        "changed": [
+            {
+                "runtime": pool.runtime,
+                "library": pool.library,
+                "threads_before": pools_before[key].threads,
+                "threads": pool.threads,
+            }
+            for key, pool in pools.items()
+            if key in pools_before and pool.threads != pools_before[key].threads
+        ],
+        "guests": [guest for guest in _guests() if guest not in guests_before],
+    }
+
+
+def _os_threads() -> int | None:
+    """Return the number of threads that the kernel counts in this process.
+
+    Returns:
+        ``None`` where the system has no ``/proc/self/status``.
+
+    Source: proc_pid_status(5), ``Threads``.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            lines = file.read().split("\n")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("Threads:")), None)
+
+
+def _by_key(pools: Iterable[NativePool]) -> dict[_Key, NativePool]:
+    return {(pool.runtime, pool.library): pool for pool in pools}
+
+
+def _guests() -> list[dict[str, str]]:
+    """Return what is imported and computes in the threads of another row."""
+    return [
+        {"runtime": row.name, "through": row.through, "fixed": row.fixed, "hole": row.hole}
+        for row in runtimes()
+        if row.through is not None and any(imported(name) is not None for name in row.modules)
+    ]
+
+
+def _version(name: str) -> str:
+    for module in (name, name.partition(".")[0]):
+        version = getattr(sys.modules.get(module), "__version__", None)
+        if isinstance(version, str):
+            return version
+    return ""
+
+
+def _hint(name: str, problem: BaseException) -> str:
+    """Return the names to import where ``name`` is one to install."""
+    if not isinstance(problem, ModuleNotFoundError) or problem.name != name.partition(".")[0]:
+        return ""
+    from importlib.metadata import packages_distributions  # noqa: PLC0415 -- milliseconds
+
+    modules = sorted(
+        module
+        for module, packages in packages_distributions().items()
+        if _installed_as(name) in map(_installed_as, packages) and not module.startswith("_")
+    )
+    return f" (the package {name} is imported as {', '.join(modules)})" if modules else ""
+
+
+def _installed_as(package: str) -> str:
+    # Python packaging guide, "Names and normalization", as far as it concerns equality here.
+    return package.lower().replace("_", "-").replace(".", "-")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,40 @@
+"""Floor 7: how what the commands print is laid out: ASCII, 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+__all__ = ["WIDTH", "as_ascii", "counted", "wrapped"]
+
+WIDTH = 80
+
+
+def counted(number: float, noun: str) -> str:
+    """Return ``"1 thread"``, ``"2.5 CPUs"``."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def as_ascii(text: str) -> str:
+    """Return the text with everything else escaped.
+
+    A path may hold any byte; a terminal in the C locale takes ASCII only.
+    """
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def wrapped(text: str, indent: int, *, label: str = "") -> list[str]:
+    """Return the text in lines of the screen's width, a longer word in one piece.
+
+    Args:
+        text: What is to be said.
+        indent: Columns before it.
+        label: What stands in these columns in the first line.
+    """
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=label.ljust(indent),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

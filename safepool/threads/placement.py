@@ -1,0 +1,125 @@
+"""Which CPUs a worker is bound to, and the binding itself (Linux; elsewhere nothing is bound).
+
+Nearly every native library asks the affinity mask how many threads to start, also those
+that no variable reaches: JAX's pool that compiles, FFmpeg's, gRPC's, oneTBB's, CatBoost's.
+A worker that may run on one CPU makes them start one.
+
+Not covered:
+    * What CPUs share: caches, memory, one core's two threads. They are taken by number,
+      which on most machines counts every core before it counts the second thread of any.
+    * What other programs run on them. The kernel shows nothing that would stay true.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+__all__ = ["Placement", "bind", "choose_cpus", "why_not_bound"]
+
+
+def choose_cpus(
+    mask: Collection[int], threads: int, load: Mapping[int, int], first: int = 0
+) -> tuple[int, ...]:
+    """Choose the CPUs of one more worker: those that the fewest workers are bound to.
+
+    Args:
+        mask: The CPUs there are, by the kernel's numbers; at least one.
+        threads: How many the worker is to have, at least 1. More than there are is all.
+        load: How many workers are bound to each; one that is missing has none.
+        first: Where to begin among equals, counted along the mask and round it, 0 or more.
+
+    Returns:
+        Their numbers, ascending.
+
+    Raises:
+        ValueError: ``mask`` is empty, or ``threads`` below 1.
+
+    Example:
+        >>> choose_cpus({0, 1, 2, 3}, 2, load={0: 1, 1: 1})
+        (2, 3)
+        >>> choose_cpus({0, 1, 2}, 2, load={0: 1, 1: 1})
+        (0, 2)
+    """
+    if not mask or threads < 1:
+        raise ValueError(f"no CPUs to choose for {threads} threads among {sorted(mask)}")
+    cpus = sorted(mask)
+    turned = cpus[first % len(cpus) :] + cpus[: first % len(cpus)]
+    # A stable sort: among equals the order is the mask's, so neighbours stay together.
+    return tuple(sorted(sorted(turned, key=lambda cpu: load.get(cpu, 0))[:threads]))
+
+
+class Placement:
+    """Chooses the CPUs of a pool's workers, each time among those that the pool has now.
+
+    Args:
+        threads: CPUs for each worker, at least 1.
+        first: As for :func:`choose_cpus`. ``None`` draws it: the small pools of several
+            containers on one machine must not all crowd on its first CPUs.
+    """
+
+    def __init__(self, threads: int, first: int | None = None) -> None:
+        self._threads = threads
+        self._first = random.randrange(1 << 16) if first is None else first
+
+    def choose(self, taken: Iterable[Iterable[int]]) -> tuple[int, ...]:
+        """Return the CPUs of one more worker; none where nothing can be bound.
+
+        Args:
+            taken: The CPUs of each worker that stays. Those of one that goes are free, so
+                the worker that follows it takes them.
+        """
+        mask = _mask()
+        if not mask:
+            return ()
+        load = Counter(cpu for cpus in taken for cpu in cpus)
+        return choose_cpus(mask, self._threads, load, self._first)
+
+
+if sys.platform == "linux":
+
+    def _mask() -> set[int]:
+        try:
+            return os.sched_getaffinity(0)
+        except OSError:
+            return set()
+
+    def why_not_bound() -> str:
+        """Return why no worker can be bound to CPUs here; empty if it can."""
+        try:
+            # What holds already, so nothing changes.
+            os.sched_setaffinity(0, os.sched_getaffinity(0))
+        except OSError as error:
+            return f"sched_setaffinity is refused here: {error.strerror}"
+        return ""
+
+    def bind(cpus: Collection[int]) -> None:
+        """Let this thread, and those that it will start, run on these CPUs alone.
+
+        Args:
+            cpus: Their numbers; none of them changes nothing.
+        """
+        if not cpus:
+            return
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError:
+            pass  # taken from the whole group since they were chosen; they are no loss
+
+else:
+
+    def _mask() -> set[int]:
+        return set()
+
+    def why_not_bound() -> str:
+        """Return why no worker can be bound to CPUs here; empty if it can."""
+        return f"{sys.platform} has no call for it that this package uses"
+
+    def bind(cpus: Collection[int]) -> None:
+        """Do nothing: there is no call for it."""
