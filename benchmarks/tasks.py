@@ -1,0 +1,53 @@
+"""What the benchmarks run in workers. In a module of its own: every pool can import it there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+
+def nothing(value: int) -> int:
+    """Return at once: what is left is the pool's own cost."""
+    return value
+
+
+def spin(microseconds: int) -> int:
+    """Keep a CPU busy for so long, by the wall clock."""
+    end = time.perf_counter_ns() + microseconds * 1000
+    while time.perf_counter_ns() < end:
+        pass
+    return microseconds
+
+
+def sleep_or_spin(microseconds: int) -> float:
+    """Spin, or sleep if it is long; return when it ended, by the clock of all processes."""
+    if microseconds < 100_000:
+        spin(microseconds)
+    else:
+        time.sleep(microseconds / 1e6)
+    return time.monotonic()
+
+
+def die_if_odd_one_out(value: int) -> int:
+    """Kill the own process for one value of a thousand."""
+    if value % 1000 == 500:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return value
+
+
+def numpy_and_scipy_loaded(_: object = None) -> int:
+    """Import what a scientific task needs, and stay a moment so that every worker gets one."""
+    import numpy as np
+    import scipy.linalg
+
+    assert np
+    assert scipy.linalg
+    time.sleep(0.01)
+    return os.getpid()
+
+
+def loaded_modules(_: object = None) -> int:
+    """Return how many modules this process has imported."""
+    return len(sys.modules)
