@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
     Function = Callable[[Any], Any]
 
-__all__ = ["CONTENDERS", "OURS", "Opened", "available", "cpu_s", "open_all", "pss_kb", "table"]
+__all__ = [
+    "CONTENDERS",
+    "OURS",
+    "Opened",
+    "available",
+    "cpu_s",
+    "descendants",
+    "open_all",
+    "pss_kb",
+    "table",
+]
 
 OURS = "safepool"
 

@@ -87,7 +87,10 @@ def main() -> None:
         for name, found in runs.items()
     }
     ours = medians[contenders.OURS]
-    print(f"Python {sys.version.split()[0]}, {options.workers} workers, {os.cpu_count()} CPUs, ")
+    print(
+        f"Python {sys.version.split()[0]}, {options.workers} workers, {os.cpu_count()} CPUs, ",
+        end="",
+    )
     print(f"load {os.getloadavg()[0]:.1f}, median of {options.rounds} rounds; / is to ours")
     heads = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
     print(" " * 20 + "".join(f"{heads[field]:>12}{'/ ours':>9}" for field in FIELDS))
