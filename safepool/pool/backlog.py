@@ -47,7 +47,19 @@ class Backlog:
 
     def put_back(self, works: Sequence[Task | Span]) -> None:
         """Queue what was taken before, in its order, ahead of everything else."""
-        self._entries.extendleft(reversed(works))
+        entries = self._entries
+        for work in reversed(works):
+            head = entries[0] if entries else None
+            # In one piece again what workers gave back in several: a message for each would
+            # cost more than the calls (benchmarks/dispatch.py, map).
+            if isinstance(work, Span) and isinstance(head, Span):
+                if work.is_followed_by(head):
+                    work.items += head.items
+                    entries.popleft()
+                elif head.is_followed_by(work):
+                    head.items += work.items
+                    continue
+            entries.appendleft(work)
 
     def clear(self) -> list[Task | Span | MapRun]:
         """Empty it, and return what was there."""
@@ -126,7 +138,9 @@ class Backlog:
         among: int,
         most: int,
     ) -> Span | list[Task]:
-        many = min(room(span.name, 0), -(-span.count // among), most)
+        # Divided when little is left behind it as well: halves of halves would be many messages.
+        waiting = self.at_most(span.count * among)
+        many = min(room(span.name, 0), -(-waiting // among), most)
         if many <= 0:
             return []
         self._entries.popleft()

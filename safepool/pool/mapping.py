@@ -200,6 +200,14 @@ class Span:
         """What holds for each."""
         return self.run.policy
 
+    def is_followed_by(self, other: Span) -> bool:
+        """Tell whether both can be one: none of their calls has begun or must travel alone."""
+        return (
+            self.run is other.run
+            and self.start + len(self.items) == other.start
+            and not (self.alone or other.alone or self.done or other.done or other.attempts)
+        )
+
     def split(self, at: int) -> Self:
         """Keep the calls before ``at``, return the others."""
         rest = type(self)(self.run, self.start + at, self.items[at:])

@@ -1,0 +1,61 @@
+"""What waits for a worker: order, and the pieces in which it is taken."""
+
+from __future__ import annotations
+
+import support_tasks
+
+from safepool.pool.backlog import Backlog
+from safepool.pool.mapping import MapRun, Span
+from safepool.pool.policy import NO_POLICY
+
+
+def run_of(count: int) -> tuple[Backlog, MapRun]:
+    backlog, run = Backlog(), MapRun(support_tasks.square, "square", NO_POLICY, None)
+    backlog.add_items(run, [(n,) for n in range(count)])
+    return backlog, run
+
+
+def take(backlog: Backlog, room: int, among: int = 1) -> Span:
+    taken = backlog.take(lambda _name, _held: room, lambda _name: 0, among, 10**6)
+    assert isinstance(taken, Span)
+    return taken
+
+
+def test_spans_that_follow_each_other_are_one_again() -> None:
+    """In whatever order the workers give them back."""
+    backlog, _ = run_of(10)
+    first, second, third = (take(backlog, 3) for _ in range(3))
+
+    backlog.put_back([second])
+    backlog.put_back([third])
+    backlog.put_back([first])
+
+    whole = take(backlog, 100)
+    assert (whole.start, whole.items) == (0, [(n,) for n in range(9)])
+    assert take(backlog, 100).items == [(9,)]
+
+
+def test_a_call_that_was_lost_once_keeps_its_count() -> None:
+    """Joined to those before it, its earlier attempt would be forgotten."""
+    backlog, _ = run_of(4)
+    first, second = take(backlog, 2), take(backlog, 2)
+    again = second.only(0)
+    again.attempts = 1
+
+    backlog.put_back([again])
+    backlog.put_back([first])
+
+    assert take(backlog, 100).count == 2
+    assert take(backlog, 100).attempts == 1
+
+
+def test_a_span_is_divided_only_when_little_waits_behind_it() -> None:
+    backlog, _ = run_of(100)
+    backlog.put_back([take(backlog, 20)])
+
+    assert take(backlog, 100, among=2).count == 20
+
+    backlog, _ = run_of(20)
+    backlog.put_back([take(backlog, 20)])
+
+    assert take(backlog, 100, among=2).count == 10
