@@ -63,6 +63,8 @@ _CELL_MASK = (1 << 64) - 1
 _BYTES = 64 * 1024
 # Before each result: position, microseconds it took, length, kind of frame.
 _RECORD = struct.Struct("<QIIB")
+_RECORD_BYTES, _RESULTS_BYTES = _RECORD.size, _BYTES - _CELLS_BYTES
+_pack = _RECORD.pack
 
 # Makes a worker write its Python stack behind the board. A real-time signal, which
 # neither the system nor, as good as ever, a program uses; glibc keeps the first two.
@@ -95,7 +97,7 @@ class Board:
         descriptor: The file that :meth:`create` made. It is owned by the board from now on.
     """
 
-    __slots__ = ("_cells", "_descriptor", "_map", "_results")
+    __slots__ = ("_cells", "_descriptor", "_filled", "_map", "_results")
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -103,6 +105,7 @@ class Board:
         whole = memoryview(self._map)
         self._cells = whole[:_CELLS_BYTES].cast("Q")
         self._results = whole[_CELLS_BYTES:]
+        self._filled = 0  # as the worker has last written it
 
     @classmethod
     def create(cls) -> Self | None:
@@ -164,15 +167,15 @@ class Board:
 
     def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
         """Leave a result for the next flush; ``False`` if there is no room for it."""
-        cells = self._cells
-        filled = cells[_FILLED]
+        filled = self._filled
         begin = filled & _FILLED_MASK
-        end = begin + _RECORD.size + len(pickled)
-        if end > len(self._results):
+        end = begin + _RECORD_BYTES + len(pickled)
+        if end > _RESULTS_BYTES:
             return False
-        _RECORD.pack_into(self._results, begin, position, microseconds, len(pickled), kind)
-        self._results[begin + _RECORD.size : end] = pickled
-        cells[_FILLED] = filled + end - begin
+        # In one write, which is cheaper than two; the copy of a small pickle costs nothing.
+        record = _pack(position, microseconds, len(pickled), kind) + pickled
+        self._results[begin:end] = record
+        self._cells[_FILLED] = self._filled = filled + end - begin
         return True
 
     def published(self) -> bytes:
@@ -181,7 +184,8 @@ class Board:
 
     def flushed(self) -> None:
         """Use the space again: what was published has been sent."""
-        self._cells[_FILLED] = ((self._cells[_FILLED] | _FILLED_MASK) + 1) & _CELL_MASK
+        self._filled = ((self._filled | _FILLED_MASK) + 1) & _CELL_MASK
+        self._cells[_FILLED] = self._filled
 
     # What the pool reads and writes.
 

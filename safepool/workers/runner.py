@@ -46,6 +46,11 @@ _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
 Segments = list[bytes | memoryview]
 
+# A library that brings threads takes longer to load: nothing new can be there before.
+_LOADING_NS = 20_000
+
+_dumps, _RESULT = pickle.dumps, int(Kind.RESULT)
+
 
 class Runner:
     """The calls of one pool in this process.
@@ -177,29 +182,52 @@ class Runner:
             self._outbox.send(encode(Kind.UNREADABLE, position))
             return
         self._leave_if_forked()
-        begun = position
         if self._board is not None:
-            self._board.begin(begun)
+            self._board.begin(position)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
-        claim, publish, clock = self._claim, self._publish, time.monotonic_ns
         with self._main:
-            while items:
-                if position != begun and not claim(position):
-                    return
-                try:
-                    value = function(*items.pop())
-                    if type(value) in _PLAIN and publish(position, value):
-                        position += 1
-                        if clock() - self._flushed_ns > _FLUSH_NS:
-                            self._flush()
-                        continue
-                    kind, answer = Kind.RESULT, dumps(value)
-                    del value
-                except BaseException as error:  # noqa: BLE001 -- as above
-                    kind, answer = Kind.EXCEPTION, describe(error)
+            self._run_items(position, function, items)
+
+    def _run_items(
+        self, position: int, function: Callable[..., Any], items: list[tuple[Any, ...]]
+    ) -> None:
+        """Call the function with each item, from the last to the first; that one has begun."""
+        # Names of this frame, one look at the clock, few calls: for the shortest calls this
+        # loop is most of what they cost (benchmarks/dispatch.py, map).
+        board, values, clock = self._board, self._values, time.monotonic_ns
+        begun, now, checked = position, clock(), 0
+        while items:
+            if now - checked > _LOADING_NS:
+                self._cap.recheck()  # what the calls before have loaded
+                checked = now
+            if board is not None and position != begun and not board.claim(position, now):
+                self._skip(position)
+                return
+            try:
+                value = function(*items.pop())
+                if (
+                    type(value) in _PLAIN
+                    and board is not None
+                    and not (self._others or self._forked or self._outbox.logged)
+                    and board.publish(position, 0, _RESULT, _dumps(value, 5))
+                ):
+                    if not values:
+                        self._first = position
+                    values.append(value)
+                    answer = None
+                else:
+                    kind, answer = Kind.RESULT, _pickle(value)
+                del value
+            except BaseException as error:  # noqa: BLE001 -- as above
+                kind, answer = Kind.EXCEPTION, describe(error)
+            if answer is not None:
                 self._answer(position, kind, answer)
-                position += 1
+            position += 1
+            now = clock()
+            if now - self._flushed_ns > _FLUSH_NS:
+                self._flush()
+                now = clock()
 
     def _claim(self, position: int, *, reading: bool = False) -> bool:
         self._cap.recheck()  # what the task before has loaded
@@ -208,24 +236,13 @@ class Runner:
             os._exit(0)
         if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
             return True
+        self._skip(position)
+        return False
+
+    def _skip(self, position: int) -> None:
         # What ended before goes first: the pool takes this for its turn.
         self._flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
-        return False
-
-    def _publish(self, position: int, value: object) -> bool:
-        """Leave a plain value on the board, and remember it for the next flush."""
-        board = self._board
-        if board is None or self._forked or self._outbox.logged:
-            return False
-        if self._others or not board.publish(position, 0, Kind.RESULT, pickle.dumps(value, 5)):
-            self._flush()
-            if not board.publish(position, 0, Kind.RESULT, pickle.dumps(value, 5)):
-                return False
-        if not self._values:
-            self._first = position
-        self._values.append(value)
-        return True
 
     def _answer(self, position: int, kind: Kind, segments: Segments) -> None:
         self._leave_if_forked()
@@ -263,7 +280,7 @@ class Runner:
         if self._values:
             spent = (now - self._mark_ns) // 1000
             frame = values_frame(self._first, spent, self._values)
-            self._values = []
+            self._values.clear()
             self._mark_ns = now
         else:
             frame = encode(Kind.RESULTS, 0, [board.published()])
