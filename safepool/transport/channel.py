@@ -138,15 +138,22 @@ class Channel:
             CorruptFrameError: What it sent is not a frame.
         """
         for _ in itertools.count() if everything else range(_ROUNDS):
+            buffer = self._reader.buffer()
+            room = len(buffer)
             try:
-                count = self._sock.recv_into(self._reader.buffer())
+                count = self._sock.recv_into(buffer)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise ChannelClosedError from error
             if not count:
                 raise ChannelClosedError
+            del buffer  # who takes a frame may drop it while this waits for more
             yield from self._reader.received(count)
+            if count < room and not everything:
+                # That was all: to be told so by another call would cost as much as the first
+                # (benchmarks/dispatch.py, round-trip).
+                return
 
     def close(self) -> None:
         """Close the socket; what is unsent is dropped. May be called again."""

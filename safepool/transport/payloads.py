@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["by_value_modules", "dumps", "loads", "main_namespace"]
+__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
+
+_main_uses = 0
 
 
 def dumps(
@@ -134,8 +136,15 @@ def _by_value_dumps(
 
 
 def main_namespace() -> dict[str, Any]:
-    """Return the globals of this process's ``__main__``."""
+    """Return the globals of this process's ``__main__``; what arrives by value asks for them."""
+    global _main_uses  # noqa: PLW0603 -- a fact about this process
+    _main_uses += 1
     return vars(sys.modules["__main__"])
+
+
+def main_uses() -> int:
+    """Return how often :func:`main_namespace` was called."""
+    return _main_uses
 
 
 class _Main(dict[str, Any]):

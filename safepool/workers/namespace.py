@@ -6,6 +6,8 @@ that an initializer sets is there for the tasks, and one that a task sets for th
 a worker of the standard pool; what the program changes in between arrives as well.
 
 Not covered:
+    * What code of a module puts into ``__main__`` before anything of the program's own
+      ``__main__`` has arrived: something of the same name that arrives takes its place.
     * A global object that a task changes in place: the program's own arrives again with the
       next task and takes its place. Rebind the name (``global cache``), or keep what
       is to last in a module that is imported.
@@ -17,7 +19,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.payloads import main_namespace
+from safepool.transport.payloads import main_namespace, main_uses
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,8 +41,15 @@ class MainNamespace:
         self._names = main_namespace()
         self._own: dict[str, Any] = {}
         self._arrived: dict[str, Any] = {}
+        self._uses = main_uses()
+        self._watched = False
 
     def __enter__(self) -> None:
+        # As long as nothing of ``__main__`` has arrived, nothing of it can be lost: to look
+        # costs a quarter of a short task (benchmarks/dispatch.py, submit).
+        self._watched = self._watched or main_uses() != self._uses
+        if not self._watched:
+            return
         self._names.update(self._own)
         self._arrived = self._names.copy()
 
@@ -50,6 +59,8 @@ class MainNamespace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._watched:
+            return
         for name, value in self._names.copy().items():  # a task's thread may go on
             if self._arrived.get(name, self) is not value:
                 self._own[name] = value
