@@ -456,6 +456,11 @@ class Scheduler:
             self._forget(staff, run)
         for future in to_kill:
             self._end_task(staff, future)
+        working = any(worker.ledger.owed for worker in staff)
+        if not (working or self._backlog or len(staff) > self._size):
+            # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
+            # round-trip).
+            return not (closing or self._ending)
         self._follow_the_limits(staff)
         self._shrink(staff)
         self._end_the_overdue(staff)
