@@ -99,9 +99,11 @@ _FOLLOW_S = 1.0
 # Between two attempts to start a worker when the system refuses.
 _RETRY_S = 1.0
 # A task that runs for so long keeps those behind it: they are taken back, at once if a
-# worker is idle.
-_LONG_NS = 5_000_000
+# worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
+_LONG_NS = 20_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
+# While a worker is idle, so much that another holds is worth dividing.
+_DIVIDED_NS = 2_500_000
 # A task that a worker has not come to after so long goes to another that is idle. It may be
 # stopped; it may also import what the task needs, then two of them do.
 _UNHEARD_NS = 1_000_000_000
@@ -456,7 +458,7 @@ class Scheduler:
             self._forget(staff, run)
         for future in to_kill:
             self._end_task(staff, future)
-        working = any(worker.ledger.owed for worker in staff)
+        working = any(worker.ledger.owed or worker.retiring for worker in staff)
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
@@ -670,7 +672,7 @@ class Scheduler:
             head = worker.ledger.head
             left_ns = left * head.expected_ns if head is not None else 0
             since_ns = max(board.since_ns, worker.sent_ns)
-            if now - since_ns > long_ns or (idle and left > 1 and left_ns > _LONG_NS // 2):
+            if now - since_ns > long_ns or (idle and left > 1 and left_ns > _DIVIDED_NS):
                 self._take_back(staff, worker)
 
     def _take_back(self, staff: Staff, worker: Worker) -> None:
