@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +218,69 @@ class ForksWhenUnpickled:
 def pid_after(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
+
+
+def touch_and_sleep(path: str, seconds: float) -> None:
+    Path(path).touch()
+    time.sleep(seconds)
+
+
+def log(path: str, value: int, seconds: float = 0.0) -> int:
+    """Write down, in one write, that this ran."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{value}\n".encode())
+    os.close(descriptor)
+    time.sleep(seconds)
+    return value
+
+
+def start_a_child_and_sleep(path: str, seconds: float) -> None:
+    import subprocess
+
+    child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+    Path(path).write_text(f"{os.getpid()} {child.pid}\n")
+    time.sleep(seconds)
+
+
+def clean_up_on_sigterm(started: str, cleaned: str, seconds: float) -> None:
+    def clean_up(_number: int, _frame: object) -> None:
+        time.sleep(seconds)
+        Path(cleaned).write_text("done")
+        sys.exit()
+
+    signal.signal(signal.SIGTERM, clean_up)
+    Path(started).touch()
+    time.sleep(60)
+
+
+_queue: Any = None
+
+
+def keep_queue(queue: Any) -> None:
+    global _queue  # noqa: PLW0603 -- what initializers are for
+    _queue = queue
+
+
+def put_into_queue(value: object) -> None:
+    _queue.put(value)
+
+
+class Remembered:
+    pass
+
+
+_remembered: list[weakref.ref[Remembered]] = []
+
+
+def remember(argument: Remembered, fail: bool) -> Remembered:
+    """Return the argument, or raise an exception whose traceback refers to it."""
+    _remembered.append(weakref.ref(argument))
+    if fail:
+        raise ValueError(argument)
+    return argument
+
+
+def remembered() -> int:
+    """Tell how many of them still live in this process."""
+    gc.collect()
+    return sum(reference() is not None for reference in _remembered)

@@ -83,7 +83,7 @@ class Backlog:
             room: How many calls of a name to send on top of so many nanoseconds of work.
             expected_ns: How long one call of a name takes.
             among: Workers between whom what waits is to be divided.
-            most: How many calls in all, nothing below 1.
+            most: How many tasks in all, nothing below 1.
 
         Returns:
             A span of one run, or tasks; an empty list if there is nothing, or no room.
@@ -140,7 +140,9 @@ class Backlog:
     ) -> Span | list[Task]:
         # Divided when little is left behind it as well: halves of halves would be many messages.
         waiting = self.at_most(span.count * among)
-        many = min(room(span.name, 0), -(-waiting // among), most)
+        many = min(room(span.name, 0), -(-waiting // among))
+        if span.run.at_once is None:
+            many = min(many, most)
         if many <= 0:
             return []
         self._entries.popleft()
@@ -161,10 +163,10 @@ class Backlog:
         if many <= 0:
             return []
         if run.at_once is None:
-            many = min(many, run.most_at_once, -(-len(run.waiting) // among))
+            many = min(many, run.most_at_once, -(-len(run.waiting) // among), most)
         else:
             many = run.at_once
-        span = run.cut(min(many, most))
+        span = run.cut(many)
         span.expected_ns = expected_ns(run.name)
         if not run.waiting:
             run.queued = False

@@ -63,7 +63,8 @@ class ProcessPool(Executor):
         initializer: Called once in each worker before its first task, after the caps.
         initargs: Its arguments.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
-            keeps workers as long as the pool.
+            keeps workers as long as the pool. Not with ``"fork"``, as in the standard pool:
+            the process that is copied for each new worker is busy by then.
         threads_per_worker: Threads that each native pool in a worker may have, at least 1;
             the number of workers that fit is the limit divided by it. ``"auto"`` is what
             the limit leaves to each of ``max_workers``.
@@ -153,6 +154,11 @@ class ProcessPool(Executor):
         self._policy = Policy(timeout_s=timeout, retries=retries)
         self._mp_context = find_context(mp_context, _names(preload))
         if self._mp_context.get_start_method() == "fork":
+            if max_tasks_per_child is not None:
+                raise ValueError(
+                    "max_tasks_per_child is incompatible with the 'fork' multiprocessing start "
+                    "method; supply a different mp_context."
+                )
             _warn_of_threads()
         threads = self._budget.threads_per_worker
         for name, value in (env or {}).items():
@@ -239,8 +245,10 @@ class ProcessPool(Executor):
             timeout: Seconds from this call after which waiting for a result raises
                 ``TimeoutError``; ``None`` waits for ever.
             chunksize: Items that one task takes, at least 1.
-            buffersize: Items taken from the iterables ahead of the results, at least 1;
-                ``None`` takes all of them at once.
+            buffersize: Tasks taken from the iterables ahead of the results, at least 1.
+                ``None`` takes all of them at once from what says its length. From another
+                iterable it takes 16,384 items before this returns, and further ones as the
+                results are taken: it may have no end.
 
         Returns:
             The results. It raises what a call raised when its turn comes; leaving it
@@ -263,12 +271,75 @@ class ProcessPool(Executor):
             if buffersize < 1:
                 raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else timeout + time.monotonic()
-        if buffersize is None and all(isinstance(items, Sized) for items in iterables):
-            buffersize = sys.maxsize
+        # In items; a list is taken whole.
+        ahead = None if buffersize is None else buffersize * chunksize
+        if ahead is None and all(isinstance(items, Sized) for items in iterables):
+            ahead = sys.maxsize
         at_once = None if chunksize == 1 else chunksize
         run = MapRun(fn, name_of(fn), policy_of(fn, self._policy), at_once)
         items = zip(*iterables, strict=False)
-        return self._scheduler.map(run, items, buffersize, deadline, keep=self)
+        return self._scheduler.map(run, items, ahead, deadline, keep=self)
+
+    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
+        """Cancel a task, on request also one that runs.
+
+        Args:
+            future: What :meth:`submit` has returned.
+            kill: If the task has begun, kill its worker with every process that the task
+                started; the worker is replaced. Without it this is ``future.cancel()``,
+                which leaves a running task alone.
+
+        Returns:
+            Whether the future is cancelled. ``False`` if the task has ended, or runs and was
+            not to be killed.
+
+        Raises:
+            ValueError: With ``kill``: the future is not one of this pool.
+
+        Example:
+            >>> import time
+            >>> with ProcessPool(1) as pool:
+            ...     future = pool.submit(time.sleep, 60)
+            ...     pool.cancel(future, kill=True)
+            ...     future.cancelled(), pool.submit(abs, -1).result()
+            True
+            (True, 1)
+        """
+        return self._scheduler.kill(future) if kill else future.cancel()
+
+    def terminate_workers(self) -> None:
+        """Send every worker ``SIGTERM`` and give the pool up, without waiting.
+
+        Tasks that have not begun are cancelled, those that a worker does not finish in spite
+        of the signal end with :class:`safepool.WorkerDiedError`, and the pool takes no more.
+        A worker that has not ended after 30 seconds is killed.
+
+        Example:
+            >>> import time
+            >>> pool = ProcessPool(1)
+            >>> future = pool.submit(time.sleep, 60)
+            >>> pool.terminate_workers()
+            >>> pool.submit(abs, -1)
+            Traceback (most recent call last):
+                ...
+            RuntimeError: cannot schedule new futures after shutdown
+            >>> pool.shutdown()  # waits for the workers' end
+        """
+        self._scheduler.shut_down(wait=False, end="ask")
+
+    def kill_workers(self) -> None:
+        """Kill every worker and give the pool up, as :meth:`terminate_workers` does.
+
+        Example:
+            >>> import time
+            >>> pool = ProcessPool(1)
+            >>> future = pool.submit(time.sleep, 60)
+            >>> pool.kill_workers()
+            >>> future.cancelled() or type(future.exception())
+            True
+            >>> pool.shutdown()
+        """
+        self._scheduler.shut_down(wait=False, end="kill")
 
     def resize(self, max_workers: int) -> None:
         """Keep at most this many workers from now on, whatever the limits say.

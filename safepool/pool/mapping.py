@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Feed", "MapRun", "Results", "Span"]
 
-# Items taken ahead from an iterator that does not say its length: so many at first, twice as
-# many whenever the workers ran out, and never more than the last.
-_FIRST_AHEAD = 256
+# Items taken from an iterator that does not say its length: so many at once, as the standard
+# pool takes all of them (what they are read from may be closed when ``map`` has returned), in
+# portions that grow, so that workers have something to do meanwhile; then twice as many
+# whenever the workers ran out, and never more than the last.
+_FIRST_PORTION = 256
+_AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
 Item = tuple[Any, ...]
@@ -200,6 +203,10 @@ class Span:
         """What holds for each."""
         return self.run.policy
 
+    def tasks_in(self, calls: int) -> float:
+        """Tell how many tasks so many calls are: a part, if the caller said what makes one."""
+        return calls / (self.run.at_once or 1)
+
     def is_followed_by(self, other: Span) -> bool:
         """Tell whether both can be one: none of their calls has begun or must travel alone."""
         return (
@@ -264,7 +271,7 @@ class Results:
         self._items: Iterator[Item] | None = items
         self._feed = feed
         self._grows = ahead is None
-        self._ahead = _FIRST_AHEAD if ahead is None else ahead
+        self._ahead = _FIRST_PORTION if ahead is None else ahead
         self._deadline = deadline
         self._error: BaseException | None = None
         self._fed = 0
@@ -274,6 +281,11 @@ class Results:
         self._pulling = threading.RLock()
         self._pulls = False
         self._pull()
+        while self._grows and self._items is not None and self._ahead < _AT_ONCE:
+            self._ahead *= 2
+            self._pull()
+        if self._grows and self._error is not None:
+            raise self._error
 
     def iterate(self, keep: object) -> Generator[Any]:
         """Yield the results; leaving early drops what has not begun.
@@ -324,9 +336,7 @@ class Results:
         return run.take(index, self._deadline)
 
     def _refill(self) -> None:
-        if self._fed - self._taken < self._ahead and (
-            not self._grows or 2 * (self._fed - self._taken) <= self._ahead
-        ):
+        if not self._grows or 2 * (self._fed - self._taken) <= self._ahead:
             self._pull()
 
     def _pull(self, *, everything: bool = False) -> None:
@@ -342,7 +352,9 @@ class Results:
                 return
             self._pulls = True
             try:
-                many = None if everything else self._ahead - (self._fed - self._taken)
+                chunk = self._run.at_once or 1
+                room = self._ahead - (self._fed - self._taken)
+                many = None if everything else room // chunk * chunk
                 if many is None or many > 0:
                     self._queue(self._items, many)
             finally:
@@ -364,7 +376,7 @@ class Results:
         except RuntimeError as problem:  # the pool was shut down, or is broken
             if not self._fed:
                 raise
-            self._items, error = None, problem
+            self._items, error = None, error or problem
         else:
             self._fed += len(batch)
         self._error = error

@@ -45,13 +45,14 @@ Not covered:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
 from safepool.errors import (
@@ -102,6 +103,8 @@ _RETRY_S = 1.0
 # worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
 _LONG_NS = 20_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
+# Sixths of a task may add up to a little less than one.
+_ROUNDING = 1e-6
 # While a worker is idle, so much that another holds is worth dividing.
 _DIVIDED_NS = 2_500_000
 # A task that a worker has not come to after so long goes to another that is idle. It may be
@@ -111,6 +114,10 @@ _UNHEARD_NS = 1_000_000_000
 _KILLED = -9
 # Between two looks at the memory of a worker that has a limit for it.
 _MEMORY_LOOK_NS = 200_000_000
+
+
+Ending = Literal["", "ask", "terminate", "kill"]
+_SHARPER: tuple[Ending, ...] = ("", "ask", "terminate", "kill")
 
 
 class Scheduler:
@@ -170,11 +177,13 @@ class Scheduler:
         self._news = False
         self._closing = False
         self._cancelling = False
-        self._ending: Literal["", "terminate", "kill"] = ""
+        self._ending: Ending = ""
         self._exiting = False
         self._broken: PoolBrokenError | None = None
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
+        # By which a future knows whose it is, without holding on to it.
+        self._me = weakref.ref(self)
         # Maps whose items have not all been taken from the caller's iterators.
         self._open: dict[weakref.ref[Any], Results] = {}
         # Set by the scheduler's thread before it waits, cleared by whoever wakes it.
@@ -233,7 +242,7 @@ class Scheduler:
                 of the one that made the pool.
         """
         self._check_fork()
-        future = PoolFuture()
+        future = PoolFuture(self._me)
         task = Task(future, (function, args, kwargs), name, policy)
         with self._lock:
             self._check_open()
@@ -263,10 +272,9 @@ class Scheduler:
             keep: Held as long as there are items to take.
         """
         self._check_fork()
-        with self._lock:
-            self._check_open()
         results = Results(run, iter(items), self, ahead, deadline)
-        iterator = results.iterate(keep)
+        # With all calls queued the pool may go: what they return arrives without it.
+        iterator = results.iterate(None if run.fed else keep)
         if not run.fed and ahead is None:
             # One that is dropped without a look is a map for the sake of what its calls do.
             self._open[weakref.ref(iterator, self._finish_unseen)] = results
@@ -301,8 +309,15 @@ class Scheduler:
         self._dropped_runs.append(run)
         self.wake()
 
-    def kill(self, future: PoolFuture) -> bool:
-        """Cancel a task that runs, and end its worker; ``False`` if it has ended."""
+    def kill(self, future: Future[Any]) -> bool:
+        """Cancel a task, and end the worker that runs it; ``False`` if it has ended.
+
+        Raises:
+            ValueError: It is not a future of this pool.
+        """
+        self._check_fork()
+        if not isinstance(future, PoolFuture) or future.owner is not self._me:
+            raise ValueError("this future is not one of this pool's submit()")
         if not future.cancel_running():
             return False
         with self._lock:
@@ -311,16 +326,15 @@ class Scheduler:
         self.wake()
         return True
 
-    def shut_down(
-        self, *, wait: bool, cancel: bool = False, end: Literal["", "terminate", "kill"] = ""
-    ) -> None:
+    def shut_down(self, *, wait: bool, cancel: bool = False, end: Ending = "") -> None:
         """Take no more tasks; finish those that were submitted, and end the workers.
 
         Args:
             wait: Return when all that is done.
             cancel: Cancel the tasks that no worker has taken.
-            end: Do not wait for running tasks: end their workers at once, by ``SIGTERM`` or
-                by ``SIGKILL``.
+            end: Do not wait for running tasks. ``"ask"`` sends their workers ``SIGTERM`` and
+                lets them take their time, ``"terminate"`` does not for long, and ``"kill"``
+                sends ``SIGKILL``.
         """
         if os.getpid() != self._pid:  # race G: the lock may be held for ever here
             return
@@ -333,7 +347,7 @@ class Scheduler:
         with self._lock:
             self._closing = self._news = True
             self._cancelling |= cancel or bool(end)
-            self._ending = end or self._ending
+            self._ending = max(end, self._ending, key=_SHARPER.index)
             thread = self._thread
         if thread is None:
             return
@@ -446,6 +460,9 @@ class Scheduler:
             closing, ending = self._closing, self._ending
             to_kill, self._to_kill = self._to_kill, []
             ended_runs, self._ended_runs = self._ended_runs, []
+        if ending:
+            for worker in staff:
+                self._take_back(staff, worker)  # it has not begun, so it is cancelled
         self._cancel_waiting()
         if ending:
             return False
@@ -584,7 +601,7 @@ class Scheduler:
             return False
         if ledger.owed and worker.board is None:
             return False
-        left = (self._tasks_per_worker or sys.maxsize) - worker.done - ledger.owed
+        left = self._tasks_left(worker)
 
         def room(name: str, more_ns: int) -> int:
             idle = not (ledger.owed or more_ns)
@@ -610,10 +627,19 @@ class Scheduler:
                 return False
         return not (back and ledger.owed)
 
+    def _tasks_left(self, worker: Worker) -> int:
+        """Return how many more tasks a worker may be sent before it is replaced."""
+        if self._tasks_per_worker is None:
+            return sys.maxsize
+        owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
+        return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
+
     def _hire(self, staff: Staff) -> None:
         """Start workers while tasks wait that no starting worker will take."""
         staying = [worker for worker in staff if not worker.leaving]
         starting = sum(not worker.ready for worker in staying)
+        if any(worker.failure for worker in staff):  # the pool breaks when it has ended
+            return
         most = self._size - len(staying)
         if most <= 0 or time.monotonic() < self._hire_not_before:
             return
@@ -721,8 +747,7 @@ class Scheduler:
                 if not segments:
                     worker.drop_board()
             case Kind.INITIALIZER_FAILED:
-                problem = PoolBrokenError("a worker's initializer failed")
-                self._break(staff, problem, rebuild(segments))
+                staff.dismiss_failed(worker, rebuild(segments))
             case Kind.SKIPPED:  # race J
                 self._return_skipped(worker, position)
             case Kind.UNREADABLE:
@@ -791,7 +816,7 @@ class Scheduler:
         if settled is None:
             return None  # read from the board before, or given up
         work, place = settled
-        self._count(staff, worker, 1)
+        self._count(staff, worker, work, 1)
         failed = False
         value: Any
         try:
@@ -839,14 +864,15 @@ class Scheduler:
         self._settled(run, len(values) - known)
         run.tell()
         self._pace.note(work.name, microseconds * 1000, len(values))
-        self._count(staff, worker, len(values) - known)
+        self._count(staff, worker, work, len(values) - known)
 
-    def _count(self, staff: Staff, worker: Worker, settled: int) -> None:
+    def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
         worker.exclusive = False
-        worker.done += settled
+        worker.done += calls
+        worker.tasks_done += work.tasks_in(calls)
         self._failed_starts = 0
         if not worker.retiring:
-            full = worker.done >= (self._tasks_per_worker or sys.maxsize)
+            full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
             worker.retiring = full or self._is_too_large(worker)
         if worker.retiring and not worker.ledger.owed and not worker.leaving:
             staff.stop(worker)
@@ -933,7 +959,12 @@ class Scheduler:
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
         for_good = [self._lost(worker, *call, exitcode, fault) for call in lost]
-        if any(for_good) and self._break_on_death and not (self._ending or worker.condemned):
+        if worker.failure is not None:
+            problem = PoolBrokenError("a worker's initializer failed")
+            self._break(staff, problem, worker.failure)
+        by_itself = not (self._ending or worker.condemned)
+        costs = any(for_good) or not (lost or worker.dismissed)
+        if self._break_on_death and by_itself and costs:
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
@@ -1037,7 +1068,7 @@ class Scheduler:
         with self._lock:
             self._broken = self._broken or error
             self._closing = True
-            self._ending = self._ending or "terminate"
+            self._ending = max("terminate", self._ending, key=_SHARPER.index)
             failed = self._backlog.clear()
         for worker in staff:
             while worker.ledger.owed:
@@ -1056,8 +1087,10 @@ class Scheduler:
             if not (worker.dismissed or self._ending):
                 staff.stop(worker)
         while len(staff):
-            if self._ending:  # from the beginning, or while the workers stop
-                for worker in staff:
+            for worker in staff:
+                if self._ending == "ask":
+                    staff.ask(worker)
+                elif self._ending:  # from the beginning, or while the workers stop
                     staff.end(worker, at_once=self._ending == "kill")
             self._listen(staff, None)
             self._cancel_waiting()  # what was sent ahead to a worker that was ended

@@ -63,7 +63,8 @@ class Worker(WorkerProcess):
     Attributes:
         ready: Its initializer has ended well.
         ledger: What it was sent and has not answered.
-        done: How many it has finished.
+        done: How many calls it has finished.
+        tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
         exclusive: What it holds must not be followed by anything.
         awaited: The first position of what was taken back from it last.
@@ -75,6 +76,7 @@ class Worker(WorkerProcess):
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
+        failure: What its initializer raised.
         oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
@@ -86,6 +88,7 @@ class Worker(WorkerProcess):
 
     ready: bool = False
     done: int = 0
+    tasks_done: float = 0.0
     exclusive: bool = False
     awaited: int = 0
     sent_ns: int = 0
@@ -96,6 +99,7 @@ class Worker(WorkerProcess):
     dismissed: bool = False
     terminated: bool = False
     fault: BaseException | None = None
+    failure: BaseException | None = None
     oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
@@ -266,6 +270,19 @@ class Staff:
         worker.leaving = worker.dismissed = True
         worker.deadline = time.monotonic() + _STOPPING_S
         self.send(worker, encode(Kind.STOP, 0))
+
+    def dismiss_failed(self, worker: Worker, failure: BaseException) -> None:
+        """Let a worker end by itself whose initializer failed: what it logged must arrive."""
+        worker.failure = failure
+        self.stop(worker)
+        worker.deadline = time.monotonic() + _ENDING_S
+
+    def ask(self, worker: Worker) -> None:
+        """Ask a worker to end in the middle of what it does: a handler may take its time."""
+        if not worker.terminated:
+            worker.terminated = True
+            self.stop(worker)  # for one that does not heed the signal
+            worker.end(signal.SIGTERM)
 
     def end(self, worker: Worker, *, at_once: bool = False) -> None:
         """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``.

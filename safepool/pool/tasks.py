@@ -43,21 +43,35 @@ class PoolFuture(Future[Any]):
     returns ``None`` for an exception with ``__bool__`` or an empty ``__len__`` (gh-132063).
     """
 
+    def __init__(self, owner: object = None) -> None:
+        """Make one.
+
+        Args:
+            owner: Whoever ends it.
+        """
+        super().__init__()
+        self.owner = owner
+
+    def begin(self) -> bool:
+        """Become running; ``False`` if it was cancelled, or has ended otherwise."""
+        with self._condition:
+            # Asked first: what that call raises for other states, it logs as well.
+            return (
+                self._state in (_base.PENDING, _base.CANCELLED)
+                and self.set_running_or_notify_cancel()
+            )
+
     def wait_again(self) -> None:
         """Stop being marked as running: the worker that had it never began."""
         with self._condition:
             if self._state == _base.RUNNING:
                 self._state = _base.PENDING
 
-    def cancelled_and_notified(self) -> bool:
-        """Tell whether whoever waits has been told of the cancellation."""
-        return self._state == _base.CANCELLED_AND_NOTIFIED
-
     def cancel_running(self) -> bool:
-        """Become cancelled though a worker runs it; ``False`` if it has ended."""
+        """Become cancelled though a worker may run it; ``False`` if it has ended otherwise."""
         with self._condition:
             if self._state not in (_base.PENDING, _base.RUNNING):
-                return False
+                return self.cancelled()
             self._state = _base.CANCELLED
             # In the same breath: the scheduler's thread may ask the same question.
             self.set_running_or_notify_cancel()
@@ -114,6 +128,10 @@ class Task:
         self.pickled: Pickled | None = None
         self.attempts = self.position = self.done = self.expected_ns = 0
 
+    def tasks_in(self, calls: int) -> float:
+        """Tell how many tasks so many calls are."""
+        return calls
+
     def split(self, at: int) -> Self:
         """Never asked for: there is one call."""
         raise ValueError(at)
@@ -134,12 +152,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def begin(future: PoolFuture) -> bool:
     """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else."""
-    if future.cancelled_and_notified():
-        return False
-    try:
-        return future.set_running_or_notify_cancel()
-    except (InvalidStateError, RuntimeError):
-        return False
+    return future.begin()
 
 
 def cancel(future: PoolFuture) -> None:

@@ -242,10 +242,10 @@ class WorkerProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        try:
+        # multiprocessing's is not closed: who holds it from _processes may still join() it, or
+        # ask how it ended. Its descriptors go with the last reference.
+        if hasattr(self.process, "send_signal"):
             self.process.close()
-        except (ValueError, AttributeError):
-            pass  # still running, or loky's, whose descriptors go with the object
         self.process = None
 
 

@@ -11,6 +11,7 @@ Not covered:
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import time
@@ -135,7 +136,11 @@ class Runner:
             with self._main:
                 if initializer is not None:
                     initializer(*arguments)
-        except BaseException as error:  # noqa: BLE001 -- the pool must learn of SystemExit as well
+        except BaseException as error:  # the pool must learn of SystemExit as well
+            # Where the standard pool's workers say it, for a program that collects it there.
+            logging.getLogger("concurrent.futures").critical(
+                "Exception in initializer:", exc_info=True
+            )
             reply, described = Kind.INITIALIZER_FAILED, describe(error)
         else:
             # Whether what the pool writes on the board is heeded.

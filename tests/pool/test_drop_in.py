@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -158,12 +159,261 @@ def test_shutdown_without_waiting_finishes_the_work(pool_type: PoolType) -> None
         thread.join(timeout=30)
 
 
-def test_a_dropped_pool_finishes_the_work() -> None:
+@both
+def test_a_dropped_pool_finishes_the_work(pool_type: PoolType) -> None:
     """The results come although nobody holds the pool any more."""
-    futures = [ProcessPool(1).submit(tasks.square, n) for n in range(3)]
+    pool = pool_type(1)
+    futures = [pool.submit(tasks.square, n) for n in range(3)]
+    results = pool.map(tasks.square, iter(range(3)))
+    alive = weakref.ref(pool)
+    threads = {*threading.enumerate()}
+    del pool
     gc.collect()
 
+    assert alive() is None
     assert [future.result(timeout=30) for future in futures] == [0, 1, 4]
+    assert list(results) == [0, 1, 4]
+    for thread in threads - {threading.current_thread()}:
+        if thread.name == "safepool-scheduler" or "Executor" in type(thread).__name__:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def file_that_is_closed(pool: Executor, _shut_down: object) -> list[object]:
+    import io
+
+    with io.StringIO("1\n22\n" * 1000) as lines:
+        results = pool.map(len, lines)
+    return [sum(results)]
+
+
+def error_of_the_items(pool: Executor, _shut_down: object) -> list[object]:
+    def items() -> Iterator[int]:
+        yield from range(1000)
+        raise KeyError("items")
+
+    try:
+        pool.map(abs, items())
+    except KeyError as error:
+        return [repr(error)]
+    return ["no error from map()"]
+
+
+def shut_down_before_the_results(pool: Executor, shut_down: Callable[[], None]) -> list[object]:
+    results = pool.map(tasks.square, iter(range(1000)))
+    shut_down()
+    return [sum(results)]
+
+
+def nobody_looks(pool: Executor, _shut_down: object) -> list[object]:
+    taken: list[int] = []
+    pool.map(tasks.square, (taken.append(n) or n for n in range(1000)))  # type: ignore[func-returns-value]
+    return [len(taken)]
+
+
+def leaving_early(pool: Executor, _shut_down: object) -> list[object]:
+    first = [next(pool.map(tasks.square, iter(range(2, 1000))))]
+    return [*first, pool.submit(tasks.square, 5).result(timeout=30)]
+
+
+def nothing_on_a_pool_shut_down(pool: Executor, shut_down: Callable[[], None]) -> list[object]:
+    shut_down()
+    return [*pool.map(abs, []), *pool.map(abs)]
+
+
+def something_on_a_pool_shut_down(pool: Executor, shut_down: Callable[[], None]) -> list[object]:
+    shut_down()
+    try:
+        pool.map(abs, [1])
+    except RuntimeError as error:
+        return [str(error)]
+    return ["no error from map()"]
+
+
+def the_shortest_ends(pool: Executor, _shut_down: object) -> list[object]:
+    return [*pool.map(pow, [2, 3, 4], iter([1, 2]), chunksize=5)]
+
+
+MAPS = (
+    file_that_is_closed,
+    error_of_the_items,
+    shut_down_before_the_results,
+    nobody_looks,
+    leaving_early,
+    nothing_on_a_pool_shut_down,
+    something_on_a_pool_shut_down,
+    the_shortest_ends,
+)
+
+
+@pytest.mark.parametrize("use", MAPS, ids=lambda use: use.__name__)
+def test_map_takes_its_items_as_the_standard_pool(use: Callable[..., list[object]]) -> None:
+    """All before it returns: they may be gone after that, and an error is raised at once."""
+    with ProcessPoolExecutor(1) as standard:
+        expected = use(standard, standard.shutdown)
+    with ProcessPool(1) as ours:
+        assert use(ours, ours.shutdown) == expected
+
+
+def test_leaving_an_endless_map_early() -> None:
+    """With a buffer; the items left are not taken when the iterator is dropped."""
+    import itertools
+
+    items = itertools.count()
+    with ProcessPool(1) as pool:
+        for result in pool.map(tasks.square, items, buffersize=10):
+            if result > 50:
+                break
+
+    assert next(items) < 30
+
+
+@pytest.mark.parametrize(("buffersize", "chunksize"), [(4, 1), (2, 3)])
+def test_a_buffer_counts_tasks(buffersize: int, chunksize: int) -> None:
+    """So many chunks are taken ahead, as Python 3.14 does, also if nobody looks."""
+    import itertools
+
+    items = itertools.count()
+    with ProcessPool(1) as pool:
+        results = pool.map(tasks.square, items, buffersize=buffersize, chunksize=chunksize)
+    assert next(items) == buffersize * chunksize
+    # Further ones are not taken by a pool that was shut down.
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        list(results)
+
+
+# One row per buffersize that is refused: the error, in the words of Python 3.14.
+BUFFERSIZES: dict[str, tuple[object, type[Exception], str]] = {
+    "0": (0, ValueError, "buffersize must be None or > 0"),
+    "-1": (-1, ValueError, "buffersize must be None or > 0"),
+    "text": ("foo", TypeError, "buffersize must be an integer or None"),
+    "2.0": (2.0, TypeError, "buffersize must be an integer or None"),
+}
+
+
+@pytest.mark.parametrize("case", BUFFERSIZES)
+def test_a_bad_buffersize_is_refused(pool: ProcessPool, case: str) -> None:
+    value, error, words = BUFFERSIZES[case]
+
+    with pytest.raises(error, match=words):
+        pool.map(str, range(4), buffersize=value)  # type: ignore[arg-type]
+
+
+@both
+def test_max_tasks_per_child_counts_chunks(pool_type: PoolType) -> None:
+    """A chunk is one task, so that a worker is not replaced within."""
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with pool_type(1, mp_context=context, max_tasks_per_child=1) as pool:
+        pids = list(pool.map(tasks.pid, range(12), chunksize=6))
+
+    assert len(set(pids[:6])) == len(set(pids[6:])) == 1
+    assert pids[0] != pids[6]
+
+
+def test_max_tasks_per_child_with_a_backlog() -> None:
+    """The standard pool hangs here before late 3.13 (gh-115634)."""
+    with ProcessPool(2, max_tasks_per_child=2) as pool:
+        futures = [pool.submit(tasks.value_and_pid, n) for n in range(9)]
+        found = [future.result(timeout=60) for future in futures]
+
+    assert [value for value, _ in found] == list(range(9))
+    pids = [pid for _, pid in found]
+    assert max(pids.count(pid) for pid in pids) <= 2
+
+
+@both
+def test_fork_and_max_tasks_do_not_go_together(pool_type: PoolType) -> None:
+    import multiprocessing
+
+    with pytest.raises(ValueError, match="incompatible with the 'fork' multiprocessing start"):
+        pool_type(1, mp_context=multiprocessing.get_context("fork"), max_tasks_per_child=3)
+
+
+# The start methods that hand a queue to the initializer.
+@both
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_an_initializer_gets_a_queue(pool_type: PoolType, method: str) -> None:
+    """It can be handed to a process that starts and else to none, so it is."""
+    import multiprocessing
+    import warnings
+
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with pool_type(1, context, tasks.keep_queue, (queue,)) as pool:
+            pool.submit(tasks.put_into_queue, 7).result(timeout=60)
+            assert queue.get(timeout=30) == 7
+    queue.close()
+    queue.join_thread()
+
+
+def test_an_initializer_gets_a_queue_of_the_default_context() -> None:
+    from loky.backend import get_context
+
+    queue = get_context("loky").Queue()
+    with ProcessPool(1, initializer=tasks.keep_queue, initargs=(queue,)) as pool:
+        pool.submit(tasks.put_into_queue, 7).result(timeout=60)
+        assert queue.get(timeout=30) == 7
+    queue.close()
+    queue.join_thread()
+
+
+@both
+def test_what_nobody_can_be_handed_breaks_the_pool(pool_type: PoolType) -> None:
+    """The standard pool raises it from submit(); the initializer is named either way."""
+    import multiprocessing
+
+    with (
+        pool_type(
+            1, multiprocessing.get_context("spawn"), tasks.keep_queue, (threading.Lock(),)
+        ) as pool,
+        pytest.raises((BrokenProcessPool, TypeError), match="cannot pickle"),
+    ):
+        pool.submit(tasks.square, 1).result(timeout=60)
+
+
+@both
+def test_each_future_gets_an_exception_of_its_own(pool_type: PoolType) -> None:
+    with pool_type(2) as pool:
+        errors = [pool.submit(tasks.raise_value_error).exception(timeout=30) for _ in range(4)]
+
+    assert len({id(error) for error in errors}) == 4
+
+
+def test_workers_keep_nothing_of_a_task() -> None:
+    """Arguments, results and what an exception refers to are gone when the next task runs.
+
+    The standard pool's workers keep the last exception.
+    """
+    with ProcessPool(1) as pool:
+        kept = pool.submit(tasks.remember, tasks.Remembered(), fail=False)
+        kept.result(timeout=30)
+        failed = pool.submit(tasks.remember, tasks.Remembered(), fail=True)
+        assert isinstance(failed.exception(timeout=30), ValueError)
+        list(pool.map(tasks.remember, [tasks.Remembered() for _ in range(3)], [False] * 3))
+
+        assert pool.submit(tasks.remembered).result(timeout=30) == 0
+
+
+def test_live_workers_are_seen_and_can_be_waited_for() -> None:
+    """``_processes`` holds processes, which tell how they ended after the pool did."""
+    with ProcessPool(1) as pool:
+        pid = pool.submit(tasks.pid).result(timeout=30)
+        processes = pool._processes
+        assert list(processes) == [pid]
+        assert processes[pid].is_alive()
+        with pytest.raises(AttributeError):
+            pool._processes = {}  # type: ignore[misc]
+
+    processes[pid].join(30)
+    assert processes[pid].exitcode == 0
+    assert pool._max_workers == 1
+    ours = "safepool" if sys.platform == "linux" else "loky"
+    assert pool._mp_context.get_start_method() == ours
+    assert not pool._broken
 
 
 @both

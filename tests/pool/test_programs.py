@@ -1,0 +1,125 @@
+"""Programs of every kind get the answers that the standard pool gives, and end by themselves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+# A global that an initializer sets, which a program of any kind must find in its tasks.
+PROGRAM = """
+import safepool
+data = None
+def begin(x):
+    global data
+    data = x
+def square_and_add(x):
+    return x * x + data
+with safepool.ProcessPool(1, initializer=begin, initargs=(0,)) as pool:
+    print(sum(pool.map(square_and_add, range(10))))
+"""
+
+
+def run(*command: str, cwd: Path, stdin: str = "") -> tuple[str, str, int]:
+    """Run a program; return its output, its errors, its exit code."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        input=stdin,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )
+    return done.stdout, done.stderr, done.returncode
+
+
+@pytest.mark.parametrize("kind", ["-c", "stdin", "script", "-m", "zip", "directory"])
+def test_an_initializer_sets_a_global_in_a_program_of_any_kind(kind: str, tmp_path: Path) -> None:
+    """Wherever its ``__main__`` came from, and without a guard."""
+    (tmp_path / "__main__.py").write_text(PROGRAM)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as app:
+        app.writestr("__main__.py", PROGRAM)
+    commands = {
+        "-c": ["-c", PROGRAM],
+        "stdin": [],
+        "script": ["program.py"],
+        "-m": ["-m", "program"],
+        "zip": ["app.zip"],
+        "directory": ["."],
+    }
+    stdin = PROGRAM if kind == "stdin" else ""
+
+    assert run(*commands[kind], cwd=tmp_path, stdin=stdin) == ("285\n", "", 0)
+
+
+# One row per surrounding: a program, and what it prints with the pool that NEW makes.
+SURROUNDINGS: dict[str, str] = {
+    "SIGCHLD ignored": """
+        import signal
+        if __name__ == "__main__":
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            with NEW(1) as pool:
+                print(list(pool.map(support_tasks.square, range(4))))
+    """,
+    "made in a thread that has ended": """
+        import threading
+        def make():
+            global pool
+            pool = NEW(1)
+            print(pool.submit(support_tasks.square, 2).result())
+        if __name__ == "__main__":
+            thread = threading.Thread(target=make)
+            thread.start()
+            thread.join()
+            time.sleep(0.5)
+            print(list(pool.map(support_tasks.square, range(4))))
+            pool.shutdown()
+    """,
+    "shut down without waiting, then the end": """
+        if __name__ == "__main__":
+            pool = NEW(1)
+            future = pool.submit(support_tasks.sleep_and_return, 0.3, "done")
+            future.add_done_callback(lambda future: print(future.result()))
+            if NEW is safepool.ProcessPool:  # the standard pool hangs: gh-83386
+                pool.shutdown(wait=False)
+    """,
+    "a callback submits at the end": """
+        if __name__ == "__main__":
+            pool = NEW(1)
+            def go_on(future):
+                try:
+                    pool.submit(support_tasks.square, 2)
+                except RuntimeError as error:
+                    print(str(error).partition(" after")[0])
+            pool.submit(support_tasks.sleep_and_return, 0.5).add_done_callback(go_on)
+    """,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGCHLD and fork are POSIX's")
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+def test_a_program_prints_the_same_with_either_pool(surrounding: str, tmp_path: Path) -> None:
+    """It also ends by itself, with nothing said about it."""
+    standard, ours = tmp_path / "standard.py", tmp_path / "ours.py"
+    for script, new in (
+        (standard, "concurrent.futures.ProcessPoolExecutor"),
+        (ours, "safepool.ProcessPool"),
+    ):
+        script.write_text(
+            f"import time, concurrent.futures, safepool, support_tasks\nNEW = {new}\n"
+            + textwrap.dedent(SURROUNDINGS[surrounding])
+        )
+    output, _, expected_code = run(str(standard), cwd=tmp_path)
+
+    assert output
+    assert run(str(ours), cwd=tmp_path) == (output, "", expected_code)
