@@ -279,21 +279,22 @@ def test_leaving_a_map_early_takes_no_more_items() -> None:
         for result in pool.map(tasks.square, items()):
             assert result == 1
             break
-        assert taken < 10_000
+        assert taken < 20_000
 
 
 def test_a_map_whose_items_shut_the_pool_down_ends() -> None:
     def items() -> Iterator[int]:
-        yield from range(300)
+        yield from range(20_000)
         pool.shutdown(wait=False)
-        yield from range(300, 310)
+        yield from range(20_000, 20_010)
 
     with ProcessPool(1) as pool:
         results = pool.map(tasks.square, items())
         found: list[int] = []
         with pytest.raises(RuntimeError, match="after shutdown"):
             found.extend(results)
-    assert found == [n * n for n in range(256)]
+    assert len(found) >= 16_384
+    assert found == [n * n for n in range(len(found))]
 
 
 def test_a_generators_calls_that_nobody_looked_at_run_before_the_program_ends(
