@@ -68,6 +68,11 @@ class Ledger(Generic[_W]):
         return self._next - 1
 
     @property
+    def tail(self) -> _W | None:
+        """What was sent last, if it is still owed."""
+        return self._works[-1] if self._works else None
+
+    @property
     def head(self) -> _W | None:
         """What the worker does now, or will next."""
         return self._works[0] if self._works else None

@@ -534,9 +534,10 @@ class Scheduler:
         ready = [worker for worker in staying if worker.ready]
         # Who has nothing first, so that it does not wait while others are sent ahead.
         ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
-        for worker in ready[: self._size]:
-            while self._fill(staff, worker, max(1, min(self._size, len(staying)))):
-                pass
+        among = max(1, min(self._size, len(staying)))
+        hungry = ready[: self._size]
+        while hungry:  # one message each, and again: the first is not to get all there is
+            hungry = [worker for worker in hungry if self._fill(staff, worker, among)]
         self._hire(staff)
 
     def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
@@ -546,7 +547,7 @@ class Scheduler:
         worker.exclusive = worker.exclusive and ledger.owed > 0
         if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
             return False
-        if ledger.owed and worker.board is None:
+        if (ledger.owed and worker.board is None) or _is_behind(worker):
             return False
         left = (self._tasks_per_worker or sys.maxsize) - worker.done - ledger.owed
 
@@ -570,6 +571,8 @@ class Scheduler:
                 self._backlog.put_back(back)
         if pieces:
             worker.sent_ns = time.monotonic_ns()
+            tail = ledger.tail
+            worker.sent_first = tail.position if tail is not None else ledger.last
             if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
                 return False
         return not (back and ledger.owed)
@@ -613,14 +616,16 @@ class Scheduler:
         ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
         if not ahead:
             return
-        idle = not self._backlog and any(_is_idle(worker) for worker in staff)
+        idle = not self._backlog and any(
+            _is_idle(worker) and not _is_behind(worker) for worker in staff
+        )
         long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS
         now = time.monotonic_ns()
         for worker in ahead:
             board = worker.board
             assert board is not None
             # What it has claimed and nobody has read yet counts as done here.
-            left = worker.ledger.last - board.claimed
+            left = min(worker.ledger.owed, worker.ledger.last - board.claimed)
             head = worker.ledger.head
             left_ns = left * head.expected_ns if head is not None else 0
             since_ns = max(board.since_ns, worker.sent_ns)
@@ -690,6 +695,8 @@ class Scheduler:
 
     def _return_unreadable(self, worker: Worker, position: int) -> None:
         """A batch that cannot be unpickled: find out which call it is by sending each alone."""
+        if worker.sent_first <= position:
+            worker.sent_first = 0  # nothing is left that it will claim
         head = worker.ledger.head
         if not isinstance(head, Span) or head.position != position or head.done:
             if worker.ledger.last >= position:
@@ -1002,6 +1009,16 @@ def _descriptors_of_all_pools() -> Iterable[int]:
 
 def _is_idle(worker: Worker) -> bool:
     return worker.ready and not worker.leaving and not worker.ledger.owed
+
+
+def _is_behind(worker: Worker) -> bool:
+    """Tell whether a worker has yet to come to what was taken back from it, and pass over it.
+
+    Until then it gets nothing new. Else what is sent behind a long task, taken back, and sent
+    there again would fill the memory with messages.
+    """
+    board = worker.board
+    return board is not None and board.revoked >= worker.sent_first > board.claimed
 
 
 def _due_in_s(worker: Worker) -> float | None:

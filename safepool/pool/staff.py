@@ -65,6 +65,7 @@ class Worker(WorkerProcess):
         functions: Numbers of the functions that it keeps.
         exclusive: What it holds must not be followed by anything.
         sent_ns: When it was last sent something, by the monotonic clock.
+        sent_first: Position of the first call of the message that it was sent last.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
         memory_look_ns: When its memory is next to be looked at.
@@ -80,6 +81,7 @@ class Worker(WorkerProcess):
     done: int = 0
     exclusive: bool = False
     sent_ns: int = 0
+    sent_first: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
     memory_look_ns: int = 0

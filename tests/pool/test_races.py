@@ -311,3 +311,34 @@ def test_a_generators_calls_that_nobody_looked_at_run_before_the_program_ends(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=True, timeout=60
     )
     assert len((tmp_path / "log").read_text().split()) == 1000
+
+
+@on_linux
+def test_short_tasks_are_not_sent_behind_a_long_one_again_and_again() -> None:
+    """Sent, taken back, sent again: a thousand tasks became hundreds of thousands of messages."""
+    with ProcessPool(2) as pool:
+        make_known(pool, tasks.square, tasks.sleep_and_return, time.sleep)
+        staff_fully(pool, 2)
+        long = pool.submit(time.sleep, 2)
+        short = [pool.submit(tasks.sleep_and_return, 0.001, n) for n in range(1000)]
+        assert [future.result(timeout=60) for future in short] == [*range(1000)]
+        sent = sum(worker.ledger.last for worker in pool._scheduler.workers())
+        long.result(timeout=60)
+
+    assert sent < 4000
+
+
+def test_a_worker_whose_last_message_was_unreadable_is_not_waited_for() -> None:
+    """It claims nothing of that, so what it has claimed tells nothing."""
+    scheduler = new_scheduler()
+    run = MapRun(tasks.square, "square", NO_POLICY, None)
+    run.waiting.extend([(1,), (2,)])
+    board = SimpleNamespace(revoked=0, claimed=0)
+    worker: Any = SimpleNamespace(ledger=Ledger(), board=board, sent_first=1)
+    worker.ledger.give(run.cut(2))
+
+    scheduler._return_unreadable(worker, 1)
+    board.revoked = 2
+
+    assert not scheduler_module._is_behind(worker)
+    assert scheduler._backlog.at_most(9) == 2
