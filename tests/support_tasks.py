@@ -208,13 +208,6 @@ def do(what: Any) -> Any:
     return what()
 
 
-class ForksWhenUnpickled:
-    """Unpickling it forks; the copy of the worker goes on as if it was one."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.fork, ()
-
-
 def pid_after(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()

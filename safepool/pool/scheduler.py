@@ -587,9 +587,10 @@ class Scheduler:
         ready = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
         ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
-        for worker in ready[: self._size]:
-            while self._fill(staff, worker, max(1, min(self._size, len(staying)))):
-                pass
+        among = max(1, min(self._size, len(staying)))
+        hungry = ready[: self._size]
+        while hungry:  # one message each, and again: the first is not to get all there is
+            hungry = [worker for worker in hungry if self._fill(staff, worker, among)]
         self._hire(staff)
 
     def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
@@ -694,7 +695,7 @@ class Scheduler:
             board = worker.board
             assert board is not None
             # What it has claimed and nobody has read yet counts as done here.
-            left = worker.ledger.last - board.claimed
+            left = min(worker.ledger.owed, worker.ledger.last - board.claimed)
             head = worker.ledger.head
             left_ns = left * head.expected_ns if head is not None else 0
             since_ns = max(board.since_ns, worker.sent_ns)

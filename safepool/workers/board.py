@@ -194,6 +194,11 @@ class Board:
         self._cells[_REVOKED] = position
 
     @property
+    def revoked(self) -> int:
+        """The last position that was taken back."""
+        return self._cells[_REVOKED]
+
+    @property
     def claimed(self) -> int:
         """The last position that the worker has claimed: begun, or found revoked."""
         return self._cells[_CLAIMED]

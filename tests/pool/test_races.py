@@ -312,3 +312,18 @@ def test_a_generators_calls_that_nobody_looked_at_run_before_the_program_ends(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=True, timeout=60
     )
     assert len((tmp_path / "log").read_text().split()) == 1000
+
+
+@on_linux
+def test_short_tasks_are_not_sent_behind_a_long_one_again_and_again() -> None:
+    """Sent, taken back, sent again: a thousand tasks became hundreds of thousands of messages."""
+    with ProcessPool(2) as pool:
+        make_known(pool, tasks.square, tasks.sleep_and_return, time.sleep)
+        staff_fully(pool, 2)
+        long = pool.submit(time.sleep, 2)
+        short = [pool.submit(tasks.sleep_and_return, 0.0002, n) for n in range(4000)]
+        assert [future.result(timeout=60) for future in short] == [*range(4000)]
+        sent = sum(worker.ledger.last for worker in pool._scheduler.workers())
+        long.result(timeout=60)
+
+    assert sent < 8000
