@@ -757,6 +757,9 @@ class Scheduler:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
 
     def _return_skipped(self, worker: Worker, position: int) -> None:
+        if worker.awaited == position + 1:
+            # Taken back from one further on; but it passes over the rest of a batch unseen.
+            worker.awaited = 0
         head = worker.ledger.head
         if head is not None and head.position + head.done == position:
             # It alone, with what was to follow in the same message: what was sent since then

@@ -25,6 +25,7 @@ from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
 from safepool.pool.policy import NO_POLICY
 from safepool.pool.scheduler import Scheduler
+from safepool.pool.staff import Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
 from safepool.workers.process import find_context
 
@@ -327,3 +328,21 @@ def test_short_tasks_are_not_sent_behind_a_long_one_again_and_again() -> None:
         long.result(timeout=60)
 
     assert sent < 8000
+
+
+def test_a_worker_that_passed_over_what_was_taken_back_is_not_waited_for() -> None:
+    """It claimed a call in the moment of its revocation, and no other of that batch."""
+    scheduler = new_scheduler()
+    run = MapRun(tasks.square, "square", NO_POLICY, None)
+    run.waiting.extend([(1,), (2,), (3,)])
+    worker: Any = SimpleNamespace(
+        ledger=Ledger(), board=SimpleNamespace(claimed=1), awaited=0, leaving=False
+    )
+    worker.ledger.give(run.cut(3))
+    scheduler._wait_again(worker.ledger.take_back(worker.board.claimed))
+    worker.awaited = worker.board.claimed + 1
+
+    scheduler._return_skipped(worker, 1)
+
+    assert not Worker.silent.fget(worker)
+    assert scheduler._backlog.at_most(9) == 3
