@@ -94,27 +94,27 @@ def load(name: str, on_worker_death: str) -> ModuleType:
     return module
 
 
-class LokyMixin:
+class OurMixin:
     """Our default start method, which is none of the suite's."""
 
     ctx = ""  # to the suite's scripts: make the pool without a context
 
     def get_context(self) -> Any:
-        from loky.backend import get_context
+        from safepool.workers.process import find_context
 
-        return get_context("loky")
+        return find_context(None)
 
 
 def cases(module: ModuleType, context: str) -> list[unittest.TestCase]:
     """Return the module's tests for one start method."""
-    like = "spawn" if context == "loky" else context
+    like = "spawn" if context == "default" else context
     found: list[unittest.TestCase] = []
     for kind in [*vars(module).values()]:
         if not (isinstance(kind, type) and issubclass(kind, unittest.TestCase)):
             continue
         names = unittest.defaultTestLoader.getTestCaseNames(kind)
         if getattr(kind, "ctx", None) == like:
-            chosen: Any = kind if like == context else type(kind.__name__, (LokyMixin, kind), {})
+            chosen: Any = kind if like == context else type(kind.__name__, (OurMixin, kind), {})
             found += [chosen(name) for name in names]
         elif not hasattr(kind, "executor_type"):  # each of its methods names its start method
             found += [kind(name) for name in names if name == f"test_{context}"]

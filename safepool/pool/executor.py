@@ -197,7 +197,11 @@ class ProcessPool(Executor):
 
     @property
     def _processes(self) -> dict[int, Any]:
-        """The live workers by process id; programs look here in the standard pool."""
+        """The live workers by process id; programs look here in the standard pool.
+
+        After a submit() there is one, as there.
+        """
+        self._scheduler.wait_for_a_worker()
         return {worker.pid: worker.process for worker in self._scheduler.workers()}
 
     @property

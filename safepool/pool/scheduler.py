@@ -198,6 +198,8 @@ class Scheduler:
         self._failed_starts = 0
         # Set when the first worker was started, or never will be (race F).
         self._started = threading.Event()
+        # Set when there is a worker, or will be none.
+        self._hired = threading.Event()
 
     # What callers use, from any thread.
 
@@ -209,6 +211,11 @@ class Scheduler:
     def workers(self) -> list[Worker]:
         """Return the live workers."""
         return list(self._staff or ())
+
+    def wait_for_a_worker(self) -> None:
+        """Return when one has been started, or none will be; at once if nothing was submitted."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._hired.wait()
 
     @property
     def size(self) -> int:
@@ -451,7 +458,10 @@ class Scheduler:
         finally:
             self._staff = None
             staff.close()
+            # A lock of multiprocessing among them is to be freed with the program's last one.
+            self._initialize, self._inheritance = (None, ()), Inheritance([], [])
             self._started.set()
+            self._hired.set()
 
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
@@ -674,6 +684,7 @@ class Scheduler:
                     self._break(staff, problem, error)
                 return
             self._started.set()
+            self._hired.set()
             staff.send(worker, levels_frame())
             staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
 

@@ -132,7 +132,7 @@ def run(module: str, context: str, on_worker_death: str, excluded: list[str]) ->
 
 # The start methods of the suite, and ours; the slow ones start an interpreter for each worker.
 CONTEXTS = [
-    "loky",
+    "default",
     "fork",
     pytest.param("spawn", marks=pytest.mark.slow),
     pytest.param("forkserver", marks=pytest.mark.slow),
@@ -162,6 +162,6 @@ def test_a_pool_that_breaks_on_death_is_like_the_standard_one() -> None:
     """What is excluded for the difference that we want passes without it."""
     rows = {name: row for name, row in EXCLUDED.items() if row.with_break}
     for name, row in rows.items():
-        ended = run(row.module, "loky", "break", ["--only", name])
+        ended = run(row.module, "default", "break", ["--only", name])
 
         assert ended == {name: "ok"}

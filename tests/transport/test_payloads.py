@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import support_tasks
 
+from safepool import ProcessPool
 from safepool.transport.payloads import dumps, loads
 
 if TYPE_CHECKING:
@@ -157,3 +158,14 @@ def test_main_is_another_module_in_another_process(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.stdout, done.stderr) == ("8\n", "")
+
+
+def test_a_function_by_value_keeps_its_file_and_lines() -> None:
+    """A traceback of a worker shows where in the script it was."""
+    with ProcessPool(1) as pool:
+        error = pool.submit(lambda: 1 / 0).exception(timeout=60)
+
+    assert error is not None
+    shown = str(error.__cause__)
+    assert f'File "{__file__}"' in shown
+    assert "pool.submit(lambda: 1 / 0)" in shown
