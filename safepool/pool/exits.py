@@ -60,7 +60,11 @@ def has_exited() -> bool:
 
 def working() -> list[Exiting]:
     """Return the pools of this process that have been used and are still there."""
-    return list(_working)
+    while True:
+        try:
+            return list(_working)
+        except RuntimeError:  # another thread has just made a pool
+            continue
 
 
 def last_uncaught() -> BaseException | None:

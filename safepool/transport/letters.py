@@ -10,6 +10,7 @@ Both ends are one program of one user, on an unnamed socket pair, so a pickle ma
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import struct
@@ -17,15 +18,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 assert sys.platform == "linux"
 
 __all__ = ["receive", "send"]
 
 _HEADER = struct.Struct("!Q")
-# No letter has more; the kernel takes 253 (SCM_MAX_FD).
-_MOST_DESCRIPTORS = 64
+# SCM_MAX_FD, unix(7).
+_MOST_DESCRIPTORS = 253
 _READ_BYTES = 1 << 20
 
 
@@ -35,9 +36,10 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
     Args:
         sock: A connected stream socket of the family ``AF_UNIX``; blocking, or with a time limit.
         message: Anything that pickle takes.
-        descriptors: They stay open here. At most 64.
+        descriptors: They stay open here. At most 253.
 
     Raises:
+        ValueError: There are more descriptors than one letter takes.
         OSError: The other end is gone, or reads nothing in time (``TimeoutError``).
 
     Example:
@@ -50,6 +52,11 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
         True
         >>> there.close()
     """
+    if len(descriptors) > _MOST_DESCRIPTORS:
+        raise ValueError(
+            f"{len(descriptors)} descriptors are to travel to a worker, at most "
+            f"{_MOST_DESCRIPTORS} can: hand it fewer locks, queues and pipes"
+        )
     pickled = pickle.dumps(message, protocol=5)
     data = memoryview(_HEADER.pack(len(pickled)) + pickled)
     sent = socket.send_fds(sock, [data], descriptors) if descriptors else sock.send(data)
@@ -67,12 +74,25 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
     """
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
     header, descriptors, _, _ = socket.recv_fds(sock, _HEADER.size, _MOST_DESCRIPTORS, flags)
-    rest = None if not header else _receive_all(sock, _HEADER.size - len(header))
-    if rest is None:
+    try:
+        pickled = _receive_body(sock, header) if header else None
+    except BaseException:
+        _close_all(descriptors)
+        raise
+    if pickled is None:
+        _close_all(descriptors)
         return None
-    length: int = _HEADER.unpack(header + rest)[0]
-    pickled = _receive_all(sock, length)
-    return None if pickled is None else (pickle.loads(pickled), list(descriptors))
+    return pickle.loads(pickled), list(descriptors)
+
+
+def _receive_body(sock: socket.socket, begun: bytes) -> bytes | None:
+    rest = _receive_all(sock, _HEADER.size - len(begun))
+    return None if rest is None else _receive_all(sock, _HEADER.unpack(begun + rest)[0])
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _receive_all(sock: socket.socket, left: int) -> bytes | None:

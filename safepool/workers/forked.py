@@ -66,9 +66,8 @@ class ForkedProcess:
         """Return whether it has not ended."""
         if self.exitcode is not None:
             return False
-        if self.pidfd is not None:
-            return not is_readable(self.pidfd, 0.0)
-        return not self._lost
+        pidfd = self.pidfd
+        return not self._lost if pidfd is None else not is_readable(pidfd, 0.0)
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its end and return the exit code, ``None`` if it is not known by then."""
@@ -95,8 +94,9 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         try:
-            if self.pidfd is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
+            pidfd = self.pidfd
+            if pidfd is not None:
+                signal.pidfd_send_signal(pidfd, number)
             elif self.is_alive():
                 os.kill(self.pid, number)
         except (ProcessLookupError, PermissionError):
@@ -104,10 +104,12 @@ class ForkedProcess:
 
     def close(self) -> None:
         """Give its descriptors back."""
-        for descriptor in (self._status, self.pidfd):
-            if descriptor is not None and descriptor >= 0:
-                os.close(descriptor)
+        # Forgotten first: another thread may ask meanwhile, and the numbers are soon others'.
+        descriptors = [self._status, -1 if self.pidfd is None else self.pidfd]
         self._status, self.pidfd, self._lost = -1, None, True
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def __repr__(self) -> str:
         return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"

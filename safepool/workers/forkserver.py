@@ -15,6 +15,8 @@ What goes wrong, and what is done:
     The program forks       the child gives up its copies: it would keep the server alive.
 
 Not covered:
+    * A worker that ends while the server is inside one long call of an import: its exit code
+      is asked for in vain.
     * A preloaded library that reads a variable when it is imported has read it as it was when
       the server imported it, unless it is one of those that bound threads.
 """
@@ -22,6 +24,7 @@ Not covered:
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -32,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +45,7 @@ from safepool.workers import birth, forked
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 assert sys.platform == "linux"
 
@@ -88,7 +92,8 @@ class ServerContext(multiprocessing.context.SpawnContext):
             OSError: The system has no room for a process or a descriptor.
             RuntimeError: The interpreter shuts down.
         """
-        _server_for(changes).start()
+        with _server_for(changes) as server:
+            server.start()
 
     def fork_worker(
         self,
@@ -121,12 +126,12 @@ class ServerContext(multiprocessing.context.SpawnContext):
             # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
             wanted = self.preload if asked or threads == 1 else []
             self._modules = modules_to_preload(wanted)
-        server = _server_for(changes)
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
         details: dict[str, Any] = {"threads": threads, "board": board is not None}
         if cpus:
             details["affinity"] = set(cpus)
-        return server.fork_worker(self._modules, details, files, given_up, strict=asked)
+        with _server_for(changes) as server:
+            return server.fork_worker(self._modules, details, files, given_up, strict=asked)
 
 
 class _LostError(Exception):
@@ -160,6 +165,8 @@ class _Server:
         # Libraries that cannot be preloaded, by the first part of their name.
         self._left_out: set[str] = set()
         self._workers: list[forked.ForkedProcess] = []
+        # Pools that use it at the moment; under the lock of the servers' table.
+        self.users = 0
 
     @property
     def pid(self) -> int | None:
@@ -172,9 +179,8 @@ class _Server:
         return [] if sock is None else [sock.fileno()]
 
     def is_idle(self) -> bool:
-        """Return whether no worker of it lives."""
-        self._workers = [worker for worker in self._workers if worker.is_alive()]
-        return not (self._workers or self._lock.locked())
+        """Return whether nobody uses it and no worker of it lives."""
+        return not (self.users or any(worker.is_alive() for worker in self._workers))
 
     def fork_worker(
         self,
@@ -186,26 +192,35 @@ class _Server:
         strict: bool,
     ) -> forked.ForkedProcess:
         """Preload what is new and fork a worker; start the server first, or again."""
-        with self._lock:
+        while not self._lock.acquire(timeout=_LOOK_S):  # another pool waits for an import
+            _check(given_up)
+        try:
+            ending = ""
             for attempt in range(_MOST_STARTS):
                 if self._process is None:
                     self._start()
                 try:
                     if attempt < 2:
                         self._preload(modules, given_up, strict=strict)
-                    process = self._fork(details, files)
+                    process = self._fork(details, files, given_up)
                 except (_LostError, ConnectionError, TimeoutError):
                     ending = self._stop()
                     _log.info("a fork server was lost and is started again: it %s", ending)
-                except _StartedThreadsError:
-                    ending = self._stop()
+                except _StartedThreadsError as error:
+                    self._stop()
+                    ending = f"had threads: {error}"
                 except InterruptedError:
                     self._stop()  # in the middle of an import
                     raise
                 else:
+                    self._workers = [worker for worker in self._workers if worker.is_alive()]
                     self._workers.append(process)
                     return process
-            raise OSError(f"{_MOST_STARTS} fork servers in a row were lost; the last {ending}")
+            raise OSError(
+                f"{_MOST_STARTS} fork servers in a row could not be used; the last {ending}"
+            )
+        finally:
+            self._lock.release()
 
     def start(self) -> None:
         """Start it, if it does not run."""
@@ -216,13 +231,13 @@ class _Server:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        if not _line:
-            _line[:] = os.pipe()
-        line = _line[0]
+        # Above the standard streams, which the child gets others for; a program may have closed
+        # its own.
+        handed = [_above_streams(theirs.fileno()), _above_streams(_line[0])]
         code = (
             f"import sys; sys.path[:] = {[p for p in sys.path if isinstance(p, str)]!r}; "
             "from safepool.workers.server import serve; "
-            f"serve({theirs.fileno()}, {line})"
+            f"serve({handed[0]}, {handed[1]})"
         )
         # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -231,7 +246,8 @@ class _Server:
                 [sys.executable, *_interpreter_flags(), "-c", code],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), line),
+                stderr=None if _is_open(2) else subprocess.DEVNULL,
+                pass_fds=handed,
                 env=self._environment(),
             )
         except BaseException:
@@ -240,15 +256,18 @@ class _Server:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
+            for descriptor in handed:
+                os.close(descriptor)
         self._sock = ours
         self._asked = set()
         self._answers = False
         _log.debug("fork server %d started", self._process.pid)
 
     def _environment(self) -> dict[str, str]:
-        changed = {name: value for name, value in self._changes.items() if value is not None}
-        kept = {name: value for name, value in os.environ.items() if name not in self._changes}
-        return kept | changed
+        wanted = dict.fromkeys(os.environ) | self._changes
+        for name in wanted.keys() - self._changes.keys():
+            wanted[name] = os.environ.get(name)  # another thread may have removed it
+        return {name: value for name, value in wanted.items() if value is not None}
 
     def _preload(
         self, modules: Sequence[str], given_up: Callable[[], bool], *, strict: bool
@@ -266,9 +285,13 @@ class _Server:
         while True:
             try:
                 (what, told), _ = self._receive(_IMPORT_S, given_up)
-            except _LostError:
-                _log.warning("%s is not preloaded: importing it ended the fork server", importing)
-                self._left_out.add(importing.partition(".")[0])
+            except (_LostError, ConnectionError, TimeoutError) as error:
+                if importing:
+                    how = "takes too long" if isinstance(error, TimeoutError) else "ended it"
+                    _log.warning(
+                        "%s is not preloaded: the fork server's import %s", importing, how
+                    )
+                    self._left_out.add(importing.partition(".")[0])
                 raise
             if what == "preloaded":
                 break
@@ -281,9 +304,11 @@ class _Server:
             _log.info("%s is not preloaded: its import starts %s", name, ", ".join(threads))
             self._left_out.add(name.partition(".")[0])
         if started:
-            raise _StartedThreadsError
+            raise _StartedThreadsError(", ".join(sorted(started)))
 
-    def _fork(self, more: Mapping[str, Any], files: Sequence[int]) -> forked.ForkedProcess:
+    def _fork(
+        self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
+    ) -> forked.ForkedProcess:
         from multiprocessing import resource_tracker  # noqa: PLC0415 -- a worker's, not an import's
 
         name = f"safepool-{next(_numbers)}"
@@ -303,17 +328,23 @@ class _Server:
             status, told = os.pipe()
             opened += [status, told]
             os.set_blocking(status, False)
+            # The worker waits here until it is known: a server that answers too late, or
+            # never, may have forked one all the same, and another would share its channel.
+            gate, key = os.pipe()
+            opened += [gate, key]
             folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
             opened.append(folder)
             streams = [_stream(number, opened) for number in (1, 2)]
             # Shared, so that shared memory is not unlinked by the worker's own at its end.
             tracker = resource_tracker.getfd()
             assert tracker is not None
-            given = [told, folder, *streams, tracker, *files]
+            given = [told, gate, folder, *streams, tracker, *files]
             self._send(("fork", {**details, "files": len(given)}), given)
-            (what, answer), descriptors = self._receive(_FORK_S if self._answers else _IMPORT_S)
+            limit_s = _FORK_S if self._answers else _IMPORT_S
+            (what, answer), descriptors = self._receive(limit_s, given_up)
             self._answers = True
             if what == "forked":
+                os.write(key, b"\0")
                 opened.remove(status)
                 pidfd = descriptors[0] if descriptors else None
                 return forked.ForkedProcess(name, answer, pidfd, status)
@@ -324,7 +355,7 @@ class _Server:
             raise OSError(answer, os.strerror(answer))
         _log.warning("nothing is preloaded: the fork server has threads: %s", ", ".join(answer))
         self._left_out.update(name.partition(".")[0] for name in self._asked)
-        raise _StartedThreadsError
+        raise _StartedThreadsError(", ".join(answer))
 
     def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
         assert self._sock is not None
@@ -338,8 +369,7 @@ class _Server:
         self._sock.settimeout(timeout_s)
         deadline = time.monotonic() + timeout_s
         while given_up is not None and not forked.is_readable(self._sock.fileno(), _LOOK_S):
-            if given_up():
-                raise InterruptedError("the pool was shut down while the server imported")
+            _check(given_up)
             if time.monotonic() > deadline:
                 raise TimeoutError
         received = letters.receive(self._sock)
@@ -360,8 +390,11 @@ class _Server:
         assert self._sock is not None
         self._sock.close()
         self._sock = None
-        process.kill()
-        return describe_exit(process.wait())
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            return "did not answer and was ended"
+        return describe_exit(process.returncode)
 
     def forget(self) -> None:
         """Give up the copies that a fork of the program has made."""
@@ -381,7 +414,9 @@ _line: list[int] = []
 _numbers = iter(range(1, sys.maxsize))
 
 
-def _server_for(changes: Mapping[str, str | None]) -> _Server:
+@contextmanager
+def _server_for(changes: Mapping[str, str | None]) -> Iterator[_Server]:
+    """Give the server of a setting, which nobody ends meanwhile."""
     setting = _Setting(tuple(sorted(changes.items())), _identity())
     with _servers_lock:
         found = _servers.get(setting)
@@ -390,7 +425,14 @@ def _server_for(changes: Mapping[str, str | None]) -> _Server:
             for key in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
                 _servers.pop(key).stop()
             found = _servers[setting] = _Server(changes)
-        return found
+        found.users += 1
+        if not _line:
+            _line[:] = os.pipe()
+    try:
+        yield found
+    finally:
+        with _servers_lock:
+            found.users -= 1
 
 
 def running() -> list[int]:
@@ -455,9 +497,24 @@ def _interpreter_flags() -> list[str]:
 
 def _stream(number: int, opened: list[int]) -> int:
     """Return the standard stream of that number, or a substitute where the program has none."""
-    try:
-        os.fstat(number)
-    except OSError:
+    if not _is_open(number):
         number = os.open(os.devnull, os.O_WRONLY)
         opened.append(number)
     return number
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _above_streams(number: int) -> int:
+    return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+
+
+def _check(given_up: Callable[[], bool]) -> None:
+    if given_up():
+        raise InterruptedError("the pool was shut down while the server imported")

@@ -59,7 +59,7 @@ def find_context(
         if wanted is not None:
             raise ValueError(
                 'mp_context="safepool" forks workers from a server of its own, which needs Linux '
-                "and a Python interpreter that can be started again (sys.executable)"
+                "with /proc, and a Python interpreter that can be started again (sys.executable)"
             )
     if wanted is None or wanted == "loky":
         from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
@@ -73,7 +73,8 @@ if sys.platform == "linux":
 
     def _server_context(preload: str | Sequence[str]) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
-        if not sys.executable or hasattr(sys, "frozen"):
+        # The server counts its threads there before each fork.
+        if not sys.executable or hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
             return None
         from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
 
@@ -187,7 +188,8 @@ class WorkerProcess:
 
     def descriptors(self) -> list[int]:
         """Return what belongs to this worker alone, and no other must inherit."""
-        found = [self.channel.fileno(), -1 if self.board is None else self.board.fileno()]
+        board = self.board  # another thread may drop it
+        found = [self.channel.fileno(), -1 if board is None else board.fileno()]
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def resident_bytes(self) -> int | None:

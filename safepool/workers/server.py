@@ -67,7 +67,7 @@ def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=__name__)
     try:
         _Server(socket.socket(fileno=sock_descriptor), line).run()
-    except (ConnectionError, KeyboardInterrupt):
+    except ConnectionError:
         pass
     # Nobody's exit functions: what was imported belongs to the workers.
     os._exit(0)
@@ -77,6 +77,7 @@ class _Server:
     def __init__(self, sock: socket.socket, line: int) -> None:
         self._sock = sock
         self._line = line
+        self._mask: set[int] = set()
         # By process id, where to tell how it ended.
         self._workers: dict[int, int] = {}
         self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -86,7 +87,9 @@ class _Server:
     def run(self) -> None:
         signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
         # Whatever the program does with the signal: ignored, endings would be lost.
-        signal.signal(signal.SIGCHLD, _do_nothing)
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
+        # And blocked, as by programs that wait for signals themselves.
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake_receiver, select.POLLIN)
@@ -116,6 +119,7 @@ class _Server:
                     importlib.import_module(name)
                 except BaseException as error:  # noqa: BLE001 -- user code; a worker may do without
                     failed[name] = f"{type(error).__name__}: {error}"
+                self._reap()
                 if _thread_count() > before and (threads := _foreign_threads()):
                     started[name] = threads
         # What is there now is there for good; a collection in a worker would write to, and
@@ -163,7 +167,8 @@ class _Server:
                 ended, code = pid, 0
             if not ended:
                 continue
-            del self._workers[pid]
+            if self._workers.pop(pid, None) is None:
+                continue  # the handler was here, in the middle of this
             try:
                 os.write(status, EXIT_CODE.pack(os.waitstatus_to_exitcode(code)))
             except OSError:
@@ -178,8 +183,12 @@ class _Server:
             self._wake_receiver.close()
             self._wake_sender.close()
             self._sock.close()
-            status, *own = descriptors
+            status, gate, *own = descriptors
             _close_all([status, *self._workers.values()])
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            if not os.read(gate, 1):
+                os._exit(0)  # the program has not waited for the answer, or is gone
+            os.close(gate)
             code = birth.be_born(details, self._line, own)
         except BaseException:  # noqa: BLE001 -- whatever it is, this process is not a server
             sys.excepthook(*sys.exc_info())
@@ -234,7 +243,3 @@ def _close_all(descriptors: Iterable[int]) -> None:
             os.close(descriptor)
         except OSError:
             pass
-
-
-def _do_nothing(_number: int, _frame: object) -> None:
-    pass

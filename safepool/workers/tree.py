@@ -28,6 +28,8 @@ def end_with_descendants(worker: WorkerProcess) -> None:
     else:
         # Stopped first: it can start nothing more, nor end and leave its children to init.
         worker.end(signal.SIGSTOP)
+        if not worker.process.is_alive():
+            return  # its number may be somebody else's by now
         ended: set[int] = set()
         # A child may start others while we look; each round sees those of the one before.
         while found := descendants(worker.pid) - ended:

@@ -137,7 +137,7 @@ BAD_PRELOADS = {
     ),
     "crashes": (
         "import os, sys\nif 'safepool.workers.server' in sys.modules: os.abort()",
-        "importing it ended the fork server",
+        "the fork server's import ended it",
     ),
     "raises": ("raise RuntimeError('not today')", "could not be preloaded: RuntimeError: not"),
     "exits": ("raise SystemExit(3)", "could not be preloaded: SystemExit: 3"),
