@@ -328,7 +328,7 @@ LIBRARIES: dict[str, Library] = {
     "xgboost": Library(
         modules=("xgboost",), use=_xgboost, runtimes=("openmp", "openblas"), helpers=1
     ),
-    "tokenizers": Library(modules=("tokenizers",), use=_tokenizers, runtimes=()),
+    "tokenizers": Library(modules=("tokenizers",), use=_tokenizers, runtimes=(), helpers=2),
     "torch": Library(
         modules=("torch",), use=_torch, runtimes=("torch", "torch-interop", "openmp")
     ),

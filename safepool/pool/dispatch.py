@@ -55,6 +55,7 @@ class Dispatch:
                 try:
                     task.pickled = self._pickle(task)
                 except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
+                    _say_what(error, task.name)
                     fail(task.future, error)
                     continue
             function, segments = task.pickled
@@ -87,6 +88,7 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
+                _say_what(error, run.name)
                 self._fail_all(span, error)
                 return [], []
         try:
@@ -94,6 +96,7 @@ class Dispatch:
             segments = payloads.dumps(value, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
+                _say_what(error, run.name)
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
@@ -125,6 +128,17 @@ class Dispatch:
             return []
         worker.functions.add(function.number)
         return encode(Kind.FUNCTION, function.number, function.segments)
+
+
+def _say_what(error: BaseException, name: str) -> None:
+    """Add to a pickling error what it does not know: whose call it was."""
+    note = f"while the call of {name} was pickled, with its arguments"
+    if name.startswith("__main__."):
+        note += " and the globals of __main__ that it uses, which travel to the worker by value"
+    try:
+        error.add_note(note)
+    except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
+        pass
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:

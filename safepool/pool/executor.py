@@ -164,6 +164,8 @@ class ProcessPool(Executor):
         for name, value in (env or {}).items():
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise TypeError(f"env must map text to text, not {name!r} to {value!r}")
+            if not name or "=" in name or "\0" in name + value:
+                raise ValueError(f"env has what no variable can be: {name!r} with {value!r}")
         for override in overridden(threads, env or {}):
             log_once(
                 f"{override.variable}={override.value} for workers takes the place of the cap "

@@ -1,7 +1,8 @@
 """Log records in the program: those of its workers, and the pool's own.
 
 Both are handled in the scheduler's thread, by handlers that the program has chosen. Whatever
-those raise is reported as :mod:`logging` does it, on stderr, and costs neither pool nor task.
+those raise is reported as :mod:`logging` does it, on stderr, and costs neither pool nor task
+(``workers.contained``).
 
 Not covered:
     * A handler that is slow: the scheduler's thread runs it, and the pool is as slow.
@@ -12,35 +13,15 @@ Not covered:
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safepool.workers.contained import report
 from safepool.workers.logs import unpack_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ContainedLogger", "handle_record"]
-
-# What happens to a worker is told by its task's future; a program that wants to read it in
-# its log as well configures logging.
-logging.getLogger("safepool").addHandler(logging.NullHandler())
-# For its handling of errors alone.
-_errors = logging.Handler()
-
-
-class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
-    """The logger ``safepool``, for the scheduler's thread: no handler's exception ends that."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.getLogger("safepool"))
-
-    def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
-        """Log, and contain what handlers and filters raise."""
-        try:
-            # The caller of the caller: this frame is ours, and not what the record is about.
-            super().log(level, msg, *args, stacklevel=2, **keywords)
-        except Exception:  # noqa: BLE001 -- user code
-            _report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
+__all__ = ["handle_record"]
 
 
 def handle_record(segments: Sequence[bytes | bytearray]) -> None:
@@ -59,11 +40,4 @@ def handle_record(segments: Sequence[bytes | bytearray]) -> None:
         if logger.isEnabledFor(record.levelno):
             logger.handle(record)
     except Exception:  # noqa: BLE001 -- user code: handlers, filters, what is unpickled
-        _report(record)
-
-
-def _report(record: logging.LogRecord) -> None:
-    try:
-        _errors.handleError(record)
-    except Exception:  # noqa: BLE001 -- stderr is user code as well
-        pass
+        report(record)

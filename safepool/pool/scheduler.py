@@ -60,6 +60,7 @@ from safepool.errors import (
     TaskTimeoutError,
     WorkerDiedError,
     describe_exit,
+    text_of,
 )
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
@@ -67,13 +68,14 @@ from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, worki
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
-from safepool.pool.records import ContainedLogger, handle_record
+from safepool.pool.records import handle_record
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers import inheritance
 from safepool.workers.board import Board, records_of
+from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
 from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
@@ -659,13 +661,7 @@ class Scheduler:
         if wanted <= 0:
             return
         self._oom.look()
-        try:
-            forked = self._context.get_start_method() == "fork"
-            self._inheritance = inheritance.pack(self._initialize, forked=forked)
-        except BaseException as error:  # noqa: BLE001 -- user code
-            self._break(
-                staff, PoolBrokenError(f"the initializer cannot be pickled: {error!r}"), error
-            )
+        if not self._pack_initializer(staff):
             return
         for _ in range(wanted):
             try:
@@ -687,6 +683,22 @@ class Scheduler:
             self._hired.set()
             staff.send(worker, levels_frame())
             staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
+
+    def _pack_initializer(self, staff: Staff) -> bool:
+        """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""
+        try:
+            forked = self._context.get_start_method() == "fork"
+            self._inheritance = inheritance.pack(self._initialize, forked=forked)
+        except BaseException as error:  # noqa: BLE001 -- user code
+            reason = f"the initializer cannot be pickled: {error!r}"
+            if "fork context" in text_of(error):
+                reason += (
+                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
+                    'workers that are no forks of this process, or pass mp_context="fork"'
+                )
+            self._break(staff, PoolBrokenError(reason), error)
+            return False
+        return True
 
     # Tasks back from workers.
 
@@ -927,6 +939,12 @@ class Scheduler:
                 work = worker.ledger.head
                 assert work is not None
                 assert work.policy.timeout_s is not None
+                position = work.position + work.done
+                if worker.overdue != position:
+                    # Listened to once more: this program may have been stopped, and the
+                    # result be here in time.
+                    worker.overdue = position
+                    continue
                 self._condemn(
                     staff,
                     worker,

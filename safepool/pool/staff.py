@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.ledger import Ledger
-from safepool.pool.records import ContainedLogger
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
+from safepool.workers.contained import ContainedLogger
 from safepool.workers.process import WorkerProcess
 from safepool.workers.tree import end_with_descendants
 
@@ -71,6 +71,7 @@ class Worker(WorkerProcess):
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
+        overdue: The position whose time was over at the last look.
         memory_look_ns: When its memory is next to be looked at.
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
@@ -94,6 +95,7 @@ class Worker(WorkerProcess):
     sent_ns: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
+    overdue: int = 0
     memory_look_ns: int = 0
     leaving: bool = False
     dismissed: bool = False

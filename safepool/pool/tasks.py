@@ -8,8 +8,8 @@ from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
-from safepool.pool.records import ContainedLogger
 from safepool.transport import payloads
+from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

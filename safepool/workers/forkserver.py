@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import describe_exit
 from safepool.transport import letters
 from safepool.workers import birth, forked
+from safepool.workers.contained import ContainedLogger
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ assert sys.platform == "linux"
 
 __all__ = ["ServerContext", "descriptors", "running", "stop_all"]
 
-_log = logging.getLogger("safepool")
+_log = ContainedLogger()
 
 # Seconds for one import, and for one fork. Imports of large libraries take ten seconds under a
 # small quota; a fork of a few hundred megabytes takes milliseconds.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,7 @@ class Runner:
             del function, arguments, keywords
             kind, answer = Kind.RESULT, _pickle(result)
         except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
+            self._leave_if_forked(error)
             kind, answer = Kind.EXCEPTION, describe(error)
         self._answer(position, kind, answer)
 
@@ -225,6 +227,7 @@ class Runner:
                     kind, answer = Kind.RESULT, _pickle(value)
                 del value
             except BaseException as error:  # noqa: BLE001 -- as above
+                self._leave_if_forked(error)
                 kind, answer = Kind.EXCEPTION, describe(error)
             if answer is not None:
                 self._answer(position, kind, answer)
@@ -295,11 +298,23 @@ class Runner:
         board.flushed()
         self._flushed_ns = now
 
-    def _leave_if_forked(self) -> None:
+    def _leave_if_forked(self, error: BaseException | None = None) -> None:
         # The task has forked and this is its child: the answer is the worker's to give, and
-        # so is the next task to take.
-        if self._forked:
-            os._exit(0)
+        # so is the next task to take. It ends as a fork of any program does.
+        if not self._forked:
+            return
+        code = 0
+        if isinstance(error, SystemExit):
+            code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+        elif error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (AttributeError, OSError, ValueError):
+                pass
+        os._exit(code & 0xFF)
 
     def _forked_now(self) -> None:
         self._forked = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -277,3 +278,57 @@ def test_a_pool_that_breaks_while_it_hires_ends_its_workers() -> None:
         assert isinstance(pool.submit(abs, 1).exception(timeout=30), safepool.PoolBrokenError)
         assert isinstance(running.exception(timeout=30), safepool.PoolBrokenError)
     assert time.monotonic() - started < 10
+
+
+def test_a_child_that_a_task_forks_ends_as_any_other() -> None:
+    """A task that looks at its child's status must not see success instead of a failure."""
+
+    def code_of_child(how: str) -> int:
+        pid = os.fork()
+        if pid == 0:
+            if how == "exits":
+                sys.exit(3)
+            if how == "raises":
+                os.close(2)  # its traceback is not this test's output
+                raise ValueError(how)
+            return 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    with ProcessPool(1) as pool:
+        codes = [pool.submit(code_of_child, how) for how in ("exits", "raises", "returns")]
+        assert [future.result(timeout=30) for future in codes] == [3, 1, 0]
+        assert list(pool.map(code_of_child, ["exits", "raises"])) == [3, 1]
+
+
+def test_a_result_that_was_in_time_counts_though_the_program_was_stopped() -> None:
+    code = (
+        "import safepool, time\n"
+        "with safepool.ProcessPool(1, timeout=2) as pool:\n"
+        "    pool.submit(abs, 1).result()\n"
+        "    future = pool.submit(time.sleep, 0.5)\n"
+        "    print('ready', flush=True)\n"
+        "    print(future.result())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGSTOP)
+        time.sleep(3)
+        program.send_signal(signal.SIGCONT)
+        assert program.stdout.read() == "None\n"
+
+
+def test_what_cannot_be_pickled_is_told_with_the_call_that_it_was_in() -> None:
+    lock = threading.Lock()
+    with ProcessPool(1) as pool:
+        error = pool.submit(tasks.square, lock).exception(timeout=30)  # type: ignore[arg-type]
+    assert isinstance(error, TypeError)
+    assert "while the call of support_tasks.square was pickled" in error.__notes__[0]
+
+
+@pytest.mark.parametrize("name", ["", "A=B", "A\0"])
+def test_a_variable_that_cannot_be_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ValueError, match="no variable can be"):
+        ProcessPool(1, env={name: "1"})

@@ -477,3 +477,57 @@ def test_submit_and_an_interrupt_do_not_wait_for_imports(tmp_path: Path) -> None
     )
 
     assert out == "True True"
+
+
+def test_a_worker_that_was_forked_for_an_answer_too_late_never_serves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two workers on one channel would both run tasks, and the pool would know of one."""
+    receive = forkserver._Server._receive
+    answers = 0
+
+    def lose_the_first(server: Any, timeout_s: float, given_up: Any = None) -> Any:
+        nonlocal answers
+        answer = receive(server, timeout_s, given_up)
+        if answer[0][0] == "forked":
+            answers += 1
+            if answers == 1:
+                for descriptor in answer[1]:
+                    os.close(descriptor)
+                raise TimeoutError
+        return answer
+
+    monkeypatch.setattr(forkserver._Server, "_receive", lose_the_first)
+    with ProcessPool(1) as pool:
+        pids = {pool.submit(tasks.pid).result(timeout=60) for _ in range(20)}
+        assert pids == {*pool._processes}
+    assert answers == 2
+
+
+def test_endings_are_learnt_where_the_program_blocks_signals(tmp_path: Path) -> None:
+    out = run(
+        """
+        import signal, os, safepool
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(os._exit, 3).exception().exitcode)
+            print(pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result())
+        """,
+        tmp_path,
+    )
+
+    assert out.startswith("3\n")
+    assert "SIGCHLD" in out
+
+
+def test_more_descriptors_than_can_travel_are_counted_in_the_error() -> None:
+    queues = [multiprocessing.get_context("spawn").SimpleQueue() for _ in range(130)]
+    with (
+        ProcessPool(1, initializer=len, initargs=(queues,)) as pool,
+        pytest.raises(Exception, match="descriptors are to travel"),
+    ):
+        pool.submit(abs, -1).result(timeout=30)
+    for queue in queues:
+        queue.close()
+    with ProcessPool(1, initializer=len, initargs=([*queues[:0]],)) as pool:
+        assert pool.submit(abs, -1).result(timeout=30) == 1

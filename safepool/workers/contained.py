@@ -1,0 +1,37 @@
+"""The package's own log, for threads that no handler's exception must end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+__all__ = ["ContainedLogger", "report"]
+
+# What happens to a worker is told by its task's future; a program that wants to read it in
+# its log as well configures logging.
+logging.getLogger("safepool").addHandler(logging.NullHandler())
+# For its handling of errors alone.
+_errors = logging.Handler()
+
+
+class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
+    """The logger ``safepool``, for the scheduler's thread: no handler's exception ends that."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.getLogger("safepool"))
+
+    def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
+        """Log, and contain what handlers and filters raise."""
+        try:
+            # The caller of the caller: this frame is ours, and not what the record is about.
+            super().log(level, msg, *args, stacklevel=2, **keywords)
+        except Exception:  # noqa: BLE001 -- user code
+            report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
+
+
+def report(record: logging.LogRecord) -> None:
+    """Tell of a handler that has raised, as :mod:`logging` does."""
+    try:
+        _errors.handleError(record)
+    except Exception:  # noqa: BLE001 -- stderr is user code as well
+        pass
