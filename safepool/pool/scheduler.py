@@ -24,7 +24,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: no lock is held,
        and the scheduler's thread never waits for itself.
     E  The pool object is dropped by the garbage collector in any thread, under any lock:
-       the weak reference's callback sets a flag and wakes the thread, nothing more.
+       the weak reference's callback sets a flag and wakes the thread, nothing more. (That of
+       the iterator of a ``map`` which nobody looked at takes what is left of its items.)
     F  The interpreter shuts down: it refuses new processes, so the first worker is started
        before submit() returns, and what cannot be run any more fails instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
