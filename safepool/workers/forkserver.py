@@ -250,6 +250,9 @@ class _Server:
                 stderr=None if _is_open(2) else subprocess.DEVNULL,
                 pass_fds=handed,
                 env=self._environment(),
+                # In a directory that is gone, Python 3.13 cannot import socket (by "-c"). Workers
+                # go where the program is when they are born.
+                cwd=None if _has_directory() else "/",
             )
         except BaseException:
             ours.close()
@@ -507,6 +510,14 @@ def _stream(number: int, opened: list[int]) -> int:
 def _is_open(number: int) -> bool:
     try:
         os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _has_directory() -> bool:
+    try:
+        os.getcwd()
     except OSError:
         return False
     return True

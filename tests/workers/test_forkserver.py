@@ -413,8 +413,6 @@ PLACES: dict[str, str] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_workers_start_wherever_the_program_is(place: str, tmp_path: Path) -> None:
-    if place == "the directory is gone" and sys.version_info >= (3, 13):
-        pytest.skip("Python 3.13 does not start a fork server in a directory that is gone")
     script = """
 import os, sys
 result = os.path.abspath("result.txt")
