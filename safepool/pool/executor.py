@@ -341,9 +341,9 @@ class ProcessPool(Executor):
             >>> pool = ProcessPool(1)
             >>> future = pool.submit(time.sleep, 60)
             >>> pool.kill_workers()
-            >>> future.cancelled() or type(future.exception())
+            >>> pool.shutdown()  # waits for the workers' end
+            >>> future.done()  # cancelled, or with an error if it had started
             True
-            >>> pool.shutdown()
         """
         self._scheduler.shut_down(wait=False, end="kill")
 

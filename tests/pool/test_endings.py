@@ -709,15 +709,16 @@ def test_shared_memory_and_temporary_folders_are_not_needed(folders: str) -> Non
         "    print(sum(pool.map(abs, range(10))), len(pool.submit(bytes, 40_000_000).result()))\n"
         "    print(pool.submit(lambda data: len(data), bytearray(40_000_000)).result())\n"
     )
-    # The package itself may lie in one of the folders.
+    # The package, and the environment that runs it, may lie in one of the folders.
     script = (
-        f'mount -t tmpfs none /mnt && mkdir /mnt/package && mount --bind "$1" /mnt/package && '
-        f'{FOLDERS[folders]}; PYTHONPATH=/mnt/package exec "$2" -c "$3"'
+        "mount -t tmpfs none /mnt && mkdir /mnt/package /mnt/python && "
+        f'mount --bind "$1" /mnt/package && mount --bind "$2" /mnt/python && {FOLDERS[folders]}; '
+        'PYTHONPATH=/mnt/package exec /mnt/python/bin/python -c "$3"'
     )
     if os.geteuid() != 0 or not os.path.isdir("/mnt"):
         pytest.skip("making mounts needs root, and a folder /mnt")
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", str(TESTS.parent), sys.executable, code],
+        ["unshare", "-m", "sh", "-c", script, "sh", str(TESTS.parent), sys.prefix, code],
         capture_output=True,
         text=True,
         timeout=90,
