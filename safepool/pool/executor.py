@@ -282,8 +282,9 @@ class ProcessPool(Executor):
         if ahead is None and all(isinstance(items, Sized) for items in iterables):
             ahead = sys.maxsize
         at_once = None if chunksize == 1 else chunksize
-        run = MapRun(fn, name_of(fn), policy_of(fn, self._policy), at_once)
-        items = zip(*iterables, strict=False)
+        starred = len(iterables) != 1
+        run = MapRun(fn, name_of(fn), policy_of(fn, self._policy), at_once, starred=starred)
+        items = zip(*iterables, strict=False) if starred else iterables[0]
         return self._scheduler.map(run, items, ahead, deadline, keep=self)
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:

@@ -75,7 +75,7 @@ from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, f
 from safepool.transport import payloads
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers import inheritance
-from safepool.workers.board import Board, records_of
+from safepool.workers.board import Board, Left, records_of
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
 from safepool.workers.logs import levels_frame
@@ -296,7 +296,7 @@ class Scheduler:
         if results is not None and not results.seen:
             results.finish()
 
-    def add_items(self, run: MapRun, items: Sequence[Item], *, last: bool) -> None:
+    def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls of a run; ``last``: there will be no more."""
         self._check_fork()
         with self._lock:
@@ -536,12 +536,14 @@ class Scheduler:
 
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
+        busy = [worker for worker in staff if worker.ledger.owed]
+        if not (busy or self._backlog):
+            return None
         now = time.monotonic()
         times = []
         if self._backlog and self._hire_not_before > now:
             times.append(self._hire_not_before)
-        busy = [worker for worker in staff if worker.ledger.owed]
-        if self._follow is not None and (self._backlog or busy):
+        if self._follow is not None:
             times.append(self._follow_at)
         idle = any(_is_idle(worker) for worker in staff)
         if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
@@ -577,7 +579,11 @@ class Scheduler:
 
     def _shrink(self, staff: Staff) -> None:
         """Let workers go that are too many or too large: between two tasks, never in one."""
-        shrinking = sum(not worker.leaving for worker in staff) > self._size
+        shrinking = (
+            len(staff) > self._size and sum(not worker.leaving for worker in staff) > self._size
+        )
+        if not (shrinking or any(worker.retiring for worker in staff)):
+            return
         for worker in staff:
             if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
@@ -597,14 +603,16 @@ class Scheduler:
         if not self._backlog:
             return
         staying = [worker for worker in staff if not worker.leaving]
-        ready = [worker for worker in staying if worker.ready and not worker.silent]
+        hungry = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
-        ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
+        hungry.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
         among = max(1, min(self._size, len(staying)))
-        hungry = ready[: self._size]
-        while hungry:  # one message each, and again: the first is not to get all there is
+        del hungry[self._size :]
+        while hungry and self._backlog:
+            # One message each, and again: the first is not to get all there is.
             hungry = [worker for worker in hungry if self._fill(staff, worker, among)]
-        self._hire(staff)
+        if self._backlog:
+            self._hire(staff, staying)
 
     def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
         """Send a worker what it has room for; return whether it may have room for more."""
@@ -648,15 +656,14 @@ class Scheduler:
         owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
         return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
 
-    def _hire(self, staff: Staff) -> None:
+    def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
-        staying = [worker for worker in staff if not worker.leaving]
-        starting = sum(not worker.ready for worker in staying)
-        if any(worker.failure for worker in staff):  # the pool breaks when it has ended
-            return
         most = self._size - len(staying)
         if most <= 0 or time.monotonic() < self._hire_not_before:
             return
+        if any(worker.failure for worker in staff):  # the pool breaks when it has ended
+            return
+        starting = sum(not worker.ready for worker in staying)
         with self._lock:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
@@ -705,8 +712,11 @@ class Scheduler:
 
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
-        ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
-        unheard = [w for w in staff if w.unheard and not w.exclusive]
+        busy = [worker for worker in staff if worker.ledger.owed]
+        if not busy:
+            return
+        ahead = [worker for worker in busy if worker.board is not None and worker.ledger.owed > 1]
+        unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
         if not (ahead or unheard):
             return
         idle = not self._backlog and any(_is_idle(worker) for worker in staff)
@@ -733,7 +743,7 @@ class Scheduler:
             return
         board.revoke(ledger.last)
         try:
-            self._settle_records(staff, worker, board.peek(), peeked=True)
+            self._settle_left(staff, worker, board.peek())
         except ValueError as error:
             staff.distrust(worker, error)
         claimed = board.claimed
@@ -762,7 +772,7 @@ class Scheduler:
             case Kind.RESULTS:
                 self._settle_records(staff, worker, b"".join(segments))
             case Kind.VALUES:
-                self._settle_values(staff, worker, position, segments)
+                self._settle_values(staff, worker, position, *read_values(segments))
             case Kind.RESULT | Kind.EXCEPTION:
                 run = self._settle(staff, worker, position, kind, segments)
                 if run is not None:
@@ -800,6 +810,18 @@ class Scheduler:
             raise CorruptFrameError(f"position {position} was not sent")
         worker.ledger.withdraw()  # not what is behind it: the worker goes on with that
         self._wait_again([head.only(place) for place in range(head.count)])
+
+    def _settle_left(self, staff: Staff, worker: Worker, left: Left) -> None:
+        """End calls whose answers a worker has left on its board, and not sent yet.
+
+        Raises:
+            ValueError: They were not sent.
+        """
+        self._settle_records(staff, worker, left.records, peeked=True)
+        head = worker.ledger.head
+        # As for records, below.
+        if left.numbers and head is not None and left.first <= head.position + head.done:
+            self._settle_values(staff, worker, left.first, None, left.numbers)
 
     def _settle_records(
         self,
@@ -867,32 +889,46 @@ class Scheduler:
         return run
 
     def _settle_values(
-        self, staff: Staff, worker: Worker, position: int, segments: Sequence[bytearray]
+        self,
+        staff: Staff,
+        worker: Worker,
+        position: int,
+        microseconds: int | None,
+        values: list[Any],
     ) -> None:
-        """End several calls of one run, which returned plain values.
+        """End several calls of runs, which returned plain values.
+
+        Args:
+            staff: The worker's.
+            worker: Whose.
+            position: The first one's.
+            microseconds: What they took together; ``None`` if that is not known yet.
+            values: What they returned.
 
         Raises:
             ValueError: They were not sent.
         """
-        microseconds, values = read_values(segments)
-        head = worker.ledger.head
-        known = 0
-        if head is not None and position < head.position + head.done:
-            known = min(head.position + head.done - position, len(values))  # peeked at before
-        if known == len(values):
-            return
-        settled = worker.ledger.settle(position + known, len(values) - known)
-        if settled is None:
-            return
-        work, place = settled
-        if not isinstance(work, Span):
-            raise CorruptFrameError(f"values at {position}, where a task was sent")
-        run = work.run
-        run.put(work.start + place, values[known:])
-        self._settled(run, len(values) - known)
-        run.tell()
-        self._pace.note(work.name, microseconds * 1000, len(values))
-        self._count(staff, worker, work, len(values) - known)
+        ledger, at = worker.ledger, 0
+        while at < len(values):
+            work = ledger.head
+            known = 0 if work is None else work.position + work.done - position - at
+            if known > 0:  # peeked at before
+                at += known
+                continue
+            count = 0 if work is None else min(work.count - work.done, len(values) - at)
+            settled = ledger.settle(position + at, count)
+            if settled is None:
+                return  # given up
+            work, place = settled
+            if not isinstance(work, Span):
+                raise CorruptFrameError(f"values at {position}, where a task was sent")
+            work.run.put(work.start + place, values[at : at + count])
+            self._settled(work.run, count)
+            work.run.tell()
+            if microseconds is not None:
+                self._pace.note(work.name, microseconds * 1000 * count / len(values), count)
+            self._count(staff, worker, work, count)
+            at += count
 
     def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
         worker.exclusive = False
@@ -1034,7 +1070,7 @@ class Scheduler:
         if worker.condemned is not None:  # race I
             return ledger.take_back(board.claimed)  # begun, also if it was still reading
         try:
-            self._settle_records(staff, worker, board.published())
+            self._settle_left(staff, worker, board.left())
         except ValueError as error:
             worker.fault = worker.fault or error
         back = ledger.take_back(board.began)

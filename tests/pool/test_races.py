@@ -256,7 +256,7 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
     """Else their map never ends, and its function stays in every worker."""
     settled: list[int] = []
     run = MapRun(tasks.square, "square", NO_POLICY, 2)
-    run.waiting.extend([(threading.Lock(),)])
+    run.waiting.add([(threading.Lock(),)])
     worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
 
     Dispatch(lambda _, count: settled.append(count)).pack_span(worker, run.cut(1))
@@ -334,7 +334,7 @@ def test_a_worker_that_passed_over_what_was_taken_back_is_not_waited_for() -> No
     """It claimed a call in the moment of its revocation, and no other of that batch."""
     scheduler = new_scheduler()
     run = MapRun(tasks.square, "square", NO_POLICY, None)
-    run.waiting.extend([(1,), (2,), (3,)])
+    run.waiting.add([(1,), (2,), (3,)])
     worker: Any = SimpleNamespace(
         ledger=Ledger(), board=SimpleNamespace(claimed=1), awaited=0, leaving=False
     )
