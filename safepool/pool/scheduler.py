@@ -100,8 +100,10 @@ _log = ContainedLogger()
 _MOST_FAILED_STARTS = 3
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
-# Between two attempts to start a worker when the system refuses.
+# Between two attempts to start a worker when the system refuses; and for how long a pool that
+# has lost all of them goes on trying.
 _RETRY_S = 1.0
+_RETRYING_S = 30.0
 # A task that runs for so long keeps those behind it: they are taken back, at once if a
 # worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
 _LONG_NS = 20_000_000
@@ -198,6 +200,7 @@ class Scheduler:
         self._pace = Pace()
         self._oom = OutOfMemoryWatch()
         self._hire_not_before = 0.0
+        self._refused_since: float | None = None
         self._failed_starts = 0
         # Set when the first worker was started, or never will be (race F).
         self._started = threading.Event()
@@ -680,17 +683,26 @@ class Scheduler:
             except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
                 if self._ending:
                     return
-                if len(staff):
-                    _log.warning("no further worker could be started: %s", error)
-                    self._hire_not_before = time.monotonic() + _RETRY_S
-                else:
-                    problem = PoolBrokenError(f"no worker could be started: {error}")
-                    self._break(staff, problem, error)
+                self._refused(staff, error)
                 return
+            self._refused_since = None
             self._started.set()
             self._hired.set()
             staff.send(worker, levels_frame())
             staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
+
+    def _refused(self, staff: Staff, error: Exception) -> None:
+        """A worker could not be started: try again, if this pool has or had any."""
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        lasts = now - self._refused_since > _RETRYING_S
+        if not len(staff) and (lasts or not self._hired.is_set() or not isinstance(error, OSError)):
+            problem = PoolBrokenError(f"no worker could be started: {error}")
+            self._break(staff, problem, error)
+            return
+        _log.warning("no further worker could be started: %s", error)
+        self._hire_not_before = now + _RETRY_S
 
     def _pack_initializer(self, staff: Staff) -> bool:
         """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""

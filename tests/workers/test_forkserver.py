@@ -535,7 +535,7 @@ def test_more_descriptors_than_can_travel_are_counted_in_the_error() -> None:
 
 def searches_for_native_libraries() -> tuple[int, list[int]]:
     """Tell how often this process has searched, and the threads of what it has found."""
-    from safepool.threads import cap  # noqa: PLC0415
+    from safepool.threads import cap
 
     worker_cap = cap._worker_cap
     assert worker_cap is not None
