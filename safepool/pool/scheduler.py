@@ -78,6 +78,7 @@ from safepool.workers import inheritance
 from safepool.workers.board import Board, Left, records_of
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
+from safepool.workers.loading import check_no_import
 from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
 from safepool.workers.process import prepare
@@ -163,10 +164,12 @@ class Scheduler:
         self._follow = follow
         self._follow_at = 0.0
         self._context = context
+        self._forks = context.get_start_method() == "fork"
         self._environment = environment
         self._threads = threads
         self._initialize = (initializer, initargs)
         self._inheritance = Inheritance([], [])
+        self._packed: Inheritance | None = None
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
         self._break_on_death = break_on_death
@@ -405,6 +408,19 @@ class Scheduler:
                 f"this pool belongs to process {self._pid}, and this is its fork "
                 f"{os.getpid()}: make a pool of its own here"
             )
+        if self._thread is None and self._packed is None and self._initialize[0] is not None:
+            self._pack_ahead()
+
+    def _pack_ahead(self) -> None:
+        """Pickle the initializer in the caller's thread, as the standard pool does.
+
+        It may be of a module that this thread is importing: another one would wait for the
+        import's end, and the import for the first worker.
+        """
+        try:
+            self._packed = inheritance.pack(self._initialize, forked=self._forks)
+        except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
+            pass
 
     def _check_open(self) -> None:
         if self._broken is not None:
@@ -424,6 +440,7 @@ class Scheduler:
     # The scheduler's thread.
 
     def _start(self) -> None:
+        check_no_import()
         finish_at_exit(self)
         staff = Staff(self._start_worker)
         # A daemon, so that a second interrupt at exit is not answered by another join.
@@ -466,6 +483,7 @@ class Scheduler:
             staff.close()
             # A lock of multiprocessing among them is to be freed with the program's last one.
             self._initialize, self._inheritance = (None, ()), Inheritance([], [])
+            self._packed = None
             self._started.set()
             self._hired.set()
 
@@ -697,7 +715,9 @@ class Scheduler:
         if self._refused_since is None:
             self._refused_since = now
         lasts = now - self._refused_since > _RETRYING_S
-        if not len(staff) and (lasts or not self._hired.is_set() or not isinstance(error, OSError)):
+        if not len(staff) and (
+            lasts or not self._hired.is_set() or not isinstance(error, OSError)
+        ):
             problem = PoolBrokenError(f"no worker could be started: {error}")
             self._break(staff, problem, error)
             return
@@ -707,8 +727,8 @@ class Scheduler:
     def _pack_initializer(self, staff: Staff) -> bool:
         """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""
         try:
-            forked = self._context.get_start_method() == "fork"
-            self._inheritance = inheritance.pack(self._initialize, forked=forked)
+            packed, self._packed = self._packed, None
+            self._inheritance = packed or inheritance.pack(self._initialize, forked=self._forks)
         except BaseException as error:  # noqa: BLE001 -- user code
             reason = f"the initializer cannot be pickled: {error!r}"
             if "fork context" in text_of(error):
