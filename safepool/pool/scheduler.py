@@ -142,6 +142,7 @@ class Scheduler:
         self._follow = follow
         self._follow_at = 0.0
         self._break_on_death = break_on_death
+        self._idle_s: float | None = None
 
         # Shared with callers, under the lock.
         # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
@@ -210,6 +211,10 @@ class Scheduler:
         if before != workers:
             _log.info("resized by hand: %d workers instead of %d", workers, before)
         self.wake()
+
+    def let_go_after(self, idle_s: float) -> None:
+        """Let workers end that have had nothing to do for so long, in seconds."""
+        self._idle_s = idle_s
 
     def submit(
         self,
@@ -452,6 +457,8 @@ class Scheduler:
             self._forget(staff, run)
         for future in to_kill:
             self._end_task(staff, future)
+        if self._idle_s is not None:
+            self._let_the_idle_go(staff, self._idle_s)
         working = any(worker.ledger.owed or worker.retiring for worker in staff)
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
@@ -501,10 +508,13 @@ class Scheduler:
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
         busy = [worker for worker in staff if worker.ledger.owed]
-        if not (busy or self._backlog):
-            return None
         now = time.monotonic()
         times = []
+        if self._idle_s is not None:
+            idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
+            times += [since + self._idle_s for since in idle_since]
+        if not (busy or self._backlog):
+            return max(0.0, min(times) - now) if times else None
         if self._backlog and self._hiring.not_before > now:
             times.append(self._hiring.not_before)
         if self._follow is not None:
@@ -520,6 +530,17 @@ class Scheduler:
             if due_s is not None:
                 times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
+
+    def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
+        now = time.monotonic()
+        for worker in staff:
+            if not _is_idle(worker):
+                worker.idle_since = None
+            elif worker.idle_since is None:
+                worker.idle_since = now
+            elif now - worker.idle_since >= idle_s and not self._backlog:
+                worker.idle_since = None
+                staff.stop(worker)
 
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
