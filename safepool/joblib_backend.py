@@ -21,6 +21,7 @@ import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from joblib import parallel_config
@@ -33,6 +34,7 @@ from joblib._parallel_backends import (
 
 from safepool.budget import Request, parse_bytes
 from safepool.machine import log_once, read_budget
+from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
@@ -228,7 +230,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     supports_inner_max_num_threads = True
     supports_sharedmem = False
     uses_threads = False
-    default_n_jobs = -1
+    default_n_jobs = 1
 
     def __init__(
         self,
@@ -354,6 +356,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def retrieve_result_callback(self, future: Future[Any]) -> Any:
         """Return what a batch returned, or raise what it raised."""
+        error = future.exception()
+        if error is not None and was_not_sent(error):
+            # In the words of joblib's own backend, which programs match.
+            raise PicklingError("Could not pickle the task to send to the workers.") from error
         return future.result()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 -- joblib's
