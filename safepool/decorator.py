@@ -294,27 +294,48 @@ def _capped_like(function: Callable[..., Any], threads: int) -> Any:
 
 
 def _capped_generator(function: Callable[..., Any], threads: int) -> Any:
-    def run_capped(*args: Any, **kwargs: Any) -> Any:
-        return (yield from _driven(function(*args, **kwargs), threads))
+    def run_capped(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        body = function(*args, **kwargs)
+        step, value = body.send, None
+        # In a list, from which it is handed on: nothing of it lives on here while the body
+        # waits.
+        item: list[Any] = []
+        while True:
+            try:
+                with capped(threads):
+                    item.append(step(value))
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                value = None  # it may be an exception that holds this frame
+            try:
+                value = yield item.pop()
+                step = body.send
+            except BaseException as error:  # noqa: BLE001 -- the body's to handle, all of them
+                step, value = body.throw, error
 
     return run_capped
 
 
 def _capped_coroutine(function: Callable[..., Any], threads: int) -> Any:
+    steps = types.coroutine(_capped_generator(_itself, threads))
+
     async def run_capped(*args: Any, **kwargs: Any) -> Any:
-        return await _awaited(function(*args, **kwargs), threads)
+        return await steps(function(*args, **kwargs))
 
     return run_capped
 
 
 def _capped_async_generator(function: Callable[..., Any], threads: int) -> Any:
+    steps = types.coroutine(_capped_generator(_itself, threads))
+
     async def run_capped(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         body = function(*args, **kwargs)
         step = body.asend(None)
         item: list[Any] = []
         while True:
             try:
-                item.append(await _awaited(step, threads))
+                item.append(await steps(step))
             except StopAsyncIteration:
                 return
             finally:
@@ -329,26 +350,5 @@ def _capped_async_generator(function: Callable[..., Any], threads: int) -> Any:
     return run_capped
 
 
-def _driven(body: Any, threads: int) -> Generator[Any, Any, Any]:
-    """Run a generator or coroutine, capped from where it goes on to where it yields or waits."""
-    step, value = body.send, None
-    # In a list, from which it is handed on: nothing of it lives on here while the body waits.
-    item: list[Any] = []
-    while True:
-        try:
-            with capped(threads):
-                item.append(step(value))
-        except StopIteration as stop:
-            return stop.value
-        finally:
-            value = None  # it may be an exception that holds this frame
-        try:
-            value = yield item.pop()
-            step = body.send
-        except BaseException as error:  # noqa: BLE001 -- the body's to handle, all of them
-            step, value = body.throw, error
-
-
-@types.coroutine
-def _awaited(body: Any, threads: int) -> Generator[Any, Any, Any]:
-    return (yield from _driven(body, threads))
+def _itself(body: Any) -> Any:
+    return body

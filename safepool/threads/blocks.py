@@ -59,11 +59,13 @@ class Hold:
     Attributes:
         threads: Its number.
         lowers: It brings larger numbers down to its own and leaves smaller ones alone.
+        thread: The thread that it is open in.
         own: Of libraries whose number is one of the thread: what it was.
     """
 
     threads: int
     lowers: bool = False
+    thread: int = field(default_factory=threading.get_ident)
     own: dict[str, tuple[Any, int]] = field(default_factory=dict, repr=False)
 
     def number(self, before: int) -> int:
@@ -163,8 +165,15 @@ class _Blocks:
                 self._libraries.clear()
 
     def forked(self) -> None:
-        """Be usable in a forked child: another thread of the parent may have held a lock."""
+        """Be usable in a forked child, which has none of the parent's other threads.
+
+        One of them may have held a lock, and may have been about to set what is noted here
+        as set. What their blocks hold is given back with the next block that ends here.
+        """
         self._lock = threading.RLock()
+        here = threading.get_ident()
+        self._holds = [hold for hold in self._holds if hold.thread == here or hold.lowers]
+        self._set_for.clear()
         self._native.forked()
 
     def _remember(self, hold: Hold, *, loaded_inside: bool) -> None:
