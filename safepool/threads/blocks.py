@@ -125,6 +125,7 @@ class _Blocks:
         self._imports = AfterImport(self._cap_module)
         # What belongs to the process and was changed: what it was.
         self._variables: dict[str, str | None] = {}
+        self._written: dict[str, str | None] = {}
         self._calls: dict[str, tuple[Call, ModuleType, int]] = {}
         self._libraries: dict[str, tuple[Any, int]] = {}
         # For which blocks the environment and the calls were set last, and of which rows.
@@ -161,6 +162,7 @@ class _Blocks:
             if not self._holds:
                 self._imports.stop()
                 self._variables.clear()
+                self._written = {}
                 self._calls.clear()
                 self._libraries.clear()
 
@@ -174,6 +176,7 @@ class _Blocks:
         here = threading.get_ident()
         self._holds = [hold for hold in self._holds if hold.thread == here or hold.lowers]
         self._set_for.clear()
+        self._written = dict.fromkeys(self._variables, "")  # as if something else were there
         self._native.forked()
 
     def _remember(self, hold: Hold, *, loaded_inside: bool) -> None:
@@ -234,7 +237,16 @@ class _Blocks:
             for name in changes.keys() - self._variables.keys():
                 self._variables[name] = os.environ.get(name)
             values.update(changes)
-        change_environment({name: values.get(name) for name in self._variables})
+        # Only what is to be another value: a look at a variable that is not set costs a
+        # microsecond, and there are some forty.
+        change_environment(
+            {
+                name: values.get(name)
+                for name, before in self._variables.items()
+                if values.get(name) != self._written.get(name, before)
+            }
+        )
+        self._written = values
 
     def _asked(self) -> list[tuple[int, bool]]:
         """Return the blocks that matter: what is below one that sets a number does not."""
