@@ -224,3 +224,85 @@ def test_a_row_that_contradicts_the_table_is_refused(mistake: str) -> None:
     act, words = MISTAKES[mistake]
     with pytest.raises(ValueError, match=words):
         act()
+
+
+# What a program with scikit-learn's libraries, OpenMP among them, says on a machine that
+# seems to have many CPUs.
+LOOK = """
+import json, threading
+import safepool
+
+def look():
+    return {pool.runtime: pool.threads for pool in safepool.threads.inspect()
+            if pool.runtime in ("openblas", "openmp")}
+
+def in_a_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+"""
+ALL = {"openblas": natives.MANY, "openmp": natives.MANY}
+ONE = {"openblas": 1, "openmp": 1}
+
+
+def test_openmp_is_capped_in_the_thread_that_runs_the_body(tmp_path: Path) -> None:
+    """Its number is one of each thread: of the one that runs, and of no other."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        import sklearn.cluster
+
+        @safepool.worker
+        def body(also_elsewhere=None):
+            return look(), also_elsewhere and in_a_thread(also_elsewhere)
+
+        def both():
+            return body(), look()
+
+        (inside, other), after = body(look), look()
+        (in_thread, _), after_in_thread = in_a_thread(both)
+        print(json.dumps([inside, other, after, in_thread, after_in_thread, look()]))
+    """)
+
+    found = natives.run(code, folder=tmp_path)
+
+    assert found == [ONE, {"openblas": 1, "openmp": natives.MANY}, ALL, ONE, ALL, ALL]
+
+
+def test_what_the_body_imports_is_capped_and_as_large_as_elsewhere_afterwards(
+    tmp_path: Path,
+) -> None:
+    """At whatever depth, and again with the next call."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        @safepool.worker
+        def body():
+            import sklearn.cluster
+            return look()
+
+        @safepool.worker
+        def outer():
+            return body(), look()
+
+        print(json.dumps([outer(), look(), body(), look()]))
+    """)
+
+    assert natives.run(code, folder=tmp_path) == [[ONE, ONE], ALL, ONE, ALL]
+
+
+def test_what_is_imported_inside_follows_the_users_variable_afterwards(tmp_path: Path) -> None:
+    """It says what the library would have had without the block."""
+    code = LOOK + textwrap.dedent("""
+        import os
+        os.environ["OPENBLAS_NUM_THREADS"] = "5"
+
+        @safepool.worker
+        def body():
+            import numpy
+            return look()
+
+        print(json.dumps([body(), look()]))
+    """)
+
+    assert natives.run(code, folder=tmp_path) == [{"openblas": 1}, {"openblas": 5}]
