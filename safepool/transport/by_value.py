@@ -83,6 +83,7 @@ def reducer_table(*, loky_imported: bool) -> ChainMap[type, Callable[[Any], Any]
     own: dict[type, Callable[[Any], Any]] = {
         types.CodeType: _reduce_code,
         _LRU_CACHE: _reduce_lru_cache,
+        functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
     }
     table = ChainMap(own, cloudpickle.Pickler.dispatch_table)
@@ -175,6 +176,16 @@ def _fill_dispatch(function: Any, state: tuple[dict[type, Any], dict[str, Any] |
     for kind, implementation in registry.items():
         function.register(kind, implementation)
     vars(function).update(attributes or {})
+
+
+def _reduce_dispatch_method(method: functools.singledispatchmethod[Any]) -> Any:
+    # From Python 3.13 on it has a cache beside it that cannot be pickled.
+    state = method.dispatcher
+    return type(method), (method.func,), state, None, None, _fill_dispatch_method
+
+
+def _fill_dispatch_method(method: Any, dispatcher: Any) -> None:
+    method.dispatcher = dispatcher
 
 
 def _reduce_cached_property(prop: functools.cached_property[Any]) -> Any:
