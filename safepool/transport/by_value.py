@@ -58,6 +58,23 @@ _NUMBER_AT = {
 # Made here of what another process has sent.
 _arrived_classes: weakref.WeakSet[type] = weakref.WeakSet()
 
+# A program's own class or cache is sent with every call that uses it. It is kept in between, the
+# last of each name, as it would be by a module that was imported: the class would be made
+# again, and the cache be empty each time.
+_kept: dict[tuple[str, str], Any] = {}
+_MOST_KEPT = 1024
+
+
+def _keep(arrived: Any) -> None:
+    name = str(getattr(arrived, "__qualname__", "<locals>"))
+    if "<" in name:
+        return
+    key = str(arrived.__module__), name
+    _kept.pop(key, None)
+    _kept[key] = arrived
+    if len(_kept) > _MOST_KEPT:
+        del _kept[next(iter(_kept))]
+
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`."""
@@ -117,6 +134,7 @@ def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]
     if known is None:
         known = make(*arguments)
         _arrived_classes.add(known)
+        _keep(known)
     return known
 
 
@@ -131,9 +149,6 @@ def _fill_class(kind: type, state: Any) -> None:
 _caches: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _cache_numbers: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _arrived_caches: weakref.WeakSet[Any] = weakref.WeakSet()
-# A program's own is kept, the last of each name: it is sent with every call, and would be
-# empty each time.
-_kept_caches: dict[tuple[str, str], Any] = {}
 
 
 def _reduce_lru_cache(cache: Any) -> Any:
@@ -155,9 +170,7 @@ def _cache_of(number: str, function: Callable[..., Any], maxsize: int | None, ty
         _caches[number] = known
         _cache_numbers[known] = number
         _arrived_caches.add(known)
-        name = getattr(known, "__qualname__", "<locals>")
-        if "<" not in name:
-            _kept_caches[known.__module__, name] = known
+        _keep(known)
     return known
 
 

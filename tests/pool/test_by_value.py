@@ -310,6 +310,8 @@ def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_pat
         class Child(Base):
             shared = 1
         def look(x):
+            import gc
+            gc.collect()  # what nothing holds between two tasks is gone
             return sys.made, x.shared
         def after(value):
             Child.shared = value
