@@ -321,3 +321,74 @@ def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_pat
 
     once = ["Child"]
     assert run(body, asked, tmp_path) == [[once, 1], [once, 1], [once, 5], once]
+
+
+# One row per place where something hides that no pickler can send: the call, and where the
+# error says that it is.
+HIDDEN: dict[str, tuple[str, str]] = {
+    "a global": ("use, 1", "It is global 'lock' of __main__.use"),
+    "a global of a global": (
+        "outer, 1",
+        "It is global 'lock' of __main__.use of global 'use' of __main__.outer",
+    ),
+    "a closure": ("around(), 1", "It is variable 'hidden' around __main__.around.<locals>.inside"),
+    "an argument": ("abs, {'a': [1, lock]}", "It is item 1 of item 'a' of argument 0"),
+    "an attribute": ("back, Holder()", "It is attribute 'held' of a Holder of argument 0"),
+    "a class": (
+        "back, Class()",
+        "It is attribute 'held' of class Class of the class of argument 0",
+    ),
+    "a method": (
+        "Holder().method",
+        "attribute 'held' of a Holder of the object of method 'method'",
+    ),
+    "a partial": ("functools.partial(back, lock)", "It is argument 0"),
+    "no function at all": ("lock, 1", "while the call of"),
+    "a cache": ("cached, 1", "global 'lock' of __main__.cached of the wrapped function"),
+}
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) -> None:
+    body = """
+        import functools, threading, traceback
+        lock = threading.Lock()
+        def use(x):
+            with lock:
+                return x
+        def outer(x):
+            return use(x)
+        def around():
+            hidden = threading.Lock()
+            def inside(x):
+                return hidden, x
+            return inside
+        def back(x):
+            return x
+        class Holder:
+            def __init__(self):
+                self.held = threading.Lock()
+            def method(self):
+                pass
+        class Class:
+            held = threading.Lock()
+        @functools.cache
+        def cached(x):
+            return lock, x
+        def told(pool, *call):
+            errors = [pool.submit(*call).exception(timeout=60)]
+            if len(call) > 1:
+                try:
+                    list(pool.map(*call[:1], call[1:]))
+                except Exception as error:
+                    errors.append(error)
+            return ["".join(traceback.format_exception_only(error)) for error in errors]
+    """
+    call, words = HIDDEN[place]
+
+    first, *others = run(body, f"told(pool, {call})", tmp_path)
+
+    assert "cannot pickle '_thread.lock' object" in first
+    assert words in first
+    # In map the function and each item are pickled by themselves: another end of the way.
+    assert all(words.split(" of argument")[0] in other for other in others)
