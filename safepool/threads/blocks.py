@@ -16,6 +16,7 @@ Not covered:
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -278,10 +279,14 @@ class _Blocks:
             attempt(call.write, module, self._number(otherwise))
 
 
-def _cpus() -> int:
-    try:
+if sys.platform == "linux":
+
+    def _cpus() -> int:
         return len(os.sched_getaffinity(0))
-    except (AttributeError, OSError):  # not on macOS and Windows
+
+else:
+
+    def _cpus() -> int:
         return os.cpu_count() or 1
 
 
