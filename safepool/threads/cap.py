@@ -19,6 +19,7 @@ Not covered:
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from safepool.threads import blocks
@@ -55,9 +56,15 @@ class WorkerCap:
         self._of: dict[str, int] = {}
         self._native = NativeLibraries()
         self._imports = AfterImport(self._cap_new)
+        # How often something new was capped, and which of these times in this thread.
+        self._times = 0
+        self._here = threading.local()
 
     def apply(self) -> None:
         """Cap everything that is loaded, and watch what will be."""
+        if self._native.changed():
+            self._times += 1
+        self._here.times = self._times
         self._of = runtime_threads(self.threads, self._environment)
         attempt(self._native.set, lambda name: self._of.get(name, self.threads))
         self._cap_imported()
@@ -66,6 +73,11 @@ class WorkerCap:
     def recheck(self) -> None:
         """Cap again if a library was loaded since. 0.1 microseconds if none was."""
         if self._native.changed():
+            self.apply()
+
+    def recheck_here(self) -> None:
+        """As :meth:`recheck`, in any thread: OpenMP's and MKL's caps are each thread's own."""
+        if self._native.changed() or getattr(self._here, "times", 0) != self._times:
             self.apply()
 
     def _cap_imported(self) -> None:
@@ -119,7 +131,7 @@ def is_capped(threads: int) -> bool:
     cap = _worker_cap
     if cap is None or cap.threads != threads:
         return False
-    cap.recheck()
+    cap.recheck_here()
     return True
 
 

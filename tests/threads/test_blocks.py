@@ -306,3 +306,25 @@ def test_what_is_imported_inside_follows_the_users_variable_afterwards(tmp_path:
     """)
 
     assert natives.run(code, folder=tmp_path) == [{"openblas": 1}, {"openblas": 5}]
+
+
+def test_in_a_worker_it_caps_the_threads_that_a_task_starts(tmp_path: Path) -> None:
+    """A forked worker's libraries have read the program's variables, not its own."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        import sklearn.cluster
+
+        decorated = safepool.worker()(look)
+
+        def task():
+            return look(), in_a_thread(look), in_a_thread(decorated), decorated(), look()
+
+        with safepool.ProcessPool(1, mp_context="fork") as pool:
+            print(json.dumps([pool.submit(task).result(60), look()]))
+    """)
+
+    inside, outside = natives.run(code, folder=tmp_path)
+
+    # The second is why: nothing else reaches a thread of the task's own in such a worker.
+    assert inside == [ONE, {"openblas": 1, "openmp": natives.MANY}, ONE, ONE, ONE]
+    assert outside == ALL
