@@ -202,7 +202,7 @@ THINGS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["safepool", "spawn", "fork"])
+@pytest.mark.parametrize("method", ["safepool", "spawn"])
 @pytest.mark.parametrize("thing", THINGS)
 def test_it_works_in_a_worker_as_in_the_program(thing: str, method: str, tmp_path: Path) -> None:
     body, asked, expected = THINGS[thing]
