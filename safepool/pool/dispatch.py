@@ -95,7 +95,7 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
         try:
-            value: object = (span.items[0], {}) if span.alone else span.items
+            value: object = (run.arguments_of(span.items[0]), {}) if span.alone else span.items
             segments = payloads.dumps(value, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
@@ -107,8 +107,12 @@ class Dispatch:
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(size, 1))
         pieces = self._introduce(worker, run.sent)
         worker.ledger.give(span)
-        frame = task_frame if span.alone else batch_frame
-        return [*pieces, *frame(span.position, run.sent.number, segments)], []
+        number = run.sent.number
+        if span.alone:
+            return [*pieces, *task_frame(span.position, number, segments)], []
+        timed = run.policy.timeout_s is not None
+        frame = batch_frame(span.position, number, segments, starred=run.starred, timed=timed)
+        return [*pieces, *frame], []
 
     def _pickle(self, task: Task) -> tuple[SentFunction | None, Pieces]:
         assert task.call is not None

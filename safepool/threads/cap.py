@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType, TracebackType
 
-__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped", "is_capped", "worker_threads"]
+__all__ = [
+    "WorkerCap",
+    "apply_again",
+    "cap_worker",
+    "capped",
+    "find_ahead",
+    "is_capped",
+    "worker_threads",
+]
 
 
 class WorkerCap:
@@ -54,10 +62,10 @@ class WorkerCap:
         self.threads = threads
         self._environment = environment
         self._of: dict[str, int] = {}
-        self._native = NativeLibraries()
+        self._native = _found or NativeLibraries()
         self._imports = AfterImport(self._cap_new)
         # How often something new was capped, and which of these times in this thread.
-        self._times = 0
+        self._times = 1  # what was found ahead, if anything
         self._here = threading.local()
 
     def apply(self) -> None:
@@ -92,6 +100,18 @@ class WorkerCap:
 
 
 _worker_cap: WorkerCap | None = None
+_found: NativeLibraries | None = None
+
+
+def find_ahead() -> None:
+    """Find what is loaded here, for workers that are forked from this process.
+
+    It takes milliseconds, most of a worker's start. Nothing is set, and the libraries are
+    asked for nothing but their names and versions.
+    """
+    global _found  # noqa: PLW0603 -- a fact about the process
+    _found = NativeLibraries()
+    attempt(_found.found)
 
 
 def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None) -> WorkerCap:

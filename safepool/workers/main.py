@@ -19,7 +19,8 @@ from safepool.threads.environment import change_environment
 from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.workers import inheritance
-from safepool.workers.board import STACK_SIGNAL, Board, register
+from safepool.workers.board import STACK_SIGNAL, Board
+from safepool.workers.fence import register
 from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:
