@@ -18,11 +18,13 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_natives as natives
 
 import safepool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
+    from pathlib import Path
 
 # What the block sets for its time is seen without any native library.
 VARIABLE = "VECLIB_MAXIMUM_THREADS"
@@ -458,38 +460,41 @@ def test_many_threads_at_once() -> None:
     assert seen() is None
 
 
+# In an interpreter of its own, without NumPy: OpenBLAS has a lock that no fork can wait for.
+FORKING = """
+import json, os, threading, warnings
+import safepool
+
+warnings.simplefilter("ignore")  # Python 3.12 warns of the other thread, which is the test
+os.environ.pop("VECLIB_MAXIMUM_THREADS", None)
+stop = threading.Event()
+
+@safepool.worker
+def body():
+    return os.environ.get("VECLIB_MAXIMUM_THREADS")
+
+def loop():
+    while not stop.is_set():
+        body()
+
+thread = threading.Thread(target=loop)
+thread.start()
+codes = []
+for _ in range(20):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if body() == "1" else 1)
+    codes.append(os.waitpid(pid, 0)[1])
+stop.set()
+thread.join()
+print(json.dumps(codes))
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
-def test_a_child_that_is_forked_in_another_threads_block_can_decorate() -> None:
+def test_a_child_that_is_forked_in_another_threads_block_can_decorate(tmp_path: Path) -> None:
     """It has no such thread, so nobody would ever release what that one holds."""
-    stop = threading.Event()
-
-    @safepool.worker
-    def body() -> str | None:
-        return seen()
-
-    def loop() -> None:
-        while not stop.is_set():
-            body()
-
-    thread = threading.Thread(target=loop)
-    thread.start()
-    try:
-        for _ in range(20):
-            pid = _fork()
-            if pid == 0:
-                os._exit(0 if body() == "1" else 1)
-            assert os.waitpid(pid, 0)[1] == 0
-    finally:
-        stop.set()
-        thread.join(30)
-
-
-def _fork() -> int:
-    import warnings
-
-    with warnings.catch_warnings():  # Python 3.12 warns of the other thread, which is the test
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+    assert natives.run(FORKING, folder=tmp_path, cpus=None) == [0] * 20
 
 
 def test_a_copy_is_as_good() -> None:
