@@ -10,6 +10,8 @@ Not covered:
       inside a block for the first time, it keeps the block's number.
     * OpenMP and MKL in threads that are started inside: those begin with what the variables
       said when the library was loaded.
+    * A fork while another thread begins or ends a block and OpenBLAS is loaded: the child
+      inherits OpenBLAS's own lock, and hangs when it sets the number. No pool of ours forks so.
     * What a block's body sets itself: put back to what was before the block.
 """
 
