@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 from typing import TYPE_CHECKING
 
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.tasks import begin, fail
 from safepool.transport import payloads
+from safepool.transport.blame import find_unpicklable
 from safepool.transport.frames import Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
@@ -58,7 +61,7 @@ class Dispatch:
                 try:
                     task.pickled = self._pickle(task)
                 except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-                    _say_what(error, task.name)
+                    _say_what(error, task.name, _whole(task))
                     fail(task.future, error)
                     continue
             function, segments = task.pickled
@@ -91,7 +94,7 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
-                _say_what(error, run.name)
+                _say_what(error, run.name, run.function)
                 self._fail_all(span, error)
                 return [], []
         try:
@@ -99,7 +102,7 @@ class Dispatch:
             segments = payloads.dumps(value, into_main=True)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
-                _say_what(error, run.name)
+                _say_what(error, run.name, value)
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
@@ -137,11 +140,14 @@ class Dispatch:
         return encode(Kind.FUNCTION, function.number, function.segments)
 
 
-def _say_what(error: BaseException, name: str) -> None:
-    """Add to a pickling error what it does not know: whose call it was."""
+def _say_what(error: BaseException, name: str, value: object) -> None:
+    """Add to a pickling error what it does not know: whose call it was, and what in it."""
     note = f"{_NOT_SENT}{name} was pickled, with its arguments"
     if name.startswith("__main__."):
         note += " and the globals of __main__ that it uses, which travel to the worker by value"
+    if isinstance(error, (TypeError, AttributeError, pickle.PicklingError)):
+        culprit = find_unpicklable(value, payloads.dumps)
+        note += f". It is {culprit}" if culprit else ""
     try:
         error.add_note(note)
     except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
@@ -151,6 +157,14 @@ def _say_what(error: BaseException, name: str) -> None:
 def was_not_sent(error: BaseException) -> bool:
     """Tell whether this is what the pickler raised, and no worker has begun the call."""
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
+
+
+def _whole(task: Task) -> object:
+    """Return a task's call in one piece, for words about its parts."""
+    if task.call is None or not callable(task.call[0]):
+        return task.call
+    function, args, kwargs = task.call
+    return functools.partial(function, *args, **kwargs)
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:
