@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import pickle
-import sys
 import timeit
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,6 @@ from safepool.transport import payloads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-# The run fails when sending is more than this much dearer than cloudpickle alone.
-MOST_RATIO = 1.5
 
 
 def square(x: int) -> int:
@@ -59,8 +55,8 @@ def each_us(call: Callable[[], object]) -> float:
     return min(timer.repeat(repeat=7, number=number)) / number * 1e6
 
 
-def main() -> int:
-    """Print the figures; return 1 if one is out of proportion."""
+def main() -> None:
+    """Print the figures."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     values: dict[str, Any] = {
         "a function": square,
@@ -70,7 +66,6 @@ def main() -> int:
         "a cached function": cached,
     }
     print(f"{'microseconds':32}{'send':>9}{'alone':>9}{'receive':>10}{'alone':>9}")
-    missed = []
     for name, value in values.items():
         segments = [bytes(segment) for segment in payloads.dumps(value, by_value=True)]
         alone = cloudpickle.dumps(value)
@@ -79,11 +74,7 @@ def main() -> int:
         receive = each_us(lambda segments=segments: payloads.loads(segments))
         receive_alone = each_us(lambda alone=alone: pickle.loads(alone))
         print(f"{name:32}{send:>9.1f}{send_alone:>9.1f}{receive:>10.1f}{receive_alone:>9.1f}")
-        if name != "a cached function" and send > MOST_RATIO * send_alone:
-            missed.append(name)
-    print("out of proportion: " + ", ".join(missed) if missed else "all in proportion")
-    return bool(missed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
