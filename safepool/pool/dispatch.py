@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from safepool.pool.functions import Functions, SentFunction
+from safepool.pool.mapping import Span
+from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import begin, fail
 from safepool.transport import payloads
-from safepool.transport.frames import Kind, encode
+from safepool.transport.channel import size_of
+from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from safepool.pool.mapping import MapRun, Span
+    from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
+    from safepool.transport.frames import Segment
 
 __all__ = ["Dispatch"]
 
@@ -24,6 +29,9 @@ __all__ = ["Dispatch"]
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
+# What is copied into files in the scheduler's own thread; more would keep the other workers
+# waiting for longer than a message to another thread takes.
+_AT_ONCE_BYTES = 1 << 20
 
 Pieces = list["bytes | memoryview"]
 
@@ -33,11 +41,68 @@ class Dispatch:
 
     Args:
         settled: Told of calls of a run that ended here, and how many.
+        wake: Makes the scheduler call :meth:`send_packed`; from any thread.
     """
 
-    def __init__(self, settled: Callable[[MapRun, int], None]) -> None:
+    def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
         self._settled = settled
+        self._packer = Packer(wake)
+
+    def close(self) -> None:
+        """Give up what is being copied."""
+        self._packer.close()
+
+    def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Task | Span]:
+        """Send what has been copied into files; return what is to be queued again."""
+        back: list[Task | Span] = []
+        for packing in self._packer.done():
+            worker, work = packing.worker, packing.work
+            if worker.packing is packing:
+                worker.packing = None
+            if not packing.wanted:
+                continue  # taken back, or its worker has ended
+            if packing.error is None:
+                worker.sent_ns = time.monotonic_ns()
+                try:
+                    send(worker, self._frame(packing))
+                    continue
+                except MemoryError as error:  # it could not go as a file after all
+                    packing.error = error
+            worker.ledger.take_back(packing.position - 1)
+            worker.exclusive = False
+            if not isinstance(work, Span):
+                work.pickled = None
+                fail(work.future, packing.error)
+            elif work.count == 1:
+                self._fail_all(work, packing.error)
+            else:
+                back += [work.only(place) for place in range(work.count)]
+        return back
+
+    def _frame(self, packing: Packing) -> Pieces:
+        work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
+        if isinstance(work, Span):
+            frame = task_frame if work.alone else batch_frame
+            return frame(work.position, packing.function, segments)
+        if not work.policy.retries:
+            work.pickled = None
+        elif work.pickled is not None:
+            work.pickled = (work.pickled[0], list(packing.segments))  # the same files again
+        return task_frame(work.position, packing.function, segments)
+
+    def _packs(
+        self, worker: Worker, work: Task | Span, function: int, segments: Sequence[Segment]
+    ) -> bool:
+        """Return whether a payload goes in files; then it is given to a worker, and sent later."""
+        if not worker.channel.takes_file(segments):
+            return False
+        worker.packing = packing = Packing(worker, work, work.position, function, segments)
+        if _size(segments) < _AT_ONCE_BYTES:
+            self._packer.pack(packing)
+        else:
+            self._packer.put(packing)
+        return True
 
     def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
         """Give tasks to a worker.
@@ -59,23 +124,24 @@ class Dispatch:
                     fail(task.future, error)
                     continue
             function, segments = task.pickled
-            small = len(segments) == 1 and len(segments[0]) <= _SMALL_BYTES
-            if not small and worker.ledger.owed:
+            small = _small(segments)
+            if small is None and worker.ledger.owed:
                 task.future.wait_again()
                 return [*pieces, *_tasks(first, group)], tasks[place:]
             task.call = None
             if function is not None:
                 pieces += self._introduce(worker, function)
             worker.ledger.give(task)
-            if small:
+            if small is not None:
                 if not group:
                     first = task.position
-                group.append((function.number if function else 0, segments[0]))
+                group.append((function.number if function else 0, small))
                 continue
             worker.exclusive = True
-            pieces += task_frame(task.position, function.number if function else 0, segments)
-            if not task.policy.retries:
-                task.pickled = None
+            number = function.number if function else 0
+            if not self._packs(worker, task, number, segments):
+                packing = Packing(worker, task, task.position, number, segments)
+                pieces += self._frame(packing)
             return pieces, tasks[place + 1 :]
         return [*pieces, *_tasks(first, group)], []
 
@@ -100,10 +166,11 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
-        size = sum(memoryview(segment).nbytes for segment in segments)
-        run.most_at_once = max(1, _BATCH_BYTES * span.count // max(size, 1))
+        run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._introduce(worker, run.sent)
         worker.ledger.give(span)
+        if self._packs(worker, span, run.sent.number, segments):
+            return pieces, []
         frame = task_frame if span.alone else batch_frame
         return [*pieces, *frame(span.position, run.sent.number, segments)], []
 
@@ -150,3 +217,15 @@ def forget(worker: Worker, function: SentFunction, send: Callable[[Worker, Piece
     if function.number in worker.functions:
         worker.functions.discard(function.number)
         send(worker, encode(Kind.FORGET, function.number))
+
+
+def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
+    """Return the pickle of a payload that is nothing else, if it is small."""
+    pickled, *buffers = segments
+    if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
+        return None
+    return pickled
+
+
+def _size(segments: Sequence[Segment]) -> int:
+    return sum(map(size_of, segments))

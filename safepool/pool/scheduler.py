@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
     from safepool.threads.placement import Placement
+    from safepool.transport.frames import Received
 
 __all__ = ["Scheduler"]
 
@@ -194,7 +195,7 @@ class Scheduler:
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
-        self._dispatch = Dispatch(self._settled)
+        self._dispatch = Dispatch(self._settled, self.wake)
         self._pace = Pace()
         self._oom = OutOfMemoryWatch()
         self._hire_not_before = 0.0
@@ -460,6 +461,7 @@ class Scheduler:
             self._break(staff, PoolBrokenError(f"the scheduler failed: {error!r}"), error)
         finally:
             self._staff = None
+            self._dispatch.close()
             staff.close()
             # A lock of multiprocessing among them is to be freed with the program's last one.
             self._initialize, self._inheritance = (None, ()), Inheritance([], [])
@@ -484,6 +486,9 @@ class Scheduler:
             with self._lock:
                 run.drop()
             ended_runs.append(run)
+        back = self._dispatch.send_packed(staff.send)
+        if back:
+            self._wait_again(back)
         for run in ended_runs:
             self._forget(staff, run)
         for future in to_kill:
@@ -611,7 +616,7 @@ class Scheduler:
         ledger = worker.ledger
         # A large task that was taken back is nobody's any more.
         worker.exclusive = worker.exclusive and ledger.owed > 0
-        if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
+        if worker.leaving or worker.retiring or not (worker.takes_more and self._backlog):
             return False
         if ledger.owed and worker.board is None:
             return False
@@ -867,7 +872,7 @@ class Scheduler:
         return run
 
     def _settle_values(
-        self, staff: Staff, worker: Worker, position: int, segments: Sequence[bytearray]
+        self, staff: Staff, worker: Worker, position: int, segments: Sequence[Received]
     ) -> None:
         """End several calls of one run, which returned plain values.
 

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from safepool.pool.functions import SentFunction
     from safepool.pool.policy import Policy
+    from safepool.transport.frames import Segment
 
     Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-    Pickled = tuple[SentFunction | None, list[bytes | memoryview]]
+    Pickled = tuple[SentFunction | None, Sequence[Segment]]
 
 __all__ = [
     "PoolFuture",

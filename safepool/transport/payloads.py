@@ -16,8 +16,12 @@ import types
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.frames import Missing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from safepool.transport.frames import Buffer
 
 __all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses"]
 
@@ -69,7 +73,7 @@ def dumps(
     return _dumps(value, dump)
 
 
-def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
+def loads(segments: Sequence[Buffer]) -> Any:
     """Return the object that :func:`dumps` made the segments of.
 
     Args:
@@ -77,9 +81,18 @@ def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
             themselves, so they are writable where the buffer is.
 
     Raises:
+        MemoryError: A segment could not be had.
+        OSError: The same, for want of a descriptor.
         Exception: What unpickling raised.
     """
-    return pickle.loads(segments[0], buffers=segments[1:])
+    buffers = segments[1:]
+    if (buffers or type(segments[0]) is Missing) and (missing := _missing(segments)):
+        raise missing.error
+    return pickle.loads(segments[0], buffers=buffers)
+
+
+def _missing(segments: Sequence[Buffer]) -> Missing | None:
+    return next((segment for segment in segments if isinstance(segment, Missing)), None)
 
 
 def _dumps(

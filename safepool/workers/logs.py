@@ -154,7 +154,7 @@ class Outbox:
         return b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
 
 
-def forward_records(outbox: Outbox, levels: bytes | bytearray) -> None:
+def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> None:
     """Hand over to the pool what no handler of this process takes, from now on.
 
     Handlers that are here already were set up for the program, not for its worker (a fork
@@ -248,7 +248,7 @@ def pack_record(record: logging.LogRecord) -> bytes:
     return pickle.dumps((plain, others), protocol=5)
 
 
-def unpack_record(packed: bytes | bytearray) -> Mapping[str, Any]:
+def unpack_record(packed: bytes | bytearray | memoryview) -> Mapping[str, Any]:
     """Return the attributes of a record that :func:`pack_record` packed.
 
     Example:

@@ -15,6 +15,8 @@ from safepool.transport.frames import CorruptFrameError, Kind, encode
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from safepool.transport.frames import Segment
+
 __all__ = [
     "batch_frame",
     "function_of",
@@ -33,7 +35,7 @@ _SPENT = struct.Struct("<I")
 Pieces = list[bytes | memoryview]
 
 
-def task_frame(position: int, function: int, segments: Sequence[bytes | memoryview]) -> Pieces:
+def task_frame(position: int, function: int, segments: Sequence[Segment]) -> Pieces:
     """Return the frame of one call whose pickle has buffers, or is large."""
     return encode(Kind.TASK, position, [_FUNCTION.pack(function), *segments])
 
@@ -49,7 +51,7 @@ def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) 
     return encode(Kind.TASKS, position, [table, b"".join([pickled for _, pickled in calls])])
 
 
-def batch_frame(position: int, function: int, segments: Sequence[bytes | memoryview]) -> Pieces:
+def batch_frame(position: int, function: int, segments: Sequence[Segment]) -> Pieces:
     """Return the frame of calls of one function, their arguments pickled as one list."""
     return encode(Kind.BATCH, position, [_FUNCTION.pack(function), *segments])
 
@@ -73,7 +75,7 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
     return encode(Kind.VALUES, position, [head, pickle.dumps(values, 5)])
 
 
-def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object]]:
+def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, list[object]]:
     """Return microseconds and values of a frame of :func:`values_frame`.
 
     Raises:
@@ -89,7 +91,9 @@ def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object
     return spent, values
 
 
-def read_tasks(segments: Sequence[bytes | bytearray]) -> Iterator[tuple[int, memoryview]]:
+def read_tasks(
+    segments: Sequence[bytes | bytearray | memoryview],
+) -> Iterator[tuple[int, memoryview]]:
     """Yield function and pickle of each call in a frame of :func:`tasks_frame`.
 
     Raises:

@@ -18,7 +18,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.frames import Kind, encode
+from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.payloads import dumps, loads
 from safepool.workers.board import record_of
 from safepool.workers.describe import describe
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     from safepool.threads.cap import WorkerCap
     from safepool.transport.channel import Channel
-    from safepool.transport.frames import Frame
+    from safepool.transport.frames import Frame, Received, Segment
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Initializer
+
+    Segments = Sequence[Segment]
 
 __all__ = ["Runner"]
 
@@ -45,8 +47,6 @@ _SMALL_BYTES = 16 * 1024
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
-
-Segments = list[bytes | memoryview]
 
 # A library that brings threads takes longer to load: nothing new can be there before.
 _LOADING_NS = 20_000
@@ -130,7 +130,7 @@ class Runner:
             case _:
                 raise RuntimeError(f"a pool does not send {kind!r}")
 
-    def _initialize(self, segments: Sequence[bytearray]) -> None:
+    def _initialize(self, segments: Sequence[Received]) -> None:
         try:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
@@ -154,8 +154,8 @@ class Runner:
         self,
         position: int,
         function: Callable[..., Any] | None,
-        pickled: Sequence[bytearray | memoryview],
-        segments: list[bytearray],
+        pickled: Sequence[Received],
+        segments: list[Received],
     ) -> None:
         if not self._claim(position):
             return
@@ -171,13 +171,14 @@ class Runner:
                 result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.
             del function, arguments, keywords
-            kind, answer = Kind.RESULT, _pickle(result)
+            kind, answer = Kind.RESULT, self._pack(result)
+            del result  # a large one has been copied
         except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
             self._leave_if_forked(error)
             kind, answer = Kind.EXCEPTION, describe(error)
         self._answer(position, kind, answer)
 
-    def _run_batch(self, position: int, segments: list[bytearray]) -> None:
+    def _run_batch(self, position: int, segments: list[Received]) -> None:
         function = self._functions[function_of(segments)]
         # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
         if not self._claim(position, reading=True):
@@ -224,7 +225,7 @@ class Runner:
                     values.append(value)
                     answer = None
                 else:
-                    kind, answer = Kind.RESULT, _pickle(value)
+                    kind, answer = Kind.RESULT, self._pack(value)
                 del value
             except BaseException as error:  # noqa: BLE001 -- as above
                 self._leave_if_forked(error)
@@ -252,15 +253,33 @@ class Runner:
         self._flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
 
+    def _pack(self, result: object) -> Segments:
+        segments = _pickle(result)
+        if len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
+            return self._channel.store(segments)
+        return segments
+
+    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
+        try:
+            segments = self._channel.hand_over(segments)
+        except MemoryError as error:
+            kind, segments = Kind.EXCEPTION, describe(error)
+        self._outbox.send(encode(kind, position, segments))
+
     def _answer(self, position: int, kind: Kind, segments: Segments) -> None:
         self._leave_if_forked()
-        board = self._board
+        board, head = self._board, segments[0]
         if self._values:
             self._flush()
-        if board is None or len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
+        if (
+            board is None
+            or len(segments) > 1
+            or isinstance(head, Filed)
+            or len(head) > _SMALL_BYTES
+        ):
             self._flush()
             self._outbox.logged = False
-            self._outbox.send(encode(kind, position, segments))
+            self._send_alone(position, kind, segments)
             return
         now = time.monotonic_ns()
         microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
@@ -268,12 +287,12 @@ class Runner:
         if self._outbox.logged:
             self._flush()
             self._outbox.logged = False
-            record = record_of(position, microseconds, kind, segments[0])
+            record = record_of(position, microseconds, kind, head)
             self._outbox.send(encode(Kind.RESULTS, 0, [record]))
             return
-        if not board.publish(position, microseconds, kind, segments[0]):
+        if not board.publish(position, microseconds, kind, head):
             self._flush()
-            board.publish(position, microseconds, kind, segments[0])
+            board.publish(position, microseconds, kind, head)
         self._others = True
         if now - self._flushed_ns > _FLUSH_NS:
             self._flush()
@@ -321,7 +340,7 @@ class Runner:
         self._outbox.close()
 
 
-def _load_function(segments: Sequence[bytearray]) -> Callable[..., Any]:
+def _load_function(segments: Sequence[Received]) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = loads(segments)
     except BaseException as error:  # noqa: BLE001 -- user code; every call of it raises this

@@ -73,10 +73,10 @@ def test_segments_of_every_size_arrive_whole(shape: str) -> None:
 # One row per way in which bytes are not a frame.
 CORRUPT: dict[str, bytes] = {
     "another magic": b"xx" + b"".join(encode(Kind.STOP, 0))[2:],
-    "another version": b"sp\x02" + b"".join(encode(Kind.STOP, 0))[3:],
-    "an unknown kind": b"sp\x01\xff" + b"".join(encode(Kind.STOP, 0))[4:],
-    "too many segments": struct.pack("!2sBBIQ", b"sp", 1, 2, 2**32 - 1, 0),
-    "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 1, 2, 1, 0, 2**64 - 1),
+    "another version": b"sp\x03" + b"".join(encode(Kind.STOP, 0))[3:],
+    "an unknown kind": b"sp\x02\xff" + b"".join(encode(Kind.STOP, 0))[4:],
+    "too many segments": struct.pack("!2sBBIQ", b"sp", 2, 2, 2**32 - 1, 0),
+    "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 2**64 - 1),
     "printed text": b"Hello from a task that writes to descriptor 5\n",
 }
 
