@@ -17,6 +17,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Missing
+from safepool.transport.memmaps import Reducers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -119,14 +120,27 @@ def _standard_dumps(
     *,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
-    if reducers is None:
+    arrays = "numpy" in sys.modules
+    if not (reducers or arrays):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
     file = io.BytesIO()
-    pickler = pickle.Pickler(file, protocol=5, buffer_callback=in_band)
-    table: Any = ChainMap(dict(reducers), copyreg.dispatch_table)
-    pickler.dispatch_table = table
+    kind = _array_pickler() if arrays else _StandardPickler
+    pickler = kind(file, protocol=5, buffer_callback=in_band)
+    if reducers:
+        table: Any = ChainMap(dict(reducers), kind.dispatch_table)
+        pickler.dispatch_table = table
     pickler.dump(value)
     return file.getvalue()
+
+
+class _StandardPickler(pickle.Pickler):
+    dispatch_table = copyreg.dispatch_table  # type: ignore[assignment]
+
+
+@functools.cache
+def _array_pickler() -> Any:
+    # Of the class: to set it on each pickler costs a microsecond.
+    return type("ArrayPickler", (pickle.Pickler,), {"dispatch_table": Reducers()})
 
 
 def _by_value_dumps(
@@ -137,7 +151,7 @@ def _by_value_dumps(
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
-    kind = _by_value_pickler("loky.backend.reduction" in sys.modules)
+    kind = _by_value_pickler("loky.backend.reduction" in sys.modules, "numpy" in sys.modules)
     if reducers is not None:
         table = ChainMap(dict(reducers), kind.dispatch_table)
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
@@ -169,11 +183,13 @@ class _Main(dict[str, Any]):
 
 
 @functools.cache
-def _by_value_pickler(loky_imported: bool) -> Any:
+def _by_value_pickler(loky_imported: bool, numpy_imported: bool) -> Any:
     # Imported here: a worker or a program that sends only importable things never needs it.
     import cloudpickle  # noqa: PLC0415
 
     table = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
+    if numpy_imported:
+        table.maps.insert(0, Reducers().copy())
     if loky_imported:  # else nobody can have registered a reducer with it
         # loky's is live, so later registrations hold.
         table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
