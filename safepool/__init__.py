@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from safepool.machine import cpu_count, cpu_limit
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
+    from safepool.transport.sharing import share
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "cpu_limit",
     "parallel_backend",
     "read_limits",
+    "share",
     "worker",
 ]
 
@@ -73,6 +75,7 @@ _HOMES = {
     "cpu_limit": "safepool.machine",
     "parallel_backend": "safepool.joblib_backend",
     "read_limits": "safepool.limits",
+    "share": "safepool.transport.sharing",
     "worker": "safepool.decorator",
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
-from typing import TYPE_CHECKING
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import begin, fail
-from safepool.transport import payloads
+from safepool.transport import payloads, references
 from safepool.transport.channel import size_of
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
@@ -18,9 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Worker
-    from safepool.pool.tasks import Task
+    from safepool.pool.staff import Staff, Worker
+    from safepool.pool.tasks import Pickled, Task
     from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
+    from safepool.workers.inheritance import Inheritance
 
 __all__ = ["Dispatch"]
 
@@ -48,6 +53,9 @@ class Dispatch:
         self.functions = Functions()
         self._settled = settled
         self._packer = Packer(wake)
+        self._wake = wake
+        self._shared: set[int] = set()
+        self._unshared: deque[int] = deque()
 
     def close(self) -> None:
         """Give up what is being copied."""
@@ -88,7 +96,8 @@ class Dispatch:
         if not work.policy.retries:
             work.pickled = None
         elif work.pickled is not None:
-            work.pickled = (work.pickled[0], list(packing.segments))  # the same files again
+            function, _, shared = work.pickled
+            work.pickled = (function, list(packing.segments), shared)  # the same files again
         return task_frame(work.position, packing.function, segments)
 
     def _packs(
@@ -123,14 +132,13 @@ class Dispatch:
                     _say_what(error, task.name)
                     fail(task.future, error)
                     continue
-            function, segments = task.pickled
+            function, segments, shared = task.pickled
             small = _small(segments)
             if small is None and worker.ledger.owed:
                 task.future.wait_again()
                 return [*pieces, *_tasks(first, group)], tasks[place:]
             task.call = None
-            if function is not None:
-                pieces += self._introduce(worker, function)
+            pieces += self._introduce(worker, function, shared)
             worker.ledger.give(task)
             if small is not None:
                 if not group:
@@ -159,7 +167,7 @@ class Dispatch:
                 return [], []
         try:
             value: object = (span.items[0], {}) if span.alone else span.items
-            segments = payloads.dumps(value, into_main=True)
+            segments, shared = _dumps(value)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
                 _say_what(error, run.name)
@@ -167,21 +175,20 @@ class Dispatch:
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
-        pieces = self._introduce(worker, run.sent)
+        pieces = self._introduce(worker, run.sent, shared)
         worker.ledger.give(span)
         if self._packs(worker, span, run.sent.number, segments):
             return pieces, []
         frame = task_frame if span.alone else batch_frame
         return [*pieces, *frame(span.position, run.sent.number, segments)], []
 
-    def _pickle(self, task: Task) -> tuple[SentFunction | None, Pieces]:
+    def _pickle(self, task: Task) -> Pickled:
         assert task.call is not None
         function, args, kwargs = task.call
         sent = self.functions.importable(function)
         if sent is not None:
-            return sent, payloads.dumps((args, kwargs), into_main=True)
-        of_main = task.name.startswith("__main__.")
-        return None, payloads.dumps(task.call, into_main=True, by_value=of_main)
+            return sent, *_dumps((args, kwargs))
+        return None, *_dumps(task.call, by_value=task.name.startswith("__main__."))
 
     def _fail_all(self, span: Span, error: BaseException) -> None:
         run = span.run
@@ -190,11 +197,67 @@ class Dispatch:
         self._settled(run, span.count)
         run.tell()
 
-    def _introduce(self, worker: Worker, function: SentFunction) -> Pieces:
-        if function.number in worker.functions:
-            return []
+    def _introduce(
+        self, worker: Worker, function: SentFunction | None, shared: Sequence[Shared[Any]]
+    ) -> Pieces:
+        """Return what brings a worker the function and shared objects that it does not know."""
+        pieces = self._share(worker, shared)
+        if function is None or function.number in worker.functions:
+            return pieces
         worker.functions.add(function.number)
-        return encode(Kind.FUNCTION, function.number, function.segments)
+        pieces += self._share(worker, function.shared)
+        segments = worker.channel.hand_over(function.segments)
+        return [*pieces, *encode(Kind.FUNCTION, function.number, segments)]
+
+    def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
+        """Return what a new worker is sent first."""
+        shared = self._share(worker, inheritance.shared)
+        segments = worker.channel.hand_over(inheritance.segments)
+        return [*shared, *encode(Kind.INITIALIZE, 0, segments)]
+
+    def _share(self, worker: Worker, shared: Sequence[Shared[Any]]) -> Pieces:
+        pieces: Pieces = []
+        for one in shared:
+            if one.number in worker.shared:
+                continue
+            worker.shared.add(one.number)
+            if one.number not in self._shared:
+                self._shared.add(one.number)
+                weakref.finalize(one, _tell, weakref.ref(self), one.number, os.getpid())
+            segments = worker.channel.hand_over(one.message())
+            pieces += encode(Kind.SHARE, one.number, segments)
+        return pieces
+
+    def unshare(self, staff: Staff) -> None:
+        """Let the workers drop the shared objects whose handles are gone."""
+        while self._unshared:
+            number = self._unshared.popleft()
+            self._shared.discard(number)
+            for worker in staff:
+                if number in worker.shared and not worker.leaving:
+                    worker.shared.discard(number)
+                    staff.send(worker, encode(Kind.UNSHARE, number))
+
+    def tell_unshared(self, number: int) -> None:
+        """Note that a handle is gone. From any thread, under any lock (the collector's)."""
+        self._unshared.append(number)
+        self._wake()
+
+
+def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
+    found = dispatch()
+    if found is not None and os.getpid() == pid:  # a fork has others' descriptors, if any
+        found.tell_unshared(number)
+
+
+def _dumps(
+    value: object, *, by_value: bool = False
+) -> tuple[Sequence[Segment], Sequence[Shared[Any]]]:
+    if not references.known():
+        return payloads.dumps(value, into_main=True, by_value=by_value), ()
+    with references.Collected() as met:
+        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+    return segments, met.found
 
 
 def _say_what(error: BaseException, name: str) -> None:

@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import payloads
+from safepool.transport.channel import store_large
+from safepool.transport.references import Collected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
 
 __all__ = ["Functions", "SentFunction"]
 
@@ -29,11 +34,13 @@ class SentFunction:
         number: What it is called by, at least 1.
         segments: Its pickle.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
+        shared: What it refers to.
     """
 
     number: int
-    segments: list[bytes | memoryview] = field(repr=False)
+    segments: Sequence[Segment] = field(repr=False)
     lasting: bool
+    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
 
 
 class Functions:
@@ -62,8 +69,10 @@ class Functions:
         """
         sent = self.importable(function)
         if sent is None:
-            segments = payloads.dumps(function, into_main=True, by_value=of_main)
-            sent = SentFunction(next(self._numbers), segments, lasting=False)
+            with Collected() as met:
+                segments = payloads.dumps(function, into_main=True, by_value=of_main)
+            number = next(self._numbers)
+            sent = SentFunction(number, store_large(segments), lasting=False, shared=met.found)
         return sent
 
 

@@ -73,7 +73,7 @@ from safepool.pool.records import handle_record
 from safepool.pool.staff import Ended, Staff, Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
 from safepool.transport import payloads
-from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
+from safepool.transport.frames import CorruptFrameError, Frame, Kind
 from safepool.workers import inheritance
 from safepool.workers.board import Board, records_of
 from safepool.workers.contained import ContainedLogger
@@ -486,6 +486,7 @@ class Scheduler:
             with self._lock:
                 run.drop()
             ended_runs.append(run)
+        self._dispatch.unshare(staff)
         back = self._dispatch.send_packed(staff.send)
         if back:
             self._wait_again(back)
@@ -688,7 +689,7 @@ class Scheduler:
             self._started.set()
             self._hired.set()
             staff.send(worker, levels_frame())
-            staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
+            staff.send(worker, self._dispatch.initialize(worker, self._inheritance))
 
     def _pack_initializer(self, staff: Staff) -> bool:
         """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""

@@ -67,6 +67,7 @@ class Worker(WorkerProcess):
         done: How many calls it has finished.
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
+        shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.
         awaited: The first position of what was taken back from it last.
@@ -118,6 +119,7 @@ class Worker(WorkerProcess):
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
+        self.shared: set[int] = set()
 
     @property
     def takes_more(self) -> bool:

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from safepool.pool.functions import SentFunction
     from safepool.pool.policy import Policy
     from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
 
     Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-    Pickled = tuple[SentFunction | None, Sequence[Segment]]
+    Pickled = tuple[SentFunction | None, Sequence[Segment], Sequence[Shared[Any]]]
 
 __all__ = [
     "PoolFuture",
@@ -101,8 +102,8 @@ class Task:
             that the pool keeps nothing alive.
         name: What an error calls it.
         policy: What holds for it.
-        pickled: What was sent, kept while it may have to be sent again: the function and
-            the segments.
+        pickled: What was sent, kept while it may have to be sent again: the function, the
+            segments, and the shared objects that they refer to.
         attempts: How often it was begun and lost with its worker.
         position, done, count, expected_ns: As of any :class:`~safepool.pool.ledger.Work`.
     """

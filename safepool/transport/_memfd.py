@@ -23,7 +23,7 @@ from safepool.transport.frames import CorruptFrameError, Filed, Missing
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from safepool.transport.frames import Received, Segment
+    from safepool.transport.frames import Segment
 
 assert sys.platform == "linux"
 
@@ -81,11 +81,15 @@ class Stored(Filed):
         """
         return [*_map(self._descriptor, self.lengths)]
 
-    def close(self) -> None:
-        """Close the file; it is freed when nobody maps it any more. May be called again."""
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the file; it is freed when nobody maps it any more. May be called again.
+
+        Args:
+            close: Known here when the interpreter has cleared this module.
+        """
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            close(descriptor)
 
     def __del__(self) -> None:
         self.close()
@@ -330,8 +334,13 @@ class Side:
         self._sent += 1
         return True
 
-    def receive(self, lengths: Sequence[int]) -> list[Received]:
+    def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
         """Return the segments of a file of which a frame has told.
+
+        Args:
+            lengths: Theirs.
+            mapped: Map the file and close it; otherwise return the file itself, as one
+                :class:`Stored`.
 
         Returns:
             The segments; in the place of each the reason, if this process has no memory or no
@@ -343,24 +352,15 @@ class Side:
         self._received += 1
         try:
             with _spare:
-                descriptor = self._take()
-                try:
-                    _check(descriptor, lengths)
-                    return [*_map(descriptor, lengths)]
-                finally:
-                    os.close(descriptor)
+                stored = Stored(self._take(), lengths)
+                _check(stored.fileno(), lengths)
+                if not mapped:
+                    return [stored]
+                segments = stored.segments()
+                stored.close()
+                return segments
         except (OSError, MemoryError) as error:
-            size = sum(lengths)
-            told: Exception
-            if isinstance(error, MemoryError):
-                told = MemoryError(f"no memory to map {size:,} bytes of arrays that have arrived")
-            else:
-                told = OSError(
-                    error.errno,
-                    f"{size:,} bytes of arrays have arrived, and cannot be taken: "
-                    f"{error.strerror}",
-                )
-            return [Missing(told)] * len(lengths)
+            return [Missing(_explain(error, sum(lengths)))] * len(lengths)
 
     def _take(self) -> int:
         """Take the next descriptor.
@@ -407,6 +407,13 @@ class Side:
             self._sock.close()
         except OSError:
             pass  # a task has closed the descriptor
+
+
+def _explain(error: OSError | MemoryError, size: int) -> Exception:
+    if isinstance(error, MemoryError):
+        return MemoryError(f"no memory to map {size:,} bytes of arrays that have arrived")
+    told = f"{size:,} bytes of arrays have arrived, and cannot be taken: {error.strerror}"
+    return OSError(error.errno, told)
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

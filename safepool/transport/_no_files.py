@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Filed
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
 
-    from safepool.transport.frames import Received, Segment
+    from safepool.transport.frames import Segment
 
 __all__ = ["Side", "Stored", "accept", "invite", "store"]
 
@@ -37,9 +37,9 @@ class Side:
         """Send a file's descriptor; return whether it went."""
         return False
 
-    def receive(self, lengths: Sequence[int]) -> list[Received]:
+    def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
         """Return the buffers of a file that was sent."""
-        raise NotImplementedError(lengths)
+        raise NotImplementedError(lengths, mapped)
 
     def close(self) -> None:
         """Close the socket."""

@@ -10,18 +10,18 @@ import itertools
 import socket
 import sys
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safepool.transport.files import FILE_BYTES, Stored, store
-from safepool.transport.frames import CorruptFrameError, Filed, FrameReader
+from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from safepool.transport.files import Side
-    from safepool.transport.frames import Frame, Received, Segment
+    from safepool.transport.frames import Frame, Segment
 
-__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of"]
+__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_large"]
 
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
@@ -64,9 +64,7 @@ class Channel:
 
     def takes_file(self, segments: Sequence[Segment]) -> bool:
         """Return whether a payload is large enough to go in files, and can."""
-        if self._side is None or any(isinstance(segment, Stored) for segment in segments):
-            return False
-        return sum(map(size_of, segments)) >= FILE_BYTES
+        return self._side is not None and _is_large(segments)
 
     def store(
         self, segments: Sequence[Segment], given_up: Callable[[], bool] = bool
@@ -212,10 +210,11 @@ class Channel:
         except OSError:
             pass  # a task has closed the descriptor
 
-    def _fetch(self, lengths: tuple[int, ...]) -> list[Received]:
+    def _fetch(self, kind: Kind, lengths: tuple[int, ...]) -> list[Any]:
         if self._side is None:
             raise CorruptFrameError("a frame tells of a file, and there is no way for it")
-        return self._side.receive(lengths)
+        # What is shared is mapped when it is needed, perhaps more than once.
+        return self._side.receive(lengths, mapped=kind is not Kind.SHARE)
 
     if sys.platform == "win32":
 
@@ -234,3 +233,18 @@ class Channel:
 def size_of(segment: Segment) -> int:
     """Return the bytes of a segment."""
     return len(segment) if isinstance(segment, Filed) else memoryview(segment).nbytes
+
+
+def store_large(segments: Sequence[Segment]) -> list[Segment]:
+    """Return a payload that several workers will be sent, in files if it is large.
+
+    Raises:
+        MemoryError: There is no memory for that.
+    """
+    return store(segments) if _is_large(segments) else list(segments)
+
+
+def _is_large(segments: Sequence[Segment]) -> bool:
+    if any(isinstance(segment, Stored) for segment in segments):
+        return False
+    return sum(map(size_of, segments)) >= FILE_BYTES

@@ -80,6 +80,10 @@ class Kind(enum.IntEnum):
     """To the pool: a log record. To a worker: which records are wanted."""
     VALUES = 16
     """To the pool: several calls that follow each other returned these plain values."""
+    SHARE = 17
+    """To a worker: keep this shared object, under this number instead of a task's."""
+    UNSHARE = 18
+    """To a worker: drop the shared object of this number."""
 
 
 class Frame(NamedTuple):
@@ -177,7 +181,7 @@ def _table_of(filed: Filed) -> list[int]:
     return table
 
 
-def _fetch_nothing(_lengths: tuple[int, ...]) -> list[Received]:
+def _fetch_nothing(_kind: Kind, _lengths: tuple[int, ...]) -> list[Received]:
     raise CorruptFrameError("a segment is said to be in a file, and there are none here")
 
 
@@ -188,7 +192,8 @@ class FrameReader:
     :meth:`received` how many came.
 
     Args:
-        fetch: Asked for the segments of a file, by their lengths, when the frame is complete.
+        fetch: Asked for the segments of a file, by the frame's kind and their lengths, when the
+            frame is complete.
     """
 
     __slots__ = (
@@ -206,7 +211,7 @@ class FrameReader:
 
     def __init__(
         self,
-        fetch: Callable[[tuple[int, ...]], list[Received]] = _fetch_nothing,
+        fetch: Callable[[Kind, tuple[int, ...]], list[Received]] = _fetch_nothing,
     ) -> None:
         self._fetch = fetch
         self._scratch = bytearray(_SCRATCH_BYTES)
@@ -292,16 +297,16 @@ class FrameReader:
     def _take(self) -> Frame:
         assert self._head is not None
         segments: list[Received] = [*self._parts]
-        for place, lengths in reversed([*self._fetched()]):
+        for place, lengths in reversed([*self._fetched(self._head[0])]):
             segments[place:place] = lengths
         frame = Frame(*self._head, segments)
         self._head, self._parts, self._filled = None, [], (0, 0)
         return frame
 
-    def _fetched(self) -> Iterator[tuple[int, list[Received]]]:
+    def _fetched(self, kind: Kind) -> Iterator[tuple[int, list[Received]]]:
         files, self._files = self._files, []
         for place, lengths in files:
-            yield place, self._fetch(tuple(lengths))
+            yield place, self._fetch(kind, tuple(lengths))
 
     def _begin(self) -> bool:
         if self._end - self._start < _HEADER.size:

@@ -19,6 +19,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.references import reference_to
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,6 +39,9 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 
 
 def _reduce(array: Any) -> Any:
+    shared = reference_to(array)
+    if shared is not None:
+        return shared
     base = array if type(array) is not _ndarray() else array.base
     while base is not None:
         if isinstance(base, _memmap()):
@@ -118,10 +123,9 @@ def reopen(
         writeable: Its own flag.
         as_memmap: It is a ``numpy.memmap`` itself, and not only a view of one.
     """
-    import numpy as np  # noqa: PLC0415 -- it travels by name
-
+    np: Any = sys.modules["numpy"]  # the dtype has brought it
     offset, length, first = place
-    raw = np.memmap(name, dtype=np.uint8, mode=mode, offset=offset, shape=(length,))
+    raw: Any = np.memmap(name, dtype=np.uint8, mode=mode, offset=offset, shape=(length,))
     array: Any = np.ndarray(shape, dtype, buffer=raw, offset=first, strides=strides)
     if as_memmap:
         array = array.view(np.memmap)

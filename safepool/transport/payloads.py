@@ -123,18 +123,15 @@ def _standard_dumps(
     arrays = "numpy" in sys.modules
     if not (reducers or arrays):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
-    file = io.BytesIO()
-    kind = _array_pickler() if arrays else _StandardPickler
-    pickler = kind(file, protocol=5, buffer_callback=in_band)
+    kind: Any = _array_pickler() if arrays else pickle.Pickler
     if reducers:
-        table: Any = ChainMap(dict(reducers), kind.dispatch_table)
-        pickler.dispatch_table = table
-    pickler.dump(value)
+        table: Any = kind.dispatch_table if arrays else copyreg.dispatch_table
+        table = ChainMap(dict(reducers), table)
+        # Of the class, where the C pickler looks for it.
+        kind = type("PicklerOnce", (pickle.Pickler,), {"dispatch_table": table})
+    file = io.BytesIO()
+    kind(file, protocol=5, buffer_callback=in_band).dump(value)
     return file.getvalue()
-
-
-class _StandardPickler(pickle.Pickler):
-    dispatch_table = copyreg.dispatch_table  # type: ignore[assignment]
 
 
 @functools.cache

@@ -18,8 +18,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport import references
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.payloads import dumps, loads
+from safepool.transport.sharing import received
 from safepool.workers.board import record_of
 from safepool.workers.describe import describe
 from safepool.workers.logs import Outbox, forward_records
@@ -71,6 +73,7 @@ class Runner:
         cap: WorkerCap,
         initializer: Initializer | None = None,
     ) -> None:
+        references.restart()
         self._initializer = initializer
         self._channel = channel
         self._outbox = Outbox(channel)
@@ -114,10 +117,8 @@ class Runner:
                 forward_records(self._outbox, segments[0])
             case Kind.INITIALIZE:
                 self._initialize(segments)
-            case Kind.FUNCTION:
-                self._functions[position] = _load_function(segments)
-            case Kind.FORGET:
-                self._functions.pop(position, None)
+            case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE:
+                self._keep(kind, position, segments)
             case Kind.TASK:
                 function = self._functions.get(function_of(segments))
                 self._run_pickled(position, function, segments[1:], segments)
@@ -129,6 +130,16 @@ class Runner:
                 self._run_batch(position, segments)
             case _:
                 raise RuntimeError(f"a pool does not send {kind!r}")
+
+    def _keep(self, kind: Kind, number: int, segments: Sequence[Received]) -> None:
+        if kind is Kind.FUNCTION:
+            self._functions[number] = _load_function(segments)
+        elif kind is Kind.FORGET:
+            self._functions.pop(number, None)
+        elif kind is Kind.SHARE:
+            references.keep(number, received(segments))
+        else:
+            references.drop(number)
 
     def _initialize(self, segments: Sequence[Received]) -> None:
         try:
