@@ -34,9 +34,9 @@ __all__ = ["Dispatch"]
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
-# What is copied into files in the scheduler's own thread; more would keep the other workers
-# waiting for longer than a message to another thread takes.
-_AT_ONCE_BYTES = 1 << 20
+# What is copied into files in the scheduler's own thread: in less than a millisecond. More would
+# keep the other workers waiting for longer than it takes to wake another thread and be woken.
+_AT_ONCE_BYTES = 4 << 20
 
 Pieces = list["bytes | memoryview"]
 
@@ -65,28 +65,49 @@ class Dispatch:
         """Send what has been copied into files; return what is to be queued again."""
         back: list[Task | Span] = []
         for packing in self._packer.done():
-            worker, work = packing.worker, packing.work
+            worker = packing.worker
             if worker.packing is packing:
                 worker.packing = None
-            if not packing.wanted:
-                continue  # taken back, or its worker has ended
-            if packing.error is None:
+            if packing.wanted:  # else taken back, or its worker has ended
+                pieces, again = self._finish(packing)
+                back += again
                 worker.sent_ns = time.monotonic_ns()
-                try:
-                    send(worker, self._frame(packing))
-                    continue
-                except MemoryError as error:  # it could not go as a file after all
-                    packing.error = error
-            worker.ledger.take_back(packing.position - 1)
-            worker.exclusive = False
-            if not isinstance(work, Span):
-                work.pickled = None
-                fail(work.future, packing.error)
-            elif work.count == 1:
-                self._fail_all(work, packing.error)
-            else:
-                back += [work.only(place) for place in range(work.count)]
+                send(worker, pieces)
         return back
+
+    def _give_large(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
+        """Return the pieces of a payload that may go in files, and what is to be queued again.
+
+        There may be none yet: then it is copied first, and sent by :meth:`send_packed`.
+        """
+        channel = packing.worker.channel
+        if channel.takes_file(packing.segments):
+            if _size(packing.segments) > _AT_ONCE_BYTES:
+                packing.worker.packing = packing
+                packing.worker.sent_ns = time.monotonic_ns()
+                self._packer.put(packing)
+                return [], []
+            packing.store()
+        return self._finish(packing)
+
+    def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
+        """Return the pieces of a payload that was copied, or fail what it belongs to."""
+        worker, work, error = packing.worker, packing.work, packing.error
+        if error is None:
+            try:
+                return self._frame(packing), []
+            except MemoryError as problem:  # it could not go as a file after all
+                error = problem
+        worker.ledger.take_back(packing.position - 1)
+        worker.exclusive = False
+        if not isinstance(work, Span):
+            work.pickled = None
+            fail(work.future, error)
+        elif work.count == 1:
+            self._fail_all(work, error)
+        else:
+            return [], [work.only(place) for place in range(work.count)]
+        return [], []
 
     def _frame(self, packing: Packing) -> Pieces:
         work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
@@ -99,19 +120,6 @@ class Dispatch:
             function, _, shared = work.pickled
             work.pickled = (function, list(packing.segments), shared)  # the same files again
         return task_frame(work.position, packing.function, segments)
-
-    def _packs(
-        self, worker: Worker, work: Task | Span, function: int, segments: Sequence[Segment]
-    ) -> bool:
-        """Return whether a payload goes in files; then it is given to a worker, and sent later."""
-        if not worker.channel.takes_file(segments):
-            return False
-        worker.packing = packing = Packing(worker, work, work.position, function, segments)
-        if _size(segments) < _AT_ONCE_BYTES:
-            self._packer.pack(packing)
-        else:
-            self._packer.put(packing)
-        return True
 
     def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
         """Give tasks to a worker.
@@ -147,10 +155,8 @@ class Dispatch:
                 continue
             worker.exclusive = True
             number = function.number if function else 0
-            if not self._packs(worker, task, number, segments):
-                packing = Packing(worker, task, task.position, number, segments)
-                pieces += self._frame(packing)
-            return pieces, tasks[place + 1 :]
+            more, _ = self._give_large(Packing(worker, task, task.position, number, segments))
+            return [*pieces, *more], tasks[place + 1 :]
         return [*pieces, *_tasks(first, group)], []
 
     def pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, list[Span]]:
@@ -177,10 +183,9 @@ class Dispatch:
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._introduce(worker, run.sent, shared)
         worker.ledger.give(span)
-        if self._packs(worker, span, run.sent.number, segments):
-            return pieces, []
-        frame = task_frame if span.alone else batch_frame
-        return [*pieces, *frame(span.position, run.sent.number, segments)], []
+        packing = Packing(worker, span, span.position, run.sent.number, segments)
+        more, back = self._give_large(packing)
+        return [*pieces, *more], [one for one in back if isinstance(one, Span)]
 
     def _pickle(self, task: Task) -> Pickled:
         assert task.call is not None

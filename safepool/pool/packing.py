@@ -47,6 +47,13 @@ class Packing:
     segments: Sequence[Segment] = field(repr=False)
     error: BaseException | None = None
 
+    def store(self, given_up: Callable[[], bool] = bool) -> None:
+        """Copy it into files, or learn why that cannot be."""
+        try:
+            self.segments = self.worker.channel.store(self.segments, given_up)
+        except BaseException as error:  # noqa: BLE001 -- told to the task
+            self.error, self.segments = error, ()
+
     @property
     def wanted(self) -> bool:
         """Whether the worker still owes it."""
@@ -75,22 +82,10 @@ class Packer:
             try:
                 thread.start()
             except RuntimeError:  # the interpreter shuts down, or there are too many
-                self.pack(packing)
+                self._pack(packing)
                 return
             self._thread = thread
         self._waiting.put(packing)
-
-    def pack(self, packing: Packing) -> None:
-        """Copy this one now, in the thread that calls."""
-        try:
-            packing.segments = packing.worker.channel.store(
-                packing.segments, given_up=lambda: self._closed
-            )
-        except BaseException as error:  # noqa: BLE001 -- told to the task
-            packing.error = error
-            packing.segments = ()
-        self._done.append(packing)
-        self._wake()
 
     def done(self) -> list[Packing]:
         """Return what is done, or could not be."""
@@ -112,5 +107,10 @@ class Packer:
         while (packing := self._waiting.get()) is not None:
             if self._closed:
                 return
-            self.pack(packing)
+            self._pack(packing)
             del packing  # what it refers to is not to live on here
+
+    def _pack(self, packing: Packing) -> None:
+        packing.store(lambda: self._closed)
+        self._done.append(packing)
+        self._wake()

@@ -711,8 +711,9 @@ class Scheduler:
 
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
-        ahead = [w for w in staff if w.board is not None and w.ledger.owed > 1]
-        unheard = [w for w in staff if w.unheard and not w.exclusive]
+        sent = [worker for worker in staff if worker.packing is None]
+        ahead = [w for w in sent if w.board is not None and w.ledger.owed > 1]
+        unheard = [w for w in sent if w.unheard and not w.exclusive]
         if not (ahead or unheard):
             return
         idle = not self._backlog and any(_is_idle(worker) for worker in staff)
@@ -744,7 +745,8 @@ class Scheduler:
             staff.distrust(worker, error)
         claimed = board.claimed
         back = ledger.take_back(claimed)
-        if back:
+        unsent = worker.packing
+        if back and (unsent is None or unsent.position > claimed + 1):
             worker.awaited = claimed + 1  # it will come to it, and say so (race J)
         self._wait_again(back)
 

@@ -39,7 +39,7 @@ _MOST_WRITTEN_BYTES = 0x7FFF_F000
 _HUGE_BYTES = 2 << 20
 # A file of at least so many bytes is given large pages, in steps of so many: between two of them
 # it is asked whether anybody still wants it.
-_PREPARED_BYTES = 4 << 20
+_PREPARED_BYTES = 2 << 20
 _STEP_BYTES = 16 << 20
 # madvise(2): MADV_COLLAPSE, Linux 6.1.
 _COLLAPSE = 25
@@ -252,7 +252,7 @@ def _map_whole(descriptor: int, size: int) -> memoryview:
     # An anonymous mapping replaced by one of the file, because Python's own keeps the descriptor
     # open as long as the array lives (until 3.13, ``trackfd``). Whoever drops the last view
     # of it unmaps both.
-    spare = _HUGE_BYTES if size >= 2 * _HUGE_BYTES else 0  # large pages are mapped where they fit
+    spare = _HUGE_BYTES if size >= _HUGE_BYTES else 0  # large pages are mapped where they fit
     try:
         room = mmap.mmap(-1, size + spare, mmap.MAP_PRIVATE)
         at = _address(room)

@@ -28,6 +28,7 @@ else:
 
 __all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
 
-# A payload with buffers of so many bytes in all goes into a file; below that the stream is faster.
-# benchmarks/arrays.py, threshold.
-FILE_BYTES = 256 * 1024
+# A payload of at least so many bytes goes into a file. Below, the stream is faster: the kernel
+# hands out a file's memory in small pages, at 2 microseconds each; a large one has 2 MiB.
+# Source: benchmarks/arrays.py, threshold.
+FILE_BYTES = 2 << 20
