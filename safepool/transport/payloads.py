@@ -87,13 +87,11 @@ def loads(segments: Sequence[Buffer]) -> Any:
         Exception: What unpickling raised.
     """
     buffers = segments[1:]
-    if (buffers or type(segments[0]) is Missing) and (missing := _missing(segments)):
-        raise missing.error
+    if buffers or type(segments[0]) is Missing:
+        for segment in segments:
+            if isinstance(segment, Missing):
+                raise segment.error
     return pickle.loads(segments[0], buffers=buffers)
-
-
-def _missing(segments: Sequence[Buffer]) -> Missing | None:
-    return next((segment for segment in segments if isinstance(segment, Missing)), None)
 
 
 def _dumps(
