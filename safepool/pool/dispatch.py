@@ -180,6 +180,9 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
+        if span.count > 1 and any(one.writable for one in shared):
+            # In one pickle they would be one object, and a call see what another has written.
+            return [], [span.only(place) for place in range(span.count)]
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._introduce(worker, run.sent, shared)
         worker.ledger.give(span)
