@@ -159,6 +159,9 @@ class Harness:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make hooks and fixtures hold for the package's doctests too, outside this folder."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's job in the background. Programs that are to see Ctrl-C would inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Harness(config), "time-limit")
     config.pluginmanager.register(leaks, "leaks")
 

@@ -195,7 +195,7 @@ def stop_after_answer() -> int:
     """Let this worker be stopped (SIGSTOP) as soon as its answer is sent."""
 
     def watch(frame: Any, event: str, _argument: object) -> None:
-        if event == "return" and frame.f_code.co_name == "_flush":
+        if event == "return" and frame.f_code.co_qualname == "Answers.flush":
             sys.setprofile(None)
             os.kill(os.getpid(), signal.SIGSTOP)
 

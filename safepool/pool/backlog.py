@@ -9,7 +9,7 @@ from safepool.pool.mapping import MapRun, Span
 from safepool.pool.tasks import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import Item
 
@@ -38,9 +38,9 @@ class Backlog:
         """Queue a task."""
         self._entries.append(task)
 
-    def add_items(self, run: MapRun, items: Iterable[Item]) -> None:
+    def add_items(self, run: MapRun, items: list[Item]) -> None:
         """Queue further calls of a run."""
-        run.waiting.extend(items)
+        run.waiting.add(items)
         if run.waiting and not run.queued:
             run.queued = True
             self._entries.append(run)

@@ -112,8 +112,12 @@ class Dispatch:
     def _frame(self, packing: Packing) -> Pieces:
         work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
         if isinstance(work, Span):
-            frame = task_frame if work.alone else batch_frame
-            return frame(work.position, packing.function, segments)
+            if work.alone:
+                return task_frame(work.position, packing.function, segments)
+            starred, timed = work.run.starred, work.run.policy.timeout_s is not None
+            return batch_frame(
+                work.position, packing.function, segments, starred=starred, timed=timed
+            )
         if not work.policy.retries:
             work.pickled = None
         elif work.pickled is not None:
@@ -172,7 +176,7 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
         try:
-            value: object = (span.items[0], {}) if span.alone else span.items
+            value: object = (run.arguments_of(span.items[0]), {}) if span.alone else span.items
             segments, shared = _dumps(value)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:

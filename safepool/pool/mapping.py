@@ -31,7 +31,8 @@ _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
-Item = tuple[Any, ...]
+# The arguments of a call, or the only one.
+Item = Any
 
 
 class _Raised:
@@ -43,6 +44,48 @@ class _Raised:
         self.error = error
 
 
+class Waiting:
+    """Items in their order, added and taken many at a time."""
+
+    __slots__ = ("_at", "_count", "_portions")
+
+    def __init__(self) -> None:
+        self._portions: deque[list[Item]] = deque()
+        self._at = 0  # how many of the first portion were taken
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, items: list[Item]) -> None:
+        """Add items, which the caller leaves alone from now on."""
+        if items:
+            self._portions.append(items)
+            self._count += len(items)
+
+    def take(self, count: int) -> list[Item]:
+        """Return the first items, at most so many, and keep them no longer."""
+        taken: list[Item] = []
+        while self._portions and len(taken) < count:
+            portion = self._portions[0]
+            end = min(self._at + count - len(taken), len(portion))
+            taken += portion[self._at : end]
+            if end == len(portion):
+                self._portions.popleft()
+                self._at = 0
+            else:
+                # What a worker has is nothing to hold on to here.
+                portion[self._at : end] = [None] * (end - self._at)
+                self._at = end
+        self._count -= len(taken)
+        return taken
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._portions.clear()
+        self._at = self._count = 0
+
+
 class MapRun:
     """One ``map``, between the thread that iterates and the scheduler's.
 
@@ -51,6 +94,7 @@ class MapRun:
         name: What an error calls it.
         policy: Holds for each call.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
+        starred: An item is the tuple of a call's arguments; else it is the only one.
 
     Attributes:
         waiting: What no worker has, in order; the scheduler's, under its lock.
@@ -68,7 +112,10 @@ class MapRun:
         name: str,
         policy: Policy,
         at_once: int | None,
+        *,
+        starred: bool = True,
     ) -> None:
+        self.starred = starred
         self.function = function
         self.name = name
         self.policy = policy
@@ -76,7 +123,7 @@ class MapRun:
         self.most_at_once = sys.maxsize
         self.unsettled = 0
         self.fed = self.dropped = False
-        self.waiting: deque[Item] = deque()
+        self.waiting = Waiting()
         self.queued = False
         self.sent: SentFunction | None = None
         self._cut = 0
@@ -93,10 +140,14 @@ class MapRun:
 
     def cut(self, count: int) -> Span:
         """Take the next calls, at most ``count``, from those that wait."""
-        items = [self.waiting.popleft() for _ in range(min(count, len(self.waiting)))]
+        items = self.waiting.take(count)
         span = Span(self, self._cut, items)
         self._cut += len(items)
         return span
+
+    def arguments_of(self, item: Item) -> tuple[Any, ...]:
+        """Return the arguments of the call that an item stands for."""
+        return item if self.starred else (item,)
 
     def put(self, index: int, results: list[Any]) -> None:
         """Put results down that follow each other; :meth:`tell` when these are all for now."""
@@ -299,12 +350,15 @@ class Results:
                 # From the end of a reversed list, so that nothing here keeps a result
                 # that the caller has dropped.
                 results.reverse()
+                # Counted before: whoever takes one may ask for the next item first.
+                if self._items is None or self._grows:
+                    self._taken += len(results)
+                    while results:
+                        yield results.pop()
                 while results:
-                    # Counted before: whoever takes one may ask for the next item first.
                     self._taken += 1
                     yield results.pop()
-                    if self._items is not None:
-                        self._refill()
+                    self._refill()
         finally:
             del keep
             early = self._items is not None or self._taken < self._fed

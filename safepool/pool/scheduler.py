@@ -8,13 +8,13 @@
 
 Data goes one way: what is submitted waits in the backlog (``backlog``), is taken by the
 scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
-(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends by its future
-or among its map's results (``mapping``). Callers only add to the backlog or raise a flag, under
-``_lock`` (but race E), and then wake the thread up. The lock is never held across input,
-output, pickling or a future's callbacks.
+(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends
+(``settling``) by its future or among its map's results (``mapping``). Callers only add to the
+backlog or raise a flag, under ``_lock`` (but race E), and then wake the thread up. The lock is
+never held across input, output, pickling or a future's callbacks.
 
-The workers themselves are the staff's (``staff``): started, listened to, seen to their end.
-What a task is, and what its loss means, is decided here.
+The workers themselves are the staff's (``staff``): started (``hiring``), listened to, seen to
+their end. What a task is, and what its loss means, is decided here.
 
 A worker is sent several short tasks at a time. What it has not begun can be had back at any time,
 by the board that it shares with the pool (``workers.board``): when another worker is idle, when
@@ -46,9 +46,7 @@ Not covered:
 from __future__ import annotations
 
 import logging
-import math
 import os
-import sys
 import threading
 import time
 import weakref
@@ -61,36 +59,30 @@ from safepool.errors import (
     TaskTimeoutError,
     WorkerDiedError,
     describe_exit,
-    text_of,
 )
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
-from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
+from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.records import handle_record
+from safepool.pool.settling import Settling
 from safepool.pool.staff import Ended, Staff, Worker
-from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
-from safepool.transport import payloads
+from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, fresh, rebuild
 from safepool.transport.frames import CorruptFrameError, Frame, Kind
-from safepool.workers import inheritance
-from safepool.workers.board import Board, records_of
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.inheritance import Inheritance
+from safepool.workers.loading import check_no_import
 from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
-from safepool.workers.process import prepare
 from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from multiprocessing.context import BaseContext
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
-    from safepool.threads.placement import Placement
-    from safepool.transport.frames import Received
 
 __all__ = ["Scheduler"]
 
@@ -101,14 +93,14 @@ _log = ContainedLogger()
 _MOST_FAILED_STARTS = 3
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
-# Between two attempts to start a worker when the system refuses.
+# Between two attempts to start a worker when the system refuses; and for how long a pool that
+# has lost all of them goes on trying.
 _RETRY_S = 1.0
+_RETRYING_S = 30.0
 # A task that runs for so long keeps those behind it: they are taken back, at once if a
 # worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
 _LONG_NS = 20_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
-# Sixths of a task may add up to a little less than one.
-_ROUNDING = 1e-6
 # While a worker is idle, so much that another holds is worth dividing.
 _DIVIDED_NS = 2_500_000
 # A task that a worker has not come to after so long goes to another that is idle. It may be
@@ -116,8 +108,6 @@ _DIVIDED_NS = 2_500_000
 _UNHEARD_NS = 1_000_000_000
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
-# Between two looks at the memory of a worker that has a limit for it.
-_MEMORY_LOOK_NS = 200_000_000
 
 
 Ending = Literal["", "ask", "terminate", "kill"]
@@ -129,47 +119,30 @@ class Scheduler:
 
     Args:
         workers: The most worker processes at a time.
-        context: How to start them.
-        environment: Variables they are born with.
-        threads: Threads for each of their native pools.
-        initializer: Run once in each worker before its first task.
-        initargs: Its arguments.
+        hiring: Starts them.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
-        placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
     """
 
-    def __init__(  # noqa: PLR0913 -- each by its name
+    def __init__(
         self,
         *,
         workers: int,
-        context: BaseContext,
-        environment: Mapping[str, str | None],
-        threads: int,
-        initializer: Callable[..., object] | None,
-        initargs: tuple[Any, ...],
+        hiring: Hiring,
         tasks_per_worker: int | None,
         memory_per_worker: int | None = None,
         break_on_death: bool = False,
-        placement: Placement | None = None,
         follow: Callable[[list[int]], int] | None = None,
     ) -> None:
         self._size = workers
         self._follow = follow
         self._follow_at = 0.0
-        self._context = context
-        self._environment = environment
-        self._threads = threads
-        self._initialize = (initializer, initargs)
-        self._inheritance = Inheritance([], [])
-        self._tasks_per_worker = tasks_per_worker
-        self._memory_per_worker = memory_per_worker
         self._break_on_death = break_on_death
-        self._placement = placement
+        self._idle_s: float | None = None
 
         # Shared with callers, under the lock.
         # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
@@ -197,13 +170,16 @@ class Scheduler:
         self._staff: Staff | None = None
         self._dispatch = Dispatch(self._settled, self.wake)
         self._pace = Pace()
+        self._settling = Settling(
+            self._pace,
+            self._settled,
+            tasks_per_worker=tasks_per_worker,
+            memory_per_worker=memory_per_worker,
+        )
         self._oom = OutOfMemoryWatch()
-        self._hire_not_before = 0.0
-        self._failed_starts = 0
-        # Set when the first worker was started, or never will be (race F).
-        self._started = threading.Event()
-        # Set when there is a worker, or will be none.
-        self._hired = threading.Event()
+        self._hiring = hiring
+        me = self._me
+        hiring.given_up = lambda: (found := me()) is None or bool(found._ending)
 
     # What callers use, from any thread.
 
@@ -219,7 +195,7 @@ class Scheduler:
     def wait_for_a_worker(self) -> None:
         """Return when one has been started, or none will be; at once if nothing was submitted."""
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._hired.wait()
+            self._hiring.hired.wait()
 
     @property
     def size(self) -> int:
@@ -235,6 +211,10 @@ class Scheduler:
         if before != workers:
             _log.info("resized by hand: %d workers instead of %d", workers, before)
         self.wake()
+
+    def let_go_after(self, idle_s: float) -> None:
+        """Let workers end that have had nothing to do for so long, in seconds."""
+        self._idle_s = idle_s
 
     def submit(
         self,
@@ -297,7 +277,7 @@ class Scheduler:
         if results is not None and not results.seen:
             results.finish()
 
-    def add_items(self, run: MapRun, items: Sequence[Item], *, last: bool) -> None:
+    def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls of a run; ``last``: there will be no more."""
         self._check_fork()
         with self._lock:
@@ -403,6 +383,8 @@ class Scheduler:
                 f"this pool belongs to process {self._pid}, and this is its fork "
                 f"{os.getpid()}: make a pool of its own here"
             )
+        if self._thread is None:
+            self._hiring.pack_ahead()
 
     def _check_open(self) -> None:
         if self._broken is not None:
@@ -416,14 +398,15 @@ class Scheduler:
             self._start()
 
     def _wait_for_the_first_worker(self) -> None:
-        if not self._started.is_set() and threading.current_thread() is not self._thread:
-            self._started.wait()
+        if not self._hiring.started.is_set() and threading.current_thread() is not self._thread:
+            self._hiring.started.wait()
 
     # The scheduler's thread.
 
     def _start(self) -> None:
+        check_no_import()
         finish_at_exit(self)
-        staff = Staff(self._start_worker)
+        staff = Staff(self._hiring.start)
         # A daemon, so that a second interrupt at exit is not answered by another join.
         thread = threading.Thread(
             target=self._run, args=(staff,), name="safepool-scheduler", daemon=True
@@ -436,18 +419,6 @@ class Scheduler:
             self._staff = self._thread = None
             staff.close()
             raise
-
-    def _start_worker(self) -> Worker:
-        return Worker(
-            self._context,
-            environment=self._environment,
-            threads=self._threads,
-            foreign_descriptors=list(_descriptors_of_all_pools()),
-            inheritance=self._inheritance,
-            given_up=lambda: bool(self._ending),
-            cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
-            board=Board.create(),
-        )
 
     def _run(self, staff: Staff) -> None:
         try:
@@ -463,10 +434,7 @@ class Scheduler:
             self._staff = None
             self._dispatch.close()
             staff.close()
-            # A lock of multiprocessing among them is to be freed with the program's last one.
-            self._initialize, self._inheritance = (None, ()), Inheritance([], [])
-            self._started.set()
-            self._hired.set()
+            self._hiring.close()
 
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
@@ -486,14 +454,13 @@ class Scheduler:
             with self._lock:
                 run.drop()
             ended_runs.append(run)
-        self._dispatch.unshare(staff)
-        back = self._dispatch.send_packed(staff.send)
-        if back:
-            self._wait_again(back)
+        self._send_packed(staff)
         for run in ended_runs:
             self._forget(staff, run)
         for future in to_kill:
             self._end_task(staff, future)
+        if self._idle_s is not None:
+            self._let_the_idle_go(staff, self._idle_s)
         working = any(worker.ledger.owed or worker.retiring for worker in staff)
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
@@ -508,6 +475,12 @@ class Scheduler:
         if self._ending:  # broken meanwhile
             return False
         return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
+
+    def _send_packed(self, staff: Staff) -> None:
+        self._dispatch.unshare(staff)
+        back = self._dispatch.send_packed(staff.send)
+        if back:
+            self._wait_again(back)
 
     def _cancel_waiting(self) -> None:
         if not self._cancelling:
@@ -542,12 +515,17 @@ class Scheduler:
 
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
+        busy = [worker for worker in staff if worker.ledger.owed]
         now = time.monotonic()
         times = []
-        if self._backlog and self._hire_not_before > now:
-            times.append(self._hire_not_before)
-        busy = [worker for worker in staff if worker.ledger.owed]
-        if self._follow is not None and (self._backlog or busy):
+        if self._idle_s is not None:
+            idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
+            times += [since + self._idle_s for since in idle_since]
+        if not (busy or self._backlog):
+            return max(0.0, min(times) - now) if times else None
+        if self._backlog and self._hiring.not_before > now:
+            times.append(self._hiring.not_before)
+        if self._follow is not None:
             times.append(self._follow_at)
         idle = any(_is_idle(worker) for worker in staff)
         if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
@@ -560,6 +538,17 @@ class Scheduler:
             if due_s is not None:
                 times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
+
+    def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
+        now = time.monotonic()
+        for worker in staff:
+            if not _is_idle(worker):
+                worker.idle_since = None
+            elif worker.idle_since is None:
+                worker.idle_since = now
+            elif now - worker.idle_since >= idle_s and not self._backlog:
+                worker.idle_since = None
+                staff.stop(worker)
 
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
@@ -583,7 +572,11 @@ class Scheduler:
 
     def _shrink(self, staff: Staff) -> None:
         """Let workers go that are too many or too large: between two tasks, never in one."""
-        shrinking = sum(not worker.leaving for worker in staff) > self._size
+        shrinking = (
+            len(staff) > self._size and sum(not worker.leaving for worker in staff) > self._size
+        )
+        if not (shrinking or any(worker.retiring for worker in staff)):
+            return
         for worker in staff:
             if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
@@ -603,14 +596,16 @@ class Scheduler:
         if not self._backlog:
             return
         staying = [worker for worker in staff if not worker.leaving]
-        ready = [worker for worker in staying if worker.ready and not worker.silent]
+        hungry = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
-        ready.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
+        hungry.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
         among = max(1, min(self._size, len(staying)))
-        hungry = ready[: self._size]
-        while hungry:  # one message each, and again: the first is not to get all there is
+        del hungry[self._size :]
+        while hungry and self._backlog:
+            # One message each, and again: the first is not to get all there is.
             hungry = [worker for worker in hungry if self._fill(staff, worker, among)]
-        self._hire(staff)
+        if self._backlog:
+            self._hire(staff, staying)
 
     def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
         """Send a worker what it has room for; return whether it may have room for more."""
@@ -621,7 +616,7 @@ class Scheduler:
             return False
         if ledger.owed and worker.board is None:
             return False
-        left = self._tasks_left(worker)
+        left = self._settling.tasks_left(worker)
 
         def room(name: str, more_ns: int) -> int:
             idle = not (ledger.owed or more_ns)
@@ -647,73 +642,42 @@ class Scheduler:
                 return False
         return not (back and ledger.owed)
 
-    def _tasks_left(self, worker: Worker) -> int:
-        """Return how many more tasks a worker may be sent before it is replaced."""
-        if self._tasks_per_worker is None:
-            return sys.maxsize
-        owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
-        return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
-
-    def _hire(self, staff: Staff) -> None:
+    def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
-        staying = [worker for worker in staff if not worker.leaving]
-        starting = sum(not worker.ready for worker in staying)
+        most = self._size - len(staying)
+        if most <= 0 or time.monotonic() < self._hiring.not_before:
+            return
         if any(worker.failure for worker in staff):  # the pool breaks when it has ended
             return
-        most = self._size - len(staying)
-        if most <= 0 or time.monotonic() < self._hire_not_before:
-            return
+        starting = sum(not worker.ready for worker in staying)
         with self._lock:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
         self._oom.look()
-        if not self._pack_initializer(staff):
-            return
-        for _ in range(wanted):
-            try:
-                if not self._started.is_set() and prepare(self._context, self._environment):
-                    # submit() need not wait for imports: what comes needs no new process.
-                    self._started.set()
-                worker = staff.hire()
-            except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
-                if self._ending:
-                    return
-                if len(staff):
-                    _log.warning("no further worker could be started: %s", error)
-                    self._hire_not_before = time.monotonic() + _RETRY_S
-                else:
-                    problem = PoolBrokenError(f"no worker could be started: {error}")
-                    self._break(staff, problem, error)
-                return
-            self._started.set()
-            self._hired.set()
-            staff.send(worker, levels_frame())
-            staff.send(worker, self._dispatch.initialize(worker, self._inheritance))
-
-    def _pack_initializer(self, staff: Staff) -> bool:
-        """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""
         try:
-            forked = self._context.get_start_method() == "fork"
-            self._inheritance = inheritance.pack(self._initialize, forked=forked)
-        except BaseException as error:  # noqa: BLE001 -- user code
-            reason = f"the initializer cannot be pickled: {error!r}"
-            if "fork context" in text_of(error):
-                reason += (
-                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
-                    'workers that are no forks of this process, or pass mp_context="fork"'
-                )
-            self._break(staff, PoolBrokenError(reason), error)
-            return False
-        return True
+            self._hiring.prepare()
+            for _ in range(wanted):
+                worker = staff.hire()
+                staff.send(worker, levels_frame())
+                staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
+        except PoolBrokenError as error:
+            self._break(staff, error, error.__cause__)
+        except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
+            if not self._ending:
+                broken = self._hiring.refused(error, alone=not len(staff))
+                if broken is not None:
+                    self._break(staff, broken, error)
 
     # Tasks back from workers.
 
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
-        sent = [worker for worker in staff if worker.packing is None]
-        ahead = [w for w in sent if w.board is not None and w.ledger.owed > 1]
-        unheard = [w for w in sent if w.unheard and not w.exclusive]
+        busy = [worker for worker in staff if worker.ledger.owed and worker.packing is None]
+        if not busy:
+            return
+        ahead = [worker for worker in busy if worker.board is not None and worker.ledger.owed > 1]
+        unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
         if not (ahead or unheard):
             return
         idle = not self._backlog and any(_is_idle(worker) for worker in staff)
@@ -740,7 +704,7 @@ class Scheduler:
             return
         board.revoke(ledger.last)
         try:
-            self._settle_records(staff, worker, board.peek(), peeked=True)
+            self._settling.settle_left(staff, worker, board.peek())
         except ValueError as error:
             staff.distrust(worker, error)
         claimed = board.claimed
@@ -768,11 +732,11 @@ class Scheduler:
         kind, position, segments = frame
         match kind:
             case Kind.RESULTS:
-                self._settle_records(staff, worker, b"".join(segments))
+                self._settling.settle_records(staff, worker, b"".join(segments))
             case Kind.VALUES:
-                self._settle_values(staff, worker, position, segments)
+                self._settling.settle_values(staff, worker, position, *read_values(segments))
             case Kind.RESULT | Kind.EXCEPTION:
-                run = self._settle(staff, worker, position, kind, segments)
+                run = self._settling.settle(staff, worker, position, kind, segments)
                 if run is not None:
                     run.tell()
             case Kind.READY:
@@ -809,111 +773,7 @@ class Scheduler:
         worker.ledger.withdraw()  # not what is behind it: the worker goes on with that
         self._wait_again([head.only(place) for place in range(head.count)])
 
-    def _settle_records(
-        self,
-        staff: Staff,
-        worker: Worker,
-        records: bytes | bytearray,
-        *,
-        peeked: bool = False,
-    ) -> None:
-        runs: set[MapRun] = set()
-        spent: dict[str, list[int]] = {}
-        for position, microseconds, kind, pickled in records_of(records):
-            head = worker.ledger.head
-            if peeked and (head is None or position > head.position + head.done):
-                break  # an earlier message has not been read; then it will bring these as well
-            run = self._settle(staff, worker, position, kind, [pickled])
-            if run is not None:
-                runs.add(run)
-            if head is not None:
-                times = spent.setdefault(head.name, [0, 0])
-                times[0] += microseconds
-                times[1] += 1
-        for name, (microseconds, count) in spent.items():
-            self._pace.note(name, microseconds * 1000, count)
-        for run in runs:
-            run.tell()
-
-    def _settle(
-        self,
-        staff: Staff,
-        worker: Worker,
-        position: int,
-        kind: int,
-        segments: Sequence[bytes | bytearray | memoryview],
-    ) -> MapRun | None:
-        """End the call at this position of a worker by its answer; return its run if it has one.
-
-        Raises:
-            ValueError: It was not sent.
-        """
-        settled = worker.ledger.settle(position)
-        if settled is None:
-            return None  # read from the board before, or given up
-        work, place = settled
-        self._count(staff, worker, work, 1)
-        failed = False
-        value: Any
-        try:
-            if kind == Kind.EXCEPTION:
-                value, failed = rebuild(segments), True
-            else:
-                value = payloads.loads(segments)
-        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-            value, failed = error, True
-        if isinstance(work, Task):
-            work.pickled = None
-            (fail if failed else finish)(work.future, value)
-            return None
-        run = work.run
-        if failed:
-            run.put_error(work.start + place, value)
-        else:
-            run.put(work.start + place, [value])
-        self._settled(run)
-        return run
-
-    def _settle_values(
-        self, staff: Staff, worker: Worker, position: int, segments: Sequence[Received]
-    ) -> None:
-        """End several calls of one run, which returned plain values.
-
-        Raises:
-            ValueError: They were not sent.
-        """
-        microseconds, values = read_values(segments)
-        head = worker.ledger.head
-        known = 0
-        if head is not None and position < head.position + head.done:
-            known = min(head.position + head.done - position, len(values))  # peeked at before
-        if known == len(values):
-            return
-        settled = worker.ledger.settle(position + known, len(values) - known)
-        if settled is None:
-            return
-        work, place = settled
-        if not isinstance(work, Span):
-            raise CorruptFrameError(f"values at {position}, where a task was sent")
-        run = work.run
-        run.put(work.start + place, values[known:])
-        self._settled(run, len(values) - known)
-        run.tell()
-        self._pace.note(work.name, microseconds * 1000, len(values))
-        self._count(staff, worker, work, len(values) - known)
-
-    def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
-        worker.exclusive = False
-        worker.done += calls
-        worker.tasks_done += work.tasks_in(calls)
-        self._failed_starts = 0
-        if not worker.retiring:
-            full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
-            worker.retiring = full or self._is_too_large(worker)
-        if worker.retiring and not worker.ledger.owed and not worker.leaving:
-            staff.stop(worker)
-
-    def _settled(self, run: MapRun, count: int = 1) -> None:
+    def _settled(self, run: MapRun, count: int) -> None:
         with self._lock:  # the caller's thread may be queueing further calls
             run.unsettled -= count
             if run.fed and not run.unsettled:
@@ -927,18 +787,6 @@ class Scheduler:
         for worker in staff:
             if not worker.leaving:
                 forget(worker, run.sent, staff.send)
-
-    def _is_too_large(self, worker: Worker) -> bool:
-        limit, now = self._memory_per_worker, time.monotonic_ns()
-        # One that falls idle is looked at in any case: it might hold its memory for ever.
-        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
-            return False
-        worker.memory_look_ns = now + _MEMORY_LOOK_NS
-        held = worker.resident_bytes()
-        if held is None or held <= limit:
-            return False
-        _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
-        return True
 
     # Workers and tasks that end otherwise.
 
@@ -1013,7 +861,7 @@ class Scheduler:
             )
             self._break(staff, problem)
         if lost or worker.dismissed or worker.condemned is not None:
-            self._failed_starts = 0 if lost else self._failed_starts
+            self._settling.useless_starts = 0 if lost else self._settling.useless_starts
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
         elif worker.done:
             ending = describe_exit(exitcode, worker.oom)
@@ -1022,8 +870,8 @@ class Scheduler:
             before = "it began a task" if worker.ready else "it was initialized"
             ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
             _log.warning("worker %s", ending)
-            self._failed_starts += 1
-            if self._failed_starts == _MOST_FAILED_STARTS:
+            self._settling.useless_starts += 1
+            if self._settling.useless_starts == _MOST_FAILED_STARTS:
                 reason = (
                     f"{_MOST_FAILED_STARTS} workers in a row were of no use; the last, {ending}"
                 )
@@ -1042,7 +890,7 @@ class Scheduler:
         if worker.condemned is not None:  # race I
             return ledger.take_back(board.claimed)  # begun, also if it was still reading
         try:
-            self._settle_records(staff, worker, board.published())
+            self._settling.settle_left(staff, worker, board.left())
         except ValueError as error:
             worker.fault = worker.fault or error
         back = ledger.take_back(board.began)
@@ -1084,7 +932,7 @@ class Scheduler:
             fail(work.future, error)
             return True
         work.run.put_error(work.start + place, error)
-        self._settled(work.run)
+        self._settled(work.run, 1)
         work.run.tell()
         return True
 
@@ -1141,17 +989,6 @@ class Scheduler:
         """Return what a worker that is forked while this pool works must not keep."""
         staff = self._staff
         return [] if staff is None else staff.descriptors()
-
-
-def _descriptors_of_all_pools() -> Iterable[int]:
-    for pool in working():
-        yield from pool.descriptors()
-
-
-def _taken_cpus() -> Iterable[tuple[int, ...]]:
-    """Yield the CPUs of each worker that stays, whichever pool of this process has it."""
-    for pool in working():
-        yield from (worker.cpus for worker in pool.workers() if not worker.leaving)
 
 
 def _is_idle(worker: Worker) -> bool:

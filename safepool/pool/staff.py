@@ -74,6 +74,8 @@ class Worker(WorkerProcess):
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
+        idle_since: Since when it was seen to have nothing to do, by the monotonic clock; only
+            of a pool that lets such workers go.
         overdue: The position whose time was over at the last look.
         memory_look_ns: When its memory is next to be looked at.
         leaving: It gets no more tasks.
@@ -99,6 +101,7 @@ class Worker(WorkerProcess):
     sent_ns: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
+    idle_since: float | None = None
     overdue: int = 0
     memory_look_ns: int = 0
     leaving: bool = False
@@ -184,6 +187,7 @@ class Staff:
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
         self._workers: dict[int, Worker] = {}
+        self._all: tuple[Worker, ...] = ()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
@@ -200,7 +204,7 @@ class Staff:
 
     def __iter__(self) -> Iterator[Worker]:
         """All of them, those that are leaving included; safe against changes meanwhile."""
-        return iter(list(self._workers.values()))
+        return iter(self._all)
 
     def wake(self) -> None:
         """Make :meth:`listen` return. From any thread, never blocks, takes no lock."""
@@ -230,6 +234,7 @@ class Staff:
         """
         worker = self._start()
         self._workers[worker.pid] = worker
+        self._all = (*self._workers.values(),)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         if worker.sentinel is not None:
             self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
@@ -255,11 +260,11 @@ class Staff:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
             awake: Called when the waiting is over.
         """
-        for worker in self:
+        for worker in self._all:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
             if worker.sentinel is None and worker.channel.fileno() < 0:
                 yield from self._bury(worker)
-        deadlines = [worker.deadline for worker in self if worker.deadline is not None]
+        deadlines = [worker.deadline for worker in self._all if worker.deadline is not None]
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
@@ -400,9 +405,8 @@ class Staff:
             self._selector.modify(worker.channel, events, worker)
 
     def _end_the_late(self) -> None:
-        now = time.monotonic()
-        for worker in self:
-            if worker.deadline is not None and worker.deadline <= now:
+        for worker in self._all:
+            if worker.deadline is not None and worker.deadline <= time.monotonic():
                 worker.deadline = None
                 if worker.condemned is not None:
                     end_with_descendants(worker)
@@ -416,6 +420,7 @@ class Staff:
 
     def _forget(self, worker: Worker) -> int | None:
         del self._workers[worker.pid]
+        self._all = (*self._workers.values(),)
         worker.leaving = True  # nothing is sent to it, whatever its last results bring about
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)

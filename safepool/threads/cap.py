@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from safepool.threads.calls import Call
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped"]
+__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped", "find_ahead"]
 
 
 class WorkerCap:
@@ -61,7 +61,7 @@ class WorkerCap:
         self.threads = threads
         self._environment = environment
         self._of: dict[str, int] = {}
-        self._native = _NativeLibraries()
+        self._native = _found or _NativeLibraries()
         self._imports = AfterImport(self._cap_new)
 
     def apply(self) -> None:
@@ -88,6 +88,18 @@ class WorkerCap:
 
 
 _worker_cap: WorkerCap | None = None
+_found: _NativeLibraries | None = None
+
+
+def find_ahead() -> None:
+    """Find what is loaded here, for workers that are forked from this process.
+
+    It takes milliseconds, most of a worker's start. Nothing is set, and the libraries are
+    asked for nothing but their names and versions.
+    """
+    global _found  # noqa: PLW0603 -- a fact about the process
+    _found = _NativeLibraries()
+    _try(_found.find)
 
 
 def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None) -> WorkerCap:
@@ -157,7 +169,7 @@ class _NativeLibraries:
 
     def set(self, threads_of: Callable[[str], int]) -> None:
         """Set each library to the threads of its runtime, for good."""
-        controller = self._find()
+        controller = self.find()
         if controller is None:
             return
         for library in controller.lib_controllers:
@@ -172,7 +184,7 @@ class _NativeLibraries:
         What belongs to the whole process is restored by the last block to leave, in
         whatever order the blocks of several threads do.
         """
-        controller = self._find()
+        controller = self.find()
         if controller is None:
             yield
             return
@@ -197,7 +209,8 @@ class _NativeLibraries:
         if not self._inside:
             self._before.clear()
 
-    def _find(self) -> Any:
+    def find(self) -> Any:
+        """Return threadpoolctl's controller of what is loaded; ``None`` before any is."""
         with self._lock:
             if self._libraries is None:
                 self._libraries = LoadedLibraries()

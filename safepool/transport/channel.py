@@ -50,6 +50,7 @@ class Channel:
     def __init__(self, sock: socket.socket, side: Side | None = None) -> None:
         self._sock = sock
         self._side = side
+        self._rounds = 1 if sock.getblocking() else _ROUNDS
         self._reader = FrameReader(self._fetch)
         self._unsent: deque[memoryview] = deque()
 
@@ -176,13 +177,14 @@ class Channel:
 
         Args:
             everything: Go on until nothing is left to read. Without it the call ends after
-                a while, so that one worker with much to say does not keep the others.
+                a while, so that one worker with much to say does not keep the others; on a
+                blocking socket before it would have to wait again.
 
         Raises:
             ChannelClosedError: The other end is gone and everything it sent was yielded.
             CorruptFrameError: What it sent is not a frame.
         """
-        for _ in itertools.count() if everything else range(_ROUNDS):
+        for _ in itertools.count() if everything else range(self._rounds):
             buffer = self._reader.buffer()
             room = len(buffer)
             try:

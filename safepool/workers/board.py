@@ -1,29 +1,35 @@
-"""The board: a page of memory that a worker and its pool share.
+"""The board: a few pages of memory that a worker and its pool share.
 
 What a task sent ahead needs, and no message can give in time: the worker chalks up what it
 begins and what it has finished; the pool reads that when the worker is dead, stuck or slow, and
 chalks up what it takes back. Nothing on it is ever waited for and no lock exists, so a worker
 that is killed at any instruction leaves the board readable.
 
-    0          8        16       24        32                  40
-    | claimed  | since  | began  | revoked | era, filled       | ... | results
-    | position | ns     | pos.   | pos.    | flushes, bytes    |     | since the last flush
+    0          8        16       24        32       40      48      56
+    | claimed  | since  | began  | revoked | era,   | lane: | first | last
+    | position | ns     | pos.   | pos.    | filled | kind  | pos.  | claimed
+    64         72
+    | mark     | lane: a number for each call       | records of results since the last flush
 
-All cells are u64, written by the worker, but ``revoked``: by the pool. Positions count what was
-sent to this worker, from 1.
+All cells are u64, written by the worker, but ``revoked`` and ``mark``: by the pool. Positions
+count what was sent to this worker, from 1.
+
+Results are left in one of two forms, as records of any kind, or in the lane: for the shortest
+calls, one after the other, that return numbers of one kind. A slot of the lane holds the mark, a
+random number, until its call has ended. So one store says that a call has ended, with what, and
+that the next one begins, up to the last of the lane.
 
 Two agreements rest on the order of memory accesses:
 
-    claim     The worker writes ``claimed`` and then reads ``revoked``; the pool writes ``revoked``
-              and then reads ``claimed``. One of the two sees the other's, if neither processor
-              lets its read overtake its write. A fence in the worker for every task would
-              cost more than a tiny task; so the pool pays for both: membarrier(2) makes every
-              processor that runs a registered process pass a fence.
-    results   The worker writes a record and then how many bytes are filled; with each flush it
-              sets that to zero and the era, in the same cell, one further, before it uses the
-              space again. The pool reads the cell, passes the barrier, copies, passes the
-              barrier, and throws the copy away if the era has changed: then the results are
-              on their way as a frame.
+    claim     The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
+              ``revoked`` and then reads those. One of the two sees the other's, if neither
+              processor lets its read overtake its write. A fence in the worker for every task
+              would cost more than a tiny task; so the pool pays for both (``fence``).
+    results   The worker writes a result and then how much is filled; with each flush it closes
+              the lane, and sets the filled bytes to zero and the era, in the same cell, one
+              further, before it uses the space again. The pool reads cell and kind, passes
+              the barrier, copies, passes the barrier, and throws the copy away if the era has
+              changed: then the results are on their way as a frame.
 
 The same unnamed file takes faulthandler's report, behind the board: a crash is written down by a
 process that can do nothing else any more.
@@ -31,40 +37,62 @@ process that can do nothing else any more.
 Not covered:
     * Where there is no memfd_create(2) or membarrier(2), ``create`` returns ``None``; a worker
       then holds one task at a time.
+    * A worker that is killed between the end of a call in the lane and its look at ``revoked``
+      has begun the next one, as far as anybody can tell.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import mmap
 import os
 import signal
 import struct
 import sys
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers.fence import barrier, has_barrier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from typing import Self
 
     Segment = bytes | memoryview
 
-__all__ = ["STACK_SIGNAL", "Board", "barrier", "record_of", "records_of", "register"]
+__all__ = [
+    "LANES",
+    "LANE_CALLS",
+    "REVOKED",
+    "STACK_SIGNAL",
+    "Board",
+    "Left",
+    "numbers_of",
+    "record_of",
+    "records_of",
+]
 
-_CLAIMED, _SINCE, _BEGAN, _REVOKED, _FILLED = range(5)
-_CELLS_BYTES = 64
+_CLAIMED, _SINCE, _BEGAN, REVOKED, _FILLED, _KIND, _FIRST, _LAST, _MARK = range(9)
+_CELLS_BYTES = _MARK * 8 + 8
+# Calls that the lane has room for. With a flush each millisecond, those of half a microsecond.
+LANE_CALLS = 2048
+_LANE_END = _CELLS_BYTES + 8 * LANE_CALLS
 # The last cell's lower half; the era is above it. In one cell, so that nobody ever sees the
 # bytes of one era with the number of the next.
 _FILLED_MASK = (1 << 32) - 1
 _CELL_MASK = (1 << 64) - 1
 # Larger results go as a frame of their own. Large enough for a few hundred small ones: that
 # many are flushed in one message.
-_BYTES = 64 * 1024
+_BYTES = _LANE_END + 64 * 1024
 # Before each result: position, microseconds it took, length, kind of frame.
 _RECORD = struct.Struct("<QIIB")
-_RECORD_BYTES, _RESULTS_BYTES = _RECORD.size, _BYTES - _CELLS_BYTES
+_RECORD_BYTES, _RESULTS_BYTES = _RECORD.size, _BYTES - _LANE_END
 _pack = _RECORD.pack
+
+# Kinds of lane, by the type of the results; an integer must fit 64 bits.
+_INTEGER, _FLOAT, _BOOL, _NONE = range(1, 5)
+LANES: dict[type, int] = {int: _INTEGER, float: _FLOAT, bool: _BOOL, type(None): _NONE}
 
 # Makes a worker write its Python stack behind the board. A real-time signal, which
 # neither the system nor, as good as ever, a program uses; glibc keeps the first two.
@@ -77,17 +105,20 @@ else:
 # faulthandler_fatal_error); a stack that was asked for begins with a thread.
 _CRASH = b"Fatal Python error: "
 
-# membarrier(2): MEMBARRIER_CMD_GLOBAL_EXPEDITED and its registration, Linux 4.16.
-_EXPEDITED, _REGISTER_EXPEDITED = 1 << 1, 1 << 2
-# Linux, arch/*/entry/syscalls/*.tbl and include/uapi/asm-generic/unistd.h, by uname -m.
-_SYSCALL_NUMBERS = {
-    "x86_64": 324,
-    "aarch64": 283,
-    "riscv64": 283,
-    "loongarch64": 283,
-    "ppc64le": 365,
-    "s390x": 356,
-}
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Results that a worker has left on its board.
+
+    Attributes:
+        records: As :func:`records_of` reads them.
+        first: The position of the first number.
+        numbers: What calls that follow each other returned.
+    """
+
+    records: bytes = b""
+    first: int = 0
+    numbers: list[Any] = field(default_factory=list)
 
 
 class Board:
@@ -97,15 +128,31 @@ class Board:
         descriptor: The file that :meth:`create` made. It is owned by the board from now on.
     """
 
-    __slots__ = ("_cells", "_descriptor", "_filled", "_map", "_results")
+    __slots__ = (
+        "_cells",
+        "_descriptor",
+        "_filled",
+        "_floats",
+        "_lane",
+        "_map",
+        "_numbers",
+        "_results",
+        "_slots",
+        "_used",
+    )
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._map = mmap.mmap(descriptor, _BYTES)
         whole = memoryview(self._map)
         self._cells = whole[:_CELLS_BYTES].cast("Q")
-        self._results = whole[_CELLS_BYTES:]
-        self._filled = 0  # as the worker has last written it
+        self._lane = whole[_CELLS_BYTES:_LANE_END]
+        # The same memory, as what is stored there and as what is compared with the mark.
+        self._numbers, self._floats = self._lane.cast("q"), self._lane.cast("d")
+        self._slots = self._lane.cast("Q")
+        self._results = whole[_LANE_END:]
+        # As the worker has last written it, and slots of the lane that hold no mark.
+        self._filled, self._used = 0, LANE_CALLS
 
     @classmethod
     def create(cls) -> Self | None:
@@ -114,16 +161,18 @@ class Board:
         Raises:
             OSError: No descriptor or no memory is left.
         """
-        descriptor = _create_file() if _has_barrier() else None
+        descriptor = _create_file() if has_barrier() else None
         if descriptor is None:
             return None
         try:
             os.ftruncate(descriptor, _BYTES)
             os.lseek(descriptor, _BYTES, os.SEEK_SET)  # where faulthandler begins to write
-            return cls(descriptor)
+            board = cls(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
+        board._cells[_MARK] = int.from_bytes(os.urandom(8), sys.byteorder)
+        return board
 
     def fileno(self) -> int:
         """Return the file's descriptor, -1 once closed."""
@@ -134,8 +183,9 @@ class Board:
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
-        self._cells.release()
-        self._results.release()
+        for view in (self._numbers, self._slots, self._cells, self._lane, self._results):
+            view.release()
+        self._floats.release()
         self._map.close()
         try:
             os.close(descriptor)
@@ -155,7 +205,7 @@ class Board:
         cells = self._cells
         cells[_SINCE] = now_ns
         cells[_CLAIMED] = position
-        if cells[_REVOKED] >= position:
+        if cells[REVOKED] >= position:
             return False
         if not reading:
             cells[_BEGAN] = position
@@ -182,8 +232,46 @@ class Board:
         """Return the records since the last flush."""
         return bytes(self._results[: self._cells[_FILLED] & _FILLED_MASK])
 
+    def open_lane(self, position: int, kind: int) -> memoryview[Any]:
+        """Return slots for the results of calls from this position on, which is claimed.
+
+        Args:
+            position: The first one's.
+            kind: From :data:`LANES`.
+        """
+        cells, used = self._cells, self._used
+        self._lane[: 8 * used] = cells[_MARK].to_bytes(8, sys.byteorder) * used
+        self._used = 0
+        cells[_FIRST] = position
+        cells[_LAST] = position
+        cells[_KIND] = kind
+        return self._floats if kind == _FLOAT else self._numbers
+
+    def enter_lane(self, last: int) -> memoryview:
+        """Let each result in the lane claim the call that follows, up to this position.
+
+        Returns:
+            The cells: the one at ``REVOKED`` is to be read after each result.
+        """
+        self._cells[_LAST] = last
+        return self._cells
+
+    def leave_lane(self, position: int) -> None:
+        """Say that this is the last that has begun."""
+        cells = self._cells
+        cells[_LAST] = position
+        cells[_CLAIMED] = position
+        cells[_BEGAN] = position
+
+    def lane_bytes(self, count: int) -> bytes:
+        """Return the first results in the lane, as :func:`numbers_of` reads them."""
+        self._used = max(self._used, count)
+        return bytes(self._lane[: 8 * count])
+
     def flushed(self) -> None:
-        """Use the space again: what was published has been sent."""
+        """Use the space again: what was left there has been sent."""
+        # First: who sees the new era must not take old results for new ones.
+        self._cells[_KIND] = 0
         self._filled = ((self._filled | _FILLED_MASK) + 1) & _CELL_MASK
         self._cells[_FILLED] = self._filled
 
@@ -191,38 +279,61 @@ class Board:
 
     def revoke(self, position: int) -> None:
         """Take back what is not claimed, up to this position; then pass the barrier."""
-        self._cells[_REVOKED] = position
+        self._cells[REVOKED] = position
 
     @property
     def revoked(self) -> int:
         """The last position that was taken back."""
-        return self._cells[_REVOKED]
+        return self._cells[REVOKED]
 
     @property
     def claimed(self) -> int:
         """The last position that the worker has claimed: begun, or found revoked."""
-        return self._cells[_CLAIMED]
+        return max(self._cells[_CLAIMED], self._entered())
 
     @property
     def began(self) -> int:
         """The last position that the worker has begun."""
-        return self._cells[_BEGAN]
+        return max(self._cells[_BEGAN], self._entered())
+
+    def _entered(self) -> int:
+        """Return the last position that is claimed in the lane, 0 if none."""
+        cells = self._cells
+        if not cells[_KIND]:
+            return 0
+        first, last, mark = cells[_FIRST], cells[_LAST], cells[_MARK]
+        most = max(0, min(last - first, LANE_CALLS))
+        return first + bisect_left(self._slots, True, 0, most, key=mark.__eq__)
 
     @property
     def since_ns(self) -> int:
         """When it did, by the monotonic clock, which is one for all processes."""
         return self._cells[_SINCE]
 
-    def peek(self) -> bytes:
-        """Return the records that are not flushed; nothing if a flush came between.
+    def peek(self) -> Left:
+        """Return the results that are not flushed; none if a flush came between.
 
         Passes the barrier, so that what :attr:`claimed` says afterwards is later.
         """
-        before = self._cells[_FILLED]
-        barrier()  # all records that it counts are there
-        records = bytes(self._results[: before & _FILLED_MASK])
+        before, kind = self._cells[_FILLED], self._cells[_KIND]
+        barrier()  # all that these count is there
+        left = self._left(before, kind)
         barrier()
-        return records if self._cells[_FILLED] >> 32 == before >> 32 else b""
+        return left if self._cells[_FILLED] >> 32 == before >> 32 else Left()
+
+    def left(self) -> Left:
+        """Return the results that a worker which has ended did not flush."""
+        return self._left(self._cells[_FILLED], self._cells[_KIND])
+
+    def _left(self, filled: int, kind: int) -> Left:
+        records = bytes(self._results[: filled & _FILLED_MASK])
+        if not kind:
+            return Left(records)
+        lane = bytes(self._lane)
+        slots = memoryview(lane).cast("Q").tolist()
+        mark = self._cells[_MARK]
+        ended = slots.index(mark) if mark in slots else LANE_CALLS
+        return Left(records, self._cells[_FIRST], numbers_of(kind, lane[: 8 * ended]))
 
     @property
     def written(self) -> int:
@@ -266,6 +377,20 @@ def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> 
     return _RECORD.pack(position, microseconds, len(pickled), kind) + pickled
 
 
+def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
+    """Return the results that a lane held.
+
+    Raises:
+        ValueError: There is no such kind, or they are cut off.
+    """
+    if kind not in LANES.values() or len(data) % 8:
+        raise ValueError(f"{len(data)} bytes of a lane of kind {kind}")
+    if kind == _NONE:
+        return [None] * (len(data) // 8)
+    numbers: list[Any] = memoryview(data).cast("d" if kind == _FLOAT else "q").tolist()
+    return [*map(bool, numbers)] if kind == _BOOL else numbers
+
+
 def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryview]]:
     """Yield position, microseconds, kind and pickle of each record.
 
@@ -301,22 +426,6 @@ if sys.platform == "linux":
     def _read_at(descriptor: int, size: int, at: int) -> bytes:
         return os.pread(descriptor, size, at)
 
-    @functools.cache
-    def _membarrier() -> Callable[[int], int] | None:
-        import ctypes  # noqa: PLC0415 -- 5 ms
-
-        number = _SYSCALL_NUMBERS.get(os.uname().machine)
-        if number is None or ctypes.sizeof(ctypes.c_void_p) != 8:
-            return None
-        # PyDLL: it takes a few microseconds, and to give the lock away and get it again more.
-        syscall = ctypes.PyDLL(None).syscall
-
-        def call(command: int) -> int:
-            result: int = syscall(number, command, 0, 0)
-            return result
-
-        return call
-
 else:
 
     def _create_file() -> int | None:
@@ -324,29 +433,3 @@ else:
 
     def _read_at(_descriptor: int, _size: int, _at: int) -> bytes:
         return b""
-
-    def _membarrier() -> Callable[[int], int] | None:
-        return None
-
-
-@functools.cache
-def _has_barrier() -> bool:
-    call = _membarrier()
-    if call is None:
-        return False
-    needed = _EXPEDITED | _REGISTER_EXPEDITED
-    offered = call(0)  # MEMBARRIER_CMD_QUERY
-    return offered >= 0 and offered & needed == needed
-
-
-def register() -> bool:
-    """Let barriers of other processes reach this one; ``False`` if the system does not."""
-    call = _membarrier()
-    return call is not None and call(_REGISTER_EXPEDITED) == 0
-
-
-def barrier() -> None:
-    """Return when every running thread of a registered process has passed a memory fence."""
-    call = _membarrier()
-    assert call is not None  # there would be no board
-    call(_EXPEDITED)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safepool.transport.channel import Channel
+    from safepool.transport.frames import Segment
 
 __all__ = ["Outbox", "forward_records", "levels_frame", "pack_record", "unpack_record"]
 
@@ -77,6 +78,14 @@ class Outbox:
     def open(self) -> bool:
         """Whether records may be added."""
         return self._open
+
+    def hand_over(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Send the files of an answer, just before the frame that tells of them.
+
+        Raises:
+            MemoryError: They could not go, and there is no memory to send them otherwise.
+        """
+        return self._channel.hand_over(segments)
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Send a frame after every record that was added before. May wait for the pool.

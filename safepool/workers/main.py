@@ -20,7 +20,8 @@ from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.files import accept
 from safepool.workers import inheritance
-from safepool.workers.board import STACK_SIGNAL, Board, register
+from safepool.workers.board import STACK_SIGNAL, Board
+from safepool.workers.fence import register
 from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:

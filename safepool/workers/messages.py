@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.workers.board import numbers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = [
     "batch_frame",
     "function_of",
+    "numbers_frame",
+    "read_batch",
     "read_tasks",
     "read_values",
     "task_frame",
@@ -30,7 +33,11 @@ __all__ = [
 _FUNCTION = struct.Struct("<I")
 # Of each call in a frame of several: the function's number and the length of the pickle.
 _CALL = struct.Struct("<II")
-_SPENT = struct.Struct("<I")
+# Of a batch: the function's number; whether each item holds all arguments of its call or is
+# the only one, and whether the calls have a timeout.
+_BATCH = struct.Struct("<I??")
+# Of values: the microseconds that they took, and in which kind of lane they were, 0 for none.
+_VALUES = struct.Struct("<IB")
 
 Pieces = list[bytes | memoryview]
 
@@ -51,13 +58,34 @@ def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) 
     return encode(Kind.TASKS, position, [table, b"".join([pickled for _, pickled in calls])])
 
 
-def batch_frame(position: int, function: int, segments: Sequence[Segment]) -> Pieces:
-    """Return the frame of calls of one function, their arguments pickled as one list."""
-    return encode(Kind.BATCH, position, [_FUNCTION.pack(function), *segments])
+def batch_frame(
+    position: int,
+    function: int,
+    segments: Sequence[Segment],
+    *,
+    starred: bool,
+    timed: bool,
+) -> Pieces:
+    """Return the frame of calls of one function.
+
+    Args:
+        position: The first one's.
+        function: Its number.
+        segments: A pickle of the list of items, one for each call.
+        starred: An item is the tuple of the call's arguments, not the only one itself.
+        timed: The worker is to say exactly when each begins.
+    """
+    return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed), *segments])
+
+
+def read_batch(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, bool, bool]:
+    """Return number, ``starred`` and ``timed`` of a frame of :func:`batch_frame`."""
+    number, starred, timed = _BATCH.unpack(segments[0])
+    return number, starred, timed
 
 
 def function_of(segments: Sequence[bytes | bytearray | memoryview]) -> int:
-    """Return the function's number in a frame of :func:`task_frame` or :func:`batch_frame`."""
+    """Return the function's number in a frame of :func:`task_frame`."""
     number: int = _FUNCTION.unpack(segments[0])[0]
     return number
 
@@ -71,19 +99,33 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
         values: Of types that are immutable and hold nothing: pickled as one list, they
             arrive as they would one by one.
     """
-    head = _SPENT.pack(min(microseconds, 0xFFFF_FFFF))
+    head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), 0)
     return encode(Kind.VALUES, position, [head, pickle.dumps(values, 5)])
 
 
+def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -> Pieces:
+    """Return the frame of what several calls returned, as a board's lane holds it.
+
+    Args:
+        position: The first one's.
+        microseconds: What they took together.
+        kind: Of the lane.
+        numbers: What :func:`~safepool.workers.board.numbers_of` reads.
+    """
+    head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), kind)
+    return encode(Kind.VALUES, position, [head, numbers])
+
+
 def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, list[object]]:
-    """Return microseconds and values of a frame of :func:`values_frame`.
+    """Return microseconds and values of a frame of :func:`values_frame` or :func:`numbers_frame`.
 
     Raises:
         CorruptFrameError: It is none.
     """
     try:
-        head, pickled = segments
-        spent, values = _SPENT.unpack(head)[0], pickle.loads(pickled)
+        head, data = segments
+        spent, kind = _VALUES.unpack(head)
+        values = numbers_of(kind, data) if kind else pickle.loads(data)
     except Exception as error:
         raise CorruptFrameError(f"a frame of values that cannot be read: {error!r}") from error
     if not isinstance(values, list) or not values:

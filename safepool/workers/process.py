@@ -157,6 +157,7 @@ class WorkerProcess:
         self.process: Any
         self._pidfd: int | None = None
         try:
+            ours.setblocking(False)
             side = invite(ours)
         except BaseException:
             ours.close()
@@ -166,7 +167,6 @@ class WorkerProcess:
             raise
         self.channel = Channel(ours, side)
         try:
-            ours.setblocking(False)
             if context.get_start_method() == "safepool":
                 fork: Any = context
                 number = None if board is None else board.fileno()

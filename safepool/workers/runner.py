@@ -1,9 +1,4 @@
-"""Run the calls that arrive, one after the other, and answer each.
-
-Small results are left on the board (``board``) and sent together: at once when nothing else is
-here to do, else after a millisecond. So a result costs no system call, and is not lost when
-the next call kills the process. The result of a call that has logged is sent at once: the
-pool is to see it after what was logged.
+"""Run the calls that arrive, one after the other, and answer each (``answers``).
 
 Not covered:
     * A task that starts threads which outlive it: they go on beside the next task.
@@ -14,18 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
-from safepool.transport.frames import Filed, Kind, encode
+from safepool.transport.frames import Kind, encode
 from safepool.transport.payloads import dumps, loads
 from safepool.transport.sharing import received
-from safepool.workers.board import record_of
+from safepool.workers.answers import SMALL_BYTES, Answers
+from safepool.workers.board import LANES, REVOKED
 from safepool.workers.describe import describe
+from safepool.workers.fork import Fork
 from safepool.workers.logs import Outbox, forward_records
-from safepool.workers.messages import function_of, read_tasks, values_frame
+from safepool.workers.messages import function_of, read_batch, read_tasks
 from safepool.workers.namespace import MainNamespace
 
 if TYPE_CHECKING:
@@ -41,11 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Runner"]
 
-# Results wait for no more than this while further calls run. A message costs some 5
-# microseconds on each side, so it is paid by a few hundred of the shortest calls.
-_FLUSH_NS = 1_000_000
-# A larger result is sent on its own: it would fill the board.
-_SMALL_BYTES = 16 * 1024
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
@@ -53,7 +44,15 @@ _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 # A library that brings threads takes longer to load: nothing new can be there before.
 _LOADING_NS = 20_000
 
-_dumps, _RESULT = pickle.dumps, int(Kind.RESULT)
+# Calls of a batch that begin without a look at the clock: so many, as long as they take no
+# longer together.
+_MOST_AT_ONCE = 64
+_AT_ONCE_NS = 20_000
+# Calls of a batch whose results did not go to the lane, until it is given up for the rest.
+_MOST_MISSES = 3
+_NOTHING = object()
+
+_dumps = pickle.dumps
 
 
 class Runner:
@@ -79,18 +78,12 @@ class Runner:
         self._outbox = Outbox(channel)
         self._board = board
         self._cap = cap
-        self._forked = False
+        self._fork = Fork(self._outbox.close)
+        self._answers = Answers(self._outbox, board, self._fork)
         self._main = MainNamespace()
         self._functions: dict[int, Callable[..., Any]] = {}
-        # When the call under way began to cost time, and when results were last sent.
-        self._mark_ns = self._flushed_ns = 0
-        # What is on the board: plain values that follow each other, the first one's position,
-        # or else records of other answers.
-        self._values: list[object] = []
-        self._first = 0
-        self._others = False
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forked_now)
+        # What the last result of a batch was: the next will be alike.
+        self._lane: type = object
 
     def serve(self) -> None:
         """Do what the pool says until it says stop.
@@ -102,13 +95,16 @@ class Runner:
         while True:
             for frame in self._channel.receive():
                 if frame.kind is Kind.STOP:
+                    self._answers.flush()
                     self._outbox.close(flush=True)
                     return
-                self._mark_ns = time.monotonic_ns()
+                self._answers.begin()
                 self._handle(frame)
                 # Nothing of the task may live on in this frame while the worker waits.
                 del frame
-                self._flush()
+                if self._answers.are_due(time.monotonic_ns()):
+                    self._answers.flush()
+            self._answers.flush()
 
     def _handle(self, frame: Frame) -> None:
         kind, position, segments = frame
@@ -158,7 +154,7 @@ class Runner:
             # Whether what the pool writes on the board is heeded.
             reply, described = Kind.READY, [b"board"] if self._board else []
         self._cap.apply()  # what the initializer has loaded or changed
-        self._leave_if_forked()
+        self._fork.leave()
         self._outbox.send(encode(reply, 0, described))
 
     def _run_pickled(
@@ -185,37 +181,44 @@ class Runner:
             kind, answer = Kind.RESULT, self._pack(result)
             del result  # a large one has been copied
         except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
-            self._leave_if_forked(error)
+            self._fork.leave(error)
             kind, answer = Kind.EXCEPTION, describe(error)
-        self._answer(position, kind, answer)
+        self._answers.send(position, kind, answer)
 
     def _run_batch(self, position: int, segments: list[Received]) -> None:
-        function = self._functions[function_of(segments)]
+        number, starred, timed = read_batch(segments)
+        function = self._functions[number]
         # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
         if not self._claim(position, reading=True):
             return
         try:
             items = loads(segments[1:])
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
-            self._leave_if_forked()
+            self._fork.leave()
+            self._answers.flush()
             self._outbox.send(encode(Kind.UNREADABLE, position))
             return
-        self._leave_if_forked()
+        self._fork.leave()
         if self._board is not None:
             self._board.begin(position)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
         with self._main:
-            self._run_items(position, function, items)
+            self._run_items(position, function, items, starred=starred, timed=timed)
 
     def _run_items(
-        self, position: int, function: Callable[..., Any], items: list[tuple[Any, ...]]
+        self,
+        position: int,
+        function: Callable[..., Any],
+        items: list[Any],
+        *,
+        starred: bool,
+        timed: bool,
     ) -> None:
         """Call the function with each item, from the last to the first; that one has begun."""
-        # Names of this frame, one look at the clock, few calls: for the shortest calls this
-        # loop is most of what they cost (benchmarks/dispatch.py, map).
-        board, values, clock = self._board, self._values, time.monotonic_ns
+        board, answers, clock = self._board, self._answers, time.monotonic_ns
         begun, now, checked = position, clock(), 0
+        many, most, misses = 1, 1 if timed else _MOST_AT_ONCE, 0
         while items:
             if now - checked > _LOADING_NS:
                 self._cap.recheck()  # what the calls before have loaded
@@ -223,36 +226,106 @@ class Runner:
             if board is not None and position != begun and not board.claim(position, now):
                 self._skip(position)
                 return
-            try:
-                value = function(*items.pop())
-                if (
-                    type(value) in _PLAIN
-                    and board is not None
-                    and not (self._others or self._forked or self._outbox.logged)
-                    and board.publish(position, 0, _RESULT, _dumps(value, 5))
-                ):
-                    if not values:
-                        self._first = position
-                    values.append(value)
-                    answer = None
-                else:
-                    kind, answer = Kind.RESULT, self._pack(value)
-                del value
-            except BaseException as error:  # noqa: BLE001 -- as above
-                self._leave_if_forked(error)
-                kind, answer = Kind.EXCEPTION, describe(error)
-            if answer is not None:
-                self._answer(position, kind, answer)
-            position += 1
-            now = clock()
-            if now - self._flushed_ns > _FLUSH_NS:
-                self._flush()
+            if board is None or self._lane not in LANES or misses > _MOST_MISSES:
+                self._run_item(position, function, items, starred=starred)
+                position += 1
+            else:
+                last, hit = self._run_short(position, function, items, many, starred=starred)
+                position = last + 1
+                misses += not hit
+            before, now = now, clock()
+            if now - before > _AT_ONCE_NS:
+                many = 1
+            elif many < most:
+                many *= 2
+            if answers.are_due(now):
+                answers.flush()
                 now = clock()
+
+    def _run_item(
+        self, position: int, function: Callable[..., Any], items: list[Any], *, starred: bool
+    ) -> None:
+        answers = self._answers
+        try:
+            value = function(*items.pop()) if starred else function(items.pop())
+            kind = self._lane = type(value)
+            if kind in _PLAIN and answers.keep(position, value, _dumps(value, 5)):
+                return
+            answer = self._pack(value)
+        except BaseException as error:  # noqa: BLE001 -- as above
+            self._fork.leave(error)
+            answers.send(position, Kind.EXCEPTION, describe(error))
+        else:
+            answers.send(position, Kind.RESULT, answer)
+
+    def _run_short(
+        self,
+        position: int,
+        function: Callable[..., Any],
+        items: list[Any],
+        most: int,
+        *,
+        starred: bool,
+    ) -> tuple[int, bool]:
+        """Call the function with the last items, as long as its results can go to the lane.
+
+        Args:
+            position: The first one's, which is claimed.
+            function: As for :meth:`_run_items`.
+            items: As there.
+            most: How many, at most.
+            starred: As there.
+
+        Returns:
+            The last position that has begun, and whether its result went there.
+        """
+        # Names of this frame, no look at the clock: for the shortest calls this loop is most
+        # of what they cost (benchmarks/dispatch.py, map).
+        board, answers, fork, outbox = self._board, self._answers, self._fork, self._outbox
+        assert board is not None
+        kind = self._lane
+        slots, first, room = answers.lane(position, LANES[kind], min(most, len(items)))
+        cells = board.enter_lane(position + room - 1)
+        at, value = position, _NOTHING
+        try:
+            for at in range(position, position + room):
+                value = _NOTHING
+                value = function(*items.pop()) if starred else function(items.pop())
+                if type(value) is not kind or fork.here or outbox.logged:
+                    break
+                slots[at - first] = 0 if value is None else value
+                if cells[REVOKED] > at:
+                    value = _NOTHING
+                    break
+            else:
+                value = _NOTHING
+        except BaseException as error:  # noqa: BLE001 -- as above
+            fork.leave(error)
+            if value is _NOTHING:
+                board.leave_lane(at)
+                answers.kept(at - 1)
+                answers.send(at, Kind.EXCEPTION, describe(error))
+                return at, False
+            # The slot is too small for the number.
+        fork.leave()
+        board.leave_lane(at)
+        if value is _NOTHING:
+            answers.kept(at)
+            return at, True
+        answers.kept(at - 1)
+        self._lane = type(value)
+        try:
+            answer = self._pack(value)
+        except BaseException as error:  # noqa: BLE001 -- as above
+            answers.send(at, Kind.EXCEPTION, describe(error))
+        else:
+            answers.send(at, Kind.RESULT, answer)
+        return at, False
 
     def _claim(self, position: int, *, reading: bool = False) -> bool:
         self._cap.recheck()  # what the task before has loaded
         board = self._board
-        if self._forked:  # while it read the arguments: the call is the worker's
+        if self._fork.here:  # while it read the arguments: the call is the worker's
             os._exit(0)
         if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
             return True
@@ -261,94 +334,14 @@ class Runner:
 
     def _skip(self, position: int) -> None:
         # What ended before goes first: the pool takes this for its turn.
-        self._flush()
+        self._answers.flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
 
     def _pack(self, result: object) -> Segments:
         segments = _pickle(result)
-        if len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
+        if len(segments) > 1 or len(segments[0]) > SMALL_BYTES:
             return self._channel.store(segments)
         return segments
-
-    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
-        try:
-            segments = self._channel.hand_over(segments)
-        except MemoryError as error:
-            kind, segments = Kind.EXCEPTION, describe(error)
-        self._outbox.send(encode(kind, position, segments))
-
-    def _answer(self, position: int, kind: Kind, segments: Segments) -> None:
-        self._leave_if_forked()
-        board, head = self._board, segments[0]
-        if self._values:
-            self._flush()
-        if (
-            board is None
-            or len(segments) > 1
-            or isinstance(head, Filed)
-            or len(head) > _SMALL_BYTES
-        ):
-            self._flush()
-            self._outbox.logged = False
-            self._send_alone(position, kind, segments)
-            return
-        now = time.monotonic_ns()
-        microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
-        self._mark_ns = now
-        if self._outbox.logged:
-            self._flush()
-            self._outbox.logged = False
-            record = record_of(position, microseconds, kind, head)
-            self._outbox.send(encode(Kind.RESULTS, 0, [record]))
-            return
-        if not board.publish(position, microseconds, kind, head):
-            self._flush()
-            board.publish(position, microseconds, kind, head)
-        self._others = True
-        if now - self._flushed_ns > _FLUSH_NS:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Send the results that were left on the board."""
-        board = self._board
-        if board is None or not (self._values or self._others):
-            return
-        self._leave_if_forked()
-        now = time.monotonic_ns()
-        if self._values:
-            spent = (now - self._mark_ns) // 1000
-            frame = values_frame(self._first, spent, self._values)
-            self._values.clear()
-            self._mark_ns = now
-        else:
-            frame = encode(Kind.RESULTS, 0, [board.published()])
-            self._others = False
-        self._outbox.send(frame)
-        # Only now: who is killed in between leaves them twice, and the pool takes them once.
-        board.flushed()
-        self._flushed_ns = now
-
-    def _leave_if_forked(self, error: BaseException | None = None) -> None:
-        # The task has forked and this is its child: the answer is the worker's to give, and
-        # so is the next task to take. It ends as a fork of any program does.
-        if not self._forked:
-            return
-        code = 0
-        if isinstance(error, SystemExit):
-            code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-        elif error is not None:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (AttributeError, OSError, ValueError):
-                pass
-        os._exit(code & 0xFF)
-
-    def _forked_now(self) -> None:
-        self._forked = True
-        self._outbox.close()
 
 
 def _load_function(segments: Sequence[Received]) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from safepool.threads.cap import find_ahead
 from safepool.transport import letters
 from safepool.workers import birth, lifeline
 from safepool.workers.preload import BACKGROUND_THREADS
@@ -122,6 +123,7 @@ class _Server:
                 self._reap()
                 if _thread_count() > before and (threads := _foreign_threads()):
                     started[name] = threads
+        find_ahead()
         # What is there now is there for good; a collection in a worker would write to, and
         # so copy, every page of it.
         gc.collect()

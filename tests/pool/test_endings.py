@@ -600,6 +600,47 @@ def test_whatever_number_of_descriptors_is_left(tmp_path: Path) -> None:
     ]
 
 
+# One row per way in which the program's descriptors are used up while its only worker dies: how
+# long that lasts, by the module's own figure for giving up, and what the next task ends with.
+USED_UP = {
+    "for a while": (30, "1"),
+    "for good": (0, "PoolBrokenError: no worker could be started: [Errno 24] Too many open files"),
+}
+
+
+@linux
+@pytest.mark.parametrize("lasting", USED_UP)
+def test_the_only_worker_dies_while_no_descriptor_is_left(lasting: str, tmp_path: Path) -> None:
+    """The pool tries again, and not for ever."""
+    retrying_s, ending = USED_UP[lasting]
+    code = f"""
+    import os, resource, signal, threading, safepool, support_endings
+    from safepool.pool import hiring
+    hiring._RETRYING_S = {retrying_s}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    def free():
+        for descriptor in support_endings.kept:
+            os.close(descriptor)
+    with safepool.ProcessPool(1) as pool:
+        pid = pool.submit(os.getpid).result(30)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+        support_endings.fill()
+        os.kill(pid, signal.SIGKILL)
+        while pool._processes:
+            pass
+        # Those that the worker had are free again.
+        support_endings.fill()
+        future = pool.submit(abs, -1)
+        if {retrying_s}:
+            threading.Timer(1.5, free).start()
+        error = future.exception(30)
+        print(f"{{type(error).__name__}}: {{error}}" if error else future.result())
+        if not {retrying_s}:
+            free()
+    """
+    assert ending in program(code, cwd=tmp_path)
+
+
 @linux
 def test_descriptors_used_up_in_the_program_and_in_a_worker(tmp_path: Path) -> None:
     """Workers that are there go on, and what needs a descriptor fails alone."""

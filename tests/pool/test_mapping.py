@@ -43,7 +43,7 @@ class Feed:
         self.last = last
         self.fed += len(items)
         self.most_waiting = max(self.most_waiting, len(items))
-        run.waiting.extend(items)
+        run.waiting.add(list(items))
         spans = []
         while run.waiting:
             spans.append(run.cut(self.rng.randint(1, 9)))
@@ -189,7 +189,7 @@ def test_a_result_that_does_not_come_in_time_raises() -> None:
 
 def test_a_run_that_is_stopped_ends_where_no_worker_has_its_calls() -> None:
     run = new_run()
-    run.waiting.extend([(n,) for n in range(4)])
+    run.waiting.add([(n,) for n in range(4)])
     span = run.cut(2)
     run.stop(CancelledError)
     run.put(span.start, [10, 11])
@@ -201,7 +201,7 @@ def test_a_run_that_is_stopped_ends_where_no_worker_has_its_calls() -> None:
 
 def test_a_span_that_is_given_up_has_an_error_for_each_call() -> None:
     run = new_run()
-    run.waiting.extend([(n,) for n in range(3)])
+    run.waiting.add([(n,) for n in range(3)])
     run.cut(2).give_up(lambda: ValueError("gone"))
 
     for index in range(3):
@@ -211,7 +211,7 @@ def test_a_span_that_is_given_up_has_an_error_for_each_call() -> None:
 
 def test_a_run_that_is_dropped_keeps_nothing() -> None:
     run = new_run()
-    run.waiting.extend([(n,) for n in range(3)])
+    run.waiting.add([(n,) for n in range(3)])
     run.drop()
     run.put(0, [1])
     run.put_error(1, ValueError())
@@ -222,7 +222,7 @@ def test_a_run_that_is_dropped_keeps_nothing() -> None:
 @given(st.integers(2, 9), st.data())
 def test_a_span_can_be_divided(count: int, data: st.DataObject) -> None:
     run = new_run()
-    run.waiting.extend([(n,) for n in range(count + 1)])
+    run.waiting.add([(n,) for n in range(count + 1)])
     run.cut(1)
     span = run.cut(count)
     span.attempts = 2

@@ -123,3 +123,34 @@ def test_a_program_prints_the_same_with_either_pool(surrounding: str, tmp_path: 
 
     assert output
     assert run(str(ours), cwd=tmp_path) == (output, "", expected_code)
+
+
+# One row per way in which a worker comes to import a module that starts a pool.
+STARTING: dict[str, str] = {
+    "for a task": "future = safepool.ProcessPool(1).submit(work)",
+    "for an initializer": "future = safepool.ProcessPool(1, initializer=work).submit(abs, -1)",
+    "for an argument": "future = safepool.ProcessPool(1).submit(callable, work)",
+    "for a map": "future = safepool.ProcessPool(1).map(work, [1])",
+}
+
+
+@pytest.mark.parametrize("way", STARTING)
+def test_a_module_that_starts_a_pool_when_it_is_imported(way: str, tmp_path: Path) -> None:
+    """Its workers would start workers that import it, and so on, without an end."""
+    (tmp_path / "starting.py").write_text(
+        f"import safepool\ndef work(*args): return 1\n{STARTING[way]}\n"
+    )
+    code = """
+        import starting
+        try:
+            print(starting.future.exception(60) if hasattr(starting.future, "exception")
+                  else list(starting.future))
+        except Exception as error:
+            print(error)
+        cause = getattr(starting.future, "exception", lambda: None)()
+        print(getattr(cause, "__cause__", None))
+        """
+    out, _, exit_code = run("-c", textwrap.dedent(code), cwd=tmp_path)
+
+    assert exit_code == 0
+    assert "module starting starts a process pool when it is imported" in out

@@ -21,6 +21,7 @@ import support_tasks as tasks
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool import scheduler as scheduler_module
 from safepool.pool.dispatch import Dispatch
+from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
 from safepool.pool.policy import NO_POLICY
@@ -201,15 +202,8 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
 
 
 def new_scheduler() -> Scheduler:
-    return Scheduler(
-        workers=1,
-        context=find_context(None),
-        environment={},
-        threads=1,
-        initializer=None,
-        initargs=(),
-        tasks_per_worker=None,
-    )
+    hiring = Hiring(find_context(None), environment={}, threads=1, initializer=None, initargs=())
+    return Scheduler(workers=1, hiring=hiring, tasks_per_worker=None)
 
 
 def new_task() -> Task:
@@ -256,7 +250,7 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
     """Else their map never ends, and its function stays in every worker."""
     settled: list[int] = []
     run = MapRun(tasks.square, "square", NO_POLICY, 2)
-    run.waiting.extend([(threading.Lock(),)])
+    run.waiting.add([(threading.Lock(),)])
     worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
 
     dispatch = Dispatch(lambda _, count: settled.append(count), wake=bool)
@@ -335,7 +329,7 @@ def test_a_worker_that_passed_over_what_was_taken_back_is_not_waited_for() -> No
     """It claimed a call in the moment of its revocation, and no other of that batch."""
     scheduler = new_scheduler()
     run = MapRun(tasks.square, "square", NO_POLICY, None)
-    run.waiting.extend([(1,), (2,), (3,)])
+    run.waiting.add([(1,), (2,), (3,)])
     worker: Any = SimpleNamespace(
         ledger=Ledger(), board=SimpleNamespace(claimed=1), awaited=0, leaving=False
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from safepool.pool.tasks import rebuild
 from safepool.transport import payloads
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
@@ -42,10 +43,15 @@ class Desk:
         self.pool = Channel(ours)
         self.worker = Channel(theirs)
         self.runner = Runner(self.worker, board, NoCap())  # type: ignore[arg-type]
-        self.runner._flushed_ns = time.monotonic_ns() + 10**12  # no flush for the time's sake
+        # No flush because of its age.
+        self.runner._answers._flushed_ns = time.monotonic_ns() + 10**12
 
     def keep(self, number: int, function: Callable[..., Any]) -> None:
         self.runner._functions[number] = function
+
+    def send_batch(self, items: list[Any], *, starred: bool = False) -> None:
+        pickled = payloads.dumps(items)
+        self.pool.send(batch_frame(1, 1, pickled, starred=starred, timed=False))
 
     def serve(self) -> list[Frame]:
         """Let it do what it was sent, and return what it says."""
@@ -75,11 +81,11 @@ def desk() -> Iterator[Desk]:
 def test_what_ended_is_said_before_what_was_taken_back(desk: Desk) -> None:
     """A batch: the pool takes a call that is said to be taken back for its turn only."""
     desk.keep(1, lambda n: desk.board.revoke(3) or n if n == 2 else n)
-    desk.pool.send(batch_frame(1, 1, payloads.dumps([(n,) for n in (1, 2, 3)])))
+    desk.send_batch([1, 2, 3])
 
-    values, skipped = desk.serve()
+    *said, skipped = desk.serve()
 
-    assert (values.kind, values.task, read_values(values.segments)[1]) == (Kind.VALUES, 1, [1, 2])
+    assert values_of(said) == {1: 1, 2: 2}
     assert (skipped.kind, skipped.task) == (Kind.SKIPPED, 3)
 
 
@@ -94,3 +100,122 @@ def test_what_ended_is_said_before_what_was_taken_back_of_tasks(desk: Desk) -> N
     positions = [p for frame in results for p, *_ in records_of(frame.segments[0])]
     assert positions == [1, 2]
     assert [(f.kind, f.task) for f in (third, fourth)] == [(Kind.SKIPPED, 3), (Kind.SKIPPED, 4)]
+
+
+def values_of(frames: list[Frame]) -> dict[int, Any]:
+    """Return what calls ended with, by position; an exception by its text. None has two ends."""
+    found: dict[int, Any] = {}
+    for frame in frames:
+        if frame.kind is Kind.VALUES:
+            values = read_values(frame.segments)[1]
+            ends = dict(enumerate(values, frame.task))
+        elif frame.kind is Kind.RESULTS:
+            ends = {
+                position: payloads.loads([pickled])
+                for position, _, kind, pickled in records_of(frame.segments[0])
+                if kind == Kind.RESULT
+            }
+            ends |= {
+                position: str(rebuild([pickled]))
+                for position, _, kind, pickled in records_of(frame.segments[0])
+                if kind == Kind.EXCEPTION
+            }
+        else:
+            assert frame.kind is Kind.RESULT
+            ends = {frame.task: payloads.loads(frame.segments)}
+        assert not found.keys() & ends.keys()
+        found |= ends
+    return found
+
+
+def unless_13(value: Any) -> Any:
+    if value == 13:
+        raise ValueError("thirteen")
+    return value
+
+
+# One row per sequence of results: what the calls of a batch return, at least 40 of them, so that
+# several begin at once.
+RESULTS: dict[str, list[Any]] = {
+    "small numbers": [*range(14, 100)],
+    "no results": [None] * 50,
+    "floats": [n / 7 for n in range(50)],
+    "truth values": [n % 3 == 0 for n in range(50)],
+    "numbers, one of them too large": [*range(14, 60), 2**63, -(2**63) - 1, *range(60, 90)],
+    "numbers, and what is none": [*range(14, 60), "x", *range(60, 90), None, 1.5, [1], 2, 3],
+    "in turn": [1, None] * 40,
+    "texts": ["x" * n for n in range(60)],
+    "numbers, then large results": [*range(14, 60), bytes(20_000), bytes(20_000), *range(20, 30)],
+    "more than the lane has room for": [*range(14, 9000)],
+}
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_a_batch_of_short_calls_returns_what_they_return(results: str, desk: Desk) -> None:
+    expected = RESULTS[results]
+    desk.keep(1, unless_13)
+    desk.send_batch(expected)
+
+    said = values_of(desk.serve())
+
+    assert [*map(repr, said.values())] == [*map(repr, expected)]
+    assert [*said] == [*range(1, len(expected) + 1)]
+
+
+def test_a_batch_of_short_calls_goes_on_after_one_that_raises(desk: Desk) -> None:
+    desk.keep(1, unless_13)
+    desk.send_batch([*range(100), lambda: 0, 13, *range(100, 120)])
+
+    said = values_of(desk.serve())
+
+    assert said.pop(14) == "thirteen"
+    assert said.pop(102) == "thirteen"
+    assert callable(said.pop(101))
+    expected = [*range(13), *range(14, 100), *range(100, 120)]
+    assert [*said.values()] == expected
+
+
+def test_a_batch_passes_all_arguments_of_a_call(desk: Desk) -> None:
+    desk.keep(1, lambda *values: sum(values))
+    desk.send_batch([(n, 1, 2) for n in range(100)], starred=True)
+
+    assert [*values_of(desk.serve()).values()] == [n + 3 for n in range(100)]
+
+
+def test_a_result_that_cannot_be_pickled_is_told_of_in_a_batch_of_short_calls(desk: Desk) -> None:
+    desk.keep(1, lambda n: (x for x in ()) if n == 50 else n)
+    desk.send_batch([*range(100)])
+
+    said = values_of(desk.serve())
+
+    assert "generator" in said.pop(51)
+    assert [*said.values()] == [n for n in range(100) if n != 50]
+
+
+@pytest.mark.parametrize("at", [1, 2, 20, 40, 63, 64, 99])
+def test_what_is_taken_back_amid_short_calls_does_not_begin(at: int, desk: Desk) -> None:
+    begun: list[int] = []
+
+    def note(value: int) -> int:
+        begun.append(value)
+        if value == at:
+            desk.board.revoke(100)
+        return value
+
+    desk.keep(1, note)
+    desk.send_batch([*range(1, 101)])
+    *said, skipped = desk.serve()
+
+    assert begun == [*range(1, at + 1)]
+    assert (skipped.kind, skipped.task) == (Kind.SKIPPED, at + 1)
+    assert values_of(said) == {n: n for n in range(1, at + 1)}
+    assert desk.board.began == at
+
+
+def test_each_call_with_a_timeout_says_when_it_begins(desk: Desk) -> None:
+    since: list[int] = []
+    desk.keep(1, lambda _: since.append(desk.board.since_ns))
+    desk.pool.send(batch_frame(1, 1, payloads.dumps([0] * 40), starred=False, timed=True))
+    desk.serve()
+
+    assert len(set(since)) == 40

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safepool.workers.board import Board, barrier, records_of
+from safepool.workers.board import LANE_CALLS, LANES, Board, Left, numbers_of, records_of
+from safepool.workers.fence import barrier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,8 @@ BEGUN, SKIPPED = 1, 2
 # The worker of the stress test: begins as fast as it can, and writes down what it has begun.
 CLAIM = f"""
 import mmap, sys
-from safepool.workers.board import Board, register
+from safepool.workers.board import Board
+from safepool.workers.fence import register
 board, marks = Board(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), {POSITIONS})
 assert register()
 claim = board.claim
@@ -43,7 +45,8 @@ for position in range(1, {POSITIONS}):
 # The worker of the other: leaves results, and uses the space again as soon as it is full.
 PUBLISH = f"""
 import mmap, sys
-from safepool.workers.board import Board, register
+from safepool.workers.board import Board
+from safepool.workers.fence import register
 board, marks = Board(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), {POSITIONS})
 assert register()
 position = 1
@@ -55,6 +58,37 @@ while not marks[0]:
         position += 1
     else:
         position += 1
+"""
+
+# The worker of a third: fills the lane as fast as it can, a few dozen at a time, and writes down
+# what it has begun.
+LANE = f"""
+import mmap, sys
+from safepool.workers.board import LANE_CALLS, REVOKED, Board
+from safepool.workers.fence import register
+board, marks = Board(int(sys.argv[1])), mmap.mmap(int(sys.argv[2]), {POSITIONS})
+assert register()
+position, count = 1, LANE_CALLS
+while not marks[0]:
+    if not board.claim(position, position):
+        marks[position] = {SKIPPED}
+        position += 1
+        board.flushed()
+        count = LANE_CALLS
+        continue
+    if count + 30 > LANE_CALLS:
+        board.lane_bytes(count)
+        board.flushed()
+        slots, first, count = board.open_lane(position, 1), position, 0
+    cells = board.enter_lane(position + 29)
+    for at in range(position, position + 30):
+        marks[at] = {BEGUN}
+        slots[at - first] = at * 3
+        if cells[REVOKED] > at:
+            break
+    board.leave_lane(at)
+    count = at + 1 - first
+    position = at + 1
 """
 
 
@@ -104,7 +138,7 @@ def test_records_come_back_as_they_were_written(steps: list[tuple[str, int, int]
             board.flushed()
             there = []
         else:
-            assert read(board.peek()) == there
+            assert read(board.peek().records) == there
         assert read(board.published()) == there
     board.close()
 
@@ -136,7 +170,7 @@ def test_records_that_are_flushed_while_they_are_read_are_not_taken(
 ) -> None:
     board.publish(1, 0, 6, b"one")
     monkeypatch.setattr("safepool.workers.board.barrier", board.flushed)
-    assert board.peek() == b""
+    assert board.peek() == Left()
 
 
 def test_the_era_begins_again_when_it_is_full(board: Board) -> None:
@@ -145,7 +179,7 @@ def test_the_era_begins_again_when_it_is_full(board: Board) -> None:
     board.publish(1, 0, 6, b"one")
     board.flushed()
     board.publish(2, 0, 6, b"two")
-    assert read(board.peek()) == [(2, 0, 6, b"two")]
+    assert read(board.peek().records) == [(2, 0, 6, b"two")]
 
 
 def test_a_board_that_is_closed_twice_closes_nothing_else(board: Board) -> None:
@@ -156,9 +190,10 @@ def test_a_board_that_is_closed_twice_closes_nothing_else(board: Board) -> None:
     os.close(descriptor)
 
 
-def test_nothing_is_both_begun_and_taken_back(board: Board) -> None:
+@pytest.mark.parametrize("script", [CLAIM, LANE], ids=["alone", "lane"])
+def test_nothing_is_both_begun_and_taken_back(script: str, board: Board) -> None:
     """One process begins as fast as it can, the other takes back what lies ahead of it."""
-    process, marks = begin(CLAIM, board)
+    process, marks = begin(script, board)
     taken: list[tuple[int, int]] = []
     last = 0
     try:
@@ -197,7 +232,7 @@ def test_what_is_peeked_at_is_whole(board: Board) -> None:
         wait_until_it_works(process, board)
         deadline = time.monotonic() + STRESS_S
         while time.monotonic() < deadline:
-            records = read(board.peek())
+            records = read(board.peek().records)
             positions = [position for position, *_ in records]
             assert positions == [*range(min(positions, default=1), max(positions, default=0) + 1)]
             for position, microseconds, kind, pickled in records:
@@ -211,3 +246,97 @@ def test_what_is_peeked_at_is_whole(board: Board) -> None:
         process.wait(30)
         marks.close()
     assert found > 100
+
+
+def test_what_is_peeked_at_in_the_lane_is_whole(board: Board) -> None:
+    """One process fills and flushes the lane, the other reads: all of it, or nothing."""
+    process, marks = begin(LANE, board)
+    found = latest = 0
+    try:
+        wait_until_it_works(process, board)
+        deadline = time.monotonic() + STRESS_S
+        while time.monotonic() < deadline and board.claimed < POSITIONS - 10_000:
+            left = board.peek()
+            assert left.numbers == [(left.first + n) * 3 for n in range(len(left.numbers))]
+            if left.numbers:
+                assert left.first + len(left.numbers) >= latest
+                latest = left.first + len(left.numbers)
+            found += len(left.numbers)
+    finally:
+        marks[0] = 1
+        process.wait(30)
+        marks.close()
+    assert found > 100
+
+
+LANE_STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("fill"), st.integers(1, 100)),
+        st.just(("flush", 0)),
+        st.just(("peek", 0)),
+    ),
+    max_size=60,
+)
+
+
+@given(LANE_STEPS)
+def test_a_lane_claims_what_follows_each_result(steps: list[tuple[str, int]]) -> None:
+    """Up to its last call; and what was flushed is not there any more."""
+    board = Board.create()
+    assert board is not None
+    position, there = 1, 0
+    slots = first = None
+    for step, count in steps:
+        if step == "fill":
+            assert board.claim(position, 5)
+            if slots is None or there + count > LANE_CALLS:
+                board.flushed()
+                slots, first, there = board.open_lane(position, LANES[int]), position, 0
+            assert first is not None
+            board.enter_lane(position + count - 1)
+            for at in range(position, position + count):
+                assert (board.claimed, board.began) == (at, at)
+                slots[at - first] = at - 50
+            assert board.claimed == position + count - 1
+            board.leave_lane(position + count - 1)
+            position += count
+            there += count
+        elif step == "flush":
+            board.lane_bytes(there)
+            board.flushed()
+            slots, there = None, 0
+        left = board.peek()
+        assert left.numbers == ([n - 50 for n in range(position - there, position)])
+        assert board.claimed == board.began == position - 1
+    board.close()
+
+
+# One row per kind: what comes back is what was stored, to the last bit.
+NUMBERS: dict[type, list[object]] = {
+    int: [0, -1, 2**63 - 1, -(2**63)],
+    float: [0.0, -0.0, 1e-320, float("inf"), 0.1],
+    bool: [True, False],
+    type(None): [None, None, None],
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_lane_gives_back_what_was_stored(kind: type, board: Board) -> None:
+    values = NUMBERS[kind]
+    slots = board.open_lane(1, LANES[kind])
+    board.enter_lane(len(values))
+    for place, value in enumerate(values):
+        slots[place] = 0 if value is None else value
+    board.leave_lane(len(values))
+
+    found = board.peek().numbers
+    assert [*map(repr, found)] == [*map(repr, values)]
+    assert [*map(repr, numbers_of(LANES[kind], board.lane_bytes(len(values))))] == [
+        *map(repr, values)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "data"), [(0, b""), (5, b"\0" * 8), (1, b"\0" * 7)])
+def test_what_is_no_lane_is_refused(kind: int, data: bytes) -> None:
+    with pytest.raises(ValueError, match="of a lane of kind"):
+        numbers_of(kind, data)

@@ -531,3 +531,25 @@ def test_more_descriptors_than_can_travel_are_counted_in_the_error() -> None:
         queue.close()
     with ProcessPool(1, initializer=len, initargs=([*queues[:0]],)) as pool:
         assert pool.submit(abs, -1).result(timeout=30) == 1
+
+
+def searches_for_native_libraries() -> tuple[int, list[int]]:
+    """Tell how often this process has searched, and the threads of what it has found."""
+    from safepool.threads import cap
+
+    worker_cap = cap._worker_cap
+    assert worker_cap is not None
+    native = worker_cap._native
+    found = [library.num_threads for library in native.find().lib_controllers]
+    return int(native is not cap._found), found
+
+
+def test_a_worker_caps_what_its_server_has_found() -> None:
+    """To search takes most of a worker's start: once for all of them, and again if need be."""
+    pytest.importorskip("numpy")
+    with ProcessPool(1, preload=["numpy"]) as pool:
+        searches, threads = pool.submit(searches_for_native_libraries).result(timeout=60)
+
+    assert searches == 0
+    assert threads
+    assert set(threads) == {1}

@@ -14,6 +14,8 @@ from safepool.transport.frames import CorruptFrameError, Frame, FrameReader, Kin
 from safepool.workers.messages import (
     batch_frame,
     function_of,
+    numbers_frame,
+    read_batch,
     read_tasks,
     read_values,
     task_frame,
@@ -52,12 +54,14 @@ def test_tasks_arrive_as_they_were_sent(position: int, calls: list[tuple[int, by
 
 @given(NUMBERS, st.lists(st.binary(max_size=5000), min_size=1, max_size=5))
 def test_a_task_and_a_batch_name_their_function(number: int, segments: list[bytes]) -> None:
-    for frame in (
-        received(task_frame(1, number, segments)),
-        received(batch_frame(1, number, segments)),
-    ):
-        assert function_of(frame.segments) == number
-        assert [bytes(segment) for segment in frame.segments[1:]] == segments
+    frame = received(task_frame(1, number, segments))
+    assert function_of(frame.segments) == number
+    assert [bytes(segment) for segment in frame.segments[1:]] == segments
+
+    starred, timed = number % 2 == 0, number % 3 == 0
+    frame = received(batch_frame(1, number, segments, starred=starred, timed=timed))
+    assert read_batch(frame.segments) == (number, starred, timed)
+    assert [bytes(segment) for segment in frame.segments[1:]] == segments
 
 
 @given(st.integers(0, 2**40), st.lists(PLAIN, min_size=1))
@@ -68,14 +72,23 @@ def test_values_arrive_as_they_were_sent(spent: int, values: list[Any]) -> None:
     assert read_values(frame.segments) == (min(spent, 2**32 - 1), values)
 
 
+def test_numbers_arrive_as_the_lane_held_them() -> None:
+    frame = received(numbers_frame(7, 2**40, 1, struct.pack("=qqq", 1, -2, 3)))
+
+    assert read_values(frame.segments) == (2**32 - 1, [1, -2, 3])
+
+
 # One row per frame that no worker sends: its segments.
 NO_VALUES: dict[str, list[bytes]] = {
     "nothing": [],
-    "one segment": [b"\0\0\0\0"],
+    "one segment": [b"\0" * 5],
     "a short head": [b"\0", pickle.dumps([1])],
-    "no pickle": [b"\0\0\0\0", b"?"],
-    "no list": [b"\0\0\0\0", pickle.dumps(1)],
-    "an empty list": [b"\0\0\0\0", pickle.dumps([])],
+    "no pickle": [b"\0" * 5, b"?"],
+    "no list": [b"\0" * 5, pickle.dumps(1)],
+    "an empty list": [b"\0" * 5, pickle.dumps([])],
+    "no kind of lane": [b"\0\0\0\0\x09", bytes(8)],
+    "half a number": [b"\0\0\0\0\1", bytes(12)],
+    "no numbers": [b"\0\0\0\0\1", b""],
 }
 
 

@@ -1,0 +1,173 @@
+"""Answers of a worker to its pool: left on the board, and sent together.
+
+At once when nothing else is here to do, else after a millisecond. So a result costs no system
+call, and is not lost when the next call kills the process. That of a call that has logged is
+sent at once: the pool is to see it after what was logged.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import Filed, Kind, encode
+from safepool.workers.board import LANE_CALLS, record_of
+from safepool.workers.describe import describe
+from safepool.workers.messages import numbers_frame, values_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.workers.board import Board
+    from safepool.workers.fork import Fork
+    from safepool.workers.logs import Outbox
+
+    Segments = Sequence[Segment]
+
+__all__ = ["SMALL_BYTES", "Answers"]
+
+# Results wait for no more than this while further calls run. A message costs some 5
+# microseconds on each side, so it is paid by a few hundred of the shortest calls.
+_FLUSH_NS = 1_000_000
+# A larger result is sent on its own: it would fill the board.
+SMALL_BYTES = 16 * 1024
+
+_RESULT = int(Kind.RESULT)
+
+
+class Answers:
+    """What calls have ended with, and nobody was told yet.
+
+    Three forms, never two at a time: numbers in the board's lane; plain values that follow each
+    other, on the board as records and here as a list; records of any answers.
+
+    Args:
+        outbox: By which they are sent.
+        board: Shared with the pool; ``None`` if there is none, then each is sent alone.
+        fork: Nothing is sent from one.
+    """
+
+    def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
+        self._outbox = outbox
+        self._board = board
+        self._fork = fork
+        # When the call under way began to cost time, and when answers were last sent.
+        self._mark_ns = self._flushed_ns = 0
+        # The position of the first, with the lane's kind and how many numbers are there.
+        self._first = self._kind = self._count = 0
+        self._slots: memoryview[Any] = memoryview(b"")
+        self._values: list[object] = []
+        self._others = False
+
+    def begin(self) -> None:
+        """Count the time of what comes from now on."""
+        self._mark_ns = time.monotonic_ns()
+
+    def are_due(self, now_ns: int) -> bool:
+        """Tell whether they have waited long enough."""
+        return now_ns - self._flushed_ns > _FLUSH_NS
+
+    def send(self, position: int, kind: Kind, segments: Segments) -> None:
+        """Answer one call."""
+        self._fork.leave()
+        board, outbox, head = self._board, self._outbox, segments[0]
+        if self._values or self._kind:
+            self.flush()
+        if (
+            board is None
+            or len(segments) > 1
+            or isinstance(head, Filed)
+            or len(head) > SMALL_BYTES
+        ):
+            self.flush()
+            outbox.logged = False
+            self._send_alone(position, kind, segments)
+            return
+        now = time.monotonic_ns()
+        microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
+        self._mark_ns = now
+        if outbox.logged:
+            self.flush()
+            outbox.logged = False
+            record = record_of(position, microseconds, kind, head)
+            outbox.send(encode(Kind.RESULTS, 0, [record]))
+            return
+        if not board.publish(position, microseconds, kind, head):
+            self.flush()
+            board.publish(position, microseconds, kind, head)
+        self._others = True
+        if self.are_due(now):
+            self.flush()
+
+    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
+        try:
+            segments = self._outbox.hand_over(segments)
+        except MemoryError as error:  # it could not go as a file after all
+            kind, segments = Kind.EXCEPTION, describe(error)
+        self._outbox.send(encode(kind, position, segments))
+
+    def keep(self, position: int, value: object, pickled: bytes) -> bool:
+        """Leave a plain value for the next flush; ``False`` if it must be sent."""
+        board = self._board
+        if (
+            board is None
+            or self._others
+            or self._kind
+            or self._fork.here
+            or self._outbox.logged
+            or not board.publish(position, 0, _RESULT, pickled)
+        ):
+            return False
+        if not self._values:
+            self._first = position
+        self._values.append(value)
+        return True
+
+    def lane(self, position: int, kind: int, calls: int) -> tuple[memoryview[Any], int, int]:
+        """Prepare the lane for the results of calls from this position on, which is claimed.
+
+        Args:
+            position: The first one's.
+            kind: Of the results.
+            calls: How many, if there is room.
+
+        Returns:
+            The slots, the position of the first of them, and how many calls there is room for.
+        """
+        assert self._board is not None
+        if kind != self._kind or self._count == LANE_CALLS:
+            self.flush()
+            self._slots = self._board.open_lane(position, kind)
+            self._first, self._kind = position, kind
+        return self._slots, self._first, min(calls, LANE_CALLS - self._count)
+
+    def kept(self, last: int) -> None:
+        """Count the results in the lane: up to this position."""
+        self._count = last + 1 - self._first
+
+    def flush(self) -> None:
+        """Send what was left on the board."""
+        board = self._board
+        if board is None or not (self._kind or self._values or self._others):
+            return
+        self._fork.leave()
+        now = time.monotonic_ns()
+        spent = (now - self._mark_ns) // 1000
+        if self._values:
+            frame = values_frame(self._first, spent, self._values)
+            self._values.clear()
+            self._mark_ns = now
+        elif self._kind:
+            numbers = board.lane_bytes(self._count)
+            frame = numbers_frame(self._first, spent, self._kind, numbers) if numbers else []
+            self._kind = self._count = 0
+            self._mark_ns = now
+        else:
+            frame = encode(Kind.RESULTS, 0, [board.published()])
+            self._others = False
+        if frame:
+            self._outbox.send(frame)
+        # Only now: who is killed in between leaves them twice, and the pool takes them once.
+        board.flushed()
+        self._flushed_ns = now

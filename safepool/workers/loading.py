@@ -1,0 +1,47 @@
+"""A module that starts a pool when it is imported, and a worker that imports it for a call.
+
+Its worker would import it again, and so on: a chain of processes without an end. The standard
+library's ``spawn`` meets it with an error, ``fork`` does not know it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from safepool.transport import payloads
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+__all__ = ["check_no_import"]
+
+
+def check_no_import() -> None:
+    """Refuse to start a pool while a worker imports a module in order to read a call.
+
+    Raises:
+        RuntimeError: This is a worker, and such a module is being imported.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    module = ""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "<module>":
+            module = str(frame.f_globals.get("__name__", code.co_filename))
+        elif code is payloads.loads.__code__ and module and _in_a_worker(frame):
+            raise RuntimeError(
+                f"module {module} starts a process pool when it is imported, and this worker "
+                "imports it to find a function of it: the worker's worker would do the same, and "
+                f"so on. Start the pool in a function of {module}, or below "
+                "if __name__ == '__main__':"
+            )
+        frame = frame.f_back
+
+
+def _in_a_worker(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "safepool.workers.runner":
+            return True
+        frame = frame.f_back
+    return False
