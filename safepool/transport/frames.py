@@ -42,6 +42,8 @@ _DIRECT_BYTES = _SCRATCH_BYTES // 4
 # A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
 _JOINED_BYTES = 4 * 1024
 _IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
+# Of one segment: what a process has addresses for.
+_MOST_BYTES = 1 << 47
 _TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
 
@@ -327,16 +329,21 @@ class FrameReader:
     def _allocate(self, lengths: tuple[int, ...]) -> None:
         in_stream: list[int] = []
         for length in lengths:
+            inside = length & (_FIRST_OF_FILE - 1)
             if length & _IN_A_FILE and length & _FIRST_OF_FILE:
                 self._files.append((len(in_stream), []))
-            if length < _FIRST_OF_FILE:
+            if length <= _MOST_BYTES:
                 in_stream.append(length)
-            elif length & _IN_A_FILE and self._files and self._files[-1][0] == len(in_stream):
-                self._files[-1][1].append(length & (_FIRST_OF_FILE - 1))
+            elif length & _IN_A_FILE and inside <= _MOST_BYTES and self._goes_on(len(in_stream)):
+                self._files[-1][1].append(inside)
             else:
                 raise CorruptFrameError(f"a segment of length {length:#x} is announced")
         self._parts = [bytearray(length) for length in in_stream]
         self._filled = (0, 0)
+
+    def _goes_on(self, place: int) -> bool:
+        """Tell whether there is a file that nothing has come behind."""
+        return bool(self._files) and self._files[-1][0] == place
 
     def _fill(self) -> bool:
         """Move what is in the scratch buffer to the parts; tell whether all are full."""
