@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
-from safepool.pool.tasks import begin, fail
+from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references
 from safepool.transport.channel import size_of
 from safepool.transport.frames import Filed, Kind, encode
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff, Worker
-    from safepool.pool.tasks import Pickled, Task
+    from safepool.pool.tasks import Task
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
@@ -121,8 +121,8 @@ class Dispatch:
         if not work.policy.retries:
             work.pickled = None
         elif work.pickled is not None:
-            function, _, shared = work.pickled
-            work.pickled = (function, list(packing.segments), shared)  # the same files again
+            # The same files again.
+            work.pickled = work.pickled._replace(segments=list(packing.segments))
         return task_frame(work.position, packing.function, segments)
 
     def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
@@ -144,13 +144,15 @@ class Dispatch:
                     _say_what(error, task.name)
                     fail(task.future, error)
                     continue
-            function, segments, shared = task.pickled
+            function, segments, shared, brings_globals = task.pickled
             small = _small(segments)
             if small is None and worker.ledger.owed:
                 task.future.wait_again()
                 return [*pieces, *_tasks(first, group)], tasks[place:]
             task.call = None
             pieces += self._introduce(worker, function, shared)
+            if brings_globals:
+                worker.names.clear()
             worker.ledger.give(task)
             if small is not None:
                 if not group:
@@ -177,7 +179,7 @@ class Dispatch:
                 return [], []
         try:
             value: object = (run.arguments_of(span.items[0]), {}) if span.alone else span.items
-            segments, shared = _dumps(value)
+            _, segments, shared, brings_globals = _dumps(value)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
                 _say_what(error, run.name)
@@ -189,6 +191,8 @@ class Dispatch:
             return [], [span.only(place) for place in range(span.count)]
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._introduce(worker, run.sent, shared)
+        if brings_globals:
+            worker.names.clear()
         worker.ledger.give(span)
         packing = Packing(worker, span, span.position, run.sent.number, segments)
         more, back = self._give_large(packing)
@@ -197,10 +201,10 @@ class Dispatch:
     def _pickle(self, task: Task) -> Pickled:
         assert task.call is not None
         function, args, kwargs = task.call
-        sent = self.functions.importable(function)
+        sent = self.functions.lasting(function)
         if sent is not None:
-            return sent, *_dumps((args, kwargs))
-        return None, *_dumps(task.call, by_value=task.name.startswith("__main__."))
+            return _dumps((args, kwargs))._replace(function=sent)
+        return _dumps(task.call, by_value=task.name.startswith("__main__."))
 
     def _fail_all(self, span: Span, error: BaseException) -> None:
         run = span.run
@@ -214,9 +218,18 @@ class Dispatch:
     ) -> Pieces:
         """Return what brings a worker the function and shared objects that it does not know."""
         pieces = self._share(worker, shared)
-        if function is None or function.number in worker.functions:
+        if function is None:
+            return pieces
+        stale = any(
+            worker.names.get(name, self) is not function.names[name] for name in function.names
+        )
+        if function.number in worker.functions and not stale:
             return pieces
         worker.functions.add(function.number)
+        if function.lasting:
+            worker.names.update(function.names)
+        else:
+            worker.names.clear()  # of a map: what it brings is not known
         pieces += self._share(worker, function.shared)
         segments = worker.channel.hand_over(function.segments)
         return [*pieces, *encode(Kind.FUNCTION, function.number, segments)]
@@ -262,14 +275,14 @@ def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
         found.tell_unshared(number)
 
 
-def _dumps(
-    value: object, *, by_value: bool = False
-) -> tuple[Sequence[Segment], Sequence[Shared[Any]]]:
+def _dumps(value: object, *, by_value: bool = False) -> Pickled:
+    before = payloads.values_sent()
     if not references.known():
-        return payloads.dumps(value, into_main=True, by_value=by_value), ()
+        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+        return Pickled(None, segments, (), payloads.values_sent() != before)
     with references.Collected() as met:
         segments = payloads.dumps(value, into_main=True, by_value=by_value)
-    return segments, met.found
+    return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
 def _say_what(error: BaseException, name: str) -> None:

@@ -67,6 +67,8 @@ class Worker(WorkerProcess):
         done: How many calls it has finished.
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
+        names: Globals of its ``__main__`` as functions that it keeps have brought them, and
+            nothing else has changed since.
         shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.
@@ -123,6 +125,7 @@ class Worker(WorkerProcess):
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
         self.shared: set[int] = set()
+        self.names: dict[str, object] = {}
 
     @property
     def takes_more(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.transport import payloads
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from safepool.transport.sharing import Shared
 
     Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-    Pickled = tuple[SentFunction | None, Sequence[Segment], Sequence[Shared[Any]]]
 
 __all__ = [
+    "Pickled",
     "PoolFuture",
     "Task",
     "begin",
@@ -36,6 +36,22 @@ __all__ = [
 ]
 
 _log = ContainedLogger()
+
+
+class Pickled(NamedTuple):
+    """A call on its way.
+
+    Attributes:
+        function: If workers keep it; otherwise it is in the payload.
+        segments: The payload.
+        shared: What it refers to, by :func:`safepool.share`.
+        brings_globals: It may change globals of ``__main__`` in the worker.
+    """
+
+    function: SentFunction | None
+    segments: Sequence[Segment]
+    shared: Sequence[Shared[Any]]
+    brings_globals: bool
 
 
 class PoolFuture(Future[Any]):

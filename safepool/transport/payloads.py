@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses"]
+__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses", "values_sent"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 _main_uses = 0
+_values_sent = 0
 
 
 def dumps(
@@ -152,6 +153,8 @@ def _by_value_dumps(
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     pickler = kind(file, protocol=5, buffer_callback=in_band)
     if into_main:
+        global _values_sent  # noqa: PLW0603 -- a fact about this process
+        _values_sent += 1
         # cloudpickle asks here for what stands for a function's globals.
         pickler.globals_ref[id(main_namespace())] = _Main(__name__="__main__")
     pickler.dump(value)
@@ -163,6 +166,11 @@ def main_namespace() -> dict[str, Any]:
     global _main_uses  # noqa: PLW0603 -- a fact about this process
     _main_uses += 1
     return vars(sys.modules["__main__"])
+
+
+def values_sent() -> int:
+    """Return how many payloads may have brought globals of ``__main__`` along."""
+    return _values_sent
 
 
 def main_uses() -> int:
