@@ -266,10 +266,22 @@ class Scheduler:
         results = Results(run, iter(items), self, ahead, deadline)
         # With all calls queued the pool may go: what they return arrives without it.
         iterator = results.iterate(None if run.fed else keep)
+        run.reader = weakref.ref(iterator, self._wake_when_gone)
         if not run.fed and ahead is None:
             # One that is dropped without a look is a map for the sake of what its calls do.
             self._open[weakref.ref(iterator, self._finish_unseen)] = results
         return iterator
+
+    @property
+    def _wake_when_gone(self) -> Callable[[object], None]:
+        me = self._me
+
+        def wake(_: object) -> None:  # race E
+            found = me()
+            if found is not None:
+                found.wake()
+
+        return wake
 
     def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
         results = self._open.pop(iterator, None)
@@ -441,6 +453,7 @@ class Scheduler:
         with self._lock:
             self._news = False
             closing, ending = self._closing, self._ending
+            self._backlog.holds = not closing
             to_kill, self._to_kill = self._to_kill, []
             ended_runs, self._ended_runs = self._ended_runs, []
         if ending:
