@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from safepool.own_threads import ThreadLimit, limit_threads
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
+    from safepool.transport.sharing import share
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "limit_threads",
     "parallel_backend",
     "read_limits",
+    "share",
     "worker",
 ]
 
@@ -81,6 +83,7 @@ _HOMES = {
     "limit_threads": "safepool.own_threads",
     "parallel_backend": "safepool.joblib_backend",
     "read_limits": "safepool.limits",
+    "share": "safepool.transport.sharing",
     "worker": "safepool.decorator",
 }
 

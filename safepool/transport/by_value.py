@@ -91,10 +91,13 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         return NotImplemented
 
 
-def reducer_table(*, loky_imported: bool) -> ChainMap[type, Callable[[Any], Any]]:
+def reducer_table(
+    arrays: dict[type, Callable[[Any], Any]], *, loky_imported: bool
+) -> ChainMap[type, Callable[[Any], Any]]:
     """Return the reducers for other objects than classes and functions.
 
     Args:
+        arrays: Those for arrays.
         loky_imported: Reducers may have been registered with loky, and hold here.
     """
     own: dict[type, Callable[[Any], Any]] = {
@@ -102,6 +105,7 @@ def reducer_table(*, loky_imported: bool) -> ChainMap[type, Callable[[Any], Any]
         _LRU_CACHE: _reduce_lru_cache,
         functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
+        **arrays,
     }
     # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).
     table = ChainMap(own, *cloudpickle.Pickler.dispatch_table.maps)
