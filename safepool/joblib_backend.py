@@ -42,6 +42,8 @@ from safepool.pool.tasks import name_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from safepool.budget import Rounding
+
 __all__ = ["SafepoolBackend", "parallel_backend"]
 
 # How long a worker waits for the next call outside of a block, as loky's do.
@@ -53,6 +55,7 @@ def parallel_backend(
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
+    rounding: Rounding = "floor",
     timeout: float | None = None,
     retries: int = 0,
     memory_per_worker: float | str | None = None,
@@ -72,6 +75,9 @@ def parallel_backend(
         threads_per_worker: Threads for each native pool in a worker, at least 1; the number
             of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` is another word for it.
+        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. A
+            program that only waits for its calls has no use for what ``"floor"`` leaves to
+            it: with 1.5 CPUs, ``"nearest"`` is two workers instead of one.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch.
@@ -100,6 +106,7 @@ def parallel_backend(
     backend = SafepoolBackend(
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
+        rounding=rounding,
         pools=_Pools(idle_s=None),
         timeout=timeout,
         retries=retries,
@@ -222,7 +229,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         pools: Where pools are kept; ``None`` is this process's.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend.
-        timeout, retries, memory_per_worker, preload, initializer, initargs: As for
+        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs: As for
             :func:`parallel_backend`.
     """
 
@@ -238,6 +245,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         inner_max_num_threads: int | None = None,
         *,
         pools: _Pools | None = None,
+        rounding: Rounding = "floor",
         timeout: float | None = None,
         retries: int = 0,
         memory_per_worker: float | str | None = None,
@@ -253,6 +261,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._pools = pools or _shared
         self._policy = Policy(timeout_s=timeout, retries=retries)
         self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
+        self._rounding = rounding
+        # What is out of its range is said here, not by the first call.
+        self._request()
         self._preload = preload
         self._initialize = (initializer, initargs)
         self._idle_s = idle_worker_timeout
@@ -263,14 +274,21 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def _threads(self) -> int:
         return 1 if self.inner_max_num_threads is None else self.inner_max_num_threads
 
+    def _request(self) -> Request:
+        # Made anew: joblib sets inner_max_num_threads later as well.
+        return Request(
+            threads_per_worker=self._threads,
+            rounding=self._rounding,
+            memory_per_worker=self._memory,
+        )
+
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         """Return the number of workers that ``n_jobs`` stands for, at least 1."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is None or n_jobs == 1:
             return 1
-        request = Request(threads_per_worker=self._threads, memory_per_worker=self._memory)
-        budget, _ = read_budget(request)
+        budget, _ = read_budget(self._request())
         if n_jobs < 0:
             return max(1, budget.workers + 1 + n_jobs)
         if n_jobs > budget.workers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import Any
 
 import joblib
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import support_tasks as tasks
 from joblib import Parallel, delayed
+from support_cgroups import control_group
 
 import safepool
 
@@ -149,12 +151,34 @@ def test_threads_per_worker_divides_the_workers() -> None:
     assert found == ["2", "2"]
 
 
+# One row per rounding: how many workers 1.5 CPUs are.
+ROUNDINGS = {"floor": 1, "nearest": 2, "ceil": 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two CPUs")
+def test_rounding_decides_about_a_fraction() -> None:
+    code = (
+        "import joblib, safepool, sys\n"
+        "for rounding in sys.argv[1:]:\n"
+        "    with safepool.parallel_backend(rounding=rounding):\n"
+        "        print(rounding, joblib.effective_n_jobs(-1))\n"
+    )
+    with control_group(cpus=1.5) as group:
+        printed = group.run(code, *ROUNDINGS)
+    assert dict(line.split() for line in printed.splitlines()) == {
+        rounding: str(workers) for rounding, workers in ROUNDINGS.items()
+    }
+
+
 # One row per argument of the block that is out of its range.
 WRONG: dict[str, dict[str, Any]] = {
     "n_jobs": {"n_jobs": 0},
     "timeout": {"timeout": 0},
     "retries": {"retries": -1},
     "memory_per_worker": {"memory_per_worker": "much"},
+    "threads_per_worker": {"threads_per_worker": 0},
+    "rounding": {"rounding": "up"},
 }
 
 
@@ -162,7 +186,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_what_is_out_of_range_is_said_at_the_block(argument: str) -> None:
     """Not by the first call in it."""
     entered = False
-    with pytest.raises(ValueError, match=r"n_jobs|timeout|retries|size"):  # noqa: PT012 -- and not later
+    with pytest.raises(ValueError, match=r"n_jobs|timeout|retries|size|threads|rounding"):  # noqa: PT012 -- and not later
         with safepool.parallel_backend(**WRONG[argument]):
             entered = True
     assert not entered
