@@ -51,6 +51,7 @@ LIMIT_S = 60
 
 
 def sum_of_part(array: Any, part: int) -> float:
+    """Read a hundredth of the array, all over it."""
     return float(array[part::ARRAY_TASKS].sum())
 
 

@@ -239,7 +239,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     uses_threads = False
     default_n_jobs = 1
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each by its name
         self,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,

@@ -90,7 +90,7 @@ def test_a_death_under_one_thread_leaves_the_call_of_another_alone() -> None:
 
 @linux
 def test_the_out_of_memory_killer_is_named() -> None:
-    """joblib's own backend says that a segmentation fault or memory may be the cause."""
+    """The default backend says that a segmentation fault or memory may be the cause."""
     code = (
         "import safepool\n"
         "from joblib import Parallel, delayed\n"
@@ -127,7 +127,9 @@ PLACES = {
 def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path) -> None:
     """No process, and no file where joblib's own backend keeps its arrays."""
     code = (
-        "import os, time, joblib, safepool, numpy\n"
+        "import os, signal, time, joblib, safepool, numpy\n"
+        # A shell's background job ignores SIGINT, and so does what it starts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def work(array):\n"
         "    open(f'pid-{os.getpid()}', 'x').close()\n"
         "    time.sleep(60)\n"
@@ -144,8 +146,6 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
         text=True,
         cwd=tmp_path,
         env={**os.environ, "TMPDIR": str(temporary)},
-        # A shell's background job ignores SIGINT, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as program:
         try:
             deadline = time.monotonic() + 60

@@ -12,7 +12,9 @@ NO_FINDER = "assert not [f for f in sys.meta_path if type(f).__module__.startswi
 
 # One row per order of imports: a program that ends with exit code 0.
 ORDERS = {
-    "joblib by somebody else, later": f"import safepool, sklearn.utils, joblib; {USE}; {NO_FINDER}",
+    "joblib by somebody else, later": (
+        f"import safepool, sklearn.utils, joblib; {USE}; {NO_FINDER}"
+    ),
     "by a setting of a block": (
         "import safepool, joblib\n"
         "with joblib.parallel_config(backend='safepool', n_jobs=2, timeout=60, retries=1):\n"
