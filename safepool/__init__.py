@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from safepool.machine import cpu_count, cpu_limit
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
+    from safepool.transport.sharing import share
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "cpu_limit",
     "parallel_backend",
     "read_limits",
+    "share",
     "worker",
 ]
 
@@ -76,6 +78,7 @@ _HOMES = {
     "cpu_limit": "safepool.machine",
     "parallel_backend": "safepool.joblib_backend",
     "read_limits": "safepool.limits",
+    "share": "safepool.transport.sharing",
     "worker": "safepool.decorator",
 }
 
