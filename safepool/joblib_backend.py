@@ -8,16 +8,22 @@ A block has a pool of its own, which ends with it. Without one there is a pool f
 setting in the process, kept from call to call; its workers end when they have been idle.
 
 Not covered:
-    * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``, ``temp_folder``):
-      accepted and without effect. Arrays travel over the worker's own channel and arrive
-      writable, each task with its own.
+    * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
+      array of more than ``max_nbytes`` that a second batch of a call is given too is placed
+      in memory once for all that follow, if it is an argument itself and not inside of
+      another. As with joblib's files they get it as it was then.
+    * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
+      ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
+      that cannot mean read-only.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +44,7 @@ from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -220,6 +227,64 @@ class _Pools:
 _shared = _Pools(_IDLE_S)
 
 
+class _Arrays:
+    """The large arrays of one call, to be placed once instead of sent with each batch.
+
+    Args:
+        more_than_bytes: Of what size an array is large; ``None`` is never.
+    """
+
+    def __init__(self, more_than_bytes: float | None) -> None:
+        self._more_than_bytes = more_than_bytes
+        # By id(), which is another array's once this one is gone. A handle is kept as long.
+        self._met: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def place(self, batch: Any) -> None:
+        """Let what an earlier batch was given too travel as a handle."""
+        items = getattr(batch, "items", None)
+        numpy = sys.modules.get("numpy")
+        if not items or numpy is None or self._more_than_bytes is None:
+            return
+        large = {
+            id(value): value
+            for _, args, keywords in items
+            for value in (*args, *keywords.values())
+            # A subclass may hold more than its buffer; a memory-mapped one travels by its name.
+            if type(value) is numpy.ndarray and value.nbytes > self._more_than_bytes
+        }
+        if not large:
+            return
+        handles = {name: self._handle(value) for name, value in large.items()}
+        batch.items = [
+            (
+                function,
+                tuple(_or_same(handles.get(id(value)), value) for value in args),
+                {key: _or_same(handles.get(id(value)), value) for key, value in keywords.items()},
+            )
+            for function, args, keywords in items
+        ]
+
+    def _handle(self, array: Any) -> Any:
+        """Return the handle of an array that was met before; ``None`` the first time."""
+        met = self._met.get(id(array))
+        if met is None or met[0]() is not array:
+            gone = self._met
+            name = id(array)
+            self._met[name] = weakref.ref(array, lambda _: gone.pop(name, None)), None
+            return None
+        if met[1] is None and not array.dtype.hasobject:
+            try:
+                met = met[0], share(array, writable=True)
+            except MemoryError:
+                return None  # it travels by itself, or says so there
+            self._met[id(array)] = met
+        return met[1]
+
+
+def _or_same(handle: Any, value: Any) -> Any:
+    return value if handle is None else handle
+
+
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
@@ -269,6 +334,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._idle_s = idle_worker_timeout
         self._lease: _Lease | None = None
         self._futures: set[Future[Any]] = set()
+        self._arrays = _Arrays(None)
+        self._max_nbytes: float | None = None
 
     @property
     def _threads(self) -> int:
@@ -306,6 +373,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         idle_worker_timeout: float | None = None,
+        max_nbytes: float | None = None,
+        mmap_mode: str | None = None,
         **_options: Any,
     ) -> int:
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
@@ -323,8 +392,17 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
         )
         self._release()
+        self._max_nbytes = None if mmap_mode is None else max_nbytes
         self._lease = self._pools.lease(settings, workers)
         return workers
+
+    def start_call(self) -> None:
+        """Begin one call; what arrays hold is another matter in each."""
+        self._arrays = _Arrays(self._max_nbytes)
+
+    def stop_call(self) -> None:
+        """End it; its arrays are placed no longer."""
+        self._arrays = _Arrays(None)
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None
@@ -337,6 +415,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         else:
             name, policy = self._facts_of(func)
             try:
+                self._arrays.place(func)
                 future = lease.pool._scheduler.submit(func, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)

@@ -189,3 +189,48 @@ def test_what_is_out_of_range_is_said_at_the_block(argument: str) -> None:
     block = safepool.parallel_backend(**WRONG[argument])
     with pytest.raises(ValueError, match=r"n_jobs|timeout|retries|size|threads|rounding"):
         block.__enter__()
+
+
+def _file_of(array: Any) -> str:
+    """Return the file that an array's memory is a mapping of, the inode alone."""
+    address = array.__array_interface__["data"][0]
+    for line in open("/proc/self/maps"):  # noqa: SIM115 -- read to its end, or left to the worker
+        span, *_, inode = line.split()[:5]
+        low, high = (int(number, 16) for number in span.split("-"))
+        if low <= address < high:
+            return inode
+    raise LookupError(address)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux has mapped")
+def test_an_array_that_many_batches_are_given_is_placed_once() -> None:
+    """A hundred megabytes for a hundred tasks are not ten gigabytes."""
+    array = np.zeros(500_000)
+    with safepool.parallel_backend(n_jobs=2):
+        inodes = Parallel(batch_size=1)(delayed(_file_of)(array) for _ in range(20))
+        writes = Parallel(batch_size=1)(delayed(_write_into)(array) for _ in range(20))
+        array[:] = 1.0
+        sums = Parallel(batch_size=1)(delayed(np.sum)(a=array) for _ in range(20))
+    # The first batch has a copy of its own.
+    assert len(set(inodes[1:])) == 1
+    assert writes == [7.0] * 20
+    assert sums == [500_000.0] * 20
+
+
+def test_arrays_that_one_batch_each_is_given_are_not_kept() -> None:
+    """What is made as the call goes on is freed as it goes on."""
+    import gc
+    import weakref
+
+    refs = []
+
+    def made(n: int) -> Any:
+        array = np.full(300_000, float(n))
+        refs.append(weakref.ref(array))
+        return array
+
+    with safepool.parallel_backend(n_jobs=2):
+        sums = Parallel(batch_size=1)(delayed(np.sum)(made(n)) for n in range(10))
+        gc.collect()
+        assert [ref() for ref in refs] == [None] * 10
+    assert sums == [300_000.0 * n for n in range(10)]
