@@ -266,19 +266,17 @@ class _Arrays:
 
     def _handle(self, array: Any) -> Any:
         """Return the handle of an array that was met before; ``None`` the first time."""
-        met = self._met.get(id(array))
-        if met is None or met[0]() is not array:
-            gone = self._met
-            name = id(array)
-            self._met[name] = weakref.ref(array, lambda _: gone.pop(name, None)), None
-            return None
-        if met[1] is None and not array.dtype.hasobject:
+        name, known = id(array), self._met
+        reference, handle = known.get(name, (None, None))
+        if reference is None:
+            known[name] = weakref.ref(array, lambda _: known.pop(name, None)), None
+        elif handle is None and not array.dtype.hasobject:
             try:
-                met = met[0], share(array, writable=True)
+                handle = share(array, writable=True)
             except MemoryError:
                 return None  # it travels by itself, or says so there
-            self._met[id(array)] = met
-        return met[1]
+            known[name] = reference, handle
+        return handle
 
 
 def _or_same(handle: Any, value: Any) -> Any:
