@@ -15,6 +15,8 @@ Not covered:
     * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
       ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
       that cannot mean read-only.
+    * Without a block, native threads of this process: a call that is sequential because only
+      one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
@@ -25,7 +27,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,6 +46,7 @@ from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.threads.cap import capped
 from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
@@ -73,7 +76,8 @@ def parallel_backend(
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
     The workers are started by the first call, shared by all calls of the block, and ended
-    with it.
+    with it. Where only one worker fits, ``n_jobs=-1`` is sequential, in this process: then its
+    own native threads are held at ``threads_per_worker`` inside the block.
 
     Args:
         n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
@@ -122,8 +126,12 @@ def parallel_backend(
         initializer=initializer,
         initargs=initargs,
     )
+    one_fits = backend.effective_n_jobs(-1) == 1
     try:
-        with parallel_config(backend=backend, n_jobs=n_jobs):
+        with (
+            capped(threads_per_worker) if one_fits else nullcontext(),
+            parallel_config(backend=backend, n_jobs=n_jobs),
+        ):
             yield
     except KeyboardInterrupt:
         backend.close(end=True)
