@@ -128,12 +128,17 @@ def measure(case: str, backend: str) -> None:
     """Print what one backend takes for one case: runs in the group, in its own process."""
     import joblib
 
-    import safepool  # noqa: F401 -- registers the backend
+    import safepool
 
     # What a program has imported by then anyway is not the backend's.
     call = CASES[case]()
     took = []
-    with joblib.parallel_config(**BACKENDS[backend], n_jobs=-1):
+    options = {**BACKENDS[backend]}
+    block = joblib.parallel_config
+    if options["backend"] == OURS:
+        block = safepool.parallel_backend
+        del options["backend"]
+    with block(n_jobs=-1, **options):
         workers = joblib.effective_n_jobs(-1)
         for _ in range(1 + REPEATED):
             begun = time.perf_counter()

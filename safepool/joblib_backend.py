@@ -11,6 +11,8 @@ Not covered:
     * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``, ``temp_folder``):
       accepted and without effect. Arrays travel over the worker's own channel and arrive
       writable, each task with its own.
+    * Without a block, native threads of this process: a call that is sequential because only
+      one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +40,7 @@ from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.threads.cap import capped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +69,8 @@ def parallel_backend(
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
     The workers are started by the first call, shared by all calls of the block, and ended
-    with it.
+    with it. Where only one worker fits, ``n_jobs=-1`` is sequential, in this process: then its
+    own native threads are held at ``threads_per_worker`` inside the block.
 
     Args:
         n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
@@ -115,8 +119,12 @@ def parallel_backend(
         initializer=initializer,
         initargs=initargs,
     )
+    one_fits = backend.effective_n_jobs(-1) == 1
     try:
-        with parallel_config(backend=backend, n_jobs=n_jobs):
+        with (
+            capped(threads_per_worker) if one_fits else nullcontext(),
+            parallel_config(backend=backend, n_jobs=n_jobs),
+        ):
             yield
     except KeyboardInterrupt:
         backend.close(end=True)

@@ -172,6 +172,27 @@ def test_rounding_decides_about_a_fraction() -> None:
     }
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="libraries start one thread on one CPU")
+def test_where_one_worker_fits_this_process_is_capped_for_the_block() -> None:
+    """A sequential call with two threads that spin for one CPU takes minutes for seconds."""
+    code = (
+        "import scipy.linalg, safepool\n"
+        "from joblib import Parallel, delayed\n"
+        "from threadpoolctl import threadpool_info\n"
+        "def threads():\n"
+        "    return {pool['num_threads'] for pool in threadpool_info()}\n"
+        "before = threads()\n"
+        "with safepool.parallel_backend():\n"
+        "    assert Parallel(n_jobs=-1)(delayed(threads)() for _ in range(2)) == [{1}, {1}]\n"
+        "assert before != {1}\n"
+        "assert threads() == before\n"
+        "print('done')\n"
+    )
+    with control_group(cpus=1) as group:
+        assert group.run(code) == "done"
+
+
 # One row per argument of the block that is out of its range.
 WRONG: dict[str, dict[str, Any]] = {
     "n_jobs": {"n_jobs": 0},
