@@ -5,13 +5,16 @@ Data flows one way through the modules, and each one imports only from its left:
     errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
            -> decorator, joblib_backend -> cli
 
-Public names load on first use: importing this package imports nothing else.
+Public names load on first use: importing this package imports nothing else but what joblib
+needs to find the backend of its name.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from safepool.registration import register as _register
 
 if TYPE_CHECKING:
     from safepool.budget import Budget
@@ -90,6 +93,9 @@ def __getattr__(name: str) -> object:
     value: object = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
+
+
+_register()
 
 
 def __dir__() -> list[str]:

@@ -1,20 +1,28 @@
-"""joblib on safepool's workers: ``with safepool.parallel_backend():``.
+"""joblib on safepool's workers: ``with safepool.parallel_backend():`` and ``backend="safepool"``.
 
-Everything that runs with ``n_jobs=`` through joblib, scikit-learn above all, runs inside
-the block in a :class:`safepool.ProcessPool`: as many workers as fit the limits, native
-threads capped, one dead worker an error instead of a broken executor.
+Everything that runs with ``n_jobs=`` through joblib, scikit-learn above all, runs in a
+:class:`safepool.ProcessPool`: as many workers as fit the limits, native threads capped, one
+dead worker an error instead of a broken executor.
+
+A block has a pool of its own, which ends with it. Without one there is a pool for each
+setting in the process, kept from call to call; its workers end when they have been idle.
 
 Not covered:
-    * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``): accepted
-      and without effect, arguments travel over the worker's own channel.
+    * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``, ``temp_folder``):
+      accepted and without effect. Arrays travel over the worker's own channel and arrive
+      writable, each task with its own.
+    * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pickle import PicklingError
+from typing import TYPE_CHECKING, Any, Literal
 
 from joblib import parallel_config
 from joblib._parallel_backends import (
@@ -24,28 +32,59 @@ from joblib._parallel_backends import (
     SequentialBackend,
 )
 
-from safepool.machine import cpu_count
+from safepool.budget import Request, parse_bytes
+from safepool.machine import log_once, read_budget
+from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
+from safepool.pool.policy import Policy, policy_of
+from safepool.pool.tasks import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["SafepoolBackend", "parallel_backend"]
 
+# How long a worker waits for the next call outside of a block, as loky's do.
+_IDLE_S = 300.0
+
 
 @contextmanager
-def parallel_backend(n_jobs: int = -1) -> Iterator[None]:
+def parallel_backend(
+    n_jobs: int = -1,
+    *,
+    threads_per_worker: int = 1,
+    timeout: float | None = None,
+    retries: int = 0,
+    memory_per_worker: float | str | None = None,
+    preload: Literal["auto"] | Sequence[str] = "auto",
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
     The workers are started by the first call, shared by all calls of the block, and ended
     with it.
 
     Args:
-        n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is every
-            CPU that fits the limits, -2 all but one, a positive number that many workers.
+        n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
+            workers as fit the limits, -2 one less, a positive number that many workers, more
+            than fit as well; 1 is sequential, in this process.
+        threads_per_worker: Threads for each native pool in a worker, at least 1; the number
+            of workers that fit is the limit divided by it. joblib's
+            ``inner_max_num_threads`` is another word for it.
+        timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
+            and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
+            joblib's own ``timeout`` counts the time that the caller waits for a batch.
+        retries: How often a task is run again whose worker died under it, at least 0, and
+            with it those that travelled in the same batch.
+        memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
+            than fit into what the control groups have left.
+        preload: As for :class:`safepool.ProcessPool`.
+        initializer: Called once in each worker before its first task.
+        initargs: Its arguments.
 
     Raises:
-        ValueError: ``n_jobs`` is 0.
+        ValueError: ``n_jobs`` is 0, or another number is out of its range.
 
     Source:
         joblib, ``parallel_config``.
@@ -58,7 +97,17 @@ def parallel_backend(n_jobs: int = -1) -> Iterator[None]:
     """
     if n_jobs == 0:
         raise ValueError("n_jobs == 0 has no meaning: -1 is every CPU that fits, 1 is sequential")
-    backend = SafepoolBackend(nesting_level=0)
+    backend = SafepoolBackend(
+        nesting_level=0,
+        inner_max_num_threads=threads_per_worker,
+        pools=_Pools(idle_s=None),
+        timeout=timeout,
+        retries=retries,
+        memory_per_worker=memory_per_worker,
+        preload=preload,
+        initializer=initializer,
+        initargs=initargs,
+    )
     try:
         with parallel_config(backend=backend, n_jobs=n_jobs):
             yield
@@ -69,80 +118,260 @@ def parallel_backend(n_jobs: int = -1) -> Iterator[None]:
         backend.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What tells pools apart."""
+
+    threads: int
+    preload: str | tuple[str, ...]
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...] = field(compare=False)
+    idle_s: float
+
+    def fit(self, other: _Settings) -> bool:
+        """Tell whether a pool of these settings serves for others."""
+        # By identity: what an initializer is given need not be comparable.
+        same = len(self.initargs) == len(other.initargs) and all(
+            mine is theirs for mine, theirs in zip(self.initargs, other.initargs, strict=True)
+        )
+        return self == other and same
+
+    def make(self, workers: int) -> ProcessPool:
+        """Make a pool."""
+        return ProcessPool(
+            workers,
+            initializer=self.initializer,
+            initargs=self.initargs,
+            threads_per_worker=self.threads,
+            preload="auto" if self.preload == "auto" else self.preload,
+        )
+
+
+@dataclass(eq=False)
+class _Lease:
+    """A pool, and how many ``Parallel`` calls use it now."""
+
+    settings: _Settings
+    pool: ProcessPool
+    workers: int
+    users: int = 0
+
+
+class _Pools:
+    """Pools that are kept from call to call.
+
+    Args:
+        idle_s: Let workers go that have done nothing for so long; ``None`` keeps them.
+    """
+
+    def __init__(self, idle_s: float | None) -> None:
+        self._idle_s = idle_s
+        self._lock = threading.Lock()
+        self._leases: list[_Lease] = []
+        if hasattr(os, "register_at_fork") and idle_s is not None:
+            os.register_at_fork(after_in_child=self._forget)
+
+    def lease(self, settings: _Settings, workers: int) -> _Lease:
+        """Return a pool with so many workers, one that was used before if there is any."""
+        with self._lock:
+            self._leases = [lease for lease in self._leases if not lease.pool._broken]
+            fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
+            # One of this size, which calls in several threads share; or one that is free.
+            fitting.sort(key=lambda lease: lease.workers != workers)
+            for lease in fitting:
+                if lease.workers == workers or not lease.users:
+                    break
+            else:
+                lease = _Lease(settings, settings.make(workers), workers)
+                if self._idle_s is not None:
+                    lease.pool._scheduler.let_go_after(settings.idle_s)
+                self._leases.append(lease)
+            if lease.workers != workers:
+                lease.workers = workers
+                lease.pool.resize(workers)
+            lease.users += 1
+            return lease
+
+    def give_back(self, lease: _Lease) -> None:
+        """End one use."""
+        with self._lock:
+            lease.users -= 1
+
+    def close(self, *, end: bool) -> None:
+        """End all workers; ``end`` does not wait for running tasks."""
+        with self._lock:
+            leases, self._leases = self._leases, []
+        for lease in leases:
+            lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
+
+    def _forget(self) -> None:
+        # They are the parent's, and the lock may be held by a thread of it.
+        self._lock = threading.Lock()
+        self._leases = []
+
+
+_shared = _Pools(_IDLE_S)
+
+
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
-    """joblib's backend interface on one pool, kept between calls."""
+    """joblib's backend interface on a pool that is kept between calls.
+
+    Args:
+        nesting_level: joblib's.
+        inner_max_num_threads: As ``threads_per_worker`` of :func:`parallel_backend`.
+        pools: Where pools are kept; ``None`` is this process's.
+        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
+            joblib's own backend.
+        timeout, retries, memory_per_worker, preload, initializer, initargs: As for
+            :func:`parallel_backend`.
+    """
 
     supports_retrieve_callback = True
     supports_inner_max_num_threads = True
     supports_sharedmem = False
     uses_threads = False
-    default_n_jobs = -1
+    default_n_jobs = 1
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._lock = threading.Lock()
-        self._pool: ProcessPool | None = None
-        # Not waited for when they were replaced; with the block, they end too.
-        self._old: list[ProcessPool] = []
+    def __init__(
+        self,
+        nesting_level: int | None = None,
+        inner_max_num_threads: int | None = None,
+        *,
+        pools: _Pools | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        memory_per_worker: float | str | None = None,
+        preload: Literal["auto"] | Sequence[str] = "auto",
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        idle_worker_timeout: float = _IDLE_S,
+        **others: Any,
+    ) -> None:
+        super().__init__(
+            nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads, **others
+        )
+        self._pools = pools or _shared
+        self._policy = Policy(timeout_s=timeout, retries=retries)
+        self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
+        self._preload = preload
+        self._initialize = (initializer, initargs)
+        self._idle_s = idle_worker_timeout
+        self._lease: _Lease | None = None
+        self._futures: set[Future[Any]] = set()
+
+    @property
+    def _threads(self) -> int:
+        return 1 if self.inner_max_num_threads is None else self.inner_max_num_threads
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         """Return the number of workers that ``n_jobs`` stands for, at least 1."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        if n_jobs is None:
+        if n_jobs is None or n_jobs == 1:
             return 1
-        return n_jobs if n_jobs > 0 else max(1, cpu_count() + 1 + n_jobs)
+        request = Request(threads_per_worker=self._threads, memory_per_worker=self._memory)
+        budget, _ = read_budget(request)
+        if n_jobs < 0:
+            return max(1, budget.workers + 1 + n_jobs)
+        if n_jobs > budget.workers:
+            log_once(
+                f"n_jobs={n_jobs} is more than the {budget.workers} workers that fit "
+                f"({budget.because.name}: {budget.because.raw}); it is done as asked"
+            )
+        return n_jobs
 
-    def configure(self, n_jobs: int = 1, parallel: Any = None, **_options: Any) -> int:
+    def configure(
+        self,
+        n_jobs: int = 1,
+        parallel: Any = None,
+        *,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        idle_worker_timeout: float | None = None,
+        **_options: Any,
+    ) -> int:
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
         self.parallel = parallel
-        with self._lock:
-            old = self._pool
-            if old is None or old._broken or old._max_workers != workers:
-                if old is not None:
-                    old.shutdown(wait=False)
-                    self._old.append(old)
-                self._pool = self._new_pool(workers)
+        own = self._initialize if initializer is None else (initializer, initargs)
+        preload = self._preload
+        settings = _Settings(
+            threads=self._threads,
+            preload=preload if isinstance(preload, str) else tuple(preload),
+            initializer=own[0],
+            initargs=own[1],
+            idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
+        )
+        self._release()
+        self._lease = self._pools.lease(settings, workers)
         return workers
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None
     ) -> Future[Any]:
         """Run one batch in a worker; ``callback`` gets the future, also when it failed."""
-        pool = self._pool
         future: Future[Any] = Future()
-        if pool is None:
+        lease = self._lease
+        if lease is None:
             future.set_exception(RuntimeError("the pool of this Parallel call was shut down"))
         else:
+            name, policy = self._facts_of(func)
             try:
-                future = pool.submit(func)
+                future = lease.pool._scheduler.submit(func, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)
+            self._futures.add(future)
+            future.add_done_callback(self._futures.discard)
         if callback is not None:
             future.add_done_callback(callback)
         return future
 
+    def _facts_of(self, batch: Any) -> tuple[str, Policy]:
+        """Return what an error calls a batch, and what holds for it."""
+        items = getattr(batch, "items", None)
+        if not items:
+            return name_of(batch), self._policy
+        functions = {id(function): function for function, _, _ in items}
+        policies = [policy_of(function, self._policy) for function in functions.values()]
+        timeouts = [policy.timeout_s for policy in policies if policy.timeout_s is not None]
+        name = name_of(next(iter(functions.values())))
+        if len(items) > 1:
+            name += f" and {len(items) - 1} more calls of its batch"
+        # Limited if all of them are: a call that is not may take as long as it likes.
+        limited = len(timeouts) == len(policies)
+        return name, Policy(
+            timeout_s=max(timeouts) * len(items) if limited else None,
+            retries=min(policy.retries or 0 for policy in policies),
+        )
+
+    def compute_batch_size(self) -> int:
+        """Return how many calls are to travel together."""
+        # A timeout is one call's.
+        if self._policy.timeout_s is not None:
+            return 1
+        size: int = super().compute_batch_size()
+        return size
+
     def retrieve_result_callback(self, future: Future[Any]) -> Any:
         """Return what a batch returned, or raise what it raised."""
+        error = future.exception()
+        if error is not None and was_not_sent(error):
+            # In the words of joblib's own backend, which programs match.
+            raise PicklingError("Could not pickle the task to send to the workers.") from error
         return future.result()
 
-    def abort_everything(self, ensure_ready: bool = True) -> None:
-        """Drop the batches of a call that failed and end the workers that run one."""
-        with self._lock:
-            old, self._pool = self._pool, None
-            if old is None:
-                return
-            # Not waited for: joblib may hold a lock that the pool's callbacks want.
-            old._scheduler.shut_down(wait=False, end="terminate")
-            self._old.append(old)
-            if ensure_ready:
-                self._pool = self._new_pool(old._max_workers)
+    def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 -- joblib's
+        """Drop the batches of a call that failed, and end the workers that run one."""
+        lease = self._lease
+        for future in [*self._futures]:
+            if lease is not None and not future.done():
+                lease.pool.cancel(future, kill=True)
 
     def terminate(self) -> None:
         """End one ``Parallel`` call; the workers stay for the next."""
+        self._release()
         self.reset_batch_stats()
 
     def get_nested_backend(self) -> tuple[SequentialBackend, None]:
@@ -151,15 +380,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def close(self, *, end: bool = False) -> None:
         """End the workers; ``end=True`` does not wait for running tasks."""
-        with self._lock:
-            pools = [*self._old, *([self._pool] if self._pool else [])]
-            self._old, self._pool = [], None
-        for pool in pools:
-            pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
+        self._pools.close(end=end)
 
-    def _new_pool(self, workers: int) -> ProcessPool:
-        return ProcessPool(workers, threads_per_worker=self.inner_max_num_threads or 1)
+    def _release(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._pools.give_back(lease)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Travels inside batches as the parent of a nested call; a pool cannot.
-        return SafepoolBackend, ()
+        return SafepoolBackend, (self.nesting_level, self.inner_max_num_threads)

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "was_not_sent"]
 
 # A larger pickle goes to an idle worker only, in a message of its own, and is not kept: what it
 # refers to may be changed by the program as soon as it was sent, so it cannot be sent again.
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
+
+# How the note begins that such an error gets.
+_NOT_SENT = "while the call of "
 
 Pieces = list["bytes | memoryview"]
 
@@ -136,13 +139,18 @@ class Dispatch:
 
 def _say_what(error: BaseException, name: str) -> None:
     """Add to a pickling error what it does not know: whose call it was."""
-    note = f"while the call of {name} was pickled, with its arguments"
+    note = f"{_NOT_SENT}{name} was pickled, with its arguments"
     if name.startswith("__main__."):
         note += " and the globals of __main__ that it uses, which travel to the worker by value"
     try:
         error.add_note(note)
     except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
         pass
+
+
+def was_not_sent(error: BaseException) -> bool:
+    """Tell whether this is what the pickler raised, and no worker has begun the call."""
+    return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:

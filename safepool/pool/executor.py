@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from safepool.budget import Request, parse_bytes
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
+from safepool.pool.hiring import Hiring
 from safepool.pool.mapping import MapRun
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.scheduler import Scheduler
@@ -172,19 +173,22 @@ class ProcessPool(Executor):
                 f"on {override.runtime}, {override.instead_of}"
             )
         placement = _placement(threads) if pin_workers else None
-        self._scheduler = Scheduler(
-            workers=min(self._budget.workers, _MOST_WORKERS),
-            context=self._mp_context,
+        hiring = Hiring(
+            self._mp_context,
             environment=worker_environment(threads, overrides=env),
             threads=threads,
             initializer=initializer,
             initargs=initargs,
+            placement=placement,
+        )
+        self._scheduler = Scheduler(
+            workers=min(self._budget.workers, _MOST_WORKERS),
+            hiring=hiring,
             tasks_per_worker=max_tasks_per_child,
             memory_per_worker=(
                 None if max_memory_per_worker is None else parse_bytes(max_memory_per_worker)
             ),
             break_on_death=on_worker_death == "break",
-            placement=placement,
             follow=None if max_workers is not None else _Follower(request, limits, placement),
         )
         self._stacks = Stacks()

@@ -8,13 +8,13 @@
 
 Data goes one way: what is submitted waits in the backlog (``backlog``), is taken by the
 scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
-(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends by its future
-or among its map's results (``mapping``). Callers only add to the backlog or raise a flag, under
-``_lock`` (but race E), and then wake the thread up. The lock is never held across input,
-output, pickling or a future's callbacks.
+(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends
+(``settling``) by its future or among its map's results (``mapping``). Callers only add to the
+backlog or raise a flag, under ``_lock`` (but race E), and then wake the thread up. The lock is
+never held across input, output, pickling or a future's callbacks.
 
-The workers themselves are the staff's (``staff``): started, listened to, seen to their end.
-What a task is, and what its loss means, is decided here.
+The workers themselves are the staff's (``staff``): started (``hiring``), listened to, seen to
+their end. What a task is, and what its loss means, is decided here.
 
 A worker is sent several short tasks at a time. What it has not begun can be had back at any time,
 by the board that it shares with the pool (``workers.board``): when another worker is idle, when
@@ -46,9 +46,7 @@ Not covered:
 from __future__ import annotations
 
 import logging
-import math
 import os
-import sys
 import threading
 import time
 import weakref
@@ -61,36 +59,30 @@ from safepool.errors import (
     TaskTimeoutError,
     WorkerDiedError,
     describe_exit,
-    text_of,
 )
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
-from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught, working
+from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.records import handle_record
+from safepool.pool.settling import Settling
 from safepool.pool.staff import Ended, Staff, Worker
-from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, finish, fresh, rebuild
-from safepool.transport import payloads
-from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
-from safepool.workers import inheritance
-from safepool.workers.board import Board, Left, records_of
+from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, fresh, rebuild
+from safepool.transport.frames import CorruptFrameError, Frame, Kind
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.inheritance import Inheritance
 from safepool.workers.loading import check_no_import
 from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
-from safepool.workers.process import prepare
 from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from multiprocessing.context import BaseContext
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
-    from safepool.threads.placement import Placement
 
 __all__ = ["Scheduler"]
 
@@ -109,8 +101,6 @@ _RETRYING_S = 30.0
 # worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
 _LONG_NS = 20_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
-# Sixths of a task may add up to a little less than one.
-_ROUNDING = 1e-6
 # While a worker is idle, so much that another holds is worth dividing.
 _DIVIDED_NS = 2_500_000
 # A task that a worker has not come to after so long goes to another that is idle. It may be
@@ -118,8 +108,6 @@ _DIVIDED_NS = 2_500_000
 _UNHEARD_NS = 1_000_000_000
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
-# Between two looks at the memory of a worker that has a limit for it.
-_MEMORY_LOOK_NS = 200_000_000
 
 
 Ending = Literal["", "ask", "terminate", "kill"]
@@ -131,49 +119,30 @@ class Scheduler:
 
     Args:
         workers: The most worker processes at a time.
-        context: How to start them.
-        environment: Variables they are born with.
-        threads: Threads for each of their native pools.
-        initializer: Run once in each worker before its first task.
-        initargs: Its arguments.
+        hiring: Starts them.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
-        placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
     """
 
-    def __init__(  # noqa: PLR0913 -- each by its name
+    def __init__(
         self,
         *,
         workers: int,
-        context: BaseContext,
-        environment: Mapping[str, str | None],
-        threads: int,
-        initializer: Callable[..., object] | None,
-        initargs: tuple[Any, ...],
+        hiring: Hiring,
         tasks_per_worker: int | None,
         memory_per_worker: int | None = None,
         break_on_death: bool = False,
-        placement: Placement | None = None,
         follow: Callable[[list[int]], int] | None = None,
     ) -> None:
         self._size = workers
         self._follow = follow
         self._follow_at = 0.0
-        self._context = context
-        self._forks = context.get_start_method() == "fork"
-        self._environment = environment
-        self._threads = threads
-        self._initialize = (initializer, initargs)
-        self._inheritance = Inheritance([], [])
-        self._packed: Inheritance | None = None
-        self._tasks_per_worker = tasks_per_worker
-        self._memory_per_worker = memory_per_worker
         self._break_on_death = break_on_death
-        self._placement = placement
+        self._idle_s: float | None = None
 
         # Shared with callers, under the lock.
         # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
@@ -201,14 +170,16 @@ class Scheduler:
         self._staff: Staff | None = None
         self._dispatch = Dispatch(self._settled)
         self._pace = Pace()
+        self._settling = Settling(
+            self._pace,
+            self._settled,
+            tasks_per_worker=tasks_per_worker,
+            memory_per_worker=memory_per_worker,
+        )
         self._oom = OutOfMemoryWatch()
-        self._hire_not_before = 0.0
-        self._refused_since: float | None = None
-        self._failed_starts = 0
-        # Set when the first worker was started, or never will be (race F).
-        self._started = threading.Event()
-        # Set when there is a worker, or will be none.
-        self._hired = threading.Event()
+        self._hiring = hiring
+        me = self._me
+        hiring.given_up = lambda: (found := me()) is None or bool(found._ending)
 
     # What callers use, from any thread.
 
@@ -224,7 +195,7 @@ class Scheduler:
     def wait_for_a_worker(self) -> None:
         """Return when one has been started, or none will be; at once if nothing was submitted."""
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._hired.wait()
+            self._hiring.hired.wait()
 
     @property
     def size(self) -> int:
@@ -240,6 +211,10 @@ class Scheduler:
         if before != workers:
             _log.info("resized by hand: %d workers instead of %d", workers, before)
         self.wake()
+
+    def let_go_after(self, idle_s: float) -> None:
+        """Let workers end that have had nothing to do for so long, in seconds."""
+        self._idle_s = idle_s
 
     def submit(
         self,
@@ -408,19 +383,8 @@ class Scheduler:
                 f"this pool belongs to process {self._pid}, and this is its fork "
                 f"{os.getpid()}: make a pool of its own here"
             )
-        if self._thread is None and self._packed is None and self._initialize[0] is not None:
-            self._pack_ahead()
-
-    def _pack_ahead(self) -> None:
-        """Pickle the initializer in the caller's thread, as the standard pool does.
-
-        It may be of a module that this thread is importing: another one would wait for the
-        import's end, and the import for the first worker.
-        """
-        try:
-            self._packed = inheritance.pack(self._initialize, forked=self._forks)
-        except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
-            pass
+        if self._thread is None:
+            self._hiring.pack_ahead()
 
     def _check_open(self) -> None:
         if self._broken is not None:
@@ -434,15 +398,15 @@ class Scheduler:
             self._start()
 
     def _wait_for_the_first_worker(self) -> None:
-        if not self._started.is_set() and threading.current_thread() is not self._thread:
-            self._started.wait()
+        if not self._hiring.started.is_set() and threading.current_thread() is not self._thread:
+            self._hiring.started.wait()
 
     # The scheduler's thread.
 
     def _start(self) -> None:
         check_no_import()
         finish_at_exit(self)
-        staff = Staff(self._start_worker)
+        staff = Staff(self._hiring.start)
         # A daemon, so that a second interrupt at exit is not answered by another join.
         thread = threading.Thread(
             target=self._run, args=(staff,), name="safepool-scheduler", daemon=True
@@ -455,18 +419,6 @@ class Scheduler:
             self._staff = self._thread = None
             staff.close()
             raise
-
-    def _start_worker(self) -> Worker:
-        return Worker(
-            self._context,
-            environment=self._environment,
-            threads=self._threads,
-            foreign_descriptors=list(_descriptors_of_all_pools()),
-            inheritance=self._inheritance,
-            given_up=lambda: bool(self._ending),
-            cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
-            board=Board.create(),
-        )
 
     def _run(self, staff: Staff) -> None:
         try:
@@ -481,11 +433,7 @@ class Scheduler:
         finally:
             self._staff = None
             staff.close()
-            # A lock of multiprocessing among them is to be freed with the program's last one.
-            self._initialize, self._inheritance = (None, ()), Inheritance([], [])
-            self._packed = None
-            self._started.set()
-            self._hired.set()
+            self._hiring.close()
 
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
@@ -509,6 +457,8 @@ class Scheduler:
             self._forget(staff, run)
         for future in to_kill:
             self._end_task(staff, future)
+        if self._idle_s is not None:
+            self._let_the_idle_go(staff, self._idle_s)
         working = any(worker.ledger.owed or worker.retiring for worker in staff)
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
@@ -558,12 +508,15 @@ class Scheduler:
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
         busy = [worker for worker in staff if worker.ledger.owed]
-        if not (busy or self._backlog):
-            return None
         now = time.monotonic()
         times = []
-        if self._backlog and self._hire_not_before > now:
-            times.append(self._hire_not_before)
+        if self._idle_s is not None:
+            idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
+            times += [since + self._idle_s for since in idle_since]
+        if not (busy or self._backlog):
+            return max(0.0, min(times) - now) if times else None
+        if self._backlog and self._hiring.not_before > now:
+            times.append(self._hiring.not_before)
         if self._follow is not None:
             times.append(self._follow_at)
         idle = any(_is_idle(worker) for worker in staff)
@@ -577,6 +530,17 @@ class Scheduler:
             if due_s is not None:
                 times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
+
+    def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
+        now = time.monotonic()
+        for worker in staff:
+            if not _is_idle(worker):
+                worker.idle_since = None
+            elif worker.idle_since is None:
+                worker.idle_since = now
+            elif now - worker.idle_since >= idle_s and not self._backlog:
+                worker.idle_since = None
+                staff.stop(worker)
 
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
@@ -644,7 +608,7 @@ class Scheduler:
             return False
         if ledger.owed and worker.board is None:
             return False
-        left = self._tasks_left(worker)
+        left = self._settling.tasks_left(worker)
 
         def room(name: str, more_ns: int) -> int:
             idle = not (ledger.owed or more_ns)
@@ -670,17 +634,10 @@ class Scheduler:
                 return False
         return not (back and ledger.owed)
 
-    def _tasks_left(self, worker: Worker) -> int:
-        """Return how many more tasks a worker may be sent before it is replaced."""
-        if self._tasks_per_worker is None:
-            return sys.maxsize
-        owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
-        return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
-
     def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
         most = self._size - len(staying)
-        if most <= 0 or time.monotonic() < self._hire_not_before:
+        if most <= 0 or time.monotonic() < self._hiring.not_before:
             return
         if any(worker.failure for worker in staff):  # the pool breaks when it has ended
             return
@@ -690,55 +647,19 @@ class Scheduler:
         if wanted <= 0:
             return
         self._oom.look()
-        if not self._pack_initializer(staff):
-            return
-        for _ in range(wanted):
-            try:
-                if not self._started.is_set() and prepare(self._context, self._environment):
-                    # submit() need not wait for imports: what comes needs no new process.
-                    self._started.set()
-                worker = staff.hire()
-            except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
-                if self._ending:
-                    return
-                self._refused(staff, error)
-                return
-            self._refused_since = None
-            self._started.set()
-            self._hired.set()
-            staff.send(worker, levels_frame())
-            staff.send(worker, encode(Kind.INITIALIZE, 0, self._inheritance.segments))
-
-    def _refused(self, staff: Staff, error: Exception) -> None:
-        """A worker could not be started: try again, if this pool has or had any."""
-        now = time.monotonic()
-        if self._refused_since is None:
-            self._refused_since = now
-        lasts = now - self._refused_since > _RETRYING_S
-        if not len(staff) and (
-            lasts or not self._hired.is_set() or not isinstance(error, OSError)
-        ):
-            problem = PoolBrokenError(f"no worker could be started: {error}")
-            self._break(staff, problem, error)
-            return
-        _log.warning("no further worker could be started: %s", error)
-        self._hire_not_before = now + _RETRY_S
-
-    def _pack_initializer(self, staff: Staff) -> bool:
-        """Make the initializer ready for new workers; ``False`` if it cannot be, for good."""
         try:
-            packed, self._packed = self._packed, None
-            self._inheritance = packed or inheritance.pack(self._initialize, forked=self._forks)
-        except BaseException as error:  # noqa: BLE001 -- user code
-            reason = f"the initializer cannot be pickled: {error!r}"
-            if "fork context" in text_of(error):
-                reason += (
-                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
-                    'workers that are no forks of this process, or pass mp_context="fork"'
-                )
-            self._break(staff, PoolBrokenError(reason), error)
-            return False
-        return True
+            self._hiring.prepare()
+            for _ in range(wanted):
+                worker = staff.hire()
+                staff.send(worker, levels_frame())
+                staff.send(worker, self._hiring.initialize_frame())
+        except PoolBrokenError as error:
+            self._break(staff, error, error.__cause__)
+        except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
+            if not self._ending:
+                broken = self._hiring.refused(error, alone=not len(staff))
+                if broken is not None:
+                    self._break(staff, broken, error)
 
     # Tasks back from workers.
 
@@ -775,7 +696,7 @@ class Scheduler:
             return
         board.revoke(ledger.last)
         try:
-            self._settle_left(staff, worker, board.peek())
+            self._settling.settle_left(staff, worker, board.peek())
         except ValueError as error:
             staff.distrust(worker, error)
         claimed = board.claimed
@@ -802,11 +723,11 @@ class Scheduler:
         kind, position, segments = frame
         match kind:
             case Kind.RESULTS:
-                self._settle_records(staff, worker, b"".join(segments))
+                self._settling.settle_records(staff, worker, b"".join(segments))
             case Kind.VALUES:
-                self._settle_values(staff, worker, position, *read_values(segments))
+                self._settling.settle_values(staff, worker, position, *read_values(segments))
             case Kind.RESULT | Kind.EXCEPTION:
-                run = self._settle(staff, worker, position, kind, segments)
+                run = self._settling.settle(staff, worker, position, kind, segments)
                 if run is not None:
                     run.tell()
             case Kind.READY:
@@ -843,137 +764,7 @@ class Scheduler:
         worker.ledger.withdraw()  # not what is behind it: the worker goes on with that
         self._wait_again([head.only(place) for place in range(head.count)])
 
-    def _settle_left(self, staff: Staff, worker: Worker, left: Left) -> None:
-        """End calls whose answers a worker has left on its board, and not sent yet.
-
-        Raises:
-            ValueError: They were not sent.
-        """
-        self._settle_records(staff, worker, left.records, peeked=True)
-        head = worker.ledger.head
-        # As for records, below.
-        if left.numbers and head is not None and left.first <= head.position + head.done:
-            self._settle_values(staff, worker, left.first, None, left.numbers)
-
-    def _settle_records(
-        self,
-        staff: Staff,
-        worker: Worker,
-        records: bytes | bytearray,
-        *,
-        peeked: bool = False,
-    ) -> None:
-        runs: set[MapRun] = set()
-        spent: dict[str, list[int]] = {}
-        for position, microseconds, kind, pickled in records_of(records):
-            head = worker.ledger.head
-            if peeked and (head is None or position > head.position + head.done):
-                break  # an earlier message has not been read; then it will bring these as well
-            run = self._settle(staff, worker, position, kind, [pickled])
-            if run is not None:
-                runs.add(run)
-            if head is not None:
-                times = spent.setdefault(head.name, [0, 0])
-                times[0] += microseconds
-                times[1] += 1
-        for name, (microseconds, count) in spent.items():
-            self._pace.note(name, microseconds * 1000, count)
-        for run in runs:
-            run.tell()
-
-    def _settle(
-        self,
-        staff: Staff,
-        worker: Worker,
-        position: int,
-        kind: int,
-        segments: Sequence[bytes | bytearray | memoryview],
-    ) -> MapRun | None:
-        """End the call at this position of a worker by its answer; return its run if it has one.
-
-        Raises:
-            ValueError: It was not sent.
-        """
-        settled = worker.ledger.settle(position)
-        if settled is None:
-            return None  # read from the board before, or given up
-        work, place = settled
-        self._count(staff, worker, work, 1)
-        failed = False
-        value: Any
-        try:
-            if kind == Kind.EXCEPTION:
-                value, failed = rebuild(segments), True
-            else:
-                value = payloads.loads(segments)
-        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-            value, failed = error, True
-        if isinstance(work, Task):
-            work.pickled = None
-            (fail if failed else finish)(work.future, value)
-            return None
-        run = work.run
-        if failed:
-            run.put_error(work.start + place, value)
-        else:
-            run.put(work.start + place, [value])
-        self._settled(run)
-        return run
-
-    def _settle_values(
-        self,
-        staff: Staff,
-        worker: Worker,
-        position: int,
-        microseconds: int | None,
-        values: list[Any],
-    ) -> None:
-        """End several calls of runs, which returned plain values.
-
-        Args:
-            staff: The worker's.
-            worker: Whose.
-            position: The first one's.
-            microseconds: What they took together; ``None`` if that is not known yet.
-            values: What they returned.
-
-        Raises:
-            ValueError: They were not sent.
-        """
-        ledger, at = worker.ledger, 0
-        while at < len(values):
-            work = ledger.head
-            known = 0 if work is None else work.position + work.done - position - at
-            if known > 0:  # peeked at before
-                at += known
-                continue
-            count = 0 if work is None else min(work.count - work.done, len(values) - at)
-            settled = ledger.settle(position + at, count)
-            if settled is None:
-                return  # given up
-            work, place = settled
-            if not isinstance(work, Span):
-                raise CorruptFrameError(f"values at {position}, where a task was sent")
-            work.run.put(work.start + place, values[at : at + count])
-            self._settled(work.run, count)
-            work.run.tell()
-            if microseconds is not None:
-                self._pace.note(work.name, microseconds * 1000 * count / len(values), count)
-            self._count(staff, worker, work, count)
-            at += count
-
-    def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
-        worker.exclusive = False
-        worker.done += calls
-        worker.tasks_done += work.tasks_in(calls)
-        self._failed_starts = 0
-        if not worker.retiring:
-            full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
-            worker.retiring = full or self._is_too_large(worker)
-        if worker.retiring and not worker.ledger.owed and not worker.leaving:
-            staff.stop(worker)
-
-    def _settled(self, run: MapRun, count: int = 1) -> None:
+    def _settled(self, run: MapRun, count: int) -> None:
         with self._lock:  # the caller's thread may be queueing further calls
             run.unsettled -= count
             if run.fed and not run.unsettled:
@@ -987,18 +778,6 @@ class Scheduler:
         for worker in staff:
             if not worker.leaving:
                 forget(worker, run.sent, staff.send)
-
-    def _is_too_large(self, worker: Worker) -> bool:
-        limit, now = self._memory_per_worker, time.monotonic_ns()
-        # One that falls idle is looked at in any case: it might hold its memory for ever.
-        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
-            return False
-        worker.memory_look_ns = now + _MEMORY_LOOK_NS
-        held = worker.resident_bytes()
-        if held is None or held <= limit:
-            return False
-        _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
-        return True
 
     # Workers and tasks that end otherwise.
 
@@ -1073,7 +852,7 @@ class Scheduler:
             )
             self._break(staff, problem)
         if lost or worker.dismissed or worker.condemned is not None:
-            self._failed_starts = 0 if lost else self._failed_starts
+            self._settling.useless_starts = 0 if lost else self._settling.useless_starts
             _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
         elif worker.done:
             ending = describe_exit(exitcode, worker.oom)
@@ -1082,8 +861,8 @@ class Scheduler:
             before = "it began a task" if worker.ready else "it was initialized"
             ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
             _log.warning("worker %s", ending)
-            self._failed_starts += 1
-            if self._failed_starts == _MOST_FAILED_STARTS:
+            self._settling.useless_starts += 1
+            if self._settling.useless_starts == _MOST_FAILED_STARTS:
                 reason = (
                     f"{_MOST_FAILED_STARTS} workers in a row were of no use; the last, {ending}"
                 )
@@ -1102,7 +881,7 @@ class Scheduler:
         if worker.condemned is not None:  # race I
             return ledger.take_back(board.claimed)  # begun, also if it was still reading
         try:
-            self._settle_left(staff, worker, board.left())
+            self._settling.settle_left(staff, worker, board.left())
         except ValueError as error:
             worker.fault = worker.fault or error
         back = ledger.take_back(board.began)
@@ -1144,7 +923,7 @@ class Scheduler:
             fail(work.future, error)
             return True
         work.run.put_error(work.start + place, error)
-        self._settled(work.run)
+        self._settled(work.run, 1)
         work.run.tell()
         return True
 
@@ -1201,17 +980,6 @@ class Scheduler:
         """Return what a worker that is forked while this pool works must not keep."""
         staff = self._staff
         return [] if staff is None else staff.descriptors()
-
-
-def _descriptors_of_all_pools() -> Iterable[int]:
-    for pool in working():
-        yield from pool.descriptors()
-
-
-def _taken_cpus() -> Iterable[tuple[int, ...]]:
-    """Yield the CPUs of each worker that stays, whichever pool of this process has it."""
-    for pool in working():
-        yield from (worker.cpus for worker in pool.workers() if not worker.leaving)
 
 
 def _is_idle(worker: Worker) -> bool:

@@ -57,10 +57,11 @@ def test_nothing_third_party_is_imported(what: str) -> None:
 
 
 def test_importing_the_package_loads_no_other_module_of_it() -> None:
-    """Public names load on first use."""
-    ours = [name for name in added_modules("import safepool") if name.startswith("safepool")]
+    """Public names load on first use; but joblib is to find the backend of its name."""
+    ours = {name for name in added_modules("import safepool") if name.startswith("safepool")}
 
-    assert ours == ["safepool"]
+    finder = {"safepool.registration", "safepool.threads", "safepool.threads.imports"}
+    assert ours == {"safepool"} | finder
 
 
 @pytest.mark.parametrize("name", safepool.__all__)

@@ -615,8 +615,8 @@ def test_the_only_worker_dies_while_no_descriptor_is_left(lasting: str, tmp_path
     retrying_s, ending = USED_UP[lasting]
     code = f"""
     import os, resource, signal, threading, safepool, support_endings
-    from safepool.pool import scheduler
-    scheduler._RETRYING_S = {retrying_s}
+    from safepool.pool import hiring
+    hiring._RETRYING_S = {retrying_s}
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     def free():
         for descriptor in support_endings.kept:

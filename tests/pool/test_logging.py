@@ -430,7 +430,7 @@ def _is_resized(pool: ProcessPool) -> None:
 
 
 def _cannot_be_initialized(pool: ProcessPool) -> None:
-    pool._scheduler._initialize = (tasks.be_killed, ())
+    pool._scheduler._hiring._initialize = (tasks.be_killed, ())
     pool.submit(tasks.pid).exception(timeout=60)
 
 

@@ -21,6 +21,7 @@ import support_tasks as tasks
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool import scheduler as scheduler_module
 from safepool.pool.dispatch import Dispatch
+from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
 from safepool.pool.policy import NO_POLICY
@@ -201,15 +202,8 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
 
 
 def new_scheduler() -> Scheduler:
-    return Scheduler(
-        workers=1,
-        context=find_context(None),
-        environment={},
-        threads=1,
-        initializer=None,
-        initargs=(),
-        tasks_per_worker=None,
-    )
+    hiring = Hiring(find_context(None), environment={}, threads=1, initializer=None, initargs=())
+    return Scheduler(workers=1, hiring=hiring, tasks_per_worker=None)
 
 
 def new_task() -> Task:

@@ -1,0 +1,180 @@
+"""How the workers of one pool are started, and what happens when the system gives none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import PoolBrokenError, text_of
+from safepool.pool.exits import working
+from safepool.pool.staff import Worker
+from safepool.transport.frames import Kind, encode
+from safepool.workers import inheritance
+from safepool.workers.board import Board
+from safepool.workers.contained import ContainedLogger
+from safepool.workers.inheritance import Inheritance
+from safepool.workers.process import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from multiprocessing.context import BaseContext
+
+    from safepool.threads.placement import Placement
+
+__all__ = ["Hiring"]
+
+_log = ContainedLogger()
+
+# Between two attempts to start a worker when the system refuses; and for how long a pool that
+# has lost all of them goes on trying.
+_RETRY_S = 1.0
+_RETRYING_S = 30.0
+
+
+class Hiring:
+    """Starts workers.
+
+    Args:
+        context: How.
+        environment: Variables they are born with.
+        threads: Threads for each of their native pools.
+        initializer: Run once in each worker before its first task.
+        initargs: Its arguments.
+        placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
+
+    Attributes:
+        not_before: When to try again, by the monotonic clock.
+        started: Set when the first worker was started, or never will be (the scheduler's
+            race F).
+        hired: Set when there is a worker, or will be none.
+        given_up: Asked while a start takes its time: nobody wants it any more.
+    """
+
+    def __init__(
+        self,
+        context: BaseContext,
+        *,
+        environment: Mapping[str, str | None],
+        threads: int,
+        initializer: Callable[..., object] | None,
+        initargs: tuple[Any, ...],
+        placement: Placement | None = None,
+    ) -> None:
+        self._context = context
+        self._forks = context.get_start_method() == "fork"
+        self._environment = environment
+        self._threads = threads
+        self._initialize = (initializer, initargs)
+        self._placement = placement
+        self._inheritance = Inheritance([], [])
+        self._packed: Inheritance | None = None
+        self.not_before = 0.0
+        self._refused_since: float | None = None
+        self.started = threading.Event()
+        self.hired = threading.Event()
+        self.given_up: Callable[[], bool] = bool
+
+    def pack_ahead(self) -> None:
+        """Pickle the initializer in the caller's thread, as the standard pool does.
+
+        It may be of a module that this thread is importing: another one would wait for the
+        import's end, and the import for the first worker.
+        """
+        if self._packed is not None or self._initialize[0] is None:
+            return
+        try:
+            self._packed = inheritance.pack(self._initialize, forked=self._forks)
+        except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
+            pass
+
+    def prepare(self) -> None:
+        """Do what must be done before one or more workers are started.
+
+        Raises:
+            PoolBrokenError: The initializer cannot be pickled.
+            OSError: The system has no room for it.
+            RuntimeError: The interpreter shuts down.
+        """
+        self._pack_initializer()
+        if not self.started.is_set() and prepare(self._context, self._environment):
+            # submit() need not wait for imports: what comes needs no new process.
+            self.started.set()
+
+    def start(self) -> Worker:
+        """Start one.
+
+        Raises:
+            OSError: The system has no room for it.
+            RuntimeError: The interpreter shuts down.
+        """
+        worker = Worker(
+            self._context,
+            environment=self._environment,
+            threads=self._threads,
+            foreign_descriptors=list(_descriptors_of_all_pools()),
+            inheritance=self._inheritance,
+            given_up=self.given_up,
+            cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
+            board=Board.create(),
+        )
+        self._refused_since = None
+        self.started.set()
+        self.hired.set()
+        return worker
+
+    def initialize_frame(self) -> list[bytes | memoryview]:
+        """Return what a new worker is sent first."""
+        return encode(Kind.INITIALIZE, 0, self._inheritance.segments)
+
+    def refused(self, error: Exception, *, alone: bool) -> PoolBrokenError | None:
+        """Decide what a start that failed means.
+
+        Args:
+            error: Why.
+            alone: The pool has no worker.
+
+        Returns:
+            Why the pool must give up; ``None`` if it tries again, because it has, or had, others.
+        """
+        now = time.monotonic()
+        if self._refused_since is None:
+            self._refused_since = now
+        lasts = now - self._refused_since > _RETRYING_S
+        if alone and (lasts or not self.hired.is_set() or not isinstance(error, OSError)):
+            return PoolBrokenError(f"no worker could be started: {error}")
+        _log.warning("no further worker could be started: %s", error)
+        self.not_before = now + _RETRY_S
+        return None
+
+    def close(self) -> None:
+        """Start no more, keep nothing of the caller's."""
+        # A lock of multiprocessing among them is to be freed with the program's last one.
+        self._initialize, self._inheritance = (None, ()), Inheritance([], [])
+        self._packed = None
+        self.started.set()
+        self.hired.set()
+
+    def _pack_initializer(self) -> None:
+        try:
+            packed, self._packed = self._packed, None
+            self._inheritance = packed or inheritance.pack(self._initialize, forked=self._forks)
+        except BaseException as error:
+            reason = f"the initializer cannot be pickled: {error!r}"
+            if "fork context" in text_of(error):
+                reason += (
+                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
+                    'workers that are no forks of this process, or pass mp_context="fork"'
+                )
+            raise PoolBrokenError(reason) from error
+
+
+def _descriptors_of_all_pools() -> Iterable[int]:
+    for pool in working():
+        yield from pool.descriptors()
+
+
+def _taken_cpus() -> Iterable[tuple[int, ...]]:
+    """Yield the CPUs of each worker that stays, whichever pool of this process has it."""
+    for pool in working():
+        yield from (worker.cpus for worker in pool.workers() if not worker.leaving)

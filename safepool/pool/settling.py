@@ -1,0 +1,220 @@
+"""What the answers of workers end: tasks by their future, calls of a map among its results."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.mapping import Span
+from safepool.pool.tasks import Task, fail, finish, rebuild
+from safepool.transport import payloads
+from safepool.transport.frames import CorruptFrameError, Kind
+from safepool.workers.board import records_of
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.pool.mapping import MapRun
+    from safepool.pool.pace import Pace
+    from safepool.pool.staff import Staff, Worker
+    from safepool.workers.board import Left
+
+__all__ = ["Settling"]
+
+_log = ContainedLogger()
+
+# Sixths of a task may add up to a little less than one.
+_ROUNDING = 1e-6
+# Between two looks at the memory of a worker that has a limit for it.
+_MEMORY_LOOK_NS = 200_000_000
+
+
+class Settling:
+    """Ends calls, and counts what each worker has done.
+
+    Args:
+        pace: Told how long calls took.
+        settled: Told of calls of a run that have ended, and how many.
+        tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
+        memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
+
+    Attributes:
+        useless_starts: Workers in a row that ended before they answered anything.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        settled: Callable[[MapRun, int], None],
+        *,
+        tasks_per_worker: int | None,
+        memory_per_worker: int | None,
+    ) -> None:
+        self._pace = pace
+        self._settled = settled
+        self._tasks_per_worker = tasks_per_worker
+        self._memory_per_worker = memory_per_worker
+        self.useless_starts = 0
+
+    def settle_left(self, staff: Staff, worker: Worker, left: Left) -> None:
+        """End calls whose answers a worker has left on its board, and not sent yet.
+
+        Raises:
+            ValueError: They were not sent.
+        """
+        self.settle_records(staff, worker, left.records, peeked=True)
+        head = worker.ledger.head
+        # As for records, below.
+        if left.numbers and head is not None and left.first <= head.position + head.done:
+            self.settle_values(staff, worker, left.first, None, left.numbers)
+
+    def tasks_left(self, worker: Worker) -> int:
+        """Return how many more tasks a worker may be sent before it is replaced."""
+        if self._tasks_per_worker is None:
+            return sys.maxsize
+        owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
+        return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
+
+    def settle_records(
+        self,
+        staff: Staff,
+        worker: Worker,
+        records: bytes | bytearray,
+        *,
+        peeked: bool = False,
+    ) -> None:
+        """End calls whose answers arrived together.
+
+        Args:
+            staff: The worker's.
+            worker: Whose.
+            records: As they were on its board.
+            peeked: They were read there; else they were sent.
+
+        Raises:
+            ValueError: They were not sent, or are cut off.
+        """
+        runs: set[MapRun] = set()
+        spent: dict[str, list[int]] = {}
+        for position, microseconds, kind, pickled in records_of(records):
+            head = worker.ledger.head
+            if peeked and (head is None or position > head.position + head.done):
+                break  # an earlier message has not been read; then it will bring these as well
+            run = self.settle(staff, worker, position, kind, [pickled])
+            if run is not None:
+                runs.add(run)
+            if head is not None:
+                times = spent.setdefault(head.name, [0, 0])
+                times[0] += microseconds
+                times[1] += 1
+        for name, (microseconds, count) in spent.items():
+            self._pace.note(name, microseconds * 1000, count)
+        for run in runs:
+            run.tell()
+
+    def settle(
+        self,
+        staff: Staff,
+        worker: Worker,
+        position: int,
+        kind: int,
+        segments: Sequence[bytes | bytearray | memoryview],
+    ) -> MapRun | None:
+        """End the call at this position of a worker by its answer; return its run if it has one.
+
+        Raises:
+            ValueError: It was not sent.
+        """
+        settled = worker.ledger.settle(position)
+        if settled is None:
+            return None  # read from the board before, or given up
+        work, place = settled
+        self._count(staff, worker, work, 1)
+        failed = False
+        value: Any
+        try:
+            if kind == Kind.EXCEPTION:
+                value, failed = rebuild(segments), True
+            else:
+                value = payloads.loads(segments)
+        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
+            value, failed = error, True
+        if isinstance(work, Task):
+            work.pickled = None
+            (fail if failed else finish)(work.future, value)
+            return None
+        run = work.run
+        if failed:
+            run.put_error(work.start + place, value)
+        else:
+            run.put(work.start + place, [value])
+        self._settled(run, 1)
+        return run
+
+    def settle_values(
+        self,
+        staff: Staff,
+        worker: Worker,
+        position: int,
+        microseconds: int | None,
+        values: list[Any],
+    ) -> None:
+        """End several calls of runs, which returned plain values.
+
+        Args:
+            staff: The worker's.
+            worker: Whose.
+            position: The first one's.
+            microseconds: What they took together; ``None`` if that is not known yet.
+            values: What they returned.
+
+        Raises:
+            ValueError: They were not sent.
+        """
+        ledger, at = worker.ledger, 0
+        while at < len(values):
+            work = ledger.head
+            known = 0 if work is None else work.position + work.done - position - at
+            if known > 0:  # peeked at before
+                at += known
+                continue
+            count = 0 if work is None else min(work.count - work.done, len(values) - at)
+            settled = ledger.settle(position + at, count)
+            if settled is None:
+                return  # given up
+            work, place = settled
+            if not isinstance(work, Span):
+                raise CorruptFrameError(f"values at {position}, where a task was sent")
+            work.run.put(work.start + place, values[at : at + count])
+            self._settled(work.run, count)
+            work.run.tell()
+            if microseconds is not None:
+                self._pace.note(work.name, microseconds * 1000 * count / len(values), count)
+            self._count(staff, worker, work, count)
+            at += count
+
+    def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
+        worker.exclusive = False
+        worker.done += calls
+        worker.tasks_done += work.tasks_in(calls)
+        self.useless_starts = 0
+        if not worker.retiring:
+            full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
+            worker.retiring = full or self._is_too_large(worker)
+        if worker.retiring and not worker.ledger.owed and not worker.leaving:
+            staff.stop(worker)
+
+    def _is_too_large(self, worker: Worker) -> bool:
+        limit, now = self._memory_per_worker, time.monotonic_ns()
+        # One that falls idle is looked at in any case: it might hold its memory for ever.
+        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
+            return False
+        worker.memory_look_ns = now + _MEMORY_LOOK_NS
+        held = worker.resident_bytes()
+        if held is None or held <= limit:
+            return False
+        _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
+        return True

@@ -1,0 +1,45 @@
+"""joblib learns of the backend ``"safepool"``, as soon as it is there, and not before."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from safepool.threads.imports import AfterImport, imported
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+__all__ = ["register"]
+
+_JOBLIB = "joblib.parallel"
+
+
+def register() -> None:
+    """Register the backend with joblib: now, or when the program has imported it.
+
+    joblib itself is not imported, which takes a tenth of a second. Until then a finder
+    stands in ``sys.meta_path`` that finds nothing.
+
+    Source:
+        joblib, ``register_parallel_backend``.
+    """
+    module = imported(_JOBLIB)
+    if module is not None:
+        _register(_JOBLIB, module)
+    elif _JOBLIB not in sys.modules:
+        _finder.start(frozenset({_JOBLIB}))
+
+
+def _register(_name: str, module: ModuleType) -> None:
+    _finder.stop()
+    module.register_parallel_backend("safepool", _backend)
+
+
+def _backend(**parameters: Any) -> Any:
+    from safepool.joblib_backend import SafepoolBackend  # noqa: PLC0415 -- with its first use
+
+    return SafepoolBackend(**parameters)
+
+
+_finder = AfterImport(_register)
