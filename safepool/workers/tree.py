@@ -1,6 +1,6 @@
 """A process and what it has started, ended together.
 
-Source: proc_pid_stat(5), fields 4 and 22. Elsewhere than on Linux only the process itself is ended.
+Source: proc_pid_stat(5), fields 4 and 22. Off Linux only the process itself is ended.
 
 Not covered:
     * A process that its parent has left behind (a daemon): nothing says whose it was.

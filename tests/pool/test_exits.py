@@ -42,7 +42,7 @@ def test_pools_that_others_make_and_drop_are_no_obstacle() -> None:
                 made = [Pool() for _ in range(20)]
                 for pool in made:
                     exits.finish_at_exit(pool)
-        except BaseException as error:  # noqa: BLE001 -- told below
+        except BaseException as error:
             failures.append(error)
 
     threads = [threading.Thread(target=make_and_drop) for _ in range(2)]

@@ -35,7 +35,9 @@ def ends() -> Iterator[Pair]:
 
 def open_descriptors() -> set[str]:
     # The listing's own is gone by the time that it is asked about.
-    return {name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+    return {
+        name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+    }
 
 
 class Raising:

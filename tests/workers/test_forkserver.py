@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import support_tasks as tasks
+from support_processes import run_script
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -28,16 +29,7 @@ TESTS = Path(__file__).parent.parent
 
 def run(script: str, folder: Path, *, status: int = 0) -> str:
     """Run a script as a user would, and return what it printed."""
-    (folder / "script.py").write_text(textwrap.dedent(script))
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{folder}"},
-        check=False,
-    )
+    done = run_script(script, cwd=folder)
     assert done.returncode == status, done.stderr
     return done.stdout.strip()
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from support_processes import still_alive, terminal
+from support_processes import run_script, still_alive, terminal
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
-
-TESTS = Path(__file__).parent.parent
 
 # Far beyond what any of these tests may take, and the server waits for an import.
 LONG_S = 1000
@@ -105,17 +104,8 @@ PROGRAMS: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_import_that_never_ends(program: str, tmp_path: Path) -> None:
     text, expected = PROGRAMS[program]
-    (tmp_path / "script.py").write_text(HEAD + textwrap.dedent(text))
     begin = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
+    done = run_script(HEAD + textwrap.dedent(text), cwd=tmp_path)
 
     assert (done.stdout.strip(), done.stderr, done.returncode) == (expected, "", 0)
     assert time.monotonic() - begin < 45
