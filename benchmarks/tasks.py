@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 
 def nothing(value: int) -> int:
@@ -51,3 +52,29 @@ def numpy_and_scipy_loaded(_: object = None) -> int:
 def loaded_modules(_: object = None) -> int:
     """Return how many modules this process has imported."""
     return len(sys.modules)
+
+
+def touch(array: Any) -> float:
+    """Read one item of each page of memory."""
+    return float(array[::512].sum())
+
+
+def make_array(items: int) -> Any:
+    """Return an array of so many floats, all of them written."""
+    import numpy as np
+
+    return np.ones(items)
+
+
+def hold(array: Any) -> float:
+    """Read an array, and keep it for a second."""
+    total = float(array.sum())
+    time.sleep(1)
+    return total
+
+
+def set_file_bytes(count: int) -> None:
+    """Let this worker send results of so many bytes in files, and smaller ones in the stream."""
+    from safepool.transport import channel
+
+    channel.FILE_BYTES = count

@@ -17,13 +17,20 @@ __all__ = ["Backlog"]
 
 
 class Backlog:
-    """Tasks, runs with calls that wait, and spans that were taken back."""
+    """Tasks, runs with calls that wait, and spans that were taken back.
+
+    Attributes:
+        holds: Runs wait whose results are not taken; not while the pool ends.
+    """
 
     def __init__(self) -> None:
         self._entries: deque[Task | Span | MapRun] = deque()
+        # Runs whose results are not taken as fast as they come.
+        self._held: list[MapRun] = []
+        self.holds = True
 
     def __bool__(self) -> bool:
-        return bool(self._entries)
+        return bool(self._entries or self._held)
 
     def at_most(self, limit: int) -> int:
         """Return how many calls wait, counted up to ``limit``."""
@@ -81,8 +88,9 @@ class Backlog:
 
     def clear(self) -> list[Task | Span | MapRun]:
         """Empty it, and return what was there."""
-        found = [*self._entries]
+        found = [*self._held, *self._entries]
         self._entries.clear()
+        self._held.clear()
         for entry in found:
             if isinstance(entry, MapRun):
                 entry.queued = False
@@ -106,6 +114,8 @@ class Backlog:
         Returns:
             A span of one run, or tasks; an empty list if there is nothing, or no room.
         """
+        if self._held:
+            self._let_go()
         while self._entries and most > 0:
             head = self._entries[0]
             if isinstance(head, Task):
@@ -119,8 +129,28 @@ class Backlog:
                 head.queued = False
                 self._entries.popleft()
                 continue
+            if self.holds and self._hold(head):
+                continue
             return self._cut(head, room, expected_ns, among, most)
         return []
+
+    def _hold(self, run: MapRun) -> bool:
+        """Let the first run wait if it is full."""
+        # Said before it is looked at: whoever takes a result does it the other way round.
+        run.held = True
+        run.held = run.is_full
+        if run.held:
+            self._held.append(run)
+            self._entries.popleft()
+        return run.held
+
+    def _let_go(self) -> None:
+        """Queue runs again that are full no more, ahead of everything else."""
+        for run in reversed(self._held):
+            if not (self.holds and run.is_full):
+                run.held = False
+                self._entries.appendleft(run)
+        self._held = [run for run in self._held if run.held]
 
     def _take_tasks(
         self,

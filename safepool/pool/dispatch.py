@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import os
+import pickle
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
 
 from safepool.pool.functions import Functions, SentFunction
-from safepool.pool.tasks import begin, fail
-from safepool.transport import payloads
-from safepool.transport.frames import Kind, encode
+from safepool.pool.mapping import Span
+from safepool.pool.packing import Packer, Packing
+from safepool.pool.tasks import Pickled, begin, fail
+from safepool.transport import payloads, references
+from safepool.transport.blame import find_unpicklable
+from safepool.transport.channel import size_of
+from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from safepool.pool.mapping import MapRun, Span
-    from safepool.pool.staff import Worker
+    from safepool.pool.mapping import MapRun
+    from safepool.pool.staff import Staff, Worker
     from safepool.pool.tasks import Task
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
+    from safepool.workers.inheritance import Inheritance
 
 __all__ = ["Dispatch", "was_not_sent"]
 
@@ -24,6 +37,9 @@ __all__ = ["Dispatch", "was_not_sent"]
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
+# What is copied into files in the scheduler's own thread: in less than a millisecond. More would
+# keep the other workers waiting for longer than it takes to wake another thread and be woken.
+_AT_ONCE_BYTES = 4 << 20
 
 # How the note begins that such an error gets.
 _NOT_SENT = "while the call of "
@@ -36,11 +52,85 @@ class Dispatch:
 
     Args:
         settled: Told of calls of a run that ended here, and how many.
+        wake: Makes the scheduler call :meth:`send_packed`; from any thread.
     """
 
-    def __init__(self, settled: Callable[[MapRun, int], None]) -> None:
+    def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
+        self._blamed: set[str] = set()
         self._settled = settled
+        self._packer = Packer(wake)
+        self._wake = wake
+        self._shared: set[int] = set()
+        self._unshared: deque[int] = deque()
+
+    def close(self) -> None:
+        """Give up what is being copied."""
+        self._packer.close()
+
+    def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Task | Span]:
+        """Send what has been copied into files; return what is to be queued again."""
+        back: list[Task | Span] = []
+        for packing in self._packer.done():
+            worker = packing.worker
+            if worker.packing is packing:
+                worker.packing = None
+            if packing.wanted:  # else taken back, or its worker has ended
+                pieces, again = self._finish(packing)
+                back += again
+                worker.sent_ns = time.monotonic_ns()
+                send(worker, pieces)
+        return back
+
+    def _give_large(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
+        """Return the pieces of a payload that may go in files, and what is to be queued again.
+
+        There may be none yet: then it is copied first, and sent by :meth:`send_packed`.
+        """
+        channel = packing.worker.channel
+        if channel.takes_file(packing.segments):
+            if _size(packing.segments) > _AT_ONCE_BYTES:
+                packing.worker.packing = packing
+                packing.worker.sent_ns = time.monotonic_ns()
+                self._packer.put(packing)
+                return [], []
+            packing.store()
+        return self._finish(packing)
+
+    def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
+        """Return the pieces of a payload that was copied, or fail what it belongs to."""
+        worker, work, error = packing.worker, packing.work, packing.error
+        if error is None:
+            try:
+                return self._frame(packing), []
+            except MemoryError as problem:  # it could not go as a file after all
+                error = problem
+        worker.ledger.take_back(packing.position - 1)
+        worker.exclusive = False
+        if not isinstance(work, Span):
+            work.pickled = None
+            fail(work.future, error)
+        elif work.count == 1:
+            self._fail_all(work, error)
+        else:
+            return [], [work.only(place) for place in range(work.count)]
+        return [], []
+
+    def _frame(self, packing: Packing) -> Pieces:
+        work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
+        if isinstance(work, Span):
+            if work.alone:
+                return task_frame(work.position, packing.function, segments)
+            starred, timed = work.run.starred, work.run.policy.timeout_s is not None
+            return batch_frame(
+                work.position, packing.function, segments, starred=starred, timed=timed
+            )
+        if not work.policy.retries:
+            work.pickled = None
+        elif work.pickled is not None:
+            # The same files again.
+            work.pickled = work.pickled._replace(segments=list(packing.segments))
+        return task_frame(work.position, packing.function, segments)
 
     def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
         """Give tasks to a worker.
@@ -58,28 +148,28 @@ class Dispatch:
                 try:
                     task.pickled = self._pickle(task)
                 except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-                    _say_what(error, task.name)
+                    self._say_what(error, task.name, _whole(task))
                     fail(task.future, error)
                     continue
-            function, segments = task.pickled
-            small = len(segments) == 1 and len(segments[0]) <= _SMALL_BYTES
-            if not small and worker.ledger.owed:
+            function, segments, shared, brings_globals = task.pickled
+            small = _small(segments)
+            if small is None and worker.ledger.owed:
                 task.future.wait_again()
                 return [*pieces, *_tasks(first, group)], tasks[place:]
             task.call = None
-            if function is not None:
-                pieces += self._introduce(worker, function)
+            pieces += self._introduce(worker, function, shared)
+            if brings_globals:
+                worker.names.clear()
             worker.ledger.give(task)
-            if small:
+            if small is not None:
                 if not group:
                     first = task.position
-                group.append((function.number if function else 0, segments[0]))
+                group.append((function.number if function else 0, small))
                 continue
             worker.exclusive = True
-            pieces += task_frame(task.position, function.number if function else 0, segments)
-            if not task.policy.retries:
-                task.pickled = None
-            return pieces, tasks[place + 1 :]
+            number = function.number if function else 0
+            more, _ = self._give_large(Packing(worker, task, task.position, number, segments))
+            return [*pieces, *more], tasks[place + 1 :]
         return [*pieces, *_tasks(first, group)], []
 
     def pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, list[Span]]:
@@ -91,37 +181,56 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
-                _say_what(error, run.name)
+                _say_what(error, run.name, run.function)
                 self._fail_all(span, error)
                 return [], []
         try:
             value: object = (run.arguments_of(span.items[0]), {}) if span.alone else span.items
-            segments = payloads.dumps(value, into_main=True)
+            _, segments, shared, brings_globals = _dumps(value)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
-                _say_what(error, run.name)
+                self._say_what(error, run.name, value)
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
-        size = sum(memoryview(segment).nbytes for segment in segments)
-        run.most_at_once = max(1, _BATCH_BYTES * span.count // max(size, 1))
-        pieces = self._introduce(worker, run.sent)
+        if span.count > 1 and any(one.writable for one in shared):
+            # In one pickle they would be one object, and a call see what another has written.
+            return [], [span.only(place) for place in range(span.count)]
+        run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
+        pieces = self._introduce(worker, run.sent, shared)
+        if brings_globals:
+            worker.names.clear()
         worker.ledger.give(span)
-        number = run.sent.number
-        if span.alone:
-            return [*pieces, *task_frame(span.position, number, segments)], []
-        timed = run.policy.timeout_s is not None
-        frame = batch_frame(span.position, number, segments, starred=run.starred, timed=timed)
-        return [*pieces, *frame], []
+        packing = Packing(worker, span, span.position, run.sent.number, segments)
+        more, back = self._give_large(packing)
+        return [*pieces, *more], [one for one in back if isinstance(one, Span)]
 
-    def _pickle(self, task: Task) -> tuple[SentFunction | None, Pieces]:
+    def _pickle(self, task: Task) -> Pickled:
         assert task.call is not None
         function, args, kwargs = task.call
-        sent = self.functions.importable(function)
+        sent = self.functions.lasting(function)
         if sent is not None:
-            return sent, payloads.dumps((args, kwargs), into_main=True)
-        of_main = task.name.startswith("__main__.")
-        return None, payloads.dumps(task.call, into_main=True, by_value=of_main)
+            return _dumps((args, kwargs))._replace(function=sent)
+        return _dumps(task.call, by_value=task.name.startswith("__main__."))
+
+    def _say_what(self, error: BaseException, name: str, value: object) -> None:
+        """Add to a pickling error what it does not know: whose call it was, and what in it."""
+        note = f"{_NOT_SENT}{name} was pickled, with its arguments"
+        if name.startswith("__main__."):
+            note += (
+                " and the globals of __main__ that it uses, which travel to the worker by value"
+            )
+        # Once for each function: the workers wait meanwhile.
+        if name not in self._blamed and isinstance(
+            error, (TypeError, AttributeError, pickle.PicklingError)
+        ):
+            self._blamed.add(name)
+            culprit = find_unpicklable(value, payloads.dumps)
+            note += f". It is {culprit}" if culprit else ""
+        try:
+            error.add_note(note)
+        except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
+            pass
 
     def _fail_all(self, span: Span, error: BaseException) -> None:
         run = span.run
@@ -130,27 +239,89 @@ class Dispatch:
         self._settled(run, span.count)
         run.tell()
 
-    def _introduce(self, worker: Worker, function: SentFunction) -> Pieces:
-        if function.number in worker.functions:
-            return []
+    def _introduce(
+        self, worker: Worker, function: SentFunction | None, shared: Sequence[Shared[Any]]
+    ) -> Pieces:
+        """Return what brings a worker the function and shared objects that it does not know."""
+        pieces = self._share(worker, shared)
+        if function is None:
+            return pieces
+        stale = any(
+            worker.names.get(name, self) is not function.names[name] for name in function.names
+        )
+        if function.number in worker.functions and not stale:
+            return pieces
         worker.functions.add(function.number)
-        return encode(Kind.FUNCTION, function.number, function.segments)
+        if function.lasting:
+            worker.names.update(function.names)
+        else:
+            worker.names.clear()  # of a map: what it brings is not known
+        pieces += self._share(worker, function.shared)
+        segments = worker.channel.hand_over(function.segments)
+        return [*pieces, *encode(Kind.FUNCTION, function.number, segments)]
+
+    def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
+        """Return what a new worker is sent first."""
+        shared = self._share(worker, inheritance.shared)
+        segments = worker.channel.hand_over(inheritance.segments)
+        return [*shared, *encode(Kind.INITIALIZE, 0, segments)]
+
+    def _share(self, worker: Worker, shared: Sequence[Shared[Any]]) -> Pieces:
+        pieces: Pieces = []
+        for one in shared:
+            if one.number in worker.shared:
+                continue
+            worker.shared.add(one.number)
+            if one.number not in self._shared:
+                self._shared.add(one.number)
+                weakref.finalize(one, _tell, weakref.ref(self), one.number, os.getpid())
+            segments = worker.channel.hand_over(one.message())
+            pieces += encode(Kind.SHARE, one.number, segments)
+        return pieces
+
+    def unshare(self, staff: Staff) -> None:
+        """Let the workers drop the shared objects whose handles are gone."""
+        while self._unshared:
+            number = self._unshared.popleft()
+            self._shared.discard(number)
+            for worker in staff:
+                if number in worker.shared and not worker.leaving:
+                    worker.shared.discard(number)
+                    staff.send(worker, encode(Kind.UNSHARE, number))
+
+    def tell_unshared(self, number: int) -> None:
+        """Note that a handle is gone. From any thread, under any lock (the collector's)."""
+        self._unshared.append(number)
+        self._wake()
 
 
-def _say_what(error: BaseException, name: str) -> None:
-    """Add to a pickling error what it does not know: whose call it was."""
-    note = f"{_NOT_SENT}{name} was pickled, with its arguments"
-    if name.startswith("__main__."):
-        note += " and the globals of __main__ that it uses, which travel to the worker by value"
-    try:
-        error.add_note(note)
-    except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
-        pass
+def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
+    found = dispatch()
+    if found is not None and os.getpid() == pid:  # a fork has others' descriptors, if any
+        found.tell_unshared(number)
+
+
+def _dumps(value: object, *, by_value: bool = False) -> Pickled:
+    before = payloads.values_sent()
+    if not references.known():
+        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+        return Pickled(None, segments, (), payloads.values_sent() != before)
+    with references.Collected() as met:
+        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+    return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
 def was_not_sent(error: BaseException) -> bool:
     """Tell whether this is what the pickler raised, and no worker has begun the call."""
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
+
+
+def _whole(task: Task) -> object:
+    """Return a task's call in one piece, for words about its parts."""
+    if task.call is None or not callable(task.call[0]):
+        return task.call
+    function, args, kwargs = task.call
+    return functools.partial(function, *args, **kwargs)
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:
@@ -162,3 +333,15 @@ def forget(worker: Worker, function: SentFunction, send: Callable[[Worker, Piece
     if function.number in worker.functions:
         worker.functions.discard(function.number)
         send(worker, encode(Kind.FORGET, function.number))
+
+
+def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
+    """Return the pickle of a payload that is nothing else, if it is small."""
+    pickled, *buffers = segments
+    if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
+        return None
+    return pickled
+
+
+def _size(segments: Sequence[Segment]) -> int:
+    return sum(map(size_of, segments))

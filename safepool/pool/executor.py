@@ -262,7 +262,8 @@ class ProcessPool(Executor):
 
         Returns:
             The results. It raises what a call raised when its turn comes; leaving it
-            early cancels what has not begun.
+            early cancels what has not begun. While more than 256 MiB of results of at least
+            64 KiB are there and not taken, no further call is sent to a worker.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import sys
 import types
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safepool.pool.mains import Look, is_importable, is_of_main, look_at
 from safepool.transport import payloads
+from safepool.transport.channel import store_large
+from safepool.transport.references import Collected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
 
 __all__ = ["Functions", "SentFunction"]
 
 # Each is kept alive, and in every worker; a program that makes functions without end sends
 # the later ones with each call.
 _MOST = 1024
+# Each pickle is kept in every worker; one that changes more often is sent with each call.
+_MOST_CHANGES = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,11 +37,31 @@ class SentFunction:
         number: What it is called by, at least 1.
         segments: Its pickle.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
+        shared: What it refers to.
+        names: Globals of ``__main__`` that come with it. Those that a worker has must be these
+            when it is called.
     """
 
     number: int
-    segments: list[bytes | memoryview] = field(repr=False)
+    segments: Sequence[Segment] = field(repr=False)
     lasting: bool
+    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    names: Mapping[str, object] = field(default_factory=dict, repr=False)
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A function of ``__main__`` that is kept.
+
+    Attributes:
+        look: What it referred to when it was pickled.
+        sent: The pickle.
+        changes: How often it was pickled.
+    """
+
+    look: Look
+    sent: SentFunction
+    changes: int
 
 
 class Functions:
@@ -42,13 +70,45 @@ class Functions:
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._importable: dict[Callable[..., Any], SentFunction] = {}
+        self._of_main: dict[Callable[..., Any], _Kept] = {}
+        self._seen: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()
+
+    def lasting(self, function: Callable[..., Any]) -> SentFunction | None:
+        """Return a function that workers may keep; ``None`` if it is to travel with its call."""
+        return self.importable(function) or self._main(function)
+
+    def _main(self, function: Callable[..., Any]) -> SentFunction | None:
+        if not is_of_main(function) or payloads.by_value_modules():
+            return None
+        kept = self._of_main.get(function)
+        if kept is None and function not in self._seen:
+            self._seen.add(function)  # most lambdas are called once
+            return None
+        assert isinstance(function, types.FunctionType)
+        look = look_at(function)
+        if look is None or (kept is None and len(self._of_main) >= _MOST):
+            return None
+        if kept is not None and kept.look.same_as(look):
+            return kept.sent
+        changes = 1 if kept is None else kept.changes + 1
+        if changes > _MOST_CHANGES:
+            return None
+        segments = payloads.dumps(function, into_main=True, by_value=True)
+        sent = SentFunction(next(self._numbers), segments, lasting=True, names=look.names)
+        self._of_main[function] = _Kept(look, sent, changes)
+        return sent
 
     def importable(self, function: Callable[..., Any]) -> SentFunction | None:
         """Return a module's own function, pickled once; ``None`` for any other callable."""
         if not isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
             return None
         sent = self._importable.get(function)
-        if sent is None and len(self._importable) < _MOST and _is_importable(function):
+        if (
+            sent is None
+            and len(self._importable) < _MOST
+            and is_importable(function)
+            and not payloads.by_value_modules()
+        ):
             pickled = pickle.dumps(function, protocol=5)
             sent = SentFunction(next(self._numbers), [pickled], lasting=True)
             self._importable[function] = sent
@@ -62,16 +122,8 @@ class Functions:
         """
         sent = self.importable(function)
         if sent is None:
-            segments = payloads.dumps(function, into_main=True, by_value=of_main)
-            sent = SentFunction(next(self._numbers), segments, lasting=False)
+            with Collected() as met:
+                segments = payloads.dumps(function, into_main=True, by_value=of_main)
+            number = next(self._numbers)
+            sent = SentFunction(number, store_large(segments), lasting=False, shared=met.found)
         return sent
-
-
-def _is_importable(function: types.FunctionType | types.BuiltinFunctionType) -> bool:
-    module, name = getattr(function, "__module__", None), function.__qualname__
-    if module is None or module == "__main__" or payloads.by_value_modules():
-        return False
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is function

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import PoolBrokenError, text_of
 from safepool.pool.exits import working
 from safepool.pool.staff import Worker
-from safepool.transport.frames import Kind, encode
 from safepool.workers import inheritance
 from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger
@@ -123,9 +122,10 @@ class Hiring:
         self.hired.set()
         return worker
 
-    def initialize_frame(self) -> list[bytes | memoryview]:
-        """Return what a new worker is sent first."""
-        return encode(Kind.INITIALIZE, 0, self._inheritance.segments)
+    @property
+    def inheritance(self) -> Inheritance:
+        """What a new worker is sent first."""
+        return self._inheritance
 
     def refused(self, error: Exception, *, alone: bool) -> PoolBrokenError | None:
         """Decide what a start that failed means.

@@ -31,6 +31,10 @@ _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
+# Of large results that are there and that nobody has taken: with more, no further call of that map
+# is sent to a worker. Small ones, which travel many at a time, are not counted.
+_MOST_HELD_BYTES = 256 << 20
+
 # The arguments of a call, or the only one.
 Item = Any
 
@@ -104,6 +108,8 @@ class MapRun:
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
         dropped: Nobody will take further results.
+        held: No further calls are sent, as too much waits to be taken.
+        reader: Who takes results; once it is gone nobody can.
     """
 
     def __init__(
@@ -122,7 +128,11 @@ class MapRun:
         self.at_once = at_once
         self.most_at_once = sys.maxsize
         self.unsettled = 0
-        self.fed = self.dropped = False
+        self.fed = self.dropped = self.held = False
+        self.reader: Callable[[], object] = object
+        # Bytes of results, by the index of the first; put and taken so far, by different threads.
+        self._sizes: dict[int, int] = {}
+        self._put_bytes = self._taken_bytes = 0
         self.waiting = Waiting()
         self.queued = False
         self.sent: SentFunction | None = None
@@ -149,10 +159,28 @@ class MapRun:
         """Return the arguments of the call that an item stands for."""
         return item if self.starred else (item,)
 
-    def put(self, index: int, results: list[Any]) -> None:
-        """Put results down that follow each other; :meth:`tell` when these are all for now."""
-        if not self.dropped:
-            self._results[index] = results
+    @property
+    def is_full(self) -> bool:
+        """Whether as much waits to be taken as may, and somebody can take it."""
+        held_bytes = self._put_bytes - self._taken_bytes
+        return held_bytes > _MOST_HELD_BYTES and self.reader() is not None
+
+    def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
+        """Put results down that follow each other; :meth:`tell` when these are all for now.
+
+        Args:
+            index: Of the first.
+            results: In order.
+            size_bytes: Of a large one; 0 is little, and not counted.
+        """
+        if self.dropped:
+            return
+        if size_bytes:
+            if self.reader() is None:
+                return
+            self._sizes[index] = size_bytes
+            self._put_bytes += size_bytes
+        self._results[index] = results
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Put down what a call raised."""
@@ -164,6 +192,7 @@ class MapRun:
         self.dropped = True
         self.stop(CancelledError)
         self._results.clear()
+        self._sizes.clear()
 
     def tell(self) -> None:
         """Let whoever waits look again."""
@@ -198,6 +227,7 @@ class MapRun:
         results = self._results.pop(index, None)
         if results is None:
             results = self._wait_for(index, deadline)
+        self._taken_bytes += self._sizes.pop(index, 0)
         if isinstance(results, _Raised):
             try:
                 raise results.error
@@ -295,6 +325,9 @@ class Feed(Protocol):
     def give_up(self, run: MapRun) -> None:
         """Drop the calls that no worker has: nobody wants the rest."""
 
+    def wake(self) -> None:
+        """Look again at runs that were held."""
+
 
 class Results:
     """Takes items from the caller's iterators, and results in their order.
@@ -387,7 +420,10 @@ class Results:
         run, index = self._run, self._taken
         if self._grows and self._items is not None and not (run.waiting or run.has(index)):
             self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
-        return run.take(index, self._deadline)
+        results = run.take(index, self._deadline)
+        if run.held and not run.is_full:
+            self._feed.wake()
+        return results
 
     def _refill(self) -> None:
         if not self._grows or 2 * (self._fed - self._taken) <= self._ahead:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["handle_record"]
 
 
-def handle_record(segments: Sequence[bytes | bytearray]) -> None:
+def handle_record(segments: Sequence[bytes | bytearray | memoryview]) -> None:
     """Handle a worker's record as if it had been logged in this process.
 
     The level that its logger has here and now decides whether it is wanted; a worker knows the

@@ -168,7 +168,7 @@ class Scheduler:
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
-        self._dispatch = Dispatch(self._settled)
+        self._dispatch = Dispatch(self._settled, self.wake)
         self._pace = Pace()
         self._settling = Settling(
             self._pace,
@@ -266,10 +266,22 @@ class Scheduler:
         results = Results(run, iter(items), self, ahead, deadline)
         # With all calls queued the pool may go: what they return arrives without it.
         iterator = results.iterate(None if run.fed else keep)
+        run.reader = weakref.ref(iterator, self._wake_when_gone)
         if not run.fed and ahead is None:
             # One that is dropped without a look is a map for the sake of what its calls do.
             self._open[weakref.ref(iterator, self._finish_unseen)] = results
         return iterator
+
+    @property
+    def _wake_when_gone(self) -> Callable[[object], None]:
+        me = self._me
+
+        def wake(_: object) -> None:  # race E
+            found = me()
+            if found is not None:
+                found.wake()
+
+        return wake
 
     def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
         results = self._open.pop(iterator, None)
@@ -432,6 +444,7 @@ class Scheduler:
             self._break(staff, PoolBrokenError(f"the scheduler failed: {error!r}"), error)
         finally:
             self._staff = None
+            self._dispatch.close()
             staff.close()
             self._hiring.close()
 
@@ -440,6 +453,7 @@ class Scheduler:
         with self._lock:
             self._news = False
             closing, ending = self._closing, self._ending
+            self._backlog.holds = not closing
             to_kill, self._to_kill = self._to_kill, []
             ended_runs, self._ended_runs = self._ended_runs, []
         if ending:
@@ -453,6 +467,7 @@ class Scheduler:
             with self._lock:
                 run.drop()
             ended_runs.append(run)
+        self._send_packed(staff)
         for run in ended_runs:
             self._forget(staff, run)
         for future in to_kill:
@@ -473,6 +488,12 @@ class Scheduler:
         if self._ending:  # broken meanwhile
             return False
         return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
+
+    def _send_packed(self, staff: Staff) -> None:
+        self._dispatch.unshare(staff)
+        back = self._dispatch.send_packed(staff.send)
+        if back:
+            self._wait_again(back)
 
     def _cancel_waiting(self) -> None:
         if not self._cancelling:
@@ -604,7 +625,7 @@ class Scheduler:
         ledger = worker.ledger
         # A large task that was taken back is nobody's any more.
         worker.exclusive = worker.exclusive and ledger.owed > 0
-        if worker.leaving or worker.retiring or worker.exclusive or not self._backlog:
+        if worker.leaving or worker.retiring or not (worker.takes_more and self._backlog):
             return False
         if ledger.owed and worker.board is None:
             return False
@@ -652,7 +673,7 @@ class Scheduler:
             for _ in range(wanted):
                 worker = staff.hire()
                 staff.send(worker, levels_frame())
-                staff.send(worker, self._hiring.initialize_frame())
+                staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
@@ -672,7 +693,7 @@ class Scheduler:
 
     def _take_back_from_the_slow(self, staff: Staff) -> None:
         """Let nothing wait behind a long task, nor while another worker is idle."""
-        busy = [worker for worker in staff if worker.ledger.owed]
+        busy = [worker for worker in staff if worker.ledger.owed and worker.packing is None]
         if not busy:
             return
         ahead = [worker for worker in busy if worker.board is not None and worker.ledger.owed > 1]
@@ -708,7 +729,8 @@ class Scheduler:
             staff.distrust(worker, error)
         claimed = board.claimed
         back = ledger.take_back(claimed)
-        if back:
+        unsent = worker.packing
+        if back and (unsent is None or unsent.position > claimed + 1):
             worker.awaited = claimed + 1  # it will come to it, and say so (race J)
         self._wait_again(back)
 

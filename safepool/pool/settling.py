@@ -28,6 +28,8 @@ _log = ContainedLogger()
 
 # Sixths of a task may add up to a little less than one.
 _ROUNDING = 1e-6
+# A larger result counts for what its map may have to be taken.
+_SMALL_BYTES = 64 * 1024
 # Between two looks at the memory of a worker that has a limit for it.
 _MEMORY_LOOK_NS = 200_000_000
 
@@ -150,7 +152,8 @@ class Settling:
         if failed:
             run.put_error(work.start + place, value)
         else:
-            run.put(work.start + place, [value])
+            size = sum(map(len, segments))
+            run.put(work.start + place, [value], size if size > _SMALL_BYTES else 0)
         self._settled(run, 1)
         return run
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from safepool.errors import OutOfMemory
     from safepool.pool.mapping import Span
+    from safepool.pool.packing import Packing
     from safepool.pool.tasks import Task
     from safepool.transport.frames import Frame
 
@@ -66,7 +67,11 @@ class Worker(WorkerProcess):
         done: How many calls it has finished.
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
+        names: Globals of its ``__main__`` as functions that it keeps have brought them, and
+            nothing else has changed since.
+        shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
+        packing: What is being copied for it; nothing else is sent meanwhile.
         awaited: The first position of what was taken back from it last.
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
@@ -93,6 +98,7 @@ class Worker(WorkerProcess):
     done: int = 0
     tasks_done: float = 0.0
     exclusive: bool = False
+    packing: Packing | None = None
     awaited: int = 0
     sent_ns: int = 0
     condemned: BaseException | None = None
@@ -118,6 +124,13 @@ class Worker(WorkerProcess):
         super().__init__(*arguments, **keywords)
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
+        self.shared: set[int] = set()
+        self.names: dict[str, object] = {}
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether anything may be sent to it behind what it has."""
+        return not self.exclusive and self.packing is None
 
     @property
     def unheard(self) -> bool:

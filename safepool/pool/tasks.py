@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from concurrent.futures import Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.transport import payloads
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
     from safepool.pool.functions import SentFunction
     from safepool.pool.policy import Policy
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
 
     Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-    Pickled = tuple[SentFunction | None, list[bytes | memoryview]]
 
 __all__ = [
+    "Pickled",
     "PoolFuture",
     "Task",
     "begin",
@@ -34,6 +36,22 @@ __all__ = [
 ]
 
 _log = ContainedLogger()
+
+
+class Pickled(NamedTuple):
+    """A call on its way.
+
+    Attributes:
+        function: If workers keep it; otherwise it is in the payload.
+        segments: The payload.
+        shared: What it refers to, by :func:`safepool.share`.
+        brings_globals: It may change globals of ``__main__`` in the worker.
+    """
+
+    function: SentFunction | None
+    segments: Sequence[Segment]
+    shared: Sequence[Shared[Any]]
+    brings_globals: bool
 
 
 class PoolFuture(Future[Any]):
@@ -100,8 +118,8 @@ class Task:
             that the pool keeps nothing alive.
         name: What an error calls it.
         policy: What holds for it.
-        pickled: What was sent, kept while it may have to be sent again: the function and
-            the segments.
+        pickled: What was sent, kept while it may have to be sent again: the function, the
+            segments, and the shared objects that they refer to.
         attempts: How often it was begun and lost with its worker.
         position, done, count, expected_ns: As of any :class:`~safepool.pool.ledger.Work`.
     """

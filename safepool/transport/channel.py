@@ -10,16 +10,18 @@ import itertools
 import socket
 import sys
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safepool.transport.frames import FrameReader
+from safepool.transport.files import FILE_BYTES, Stored, store
+from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from safepool.transport.frames import Frame
+    from safepool.transport.files import Side
+    from safepool.transport.frames import Frame, Segment
 
-__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError"]
+__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_large"]
 
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
@@ -42,17 +44,60 @@ class Channel:
     Args:
         sock: A connected stream socket, blocking for a worker and not for a pool. It is
             owned by the channel from now on.
+        side: Takes descriptors; ``None`` if there is none, then all goes by the stream.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, side: Side | None = None) -> None:
         self._sock = sock
+        self._side = side
         self._rounds = 1 if sock.getblocking() else _ROUNDS
-        self._reader = FrameReader()
+        self._reader = FrameReader(self._fetch)
         self._unsent: deque[memoryview] = deque()
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once closed."""
         return self._sock.fileno()
+
+    def descriptors(self) -> list[int]:
+        """Return those of this end."""
+        found = [self.fileno(), -1 if self._side is None else self._side.fileno()]
+        return [descriptor for descriptor in found if descriptor >= 0]
+
+    def takes_file(self, segments: Sequence[Segment]) -> bool:
+        """Return whether a payload is large enough to go in files, and can."""
+        return self._side is not None and _is_large(segments)
+
+    def store(
+        self, segments: Sequence[Segment], given_up: Callable[[], bool] = bool
+    ) -> list[Segment]:
+        """Return the payload as it is to be sent, in files if it is large: copied there.
+
+        Args:
+            segments: The payload.
+            given_up: Asked now and then: nobody wants it any more.
+
+        Raises:
+            MemoryError: There is no memory for that.
+            InterruptedError: It was given up.
+        """
+        return store(segments, given_up) if self.takes_file(segments) else list(segments)
+
+    def hand_over(self, segments: Sequence[Segment]) -> list[Segment]:
+        """Send the files of a payload, just before the frame that tells of them.
+
+        Returns:
+            What to make the frame of: the same, with what could not go read into memory.
+
+        Raises:
+            MemoryError: There is no memory for that.
+        """
+        gone: list[Segment] = []
+        for segment in segments:
+            if not isinstance(segment, Stored) or (self._side and self._side.send(segment)):
+                gone.append(segment)
+            else:
+                gone += segment.segments()
+        return gone
 
     @property
     def unsent(self) -> bool:
@@ -160,10 +205,18 @@ class Channel:
     def close(self) -> None:
         """Close the socket; what is unsent is dropped. May be called again."""
         self._unsent.clear()
+        if self._side is not None:
+            self._side.close()
         try:
             self._sock.close()
         except OSError:
             pass  # a task has closed the descriptor
+
+    def _fetch(self, kind: Kind, lengths: tuple[int, ...]) -> list[Any]:
+        if self._side is None:
+            raise CorruptFrameError("a frame tells of a file, and there is no way for it")
+        # What is shared is mapped when it is needed, perhaps more than once.
+        return self._side.receive(lengths, mapped=kind is not Kind.SHARE)
 
     if sys.platform == "win32":
 
@@ -177,3 +230,23 @@ class Channel:
                 return self._sock.send(self._unsent[0], NO_SIGPIPE | flags)
             pieces = [self._unsent[i] for i in range(min(len(self._unsent), _PIECES))]
             return self._sock.sendmsg(pieces, (), NO_SIGPIPE | flags)
+
+
+def size_of(segment: Segment) -> int:
+    """Return the bytes of a segment."""
+    return len(segment) if isinstance(segment, Filed) else memoryview(segment).nbytes
+
+
+def store_large(segments: Sequence[Segment]) -> list[Segment]:
+    """Return a payload that several workers will be sent, in files if it is large.
+
+    Raises:
+        MemoryError: There is no memory for that.
+    """
+    return store(segments) if _is_large(segments) else list(segments)
+
+
+def _is_large(segments: Sequence[Segment]) -> bool:
+    if any(isinstance(segment, Stored) for segment in segments):
+        return False
+    return sum(map(size_of, segments)) >= FILE_BYTES

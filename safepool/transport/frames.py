@@ -6,24 +6,32 @@
 
 All numbers are in network byte order. The first segment of a payload is its pickle, the
 others are the buffers that the pickle refers to (PEP 574).
+
+A length with the highest bit set is that of a segment that does not follow: it lies in a file,
+whose descriptor has gone another way (``files``). The next bit is set for the first segment of
+each file; the others of the file come right behind it.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from safepool.errors import SafepoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["CorruptFrameError", "Frame", "FrameReader", "Kind", "encode"]
+    Buffer: TypeAlias = "bytes | bytearray | memoryview"
+    Received: TypeAlias = "bytearray | memoryview"
+    Segment: TypeAlias = "bytes | memoryview | Filed"
+
+__all__ = ["CorruptFrameError", "Filed", "Frame", "FrameReader", "Kind", "Missing", "encode"]
 
 _HEADER = struct.Struct("!2sBBIQ")
 _MAGIC = b"sp"
-_VERSION = 1
+_VERSION = 2
 # One pickle and its buffers; no task needs more, and a corrupt count must not allocate.
 _MOST_SEGMENTS = 1 << 20
 # Small frames are read many at a time into one buffer of this size (a socket's default
@@ -33,6 +41,9 @@ _SCRATCH_BYTES = 64 * 1024
 _DIRECT_BYTES = _SCRATCH_BYTES // 4
 # A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
 _JOINED_BYTES = 4 * 1024
+_IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
+# Of one segment: what a process has addresses for.
+_MOST_BYTES = 1 << 47
 _TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
 
@@ -71,6 +82,10 @@ class Kind(enum.IntEnum):
     """To the pool: a log record. To a worker: which records are wanted."""
     VALUES = 16
     """To the pool: several calls that follow each other returned these plain values."""
+    SHARE = 17
+    """To a worker: keep this shared object, under this number instead of a task's."""
+    UNSHARE = 18
+    """To a worker: drop the shared object of this number."""
 
 
 class Frame(NamedTuple):
@@ -80,12 +95,42 @@ class Frame(NamedTuple):
         kind: What it says.
         task: Position of the task it is about, counted by worker from 1; 0 where it is
             about none.
-        segments: Its payload, each part in memory of its own that may be written to.
+        segments: Its payload, each part in memory of its own that may be written to; in the
+            place of one that could not be had, why.
     """
 
     kind: Kind
     task: int
-    segments: list[bytearray]
+    segments: list[Received]
+
+
+class Filed:
+    """Segments that lie in one file, one after the other.
+
+    Attributes:
+        lengths: Of each, in bytes, above 0.
+    """
+
+    __slots__ = ("lengths",)
+
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+
+class Missing(bytearray):
+    """Stands, empty, for a segment that has arrived and that this process cannot have.
+
+    Attributes:
+        error: Why.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
 
 _KINDS = frozenset(Kind)
@@ -96,35 +141,50 @@ class CorruptFrameError(SafepoolError):
     """The bytes on a channel are not a frame of this version."""
 
 
-def encode(
-    kind: Kind, task: int, segments: Sequence[bytes | memoryview] = ()
-) -> list[bytes | memoryview]:
+def encode(kind: Kind, task: int, segments: Sequence[Segment] = ()) -> list[bytes | memoryview]:
     """Return the pieces to send for one frame; the segments are not copied.
 
     Args:
         kind: What the frame says.
         task: Position of the task, 0 to 2**64 - 1.
-        segments: The payload's parts.
+        segments: The payload's parts. The descriptor of one that is a file goes ahead, by
+            :meth:`~safepool.transport.files.Side.send`.
 
     Returns:
         The header, then the segments that are not empty; small ones joined to one piece.
 
     Example:
         >>> b"".join(encode(Kind.STOP, 0)).hex()
-        '73700103000000000000000000000000'
+        '73700203000000000000000000000000'
     """
-    lengths = [
-        len(segment) if type(segment) is bytes else memoryview(segment).nbytes
-        for segment in segments
-    ]
+    lengths: list[int] = []
+    pieces: list[bytes | memoryview] = []
+    total = 0
+    for segment in segments:
+        if type(segment) is bytes:
+            length = len(segment)
+        elif isinstance(segment, Filed):
+            lengths += _table_of(segment)
+            continue
+        else:
+            length = memoryview(segment).nbytes
+        lengths.append(length)
+        total += length
+        if length:
+            pieces.append(segment)
     header = _HEADER.pack(_MAGIC, _VERSION, kind, len(lengths), task)
     header += struct.pack(f"!{len(lengths)}Q", *lengths)
-    if sum(lengths) <= _JOINED_BYTES:
-        return [b"".join([header, *segments])]
-    return [
-        header,
-        *(segment for segment, length in zip(segments, lengths, strict=True) if length),
-    ]
+    return [b"".join([header, *pieces])] if total <= _JOINED_BYTES else [header, *pieces]
+
+
+def _table_of(filed: Filed) -> list[int]:
+    table = [_IN_A_FILE | length for length in filed.lengths]
+    table[0] |= _FIRST_OF_FILE
+    return table
+
+
+def _fetch_nothing(_kind: Kind, _lengths: tuple[int, ...]) -> list[Received]:
+    raise CorruptFrameError("a segment is said to be in a file, and there are none here")
 
 
 class FrameReader:
@@ -132,11 +192,30 @@ class FrameReader:
 
     Ask :meth:`buffer` where the next bytes go, receive into it, and tell
     :meth:`received` how many came.
+
+    Args:
+        fetch: Asked for the segments of a file, by the frame's kind and their lengths, when the
+            frame is complete.
     """
 
-    __slots__ = ("_end", "_filled", "_head", "_parts", "_scratch", "_start", "_table", "_view")
+    __slots__ = (
+        "_end",
+        "_fetch",
+        "_files",
+        "_filled",
+        "_head",
+        "_parts",
+        "_scratch",
+        "_start",
+        "_table",
+        "_view",
+    )
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[Kind, tuple[int, ...]], list[Received]] = _fetch_nothing,
+    ) -> None:
+        self._fetch = fetch
         self._scratch = bytearray(_SCRATCH_BYTES)
         self._view = memoryview(self._scratch)
         self._start = 0
@@ -147,6 +226,8 @@ class FrameReader:
         self._table: bytearray | None = None
         self._parts: list[bytearray] = []
         self._filled: tuple[int, int] = (0, 0)
+        # The segments in files: how many of the parts go before each file, and the lengths in it.
+        self._files: list[tuple[int, list[int]]] = []
 
     def buffer(self) -> memoryview:
         """Return the memory that the next bytes are to be received into, never empty."""
@@ -196,7 +277,7 @@ class FrameReader:
         lengths = _TABLES[count].unpack_from(self._scratch, start - 8 * count)
         if start + sum(lengths) > end:
             return None
-        segments = []
+        segments: list[Received] = []
         for length in lengths:
             segments.append(self._scratch[start : start + length])
             start += length
@@ -217,9 +298,17 @@ class FrameReader:
 
     def _take(self) -> Frame:
         assert self._head is not None
-        frame = Frame(*self._head, self._parts)
+        segments: list[Received] = [*self._parts]
+        for place, lengths in reversed([*self._fetched(self._head[0])]):
+            segments[place:place] = lengths
+        frame = Frame(*self._head, segments)
         self._head, self._parts, self._filled = None, [], (0, 0)
         return frame
+
+    def _fetched(self, kind: Kind) -> Iterator[tuple[int, list[Received]]]:
+        files, self._files = self._files, []
+        for place, lengths in files:
+            yield place, self._fetch(kind, tuple(lengths))
 
     def _begin(self) -> bool:
         if self._end - self._start < _HEADER.size:
@@ -238,11 +327,23 @@ class FrameReader:
         return True
 
     def _allocate(self, lengths: tuple[int, ...]) -> None:
-        try:
-            self._parts = [bytearray(length) for length in lengths]
-        except OverflowError:
-            raise CorruptFrameError(f"a segment of {max(lengths)} bytes is announced") from None
+        in_stream: list[int] = []
+        for length in lengths:
+            inside = length & (_FIRST_OF_FILE - 1)
+            if length & _IN_A_FILE and length & _FIRST_OF_FILE:
+                self._files.append((len(in_stream), []))
+            if length <= _MOST_BYTES:
+                in_stream.append(length)
+            elif length & _IN_A_FILE and inside <= _MOST_BYTES and self._goes_on(len(in_stream)):
+                self._files[-1][1].append(inside)
+            else:
+                raise CorruptFrameError(f"a segment of length {length:#x} is announced")
+        self._parts = [bytearray(length) for length in in_stream]
         self._filled = (0, 0)
+
+    def _goes_on(self, place: int) -> bool:
+        """Tell whether there is a file that nothing has come behind."""
+        return bool(self._files) and self._files[-1][0] == place
 
     def _fill(self) -> bool:
         """Move what is in the scratch buffer to the parts; tell whether all are full."""

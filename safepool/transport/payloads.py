@@ -12,19 +12,24 @@ import functools
 import io
 import pickle
 import sys
-import types
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import Missing
+from safepool.transport.memmaps import Reducers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses"]
+    from safepool.transport.frames import Buffer
+
+__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses", "values_sent"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 _main_uses = 0
+_values_sent = 0
 
 
 def dumps(
@@ -69,7 +74,7 @@ def dumps(
     return _dumps(value, dump)
 
 
-def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
+def loads(segments: Sequence[Buffer]) -> Any:
     """Return the object that :func:`dumps` made the segments of.
 
     Args:
@@ -77,9 +82,16 @@ def loads(segments: Sequence[bytes | bytearray | memoryview]) -> Any:
             themselves, so they are writable where the buffer is.
 
     Raises:
+        MemoryError: A segment could not be had.
+        OSError: The same, for want of a descriptor.
         Exception: What unpickling raised.
     """
-    return pickle.loads(segments[0], buffers=segments[1:])
+    buffers = segments[1:]
+    if buffers or type(segments[0]) is Missing:
+        for segment in segments:
+            if isinstance(segment, Missing):
+                raise segment.error
+    return pickle.loads(segments[0], buffers=buffers)
 
 
 def _dumps(
@@ -106,14 +118,24 @@ def _standard_dumps(
     *,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
-    if reducers is None:
+    arrays = "numpy" in sys.modules
+    if not (reducers or arrays):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
+    kind: Any = _array_pickler() if arrays else pickle.Pickler
+    if reducers:
+        table: Any = kind.dispatch_table if arrays else copyreg.dispatch_table
+        table = ChainMap(dict(reducers), table)
+        # Of the class, where the C pickler looks for it.
+        kind = type("PicklerOnce", (pickle.Pickler,), {"dispatch_table": table})
     file = io.BytesIO()
-    pickler = pickle.Pickler(file, protocol=5, buffer_callback=in_band)
-    table: Any = ChainMap(dict(reducers), copyreg.dispatch_table)
-    pickler.dispatch_table = table
-    pickler.dump(value)
+    kind(file, protocol=5, buffer_callback=in_band).dump(value)
     return file.getvalue()
+
+
+@functools.cache
+def _array_pickler() -> Any:
+    # Of the class: to set it on each pickler costs a microsecond.
+    return type("ArrayPickler", (pickle.Pickler,), {"dispatch_table": Reducers()})
 
 
 def _by_value_dumps(
@@ -124,12 +146,14 @@ def _by_value_dumps(
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
-    kind = _by_value_pickler("loky.backend.reduction" in sys.modules)
+    kind = _by_value_pickler("loky.backend.reduction" in sys.modules, "numpy" in sys.modules)
     if reducers is not None:
         table = ChainMap(dict(reducers), kind.dispatch_table)
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     pickler = kind(file, protocol=5, buffer_callback=in_band)
     if into_main:
+        global _values_sent  # noqa: PLW0603 -- a fact about this process
+        _values_sent += 1
         # cloudpickle asks here for what stands for a function's globals.
         pickler.globals_ref[id(main_namespace())] = _Main(__name__="__main__")
     pickler.dump(value)
@@ -141,6 +165,11 @@ def main_namespace() -> dict[str, Any]:
     global _main_uses  # noqa: PLW0603 -- a fact about this process
     _main_uses += 1
     return vars(sys.modules["__main__"])
+
+
+def values_sent() -> int:
+    """Return how many payloads may have brought globals of ``__main__`` along."""
+    return _values_sent
 
 
 def main_uses() -> int:
@@ -156,28 +185,15 @@ class _Main(dict[str, Any]):
 
 
 @functools.cache
-def _by_value_pickler(loky_imported: bool) -> Any:
+def _by_value_pickler(loky_imported: bool, numpy_imported: bool) -> Any:
     # Imported here: a worker or a program that sends only importable things never needs it.
-    import cloudpickle  # noqa: PLC0415
+    from safepool.transport.by_value import ByValuePickler, reducer_table  # noqa: PLC0415
 
-    table = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
-    if loky_imported:  # else nobody can have registered a reducer with it
-        # loky's is live, so later registrations hold.
-        table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
-    # The C pickler reads the table from the class.
-    return type("ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
-
-
-def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
-    """Reduce as cloudpickle does, and keep the name of the file.
-
-    cloudpickle 3.1.3 and later leave it out, and with it the lines of every traceback.
-    """
-    import cloudpickle  # noqa: PLC0415 -- as above
-
-    rebuild, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
-    kept = (code.co_filename if item == "<dynamic-code>" else item for item in arguments)
-    return rebuild, tuple(kept)
+    # The C pickler reads the table from the class. Nobody can have registered a reducer with
+    # loky before it was imported.
+    arrays = Reducers().copy() if numpy_imported else {}
+    table = reducer_table(arrays, loky_imported=loky_imported)
+    return type("ByValuePickler", (ByValuePickler,), {"dispatch_table": table})
 
 
 def by_value_modules() -> bool:

@@ -10,26 +10,30 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.frames import Kind, encode
+from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.board import LANE_CALLS, record_of
+from safepool.workers.describe import describe
 from safepool.workers.messages import numbers_frame, values_frame
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safepool.transport.frames import Segment
     from safepool.workers.board import Board
     from safepool.workers.fork import Fork
     from safepool.workers.logs import Outbox
 
-__all__ = ["Answers"]
+    Segments = Sequence[Segment]
+
+__all__ = ["SMALL_BYTES", "Answers"]
 
 # Results wait for no more than this while further calls run. A message costs some 5
 # microseconds on each side, so it is paid by a few hundred of the shortest calls.
 _FLUSH_NS = 1_000_000
 # A larger result is sent on its own: it would fill the board.
-_SMALL_BYTES = 16 * 1024
+SMALL_BYTES = 16 * 1024
 
 _RESULT = int(Kind.RESULT)
-
-Segments = list[bytes | memoryview]
 
 
 class Answers:
@@ -67,13 +71,18 @@ class Answers:
     def send(self, position: int, kind: Kind, segments: Segments) -> None:
         """Answer one call."""
         self._fork.leave()
-        board, outbox = self._board, self._outbox
+        board, outbox, head = self._board, self._outbox, segments[0]
         if self._values or self._kind:
             self.flush()
-        if board is None or len(segments) > 1 or len(segments[0]) > _SMALL_BYTES:
+        if (
+            board is None
+            or len(segments) > 1
+            or isinstance(head, Filed)
+            or len(head) > SMALL_BYTES
+        ):
             self.flush()
             outbox.logged = False
-            outbox.send(encode(kind, position, segments))
+            self._send_alone(position, kind, segments)
             return
         now = time.monotonic_ns()
         microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
@@ -81,15 +90,22 @@ class Answers:
         if outbox.logged:
             self.flush()
             outbox.logged = False
-            record = record_of(position, microseconds, kind, segments[0])
+            record = record_of(position, microseconds, kind, head)
             outbox.send(encode(Kind.RESULTS, 0, [record]))
             return
-        if not board.publish(position, microseconds, kind, segments[0]):
+        if not board.publish(position, microseconds, kind, head):
             self.flush()
-            board.publish(position, microseconds, kind, segments[0])
+            board.publish(position, microseconds, kind, head)
         self._others = True
         if self.are_due(now):
             self.flush()
+
+    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
+        try:
+            segments = self._outbox.hand_over(segments)
+        except MemoryError as error:  # it could not go as a file after all
+            kind, segments = Kind.EXCEPTION, describe(error)
+        self._outbox.send(encode(kind, position, segments))
 
     def keep(self, position: int, value: object, pickled: bytes) -> bool:
         """Leave a plain value for the next flush; ``False`` if it must be sent."""

@@ -379,7 +379,7 @@ def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> 
     return _RECORD.pack(position, microseconds, len(pickled), kind) + pickled
 
 
-def numbers_of(kind: int, data: bytes | bytearray) -> list[Any]:
+def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
     """Return the results that a lane held.
 
     Raises:

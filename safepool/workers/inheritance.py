@@ -16,9 +16,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import payloads
+from safepool.transport.channel import store_large
+from safepool.transport.references import Collected
+from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from safepool.transport.frames import Segment
 
     Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
@@ -33,11 +38,13 @@ class Inheritance:
         segments: The pickle; none for a worker that is forked from this process.
         descriptors: What the pickle refers to. They belong to the arguments.
         itself: What a forked worker finds in its memory.
+        shared: What the pickle refers to, by :func:`safepool.share`.
     """
 
-    segments: list[bytes | memoryview] = field(repr=False)
+    segments: Sequence[Segment] = field(repr=False)
     descriptors: list[int]
     itself: Initializer | None = None
+    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
 
 
 def pack(initializer: Initializer, *, forked: bool) -> Inheritance:
@@ -51,20 +58,24 @@ def pack(initializer: Initializer, *, forked: bool) -> Inheritance:
         Exception: What the pickler raised.
     """
     if forked:
-        return Inheritance([], [], initializer)
-    if initializer[0] is None:
-        return Inheritance(payloads.dumps(initializer, into_main=True), [])
-    return _pickle(initializer)
+        function, arguments = initializer
+        values = (a.value if isinstance(a, Shared) else a for a in arguments)
+        return Inheritance([], [], (function, tuple(values)))
+    with Collected() as met:
+        segments, descriptors = _pickle(initializer)
+    return Inheritance(store_large(segments), descriptors, shared=met.found)
 
 
 if sys.platform == "win32":
 
-    def _pickle(initializer: Initializer) -> Inheritance:
-        return Inheritance(payloads.dumps(initializer, into_main=True), [])
+    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
+        return payloads.dumps(initializer, into_main=True), []
 
 else:
 
-    def _pickle(initializer: Initializer) -> Inheritance:
+    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
+        if initializer[0] is None:
+            return payloads.dumps(initializer, into_main=True), []
         from multiprocessing import context, reduction  # noqa: PLC0415 -- a pool's start, not ours
 
         starting = _Starting()
@@ -77,7 +88,7 @@ else:
             segments = payloads.dumps(initializer, into_main=True, reducers=reducers)
         finally:
             spawning.set_spawning_popen(before)
-        return Inheritance(segments, starting.descriptors)
+        return segments, starting.descriptors
 
 
 _received: list[int] = []

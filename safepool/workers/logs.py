@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safepool.transport.channel import Channel
+    from safepool.transport.frames import Segment
 
 __all__ = ["Outbox", "forward_records", "levels_frame", "pack_record", "unpack_record"]
 
@@ -77,6 +78,14 @@ class Outbox:
     def open(self) -> bool:
         """Whether records may be added."""
         return self._open
+
+    def hand_over(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """Send the files of an answer, just before the frame that tells of them.
+
+        Raises:
+            MemoryError: They could not go, and there is no memory to send them otherwise.
+        """
+        return self._channel.hand_over(segments)
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Send a frame after every record that was added before. May wait for the pool.
@@ -154,7 +163,7 @@ class Outbox:
         return b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
 
 
-def forward_records(outbox: Outbox, levels: bytes | bytearray) -> None:
+def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> None:
     """Hand over to the pool what no handler of this process takes, from now on.
 
     Handlers that are here already were set up for the program, not for its worker (a fork
@@ -248,7 +257,7 @@ def pack_record(record: logging.LogRecord) -> bytes:
     return pickle.dumps((plain, others), protocol=5)
 
 
-def unpack_record(packed: bytes | bytearray) -> Mapping[str, Any]:
+def unpack_record(packed: bytes | bytearray | memoryview) -> Mapping[str, Any]:
     """Return the attributes of a record that :func:`pack_record` packed.
 
     Example:

@@ -18,6 +18,7 @@ from safepool.threads.cap import cap_worker
 from safepool.threads.environment import change_environment
 from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
+from safepool.transport.files import accept
 from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.fence import register
@@ -98,7 +99,10 @@ def be_worker(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _do_nothing)
     _unblock_interrupt()
-    channel = Channel(sock)
+    try:
+        channel = Channel(sock, accept(sock))
+    except OSError:
+        return  # the pool is gone
     inheritance.receive(inherited)
     try:
         Runner(channel, shared, cap, initializer).serve()

@@ -16,6 +16,8 @@ from safepool.workers.board import numbers_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from safepool.transport.frames import Segment
+
 __all__ = [
     "batch_frame",
     "function_of",
@@ -40,7 +42,7 @@ _VALUES = struct.Struct("<IB")
 Pieces = list[bytes | memoryview]
 
 
-def task_frame(position: int, function: int, segments: Sequence[bytes | memoryview]) -> Pieces:
+def task_frame(position: int, function: int, segments: Sequence[Segment]) -> Pieces:
     """Return the frame of one call whose pickle has buffers, or is large."""
     return encode(Kind.TASK, position, [_FUNCTION.pack(function), *segments])
 
@@ -59,7 +61,7 @@ def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) 
 def batch_frame(
     position: int,
     function: int,
-    segments: Sequence[bytes | memoryview],
+    segments: Sequence[Segment],
     *,
     starred: bool,
     timed: bool,
@@ -76,7 +78,7 @@ def batch_frame(
     return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed), *segments])
 
 
-def read_batch(segments: Sequence[bytes | bytearray]) -> tuple[int, bool, bool]:
+def read_batch(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, bool, bool]:
     """Return number, ``starred`` and ``timed`` of a frame of :func:`batch_frame`."""
     number, starred, timed = _BATCH.unpack(segments[0])
     return number, starred, timed
@@ -114,7 +116,7 @@ def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -
     return encode(Kind.VALUES, position, [head, numbers])
 
 
-def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object]]:
+def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, list[object]]:
     """Return microseconds and values of a frame of :func:`values_frame` or :func:`numbers_frame`.
 
     Raises:
@@ -131,7 +133,9 @@ def read_values(segments: Sequence[bytes | bytearray]) -> tuple[int, list[object
     return spent, values
 
 
-def read_tasks(segments: Sequence[bytes | bytearray]) -> Iterator[tuple[int, memoryview]]:
+def read_tasks(
+    segments: Sequence[bytes | bytearray | memoryview],
+) -> Iterator[tuple[int, memoryview]]:
     """Yield function and pickle of each call in a frame of :func:`tasks_frame`.
 
     Raises:

@@ -21,6 +21,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, Self
 
 from safepool.transport.channel import Channel
+from safepool.transport.files import invite
 from safepool.workers.main import worker_main
 
 if TYPE_CHECKING:
@@ -157,6 +158,15 @@ class WorkerProcess:
         self._pidfd: int | None = None
         try:
             ours.setblocking(False)
+            side = invite(ours)
+        except BaseException:
+            ours.close()
+            theirs.close()
+            if board is not None:
+                board.close()
+            raise
+        self.channel = Channel(ours, side)
+        try:
             if context.get_start_method() == "safepool":
                 fork: Any = context
                 number = None if board is None else board.fileno()
@@ -170,26 +180,25 @@ class WorkerProcess:
                     cpus,
                 )
             else:
-                more = (*foreign_descriptors, ours.fileno())
+                more = (*foreign_descriptors, *self.channel.descriptors())
                 self.process = _launch(
                     context, theirs, board, environment, threads, more, inheritance, cpus
                 )
                 self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
-            ours.close()
+            self.channel.close()
             if board is not None:
                 board.close()
             raise
         finally:
             theirs.close()
         self.pid: int = self.process.pid or 0
-        self.channel = Channel(ours)
         self.sentinel: int | None = _sentinel(self.process, self._pidfd)
 
     def descriptors(self) -> list[int]:
         """Return what belongs to this worker alone, and no other must inherit."""
         board = self.board  # another thread may drop it
-        found = [self.channel.fileno(), -1 if board is None else board.fileno()]
+        found = [*self.channel.descriptors(), -1 if board is None else board.fileno()]
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def resident_bytes(self) -> int | None:

@@ -12,9 +12,11 @@ import pickle
 import time
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport import references
 from safepool.transport.frames import Kind, encode
 from safepool.transport.payloads import dumps, loads
-from safepool.workers.answers import Answers
+from safepool.transport.sharing import received
+from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
 from safepool.workers.describe import describe
 from safepool.workers.fork import Fork
@@ -27,17 +29,17 @@ if TYPE_CHECKING:
 
     from safepool.threads.cap import WorkerCap
     from safepool.transport.channel import Channel
-    from safepool.transport.frames import Frame
+    from safepool.transport.frames import Frame, Received, Segment
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Initializer
+
+    Segments = Sequence[Segment]
 
 __all__ = ["Runner"]
 
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
-
-Segments = list[bytes | memoryview]
 
 # A library that brings threads takes longer to load: nothing new can be there before.
 _LOADING_NS = 20_000
@@ -70,6 +72,7 @@ class Runner:
         cap: WorkerCap,
         initializer: Initializer | None = None,
     ) -> None:
+        references.restart()
         self._initializer = initializer
         self._channel = channel
         self._outbox = Outbox(channel)
@@ -110,10 +113,8 @@ class Runner:
                 forward_records(self._outbox, segments[0])
             case Kind.INITIALIZE:
                 self._initialize(segments)
-            case Kind.FUNCTION:
-                self._functions[position] = _load_function(segments)
-            case Kind.FORGET:
-                self._functions.pop(position, None)
+            case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE:
+                self._keep(kind, position, segments)
             case Kind.TASK:
                 function = self._functions.get(function_of(segments))
                 self._run_pickled(position, function, segments[1:], segments)
@@ -126,7 +127,17 @@ class Runner:
             case _:
                 raise RuntimeError(f"a pool does not send {kind!r}")
 
-    def _initialize(self, segments: Sequence[bytearray]) -> None:
+    def _keep(self, kind: Kind, number: int, segments: Sequence[Received]) -> None:
+        if kind is Kind.FUNCTION:
+            self._functions[number] = _load_function(segments)
+        elif kind is Kind.FORGET:
+            self._functions.pop(number, None)
+        elif kind is Kind.SHARE:
+            references.keep(number, received(segments))
+        else:
+            references.drop(number)
+
+    def _initialize(self, segments: Sequence[Received]) -> None:
         try:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
@@ -150,8 +161,8 @@ class Runner:
         self,
         position: int,
         function: Callable[..., Any] | None,
-        pickled: Sequence[bytearray | memoryview],
-        segments: list[bytearray],
+        pickled: Sequence[Received],
+        segments: list[Received],
     ) -> None:
         if not self._claim(position):
             return
@@ -167,13 +178,14 @@ class Runner:
                 result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.
             del function, arguments, keywords
-            kind, answer = Kind.RESULT, _pickle(result)
+            kind, answer = Kind.RESULT, self._pack(result)
+            del result  # a large one has been copied
         except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
             self._fork.leave(error)
             kind, answer = Kind.EXCEPTION, describe(error)
         self._answers.send(position, kind, answer)
 
-    def _run_batch(self, position: int, segments: list[bytearray]) -> None:
+    def _run_batch(self, position: int, segments: list[Received]) -> None:
         number, starred, timed = read_batch(segments)
         function = self._functions[number]
         # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
@@ -239,7 +251,7 @@ class Runner:
             kind = self._lane = type(value)
             if kind in _PLAIN and answers.keep(position, value, _dumps(value, 5)):
                 return
-            answer = _pickle(value)
+            answer = self._pack(value)
         except BaseException as error:  # noqa: BLE001 -- as above
             self._fork.leave(error)
             answers.send(position, Kind.EXCEPTION, describe(error))
@@ -303,7 +315,7 @@ class Runner:
         answers.kept(at - 1)
         self._lane = type(value)
         try:
-            answer = _pickle(value)
+            answer = self._pack(value)
         except BaseException as error:  # noqa: BLE001 -- as above
             answers.send(at, Kind.EXCEPTION, describe(error))
         else:
@@ -325,8 +337,14 @@ class Runner:
         self._answers.flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
 
+    def _pack(self, result: object) -> Segments:
+        segments = _pickle(result)
+        if len(segments) > 1 or len(segments[0]) > SMALL_BYTES:
+            return self._channel.store(segments)
+        return segments
 
-def _load_function(segments: Sequence[bytearray]) -> Callable[..., Any]:
+
+def _load_function(segments: Sequence[Received]) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = loads(segments)
     except BaseException as error:  # noqa: BLE001 -- user code; every call of it raises this

@@ -253,7 +253,8 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
     run.waiting.add([(threading.Lock(),)])
     worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
 
-    Dispatch(lambda _, count: settled.append(count)).pack_span(worker, run.cut(1))
+    dispatch = Dispatch(lambda _, count: settled.append(count), wake=bool)
+    dispatch.pack_span(worker, run.cut(1))
 
     assert settled == [1]
     with pytest.raises(TypeError, match="lock"):

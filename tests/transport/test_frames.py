@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safepool.transport.frames import CorruptFrameError, Frame, FrameReader, Kind, encode
+from safepool.transport.frames import (
+    CorruptFrameError,
+    Filed,
+    Frame,
+    FrameReader,
+    Kind,
+    encode,
+)
+
+
+class InFile(Filed):
+    """Stands for a file; what is fetched from it is the lengths and the frame's kind."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = lengths
+
+
+def fetch(kind: Kind, lengths: tuple[int, ...]) -> list[Any]:
+    return [bytearray(f"{kind} {length} of {lengths}", "ascii") for length in lengths]
 
 
 def read(stream: bytes, cuts: list[int]) -> list[Frame]:
     """Feed a stream to a reader in pieces that end at the given places."""
-    reader = FrameReader()
+    reader = FrameReader(fetch)
     frames: list[Frame] = []
     position = 0
     for end in [*sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]:
@@ -46,6 +65,48 @@ def test_frames_survive_any_split(
     ]
 
 
+files = st.lists(st.integers(1, 2**47), min_size=1, max_size=4).map(tuple).map(InFile)
+
+
+def arrived(message: tuple[Kind, int, list[Any]]) -> Frame:
+    kind, task, segments = message
+    found: list[Any] = []
+    for segment in segments:
+        found += fetch(kind, segment.lengths) if isinstance(segment, Filed) else [segment]
+    return Frame(kind, task, [bytearray(segment) for segment in found])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(list(Kind)),
+            st.integers(0, 2**64 - 1),
+            st.lists(st.binary(max_size=300) | files, max_size=5),
+        ),
+        max_size=4,
+    )
+)
+def test_frames_with_files_survive_a_cut_at_every_byte(
+    sent: list[tuple[Kind, int, list[Any]]],
+) -> None:
+    """Segments in files come at their place among those of the stream, each file by itself."""
+    stream = b"".join(piece for message in sent for piece in encode(*message))
+    expected = [arrived(message) for message in sent]
+
+    for cut in range(0, len(stream) + 1, max(1, len(stream) // 200)):
+        assert read(stream, [cut]) == expected
+    assert read(stream, list(range(len(stream)))) == expected
+
+
+def test_a_cut_off_frame_is_none() -> None:
+    """Whatever is missing at its end, nothing passes for the frame."""
+    stream = b"".join(encode(Kind.TASK, 3, [b"abc", InFile((5, 7)), b"", b"x" * 40_000]))
+
+    for end in range(0, len(stream), 97):
+        assert read(stream[:end], []) == []
+    assert len(read(stream, [])) == 1
+
+
 # One row per size that takes another path through the reader: scratch buffer (64 KiB),
 # straight into the segment (from 16 KiB on), more lengths than the scratch buffer holds.
 SHAPES: dict[str, list[int]] = {
@@ -73,10 +134,16 @@ def test_segments_of_every_size_arrive_whole(shape: str) -> None:
 # One row per way in which bytes are not a frame.
 CORRUPT: dict[str, bytes] = {
     "another magic": b"xx" + b"".join(encode(Kind.STOP, 0))[2:],
-    "another version": b"sp\x02" + b"".join(encode(Kind.STOP, 0))[3:],
-    "an unknown kind": b"sp\x01\xff" + b"".join(encode(Kind.STOP, 0))[4:],
-    "too many segments": struct.pack("!2sBBIQ", b"sp", 1, 2, 2**32 - 1, 0),
-    "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 1, 2, 1, 0, 2**64 - 1),
+    "another version": b"sp\x03" + b"".join(encode(Kind.STOP, 0))[3:],
+    "an unknown kind": b"sp\x02\xff" + b"".join(encode(Kind.STOP, 0))[4:],
+    "too many segments": struct.pack("!2sBBIQ", b"sp", 2, 2, 2**32 - 1, 0),
+    "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 2**62 - 1),
+    "a file beyond memory": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 2**64 - 1),
+    "in a file, and in none": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 1 << 63),
+    "a file that is not one": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 1 << 62),
+    "a file, then a segment of it behind another": struct.pack(
+        "!2sBBIQQQQ", b"sp", 2, 2, 3, 0, 3 << 62 | 5, 0, 1 << 63 | 5
+    ),
     "printed text": b"Hello from a task that writes to descriptor 5\n",
 }
 
@@ -95,3 +162,11 @@ def test_no_input_raises_anything_else(garbage: bytes) -> None:
         read(garbage, [])
     except CorruptFrameError:
         pass
+
+
+def test_a_file_where_there_are_none_is_refused() -> None:
+    reader = FrameReader()
+    stream = b"".join(encode(Kind.RESULT, 1, [InFile((9,))]))
+    reader.buffer()[: len(stream)] = stream
+    with pytest.raises(CorruptFrameError, match="in a file"):
+        list(reader.received(len(stream)))

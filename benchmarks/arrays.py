@@ -1,0 +1,231 @@
+"""What it costs to give a worker an array, and to get one back.
+
+    python benchmarks/arrays.py [transfer] [share] [threshold] [pages] [memory]
+                                [--rounds 7] [--sizes 1 10 100]     (1000: a gigabyte, or several)
+
+The pools are open at the same time and take turns, and a plain ``array.copy()`` takes its turn
+with them: figures are medians over the rounds. A task reads one item of every page of its
+argument, and the caller of every result, so that whoever only maps memory pays for it as well.
+Nothing here fails for being slow: read the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+import joblib
+import loky
+import numpy as np
+import tasks
+from contenders import descendants, pss_kb
+
+import safepool
+from safepool.transport import _memfd, channel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Run = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
+
+WORKERS = 2
+SHARED_TASKS = 100
+NEVER = sys.maxsize
+
+
+def open_pools(stack: ExitStack) -> dict[str, Run]:
+    """Return ways to run calls at the same time, one for each pool."""
+    ours = stack.enter_context(safepool.ProcessPool(WORKERS))
+    standard = stack.enter_context(
+        ProcessPoolExecutor(WORKERS, mp_context=get_context("forkserver"))
+    )
+    other = stack.enter_context(loky.ProcessPoolExecutor(WORKERS))
+    parallel = stack.enter_context(joblib.Parallel(WORKERS))
+
+    def submitted(pool: Any) -> Run:
+        def run(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+            futures = [pool.submit(function, item) for item in items]
+            return [future.result() for future in futures]
+
+        return run
+
+    pools = {
+        "safepool": submitted(ours),
+        "stdlib": submitted(standard),
+        "loky": submitted(other),
+        "joblib memmap": lambda function, items: parallel(
+            joblib.delayed(function)(item) for item in items
+        ),
+    }
+    for run in pools.values():
+        run(tasks.touch, [np.ones(1000)] * 20)
+    return pools
+
+
+def took_ms(do: Callable[[], Any]) -> float:
+    """Return how long a call takes, with the end of what it returns."""
+    begun = time.perf_counter()
+    do()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def table(title: str, rows: dict[str, list[float]], base: str) -> None:
+    """Print medians, and their ratio to one of them."""
+    medians = {name: statistics.median(row) for name, row in rows.items()}
+    print(f"\n{title}\n{'':24}{'ms':>10}{'/ ' + base:>14}{'best ms':>10}")
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        print(f"{name:24}{median:>10.2f}{median / medians[base]:>14.2f}{min(rows[name]):>10.2f}")
+    sys.stdout.flush()
+
+
+def transfer(rounds: int, sizes_mb: list[float]) -> None:
+    """Compare the pools."""
+    with ExitStack() as stack:
+        pools = open_pools(stack)
+        for size_mb in sizes_mb:
+            count = int(size_mb * 1e6 / 8)
+            source = np.random.default_rng(0).random(count)
+            for at_once in (1, WORKERS):
+                for what in ("argument", "result"):
+                    rows: dict[str, list[float]] = {}
+
+                    def copy(array: Any = source, times: int = at_once) -> None:
+                        for _ in range(times):
+                            array.copy()
+
+                    for _ in range(rounds):
+                        rows.setdefault("array.copy()", []).append(took_ms(copy))
+                        for name, run in pools.items():
+                            rows.setdefault(name, []).append(
+                                took_ms(one_way(run, what, source, at_once))
+                            )
+                    title = f"{what} of {size_mb:g} MB, {at_once} at a time"
+                    table(title, rows, "safepool")
+
+
+def one_way(run: Run, what: str, source: Any, at_once: int) -> Callable[[], None]:
+    """Return a call that sends an array to each worker, or gets one from each."""
+
+    def argument() -> None:
+        run(tasks.touch, [source] * at_once)
+
+    def result() -> None:
+        for array in run(tasks.make_array, [source.size] * at_once):
+            tasks.touch(array)
+
+    return argument if what == "argument" else result
+
+
+def share(rounds: int, size_mb: float = 100) -> None:
+    """Compare a shared array in many tasks with one that is sent once, and with each."""
+    source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
+    rows: dict[str, list[float]] = {}
+    with safepool.ProcessPool(WORKERS) as pool:
+        list(pool.map(tasks.touch, [np.ones(1000)] * 20))
+
+        def many(item: Any) -> None:
+            list(pool.map(tasks.touch, [item] * SHARED_TASKS))
+
+        for _ in range(rounds):
+            for name, do in {
+                "sent, one task": lambda: pool.submit(tasks.touch, source).result(),
+                f"shared, {SHARED_TASKS} tasks": lambda: many(safepool.share(source)),
+                "the tasks alone": lambda: [tasks.touch(source) for _ in range(SHARED_TASKS)],
+            }.items():
+                rows.setdefault(name, []).append(took_ms(do))
+        rows[f"sent, {SHARED_TASKS} tasks"] = [took_ms(lambda: many(source))]
+    table(f"{size_mb:g} MB in {SHARED_TASKS} tasks on {WORKERS} workers", rows, "sent, one task")
+
+
+def threshold(rounds: int) -> None:
+    """Send payloads of many sizes through the stream and in files, both ways."""
+    print("\nthreshold: us for one array each way, median\n")
+    print(f"{'KiB':>8}{'argument: stream':>18}{'file':>10}{'result: stream':>18}{'file':>10}")
+    with ExitStack() as stack:
+        pools = {
+            limit: stack.enter_context(
+                safepool.ProcessPool(1, initializer=tasks.set_file_bytes, initargs=(limit,))
+            )
+            for limit in (NEVER, 0)
+        }
+        for kib in (32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096):
+            source = np.ones(kib * 128)
+            found: dict[tuple[int, str], list[float]] = {}
+            for _ in range(rounds * 20):
+                for limit, pool in pools.items():
+                    channel.FILE_BYTES = limit
+                    for what, do in {
+                        "argument": lambda p=pool, a=source: p.submit(tasks.touch, a).result(),
+                        "result": lambda p=pool, a=source: tasks.touch(
+                            p.submit(tasks.make_array, a.size).result()
+                        ),
+                    }.items():
+                        found.setdefault((limit, what), []).append(took_ms(do))
+            us = {key: statistics.median(row) * 1e3 for key, row in found.items()}
+            print(
+                f"{kib:>8}{us[NEVER, 'argument']:>18.0f}{us[0, 'argument']:>10.0f}"
+                f"{us[NEVER, 'result']:>18.0f}{us[0, 'result']:>10.0f}"
+            )
+
+
+def pages(rounds: int, size_mb: float = 100) -> None:
+    """Compare the copy into a file with large pages and with small ones, and reading it."""
+    source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
+    rows: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        rows.setdefault("array.copy()", []).append(took_ms(source.copy))
+        for name, large in {"large pages": True, "small pages": False}.items():
+            _memfd._collapses = large
+            kept: list[Any] = []
+            rows.setdefault(f"{name}, copy", []).append(
+                took_ms(lambda kept=kept: kept.extend(_memfd.store([memoryview(source)])))
+            )
+            rows.setdefault(f"{name}, map and read", []).append(
+                took_ms(
+                    lambda kept=kept: tasks.touch(np.frombuffer(kept[0].segments()[0], dtype="f8"))
+                )
+            )
+    _memfd._collapses = True
+    table(f"a file of {size_mb:g} MB", rows, "array.copy()")
+
+
+def memory(size_mb: float = 100) -> None:
+    """Count what all processes hold while every worker has the array, in sizes of it."""
+    size = int(size_mb * 1e6)
+    source = np.random.default_rng(0).random(size // 8)
+    print(f"\nmemory in all processes beside the caller's own array, in arrays of {size_mb:g} MB")
+    for name, given in {"sent to each": source, "shared": None}.items():
+        with safepool.ProcessPool(WORKERS) as pool:
+            list(pool.map(tasks.touch, [np.ones(1000)] * 20))
+            everybody = [os.getpid(), *descendants()]
+            before = pss_kb(everybody)
+            item = safepool.share(source) if given is None else given
+            held = pool.map(tasks.hold, [item] * WORKERS)
+            time.sleep(0.5)
+            print(f"{name:24}{(pss_kb(everybody) - before) * 1024 / size:>10.2f}")
+            list(held)
+
+
+GROUPS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "transfer": lambda asked: transfer(asked.rounds, asked.sizes),
+    "share": lambda asked: share(asked.rounds),
+    "threshold": lambda asked: threshold(asked.rounds),
+    "pages": lambda asked: pages(asked.rounds),
+    "memory": lambda _: memory(),
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("groups", nargs="*", default=list(GROUPS), metavar="GROUP")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 10, 100], help="megabytes")
+    asked = parser.parse_args()
+    for group in asked.groups:
+        GROUPS[group](asked)

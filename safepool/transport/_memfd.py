@@ -1,0 +1,522 @@
+"""Unnamed files on Linux: written once, sealed, sent, mapped privately.
+
+Not covered:
+    * Buffers that share a file share its fate: the memory is freed when the last of them is
+      dropped. Those of at least 8 MiB have one of their own, the first 16 of a payload.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import mmap
+import os
+import socket
+import struct
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import CorruptFrameError, Filed, Missing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from safepool.transport.frames import Segment
+
+assert sys.platform == "linux"
+
+__all__ = ["Side", "Stored", "accept", "invite", "store"]
+
+# Where each buffer begins in its file: a cache line, and as much as any vector instruction needs.
+_ALIGNED_BYTES = 64
+# A buffer of at least so many bytes has a file of its own, so that it can be freed alone.
+_OWN_BYTES = 8 << 20
+_MOST_OWN_FILES = 16
+# write(2) takes no more at once: "at most 0x7ffff000 bytes".
+_MOST_WRITTEN_BYTES = 0x7FFF_F000
+_HUGE_BYTES = 2 << 20
+# A file of at least so many bytes is given large pages, in steps of so many: between two of them
+# it is asked whether anybody still wants it.
+_PREPARED_BYTES = 2 << 20
+_STEP_BYTES = 16 << 20
+# madvise(2): MADV_COLLAPSE, Linux 6.1.
+_COLLAPSE = 25
+# memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 there is nothing without it.
+_NOEXEC = 8
+# Nobody can change the file, nor make it shorter than it is mapped, which would be a SIGBUS.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOSPC})
+# Beside a descriptor: its number, counted by side from 1.
+_NUMBER = struct.Struct("!Q")
+_RIGHTS_BYTES = socket.CMSG_SPACE(4)
+_INVITATION = b"\x01"
+_DECLINED = b"\x00"
+
+
+class Stored(Filed):
+    """One file that holds some segments of a payload, one after the other.
+
+    Args:
+        descriptor: The sealed file. Owned by this object from now on.
+        lengths: Of each segment, in bytes.
+    """
+
+    __slots__ = ("_descriptor",)
+
+    def __init__(self, descriptor: int, lengths: tuple[int, ...]) -> None:
+        self._descriptor = descriptor
+        self.lengths = lengths
+
+    def fileno(self) -> int:
+        """Return the file's descriptor."""
+        return self._descriptor
+
+    def segments(self) -> list[memoryview]:
+        """Return what the file holds, mapped or read.
+
+        Raises:
+            MemoryError: There is no memory for it.
+        """
+        return [*_map(self._descriptor, self.lengths)]
+
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close the file; it is freed when nobody maps it any more. May be called again.
+
+        Args:
+            close: Known here when the interpreter has cleared this module.
+        """
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> list[Segment]:
+    """Copy a payload's buffers into files.
+
+    Args:
+        segments: Of a payload.
+        given_up: Asked now and then: nobody wants it any more.
+
+    Returns:
+        The same, each run of segments that lies in one file replaced by it. As they are, if
+        the system refuses a file: no descriptor is left, or it gives none to this program.
+
+    Raises:
+        MemoryError: There is no memory for the copy.
+        InterruptedError: It was given up.
+    """
+    stored: list[Segment] = []
+    for run, small in _runs(segments):
+        if small is not None:
+            stored.append(small)
+            continue
+        try:
+            stored.append(_write(run, given_up))
+        except InterruptedError:
+            raise
+        except OSError as error:
+            if error.errno in _NO_MEMORY:
+                total = sum(len(buffer) for buffer in run)
+                raise MemoryError(
+                    f"no memory for a copy of {total:,} bytes of arrays on their way between "
+                    f"pool and worker: {error.strerror}"
+                ) from error
+            return list(segments)
+    return stored
+
+
+def _runs(segments: Sequence[Segment]) -> Iterator[tuple[list[memoryview], Segment | None]]:
+    """Yield buffers that share a file, or a segment that stays in the stream."""
+    shared: list[memoryview] = []
+    own = 0
+    for segment in segments:
+        if isinstance(segment, Filed) or memoryview(segment).nbytes < _LEAST_BYTES:
+            if shared:
+                yield shared, None
+                shared = []
+            yield [], segment
+            continue
+        buffer = memoryview(segment).cast("B")
+        if len(buffer) < _OWN_BYTES or own == _MOST_OWN_FILES:
+            shared.append(buffer)
+            continue
+        if shared:
+            yield shared, None
+            shared = []
+        own += 1
+        yield [buffer], None
+    if shared:
+        yield shared, None
+
+
+# A smaller segment stays in the stream, which is the function's number or the pickle.
+_LEAST_BYTES = 16 * 1024
+
+
+def _write(buffers: Sequence[memoryview], given_up: Callable[[], bool]) -> Stored:
+    lengths = tuple(len(buffer) for buffer in buffers)
+    places, size = _places(lengths)
+    stored = Stored(_create(), lengths)
+    descriptor, prepared = stored.fileno(), 0
+    if size >= _PREPARED_BYTES:
+        os.ftruncate(descriptor, size)
+    for buffer, place in zip(buffers, places, strict=True):
+        done = 0
+        while done < len(buffer):
+            if given_up():
+                raise InterruptedError("nobody wants these arrays any more")
+            piece = buffer[done : done + _STEP_BYTES]
+            end = place + done + len(piece)
+            if size >= _PREPARED_BYTES and end > prepared:
+                _prepare(descriptor, prepared, min(_STEP_BYTES + prepared, size))
+                prepared += _STEP_BYTES
+            done += os.pwrite(descriptor, piece, place + done)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    return stored
+
+
+def _create() -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("safepool-arrays", flags | _NOEXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    return os.memfd_create("safepool-arrays", flags)
+
+
+def _places(lengths: Sequence[int]) -> tuple[list[int], int]:
+    """Return where each segment begins in its file, and where the last one ends."""
+    places, end = [], 0
+    for length in lengths:
+        begin = -(-end // _ALIGNED_BYTES) * _ALIGNED_BYTES
+        places.append(begin)
+        end = begin + length
+    return places, end
+
+
+def _prepare(descriptor: int, begin: int, end: int) -> None:
+    """Give a part of a new file large pages where the system can: half of what a copy costs.
+
+    Small ones are got one by one, 25,000 for 100 MB. Without it (before Linux 6.1, or when memory
+    is in small pieces) everything works as well (benchmarks/arrays.py, pages).
+
+    Args:
+        descriptor: The file, as long as it will be.
+        begin: A multiple of a large page.
+        end: What does not fill the last large page is left to small ones.
+    """
+    global _collapses  # noqa: PLW0603 -- a fact about this system
+    import ctypes  # noqa: PLC0415 -- as below
+
+    length = (end - begin) // _HUGE_BYTES * _HUGE_BYTES
+    if not (_collapses and length):
+        return
+    # It fills holes, but does not begin with nothing.
+    for place in range(begin, begin + length, _HUGE_BYTES):
+        os.pwrite(descriptor, b"\0", place)
+    libc = _libc()
+    room = mmap.mmap(-1, length + _HUGE_BYTES, mmap.MAP_PRIVATE)
+    try:
+        at = -(-_address(room) // _HUGE_BYTES) * _HUGE_BYTES
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        mapped = libc.mmap(at, length, mmap.PROT_READ, flags, descriptor, begin) == at
+        if mapped and libc.madvise(at, length, _COLLAPSE):
+            _collapses = ctypes.get_errno() != errno.EINVAL
+    finally:
+        room.close()
+
+
+_collapses = True
+_MAP_FIXED = 0x10
+
+
+def _map(descriptor: int, lengths: Sequence[int]) -> Iterator[memoryview]:
+    """Yield the segments of a file, in private memory of this process.
+
+    Raises:
+        MemoryError: There is none.
+    """
+    places, size = _places(lengths)
+    view = _map_whole(descriptor, size)
+    for place, length in zip(places, lengths, strict=True):
+        yield view[place : place + length]
+
+
+def _map_whole(descriptor: int, size: int) -> memoryview:
+    # An anonymous mapping replaced by one of the file, because Python's own keeps the descriptor
+    # open as long as the array lives (until 3.13, ``trackfd``). Whoever drops the last view
+    # of it unmaps both.
+    spare = _HUGE_BYTES if size >= _HUGE_BYTES else 0  # large pages are mapped where they fit
+    try:
+        room = mmap.mmap(-1, size + spare, mmap.MAP_PRIVATE)
+        at = _address(room)
+        begin = -(-at // _HUGE_BYTES) * _HUGE_BYTES if spare else at
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        if _libc().mmap(begin, size, access, flags, descriptor, 0) == begin:
+            return memoryview(room)[begin - at : begin - at + size]
+    except OSError:
+        pass  # this process has as many mappings as it may have, or no addresses
+    return _read(descriptor, size)
+
+
+def _read(descriptor: int, size: int) -> memoryview:
+    whole = memoryview(bytearray(size))
+    done = 0
+    while done < size:
+        count = os.preadv(descriptor, [whole[done : done + _MOST_WRITTEN_BYTES]], done)
+        if not count:
+            raise CorruptFrameError(f"a file of {done} bytes, {size} announced")
+        done += count
+    return whole
+
+
+def _address(room: mmap.mmap) -> int:
+    import ctypes  # noqa: PLC0415 -- as below
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(room))
+
+
+@functools.cache
+def _libc() -> Any:
+    import ctypes  # noqa: PLC0415 -- 5 ms, and most workers map nothing
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+class Side:
+    """One end of the socket pair that takes a channel's descriptors.
+
+    Args:
+        sock: Connected, of the kind that keeps messages apart. Owned by this object.
+        waits: Sending waits for room, as a worker does and a pool does not.
+    """
+
+    def __init__(self, sock: socket.socket, *, waits: bool) -> None:
+        self._sock = sock
+        self._flags = socket.MSG_NOSIGNAL | (0 if waits else socket.MSG_DONTWAIT)
+        self._sent = self._received = 0
+        self._open = True
+        _spare.begin_use()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, -1 once closed."""
+        return self._sock.fileno()
+
+    def send(self, stored: Stored) -> bool:
+        """Send a file's descriptor, ahead of the frame that tells of it.
+
+        Returns:
+            Whether it went. If not, there are too many under way, or the other end is gone.
+        """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", stored.fileno()))]
+        try:
+            self._sock.sendmsg([_NUMBER.pack(self._sent + 1)], rights, self._flags)
+        except OSError:
+            return False
+        self._sent += 1
+        return True
+
+    def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
+        """Return the segments of a file of which a frame has told.
+
+        Args:
+            lengths: Theirs.
+            mapped: Map the file and close it; otherwise return the file itself, as one
+                :class:`Stored`.
+
+        Returns:
+            The segments; in the place of each the reason, if this process has no memory or no
+            descriptor for them.
+
+        Raises:
+            CorruptFrameError: It was not sent, or holds something else.
+        """
+        self._received += 1
+        try:
+            with _spare:
+                stored = Stored(self._take(), lengths)
+                _check(stored.fileno(), lengths)
+                if not mapped:
+                    return [stored]
+                segments = stored.segments()
+                stored.close()
+                return segments
+        except (OSError, MemoryError) as error:
+            return [Missing(_explain(error, sum(lengths)))] * len(lengths)
+
+    def _take(self) -> int:
+        """Take the next descriptor.
+
+        Raises:
+            CorruptFrameError: There is none.
+            OSError: This process has as many as it may have.
+        """
+        descriptors = self._look()
+        if not descriptors:
+            _spare.give_back()
+            descriptors = self._look()
+        # Only now it is taken: what was looked at and could not be had was not lost.
+        self._sock.recv(_NUMBER.size, socket.MSG_DONTWAIT)
+        if not descriptors:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return descriptors[0]
+
+    def _look(self) -> list[int]:
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        try:
+            data, rights, told, _ = self._sock.recvmsg(_NUMBER.size, _RIGHTS_BYTES, flags)
+        except BlockingIOError:
+            raise CorruptFrameError("a frame tells of a file that was not sent") from None
+        descriptors = [
+            number
+            for _, _, packed in rights
+            for (number,) in struct.iter_unpack("i", packed[: len(packed) // 4 * 4])
+        ]
+        if len(data) != _NUMBER.size or _NUMBER.unpack(data)[0] != self._received:
+            _close_all(descriptors)
+            raise CorruptFrameError(f"file {self._received} was announced, {data!r} has come")
+        if not descriptors and not told & socket.MSG_CTRUNC:
+            raise CorruptFrameError("a file was announced, and no descriptor has come")
+        return descriptors
+
+    def close(self) -> None:
+        """Close the socket; what has not been taken is freed. May be called again."""
+        if not self._open:
+            return
+        self._open = False
+        _spare.end_use()
+        try:
+            self._sock.close()
+        except OSError:
+            pass  # a task has closed the descriptor
+
+
+def _explain(error: OSError | MemoryError, size: int) -> Exception:
+    if isinstance(error, MemoryError):
+        return MemoryError(f"no memory to map {size:,} bytes of arrays that have arrived")
+    told = f"{size:,} bytes of arrays have arrived, and cannot be taken: {error.strerror}"
+    return OSError(error.errno, told)
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _check(descriptor: int, lengths: Sequence[int]) -> None:
+    _, size = _places(lengths)
+    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    found = os.fstat(descriptor).st_size
+    if seals & _SEALS != _SEALS or found < size:
+        raise CorruptFrameError(f"a file of {found} bytes with seals {seals:#x}, {size} announced")
+
+
+class _Spare:
+    """A descriptor that is kept to be given back when a file arrives and there is no other.
+
+    One for the process, as long as it has an end of a side: it is held while a descriptor is
+    taken, mapped and closed again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._users = 0
+        os.register_at_fork(after_in_child=self._after_fork)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._keep()
+        self._lock.release()
+
+    def begin_use(self) -> None:
+        """Keep one from now on, if one is left."""
+        with self:
+            self._users += 1
+
+    def end_use(self) -> None:
+        """Keep none any more if this was the last user."""
+        with self:
+            self._users -= 1
+
+    def give_back(self) -> None:
+        """Give it back, while this is held."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _keep(self) -> None:
+        if not self._users:
+            self.give_back()
+        elif self._descriptor < 0:
+            try:
+                self._descriptor = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                pass
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()  # a thread that the child has not may hold it
+
+
+_spare = _Spare()
+
+
+def invite(sock: socket.socket) -> Side | None:
+    """Make the side of a new channel, and send the other end of it ahead of everything else.
+
+    Args:
+        sock: The channel's, nothing sent on it so far.
+
+    Returns:
+        This end; ``None`` if the system has no descriptor for it: then all goes by the stream.
+    """
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:
+        sock.send(_DECLINED)
+        return None
+    try:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))]
+        sock.sendmsg([_INVITATION], rights)
+    except OSError:  # too many descriptors are under way to other processes
+        ours.close()
+        sock.send(_DECLINED)
+        return None
+    finally:
+        theirs.close()
+    return Side(ours, waits=False)
+
+
+def accept(sock: socket.socket) -> Side | None:
+    """Take the other end, in a worker and before it reads anything else.
+
+    Raises:
+        ConnectionError: The pool is gone.
+    """
+    data, rights, _, _ = sock.recvmsg(1, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        raise ConnectionError("the pool is gone")
+    numbers = [number for _, _, packed in rights for (number,) in struct.iter_unpack("i", packed)]
+    if data != _INVITATION or not numbers:
+        return None
+    return Side(socket.socket(fileno=numbers[0]), waits=True)

@@ -1,0 +1,34 @@
+"""Buffers beside the stream: in unnamed files, whose descriptors go to the other end.
+
+    sender                                   receiver
+    store()  copies buffers into a memfd
+    Side.send()  ---- its descriptor ---->   Side.receive() maps it privately, and closes it
+    frame        ---- their lengths  ---->   (transport.frames)
+
+The one copy is made by whoever has the array; the receiver maps the same memory, so that it is
+writable, nobody else sees what is written, and the kernel frees it with its last user, however
+that ends. There is no name in ``/dev/shm`` or ``/tmp`` to be left behind, to race on or to fill.
+
+Descriptors have a socket pair of their own, the *side* of a channel. So the stream is read without
+looking for descriptors, and a descriptor that cannot be taken now (``EMFILE``) stays where it
+is until a spare one is given back for it: nothing is lost.
+
+Wherever a file is refused, buffers go through the stream instead: ``store`` returns them as they
+are, or ``Side.send`` says no. Elsewhere than on Linux that is always so.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "linux":
+    from safepool.transport._memfd import Side, Stored, accept, invite, store
+else:
+    from safepool.transport._no_files import Side, Stored, accept, invite, store
+
+__all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
+
+# A payload of at least so many bytes goes into a file. Below, the stream is faster: the kernel
+# hands out a file's memory in small pages, at 2 microseconds each; a large one has 2 MiB.
+# Source: benchmarks/arrays.py, threshold.
+FILE_BYTES = 2 << 20

@@ -1,0 +1,136 @@
+"""Arrays that are mapped from a file travel as the file's name: the receiver maps it again.
+
+So several workers write into one ``numpy.memmap``, as joblib documents it, and no byte of the file
+is copied. It holds for views of one too, whatever their type, strides and order.
+
+Source: NumPy, numpy/_core/memmap.py; what joblib does in joblib/_memmapping_reducer.py.
+
+Not covered:
+    * What a mode of ``"c"`` has changed in this process only: the file does not have it.
+    * A file without a name, or one that is gone or too short by now: copied as any array.
+    * Subclasses of ``numpy.memmap``: they reduce themselves.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import mmap
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.references import reference_to
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Reducers", "reopen"]
+
+
+class Reducers(dict[type, "Callable[[Any], Any]"]):
+    """A pickler's table: NumPy's arrays, and for all else what was registered with copyreg."""
+
+    def __init__(self) -> None:
+        numpy: Any = sys.modules["numpy"]
+        super().__init__({numpy.memmap: _reduce, numpy.ndarray: _reduce})
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        return copyreg.dispatch_table[kind]
+
+
+def _reduce(array: Any) -> Any:
+    shared = reference_to(array)
+    if shared is not None:
+        return shared
+    base = array if type(array) is not _ndarray() else array.base
+    while base is not None:
+        if isinstance(base, _memmap()):
+            reduced = _reduce_mapped(array, base)
+            if reduced is not None:
+                return reduced
+            break
+        base = getattr(base, "base", None)
+    if type(array) is _memmap():
+        array = array.view(_ndarray())  # as a plain one: there is no file that it could name
+    return array.__reduce_ex__(5)
+
+
+def _ndarray() -> Any:
+    return sys.modules["numpy"].ndarray
+
+
+def _memmap() -> Any:
+    return sys.modules["numpy"].memmap
+
+
+def _reduce_mapped(array: Any, mapped: Any) -> Any:
+    """Return how to map the array again; ``None`` if it cannot be."""
+    while isinstance(mapped.base, _memmap()):
+        mapped = mapped.base
+    if not isinstance(mapped.base, mmap.mmap) or array.dtype.hasobject or not array.size:
+        return None
+    name = mapped.filename
+    begin = array.__array_interface__["data"][0]
+    low, high = begin, begin + array.itemsize
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            low += (length - 1) * stride
+        else:
+            high += (length - 1) * stride
+    offset = mapped.offset + low - mapped.__array_interface__["data"][0]
+    if name is None or offset < 0 or not _holds(name, offset + high - low):
+        return None
+    mode = "r+" if mapped.mode == "w+" else mapped.mode  # which would empty it again
+    return reopen, (
+        os.fspath(name),
+        mode,
+        (offset, high - low, begin - low),
+        array.dtype,
+        array.shape,
+        array.strides,
+        array.flags.writeable,
+        type(array) is _memmap(),
+    )
+
+
+def _holds(name: Any, size: int) -> bool:
+    try:
+        return os.stat(name).st_size >= size
+    except OSError:
+        return False
+
+
+def reopen(
+    name: str,
+    mode: Any,
+    place: tuple[int, int, int],
+    dtype: Any,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    writeable: bool,
+    as_memmap: bool,
+) -> Any:
+    """Map an array from its file.
+
+    Args:
+        name: The file's.
+        mode: As for ``numpy.memmap``.
+        place: Where in the file its bytes begin, how many they are, and how many of them
+            are before the first item.
+        dtype: Its type.
+        shape: Its lengths.
+        strides: Its steps, in bytes.
+        writeable: Its own flag.
+        as_memmap: It is a ``numpy.memmap`` itself, and not only a view of one.
+    """
+    np: Any = sys.modules["numpy"]  # the dtype has brought it
+    offset, length, first = place
+    raw: Any = np.memmap(name, dtype=np.uint8, mode=mode, offset=offset, shape=(length,))
+    array: Any = np.ndarray(shape, dtype, buffer=raw, offset=first, strides=strides)
+    if as_memmap:
+        array = array.view(np.memmap)
+        array._mmap = raw._mmap
+        array.filename, array.offset, array.mode = raw.filename, offset + first, raw.mode
+    if not writeable:
+        array.flags.writeable = False
+    return array

@@ -1,0 +1,154 @@
+"""What stands for a shared object in a pickle, and who it stands for in this process.
+
+    program   share() --> Shared[Any], number 7      pickled while a pool collects: attach(7)
+    worker    Kind.SHARE brings it once         unpickled: attach(7) is the object itself
+
+Everywhere else than on the way to a pool's worker a shared object is pickled as a copy of itself.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from safepool.transport.sharing import Shared
+
+__all__ = [
+    "Collected",
+    "attach",
+    "drop",
+    "keep",
+    "known",
+    "made",
+    "reduce",
+    "reference_to",
+    "restart",
+    "value_gone",
+    "value_of",
+]
+
+_thread = threading.local()
+# What was shared by this process and is alive, by number.
+_made: weakref.WeakValueDictionary[int, Shared[Any]] = weakref.WeakValueDictionary()
+# What a pool has sent to this worker, by the pool's number.
+_kept: dict[int, Shared[Any]] = {}
+# The arrays that are the values of both, by id(): to be recognized when they are sent on.
+_arrays: dict[int, weakref.ref[Shared[Any]]] = {}
+
+
+class Collected:
+    """Gathers what is shared and met by a pickler of this thread, inside a ``with`` block."""
+
+    __slots__ = ("_before", "_by_number")
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Shared[Any]] = {}
+
+    @property
+    def found(self) -> tuple[Shared[Any], ...]:
+        """What was met."""
+        return tuple(self._by_number.values())
+
+    def add(self, shared: Shared[Any]) -> None:
+        """Note one."""
+        self._by_number[shared.number] = shared
+
+    def __enter__(self) -> Self:
+        self._before = getattr(_thread, "collected", None)
+        _thread.collected = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.collected = self._before
+
+
+def made(shared: Shared[Any]) -> None:
+    """Note what this process has shared."""
+    _made[shared.number] = shared
+
+
+def known() -> bool:
+    """Tell whether a pickler can meet anything that is shared."""
+    return bool(_made)
+
+
+def value_of(shared: Shared[Any], value: object) -> None:
+    """Note the object that is shared, so that it is known where it is met."""
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+        _arrays[id(value)] = weakref.ref(shared)
+
+
+# Called with id() of a value that nobody can attach to any more, and None. A bound method, because
+# the last handles go when the interpreter has cleared this module.
+value_gone = _arrays.pop
+
+
+def reduce(shared: Shared[Any]) -> tuple[Any, ...]:
+    """Return what is pickled in the place of a shared object."""
+    collected: Collected | None = getattr(_thread, "collected", None)
+    if collected is None:
+        return _itself, (shared.value,)
+    collected.add(shared)
+    return attach, (shared.number,)
+
+
+def reference_to(array: Any) -> tuple[Any, ...] | None:
+    """Return what is pickled for a shared array or a view of one; ``None`` for any other."""
+    if not _arrays or getattr(_thread, "collected", None) is None:
+        return None
+    shared = _shared_array(array)
+    if shared is not None:
+        return reduce(shared)
+    base = array.base
+    shared = None if base is None else _shared_array(base)
+    if shared is None or array.dtype.hasobject:
+        return None
+    begin = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    return _view_of, (shared, begin, array.dtype, array.shape, array.strides)
+
+
+def _shared_array(array: object) -> Shared[Any] | None:
+    reference = _arrays.get(id(array))
+    return None if reference is None else reference()
+
+
+def attach(number: int) -> Any:
+    """Return the object that is shared under a number; what a pickle calls.
+
+    Raises:
+        LookupError: There is none.
+    """
+    shared = _kept.get(number) or _made.get(number)
+    if shared is None:
+        raise LookupError(f"shared object {number} is not here: it travels to workers of a pool")
+    return shared.value
+
+
+def _itself(value: object) -> object:
+    return value
+
+
+def _view_of(array: Any, begin: int, dtype: Any, shape: Any, strides: Any) -> Any:
+    numpy: Any = sys.modules["numpy"]  # the array has brought it
+    view: Any = numpy.ndarray(shape, dtype, buffer=array, offset=begin, strides=strides)
+    return view
+
+
+def keep(number: int, shared: Shared[Any]) -> None:
+    """Keep in a worker what its pool has sent."""
+    _kept[number] = shared
+
+
+def drop(number: int) -> None:
+    """Drop it; whoever uses the object still has it."""
+    _kept.pop(number, None)
+
+
+def restart() -> None:
+    """Forget what a fork of a worker has inherited: numbers are those of its own pool."""
+    _kept.clear()

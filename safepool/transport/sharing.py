@@ -1,0 +1,159 @@
+"""Objects that are placed once, mapped once by each worker, and handed to any number of tasks.
+
+Not covered:
+    * Workers of ``mp_context="fork"`` inherit the handles that there are when they are
+      started, and keep that memory until they end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from safepool.transport import references
+from safepool.transport.files import Stored, store
+from safepool.transport.frames import Filed, Missing
+from safepool.transport.payloads import dumps, loads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.transport.frames import Buffer, Segment
+
+__all__ = ["Shared", "received", "share"]
+
+_T = TypeVar("_T")
+_numbers = itertools.count(1)
+
+
+def share(obj: Any, *, writable: bool = False) -> Any:
+    """Place an object once for all workers of all pools, instead of sending it with each task.
+
+    The object is copied into unnamed memory, which each worker maps when the first task comes
+    that needs it. A task finds the object itself in its arguments, wherever the handle was put:
+    in ``submit`` and ``map``, inside of lists and dictionaries, in a ``functools.partial`` or what
+    else a function captures, in ``initargs``, in joblib's calls inside ``parallel_backend``. The
+    memory has no name: it is freed when the handle is dropped and the last task that uses it
+    has ended, at the latest with this process, however that ends.
+
+    Args:
+        obj: Anything that can be pickled. What is saved are the buffers of arrays (NumPy's, and
+            whatever else offers them to pickle protocol 5: pandas, Arrow); what else
+            there is of it, each worker unpickles once.
+        writable: Each task gets arrays that it may write to: its own view of the memory,
+            in which only what it writes costs memory. Without it arrays are read-only, and
+            all tasks of a worker get the same object.
+
+    Returns:
+        A handle, to be kept as long as tasks are to be given the object. ``handle.value`` is the
+        object as a task gets it; an array from there, and any view of it, travels without a
+        copy as well. It is typed ``Any`` because functions are given the object, not the handle.
+
+    Raises:
+        MemoryError: There is no memory for the copy.
+        Exception: What the pickler raised.
+
+    A handle that meets another pickler than a pool's (the standard pool's, a file) is pickled as a
+    copy of the object. Each costs this process and each worker that maps it a descriptor,
+    one more for each array of at least 8 MiB; where there are none left, and elsewhere than on
+    Linux, each worker is sent a copy, once.
+
+    Example:
+        >>> from safepool import ProcessPool, share
+        >>> table = share(list(range(1000)))
+        >>> with ProcessPool(1) as pool:
+        ...     list(pool.map(lambda n, table: table[n], [1, 10, 100], [table] * 3))
+        [1, 10, 100]
+    """
+    segments = store(dumps(obj, into_main=True))
+    # Placed: what could not be stored is a view of the object's own memory.
+    placed = [part if isinstance(part, (Filed, bytes)) else bytes(part) for part in segments]
+    shared = Shared[Any](placed, writable=writable)
+    references.made(shared)
+    return shared
+
+
+def received(segments: Sequence[Buffer | Stored]) -> Shared[Any]:
+    """Return what a pool has sent to this worker, from the segments of :meth:`Shared.message`."""
+    flag, *placed = segments
+    shared = Shared[Any](placed, writable=flag == _WRITABLE)
+    references.made(shared)  # a pool inside of a task shares it further
+    return shared
+
+
+_WRITABLE, _READ_ONLY = b"w", b"r"
+
+
+class Shared(Generic[_T]):
+    """The handle of a shared object.
+
+    Args:
+        segments: Its pickle and buffers, as they are sent.
+        writable: See :func:`share`.
+
+    Attributes:
+        number: Of this process's.
+        writable: As given.
+    """
+
+    def __init__(self, segments: Sequence[Buffer | Filed], *, writable: bool) -> None:
+        self.number = next(_numbers)
+        self.writable = writable
+        self._segments = segments
+        self._value: _T | None = None
+        self._loaded = False
+
+    @property
+    def value(self) -> _T:
+        """The object; with ``writable`` a new one each time.
+
+        Raises:
+            MemoryError: There is no memory to map or to unpickle it.
+            Exception: What unpickling raised.
+        """
+        if self.writable:
+            value: _T = loads(self._parts())
+            return value
+        if not self._loaded:
+            self._value = loads([_read_only(part) for part in self._parts()])
+            self._loaded = True
+            references.value_of(self, self._value)
+        return self._value  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes were placed."""
+        parts = self._segments
+        return sum(len(p) if isinstance(p, Filed) else memoryview(p).nbytes for p in parts)
+
+    def message(self) -> list[Segment]:
+        """Return what a worker is sent once."""
+        head = _WRITABLE if self.writable else _READ_ONLY
+        parts = self._segments
+        return [head, *(memoryview(p) if isinstance(p, bytearray) else p for p in parts)]
+
+    def _parts(self) -> list[Buffer]:
+        found: list[Buffer] = []
+        for part in self._segments:
+            if isinstance(part, Stored):
+                found += part.segments()
+            elif self.writable and found and not isinstance(part, Filed):
+                found.append(bytearray(part))  # of its own
+            else:
+                assert not isinstance(part, Filed)
+                found.append(part)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return references.reduce(self)
+
+    def __del__(self, gone: Callable[..., object] = references.value_gone) -> None:
+        gone(id(self._value), None)
+
+    def __repr__(self) -> str:
+        how = "writable" if self.writable else "read-only"
+        return f"<shared object {self.number}, {how}, {self.nbytes:,} bytes>"
+
+
+def _read_only(part: Buffer) -> Buffer:
+    return part if isinstance(part, Missing) else memoryview(part).toreadonly()
