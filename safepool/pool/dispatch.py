@@ -181,7 +181,7 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
-                _say_what(error, run.name, run.function)
+                self._say_what(error, run.name, run.function)
                 self._fail_all(span, error)
                 return [], []
         try:
