@@ -19,6 +19,30 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 
 
+def run_python(
+    *arguments: str, cwd: Path, stdin: str = "", timeout_s: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run a program as a user would, with the tests' own modules on its path."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        input=stdin,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )
+
+
+def run_script(
+    script: str, *, cwd: Path, timeout_s: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run a program from a file, in a directory of its own."""
+    (cwd / "script.py").write_text(textwrap.dedent(script))
+    return run_python("script.py", cwd=cwd, timeout_s=timeout_s)
+
+
 def still_alive(pids: list[int], *, after_s: float) -> list[int]:
     """Return the processes that live on after so many seconds; a zombie does not live."""
     deadline = time.monotonic() + after_s

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["NO_LIMIT_BYTES", "parse_bytes", "parse_memory_stat", "read_memory"]
+__all__ = ["NO_LIMIT_BYTES", "parse_bytes", "parse_memory_stat", "read_bytes", "read_memory"]
 
 # Version 1 has no word for "no limit": it prints the largest number of whole pages below
 # 2**63 (memory.rst; mm/page_counter.c, PAGE_COUNTER_MAX). Which one depends on the size of
@@ -119,7 +119,7 @@ def _read_directory(
         used = reclaimable = None
         stat = None
     else:
-        used = _read_used(machine, f"{prefix}/{_USED[version]}")
+        used = read_bytes(machine, f"{prefix}/{_USED[version]}")
         text = machine.read(f"{prefix}/memory.stat")
         stat = parse_memory_stat(text) if text is not None else {}
         parts = [stat[name] for name in _RECLAIMABLE[version] if name in stat]
@@ -147,7 +147,8 @@ def _read_directory(
     ]
 
 
-def _read_used(machine: Machine, source: str) -> int | None:
+def read_bytes(machine: Machine, source: str) -> int | None:
+    """Read a file of one number; ``None`` if there is none, or it is no number (noted)."""
     text = machine.read(source)
     if text is None:
         return None

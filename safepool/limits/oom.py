@@ -20,9 +20,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safepool.errors import UnreadableLimitError
 from safepool.limits._types import OutOfMemoryCount
-from safepool.limits.memory import parse_bytes, parse_memory_stat
+from safepool.limits.memory import parse_memory_stat, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,8 +54,8 @@ def _read_level(machine: Machine, level: Level) -> OutOfMemoryCount | None:
             return OutOfMemoryCount(
                 kills=events["oom_kill"],
                 used_up=_read_used_up(machine, prefix, level.version, events),
-                limit_bytes=_read_bytes(machine, f"{prefix}/{_CEILING[level.version]}"),
-                peak_bytes=_read_bytes(machine, f"{prefix}/{_PEAK[level.version]}"),
+                limit_bytes=read_bytes(machine, f"{prefix}/{_CEILING[level.version]}"),
+                peak_bytes=read_bytes(machine, f"{prefix}/{_PEAK[level.version]}"),
                 group=prefix or "/",
                 source=source,
             )
@@ -67,18 +66,7 @@ def _read_used_up(
     machine: Machine, prefix: str, version: int, events: dict[str, int]
 ) -> int | None:
     if version == 1:
-        return _read_bytes(machine, f"{prefix}/memory.failcnt")
+        return read_bytes(machine, f"{prefix}/memory.failcnt")
     # memory.events counts the groups below as well (Linux 5.2 has the local file).
     local = parse_memory_stat(machine.read(f"{prefix}/memory.events.local") or "")
     return local.get("oom", events.get("oom"))
-
-
-def _read_bytes(machine: Machine, source: str) -> int | None:
-    text = machine.read(source)
-    if text is None:
-        return None
-    try:
-        return parse_bytes(text, source=source)
-    except UnreadableLimitError as error:
-        machine.note_unreadable(error)
-        return None

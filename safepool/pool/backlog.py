@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from safepool.pool.mapping import MapRun, Span
-from safepool.pool.tasks import Task
+from safepool.pool.tasks import Task, begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,6 +40,24 @@ class Backlog:
             if count >= limit:
                 return limit
         return count
+
+    def is_wanted(self) -> bool:
+        """Return whether a call waits that nobody has cancelled; drop those before it."""
+        entries = self._entries
+        while entries:
+            head = entries[0]
+            if isinstance(head, Task):
+                # Who waits for the future is told that it will never run.
+                dead = head.future.cancelled() and not begin(head.future)
+            elif isinstance(head, Span):
+                dead = head.run.dropped
+            else:
+                dead = head.stopped or not head.waiting
+                head.queued = not dead
+            if not dead:
+                return True
+            entries.popleft()
+        return False
 
     def add(self, task: Task) -> None:
         """Queue a task."""

@@ -179,7 +179,7 @@ class Scheduler:
         self._oom = OutOfMemoryWatch()
         self._hiring = hiring
         me = self._me
-        hiring.given_up = lambda: (found := me()) is None or bool(found._ending)
+        hiring.given_up = lambda: (found := me()) is None or found._is_late()
 
     # What callers use, from any thread.
 
@@ -677,10 +677,17 @@ class Scheduler:
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
-            if not self._ending:
+            if not (self._ending or isinstance(error, InterruptedError)):  # it was given up
                 broken = self._hiring.refused(error, alone=not len(staff))
                 if broken is not None:
                     self._break(staff, broken, error)
+
+    def _is_late(self) -> bool:
+        """Tell whether a worker that is being started comes too late for anybody."""
+        if self._ending or self._cancelling:
+            return True
+        with self._lock:
+            return self._closing and not self._backlog.is_wanted()
 
     # Tasks back from workers.
 

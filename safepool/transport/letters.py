@@ -15,6 +15,7 @@ import pickle
 import socket
 import struct
 import sys
+from array import array
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,18 +72,24 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
 
     Raises:
         OSError: The socket's time limit was exceeded (``TimeoutError``), or it failed.
+        Exception: What unpickling raised. The descriptors are closed, as in any other case.
     """
-    flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    header, descriptors, _, _ = socket.recv_fds(sock, _HEADER.size, _MOST_DESCRIPTORS, flags)
+    descriptors = array("i")
+    # Not by socket.recv_fds(): it drops the flag (Python 3.11 to 3.13).
+    room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * descriptors.itemsize)
+    header, ancillary, _, _ = sock.recvmsg(_HEADER.size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
     try:
         pickled = _receive_body(sock, header) if header else None
+        if pickled is not None:
+            return pickle.loads(pickled), list(descriptors)
     except BaseException:
         _close_all(descriptors)
         raise
-    if pickled is None:
-        _close_all(descriptors)
-        return None
-    return pickle.loads(pickled), list(descriptors)
+    _close_all(descriptors)
+    return None
 
 
 def _receive_body(sock: socket.socket, begun: bytes) -> bytes | None:

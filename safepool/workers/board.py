@@ -289,12 +289,14 @@ class Board:
     @property
     def claimed(self) -> int:
         """The last position that the worker has claimed: begun, or found revoked."""
-        return max(self._cells[_CLAIMED], self._entered())
+        # The lane first: the cell has its last position before the lane is closed. In the other
+        # order both could be from before what the worker does between the two looks.
+        return max(self._entered(), self._cells[_CLAIMED])
 
     @property
     def began(self) -> int:
         """The last position that the worker has begun."""
-        return max(self._cells[_BEGAN], self._entered())
+        return max(self._entered(), self._cells[_BEGAN])  # in this order, as above
 
     def _entered(self) -> int:
         """Return the last position that is claimed in the lane, 0 if none."""

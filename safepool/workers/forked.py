@@ -47,6 +47,11 @@ class ForkedProcess:
         return self.pid
 
     @property
+    def closed(self) -> bool:
+        """Whether its descriptors were given back. Looks at none of them: from any thread."""
+        return self._status < 0
+
+    @property
     def exitcode(self) -> int | None:
         """Negative for a signal; ``None`` while it runs, or if the server was lost with it."""
         if self._exitcode is None and not self._lost:

@@ -180,8 +180,9 @@ class _Server:
         return [] if sock is None else [sock.fileno()]
 
     def is_idle(self) -> bool:
-        """Return whether nobody uses it and no worker of it lives."""
-        return not (self.users or any(worker.is_alive() for worker in self._workers))
+        """Return whether nobody uses it and no pool has a worker of it."""
+        # Not whether they live: their exit codes are read once, by the threads of their pools.
+        return not self.users and all(worker.closed for worker in self._workers)
 
     def fork_worker(
         self,
@@ -214,7 +215,7 @@ class _Server:
                     self._stop()  # in the middle of an import
                     raise
                 else:
-                    self._workers = [worker for worker in self._workers if worker.is_alive()]
+                    self._workers = [worker for worker in self._workers if not worker.closed]
                     self._workers.append(process)
                     return process
             raise OSError(
@@ -247,7 +248,7 @@ class _Server:
                 [sys.executable, *_interpreter_flags(), "-c", code],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=None if _is_open(2) else subprocess.DEVNULL,
+                stderr=None if _is_stream(2) else subprocess.DEVNULL,
                 pass_fds=handed,
                 env=self._environment(),
                 # In a directory that is gone, Python 3.13 cannot import socket (by "-c"). Workers
@@ -501,18 +502,23 @@ def _interpreter_flags() -> list[str]:
 
 def _stream(number: int, opened: list[int]) -> int:
     """Return the standard stream of that number, or a substitute where the program has none."""
-    if not _is_open(number):
+    if not _is_stream(number):
         number = os.open(os.devnull, os.O_WRONLY)
         opened.append(number)
     return number
 
 
-def _is_open(number: int) -> bool:
+def _is_stream(number: int) -> bool:
+    """Return whether a child of the program would have it.
+
+    What Python opens where a stream was closed has its number and is none: a socket of a pool,
+    a file that somebody reads. No child inherits it (PEP 446), and nothing is to be printed
+    into it.
+    """
     try:
-        os.fstat(number)
+        return os.get_inheritable(number)
     except OSError:
         return False
-    return True
 
 
 def _has_directory() -> bool:

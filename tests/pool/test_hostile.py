@@ -332,3 +332,22 @@ def test_what_cannot_be_pickled_is_told_with_the_call_that_it_was_in() -> None:
 def test_a_variable_that_cannot_be_is_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError, match="no variable can be"):
         ProcessPool(1, env={name: "1"})
+
+
+class WithALock:
+    """A callable that cannot be pickled."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, x: int) -> int:
+        return x
+
+
+@pytest.mark.parametrize("items", [[1], [1, 2, 3]])
+def test_a_map_of_what_cannot_be_pickled_ends_with_that_error(items: list[int]) -> None:
+    """And costs the pool nothing."""
+    with ProcessPool(1) as pool:
+        with pytest.raises(TypeError, match="cannot pickle"):
+            list(pool.map(WithALock(), items, timeout=60))
+        assert list(pool.map(abs, [-1])) == [1]

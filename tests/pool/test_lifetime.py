@@ -11,23 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support_processes import run_script as run
 from support_processes import still_alive, terminal
 
 TESTS = Path(__file__).parent.parent
-
-
-def run(script: str, *, cwd: Path, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run a script as a user would: from a file, in a directory of its own."""
-    (cwd / "script.py").write_text(textwrap.dedent(script))
-    return subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
 
 
 def begin(script: str, *, cwd: Path) -> subprocess.Popen[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import textwrap
 import zipfile
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from support_processes import run_python
 
-TESTS = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # A global that an initializer sets, which a program of any kind must find in its tasks.
 PROGRAM = """
@@ -29,16 +29,7 @@ with safepool.ProcessPool(1, initializer=begin, initargs=(0,)) as pool:
 
 def run(*command: str, cwd: Path, stdin: str = "") -> tuple[str, str, int]:
     """Run a program; return its output, its errors, its exit code."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        input=stdin,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
+    done = run_python(*command, cwd=cwd, stdin=stdin)
     return done.stdout, done.stderr, done.returncode
 
 

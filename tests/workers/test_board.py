@@ -165,6 +165,34 @@ def test_what_is_taken_back_cannot_begin(board: Board) -> None:
     assert board.began == 3
 
 
+@pytest.mark.parametrize("asked", ["claimed", "began"])
+@pytest.mark.parametrize("when", ["before the lane is read", "after"])
+def test_a_worker_that_closes_the_lane_during_a_look_is_not_overlooked(
+    when: str, asked: str, board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has begun there would be taken back, and run twice."""
+    board.claim(1, 5)
+    slots = board.open_lane(1, LANES[int])
+    board.enter_lane(30)
+    slots[0:5] = memoryview(bytes(40)).cast("q")
+    assert (board.claimed, board.began) == (6, 6)
+    look = Board._entered
+
+    def close_the_lane() -> None:
+        board.leave_lane(6)
+        board.flushed()
+
+    def look_and_be_overtaken(self: Board) -> int:
+        if when != "after":
+            close_the_lane()
+        found = look(self)
+        close_the_lane()
+        return found
+
+    monkeypatch.setattr(Board, "_entered", look_and_be_overtaken)
+    assert getattr(board, asked) == 6
+
+
 def test_records_that_are_flushed_while_they_are_read_are_not_taken(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:

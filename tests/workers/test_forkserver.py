@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import support_tasks as tasks
+from support_processes import run_script
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -28,16 +29,7 @@ TESTS = Path(__file__).parent.parent
 
 def run(script: str, folder: Path, *, status: int = 0) -> str:
     """Run a script as a user would, and return what it printed."""
-    (folder / "script.py").write_text(textwrap.dedent(script))
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{folder}"},
-        check=False,
-    )
+    done = run_script(script, cwd=folder)
     assert done.returncode == status, done.stderr
     return done.stdout.strip()
 
@@ -431,6 +423,44 @@ def WORK():
     run(script, tmp_path)
 
     assert (tmp_path / "result.txt").read_text() == "[3, 2, 1] [7]"
+
+
+# What a shell closes before a program starts: "program 2>&-".
+CLOSED = ["0<&-", "1>&-", "2>&-", "0<&- 1>&-", "0<&- 2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"]
+
+
+@pytest.mark.parametrize("closed", CLOSED)
+def test_programs_without_some_stream_print_into_nothing_else(closed: str, tmp_path: Path) -> None:
+    """What Python opens next has the stream's number: a socket of the pool, a pipe to a worker."""
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent(
+            """
+            import os, safepool
+            def shout(number):
+                for stream in (1, 2):
+                    os.write(stream, b"!" * 1000)
+                return number
+            with safepool.ProcessPool(2, preload=["colorsys"]) as pool:
+                values = list(pool.map(shout, range(50)))
+                try:
+                    pool.submit(os._exit, 7).result()
+                except safepool.WorkerDiedError as error:
+                    code = error.exitcode
+                values += pool.map(shout, range(50))
+            print(values == [*range(50)] * 2, code, file=open("result.txt", "w"))
+            """
+        )
+    )
+    command = f"exec {sys.executable} script.py {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "result.txt").read_text() == "True 7\n"
+    # Each stream that is there got everything, and nothing else.
+    shouted = [b"!" * 100_000 * (f"{number}>" not in closed) for number in (1, 2)]
+    assert [done.stdout, done.stderr] == shouted
 
 
 def test_interpreter_flags_reach_the_workers(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""The servers of a program: one for each setting, few in all, none given up in use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+import support_tasks as tasks
+
+from safepool import ProcessPool, WorkerDiedError
+
+if sys.platform != "linux":
+    pytest.skip("there is a fork server on Linux only", allow_module_level=True)
+
+from safepool.workers import forked, forkserver
+
+# More settings than idle servers are kept.
+MANY = 6
+
+
+def make_others() -> None:
+    """Ask for servers of ever new settings."""
+    for number in range(MANY):
+        forkserver.ServerContext().prepare({"SAFEPOOL_TEST_OTHER": str(number)})
+
+
+@pytest.fixture(autouse=True)
+def _end_servers() -> Any:
+    """Leave the next test no more servers than it finds."""
+    yield
+    forkserver.stop_all()
+
+
+def test_a_server_that_a_pool_uses_is_not_given_up() -> None:
+    """The pool may be in the middle of a long import, its first worker yet to come."""
+    with forkserver._server_for({"SAFEPOOL_TEST": "used"}) as used:
+        used.start()
+        make_others()
+        assert used.pid in forkserver.running()
+        make_others()
+        assert used.pid in forkserver.running()
+    make_others()
+    forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "last"})
+    assert used.pid not in forkserver.running()
+
+
+def test_a_server_whose_worker_lives_is_not_given_up() -> None:
+    """Nobody else can tell how the worker ends."""
+    with ProcessPool(1, env={"SAFEPOOL_TEST": "with a worker"}) as pool:
+        server = pool.submit(os.getppid).result(timeout=60)
+        make_others()
+        assert server in forkserver.running()
+        with pytest.raises(WorkerDiedError) as caught:
+            pool.submit(tasks.end_without_cleanup).result(timeout=60)
+        assert caught.value.exitcode == 7
+
+
+def test_servers_that_nobody_uses_do_not_pile_up() -> None:
+    for number in range(3 * MANY):
+        forkserver.ServerContext().prepare({"SAFEPOOL_TEST": str(number)})
+        assert len(forkserver.running()) <= forkserver._MOST_IDLE + 1
+
+
+def test_threads_that_prepare_one_setting_at_once_get_one_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[int] = []
+    start = subprocess.Popen
+
+    def count(*arguments: Any, **keywords: Any) -> Any:
+        process: Any = start(*arguments, **keywords)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", count)
+    at_once = threading.Barrier(8)
+    seen: list[int | None] = []
+
+    def prepare() -> None:
+        at_once.wait()
+        with forkserver._server_for({"SAFEPOOL_TEST": "at once"}) as server:
+            server.start()
+            seen.append(server.pid)
+
+    threads = [threading.Thread(target=prepare) for _ in range(at_once.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(started) == 1
+    assert seen == started * 8
+    assert not [server for server in forkserver._servers.values() if server.users]
+
+
+def test_the_table_takes_no_exit_code_from_the_pool_that_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The code is read once, and the descriptor may be another's in the middle of a look."""
+    asked: list[int] = []
+    exitcode: Any = forked.ForkedProcess.exitcode
+
+    def note(process: forked.ForkedProcess) -> int | None:
+        asked.append(threading.get_ident())
+        told: int | None = exitcode.fget(process)
+        return told
+
+    with ProcessPool(1, env={"SAFEPOOL_TEST": "ends"}) as pool:
+        pool.submit(abs, -1).result(timeout=60)
+        monkeypatch.setattr(forked.ForkedProcess, "exitcode", property(note))
+        make_others()
+    assert asked
+    assert threading.get_ident() not in asked
