@@ -10,7 +10,7 @@ setting in the process, kept from call to call; its workers end when they have b
 Not covered:
     * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``, ``temp_folder``):
       accepted and without effect. Arrays travel over the worker's own channel and arrive
-      writable, each task with its own.
+      writable, each task with its own; :func:`safepool.share` places one for all of them.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
