@@ -3,7 +3,7 @@
 Data flows one way through the modules, and each one imports only from its left:
 
     errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
-           -> decorator, joblib_backend -> cli
+           -> decorator, joblib_backend, own_threads -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib
 needs to find the backend of its name.
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from safepool.joblib_backend import parallel_backend
     from safepool.limits import Limit, Limits, read_limits
     from safepool.machine import cpu_count, cpu_limit
+    from safepool.own_threads import ThreadLimit, limit_threads
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
     from safepool.transport.sharing import share
@@ -49,11 +50,13 @@ __all__ = [
     "RemoteTaskError",
     "SafepoolError",
     "TaskTimeoutError",
+    "ThreadLimit",
     "UnreadableLimitError",
     "WorkerDiedError",
     "WorkerInfo",
     "cpu_count",
     "cpu_limit",
+    "limit_threads",
     "parallel_backend",
     "read_limits",
     "share",
@@ -71,11 +74,13 @@ _HOMES = {
     "RemoteTaskError": "safepool.errors",
     "SafepoolError": "safepool.errors",
     "TaskTimeoutError": "safepool.errors",
+    "ThreadLimit": "safepool.own_threads",
     "UnreadableLimitError": "safepool.errors",
     "WorkerDiedError": "safepool.errors",
     "WorkerInfo": "safepool.pool.watch",
     "cpu_count": "safepool.machine",
     "cpu_limit": "safepool.machine",
+    "limit_threads": "safepool.own_threads",
     "parallel_backend": "safepool.joblib_backend",
     "read_limits": "safepool.limits",
     "share": "safepool.transport.sharing",

@@ -1,21 +1,78 @@
-"""``@safepool.worker``: native threads capped around one function, in whatever pool runs it."""
+"""``@safepool.worker``: native threads capped around one function, in whatever pool runs it.
+
+What comes back has one of two shapes, because the standard pickler takes a function by its name
+alone, and that name must lead to what is pickled:
+
+    a function          of a ``def`` that is being decorated: its name will be the result's
+    a ``WorkerCall``    of what has its name already, or none (``worker(f, timeout=5)``, a
+                        method, a partial, a callable object): pickled as what it calls
+
+The body of a generator, a coroutine or an asynchronous generator runs in steps, each one from
+where it goes on to where it yields or waits: the cap holds during the steps, in the thread
+that runs each, and what runs in between runs uncapped.
+
+Not covered:
+    * A plain function that returns another's generator or coroutine, whose body runs later.
+    * Wrong arguments of a generator or coroutine function: its first step says so.
+    * Threads that the body starts (``threads.blocks``), and programs that it starts: those
+      find the capped variables, no more.
+    * Outside of a worker the thread variables of ``os.environ`` are set while it runs, for
+      the whole process.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, overload
+import sys
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
-from safepool.pool.policy import Policy
-from safepool.threads.cap import capped
+from safepool.pool.policy import NO_POLICY, Policy, policy_of
+from safepool.threads.cap import capped, is_capped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable, Generator
 
-__all__ = ["worker"]
+__all__ = ["WorkerCall", "worker"]
 
+_C = TypeVar("_C")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+# What tells a function from other callables to ``inspect`` and its like.
+_OF_FUNCTIONS = (
+    "__annotations__",
+    "__code__",
+    "__defaults__",
+    "__kwdefaults__",
+    "__name__",
+    "__qualname__",
+)
+
+
+@overload
+def worker(
+    function: staticmethod[_P, _T],
+    /,
+    *,
+    threads: int = 1,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> staticmethod[_P, _T]: ...
+
+
+@overload
+def worker(
+    function: classmethod[_C, _P, _T],
+    /,
+    *,
+    threads: int = 1,
+    timeout: float | None = None,
+    retries: int | None = None,
+) -> classmethod[_C, _P, _T]: ...
 
 
 @overload
@@ -36,30 +93,30 @@ def worker(
 
 
 def worker(
-    function: Callable[_P, _T] | None = None,
+    function: Callable[..., Any] | classmethod[Any, ..., Any] | None = None,
     /,
     *,
     threads: int = 1,
     timeout: float | None = None,
     retries: int | None = None,
-) -> Callable[_P, _T] | Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+) -> Any:
     """Cap native thread pools while ``function`` runs, and say how long and how often it may.
 
-    The cap works in any process: a worker of this pool (where it costs nothing, the worker is
-    capped anyway), of the standard pools, of joblib, or the main process. Afterwards the
-    pools that were loaded before have their size again; a library that the function was
-    the first to import keeps to its number. The result is a plain function of the same name,
-    so the standard pickler takes it wherever it takes the function itself.
+    The cap works in any process: a worker of this pool (where it costs half a microsecond, the
+    worker is capped anyway), of the standard pools, of joblib, or the main process.
+    Afterwards the pools have their size again, also those of libraries that the function was
+    the first to import, where it can still be changed. Generators, coroutines and asynchronous
+    generators are capped while their body runs, and not while it waits.
+
+    The standard pickler takes the result wherever it takes the function itself: as a
+    decorator and inline, from ``__main__`` too.
 
     ``timeout`` and ``retries`` are heeded by :class:`safepool.ProcessPool`, and take the place
     of the pool's own; no other pool can end a task or run it again.
 
-    Not covered: a coroutine or generator function, whose body runs after it has returned.
-    Outside of a worker the thread variables of ``os.environ`` are set while it runs, for the
-    whole process.
-
     Args:
-        function: The function to decorate; left out in ``@worker(timeout=5)``.
+        function: The function to decorate: any callable, a class or static method too; left
+            out in ``@worker(timeout=5)``.
         threads: Threads for each native pool while it runs, at least 1. More than the worker
             has raises them for this function, where the runtime can be raised.
         timeout: Seconds that one call may run, above 0; ``None`` is the pool's.
@@ -67,8 +124,7 @@ def worker(
             ``None`` is the pool's. Never after an exception.
 
     Returns:
-        A function with the same signature, name and docstring; without ``function`` a
-        decorator.
+        What has the same signature, name and docstring; without ``function`` a decorator.
 
     Raises:
         ValueError: A number is out of its range.
@@ -88,18 +144,211 @@ def worker(
     """
     if operator.index(threads) < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    policy = Policy(timeout_s=timeout, retries=retries)
+    terms = _Terms(threads=operator.index(threads), timeout_s=timeout, retries=retries)
+    return terms.decorate if function is None else terms.decorate(function)
 
-    def decorate(function: Callable[_P, _T]) -> Callable[_P, _T]:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """What ``worker()`` was asked for, checked and able to travel."""
+
+    threads: int
+    timeout_s: float | None
+    retries: int | None
+
+    def __post_init__(self) -> None:
+        Policy(timeout_s=self.timeout_s, retries=self.retries)  # says what is wrong with them
+
+    def decorate(self, function: Any) -> Any:
+        if isinstance(function, (classmethod, staticmethod)):
+            return type(function)(self.decorate(function.__func__))
         if not callable(function):
             raise TypeError(f"worker() takes something that can be called, not {function!r}")
+        if not isinstance(function, types.FunctionType) or _is_found_by_name(function):
+            return WorkerCall(function, self)
+        run = _capped_like(function, self.threads)
+        self.attach(functools.update_wrapper(run, function), function)
+        return run
 
-        @functools.wraps(function)
-        def run_capped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-            with capped(threads):
-                return function(*args, **kwargs)
+    def attach(self, run: Callable[..., Any], function: Callable[..., Any]) -> None:
+        # One that is decorated twice keeps what the inner one says and the outer does not.
+        own = Policy(timeout_s=self.timeout_s, retries=self.retries)
+        own.otherwise(policy_of(function, NO_POLICY)).attach(run)
 
-        policy.attach(run_capped)
-        return run_capped
 
-    return decorate if function is None else decorate(function)
+class WorkerCall:
+    """A callable that runs another with native threads capped, and looks like it."""
+
+    def __init__(self, function: Callable[..., Any], terms: _Terms) -> None:
+        """Take what :func:`worker` was given."""
+        # What it has beside its name is asked of it (``__getattr__``): it may change.
+        functools.update_wrapper(self, function, updated=())
+        self.__safepool_terms__ = terms
+        self._run = functools.update_wrapper(_capped_like(function, terms.threads), function)
+        self._run.__safepool_terms__ = terms  # type: ignore[attr-defined]
+        if _is_of_main(self):
+            # Whoever looks for it by that name finds it in this object (``__reduce_ex__``).
+            self._run.__qualname__ = self.__qualname__ + _RUN
+        terms.attach(self, function)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Run it capped."""
+        return self._run(*args, **kwargs)
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        # In a class body it becomes a method where what it calls would: a function does, a
+        # builtin or a partial does not.
+        function: Any = self.__wrapped__
+        if instance is None or not hasattr(type(function), "__get__"):
+            return self
+        bound = function.__get__(instance, owner)
+        return self if bound is function else types.MethodType(self, instance)
+
+    def __getattr__(self, name: str) -> Any:
+        function = self.__dict__.get("__wrapped__")
+        if function is None or (name.startswith("__") and name not in _OF_FUNCTIONS):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(function, name)
+        except AttributeError:
+            if name not in _OF_FUNCTIONS:
+                raise
+            return getattr(_body_of(function), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not _is_found_by_name(self):
+            return WorkerCall, (self.__wrapped__, self.__safepool_terms__)
+        if _is_of_main(self) and protocol >= 4:
+            # The name would lead nowhere in a worker that has not run the same program. The
+            # function in its place is pickled by the standard pickler by name as well, and
+            # by cloudpickle by value.
+            return _call_of, (self._run,)
+        return self.__qualname__
+
+    def __repr__(self) -> str:
+        return f"<safepool.worker {self.__wrapped__!r}>"
+
+
+# What a program's own one calls its function (the attribute's name).
+_RUN = "._run"
+
+
+def _call_of(run: Any) -> WorkerCall:
+    """Return the callable with that function: this process's own, or one like it."""
+    found = _found(run.__module__, run.__qualname__.removesuffix(_RUN))
+    if isinstance(found, WorkerCall) and found._run is run:
+        return found
+    return WorkerCall(run.__wrapped__, run.__safepool_terms__)
+
+
+def _found(module: str | None, name: str | None) -> Any:
+    found: Any = sys.modules.get(module or "")
+    for part in (name or "").split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _is_found_by_name(function: Any) -> bool:
+    name = getattr(function, "__qualname__", None)
+    return _found(getattr(function, "__module__", None), name) is function
+
+
+def _is_of_main(function: Any) -> bool:
+    return function.__module__ == "__main__" and hasattr(function, "__qualname__")
+
+
+def _body_of(function: Any) -> Any:
+    """Return the function whose body runs when ``function`` is called, as far as can be told."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif isinstance(function, types.MethodType):
+            function = function.__func__
+        elif hasattr(function, "__code__") or isinstance(function, type):
+            return function
+        else:
+            call = type(function).__call__
+            return call if isinstance(call, types.FunctionType) else function
+
+
+def _capped_like(function: Callable[..., Any], threads: int) -> Any:
+    """Return a function of the same kind that runs ``function`` with native threads capped."""
+    flags = getattr(getattr(_body_of(function), "__code__", None), "co_flags", 0)
+    if flags & inspect.CO_COROUTINE:
+        return _capped_coroutine(function, threads)
+    if flags & inspect.CO_ASYNC_GENERATOR:
+        return _capped_async_generator(function, threads)
+    if flags & inspect.CO_GENERATOR:
+        run = _capped_generator(function, threads)
+        return types.coroutine(run) if flags & inspect.CO_ITERABLE_COROUTINE else run
+
+    def run_capped(*args: Any, **kwargs: Any) -> Any:
+        # Asked here, since a ``with`` costs another half of a microsecond
+        # (benchmarks/decorator.py).
+        if is_capped(threads):
+            return function(*args, **kwargs)
+        with capped(threads):
+            return function(*args, **kwargs)
+
+    return run_capped
+
+
+def _capped_generator(function: Callable[..., Any], threads: int) -> Any:
+    def run_capped(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        body = function(*args, **kwargs)
+        step, value = body.send, None
+        # In a list, from which it is handed on: nothing of it lives on here while the body
+        # waits.
+        item: list[Any] = []
+        while True:
+            try:
+                with capped(threads):
+                    item.append(step(value))
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                value = None  # it may be an exception that holds this frame
+            try:
+                value = yield item.pop()
+                step = body.send
+            except BaseException as error:  # noqa: BLE001 -- the body's to handle, all of them
+                step, value = body.throw, error
+
+    return run_capped
+
+
+def _capped_coroutine(function: Callable[..., Any], threads: int) -> Any:
+    steps = types.coroutine(_capped_generator(_itself, threads))
+
+    async def run_capped(*args: Any, **kwargs: Any) -> Any:
+        return await steps(function(*args, **kwargs))
+
+    return run_capped
+
+
+def _capped_async_generator(function: Callable[..., Any], threads: int) -> Any:
+    steps = types.coroutine(_capped_generator(_itself, threads))
+
+    async def run_capped(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        body = function(*args, **kwargs)
+        step = body.asend(None)
+        item: list[Any] = []
+        while True:
+            try:
+                item.append(await steps(step))
+            except StopAsyncIteration:
+                return
+            finally:
+                step = None  # it may hold an exception that holds this frame
+            try:
+                sent = yield item.pop()
+            except BaseException as error:  # noqa: BLE001 -- the body's to handle, all of them
+                step = body.athrow(error)
+            else:
+                step = body.asend(sent)
+
+    return run_capped
+
+
+def _itself(body: Any) -> Any:
+    return body

@@ -8,19 +8,28 @@ A block has a pool of its own, which ends with it. Without one there is a pool f
 setting in the process, kept from call to call; its workers end when they have been idle.
 
 Not covered:
-    * joblib's memory-mapping of large arguments (``max_nbytes``, ``mmap_mode``, ``temp_folder``):
-      accepted and without effect. Arrays travel over the worker's own channel and arrive
-      writable, each task with its own; :func:`safepool.share` places one for all of them.
+    * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
+      array of more than ``max_nbytes`` that a second batch of a call is given too is placed
+      in memory once for all that follow, if it is an argument itself and not inside of
+      another. As with joblib's files they get it as it was then.
+    * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
+      ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
+      that cannot mean read-only.
+    * Without a block, native threads of this process: a call that is sequential because only
+      one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import weakref
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 from joblib import parallel_config
@@ -33,12 +42,17 @@ from joblib._parallel_backends import (
 
 from safepool.budget import Request, parse_bytes
 from safepool.machine import log_once, read_budget
+from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.threads.cap import capped
+from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from safepool.budget import Rounding
 
 __all__ = ["SafepoolBackend", "parallel_backend"]
 
@@ -51,6 +65,7 @@ def parallel_backend(
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
+    rounding: Rounding = "floor",
     timeout: float | None = None,
     retries: int = 0,
     memory_per_worker: float | str | None = None,
@@ -61,7 +76,8 @@ def parallel_backend(
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
     The workers are started by the first call, shared by all calls of the block, and ended
-    with it.
+    with it. Where only one worker fits, ``n_jobs=-1`` is sequential, in this process: then its
+    own native threads are held at ``threads_per_worker`` inside the block.
 
     Args:
         n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
@@ -70,6 +86,9 @@ def parallel_backend(
         threads_per_worker: Threads for each native pool in a worker, at least 1; the number
             of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` is another word for it.
+        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. A
+            program that only waits for its calls has no use for what ``"floor"`` leaves to
+            it: with 1.5 CPUs, ``"nearest"`` is two workers instead of one.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch.
@@ -98,6 +117,7 @@ def parallel_backend(
     backend = SafepoolBackend(
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
+        rounding=rounding,
         pools=_Pools(idle_s=None),
         timeout=timeout,
         retries=retries,
@@ -106,8 +126,12 @@ def parallel_backend(
         initializer=initializer,
         initargs=initargs,
     )
+    one_fits = backend.effective_n_jobs(-1) == 1
     try:
-        with parallel_config(backend=backend, n_jobs=n_jobs):
+        with (
+            capped(threads_per_worker) if one_fits else nullcontext(),
+            parallel_config(backend=backend, n_jobs=n_jobs),
+        ):
             yield
     except KeyboardInterrupt:
         backend.close(end=True)
@@ -211,6 +235,62 @@ class _Pools:
 _shared = _Pools(_IDLE_S)
 
 
+class _Arrays:
+    """The large arrays of one call, to be placed once instead of sent with each batch.
+
+    Args:
+        more_than_bytes: Of what size an array is large; ``None`` is never.
+    """
+
+    def __init__(self, more_than_bytes: float | None) -> None:
+        self._more_than_bytes = more_than_bytes
+        # By id(), which is another array's once this one is gone. A handle is kept as long.
+        self._met: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def place(self, batch: Any) -> None:
+        """Let what an earlier batch was given too travel as a handle."""
+        items = getattr(batch, "items", None)
+        numpy = sys.modules.get("numpy")
+        if not items or numpy is None or self._more_than_bytes is None:
+            return
+        large = {
+            id(value): value
+            for _, args, keywords in items
+            for value in (*args, *keywords.values())
+            # A subclass may hold more than its buffer; a memory-mapped one travels by its name.
+            if type(value) is numpy.ndarray and value.nbytes > self._more_than_bytes
+        }
+        if not large:
+            return
+        handles = {name: self._handle(value) for name, value in large.items()}
+        batch.items = [
+            (
+                function,
+                tuple(_or_same(handles.get(id(value)), value) for value in args),
+                {key: _or_same(handles.get(id(value)), value) for key, value in keywords.items()},
+            )
+            for function, args, keywords in items
+        ]
+
+    def _handle(self, array: Any) -> Any:
+        """Return the handle of an array that was met before; ``None`` the first time."""
+        name, known = id(array), self._met
+        reference, handle = known.get(name, (None, None))
+        if reference is None:
+            known[name] = weakref.ref(array, lambda _: known.pop(name, None)), None
+        elif handle is None and not array.dtype.hasobject:
+            try:
+                handle = share(array, writable=True)
+            except MemoryError:
+                return None  # it travels by itself, or says so there
+            known[name] = reference, handle
+        return handle
+
+
+def _or_same(handle: Any, value: Any) -> Any:
+    return value if handle is None else handle
+
+
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
@@ -220,7 +300,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         pools: Where pools are kept; ``None`` is this process's.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend.
-        timeout, retries, memory_per_worker, preload, initializer, initargs: As for
+        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs: As for
             :func:`parallel_backend`.
     """
 
@@ -228,14 +308,15 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     supports_inner_max_num_threads = True
     supports_sharedmem = False
     uses_threads = False
-    default_n_jobs = -1
+    default_n_jobs = 1
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- each by its name
         self,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         *,
         pools: _Pools | None = None,
+        rounding: Rounding = "floor",
         timeout: float | None = None,
         retries: int = 0,
         memory_per_worker: float | str | None = None,
@@ -251,15 +332,28 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._pools = pools or _shared
         self._policy = Policy(timeout_s=timeout, retries=retries)
         self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
+        self._rounding = rounding
+        # What is out of its range is said here, not by the first call.
+        self._request()
         self._preload = preload
         self._initialize = (initializer, initargs)
         self._idle_s = idle_worker_timeout
         self._lease: _Lease | None = None
         self._futures: set[Future[Any]] = set()
+        self._arrays = _Arrays(None)
+        self._max_nbytes: float | None = None
 
     @property
     def _threads(self) -> int:
         return 1 if self.inner_max_num_threads is None else self.inner_max_num_threads
+
+    def _request(self) -> Request:
+        # Made anew: joblib sets inner_max_num_threads later as well.
+        return Request(
+            threads_per_worker=self._threads,
+            rounding=self._rounding,
+            memory_per_worker=self._memory,
+        )
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
         """Return the number of workers that ``n_jobs`` stands for, at least 1."""
@@ -267,8 +361,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is None or n_jobs == 1:
             return 1
-        request = Request(threads_per_worker=self._threads, memory_per_worker=self._memory)
-        budget, _ = read_budget(request)
+        budget, _ = read_budget(self._request())
         if n_jobs < 0:
             return max(1, budget.workers + 1 + n_jobs)
         if n_jobs > budget.workers:
@@ -286,6 +379,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         idle_worker_timeout: float | None = None,
+        max_nbytes: float | None = None,
+        mmap_mode: str | None = None,
         **_options: Any,
     ) -> int:
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
@@ -303,8 +398,17 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
         )
         self._release()
+        self._max_nbytes = None if mmap_mode is None else max_nbytes
         self._lease = self._pools.lease(settings, workers)
         return workers
+
+    def start_call(self) -> None:
+        """Begin one call; what arrays hold is another matter in each."""
+        self._arrays = _Arrays(self._max_nbytes)
+
+    def stop_call(self) -> None:
+        """End it; its arrays are placed no longer."""
+        self._arrays = _Arrays(None)
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None
@@ -317,6 +421,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         else:
             name, policy = self._facts_of(func)
             try:
+                self._arrays.place(func)
                 future = lease.pool._scheduler.submit(func, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)
@@ -354,6 +459,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def retrieve_result_callback(self, future: Future[Any]) -> Any:
         """Return what a batch returned, or raise what it raised."""
+        error = future.exception()
+        if error is not None and was_not_sent(error):
+            # In the words of joblib's own backend, which programs match.
+            raise PicklingError("Could not pickle the task to send to the workers.") from error
         return future.result()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 -- joblib's

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
 import time
 import weakref
 from collections import deque
@@ -13,6 +15,7 @@ from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references
+from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "was_not_sent"]
 
 # A larger pickle goes to an idle worker only, in a message of its own, and is not kept: what it
 # refers to may be changed by the program as soon as it was sent, so it cannot be sent again.
@@ -37,6 +40,9 @@ _BATCH_BYTES = 256 * 1024
 # What is copied into files in the scheduler's own thread: in less than a millisecond. More would
 # keep the other workers waiting for longer than it takes to wake another thread and be woken.
 _AT_ONCE_BYTES = 4 << 20
+
+# How the note begins that such an error gets.
+_NOT_SENT = "while the call of "
 
 Pieces = list["bytes | memoryview"]
 
@@ -51,6 +57,7 @@ class Dispatch:
 
     def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
+        self._blamed: set[str] = set()
         self._settled = settled
         self._packer = Packer(wake)
         self._wake = wake
@@ -141,7 +148,7 @@ class Dispatch:
                 try:
                     task.pickled = self._pickle(task)
                 except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-                    _say_what(error, task.name)
+                    self._say_what(error, task.name, _whole(task))
                     fail(task.future, error)
                     continue
             function, segments, shared, brings_globals = task.pickled
@@ -174,7 +181,7 @@ class Dispatch:
                     run.function, of_main=run.name.startswith("__main__.")
                 )
             except BaseException as error:  # noqa: BLE001 -- user code
-                _say_what(error, run.name)
+                self._say_what(error, run.name, run.function)
                 self._fail_all(span, error)
                 return [], []
         try:
@@ -182,7 +189,7 @@ class Dispatch:
             _, segments, shared, brings_globals = _dumps(value)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             if span.count == 1:
-                _say_what(error, run.name)
+                self._say_what(error, run.name, value)
                 self._fail_all(span, error)
                 return [], []
             return [], [span.only(place) for place in range(span.count)]
@@ -205,6 +212,25 @@ class Dispatch:
         if sent is not None:
             return _dumps((args, kwargs))._replace(function=sent)
         return _dumps(task.call, by_value=task.name.startswith("__main__."))
+
+    def _say_what(self, error: BaseException, name: str, value: object) -> None:
+        """Add to a pickling error what it does not know: whose call it was, and what in it."""
+        note = f"{_NOT_SENT}{name} was pickled, with its arguments"
+        if name.startswith("__main__."):
+            note += (
+                " and the globals of __main__ that it uses, which travel to the worker by value"
+            )
+        # Once for each function: the workers wait meanwhile.
+        if name not in self._blamed and isinstance(
+            error, (TypeError, AttributeError, pickle.PicklingError)
+        ):
+            self._blamed.add(name)
+            culprit = find_unpicklable(value, payloads.dumps)
+            note += f". It is {culprit}" if culprit else ""
+        try:
+            error.add_note(note)
+        except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
+            pass
 
     def _fail_all(self, span: Span, error: BaseException) -> None:
         run = span.run
@@ -285,15 +311,17 @@ def _dumps(value: object, *, by_value: bool = False) -> Pickled:
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
-def _say_what(error: BaseException, name: str) -> None:
-    """Add to a pickling error what it does not know: whose call it was."""
-    note = f"while the call of {name} was pickled, with its arguments"
-    if name.startswith("__main__."):
-        note += " and the globals of __main__ that it uses, which travel to the worker by value"
-    try:
-        error.add_note(note)
-    except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
-        pass
+def was_not_sent(error: BaseException) -> bool:
+    """Tell whether this is what the pickler raised, and no worker has begun the call."""
+    return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
+
+
+def _whole(task: Task) -> object:
+    """Return a task's call in one piece, for words about its parts."""
+    if task.call is None or not callable(task.call[0]):
+        return task.call
+    function, args, kwargs = task.call
+    return functools.partial(function, *args, **kwargs)
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:

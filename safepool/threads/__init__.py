@@ -7,7 +7,9 @@
     libraries     what was loaded since the last look
     imports       what is being imported
     placement     which CPUs a worker is bound to, if it is
-    cap           the three layers, and the block around a function
+    native        what threadpoolctl caps
+    blocks        a number that holds for a while, and what was before
+    cap           the three layers of a worker, and the block around a function
     kernel        what the kernel says of threads and loaded files
     pools         what is loaded now
 

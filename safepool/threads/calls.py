@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CALLS", "Call"]
+__all__ = ["CALLS", "Call", "attempt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +27,27 @@ class Call:
             library raises when it cannot.
         undone: The number can be put back, so a block may change it (``cap.capped``);
             otherwise it is changed in workers only.
+        default: The threads that it begins with where nothing rules them; ``None`` is one
+            for each CPU.
     """
 
     read: Callable[[Any], int | None] | None
     write: Callable[[Any, int], object]
     undone: bool = True
+    default: int | None = None
+
+
+def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what a library may refuse; ``None`` if it does.
+
+    A cap that is refused, because the pool has been used or the release lacks the call, must
+    not cost the task: the table's ``fixed`` says what cannot be changed, and
+    ``safepool.threads.inspect()`` what there is.
+    """
+    try:
+        return call(*arguments)
+    except Exception:  # noqa: BLE001 -- any library's own errors
+        return None
 
 
 def _set_torch_interop(torch: Any, threads: int) -> None:
@@ -121,6 +137,7 @@ CALLS: dict[str, Call] = {
     "arrow-io": Call(
         read=lambda pyarrow: pyarrow.io_thread_count(),
         write=lambda pyarrow, threads: pyarrow.set_io_thread_count(threads),
+        default=8,
     ),
     "opencv": Call(read=lambda cv2: cv2.getNumThreads(), write=_set_opencv),
     "xgboost": Call(

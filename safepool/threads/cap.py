@@ -19,28 +19,29 @@ Not covered:
 
 from __future__ import annotations
 
-import os
 import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safepool.threads.environment import (
-    change_environment,
-    runtime_threads,
-    worker_environment,
-)
-from safepool.threads.imports import AfterImport, imported
-from safepool.threads.libraries import LoadedLibraries
-from safepool.threads.registry import call_of, modules_to_cap, runtimes
+from safepool.threads import blocks
+from safepool.threads.calls import attempt
+from safepool.threads.environment import runtime_threads, worker_environment
+from safepool.threads.imports import AfterImport
+from safepool.threads.native import NativeLibraries
+from safepool.threads.registry import brought_by, imported_runtimes, modules_to_cap
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import ModuleType
+    from collections.abc import Mapping
+    from types import ModuleType, TracebackType
 
-    from safepool.threads.calls import Call
-    from safepool.threads.table import NativeRuntime
-
-__all__ = ["WorkerCap", "apply_again", "cap_worker", "capped", "find_ahead"]
+__all__ = [
+    "WorkerCap",
+    "apply_again",
+    "cap_worker",
+    "capped",
+    "find_ahead",
+    "is_capped",
+    "worker_threads",
+]
 
 
 class WorkerCap:
@@ -61,13 +62,19 @@ class WorkerCap:
         self.threads = threads
         self._environment = environment
         self._of: dict[str, int] = {}
-        self._native = _found or _NativeLibraries()
+        self._native = _found or NativeLibraries()
         self._imports = AfterImport(self._cap_new)
+        # How often something new was capped, and which of these times in this thread.
+        self._times = 1  # what was found ahead, if anything
+        self._here = threading.local()
 
     def apply(self) -> None:
         """Cap everything that is loaded, and watch what will be."""
+        if self._native.changed():
+            self._times += 1
+        self._here.times = self._times
         self._of = runtime_threads(self.threads, self._environment)
-        _try(self._native.set, lambda name: self._of.get(name, self.threads))
+        attempt(self._native.set, lambda name: self._of.get(name, self.threads))
         self._cap_imported()
         self._imports.start(modules_to_cap())
 
@@ -76,19 +83,24 @@ class WorkerCap:
         if self._native.changed():
             self.apply()
 
+    def recheck_here(self) -> None:
+        """As :meth:`recheck`, in any thread: OpenMP's and MKL's caps are each thread's own."""
+        if self._native.changed() or getattr(self._here, "times", 0) != self._times:
+            self.apply()
+
     def _cap_imported(self) -> None:
-        for row, call, module in _imported_runtimes():
-            _try(call.write, module, self._of.get(row.name, self.threads))
+        for row, call, module in imported_runtimes():
+            attempt(call.write, module, self._of.get(row.name, self.threads))
 
     def _cap_new(self, name: str, module: ModuleType) -> None:
-        for row, call in _brought_by(name):
-            _try(call.write, module, self._of.get(row.name, self.threads))
+        for row, call in brought_by(name):
+            attempt(call.write, module, self._of.get(row.name, self.threads))
         # Importing blosc2 sets NumExpr to all CPUs; others may do the like.
         self._cap_imported()
 
 
 _worker_cap: WorkerCap | None = None
-_found: _NativeLibraries | None = None
+_found: NativeLibraries | None = None
 
 
 def find_ahead() -> None:
@@ -98,8 +110,8 @@ def find_ahead() -> None:
     asked for nothing but their names and versions.
     """
     global _found  # noqa: PLW0603 -- a fact about the process
-    _found = _NativeLibraries()
-    _try(_found.find)
+    _found = NativeLibraries()
+    attempt(_found.found)
 
 
 def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None) -> WorkerCap:
@@ -113,9 +125,9 @@ def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None
     Returns:
         The cap, to be checked again before each task.
     """
-    global _worker_cap, _blocks, _shared_libraries  # noqa: PLW0603 -- facts about the process
-    # A forked worker has its parent's, and the locks may be held by threads that it has not.
-    _blocks, _shared_libraries = _Blocks(), _NativeLibraries()
+    global _worker_cap  # noqa: PLW0603 -- a fact about the process
+    # A forked worker has its parent's blocks.
+    blocks.start_anew(threads)
     if environment is None:
         environment = worker_environment(threads)
     _worker_cap = WorkerCap(threads, environment)
@@ -129,13 +141,27 @@ def apply_again() -> None:
         _worker_cap.apply()
 
 
-@contextmanager
-def capped(threads: int) -> Iterator[None]:
-    """Hold native pools at ``threads`` inside the block, then restore what was loaded before.
+def worker_threads() -> int | None:
+    """Return the threads of this process if it is a worker of a pool, else ``None``."""
+    return None if _worker_cap is None else _worker_cap.threads
 
-    A library that is first imported inside the block is capped when it has been imported,
-    and keeps to it afterwards. In a block within a block, or beside one in another thread,
-    the number of the last one to begin holds for what belongs to the whole process.
+
+def is_capped(threads: int) -> bool:
+    """Return whether this process is a worker that is capped to that number, now as well."""
+    cap = _worker_cap
+    if cap is None or cap.threads != threads:
+        return False
+    cap.recheck_here()
+    return True
+
+
+class capped:  # noqa: N801 -- used as a function is
+    """Hold native pools at ``threads`` inside the block, then restore them.
+
+    A library that is first imported inside is capped when it has been imported, and has
+    afterwards what it would have had outside, where that can still be changed. In a block
+    within a block, or beside one in another thread, the number of the last one to begin
+    holds for what belongs to the whole process.
 
     Args:
         threads: Threads for each pool, at least 1. In a worker that is capped to the same
@@ -145,206 +171,23 @@ def capped(threads: int) -> Iterator[None]:
         >>> with capped(1):
         ...     pass
     """
-    if _worker_cap is not None and _worker_cap.threads == threads:
-        _worker_cap.recheck()
-        yield
-        return
-    with _blocks.holding(threads), _shared_libraries.limited_to(threads):
-        yield
 
+    __slots__ = ("_hold", "_threads")
 
-class _NativeLibraries:
-    """What threadpoolctl caps: found once, and looked for again when something was loaded."""
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._hold: blocks.Hold | None = None
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._libraries: LoadedLibraries | None = None
-        self._controller: Any = None
-        # While blocks are open: their numbers, and what belonged to the process before.
-        self._inside: list[int] = []
-        self._before: dict[str, tuple[Any, int]] = {}
+    def __enter__(self) -> None:
+        if not is_capped(self._threads):
+            self._hold = blocks.enter(self._threads)
 
-    def changed(self) -> bool:
-        return self._libraries is None or self._libraries.changed()
-
-    def set(self, threads_of: Callable[[str], int]) -> None:
-        """Set each library to the threads of its runtime, for good."""
-        controller = self.find()
-        if controller is None:
-            return
-        for library in controller.lib_controllers:
-            # An OpenBLAS that computes with OpenMP's threads has no number of its own.
-            on_openmp = getattr(library, "threading_layer", None) == "openmp"
-            _write(library, threads_of("openmp" if on_openmp else library.internal_api))
-
-    @contextmanager
-    def limited_to(self, threads: int) -> Iterator[None]:
-        """Set all of them to ``threads`` inside the block, for OpenMP in this thread.
-
-        What belongs to the whole process is restored by the last block to leave, in
-        whatever order the blocks of several threads do.
-        """
-        controller = self.find()
-        if controller is None:
-            yield
-            return
-        with self._lock:
-            for library in controller.lib_controllers:
-                if _is_of_the_process(library) and library.filepath not in self._before:
-                    self._before[library.filepath] = (library, library.num_threads)
-            limiter = controller.limit(limits=threads)
-            self._inside.append(threads)
-            self._write_for_the_process()
-        try:
-            yield
-        finally:
-            with self._lock:
-                limiter.restore_original_limits()
-                _remove_last(self._inside, threads)
-                self._write_for_the_process()
-
-    def _write_for_the_process(self) -> None:
-        for library, before in self._before.values():
-            _write(library, self._inside[-1] if self._inside else before)
-        if not self._inside:
-            self._before.clear()
-
-    def find(self) -> Any:
-        """Return threadpoolctl's controller of what is loaded; ``None`` before any is."""
-        with self._lock:
-            if self._libraries is None:
-                self._libraries = LoadedLibraries()
-            if self._libraries.changed():
-                fresh = self._libraries.fresh()
-                # threadpoolctl reads the whole map of the process, which takes milliseconds:
-                # not for a library that it would pass over.
-                if fresh is None or any(map(_is_capped_by_threadpoolctl, fresh)):
-                    # Imported here: it is the worker's, and importing safepool must stay
-                    # free of third-party packages.
-                    from threadpoolctl import ThreadpoolController  # noqa: PLC0415
-
-                    self._controller = ThreadpoolController()
-            return self._controller
-
-
-class _Blocks:
-    """What belongs to the whole process while blocks in any of its threads hold it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._numbers: list[int] = []
-        self._variables: dict[str, str | None] = {}
-        self._calls: dict[str, tuple[Call, ModuleType, int]] = {}
-        self._imports = AfterImport(self._cap_module)
-
-    @contextmanager
-    def holding(self, threads: int) -> Iterator[None]:
-        """Set it for a block that enters, restore it with the last that leaves."""
-        with self._lock:
-            environment = worker_environment(threads)
-            if not self._numbers:
-                self._remember(environment)
-            self._numbers.append(threads)
-            self._set(threads, environment)
-        try:
-            yield
-        finally:
-            with self._lock:
-                _remove_last(self._numbers, threads)
-                if self._numbers:
-                    self._set(self._numbers[-1], worker_environment(self._numbers[-1]))
-                else:
-                    self._restore()
-
-    def _remember(self, variables: Iterable[str]) -> None:
-        self._variables = {name: os.environ.get(name) for name in variables}
-        for row, call, module in _imported_runtimes():
-            before = _try(call.read, module) if call.read and call.undone else None
-            if before is not None:
-                self._calls[row.name] = (call, module, before)
-        self._imports.start(modules_to_cap())
-
-    def _set(self, threads: int, environment: Mapping[str, str | None]) -> None:
-        for name in environment.keys() - self._variables.keys():
-            # Only with another number of threads: a switch, or a row that was added since.
-            self._variables[name] = os.environ.get(name)
-        change_environment(environment)
-        for call, module, _ in self._calls.values():
-            _try(call.write, module, threads)
-
-    def _restore(self) -> None:
-        self._imports.stop()
-        change_environment(self._variables)
-        for call, module, before in self._calls.values():
-            _try(call.write, module, before)
-        self._calls.clear()
-
-    def _cap_module(self, name: str, module: ModuleType) -> None:
-        for threads in self._numbers[-1:]:  # none, if the last block has just ended
-            for _, call in _brought_by(name):
-                _try(call.write, module, threads)
-
-
-_shared_libraries = _NativeLibraries()
-_blocks = _Blocks()
-
-
-def _is_of_the_process(library: Any) -> bool:
-    # OpenMP's and MKL's numbers are the calling thread's own, and so is that of a BLAS which
-    # computes with OpenMP's threads.
-    on_openmp = getattr(library, "threading_layer", None) == "openmp"
-    return library.internal_api in ("openblas", "blis") and not on_openmp
-
-
-def _write(library: Any, threads: int) -> None:
-    # threadpoolctl 3.8 and later keeps OpenBLAS for the thread that set it first, and passes
-    # over what other threads set.
-    release = getattr(library, "clear_controlling_thread", None)
-    if release is not None:
-        release(force=True)
-    library.set_num_threads(threads)
-    if release is not None:
-        release(force=True)
-
-
-def _remove_last(numbers: list[int], number: int) -> None:
-    del numbers[len(numbers) - 1 - numbers[::-1].index(number)]
-
-
-def _imported_runtimes() -> Iterator[tuple[NativeRuntime, Call, ModuleType]]:
-    """Yield the rows with a call whose module is imported, and both."""
-    for row in runtimes():
-        call = call_of(row)
-        module = None if call is None else imported(row.modules[0])
-        if call is not None and module is not None:
-            yield row, call, module
-
-
-def _brought_by(module: str) -> list[tuple[NativeRuntime, Call]]:
-    """Return the rows whose call is made with the module of that name."""
-    return [
-        (row, call)
-        for row in runtimes()
-        if row.modules[:1] == (module,) and (call := call_of(row)) is not None
-    ]
-
-
-def _is_capped_by_threadpoolctl(path: str) -> bool:
-    prefixes = tuple(
-        prefix for row in runtimes() if row.call == "threadpoolctl" for prefix in row.libraries
-    )
-    names = [path]
-    # A distribution's name for its default BLAS is a link to the one that was chosen.
-    if os.path.islink(path):
-        names.append(os.path.realpath(path))
-    return any(os.path.basename(name).lower().startswith(prefixes) for name in names)
-
-
-def _try(call: Callable[..., Any], *arguments: Any) -> Any:
-    # A cap that a library refuses, because its pool has been used or its release lacks the
-    # call, must not cost the task: the table's ``fixed`` says what cannot be changed, and
-    # ``safepool.threads.inspect()`` what there is.
-    try:
-        return call(*arguments)
-    except Exception:  # noqa: BLE001 -- any library's own errors
-        return None
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            blocks.leave(hold)

@@ -6,11 +6,12 @@ they must be in the environment that the process is started with.
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safepool.threads.registry import runtimes
+from safepool.threads.registry import revision, runtimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -19,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Override",
+    "block_environment",
     "change_environment",
+    "lowered_environment",
     "overridden",
+    "ruled_threads",
     "runtime_threads",
     "worker_environment",
 ]
@@ -85,6 +89,66 @@ def worker_environment(
     return environment
 
 
+def block_environment(threads: int) -> Mapping[str, str | None]:
+    """Return :func:`worker_environment`, computed once for each number of threads."""
+    return _block_environment(threads, revision())
+
+
+@functools.lru_cache(maxsize=64)
+def _block_environment(threads: int, _revision: int) -> Mapping[str, str | None]:
+    return worker_environment(threads)
+
+
+def lowered_environment(
+    threads: int, environment: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """Return the changes that bring an environment down to a number of threads.
+
+    What says less already stays, word for word, and so do the variables that count workers and
+    not threads: a program with one native thread may still have a pool of many processes.
+
+    Args:
+        threads: The most threads of each native pool, at least 1.
+        environment: What it says now.
+
+    Returns:
+        The value of each variable; ``None`` removes it: it would beat the others.
+
+    Example:
+        >>> changes = lowered_environment(2, {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "1"})
+        >>> changes["OMP_NUM_THREADS"], changes["MKL_NUM_THREADS"]
+        ('2', '1')
+        >>> "LOKY_MAX_CPU_COUNT" in changes
+        False
+    """
+    changes: dict[str, str | None] = {}
+    for row in runtimes():
+        if row.counts_workers:
+            continue
+        changes.update(dict.fromkeys(row.removed))
+        for variable in row.variables:
+            now = _first_number((variable.name, *row.falls_back_to), environment)
+            if variable.off is not None:
+                changes[variable.name] = (
+                    variable.off if threads == 1 else environment.get(variable.name)
+                )
+            elif now is not None and now <= threads:
+                changes[variable.name] = environment.get(variable.name)
+            else:
+                changes[variable.name] = str(threads)
+    return changes
+
+
+def ruled_threads(row: NativeRuntime, environment: Mapping[str, str | None]) -> int | None:
+    """Return the number that an environment rules a runtime to; ``None`` if it does not.
+
+    Args:
+        row: The runtime.
+        environment: What it says.
+    """
+    return _first_number((*_own(row), *row.falls_back_to), environment)
+
+
 def change_environment(changes: Mapping[str, str | None]) -> None:
     """Make the changes of :func:`worker_environment` in this process.
 
@@ -115,10 +179,7 @@ def runtime_threads(threads: int, environment: Mapping[str, str | None]) -> dict
         >>> capped["openmp"], capped["xgboost"], capped["openblas"]
         (2, 2, 1)
     """
-    return {
-        row.name: _first_number((*_own(row), *row.falls_back_to), environment) or threads
-        for row in runtimes()
-    }
+    return {row.name: ruled_threads(row, environment) or threads for row in runtimes()}
 
 
 def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ...]:

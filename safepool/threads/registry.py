@@ -5,17 +5,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safepool.threads.calls import CALLS, Call
+from safepool.threads.imports import imported
 from safepool.threads.table import RUNTIMES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["call_of", "modules_to_cap", "register", "runtimes", "unregister"]
+__all__ = [
+    "brought_by",
+    "call_of",
+    "imported_runtimes",
+    "modules_to_cap",
+    "register",
+    "revision",
+    "runtimes",
+    "unregister",
+]
 
 _added: dict[str, tuple[NativeRuntime, Call | None]] = {}
+_revision = 0
+
+
+def revision() -> int:
+    """Return how often the rows have changed: what was made of them holds until it grows."""
+    return _revision
 
 
 def runtimes() -> tuple[NativeRuntime, ...]:
@@ -33,6 +49,24 @@ def call_of(row: NativeRuntime) -> Call | None:
 def modules_to_cap() -> frozenset[str]:
     """Return the modules that a call is made with: the first of their rows."""
     return frozenset(row.modules[0] for row in runtimes() if call_of(row) is not None)
+
+
+def imported_runtimes() -> Iterator[tuple[NativeRuntime, Call, ModuleType]]:
+    """Yield the rows with a call whose module is imported, and both."""
+    for row in runtimes():
+        call = call_of(row)
+        module = None if call is None else imported(row.modules[0])
+        if call is not None and module is not None:
+            yield row, call, module
+
+
+def brought_by(module: str) -> list[tuple[NativeRuntime, Call]]:
+    """Return the rows whose call is made with the module of that name."""
+    return [
+        (row, call)
+        for row in runtimes()
+        if row.modules[:1] == (module,) and (call := call_of(row)) is not None
+    ]
 
 
 def register(
@@ -82,6 +116,7 @@ def register(
         raise ValueError("write= needs the module to be called with: runtime.modules is empty")
     call = None if write is None else Call(read=read, write=write, undone=read is not None)
     _added[runtime.name] = (runtime, call)
+    _changed()
     from safepool.threads import cap  # noqa: PLC0415 -- it builds on this module
 
     cap.apply_again()
@@ -90,6 +125,12 @@ def register(
 def unregister(name: str) -> None:
     """Take back what was registered under ``name``; nothing happens if nothing was."""
     _added.pop(name, None)
+    _changed()
+
+
+def _changed() -> None:
+    global _revision  # noqa: PLW0603 -- a fact about this process
+    _revision += 1
 
 
 def _names(row: NativeRuntime) -> set[str]:

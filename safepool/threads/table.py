@@ -61,6 +61,8 @@ class NativeRuntime:
             names of their own.
         call: What caps it once it is loaded; ``None`` if nothing does.
         through: The row whose pool it uses, when it has none of its own.
+        counts_workers: Its variables say how many workers a program may have beside each
+            other, not how many threads.
         fixed: What cannot be changed once it is loaded; empty if all can.
         hole: What neither variable nor call reaches, and what to do; empty if nothing.
         source: Where this is documented.
@@ -78,6 +80,7 @@ class NativeRuntime:
     thread_names: str = ""
     call: str | None = None
     through: str | None = None
+    counts_workers: bool = False
     fixed: str = ""
     hole: str = ""
     source: str
@@ -451,12 +454,14 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         name="loky",
         used_by="joblib, loky and scikit-learn's n_jobs=-1: the worker's share of the CPUs",
         variables=_numbers("LOKY_MAX_CPU_COUNT"),
+        counts_workers=True,
         source="loky, loky.cpu_count",
     ),
     NativeRuntime(
         name="python",
         used_by="os.process_cpu_count() from Python 3.13 on: the worker's share of the CPUs",
         variables=_numbers("PYTHON_CPU_COUNT"),
+        counts_workers=True,
         fixed="everything: the interpreter reads it when it starts",
         source="Python, Doc/using/cmdline.rst, PYTHON_CPU_COUNT",
     ),

@@ -12,7 +12,6 @@ import functools
 import io
 import pickle
 import sys
-import types
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
@@ -188,28 +187,13 @@ class _Main(dict[str, Any]):
 @functools.cache
 def _by_value_pickler(loky_imported: bool, numpy_imported: bool) -> Any:
     # Imported here: a worker or a program that sends only importable things never needs it.
-    import cloudpickle  # noqa: PLC0415
+    from safepool.transport.by_value import ByValuePickler, reducer_table  # noqa: PLC0415
 
-    table = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
-    if numpy_imported:
-        table.maps.insert(0, Reducers().copy())
-    if loky_imported:  # else nobody can have registered a reducer with it
-        # loky's is live, so later registrations hold.
-        table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
-    # The C pickler reads the table from the class.
-    return type("ByValuePickler", (cloudpickle.Pickler,), {"dispatch_table": table})
-
-
-def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
-    """Reduce as cloudpickle does, and keep the name of the file.
-
-    cloudpickle 3.1.3 and later leave it out, and with it the lines of every traceback.
-    """
-    import cloudpickle  # noqa: PLC0415 -- as above
-
-    rebuild, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
-    kept = (code.co_filename if item == "<dynamic-code>" else item for item in arguments)
-    return rebuild, tuple(kept)
+    # The C pickler reads the table from the class. Nobody can have registered a reducer with
+    # loky before it was imported.
+    arrays = Reducers().copy() if numpy_imported else {}
+    table = reducer_table(arrays, loky_imported=loky_imported)
+    return type("ByValuePickler", (ByValuePickler,), {"dispatch_table": table})
 
 
 def by_value_modules() -> bool:

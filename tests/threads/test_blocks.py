@@ -124,7 +124,7 @@ SHAPES: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_imported_inside_is_capped_at_once(shape: str, tmp_path: Path) -> None:
-    """By the next line, and its loader is left as it was."""
+    """By the next line; afterwards it has its own number, and its loader is as it was."""
     files, name = SHAPES[shape]
     for file, text in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def test_what_is_imported_inside_is_capped_at_once(shape: str, tmp_path: Path) -
         ]))
     """)
 
-    assert natives.run(code, folder=tmp_path, cpus=None) == [2, 2, True, True]
+    assert natives.run(code, folder=tmp_path, cpus=None) == [2, 48, True, True]
 
 
 def test_an_import_that_fails_is_the_callers(tmp_path: Path) -> None:
@@ -169,10 +169,11 @@ def test_an_import_that_fails_is_the_callers(tmp_path: Path) -> None:
             except ZeroDivisionError:
                 os.environ["WORKS"] = "1"
             import failing
-        print(json.dumps(failing.threads))
+            inside = failing.threads
+        print(json.dumps([inside, failing.threads]))
     """)
 
-    assert natives.run(code, folder=tmp_path, cpus=None) == 1
+    assert natives.run(code, folder=tmp_path, cpus=None) == [1, 48]
 
 
 def test_a_lazy_module_is_not_loaded_for_a_cap(tmp_path: Path) -> None:
@@ -223,3 +224,107 @@ def test_a_row_that_contradicts_the_table_is_refused(mistake: str) -> None:
     act, words = MISTAKES[mistake]
     with pytest.raises(ValueError, match=words):
         act()
+
+
+# What a program with scikit-learn's libraries, OpenMP among them, says on a machine that
+# seems to have many CPUs.
+LOOK = """
+import json, threading
+import safepool
+
+def look():
+    return {pool.runtime: pool.threads for pool in safepool.threads.inspect()
+            if pool.runtime in ("openblas", "openmp")}
+
+def in_a_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+"""
+ALL = {"openblas": natives.MANY, "openmp": natives.MANY}
+ONE = {"openblas": 1, "openmp": 1}
+
+
+def test_openmp_is_capped_in_the_thread_that_runs_the_body(tmp_path: Path) -> None:
+    """Its number is one of each thread: of the one that runs, and of no other."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        import sklearn.cluster
+
+        @safepool.worker
+        def body(also_elsewhere=None):
+            return look(), also_elsewhere and in_a_thread(also_elsewhere)
+
+        def both():
+            return body(), look()
+
+        (inside, other), after = body(look), look()
+        (in_thread, _), after_in_thread = in_a_thread(both)
+        print(json.dumps([inside, other, after, in_thread, after_in_thread, look()]))
+    """)
+
+    found = natives.run(code, folder=tmp_path)
+
+    assert found == [ONE, {"openblas": 1, "openmp": natives.MANY}, ALL, ONE, ALL, ALL]
+
+
+def test_what_the_body_imports_is_capped_and_as_large_as_elsewhere_afterwards(
+    tmp_path: Path,
+) -> None:
+    """At whatever depth, and again with the next call."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        @safepool.worker
+        def body():
+            import sklearn.cluster
+            return look()
+
+        @safepool.worker
+        def outer():
+            return body(), look()
+
+        print(json.dumps([outer(), look(), body(), look()]))
+    """)
+
+    assert natives.run(code, folder=tmp_path) == [[ONE, ONE], ALL, ONE, ALL]
+
+
+def test_what_is_imported_inside_follows_the_users_variable_afterwards(tmp_path: Path) -> None:
+    """It says what the library would have had without the block."""
+    code = LOOK + textwrap.dedent("""
+        import os
+        os.environ["OPENBLAS_NUM_THREADS"] = "5"
+
+        @safepool.worker
+        def body():
+            import numpy
+            return look()
+
+        print(json.dumps([body(), look()]))
+    """)
+
+    assert natives.run(code, folder=tmp_path) == [{"openblas": 1}, {"openblas": 5}]
+
+
+def test_in_a_worker_it_caps_the_threads_that_a_task_starts(tmp_path: Path) -> None:
+    """A forked worker's libraries have read the program's variables, not its own."""
+    pytest.importorskip("sklearn")
+    code = LOOK + textwrap.dedent("""
+        import sklearn.cluster
+
+        decorated = safepool.worker()(look)
+
+        def task():
+            return look(), in_a_thread(look), in_a_thread(decorated), decorated(), look()
+
+        with safepool.ProcessPool(1, mp_context="fork") as pool:
+            print(json.dumps([pool.submit(task).result(60), look()]))
+    """)
+
+    inside, outside = natives.run(code, folder=tmp_path)
+
+    # The second is why: nothing else reaches a thread of the task's own in such a worker.
+    assert inside == [ONE, {"openblas": 1, "openmp": natives.MANY}, ONE, ONE, ONE]
+    assert outside == ALL

@@ -540,7 +540,7 @@ def searches_for_native_libraries() -> tuple[int, list[int]]:
     worker_cap = cap._worker_cap
     assert worker_cap is not None
     native = worker_cap._native
-    found = [library.num_threads for library in native.find().lib_controllers]
+    found = [library.num_threads for library in native.found()]
     return int(native is not cap._found), found
 
 

@@ -1,0 +1,303 @@
+"""Blocks that hold native pools at a number: set by the first, restored by the last.
+
+Some numbers belong to the whole process (the environment, OpenBLAS, most further runtimes),
+others to the calling thread alone (OpenMP's, MKL's). A block sets both when it begins. When it
+ends, its thread has its own numbers again, and the process those of the blocks that are
+left, in whatever order the blocks of several threads end.
+
+Not covered:
+    * A library whose number is fixed once it is loaded (the table's ``fixed``): imported
+      inside a block for the first time, it keeps the block's number.
+    * OpenMP and MKL in threads that are started inside: those begin with what the variables
+      said when the library was loaded.
+    * A fork while another thread begins or ends a block and OpenBLAS is loaded: the child
+      inherits OpenBLAS's own lock, and hangs when it sets the number. No pool of ours forks so.
+    * What a block's body sets itself: put back to what was before the block.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.threads.calls import attempt
+from safepool.threads.environment import (
+    block_environment,
+    change_environment,
+    lowered_environment,
+    ruled_threads,
+)
+from safepool.threads.imports import AfterImport
+from safepool.threads.native import (
+    NativeLibraries,
+    is_of_the_process,
+    runtime_of,
+    set_threads,
+)
+from safepool.threads.registry import (
+    brought_by,
+    imported_runtimes,
+    modules_to_cap,
+    revision,
+    runtimes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import ModuleType
+
+    from safepool.threads.calls import Call
+    from safepool.threads.table import NativeRuntime
+
+__all__ = ["Hold", "enter", "leave", "start_anew"]
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """One block that is open.
+
+    Attributes:
+        threads: Its number.
+        lowers: It brings larger numbers down to its own and leaves smaller ones alone.
+        thread: The thread that it is open in.
+        own: Of libraries whose number is one of the thread: what it was.
+    """
+
+    threads: int
+    lowers: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+    own: dict[str, tuple[Any, int]] = field(default_factory=dict, repr=False)
+
+    def number(self, before: int) -> int:
+        """Return what a pool has inside that has ``before`` outside; 0 is all CPUs."""
+        return min(before, self.threads) if self.lowers and before > 0 else self.threads
+
+    def environment(self, values: Mapping[str, str | None]) -> Mapping[str, str | None]:
+        """Return the variables that it changes, given what they say outside."""
+        if self.lowers:
+            return lowered_environment(self.threads, values)
+        return block_environment(self.threads)
+
+
+def enter(threads: int, *, lowers: bool = False) -> Hold:
+    """Begin a block in this thread.
+
+    Args:
+        threads: Threads for each native pool, at least 1.
+        lowers: No pool is raised to that number.
+
+    Returns:
+        What :func:`leave` takes.
+    """
+    hold = Hold(threads, lowers)
+    _blocks.enter(hold)
+    return hold
+
+
+def leave(hold: Hold) -> None:
+    """End a block, in the thread that began it."""
+    _blocks.leave(hold)
+
+
+def start_anew(threads: int) -> None:
+    """Forget every block: this process is a worker from now on.
+
+    Args:
+        threads: What a library has in this process that no variable rules.
+    """
+    global _blocks  # noqa: PLW0603 -- a fact about this process
+    _blocks = _Blocks(threads)
+
+
+class _Blocks:
+    """What this process has while blocks are open in any of its threads, and had before.
+
+    Args:
+        threads: What a library has here that no variable rules; ``None`` is one for each CPU.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        # Of a thread's own: a finalizer that runs while it is held may be a block's end.
+        self._lock = threading.RLock()
+        self._holds: list[Hold] = []
+        self._native = NativeLibraries()
+        self._imports = AfterImport(self._cap_module)
+        # What belongs to the process and was changed: what it was.
+        self._variables: dict[str, str | None] = {}
+        self._written: dict[str, str | None] = {}
+        self._calls: dict[str, tuple[Call, ModuleType, int]] = {}
+        self._libraries: dict[str, tuple[Any, int]] = {}
+        # For which blocks the environment and the calls were set last, and of which rows.
+        self._set_for: list[tuple[int, bool]] = []
+        self._revision = -1
+
+    def enter(self, hold: Hold) -> None:
+        with self._lock:
+            first = not self._holds
+            self._remember(hold, loaded_inside=not first)
+            self._holds.append(hold)
+            try:
+                if first or self._revision != revision():
+                    self._revision = revision()
+                    self._set_for.clear()
+                    self._imports.start(modules_to_cap())
+                    self._remember_calls()
+                self._set()
+                for library, before in hold.own.values():
+                    set_threads(library, hold.number(before))
+            except BaseException:  # Ctrl-C; its block will not be left
+                self.leave(hold)
+                raise
+
+    def leave(self, hold: Hold) -> None:
+        with self._lock:
+            if hold not in self._holds:  # of the process that has forked this worker
+                return
+            self._remember(hold, loaded_inside=True)
+            self._holds.remove(hold)
+            for library, before in hold.own.values():
+                set_threads(library, before)
+            self._set()
+            if not self._holds:
+                self._imports.stop()
+                self._variables.clear()
+                self._written = {}
+                self._calls.clear()
+                self._libraries.clear()
+
+    def forked(self) -> None:
+        """Be usable in a forked child, which has none of the parent's other threads.
+
+        One of them may have held a lock, and may have been about to set what is noted here
+        as set. What their blocks hold is given back with the next block that ends here.
+        """
+        self._lock = threading.RLock()
+        here = threading.get_ident()
+        self._holds = [hold for hold in self._holds if hold.thread == here or hold.lowers]
+        self._set_for.clear()
+        self._written = dict.fromkeys(self._variables, "")  # as if something else were there
+        self._native.forked()
+
+    def _remember(self, hold: Hold, *, loaded_inside: bool) -> None:
+        """Note what the libraries have, or would have, without the blocks."""
+        for library in self._native.found():
+            path = library.filepath
+            of_the_process = is_of_the_process(library)
+            if path in (self._libraries if of_the_process else hold.own):
+                continue
+            if of_the_process:
+                # Loaded while a block is open it has read the block's variables.
+                before = self._unruled(library) if loaded_inside else library.num_threads
+                self._libraries[path] = (library, before)
+            elif hold in self._holds:
+                before = self._unruled(library)
+                for other in self._holds:
+                    before = before if other is hold else other.number(before)
+                hold.own[path] = (library, before)
+            else:
+                hold.own[path] = (library, library.num_threads)
+
+    def _unruled(self, library: Any) -> int:
+        name = runtime_of(library)
+        row = next((row for row in runtimes() if row.name == name), None)
+        return self._otherwise(row, None)
+
+    def _otherwise(self, row: NativeRuntime | None, default: int | None) -> int:
+        """Return the threads that a runtime would have chosen outside of every block."""
+        outside = {**os.environ, **self._variables}
+        ruled = None if row is None else ruled_threads(row, outside)
+        return ruled or self._threads or default or _cpus()
+
+    def _remember_calls(self) -> None:
+        for row, call, module in imported_runtimes():
+            if row.name not in self._calls and call.read and call.undone:
+                before = attempt(call.read, module)
+                if before is not None:
+                    self._calls[row.name] = (call, module, before)
+
+    def _set(self) -> None:
+        """Give the process what the open blocks say, from the first to the last."""
+        for library, before in self._libraries.values():
+            set_threads(library, self._number(before))
+        asked = self._asked()
+        if asked == self._set_for and asked:
+            return
+        self._set_for = asked
+        self._set_environment()
+        for call, module, before in self._calls.values():
+            attempt(call.write, module, self._number(before))
+
+    def _set_environment(self) -> None:
+        values = dict(self._variables)
+        for hold in self._holds:
+            if hold.lowers:
+                values = {**os.environ, **values}
+            changes = hold.environment(values)
+            for name in changes.keys() - self._variables.keys():
+                self._variables[name] = os.environ.get(name)
+            values.update(changes)
+        # Only what is to be another value: a look at a variable that is not set costs a
+        # microsecond, and there are some forty.
+        change_environment(
+            {
+                name: values.get(name)
+                for name, before in self._variables.items()
+                if values.get(name) != self._written.get(name, before)
+            }
+        )
+        self._written = values
+
+    def _asked(self) -> list[tuple[int, bool]]:
+        """Return the blocks that matter: what is below one that sets a number does not."""
+        asked: list[tuple[int, bool]] = []
+        for hold in self._holds:
+            key = (hold.threads, hold.lowers)
+            if not hold.lowers:
+                asked = [key]
+            elif asked[-1:] != [key]:
+                asked.append(key)
+        return asked
+
+    def _number(self, before: int) -> int:
+        for hold in tuple(self._holds):
+            before = hold.number(before)
+        return before
+
+    def _cap_module(self, name: str, module: ModuleType) -> None:
+        # Without the lock: it is called by an import, and a block that begins imports too.
+        for row, call in brought_by(name):
+            if not self._holds:  # the last block has just ended
+                return
+            found = attempt(call.read, module) if call.read and call.undone else None
+            otherwise = self._otherwise(row, call.default)
+            if found is not None:
+                # Another number than the variables' is what it begins with whatever they say.
+                ruled = found == self._number(otherwise)
+                self._calls[row.name] = (call, module, otherwise if ruled else found)
+            attempt(call.write, module, self._number(otherwise))
+
+
+if sys.platform == "linux":
+
+    def _cpus() -> int:
+        return len(os.sched_getaffinity(0))
+
+else:
+
+    def _cpus() -> int:
+        return os.cpu_count() or 1
+
+
+_blocks = _Blocks()
+
+
+def _forked() -> None:
+    _blocks.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

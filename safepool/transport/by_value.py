@@ -1,0 +1,244 @@
+"""The pickler for what a worker cannot import: cloudpickle, and what it cannot do itself.
+
+    a class that is known        is looked up by cloudpickle's own number for it before it is made
+                                 again: no second run of ``__init_subclass__`` or a metaclass,
+                                 and a process's own class is never changed by what arrives
+    ``functools.lru_cache``      its function, and its size; the cache is each process's own, and
+                                 lasts as long as the worker
+    ``functools.singledispatch`` its functions, by type
+    ``functools.cached_property``  its function
+
+Imported with the first object that needs it: a worker or a program that sends only importable
+things never imports cloudpickle.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+import uuid
+import weakref
+from collections import ChainMap
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from cloudpickle import cloudpickle as _internals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["ByValuePickler", "reducer_table"]
+
+_LRU_CACHE = type(functools.lru_cache(lambda: None))
+# Every function that singledispatch returns runs this code.
+_dispatching: Any = functools.singledispatch(repr)
+_SINGLE_DISPATCH: types.CodeType = _dispatching.__code__
+
+# What the standard library puts beside a function in the attributes of what wraps it.
+_WRAPPER_NAMES = frozenset(
+    {
+        *functools.WRAPPER_ASSIGNMENTS,
+        "__wrapped__",
+        "cache_parameters",
+        "dispatch",
+        "register",
+        "registry",
+        "_clear_cache",
+    }
+)
+
+# cloudpickle keeps the classes that it has sent or made by a number of its own.
+_classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
+# Where that number is among the arguments of what makes a class.
+_NUMBER_AT = {
+    getattr(_internals, "_make_skeleton_class", None): 4,
+    getattr(_internals, "_make_skeleton_enum", None): 5,
+}
+# Made here of what another process has sent.
+_arrived_classes: weakref.WeakSet[type] = weakref.WeakSet()
+
+# A program's own class or cache is sent with every call that uses it. It is kept in between, the
+# last of each name, as it would be by a module that was imported: the class would be made
+# again, and the cache be empty each time.
+_kept: dict[tuple[str, str], Any] = {}
+_MOST_KEPT = 1024
+
+
+def _keep(arrived: Any) -> None:
+    name = str(getattr(arrived, "__qualname__", "<locals>"))
+    if "<" in name:
+        return
+    key = str(arrived.__module__), name
+    _kept.pop(key, None)
+    _kept[key] = arrived
+    if len(_kept) > _MOST_KEPT:
+        del _kept[next(iter(_kept))]
+
+
+class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Reduce classes and functions; ``NotImplemented`` leaves the rest to the table."""
+        if isinstance(obj, types.FunctionType):
+            reduced = super().reducer_override(obj)
+            if reduced is not NotImplemented and obj.__code__ is _SINGLE_DISPATCH:
+                return _reduce_single_dispatch(obj)
+            return reduced
+        if issubclass(type(obj), type):
+            return _looked_up_first(super().reducer_override(obj))
+        return NotImplemented
+
+
+def reducer_table(
+    arrays: dict[type, Callable[[Any], Any]], *, loky_imported: bool
+) -> ChainMap[type, Callable[[Any], Any]]:
+    """Return the reducers for other objects than classes and functions.
+
+    Args:
+        arrays: Those for arrays.
+        loky_imported: Reducers may have been registered with loky, and hold here.
+    """
+    own: dict[type, Callable[[Any], Any]] = {
+        types.CodeType: _reduce_code,
+        _LRU_CACHE: _reduce_lru_cache,
+        functools.singledispatchmethod: _reduce_dispatch_method,
+        functools.cached_property: _reduce_cached_property,
+        **arrays,
+    }
+    # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).
+    table = ChainMap(own, *cloudpickle.Pickler.dispatch_table.maps)
+    if loky_imported:
+        # loky's is live, so later registrations hold.
+        table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
+    return table
+
+
+def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
+    """Reduce as cloudpickle does, and keep the name of the file.
+
+    cloudpickle 3.1.3 and later leave it out, and with it the lines of every traceback.
+    """
+    rebuild, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    kept = (code.co_filename if item == "<dynamic-code>" else item for item in arguments)
+    return rebuild, tuple(kept)
+
+
+def _looked_up_first(reduced: Any) -> Any:
+    """Let the receiver ask whether it has the class before it makes it."""
+    at = _NUMBER_AT.get(reduced[0]) if isinstance(reduced, tuple) else None
+    if at is None:
+        return reduced
+    make, arguments, state, *_ = reduced
+    return _class_of, (arguments[at], make, arguments), state, None, None, _fill_class
+
+
+def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
+    known = _classes_by_number.get(number)
+    if known is None:
+        known = make(*arguments)
+        _arrived_classes.add(known)
+        _keep(known)
+    return known
+
+
+def _fill_class(kind: type, state: Any) -> None:
+    # What was defined here stays as it is: its functions have this process's globals. What
+    # was made of what the program sent follows the program, which may have changed it.
+    if kind in _arrived_classes:
+        _internals._class_setstate(kind, state)
+
+
+# Caches that this process has sent or made, by a number that goes with them.
+_caches: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_cache_numbers: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_arrived_caches: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _reduce_lru_cache(cache: Any) -> Any:
+    if _is_importable(cache):
+        return cache.__reduce__()
+    number = _cache_numbers.get(cache)
+    if number is None:
+        number = _cache_numbers[cache] = uuid.uuid4().hex
+        _caches[number] = cache
+    size = cache.cache_parameters()
+    arguments = number, cache.__wrapped__, size["maxsize"], size["typed"]
+    return _cache_of, arguments, _attributes(cache), None, None, _fill_cache
+
+
+def _cache_of(number: str, function: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    known = _caches.get(number)
+    if known is None:
+        known = functools.lru_cache(maxsize, typed)(function)
+        _caches[number] = known
+        _cache_numbers[known] = number
+        _arrived_caches.add(known)
+        _keep(known)
+    return known
+
+
+def _fill_cache(cache: Any, attributes: dict[str, Any]) -> None:
+    if cache in _arrived_caches:  # as for a class
+        vars(cache).update(attributes)
+
+
+def _reduce_single_dispatch(function: Any) -> Any:
+    state = dict(function.registry), _attributes(function)
+    return functools.singledispatch, (function.__wrapped__,), state, None, None, _fill_dispatch
+
+
+def _fill_dispatch(function: Any, state: tuple[dict[type, Any], dict[str, Any] | None]) -> None:
+    registry, attributes = state
+    for kind, implementation in registry.items():
+        function.register(kind, implementation)
+    vars(function).update(attributes or {})
+
+
+def _reduce_dispatch_method(method: functools.singledispatchmethod[Any]) -> Any:
+    # From Python 3.13 on it has a cache beside it that cannot be pickled.
+    state = method.dispatcher
+    return type(method), (method.func,), state, None, None, _fill_dispatch_method
+
+
+def _fill_dispatch_method(method: Any, dispatcher: Any) -> None:
+    method.dispatcher = dispatcher
+
+
+def _reduce_cached_property(prop: functools.cached_property[Any]) -> Any:
+    return _cached_property, (prop.func, prop.attrname)
+
+
+def _cached_property(
+    function: Callable[[Any], Any], name: str | None
+) -> functools.cached_property[Any]:
+    prop = functools.cached_property(function)
+    # cloudpickle sets a class's attributes one by one, which tells them no names.
+    prop.attrname = name
+    return prop
+
+
+def _attributes(wrapper: Any) -> dict[str, Any] | None:
+    """Return what was set on a wrapper beside what the standard library sets."""
+    of_function = vars(wrapper.__wrapped__) if hasattr(wrapper.__wrapped__, "__dict__") else {}
+    own = {
+        name: value
+        for name, value in vars(wrapper).items()
+        if name not in _WRAPPER_NAMES and of_function.get(name, of_function) is not value
+    }
+    return own or None
+
+
+def _is_importable(wrapper: Any) -> bool:
+    module, name = getattr(wrapper, "__module__", None), getattr(wrapper, "__qualname__", "")
+    if module is None or module == "__main__" or module in _by_value_modules():
+        return False
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is wrapper
+
+
+def _by_value_modules() -> set[str]:
+    return set(cloudpickle.list_registry_pickle_by_value())

@@ -1,0 +1,171 @@
+"""What a parallel call costs when something dies: this call, with the reason, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support_tasks as tasks
+from joblib import Parallel, delayed
+from support_cgroups import control_group
+from support_processes import still_alive
+
+import safepool
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux leaves behind")
+
+# One row per way a worker can end in a task: what runs there, and a word of the error.
+DEATHS = {
+    "SIGKILL": (tasks.be_killed, "SIGKILL"),
+    "os._exit": (tasks.end_without_cleanup, "exit code"),
+    "SIGSEGV": (tasks.segfault, "SIGSEGV"),
+}
+
+
+@pytest.mark.parametrize("return_as", ["list", "generator", "generator_unordered"])
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_death_costs_this_call_and_not_the_next(death: str, return_as: str) -> None:
+    """Whichever way the results are taken."""
+    function, word = DEATHS[death]
+    calls = [delayed(function)() if n == 5 else delayed(abs)(n) for n in range(20)]
+    with safepool.parallel_backend(n_jobs=2):
+        with pytest.raises(safepool.WorkerDiedError, match=word):
+            list(Parallel(return_as=return_as)(calls))
+        assert Parallel()(delayed(abs)(-n) for n in range(20)) == list(range(20))
+
+
+def _be_killed_the_first_time(flag: str) -> str:
+    path = Path(flag)
+    if not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_retry_brings_the_result(tmp_path: Path) -> None:
+    with safepool.parallel_backend(n_jobs=2, retries=1):
+        assert Parallel()(
+            delayed(_be_killed_the_first_time)(str(tmp_path / str(n))) for n in range(2)
+        ) == ["done", "done"]
+
+
+def test_a_task_that_takes_too_long_is_ended() -> None:
+    """The block's timeout is of one task; the others have their results."""
+    with safepool.parallel_backend(n_jobs=2, timeout=0.5):
+        begun = time.monotonic()
+        with pytest.raises(safepool.TaskTimeoutError):
+            Parallel()(delayed(time.sleep)(60 if n == 2 else 0) for n in range(4))
+        assert time.monotonic() - begun < 30
+        assert Parallel()(delayed(abs)(-n) for n in range(4)) == [0, 1, 2, 3]
+
+
+def test_a_death_under_one_thread_leaves_the_call_of_another_alone() -> None:
+    """Two threads of a program that share the workers of a name."""
+    import threading
+
+    found: list[Any] = []
+
+    def call() -> None:
+        with Parallel(n_jobs=2, backend="safepool", batch_size=1) as parallel:
+            found.append(parallel(delayed(tasks.sleep_and_return)(0.1, n) for n in range(10)))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        with pytest.raises(safepool.WorkerDiedError):
+            Parallel(n_jobs=2, backend="safepool")(delayed(tasks.be_killed)() for _ in range(2))
+    finally:
+        thread.join(60)
+        from safepool import joblib_backend
+
+        joblib_backend._shared.close(end=True)
+    assert found == [[*range(10)]]
+
+
+@linux
+def test_the_out_of_memory_killer_is_named() -> None:
+    """The default backend says that a segmentation fault or memory may be the cause."""
+    code = (
+        "import safepool\n"
+        "from joblib import Parallel, delayed\n"
+        "def eat():\n"
+        "    held = []\n"
+        "    while True:\n"
+        "        held.append(bytes(range(256)) * 4096 * 4)\n"
+        "with safepool.parallel_backend(n_jobs=2):\n"
+        "    try:\n"
+        "        Parallel()([delayed(eat)(), delayed(abs)(-1)])\n"
+        "    except safepool.WorkerDiedError as error:\n"
+        "        print('out-of-memory killer' in str(error), error.oom is not None)\n"
+        "    print(Parallel()(delayed(abs)(-n) for n in range(3)))\n"
+    )
+    with control_group(memory_bytes=300 << 20) as group:
+        assert group.run(code, timeout_s=90) == "True True\n[0, 1, 2]"
+
+
+# One row per way to end a program in the middle of a call: the signal, and its exit code.
+ENDINGS = {
+    "Ctrl-C": (signal.SIGINT, -signal.SIGINT),
+    "SIGKILL": (signal.SIGKILL, -signal.SIGKILL),
+}
+# One row per way to say where the call runs.
+PLACES = {
+    "block": "safepool.parallel_backend(n_jobs=2)",
+    "name": "joblib.parallel_config(backend='safepool', n_jobs=2)",
+}
+
+
+@linux
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path) -> None:
+    """No process, and no file where joblib's own backend keeps its arrays."""
+    code = (
+        "import os, signal, time, joblib, safepool, numpy\n"
+        # A shell's background job ignores SIGINT, and so does what it starts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def work(array):\n"
+        "    open(f'pid-{os.getpid()}', 'x').close()\n"
+        "    time.sleep(60)\n"
+        f"with {PLACES[place]}:\n"
+        "    joblib.Parallel(batch_size=1)(\n"
+        "        joblib.delayed(work)(numpy.ones(300_000)) for _ in range(9))\n"
+    )
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    signum, exitcode = ENDINGS[ending]
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    ) as program:
+        try:
+            deadline = time.monotonic() + 60
+            while len(pids := [int(path.name[4:]) for path in tmp_path.glob("pid-*")]) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            begun = time.monotonic()
+            program.send_signal(signum)
+            _, said = program.communicate(timeout=30)
+            took_s = time.monotonic() - begun
+        finally:
+            program.kill()
+
+    assert program.returncode == exitcode
+    # Within a second, on a machine that has nothing else to do.
+    assert took_s < 10
+    if ending == "Ctrl-C":
+        # The program's own traceback, and none of a worker's.
+        assert said.count("Traceback (most recent call last)") == 1
+        assert said.rstrip().endswith("KeyboardInterrupt")
+    assert still_alive(pids, after_s=5) == []
+    assert list(temporary.iterdir()) == []
+    assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []

@@ -1,0 +1,394 @@
+"""What only the program has travels by value: wrapped functions, and instances of its classes.
+
+Each case is a program of its own, since it is its ``__main__`` that no worker can import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+
+# What a program of this file begins and ends with.
+FRAME = """
+import json
+import safepool
+
+{body}
+
+if __name__ == "__main__":
+    with safepool.ProcessPool(1, mp_context={method!r}) as pool:
+        def ask(function, *arguments):
+            return pool.submit(function, *arguments).result(timeout=60)
+        print(json.dumps({asked}))
+"""
+
+
+def run(body: str, asked: str, cwd: Path, method: str = "safepool") -> Any:
+    """Run a program; return what its last expression gave, by way of JSON."""
+    program = cwd / "program.py"
+    program.write_text(FRAME.format(body=textwrap.dedent(body), asked=asked, method=method))
+    done = subprocess.run(
+        [sys.executable, program],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# One row per thing that cloudpickle alone cannot send, or sends as something else: the
+# program, what it asks, and what it gets.
+THINGS: dict[str, tuple[str, str, Any]] = {
+    "lru_cache": (
+        """
+        import functools
+        @functools.lru_cache(maxsize=7, typed=True)
+        def double(x):
+            return 2 * x
+        double.extra = "kept"
+        def look():
+            return double.cache_parameters(), double.extra, double.__name__
+        """,
+        "[ask(double, 2), ask(look)]",
+        [4, [{"maxsize": 7, "typed": True}, "kept", "double"]],
+    ),
+    "a cache lasts as long as the worker": (
+        """
+        import functools
+        @functools.cache
+        def noisy(x):
+            calls.append(x)
+            return len(calls)
+        calls = []
+        def use(x):
+            return noisy(x), noisy.cache_info().hits
+        """,
+        "[ask(noisy, 1), ask(noisy, 1), ask(use, 1), ask(use, 1), list(pool.map(noisy, [1, 1]))]",
+        [1, 1, [1, 2], [1, 3], [1, 1]],
+    ),
+    "a recursive cache": (
+        """
+        import functools
+        @functools.cache
+        def fibonacci(n):
+            return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)
+        """,
+        "[ask(fibonacci, 80), list(pool.map(fibonacci, range(5)))]",
+        [23416728348467685, [0, 1, 1, 2, 3]],
+    ),
+    "a cache that is defined again": (
+        """
+        import functools
+        def cached(factor):
+            @functools.cache
+            def times(x):
+                return factor * x
+            return times
+        times = cached(2)
+        def use(x):
+            return times(x)
+        def again():
+            global times
+            times = cached(3)
+            return ask(use, 1)
+        """,
+        "[ask(use, 1), (globals().update(ask=ask), again())[1]]",
+        [2, 3],
+    ),
+    "a cache in a partial, of a lambda, decorated": (
+        """
+        import functools
+        double = functools.lru_cache(lambda x: 2 * x)
+        @safepool.worker
+        @functools.lru_cache
+        def capped(x):
+            return 2 * x
+        """,
+        "[ask(functools.partial(double, 2)), ask(capped, 2), list(pool.map(capped, [3]))]",
+        [4, 4, [6]],
+    ),
+    "a cache comes back as itself": (
+        """
+        import functools
+        @functools.cache
+        def double(x):
+            return 2 * x
+        def back(x):
+            return x
+        """,
+        "[ask(back, double) is double, ask(back, [double])[0] is double]",
+        [True, True],
+    ),
+    "singledispatch": (
+        """
+        import functools
+        @functools.singledispatch
+        def size(x):
+            return "?"
+        @size.register
+        def _(x: list):
+            return [size(item) for item in x]
+        @size.register
+        def _(x: int):
+            return x
+        @size.register(str)
+        @size.register(bytes)
+        def _(x):
+            return len(x)
+        size.extra = "kept"
+        def use(x):
+            return size(x), size.extra, size.dispatch(bool)(True)
+        """,
+        "[ask(size, [1, 'ab', b'abc', None, [True]]), ask(use, 'abc')]",
+        [[1, 2, 3, "?", [True]], [3, "kept", True]],
+    ),
+    "singledispatch registers in the worker": (
+        """
+        import functools
+        class Own:
+            pass
+        @functools.singledispatch
+        def name(x):
+            return "object"
+        @name.register
+        def _(x: Own):
+            return "own"
+        def use(x):
+            name.register(float, lambda x: "float")
+            return name(x), name(1.5), name(1)
+        """,
+        "[ask(name, Own()), ask(use, Own())]",
+        ["own", ["own", "float", "object"]],
+    ),
+    "a class with all of them": (
+        """
+        import functools
+        class Tool:
+            def __init__(self):
+                self.n = 3
+            @functools.cached_property
+            def double(self):
+                return 2 * self.n
+            @functools.lru_cache
+            def plus(self, x):
+                return self.n + x
+            @functools.singledispatchmethod
+            def kind(self, x):
+                return "object"
+            @kind.register
+            def _(self, x: int):
+                return "int"
+            four = functools.partialmethod(plus, 4)
+        def use(tool):
+            return tool.double, vars(tool), tool.plus(1), tool.kind(1), tool.kind(""), tool.four()
+        """,
+        "[ask(use, Tool()), ask(Tool().plus, 2)]",
+        [[6, {"n": 3, "double": 6}, 4, "int", "object", 7], 5],
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["safepool", "spawn"])
+@pytest.mark.parametrize("thing", THINGS)
+def test_it_works_in_a_worker_as_in_the_program(thing: str, method: str, tmp_path: Path) -> None:
+    body, asked, expected = THINGS[thing]
+    assert run(body, asked, tmp_path, method) == expected
+
+
+# A class that counts how often it is made, in the process that asks.
+COUNTED = """
+    import dataclasses
+    import enum
+    made = []
+    class Meta(type):
+        def __new__(meta, name, bases, namespace, **more):
+            made.append("meta " + name)
+            return super().__new__(meta, name, bases, namespace)
+    class Base:
+        def __init_subclass__(cls, **more):
+            made.append("init " + cls.__name__)
+    class Child(Base, metaclass=Meta):
+        shared = 1
+        def __init__(self, x):
+            self.x = x
+        def get(self):
+            return made
+    @dataclasses.dataclass
+    class Data(Base):
+        x: int
+    class Color(enum.Enum):
+        RED = 1
+    class ChildError(Exception):
+        pass
+    def back(x):
+        return x
+    def make(x):
+        return Child(x)
+    def change(x):
+        type(x).shared = 99
+        type(x).get = None
+        return x
+    def fail(x):
+        raise ChildError(x)
+    def local():
+        class Local(Base):
+            def get(self):
+                return "local"
+        return Local()
+"""
+
+# One row per way of a value: what is asked, and what is told.
+WAYS: dict[str, tuple[str, Any]] = {
+    "there and back": ("type(ask(back, Child(3))) is Child", True),
+    "made in the worker": ("type(ask(make, 3)) is Child", True),
+    "by map": (
+        "{type(child) is Child for child in pool.map(back, [Child(1), Child(2)])} == {True}",
+        True,
+    ),
+    "in a container": ("type(ask(back, {'a': [Child(3)]})['a'][0]) is Child", True),
+    "the class itself": ("ask(back, Child) is Child", True),
+    "a dataclass": ("ask(back, Data(3)) == Data(3)", True),
+    "a member of an enumeration": ("ask(back, Color.RED) is Color.RED", True),
+    "an exception": ("type(pool.submit(fail, 1).exception()) is ChildError", True),
+    "a class of a function": (
+        "(lambda value: type(ask(back, value)) is type(value))(local())",
+        True,
+    ),
+    "a class that only the worker has": (
+        "[(a := ask(local)).get(), type(ask(back, a)) is type(a), type(ask(local)) is type(a)]",
+        ["local", True, False],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_instance_comes_back_as_one_of_the_programs_own_class(way: str, tmp_path: Path) -> None:
+    """The class is as it was: not made again, with the methods and attributes it had."""
+    asked, expected = WAYS[way]
+    before = (
+        COUNTED
+        + "    functions = Child.get, Child.__init__, Data.__init__\n    before = list(made)\n"
+    )
+    whole = f"""[
+        {asked},
+        [one for one in made[len(before):] if not one.endswith("Local")],
+        functions == (Child.get, Child.__init__, Data.__init__),
+        Child(1).get() is made,
+    ]"""
+
+    assert run(before, whole, tmp_path) == [expected, [], True, True]
+
+
+def test_what_a_worker_changes_of_a_class_stays_there(tmp_path: Path) -> None:
+    """As in the standard pool; the program's own is untouched."""
+    asked = "[ask(change, Child(3)).shared, Child.shared, Child(1).get() is made]"
+
+    assert run(COUNTED, asked, tmp_path) == [1, 1, True]
+
+
+def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_path: Path) -> None:
+    """It follows the program, whose class it is; nothing is run again for that."""
+    body = """
+        import sys
+        class Base:
+            def __init_subclass__(cls):
+                vars(sys).setdefault("made", []).append(cls.__name__)
+        class Child(Base):
+            shared = 1
+        def look(x):
+            import gc
+            gc.collect()  # what nothing holds between two tasks is gone
+            return sys.made, x.shared
+        def after(value):
+            Child.shared = value
+            return Child()
+    """
+    asked = "[ask(look, Child()), ask(look, Child()), ask(look, after(5)), sys.made]"
+
+    once = ["Child"]
+    assert run(body, asked, tmp_path) == [[once, 1], [once, 1], [once, 5], once]
+
+
+# One row per place where something hides that no pickler can send: the call, and where the
+# error says that it is.
+HIDDEN: dict[str, tuple[str, str]] = {
+    "a global": ("use, 1", "It is global 'lock' of __main__.use"),
+    "a global of a global": (
+        "outer, 1",
+        "It is global 'lock' of __main__.use of global 'use' of __main__.outer",
+    ),
+    "a closure": ("around(), 1", "It is variable 'hidden' around __main__.around.<locals>.inside"),
+    "an argument": ("abs, {'a': [1, lock]}", "It is item 1 of item 'a' of argument 0"),
+    "an attribute": ("back, Holder()", "It is attribute 'held' of a Holder of argument 0"),
+    "a class": (
+        "back, Class()",
+        "It is attribute 'held' of class Class of the class of argument 0",
+    ),
+    "a method": (
+        "Holder().method",
+        "attribute 'held' of a Holder of the object of method 'method'",
+    ),
+    "a partial": ("functools.partial(back, lock)", "It is argument 0"),
+    "no function at all": ("lock, 1", "while the call of"),
+    "a cache": ("cached, 1", "global 'lock' of __main__.cached of the wrapped function"),
+}
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) -> None:
+    body = """
+        import functools, threading, traceback
+        lock = threading.Lock()
+        def use(x):
+            with lock:
+                return x
+        def outer(x):
+            return use(x)
+        def around():
+            hidden = threading.Lock()
+            def inside(x):
+                return hidden, x
+            return inside
+        def back(x):
+            return x
+        class Holder:
+            def __init__(self):
+                self.held = threading.Lock()
+            def method(self):
+                pass
+        class Class:
+            held = threading.Lock()
+        @functools.cache
+        def cached(x):
+            return lock, x
+        def told(pool, *call):
+            errors = [pool.submit(*call).exception(timeout=60)]
+            if len(call) > 1:
+                try:
+                    list(pool.map(*call[:1], call[1:]))
+                except Exception as error:
+                    errors.append(error)
+            return ["".join(traceback.format_exception_only(error)) for error in errors]
+    """
+    call, words = HIDDEN[place]
+
+    first, *others = run(body, f"told(pool, {call})", tmp_path)
+
+    assert "cannot pickle '_thread.lock' object" in first
+    assert words in first
+    # In map the function and each item are pickled by themselves: another end of the way.
+    assert all(words.split(" of argument")[0] in other for other in others)
