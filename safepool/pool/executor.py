@@ -219,11 +219,15 @@ class ProcessPool(Executor):
 
         Args:
             fn: Any callable; lambdas, closures and functions of ``__main__`` as well.
-            *args: Its positional arguments, pickled when a worker takes the task.
+            *args: Its positional arguments, pickled when a worker takes the task. Large
+                arrays in them are copied once, arrive writable and are the task's own; one that
+                is mapped from a file (``numpy.memmap``) is mapped again. What many tasks need is
+                placed once by :func:`safepool.share`.
             **kwargs: Its keyword arguments.
 
         Returns:
-            A future. It raises what ``fn`` raised, with the remote traceback as its cause;
+            A future. It raises ``MemoryError`` if there is no room for the arrays; what
+            ``fn`` raised, with the remote traceback as its cause;
             :class:`safepool.WorkerDiedError` if the worker died; what the pickler raised
             if the call or its result could not be pickled.
 

@@ -1,5 +1,12 @@
 """Floor 4: bytes between a pool and one of its workers, over a private channel.
 
-``frames`` cuts the stream, ``payloads`` turns objects into segments, ``channel`` sends and
-receives without ever blocking the pool. It does not know what a task means.
+    payloads    objects -> segments: a pickle, and the buffers of arrays beside it
+    memmaps     ... arrays of a file as the file's name
+    sharing     ... what was shared as a number (references)
+    files       segments -> unnamed files, if there is much of them
+    frames      segments -> one message, and back
+    channel     sends and receives messages, without ever blocking the pool
+    letters     rare messages with descriptors, to a fork server
+
+It does not know what a task means.
 """
