@@ -277,3 +277,16 @@ def remembered() -> int:
     """Tell how many of them still live in this process."""
     gc.collect()
     return sum(reference() is not None for reference in _remembered)
+
+
+def append_somewhere(value: Any, *_more: Any) -> int:
+    """Append to the first list that is found in a value; return its length."""
+    while not isinstance(value, list) or (value and not isinstance(value[0], int)):
+        if isinstance(value, dict):
+            value = next(iter(value.values()))
+        elif isinstance(value, (list, tuple)):
+            value = value[0]
+        else:
+            value = next(iter(vars(value).values()))
+    value.append(len(value))
+    return len(value)

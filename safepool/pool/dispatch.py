@@ -6,8 +6,9 @@ import functools
 import os
 import pickle
 import time
+import types
 import weakref
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.functions import Functions, SentFunction
@@ -21,7 +22,7 @@ from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff, Worker
@@ -41,6 +42,18 @@ _BATCH_BYTES = 256 * 1024
 # keep the other workers waiting for longer than it takes to wake another thread and be woken.
 _AT_ONCE_BYTES = 4 << 20
 
+# They hold nothing that a call could change.
+_PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_UNCHANGED: tuple[type, ...] = (
+    *_PLAIN,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
+
+# Calls of one function of which it is searched what could not be pickled.
+_MOST_BLAMED = 3
 # How the note begins that such an error gets.
 _NOT_SENT = "while the call of "
 
@@ -57,7 +70,7 @@ class Dispatch:
 
     def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
-        self._blamed: set[str] = set()
+        self._blamed: Counter[str] = Counter()
         self._settled = settled
         self._packer = Packer(wake)
         self._wake = wake
@@ -121,9 +134,13 @@ class Dispatch:
         if isinstance(work, Span):
             if work.alone:
                 return task_frame(work.position, packing.function, segments)
-            starred, timed = work.run.starred, work.run.policy.timeout_s is not None
             return batch_frame(
-                work.position, packing.function, segments, starred=starred, timed=timed
+                work.position,
+                packing.function,
+                segments,
+                starred=work.run.starred,
+                timed=work.run.policy.timeout_s is not None,
+                apart=work.apart,
             )
         if not work.policy.retries:
             work.pickled = None
@@ -185,16 +202,21 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
         try:
-            value: object = (run.arguments_of(span.items[0]), {}) if span.alone else span.items
-            _, segments, shared, brings_globals = _dumps(value)
+            if span.alone:
+                packed: Pickled | None = _dumps((run.arguments_of(span.items[0]), {}))
+            else:
+                packed = _dumps_items(span)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
+            packed = None
             if span.count == 1:
-                self._say_what(error, run.name, value)
+                self._say_what(error, run.name, span.items[0])
                 self._fail_all(span, error)
                 return [], []
+        if packed is None:
             return [], [span.only(place) for place in range(span.count)]
+        _, segments, shared, brings_globals = packed
         if span.count > 1 and any(one.writable for one in shared):
-            # In one pickle they would be one object, and a call see what another has written.
+            # In one payload they would be one object, and a call see what another has written.
             return [], [span.only(place) for place in range(span.count)]
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._introduce(worker, run.sent, shared)
@@ -220,11 +242,11 @@ class Dispatch:
             note += (
                 " and the globals of __main__ that it uses, which travel to the worker by value"
             )
-        # Once for each function: the workers wait meanwhile.
-        if name not in self._blamed and isinstance(
+        # Not for each of many calls of a function: the workers wait meanwhile.
+        if self._blamed[name] < _MOST_BLAMED and isinstance(
             error, (TypeError, AttributeError, pickle.PicklingError)
         ):
-            self._blamed.add(name)
+            self._blamed[name] += 1
             culprit = find_unpicklable(value, payloads.dumps)
             note += f". It is {culprit}" if culprit else ""
         try:
@@ -309,6 +331,62 @@ def _dumps(value: object, *, by_value: bool = False) -> Pickled:
     with references.Collected() as met:
         segments = payloads.dumps(value, into_main=True, by_value=by_value)
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
+
+
+def _dumps_items(span: Span) -> Pickled | None:
+    """Pickle the items of several calls; ``None`` if each must travel alone.
+
+    In one pickle what two of them refer to would be one object in the worker, and a call see
+    what another has changed. So each gets a pickle of its own, unless the caller has said which
+    of them belong together, or there is nothing to change. What travels by value brings its
+    classes along, which costs a hundred times as much: it goes in one pickle if no two
+    calls have an argument, or a part of one, in common.
+    """
+    items = span.items
+    span.apart = False
+    if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
+        return _dumps(items)
+    pickles: list[bytes | memoryview] = []
+    shared: list[Shared[Any]] = []
+    brings_globals = False
+    for item in items:
+        _, segments, more, by_value = _dumps(item)
+        if len(segments) > 1:
+            return None
+        if by_value and not pickles and not _have_parts_in_common(items):
+            return _dumps(items)
+        pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
+        shared += more
+        brings_globals = brings_globals or by_value
+    span.apart = True
+    return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, brings_globals)
+
+
+def _are_plain(items: list[Any], starred: bool) -> bool:
+    if starred:
+        return all(type(part) in _PLAIN for item in items for part in item)
+    return all(type(item) in _PLAIN for item in items)
+
+
+def _have_parts_in_common(items: list[Any]) -> bool:
+    seen: set[int] = set()
+    for item in items:
+        parts = {id(item): item}
+        parts |= {id(part): part for part in _parts(item)}
+        parts |= {id(deep): deep for part in _parts(item) for deep in _parts(part)}
+        mine = {key for key, part in parts.items() if not isinstance(part, _UNCHANGED)}
+        if seen & mine:
+            return True
+        seen |= mine
+    return False
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, (list, tuple)):
+        return value
+    return vars(value).values() if hasattr(value, "__dict__") else ()
 
 
 def was_not_sent(error: BaseException) -> bool:

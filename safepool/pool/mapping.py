@@ -258,6 +258,7 @@ class Span:
         items: The arguments of each.
         attempts: How often the first was begun and lost with its worker.
         alone: It holds one call that must not travel with others.
+        apart: Each item was pickled by itself.
     """
 
     run: MapRun
@@ -265,6 +266,7 @@ class Span:
     items: list[Item] = field(repr=False)
     attempts: int = 0
     alone: bool = False
+    apart: bool = False
     position: int = 0
     done: int = 0
     expected_ns: int = 0

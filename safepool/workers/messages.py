@@ -34,8 +34,8 @@ _FUNCTION = struct.Struct("<I")
 # Of each call in a frame of several: the function's number and the length of the pickle.
 _CALL = struct.Struct("<II")
 # Of a batch: the function's number; whether each item holds all arguments of its call or is
-# the only one, and whether the calls have a timeout.
-_BATCH = struct.Struct("<I??")
+# the only one, whether the calls have a timeout, and whether each item is a pickle.
+_BATCH = struct.Struct("<I???")
 # Of values: the microseconds that they took, and in which kind of lane they were, 0 for none.
 _VALUES = struct.Struct("<IB")
 
@@ -65,6 +65,7 @@ def batch_frame(
     *,
     starred: bool,
     timed: bool,
+    apart: bool = False,
 ) -> Pieces:
     """Return the frame of calls of one function.
 
@@ -74,14 +75,15 @@ def batch_frame(
         segments: A pickle of the list of items, one for each call.
         starred: An item is the tuple of the call's arguments, not the only one itself.
         timed: The worker is to say exactly when each begins.
+        apart: Each item is a pickle by itself.
     """
-    return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed), *segments])
+    return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed, apart), *segments])
 
 
-def read_batch(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, bool, bool]:
-    """Return number, ``starred`` and ``timed`` of a frame of :func:`batch_frame`."""
-    number, starred, timed = _BATCH.unpack(segments[0])
-    return number, starred, timed
+def read_batch(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int, bool, bool, bool]:
+    """Return number, ``starred``, ``timed`` and ``apart`` of a frame of :func:`batch_frame`."""
+    number, starred, timed, apart = _BATCH.unpack(segments[0])
+    return number, starred, timed, apart
 
 
 def function_of(segments: Sequence[bytes | bytearray | memoryview]) -> int:

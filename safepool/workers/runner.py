@@ -186,13 +186,15 @@ class Runner:
         self._answers.send(position, kind, answer)
 
     def _run_batch(self, position: int, segments: list[Received]) -> None:
-        number, starred, timed = read_batch(segments)
+        number, starred, timed, apart = read_batch(segments)
         function = self._functions[number]
         # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
         if not self._claim(position, reading=True):
             return
         try:
             items = loads(segments[1:])
+            if apart:
+                items = [loads([item]) for item in items]
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
             self._fork.leave()
             self._answers.flush()

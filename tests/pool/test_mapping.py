@@ -8,12 +8,15 @@ import random
 import threading
 import time
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_tasks
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safepool import ProcessPool
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.policy import NO_POLICY
 
@@ -257,3 +260,29 @@ def test_what_was_taken_is_not_kept() -> None:
         gc.collect(0)
         assert Value.alive <= 20
     assert Value.alive == 0
+
+
+# One row per way in which two calls of a map come to the same object: the items, and whether they
+# are the arguments of one iterable. Each call appends to what it is given, and returns its length.
+IN_COMMON: dict[str, tuple[Any, ...]] = {
+    "the same argument": ([[]] * 40,),
+    "a part of an argument": ([([], 1)] * 40,),
+    "one of several arguments": ([[]] * 40, range(40)),
+    "deep inside of each": ([{"deep": [one]} for one in [[]] * 40],),
+    "an instance of what the worker imports": ([SimpleNamespace(found=[])] * 40,),
+}
+
+
+@pytest.mark.parametrize("case", IN_COMMON)
+def test_no_call_sees_what_another_has_changed(case: str) -> None:
+    """As with the standard pool, whose calls travel one by one."""
+    with ProcessPool(1) as pool:
+        list(pool.map(support_tasks.append_somewhere, [[]] * 3))  # so short that many go at once
+        assert set(pool.map(support_tasks.append_somewhere, *IN_COMMON[case])) == {1}
+
+
+def test_what_a_chunk_has_in_common_stays_so() -> None:
+    """As with the standard pool, which pickles a chunk in one piece."""
+    with ProcessPool(1) as pool:
+        lengths = list(pool.map(support_tasks.append_somewhere, [[]] * 4, chunksize=2))
+    assert lengths == [1, 2, 1, 2]

@@ -59,8 +59,9 @@ def test_a_task_and_a_batch_name_their_function(number: int, segments: list[byte
     assert [bytes(segment) for segment in frame.segments[1:]] == segments
 
     starred, timed = number % 2 == 0, number % 3 == 0
-    frame = received(batch_frame(1, number, segments, starred=starred, timed=timed))
-    assert read_batch(frame.segments) == (number, starred, timed)
+    apart = number % 5 == 0
+    frame = received(batch_frame(1, number, segments, starred=starred, timed=timed, apart=apart))
+    assert read_batch(frame.segments) == (number, starred, timed, apart)
     assert [bytes(segment) for segment in frame.segments[1:]] == segments
 
 
