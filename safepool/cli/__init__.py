@@ -3,14 +3,16 @@
 It parses, calls one room, and turns whatever goes wrong into one line on standard error.
 What a command does is in its room, which is imported only when it is asked for:
 
-    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why
+    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
+                    ``verdict`` judges it, ``watch`` prints a line a second
     doctor          ``safepool doctor NAME...``: which library brings which native threads
     run             ``safepool run -- COMMAND``: any program, started with its limits set
     demo            ``safepool demo``: the standard pool and safepool's on the same work
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
-    1    the demo's comparison failed, or the doctor could not import a library
+    1    a problem was found: with the limits here, or the demo's comparison failed, or the
+         doctor could not import a library
     2    wrong usage, or a package that the command needs is not installed
     126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
@@ -22,7 +24,7 @@ import argparse
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
 from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, Options
@@ -99,7 +101,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run_limits(options: argparse.Namespace) -> int:
     from safepool.cli import limits_screen  # noqa: PLC0415 -- only the command that is asked for
 
-    return limits_screen.run(as_json=options.json)
+    return limits_screen.run(as_json=options.json, pid=options.pid, watched=options.watch)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -143,13 +145,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="safepool",
-        description="Process pools that fit the machine they run on. Without a command: "
-        "what this process may use, who says so, and the workers and threads that fit.",
-        epilog="Exit codes: 0 fine, 1 the demo's comparison failed or the doctor could not "
-        "import a library, 2 wrong usage or a package is missing, 130 Ctrl-C.",
+        description="Process pools that fit the machine they run on. Without a command: what\n"
+        "this process may use, who says so, and whether that is a problem.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    _add_limits_options(parser)
     parser.set_defaults(run=_run_limits)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
@@ -187,7 +190,38 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
         )
+    for command in (limits, doctor):
+        _add_limits_options(command, default=argparse.SUPPRESS)
     return parser
+
+
+_EXAMPLES = """\
+examples:
+  safepool                           is this machine a problem?
+  safepool --pid 4711 --watch        a running process, a line a second
+  safepool --json | jq .findings     for programs
+  safepool doctor numpy              which native threads a library brings
+  safepool run -- python train.py    start a program with its limits set
+
+Exit codes: 0 fine, 1 a problem was found, 2 wrong usage or a package is
+missing, 130 Ctrl-C; safepool run: the program's own, 126, 127. Good for a
+container's health check: safepool > /dev/null"""
+
+
+def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+    parser.add_argument(
+        "--pid",
+        type=_whole_number(at_least=1),
+        metavar="N",
+        help="look at another running process (Linux)",
+        **default,
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="a line a second: CPU time used, and how often the kernel froze it (Linux)",
+        **default,
+    )
 
 
 _DOCTOR = """\
