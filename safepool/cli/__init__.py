@@ -74,6 +74,8 @@ def _run(argv: Sequence[str] | None) -> int:
         # Of a first "--" that is the command's own, argparse must not hear.
         if command:
             options.command = [*options.command, *command[bool(not options.command) :]]
+        if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
+            parser.error("doctor: --pid and --watch go without a library")
         if options.run is _run_run and not options.command:
             parser.error("run: a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:

@@ -63,6 +63,8 @@ __all__ = ["NativeLibrary", "OtherProcess", "Screen", "ScreenError", "read_scree
 
 _SCHEMA = 1
 _NAME_WIDTH = 26
+# Of the runtimes that nearly every program has, the one that wins first.
+_NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 # Three periods of the usual quota.
 _SAMPLE_S = 0.3
 
@@ -265,7 +267,8 @@ class Screen:
         if self.joblib_workers is not None:
             # joblib, "Avoiding over-subscription of CPU resources": its workers share the
             # CPUs, unless a variable is set.
-            threads = self.native_threads if self.variables else 1
+            told = any(name in self.variables for name in _NATIVE_VARIABLES)
+            threads = self.native_threads if told else 1
             rows.append(("joblib, n_jobs=-1", self.joblib_workers, threads))
         for name, workers, threads in rows:
             many = counted(workers * threads, "thread")
@@ -395,7 +398,7 @@ def _native_threads(limits: Limits, environ: Mapping[str, str]) -> int:
 
     They see the affinity mask and no quota.
     """
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    for name in _NATIVE_VARIABLES:
         first = environ.get(name, "").split(",")[0].strip()
         if first.isascii() and first.isdigit() and int(first) > 0:
             return int(first)

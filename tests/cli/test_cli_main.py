@@ -17,7 +17,17 @@ REPOSITORY = Path(safepool.__file__).parent.parent
 
 # One row per way to ask for help: what the text must mention.
 HELP: dict[str, tuple[list[str], list[str]]] = {
-    "the command": (["--help"], ["limits", "doctor", "demo", "--json", "--version", "130"]),
+    "the command": (
+        ["--help"],
+        ["limits", "doctor", "run", "demo", "--json", "--pid", "--watch", "--version", "130"],
+    ),
+    "run": (
+        ["run", "--help"],
+        [
+            *("--workers", "--threads", "--reserve", "--force", "--explain", "--patch"),
+            *("examples:", "safepool run --", "126", "127", "python -I"),
+        ],
+    ),
     "limits": (["limits", "--help"], ["--json"]),
     "doctor": (
         ["doctor", "--help"],
@@ -35,6 +45,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too few points": (["demo", "--points", "15"], "at least 16, found '15'"),
     "no time": (["doctor", "--timeout", "0", "numpy"], "at least 0.1, found '0'"),
     "unknown option of the doctor": (["doctor", "numpy", "--fast"], "--fast"),
+    "a process and a library": (["doctor", "--pid", "1", "numpy"], "without a library"),
+    "no process": (["--pid", "0"], "at least 1, found '0'"),
     "no CPUs": (["demo", "--cpus", "0"], "at least 0.01, found '0'"),
     "negative CPUs": (["demo", "--cpus=-1"], "found '-1'"),
     "CPUs that are not a number": (["demo", "--cpus", "nan"], "found 'nan'"),
@@ -81,7 +93,8 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 def test_json_may_stand_before_or_after_the_command(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments) == 0
+    # 1 where the machine that the tests run on has a problem.
+    assert main(arguments) in {0, 1}
     assert capsys.readouterr().out.startswith("{")
 
 
