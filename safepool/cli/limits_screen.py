@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from safepool.budget import Budget
     from safepool.cli.verdict import Finding
+    from safepool.cli.watch import View
     from safepool.limits import (
         Limit,
         Limits,
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
         SharedMemory,
         Throttling,
     )
-
-    if sys.platform == "linux":
-        from safepool.limits.process import ProcessView
 
     _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 
@@ -304,7 +302,7 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
     )
 
 
-def read_process_screen(view: ProcessView, *, sample_s: float = 0.0) -> Screen:
+def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
     """Read another process's limits, threads and libraries; else as `read_screen`."""
     limits = view.read_limits()
     environ = view.environ()
@@ -351,15 +349,16 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
     return 1 if screen.has_problem else 0
 
 
-def _view(pid: int) -> ProcessView:
-    if sys.platform != "linux":
-        raise ScreenError("--pid and --watch need Linux, whose /proc tells about processes")
-    from safepool.limits.process import ProcessView  # noqa: PLC0415 -- Linux only
+def _view(pid: int) -> View:
+    if sys.platform == "linux":
+        from safepool.limits.process import ProcessView  # noqa: PLC0415 -- Linux only
 
-    try:
-        return ProcessView(pid)
-    except ProcessLookupError as error:
-        raise ScreenError(str(error)) from error
+        try:
+            return ProcessView(pid)
+        except ProcessLookupError as error:
+            raise ScreenError(str(error)) from error
+    else:
+        raise ScreenError("--pid and --watch need Linux, whose /proc tells about processes")
 
 
 def _sampled(

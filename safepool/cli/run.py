@@ -210,17 +210,26 @@ def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
     sys.stderr.flush()
     name = as_ascii(command[0])
     try:
-        if sys.platform == "win32":
-            # exec there starts another process and ends this one at once.
-            return subprocess.call(command, env=environ)
-        # Python ignores them, and what is ignored stays so: `yes | head` would not end.
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        os.execvpe(command[0], list(command), environ)
+        return _exec(command, environ)
     except FileNotFoundError as error:
         raise RunError(f"{name}: command not found", 127) from error
     except OSError as error:
         raise RunError(f"{name}: cannot be run: {error.strerror}", 126) from error
+
+
+if sys.platform == "win32":
+
+    def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
+        # exec there starts another process and ends this one at once.
+        return subprocess.call(command, env=environ)
+
+else:
+
+    def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
+        # Python ignores them, and what is ignored stays so: `yes | head` would not end.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], list(command), environ)
 
 
 def _rulers(row: NativeRuntime) -> tuple[str, ...]:

@@ -15,18 +15,42 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from safepool.cli.text import counted
 
 if TYPE_CHECKING:
-    from safepool.limits import Throttling
-    from safepool.limits.process import CpuUsage, ProcessView
+    from safepool.limits import Limits, Throttling
+    from safepool.limits._types import CpuUsage
 
-__all__ = ["Line", "watch"]
+__all__ = ["Line", "View", "watch"]
 
 _BAR = 20
 _EVERY_S = 1.0
+
+
+class View(Protocol):
+    """A process as `safepool.limits.process.ProcessView` shows it, which only Linux has."""
+
+    pid: int
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment that it was started with."""
+
+    def read_limits(self) -> Limits:
+        """Read every limit that holds for it."""
+
+    def read_throttling(self) -> Throttling | None:
+        """Read its group's counters."""
+
+    def read_usage(self) -> CpuUsage | None:
+        """Read the CPU time of its group."""
+
+    def threads(self) -> int:
+        """Count its threads; 0 when it has ended."""
+
+    def libraries(self) -> tuple[str, ...]:
+        """Return the files that it runs code from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +81,7 @@ class Line:
         return json.dumps(asdict(self))
 
 
-def watch(view: ProcessView, cpus: float, *, as_json: bool, lines: int | None = None) -> None:
+def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -> None:
     """Print a line a second until the process has ended.
 
     Args:

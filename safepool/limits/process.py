@@ -17,35 +17,24 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from safepool.limits import memory, pids, quota
-from safepool.limits._linux import _cpu_limits
-from safepool.limits._types import Limits, OpenFilesLimit, SharedMemory, Throttling
+from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, SharedMemory, Throttling
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
 from safepool.limits.place import read_place
 
+if sys.platform == "linux":
+    from safepool.limits._linux import _cpu_limits
+
 assert sys.platform == "linux"
 
-__all__ = ["CpuUsage", "ProcessView"]
+__all__ = ["ProcessView"]
 
 _OWN_FOLDERS = ("/proc/self/", "/proc/thread-self/")
 _OPEN_FILES = re.compile(r"^Max open files +([0-9]+|unlimited) ", re.ASCII | re.MULTILINE)
 _USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuUsage:
-    """CPU time that a control group has used.
-
-    Attributes:
-        used_us: Microseconds since the group was made.
-        source: The file that was read.
-    """
-
-    used_us: int
-    source: str
 
 
 class ProcessView:
