@@ -24,6 +24,7 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
@@ -112,7 +113,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     asked = Options(
         tasks=options.tasks, points=options.points, cpus=options.cpus, bound_s=options.bound
     )
-    return demo.run(asked, as_json=options.json)
+    return demo.run(asked, as_json=options.json, plot=options.plot)
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
@@ -345,6 +346,23 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="cut a pool off after this time (%(default)g)",
     )
+    demo.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="draw it, in a file that ends in .svg or .png (needs safepool[plot])",
+    )
+
+
+def _picture(text: str) -> Path:
+    from safepool.cli.demo_plot import ENDINGS  # noqa: PLC0415 -- only where it is asked for
+
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(
+            f"expected a file that ends in {' or '.join(ENDINGS)}, found {text!a}"
+        )
+    return path
 
 
 def _whole_number(*, at_least: int) -> Callable[[str], int]:

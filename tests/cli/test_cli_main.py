@@ -33,7 +33,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
         ["doctor", "--help"],
         ["LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy", "Exit codes"],
     ),
-    "demo": (["demo", "--help"], ["--tasks", "--points", "--cpus", "--bound", "--json"]),
+    "demo": (["demo", "--help"], ["--tasks", "--points", "--cpus", "--bound", "--plot", "--json"]),
 }
 
 # One row per wrong use: what the one line on standard error must name.
@@ -50,6 +50,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no CPUs": (["demo", "--cpus", "0"], "at least 0.01, found '0'"),
     "negative CPUs": (["demo", "--cpus=-1"], "found '-1'"),
     "CPUs that are not a number": (["demo", "--cpus", "nan"], "found 'nan'"),
+    "a picture of another kind": (["demo", "--plot", "x.gif"], ".svg or .png, found 'x.gif'"),
     "endless bound": (["demo", "--bound", "inf"], "found 'inf'"),
 }
 
@@ -112,6 +113,19 @@ def test_a_missing_package_is_named_with_its_remedy(
     assert capsys.readouterr() == (
         "",
         f"safepool: {package} is not installed. Install it with: pip install 'safepool[demo]'\n",
+    )
+
+
+def test_a_picture_without_matplotlib_names_the_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    assert main(["demo", "--plot", "x.svg"]) == 2
+
+    assert capsys.readouterr() == (
+        "",
+        "safepool: matplotlib is not installed. Install it with: pip install 'safepool[plot]'\n",
     )
 
 
