@@ -82,7 +82,7 @@ def draw(report: Report, path: Path) -> None:
     shown = panels(report)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    names = ["ProcessPoolExecutor", "safepool"]
+    names = ["standard pool", "safepool"]
     for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         bars = axes.bar(names, [value or 0.0 for value in values], color=["#b8564b", "#3c7a89"])
         axes.bar_label(bars, ["not known" if v is None else f"{v:.3g}" for v in values])
