@@ -3,14 +3,18 @@
 It parses, calls one room, and turns whatever goes wrong into one line on standard error.
 What a command does is in its room, which is imported only when it is asked for:
 
-    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why
+    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
+                    ``verdict`` judges it, ``watch`` prints a line a second
     doctor          ``safepool doctor NAME...``: which library brings which native threads
+    run             ``safepool run -- COMMAND``: any program, started with its limits set
     demo            ``safepool demo``: the standard pool and safepool's on the same work
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
-    1    the demo's comparison failed, or the doctor could not import a library
+    1    a problem was found: with the limits here, or the demo's comparison failed, or the
+         doctor could not import a library
     2    wrong usage, or a package that the command needs is not installed
+    126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
 """
 
@@ -20,7 +24,8 @@ import argparse
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
 from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, Options
@@ -57,13 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FINE
     except SafepoolError as error:
         print(f"safepool: {error}", file=sys.stderr)
-        return _USAGE if isinstance(error, MissingExtraError) else _FAILED
+        own: int | None = getattr(error, "code", None)
+        return own or (_USAGE if isinstance(error, MissingExtraError) else _FAILED)
     return code
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    ours, command = _split(sys.argv[1:] if argv is None else argv)
     try:
-        options = _parser().parse_args(argv)
+        options = parser.parse_args(ours)
+        # Of a first "--" that is the command's own, argparse must not hear.
+        if command:
+            options.command = [*options.command, *command[bool(not options.command) :]]
+        if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
+            parser.error("doctor: --pid and --watch go without a library")
+        if options.run is _run_run and not options.command:
+            parser.error("run: a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:
         # argparse leaves this way after --help, --version and wrong arguments.
         return stop.code if isinstance(stop.code, int) else _USAGE
@@ -71,10 +86,25 @@ def _run(argv: Sequence[str] | None) -> int:
     return run(options)
 
 
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Cut the arguments of ``run`` before the first ``--``; releases of argparse differ there.
+
+    Example:
+        >>> _split(["run", "--force", "--", "make", "--", "all"])
+        (['run', '--force'], ['--', 'make', '--', 'all'])
+        >>> _split(["doctor", "--", "numpy"])
+        (['doctor', '--', 'numpy'], [])
+    """
+    if "--" not in argv or next((a for a in argv if not a.startswith("-")), "") != "run":
+        return list(argv), []
+    at = list(argv).index("--")
+    return list(argv[:at]), list(argv[at:])
+
+
 def _run_limits(options: argparse.Namespace) -> int:
     from safepool.cli import limits_screen  # noqa: PLC0415 -- only the command that is asked for
 
-    return limits_screen.run(as_json=options.json)
+    return limits_screen.run(as_json=options.json, pid=options.pid, watched=options.watch)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -83,7 +113,7 @@ def _run_demo(options: argparse.Namespace) -> int:
     asked = Options(
         tasks=options.tasks, points=options.points, cpus=options.cpus, bound_s=options.bound
     )
-    return demo.run(asked, as_json=options.json)
+    return demo.run(asked, as_json=options.json, plot=options.plot)
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
@@ -92,6 +122,20 @@ def _run_doctor(options: argparse.Namespace) -> int:
     from safepool.cli import doctor  # noqa: PLC0415 -- only the command that is asked for
 
     return doctor.run(options.libraries, limit_s=options.timeout, as_json=options.json)
+
+
+def _run_run(options: argparse.Namespace) -> int:
+    from safepool.cli import run  # noqa: PLC0415 -- only the command that is asked for
+
+    return run.run(
+        options.command,
+        workers=options.workers,
+        threads=options.threads,
+        reserve=options.reserve,
+        force=options.force,
+        explain=options.explain,
+        patch=options.patch,
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,13 +148,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="safepool",
-        description="Process pools that fit the machine they run on. Without a command: "
-        "what this process may use, who says so, and the workers and threads that fit.",
-        epilog="Exit codes: 0 fine, 1 the demo's comparison failed or the doctor could not "
-        "import a library, 2 wrong usage or a package is missing, 130 Ctrl-C.",
+        description="Process pools that fit the machine they run on. Without a command: what\n"
+        "this process may use, who says so, and whether that is a problem.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    _add_limits_options(parser)
     parser.set_defaults(run=_run_limits)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
@@ -128,6 +173,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_run_doctor)
     _add_doctor_options(doctor)
 
+    run = commands.add_parser(
+        "run",
+        help="start an unmodified program with its limits set",
+        description=_RUN,
+        epilog=_RUN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="safepool run [options] -- COMMAND [ARGUMENT ...]",
+    )
+    run.set_defaults(run=_run_run)
+    _add_run_options(run)
+
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
     demo = commands.add_parser("demo", help=text, description=f"Run {text}, and compare.")
     demo.set_defaults(run=_run_demo)
@@ -137,7 +193,38 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
         )
+    for command in (limits, doctor):
+        _add_limits_options(command, default=argparse.SUPPRESS)
     return parser
+
+
+_EXAMPLES = """\
+examples:
+  safepool                           is this machine a problem?
+  safepool --pid 4711 --watch        a running process, a line a second
+  safepool --json | jq .findings     for programs
+  safepool doctor numpy              which native threads a library brings
+  safepool run -- python train.py    start a program with its limits set
+
+Exit codes: 0 fine, 1 a problem was found, 2 wrong usage or a package is
+missing, 130 Ctrl-C; safepool run: the program's own, 126, 127. Good for a
+container's health check: safepool > /dev/null"""
+
+
+def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:
+    parser.add_argument(
+        "--pid",
+        type=_whole_number(at_least=1),
+        metavar="N",
+        help="look at another running process (Linux)",
+        **default,
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="a line a second: CPU time used, and how often the kernel froze it (Linux)",
+        **default,
+    )
 
 
 _DOCTOR = """\
@@ -170,6 +257,66 @@ def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
     )
 
 
+_RUN = """\
+Start a program with every variable set that bounds its native threads
+(OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...) and its pools of
+processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...), so that workers x threads
+fit the limit as it is now. What you have set stays. By default there are as
+many workers as CPUs, of one thread each; a program of one process gets all
+threads with --workers 1. The exit status and the signals are the program's."""
+
+_RUN_EXAMPLES = """\
+examples:
+  safepool run -- python train.py
+  safepool run --workers 1 -- python one_process.py   all threads to one process
+  safepool run --workers 2 --threads auto -- pytest -n auto
+  safepool run --patch -- python uses_executor.py     safepool's pools inside
+  safepool run --explain -- true                      only say what is set
+
+--patch reaches Python programs for whose Python safepool is installed, and the
+Python processes that they start; python -I, -E and -S cannot be reached.
+
+Exit codes: the program's; 126 it cannot be run, 127 it was not found, 2 wrong
+usage."""
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    run.add_argument(
+        "--workers",
+        type=_whole_number(at_least=1),
+        metavar="N",
+        help="processes that the program starts (as many as fit)",
+    )
+    run.add_argument(
+        "--threads",
+        type=_threads,
+        default="auto",
+        metavar="auto|N",
+        help="threads of each native pool in each process (%(default)s: the limit divided "
+        "by the workers)",
+    )
+    run.add_argument(
+        "--reserve",
+        type=_number(at_least=0),
+        default=0.0,
+        metavar="X",
+        help="CPUs to leave free, such as 0.5 (%(default)g)",
+    )
+    run.add_argument("--force", action="store_true", help="replace what you have set, too")
+    run.add_argument("--explain", action="store_true", help="print what is set to standard error")
+    run.add_argument(
+        "--patch",
+        action="store_true",
+        help="put safepool.ProcessPool in the place of ProcessPoolExecutor and of joblib's "
+        "default backend",
+    )
+
+
+def _threads(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else _whole_number(at_least=1)(text)
+
+
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--tasks",
@@ -199,6 +346,23 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="cut a pool off after this time (%(default)g)",
     )
+    demo.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="draw it, in a file that ends in .svg or .png (needs safepool[plot])",
+    )
+
+
+def _picture(text: str) -> Path:
+    from safepool.cli.demo_plot import ENDINGS  # noqa: PLC0415 -- only where it is asked for
+
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(
+            f"expected a file that ends in {' or '.join(ENDINGS)}, found {text!a}"
+        )
+    return path
 
 
 def _whole_number(*, at_least: int) -> Callable[[str], int]:

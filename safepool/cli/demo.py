@@ -12,6 +12,7 @@ it prints, and changes nothing of the environment that the halves run in.
     demo_processes  counting and ending other processes
     demo_group      the control group with the quota
     demo_report     the table, the sentence below it, and JSON
+    demo_plot       the picture, with --plot
 
 ``--json`` prints one object:
 
@@ -51,6 +52,7 @@ from typing import TYPE_CHECKING
 
 from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
 from safepool.cli.demo_measure import POOLS, measure
+from safepool.cli.demo_plot import check_plot, draw
 from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
 from safepool.errors import MissingExtraError
 from safepool.limits import read_limits
@@ -68,23 +70,27 @@ _NEEDED = ("numpy", "scipy")
 _REMEDY = "pip install 'safepool[demo]'"
 
 
-def run(options: Options, *, as_json: bool) -> int:
+def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
     """Run both halves, print what was measured, and leave nothing behind.
 
     Args:
         options: What to run.
         as_json: Print one JSON object in place of the table.
+        plot: Where to draw a picture.
 
     Returns:
         Exit code: 0, or 1 if the comparison failed.
 
     Raises:
-        MissingExtraError: NumPy or SciPy is not installed.
+        MissingExtraError: NumPy or SciPy is not installed, or matplotlib for a picture.
+        PlotError: The picture cannot be written.
         GroupLeftError: The control group could not be removed.
     """
     for package in _NEEDED:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, _REMEDY)
+    if plot is not None:
+        check_plot(plot)
     with ExitStack() as stack:
         stack.enter_context(_endings_clean_up())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safepool-demo-")))
@@ -101,6 +107,8 @@ def run(options: Options, *, as_json: bool) -> int:
         print(report.as_json(), flush=True)
     else:
         print(*report.closing_lines(), sep="\n", flush=True)
+    if plot is not None:
+        draw(report, plot)
     return 1 if report.failed else 0
 
 

@@ -3,32 +3,48 @@
 It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
 value with its source and raw text. It has no opinion of its own on a limit.
 
-``--json`` prints one object:
+The exit code is 1 if a problem was found, so that a health check can call it. ``--json``
+prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
+    schema              1
     version             of safepool
     limits              every field of ``safepool.Limits``, by name
     because             the limit that decides, with its name, source and raw text
     budget              workers, threads_per_worker, and the other numbers of ``safepool.Budget``
     throttling          periods, throttled_periods, throttled_us, source; null without a quota
+    sample              the same counters over a moment, before this was printed, or null
     standard_workers    what ``ProcessPoolExecutor()`` starts here
+    joblib_workers      what joblib's ``n_jobs=-1`` starts; null for another process
+    native_threads      what a native thread pool starts in a process, such as OpenBLAS
+    variables           the variables of native thread pools that are set, by name
+    process             with ``--pid``: pid, threads, and the native runtimes that it has
+                        loaded: runtime, library; else null
+    findings            what was found: code, problem (or advice), text, remedy
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import sys
+import time
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import safepool
 from safepool.budget import fit
 from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
+from safepool.cli.verdict import judge
+from safepool.errors import SafepoolError
 from safepool.limits import read_limits, read_throttling
+from safepool.threads.registry import runtimes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from safepool.budget import Budget
+    from safepool.cli.verdict import Finding
+    from safepool.cli.watch import View
     from safepool.limits import (
         Limit,
         Limits,
@@ -41,13 +57,64 @@ if TYPE_CHECKING:
 
     _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 
-__all__ = ["Screen", "read_screen", "run"]
+__all__ = ["NativeLibrary", "OtherProcess", "Screen", "ScreenError", "read_screen", "run"]
 
+_SCHEMA = 1
 _NAME_WIDTH = 26
+# Of the runtimes that nearly every program has, the one that wins first.
+_NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+# Three periods of the usual quota.
+_SAMPLE_S = 0.3
 
 # As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
 # affinity mask and PYTHON_CPU_COUNT leave of it.
 _standard_count = getattr(os, "process_cpu_count", os.cpu_count)
+
+
+class ScreenError(SafepoolError):
+    """What was asked for cannot be looked at.
+
+    Attributes:
+        reason: Why.
+        code: The exit code.
+    """
+
+    code = 2
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativeLibrary:
+    """A native runtime that another process has loaded.
+
+    Attributes:
+        runtime: Its row in the table.
+        library: The file.
+    """
+
+    runtime: str
+    library: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OtherProcess:
+    """What is to be said of another process alone.
+
+    Attributes:
+        pid: Its process id.
+        threads: How many it has.
+        libraries: Native runtimes that it has loaded.
+    """
+
+    pid: int
+    threads: int
+    libraries: tuple[NativeLibrary, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +126,45 @@ class Screen:
         budget: What ``safepool.ProcessPool()`` makes of them.
         throttling: How often the kernel has frozen the group whose quota binds.
         standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
+        sample: The same as ``throttling`` over a moment.
+        joblib_workers: Workers that joblib starts, ``None`` if it was not asked.
+        native_threads: Threads that a native pool starts in a process.
+        variables: Thread variables that are set.
+        process: Another process, if it is not this one that is shown.
     """
 
     limits: Limits
     budget: Budget
     throttling: Throttling | None
     standard_workers: int
+    sample: Throttling | None = None
+    joblib_workers: int | None = None
+    native_threads: int = 1
+    variables: Mapping[str, str] = field(default_factory=dict)
+    process: OtherProcess | None = None
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong, the most pressing first."""
+        return judge(
+            self.limits,
+            self.budget,
+            sample=self.sample,
+            standard_workers=None if self.process else self.standard_workers,
+            native_threads=self.native_threads,
+        )
+
+    @property
+    def has_problem(self) -> bool:
+        """Whether the exit code tells of one."""
+        return any(finding.problem for finding in self.findings)
 
     def as_text(self) -> str:
         """Return the screen for people: ASCII, one arrow, at the limit that decides."""
         sections = self._sections()
         pointed = self._decisive_row(sections)
-        lines = [f"safepool {safepool.__version__}: what this process may use", ""]
+        who = "this process" if self.process is None else f"process {self.process.pid}"
+        lines = [f"safepool {safepool.__version__}: what {who} may use", ""]
         for title, rows in sections.items():
             lines.append(title)
             for row in rows:
@@ -82,7 +176,11 @@ class Screen:
             for skipped in self.limits.skipped:
                 lines += [f"   {as_ascii(skipped.source)}", *wrapped(as_ascii(skipped.reason), 6)]
         lines += ["Throttled so far", *self._throttling_lines()]
+        lines += self._process_lines()
+        lines += ["Variables of native thread pools", *self._variable_lines()]
         lines += ["Budget", *self._budget_lines(pointed)]
+        lines += ["Started by default", *self._started_lines()]
+        lines += ["Verdict", *self._verdict_lines()]
         return "\n".join(lines)
 
     def as_json(self) -> str:
@@ -91,12 +189,19 @@ class Screen:
         because = budget.pop("because")
         return json.dumps(
             {
+                "schema": _SCHEMA,
                 "version": safepool.__version__,
                 "limits": asdict(self.limits),
                 "because": because,
                 "budget": budget,
                 "throttling": None if self.throttling is None else asdict(self.throttling),
+                "sample": None if self.sample is None else asdict(self.sample),
                 "standard_workers": self.standard_workers,
+                "joblib_workers": self.joblib_workers,
+                "native_threads": self.native_threads,
+                "variables": dict(self.variables),
+                "process": None if self.process is None else asdict(self.process),
+                "findings": [asdict(finding) for finding in self.findings],
             },
             indent=2,
         )
@@ -126,38 +231,186 @@ class Screen:
         if throttling is None:
             return ["   never: no quota, or the kernel does not tell"]
         periods = f"{throttling.throttled_periods} of {throttling.periods} periods"
-        return [
-            f"   {periods}, {throttling.throttled_us / 1e6:.2f} s in all",
-            f"   {as_ascii(throttling.source)}",
-        ]
+        lines = [f"   {periods}, {throttling.throttled_us / 1e6:.2f} s in all"]
+        if self.sample is not None:
+            sample = self.sample
+            lines.append(f"   {sample.throttled_periods} of {sample.periods} periods just now")
+        return [*lines, f"   {as_ascii(throttling.source)}"]
+
+    def _process_lines(self) -> Iterator[str]:
+        if self.process is None:
+            return
+        yield "Native threads"
+        yield f"   {counted(self.process.threads, 'thread')} in the process"
+        for loaded in self.process.libraries:
+            yield f"   {loaded.runtime:<{_NAME_WIDTH}} {as_ascii(loaded.library)}"
+
+    def _variable_lines(self) -> list[str]:
+        lines = [f"   {name}={as_ascii(value)}" for name, value in self.variables.items()]
+        return lines or ["   none is set"]
 
     def _budget_lines(self, because: _Row) -> list[str]:
         budget = self.budget
-        decided = (
+        return wrapped(
             f"{counted(budget.workers, 'worker')} x "
-            f"{counted(budget.threads_per_worker, 'thread')} "
-            f"in safepool.ProcessPool(), because of {because.name}."
+            f"{counted(budget.threads_per_worker, 'thread')}, because of {because.name}",
+            3,
         )
-        standard = f"ProcessPoolExecutor() starts {counted(self.standard_workers, 'worker')} here."
-        return wrapped(f"{decided} {standard}", 3)
+
+    def _started_lines(self) -> Iterator[str]:
+        budget = self.budget
+        rows = [("safepool.ProcessPool()", budget.workers, budget.threads_per_worker)]
+        if self.process is None:
+            rows.append(("ProcessPoolExecutor()", self.standard_workers, self.native_threads))
+        if self.joblib_workers is not None:
+            # joblib, "Avoiding over-subscription of CPU resources": its workers share the
+            # CPUs, unless a variable is set.
+            told = any(name in self.variables for name in _NATIVE_VARIABLES)
+            threads = self.native_threads if told else 1
+            rows.append(("joblib, n_jobs=-1", self.joblib_workers, threads))
+        for name, workers, threads in rows:
+            many = counted(workers * threads, "thread")
+            yield (
+                f"   {name:<{_NAME_WIDTH}} {counted(workers, 'worker')} x "
+                f"{counted(threads, 'thread')} = {many} on {counted(budget.cpus, 'CPU')}"
+            )
+
+    def _verdict_lines(self) -> Iterator[str]:
+        if not self.findings:
+            yield "   Nothing to do."
+        for finding in self.findings:
+            yield from wrapped(as_ascii(f"{finding.text}. Remedy: {finding.remedy}."), 3)
 
 
-def read_screen() -> Screen:
-    """Read this process's limits."""
+def read_screen(*, sample_s: float = 0.0) -> Screen:
+    """Read this process's limits.
+
+    Args:
+        sample_s: Seconds over which throttling is sampled, if there is a quota; 0 is not.
+    """
     limits = read_limits()
+    throttling, sample = _sampled(read_throttling, sample_s)
     return Screen(
         limits=limits,
         budget=fit(limits),
-        throttling=read_throttling(),
+        throttling=throttling,
+        sample=sample,
         standard_workers=_standard_count() or 1,
+        joblib_workers=_joblib_count(),
+        native_threads=_native_threads(limits, os.environ),
+        variables=_variables(os.environ),
     )
 
 
-def run(*, as_json: bool) -> int:
-    """Print the limits of this process; always exit code 0."""
-    screen = read_screen()
+def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
+    """Read another process's limits, threads and libraries; else as `read_screen`."""
+    limits = view.read_limits()
+    environ = view.environ()
+    throttling, sample = _sampled(view.read_throttling, sample_s)
+    return Screen(
+        limits=limits,
+        budget=fit(limits),
+        throttling=throttling,
+        sample=sample,
+        standard_workers=_standard_count() or 1,
+        native_threads=_native_threads(limits, environ),
+        variables=_variables(environ),
+        process=OtherProcess(
+            pid=view.pid, threads=view.threads(), libraries=_native_libraries(view.libraries())
+        ),
+    )
+
+
+def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
+    """Print the limits of this process or of another one.
+
+    Args:
+        as_json: For programs.
+        pid: Another process.
+        watched: Go on with a line a second.
+
+    Returns:
+        The exit code: 1 if there is a problem.
+
+    Raises:
+        ScreenError: There is no such process, or this system shows none.
+    """
+    view = _view(pid or os.getpid()) if pid is not None or watched else None
+    if view is not None and pid is not None:
+        screen = read_process_screen(view, sample_s=_SAMPLE_S)
+    else:
+        screen = read_screen(sample_s=_SAMPLE_S)
+    if view is not None and watched:
+        from safepool.cli.watch import watch  # noqa: PLC0415 -- only where it is asked for
+
+        watch(view, screen.budget.cpus, as_json=as_json)
+        return 0
     print(screen.as_json() if as_json else screen.as_text())
-    return 0
+    return 1 if screen.has_problem else 0
+
+
+def _view(pid: int) -> View:
+    if sys.platform == "linux":
+        from safepool.limits.process import ProcessView  # noqa: PLC0415 -- Linux only
+
+        try:
+            return ProcessView(pid)
+        except ProcessLookupError as error:
+            raise ScreenError(str(error)) from error
+    else:
+        raise ScreenError("--pid and --watch need Linux, whose /proc tells about processes")
+
+
+def _sampled(
+    read: Callable[[], Throttling | None], sample_s: float
+) -> tuple[Throttling | None, Throttling | None]:
+    """Return the counters, and how they grew in so many seconds."""
+    before = read()
+    if before is None or sample_s <= 0:
+        return before, None
+    time.sleep(sample_s)
+    now = read()
+    if now is None or now.source != before.source:
+        return before, None
+    return now, now - before
+
+
+def _joblib_count() -> int | None:
+    # joblib counts with its copy of loky; joblib itself would import NumPy.
+    from loky import cpu_count  # noqa: PLC0415 -- importing the command stays light
+
+    count = cpu_count()
+    return count if isinstance(count, int) else None
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, str]:
+    names = {
+        name
+        for row in runtimes()
+        for name in (*(v.name for v in row.variables), *row.removed, *row.opt_in)
+    }
+    return {name: environ[name] for name in sorted(names) if environ.get(name)}
+
+
+def _native_threads(limits: Limits, environ: Mapping[str, str]) -> int:
+    """Return what OpenBLAS or OpenMP starts: a variable's number, else one for each CPU it sees.
+
+    They see the affinity mask and no quota.
+    """
+    for name in _NATIVE_VARIABLES:
+        first = environ.get(name, "").split(",")[0].strip()
+        if first.isascii() and first.isdigit() and int(first) > 0:
+            return int(first)
+    return max(1, int(limits.affinity.cpus or 1))
+
+
+def _native_libraries(files: Sequence[str]) -> tuple[NativeLibrary, ...]:
+    return tuple(
+        NativeLibrary(runtime=row.name, library=file)
+        for row in runtimes()
+        for file in files
+        if row.libraries and os.path.basename(file).lower().startswith(row.libraries)
+    )
 
 
 # eq=False: two groups may have equal limits, and each is a row of its own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 __all__ = [
+    "CpuUsage",
     "Limit",
     "Limits",
     "MemoryLimit",
@@ -232,3 +233,16 @@ class Limits:
             if limit.cpus is not None
         ]
         return min(ceilings, key=lambda limit: limit.cpus or 0.0, default=self.affinity)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuUsage:
+    """CPU time that a control group has used.
+
+    Attributes:
+        used_us: Microseconds since the group was made.
+        source: The file that was read.
+    """
+
+    used_us: int
+    source: str

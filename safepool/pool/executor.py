@@ -250,6 +250,7 @@ class ProcessPool(Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        progress: bool | str = False,
     ) -> Iterator[_T]:
         """Return an iterator over ``fn`` applied to the items, in order.
 
@@ -263,6 +264,8 @@ class ProcessPool(Executor):
                 ``None`` takes all of them at once from what says its length. From another
                 iterable it takes 16,384 items before this returns, and further ones as the
                 results are taken: it may have no end.
+            progress: Show a bar on standard error, with this label if it is one. It counts
+                calls that have ended, in whatever order. Needs ``safepool[progress]``.
 
         Returns:
             The results. It raises what a call raised when its turn comes; leaving it
@@ -272,6 +275,7 @@ class ProcessPool(Executor):
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
             TypeError: ``buffersize`` is no integer.
+            MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
 
         Example:
             >>> with ProcessPool(1) as pool:
@@ -292,9 +296,18 @@ class ProcessPool(Executor):
             ahead = sys.maxsize
         at_once = None if chunksize == 1 else chunksize
         starred = len(iterables) != 1
-        run = MapRun(fn, name_of(fn), policy_of(fn, self._policy), at_once, starred=starred)
+        policy = policy_of(fn, self._policy)
         items = zip(*iterables, strict=False) if starred else iterables[0]
-        return self._scheduler.map(run, items, ahead, deadline, keep=self)
+        if progress is False or progress is None:
+            run = MapRun(fn, name_of(fn), policy, at_once, starred=starred)
+            return self._scheduler.map(run, items, ahead, deadline, keep=self)
+        from safepool.pool.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
+
+        counted = CountedRun(fn, name_of(fn), policy, at_once, starred=starred)
+        bar = counted.bar("" if progress is True else progress, total_of(iterables))
+        return counted.shown(
+            bar, lambda: self._scheduler.map(counted, items, ahead, deadline, keep=self)
+        )
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
         """Cancel a task, on request also one that runs.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from safepool.progress import beside_bars
 from safepool.workers.contained import report
 from safepool.workers.logs import unpack_record
 
@@ -38,6 +39,7 @@ def handle_record(segments: Sequence[bytes | bytearray | memoryview]) -> None:
         record = logging.makeLogRecord(unpack_record(segments[0]))
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
-            logger.handle(record)
+            with beside_bars():
+                logger.handle(record)
     except Exception:  # noqa: BLE001 -- user code: handlers, filters, what is unpickled
         report(record)

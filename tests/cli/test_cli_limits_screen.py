@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import safepool
 from safepool.budget import fit
-from safepool.cli import main
-from safepool.cli.limits_screen import Screen, read_screen
+from safepool.cli import limits_screen, main
+from safepool.cli.limits_screen import NativeLibrary, OtherProcess, Screen, read_screen
 from safepool.limits import (
     Limit,
     Limits,
@@ -186,11 +187,59 @@ MACHINES: dict[str, tuple[Limits, Throttling | None, int]] = {
         None,
         1,
     ),
+    "frozen-just-now": (
+        Limits(
+            affinity=affinity(48.0, "0-47"),
+            quotas=(cpu_max(2.5, "/sys/fs/cgroup", "250000 100000"),),
+            memory=(
+                MemoryLimit(
+                    name="memory.max",
+                    bytes=GIB,
+                    used_bytes=GIB - 1,
+                    reclaimable_bytes=4096,
+                    source="/sys/fs/cgroup/memory.max",
+                    raw="1073741824",
+                ),
+            ),
+        ),
+        Throttling(
+            periods=100, throttled_periods=60, throttled_us=9_500_000, source="/x/cpu.stat"
+        ),
+        48,
+    ),
+    "another-process": (
+        Limits(
+            affinity=affinity(4.0, "0-3"),
+            quotas=(cpu_max(4.0, "/sys/fs/cgroup", "400000 100000"),),
+        ),
+        None,
+        4,
+    ),
     "captured-without-affinity": (
         Limits(affinity=affinity(None, "nothing was captured"), quotas=()),
         None,
         2,
     ),
+}
+
+
+# What else is to be said, where it is not what every machine says.
+FURTHER: dict[str, dict[str, Any]] = {
+    "frozen-just-now": {
+        "sample": Throttling(
+            periods=3, throttled_periods=2, throttled_us=150_000, source="/x/cpu.stat"
+        ),
+        "joblib_workers": 3,
+        "variables": {"NUMEXPR_NUM_THREADS": "s\u00e4x"},
+    },
+    "another-process": {
+        "process": OtherProcess(
+            pid=4711,
+            threads=9,
+            libraries=(NativeLibrary(runtime="openmp", library="/usr/lib/libgomp.so.1.0.0"),),
+        ),
+    },
+    "laptop": {"joblib_workers": 8},
 }
 
 
@@ -201,6 +250,8 @@ def screen_of(machine: str) -> Screen:
         budget=fit(limits),
         throttling=throttling,
         standard_workers=standard_workers,
+        native_threads=int(limits.affinity.cpus or 1),
+        **FURTHER.get(machine, {}),
     )
 
 
@@ -254,20 +305,27 @@ def test_the_screen_is_ascii_of_80_columns_but_for_long_paths(machine: str) -> N
     assert [line for line in text.splitlines() if len(line) > 80 and POD not in line] == []
 
 
+# Schema 1, also in the module's text. Whoever removes one raises the number.
+SCHEMA = {
+    *("schema", "version", "limits", "because", "budget", "throttling", "sample"),
+    *("standard_workers", "joblib_workers", "native_threads", "variables", "process", "findings"),
+}
+
+
+def test_the_schema_is_documented() -> None:
+    assert limits_screen.__doc__ is not None
+    assert set(limits_screen.__doc__.split()).issuperset(SCHEMA)
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 def test_json_holds_every_field(machine: str) -> None:
     screen = screen_of(machine)
 
     told = json.loads(screen.as_json())
 
-    assert set(told) == {
-        "version",
-        "limits",
-        "because",
-        "budget",
-        "throttling",
-        "standard_workers",
-    }
+    assert set(told) == SCHEMA
+    assert told["schema"] == 1
+    assert told["findings"] == [asdict(finding) for finding in screen.findings]
     assert set(told["limits"]) == {field.name for field in fields(Limits)}
     # Through JSON, so that tuples are lists on both sides.
     assert told["limits"] == json.loads(json.dumps(asdict(screen.limits)))
@@ -278,7 +336,7 @@ def test_json_holds_every_field(machine: str) -> None:
 @pytest.mark.parametrize("arguments", [[], ["limits"]])
 def test_this_machine_is_shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Without a command the limits are what is shown."""
-    assert main(arguments) == 0
+    assert main(arguments) == int(read_screen(sample_s=0.1).has_problem)
 
     out, err = capsys.readouterr()
     assert err == ""

@@ -1,0 +1,115 @@
+"""Floor 7: what the demo measured, as a picture: time, threads and frozen periods of both pools.
+
+Drawn by matplotlib without a display, in a file whose ending says the format. What was not
+measured is left out and said to be.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safepool.errors import MissingExtraError, SafepoolError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from safepool.cli.demo_measure import Half
+    from safepool.cli.demo_report import Report
+
+__all__ = ["ENDINGS", "PlotError", "check_plot", "draw", "panels"]
+
+ENDINGS = (".svg", ".png")
+
+
+class PlotError(SafepoolError):
+    """The picture could not be written.
+
+    Attributes:
+        path: Where to.
+        reason: Why.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot write {self.path}: {self.reason}"
+
+
+def check_plot(path: Path) -> None:
+    """Say before the demo runs for a minute that its picture cannot be drawn.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PlotError: There is no such folder.
+    """
+    try:
+        import matplotlib as mpl  # noqa: F401, PLC0415 -- optional, so imported where it is used
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "pip install 'safepool[plot]'") from error
+    if not path.parent.is_dir():
+        raise PlotError(str(path), "there is no such folder")
+
+
+def panels(report: Report) -> dict[str, tuple[float | None, float | None]]:
+    """Return what is drawn: each panel's title, and both pools' values, ``None`` if unknown."""
+    halves = (report.standard, report.safepool)
+    seconds, threads, frozen = (
+        tuple(measure(half) for half in halves) for measure in (_seconds, _threads, _frozen)
+    )
+    return {
+        "seconds": (seconds[0], seconds[1]),
+        "threads": (threads[0], threads[1]),
+        "frozen periods, %": (frozen[0], frozen[1]),
+    }
+
+
+def draw(report: Report, path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        report: What was measured.
+        path: Ends in one of ``ENDINGS``.
+
+    Raises:
+        PlotError: It cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 -- optional
+    from matplotlib.figure import Figure  # noqa: PLC0415 -- optional
+
+    shown = panels(report)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = ["standard pool", "safepool"]
+    for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        bars = axes.bar(names, [value or 0.0 for value in values], color=["#b8564b", "#3c7a89"])
+        axes.bar_label(bars, ["not known" if v is None else f"{v:.3g}" for v in values])
+        axes.set_title(title)
+        axes.margins(y=0.15)
+    conditions = report.conditions
+    cut = f", cut off at {conditions.options.bound_s:g} s" if report.standard.cut_off else ""
+    figure.suptitle(
+        f"{conditions.options.tasks} tasks on {conditions.cpus:g} of "
+        f"{conditions.machine_cpus} CPUs{cut}"
+    )
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise PlotError(str(path), error.strerror or str(error)) from error
+
+
+def _seconds(half: Half) -> float | None:
+    return half.seconds
+
+
+def _threads(half: Half) -> float | None:
+    return half.threads
+
+
+def _frozen(half: Half) -> float | None:
+    throttling = half.throttling
+    if throttling is None or throttling.periods <= 0:
+        return None
+    return 100 * throttling.throttled_periods / throttling.periods

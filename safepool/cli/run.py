@@ -1,0 +1,285 @@
+"""Floor 7: start an unmodified program with the limits in its environment.
+
+It computes a budget, writes it into every variable that bounds a native thread pool or a pool
+of processes, and becomes the program: the process id, the signals and the exit status are the
+program's own. What the user has set stays, and what the user has set for a whole family of
+runtimes (``OMP_NUM_THREADS``) also rules those that fall back to it.
+
+Exit codes of its own: 126 the command cannot be run, 127 it was not found, as env(1).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from safepool.budget import Request, fit
+from safepool.cli.text import as_ascii, counted, wrapped
+from safepool.errors import SafepoolError
+from safepool.limits import read_limits
+from safepool.threads.environment import worker_environment
+from safepool.threads.registry import runtimes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from safepool.budget import Budget
+    from safepool.threads.table import NativeRuntime
+
+__all__ = ["PROCESS_VARIABLES", "Plan", "RunError", "plan", "run"]
+
+# Variables that bound a pool of processes, and where that is documented.
+PROCESS_VARIABLES = {
+    "LOKY_MAX_CPU_COUNT": "loky, README, loky.cpu_count; joblib's n_jobs=-1",
+    "PYTHON_CPU_COUNT": "Python 3.13, command line and environment",
+    "PYTEST_XDIST_AUTO_NUM_WORKERS": "pytest-xdist, Running tests across multiple CPUs",
+    "SAFEPOOL_MAX_WORKERS": "safepool; only if --workers is given",
+}
+
+_START = Path(__file__).with_name("start")
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*(\.exe)?", re.IGNORECASE)
+# Options of Python with a value in the next argument; what follows -c and -m is the program's.
+_TAKES_VALUE = frozenset("WX")
+
+
+class RunError(SafepoolError):
+    """The program could not be started.
+
+    Attributes:
+        reason: What happened.
+        code: The exit code.
+    """
+
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason, code)
+        self.reason = reason
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is changed in the environment of the program, and why.
+
+    Attributes:
+        budget: What it was computed from.
+        changes: The value of each variable; ``None`` removes it.
+        kept: What the user has set and was left alone.
+        patched: The program's pools are replaced as well.
+    """
+
+    budget: Budget
+    changes: Mapping[str, str | None]
+    kept: Mapping[str, str]
+    patched: bool
+
+    def applied_to(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment to start the program with."""
+        changed = {**environ, **self.changes}
+        return {name: value for name, value in changed.items() if value is not None}
+
+    def as_text(self) -> str:
+        """Return what was set and what was kept: ASCII, a variable a line."""
+        budget = self.budget
+        because = budget.because
+        lines = wrapped(
+            f"safepool run: {counted(budget.workers, 'worker')} x "
+            f"{counted(budget.threads_per_worker, 'thread')} on {counted(budget.cpus, 'CPU')}, "
+            f"because of {because.name} ({as_ascii(because.source)})",
+            2,
+        )
+        for name, value in self.changes.items():
+            lines.append(f"  unset {name}" if value is None else f"  {name}={shlex.quote(value)}")
+        lines += [f"  kept  {name}={shlex.quote(value)}" for name, value in self.kept.items()]
+        if self.patched:
+            lines.append("  ProcessPoolExecutor and joblib's default are safepool's")
+        return as_ascii("\n".join(lines))
+
+
+def plan(
+    environ: Mapping[str, str],
+    budget: Budget,
+    *,
+    exact: bool = False,
+    force: bool = False,
+    patch: bool = False,
+) -> Plan:
+    """Decide what to set for a program. It reads and sets nothing.
+
+    Args:
+        environ: What the program would be started with.
+        budget: Workers and threads.
+        exact: The user has said how many workers.
+        force: Replace what the user has set, too.
+        patch: Put safepool's pools in the place of the standard ones.
+
+    Returns:
+        The plan.
+
+    Example:
+        >>> from safepool.budget import Budget
+        >>> from safepool.limits import Limit
+        >>> why = Limit(name="cpu.max", cpus=4.0, source="cpu.max", raw="400000 100000")
+        >>> two_by_two = Budget(workers=2, threads_per_worker=2, cpus=4.0, because=why)
+        >>> found = plan({"MKL_NUM_THREADS": "3"}, two_by_two)
+        >>> found.changes["OMP_NUM_THREADS"], found.changes["LOKY_MAX_CPU_COUNT"]
+        ('2', '2')
+        >>> found.kept, "MKL_NUM_THREADS" in found.changes
+        ({'MKL_NUM_THREADS': '3'}, False)
+    """
+    wanted = worker_environment(budget.threads_per_worker)
+    for name in PROCESS_VARIABLES:
+        if exact or name != "SAFEPOOL_MAX_WORKERS":
+            wanted[name] = str(budget.workers)
+    kept: dict[str, str] = {}
+    if not force:
+        for name in (*wanted, *(name for row in runtimes() for name in row.opt_in)):
+            if environ.get(name):
+                kept[name] = environ[name]
+        for row in runtimes():
+            # A variable of its own would beat the one that the user has set.
+            if any(name in kept for name in _rulers(row)):
+                for variable in row.variables:
+                    wanted.pop(variable.name, None)
+    changes = {
+        name: value
+        for name, value in sorted(wanted.items())
+        if name not in kept and (value is not None or name in environ)
+    }
+    if patch:
+        rest = environ.get("PYTHONPATH")
+        changes["PYTHONPATH"] = os.pathsep.join([str(_START), *([rest] if rest else [])])
+    return Plan(budget=budget, changes=changes, kept=dict(sorted(kept.items())), patched=patch)
+
+
+def run(
+    command: Sequence[str],
+    *,
+    workers: int | None,
+    threads: int | Literal["auto"],
+    reserve: float,
+    force: bool,
+    explain: bool,
+    patch: bool,
+) -> int:
+    """Become the program.
+
+    Args:
+        command: The program and its arguments.
+        workers: Processes that it may start; ``None`` is as many as fit.
+        threads: Threads of each native pool in each; ``"auto"`` divides the limit.
+        reserve: CPUs to leave free.
+        force: Replace variables that are set.
+        explain: Print the plan to standard error.
+        patch: Put safepool's pools in the place of the standard ones.
+
+    Returns:
+        The program's exit code, where a process cannot become another one (Windows).
+
+    Raises:
+        RunError: It cannot be started.
+    """
+    if patch and (option := _isolating_option(command)):
+        raise RunError(
+            f"--patch cannot reach python {option}: it reads no PYTHONPATH or runs no start "
+            f"file. Leave {option} out, or leave --patch out and use safepool in the program",
+            2,
+        )
+    # What decides must be the machine, not the variables that are about to be replaced.
+    limits = read_limits(environ=_without_ours(os.environ) if force else None)
+    request = Request(max_workers=workers, threads_per_worker=threads, reserve=reserve)
+    found = plan(
+        os.environ, fit(limits, request), exact=workers is not None, force=force, patch=patch
+    )
+    if explain:
+        print(found.as_text(), file=sys.stderr)
+    return _become(command, found.applied_to(os.environ))
+
+
+def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    name = as_ascii(command[0])
+    try:
+        return _exec(command, environ)
+    except FileNotFoundError as error:
+        raise RunError(f"{name}: command not found", 127) from error
+    except OSError as error:
+        raise RunError(f"{name}: cannot be run: {error.strerror}", 126) from error
+
+
+if sys.platform == "win32":
+
+    def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
+        # exec there starts another process and ends this one at once.
+        return subprocess.call(command, env=environ)
+
+else:
+
+    def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
+        # Python ignores them, and what is ignored stays so: `yes | head` would not end.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.execvpe(command[0], list(command), environ)
+
+
+def _rulers(row: NativeRuntime) -> tuple[str, ...]:
+    own = tuple(variable.name for variable in row.variables)
+    return (*own, *row.removed, *row.falls_back_to)
+
+
+def _without_ours(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in PROCESS_VARIABLES}
+
+
+def _isolating_option(command: Sequence[str]) -> str | None:
+    """Return the option with which Python would not find the start file, as it was written.
+
+    Example:
+        >>> _isolating_option(["/usr/bin/python3.12", "-uI", "train.py"])
+        '-uI'
+        >>> _isolating_option(["python", "-X", "dev", "train.py", "-I"]) is None
+        True
+    """
+    if not _PYTHON.fullmatch(Path(command[0]).name):
+        return None
+    return next((option for option in _python_options(command[1:]) if _isolates(option)), None)
+
+
+def _python_options(arguments: Sequence[str]) -> Iterator[str]:
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-") or argument in {"-", "--"}:
+            return
+        yield argument
+        if argument.startswith("--"):
+            if argument == "--check-hash-based-pycs":
+                next(rest, None)
+            continue
+        for place, letter in enumerate(argument[1:], start=2):
+            if letter in "cm":
+                return
+            if letter in _TAKES_VALUE:
+                if place == len(argument):
+                    next(rest, None)
+                break
+
+
+def _isolates(option: str) -> bool:
+    if option.startswith("--"):
+        return False
+    for letter in option[1:]:
+        if letter in "cmWX":
+            return False
+        if letter in "IES":
+            return True
+    return False

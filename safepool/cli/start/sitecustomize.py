@@ -1,0 +1,106 @@
+"""The start file of ``safepool run --patch``: Python imports it before the program.
+
+Its folder is on PYTHONPATH, so it also starts the Python processes that the program starts.
+It imports nothing of safepool's: it leaves hooks that act when the program itself imports
+``concurrent.futures.process`` or ``joblib.parallel``; then it takes its folder off ``sys.path``
+and runs the ``sitecustomize`` that would have been found without it.
+
+Any Python may find it, also one that is older or has no safepool: such a one is told so, and
+runs the program as it is. So it keeps to what every Python 3 understands.
+
+Not covered: ``python -I``, ``-E`` and ``-S``, which do not look here.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined, assignment"
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import find_spec, module_from_spec
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _patch_futures(module):
+    # Looked up on first use: importing safepool's pool imports this very module.
+    del module.ProcessPoolExecutor
+
+    def look_up(name):
+        if name != "ProcessPoolExecutor":
+            raise AttributeError("module " + repr(module.__name__) + " has no " + repr(name))
+        from safepool.pool.executor import ProcessPool  # noqa: PLC0415 -- on first use
+
+        return ProcessPool
+
+    module.__getattr__ = look_up
+
+
+def _patch_joblib(module):
+    def make(**options):
+        from safepool.cli.joblib_default import DefaultBackend  # noqa: PLC0415 -- on first use
+
+        return DefaultBackend(**options)
+
+    module.BACKENDS["safepool"] = make
+    module.DEFAULT_BACKEND = "safepool"
+
+
+_PATCHES = {"concurrent.futures.process": _patch_futures, "joblib.parallel": _patch_joblib}
+
+
+class _Finder:
+    """Finds what the others find, and has it patched once it is loaded."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):  # noqa: ARG004 -- the import system's interface
+        if name not in _PATCHES:
+            return None
+        for finder in sys.meta_path:
+            if finder is not _Finder and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path)
+                if spec is not None:
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        return None
+
+
+class _Loader:
+    def __init__(self, loader):
+        self._loader = loader
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        # Nobody sees this loader: what is read from a module's loader is there as before.
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        _PATCHES[module.__name__](module)
+
+
+def _run_the_next():
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != _HERE]
+    spec = PathFinder.find_spec("sitecustomize")
+    if spec is None or spec.loader is None:
+        return
+    module = module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+def _start():
+    if find_spec("safepool") is None:
+        sys.stderr.write(
+            "safepool run: --patch has no effect: safepool is not installed for "
+            + sys.executable
+            + "\n"
+        )
+    else:
+        sys.meta_path.insert(0, _Finder)
+    _run_the_next()
+
+
+# Under another name something only looks at this file.
+if __name__ == "sitecustomize":
+    _start()

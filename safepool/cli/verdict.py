@@ -1,0 +1,174 @@
+"""Floor 7: what is wrong with what was read, in one sentence each. It reads nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.cli.text import counted
+from safepool.limits import Limit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from safepool.budget import Budget
+    from safepool.limits import Limits, Throttling
+
+__all__ = ["CODES", "Finding", "judge"]
+
+# A period or two in which a burst was cut off are no problem; one in ten is felt.
+_THROTTLED_SHARE = 0.1
+_MEMORY_SHARE = 0.9
+
+_USE_SAFEPOOL = "use safepool.ProcessPool(), or start the program with: safepool run -- COMMAND"
+
+CODES = {
+    "throttled": "the kernel freezes the group in a tenth of the sample's periods or more",
+    "memory-nearly-full": "nine tenths of a memory limit are used and cannot be reclaimed",
+    "variable-ignored": "a variable that should set a limit has no number in it",
+    "no-room": "processes, memory or open files leave room for fewer workers than CPUs",
+    "oversubscribed": "the standard pool, or one native thread pool, has more threads than CPUs",
+    "threads-multiply": "no problem by itself: workers times native threads exceed the CPUs",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        code: Its name for programs, one of ``CODES``.
+        problem: Whether the exit code tells of it; otherwise it is advice.
+        text: What is so, and why.
+        remedy: What to do.
+    """
+
+    code: str
+    problem: bool
+    text: str
+    remedy: str
+
+
+def judge(
+    limits: Limits,
+    budget: Budget,
+    *,
+    sample: Throttling | None,
+    standard_workers: int | None,
+    native_threads: int,
+) -> tuple[Finding, ...]:
+    """Say what is wrong, the most pressing first.
+
+    Args:
+        limits: What was read.
+        budget: What fits.
+        sample: Throttling over a moment, ``None`` without a quota.
+        standard_workers: What ``ProcessPoolExecutor()`` starts; ``None`` if it is not asked.
+        native_threads: What a native thread pool starts in each.
+
+    Returns:
+        The findings, empty if there is nothing to do.
+
+    Example:
+        >>> from safepool.budget import fit
+        >>> from safepool.limits import Limits
+        >>> cpus = Limit(name="affinity", cpus=1.0, source="sched_getaffinity", raw="0")
+        >>> one = Limits(affinity=cpus, quotas=())
+        >>> judge(one, fit(one), sample=None, standard_workers=1, native_threads=1)
+        ()
+        >>> judge(one, fit(one), sample=None, standard_workers=8, native_threads=1)[0].code
+        'oversubscribed'
+    """
+    return (
+        *_throttled(budget, sample),
+        *_memory(limits),
+        *_ignored(limits),
+        *_no_room(budget),
+        *_oversubscribed(limits, budget, standard_workers, native_threads),
+    )
+
+
+def _throttled(budget: Budget, sample: Throttling | None) -> Iterator[Finding]:
+    if sample is None or sample.periods <= 0:
+        return
+    if sample.throttled_periods >= max(1, _THROTTLED_SHARE * sample.periods):
+        yield Finding(
+            code="throttled",
+            problem=True,
+            text=f"The kernel froze the group in {sample.throttled_periods} of "
+            f"{counted(sample.periods, 'period')} just now: its threads want more than "
+            f"{counted(budget.cpus, 'CPU')}",
+            remedy=_USE_SAFEPOOL,
+        )
+
+
+def _memory(limits: Limits) -> Iterator[Finding]:
+    for memory in limits.memory:
+        if memory.bytes and memory.used_bytes is not None:
+            share = (memory.used_bytes - (memory.reclaimable_bytes or 0)) / memory.bytes
+            if share >= _MEMORY_SHARE:
+                yield Finding(
+                    code="memory-nearly-full",
+                    problem=True,
+                    text=f"{share:.0%} of {memory.name} are used ({memory.source}): the kernel "
+                    "kills a process when it is full",
+                    remedy="raise the limit, or start fewer workers: "
+                    "ProcessPool(memory_per_worker=...)",
+                )
+                return
+
+
+def _ignored(limits: Limits) -> Iterator[Finding]:
+    for skipped in limits.skipped:
+        if skipped.was_set:
+            yield Finding(
+                code="variable-ignored",
+                problem=True,
+                text=f"{skipped.source} is ignored: {skipped.reason}",
+                remedy="set it to a whole number, or unset it",
+            )
+
+
+def _no_room(budget: Budget) -> Iterator[Finding]:
+    why = budget.because
+    if not isinstance(why, Limit):
+        yield Finding(
+            code="no-room",
+            problem=True,
+            text=f"{why.name} ({why.raw} in {why.source}) has room for "
+            f"{counted(budget.workers, 'worker')} on {counted(budget.cpus, 'CPU')}",
+            remedy="raise that limit, or end what uses it up",
+        )
+
+
+def _oversubscribed(
+    limits: Limits, budget: Budget, standard_workers: int | None, native_threads: int
+) -> Iterator[Finding]:
+    most = math.ceil(budget.cpus)
+    cpus = f"{counted(budget.cpus, 'CPU')} of {limits.binding.name}"
+    too_many = []
+    if standard_workers is not None and standard_workers > most:
+        too_many.append(f"ProcessPoolExecutor() starts {counted(standard_workers, 'worker')}")
+    if native_threads > most:
+        too_many.append(
+            f"a native thread pool {counted(native_threads, 'thread')} in each process"
+        )
+    if too_many:
+        if len(too_many) == 1 and too_many[0].startswith("a native"):
+            too_many = [too_many[0].replace("pool ", "pool has ", 1)]
+        text = f"{' and '.join(too_many)}, for {cpus}"
+        yield Finding(
+            code="oversubscribed",
+            problem=True,
+            text=text[0].upper() + text[1:],
+            remedy=_USE_SAFEPOOL,
+        )
+    elif standard_workers is not None and standard_workers * native_threads > most:
+        yield Finding(
+            code="threads-multiply",
+            problem=False,
+            text=f"Nothing to do, unless workers compute with native libraries: then "
+            f"ProcessPoolExecutor() has {standard_workers} x {native_threads} threads for {cpus}",
+            remedy=_USE_SAFEPOOL,
+        )

@@ -1,0 +1,139 @@
+"""Floor 7: ``--watch``: one line a second about a group's CPU time and how often it is frozen.
+
+A line is ASCII of at most 80 columns, or with ``--json`` an object of its own:
+
+    seconds             since the line before
+    cpus                that this process may use
+    used_cpus           what its control group used of them; null if the kernel does not tell
+    periods             enforcement periods of the quota; null without one
+    throttled_periods   those in which the group was frozen
+    throttled_us        for how long, in microseconds; version 1 adds its CPUs up
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from safepool.cli.text import counted
+
+if TYPE_CHECKING:
+    from safepool.limits import Limits, Throttling
+    from safepool.limits._types import CpuUsage
+
+__all__ = ["Line", "View", "watch"]
+
+_BAR = 20
+_EVERY_S = 1.0
+
+
+class View(Protocol):
+    """A process as `safepool.limits.process.ProcessView` shows it, which only Linux has."""
+
+    pid: int
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment that it was started with."""
+
+    def read_limits(self) -> Limits:
+        """Read every limit that holds for it."""
+
+    def read_throttling(self) -> Throttling | None:
+        """Read its group's counters."""
+
+    def read_usage(self) -> CpuUsage | None:
+        """Read the CPU time of its group."""
+
+    def threads(self) -> int:
+        """Count its threads; 0 when it has ended."""
+
+    def libraries(self) -> tuple[str, ...]:
+        """Return the files that it runs code from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """What happened since the line before; the module documents the fields."""
+
+    seconds: float
+    cpus: float
+    used_cpus: float | None
+    periods: int | None = None
+    throttled_periods: int | None = None
+    throttled_us: int | None = None
+
+    def as_text(self) -> str:
+        """Return the line for people."""
+        if self.used_cpus is None:
+            used = f"used {'?':<{_BAR + 2}} ?"
+        else:
+            used = f"used {_bar(self.used_cpus / self.cpus)} {self.used_cpus:.2f}"
+        used = f"{used} of {counted(self.cpus, 'CPU')}"
+        if self.periods is None or self.throttled_periods is None:
+            return used
+        share = self.throttled_periods / self.periods if self.periods > 0 else 0.0
+        return f"{used}  frozen {_bar(share, 10)} {self.throttled_periods}/{self.periods}"
+
+    def as_json(self) -> str:
+        """Return the line for programs."""
+        return json.dumps(asdict(self))
+
+
+def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -> None:
+    """Print a line a second until the process has ended.
+
+    Args:
+        view: What is watched.
+        cpus: What it may use.
+        as_json: Print objects.
+        lines: End after so many; ``None`` goes on.
+    """
+    before, usage, throttling = time.monotonic(), view.read_usage(), view.read_throttling()
+    while lines is None or lines > 0:
+        time.sleep(_EVERY_S)
+        if view.threads() == 0:
+            return
+        now, used, frozen = time.monotonic(), view.read_usage(), view.read_throttling()
+        line = _between(now - before, cpus, (usage, used), (throttling, frozen))
+        # Flushed: whoever reads a pipe wants the line now.
+        print(line.as_json() if as_json else line.as_text(), flush=True)
+        before, usage, throttling = now, used, frozen
+        lines = None if lines is None else lines - 1
+
+
+def _between(
+    seconds: float,
+    cpus: float,
+    usage: tuple[CpuUsage | None, CpuUsage | None],
+    throttling: tuple[Throttling | None, Throttling | None],
+) -> Line:
+    earlier, later = usage
+    used = None
+    if earlier is not None and later is not None and earlier.source == later.source:
+        used = round((later.used_us - earlier.used_us) / 1e6 / seconds, 3)
+    line = Line(seconds=round(seconds, 3), cpus=cpus, used_cpus=used)
+    before, now = throttling
+    if before is None or now is None or before.source != now.source:
+        return line
+    grown = now - before
+    return Line(
+        seconds=line.seconds,
+        cpus=cpus,
+        used_cpus=used,
+        periods=grown.periods,
+        throttled_periods=grown.throttled_periods,
+        throttled_us=grown.throttled_us,
+    )
+
+
+def _bar(share: float, width: int = _BAR) -> str:
+    """Draw a share of 1.
+
+    Example:
+        >>> _bar(0.5, 10)
+        '[#####.....]'
+    """
+    full = round(min(1.0, max(0.0, share)) * width)
+    return f"[{'#' * full}{'.' * (width - full)}]"

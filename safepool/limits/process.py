@@ -1,0 +1,172 @@
+"""Floor 1, limits on Linux: those of another running process. It reads; it decides nothing.
+
+The process is a machine like a captured one: its own files of ``/proc``, and control groups
+where *it* sees them. Its affinity is that of its first thread; its environment the one that it
+was started with.
+
+Sources: proc_pid_cgroup(5), proc_pid_mountinfo(5), proc_pid_environ(5), proc_pid_limits(5),
+proc_pid_maps(5), proc_pid_root(5); cgroup-v2.rst, "cpu.stat"; cgroup-v1/cpuacct.rst.
+
+Not covered:
+    * What only its owner and root may read of it: noted as skipped.
+    * ``RLIMIT_NPROC``, which counts the tasks of a user, not of a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import replace
+
+from safepool.limits import memory, pids, quota
+from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, SharedMemory, Throttling
+from safepool.limits.cgroup import find_levels
+from safepool.limits.files import Machine
+from safepool.limits.place import read_place
+
+if sys.platform == "linux":
+    from safepool.limits._linux import _cpu_limits
+
+assert sys.platform == "linux"
+
+__all__ = ["ProcessView"]
+
+_OWN_FOLDERS = ("/proc/self/", "/proc/thread-self/")
+_OPEN_FILES = re.compile(r"^Max open files +([0-9]+|unlimited) ", re.ASCII | re.MULTILINE)
+_USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)
+
+
+class ProcessView:
+    """What one process may use and has used, as seen from here.
+
+    Args:
+        pid: Its process id.
+
+    Raises:
+        ProcessLookupError: There is no such process.
+
+    Example:
+        >>> view = ProcessView(os.getpid())
+        >>> view.threads() >= 1
+        True
+    """
+
+    def __init__(self, pid: int) -> None:
+        if not os.path.isdir(f"/proc/{pid}"):
+            raise ProcessLookupError(f"there is no process {pid}")
+        self.pid = pid
+        self._machine = _ProcessMachine(pid)
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment that it was started with, empty if it may not be read."""
+        text = self._machine.read("/proc/self/environ", expected=True) or ""
+        pairs = (entry.partition("=") for entry in text.split("\0") if "=" in entry)
+        return {name: value for name, _, value in pairs}
+
+    def read_limits(self) -> Limits:
+        """Read every limit that holds for it; see `safepool.limits.read_limits`."""
+        machine = self._machine
+        place = read_place(machine)
+        cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), self.environ())
+        found = replace(
+            cpu,
+            affinity=replace(cpu.affinity, source=f"/proc/{self.pid}/status"),
+            memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
+            pids=pids.read_pids(machine, find_levels(machine, place, "pids")),
+            open_files=self._open_files(),
+            shared_memory=self._shared_memory(),
+        )
+        return replace(found, skipped=tuple(machine.skipped))
+
+    def read_throttling(self) -> Throttling | None:
+        """Read its group's counters; see `safepool.limits.read_throttling`."""
+        machine = self._machine
+        return quota.read_throttling(machine, find_levels(machine, read_place(machine), "cpu"))
+
+    def read_usage(self) -> CpuUsage | None:
+        """Read the CPU time of the group whose quota binds, else of its own group."""
+        machine = self._machine
+        place = read_place(machine)
+        levels = find_levels(machine, place, "cpu")
+        quotas = [limit for limit in quota.read_quotas(machine, levels) if limit.cpus is not None]
+        binding = min(quotas, key=lambda limit: limit.cpus or 0.0, default=None)
+        folders = [] if binding is None else [binding.source.removesuffix(f"/{binding.name}")]
+        if not folders:
+            folders = [path for level in levels[:1] for path in level.directories]
+        if place.mounts is not None:
+            # Version 1: mounted with cpu, or in a hierarchy of its own.
+            for level in find_levels(machine, place, "cpuacct")[:1]:
+                folders.extend(level.directories)
+        for folder in folders:
+            source = f"{folder}/cpu.stat"
+            match = _USAGE_US.search(machine.read(source) or "")
+            if match:
+                return CpuUsage(used_us=int(match[1]), source=source)
+            source = f"{folder}/cpuacct.usage"
+            text = (machine.read(source) or "").strip()
+            if text.isascii() and text.isdigit():
+                return CpuUsage(used_us=int(text) // 1000, source=source)
+        return None
+
+    def threads(self) -> int:
+        """Count its threads; 0 when it has ended meanwhile."""
+        try:
+            return len(os.listdir(f"/proc/{self.pid}/task"))
+        except OSError:
+            return 0
+
+    def libraries(self) -> tuple[str, ...]:
+        """Return the files that it has mapped to run code from, each once, sorted."""
+        lines = (self._machine.read("/proc/self/maps", expected=True) or "").split("\n")
+        fields = (line.split(None, 5) for line in lines)
+        return tuple(sorted({f[5] for f in fields if len(f) == 6 and "x" in f[1] and "/" in f[5]}))
+
+    def _open_files(self) -> OpenFilesLimit | None:
+        match = _OPEN_FILES.search(self._machine.read("/proc/self/limits") or "")
+        if match is None:
+            return None
+        try:
+            used = len(os.listdir(f"/proc/{self.pid}/fd"))
+        except OSError:
+            used = None
+        return OpenFilesLimit(
+            files=None if match[1] == "unlimited" else int(match[1]),
+            used_files=used,
+            source=f"/proc/{self.pid}/limits",
+            raw=match[1],
+        )
+
+    def _shared_memory(self) -> SharedMemory | None:
+        path = f"/proc/{self.pid}/root/dev/shm"
+        try:
+            size = os.statvfs(path)
+        except OSError:
+            return None
+        return SharedMemory(
+            bytes=size.f_blocks * size.f_frsize,
+            free_bytes=size.f_bavail * size.f_frsize,
+            source=path,
+        )
+
+
+class _ProcessMachine(Machine):
+    """The files as the process sees them."""
+
+    __slots__ = ("_pid", "_shares_mounts")
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(f"/proc/{pid}/root")
+        self._pid = pid
+        try:
+            theirs = os.readlink(f"/proc/{pid}/ns/mnt")
+            self._shares_mounts = theirs == os.readlink("/proc/self/ns/mnt")
+        except OSError:
+            # Not ours to see: then its root is not, either.
+            self._shares_mounts = True
+
+    def _actual(self, path: str) -> str:
+        for folder in _OWN_FOLDERS:
+            if path.startswith(folder):
+                return f"/proc/{self._pid}/{path.removeprefix(folder)}"
+        return path if self._shares_mounts else super()._actual(path)

@@ -1,0 +1,112 @@
+"""A map whose calls are counted for a bar.
+
+The scheduler puts results down as they come, in any order; each is counted then, once: a call
+that is run again because its worker died is put down only at its end.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.mapping import MapRun
+from safepool.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Sequence
+
+    from safepool.pool.policy import Policy
+
+__all__ = ["CountedRun", "total_of"]
+
+
+class CountedRun(MapRun):
+    """As its base, and counts what is put down.
+
+    Args:
+        function: As of the base.
+        name: As of the base.
+        policy: As of the base.
+        at_once: As of the base.
+        starred: As of the base.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        policy: Policy,
+        at_once: int | None,
+        *,
+        starred: bool = True,
+    ) -> None:
+        super().__init__(function, name, policy, at_once, starred=starred)
+        self.done = 0
+        self.failed = 0
+        self._shown: weakref.ref[Generator[Any]] | None = None
+
+    def put(self, index: int, results: list[Any]) -> None:
+        """Put results down and count them."""
+        self.done += len(results)
+        super().put(index, results)
+
+    def put_error(self, index: int, error: BaseException) -> None:
+        """Put an error down and count it."""
+        self.done += 1
+        self.failed += 1
+        super().put_error(index, error)
+
+    def bar(self, label: str, total: int | None) -> Progress:
+        """Return the bar of this run, before anything is queued: tqdm may be missing.
+
+        Args:
+            label: What stands before it.
+            total: How many calls there will be, ``None`` if nobody knows.
+        """
+        return Progress(label, total, look=self._look)
+
+    def shown(self, bar: Progress, start: Callable[[], Generator[Any]]) -> Generator[Any]:
+        """Return the results, beside which the bar stands until they end or are dropped.
+
+        Args:
+            bar: From `bar`.
+            start: Queues the calls and returns the iterator over their results.
+        """
+        try:
+            results = start()
+            shown = _beside(results, bar)
+        except BaseException:
+            bar.close()
+            raise
+        # The drawing thread must not keep what the caller has dropped.
+        self._shown = weakref.ref(shown)
+        return shown
+
+    def _look(self, progress: Progress) -> bool:
+        if progress.total is None and self.fed:
+            progress.total = self._cut + len(self.waiting)
+        progress.failed = self.failed
+        progress.done = self.done
+        all_ended = progress.total is not None and progress.done >= progress.total
+        dropped = self._shown is not None and self._shown() is None
+        return not (dropped or all_ended)
+
+
+def total_of(iterables: Sequence[Iterable[Any]]) -> int | None:
+    """Return how many items there will be, if something says its length.
+
+    Example:
+        >>> total_of([[1, 2, 3], iter([1, 2])]), total_of([range(3), "ab"]), total_of([iter("a")])
+        (None, 2, None)
+    """
+    if not iterables or not all(isinstance(items, Sized) for items in iterables):
+        return None
+    return min(len(items) for items in iterables if isinstance(items, Sized))
+
+
+def _beside(results: Generator[Any], progress: Progress) -> Generator[Any]:
+    try:
+        yield from results
+    finally:
+        progress.close()

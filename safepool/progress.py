@@ -1,0 +1,144 @@
+"""A bar that shows how far calls have come: tqdm's, on standard error, in its own thread.
+
+Whoever runs calls counts them in a `Progress`, which costs an addition; a thread looks at the
+numbers ten times a second and draws. So a terminal that does not read holds up no worker, and
+the bar moves while the program waits for its first result.
+
+tqdm's ``auto`` form is used: a terminal or a notebook. It is imported when the first bar is
+made, and its absence is an error that names the remedy.
+
+Not covered:
+    * What a worker writes to standard error by itself, past ``logging``: it goes to the terminal
+      directly, and may stand in the bar's line until the bar is drawn again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, Self
+
+from safepool.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+__all__ = ["Progress", "beside_bars"]
+
+_LOOK_S = 0.1
+
+# Bars on the screen. tqdm, imported.
+_open: set[Progress] = set()
+
+
+class Progress:
+    """Counts calls and shows their number until it is closed.
+
+    The numbers may be changed in any one thread.
+
+    Args:
+        label: What stands before the bar; empty for none.
+        total: How many calls there will be, ``None`` if that is not known yet.
+        look: Called in the drawing thread before it looks; returns whether to go on.
+
+    Attributes:
+        done: Calls that have ended, those that failed included. A call that is run again has
+            not ended.
+        failed: Those of them that raised, or whose worker died.
+        total: As the argument; may be set later.
+
+    Raises:
+        MissingExtraError: tqdm is not installed.
+
+    Example:
+        >>> with Progress("squares", 2) as progress:
+        ...     progress.done += 1
+    """
+
+    def __init__(
+        self,
+        label: str = "",
+        total: int | None = None,
+        *,
+        look: Callable[[Progress], bool] | None = None,
+    ) -> None:
+        tqdm = _tqdm()
+        self.done = 0
+        self.failed = 0
+        self.total = total
+        self._look = look
+        self._ended = threading.Event()
+        self._shown_failed = 0
+        # Without tqdm's monitor for this one: a thread that never ends, and ours looks often
+        # enough. The program's own bars keep it.
+        every_s, tqdm.monitor_interval = tqdm.monitor_interval, 0
+        try:
+            self._bar: Any = tqdm(desc=label or None, total=total, unit="call", dynamic_ncols=True)
+        finally:
+            tqdm.monitor_interval = every_s
+        _open.add(self)
+        self._thread = threading.Thread(target=self._draw, name="safepool-progress", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Draw the last numbers, leave the bar on the screen and end its thread; twice is once."""
+        self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _draw(self) -> None:
+        try:
+            while not self._ended.wait(_LOOK_S):
+                if self._look is not None and not self._look(self):
+                    break
+                self._show()
+            if self._look is not None:
+                self._look(self)
+            self._show()
+        finally:
+            _open.discard(self)
+            self._bar.close()
+
+    def _show(self) -> None:
+        bar = self._bar
+        if self.total != bar.total:
+            bar.total = self.total
+            if hasattr(bar, "container"):
+                bar.reset(self.total)  # a notebook's bar has a length of its own
+            bar.refresh()
+        if self.failed != self._shown_failed:
+            self._shown_failed = self.failed
+            bar.set_postfix(failed=self.failed, refresh=False)
+        if self.done != bar.n:
+            bar.update(self.done - bar.n)
+
+
+def beside_bars() -> AbstractContextManager[object]:
+    """Return a context in which something else may be written to the terminal.
+
+    Bars are taken off the screen for it and drawn again below what was written.
+
+    Example:
+        >>> with beside_bars():
+        ...     print("no bar is open")
+        no bar is open
+    """
+    if not _open:
+        return contextlib.nullcontext()
+    context: AbstractContextManager[object] = _tqdm().external_write_mode()
+    return context
+
+
+def _tqdm() -> Any:
+    try:
+        from tqdm.auto import tqdm  # noqa: PLC0415 -- optional, so imported where it is used
+    except ImportError as error:
+        raise MissingExtraError("tqdm", "pip install 'safepool[progress]'") from error
+    return tqdm

@@ -1,0 +1,91 @@
+"""The demo's picture: what is in it, and that it is said early when it cannot be drawn."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+
+from safepool.cli.demo_measure import Half
+from safepool.cli.demo_options import Options
+from safepool.cli.demo_plot import PlotError, check_plot, draw, panels
+from safepool.cli.demo_report import Comparison, Conditions, Report
+from safepool.limits import Limit, Throttling
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def _fonts_are_closed() -> Iterator[None]:
+    """Fonts that were read are kept open for the next picture."""
+    yield
+    from matplotlib import font_manager
+
+    font_manager._get_font.cache_clear()
+    gc.collect()
+
+
+def half(
+    pool: str, threads: int | None, seconds: float | None, throttling: Throttling | None
+) -> Half:
+    return Half(
+        pool=pool,
+        start_method="fork",
+        workers=4,
+        threads=threads,
+        seconds=seconds,
+        tasks_done=192,
+        cut_off=pool != "safepool",
+        error=None,
+        throttling=throttling,
+    )
+
+
+FROZEN = Throttling(periods=200, throttled_periods=150, throttled_us=1, source="cpu.stat")
+REPORT = Report(
+    conditions=Conditions(
+        options=Options(),
+        limit=Limit(name="cpu.max", cpus=2.5, source="cpu.max", raw="250000 100000"),
+        machine_cpus=48,
+        no_group=None,
+        versions={},
+    ),
+    standard=half("standard", 2304, 20.0, FROZEN),
+    safepool=half("safepool", None, None, None),
+    comparison=Comparison(compared=0, equal=True, largest_difference=None),
+)
+
+
+def test_a_panel_holds_what_was_measured_and_nothing_for_what_was_not() -> None:
+    assert panels(REPORT) == {
+        "seconds": (20.0, None),
+        "threads": (2304, None),
+        "frozen periods, %": (75.0, None),
+    }
+
+
+@pytest.mark.parametrize("ending", [".svg", ".PNG"])
+def test_a_picture_is_written(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"picture{ending}"
+
+    draw(REPORT, path)
+
+    magic = {".svg": b"<?xml", ".PNG": b"\x89PNG"}[ending]
+    assert path.read_bytes().startswith(magic)
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(PlotError, match="there is no such folder"):
+        check_plot(tmp_path / "none" / "x.svg")
+
+
+def test_a_picture_that_cannot_be_written_names_its_path(tmp_path: Path) -> None:
+    (tmp_path / "x.svg").mkdir()
+
+    with pytest.raises(PlotError, match=r"cannot write .*x\.svg: Is a directory"):
+        draw(REPORT, tmp_path / "x.svg")

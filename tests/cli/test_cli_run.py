@@ -1,0 +1,373 @@
+"""``safepool run``: what it sets and what it leaves alone, and that it becomes the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+import safepool
+from safepool.budget import Budget
+from safepool.cli import main, run
+from safepool.cli.run import Plan, plan
+from safepool.limits import Limit
+
+REPOSITORY = Path(safepool.__file__).parent.parent
+SCREENS = Path(__file__).parent / "run_screens"
+
+QUOTA = Limit(
+    name="cpu.max", cpus=4.5, source="/sys/fs/cgroup/p\u00f6d/cpu.max", raw="450000 100000"
+)
+TWO_BY_TWO = Budget(workers=2, threads_per_worker=2, cpus=4.5, because=QUOTA)
+FOUR_BY_ONE = Budget(workers=4, threads_per_worker=1, cpus=4.5, because=QUOTA)
+
+USERS = {
+    "OMP_NUM_THREADS": "3",
+    "GOTO_NUM_THREADS": "8",
+    "LOKY_MAX_CPU_COUNT": "7",
+    "NUMBA_NUM_THREADS": "it's much",
+    "HOME": "/root",
+}
+
+# One row per file in run_screens/.
+PLANS: dict[str, Plan] = {
+    "nothing-was-set": plan({"HOME": "/root"}, FOUR_BY_ONE),
+    "much-was-set": plan(USERS, TWO_BY_TWO, exact=True),
+    "by-force-and-patched": plan(USERS, TWO_BY_TWO, force=True, patch=True),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_explanation_reads_as_its_file(name: str) -> None:
+    text = PLANS[name].as_text().replace(str(REPOSITORY), "REPOSITORY")
+
+    assert f"{text}\n" == (SCREENS / f"{name}.txt").read_text()
+    assert text.isascii()
+    assert [line for line in text.split("\n") if len(line) > 80 and "PYTHONPATH" not in line] == []
+
+
+def test_every_file_has_a_plan() -> None:
+    assert {path.name for path in SCREENS.iterdir()} == {f"{name}.txt" for name in PLANS}
+
+
+def test_what_the_user_has_set_stays_and_rules_what_falls_back_to_it() -> None:
+    found = plan(USERS, TWO_BY_TWO).applied_to(USERS)
+
+    assert {name: found[name] for name in USERS} == USERS
+    # Each would beat OMP_NUM_THREADS=3, or GOTO_NUM_THREADS=8, in the library that reads both.
+    assert {"OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"}.isdisjoint(found)
+    assert found["POLARS_MAX_THREADS"] == "2"
+
+
+def test_an_empty_variable_is_not_set() -> None:
+    environ = {"OMP_NUM_THREADS": "", "LOKY_MAX_CPU_COUNT": ""}
+
+    assert plan(environ, TWO_BY_TWO).kept == {}
+
+
+def test_by_force_nothing_is_left_that_beats_the_cap() -> None:
+    found = plan(USERS, TWO_BY_TWO, force=True).applied_to(USERS)
+
+    assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "2"
+    assert found["LOKY_MAX_CPU_COUNT"] == "2"
+    assert "GOTO_NUM_THREADS" not in found
+
+
+def test_the_users_python_path_stays_behind_the_start_file() -> None:
+    changes = plan({"PYTHONPATH": f"a{os.pathsep}b"}, TWO_BY_TWO, patch=True).changes
+
+    first, *rest = str(changes["PYTHONPATH"]).split(os.pathsep)
+    assert (Path(first) / "sitecustomize.py").is_file()
+    assert rest == ["a", "b"]
+
+
+# One row per command line of Python: the option that keeps the start file out, if any.
+ISOLATING = {
+    "python -I x.py": "-I",
+    "/usr/bin/python3.12 -uIW error x.py": "-uIW",
+    "pypy3 -E -m x": "-E",
+    "python -X dev -S": "-S",
+    "python -Xdev -WI x.py": None,
+    "python -W -I x.py": None,
+    "python -X -I x.py": None,
+    "python x.py -I": None,
+    "python -c -I": None,
+    "python -m x -I": None,
+    "python --check-hash-based-pycs always x.py -I": None,
+    "python - -I": None,
+    "python": None,
+    "grep -I x": None,
+}
+
+
+@pytest.mark.parametrize("line", ISOLATING)
+def test_a_python_that_looks_for_no_start_file_is_refused(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(run, "_become", lambda command, _: started.append(command) or 0)
+
+    code = main(["run", "--patch", "--", *line.split()])
+
+    err = capsys.readouterr().err
+    if ISOLATING[line] is None:
+        assert (code, err, started) == (0, "", [line.split()])
+    else:
+        assert (code, started) == (2, [])
+        assert f"--patch cannot reach python {ISOLATING[line]}:" in err
+        assert err.count("\n") == 1
+
+
+# One row per way to write a command: the arguments, and the command that is started.
+COMMANDS = {
+    "after two dashes": (["--", "make", "-j"], ["make", "-j"]),
+    "with dashes of its own": (["--", "git", "log", "--", "x"], ["git", "log", "--", "x"]),
+    "without two dashes": (["make", "-j", "--workers", "3"], ["make", "-j", "--workers", "3"]),
+    "without, with dashes of its own": (["git", "--", "x"], ["git", "--", "x"]),
+    "an option first": (["--threads", "2", "--", "--odd"], ["--odd"]),
+}
+
+
+@pytest.mark.parametrize("way", COMMANDS)
+def test_the_command_is_taken_word_for_word(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected = COMMANDS[way]
+    started: list[list[str]] = []
+    monkeypatch.setattr(run, "_become", lambda command, _: started.append(command) or 0)
+
+    assert main(["run", *arguments]) == 0
+    assert started == [expected]
+
+
+# One row per command that cannot be started: its arguments, the exit code, what is said.
+UNSTARTABLE = {
+    "none": ([], 2, "a command is missing"),
+    "only dashes": (["--"], 2, "a command is missing"),
+    "not there": (["--", "no-such-command"], 127, "no-such-command: command not found"),
+    "a folder": (["--", "/"], 126, "/: cannot be run"),
+    "no workers": (["--workers", "0", "--", "true"], 2, "at least 1, found '0'"),
+    "odd threads": (["--threads", "many", "--", "true"], 2, "found 'many'"),
+    "a negative reserve": (["--reserve", "-1", "--", "true"], 2, "expected"),
+}
+
+
+@pytest.mark.parametrize("case", UNSTARTABLE)
+def test_what_cannot_be_started_is_one_line(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, code, said = UNSTARTABLE[case]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGPIPE, signal.SIGXFSZ)}
+    try:
+        assert main(["run", *arguments]) == code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def safepool_run(
+    *arguments: str, cwd: Path | None = None, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, with no thread variable set but ``environ``."""
+    ours = set(plan({}, FOUR_BY_ONE).changes)
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
+    # Where the tests run from a folder that is not installed.
+    inherited.setdefault("PYTHONPATH", str(REPOSITORY))
+    return subprocess.run(
+        [sys.executable, "-m", "safepool", "run", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd or REPOSITORY,
+        env={**inherited, **environ},
+        timeout=100,
+        check=False,
+    )
+
+
+def test_the_program_sees_the_numbers_and_ends_as_it_likes() -> None:
+    code = (
+        "import os, sys, json\n"
+        "print(json.dumps({n: os.environ.get(n) for n in sys.argv[1:]}))\n"
+        "sys.exit(41)"
+    )
+    names = ["OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "MKL_NUM_THREADS", "SAFEPOOL_MAX_WORKERS"]
+
+    ended = safepool_run(
+        *("--workers", "3", "--threads", "2", "--", sys.executable, "-c", code, *names),
+        MKL_NUM_THREADS="5",
+    )
+
+    assert (ended.returncode, ended.stderr) == (41, "")
+    assert list(json.loads(ended.stdout).values()) == ["2", "3", "5", "3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no exec there")
+def test_it_is_the_program_and_its_signals_are_the_programs() -> None:
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    # A Python that starts up ignores SIGPIPE itself, so a shell looks.
+    shell = "kill -PIPE $$; echo survived"
+
+    ended = safepool_run("--", sys.executable, "-c", code)
+    piped = safepool_run("--", "sh", "-c", shell)
+
+    assert ended.returncode == -signal.SIGTERM
+    assert (piped.returncode, piped.stdout) == (-signal.SIGPIPE, "")
+
+
+def test_explain_leaves_standard_output_to_the_program() -> None:
+    ended = safepool_run("--explain", "--", sys.executable, "-c", "print('mine')")
+
+    assert (ended.returncode, ended.stdout) == (0, "mine\n")
+    assert "OMP_NUM_THREADS=1" in ended.stderr
+
+
+PROGRAM = """
+import json, os, subprocess, sys
+import concurrent.futures
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor as other
+
+def pid(_):
+    return os.getpid()
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1) as pool:
+        assert list(pool.map(pid, [1])) != [os.getpid()]
+    from joblib import Parallel, delayed
+    parallel = Parallel(n_jobs=2)
+    assert parallel(delayed(abs)(n) for n in (-1, -2)) == [1, 2]
+    explicit = Parallel(n_jobs=2, backend="threading")
+    told = [ProcessPoolExecutor.__module__, other.__module__, type(parallel._backend).__name__]
+    told += [type(explicit._backend).__name__, isinstance(pool, ProcessPoolExecutor)]
+    told += [[path for path in sys.path if path.endswith("start")], sys.argv[1:]]
+    print(json.dumps(told))
+"""
+PATCHED = [
+    *("safepool.pool.executor", "safepool.pool.executor", "DefaultBackend"),
+    *("ThreadingBackend", True, [], ["x"]),
+]
+
+# One row per way to start a program: what follows the interpreter.
+WAYS = {
+    "a script": ["program.py", "x"],
+    "-m": ["-m", "program", "x"],
+    "-c": ["-c", f"import sys; sys.argv[1:] = ['x']\n{PROGRAM}"],
+    "in a process of a process": [
+        "-c",
+        "import subprocess, sys\nsys.exit(subprocess.call([sys.executable, 'program.py', 'x']))",
+    ],
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the pools are Linux's first of all")
+@pytest.mark.parametrize("way", WAYS)
+def test_patch_replaces_the_pools_of_a_program(way: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+
+    ended = safepool_run("--patch", "--", sys.executable, *WAYS[way], cwd=tmp_path)
+
+    assert ended.stderr == ""
+    assert json.loads(ended.stdout) == PATCHED
+
+
+def test_patch_leaves_other_names_and_the_modules_loader_alone() -> None:
+    code = (
+        "import concurrent.futures.process as p, inspect, pickle\n"
+        "assert 'class ProcessPoolExecutor' in inspect.getsource(p)\n"
+        "assert p.__spec__.loader is p.__loader__\n"
+        "assert type(p.__loader__).__name__ == 'SourceFileLoader'\n"
+        "try: p.nothing\n"
+        "except AttributeError as e: print(e)\n"
+        "try: from concurrent.futures.process import nothing\n"
+        "except ImportError: print('no')\n"
+    )
+
+    ended = safepool_run("--patch", "--", sys.executable, "-c", code)
+
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    assert ended.stdout.endswith("no\n")
+    assert "'concurrent.futures.process' has no 'nothing'" in ended.stdout
+
+
+def test_patch_costs_nothing_until_a_pool_is_asked_for() -> None:
+    code = "import sys; print([n for n in sys.modules if n.split('.')[0] in ('safepool', 'loky')])"
+
+    ended = safepool_run("--patch", "--", sys.executable, "-c", code)
+
+    # An editable installation may have imported its finder, which has another name.
+    assert ended.stdout == "[]\n"
+
+
+def test_safepool_itself_can_be_imported_first() -> None:
+    """Its pool imports the module that is patched with that very pool."""
+    code = (
+        "from safepool import ProcessPool\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "print(ProcessPool is ProcessPoolExecutor)"
+    )
+
+    ended = safepool_run("--patch", "--", sys.executable, "-c", code)
+
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_a_start_file_of_the_users_runs_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nprint('mine', __name__)\n")
+    code = "import sitecustomize; print(sitecustomize.__file__)"
+
+    ended = safepool_run(
+        *("--patch", "--", sys.executable, "-c", code),
+        PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPOSITORY)]),
+    )
+
+    # Once in the command's own Python, once in the program's.
+    mine = "mine sitecustomize"
+    assert ended.stdout.splitlines() == [mine, mine, str(tmp_path / "sitecustomize.py")]
+
+
+def test_a_python_without_safepool_is_told_and_runs_the_program(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    if not Path(python).exists():
+        pytest.skip("virtual environments are laid out otherwise here")
+    code = "from concurrent.futures import ProcessPoolExecutor as p; print(p.__module__)"
+    environ = {"PYTHONPATH": ""}
+
+    ended = subprocess.run(
+        [python, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **environ, "PYTHONPATH": str(run._START)},
+        timeout=60,
+        check=True,
+    )
+
+    assert ended.stdout == "concurrent.futures.process\n"
+    assert ended.stderr == (
+        f"safepool run: --patch has no effect: safepool is not installed for {python}\n"
+    )
+
+
+def test_a_call_of_joblib_leaves_no_worker_behind() -> None:
+    """The harness of this process does not see the other one's children; the program looks."""
+    code = (
+        "from joblib import Parallel, delayed\n"
+        "import os, psutil\n"
+        "def f(n): return os.getpid()\n"
+        "pids = set()\n"
+        "for _ in range(3): pids |= set(Parallel(n_jobs=2)(delayed(f)(n) for n in range(4)))\n"
+        "assert os.getpid() not in pids\n"
+        "print([pid for pid in pids if psutil.pid_exists(pid)])"
+    )
+
+    ended = safepool_run("--patch", "--", sys.executable, "-c", code)
+
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")

@@ -1,0 +1,201 @@
+"""``map(progress=)``: the numbers on the bar, where it is drawn, and that it goes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import support_tasks as support
+
+import safepool
+from safepool import MissingExtraError, ProcessPool, WorkerDiedError
+from safepool.progress import Progress, beside_bars
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytest.importorskip("tqdm")
+
+REPOSITORY = Path(safepool.__file__).parent.parent
+
+
+def endless() -> Iterator[int]:
+    number = 0
+    while True:
+        yield number
+        number += 1
+
+
+def last_of(err: str) -> str:
+    """Return the bar as it was left on the screen."""
+    return [part for part in re.split(r"[\r\n]", err) if part.strip()][-1]
+
+
+# One row per kind of items: what is given to ``map``, and how the bar ends.
+ITEMS: dict[str, tuple[Callable[[], object], str]] = {
+    "a list": (lambda: [1, 2, 3], "| 3/3 ["),
+    "a generator": (lambda: (n for n in range(5)), "| 5/5 ["),
+    "a long generator": (lambda: (n for n in range(20_000)), "| 20000/20000 ["),
+    "nothing": (list, "0call ["),
+    "an empty generator": (lambda: iter(()), "0call ["),
+}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_the_bar_ends_with_all_calls(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    items, expected = ITEMS[kind]
+    with ProcessPool(1) as pool:
+        results = list(pool.map(abs, items(), progress=True))  # type: ignore[call-overload]
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(results) == len(list(items()))  # type: ignore[call-overload]
+    assert expected in last_of(err)
+
+
+def test_the_shortest_of_several_iterables_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProcessPool(1) as pool:
+        assert list(pool.map(pow, [2, 3, 4], [1, 2], progress="powers")) == [2, 9]
+
+    last = last_of(capsys.readouterr().err)
+    assert last.startswith("powers: 100%")
+    assert " 2/2 " in last
+
+
+def test_chunks_are_counted_by_their_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProcessPool(2) as pool:
+        list(pool.map(abs, range(100), chunksize=7, progress=True))
+
+    assert " 100/100 " in last_of(capsys.readouterr().err)
+
+
+def test_a_call_that_fails_has_ended_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProcessPool(1) as pool:
+        results = pool.map(int, ["1", "x", "3"], progress=True)
+        assert next(results) == 1
+        with pytest.raises(ValueError, match="'x'"):
+            next(results)
+
+    last = last_of(capsys.readouterr().err)
+    assert " 3/3 " in last or " 2/3 " in last
+    assert "failed=1" in last
+
+
+def die_once(path: str) -> str:
+    """Kill the worker unless the file is there."""
+    import os
+    import signal
+
+    if not os.path.exists(path):
+        Path(path).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+
+
+def test_a_call_that_is_run_again_counts_once(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    paths = [str(tmp_path / str(number)) for number in range(3)]
+    with ProcessPool(1, retries=1) as pool:
+        assert list(pool.map(die_once, paths, progress=True)) == paths
+
+    last = last_of(capsys.readouterr().err)
+    assert " 3/3 " in last
+    assert "failed" not in last
+
+
+def be_killed(_: int) -> None:
+    support.be_killed()
+
+
+def test_a_death_counts_as_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProcessPool(1) as pool, pytest.raises(WorkerDiedError):
+        list(pool.map(be_killed, [1], progress=True))
+
+    assert "failed=1" in last_of(capsys.readouterr().err)
+
+
+def test_the_bar_goes_when_the_results_are_dropped() -> None:
+    """The harness would find its thread."""
+    with ProcessPool(1) as pool:
+        results = pool.map(abs, endless(), progress=True)
+        assert next(results) == 0
+        del results
+        unseen = pool.map(time.sleep, [0.3] * 3, progress=True)
+        del unseen
+        gc.collect()
+
+
+def test_without_tqdm_nothing_is_queued_and_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    items = iter([1])
+    with ProcessPool(1) as pool, pytest.raises(MissingExtraError) as caught:
+        pool.map(abs, items, progress=True)
+
+    assert str(caught.value) == (
+        "tqdm is not installed. Install it with: pip install 'safepool[progress]'"
+    )
+    assert list(items) == [1]
+
+
+def test_tqdm_is_imported_only_for_a_bar() -> None:
+    code = (
+        "import sys, safepool\n"
+        "with safepool.ProcessPool(1) as pool: list(pool.map(abs, [1]))\n"
+        "print('tqdm' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=60,
+        check=True,
+    )
+
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def log_it(number: int) -> int:
+    logging.getLogger("test.progress").error("line %d", number)
+    time.sleep(0.05)
+    return number
+
+
+def test_a_workers_log_stands_in_lines_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("test.progress")
+    logger.addHandler(handler)
+    try:
+        with ProcessPool(1) as pool:
+            list(pool.map(log_it, range(8), progress=True))
+    finally:
+        logger.removeHandler(handler)
+
+    lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    for number in range(8):
+        assert f"line {number}" in lines
+
+
+def test_a_bar_of_ones_own_counts_until_it_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("fits", 4) as progress:
+        progress.done += 3
+        progress.failed += 1
+        with beside_bars():
+            print("beside", file=sys.stderr)
+    progress.close()
+
+    err = capsys.readouterr().err
+    assert "beside" in re.split(r"[\r\n]", err)
+    assert last_of(err).startswith("fits:  75%")
+    assert "3/4" in last_of(err)
+    assert "failed=1" in last_of(err)
