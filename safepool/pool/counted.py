@@ -46,10 +46,10 @@ class CountedRun(MapRun):
         self.failed = 0
         self._shown: weakref.ref[Generator[Any]] | None = None
 
-    def put(self, index: int, results: list[Any]) -> None:
+    def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down and count them."""
         self.done += len(results)
-        super().put(index, results)
+        super().put(index, results, size_bytes)
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Put an error down and count it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pickle
 import time
@@ -363,9 +364,8 @@ def _dumps_items(span: Span) -> Pickled | None:
 
 
 def _are_plain(items: list[Any], starred: bool) -> bool:
-    if starred:
-        return all(type(part) in _PLAIN for item in items for part in item)
-    return all(type(item) in _PLAIN for item in items)
+    parts = itertools.chain.from_iterable(items) if starred else items
+    return _PLAIN.issuperset(map(type, parts))
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:
