@@ -160,8 +160,8 @@ def test_who_finishes_a_map_waits_for_who_takes_its_items() -> None:
     inside, go_on = threading.Event(), threading.Event()
 
     def items() -> Iterator[Item]:
-        for n in range(2000):
-            if n == 300:
+        for n in range(40_000):
+            if n == 20_000:  # beyond what is taken before the first result is asked for
                 inside.set()
                 go_on.wait(30)
             yield (n,)
@@ -177,7 +177,7 @@ def test_who_finishes_a_map_waits_for_who_takes_its_items() -> None:
     go_on.set()
     reader.join(30)
     finisher.join(30)
-    assert found == [*range(2000)]
+    assert found == [*range(40_000)]
 
 
 def test_a_result_that_does_not_come_in_time_raises() -> None:
