@@ -11,6 +11,7 @@ import joblib
 import pytest
 
 TESTS = Path(__file__).parent.parent
+JOBLIB = Path(joblib.__file__).parent
 LIMIT_S = 400
 
 _NAMES_LOKY = "names loky's backend or looks into its executor"
@@ -47,9 +48,10 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     if sys.platform == "linux" and os.geteuid() == 0:
         command = ["unshare", "-m", "sh", "-c", IN_A_FOLDER_OF_ITS_OWN, "sh", *command]
     return subprocess.run(
-        [*command, "-p", "no:cacheprovider", *options, "--pyargs", "joblib.test.test_parallel"],
-        # Not below a folder with a configuration of pytest's.
-        cwd=Path(joblib.__file__).parent,
+        # Without this project's configuration: the environment may lie in its folder.
+        [*command, "-c", os.devnull, "--rootdir", str(JOBLIB), "-p", "no:cacheprovider"]
+        + [*options, "--pyargs", "joblib.test.test_parallel"],
+        cwd=JOBLIB,
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
         capture_output=True,
         text=True,

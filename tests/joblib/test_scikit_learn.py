@@ -53,11 +53,13 @@ LIMIT_S = 900 if IN_FULL else 240
 def test_its_tests_pass() -> None:
     """And their calls did come to ours, or nothing would be said by that."""
     modules = MODULES + SLOW_MODULES if IN_FULL else MODULES
+    home = Path(sklearn.__file__).parent
     options = ["-q", "-p", "support_sklearn_suite", "-p", "no:cacheprovider", "--pyargs"]
+    # Without this project's configuration: the environment may lie in its folder.
+    options += ["-c", os.devnull, "--rootdir", str(home)]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(f"sklearn.{name}" for name in modules)],
-        # Not below a folder with a configuration of pytest's.
-        cwd=Path(sklearn.__file__).parent,
+        cwd=home,
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
         capture_output=True,
         text=True,
