@@ -11,6 +11,7 @@ import joblib
 import pytest
 
 TESTS = Path(__file__).parent.parent
+MODULE = "joblib.test.test_parallel"
 JOBLIB = Path(joblib.__file__).parent
 LIMIT_S = 400
 
@@ -44,13 +45,13 @@ IN_A_FOLDER_OF_ITS_OWN = 'mount -t tmpfs none /dev/shm && exec "$@"'
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "support_joblib_suite"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "support_joblib_suite"]
     if sys.platform == "linux" and os.geteuid() == 0:
         command = ["unshare", "-m", "sh", "-c", IN_A_FOLDER_OF_ITS_OWN, "sh", *command]
     return subprocess.run(
         # Without this project's configuration: the environment may lie in its folder.
-        [*command, "-c", os.devnull, "--rootdir", str(JOBLIB), "-p", "no:cacheprovider"]
-        + [*options, "--pyargs", "joblib.test.test_parallel"],
+        [*command, "-c", os.devnull, "--rootdir", str(JOBLIB), *options, "--pyargs", MODULE],
         cwd=JOBLIB,
         env={**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"},
         capture_output=True,
