@@ -54,9 +54,11 @@ class AfterImport:
         """Let the other finders find it; a module that is wanted tells when it has run."""
         if fullname not in self._names:
             return None
-        for finder in sys.meta_path:
+        # Those behind this one: another of its kind, before it, asks it for the same module.
+        finders = [*sys.meta_path]
+        for finder in finders[finders.index(self) + 1 if self in finders else 0 :]:
             find = getattr(finder, "find_spec", None)
-            if finder is self or find is None:
+            if find is None:
                 continue
             spec: ModuleSpec | None = find(fullname, path, target)
             if spec is not None:

@@ -37,9 +37,9 @@ def _patch_futures(module):
 
 def _patch_joblib(module):
     def make(**options):
-        from safepool.cli.joblib_default import DefaultBackend  # noqa: PLC0415 -- on first use
+        from safepool.joblib_backend import SafepoolBackend  # noqa: PLC0415 -- on first use
 
-        return DefaultBackend(**options)
+        return SafepoolBackend(**options)
 
     module.BACKENDS["safepool"] = make
     module.DEFAULT_BACKEND = "safepool"
@@ -55,8 +55,9 @@ class _Finder:
     def find_spec(name, path=None, target=None):  # noqa: ARG004 -- the import system's interface
         if name not in _PATCHES:
             return None
-        for finder in sys.meta_path:
-            if finder is not _Finder and hasattr(finder, "find_spec"):
+        # Those behind this one: safepool's own, before it, asks it for the same modules.
+        for finder in sys.meta_path[sys.meta_path.index(_Finder) + 1 :]:
+            if hasattr(finder, "find_spec"):
                 spec = finder.find_spec(name, path)
                 if spec is not None:
                     if spec.loader is not None:
