@@ -7,6 +7,7 @@ globals that was, it has forgotten.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 import types
 from typing import TYPE_CHECKING, Any
@@ -90,7 +91,9 @@ def _parts(value: Any) -> Iterator[tuple[str, object]]:
             wrapped = getattr(value, "__wrapped__", None)
             if wrapped is not None:
                 yield "the wrapped function", wrapped
-            yield "the class", type(value)
+            # The standard library's own travels by its name, or is what cannot be pickled.
+            if type(value).__module__.partition(".")[0] not in sys.stdlib_module_names:
+                yield "the class", type(value)
             state = getattr(value, "__dict__", {})
             kind = type(value).__qualname__
             yield from ((f"attribute {name!r} of a {kind}", part) for name, part in state.items())
