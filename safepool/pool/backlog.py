@@ -189,8 +189,8 @@ class Backlog:
         # Divided when little is left behind it as well: halves of halves would be many messages.
         waiting = self.at_most(span.count * among)
         many = min(room(span.name, 0), -(-waiting // among))
-        if span.run.at_once is None:
-            many = min(many, most)
+        # Chunks that were taken back may have become one piece.
+        many = min(many, most * (span.run.at_once or 1))
         if many <= 0:
             return []
         self._entries.popleft()

@@ -127,3 +127,19 @@ def test_functions_without_end_do_not_fill_the_memory() -> None:
     kept: dict[str, Any] = vars(pace)["_nanoseconds"]
     assert len(kept) <= 4096
     assert pace.expected_ns("f9999") == 5
+
+
+def test_chunks_that_came_back_in_one_piece_are_still_so_many_tasks() -> None:
+    """Else a worker that may do one more does all of them."""
+    backlog = Backlog()
+    run = MapRun(abs, "abs", NO_POLICY, 7)
+    backlog.add_items(run, [(n,) for n in range(21)])
+    first, second = (backlog.take(lambda *_: 9, lambda _: 1, 1, 9) for _ in range(2))
+    assert isinstance(first, Span)
+    assert isinstance(second, Span)
+    backlog.put_back([first, second])
+
+    taken = backlog.take(lambda *_: 99, lambda _: 1, 1, 1)
+
+    assert isinstance(taken, Span)
+    assert taken.count == 7
