@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from safepool import ProcessPool
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from safepool.pool.staff import Worker
+
+
+STRESS_S = 1.5
 
 
 class Pool:
@@ -30,7 +34,7 @@ class Pool:
 
 def test_pools_that_others_make_and_drop_are_no_obstacle() -> None:
     """Each call that is forked asks for them, in whichever thread."""
-    kept = [Pool() for _ in range(3000)]
+    kept = [Pool() for _ in range(500)]
     for pool in kept:
         exits.finish_at_exit(pool)
     stop = threading.Event()
@@ -51,7 +55,8 @@ def test_pools_that_others_make_and_drop_are_no_obstacle() -> None:
     try:
         for thread in threads:
             thread.start()
-        for _ in range(300):
+        deadline = time.monotonic() + STRESS_S
+        while time.monotonic() < deadline:
             found = exits.working()
             assert len(found) >= len(kept)
             del found
