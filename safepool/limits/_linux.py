@@ -52,7 +52,7 @@ def read_limits(
         memory=groups_memory,
         pids=(*tasks, _user_processes(machine)) if here else tasks,
         open_files=_open_files() if here else None,
-        shared_memory=_shared_memory() if here else None,
+        shared_memory=_shared_memory(_SHARED_MEMORY) if here else None,
         skipped=tuple(machine.skipped),
     )
 
@@ -161,15 +161,15 @@ def _raw_limit(soft: int) -> str:
     return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
-def _shared_memory() -> SharedMemory | None:
+def _shared_memory(path: str) -> SharedMemory | None:
     try:
-        size = os.statvfs(_SHARED_MEMORY)
+        size = os.statvfs(path)
     except OSError:
         return None
     return SharedMemory(
         bytes=size.f_blocks * size.f_frsize,
         free_bytes=size.f_bavail * size.f_frsize,
-        source=_SHARED_MEMORY,
+        source=path,
     )
 
 

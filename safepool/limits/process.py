@@ -20,13 +20,13 @@ import sys
 from dataclasses import replace
 
 from safepool.limits import memory, pids, quota
-from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, SharedMemory, Throttling
+from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, Throttling
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
 from safepool.limits.place import read_place
 
 if sys.platform == "linux":
-    from safepool.limits._linux import _cpu_limits
+    from safepool.limits._linux import _cpu_limits, _shared_memory
 
 assert sys.platform == "linux"
 
@@ -75,7 +75,7 @@ class ProcessView:
             memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
             pids=pids.read_pids(machine, find_levels(machine, place, "pids")),
             open_files=self._open_files(),
-            shared_memory=self._shared_memory(),
+            shared_memory=_shared_memory(f"/proc/{self.pid}/root/dev/shm"),
         )
         return replace(found, skipped=tuple(machine.skipped))
 
@@ -135,18 +135,6 @@ class ProcessView:
             used_files=used,
             source=f"/proc/{self.pid}/limits",
             raw=match[1],
-        )
-
-    def _shared_memory(self) -> SharedMemory | None:
-        path = f"/proc/{self.pid}/root/dev/shm"
-        try:
-            size = os.statvfs(path)
-        except OSError:
-            return None
-        return SharedMemory(
-            bytes=size.f_blocks * size.f_frsize,
-            free_bytes=size.f_bavail * size.f_frsize,
-            source=path,
         )
 
 

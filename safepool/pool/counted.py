@@ -16,35 +16,15 @@ from safepool.progress import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
 
-    from safepool.pool.policy import Policy
-
 __all__ = ["CountedRun", "total_of"]
 
 
 class CountedRun(MapRun):
-    """As its base, and counts what is put down.
+    """As its base, and counts what is put down."""
 
-    Args:
-        function: As of the base.
-        name: As of the base.
-        policy: As of the base.
-        at_once: As of the base.
-        starred: As of the base.
-    """
-
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        name: str,
-        policy: Policy,
-        at_once: int | None,
-        *,
-        starred: bool = True,
-    ) -> None:
-        super().__init__(function, name, policy, at_once, starred=starred)
-        self.done = 0
-        self.failed = 0
-        self._shown: weakref.ref[Generator[Any]] | None = None
+    done = 0
+    failed = 0
+    _shown: weakref.ref[Generator[Any]] | None = None
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down and count them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import os
 import pickle
@@ -23,7 +24,7 @@ from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff, Worker
@@ -53,6 +54,8 @@ _UNCHANGED: tuple[type, ...] = (
     types.ModuleType,
 )
 
+# Parts of one item that are looked at.
+_MOST_PARTS = 1000
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
@@ -341,7 +344,7 @@ def _dumps_items(span: Span) -> Pickled | None:
     what another has changed. So each gets a pickle of its own, unless the caller has said which
     of them belong together, or there is nothing to change. What travels by value brings its
     classes along, which costs a hundred times as much: it goes in one pickle if no two
-    calls have an argument, or a part of one, in common.
+    calls have anything in common.
     """
     items = span.items
     span.apart = False
@@ -369,24 +372,25 @@ def _are_plain(items: list[Any], starred: bool) -> bool:
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:
+    """Tell whether two items refer, however deep, to one object that a call could change."""
     seen: set[int] = set()
     for item in items:
-        parts = {id(item): item}
-        parts |= {id(part): part for part in _parts(item)}
-        parts |= {id(deep): deep for part in _parts(item) for deep in _parts(part)}
-        mine = {key for key, part in parts.items() if not isinstance(part, _UNCHANGED)}
-        if seen & mine:
-            return True
+        mine: set[int] = set()
+        parts = [item]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, _UNCHANGED) or id(part) in mine:
+                continue
+            if id(part) in seen:
+                return True
+            # Of these only what they hold can be changed.
+            if type(part) not in (tuple, frozenset):
+                mine.add(id(part))
+            parts += gc.get_referents(part)
+            if len(mine) + len(parts) > _MOST_PARTS:
+                return True  # perhaps: to find out would take longer than to send them apart
         seen |= mine
     return False
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, (list, tuple)):
-        return value
-    return vars(value).values() if hasattr(value, "__dict__") else ()
 
 
 def was_not_sent(error: BaseException) -> bool:

@@ -197,3 +197,25 @@ def test_what_workers_import_is_in_no_doubt() -> None:
     assert is_importable(textwrap.dedent)
     assert not is_importable(lambda: 1)
     assert not is_importable(3)
+
+
+def test_no_call_of_a_map_sees_what_another_has_changed(tmp_path: Path) -> None:
+    """What travels by value goes in one pickle, unless two calls share something, however deep."""
+    text = """
+    class Node:
+        def __init__(self, below): self.below = below
+    def deepest(node):
+        while isinstance(node, (Node, tuple)):
+            node = node.below if isinstance(node, Node) else node[0]
+        node.append(0)
+        return len(node)
+    def chain(found, depth):
+        return Node((chain(found, depth - 1),)) if depth else found
+    common = []
+    with ProcessPool(1) as pool:
+        print(set(pool.map(deepest, [chain(common, 5) for _ in range(50)])))
+        before = values_sent()
+        print(set(pool.map(deepest, [chain([], 5) for _ in range(50)])))
+        print(values_sent() - before < 25)
+    """
+    assert run(tmp_path, text) == "{1}\n{1}\nTrue"
