@@ -2,7 +2,7 @@
 
 ``LIBRARIES`` has a row for each library that the tests know how to use hard enough for its
 threads to start. Programs are run in fresh interpreters (`run`), by default under a preloaded
-shim that shows 48 CPUs (`shim/manycore.c`), so that a pool that escapes its cap is seen on
+shim that shows 48 CPUs (`safepool/cli/manycore.c`), so that a pool that escapes its cap is seen on
 any machine.
 
 Functions here are found by workers by name.
@@ -16,7 +16,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safepool.cli import demo_pretend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -467,14 +468,10 @@ def shim(folder: Path) -> str | None:
     Args:
         folder: For the file; once for each.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or sys.platform != "linux":
+    try:
+        return str(demo_pretend.build(folder))
+    except demo_pretend.PretendError:
         return None
-    target = folder / "manycore.so"
-    source = _TESTS / "shim" / "manycore.c"
-    command = [compiler, "-shared", "-fPIC", "-O2", "-o", str(target), str(source), "-ldl"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    return str(target) if done.returncode == 0 else None
 
 
 def environment(preload: str | None = None, cpus: int = MANY) -> dict[str, str]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
-from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, Options
+from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, MOST_PRETENDED, Options
 from safepool.errors import MissingExtraError, SafepoolError
 
 if TYPE_CHECKING:
@@ -111,7 +111,11 @@ def _run_demo(options: argparse.Namespace) -> int:
     from safepool.cli import demo  # noqa: PLC0415 -- only the command that is asked for
 
     asked = Options(
-        tasks=options.tasks, points=options.points, cpus=options.cpus, bound_s=options.bound
+        tasks=options.tasks,
+        points=options.points,
+        cpus=options.cpus,
+        pretend_host_cpus=options.pretend_host_cpus,
+        bound_s=options.bound,
     )
     return demo.run(asked, as_json=options.json, plot=options.plot)
 
@@ -340,6 +344,13 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         "(Linux, as root; elsewhere it is left out)",
     )
     demo.add_argument(
+        "--pretend-host-cpus",
+        type=_whole_number(at_least=1, at_most=MOST_PRETENDED),
+        metavar="N",
+        help="let Python and native libraries believe in N CPUs, as in a container on a host of "
+        "that size (Linux, with a C compiler; the limit stays real)",
+    )
+    demo.add_argument(
         "--bound",
         type=_number(at_least=0.01),
         default=_DEFAULTS.bound_s,
@@ -365,13 +376,13 @@ def _picture(text: str) -> Path:
     return path
 
 
-def _whole_number(*, at_least: int) -> Callable[[str], int]:
+def _whole_number(*, at_least: int, at_most: int | None = None) -> Callable[[str], int]:
+    bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+
     def parse(text: str) -> int:
         number = int(text) if text.isdecimal() else -1
-        if number < at_least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {at_least}, found {text!a}"
-            )
+        if number < at_least or (at_most is not None and number > at_most):
+            raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, found {text!a}")
         return number
 
     return parse

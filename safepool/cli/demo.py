@@ -3,7 +3,8 @@
 First ``concurrent.futures.ProcessPoolExecutor()`` as people write it, then
 ``safepool.ProcessPool()``: the same tasks, each half in a fresh child process, under this
 process's own limits or (``--cpus``) under a real quota. It computes none of the numbers that
-it prints, and changes nothing of the environment that the halves run in.
+it prints, and changes nothing of the environment that the halves run in, unless both are to
+believe in a larger machine (``--pretend-host-cpus``).
 
     demo_options    what can be asked for
     demo_tasks      the work
@@ -11,6 +12,7 @@ it prints, and changes nothing of the environment that the halves run in.
     demo_measure    runs a child, counts its threads from outside, cuts it off
     demo_processes  counting and ending other processes
     demo_group      the control group with the quota
+    demo_pretend    the larger machine, with --pretend-host-cpus
     demo_report     the table, the sentence below it, and JSON
     demo_plot       the picture, with --plot
 
@@ -18,6 +20,7 @@ it prints, and changes nothing of the environment that the halves run in.
 
     tasks, points, cpus_asked, bound_s   the options; cpus_asked is null without --cpus
     versions                             of Python, numpy and scipy, by name
+    pretend_host_cpus                    CPUs that both halves believed in, or null: the machine's
     machine_cpus                         CPUs of the machine, whoever may use them
     limit                                what binds: name, cpus, source, raw
     no_group                             why --cpus was left out, or null
@@ -47,18 +50,20 @@ import signal
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
 from safepool.cli.demo_measure import POOLS, measure
 from safepool.cli.demo_plot import check_plot, draw
+from safepool.cli.demo_pretend import PretendError, check_room, environment, seen_from_inside
 from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
 from safepool.errors import MissingExtraError
 from safepool.limits import read_limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import FrameType
 
     from safepool.cli.demo_options import Options
@@ -84,6 +89,7 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
     Raises:
         MissingExtraError: NumPy or SciPy is not installed, or matplotlib for a picture.
         PlotError: The picture cannot be written.
+        PretendError: A larger machine cannot be pretended.
         GroupLeftError: The control group could not be removed.
     """
     for package in _NEEDED:
@@ -94,15 +100,18 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
     with ExitStack() as stack:
         stack.enter_context(_endings_clean_up())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safepool-demo-")))
-        group, no_group = _enter_group(stack, options.cpus)
+        variables = _pretended(options, folder)
+        group, no_group = _enter_group(stack, _quota(options))
         conditions = Conditions(
             options=options,
-            limit=_binding(group),
+            limit=_binding(group, options.pretend_host_cpus),
             machine_cpus=os.cpu_count() or 1,
             no_group=no_group,
             versions=_versions(),
         )
-        report = _run_halves(conditions, group=group, folder=folder, quiet=as_json)
+        report = _run_halves(
+            conditions, group=group, variables=variables, folder=folder, quiet=as_json
+        )
     if as_json:
         print(report.as_json(), flush=True)
     else:
@@ -113,7 +122,12 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
 
 
 def _run_halves(
-    conditions: Conditions, *, group: QuotaGroup | None, folder: Path, quiet: bool
+    conditions: Conditions,
+    *,
+    group: QuotaGroup | None,
+    variables: Mapping[str, str],
+    folder: Path,
+    quiet: bool,
 ) -> Report:
     """Run one half after the other; each row is printed as soon as it is known."""
     options = conditions.options
@@ -128,6 +142,7 @@ def _run_halves(
             bound_s=options.bound_s,
             results_file=folder / f"{name}.npy",
             group=group,
+            variables=variables,
         )
         if not quiet and name == "standard":
             print(table_row(halves[name], options.tasks, None, bound=False), flush=True)
@@ -166,6 +181,32 @@ def compare(standard: Path, safepool: Path) -> Comparison:
     )
 
 
+def _pretended(options: Options, folder: Path) -> dict[str, str]:
+    """Return what makes a child believe in another machine; nothing if it is to see this one."""
+    cpus = options.pretend_host_cpus
+    if cpus is None:
+        return {}
+    check_room(read_limits(), cpus, options.points)
+    return environment(cpus, folder)
+
+
+def _quota(options: Options) -> float | None:
+    """Return the quota to make: what was asked for, or what a pretended host needs."""
+    if options.pretend_host_cpus is None:
+        return options.cpus
+    limits = read_limits()
+    real = limits.affinity.cpus
+    if options.cpus is None:
+        # The CPUs that there are, unless a quota that is there already says as much.
+        enough = limits.cpu_quota is not None and limits.cpu_quota <= (real or math.inf)
+        return None if enough else real
+    if real is not None and options.cpus > real:
+        raise PretendError(
+            f"--cpus {options.cpus:g} is more than the {real:g} CPUs that there really are"
+        )
+    return options.cpus
+
+
 def _enter_group(stack: ExitStack, cpus: float | None) -> tuple[QuotaGroup | None, str | None]:
     """Make the group that was asked for, or say why there is none."""
     if cpus is None:
@@ -176,9 +217,13 @@ def _enter_group(stack: ExitStack, cpus: float | None) -> tuple[QuotaGroup | Non
         return None, error.reason
 
 
-def _binding(group: QuotaGroup | None) -> Limit:
+def _binding(group: QuotaGroup | None, pretended: int | None) -> Limit:
     """Return what binds inside the group: its own quota, or something tighter outside it."""
-    outside = read_limits().binding
+    limits = read_limits()
+    if pretended is not None:
+        inside = () if group is None else (group.limit,)
+        limits = seen_from_inside(replace(limits, quotas=(*inside, *limits.quotas)), pretended)
+    outside = limits.binding
     if group is None or (outside.cpus or math.inf) < (group.limit.cpus or math.inf):
         return outside
     return group.limit

@@ -11,6 +11,7 @@ the clock and the counting here go on.
 from __future__ import annotations
 
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from safepool.errors import describe_exit
 from safepool.limits import read_throttling
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from safepool.cli.demo_group import QuotaGroup
     from safepool.limits import Throttling
 
@@ -50,9 +53,10 @@ _START_WITHIN_S = 120.0
 _LEAVE_WITHIN_S = 10.0
 
 # Runs first in the child. It joins the group before anything else, so that imports and
-# workers are inside too; the interpreter it came from is the caller's own. The package's
-# folder goes last: it must not shadow anything, and is only needed where the caller's path
-# was changed by hand.
+# workers are inside too. If memory runs out, the kernel is to take one of the demo's processes
+# and nobody else's (proc_pid_oom_score_adj(5)). The interpreter it came from is the caller's own.
+# The package's folder goes last: it must not shadow anything, and is only needed where the
+# caller's path was changed by hand.
 _BOOTSTRAP = """\
 import sys
 members_file, folder = sys.argv[1:3]
@@ -60,6 +64,11 @@ del sys.argv[1:3]
 if members_file:
     with open(members_file, "w") as file:
         file.write("0")
+try:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+except OSError:
+    pass
 if folder not in sys.path:
     sys.path.append(folder)
 import runpy
@@ -106,6 +115,7 @@ def measure(
     bound_s: float,
     results_file: Path,
     group: QuotaGroup | None,
+    variables: Mapping[str, str] | None = None,
 ) -> Half:
     """Run one half and wait for its end.
 
@@ -116,6 +126,7 @@ def measure(
         bound_s: Seconds after which the half is cut off, counted from the end of its imports.
         results_file: A ``.npy`` file for the child to make; ``demo_half`` says what is in it.
         group: The control group to run it in; ``None`` for this process's own.
+        variables: Added to its environment.
 
     Returns:
         What was measured. No process of the half is left.
@@ -123,7 +134,7 @@ def measure(
     arguments = [name, str(tasks), str(points), str(results_file)]
     watch = _Watch(bound_s=bound_s, group=group)
     with results_file.with_suffix(".stderr").open("w+", errors="replace") as stderr:
-        _run(arguments, watch=watch, group=group, stderr=stderr)
+        _run(arguments, watch=watch, group=group, stderr=stderr, variables=variables or {})
         stderr.seek(0)
         said = stderr.read().strip().splitlines()
     error = None
@@ -143,7 +154,12 @@ def measure(
 
 
 def _run(
-    arguments: list[str], *, watch: _Watch, group: QuotaGroup | None, stderr: IO[str]
+    arguments: list[str],
+    *,
+    watch: _Watch,
+    group: QuotaGroup | None,
+    stderr: IO[str],
+    variables: Mapping[str, str],
 ) -> None:
     """Start a child, watch it to its end, and leave nothing of it behind."""
     folder = Path(safepool.__file__).parent.parent
@@ -152,13 +168,14 @@ def _run(
     command = [sys.executable, "-P", "-c", _BOOTSTRAP, members_file, str(folder), *arguments]
     child = reader = None
     try:
-        # The environment is the caller's, word for word: no thread variable is touched.
+        # Else the environment is the caller's, word for word: no thread variable is touched.
         child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            env={**os.environ, **variables},
             # A process group of its own, that can be ended as one, and that the terminal's
             # Ctrl-C does not reach: whoever measures ends it.
             start_new_session=True,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FEWEST_POINTS", "LEAST_CPUS", "Options"]
+__all__ = ["FEWEST_POINTS", "LEAST_CPUS", "MOST_PRETENDED", "Options"]
 
 FEWEST_POINTS = 16
 """A task's result keeps this many numbers of each operation."""
 
 LEAST_CPUS = 0.01
 """The kernel takes no quota below 1 ms, of a period of 100 ms (sched-bwc.rst)."""
+
+MOST_PRETENDED = 128
+"""The standard pool then has 128 x 126 threads (NumPy and SciPy bring an OpenBLAS each, compiled
+for 64): half of the 32,768 that Linux has numbers for (proc_sys_kernel(5), ``pid_max``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +28,13 @@ class Options:
         tasks: Number of tasks, at least 1.
         points: Size of each, at least ``FEWEST_POINTS``.
         cpus: Quota to run under, at least ``LEAST_CPUS``; ``None`` for the limits there are.
+        pretend_host_cpus: CPUs that both halves believe in, at most ``MOST_PRETENDED``; ``None``
+            for those that there are.
         bound_s: Seconds after which a half is cut off, above 0.
     """
 
     tasks: int = 192
     points: int = 150
     cpus: float | None = None
+    pretend_host_cpus: int | None = None
     bound_s: float = 20.0

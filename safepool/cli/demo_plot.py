@@ -85,19 +85,30 @@ def draw(report: Report, path: Path) -> None:
     names = ["standard pool", "safepool"]
     for axes, (title, values) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         bars = axes.bar(names, [value or 0.0 for value in values], color=["#b8564b", "#3c7a89"])
-        axes.bar_label(bars, ["not known" if v is None else f"{v:.3g}" for v in values])
+        labels = ["not known" if v is None else f"{v:.3g}" for v in values]
+        if title == "seconds":
+            halves = (report.standard, report.safepool)
+            labels = [
+                f"> {label}" if half.cut_off else label
+                for label, half in zip(labels, halves, strict=True)
+            ]
+        axes.bar_label(bars, labels)
         axes.set_title(title)
         axes.margins(y=0.15)
     conditions = report.conditions
     cut = f", cut off at {conditions.options.bound_s:g} s" if report.standard.cut_off else ""
-    figure.suptitle(
-        f"{conditions.options.tasks} tasks on {conditions.cpus:g} of "
-        f"{conditions.machine_cpus} CPUs{cut}"
-    )
+    figure.suptitle(f"{conditions.options.tasks} tasks on {_where(report)}{cut}")
     try:
         figure.savefig(path)
     except OSError as error:
         raise PlotError(str(path), error.strerror or str(error)) from error
+
+
+def _where(report: Report) -> str:
+    conditions = report.conditions
+    if conditions.options.pretend_host_cpus is not None:
+        return conditions.where
+    return f"{conditions.cpus:g} of {conditions.machine_cpus} CPUs"
 
 
 def _seconds(half: Half) -> float | None:

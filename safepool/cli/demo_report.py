@@ -7,9 +7,10 @@ oversubscribed, it says that there is nothing to win.
 from __future__ import annotations
 
 import json
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+
+from safepool.cli.text import as_ascii, counted, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +28,6 @@ ATOL = 1e-9
 
 WORTH_IT = 1.1
 """A smaller ratio is within what two runs of the same pool differ by."""
-
-_WIDTH = 80
 
 _COLUMNS = (
     ("pool", "<22"),
@@ -65,16 +64,28 @@ class Conditions:
         """The CPUs that the kernel will give to one half."""
         return self.machine_cpus if self.limit.cpus is None else self.limit.cpus
 
+    @property
+    def where(self) -> str:
+        """The CPUs in words, as in "on 1 CPU"."""
+        pretended = self.options.pretend_host_cpus
+        return _cpus(self.cpus) + ("" if pretended is None else f" of a pretended {pretended}")
+
     def lines(self) -> list[str]:
         """Say it, in lines of text; the table's head is the last one."""
         options, limit = self.options, self.limit
+        seen = options.pretend_host_cpus or self.machine_cpus
         work = "SciPy interpolation and NumPy linear algebra"
         lines = [
             f"{options.tasks} tasks of {work}, {options.points} points each",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"limit: {_cpus(self.cpus)} of {self.machine_cpus}, {limit.name} says {limit.raw!a}",
-            f"       {limit.source}",
+            f"limit: {_cpus(self.cpus)} of {seen}, {limit.name} says {limit.raw!a}",
+            f"       {as_ascii(limit.source)}",
         ]
+        if options.pretend_host_cpus is not None:
+            lines.append(
+                f"pretended: Python and native libraries see {_cpus(seen)}; this machine has "
+                f"{self.machine_cpus}"
+            )
         if self.no_group is not None:
             lines.append(f"--cpus {options.cpus:g} is left out: {self.no_group}")
         head = "  ".join(f"{name:{width}}" for name, width in _COLUMNS)
@@ -174,10 +185,10 @@ class Report:
             for half in (self.standard, self.safepool)
             if half.cut_off
         ]
-        if self.safepool.threads is None and self.safepool.error is None:
+        if self.safepool.threads is None and self.safepool.workers is not None:
             lines.append("threads: not counted (only Linux lists them for other processes)")
         lines.append(f"results: {self._results()}")
-        return ["", *lines, "", *textwrap.wrap(self.verdict(), _WIDTH, break_long_words=False)]
+        return ["", *lines, "", *wrapped(self.verdict(), 0)]
 
     def as_json(self) -> str:
         """Return the report as one JSON object; ``safepool.cli.demo`` lists its keys."""
@@ -189,6 +200,7 @@ class Report:
                 "cpus_asked": conditions.options.cpus,
                 "bound_s": conditions.options.bound_s,
                 "versions": dict(conditions.versions),
+                "pretend_host_cpus": conditions.options.pretend_host_cpus,
                 "machine_cpus": conditions.machine_cpus,
                 "limit": asdict(conditions.limit),
                 "no_group": conditions.no_group,
@@ -217,7 +229,7 @@ class Report:
 
     def _why_nothing(self) -> str:
         if self.oversubscribed is False:
-            threads = _count(self.standard.threads or 0, "thread")
+            threads = counted(self.standard.threads or 0, "thread")
             cpus = _cpus(self.conditions.cpus)
             return f"Nothing to win here: the standard pool's {threads} fit {cpus}."
         return (
@@ -228,14 +240,14 @@ class Report:
     def _where_to_look(self) -> str:
         if self.conditions.cpus <= 1:
             return ""
-        workers = _count(self.standard.workers or 0, "worker")
+        workers = counted(self.standard.workers or 0, "worker")
         return (
             f"'safepool demo --cpus 1' shows what happens when the same {workers} of the standard "
             "pool may use one CPU, as in a container (it takes root on Linux)."
         )
 
     def _win(self) -> str:
-        cpus = _cpus(self.conditions.cpus)
+        cpus = self.conditions.where
         if self.standard.cut_off:
             done = f"{self.standard.tasks_done} of {self.conditions.options.tasks} tasks"
             return (
@@ -271,15 +283,11 @@ def table_row(half: Half, tasks: int, ratio: float | None, *, bound: bool) -> st
 
 
 def _crew(half: Half) -> str:
-    workers = _count(half.workers or 0, "worker")
+    workers = counted(half.workers or 0, "worker")
     if half.threads is None:
         return f"{half.pool} with {workers}"
-    return f"{half.pool} with {_count(half.threads, 'thread')} in {workers}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{half.pool} with {counted(half.threads, 'thread')} in {workers}"
 
 
 def _cpus(cpus: float) -> str:
-    return f"{cpus:g} CPU{'' if cpus == 1 else 's'}"
+    return counted(cpus, "CPU")

@@ -38,6 +38,7 @@ KEYS: dict[str, tuple[type, ...]] = {
     "cpus_asked": (float, type(None)),
     "bound_s": (float,),
     "versions": (dict,),
+    "pretend_host_cpus": (int, type(None)),
     "machine_cpus": (int,),
     "limit": (dict,),
     "no_group": (str, type(None)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +15,7 @@ from safepool.cli.demo_options import Options
 from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
 from safepool.limits import Limit, Throttling
 
-if TYPE_CHECKING:
-    from pathlib import Path
+FOLDER = Path(__file__).parent / "demo_screens"
 
 STANDARD = Half(
     pool="ProcessPoolExecutor()",
@@ -179,15 +178,57 @@ def test_only_a_win_is_called_one(outcome: str) -> None:
         assert "--cpus 1" not in report.verdict()
 
 
+def text_of(report: Report) -> str:
+    """Return what the demo prints, in its order."""
+    rows = [report.row(report.standard), report.row(report.safepool)]
+    return "\n".join([*report.conditions.lines(), *rows, *report.closing_lines()]) + "\n"
+
+
+def pretended() -> Report:
+    report = report_of("cut off")
+    options = Options(cpus=1.0, pretend_host_cpus=48)
+    many = replace(CUT_OFF, workers=48, threads=2406, tasks_done=0)
+    return replace(
+        report,
+        conditions=replace(report.conditions, options=options),
+        standard=many,
+        comparison=Comparison(compared=0, equal=True, largest_difference=None),
+    )
+
+
+# One row per file in demo_screens/.
+SCREENS: dict[str, Report] = {
+    "a-pretended-host": pretended(),
+    "cut-off": report_of("cut off"),
+    "failed": report_of("the standard pool failed"),
+    "nothing-to-win": report_of("threads fit"),
+    "oversubscribed": report_of("oversubscribed"),
+    "threads-not-counted": report_of("threads not counted"),
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_the_screen_reads_as_its_file(name: str) -> None:
+    assert text_of(SCREENS[name]) == (FOLDER / f"{name}.txt").read_text()
+
+
+def test_every_file_has_a_report() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.txt" for name in SCREENS}
+
+
+def test_a_pretended_host_is_said_to_be_one() -> None:
+    """In the text, in the sentence and in JSON; the machine's own CPUs stay told."""
+    report = pretended()
+
+    assert "see 48 CPUs; this machine has 8" in text_of(report)
+    assert "On 1 CPU of a pretended 48," in report.verdict()
+    told = json.loads(report.as_json())
+    assert (told["pretend_host_cpus"], told["machine_cpus"]) == (48, 8)
+
+
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_the_text_is_ascii_of_80_columns(outcome: str) -> None:
-    report = report_of(outcome)
-    lines = [
-        *report.conditions.lines(),
-        report.row(report.standard),
-        report.row(report.safepool),
-        *report.closing_lines(),
-    ]
+    lines = text_of(report_of(outcome)).splitlines()
 
     assert [line for line in lines if len(line) > 80 or not line.isascii()] == []
 
