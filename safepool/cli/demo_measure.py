@@ -175,7 +175,7 @@ def _run(
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            env={**os.environ, **variables},
+            env={**os.environ, **variables} if variables else None,
             # A process group of its own, that can be ended as one, and that the terminal's
             # Ctrl-C does not reach: whoever measures ends it.
             start_new_session=True,
