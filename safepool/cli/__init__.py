@@ -21,14 +21,19 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import math
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
 from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, MOST_PRETENDED, Options
+from safepool.cli.text import WIDTH
 from safepool.errors import MissingExtraError, SafepoolError
 
 if TYPE_CHECKING:
@@ -39,6 +44,11 @@ __all__ = ["main"]
 _DEFAULTS = Options()
 
 _FINE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
+
+# What a full disk, a quota or a device answers to what is written.
+_NO_ROOM = frozenset(
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO") if hasattr(errno, name)
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,18 +63,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _run(argv)
         # Here and not at the interpreter's end, where a broken pipe is no longer caught.
-        sys.stdout.flush()
+        # None: it was closed before the start.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes once more as it ends; nobody is left to be told about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_the_rest()
         return _FINE
     except SafepoolError as error:
-        print(f"safepool: {error}", file=sys.stderr)
+        _say(str(error))
         own: int | None = getattr(error, "code", None)
         return own or (_USAGE if isinstance(error, MissingExtraError) else _FAILED)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _drop_the_rest()
+        _say(f"cannot write the output: {error.strerror}")
+        return _FAILED
     return code
+
+
+def _say(problem: str) -> None:
+    # print() would take standard output in the place of a standard error that was closed.
+    if sys.stderr is not None:
+        print(f"safepool: error: {problem}", file=sys.stderr)
+
+
+def _drop_the_rest() -> None:
+    """Let the interpreter's last flush succeed: nobody is left to be told about it."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -142,11 +171,46 @@ def _run_run(options: argparse.Namespace) -> int:
     )
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """As its base, as wide as every screen here, however wide the terminal is."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{**options, "width": WIDTH - 2})
+
+
 class _Parser(argparse.ArgumentParser):
-    """As its base, with errors of one line."""
+    """As its base, with errors of one line, and the same form of help for every command."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "formatter_class": _Help})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        if unknown := _UNKNOWN_COMMAND.match(message):
+            message = _likely(unknown[1], re.findall(r"[a-z]+", unknown[2]))
+        self.exit(_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+# As argparse says it: in 3.11 with the names in quotes, later without.
+_UNKNOWN_COMMAND = re.compile(r"argument command: invalid choice: '(.*)' \(choose from (.*)\)")
+
+
+def _likely(name: str, commands: list[str]) -> str:
+    """Say that there is no such command, and what may have been meant.
+
+    Example:
+        >>> _likely("docter", ["limits", "doctor", "run"])
+        "there is no command 'docter'. Did you mean: safepool doctor"
+        >>> _likely("fly", ["limits", "doctor", "run"])
+        "there is no command 'fly', only limits, doctor, run"
+    """
+    close = difflib.get_close_matches(name, commands, n=1)
+    if close:
+        meant = f". Did you mean: safepool {close[0]}"
+    elif shutil.which(name):
+        meant = f". To start a program: safepool run -- {name} ..."
+    else:
+        meant = f", only {', '.join(commands)}"
+    return f"there is no command '{name}'{meant}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,7 +219,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Process pools that fit the machine they run on. Without a command: what\n"
         "this process may use, who says so, and whether that is a problem.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
@@ -164,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="command")
 
     text = "what this process may use, who says so, and what fits (the default)"
-    limits = commands.add_parser("limits", help=text, description=text.capitalize())
+    limits = commands.add_parser("limits", help=text, description=_LIMITS, epilog=_LIMITS_EXAMPLES)
     limits.set_defaults(run=_run_limits)
 
     doctor = commands.add_parser(
@@ -172,7 +235,6 @@ def _parser() -> argparse.ArgumentParser:
         help="which of your libraries brings which native threads, and what rules them",
         description=_DOCTOR,
         epilog=_DOCTOR_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.set_defaults(run=_run_doctor)
     _add_doctor_options(doctor)
@@ -182,14 +244,13 @@ def _parser() -> argparse.ArgumentParser:
         help="start an unmodified program with its limits set",
         description=_RUN,
         epilog=_RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="safepool run [options] -- COMMAND [ARGUMENT ...]",
     )
     run.set_defaults(run=_run_run)
     _add_run_options(run)
 
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
-    demo = commands.add_parser("demo", help=text, description=f"Run {text}, and compare.")
+    demo = commands.add_parser("demo", help=text, description=_DEMO, epilog=_DEMO_EXAMPLES)
     demo.set_defaults(run=_run_demo)
     _add_demo_options(demo)
     for command in (limits, doctor, demo):
@@ -212,7 +273,24 @@ examples:
 
 Exit codes: 0 fine, 1 a problem was found, 2 wrong usage or a package is
 missing, 130 Ctrl-C; safepool run: the program's own, 126, 127. Good for a
-container's health check: safepool > /dev/null"""
+container's health check: safepool > /dev/null
+Colours only on a terminal, and not with NO_COLOR=1."""
+
+_LIMITS = """\
+What this process may use and what each limit was read from, with an arrow (->)
+at the one that decides how many workers fit; how often the kernel has frozen
+the group ("throttled": it had used up its CPU time and had to wait); what the
+pools of Python would start here; and a verdict with what to do."""
+
+_LIMITS_EXAMPLES = """\
+examples:
+  safepool limits                    the same as: safepool
+  safepool limits --pid 4711         of a running process
+  safepool limits --watch            a line a second, until Ctrl-C
+  safepool limits --json | jq .budget.workers
+
+Exit codes: 0 nothing to do, or advice only, 1 a problem was found, 2 there is
+no such process, 130 Ctrl-C."""
 
 
 def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:
@@ -319,6 +397,22 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
 
 def _threads(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else _whole_number(at_least=1)(text)
+
+
+_DEMO = """\
+Run the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's
+pool, under the limit that there is here or under a quota made for it, and
+compare their time, threads and results. A pool that takes too long is cut off."""
+
+_DEMO_EXAMPLES = """\
+examples:
+  safepool demo                      under the limits that there are
+  safepool demo --cpus 1             with one CPU, as in a small container
+  safepool demo --cpus 1 --pretend-host-cpus 48   on a host of 48 CPUs
+  safepool demo --plot demo.svg      and a picture of it
+
+Exit codes: 0 fine, 1 safepool's pool failed, was cut off or had other results,
+2 wrong usage or a package is missing, 130 Ctrl-C."""
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:

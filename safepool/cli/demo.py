@@ -47,6 +47,7 @@ import math
 import os
 import platform
 import signal
+import sys
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safepool.cli.colour import paint_for
 from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
 from safepool.cli.demo_measure import POOLS, measure
 from safepool.cli.demo_plot import check_plot, draw
@@ -115,7 +117,8 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
     if as_json:
         print(report.as_json(), flush=True)
     else:
-        print(*report.closing_lines(), sep="\n", flush=True)
+        paint = paint_for(sys.stdout, os.environ)
+        print(*report.closing_lines(paint), sep="\n", flush=True)
     if plot is not None:
         draw(report, plot)
     return 1 if report.failed else 0
@@ -152,7 +155,7 @@ def _run_halves(
         comparison=compare(folder / "standard.npy", folder / "safepool.npy"),
     )
     if not quiet:
-        print(report.row(report.safepool), flush=True)
+        print(report.row(report.safepool, paint_for(sys.stdout, os.environ)), flush=True)
     return report
 
 

@@ -10,11 +10,13 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from safepool.cli.colour import plain
 from safepool.cli.text import as_ascii, counted, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from safepool.cli.colour import Paint
     from safepool.cli.demo_measure import Half
     from safepool.cli.demo_options import Options
     from safepool.limits import Limit
@@ -149,10 +151,15 @@ class Report:
             return False
         return self.oversubscribed is False or self.ratio < WORTH_IT
 
-    def row(self, half: Half) -> str:
+    def row(self, half: Half, paint: Paint = plain) -> str:
         """Return one half's line of the table."""
         ratio = self.ratio if half is self.safepool else None
-        return table_row(half, self.conditions.options.tasks, ratio, bound=self.standard.cut_off)
+        row = table_row(half, self.conditions.options.tasks, ratio, bound=self.standard.cut_off)
+        if ratio is None or ratio < WORTH_IT:
+            return row
+        # The last column.
+        before, blank, cell = row.rpartition("  ")
+        return f"{before}{blank}{paint(cell, 'good')}"
 
     def verdict(self) -> str:
         """Say in one sentence, or two, what the numbers mean."""
@@ -177,7 +184,7 @@ class Report:
             return f"{self._why_nothing()} {self._where_to_look()}".strip()
         return self._win()
 
-    def closing_lines(self) -> list[str]:
+    def closing_lines(self, paint: Paint = plain) -> list[str]:
         """Return what stands below the table."""
         tasks = self.conditions.options.tasks
         lines = [
@@ -188,7 +195,10 @@ class Report:
         if self.safepool.threads is None and self.safepool.workers is not None:
             lines.append("threads: not counted (only Linux lists them for other processes)")
         lines.append(f"results: {self._results()}")
-        return ["", *lines, "", *wrapped(self.verdict(), 0)]
+        verdict = wrapped(self.verdict(), 0)
+        if self.failed or not self.nothing_to_win:
+            verdict = [paint(line, "problem" if self.failed else "good") for line in verdict]
+        return ["", *lines, "", *verdict]
 
     def as_json(self) -> str:
         """Return the report as one JSON object; ``safepool.cli.demo`` lists its keys."""

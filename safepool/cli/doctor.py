@@ -39,6 +39,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import safepool
+from safepool.cli.colour import paint_for, plain
 from safepool.cli.text import as_ascii, counted, wrapped
 from safepool.errors import SafepoolError, describe_exit
 from safepool.machine import cpu_limit
@@ -46,6 +47,8 @@ from safepool.threads import NativePool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from safepool.cli.colour import Paint
 
 __all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "run"]
 
@@ -154,14 +157,14 @@ class Report:
         """Those that could not be imported."""
         return [library for library in self.libraries if library.error]
 
-    def as_text(self) -> str:
+    def as_text(self, paint: Paint = plain) -> str:
         """Return the report for people: ASCII, 80 columns but for long paths."""
         lines = [
             f"safepool {safepool.__version__}: native threads after each import, nothing capped",
             f"Python {self.python}, {counted(self.cpus, 'CPU')} for this process",
         ]
         for library in self.libraries:
-            lines += ["", *self._library_lines(library)]
+            lines += ["", *self._library_lines(library, paint)]
         lines += self._section(
             "Fixed once it is loaded, so in the environment before the start", "fixed"
         )
@@ -174,10 +177,10 @@ class Report:
         """Return the report for programs; the module lists the keys."""
         return json.dumps({"version": safepool.__version__, **asdict(self)}, indent=2)
 
-    def _library_lines(self, library: Library) -> Iterator[str]:
+    def _library_lines(self, library: Library, paint: Paint) -> Iterator[str]:
         name = as_ascii(f"{library.name} {library.version}".rstrip())
         if library.error:
-            yield f"{name}: cannot be imported"
+            yield paint(f"{name}: cannot be imported", "problem")
         elif library.os_threads is None:
             yield name
         else:
@@ -188,26 +191,27 @@ class Report:
             # A line of a stack is looked up by its path: in one piece.
             yield from [f"   {line}"] if line.startswith(" ") else wrapped(line, 3)
         for pool in library.pools:
-            yield f"   {pool.runtime:<{_COLUMN}} {self._size(pool.threads)}"
+            yield f"   {pool.runtime:<{_COLUMN}} {self._size(pool.threads, paint)}"
             if pool.library:
                 yield f"      {as_ascii(_shortened(pool.library))}"
             yield f"      {as_ascii(_ruled(pool))}"
         for change in library.changed:
             before = "?" if change.threads_before is None else f"{change.threads_before}"
-            now = self._size(change.threads)
+            now = self._size(change.threads, paint)
             yield f"   {change.runtime:<{_COLUMN}} changed: {before} -> {now}"
         for guest in library.guests:
             yield f"   {guest.runtime:<{_COLUMN}} computes in the threads of {guest.through}"
         if not (library.error or library.pools or library.changed or library.guests):
             yield "   no native pool"
 
-    def _size(self, threads: int | None) -> str:
+    def _size(self, threads: int | None, paint: Paint) -> str:
         if threads is None:
             return "does not say how many threads"
         if threads == 0:
             return "no threads of its own"
-        many = f" for {counted(self.cpus, 'CPU')}" if threads > max(1, self.cpus) else ""
-        return f"{counted(threads, 'thread')}{many}"
+        if threads <= max(1, self.cpus):
+            return counted(threads, "thread")
+        return paint(f"{counted(threads, 'thread')} for {counted(self.cpus, 'CPU')}", "advice")
 
     def _section(self, title: str, field: str) -> Iterator[str]:
         """Yield what is to be known of each runtime, once."""
@@ -248,10 +252,11 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
         cpus=cpu_limit(),
         libraries=tuple(examine(names, limit_s=limit_s)),
     )
-    print(report.as_json() if as_json else report.as_text())
+    paint = paint_for(sys.stdout, os.environ)
+    print(report.as_json() if as_json else report.as_text(paint))
     for library in report.failed:
         first_line = library.error.split("\n")[0]
-        print(f"safepool doctor: {library.name}: {first_line}", file=sys.stderr)
+        print(f"safepool doctor: error: {library.name}: {first_line}", file=sys.stderr)
     return 1 if report.failed else 0
 
 

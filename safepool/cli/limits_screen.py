@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import safepool
 from safepool.budget import fit
+from safepool.cli.colour import paint_for, plain
 from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
 from safepool.cli.verdict import judge
 from safepool.errors import SafepoolError
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from safepool.budget import Budget
+    from safepool.cli.colour import Paint
     from safepool.cli.verdict import Finding
     from safepool.cli.watch import View
     from safepool.limits import (
@@ -159,7 +161,7 @@ class Screen:
         """Whether the exit code tells of one."""
         return any(finding.problem for finding in self.findings)
 
-    def as_text(self) -> str:
+    def as_text(self, paint: Paint = plain) -> str:
         """Return the screen for people: ASCII, one arrow, at the limit that decides."""
         sections = self._sections()
         pointed = self._decisive_row(sections)
@@ -168,7 +170,8 @@ class Screen:
         for title, rows in sections.items():
             lines.append(title)
             for row in rows:
-                lines += row.lines(arrow=row is pointed)
+                first, *rest = row.lines(arrow=row is pointed)
+                lines += [paint(first, "strong") if row is pointed else first, *rest]
             if not rows:
                 lines.append("   not limited, or not told")
         if self.limits.skipped:
@@ -180,7 +183,7 @@ class Screen:
         lines += ["Variables of native thread pools", *self._variable_lines()]
         lines += ["Budget", *self._budget_lines(pointed)]
         lines += ["Started by default", *self._started_lines()]
-        lines += ["Verdict", *self._verdict_lines()]
+        lines += ["Verdict", *self._verdict_lines(paint)]
         return "\n".join(lines)
 
     def as_json(self) -> str:
@@ -275,11 +278,12 @@ class Screen:
                 f"{counted(threads, 'thread')} = {many} on {counted(budget.cpus, 'CPU')}"
             )
 
-    def _verdict_lines(self) -> Iterator[str]:
+    def _verdict_lines(self, paint: Paint) -> Iterator[str]:
         if not self.findings:
-            yield "   Nothing to do."
+            yield paint("   Nothing to do.", "good")
         for finding in self.findings:
-            yield from wrapped(as_ascii(f"{finding.text}. Remedy: {finding.remedy}."), 3)
+            for line in wrapped(as_ascii(f"{finding.text}. Remedy: {finding.remedy}."), 3):
+                yield paint(line, "problem" if finding.problem else "advice")
 
 
 def read_screen(*, sample_s: float = 0.0) -> Screen:
@@ -345,7 +349,8 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
 
         watch(view, screen.budget.cpus, as_json=as_json)
         return 0
-    print(screen.as_json() if as_json else screen.as_text())
+    paint = paint_for(sys.stdout, os.environ)
+    print(screen.as_json() if as_json else screen.as_text(paint))
     return 1 if screen.has_problem else 0
 
 

@@ -13,13 +13,17 @@ A line is ASCII of at most 80 columns, or with ``--json`` an object of its own:
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from safepool.cli.colour import paint_for, plain
 from safepool.cli.text import counted
 
 if TYPE_CHECKING:
+    from safepool.cli.colour import Paint, Style
     from safepool.limits import Limits, Throttling
     from safepool.limits._types import CpuUsage
 
@@ -27,6 +31,8 @@ __all__ = ["Line", "View", "watch"]
 
 _BAR = 20
 _EVERY_S = 1.0
+# What is used up within the accuracy of a sample.
+_ALL = 0.95
 
 
 class View(Protocol):
@@ -64,17 +70,20 @@ class Line:
     throttled_periods: int | None = None
     throttled_us: int | None = None
 
-    def as_text(self) -> str:
+    def as_text(self, paint: Paint = plain) -> str:
         """Return the line for people."""
         if self.used_cpus is None:
             used = f"used {'?':<{_BAR + 2}} ?"
         else:
-            used = f"used {_bar(self.used_cpus / self.cpus)} {self.used_cpus:.2f}"
+            share = self.used_cpus / self.cpus
+            style: Style = "advice" if share >= _ALL else "good"
+            used = f"used {_bar(share, style=style, paint=paint)} {self.used_cpus:.2f}"
         used = f"{used} of {counted(self.cpus, 'CPU')}"
         if self.periods is None or self.throttled_periods is None:
             return used
         share = self.throttled_periods / self.periods if self.periods > 0 else 0.0
-        return f"{used}  frozen {_bar(share, 10)} {self.throttled_periods}/{self.periods}"
+        bar = _bar(share, 10, style="problem", paint=paint)
+        return f"{used}  frozen {bar} {self.throttled_periods}/{self.periods}"
 
     def as_json(self) -> str:
         """Return the line for programs."""
@@ -90,6 +99,7 @@ def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -
         as_json: Print objects.
         lines: End after so many; ``None`` goes on.
     """
+    paint = paint_for(sys.stdout, os.environ)
     before, usage, throttling = time.monotonic(), view.read_usage(), view.read_throttling()
     while lines is None or lines > 0:
         time.sleep(_EVERY_S)
@@ -98,7 +108,7 @@ def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -
         now, used, frozen = time.monotonic(), view.read_usage(), view.read_throttling()
         line = _between(now - before, cpus, (usage, used), (throttling, frozen))
         # Flushed: whoever reads a pipe wants the line now.
-        print(line.as_json() if as_json else line.as_text(), flush=True)
+        print(line.as_json() if as_json else line.as_text(paint), flush=True)
         before, usage, throttling = now, used, frozen
         lines = None if lines is None else lines - 1
 
@@ -128,7 +138,7 @@ def _between(
     )
 
 
-def _bar(share: float, width: int = _BAR) -> str:
+def _bar(share: float, width: int = _BAR, *, style: Style = "good", paint: Paint = plain) -> str:
     """Draw a share of 1.
 
     Example:
@@ -136,4 +146,4 @@ def _bar(share: float, width: int = _BAR) -> str:
         '[#####.....]'
     """
     full = round(min(1.0, max(0.0, share)) * width)
-    return f"[{'#' * full}{'.' * (width - full)}]"
+    return f"[{paint('#' * full, style)}{'.' * (width - full)}]"
