@@ -474,7 +474,7 @@ def _whole_number(*, at_least: int, at_most: int | None = None) -> Callable[[str
     bounds = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
 
     def parse(text: str) -> int:
-        number = int(text) if text.isdecimal() else -1
+        number = int(text) if text.isascii() and text.isdecimal() else -1
         if number < at_least or (at_most is not None and number > at_most):
             raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, found {text!a}")
         return number

@@ -343,7 +343,7 @@ def test_what_cannot_be_imported_is_said_and_the_rest_goes_on(
     assert found[".relative"]["error"] != ""
     assert (found["good"]["error"], found["good"]["version"]) == ("", "")
     assert err.count("\n") == len(names) - 1
-    assert "safepool doctor: raises: ValueError: no\n" in err
+    assert "safepool doctor: error: raises: ValueError: no\n" in err
 
 
 def test_a_package_is_told_by_the_name_to_import(capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,7 +390,7 @@ def test_an_import_that_ends_the_process_is_reported_and_the_others_are_imported
     assert [library["error"] == "" for library in found.values()] == [True, False, True]
     for words in said:
         assert words in str(found["bad"]["error"])
-    assert err.startswith("safepool doctor: bad: the process that imported it ")
+    assert err.startswith("safepool doctor: error: bad: the process that imported it ")
     assert err.count("\n") == 1
 
 

@@ -146,7 +146,7 @@ def test_a_process_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[s
 
     assert main(["--pid", str(process.pid)]) == 2
 
-    assert capsys.readouterr() == ("", f"safepool: there is no process {process.pid}\n")
+    assert capsys.readouterr() == ("", f"safepool: error: there is no process {process.pid}\n")
 
 
 # One row per line of the watch: what was measured, and how it reads.
