@@ -422,7 +422,9 @@ def test_a_process_that_cannot_begin_is_one_line(
 
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("safepool: the process that imports the libraries ended with exit code")
+    assert err.startswith(
+        "safepool: error: the process that imports the libraries ended with exit code"
+    )
     assert "no_such_module" in err
     assert err.count("\n") == 1
     with pytest.raises(DoctorError) as caught:

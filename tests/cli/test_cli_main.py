@@ -112,7 +112,10 @@ def test_a_missing_package_is_named_with_its_remedy(
 
     assert capsys.readouterr() == (
         "",
-        f"safepool: error: {package} is not installed. Install it with: pip install 'safepool[demo]'\n",
+        (
+            f"safepool: error: {package} is not installed. "
+            "Install it with: pip install 'safepool[demo]'\n"
+        ),
     )
 
 
@@ -125,7 +128,10 @@ def test_a_picture_without_matplotlib_names_the_remedy(
 
     assert capsys.readouterr() == (
         "",
-        "safepool: error: matplotlib is not installed. Install it with: pip install 'safepool[plot]'\n",
+        (
+            "safepool: error: matplotlib is not installed. "
+            "Install it with: pip install 'safepool[plot]'\n"
+        ),
     )
 
 
