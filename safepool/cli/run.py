@@ -10,9 +10,11 @@ Exit codes of its own: 126 the command cannot be run, 127 it was not found, as e
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +44,9 @@ PROCESS_VARIABLES = {
     "PYTEST_XDIST_AUTO_NUM_WORKERS": "pytest-xdist, Running tests across multiple CPUs",
     "SAFEPOOL_MAX_WORKERS": "safepool; only if --workers is given",
 }
+
+# Of the line, Linux reads so many; linux/binfmts.h, BINPRM_BUF_SIZE.
+_SHEBANG_BYTES = 256
 
 _START = Path(__file__).with_name("start")
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*(\.exe)?", re.IGNORECASE)
@@ -209,9 +214,14 @@ def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     name = as_ascii(command[0])
+    if not name:
+        raise RunError("the command is an empty word", 127)
     try:
         return _exec(command, environ)
     except FileNotFoundError as error:
+        if found := shutil.which(command[0]):
+            why = f"there is no {as_ascii(' '.join(_shebang(found)[:1])) or 'interpreter for it'}"
+            raise RunError(f"{name}: cannot be run: {why}", 126) from error
         raise RunError(f"{name}: command not found", 127) from error
     except OSError as error:
         raise RunError(f"{name}: cannot be run: {error.strerror}", 126) from error
@@ -229,7 +239,14 @@ else:
         # Python ignores them, and what is ignored stays so: `yes | head` would not end.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
-        os.execvpe(command[0], list(command), environ)
+        try:
+            os.execvpe(command[0], list(command), environ)
+        except OSError as error:
+            found = shutil.which(command[0])
+            if error.errno != errno.ENOEXEC or found is None:
+                raise
+            # A text without "#!": the shell's, as for execvp(3), and so for env(1) and nice(1).
+            os.execve("/bin/sh", ["/bin/sh", found, *command[1:]], environ)
 
 
 def _rulers(row: NativeRuntime) -> tuple[str, ...]:
@@ -250,9 +267,25 @@ def _isolating_option(command: Sequence[str]) -> str | None:
         >>> _isolating_option(["python", "-X", "dev", "train.py", "-I"]) is None
         True
     """
-    if not _PYTHON.fullmatch(Path(command[0]).name):
+    found = shutil.which(command[0])
+    if found is not None and not _PYTHON.fullmatch(Path(command[0]).name):
+        # execve(2): what follows the interpreter is one argument, which env(1) -S splits.
+        command = _shebang(found)
+        if command and Path(command[0]).name == "env":
+            command = [word for word in command[1:] if word not in {"-S", "--split-string"}]
+    if not command or not _PYTHON.fullmatch(Path(command[0]).name):
         return None
     return next((option for option in _python_options(command[1:]) if _isolates(option)), None)
+
+
+def _shebang(file: str) -> list[str]:
+    """Return the words behind ``#!`` in a script, none if it has no such line."""
+    try:
+        with open(file, "rb") as script:
+            first = script.readline(_SHEBANG_BYTES)
+    except OSError:
+        return []
+    return os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
 
 
 def _python_options(arguments: Sequence[str]) -> Iterator[str]:

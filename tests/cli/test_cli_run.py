@@ -152,6 +152,7 @@ UNSTARTABLE = {
     "only dashes": (["--"], 2, "a command is missing"),
     "not there": (["--", "no-such-command"], 127, "no-such-command: command not found"),
     "a folder": (["--", "/"], 126, "/: cannot be run"),
+    "an empty word": (["--", ""], 127, "the command is an empty word"),
     "no workers": (["--workers", "0", "--", "true"], 2, "at least 1, found '0'"),
     "odd threads": (["--threads", "many", "--", "true"], 2, "found 'many'"),
     "a negative reserve": (["--reserve", "-1", "--", "true"], 2, "expected"),
@@ -172,6 +173,57 @@ def test_what_cannot_be_started_is_one_line(case: str, capfd: pytest.CaptureFixt
     assert out == ""
     assert said in err
     assert err.count("\n") == 1
+
+
+# One row per script: its text, and what is said of it with --patch; None if it is started.
+SCRIPTS = {
+    "#!/usr/bin/python3\n": None,
+    "#!/usr/bin/env python3\n": None,
+    "#! /usr/bin/python3 -Es\n": "-Es",
+    "#!/usr/bin/env -S python3 -uI\n": "-uI",
+    "#!/bin/sh -E\n": None,
+    "echo\n": None,
+    "": None,
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no #! there")
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_a_script_whose_python_looks_for_no_start_file_is_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line of a script is a command line, too: Debian's and pip's own have options."""
+    monkeypatch.setattr(run, "_become", lambda *_: 0)
+    option = SCRIPTS[text]
+
+    code = main(["run", "--patch", "--", written(tmp_path, text)])
+
+    err = capsys.readouterr().err
+    assert code == (0 if option is None else 2)
+    assert err == "" if option is None else f"--patch cannot reach python {option}:" in err
+
+
+def written(folder: Path, text: str) -> str:
+    script = folder / "script"
+    script.write_text(text)
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no #! there")
+def test_a_script_without_a_first_line_is_the_shells(tmp_path: Path) -> None:
+    """As for every program that starts another one by execvp(3)."""
+    ended = safepool_run("--", written(tmp_path, 'echo "$1-$OMP_NUM_THREADS"; exit 5'), "x y")
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (5, "x y-1\n", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no #! there")
+def test_a_script_whose_interpreter_is_missing_says_so(tmp_path: Path) -> None:
+    ended = safepool_run("--", written(tmp_path, "#!/no/such/python -u\n"))
+
+    assert ended.returncode == 126
+    assert ended.stderr.endswith("script: cannot be run: there is no /no/such/python\n")
 
 
 def safepool_run(
@@ -259,6 +311,8 @@ PATCHED = [
 # One row per way to start a program: what follows the interpreter.
 WAYS = {
     "a script": ["program.py", "x"],
+    "a script, no folder of it on the path": ["-P", "program.py", "x"],
+    "without a site's start file of the user": ["-s", "-B", "program.py", "x"],
     "-m": ["-m", "program", "x"],
     "-c": ["-c", f"import sys; sys.argv[1:] = ['x']\n{PROGRAM}"],
     "in a process of a process": [
