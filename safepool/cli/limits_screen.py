@@ -178,9 +178,12 @@ class Screen:
             lines.append("Skipped")
             for skipped in self.limits.skipped:
                 lines += [f"   {as_ascii(skipped.source)}", *wrapped(as_ascii(skipped.reason), 6)]
-        lines += ["Throttled so far", *self._throttling_lines()]
+        lines += ["Frozen by the kernel so far (throttled)", *self._throttling_lines()]
         lines += self._process_lines()
-        lines += ["Variables of native thread pools", *self._variable_lines()]
+        lines += [
+            "Variables of native thread pools (NumPy, PyTorch, ...)",
+            *self._variable_lines(),
+        ]
         lines += ["Budget", *self._budget_lines(pointed)]
         lines += ["Started by default", *self._started_lines()]
         lines += ["Verdict", *self._verdict_lines(paint)]

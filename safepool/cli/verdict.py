@@ -146,17 +146,17 @@ def _oversubscribed(
     limits: Limits, budget: Budget, standard_workers: int | None, native_threads: int
 ) -> Iterator[Finding]:
     most = math.ceil(budget.cpus)
-    cpus = f"{counted(budget.cpus, 'CPU')} of {limits.binding.name}"
+    cpus = f"{counted(budget.cpus, 'CPU')} ({limits.binding.name})"
     too_many = []
     if standard_workers is not None and standard_workers > most:
         too_many.append(f"ProcessPoolExecutor() starts {counted(standard_workers, 'worker')}")
     if native_threads > most:
         too_many.append(
-            f"a native thread pool {counted(native_threads, 'thread')} in each process"
+            f"a native thread pool (NumPy's) {counted(native_threads, 'thread')} in each process"
         )
     if too_many:
         if len(too_many) == 1 and too_many[0].startswith("a native"):
-            too_many = [too_many[0].replace("pool ", "pool has ", 1)]
+            too_many = [too_many[0].replace("(NumPy's) ", "(NumPy's) has ", 1)]
         text = f"{' and '.join(too_many)}, for {cpus}"
         yield Finding(
             code="oversubscribed",

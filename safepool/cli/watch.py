@@ -83,7 +83,7 @@ class Line:
             return used
         share = self.throttled_periods / self.periods if self.periods > 0 else 0.0
         bar = _bar(share, 10, style="problem", paint=paint)
-        return f"{used}  frozen {bar} {self.throttled_periods}/{self.periods}"
+        return f"{used}  frozen {bar} {self.throttled_periods}/{self.periods} periods"
 
     def as_json(self) -> str:
         """Return the line for programs."""

@@ -164,11 +164,11 @@ LINES = {
             throttled_periods=7,
             throttled_us=400_000,
         ),
-        "used [####################] 2.50 of 2.5 CPUs  frozen [#######...] 7/10",
+        "used [####################] 2.50 of 2.5 CPUs  frozen [#######...] 7/10 periods",
     ),
     "above its quota for a moment": (
         Line(seconds=1.0, cpus=1.0, used_cpus=1.5, periods=0, throttled_periods=0, throttled_us=0),
-        "used [####################] 1.50 of 1 CPU  frozen [..........] 0/0",
+        "used [####################] 1.50 of 1 CPU  frozen [..........] 0/0 periods",
     ),
     "not told": (
         Line(seconds=1.0, cpus=64.0, used_cpus=None),

@@ -47,7 +47,7 @@ MACHINES: dict[str, tuple[dict[str, str], dict[str, str], float, str]] = {
         {"app/cpu.max": "250000 100000\n", "app/cpu.stat": stat(BEFORE, QUOTA_BEFORE)},
         {"app/cpu.stat": stat(LATER, QUOTA_AFTER)},
         2.5,
-        "used [####################] 2.50 of 2.5 CPUs  frozen [#######...] 7/10",
+        "used [####################] 2.50 of 2.5 CPUs  frozen [#######...] 7/10 periods",
     ),
     "a quota above: that group's counters": (
         {
@@ -58,7 +58,7 @@ MACHINES: dict[str, tuple[dict[str, str], dict[str, str], float, str]] = {
         },
         {"app/cpu.stat": stat(BEFORE, NO_QUOTA), "cpu.stat": stat(LATER, QUOTA_AFTER)},
         5.0,
-        "used [##########..........] 2.50 of 5 CPUs  frozen [#######...] 7/10",
+        "used [##########..........] 2.50 of 5 CPUs  frozen [#######...] 7/10 periods",
     ),
     "no quota: used is told all the same": (
         {"app/cpu.max": "max 100000\n", "app/cpu.stat": stat(BEFORE, NO_QUOTA)},
