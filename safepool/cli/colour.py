@@ -12,7 +12,7 @@ Source of the codes: ECMA-48, 8.3.117, "SGR".
 
 from __future__ import annotations
 
-import sys
+import os
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def paint_for(stream: IO[str] | None, environ: Mapping[str, str]) -> Paint:
         return _coloured
     if stream is None or not stream.isatty():
         return plain
-    if environ.get("TERM") == "dumb" or sys.platform == "win32":
+    if environ.get("TERM") == "dumb" or os.name == "nt":
         return plain
     return _coloured
 

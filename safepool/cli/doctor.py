@@ -254,7 +254,8 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
     )
     paint = paint_for(sys.stdout, os.environ)
     print(report.as_json() if as_json else report.as_text(paint))
-    for library in report.failed:
+    # None: it was closed before the start. print() would then take standard output.
+    for library in report.failed if sys.stderr is not None else ():
         first_line = library.error.split("\n")[0]
         print(f"safepool doctor: error: {library.name}: {first_line}", file=sys.stderr)
     return 1 if report.failed else 0

@@ -205,14 +205,16 @@ def run(
     found = plan(
         os.environ, fit(limits, request), exact=workers is not None, force=force, patch=patch
     )
-    if explain:
+    # None: it was closed before the start. print() would then take standard output.
+    if explain and sys.stderr is not None:
         print(found.as_text(), file=sys.stderr)
     return _become(command, found.applied_to(os.environ))
 
 
 def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
     name = as_ascii(command[0])
     if not name:
         raise RunError("the command is an empty word", 127)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import support_cgroups
 import support_natives
@@ -72,6 +75,45 @@ def test_a_container_on_a_host_of_48_cpus() -> None:
     assert standard["threads"] > 2 * 48
     assert (ours["workers"], ours["threads"], ours["tasks_done"]) == (1, 1, 60)
     assert not Path(told["limit"]["source"]).parent.exists()
+
+
+@needs_groups
+@pytest.mark.usefixtures("folder")
+def test_ctrl_c_ends_all_of_them() -> None:
+    """In the middle of the start of 48 workers, on half a CPU; the group is gone, too."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "safepool", "demo", "--pretend-host-cpus", "48", "--cpus", "0.5"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=support_natives.environment(),
+    )
+    family: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    try:
+        while len(family) < 40 and time.monotonic() < deadline and running.poll() is None:
+            time.sleep(0.05)
+            family = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
+        running.communicate()
+
+    assert len(family) >= 40
+    assert (running.returncode, err) == (130, "")
+    assert [process for process in family if is_alive(process)] == []
+    group = next(line.strip() for line in out.splitlines() if f"demo-{running.pid}" in line)
+    assert not Path(group).parent.exists()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Tell whether it runs; one that nobody has waited for yet does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @needs_groups
