@@ -13,8 +13,8 @@ LEAST_CPUS = 0.01
 """The kernel takes no quota below 1 ms, of a period of 100 ms (sched-bwc.rst)."""
 
 MOST_PRETENDED = 128
-"""The standard pool then has 128 x 126 threads (NumPy and SciPy bring an OpenBLAS each, compiled
-for 64): half of the 32,768 that Linux has numbers for (proc_sys_kernel(5), ``pid_max``)."""
+"""The standard pool then has 128 x 128 threads (NumPy and SciPy bring an OpenBLAS each, compiled
+for 64): half of the 32,768 that Linux has numbers for by default (proc_sys_kernel(5))."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

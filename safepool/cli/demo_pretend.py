@@ -43,6 +43,9 @@ _ASK = "import os; print(os.sysconf('SC_NPROCESSORS_ONLN'), len(os.sched_getaffi
 # no other one, at 150 points; a task has about ten matrices at once.
 _WORKER_BYTES = 16 << 20
 _MATRICES = 10
+# NumPy and SciPy bring one each, compiled for at most so many threads.
+_OPENBLAS_COPIES = 2
+_OPENBLAS_MOST = 64
 
 
 class PretendError(SafepoolError):
@@ -146,18 +149,30 @@ def seen_from_inside(limits: Limits, cpus: int) -> Limits:
     return replace(limits, affinity=affinity)
 
 
-def check_room(limits: Limits, cpus: int, points: int, *, meminfo: str = "/proc/meminfo") -> None:
-    """See that the memory there is holds the standard pool's workers.
+def check_room(limits: Limits, cpus: int, points: int, *, proc: Path = Path("/proc")) -> None:
+    """See that the machine holds the standard pool's workers and threads.
+
+    A group's ceiling on threads is no reason: what happens there then is what is to be seen.
 
     Args:
         limits: What is read here.
         cpus: How many workers it will start.
         points: Size of a task.
-        meminfo: What says how much the machine has left (proc_meminfo(5)).
+        proc: What says how much memory is left (proc_meminfo(5)), and how many threads the
+            whole machine may have (proc_sys_kernel(5)).
 
     Raises:
-        PretendError: It does not: somebody's process would be killed.
+        PretendError: It does not: somebody else's process would be killed, or could not start.
     """
+    threads = cpus * _OPENBLAS_COPIES * min(cpus, _OPENBLAS_MOST)
+    for name in ("pid_max", "threads-max"):
+        file = proc / "sys" / "kernel" / name
+        if threads > (most := int(file.read_text())) // 2:
+            raise PretendError(
+                f"{cpus} workers have about {threads} threads, and {file} has {most} for the "
+                "whole machine. Take fewer CPUs"
+            )
+    meminfo = str(proc / "meminfo")
     needed = cpus * (_WORKER_BYTES + _MATRICES * 8 * points**2)
     rooms = [
         (memory.bytes - (memory.used_bytes or 0) + (memory.reclaimable_bytes or 0), memory.source)

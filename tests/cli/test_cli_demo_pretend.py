@@ -16,6 +16,7 @@ import psutil
 import pytest
 import support_cgroups
 import support_natives
+from support_processes import still_alive
 
 import safepool
 from safepool.budget import fit
@@ -103,17 +104,9 @@ def test_ctrl_c_ends_all_of_them() -> None:
 
     assert len(family) >= 40
     assert (running.returncode, err) == (130, "")
-    assert [process for process in family if is_alive(process)] == []
+    assert still_alive([child.pid for child in family], after_s=5) == []
     group = next(line.strip() for line in out.splitlines() if f"demo-{running.pid}" in line)
     assert not Path(group).parent.exists()
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Tell whether it runs; one that nobody has waited for yet does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @needs_groups
@@ -196,6 +189,23 @@ def test_the_quota_is_what_binds_as_on_a_large_host(machine: str) -> None:
     assert fit(seen).workers == 1
 
 
+def write_proc(proc: Path, *, threads: int = 32768) -> None:
+    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
+    (proc / "sys" / "kernel").mkdir(parents=True)
+    (proc / "sys" / "kernel" / "pid_max").write_text("32768\n")
+    (proc / "sys" / "kernel" / "threads-max").write_text(f"{threads}\n")
+
+
+def test_where_threads_are_short_it_is_refused(tmp_path: Path) -> None:
+    """Half of them stay for everybody else on the machine."""
+    write_proc(tmp_path, threads=8000)
+    limits = Limits(affinity=TWO, quotas=(QUOTA,))
+
+    demo_pretend.check_room(limits, 44, 150, proc=tmp_path)
+    with pytest.raises(PretendError, match=r"48 workers have about 4608 threads.* has 8000 for"):
+        demo_pretend.check_room(limits, 48, 150, proc=tmp_path)
+
+
 def test_where_memory_is_short_it_is_refused(tmp_path: Path) -> None:
     memory = MemoryLimit(
         name="memory.max",
@@ -205,16 +215,15 @@ def test_where_memory_is_short_it_is_refused(tmp_path: Path) -> None:
         source="/sys/fs/cgroup/memory.max",
         raw="1073741824",
     )
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    4194304 kB\n")
+    write_proc(tmp_path)
     limits = Limits(affinity=TWO, quotas=(QUOTA,), memory=(memory,))
 
-    demo_pretend.check_room(limits, 8, 150, meminfo=str(meminfo))
-    demo_pretend.check_room(replace(limits, memory=()), 48, 150, meminfo=str(meminfo))
+    demo_pretend.check_room(limits, 8, 150, proc=tmp_path)
+    demo_pretend.check_room(replace(limits, memory=()), 48, 150, proc=tmp_path)
     with pytest.raises(PretendError, match=r"48 workers need .*memory.max leaves 224\."):
-        demo_pretend.check_room(limits, 48, 150, meminfo=str(meminfo))
+        demo_pretend.check_room(limits, 48, 150, proc=tmp_path)
     with pytest.raises(PretendError, match="meminfo leaves 4096"):
-        demo_pretend.check_room(replace(limits, memory=()), 48, 2000, meminfo=str(meminfo))
+        demo_pretend.check_room(replace(limits, memory=()), 48, 2000, proc=tmp_path)
 
 
 # One row per machine where it cannot be: variables, and what the line says.

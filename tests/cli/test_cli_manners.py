@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from support_processes import still_alive
 
 import safepool
 import safepool.cli
@@ -377,15 +378,7 @@ def test_ctrl_c_is_silent_and_leaves_no_process(what: str, tmp_path: Path) -> No
         process.communicate()
 
     assert (process.returncode, err) == (code, "")
-    assert [child for child in family if is_alive(child)] == []
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Tell whether it runs; one that nobody has waited for yet does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    assert still_alive([child.pid for child in family], after_s=5) == []
 
 
 def wait_until_busy(process: subprocess.Popen[str], imported: Path) -> None:
