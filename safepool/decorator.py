@@ -20,8 +20,8 @@ Not covered:
       the whole process.
     * ``os.fork()`` while other threads compute with OpenBLAS: it ends its threads before a
       fork, and waits for ever for one that another thread has just woken, in the program itself
-      and with NumPy alone as well (0.3.31: 5 of 5 programs within 60 forks; with every thread's work
-      decorated none of 8).
+      and with NumPy alone as well (0.3.31: 5 of 5 programs within 60 forks; none of 8 whose
+      threads' work was decorated).
 """
 
 from __future__ import annotations
