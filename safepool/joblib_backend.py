@@ -9,9 +9,9 @@ setting in the process, kept from call to call; its workers end when they have b
 
 Not covered:
     * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
-      array of more than ``max_nbytes`` that a second batch of a call is given too is placed
-      in memory once for all that follow, if it is an argument itself and not inside of
-      another. As with joblib's files they get it as it was then.
+      array of more than ``max_nbytes`` is placed in memory once for all tasks of a call that
+      are given it, if it is an argument itself and not inside of another. As with joblib's
+      files they get it as it was when the first of them was sent.
     * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
       ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
       that cannot mean read-only.
@@ -65,7 +65,7 @@ def parallel_backend(
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
-    rounding: Rounding = "floor",
+    rounding: Rounding = "nearest",
     timeout: float | None = None,
     retries: int = 0,
     memory_per_worker: float | str | None = None,
@@ -86,9 +86,11 @@ def parallel_backend(
         threads_per_worker: Threads for each native pool in a worker, at least 1; the number
             of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` is another word for it.
-        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. A
-            program that only waits for its calls has no use for what ``"floor"`` leaves to
-            it: with 1.5 CPUs, ``"nearest"`` is two workers instead of one.
+        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
+            1.5 CPUs are two workers: a program that waits for its calls has no use for what
+            ``"floor"`` leaves to it, and one worker does two thirds of the work
+            (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must
+            not be frozen.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch.
@@ -235,6 +237,22 @@ class _Pools:
 _shared = _Pools(_IDLE_S)
 
 
+# Placed for the first batch already: a smaller array costs less inside of its batch, should no
+# other batch be given it (benchmarks/joblib_backend.py).
+_AT_ONCE_BYTES = 8 * 1024**2
+
+
+@dataclass
+class _Met:
+    """An array of a call: what drops it here, and its handle if there is one.
+
+    A handle that only one batch was given lives as long as that batch; a second batch keeps it.
+    """
+
+    gone: weakref.ref[Any]
+    handle: Callable[[], Any]
+
+
 class _Arrays:
     """The large arrays of one call, to be placed once instead of sent with each batch.
 
@@ -244,11 +262,11 @@ class _Arrays:
 
     def __init__(self, more_than_bytes: float | None) -> None:
         self._more_than_bytes = more_than_bytes
-        # By id(), which is another array's once this one is gone. A handle is kept as long.
-        self._met: dict[int, tuple[weakref.ref[Any], Any]] = {}
+        # By id(), which is another array's once this one is gone.
+        self._met: dict[int, _Met] = {}
 
     def place(self, batch: Any) -> None:
-        """Let what an earlier batch was given too travel as a handle."""
+        """Let the large arrays of a batch travel as handles."""
         items = getattr(batch, "items", None)
         numpy = sys.modules.get("numpy")
         if not items or numpy is None or self._more_than_bytes is None:
@@ -273,18 +291,26 @@ class _Arrays:
         ]
 
     def _handle(self, array: Any) -> Any:
-        """Return the handle of an array that was met before; ``None`` the first time."""
-        name, known = id(array), self._met
-        reference, handle = known.get(name, (None, None))
-        if reference is None:
-            known[name] = weakref.ref(array, lambda _: known.pop(name, None)), None
-        elif handle is None and not array.dtype.hasobject:
+        """Return the handle of an array; ``None`` if it travels by itself."""
+        name = id(array)
+        met = self._met.get(name)
+        handle = None if met is None else met.handle()
+        wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
+        if handle is None and wanted and not array.dtype.hasobject:
             try:
                 handle = share(array, writable=True)
             except MemoryError:
-                return None  # it travels by itself, or says so there
-            known[name] = reference, handle
+                pass  # it travels by itself, or says so there
+        if met is None:
+            gone = weakref.ref(array, lambda _: self._met.pop(name, None))
+            self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))
+        elif handle is not None:
+            met.handle = lambda: handle
         return handle
+
+
+def _nothing() -> None:
+    """Stand for a handle that is not there, as a dead reference does."""
 
 
 def _or_same(handle: Any, value: Any) -> Any:
@@ -316,7 +342,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         inner_max_num_threads: int | None = None,
         *,
         pools: _Pools | None = None,
-        rounding: Rounding = "floor",
+        rounding: Rounding = "nearest",
         timeout: float | None = None,
         retries: int = 0,
         memory_per_worker: float | str | None = None,
