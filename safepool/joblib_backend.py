@@ -23,9 +23,7 @@ Not covered:
 from __future__ import annotations
 
 import os
-import sys
 import threading
-import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -41,16 +39,19 @@ from joblib._parallel_backends import (
 )
 
 from safepool.budget import Request, parse_bytes
+from safepool.joblib_arrays import Arrays
+from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.machine import log_once, read_budget
 from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.progress import require_tqdm
 from safepool.threads.cap import capped
-from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from safepool.budget import Rounding
 
@@ -72,6 +73,7 @@ def parallel_backend(
     preload: Literal["auto"] | Sequence[str] = "auto",
     initializer: Callable[..., object] | None = None,
     initargs: tuple[Any, ...] = (),
+    progress: bool | str = False,
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
@@ -99,9 +101,13 @@ def parallel_backend(
         preload: As for :class:`safepool.ProcessPool`.
         initializer: Called once in each worker before its first task.
         initargs: Its arguments.
+        progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
+            is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
+            A call inside of another has none. Needs ``safepool[progress]``.
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
+        MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
 
     Source:
         joblib, ``parallel_config``.
@@ -125,6 +131,7 @@ def parallel_backend(
         preload=preload,
         initializer=initializer,
         initargs=initargs,
+        progress=progress,
     )
     one_fits = backend.effective_n_jobs(-1) == 1
     try:
@@ -235,62 +242,6 @@ class _Pools:
 _shared = _Pools(_IDLE_S)
 
 
-class _Arrays:
-    """The large arrays of one call, to be placed once instead of sent with each batch.
-
-    Args:
-        more_than_bytes: Of what size an array is large; ``None`` is never.
-    """
-
-    def __init__(self, more_than_bytes: float | None) -> None:
-        self._more_than_bytes = more_than_bytes
-        # By id(), which is another array's once this one is gone. A handle is kept as long.
-        self._met: dict[int, tuple[weakref.ref[Any], Any]] = {}
-
-    def place(self, batch: Any) -> None:
-        """Let what an earlier batch was given too travel as a handle."""
-        items = getattr(batch, "items", None)
-        numpy = sys.modules.get("numpy")
-        if not items or numpy is None or self._more_than_bytes is None:
-            return
-        large = {
-            id(value): value
-            for _, args, keywords in items
-            for value in (*args, *keywords.values())
-            # A subclass may hold more than its buffer; a memory-mapped one travels by its name.
-            if type(value) is numpy.ndarray and value.nbytes > self._more_than_bytes
-        }
-        if not large:
-            return
-        handles = {name: self._handle(value) for name, value in large.items()}
-        batch.items = [
-            (
-                function,
-                tuple(_or_same(handles.get(id(value)), value) for value in args),
-                {key: _or_same(handles.get(id(value)), value) for key, value in keywords.items()},
-            )
-            for function, args, keywords in items
-        ]
-
-    def _handle(self, array: Any) -> Any:
-        """Return the handle of an array that was met before; ``None`` the first time."""
-        name, known = id(array), self._met
-        reference, handle = known.get(name, (None, None))
-        if reference is None:
-            known[name] = weakref.ref(array, lambda _: known.pop(name, None)), None
-        elif handle is None and not array.dtype.hasobject:
-            try:
-                handle = share(array, writable=True)
-            except MemoryError:
-                return None  # it travels by itself, or says so there
-            known[name] = reference, handle
-        return handle
-
-
-def _or_same(handle: Any, value: Any) -> Any:
-    return value if handle is None else handle
-
-
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
@@ -300,8 +251,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         pools: Where pools are kept; ``None`` is this process's.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend.
-        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs: As for
-            :func:`parallel_backend`.
+        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs, progress:
+            As for :func:`parallel_backend`.
     """
 
     supports_retrieve_callback = True
@@ -309,6 +260,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     supports_sharedmem = False
     uses_threads = False
     default_n_jobs = 1
+    # Each Parallel object gets one of its own.
+    _is_of_one = False
 
     def __init__(  # noqa: PLR0913 -- each by its name
         self,
@@ -323,6 +276,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         preload: Literal["auto"] | Sequence[str] = "auto",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        progress: bool | str = False,
         idle_worker_timeout: float = _IDLE_S,
         **others: Any,
     ) -> None:
@@ -340,8 +294,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._idle_s = idle_worker_timeout
         self._lease: _Lease | None = None
         self._futures: set[Future[Any]] = set()
-        self._arrays = _Arrays(None)
+        self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
+        if progress is not False:
+            require_tqdm()
+        self._progress = progress
+        self._bar: CallBar | None = None
 
     @property
     def _threads(self) -> int:
@@ -384,9 +342,11 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         **_options: Any,
     ) -> int:
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
+        if parallel is not None and not self._is_of_one:
+            raise FallbackToBackend(self._of_one())
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
-            raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
+            raise FallbackToBackend(self._sequential())
         self.parallel = parallel
         own = self._initialize if initializer is None else (initializer, initargs)
         preload = self._preload
@@ -402,13 +362,40 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._lease = self._pools.lease(settings, workers)
         return workers
 
+    def _of_one(self) -> SafepoolBackend:
+        """Return a backend like this one that a single ``Parallel`` object uses.
+
+        joblib gives all of a block the same one. What is known of a call must not be another's:
+        generators may be taken in turns.
+        """
+        backend = SafepoolBackend.__new__(SafepoolBackend)
+        vars(backend).update(vars(self), _is_of_one=True, _lease=None, _futures=set())
+        backend.reset_batch_stats()
+        return backend
+
+    def _sequential(self) -> SequentialBackend:
+        if self._progress is False:
+            return SequentialBackend(nesting_level=self.nesting_level)
+        return SequentialWithBar(self._progress, nesting_level=self.nesting_level)
+
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
-        self._arrays = _Arrays(self._max_nbytes)
+        self._arrays = Arrays(self._max_nbytes)
+        if self._progress is not False:
+            self._bar = CallBar.of(self.parallel, self._progress)
+
+    def retrieval_context(self) -> AbstractContextManager[object]:
+        """Note that everything is dispatched that is to be at once."""
+        if self._bar is not None:
+            self._bar.begun = True
+        return nullcontext()
 
     def stop_call(self) -> None:
         """End it; its arrays are placed no longer."""
-        self._arrays = _Arrays(None)
+        self._arrays = Arrays(None)
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None
@@ -427,6 +414,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
                 future.set_exception(error)
             self._futures.add(future)
             future.add_done_callback(self._futures.discard)
+            if self._bar is not None:
+                future.add_done_callback(self._bar.count)
         if callback is not None:
             future.add_done_callback(callback)
         return future

@@ -10,6 +10,8 @@ made, and its absence is an error that names the remedy.
 Not covered:
     * What a worker writes to standard error by itself, past ``logging``: it goes to the terminal
       directly, and may stand in the bar's line until the bar is drawn again.
+    * What this process itself logs or prints meanwhile, joblib's calls included that run in it one
+      after the other: ``tqdm.contrib.logging.logging_redirect_tqdm`` and ``tqdm.write`` do that.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-__all__ = ["Progress", "beside_bars"]
+__all__ = ["Progress", "beside_bars", "require_tqdm"]
 
 _LOOK_S = 0.1
 
@@ -134,6 +136,15 @@ def beside_bars() -> AbstractContextManager[object]:
         return contextlib.nullcontext()
     context: AbstractContextManager[object] = _tqdm().external_write_mode()
     return context
+
+
+def require_tqdm() -> None:
+    """Check that a bar can be made.
+
+    Raises:
+        MissingExtraError: tqdm is not installed.
+    """
+    _tqdm()
 
 
 def _tqdm() -> Any:
