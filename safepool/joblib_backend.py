@@ -369,7 +369,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         generators may be taken in turns.
         """
         backend = SafepoolBackend.__new__(SafepoolBackend)
-        vars(backend).update(vars(self), _is_of_one=True, _lease=None, _futures=set())
+        backend.__dict__.update(self.__dict__, _is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
         return backend
 

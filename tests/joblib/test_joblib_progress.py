@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from contextlib import nullcontext
@@ -272,13 +273,13 @@ def screen(written: str) -> list[str]:
 def in_a_terminal(code: str, interrupt_after: str = "") -> tuple[list[str], int]:
     """Return what a program leaves on its terminal, and its exit code."""
     main, other = pty.openpty()
+    termios.tcsetwinsize(other, (24, 80))
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=other,
         stdout=other,
         stderr=other,
         start_new_session=True,
-        env={**os.environ, "COLUMNS": "80", "LINES": "24"},
     ) as program:
         os.close(other)
         written = b""
