@@ -106,14 +106,25 @@ class Progress:
             self._show()
         finally:
             _open.discard(self)
-            self._bar.close()
+            self._end()
+
+    def _end(self) -> None:
+        bar = self._bar
+        bar.close()
+        # tqdm paints a notebook's bar green if it does not know its length.
+        short = self.failed or (self.total is None and self.done)
+        if short and hasattr(bar, "container"):
+            bar.disp(bar_style="danger", check_delay=False)
 
     def _show(self) -> None:
         bar = self._bar
         if self.total != bar.total:
-            bar.total = self.total
             if hasattr(bar, "container"):
-                bar.reset(self.total)  # a notebook's bar has a length of its own
+                # A notebook's bar has a length of its own, and begins anew with another.
+                begun_s = bar.start_t
+                bar.reset(self.total)
+                bar.start_t = bar.last_print_t = begun_s
+            bar.total = self.total
             bar.refresh()
         if self.failed != self._shown_failed:
             self._shown_failed = self.failed
