@@ -12,9 +12,10 @@ Not covered:
       array of more than ``max_nbytes`` that a second batch of a call is given too is placed
       in memory once for all that follow, if it is an argument itself and not inside of
       another. As with joblib's files they get it as it was then.
-    * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
-      ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
-      that cannot mean read-only.
+    * ``Parallel(mmap_mode="r")`` outside of a block: joblib says that by itself as well, so it
+      means nothing there. In a block, and said by a block or ``joblib.parallel_config``, arrays
+      of more than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` tasks write into
+      arrays of their own, as with ``"c"``, which is the default; with ``None`` nothing is placed.
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
@@ -37,9 +38,10 @@ from joblib._parallel_backends import (
     ParallelBackendBase,
     SequentialBackend,
 )
+from joblib.disk import memstr_to_bytes
 
 from safepool.budget import Request, parse_bytes
-from safepool.joblib_arrays import Arrays
+from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.machine import log_once, read_budget
 from safepool.pool.dispatch import was_not_sent
@@ -62,7 +64,7 @@ _IDLE_S = 300.0
 
 
 @contextmanager
-def parallel_backend(
+def parallel_backend(  # noqa: PLR0913 -- each by its name
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
@@ -74,6 +76,8 @@ def parallel_backend(
     initializer: Callable[..., object] | None = None,
     initargs: tuple[Any, ...] = (),
     progress: bool | str = False,
+    mmap_mode: MmapMode | Literal["auto"] = "auto",
+    max_nbytes: float | str | None = "auto",
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
@@ -104,6 +108,13 @@ def parallel_backend(
         progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
             is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
             A call inside of another has none. Needs ``safepool[progress]``.
+        mmap_mode: What tasks may do with arrays of more than ``max_nbytes``, wherever in their
+            arguments: ``"r"`` read them; ``"c"`` write as well, each into its own view. ``"auto"``
+            is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
+            the other modes see this module. A call may say it for itself.
+        max_nbytes: Bytes, or text such as ``"1M"``: a larger array that a second batch of a call
+            is given too is placed once for all that follow. ``None`` places none. ``"auto"`` is
+            joblib's, one mebibyte unless it was told otherwise.
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
@@ -133,11 +144,15 @@ def parallel_backend(
         initargs=initargs,
         progress=progress,
     )
+    arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
+    if max_nbytes != "auto":
+        text = isinstance(max_nbytes, str)
+        arrays["max_nbytes"] = memstr_to_bytes(max_nbytes) if text else max_nbytes
     one_fits = backend.effective_n_jobs(-1) == 1
     try:
         with (
             capped(threads_per_worker) if one_fits else nullcontext(),
-            parallel_config(backend=backend, n_jobs=n_jobs),
+            parallel_config(backend=backend, n_jobs=n_jobs, **arrays),
         ):
             yield
     except KeyboardInterrupt:
@@ -296,6 +311,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
+        self._read_only = False
         if progress is not False:
             require_tqdm()
         self._progress = progress
@@ -329,10 +345,19 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             )
         return n_jobs
 
-    def configure(
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        """Make the pool ready for one ``Parallel`` object; return its number of workers."""
+        if parallel is None or self._is_of_one:
+            return self._configure(n_jobs, parallel, **options)
+        backend = self._of_one()
+        # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.
+        parallel._backend = backend
+        return backend._configure(n_jobs, parallel, **options)
+
+    def _configure(
         self,
-        n_jobs: int = 1,
-        parallel: Any = None,
+        n_jobs: int,
+        parallel: Any,
         *,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
@@ -341,9 +366,6 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         mmap_mode: str | None = None,
         **_options: Any,
     ) -> int:
-        """Make the pool ready for one ``Parallel`` object; return its number of workers."""
-        if parallel is not None and not self._is_of_one:
-            raise FallbackToBackend(self._of_one())
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(self._sequential())
@@ -358,7 +380,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
         )
         self._release()
-        self._max_nbytes = None if mmap_mode is None else max_nbytes
+        mode = mode_asked_for(mmap_mode)
+        self._max_nbytes = None if mode is None else max_nbytes
+        self._read_only = mode == "r"
         self._lease = self._pools.lease(settings, workers)
         return workers
 
@@ -380,7 +404,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
-        self._arrays = Arrays(self._max_nbytes)
+        self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
         if self._progress is not False:
             self._bar = CallBar.of(self.parallel, self._progress)
 
@@ -408,8 +432,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         else:
             name, policy = self._facts_of(func)
             try:
-                self._arrays.place(func)
-                future = lease.pool._scheduler.submit(func, (), {}, name=name, policy=policy)
+                batch = self._arrays.place(func)
+                future = lease.pool._scheduler.submit(batch, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)
             self._futures.add(future)
