@@ -282,6 +282,15 @@ def _can_write(*holders: Any) -> list[bool]:
     return found
 
 
+@contextmanager
+def _named(**options: Any) -> Any:
+    try:
+        with joblib.parallel_config(backend="safepool", n_jobs=2, **options):
+            yield
+    finally:
+        joblib_backend._shared.close(end=True)
+
+
 # One row per way to say what tasks may do with large arrays, and whether they may write: what
 # surrounds the call, the call's own options.
 BLOCK = safepool.parallel_backend
@@ -300,15 +309,6 @@ MODES: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "name, c": (lambda: _named(mmap_mode="c"), {}, True),
     "name c, call r": (lambda: _named(mmap_mode="c"), {"mmap_mode": "r"}, False),
 }
-
-
-@contextmanager
-def _named(**options: Any) -> Any:
-    try:
-        with joblib.parallel_config(backend="safepool", n_jobs=2, **options):
-            yield
-    finally:
-        joblib_backend._shared.close(end=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
