@@ -1,38 +1,57 @@
-"""Write the figures of README.md: run the demo and put what it prints between the markers.
+"""Write the figures of README.md: run what they come from and put its output between the markers.
 
-    python benchmarks/readme.py [--cpus 1]
+    python benchmarks/readme.py                # all of them
+    python benchmarks/readme.py joblib-times   # one
 
-Needs root on Linux for the limit. Nothing in the README's figures is typed by hand.
+Needs root on Linux for the limits, and a quiet machine. Nothing in these blocks is typed by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN = "<!-- demo-output: begin -->\n"
-END = "<!-- demo-output: end -->"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+# By the name of a block: the command as it is shown.
+BLOCKS = {
+    "demo-output": "safepool demo --cpus 1",
+    "joblib-times": "python benchmarks/joblib_backend.py --backends safepool loky",
+}
+
+
+def output_of(command: str) -> str:
+    """Run a command of BLOCKS and return what it prints, aims that it missed included."""
+    program, *arguments = shlex.split(command)
+    own = ["-m", "safepool"] if program == "safepool" else []
+    done = subprocess.run(
+        [sys.executable, *own, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    if done.returncode and not done.stdout:
+        raise SystemExit(f"{command} ended with {done.returncode}")
+    return done.stdout.strip("\n")
 
 
 def main() -> None:
-    """Run the demo and rewrite the block."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cpus", default="1", help="the limit in CPUs (default: 1)")
-    cpus = parser.parse_args().cpus
-    shown = subprocess.run(
-        [sys.executable, "-m", "safepool", "demo", "--cpus", cpus],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    block = f"```console\n$ safepool demo --cpus {cpus}\n{shown}```\n"
-    README.write_text(before + BEGIN + block + END + after, encoding="utf-8")
-    print(shown, end="")
+    """Run the commands and rewrite their blocks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("blocks", nargs="*", metavar="block", help=", ".join(BLOCKS))
+    for name in parser.parse_args().blocks or BLOCKS:
+        command = BLOCKS[name]
+        shown = f"```console\n$ {command}\n{output_of(command)}\n```\n"
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = README.read_text(encoding="utf-8").split(begin)
+        _, after = rest.split(end)
+        README.write_text(before + begin + shown + end + after, encoding="utf-8")
+        print(shown, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Large arrays in joblib's calls: what several batches of a call are given is placed once.
+"""Large arrays in joblib's calls: one that tasks of a call are given is placed once.
 
     mmap_mode       a task gets                         joblib's own backend
     "c"             what it may write to, for itself    the same
@@ -16,6 +16,7 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from joblib import parallel
@@ -26,7 +27,7 @@ from safepool.transport.payloads import dumps, loads
 from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Arrays", "MmapMode", "mode_asked_for", "mode_of_block"]
 
@@ -73,6 +74,22 @@ def _mode_of_context() -> Any:
     return config["mmap_mode"]
 
 
+# Placed for the first batch already: a smaller array costs less inside of its batch, should no
+# other batch be given it (benchmarks/joblib_backend.py).
+_AT_ONCE_BYTES = 8 * 1024**2
+
+
+@dataclass
+class _Met:
+    """An array of a call: what drops it here, and its handle if there is one.
+
+    A handle that only one batch was given lives as long as that batch; a second batch keeps it.
+    """
+
+    gone: weakref.ref[Any]
+    handle: Callable[[], Any]
+
+
 class Arrays:
     """The large arrays of one call, to be placed once instead of sent with each batch.
 
@@ -84,11 +101,11 @@ class Arrays:
     def __init__(self, more_than_bytes: float | None, *, read_only: bool = False) -> None:
         self._more_than_bytes = more_than_bytes
         self._read_only = read_only
-        # By id(), which is another array's once this one is gone. A handle is kept as long.
-        self._met: dict[int, tuple[weakref.ref[Any], Any]] = {}
+        # By id(), which is another array's once this one is gone.
+        self._met: dict[int, _Met] = {}
 
     def place(self, batch: Any) -> Any:
-        """Return a batch in which what an earlier one was given too travels as a handle."""
+        """Return a batch whose large arrays travel as handles."""
         items = getattr(batch, "items", None)
         numpy = sys.modules.get("numpy")
         if not items or numpy is None or self._more_than_bytes is None:
@@ -117,20 +134,28 @@ class Arrays:
         ]
 
     def _handle(self, array: Any) -> Any:
-        """Return the handle of an array that was met before; ``None`` the first time."""
-        name, known = id(array), self._met
-        reference, handle = known.get(name, (None, None))
-        if reference is None:
-            known[name] = weakref.ref(array, lambda _: known.pop(name, None)), None
-        elif handle is None and not array.dtype.hasobject:
+        """Return the handle of an array; ``None`` if it travels by itself."""
+        name = id(array)
+        met = self._met.get(name)
+        handle = None if met is None else met.handle()
+        wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
+        if handle is None and wanted and not array.dtype.hasobject:
             try:
                 # In one piece: others are copied into the pickle, and by each task out of it.
                 whole = array if array.flags.forc else array.copy()
                 handle = share(whole, writable=not self._read_only)
             except MemoryError:
-                return None  # it travels by itself, or says so there
-            known[name] = reference, handle
+                pass  # it travels by itself, or says so there
+        if met is None:
+            gone = weakref.ref(array, lambda _: self._met.pop(name, None))
+            self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))
+        elif handle is not None:
+            met.handle = lambda: handle
         return handle
+
+
+def _nothing() -> None:
+    """Stand for a handle that is not there, as a dead reference does."""
 
 
 def _or_same(handle: Any, value: Any) -> Any:

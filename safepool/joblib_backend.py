@@ -9,9 +9,9 @@ setting in the process, kept from call to call; its workers end when they have b
 
 Not covered:
     * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
-      array of more than ``max_nbytes`` that a second batch of a call is given too is placed
-      in memory once for all that follow, if it is an argument itself and not inside of
-      another. As with joblib's files they get it as it was then.
+      array of more than ``max_nbytes`` is placed in memory once for all tasks of a call that
+      are given it, if it is an argument itself and not inside of another. As with joblib's
+      files they get it as it was when the first of them was sent.
     * ``Parallel(mmap_mode="r")`` outside of a block: joblib says that by itself as well, so it
       means nothing there. In a block, and said by a block or ``joblib.parallel_config``, arrays
       of more than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` tasks write into
@@ -68,7 +68,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
-    rounding: Rounding = "floor",
+    rounding: Rounding = "nearest",
     timeout: float | None = None,
     retries: int = 0,
     memory_per_worker: float | str | None = None,
@@ -92,9 +92,11 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         threads_per_worker: Threads for each native pool in a worker, at least 1; the number
             of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` is another word for it.
-        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. A
-            program that only waits for its calls has no use for what ``"floor"`` leaves to
-            it: with 1.5 CPUs, ``"nearest"`` is two workers instead of one.
+        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
+            1.5 CPUs are two workers: a program that waits for its calls has no use for what
+            ``"floor"`` leaves to it, and one worker does two thirds of the work
+            (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must
+            not be frozen.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch.
@@ -112,9 +114,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             arguments: ``"r"`` read them; ``"c"`` write as well, each into its own view. ``"auto"``
             is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
             the other modes see this module. A call may say it for itself.
-        max_nbytes: Bytes, or text such as ``"1M"``: a larger array that a second batch of a call
-            is given too is placed once for all that follow. ``None`` places none. ``"auto"`` is
-            joblib's, one mebibyte unless it was told otherwise.
+        max_nbytes: Bytes, or text such as ``"1M"``: a larger array is placed once for all tasks of
+            a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
+            otherwise.
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
@@ -284,7 +286,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         inner_max_num_threads: int | None = None,
         *,
         pools: _Pools | None = None,
-        rounding: Rounding = "floor",
+        rounding: Rounding = "nearest",
         timeout: float | None = None,
         retries: int = 0,
         memory_per_worker: float | str | None = None,

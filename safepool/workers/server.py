@@ -112,6 +112,9 @@ class _Server:
     def _preload(self, names: list[str]) -> None:
         failed: dict[str, str] = {}
         started: dict[str, list[str]] = {}
+        # Its rounds would take a fifth of the time of an import, and find next to nothing: what an
+        # import makes stays (benchmarks/startup.py).
+        gc.disable()
         with _silence():
             for name in names:
                 letters.send(self._sock, ("importing", name))
@@ -126,8 +129,8 @@ class _Server:
         find_ahead()
         # What is there now is there for good; a collection in a worker would write to, and
         # so copy, every page of it.
-        gc.collect()
         gc.freeze()
+        gc.enable()
         letters.send(self._sock, ("preloaded", (failed, started)))
 
     def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:

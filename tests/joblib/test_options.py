@@ -155,7 +155,7 @@ def test_threads_per_worker_divides_the_workers() -> None:
 
 
 # One row per rounding: how many workers 1.5 CPUs are.
-ROUNDINGS = {"floor": 1, "nearest": 2, "ceil": 2}
+ROUNDINGS = {"default": 2, "floor": 1, "nearest": 2, "ceil": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
@@ -164,7 +164,8 @@ def test_rounding_decides_about_a_fraction() -> None:
     code = (
         "import joblib, safepool, sys\n"
         "for rounding in sys.argv[1:]:\n"
-        "    with safepool.parallel_backend(rounding=rounding):\n"
+        "    options = {} if rounding == 'default' else {'rounding': rounding}\n"
+        "    with safepool.parallel_backend(**options):\n"
         "        print(rounding, joblib.effective_n_jobs(-1))\n"
     )
     with control_group(cpus=1.5) as group:
