@@ -12,9 +12,10 @@ Not covered:
       array of more than ``max_nbytes`` is placed in memory once for all tasks of a call that
       are given it, if it is an argument itself and not inside of another. As with joblib's
       files they get it as it was when the first of them was sent.
-    * ``mmap_mode``: tasks may write to every array and see their own writes alone, as with
-      ``"c"``; with ``None`` nothing is placed. joblib says ``"r"`` unless told otherwise, so
-      that cannot mean read-only.
+    * ``Parallel(mmap_mode="r")`` outside of a block: joblib says that by itself as well, so it
+      means nothing there. In a block, and said by a block or ``joblib.parallel_config``, arrays
+      of more than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` tasks write into
+      arrays of their own, as with ``"c"``, which is the default; with ``None`` nothing is placed.
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
@@ -23,9 +24,7 @@ Not covered:
 from __future__ import annotations
 
 import os
-import sys
 import threading
-import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -39,18 +38,22 @@ from joblib._parallel_backends import (
     ParallelBackendBase,
     SequentialBackend,
 )
+from joblib.disk import memstr_to_bytes
 
 from safepool.budget import Request, parse_bytes
+from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
+from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.machine import log_once, read_budget
 from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
+from safepool.progress import require_tqdm
 from safepool.threads.cap import capped
-from safepool.transport.sharing import share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from safepool.budget import Rounding
 
@@ -61,7 +64,7 @@ _IDLE_S = 300.0
 
 
 @contextmanager
-def parallel_backend(
+def parallel_backend(  # noqa: PLR0913 -- each by its name
     n_jobs: int = -1,
     *,
     threads_per_worker: int = 1,
@@ -72,6 +75,9 @@ def parallel_backend(
     preload: Literal["auto"] | Sequence[str] = "auto",
     initializer: Callable[..., object] | None = None,
     initargs: tuple[Any, ...] = (),
+    progress: bool | str = False,
+    mmap_mode: MmapMode | Literal["auto"] = "auto",
+    max_nbytes: float | str | None = "auto",
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
@@ -101,9 +107,20 @@ def parallel_backend(
         preload: As for :class:`safepool.ProcessPool`.
         initializer: Called once in each worker before its first task.
         initargs: Its arguments.
+        progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
+            is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
+            A call inside of another has none. Needs ``safepool[progress]``.
+        mmap_mode: What tasks may do with arrays of more than ``max_nbytes``, wherever in their
+            arguments: ``"r"`` read them; ``"c"`` write as well, each into its own view. ``"auto"``
+            is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
+            the other modes see this module. A call may say it for itself.
+        max_nbytes: Bytes, or text such as ``"1M"``: a larger array is placed once for all tasks of
+            a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
+            otherwise.
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
+        MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
 
     Source:
         joblib, ``parallel_config``.
@@ -127,12 +144,17 @@ def parallel_backend(
         preload=preload,
         initializer=initializer,
         initargs=initargs,
+        progress=progress,
     )
+    arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
+    if max_nbytes != "auto":
+        text = isinstance(max_nbytes, str)
+        arrays["max_nbytes"] = memstr_to_bytes(max_nbytes) if text else max_nbytes
     one_fits = backend.effective_n_jobs(-1) == 1
     try:
         with (
             capped(threads_per_worker) if one_fits else nullcontext(),
-            parallel_config(backend=backend, n_jobs=n_jobs),
+            parallel_config(backend=backend, n_jobs=n_jobs, **arrays),
         ):
             yield
     except KeyboardInterrupt:
@@ -237,86 +259,6 @@ class _Pools:
 _shared = _Pools(_IDLE_S)
 
 
-# Placed for the first batch already: a smaller array costs less inside of its batch, should no
-# other batch be given it (benchmarks/joblib_backend.py).
-_AT_ONCE_BYTES = 8 * 1024**2
-
-
-@dataclass
-class _Met:
-    """An array of a call: what drops it here, and its handle if there is one.
-
-    A handle that only one batch was given lives as long as that batch; a second batch keeps it.
-    """
-
-    gone: weakref.ref[Any]
-    handle: Callable[[], Any]
-
-
-class _Arrays:
-    """The large arrays of one call, to be placed once instead of sent with each batch.
-
-    Args:
-        more_than_bytes: Of what size an array is large; ``None`` is never.
-    """
-
-    def __init__(self, more_than_bytes: float | None) -> None:
-        self._more_than_bytes = more_than_bytes
-        # By id(), which is another array's once this one is gone.
-        self._met: dict[int, _Met] = {}
-
-    def place(self, batch: Any) -> None:
-        """Let the large arrays of a batch travel as handles."""
-        items = getattr(batch, "items", None)
-        numpy = sys.modules.get("numpy")
-        if not items or numpy is None or self._more_than_bytes is None:
-            return
-        large = {
-            id(value): value
-            for _, args, keywords in items
-            for value in (*args, *keywords.values())
-            # A subclass may hold more than its buffer; a memory-mapped one travels by its name.
-            if type(value) is numpy.ndarray and value.nbytes > self._more_than_bytes
-        }
-        if not large:
-            return
-        handles = {name: self._handle(value) for name, value in large.items()}
-        batch.items = [
-            (
-                function,
-                tuple(_or_same(handles.get(id(value)), value) for value in args),
-                {key: _or_same(handles.get(id(value)), value) for key, value in keywords.items()},
-            )
-            for function, args, keywords in items
-        ]
-
-    def _handle(self, array: Any) -> Any:
-        """Return the handle of an array; ``None`` if it travels by itself."""
-        name = id(array)
-        met = self._met.get(name)
-        handle = None if met is None else met.handle()
-        wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
-        if handle is None and wanted and not array.dtype.hasobject:
-            try:
-                handle = share(array, writable=True)
-            except MemoryError:
-                pass  # it travels by itself, or says so there
-        if met is None:
-            gone = weakref.ref(array, lambda _: self._met.pop(name, None))
-            self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))
-        elif handle is not None:
-            met.handle = lambda: handle
-        return handle
-
-
-def _nothing() -> None:
-    """Stand for a handle that is not there, as a dead reference does."""
-
-
-def _or_same(handle: Any, value: Any) -> Any:
-    return value if handle is None else handle
-
-
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
@@ -326,8 +268,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         pools: Where pools are kept; ``None`` is this process's.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend.
-        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs: As for
-            :func:`parallel_backend`.
+        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs, progress:
+            As for :func:`parallel_backend`.
     """
 
     supports_retrieve_callback = True
@@ -335,6 +277,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     supports_sharedmem = False
     uses_threads = False
     default_n_jobs = 1
+    # Each Parallel object gets one of its own.
+    _is_of_one = False
 
     def __init__(  # noqa: PLR0913 -- each by its name
         self,
@@ -349,6 +293,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         preload: Literal["auto"] | Sequence[str] = "auto",
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
+        progress: bool | str = False,
         idle_worker_timeout: float = _IDLE_S,
         **others: Any,
     ) -> None:
@@ -366,8 +311,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._idle_s = idle_worker_timeout
         self._lease: _Lease | None = None
         self._futures: set[Future[Any]] = set()
-        self._arrays = _Arrays(None)
+        self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
+        self._read_only = False
+        if progress is not False:
+            require_tqdm()
+        self._progress = progress
+        self._bar: CallBar | None = None
 
     @property
     def _threads(self) -> int:
@@ -397,10 +347,19 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             )
         return n_jobs
 
-    def configure(
+    def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+        """Make the pool ready for one ``Parallel`` object; return its number of workers."""
+        if parallel is None or self._is_of_one:
+            return self._configure(n_jobs, parallel, **options)
+        backend = self._of_one()
+        # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.
+        parallel._backend = backend
+        return backend._configure(n_jobs, parallel, **options)
+
+    def _configure(
         self,
-        n_jobs: int = 1,
-        parallel: Any = None,
+        n_jobs: int,
+        parallel: Any,
         *,
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
@@ -409,10 +368,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         mmap_mode: str | None = None,
         **_options: Any,
     ) -> int:
-        """Make the pool ready for one ``Parallel`` object; return its number of workers."""
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
-            raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
+            raise FallbackToBackend(self._sequential())
         self.parallel = parallel
         own = self._initialize if initializer is None else (initializer, initargs)
         preload = self._preload
@@ -424,17 +382,46 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
         )
         self._release()
-        self._max_nbytes = None if mmap_mode is None else max_nbytes
+        mode = mode_asked_for(mmap_mode)
+        self._max_nbytes = None if mode is None else max_nbytes
+        self._read_only = mode == "r"
         self._lease = self._pools.lease(settings, workers)
         return workers
 
+    def _of_one(self) -> SafepoolBackend:
+        """Return a backend like this one that a single ``Parallel`` object uses.
+
+        joblib gives all of a block the same one. What is known of a call must not be another's:
+        generators may be taken in turns.
+        """
+        backend = SafepoolBackend.__new__(SafepoolBackend)
+        backend.__dict__.update(self.__dict__, _is_of_one=True, _lease=None, _futures=set())
+        backend.reset_batch_stats()
+        return backend
+
+    def _sequential(self) -> SequentialBackend:
+        if self._progress is False:
+            return SequentialBackend(nesting_level=self.nesting_level)
+        return SequentialWithBar(self._progress, nesting_level=self.nesting_level)
+
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
-        self._arrays = _Arrays(self._max_nbytes)
+        self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
+        if self._progress is not False:
+            self._bar = CallBar.of(self.parallel, self._progress)
+
+    def retrieval_context(self) -> AbstractContextManager[object]:
+        """Note that everything is dispatched that is to be at once."""
+        if self._bar is not None:
+            self._bar.begun = True
+        return nullcontext()
 
     def stop_call(self) -> None:
         """End it; its arrays are placed no longer."""
-        self._arrays = _Arrays(None)
+        self._arrays = Arrays(None)
+        bar, self._bar = self._bar, None
+        if bar is not None:
+            bar.close()
 
     def submit(
         self, func: Callable[[], Any], callback: Callable[[Future[Any]], object] | None = None
@@ -447,12 +434,14 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         else:
             name, policy = self._facts_of(func)
             try:
-                self._arrays.place(func)
-                future = lease.pool._scheduler.submit(func, (), {}, name=name, policy=policy)
+                batch = self._arrays.place(func)
+                future = lease.pool._scheduler.submit(batch, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)
             self._futures.add(future)
             future.add_done_callback(self._futures.discard)
+            if self._bar is not None:
+                future.add_done_callback(self._bar.count)
         if callback is not None:
             future.add_done_callback(callback)
         return future

@@ -10,6 +10,8 @@ made, and its absence is an error that names the remedy.
 Not covered:
     * What a worker writes to standard error by itself, past ``logging``: it goes to the terminal
       directly, and may stand in the bar's line until the bar is drawn again.
+    * What this process itself logs or prints meanwhile, joblib's calls included that run in it one
+      after the other: ``tqdm.contrib.logging.logging_redirect_tqdm`` and ``tqdm.write`` do that.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-__all__ = ["Progress", "beside_bars"]
+__all__ = ["Progress", "beside_bars", "require_tqdm"]
 
 _LOOK_S = 0.1
 
@@ -104,14 +106,25 @@ class Progress:
             self._show()
         finally:
             _open.discard(self)
-            self._bar.close()
+            self._end()
+
+    def _end(self) -> None:
+        bar = self._bar
+        bar.close()
+        # tqdm paints a notebook's bar green if it does not know its length.
+        short = self.failed or (self.total is None and self.done)
+        if short and hasattr(bar, "container"):
+            bar.disp(bar_style="danger", check_delay=False)
 
     def _show(self) -> None:
         bar = self._bar
         if self.total != bar.total:
-            bar.total = self.total
             if hasattr(bar, "container"):
-                bar.reset(self.total)  # a notebook's bar has a length of its own
+                # A notebook's bar has a length of its own, and begins anew with another.
+                begun_s = bar.start_t
+                bar.reset(self.total)
+                bar.start_t = bar.last_print_t = begun_s
+            bar.total = self.total
             bar.refresh()
         if self.failed != self._shown_failed:
             self._shown_failed = self.failed
@@ -134,6 +147,15 @@ def beside_bars() -> AbstractContextManager[object]:
         return contextlib.nullcontext()
     context: AbstractContextManager[object] = _tqdm().external_write_mode()
     return context
+
+
+def require_tqdm() -> None:
+    """Check that a bar can be made.
+
+    Raises:
+        MissingExtraError: tqdm is not installed.
+    """
+    _tqdm()
 
 
 def _tqdm() -> Any:

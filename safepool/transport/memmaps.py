@@ -24,7 +24,7 @@ from safepool.transport.references import reference_to
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Reducers", "reopen"]
+__all__ = ["Reducers", "read_only_reducers", "reopen"]
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
@@ -36,6 +36,33 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         return copyreg.dispatch_table[kind]
+
+
+def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any], Any]]:
+    """Return what is special about a value of which nobody may write to the arrays.
+
+    Args:
+        more_than_bytes: It holds for those that are larger. What is shared already, or mapped from
+            a file, has a mode of its own.
+    """
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return {}
+
+    def reduce(array: Any) -> Any:
+        reduced = _reduce(array)
+        itself = not reduced[0].__module__.startswith("safepool.")
+        return (_read_only, reduced) if itself and array.nbytes > more_than_bytes else reduced
+
+    return {numpy.ndarray: reduce}
+
+
+def _read_only(make: Callable[..., Any], arguments: tuple[Any, ...], state: Any = None) -> Any:
+    array = make(*arguments)
+    if state is not None:
+        array.__setstate__(state)
+    array.flags.writeable = False
+    return array
 
 
 def _reduce(array: Any) -> Any:

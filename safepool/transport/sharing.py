@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from safepool.transport import references
 from safepool.transport.files import Stored, store
 from safepool.transport.frames import Filed, Missing
+from safepool.transport.memmaps import read_only_reducers
 from safepool.transport.payloads import dumps, loads
 
 if TYPE_CHECKING:
@@ -65,7 +66,9 @@ def share(obj: Any, *, writable: bool = False) -> Any:
         ...     list(pool.map(lambda n, table: table[n], [1, 10, 100], [table] * 3))
         [1, 10, 100]
     """
-    segments = store(dumps(obj, into_main=True))
+    # Small arrays are in the pickle, and would be made anew to be written to.
+    reducers = None if writable else read_only_reducers()
+    segments = store(dumps(obj, into_main=True, reducers=reducers))
     # Placed: what could not be stored is a view of the object's own memory.
     placed = [part if isinstance(part, (Filed, bytes)) else bytes(part) for part in segments]
     shared = Shared[Any](placed, writable=writable)

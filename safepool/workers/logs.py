@@ -10,6 +10,10 @@ This happens where a logger calls its handlers (``Logger.callHandlers``), and no
 the root logger: a record of a logger that does not propagate would never get there, and
 ``logging.basicConfig`` in an initializer would find a handler and do nothing.
 
+``logging.warning()`` and its kind call that by themselves, without arguments, when the root logger
+has no handler: in a worker it does nothing then, or one such call would keep every later record
+there.
+
 Records never hold up the task. What the pool is too slow to read waits here, up to a bound; beyond
 that records are dropped, and their number is told in a record of its own. Those of
 a task arrive before its result does.
@@ -23,6 +27,7 @@ Not covered:
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
@@ -188,6 +193,16 @@ def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> N
     logging.Logger.callHandlers = _forwarding(  # type: ignore[assignment, method-assign]
         outbox, logging.Logger.callHandlers
     )
+    logging.basicConfig = _unless_asked(outbox, logging.basicConfig)
+
+
+def _unless_asked(outbox: Outbox, configure: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(configure)
+    def basic_config(**wanted: Any) -> None:
+        if wanted or not outbox.open:
+            configure(**wanted)
+
+    return basic_config
 
 
 def _forwarding(

@@ -160,8 +160,8 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
             program.kill()
 
     assert program.returncode == exitcode
-    # Within a second, on a machine that has nothing else to do.
-    assert took_s < 10
+    # A tenth of a second; here for a machine that has much else to do.
+    assert took_s < 3
     if ending == "Ctrl-C":
         # The program's own traceback, and none of a worker's.
         assert said.count("Traceback (most recent call last)") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import contextmanager
 from typing import Any
 
 import joblib
@@ -15,6 +16,7 @@ from joblib import Parallel, delayed
 from support_cgroups import control_group
 
 import safepool
+from safepool import joblib_backend
 
 # One row per argument that changes how, not what: the call's results are the same with it.
 SAME_RESULTS: dict[str, dict[str, Any]] = {
@@ -202,6 +204,8 @@ WRONG: dict[str, dict[str, Any]] = {
     "memory_per_worker": {"memory_per_worker": "much"},
     "threads_per_worker": {"threads_per_worker": 0},
     "rounding": {"rounding": "up"},
+    "mmap_mode": {"mmap_mode": "rw"},
+    "max_nbytes": {"max_nbytes": "much"},
 }
 
 
@@ -209,7 +213,7 @@ WRONG: dict[str, dict[str, Any]] = {
 def test_what_is_out_of_range_is_said_at_the_block(argument: str) -> None:
     """Not by the first call in it."""
     block = safepool.parallel_backend(**WRONG[argument])
-    with pytest.raises(ValueError, match=r"n_jobs|timeout|retries|size|threads|rounding"):
+    with pytest.raises(ValueError, match=r"n_jobs|timeout|retries|size|threads|rounding|mmap"):
         block.__enter__()
 
 
@@ -256,3 +260,114 @@ def test_arrays_that_one_batch_each_is_given_are_not_kept() -> None:
         gc.collect()
         assert [ref() for ref in refs] == [None] * 10
     assert sums == [300_000.0 * n for n in range(10)]
+
+
+class _Holder:
+    """Holds an array where nobody looks for one."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def _can_write(*holders: Any) -> list[bool]:
+    """Tell of each array whether it can be written to, by doing it."""
+    found = []
+    for holder in holders:
+        array = holder.array if isinstance(holder, _Holder) else holder
+        array = array["a"][0] if isinstance(array, dict) else array
+        try:
+            array.flat[0] = 7.0
+        except ValueError as error:
+            assert "read-only" in str(error)  # noqa: PT017 -- in a worker
+        found.append(bool(array.flat[0] == 7.0))
+    return found
+
+
+@contextmanager
+def _named(**options: Any) -> Any:
+    try:
+        with joblib.parallel_config(backend="safepool", n_jobs=2, **options):
+            yield
+    finally:
+        joblib_backend._shared.close(end=True)
+
+
+# One row per way to say what tasks may do with large arrays, and whether they may write: what
+# surrounds the call, the call's own options.
+BLOCK = safepool.parallel_backend
+MODES: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "block, nothing": (lambda: BLOCK(2), {}, True),
+    "block, r": (lambda: BLOCK(2, mmap_mode="r"), {}, False),
+    "block, c": (lambda: BLOCK(2, mmap_mode="c"), {}, True),
+    "block, None": (lambda: BLOCK(2, mmap_mode=None), {}, True),
+    "block, r+": (lambda: BLOCK(2, mmap_mode="r+"), {}, True),
+    "block, r, larger": (lambda: BLOCK(2, mmap_mode="r", max_nbytes="9M"), {}, True),
+    "block, r, none": (lambda: BLOCK(2, mmap_mode="r", max_nbytes=None), {}, True),
+    "block, call r": (lambda: BLOCK(2), {"mmap_mode": "r"}, False),
+    "block r, call c": (lambda: BLOCK(2, mmap_mode="r"), {"mmap_mode": "c"}, True),
+    "name, nothing": (_named, {}, True),
+    "name, r": (lambda: _named(mmap_mode="r"), {}, False),
+    "name, c": (lambda: _named(mmap_mode="c"), {}, True),
+    "name c, call r": (lambda: _named(mmap_mode="c"), {"mmap_mode": "r"}, False),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mmap_mode_decides_who_may_write(mode: str) -> None:
+    """In every batch, the first one too, and wherever the array is; small ones are everybody's."""
+    around, options, writable = MODES[mode]
+    array, other = np.zeros(300_000), np.zeros((2, 300_000))
+    given = [array, other[:, ::2], {"a": [other]}, _Holder(other), np.zeros(10)]
+    with around():
+        found = Parallel(batch_size=1, **options)(delayed(_can_write)(*given) for _ in range(6))
+
+    assert found == [[writable] * 4 + [True]] * 6
+    assert not array.any()
+    assert not other.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux has mapped")
+def test_a_read_only_array_is_placed_once() -> None:
+    array = np.zeros(500_000)
+    with safepool.parallel_backend(n_jobs=2, mmap_mode="r"):
+        inodes = Parallel(batch_size=1)(delayed(_file_of)(array) for _ in range(20))
+    assert len(set(inodes[1:])) == 1
+
+
+def test_what_a_block_around_says_holds_inside() -> None:
+    array = np.zeros(300_000)
+    with joblib.parallel_config(mmap_mode="r"), safepool.parallel_backend(2):
+        assert Parallel()(delayed(_can_write)(array) for _ in range(2)) == [[False]] * 2
+
+
+def test_functions_of_the_program_travel_beside_read_only_arrays() -> None:
+    """By value, as without."""
+    array = np.ones(300_000)
+    more = 1.0
+
+    def add_up(values: Any) -> float:
+        return float(values.sum()) + more
+
+    with safepool.parallel_backend(2, mmap_mode="r"):
+        assert Parallel()(delayed(add_up)(array) for _ in range(4)) == [300_001.0] * 4
+
+
+def test_that_writes_are_private_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safepool.machine._told", set())
+    with caplog.at_level(logging.INFO, "safepool"), safepool.parallel_backend(2, mmap_mode="r+"):
+        Parallel()(delayed(abs)(n) for n in range(2))
+    assert [line for line in caplog.messages if "numpy.memmap" in line]
+
+
+def test_a_memory_mapped_file_is_written_by_all(tmp_path: Any) -> None:
+    """Whatever ``mmap_mode`` says: the program has chosen the file's own."""
+    mapped = np.memmap(tmp_path / "file", dtype=float, mode="w+", shape=(300_000,))
+    with safepool.parallel_backend(2, mmap_mode="r"):
+        Parallel()(delayed(_set)(mapped, n) for n in range(4))
+    assert mapped[:5].tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def _set(array: Any, place: int) -> None:
+    array[place] = 1.0

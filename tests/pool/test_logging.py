@@ -492,3 +492,27 @@ def test_starts_and_ends_are_there_for_who_asks(
         "worker N started",
         "worker N ended with exit code N",
     ]
+
+
+def test_what_is_logged_without_a_logger_is_the_programs_too(
+    kept: support.Kept, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``logging.warning()`` configures logging where there is no handler; a worker has none."""
+    with ProcessPool(1) as pool:
+        assert pool.submit(support.say_by_the_module, "first").result() == []
+        pool.submit(support.say, "second").result()
+
+    assert said(kept, "root") == ["first"]
+    assert said(kept) == ["second"]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_may_still_configure_logging(tmp_path: Path) -> None:
+    """After what was logged before, too: the root logger has no handler that would keep it off."""
+    path = tmp_path / "log"
+    with ProcessPool(1) as pool:
+        pool.submit(support.say_by_the_module, "before").result()
+        pool.submit(support.configure, str(path)).result()
+        pool.submit(support.say, "after").result()
+
+    assert path.read_text() == "after\n"

@@ -199,3 +199,28 @@ def test_a_bar_of_ones_own_counts_until_it_is_closed(capsys: pytest.CaptureFixtu
     assert last_of(err).startswith("fits:  75%")
     assert "3/4" in last_of(err)
     assert "failed=1" in last_of(err)
+
+
+def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar begins before its length is known, keeps its time, and is red after a failure."""
+    pytest.importorskip("ipywidgets", reason="pip install 'safepool[foreign]'")
+    from tqdm.notebook import tqdm
+
+    made = []
+
+    class Kept(tqdm):  # type: ignore[misc, type-arg]
+        def __init__(self, **options: object) -> None:
+            super().__init__(display=False, **options)
+            made.append(self)
+
+    monkeypatch.setattr("safepool.progress._tqdm", lambda: Kept)
+    with Progress("fits") as progress:
+        time.sleep(0.3)
+        progress.total, progress.done = 4, 4
+    with Progress("fits") as progress:
+        progress.failed = progress.done = 1
+
+    good, bad = (bar.container.children for bar in made)
+    assert (good[1].value, good[1].max, good[1].bar_style) == (4, 4, "success")
+    assert made[0].format_dict["elapsed"] >= 0.3
+    assert bad[1].bar_style == "danger"

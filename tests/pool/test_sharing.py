@@ -43,6 +43,10 @@ def item_of(table: Any, key: Any) -> Any:
     return table[key]
 
 
+def write_to_first(held: list[Any]) -> None:
+    held[0][0] = 1
+
+
 def total_of_all(things: dict[str, list[Any]]) -> float:
     return sum(float(thing.sum()) for thing in things["all"])
 
@@ -118,6 +122,26 @@ def keep(thing: Any) -> None:
 
 def kept_item(index: int) -> float:
     return float(_kept[index])
+
+
+# One row per shape in which an array may travel: inside of the pickle, or beside it.
+SHAPES = {
+    "small": np.zeros(3),
+    "large": np.zeros(arrays.ITEMS),
+    "in pieces": np.zeros(2 * arrays.ITEMS)[::2],
+    "of objects": np.array([0, None]),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_array_can_be_written_to(shape: str, pool: ProcessPool) -> None:
+    """A task would see what another one has written."""
+    handle = share([SHAPES[shape]])
+
+    with pytest.raises(ValueError, match="read-only"):
+        pool.submit(write_to_first, handle).result(timeout=60)
+    with pytest.raises(ValueError, match="read-only"):
+        write_to_first(handle.value)
 
 
 def test_arrays_are_read_only_and_the_same_in_all_tasks(pool: ProcessPool) -> None:

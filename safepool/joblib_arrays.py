@@ -1,0 +1,184 @@
+"""Large arrays in joblib's calls: one that tasks of a call are given is placed once.
+
+    mmap_mode       a task gets                         joblib's own backend
+    "c"             what it may write to, for itself    the same
+    "r"             what it may only read               the same, and by default
+    "r+", "w+"      as "c", and the log says so         what other tasks see too
+    None            as "c", sent with each batch        a copy
+
+Not covered:
+    * Placing an array that is inside of another argument: it travels with its batch.
+    * Writing for all tasks to see: that is what a ``numpy.memmap`` among the arguments does.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from joblib import parallel
+
+from safepool.machine import log_once
+from safepool.transport.memmaps import read_only_reducers
+from safepool.transport.payloads import dumps, loads
+from safepool.transport.sharing import share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Arrays", "MmapMode", "mode_asked_for", "mode_of_block"]
+
+MmapMode = Literal["r", "r+", "w+", "c"] | None
+
+_MODES = ("r", "r+", "w+", "c", None)
+_UNSET = parallel.default_parallel_config["mmap_mode"]
+
+
+def mode_of_block(mmap_mode: str | None) -> str | None:
+    """Return what is to hold in a block where a call says nothing.
+
+    Args:
+        mmap_mode: ``"auto"`` is what holds around it, if anything was said there.
+
+    Raises:
+        ValueError: It is none of joblib's.
+    """
+    if mmap_mode == "auto":
+        around = _mode_of_context()
+        return "c" if around is _UNSET else around
+    if mmap_mode not in _MODES:
+        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
+    return mmap_mode
+
+
+def mode_asked_for(mmap_mode: str | None) -> str | None:
+    """Return what somebody has asked for, of what joblib hands over.
+
+    Its ``"r"`` is what it says by itself as well, unless the call's context says something.
+    """
+    if mmap_mode == "r" and _mode_of_context() is _UNSET:
+        return "c"
+    if mmap_mode in ("r+", "w+"):
+        log_once(
+            f"mmap_mode={mmap_mode!r}: a task writes into an array of its own. To write what "
+            "others see, give it a numpy.memmap"
+        )
+    return mmap_mode
+
+
+def _mode_of_context() -> Any:
+    config = getattr(parallel._backend, "config", parallel.default_parallel_config)
+    return config["mmap_mode"]
+
+
+# Placed for the first batch already: a smaller array costs less inside of its batch, should no
+# other batch be given it (benchmarks/joblib_backend.py).
+_AT_ONCE_BYTES = 8 * 1024**2
+
+
+@dataclass
+class _Met:
+    """An array of a call: what drops it here, and its handle if there is one.
+
+    A handle that only one batch was given lives as long as that batch; a second batch keeps it.
+    """
+
+    gone: weakref.ref[Any]
+    handle: Callable[[], Any]
+
+
+class Arrays:
+    """The large arrays of one call, to be placed once instead of sent with each batch.
+
+    Args:
+        more_than_bytes: Of what size an array is large; ``None`` is never.
+        read_only: Nobody may write to a large one, wherever in the arguments it is.
+    """
+
+    def __init__(self, more_than_bytes: float | None, *, read_only: bool = False) -> None:
+        self._more_than_bytes = more_than_bytes
+        self._read_only = read_only
+        # By id(), which is another array's once this one is gone.
+        self._met: dict[int, _Met] = {}
+
+    def place(self, batch: Any) -> Any:
+        """Return a batch whose large arrays travel as handles."""
+        items = getattr(batch, "items", None)
+        numpy = sys.modules.get("numpy")
+        if not items or numpy is None or self._more_than_bytes is None:
+            return batch
+        self._hand_out(batch, items, numpy)
+        return _ReadOnly(batch, self._more_than_bytes) if self._read_only else batch
+
+    def _hand_out(self, batch: Any, items: list[Any], numpy: Any) -> None:
+        large = {
+            id(value): value
+            for _, args, keywords in items
+            for value in (*args, *keywords.values())
+            # A subclass may hold more than its buffer; a memory-mapped one travels by its name.
+            if type(value) is numpy.ndarray and value.nbytes > (self._more_than_bytes or 0)
+        }
+        if not large:
+            return
+        handles = {name: self._handle(value) for name, value in large.items()}
+        batch.items = [
+            (
+                function,
+                tuple(_or_same(handles.get(id(value)), value) for value in args),
+                {key: _or_same(handles.get(id(value)), value) for key, value in keywords.items()},
+            )
+            for function, args, keywords in items
+        ]
+
+    def _handle(self, array: Any) -> Any:
+        """Return the handle of an array; ``None`` if it travels by itself."""
+        name = id(array)
+        met = self._met.get(name)
+        handle = None if met is None else met.handle()
+        wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
+        if handle is None and wanted and not array.dtype.hasobject:
+            try:
+                # In one piece: others are copied into the pickle, and by each task out of it.
+                whole = array if array.flags.forc else array.copy()
+                handle = share(whole, writable=not self._read_only)
+            except MemoryError:
+                pass  # it travels by itself, or says so there
+        if met is None:
+            gone = weakref.ref(array, lambda _: self._met.pop(name, None))
+            self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))
+        elif handle is not None:
+            met.handle = lambda: handle
+        return handle
+
+
+def _nothing() -> None:
+    """Stand for a handle that is not there, as a dead reference does."""
+
+
+def _or_same(handle: Any, value: Any) -> Any:
+    return value if handle is None else handle
+
+
+class _ReadOnly:
+    """A batch whose large arrays arrive read-only."""
+
+    def __init__(self, batch: Any, more_than_bytes: float) -> None:
+        self._batch = batch
+        self._more_than_bytes = more_than_bytes
+        self.items = batch.items
+
+    def __call__(self) -> Any:
+        return self._batch()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # In a pickle of its own: a pickler's way with a type holds for all that it pickles.
+        reducers = read_only_reducers(self._more_than_bytes)
+        pickled, *buffers = dumps(self._batch, into_main=True, reducers=reducers)
+        return _received, (pickled, [pickle.PickleBuffer(buffer) for buffer in buffers])
+
+
+def _received(pickled: bytes, buffers: Sequence[bytes | memoryview]) -> Any:
+    return loads([pickled, *buffers])
