@@ -791,13 +791,9 @@ class Scheduler:
                 if run is not None:
                     run.tell()
             case Kind.READY:
-                worker.ready = True
-                if not segments:
-                    worker.drop_board()
-                if self._trace is not None:
-                    self._trace.ready(worker)
-            case Kind.TIMES if self._trace is not None:
-                self._trace.timed(worker, segments)
+                self._welcome(worker, has_board=bool(segments))
+            case Kind.TIMES:
+                self._settling.time(worker, segments)
             case Kind.INITIALIZER_FAILED:
                 staff.dismiss_failed(worker, rebuild(segments))
             case Kind.SKIPPED:  # race J
@@ -806,6 +802,13 @@ class Scheduler:
                 self._return_unreadable(worker, position)
             case _:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
+
+    def _welcome(self, worker: Worker, *, has_board: bool) -> None:
+        worker.ready = True
+        if not has_board:
+            worker.drop_board()
+        if self._trace is not None:
+            self._trace.ready(worker)
 
     def _return_skipped(self, worker: Worker, position: int) -> None:
         if worker.awaited == position + 1:

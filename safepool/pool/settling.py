@@ -207,6 +207,16 @@ class Settling:
             self._count(staff, worker, work, count)
             at += count
 
+    def time(self, worker: Worker, segments: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Pass on when calls began and ended.
+
+        Raises:
+            CorruptFrameError: That cannot be read, or was not asked for.
+        """
+        if self._trace is None:
+            raise CorruptFrameError("times of calls were not asked for")
+        self._trace.timed(worker, segments)
+
     def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
         worker.exclusive = False
         worker.done += calls

@@ -23,14 +23,14 @@ Events, all of one process, each in a line of its own (``trace_file``):
     X   cat "start": a worker, from its start until its initializer has ended
     i   cat "worker", in its row: start, end, death; args: pid, and how it ended
         cat "pool": resize; args: before, after, why
-    C   calls that wait; workers that run something or nothing; milliseconds for which the kernel
+    C   calls that wait; workers that run something or none; milliseconds for which the kernel
         has frozen the group, and the periods of the quota in which it did; CPU time of the
         scheduler's thread in percent
     M   names of the process and the rows; "safepool": version of this form, and when it began
 
 A row is a place: a worker that replaces one which has ended gets its row.
 
-Size: calls that end within a millisecond of the row's last event are joined with it, so a row has
+Size: calls that end within a millisecond of the row's last event are joined with it: a row has
 at most some 1,000 events a second, of about 150 bytes. With each further 32 MiB that time doubles,
 and so does the one between two looks at the counters: twice as long a run adds 32 MiB, not twice as
 much. Eight workers that are full of the shortest calls write 32 MiB in the first 30 seconds, and
@@ -40,7 +40,7 @@ Not covered:
     * What a worker that was killed had ended but not sent: its times are estimated from those
       of the calls around.
 
-Source: Trace Event Format, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+Source: Trace Event Format, "Event Descriptions": complete, instant, counter, metadata events.
 """
 
 from __future__ import annotations
@@ -393,7 +393,7 @@ class Trace:
         with self._lock:
             while settled and times:
                 done, timed = settled[0], times[0]
-                if timed.first + timed.count <= done.first:
+                if timed.first + timed.calls <= done.first:
                     times.popleft()  # of a call that was given up
                 elif done.first + done.count <= timed.first:
                     self._estimate(row, timed.begin_ns, 1)
@@ -403,28 +403,28 @@ class Trace:
     def _join_first(self, row: _Row, done: _Settled, timed: Timed) -> None:
         """Add the calls that both heads are about, and take them off."""
         first = max(done.first, timed.first)
-        end = min(done.first + done.count, timed.first + timed.count)
+        end = min(done.first + done.count, timed.first + timed.calls)
         count = end - first
-        if timed.first < first or count < timed.count:
+        if timed.first < first or count < timed.calls:
             # They were looked at on the board meanwhile: shared out evenly.
-            each = (timed.end_ns - timed.begin_ns) / timed.count
+            each = (timed.end_ns - timed.begin_ns) / timed.calls
             begin = timed.begin_ns + int(each * (first - timed.first))
             part = Timed(
                 first,
                 count,
                 begin,
                 begin + int(each * count),
-                timed.loaded_ns * count // timed.count,
-                timed.packed_ns * count // timed.count,
+                timed.loaded_ns * count // timed.calls,
+                timed.packed_ns * count // timed.calls,
             )
         else:
             part = timed
-        if end == timed.first + timed.count:
+        if end == timed.first + timed.calls:
             row.times.popleft()
         else:
             row.times[0] = timed._replace(
                 first=end,
-                count=timed.first + timed.count - end,
+                calls=timed.first + timed.calls - end,
                 begin_ns=part.end_ns,
                 loaded_ns=timed.loaded_ns - part.loaded_ns,
                 packed_ns=timed.packed_ns - part.packed_ns,
@@ -438,9 +438,7 @@ class Trace:
             )
             done.count -= whole.count
             done.first, done.place = end, done.place + whole.count
-        self._add(
-            row, whole, part.begin_ns, part.end_ns, 0, part.loaded_ns, part.packed_ns
-        )
+        self._add(row, whole, part.begin_ns, part.end_ns, 0, part.loaded_ns, part.packed_ns)
 
     def _estimate(self, row: _Row, end_ns: int, most: int = sys.maxsize) -> None:
         """Add calls whose times never came: between the last event and this moment."""
@@ -505,35 +503,12 @@ class Trace:
         calls, row.calls = row.calls, None
         if calls is None:
             return
-        names, outcomes = calls.names, calls.outcomes
-        if len(outcomes) == 1:
-            args = f'"outcome":"{next(iter(outcomes))}"'
-        else:
-            args = f'"outcomes":{json.dumps(outcomes)}'
-        if calls.error is not None:
-            args += f',"error":{self._quoted(calls.error)}'
-        if calls.attempt != 1:
-            args += f',"attempt":{calls.attempt}'
-        if calls.waited_ns is not None:
-            args += f',"waited_us":{calls.waited_ns // 1000}'
-        if calls.pickled_ns >= 1000:
-            args += f',"pickled_us":{calls.pickled_ns // 1000}'
-        if calls.loaded_ns >= 1000:
-            args += f',"loaded_us":{calls.loaded_ns // 1000}'
-        if calls.packed_ns >= 1000:
-            args += f',"packed_us":{calls.packed_ns // 1000}'
-        if calls.calls > 1:
-            args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
-        if len(names) > 1:
-            most = dict(Counter(names).most_common(_MOST_NAMES))
-            args += f',"functions":{json.dumps(most)}'
-            name = f'"{len(names)} functions"'
-        else:
-            name = self._quoted(next(iter(names)))
+        names = calls.names
+        name = next(iter(names)) if len(names) == 1 else f"{len(names)} functions"
         begin, took = _us(calls.begin_ns - self._zero_ns), _us(calls.end_ns - calls.begin_ns)
         self._file.add(
             f'{{"ph":"X","pid":{self._pid},"tid":{row.number},"ts":{begin},"dur":{took},'
-            f'"cat":"task","name":{name},"args":{{{args}}}}},\n'
+            f'"cat":"task","name":{self._quoted(name)},"args":{{{_arguments(calls)}}}}},\n'
         )
         if self._file.written_bytes > self._next_bytes:
             self._next_bytes += _DOUBLES_BYTES
@@ -617,6 +592,32 @@ class Trace:
             f'{{"ph":"M","pid":{self._pid},"tid":{number},"ts":0,"name":"{name}",'
             f'"args":{json.dumps(args)}}},\n'
         )
+
+
+def _arguments(calls: _Calls) -> str:
+    outcomes = calls.outcomes
+    if len(outcomes) == 1:
+        args = f'"outcome":"{next(iter(outcomes))}"'
+    else:
+        args = f'"outcomes":{json.dumps(outcomes)}'
+    if calls.error is not None:
+        args += f',"error":{json.dumps(calls.error)}'
+    if calls.attempt != 1:
+        args += f',"attempt":{calls.attempt}'
+    for name, spent_ns in (
+        ("waited_us", calls.waited_ns),
+        ("pickled_us", calls.pickled_ns),
+        ("loaded_us", calls.loaded_ns),
+        ("packed_us", calls.packed_ns),
+    ):
+        if spent_ns is not None and spent_ns >= 1000:
+            args += f',"{name}":{spent_ns // 1000}'
+    if calls.calls > 1:
+        args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
+    if len(calls.names) > 1:
+        most = dict(Counter(calls.names).most_common(_MOST_NAMES))
+        args += f',"functions":{json.dumps(most)}'
+    return args
 
 
 def _us(ns: int) -> str:

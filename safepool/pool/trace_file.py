@@ -183,15 +183,12 @@ def _open(path: str) -> int:
         raise TraceFileError(error.errno, error.strerror, path) from None
     except ValueError as error:  # a zero byte
         raise TraceFileError(errno.EINVAL, str(error), path) from None
-    try:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            if not _lock(descriptor):
-                reason = "another pool, which still runs, writes it"
-                raise TraceFileError(errno.EBUSY, reason, path)
-            os.ftruncate(descriptor, 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not _lock(descriptor):
+            os.close(descriptor)
+            reason = "another pool, which still runs, writes it"
+            raise TraceFileError(errno.EBUSY, reason, path)
+        os.ftruncate(descriptor, 0)
     return descriptor
 
 

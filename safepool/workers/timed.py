@@ -1,8 +1,8 @@
 """When calls began and ended, by the worker's own clock: only for a pool that is traced.
 
-The times travel ahead of the answers that they belong to, in a frame of their own
-(``Kind.TIMES``): one entry for a call, or for several of a batch that took next to no time. The
-clock is the monotonic one, which all processes of a machine share.
+The times travel just ahead of the answers, in a frame of their own (``Kind.TIMES``): one entry
+for a call, or for several of a batch that took next to no time. The clock is the monotonic one,
+which all processes of a machine share.
 
 Not covered:
     * Calls of a batch that are called without a look at the clock (the shortest ones) have one
@@ -43,7 +43,7 @@ class Timed(NamedTuple):
 
     Attributes:
         first: The position of the first.
-        count: How many.
+        calls: How many.
         begin_ns: When the first began, its arguments still to be read.
         end_ns: When the last had ended, its result pickled.
         loaded_ns: What of it was spent on reading functions and arguments.
@@ -51,7 +51,7 @@ class Timed(NamedTuple):
     """
 
     first: int
-    count: int
+    calls: int
     begin_ns: int
     end_ns: int
     loaded_ns: int
@@ -75,6 +75,7 @@ class TimedAnswers(Answers):
     def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
         super().__init__(outbox, board, fork)
         self._times: list[Timed] = []
+        self._send = self._send_timed
         # When what is counted next began, and what of it was spent on what.
         self._since_ns = self._loaded_ns = self._packed_ns = 0
         # The last entry is of calls that others may join.
@@ -115,9 +116,6 @@ class TimedAnswers(Answers):
 
     def send(self, position: int, kind: Kind, segments: Segments) -> None:
         """Answer one call."""
-        self._fork.leave()
-        if self._values or self._kind:
-            self.flush()  # here as well: their times are not to be sent with this one's
         self._note(position, 1, joins=False)
         super().send(position, kind, segments)
 
@@ -135,15 +133,6 @@ class TimedAnswers(Answers):
         if self._count > before:
             self._note(self._first + before, self._count - before, joins=True)
 
-    def flush(self) -> None:
-        """Send what was left on the board, the times first."""
-        self._send_times()
-        super().flush()
-
-    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
-        self._send_times()
-        super()._send_alone(position, kind, segments)
-
     def _note(self, first: int, count: int, *, joins: bool) -> None:
         now, times = time.monotonic_ns(), self._times
         loaded, packed = self._loaded_ns, self._packed_ns
@@ -152,7 +141,7 @@ class TimedAnswers(Answers):
         if last is not None and now - last.begin_ns < _TOGETHER_NS:
             times[-1] = Timed(
                 last.first,
-                last.count + count,
+                last.calls + count,
                 last.begin_ns,
                 now,
                 last.loaded_ns + loaded,
@@ -162,8 +151,8 @@ class TimedAnswers(Answers):
             times.append(Timed(first, count, self._since_ns, now, loaded, packed))
         self._joins, self._since_ns = joins, now
 
-    def _send_times(self) -> None:
+    def _send_timed(self, pieces: Sequence[bytes | memoryview]) -> None:
         times, self._times = self._times, []
-        if times:
-            self._fork.leave()
-            self._outbox.send(encode(Kind.TIMES, 0, [b"".join([_ENTRY.pack(*t) for t in times])]))
+        # In one piece: a message of its own would wake the pool once more.
+        told = encode(Kind.TIMES, 0, [b"".join([_ENTRY.pack(*entry) for entry in times])])
+        self._outbox.send([*told, *pieces] if times else pieces)
