@@ -8,12 +8,13 @@ What a command does is in its room, which is imported only when it is asked for:
     doctor          ``safepool doctor NAME...``: which library brings which native threads
     run             ``safepool run -- COMMAND``: any program, started with its limits set
     demo            ``safepool demo``: the standard pool and safepool's on the same work
+    report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
     1    a problem was found: with the limits here, or the demo's comparison failed, or the
          doctor could not import a library
-    2    wrong usage, or a package that the command needs is not installed
+    2    wrong usage, a file that is no trace, or a package that the command needs is missing
     126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
 """
@@ -138,6 +139,12 @@ def _run_run(options: argparse.Namespace) -> int:
     )
 
 
+def _run_report(options: argparse.Namespace) -> int:
+    from safepool.cli import report  # noqa: PLC0415 -- only the command that is asked for
+
+    return report.run(options.trace, as_json=options.json)
+
+
 class _Parser(argparse.ArgumentParser):
     """As its base, with errors of one line."""
 
@@ -188,7 +195,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help=text, description=f"Run {text}, and compare.")
     demo.set_defaults(run=_run_demo)
     _add_demo_options(demo)
-    for command in (limits, doctor, demo):
+
+    text = "what a pool's workers did with their time, from ProcessPool(trace=FILE)"
+    report = commands.add_parser("report", help=text, description=text.capitalize())
+    report.set_defaults(run=_run_report)
+    report.add_argument("trace", metavar="FILE", help="what the pool has written, whole or torn")
+    for command in (limits, doctor, demo, report):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"

@@ -30,11 +30,10 @@ Events, all of one process, each in a line of its own (``trace_file``):
 
 A row is a place: a worker that replaces one which has ended gets its row.
 
-Size: calls that end within a millisecond of the row's last event are joined with it: a row has
-at most some 1,000 events a second, of about 150 bytes. With each further 32 MiB that time doubles,
-and so does the one between two looks at the counters: twice as long a run adds 32 MiB, not twice as
-much. Eight workers that are full of the shortest calls write 32 MiB in the first 30 seconds, and
-less than 500 MiB in a day. Workers that end and are replaced are each told, in half a kilobyte.
+Size: calls that end within a millisecond of the row's last event are joined with it. So a row
+has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
+doubles, and so does the one between two looks at the counters: twice as long a run adds 32 MiB, not
+twice as much. Workers that end and are replaced are each told, in half a kilobyte.
 
 Not covered:
     * What a worker that was killed had ended but not sent: its times are estimated from those
