@@ -8,7 +8,6 @@ pickling_s, throttled_s, deaths, retries, damaged_lines, workers, slowest, concl
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,7 +63,7 @@ class Report:
     throttled_s: float = 0.0
     deaths: int = 0
     damaged_lines: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, int] = field(default_factory=dict)
     workers: dict[str, Row] = field(default_factory=dict)
     slowest: list[tuple[float, str, str]] = field(default_factory=list)
 
@@ -84,16 +83,30 @@ class Report:
         if not total.calls or not total.lived_s:
             return "No call has ended in this trace."
         busy, starved = total.busy_s / total.lived_s, total.starved_s / total.lived_s
-        if self.throttled_s > 0.1 * self.seconds:
-            return "The kernel froze the group for a part of the time: fewer workers fit better."
-        if starved > 0.2 and total.busy_s / total.calls < 0.001:
-            return "Calls are too short to keep the workers busy: let each do more."
-        if self.pickling_s > 0.3 * self.seconds:
-            return "Pickling takes much of the time: send less, or share it (safepool.share)."
-        if busy < 0.7 and starved < 0.2:
-            return "The workers had nothing to do for much of the time: the program is slower."
-        if busy >= 0.7:
-            return "The workers were busy: only more of them, or faster calls, would help."
+        for found, said in (
+            (
+                self.throttled_s > 0.1 * self.seconds,
+                "The kernel froze the group for a part of the time: fewer workers fit better.",
+            ),
+            (
+                starved > 0.2 and total.busy_s / total.calls < 0.001,
+                "Calls are too short to keep the workers busy: let each do more.",
+            ),
+            (
+                self.pickling_s > 0.3 * self.seconds,
+                "Pickling takes much of the time: send less, or share it (safepool.share).",
+            ),
+            (
+                busy < 0.7 and starved < 0.2,
+                "The workers had nothing to do for much of the time: the program is slower.",
+            ),
+            (
+                busy >= 0.7,
+                "The workers were busy: only more of them, or faster calls, would help.",
+            ),
+        ):
+            if found:
+                return said
         return "The workers waited for calls that were there already."
 
     def as_text(self) -> str:
@@ -109,7 +122,7 @@ class Report:
             )
         lines.append("")
         lines.append(f"pickling {self.pickling_s:.2f} s, throttled {self.throttled_s:.2f} s")
-        lines.append(f"deaths {self.deaths}, retries {self.outcomes['retried']}")
+        lines.append(f"deaths {self.deaths}, retries {self.outcomes.get('retried', 0)}")
         if self.damaged_lines:
             lines.append(f"lines that could not be read: {self.damaged_lines}")
         lines += [f"{s:>10.3f} s  {as_ascii(name)[:50]}  {end}" for s, name, end in self.slowest]
@@ -123,7 +136,7 @@ class Report:
             "busy_s": total.busy_s,
             "starved_s": total.starved_s,
             "idle_s": max(0.0, total.lived_s - total.busy_s - total.starved_s),
-            "retries": self.outcomes["retried"],
+            "retries": self.outcomes.get("retried", 0),
             "conclusion": self.conclusion(),
         }
         return json.dumps(told)
@@ -189,7 +202,8 @@ def _take(report: Report, event: dict[str, Any]) -> None:
         row.starved_s += max(0.0, min(at_s - row.end_s, waited_s))
         row.calls, row.busy_s, row.end_s = row.calls + calls, row.busy_s + busy_s, at_s + took_s
         outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
-        report.outcomes.update({str(key): int(count) for key, count in outcomes.items()})
+        for name, count in outcomes.items():
+            report.outcomes[name] = report.outcomes.get(name, 0) + int(count)
         for name in ("pickled_us", "loaded_us", "packed_us"):
             report.pickling_s += float(args.get(name, 0)) / 1e6
         end = str(args.get("outcome", "several")) if calls == 1 else f"{calls} calls"

@@ -32,8 +32,8 @@ A row is a place: a worker that replaces one which has ended gets its row.
 
 Size: calls that end within a millisecond of the row's last event are joined with it. So a row
 has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
-doubles, and so does the one between two looks at the counters: twice as long a run adds 32 MiB, not
-twice as much. Workers that end and are replaced are each told, in half a kilobyte.
+doubles, and so does the one between two looks at the counters: twice as long a run adds 32 MiB,
+not twice as much. Workers that end and are replaced are each told, in half a kilobyte.
 
 Not covered:
     * What a worker that was killed had ended but not sent: its times are estimated from those
