@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RemoteTaskError,
         SafepoolError,
         TaskTimeoutError,
+        TraceFileError,
         UnreadableLimitError,
         WorkerDiedError,
     )
@@ -51,6 +52,7 @@ __all__ = [
     "SafepoolError",
     "TaskTimeoutError",
     "ThreadLimit",
+    "TraceFileError",
     "UnreadableLimitError",
     "WorkerDiedError",
     "WorkerInfo",
@@ -75,6 +77,7 @@ _HOMES = {
     "SafepoolError": "safepool.errors",
     "TaskTimeoutError": "safepool.errors",
     "ThreadLimit": "safepool.own_threads",
+    "TraceFileError": "safepool.errors",
     "UnreadableLimitError": "safepool.errors",
     "WorkerDiedError": "safepool.errors",
     "WorkerInfo": "safepool.pool.watch",

@@ -18,6 +18,7 @@ __all__ = [
     "RemoteTaskError",
     "SafepoolError",
     "TaskTimeoutError",
+    "TraceFileError",
     "UnreadableLimitError",
     "WorkerDiedError",
     "describe_exit",
@@ -187,6 +188,22 @@ class RemoteTaskError(SafepoolError):
 
     def __str__(self) -> str:
         return f"{self.type_name}: {self.text} (described, not sent: {self.reason})"
+
+
+class TraceFileError(SafepoolError, OSError):
+    """The file for a trace cannot be written.
+
+    Attributes:
+        errno: The system's number for it.
+        strerror: Why.
+        filename: Which file.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"cannot write a trace to {self.filename}: {self.strerror}. Pass trace= a file that "
+            "can be written and that no other running pool writes, in a folder that exists"
+        )
 
 
 class MissingExtraError(SafepoolError, ImportError):

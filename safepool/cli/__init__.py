@@ -8,12 +8,13 @@ What a command does is in its room, which is imported only when it is asked for:
     doctor          ``safepool doctor NAME...``: which library brings which native threads
     run             ``safepool run -- COMMAND``: any program, started with its limits set
     demo            ``safepool demo``: the standard pool and safepool's on the same work
+    report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
     1    a problem was found: with the limits here, or the demo's comparison failed, or the
          doctor could not import a library
-    2    wrong usage, or a package that the command needs is not installed
+    2    wrong usage, a file that is no trace, or a package that the command needs is missing
     126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
 """
@@ -171,6 +172,12 @@ def _run_run(options: argparse.Namespace) -> int:
     )
 
 
+def _run_report(options: argparse.Namespace) -> int:
+    from safepool.cli import report  # noqa: PLC0415 -- only the command that is asked for
+
+    return report.run(options.trace, as_json=options.json)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """As its base, as wide as every screen here, however wide the terminal is."""
 
@@ -253,7 +260,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help=text, description=_DEMO, epilog=_DEMO_EXAMPLES)
     demo.set_defaults(run=_run_demo)
     _add_demo_options(demo)
-    for command in (limits, doctor, demo):
+
+    text = "what a pool's workers did with their time"
+    report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
+    report.set_defaults(run=_run_report)
+    report.add_argument("trace", metavar="FILE", help="what the pool has written, whole or torn")
+    for command in (limits, doctor, demo, report):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
@@ -291,6 +303,21 @@ examples:
 
 Exit codes: 0 nothing to do, or advice only, 1 a problem was found, 2 there is
 no such process, 130 Ctrl-C."""
+
+
+_REPORT = """\
+What the workers of safepool.ProcessPool(trace=FILE) did with their time: busy,
+waiting though calls were there, and without work; what pickling took, how long
+the kernel froze the group, deaths, retries and the slowest calls; and what
+follows. A file that a crash has torn is read as far as it goes."""
+
+_REPORT_EXAMPLES = """\
+examples:
+  safepool report run.json           for people
+  safepool report --json run.json | jq .conclusion
+
+Exit codes: 0 it was read, 2 there is no such file, or it is no trace,
+130 Ctrl-C. The file itself opens at https://ui.perfetto.dev"""
 
 
 def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:

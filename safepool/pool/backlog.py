@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import Item
 
 __all__ = ["Backlog"]
+
+# Entries whose calls are counted; a look at more would hold up whoever submits.
+_MOST_COUNTED = 1000
 
 
 class Backlog:
@@ -40,6 +44,13 @@ class Backlog:
             if count >= limit:
                 return limit
         return count
+
+    def waiting(self) -> int:
+        """Return how many calls wait; of very many entries each further one counts as one."""
+        entries = self._entries
+        first = itertools.islice(entries, _MOST_COUNTED)
+        further = max(0, len(entries) - _MOST_COUNTED)
+        return sum(map(_size, [*self._held, *first])) + further
 
     def is_wanted(self) -> bool:
         """Return whether a call waits that nobody has cancelled; drop those before it."""

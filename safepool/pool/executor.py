@@ -25,6 +25,7 @@ from safepool.threads.placement import Placement, why_not_bound
 from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
     from safepool.errors import PoolBrokenError
     from safepool.limits import Limits
+    from safepool.pool.trace import Trace
     from safepool.pool.watch import WorkerInfo
 
 __all__ = ["ProcessPool"]
@@ -101,6 +103,10 @@ class ProcessPool(Executor):
             thread per worker none of them; a list names others, to which the same must apply:
             importing them starts no thread and opens nothing that two processes must not
             share. ``[]`` is nothing. Without effect where workers are not forked from a server.
+        trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
+            when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
+            replaced. Good at any moment, also after a crash; what it holds and how large it may
+            become is told in ``safepool/pool/trace.py``.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when
@@ -108,6 +114,7 @@ class ProcessPool(Executor):
 
     Raises:
         ValueError: A number is out of its range; there is no such context, rounding or size.
+        TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
         TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
             integer, ``env`` holds something else than text.
 
@@ -139,6 +146,7 @@ class ProcessPool(Executor):
         max_memory_per_worker: float | str | None = None,
         on_worker_death: Literal["replace", "break"] = "replace",
         preload: Literal["auto"] | Sequence[str] = "auto",
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         _check(initializer, max_tasks_per_child, on_worker_death)
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
@@ -190,6 +198,7 @@ class ProcessPool(Executor):
             ),
             break_on_death=on_worker_death == "break",
             follow=None if max_workers is not None else _Follower(request, limits, placement),
+            trace=None if trace is None else _trace(trace),
         )
         self._stacks = Stacks()
         # The scheduler lives on until the submitted work is done; it must not keep the
@@ -518,6 +527,12 @@ def _placement(threads: int) -> Placement | None:
     if why_not:
         tell_once(f"pin_workers=True binds no worker to CPUs: {why_not}")
     return None if why_not else Placement(threads)
+
+
+def _trace(path: str | os.PathLike[str]) -> Trace:
+    from safepool.pool.trace import Trace  # noqa: PLC0415 -- seldom
+
+    return Trace(path)
 
 
 class _Follower:

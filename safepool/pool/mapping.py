@@ -110,7 +110,11 @@ class MapRun:
         dropped: Nobody will take further results.
         held: No further calls are sent, as too much waits to be taken.
         reader: Who takes results; once it is gone nobody can.
+        added: Of a pool that is traced: the index of the first call of each portion, and when
+            it was queued.
     """
+
+    added: deque[tuple[int, int]] | None = None
 
     def __init__(
         self,
@@ -259,6 +263,7 @@ class Span:
         attempts: How often the first was begun and lost with its worker.
         alone: It holds one call that must not travel with others.
         apart: Each item was pickled by itself.
+        pickled_ns: How long each took to be pickled, in a pool that is traced.
     """
 
     run: MapRun
@@ -270,6 +275,7 @@ class Span:
     position: int = 0
     done: int = 0
     expected_ns: int = 0
+    pickled_ns: int = 0
 
     @property
     def count(self) -> int:

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
+    from safepool.pool.trace import Trace
 
 __all__ = ["Scheduler"]
 
@@ -126,6 +127,7 @@ class Scheduler:
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
+        trace: Told of all that happens. Closed with the pool.
     """
 
     def __init__(
@@ -137,8 +139,10 @@ class Scheduler:
         memory_per_worker: int | None = None,
         break_on_death: bool = False,
         follow: Callable[[list[int]], int] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._size = workers
+        self._trace = trace
         self._follow = follow
         self._follow_at = 0.0
         self._break_on_death = break_on_death
@@ -168,13 +172,18 @@ class Scheduler:
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
-        self._dispatch = Dispatch(self._settled, self.wake)
+        self._task: type[Task] = Task
+        if trace is None:
+            self._dispatch = Dispatch(self._settled, self.wake)
+        else:
+            self._task, self._dispatch = trace.measured(self._settled, self.wake)
         self._pace = Pace()
         self._settling = Settling(
             self._pace,
             self._settled,
             tasks_per_worker=tasks_per_worker,
             memory_per_worker=memory_per_worker,
+            trace=trace,
         )
         self._oom = OutOfMemoryWatch()
         self._hiring = hiring
@@ -210,6 +219,8 @@ class Scheduler:
             self._news = True
         if before != workers:
             _log.info("resized by hand: %d workers instead of %d", workers, before)
+            if self._trace is not None:
+                self._trace.resized(before, workers, "by hand")
         self.wake()
 
     def let_go_after(self, idle_s: float) -> None:
@@ -234,7 +245,7 @@ class Scheduler:
         """
         self._check_fork()
         future = PoolFuture(self._me)
-        task = Task(future, (function, args, kwargs), name, policy)
+        task = self._task(future, (function, args, kwargs), name, policy)
         with self._lock:
             self._check_open()
             self._backlog.add(task)
@@ -295,6 +306,8 @@ class Scheduler:
         with self._lock:
             if items:
                 self._check_open()
+            if self._trace is not None:
+                self._trace.queued(run, len(items))
             run.unsettled += len(items)
             run.fed = run.fed or last
             self._backlog.add_items(run, items)
@@ -353,6 +366,8 @@ class Scheduler:
             self._ending = max(end, self._ending, key=_SHARPER.index)
             thread = self._thread
         if thread is None:
+            if self._trace is not None:
+                self._trace.close()
             return
         self.wake()
         if not wait or thread is threading.current_thread():  # race D
@@ -380,6 +395,8 @@ class Scheduler:
     def abandon(self) -> None:
         """Finish without anybody waiting: nobody holds the pool any more (race E)."""
         self._closing = True
+        if self._thread is None and self._trace is not None:
+            self._trace.close()
         self.wake()
 
     def wake(self) -> None:
@@ -434,6 +451,8 @@ class Scheduler:
 
     def _run(self, staff: Staff) -> None:
         try:
+            if self._trace is not None:
+                self._trace.start(self._look)
             while self._step(staff):
                 self._listen(staff, self._patience(staff))
             self._cancel_waiting()  # the pool may have been ended in the middle of a step
@@ -447,6 +466,16 @@ class Scheduler:
             self._dispatch.close()
             staff.close()
             self._hiring.close()
+            if self._trace is not None:
+                self._trace.close()
+
+    def _look(self) -> tuple[int, int, int]:
+        """Return how many calls wait, and how many workers run something and are there."""
+        owed = [worker.ledger.owed for worker in self._staff or ()]
+        with self._lock:
+            waiting = self._backlog.waiting()
+        running = sum(map(bool, owed))
+        return waiting + sum(owed) - running, running, len(owed)
 
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
@@ -582,6 +611,8 @@ class Scheduler:
                 return
             before, self._size = self._size, size
         _log.info("the limits have changed: %d workers instead of %d", size, before)
+        if self._trace is not None:
+            self._trace.resized(before, size, "limits")
 
     def _shrink(self, staff: Staff) -> None:
         """Let workers go that are too many or too large: between two tasks, never in one."""
@@ -760,9 +791,9 @@ class Scheduler:
                 if run is not None:
                     run.tell()
             case Kind.READY:
-                worker.ready = True
-                if not segments:
-                    worker.drop_board()
+                self._welcome(worker, has_board=bool(segments))
+            case Kind.TIMES:
+                self._settling.time(worker, segments)
             case Kind.INITIALIZER_FAILED:
                 staff.dismiss_failed(worker, rebuild(segments))
             case Kind.SKIPPED:  # race J
@@ -771,6 +802,13 @@ class Scheduler:
                 self._return_unreadable(worker, position)
             case _:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
+
+    def _welcome(self, worker: Worker, *, has_board: bool) -> None:
+        worker.ready = True
+        if not has_board:
+            worker.drop_board()
+        if self._trace is not None:
+            self._trace.ready(worker)
 
     def _return_skipped(self, worker: Worker, position: int) -> None:
         if worker.awaited == position + 1:
@@ -869,6 +907,9 @@ class Scheduler:
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
         for_good = [self._lost(worker, *call, exitcode, fault) for call in lost]
+        if self._trace is not None:
+            ends = list(zip(lost, for_good, strict=True))
+            self._trace.ended(worker, exitcode, ends, ending=bool(self._ending))
         if worker.failure is not None:
             problem = PoolBrokenError("a worker's initializer failed")
             self._break(staff, problem, worker.failure)
@@ -981,6 +1022,8 @@ class Scheduler:
             self._ending = max("terminate", self._ending, key=_SHARPER.index)
             failed = self._backlog.clear()
         for worker in staff:
+            if self._trace is not None:
+                self._trace.broken(worker)
             while worker.ledger.owed:
                 work, place = worker.ledger.strike()
                 failed.append(work.only(place) if isinstance(work, Span) else work)
@@ -1008,7 +1051,8 @@ class Scheduler:
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked while this pool works must not keep."""
         staff = self._staff
-        return [] if staff is None else staff.descriptors()
+        traced = [] if self._trace is None else self._trace.descriptors()
+        return traced if staff is None else [*staff.descriptors(), *traced]
 
 
 def _is_idle(worker: Worker) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import MapRun
     from safepool.pool.pace import Pace
     from safepool.pool.staff import Staff, Worker
+    from safepool.pool.trace import Trace
     from safepool.workers.board import Left
 
 __all__ = ["Settling"]
@@ -42,6 +43,7 @@ class Settling:
         settled: Told of calls of a run that have ended, and how many.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
+        trace: Told of calls that were answered.
 
     Attributes:
         useless_starts: Workers in a row that ended before they answered anything.
@@ -54,8 +56,10 @@ class Settling:
         *,
         tasks_per_worker: int | None,
         memory_per_worker: int | None,
+        trace: Trace | None = None,
     ) -> None:
         self._pace = pace
+        self._trace = trace
         self._settled = settled
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
@@ -144,6 +148,8 @@ class Settling:
                 value = payloads.loads(segments)
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
             value, failed = error, True
+        if self._trace is not None:
+            self._trace.settled(worker, work, place, 1, value if failed else None)
         if isinstance(work, Task):
             work.pickled = None
             (fail if failed else finish)(work.future, value)
@@ -191,6 +197,8 @@ class Settling:
             work, place = settled
             if not isinstance(work, Span):
                 raise CorruptFrameError(f"values at {position}, where a task was sent")
+            if self._trace is not None:
+                self._trace.settled(worker, work, place, count)
             work.run.put(work.start + place, values[at : at + count])
             self._settled(work.run, count)
             work.run.tell()
@@ -198,6 +206,16 @@ class Settling:
                 self._pace.note(work.name, microseconds * 1000 * count / len(values), count)
             self._count(staff, worker, work, count)
             at += count
+
+    def time(self, worker: Worker, segments: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Pass on when calls began and ended.
+
+        Raises:
+            CorruptFrameError: That cannot be read, or was not asked for.
+        """
+        if self._trace is None:
+            raise CorruptFrameError("times of calls were not asked for")
+        self._trace.timed(worker, segments)
 
     def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
         worker.exclusive = False

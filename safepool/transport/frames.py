@@ -86,6 +86,10 @@ class Kind(enum.IntEnum):
     """To a worker: keep this shared object, under this number instead of a task's."""
     UNSHARE = 18
     """To a worker: drop the shared object of this number."""
+    TRACE = 19
+    """To a worker: tell when calls begin and end."""
+    TIMES = 20
+    """To the pool: when calls began and ended, whose answers may follow or have arrived."""
 
 
 class Frame(NamedTuple):

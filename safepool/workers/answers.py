@@ -16,7 +16,7 @@ from safepool.workers.describe import describe
 from safepool.workers.messages import numbers_frame, values_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
     from safepool.workers.board import Board
@@ -50,6 +50,7 @@ class Answers:
 
     def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
         self._outbox = outbox
+        self._send: Callable[[Sequence[bytes | memoryview]], None] = outbox.send
         self._board = board
         self._fork = fork
         # When the call under way began to cost time, and when answers were last sent.
@@ -91,7 +92,7 @@ class Answers:
             self.flush()
             outbox.logged = False
             record = record_of(position, microseconds, kind, head)
-            outbox.send(encode(Kind.RESULTS, 0, [record]))
+            self._send(encode(Kind.RESULTS, 0, [record]))
             return
         if not board.publish(position, microseconds, kind, head):
             self.flush()
@@ -105,7 +106,7 @@ class Answers:
             segments = self._outbox.hand_over(segments)
         except MemoryError as error:  # it could not go as a file after all
             kind, segments = Kind.EXCEPTION, describe(error)
-        self._outbox.send(encode(kind, position, segments))
+        self._send(encode(kind, position, segments))
 
     def keep(self, position: int, value: object, pickled: bytes) -> bool:
         """Leave a plain value for the next flush; ``False`` if it must be sent."""
@@ -167,7 +168,7 @@ class Answers:
             frame = encode(Kind.RESULTS, 0, [board.published()])
             self._others = False
         if frame:
-            self._outbox.send(frame)
+            self._send(frame)
         # Only now: who is killed in between leaves them twice, and the pool takes them once.
         board.flushed()
         self._flushed_ns = now

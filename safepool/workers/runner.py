@@ -81,6 +81,9 @@ class Runner:
         self._fork = Fork(self._outbox.close)
         self._answers = Answers(self._outbox, board, self._fork)
         self._main = MainNamespace()
+        # Timed in a pool that is traced.
+        self._loads: Callable[[Sequence[Received]], Any] = loads
+        self._pack: Callable[[object], Segments] = self._packed
         self._functions: dict[int, Callable[..., Any]] = {}
         # What the last result of a batch was: the next will be alike.
         self._lane: type = object
@@ -113,6 +116,8 @@ class Runner:
                 forward_records(self._outbox, segments[0])
             case Kind.INITIALIZE:
                 self._initialize(segments)
+            case Kind.TRACE:
+                self._be_timed()
             case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE:
                 self._keep(kind, position, segments)
             case Kind.TASK:
@@ -129,13 +134,21 @@ class Runner:
 
     def _keep(self, kind: Kind, number: int, segments: Sequence[Received]) -> None:
         if kind is Kind.FUNCTION:
-            self._functions[number] = _load_function(segments)
+            self._functions[number] = _load_function(segments, self._loads)
         elif kind is Kind.FORGET:
             self._functions.pop(number, None)
         elif kind is Kind.SHARE:
             references.keep(number, received(segments))
         else:
             references.drop(number)
+
+    def _be_timed(self) -> None:
+        from safepool.workers.timed import TimedAnswers  # noqa: PLC0415 -- seldom
+
+        answers = TimedAnswers(self._outbox, self._board, self._fork)
+        self._answers = answers
+        self._loads = answers.timed_loads(loads)
+        self._pack = answers.timed_pack(self._packed)
 
     def _initialize(self, segments: Sequence[Received]) -> None:
         try:
@@ -168,9 +181,9 @@ class Runner:
             return
         try:
             if function is None:
-                function, arguments, keywords = loads(pickled)
+                function, arguments, keywords = self._loads(pickled)
             else:
-                arguments, keywords = loads(pickled)
+                arguments, keywords = self._loads(pickled)
             if len(segments) > 2:
                 segments.clear()  # the buffers live on in the arrays made of them
             del pickled
@@ -192,9 +205,9 @@ class Runner:
         if not self._claim(position, reading=True):
             return
         try:
-            items = loads(segments[1:])
+            items = self._loads(segments[1:])
             if apart:
-                items = [loads([item]) for item in items]
+                items = [self._loads([item]) for item in items]
         except BaseException:  # noqa: BLE001 -- user code; the pool finds out which item it is
             self._fork.leave()
             self._answers.flush()
@@ -339,14 +352,16 @@ class Runner:
         self._answers.flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
 
-    def _pack(self, result: object) -> Segments:
+    def _packed(self, result: object) -> Segments:
         segments = _pickle(result)
         if len(segments) > 1 or len(segments[0]) > SMALL_BYTES:
             return self._channel.store(segments)
         return segments
 
 
-def _load_function(segments: Sequence[Received]) -> Callable[..., Any]:
+def _load_function(
+    segments: Sequence[Received], loads: Callable[[Sequence[Received]], Any]
+) -> Callable[..., Any]:
     try:
         function: Callable[..., Any] = loads(segments)
     except BaseException as error:  # noqa: BLE001 -- user code; every call of it raises this

@@ -19,7 +19,18 @@ REPOSITORY = Path(safepool.__file__).parent.parent
 HELP: dict[str, tuple[list[str], list[str]]] = {
     "the command": (
         ["--help"],
-        ["limits", "doctor", "run", "demo", "--json", "--pid", "--watch", "--version", "130"],
+        [
+            "limits",
+            "doctor",
+            "run",
+            "demo",
+            "report",
+            "--json",
+            "--pid",
+            "--watch",
+            "--version",
+            "130",
+        ],
     ),
     "run": (
         ["run", "--help"],
@@ -33,6 +44,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
         ["doctor", "--help"],
         ["LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy", "Exit codes"],
     ),
+    "report": (["report", "--help"], ["FILE", "--json", "examples:", "Exit codes", "perfetto"]),
     "demo": (["demo", "--help"], ["--tasks", "--points", "--cpus", "--bound", "--plot", "--json"]),
 }
 

@@ -1,0 +1,220 @@
+"""The file of a trace: lines in, written out in pieces by a thread of its own.
+
+The form is the Trace Event Format's JSON array, one event in each line, which its viewers read
+without the closing bracket as well: so a file is good at any moment, also after ``kill -9``,
+up to the last half second. A thread writes, so that a slow disk holds up no worker.
+
+An existing file is replaced, unless a running pool writes it.
+
+Not covered:
+    * A program that is killed in the middle of a write leaves a torn line, which Perfetto and
+      ``safepool report`` pass over, and chrome://tracing does not.
+    * Windows: that another pool writes the file is not noticed there.
+
+Source: Trace Event Format, "JSON Array Format"; Perfetto, json_trace_tokenizer.cc,
+``NotifyEndOfFile``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+from safepool.errors import TraceFileError
+from safepool.workers.contained import ContainedLogger
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["EVERY_S", "TraceFile"]
+
+_log = ContainedLogger()
+
+# Between two writes: what a kill costs, and twice a second is nothing.
+EVERY_S = 0.5
+# What waits longer in memory is written at once; a disk that is slower than that for long loses
+# events, not the program its memory.
+_MANY_BYTES = 256 * 1024
+_MOST_BYTES = 16 << 20
+# For the last writes, when the pool ends.
+_ENDING_S = 10.0
+
+
+class TraceFile:
+    """Lines for one file. They may be added in any thread.
+
+    Args:
+        path: Where. Created, or emptied.
+
+    Attributes:
+        written_bytes: So much was handed over so far.
+        dropped: Lines that were left out, as the disk was too slow.
+
+    Raises:
+        TraceFileError: It cannot be written, or another running pool does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = os.path.abspath(os.fspath(path))
+        self._pid = os.getpid()
+        self._lines: deque[str] = deque()
+        self._waiting_bytes = self._good_bytes = 0
+        self.written_bytes = self.dropped = 0
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._ending = False
+        self._descriptor = _open(self._path)
+
+    @property
+    def open(self) -> bool:
+        """Whether lines are still written."""
+        return self._descriptor >= 0
+
+    def descriptors(self) -> list[int]:
+        """Return what a forked worker must not keep."""
+        return [self._descriptor] if self._descriptor >= 0 else []
+
+    def start(self, look: Callable[[], object]) -> None:
+        """Write from now on what is added, and call ``look`` before each time."""
+
+        def run() -> None:
+            while not self._ending:
+                self._wake.wait(EVERY_S)
+                self._wake.clear()
+                look()
+                self._write()
+
+        thread = threading.Thread(target=run, name="safepool-trace", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread could be started: they are written as they come
+            return
+        self._thread = thread
+
+    def add(self, line: str) -> None:
+        """Write this soon, or drop and count it."""
+        if self._descriptor < 0:
+            return
+        size = len(line)
+        if self._waiting_bytes + size > _MOST_BYTES:
+            self.dropped += 1
+            return
+        self._lines.append(line)
+        self.written_bytes += size
+        self._waiting_bytes += size
+        if self._waiting_bytes > _MANY_BYTES:
+            if self._thread is not None:
+                self._wake.set()
+            else:
+                self._write()
+
+    def flush(self) -> None:
+        """Write what was added. Only before :meth:`start`."""
+        self._write()
+
+    def close(self, last: str = "") -> None:
+        """Write what waits and ``last``, and close the file. Twice is once."""
+        if os.getpid() != self._pid:  # a fork of the program: the lines are the program's
+            self._give_back()
+            return
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ending = True
+            self._wake.set()
+            thread.join(_ENDING_S)
+            if thread.is_alive():
+                self._descriptor = -1  # the kernel's: it is used there
+                _log.warning("the trace %s is not whole: its disk does not answer", self._path)
+                return
+        if self._descriptor >= 0:
+            self._lines.append(last)
+            self._write()
+        self._give_back()
+
+    def _write(self) -> None:
+        # Others add meanwhile.
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        self._waiting_bytes = 0
+        descriptor = self._descriptor
+        if descriptor < 0 or not lines:
+            return
+        data = memoryview("".join(lines).encode())
+        size = len(data)
+        try:
+            while data:
+                data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            try:  # what was written of the last lines ends in the middle of one
+                os.ftruncate(descriptor, self._good_bytes)
+            except OSError:
+                pass  # no regular file
+            self._give_back()
+            _log.warning("the trace %s ends here: %s", self._path, error)
+            return
+        self._good_bytes += size
+
+    def _give_back(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return
+        if os.getpid() == self._pid:
+            _unlock(descriptor)
+        try:
+            os.close(descriptor)
+        except OSError:
+            pass  # the program has closed it
+
+
+def _open(path: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    # One that nobody reads is refused instead of waited for.
+    flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise TraceFileError(error.errno, error.strerror, path) from None
+    except ValueError as error:  # a zero byte
+        raise TraceFileError(errno.EINVAL, str(error), path) from None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if not _lock(descriptor):
+            os.close(descriptor)
+            reason = "another pool, which still runs, writes it"
+            raise TraceFileError(errno.EBUSY, reason, path)
+        os.ftruncate(descriptor, 0)
+    return descriptor
+
+
+if sys.platform == "win32":
+
+    def _lock(_descriptor: int) -> bool:
+        return True
+
+    def _unlock(_descriptor: int) -> None:
+        pass
+
+else:
+
+    def _lock(descriptor: int) -> bool:
+        """Lock the file until it is closed; ``False`` if somebody else has."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        # A fork of the program that has the descriptor too would keep it locked.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        except OSError:
+            pass

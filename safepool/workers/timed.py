@@ -1,0 +1,158 @@
+"""When calls began and ended, by the worker's own clock: only for a pool that is traced.
+
+The times travel just ahead of the answers, in a frame of their own (``Kind.TIMES``): one entry
+for a call, or for several of a batch that took next to no time. The clock is the monotonic one,
+which all processes of a machine share.
+
+Not covered:
+    * Calls of a batch that are called without a look at the clock (the shortest ones) have one
+      entry together, also if the last of them took long.
+    * A worker that is killed leaves no times of what it had not sent yet.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safepool.transport.frames import CorruptFrameError, Kind, encode
+from safepool.workers.answers import Answers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.workers.board import Board
+    from safepool.workers.fork import Fork
+    from safepool.workers.logs import Outbox
+
+    Segments = Sequence[Segment]
+
+__all__ = ["Timed", "TimedAnswers", "read_times"]
+
+# Calls of a batch share an entry as long as they take no longer together.
+_TOGETHER_NS = 1_000_000
+# Between a function that was read and the call that needs it: more, and it was for another.
+_APART_NS = 1_000_000
+_ENTRY = struct.Struct("<QIQQQQ")
+
+
+class Timed(NamedTuple):
+    """Calls that follow each other, and when.
+
+    Attributes:
+        first: The position of the first.
+        calls: How many.
+        begin_ns: When the first began, its arguments still to be read.
+        end_ns: When the last had ended, its result pickled.
+        loaded_ns: What of it was spent on reading functions and arguments.
+        packed_ns: What of it was spent on pickling results.
+    """
+
+    first: int
+    calls: int
+    begin_ns: int
+    end_ns: int
+    loaded_ns: int
+    packed_ns: int
+
+
+def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed]:
+    """Return what a frame of times says.
+
+    Raises:
+        CorruptFrameError: It is none.
+    """
+    if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
+        raise CorruptFrameError("a frame of times of another size")
+    return [Timed._make(entry) for entry in _ENTRY.iter_unpack(segments[0])]
+
+
+class TimedAnswers(Answers):
+    """Answers, and when each call ended; arguments as of :class:`Answers`."""
+
+    def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
+        super().__init__(outbox, board, fork)
+        self._times: list[Timed] = []
+        self._send = self._send_timed
+        # When what is counted next began, and what of it was spent on what.
+        self._since_ns = self._loaded_ns = self._packed_ns = 0
+        # The last entry is of calls that others may join.
+        self._joins = False
+
+    def timed_loads(self, loads: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a function that does the same, and counts the time."""
+
+        def counted(segments: Any) -> Any:
+            before = time.monotonic_ns()
+            try:
+                return loads(segments)
+            finally:
+                self._loaded_ns += time.monotonic_ns() - before
+
+        return counted
+
+    def timed_pack(self, pack: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return a function that does the same, and counts the time."""
+
+        def counted(result: Any) -> Any:
+            before = time.monotonic_ns()
+            try:
+                return pack(result)
+            finally:
+                self._packed_ns += time.monotonic_ns() - before
+
+        return counted
+
+    def begin(self) -> None:
+        """Count the time of what comes from now on."""
+        super().begin()
+        self._joins = False
+        # What was read may be the function that the next call needs.
+        apart_ns = self._mark_ns - self._since_ns - self._loaded_ns
+        if not self._loaded_ns or apart_ns > _APART_NS:
+            self._since_ns, self._loaded_ns = self._mark_ns, 0
+
+    def send(self, position: int, kind: Kind, segments: Segments) -> None:
+        """Answer one call."""
+        self._note(position, 1, joins=False)
+        super().send(position, kind, segments)
+
+    def keep(self, position: int, value: object, pickled: bytes) -> bool:
+        """Leave a plain value for the next flush; ``False`` if it must be sent."""
+        kept = super().keep(position, value, pickled)
+        if kept:
+            self._note(position, 1, joins=True)
+        return kept
+
+    def kept(self, last: int) -> None:
+        """Count the results in the lane: up to this position."""
+        before = self._count
+        super().kept(last)
+        if self._count > before:
+            self._note(self._first + before, self._count - before, joins=True)
+
+    def _note(self, first: int, count: int, *, joins: bool) -> None:
+        now, times = time.monotonic_ns(), self._times
+        loaded, packed = self._loaded_ns, self._packed_ns
+        self._loaded_ns = self._packed_ns = 0
+        last = times[-1] if joins and self._joins and times else None
+        if last is not None and now - last.begin_ns < _TOGETHER_NS:
+            times[-1] = Timed(
+                last.first,
+                last.calls + count,
+                last.begin_ns,
+                now,
+                last.loaded_ns + loaded,
+                last.packed_ns + packed,
+            )
+        else:
+            times.append(Timed(first, count, self._since_ns, now, loaded, packed))
+        self._joins, self._since_ns = joins, now
+
+    def _send_timed(self, pieces: Sequence[bytes | memoryview]) -> None:
+        times, self._times = self._times, []
+        # In one piece: a message of its own would wake the pool once more.
+        told = encode(Kind.TIMES, 0, [b"".join([_ENTRY.pack(*entry) for entry in times])])
+        self._outbox.send([*told, *pieces] if times else pieces)
