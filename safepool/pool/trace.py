@@ -142,38 +142,42 @@ class TracedDispatch(Dispatch):
 
 @dataclass(slots=True)
 class _Calls:
-    """Calls of one worker that follow each other and have one event."""
+    """Calls of one worker that follow each other and have one event.
+
+    Attributes:
+        names: How many of each function; ``None`` while it is one, ``name``.
+        outcomes: How many of each; ``None`` while it is one, ``outcome``.
+    """
 
     begin_ns: int
     end_ns: int
-    names: dict[str, int]
-    outcomes: dict[str, int]
+    name: str
+    outcome: str
     calls: int
     error: str | None
     attempt: int
-    waited_ns: int | None
+    waited_ns: int
     busy_ns: int
-    pickled_ns: int = 0
-    loaded_ns: int = 0
-    packed_ns: int = 0
+    pickled_ns: int
+    loaded_ns: int
+    packed_ns: int
+    names: dict[str, int] | None = None
+    outcomes: dict[str, int] | None = None
 
-    @property
-    def plain(self) -> bool:
-        """Whether it may be joined with others: nothing is lost that somebody would look for."""
-        return self.attempt == 1 and self.outcomes.keys() <= {"returned", "raised"}
+    def join(self, name: str, outcome: str, count: int, error: str | None) -> None:
+        """Take calls that follow; the times are added by the caller."""
+        if self.names is not None or name != self.name:
+            self.names = self.names or {self.name: self.calls}
+            self.names[name] = self.names.get(name, 0) + count
+        if self.outcomes is not None or outcome != self.outcome:
+            self.outcomes = self.outcomes or {self.outcome: self.calls}
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
+        self.calls += count
+        self.error = self.error or error
 
-    def join(self, other: _Calls) -> None:
-        """Take the calls that follow."""
-        self.end_ns = other.end_ns
-        for mine, theirs in ((self.names, other.names), (self.outcomes, other.outcomes)):
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
-        self.calls += other.calls
-        self.error = self.error or other.error
-        self.busy_ns += other.busy_ns
-        self.pickled_ns += other.pickled_ns
-        self.loaded_ns += other.loaded_ns
-        self.packed_ns += other.packed_ns
+
+# Nothing is lost that somebody would look for if these are joined with others.
+_PLAIN = frozenset({"returned", "raised"})
 
 
 @dataclass(slots=True)
@@ -459,66 +463,67 @@ class Trace:
         loaded_ns: int = 0,
         packed_ns: int = 0,
     ) -> None:
-        work, count = done.work, done.count
+        work, count, outcome = done.work, done.count, done.outcome
         # By two clocks that are one, but read in another order: never over each other.
         begin_ns = max(begin_ns, row.end_ns)
         row.end_ns = end_ns = max(end_ns, begin_ns)
-        if isinstance(work, Span):
-            queued_ns = _queued_ns(work.run, work.start + done.place)
-            pickled_ns = work.pickled_ns * count
-        elif isinstance(work, TracedTask):
+        if isinstance(work, TracedTask):
             queued_ns, pickled_ns = work.queued_ns, work.pickled_ns
+        elif isinstance(work, Span):
+            queued_ns = _queued_ns(work.run, work.start + done.place) or begin_ns
+            pickled_ns = work.pickled_ns * count
         else:
-            queued_ns, pickled_ns = None, 0
-        calls = _Calls(
+            queued_ns, pickled_ns = begin_ns, 0
+        attempt = attempt or work.attempts + 1
+        plain = attempt == 1 and outcome in _PLAIN
+        last = row.calls
+        if last is not None:
+            if plain and end_ns - last.begin_ns < self._short_ns:
+                last.join(work.name, outcome, count, done.error)
+                last.end_ns = end_ns
+                last.busy_ns += end_ns - begin_ns
+                last.pickled_ns += pickled_ns
+                last.loaded_ns += loaded_ns
+                last.packed_ns += packed_ns
+                return
+            self._emit(row)
+        row.calls = _Calls(
             begin_ns,
             end_ns,
-            {work.name: count},
-            {done.outcome: count},
+            work.name,
+            outcome,
             count,
             done.error,
-            attempt or work.attempts + 1,
-            None if queued_ns is None else max(0, begin_ns - queued_ns),
+            attempt,
+            begin_ns - queued_ns,
             end_ns - begin_ns,
             pickled_ns,
             loaded_ns,
             packed_ns,
         )
-        last = row.calls
-        if (
-            last is not None
-            and end_ns - last.begin_ns < self._short_ns
-            and calls.plain
-            and last.plain
-        ):
-            last.join(calls)
-            return
-        self._emit(row)
-        row.calls = calls
-        if end_ns - begin_ns >= self._short_ns or not calls.plain:
+        if not plain or end_ns - begin_ns >= self._short_ns:
             self._emit(row)  # nothing will join it
 
     def _emit(self, row: _Row) -> None:
         calls, row.calls = row.calls, None
         if calls is None:
             return
-        names = calls.names
-        name = next(iter(names)) if len(names) == 1 else f"{len(names)} functions"
-        begin, took = _us(calls.begin_ns - self._zero_ns), _us(calls.end_ns - calls.begin_ns)
+        name = calls.name if calls.names is None else f"{len(calls.names)} functions"
+        quoted = self._names.get(name) or self._quoted(name)
+        begin_ns = calls.begin_ns - self._zero_ns
         self._file.add(
-            f'{{"ph":"X","pid":{self._pid},"tid":{row.number},"ts":{begin},"dur":{took},'
-            f'"cat":"task","name":{self._quoted(name)},"args":{{{_arguments(calls)}}}}},\n'
+            f'{{"ph":"X","pid":{self._pid},"tid":{row.number},"ts":{_us(begin_ns)},'
+            f'"dur":{_us(calls.end_ns - calls.begin_ns)},'
+            f'"cat":"task","name":{quoted},"args":{{{_arguments(calls)}}}}},\n'
         )
         if self._file.written_bytes > self._next_bytes:
             self._next_bytes += _DOUBLES_BYTES
             self._short_ns *= 2
 
     def _quoted(self, name: str) -> str:
-        quoted = self._names.get(name)
-        if quoted is None:
-            if len(self._names) > 1000:
-                self._names.clear()
-            quoted = self._names[name] = json.dumps(name)
+        if len(self._names) > 1000:
+            self._names.clear()
+        quoted = self._names[name] = json.dumps(name)
         return quoted
 
     # Counters, in the thread that writes.
@@ -594,26 +599,25 @@ class Trace:
 
 
 def _arguments(calls: _Calls) -> str:
-    outcomes = calls.outcomes
-    if len(outcomes) == 1:
-        args = f'"outcome":"{next(iter(outcomes))}"'
+    if calls.outcomes is None:
+        args = f'"outcome":"{calls.outcome}"'
     else:
-        args = f'"outcomes":{json.dumps(outcomes)}'
+        args = f'"outcomes":{json.dumps(calls.outcomes)}'
     if calls.error is not None:
         args += f',"error":{json.dumps(calls.error)}'
     if calls.attempt != 1:
         args += f',"attempt":{calls.attempt}'
-    for name, spent_ns in (
-        ("waited_us", calls.waited_ns),
-        ("pickled_us", calls.pickled_ns),
-        ("loaded_us", calls.loaded_ns),
-        ("packed_us", calls.packed_ns),
-    ):
-        if spent_ns is not None and spent_ns >= 1000:
-            args += f',"{name}":{spent_ns // 1000}'
+    if calls.waited_ns >= 1000:
+        args += f',"waited_us":{calls.waited_ns // 1000}'
+    if calls.pickled_ns >= 1000:
+        args += f',"pickled_us":{calls.pickled_ns // 1000}'
+    if calls.loaded_ns >= 1000:
+        args += f',"loaded_us":{calls.loaded_ns // 1000}'
+    if calls.packed_ns >= 1000:
+        args += f',"packed_us":{calls.packed_ns // 1000}'
     if calls.calls > 1:
         args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
-    if len(calls.names) > 1:
+    if calls.names is not None:
         most = dict(Counter(calls.names).most_common(_MOST_NAMES))
         args += f',"functions":{json.dumps(most)}'
     return args
