@@ -364,6 +364,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._preload = preload
         self._initialize = (initializer, initargs)
         self._idle_s = idle_worker_timeout
+        self.parallel: Any = None
         self._lease: _Lease | None = None
         self._futures: set[Future[Any]] = set()
         self._arrays = _Arrays(None)
@@ -413,7 +414,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
-        self.parallel = parallel
+        if self.parallel is not parallel:
+            # joblib gives every Parallel object of a block the same backend, also those that
+            # run at the same time: a generator that is not used up, and the next call.
+            raise FallbackToBackend(self._for(parallel))
         own = self._initialize if initializer is None else (initializer, initargs)
         preload = self._preload
         settings = _Settings(
@@ -427,6 +431,15 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._max_nbytes = None if mmap_mode is None else max_nbytes
         self._lease = self._pools.lease(settings, workers)
         return workers
+
+    def _for(self, parallel: Any) -> SafepoolBackend:
+        """Return a backend like this one, of the same pools, for one ``Parallel`` object alone."""
+        own = type(self).__new__(type(self))
+        own.__dict__.update(self.__dict__)
+        own.parallel, own._lease, own._futures = parallel, None, set()
+        own._arrays = _Arrays(None)
+        own.reset_batch_stats()
+        return own
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,37 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
     assert still_alive(pids, after_s=5) == []
     assert list(temporary.iterdir()) == []
     assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []
+
+
+def _fail_at_seven(n: int) -> None:
+    if n == 7:
+        raise KeyError(n)
+    time.sleep(0.001)
+
+
+def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
+    """They share workers: the signal for a batch of one must not meet a batch of the other."""
+    wrong: list[object] = []
+
+    def fail() -> None:
+        for _ in range(30):
+            with pytest.raises(KeyError):
+                Parallel(2, backend="safepool")(delayed(_fail_at_seven)(n) for n in range(40))
+
+    def succeed() -> None:
+        try:
+            for _ in range(30):
+                calls = (delayed(len)(bytes(200_000)) for _ in range(40))
+                assert Parallel(2, backend="safepool")(calls) == [200_000] * 40
+        except safepool.WorkerDiedError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run) for run in (fail, succeed, succeed, fail)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    from safepool import joblib_backend
+
+    joblib_backend._shared.close(end=True)
+    assert not wrong

@@ -104,6 +104,19 @@ def test_generators(return_as: str) -> None:
         assert sorted(results) == [n**2 for n in range(20)]
 
 
+def test_generators_and_a_failing_call_at_the_same_time() -> None:
+    """In one block, of which joblib gives every call the same backend object."""
+    with safepool.parallel_backend(n_jobs=2):
+        first, second = (
+            Parallel(return_as="generator")(delayed(pow)(n, 2) for n in range(200))
+            for _ in range(2)
+        )
+        assert Parallel()(delayed(abs)(-n) for n in range(10)) == [*range(10)]
+        with pytest.raises(ZeroDivisionError):
+            Parallel()(delayed(divmod)(1, n) for n in (1, 0, 1))
+        assert [*zip(first, second, strict=True)] == [(n**2, n**2) for n in range(200)]
+
+
 def test_a_timeout_is_joblibs_timeout() -> None:
     with safepool.parallel_backend(), pytest.raises(multiprocessing.TimeoutError):
         Parallel(n_jobs=2, timeout=0.3)(delayed(time.sleep)(20) for _ in range(2))
