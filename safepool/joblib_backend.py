@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ from joblib.disk import memstr_to_bytes
 
 from safepool.budget import Request, parse_bytes
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
+from safepool.joblib_callbacks import Callbacks
 from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.machine import log_once, read_budget
 from safepool.pool.dispatch import was_not_sent
@@ -61,6 +63,8 @@ __all__ = ["SafepoolBackend", "parallel_backend"]
 
 # How long a worker waits for the next call outside of a block, as loky's do.
 _IDLE_S = 300.0
+# Pools that no call uses; more end at once.
+_MOST_UNUSED = 4
 
 
 @contextmanager
@@ -214,8 +218,7 @@ class _Pools:
         self._idle_s = idle_s
         self._lock = threading.Lock()
         self._leases: list[_Lease] = []
-        if hasattr(os, "register_at_fork") and idle_s is not None:
-            os.register_at_fork(after_in_child=self._forget)
+        _made.add(self)
 
     def lease(self, settings: _Settings, workers: int) -> _Lease:
         """Return a pool with so many workers, one that was used before if there is any."""
@@ -228,6 +231,7 @@ class _Pools:
                 if lease.workers == workers or not lease.users:
                     break
             else:
+                self._end_unused()
                 lease = _Lease(settings, settings.make(workers), workers)
                 if self._idle_s is not None:
                     lease.pool._scheduler.let_go_after(settings.idle_s)
@@ -250,12 +254,27 @@ class _Pools:
         for lease in leases:
             lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
 
-    def _forget(self) -> None:
-        # They are the parent's, and the lock may be held by a thread of it.
+    def _end_unused(self) -> None:
+        """Make room: an initializer that is made anew for each call fits no pool before it."""
+        unused = [lease for lease in self._leases if not lease.users]
+        for lease in unused[: max(0, len(unused) - _MOST_UNUSED + 1)]:
+            self._leases.remove(lease)
+            lease.pool.shutdown(wait=False)
+
+    def forget(self) -> None:
+        """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""
         self._lock = threading.Lock()
         self._leases = []
 
 
+def _forget_all() -> None:
+    for pools in [*_made]:
+        pools.forget()
+
+
+_made: weakref.WeakSet[_Pools] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
 _shared = _Pools(_IDLE_S)
 
 
@@ -318,6 +337,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             require_tqdm()
         self._progress = progress
         self._bar: CallBar | None = None
+        self._callbacks: Callbacks | None = None
 
     @property
     def _threads(self) -> int:
@@ -407,6 +427,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
+        self._callbacks = Callbacks()
         if self._progress is not False:
             self._bar = CallBar.of(self.parallel, self._progress)
 
@@ -419,6 +440,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def stop_call(self) -> None:
         """End it; its arrays are placed no longer."""
         self._arrays = Arrays(None)
+        callbacks, self._callbacks = self._callbacks, None
+        if callbacks is not None:
+            callbacks.close()
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
@@ -432,8 +456,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         if lease is None:
             future.set_exception(RuntimeError("the pool of this Parallel call was shut down"))
         else:
-            name, policy = self._facts_of(func)
             try:
+                name, policy = self._facts_of(func)
                 batch = self._arrays.place(func)
                 future = lease.pool._scheduler.submit(batch, (), {}, name=name, policy=policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
@@ -442,7 +466,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             future.add_done_callback(self._futures.discard)
             if self._bar is not None:
                 future.add_done_callback(self._bar.count)
-        if callback is not None:
+        callbacks = self._callbacks
+        if callback is not None and callbacks is not None:
+            callbacks.after(future, callback)
+        elif callback is not None:
             future.add_done_callback(callback)
         return future
 

@@ -32,7 +32,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
     H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
        another. Only a large one that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
-       taken back before, so the signal meets this task or nothing; a result that was
+       taken back before, and it is left alone if the next had been claimed by then, so
+       the signal meets this task or nothing; a result that was
        left on the board before counts. One that comes later does not: the signal for the stack
        may have cut short what the task was waiting for.
     J  A worker claims a task in the moment in which it is taken back: it finds so, says so
@@ -873,11 +874,11 @@ class Scheduler:
             for work in worker.ledger:
                 if isinstance(work, Task) and work.future is future:
                     self._take_back(staff, worker)
-                    if worker.ledger.head is work:
+                    if worker.ledger.head is work and _runs(worker, work.position):
                         worker.condemned = worker.condemned or RuntimeError("cancelled")
                         worker.leaving = True
                         end_with_descendants(worker)
-                    elif any(owed is work for owed in worker.ledger):
+                    elif any(owed is work for owed in [*worker.ledger][1:]):
                         # What was before it has ended, and its answers are on their way:
                         # only then is it sure that the signal meets this task.
                         with self._lock:
@@ -893,6 +894,8 @@ class Scheduler:
         head = worker.ledger.head
         if head is None or head.position + head.done != position:
             return  # it has ended meanwhile
+        if not _runs(worker, position):
+            return  # and so has this one, whose answer is on its way
         staff.condemn(worker, why)
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
@@ -1053,6 +1056,14 @@ class Scheduler:
         staff = self._staff
         traced = [] if self._trace is None else self._trace.descriptors()
         return traced if staff is None else [*staff.descriptors(), *traced]
+
+
+def _runs(worker: Worker, position: int) -> bool:
+    """Return whether a worker whose other tasks were taken back can still be at this one.
+
+    It is not if it has claimed the next: the answer of this one is in the channel, unread.
+    """
+    return worker.board is None or worker.board.claimed <= position
 
 
 def _is_idle(worker: Worker) -> bool:

@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import joblib
 import pytest
 import support_tasks as tasks
 from joblib import Parallel, delayed
@@ -17,6 +19,10 @@ from support_cgroups import control_group
 from support_processes import still_alive
 
 import safepool
+from safepool import joblib_backend
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux leaves behind")
 
@@ -82,8 +88,6 @@ def test_a_death_under_one_thread_leaves_the_call_of_another_alone() -> None:
             Parallel(n_jobs=2, backend="safepool")(delayed(tasks.be_killed)() for _ in range(2))
     finally:
         thread.join(60)
-        from safepool import joblib_backend
-
         joblib_backend._shared.close(end=True)
     assert found == [[*range(10)]]
 
@@ -169,3 +173,81 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
     assert still_alive(pids, after_s=5) == []
     assert list(temporary.iterdir()) == []
     assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []
+
+
+def _fail_at_seven(n: int) -> None:
+    if n == 7:
+        raise KeyError(n)
+    time.sleep(0.001)
+
+
+@pytest.mark.usefixtures("pools_by_name")
+def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
+    """They share workers: the signal for a batch of one must not meet a batch of the other."""
+    wrong: list[object] = []
+
+    def fail() -> None:
+        for _ in range(30):
+            with pytest.raises(KeyError):
+                Parallel(2, backend="safepool")(delayed(_fail_at_seven)(n) for n in range(40))
+
+    def succeed() -> None:
+        try:
+            for _ in range(30):
+                calls = (delayed(len)(bytes(200_000)) for _ in range(40))
+                assert Parallel(2, backend="safepool")(calls) == [200_000] * 40
+        except safepool.WorkerDiedError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=run) for run in (fail, succeed, succeed, fail)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+@pytest.fixture
+def pools_by_name() -> Iterator[None]:
+    """End the pools that are kept from call to call."""
+    yield
+    joblib_backend._shared.close(end=True)
+
+
+@pytest.mark.usefixtures("pools_by_name")
+@pytest.mark.parametrize("way", ["by name", "in a block"])
+def test_a_call_may_be_the_input_of_another(way: str) -> None:
+    """Its input waits for results that the same pool's thread hands out."""
+    block = safepool.parallel_backend(n_jobs=2)
+    with joblib.parallel_config("safepool", n_jobs=2) if way == "by name" else block:
+        first = Parallel(return_as="generator")(delayed(abs)(-n) for n in range(200))
+        assert Parallel()(delayed(abs)(n) for n in first) == [*range(200)]
+
+
+@pytest.mark.usefixtures("pools_by_name")
+def test_an_input_that_waits_holds_up_no_call_of_another_thread() -> None:
+    go_on = threading.Event()
+
+    def slow() -> Iterator[Any]:
+        yield from (delayed(abs)(n) for n in range(4))
+        assert go_on.wait(60)
+        yield delayed(abs)(4)
+
+    with safepool.parallel_backend(n_jobs=2):
+        found: list[object] = []
+        thread = threading.Thread(
+            target=lambda: found.extend(
+                Parallel(2, backend="safepool", pre_dispatch=2, batch_size=1)(slow())
+            )
+        )
+        thread.start()
+        try:
+            for _ in range(3):
+                assert Parallel(2, backend="safepool")(delayed(abs)(n) for n in range(40)) == [
+                    *range(40)
+                ]
+                time.sleep(0.1)  # the other's first calls end meanwhile
+        finally:
+            go_on.set()
+            thread.join(60)
+    assert found == [0, 1, 2, 3, 4]

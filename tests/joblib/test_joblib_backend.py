@@ -104,6 +104,19 @@ def test_generators(return_as: str) -> None:
         assert sorted(results) == [n**2 for n in range(20)]
 
 
+def test_generators_and_a_failing_call_at_the_same_time() -> None:
+    """In one block, of which joblib gives every call the same backend object."""
+    with safepool.parallel_backend(n_jobs=2):
+        first, second = (
+            Parallel(return_as="generator")(delayed(pow)(n, 2) for n in range(200))
+            for _ in range(2)
+        )
+        assert Parallel()(delayed(abs)(-n) for n in range(10)) == [*range(10)]
+        with pytest.raises(ZeroDivisionError):
+            Parallel()(delayed(divmod)(1, n) for n in (1, 0, 1))
+        assert [*zip(first, second, strict=True)] == [(n**2, n**2) for n in range(200)]
+
+
 def test_a_timeout_is_joblibs_timeout() -> None:
     with safepool.parallel_backend(), pytest.raises(multiprocessing.TimeoutError):
         Parallel(n_jobs=2, timeout=0.3)(delayed(time.sleep)(20) for _ in range(2))
@@ -184,3 +197,36 @@ def test_an_interrupted_block_leaves_no_worker() -> None:
 
     assert time.monotonic() - started < 20
     assert "KeyboardInterrupt" in done.stderr
+
+
+def test_initializers_that_are_made_for_each_call_leave_few_pools() -> None:
+    from safepool.joblib_backend import _MOST_UNUSED, _shared
+
+    try:
+        for n in range(_MOST_UNUSED + 3):
+            with joblib.parallel_config("safepool", n_jobs=2, initializer=lambda n=n: n):
+                assert Parallel()(delayed(abs)(n) for n in range(2)) == [0, 1]
+        assert len(_shared._leases) <= _MOST_UNUSED
+    finally:
+        _shared.close(end=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+def test_a_fork_inside_a_block_has_a_pool_of_its_own() -> None:
+    """In a program of its own: without NumPy, whose threads a fork would lose."""
+    code = (
+        "import os, warnings, joblib, safepool\n"
+        "from joblib import Parallel, delayed\n"
+        "warnings.simplefilter('ignore')\n"
+        "with safepool.parallel_backend(n_jobs=2):\n"
+        "    mine = set(Parallel()(delayed(os.getppid)() for _ in range(4)))\n"
+        "    pid = os.fork()\n"
+        "    theirs = Parallel()(delayed(abs)(n) for n in range(9))\n"
+        "    assert theirs == list(range(9))\n"
+        "if pid:\n"
+        "    print(os.waitpid(pid, 0)[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
