@@ -1,20 +1,44 @@
 """Floor 7: ``safepool report run.json``: what a pool's workers did with their time.
 
 It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or torn off anywhere.
-``--json`` prints one object: seconds, calls, busy_s, starved_s (idle while a call waited), idle_s,
-pickling_s, throttled_s, deaths, retries, damaged_lines, workers, slowest, conclusion.
+
+``--json`` prints one object; keys are added to it, none is renamed or removed:
+
+    seconds         from the pool's begin to the last event
+    calls           that were run; each attempt counts
+    busy_s          of all workers: they ran calls
+    starved_s       of all workers: idle while a call waited
+    idle_s          of all workers: no call was there
+    pickling_s      of the program and the workers: arguments and results
+    throttled_s     the kernel had frozen the control group
+    tail_s          the last call ran alone, though it was submitted while others ran
+    deaths          of workers
+    retries         calls that were run again, as their worker had died
+    outcomes        how many calls of each: "returned", "raised", as in ``pool.trace``
+    workers         one object for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s
+    slowest         the longest calls, the longest first: seconds, function, outcome
+    damaged_lines   that could not be read
+    conclusion      what follows, in a sentence
+
+Not covered:
+    * Idle between short calls that share an event counts as starved or idle only before the first.
+
+Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.pool.trace``.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from safepool.cli.text import as_ascii, wrapped
+from safepool.cli.text import as_ascii, counted, wrapped
 from safepool.errors import SafepoolError
 
-__all__ = ["Report", "ReportError", "Row", "read", "run"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
 
 _SLOWEST = 5
 
@@ -44,14 +68,45 @@ class ReportError(SafepoolError):
 
 @dataclass(slots=True)
 class Row:
-    """One worker's time, in seconds."""
+    """One worker's time, in seconds.
+
+    Attributes:
+        calls: How many it ran.
+        busy_s: It ran them.
+        starved_s: It had none, while one waited.
+        lived_s: It was there.
+        begin_s: When the process that runs was started; ``None`` if none does.
+        end_s: When it last had something to do.
+        last: When the calls of its last event were submitted, began and ended.
+    """
 
     calls: int = 0
     busy_s: float = 0.0
     starved_s: float = 0.0
     lived_s: float = 0.0
-    begin_s: float = 0.0
+    begin_s: float | None = 0.0
     end_s: float = 0.0
+    last: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @property
+    def idle_s(self) -> float:
+        """No call was there."""
+        return max(0.0, self.lived_s - self.busy_s - self.starved_s)
+
+    def end(self, at_s: float) -> None:
+        """Take the end of its process."""
+        if self.begin_s is not None:
+            self.lived_s += max(0.0, at_s - self.begin_s)
+        self.begin_s = None
+
+    def as_dict(self) -> dict[str, float]:
+        """Return it for programs."""
+        return {
+            "calls": self.calls,
+            "busy_s": self.busy_s,
+            "starved_s": self.starved_s,
+            "idle_s": self.idle_s,
+        }
 
 
 @dataclass(slots=True)
@@ -77,69 +132,93 @@ class Report:
             lived_s=sum(row.lived_s for row in rows),
         )
 
+    def tail_s(self) -> float:
+        """Return for how long the last call kept one worker busy while no other was.
+
+        Only of one that was there before the others had ended theirs: else nothing was to gain.
+        """
+        if len(self.workers) < 2:
+            return 0.0
+        *_, before, last = sorted(row.last[::-1] for row in self.workers.values())
+        (others_s, *_), (end_s, begin_s, asked_s) = before, last
+        return end_s - max(begin_s, others_s) if asked_s <= others_s else 0.0
+
     def conclusion(self) -> str:
         """Say in one sentence what follows."""
         total = self.total()
         if not total.calls or not total.lived_s:
-            return "No call has ended in this trace."
-        busy, starved = total.busy_s / total.lived_s, total.starved_s / total.lived_s
-        for found, said in (
-            (
-                self.throttled_s > 0.1 * self.seconds,
-                "The kernel froze the group for a part of the time: fewer workers fit better.",
-            ),
-            (
-                starved > 0.2 and total.busy_s / total.calls < 0.001,
-                "Calls are too short to keep the workers busy: let each do more.",
-            ),
-            (
-                self.pickling_s > 0.3 * self.seconds,
-                "Pickling takes much of the time: send less, or share it (safepool.share).",
-            ),
-            (
-                busy < 0.7 and starved < 0.2,
-                "The workers had nothing to do for much of the time: the program is slower.",
-            ),
-            (
-                busy >= 0.7,
-                "The workers were busy: only more of them, or faster calls, would help.",
-            ),
-        ):
-            if found:
-                return said
-        return "The workers waited for calls that were there already."
+            return NOTHING
+        return next(said for said, found in CONCLUSIONS.items() if found(self, total))
 
     def as_text(self) -> str:
         """Return it for people."""
         total = self.total()
-        lines = [f"{self.seconds:.2f} s, {total.calls} calls, {len(self.workers)} workers", ""]
+        calls, workers = counted(total.calls, "call"), counted(len(self.workers), "worker")
+        lines = [f"{self.seconds:.2f} s, {calls}, {workers}", ""]
         lines.append(f"{'worker':12}{'calls':>10}{'busy s':>10}{'waiting s':>11}{'no work s':>11}")
         for name, row in [*self.workers.items(), ("all", total)]:
-            idle = max(0.0, row.lived_s - row.busy_s - row.starved_s)
             lines.append(
                 f"{as_ascii(name)[:12]:12}{row.calls:>10}{row.busy_s:>10.2f}"
-                f"{row.starved_s:>11.2f}{idle:>11.2f}"
+                f"{row.starved_s:>11.2f}{row.idle_s:>11.2f}"
             )
         lines.append("")
         lines.append(f"pickling {self.pickling_s:.2f} s, throttled {self.throttled_s:.2f} s")
         lines.append(f"deaths {self.deaths}, retries {self.outcomes.get('retried', 0)}")
         if self.damaged_lines:
             lines.append(f"lines that could not be read: {self.damaged_lines}")
+        if self.slowest:
+            lines += ["", "longest calls"]
         lines += [f"{s:>10.3f} s  {as_ascii(name)[:50]}  {end}" for s, name, end in self.slowest]
         return "\n".join([*lines, "", *wrapped(self.conclusion(), 0)])
 
     def as_json(self) -> str:
         """Return it for programs."""
         total = self.total()
-        told = asdict(self) | {
-            "calls": total.calls,
-            "busy_s": total.busy_s,
-            "starved_s": total.starved_s,
-            "idle_s": max(0.0, total.lived_s - total.busy_s - total.starved_s),
+        told = {
+            "seconds": self.seconds,
+            **total.as_dict(),
+            "pickling_s": self.pickling_s,
+            "throttled_s": self.throttled_s,
+            "tail_s": self.tail_s(),
+            "deaths": self.deaths,
             "retries": self.outcomes.get("retried", 0),
+            "outcomes": self.outcomes,
+            "workers": {name: row.as_dict() for name, row in self.workers.items()},
+            "slowest": [
+                {"seconds": seconds, "function": function, "outcome": outcome}
+                for seconds, function, outcome in self.slowest
+            ],
+            "damaged_lines": self.damaged_lines,
             "conclusion": self.conclusion(),
         }
         return json.dumps(told)
+
+
+# What is said, and of which report and sum over its workers: the first that holds.
+CONCLUSIONS: dict[str, Callable[[Report, Row], bool]] = {
+    "The kernel froze the group for a part of the time: fewer workers fit better.": (
+        lambda report, _: report.throttled_s > 0.1 * report.seconds
+    ),
+    "One long call ran last, and the other workers had none: begin with the longest calls.": (
+        lambda report, _: report.tail_s() > 0.2 * report.seconds
+    ),
+    "Calls are too short to keep the workers busy: let each do more.": (
+        lambda _, total: (
+            total.starved_s > 0.2 * total.lived_s and total.busy_s < 0.001 * total.calls
+        )
+    ),
+    "Pickling takes much of the time: send less, or share it (safepool.share).": (
+        lambda report, _: report.pickling_s > 0.3 * report.seconds
+    ),
+    "The workers were busy: only more of them, or faster calls, would help.": (
+        lambda _, total: total.busy_s >= 0.7 * total.lived_s
+    ),
+    "The workers had nothing to do for much of the time: the program is slower.": (
+        lambda _, total: total.starved_s < 0.2 * total.lived_s
+    ),
+    "The workers waited for calls that were there already.": lambda _report, _total: True,
+}
+NOTHING = "No call has ended in this trace."
 
 
 def run(path: str, *, as_json: bool) -> int:
@@ -177,7 +256,7 @@ def read(path: str) -> Report:
         raise ReportError(path, "it is empty, or no trace of a safepool pool")
     report.slowest = sorted(report.slowest, reverse=True)[:_SLOWEST]
     for row in report.workers.values():
-        row.lived_s += max(0.0, report.seconds - row.begin_s) if row.begin_s >= 0 else 0.0
+        row.end(report.seconds)
     return report
 
 
@@ -193,15 +272,15 @@ def _take(report: Report, event: dict[str, Any]) -> None:
             row.begin_s = row.end_s = at_s
         else:
             report.deaths += event["name"] == "death"
-            row.lived_s += max(0.0, at_s - row.begin_s)
-            row.begin_s = -1.0
+            row.end(at_s)
     elif kind == "X" and event["cat"] == "task":
-        row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
         calls, busy_s = int(args.get("calls", 1)), float(args.get("busy_us", took_s * 1e6)) / 1e6
         waited_s = float(args.get("waited_us", 0)) / 1e6
+        outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
+        row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
         row.starved_s += max(0.0, min(at_s - row.end_s, waited_s))
         row.calls, row.busy_s, row.end_s = row.calls + calls, row.busy_s + busy_s, at_s + took_s
-        outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
+        row.last = (at_s - waited_s, at_s, row.end_s)
         for name, count in outcomes.items():
             report.outcomes[name] = report.outcomes.get(name, 0) + int(count)
         for name in ("pickled_us", "loaded_us", "packed_us"):

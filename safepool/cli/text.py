@@ -10,8 +10,9 @@ WIDTH = 80
 
 
 def counted(number: float, noun: str) -> str:
-    """Return ``"1 thread"``, ``"2.5 CPUs"``."""
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+    """Return ``"1 thread"``, ``"2.5 CPUs"``; a whole number with all its digits."""
+    shown = f"{number:g}" if isinstance(number, float) else str(number)
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def as_ascii(text: str) -> str:

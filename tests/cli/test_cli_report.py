@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,10 +12,116 @@ from hypothesis import strategies as st
 
 import safepool
 from safepool.cli import main
-from safepool.cli.report import ReportError, read
+from safepool.cli import report as module
+from safepool.cli.report import CONCLUSIONS, NOTHING, ReportError, read
 
-if TYPE_CHECKING:
-    from pathlib import Path
+FOLDER = Path(__file__).parent / "report_screens"
+
+
+def line(kind: str, row: int, at_s: float, name: str, cat: str = "", **args: Any) -> str:
+    """One event, as a pool writes it."""
+    took = {"dur": args.pop("took_s") * 1e6} if "took_s" in args else {}
+    event = {"ph": kind, "pid": 7, "tid": row, "ts": at_s * 1e6, "cat": cat, "name": name}
+    return json.dumps(event | took | {"args": args}) + ",\n"
+
+
+def start(row: int, at_s: float = 0.0) -> str:
+    return line("i", row, at_s, "start", "worker", pid=100 + row)
+
+
+def task(row: int, at_s: float, took_s: float, outcome: str = "returned", **args: Any) -> str:
+    args = {"took_s": took_s, "outcome": outcome} | args
+    return line("X", row, at_s, "work.step", "task", **args)
+
+
+def end(at_s: float) -> str:
+    return line("i", 0, at_s, "end", "pool")
+
+
+HEAD = "[\n" + line("M", 0, 0, "safepool", schema=1, began="2026-01-01T00:00:00.000+00:00")
+
+# One row per file in report_screens/: the lines of a trace, without its head.
+SCREENS: dict[str, list[str]] = {
+    "no-call": [start(1), end(1)],
+    "throttled": [start(1), task(1, 0, 9), line("C", 0, 9, "throttled", ms=4200.0), end(10)],
+    "one-long-call-last": [
+        start(1),
+        start(2),
+        *(task(row, at, 1) for row in (1, 2) for at in range(4)),
+        task(1, 4, 6, waited_us=4_000_000),
+        end(10),
+    ],
+    "short-calls": [
+        start(1),
+        *(
+            task(1, at, 0.4, calls=1_000, busy_us=400_000.0, waited_us=600_000)
+            for at in range(1, 10)
+        ),
+        end(10),
+    ],
+    "pickling": [
+        start(1),
+        task(1, 0, 5, pickled_us=2_000_000, loaded_us=1_500_000, packed_us=100_000),
+        end(10),
+    ],
+    "busy": [
+        start(1),
+        start(2),
+        *(task(row, at, 0.95, waited_us=40_000) for row in (1, 2) for at in range(10)),
+        end(10),
+    ],
+    "slow-program": [start(1), *(task(1, at, 0.5) for at in range(10)), end(10)],
+    "waiting": [start(1), *(task(1, at, 0.5, waited_us=500_000) for at in range(10)), end(10)],
+    "torn": [
+        start(1),
+        start(2),
+        task(1, 0, 2),
+        task(2, 0, 1, "retried"),
+        line("i", 2, 1, "death", "worker", pid=102, how="was killed by SIGKILL"),
+        "\0\0\0\0\n",
+        start(2, 1.5),
+        task(2, 1.5, 2, attempt=2),
+        line("X", 1, 2, "work.step", "task", took_s=1),  # without its outcome
+        task(1, 3, 1, "raised", error="ValueError"),
+        task(2, 3.5, 0.5, "died"),
+        line("i", 2, 4, "death", "worker", pid=103, how="was killed by SIGKILL"),
+        task(1, 4, 6)[:60],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_what_is_shown_of_each_trace(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + "".join(SCREENS[name]))
+
+    assert main(["report", str(path)]) == 0
+
+    assert capsys.readouterr().out == (FOLDER / f"{name}.txt").read_text()
+
+
+def test_every_screen_has_a_trace_and_every_conclusion_a_screen() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.txt" for name in SCREENS}
+    shown = [" ".join(path.read_text().split()) for path in FOLDER.iterdir()]
+    for said in (NOTHING, *CONCLUSIONS):
+        assert any(text.endswith(said) for text in shown), said
+
+
+def test_the_documented_keys_are_those_of_the_object(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + "".join(SCREENS["torn"]))
+    told = json.loads(read(str(path)).as_json())
+    table = (module.__doc__ or "").split("\n\n")[3]
+    documented = {row.split()[0]: row for row in table.splitlines()}
+
+    assert list(told) == list(documented)
+    for row in told["workers"].values():
+        assert ", ".join(row) in documented["workers"]
+    for row in told["slowest"]:
+        assert ", ".join(row) in documented["slowest"]
+    assert (told["retries"], told["deaths"], told["damaged_lines"]) == (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +135,29 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trace_is_reported(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(trace)]) == 0
     text = capsys.readouterr().out
-    assert "1000 calls, 1 workers" in text
+    assert "1000 calls, 1 worker\n" in text
     assert [line for line in text.splitlines() if len(line) > 80 or not line.isascii()] == []
     assert main(["report", "--json", str(trace)]) == 0
     assert json.loads(capsys.readouterr().out)["calls"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected_s"),
+    [
+        pytest.param(SCREENS["one-long-call-last"], 6, id="submitted with the others"),
+        pytest.param([task(1, 0, 4), task(2, 2, 4)], 2, id="began while another ran"),
+        pytest.param([task(1, 0, 4), task(2, 5, 4)], 0, id="submitted when no other ran"),
+        pytest.param([start(2), task(1, 1, 4)], 0, id="no other worker had a call"),
+        pytest.param([task(1, 0, 4), task(1, 4, 4, waited_us=4e6)], 0, id="one worker"),
+    ],
+)
+def test_a_tail_is_a_call_that_could_have_begun_before(
+    lines: list[str], expected_s: float, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + "".join(lines))
+
+    assert read(str(path)).tail_s() == pytest.approx(expected_s)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
