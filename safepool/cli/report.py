@@ -21,7 +21,7 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
     conclusion      what follows, in a sentence
 
 Not covered:
-    * Idle between short calls that share an event counts as starved or idle only before the first.
+    * A pause between short calls that share an event counts as idle, though a call may have waited.
 
 Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.pool.trace``.
 """
