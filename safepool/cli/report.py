@@ -17,11 +17,12 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
     outcomes        how many calls of each: "returned", "raised", as in ``pool.trace``
     workers         one object for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s
     slowest         the longest calls, the longest first: seconds, function, outcome
+    broken          why the pool gave up; null if it did not
     damaged_lines   that could not be read
     conclusion      what follows, in a sentence
 
 Not covered:
-    * A pause between short calls that share an event counts as idle, though a call may have waited.
+    * A pause between short calls that share an event counts as idle, also if one waited.
 
 Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.pool.trace``.
 """
@@ -29,6 +30,7 @@ Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.po
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
 
 _SLOWEST = 5
+# What a line may raise that no pool has written.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ReportError(SafepoolError):
@@ -117,6 +121,7 @@ class Report:
     pickling_s: float = 0.0
     throttled_s: float = 0.0
     deaths: int = 0
+    broken: str | None = None
     damaged_lines: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     workers: dict[str, Row] = field(default_factory=dict)
@@ -164,6 +169,8 @@ class Report:
         lines.append("")
         lines.append(f"pickling {self.pickling_s:.2f} s, throttled {self.throttled_s:.2f} s")
         lines.append(f"deaths {self.deaths}, retries {self.outcomes.get('retried', 0)}")
+        if self.broken is not None:
+            lines += wrapped(f"the pool broke: {as_ascii(self.broken)}", 0)
         if self.damaged_lines:
             lines.append(f"lines that could not be read: {self.damaged_lines}")
         if self.slowest:
@@ -188,6 +195,7 @@ class Report:
                 {"seconds": seconds, "function": function, "outcome": outcome}
                 for seconds, function, outcome in self.slowest
             ],
+            "broken": self.broken,
             "damaged_lines": self.damaged_lines,
             "conclusion": self.conclusion(),
         }
@@ -242,11 +250,11 @@ def read(path: str) -> Report:
                 if text in ("", "[", "]"):
                     continue
                 try:
-                    event = json.loads(text)
+                    event = json.loads(text, parse_constant=_refuse, parse_float=_finite)
                     known = known or event["name"] == "safepool"
                     if known:
                         _take(report, event)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                except _DAMAGED:
                     report.damaged_lines += 1
                 if not known:
                     break
@@ -260,12 +268,25 @@ def read(path: str) -> Report:
     return report
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
 def _take(report: Report, event: dict[str, Any]) -> None:
     kind, args, at_s = event["ph"], event["args"], float(event["ts"]) / 1e6
     took_s = float(event.get("dur", 0)) / 1e6
     report.seconds = max(report.seconds, at_s + took_s)
     if kind == "C" and event["name"] == "throttled":
         report.throttled_s += float(args["ms"]) / 1e3
+    elif kind == "i" and event["name"] == "break":
+        report.broken = str(args["why"])
     elif kind == "i" and event["cat"] == "worker":
         row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
         if event["name"] == "start":

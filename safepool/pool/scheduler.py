@@ -1024,6 +1024,8 @@ class Scheduler:
             self._closing = True
             self._ending = max("terminate", self._ending, key=_SHARPER.index)
             failed = self._backlog.clear()
+        if self._trace is not None:
+            self._trace.gave_up(str(error))
         for worker in staff:
             if self._trace is not None:
                 self._trace.broken(worker)

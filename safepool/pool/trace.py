@@ -22,7 +22,7 @@ Events, all of one process, each in a line of its own (``trace_file``):
             outcomes       how many of each, if there are several
     X   cat "start": a worker, from its start until its initializer has ended
     i   cat "worker", in its row: start, end, death; args: pid, and how it ended
-        cat "pool": resize; args: before, after, why
+        cat "pool": resize; args: before, after, why; break; args: why; end
     C   calls that wait; workers that run something or none; milliseconds for which the kernel
         has frozen the group, and the periods of the quota in which it did; CPU time of the
         scheduler's thread in percent
@@ -344,6 +344,10 @@ class Trace:
         row.times += read_times(segments)
         if row.settled:
             self._join(row)
+
+    def gave_up(self, why: str) -> None:
+        """The pool breaks."""
+        self._instant("pool", "break", 0, f'"why":{json.dumps(why)}')
 
     def broken(self, worker: Worker) -> None:
         """The pool breaks, whatever this worker does; what it owes is struck next."""

@@ -85,6 +85,7 @@ SCREENS: dict[str, list[str]] = {
         task(1, 3, 1, "raised", error="ValueError"),
         task(2, 3.5, 0.5, "died"),
         line("i", 2, 4, "death", "worker", pid=103, how="was killed by SIGKILL"),
+        line("i", 0, 4, "break", "pool", why="worker 103 was killed by SIGKILL"),
         task(1, 4, 6)[:60],
     ],
 }
@@ -170,6 +171,33 @@ def test_a_torn_trace_is_reported_or_refused(trace: Path, tmp_path: Path, share:
         read(str(torn)).as_text()
     except ReportError:
         assert share < 0.5
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "5",
+        "{}",
+        "[" * 20_000,
+        task(1, 0, 1).replace("7", "NaN"),
+        task(1, 0, 1).replace('"dur": 1000000.0', '"dur": 1e999'),
+        task(1, 0, 1, calls="many"),
+        task(1, 0, 1, calls=1e30, busy_us="1e999"),
+        task(1, 0, 1, outcomes=[1]),
+        task(1, 0, 1).replace('"ts": 0', '"ts": ' + "9" * 4000),
+        line("i", 1, 1, "end", "worker").replace('"tid": 1', '"tid": null'),
+    ],
+    ids=range(10),
+)
+def test_a_damaged_line_is_counted_and_left_out(damaged: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + start(1) + task(1, 0, 2) + end(3))
+    whole = json.loads(read(str(path)).as_json())
+    path.write_text(HEAD + start(1) + damaged.strip() + "\n" + task(1, 0, 2) + end(3))
+
+    told = json.loads(read(str(path)).as_json(), parse_constant=pytest.fail)
+
+    assert told == whole | {"damaged_lines": 1}
 
 
 @pytest.mark.parametrize("content", [None, "", "[1, 2]", '{"name": 3}', "text"])

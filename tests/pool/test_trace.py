@@ -245,7 +245,8 @@ def test_a_pool_that_breaks_leaves_a_whole_file(tmp_path: Path) -> None:
     events = read(path)
     assert tasks(events) == []
     assert len(instants(events, "start")) == 1
-    assert [args["how"] for args in instants(events, "end") if args] == ["ended"]
+    assert [args["how"] for args in instants(events, "end") if args] == ["ended with exit code 0"]
+    assert ["initializer" in args["why"] for args in instants(events, "break")] == [True]
     assert events[-1]["name"] == "end"
 
 
@@ -361,4 +362,4 @@ def test_a_pool_that_breaks_with_a_worker_tells_whose_call_it_was(tmp_path: Path
 
     events = read(path)
     assert [event["args"]["outcome"] for event in tasks(events)] == ["returned", "died"]
-    assert len(instants(events, "death")) == 1
+    assert len(instants(events, "death")) == len(instants(events, "break")) == 1
