@@ -127,6 +127,10 @@ class Report:
     workers: dict[str, Row] = field(default_factory=dict)
     slowest: list[tuple[float, str, str]] = field(default_factory=list)
 
+    def row(self, event: dict[str, Any]) -> Row:
+        """Return the row of an event."""
+        return self.workers.setdefault(f"worker {int(_number(event['tid']))}", Row())
+
     def total(self) -> Row:
         """Return the sum over the workers."""
         rows = self.workers.values()
@@ -250,7 +254,7 @@ def read(path: str) -> Report:
                 if text in ("", "[", "]"):
                     continue
                 try:
-                    event = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+                    event = json.loads(text, parse_constant=_refuse)
                     known = known or event["name"] == "safepool"
                     if known:
                         _take(report, event)
@@ -272,44 +276,55 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is too large")
-    return number
+def _number(value: object) -> float:
+    """Return a number that was read.
+
+    Raises:
+        TypeError: It is none, or infinite.
+    """
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(value)
+    return float(value)
 
 
 def _take(report: Report, event: dict[str, Any]) -> None:
-    kind, args, at_s = event["ph"], event["args"], float(event["ts"]) / 1e6
-    took_s = float(event.get("dur", 0)) / 1e6
-    report.seconds = max(report.seconds, at_s + took_s)
+    """Count an event. One that is damaged raises before anything is counted."""
+    kind, args, at_s = event["ph"], event["args"], _number(event["ts"]) / 1e6
+    took_s = _number(event.get("dur", 0)) / 1e6
     if kind == "C" and event["name"] == "throttled":
-        report.throttled_s += float(args["ms"]) / 1e3
+        report.throttled_s += _number(args["ms"]) / 1e3
     elif kind == "i" and event["name"] == "break":
         report.broken = str(args["why"])
     elif kind == "i" and event["cat"] == "worker":
-        row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
+        row = report.row(event)
         if event["name"] == "start":
             row.begin_s = row.end_s = at_s
         else:
             report.deaths += event["name"] == "death"
             row.end(at_s)
     elif kind == "X" and event["cat"] == "task":
-        calls, busy_s = int(args.get("calls", 1)), float(args.get("busy_us", took_s * 1e6)) / 1e6
-        waited_s = float(args.get("waited_us", 0)) / 1e6
-        outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
-        row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
-        row.starved_s += max(0.0, min(at_s - row.end_s, waited_s))
-        row.calls, row.busy_s, row.end_s = row.calls + calls, row.busy_s + busy_s, at_s + took_s
-        row.last = (at_s - waited_s, at_s, row.end_s)
-        for name, count in outcomes.items():
-            report.outcomes[name] = report.outcomes.get(name, 0) + int(count)
-        for name in ("pickled_us", "loaded_us", "packed_us"):
-            report.pickling_s += float(args.get(name, 0)) / 1e6
-        end = str(args.get("outcome", "several")) if calls == 1 else f"{calls} calls"
-        report.slowest.append((took_s, str(event["name"]), end))
-        if len(report.slowest) > 100:
-            report.slowest = sorted(report.slowest, reverse=True)[:_SLOWEST]
+        _take_calls(report, event, at_s, took_s)
     elif kind == "X":
-        row = report.workers.setdefault(f"worker {int(event['tid'])}", Row())
-        row.end_s = at_s + took_s
+        report.row(event).end_s = at_s + took_s
+    report.seconds = max(report.seconds, at_s + took_s)
+
+
+def _take_calls(report: Report, event: dict[str, Any], at_s: float, took_s: float) -> None:
+    args, function = event["args"], str(event["name"])
+    calls = int(_number(args.get("calls", 1)))
+    busy_s = _number(args.get("busy_us", took_s * 1e6)) / 1e6
+    waited_s = _number(args.get("waited_us", 0)) / 1e6
+    pickling_us = [_number(args.get(f"{name}_us", 0)) for name in ("pickled", "loaded", "packed")]
+    outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
+    outcomes = {str(name): int(_number(count)) for name, count in outcomes.items()}
+    row = report.row(event)
+    row.starved_s += max(0.0, min(at_s - row.end_s, waited_s))
+    row.calls, row.busy_s, row.end_s = row.calls + calls, row.busy_s + busy_s, at_s + took_s
+    row.last = (at_s - waited_s, at_s, row.end_s)
+    for name, count in outcomes.items():
+        report.outcomes[name] = report.outcomes.get(name, 0) + count
+    report.pickling_s += sum(pickling_us) / 1e6
+    end = str(args.get("outcome", "several")) if calls == 1 else f"{calls} calls"
+    report.slowest.append((took_s, function, end))
+    if len(report.slowest) > 100:
+        report.slowest = sorted(report.slowest, reverse=True)[:_SLOWEST]
