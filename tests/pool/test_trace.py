@@ -294,13 +294,19 @@ def test_a_fork_of_the_program_writes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     script = """
         import os, sys, safepool
+        def fork():
+            global pool
+            child = os.fork()
+            if not child:
+                pool.resize(2)
+                pool.shutdown()
+                del pool
+                sys.exit(0)
+            assert os.waitpid(child, 0)[1] == 0
         pool = safepool.ProcessPool(1, trace=sys.argv[1])
+        fork()  # before it works
         list(pool.map(abs, range(100)))
-        child = os.fork()
-        if not child:
-            pool.resize(2)
-            sys.exit(0)
-        assert os.waitpid(child, 0)[1] == 0
+        fork()
         list(pool.map(abs, range(100)))
         pool.shutdown()
         print(os.getpid())
