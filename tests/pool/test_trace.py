@@ -369,3 +369,25 @@ def test_a_pool_that_breaks_with_a_worker_tells_whose_call_it_was(tmp_path: Path
     events = read(path)
     assert [event["args"]["outcome"] for event in tasks(events)] == ["returned", "died"]
     assert len(instants(events, "death")) == len(instants(events, "break")) == 1
+
+
+def test_a_fork_that_lives_on_does_not_keep_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    script = """
+        import os, sys, safepool
+        reading, writing = os.pipe()
+        with safepool.ProcessPool(1, trace=sys.argv[1]) as pool:
+            pool.submit(abs, -1).result()
+            child = os.fork()
+            if not child:
+                os.close(writing)
+                os.read(reading, 1)
+                os._exit(0)
+        with safepool.ProcessPool(1, trace=sys.argv[1]) as pool:
+            pool.submit(abs, -1).result()
+        os.close(writing)
+        assert os.waitpid(child, 0)[1] == 0
+        print(os.getpid())
+    """
+
+    assert calls(read(path, run(script, path)), "builtins.abs") == 1
