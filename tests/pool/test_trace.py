@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support_cgroups import control_group
+from support_tasks import touch_and_sleep
 
 import safepool
 from safepool.cli import report
@@ -193,8 +194,8 @@ def test_a_call_that_is_cancelled_while_it_runs_is_told(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
 
     with safepool.ProcessPool(1, trace=path) as pool:
-        future = pool.submit(time.sleep, 60)
-        while not future.running():
+        future = pool.submit(touch_and_sleep, str(tmp_path / "begun"), 60)
+        while not (tmp_path / "begun").exists():  # one that has not begun is no event
             time.sleep(0.01)
         assert pool.cancel(future, kill=True)
         assert pool.submit(abs, -1).result() == 1
