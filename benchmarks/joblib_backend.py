@@ -242,7 +242,7 @@ def main() -> int:
     for cpus in [None] if options.here else options.cpus:
         missed += compare(cpus, options.only, options.backends, options.rounds)
     for aim in missed:
-        print(f"missed: {aim}")
+        print(f"missed: {aim}", file=sys.stderr)
     return 1 if missed else 0
 
 
