@@ -24,6 +24,9 @@ __all__ = ["Callbacks"]
 # Where a future tells of a callback that raised.
 _log = logging.getLogger("concurrent.futures")
 
+# Ctrl-C is to bring the prompt back within a second.
+_WAIT_S = 0.5
+
 
 class Callbacks:
     """Runs the callbacks of one ``Parallel`` call, one after the other, until it is closed."""
@@ -31,7 +34,8 @@ class Callbacks:
     def __init__(self) -> None:
         self._done: queue.SimpleQueue[tuple[Callable[[Any], object], Future[Any]] | None]
         self._done = queue.SimpleQueue()
-        # Nobody waits for it: it may be in the middle of an iterator that does not end.
+        self._closed = False
+        # A daemon: it may be in the middle of an iterator that does not end.
         self._thread = threading.Thread(target=self._run, name="safepool-joblib", daemon=True)
         self._thread.start()
 
@@ -40,11 +44,18 @@ class Callbacks:
         future.add_done_callback(lambda done: self._done.put((callback, done)))
 
     def close(self) -> None:
-        """Run no further ones. Twice is once."""
+        """Run no further ones, and wait for the one that runs; twice is once.
+
+        A ``Parallel`` object may be called again at once, and joblib's callback would count its
+        batch for that call. One that is in the middle of a slow iterator is not waited for.
+        """
+        self._closed = True
         self._done.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_WAIT_S)
 
     def _run(self) -> None:
-        while (entry := self._done.get()) is not None:
+        while (entry := self._done.get()) is not None and not self._closed:
             callback, future = entry
             try:
                 callback(future)
