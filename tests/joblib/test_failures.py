@@ -251,3 +251,29 @@ def test_an_input_that_waits_holds_up_no_call_of_another_thread() -> None:
             go_on.set()
             thread.join(60)
     assert found == [0, 1, 2, 3, 4]
+
+
+def _sleep_a_little(n: int) -> int:
+    time.sleep(0.02)
+    return n
+
+
+def test_batches_of_a_call_that_failed_do_not_fail_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed with their call, they end while the same object begins another."""
+    reset = Parallel._reset_run_tracking
+
+    def reset_slowly(self: Any) -> None:
+        reset(self)
+        time.sleep(0.1)  # joblib gives the new call its number after this
+
+    def inputs(until: int) -> Iterator[Any]:
+        yield from (delayed(_sleep_a_little)(n) for n in range(until))
+        raise KeyError(until)
+
+    monkeypatch.setattr(Parallel, "_reset_run_tracking", reset_slowly)
+    with safepool.parallel_backend(n_jobs=2), Parallel(n_jobs=2, batch_size=1) as parallel:
+        for until in (7, 9) * 3:
+            with pytest.raises(KeyError, match=str(until)):
+                parallel(inputs(until))
