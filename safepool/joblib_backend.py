@@ -427,7 +427,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
-        self._callbacks = Callbacks()
+        try:
+            self._callbacks = Callbacks()
+        except RuntimeError:
+            pass  # the system gives no thread: they run in the scheduler's
         if self._progress is not False:
             self._bar = CallBar.of(self.parallel, self._progress)
 

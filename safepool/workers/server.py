@@ -112,8 +112,8 @@ class _Server:
     def _preload(self, names: list[str]) -> None:
         failed: dict[str, str] = {}
         started: dict[str, list[str]] = {}
-        # Its rounds would take a fifth of the time of an import, and find next to nothing: what an
-        # import makes stays (benchmarks/startup.py).
+        # Its rounds find next to nothing, as what an import makes stays, and took a quarter of the
+        # time: 910 ms of CPU for scikit-learn and what it imports, 685 without.
         gc.disable()
         with _silence():
             for name in names:

@@ -277,3 +277,16 @@ def test_batches_of_a_call_that_failed_do_not_fail_the_next(
         for until in (7, 9) * 3:
             with pytest.raises(KeyError, match=str(until)):
                 parallel(inputs(until))
+
+
+def test_where_the_system_gives_no_further_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "safepool-joblib":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with safepool.parallel_backend(n_jobs=2):
+        assert Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(50)) == [*range(50)]
