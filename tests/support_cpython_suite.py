@@ -13,6 +13,7 @@ and children of its process, and imports the standard pool under our name.
 from __future__ import annotations
 
 import concurrent.futures
+import faulthandler
 import importlib
 import json
 import sys
@@ -24,6 +25,9 @@ import safepool
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+# Seconds after which a module that has not ended shows where each of its threads is.
+HANGS_S = 160.0
 
 # Set before anything of the suite is imported, which binds the name.
 _IN_A_SCRIPT = """\
@@ -151,6 +155,7 @@ class Outcomes(unittest.TestResult):
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(HANGS_S, exit=True)
     name, context, on_worker_death, *excluded = sys.argv[1:]
     only = excluded.pop() if "--only" in excluded else ""
     module = load(name, on_worker_death)

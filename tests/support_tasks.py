@@ -52,6 +52,10 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def be_killed_with(_: object) -> None:
+    be_killed()
+
+
 def segfault() -> None:
     import faulthandler
 

@@ -53,7 +53,9 @@ class Backlog:
         return sum(map(_size, [*self._held, *first])) + further
 
     def is_wanted(self) -> bool:
-        """Return whether a call waits that nobody has cancelled; drop those before it."""
+        """Return whether a call waits that may be sent; drop those that nobody wants before it."""
+        if self._held:
+            self._let_go()
         entries = self._entries
         while entries:
             head = entries[0]

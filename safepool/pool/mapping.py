@@ -167,7 +167,7 @@ class MapRun:
     def is_full(self) -> bool:
         """Whether as much waits to be taken as may, and somebody can take it."""
         held_bytes = self._put_bytes - self._taken_bytes
-        return held_bytes > _MOST_HELD_BYTES and self.reader() is not None
+        return held_bytes > _MOST_HELD_BYTES and not self.dropped and self.reader() is not None
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down that follow each other; :meth:`tell` when these are all for now.

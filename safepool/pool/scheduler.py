@@ -696,6 +696,10 @@ class Scheduler:
             return
         starting = sum(not worker.ready for worker in staying)
         with self._lock:
+            # Whatever nobody wants is dropped here: without a worker nobody would take it, and
+            # a pool that has something waiting does not end.
+            if not self._backlog.is_wanted():
+                return
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return

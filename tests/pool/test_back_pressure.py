@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +88,17 @@ def test_a_map_that_nobody_can_read_runs_to_its_end_and_keeps_nothing(tmp_path: 
         assert begun(tmp_path, COUNT) == COUNT
         pool.submit(tasks.square, 1).result(timeout=60)
         assert len(list(tmp_path.iterdir())) == COUNT
+
+
+def test_a_full_map_goes_on_when_the_idle_workers_were_killed(tmp_path: Path) -> None:
+    with ProcessPool(2) as pool:
+        results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
+        begun(tmp_path, 3)
+        for pid in list(pool._processes):
+            os.kill(pid, signal.SIGKILL)
+        while pool._processes:
+            time.sleep(0.01)
+        assert [int(array[0]) for array in results] == list(range(COUNT))
 
 
 def test_leaving_a_full_map_early_frees_what_is_there(tmp_path: Path) -> None:

@@ -88,6 +88,24 @@ def test_calls_of_a_run_that_nobody_wants_are_passed_over() -> None:
     assert not backlog
 
 
+def test_nothing_waits_once_nobody_wants_what_does() -> None:
+    """Asked without a worker who would take it: a pool that ends waits for what waits."""
+    backlog = Backlog()
+    run, held = MapRun(abs, "a", NO_POLICY, None), MapRun(abs, "b", NO_POLICY, None)
+    backlog.add_items(held, [(1,)])
+    held.put(0, ["large"], 1 << 40)
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9) == []
+    assert held.held
+    backlog.add_items(run, [(2,)])
+    assert backlog.is_wanted()
+    run.drop()
+    assert not backlog.is_wanted()
+    assert backlog
+    held.drop()
+    assert not backlog.is_wanted()
+    assert not backlog
+
+
 def test_what_is_cleared_can_be_queued_again() -> None:
     backlog = Backlog()
     run = MapRun(abs, "run", NO_POLICY, None)

@@ -68,6 +68,25 @@ def test_an_idle_worker_that_dies_costs_nothing() -> None:
         assert pool.submit(tasks.pid).result(timeout=30) != first
 
 
+def test_a_pool_ends_whose_workers_are_all_dead_and_whose_map_nobody_wants() -> None:
+    """What is left of the map is no reason to start a worker, nor to wait for one."""
+    large = "x" * 1_000_000  # such a call is alone with its worker, which takes nothing ahead
+    with ProcessPool(1) as pool:
+        results = pool.map(tasks.sleep_and_return, [0.0, 60.0, 60.0], [large] * 3)
+        next(results)
+        (pid,) = pool._processes
+        results.close()  # type: ignore[attr-defined]
+        os.kill(pid, signal.SIGKILL)
+        _wait_until_gone(pid)
+
+
+def test_a_program_whose_map_kills_every_worker_goes_on() -> None:
+    """However the ends of the workers, of the map and of the pool fall together."""
+    for _ in range(20):
+        with ProcessPool(2) as pool, pytest.raises(WorkerDiedError):
+            list(pool.map(tasks.be_killed_with, ["x" * 4_000_000] * 10))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc to see a zombie")
 def test_a_task_for_a_worker_that_is_gone_already_is_not_lost() -> None:
     """It has not begun, so it goes to the next worker, whoever notices the death first."""
