@@ -106,7 +106,7 @@ class ProcessPool(Executor):
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
-            become is told in ``safepool/pool/trace.py``.
+            become is told in ``safepool/pool/trace_events.py``.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when

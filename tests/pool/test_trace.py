@@ -18,7 +18,7 @@ from support_tasks import touch_and_sleep
 
 import safepool
 from safepool.cli import report
-from safepool.pool import trace
+from safepool.pool import trace_events
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -267,7 +267,7 @@ def test_a_resize_is_told_with_what_it_was(tmp_path: Path) -> None:
 
 def test_a_longer_file_has_coarser_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
-    monkeypatch.setattr(trace, "_DOUBLES_BYTES", 4096)
+    monkeypatch.setattr(trace_events, "_DOUBLES_BYTES", 4096)
 
     with safepool.ProcessPool(1, trace=path) as pool:
         list(pool.map(time.sleep, [0.001] * 500, chunksize=1))

@@ -1,0 +1,263 @@
+"""What is written into a trace: events in the Trace Event Format, and how many of them.
+
+Events, all of one process, each in a line of its own (``trace_file``):
+
+    X   cat "task": a call, in the row of its worker: name of the function, begin, duration; args:
+            outcome        returned, raised, retried (its worker died, it is run again), died,
+                           timed out, cancelled, ended (with the pool)
+            error          type of what it raised
+            attempt        if not the first
+            waited_us      from its submission to its begin
+            pickled_us     what the program took to pickle it
+            loaded_us      what the worker took to read function and arguments,
+            packed_us      and to pickle the result: both are part of the duration
+        Short calls that follow each other are one event:
+            calls          how many
+            busy_us        the sum of their durations
+            functions      how many of each, if there are several, which then is the name
+            outcomes       how many of each, if there are several
+    X   cat "start": a worker, from its start until its initializer has ended
+    i   cat "worker", in its row: start, end, death; args: pid, and how it ended
+        cat "pool": resize; args: before, after, why; break; args: why; end
+    C   calls that wait; workers that run something or none; milliseconds for which the kernel
+        has frozen the group, and the periods of the quota in which it did; CPU time of the
+        scheduler's thread in percent
+    M   names of the process and the rows; "safepool": version of this form, and when it began
+
+A row is a place: a worker that replaces one which has ended gets its row.
+
+Size: calls that end within a millisecond of the row's last event are joined with it. So a row
+has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
+doubles, and so does the one between two looks at the counters: twice as long a run adds 32 MiB,
+not twice as much. Workers that end and are replaced are each told, in half a kilobyte.
+
+Not covered:
+    * When calls began and ended: ``trace_rows``.
+
+Source: Trace Event Format, "Event Descriptions": complete, instant, counter, metadata events.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.trace_file import EVERY_S, TraceFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["PLAIN", "SCHEMA", "Calls", "Events"]
+
+# Of the form above; keys are added without a new number.
+SCHEMA = 1
+
+# As above.
+_SHORT_NS = 1_000_000
+_DOUBLES_BYTES = 32 << 20
+# Functions that are named in an event of several.
+_MOST_NAMES = 20
+
+# Nothing is lost that somebody would look for if calls that end so are joined with others.
+PLAIN = frozenset({"returned", "raised"})
+
+
+@dataclass(slots=True)
+class Calls:
+    """Calls of one worker that follow each other and have one event.
+
+    Attributes:
+        names: How many of each function; ``None`` while it is one, ``name``.
+        outcomes: How many of each; ``None`` while it is one, ``outcome``.
+    """
+
+    begin_ns: int
+    end_ns: int
+    name: str
+    outcome: str
+    calls: int
+    error: str | None
+    attempt: int
+    waited_ns: int
+    busy_ns: int
+    pickled_ns: int
+    loaded_ns: int
+    packed_ns: int
+    names: dict[str, int] | None = None
+    outcomes: dict[str, int] | None = None
+
+    def join(self, name: str, outcome: str, count: int, error: str | None) -> None:
+        """Take calls that follow; the times are added by the caller."""
+        if self.names is not None or name != self.name:
+            self.names = self.names or {self.name: self.calls}
+            self.names[name] = self.names.get(name, 0) + count
+        if self.outcomes is not None or outcome != self.outcome:
+            self.outcomes = self.outcomes or {self.outcome: self.calls}
+            self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
+        self.calls += count
+        self.error = self.error or error
+
+
+class Events:
+    """Writes the events of one pool.
+
+    Args:
+        path: Where. An existing file is replaced.
+
+    Attributes:
+        short_ns: Calls that end within this time of an event's begin are joined with it; grows
+            with the file.
+
+    Raises:
+        TraceFileError: It cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = TraceFile(path)
+        self._pid = os.getpid()
+        self._zero_ns = time.monotonic_ns()
+        self.short_ns, self._next_bytes = _SHORT_NS, _DOUBLES_BYTES
+        # Functions' names as they are written.
+        self._quoted: dict[str, str] = {}
+        self._counted: dict[str, str] = {}
+        began = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.add("[\n")
+        self._meta("safepool", 0, schema=SCHEMA, began=began)
+        self._meta("process_name", 0, name=f"pool of process {self._pid}")
+        self._meta("thread_name", 0, name="pool")
+        self._file.flush()
+
+    @property
+    def ours(self) -> bool:
+        """Whether events are still written, by this process."""
+        return os.getpid() == self._pid and self._file.open
+
+    @property
+    def dropped(self) -> int:
+        """How many were left out, as the disk was too slow."""
+        return self._file.dropped
+
+    @property
+    def look_every_ns(self) -> int:
+        """The time between two looks at what is counted."""
+        return int(EVERY_S * 1e9) * (self.short_ns // _SHORT_NS)
+
+    def descriptors(self) -> Iterable[int]:
+        """Return what a forked worker must not keep."""
+        return self._file.descriptors()
+
+    def start(self, look: Callable[[], object]) -> None:
+        """Write from now on in a thread of its own, which calls ``look`` each time before."""
+        self._file.start(look)
+
+    def close(self) -> None:
+        """Write what is left and the end, and close the file. Twice is once."""
+        if self.ours:
+            last = self._line("i", 0, time.monotonic_ns(), f"{_instant('pool', 'end', 'p')}{{}}")
+            self._file.close(f"{last[:-2]}\n]\n")
+        else:
+            self._file.close()
+
+    def row(self, number: int) -> None:
+        """There is a further row."""
+        self._meta("thread_name", number, name=f"worker {number}")
+        self._meta("thread_sort_index", number, sort_index=number)
+
+    def of_pool(self, name: str, **args: Any) -> None:
+        """Something happened to the pool."""
+        rest = f"{_instant('pool', name, 'p')}{_compact(args)}"
+        self._file.add(self._line("i", 0, time.monotonic_ns(), rest))
+
+    def of_worker(self, name: str, number: int, **args: Any) -> None:
+        """Something happened to the worker of a row."""
+        rest = f"{_instant('worker', name, 't')}{_compact(args)}"
+        self._file.add(self._line("i", number, time.monotonic_ns(), rest))
+
+    def start_of_worker(self, number: int, begin_ns: int, end_ns: int, pid: int) -> None:
+        """A worker has started."""
+        rest = f'"cat":"start","name":"start of a worker","args":{{"pid":{pid}}}'
+        self._file.add(self._span(number, begin_ns, end_ns, rest))
+
+    def count(self, name: str, now_ns: int, args: str) -> None:
+        """What is counted has these values; not written again if nothing has changed."""
+        # A counter keeps its value until it is told another.
+        if self._counted.get(name) != args:
+            self._counted[name] = args
+            self._file.add(self._line("C", 0, now_ns, f'"name":"{name}","args":{{{args}}}'))
+
+    def calls(self, number: int, calls: Calls) -> None:
+        """Calls have ended."""
+        name = calls.name if calls.names is None else f"{len(calls.names)} functions"
+        quoted = self._quoted.get(name) or self._quote(name)
+        rest = f'"cat":"task","name":{quoted},"args":{{{_arguments(calls)}}}'
+        self._file.add(self._span(number, calls.begin_ns, calls.end_ns, rest))
+        if self._file.written_bytes > self._next_bytes:
+            self._next_bytes += _DOUBLES_BYTES
+            self.short_ns *= 2
+
+    def _quote(self, name: str) -> str:
+        if len(self._quoted) > 1000:
+            self._quoted.clear()
+        quoted = self._quoted[name] = json.dumps(name)
+        return quoted
+
+    # Lines.
+
+    def _span(self, number: int, begin_ns: int, end_ns: int, rest: str) -> str:
+        return self._line("X", number, begin_ns, f'"dur":{_us(end_ns - begin_ns)},{rest}')
+
+    def _line(self, kind: str, number: int, at_ns: int, rest: str) -> str:
+        at = _us(at_ns - self._zero_ns)
+        return f'{{"ph":"{kind}","pid":{self._pid},"tid":{number},"ts":{at},{rest}}},\n'
+
+    def _meta(self, name: str, number: int, /, **args: Any) -> None:
+        rest = f'"name":"{name}","args":{_compact(args)}'
+        self._file.add(self._line("M", number, self._zero_ns, rest))
+
+
+def _instant(category: str, name: str, scope: str) -> str:
+    return f'"s":"{scope}","cat":"{category}","name":"{name}","args":'
+
+
+def _arguments(calls: Calls) -> str:
+    if calls.outcomes is None:
+        args = f'"outcome":"{calls.outcome}"'
+    else:
+        args = f'"outcomes":{_compact(calls.outcomes)}'
+    if calls.error is not None:
+        args += f',"error":{json.dumps(calls.error)}'
+    if calls.attempt != 1:
+        args += f',"attempt":{calls.attempt}'
+    if calls.waited_ns >= 1000:
+        args += f',"waited_us":{calls.waited_ns // 1000}'
+    if calls.pickled_ns >= 1000:
+        args += f',"pickled_us":{calls.pickled_ns // 1000}'
+    if calls.loaded_ns >= 1000:
+        args += f',"loaded_us":{calls.loaded_ns // 1000}'
+    if calls.packed_ns >= 1000:
+        args += f',"packed_us":{calls.packed_ns // 1000}'
+    if calls.calls > 1:
+        args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
+    if calls.names is not None:
+        most = dict(Counter(calls.names).most_common(_MOST_NAMES))
+        args += f',"functions":{_compact(most)}'
+    return args
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _us(ns: int) -> str:
+    """Return nanoseconds as microseconds, with every digit.
+
+    Example:
+        >>> _us(1_002_003)
+        '1002.003'
+    """
+    return f"{ns // 1000}.{ns % 1000:03d}"
