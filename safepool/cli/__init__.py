@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
 from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, MOST_PRETENDED, Options
+from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH
 from safepool.errors import MissingExtraError, SafepoolError
 
@@ -74,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _FINE
     except SafepoolError as error:
         _say(str(error))
-        own: int | None = getattr(error, "code", None)
-        return own or (_USAGE if isinstance(error, MissingExtraError) else _FAILED)
+        if isinstance(error, CommandError):
+            return error.code
+        return _USAGE if isinstance(error, MissingExtraError) else _FAILED
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise

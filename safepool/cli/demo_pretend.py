@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safepool.errors import SafepoolError
+from safepool.cli.errors import CommandError
 from safepool.limits import Limit
 from safepool.limits.affinity import AFFINITY
 
@@ -48,19 +48,8 @@ _OPENBLAS_COPIES = 2
 _OPENBLAS_MOST = 64
 
 
-class PretendError(SafepoolError):
-    """A larger machine cannot be pretended here.
-
-    Attributes:
-        reason: What is missing, and what to do.
-        code: The exit code.
-    """
-
-    code = 2
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+class PretendError(CommandError):
+    """A larger machine cannot be pretended here."""
 
     def __str__(self) -> str:
         return f"--pretend-host-cpus: {self.reason}"

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import safepool
 from safepool.budget import fit
 from safepool.cli.colour import paint_for, plain
+from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
 from safepool.cli.verdict import judge
-from safepool.errors import SafepoolError
 from safepool.limits import read_limits, read_throttling
 from safepool.threads.registry import runtimes
 
@@ -73,22 +73,8 @@ _SAMPLE_S = 0.3
 _standard_count = getattr(os, "process_cpu_count", os.cpu_count)
 
 
-class ScreenError(SafepoolError):
-    """What was asked for cannot be looked at.
-
-    Attributes:
-        reason: Why.
-        code: The exit code.
-    """
-
-    code = 2
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
+class ScreenError(CommandError):
+    """What was asked for cannot be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

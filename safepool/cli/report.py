@@ -34,8 +34,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safepool.cli.errors import CommandError
 from safepool.cli.text import as_ascii, counted, wrapped
-from safepool.errors import SafepoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,25 +47,12 @@ _SLOWEST = 5
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
-class ReportError(SafepoolError):
-    """A file cannot be reported on.
-
-    Attributes:
-        path: Which.
-        reason: Why.
-        code: The exit code.
-    """
-
-    code = 2
+class ReportError(CommandError):
+    """A file cannot be reported on."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return (
-            f"cannot report on {as_ascii(self.path)}: {self.reason}. Pass a file that "
+        super().__init__(
+            f"cannot report on {as_ascii(path)}: {reason}. Pass a file that "
             "safepool.ProcessPool(trace=) has written"
         )
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safepool.budget import Request, fit
+from safepool.cli.errors import CommandError
 from safepool.cli.text import as_ascii, counted, wrapped
-from safepool.errors import SafepoolError
 from safepool.limits import read_limits
 from safepool.threads.environment import worker_environment
 from safepool.threads.registry import runtimes
@@ -54,21 +54,8 @@ _PYTHON = re.compile(r"(python|pypy)[0-9.]*(\.exe)?", re.IGNORECASE)
 _TAKES_VALUE = frozenset("WX")
 
 
-class RunError(SafepoolError):
-    """The program could not be started.
-
-    Attributes:
-        reason: What happened.
-        code: The exit code.
-    """
-
-    def __init__(self, reason: str, code: int) -> None:
-        super().__init__(reason, code)
-        self.reason = reason
-        self.code = code
-
-    def __str__(self) -> str:
-        return self.reason
+class RunError(CommandError):
+    """The program could not be started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

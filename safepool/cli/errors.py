@@ -1,0 +1,24 @@
+"""What a command says, and the exit code it ends with, when it cannot do what it was asked."""
+
+from __future__ import annotations
+
+from safepool.errors import SafepoolError
+
+__all__ = ["CommandError"]
+
+
+class CommandError(SafepoolError):
+    """A command cannot do what it was asked.
+
+    Args:
+        reason: What happened, where, and what to do.
+        code: The exit code.
+    """
+
+    def __init__(self, reason: str, code: int = 2) -> None:
+        super().__init__(reason, code)
+        self.reason = reason
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.reason
