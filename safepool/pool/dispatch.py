@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Staff, Worker
+    from safepool.pool.staff import Staff
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.pool.mapping import Span
-    from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
 
 __all__ = ["Stacks", "WorkerInfo", "look_at"]
 
