@@ -10,19 +10,17 @@ Not covered:
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
+
+from joblib.parallel import TASK_ERROR, BatchCompletionCallBack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
 __all__ = ["Callbacks"]
-
-# Where a future tells of a callback that raised.
-_log = logging.getLogger("concurrent.futures")
 
 # Ctrl-C is to bring the prompt back within a second.
 _WAIT_S = 0.5
@@ -59,7 +57,21 @@ class Callbacks:
             callback, future = entry
             try:
                 callback(future)
-            except Exception:  # noqa: BLE001 -- as a future does, and the next one is run
-                _log.exception("exception calling callback for %r", future)
+            except BaseException as error:  # noqa: BLE001 -- raised where the program waits
+                _fail(callback, error)
             # What the call returned is the program's to drop.
             del entry, callback, future
+
+
+def _fail(callback: Any, error: BaseException) -> None:
+    """Let a call raise what its callback has raised, as joblib does with an iterator's errors.
+
+    Nothing would be dispatched any more, and the program wait for ever. It is ``SystemExit`` or
+    ``KeyboardInterrupt`` from the iterator, or what prints the progress.
+    """
+    parallel = callback.parallel
+    with parallel._lock:
+        if parallel._call_id == callback.parallel_call_id:
+            failed = BatchCompletionCallBack(0.0, 0, parallel)
+            parallel._register_new_job(failed)
+            failed._register_outcome({"result": error, "status": TASK_ERROR})

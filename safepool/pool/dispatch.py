@@ -94,6 +94,10 @@ class Dispatch:
             if worker.packing is packing:
                 worker.packing = None
             if packing.wanted:  # else taken back, or its worker has ended
+                if isinstance(packing.work, Span) and packing.work.run.dropped:
+                    # The worker was told to forget the function meanwhile.
+                    back += self._withdraw(packing)
+                    continue
                 pieces, again = self._finish(packing)
                 back += again
                 worker.sent_ns = time.monotonic_ns()
@@ -117,14 +121,13 @@ class Dispatch:
 
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
         """Return the pieces of a payload that was copied, or fail what it belongs to."""
-        worker, work, error = packing.worker, packing.work, packing.error
+        work, error = packing.work, packing.error
         if error is None:
             try:
                 return self._frame(packing), []
             except MemoryError as problem:  # it could not go as a file after all
                 error = problem
-        worker.ledger.take_back(packing.position - 1)
-        worker.exclusive = False
+        self._withdraw(packing)
         if not isinstance(work, Span):
             work.pickled = None
             fail(work.future, error)
@@ -133,6 +136,11 @@ class Dispatch:
         else:
             return [], [work.only(place) for place in range(work.count)]
         return [], []
+
+    def _withdraw(self, packing: Packing) -> list[Task | Span]:
+        """Take back from the worker what it was not sent."""
+        packing.worker.exclusive = False
+        return packing.worker.ledger.take_back(packing.position - 1)
 
     def _frame(self, packing: Packing) -> Pieces:
         work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)

@@ -24,6 +24,7 @@ from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
+from safepool.pool.packing import Packing
 from safepool.pool.policy import NO_POLICY
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
@@ -184,6 +185,28 @@ def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> Non
             os.kill(pid, signal.SIGCONT)
 
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@on_linux
+def test_a_map_may_be_left_while_a_large_item_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function is forgotten by then: sent after all, the call would end the worker."""
+    gate, copy = Gate(), Packing.store
+
+    def copy_late(packing: Packing, given_up: Callable[[], bool]) -> None:
+        gate(Future())
+        copy(packing, given_up)
+
+    monkeypatch.setattr(Packing, "store", copy_late)
+    with ProcessPool(1) as pool:
+        results = pool.map(lambda item: (os.getpid(), len(item)), [b"", bytes(20_000_000)])
+        pid, _ = next(results)
+        assert gate.reached.wait(30)
+        results.close()  # type: ignore[attr-defined]
+        while pool._scheduler._dropped_runs:
+            time.sleep(0.001)
+        gate.open.set()
+
+        assert pool.submit(tasks.pid).result(timeout=30) == pid
 
 
 @on_linux
