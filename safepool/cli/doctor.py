@@ -187,7 +187,7 @@ class Report:
             grown = library.os_threads != library.os_threads_before
             before = f"{library.os_threads_before} -> " if grown else ""
             yield f"{name}: {before}{counted(library.os_threads, 'OS thread')}"
-        for line in as_ascii(library.error).split("\n"):
+        for line in map(as_ascii, library.error.split("\n")):
             # A line of a stack is looked up by its path: in one piece.
             yield from [f"   {line}"] if line.startswith(" ") else wrapped(line, 3)
         for pool in library.pools:
