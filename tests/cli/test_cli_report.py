@@ -211,7 +211,9 @@ def test_a_damaged_line_is_counted_and_left_out(damaged: str, tmp_path: Path) ->
         pytest.param([task(1, 2, 4), task(1, 6, 4)], id="no start"),
         pytest.param([start(1, 2), task(1, 2, 4), start(1, 7), task(1, 7, 3)], id="no end"),
         pytest.param([start(1, 2), task(1, 2, 6), task(1, 2, 6), task(1, 9, 1)], id="call twice"),
-        pytest.param([start(1, 2), task(1, 2, 8), line("i", 1, 3, "end", "worker")], id="end early"),
+        pytest.param(
+            [start(1, 2), task(1, 2, 8), line("i", 1, 3, "end", "worker")], id="end early"
+        ),
     ],
 )
 def test_a_worker_is_never_busier_than_it_lived(lines: list[str], tmp_path: Path) -> None:
