@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import safepool
@@ -54,6 +55,18 @@ __all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "ru
 
 # Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"
+# By -P and not from the folder that it is started in, where a random.py of the user's would be
+# taken for the standard library's. Without an installation, where safepool is comes last.
+_BOOTSTRAP = """\
+import sys
+folder, module = sys.argv[1:3]
+del sys.argv[1:3]
+if folder not in sys.path:
+    sys.path.append(folder)
+import runpy
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+_FOLDER = str(Path(safepool.__file__).parents[1])
 # The child prints its stacks when an import has had its time; it is killed a moment later.
 _LAST_WORDS_S = 0.5
 # Before the first import it starts an interpreter, on a machine that may be frozen.
@@ -61,7 +74,12 @@ _START_S = 60.0
 _LOOK_S = 0.02
 # Of what a process has written that ended before its time.
 _MOST_LINES = 8
-_OURS = ("importlib", "<frozen runpy>", "doctor_child.py")
+_OURS = (
+    "importlib",
+    "<frozen runpy>",
+    "doctor_child.py",
+    f'"<string>", line {_BOOTSTRAP.count(chr(10))} in <module>',
+)
 # The longest name of a runtime.
 _COLUMN = 18
 
@@ -187,7 +205,7 @@ class Report:
             grown = library.os_threads != library.os_threads_before
             before = f"{library.os_threads_before} -> " if grown else ""
             yield f"{name}: {before}{counted(library.os_threads, 'OS thread')}"
-        for line in as_ascii(library.error).split("\n"):
+        for line in map(as_ascii, library.error.split("\n")):
             # A line of a stack is looked up by its path: in one piece.
             yield from [f"   {line}"] if line.startswith(" ") else wrapped(line, 3)
         for pool in library.pools:
@@ -257,7 +275,8 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
     # None: it was closed before the start. print() would then take standard output.
     for library in report.failed if sys.stderr is not None else ():
         first_line = library.error.split("\n")[0]
-        print(f"safepool doctor: error: {library.name}: {first_line}", file=sys.stderr)
+        said = as_ascii(f"{library.name}: {first_line}")
+        print(f"safepool doctor: error: {said}", file=sys.stderr)
     return 1 if report.failed else 0
 
 
@@ -306,7 +325,8 @@ class _Child:
         self._complete = False
         # Files, not pipes: a process that an import has left behind may hold a pipe open.
         with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as noise:
-            command = [sys.executable, "-m", _MODULE, f"{limit_s:g}", *names]
+            start = [sys.executable, "-P", "-c", _BOOTSTRAP, _FOLDER, _MODULE]
+            command = [*start, f"{limit_s:g}", f"{sys.flags.safe_path:d}", *names]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

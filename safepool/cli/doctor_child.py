@@ -1,7 +1,7 @@
-"""Floor 7: the process that the doctor imports libraries in, ``python -m`` of this module.
+"""Floor 7: the process that the doctor imports libraries in: this module, run by ``python -P``.
 
-Arguments: seconds for each import, then the libraries. On standard output, one line of JSON
-for each step, as ``doctor`` reads it:
+Arguments: seconds for each import; 1 to find no library in the folder it is started in, else 0;
+then the libraries. On standard output, one line of JSON for each step, as ``doctor`` reads it:
 
     {"begin": NAME}                   the import begins
     {"name": NAME, ...}               it has ended: the fields of ``doctor.Library``
@@ -18,7 +18,9 @@ import importlib
 import json
 import os
 import sys
+import time
 from dataclasses import asdict
+from importlib.metadata import packages_distributions
 from typing import TYPE_CHECKING, TextIO
 
 from safepool.errors import text_of
@@ -35,14 +37,20 @@ __all__ = ["main"]
 
 _Key = tuple[str, str]
 
+# More is no time for faulthandler.
+_LONGEST_S = 1e9
+_GONE_WITHIN_S = 1.0
+
 
 def main(arguments: list[str]) -> None:
     """Import one library after the other, say what each brought, and end the process."""
-    limit_s, *names = arguments
+    limit_s, safe_path, *names = arguments
     with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
         os.dup2(2, 1)
         faulthandler.enable()
         inspect()  # imports what looks, before anything is counted
+        if safe_path == "0":
+            sys.path.insert(0, "")
         for name in names:
             _tell(told, {"begin": name})
             _tell(told, _import(name, float(limit_s)))
@@ -63,13 +71,16 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     error = ""
     # A stack that the parent can show, just before it loses its patience. It takes a thread,
     # so not while threads are counted.
-    faulthandler.dump_traceback_later(limit_s)
+    before = _tasks()
+    faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
+    watcher = _tasks() - before
     try:
         importlib.import_module(name)
     except BaseException as problem:  # noqa: BLE001 -- whatever a library raises is its report
         error = f"{type(problem).__name__}: {text_of(problem)}{_hint(name, problem)}"
     finally:
         faulthandler.cancel_dump_traceback_later()
+    _wait_for_the_end_of(watcher)
     pools = _by_key(inspect())
     return {
         "name": name,
@@ -90,6 +101,20 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
         ],
         "guests": [guest for guest in _guests() if guest not in guests_before],
     }
+
+
+def _tasks() -> set[str]:
+    try:
+        return set(os.listdir("/proc/self/task"))
+    except OSError:
+        return set()
+
+
+def _wait_for_the_end_of(threads: set[str]) -> None:
+    # Joined by a lock that it gives back, a thread is counted until the kernel has ended it.
+    deadline = time.monotonic() + _GONE_WITHIN_S
+    while threads & _tasks() and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _os_threads() -> int | None:
@@ -133,8 +158,6 @@ def _hint(name: str, problem: BaseException) -> str:
     """Return the names to import where ``name`` is one to install."""
     if not isinstance(problem, ModuleNotFoundError) or problem.name != name.partition(".")[0]:
         return ""
-    from importlib.metadata import packages_distributions  # noqa: PLC0415 -- milliseconds
-
     modules = sorted(
         module
         for module, packages in packages_distributions().items()

@@ -14,7 +14,8 @@ prints one object; keys are added, and none is renamed or removed within a ``sch
     throttling          periods, throttled_periods, throttled_us, source; null without a quota
     sample              the same counters over a moment, before this was printed, or null
     standard_workers    what ``ProcessPoolExecutor()`` starts here
-    joblib_workers      what joblib's ``n_jobs=-1`` starts; null for another process
+    joblib_workers      what joblib's ``n_jobs=-1`` starts; null for another process, and where
+                        joblib itself cannot tell
     native_threads      what a native thread pool starts in a process, such as OpenBLAS
     variables           the variables of native thread pools that are set, by name
     process             with ``--pid``: pid, threads, and the native runtimes that it has
@@ -338,6 +339,8 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
 
         watch(view, screen.budget.cpus, as_json=as_json)
         return 0
+    if screen.process is not None and not screen.process.threads:
+        raise ScreenError(f"process {pid} has ended meanwhile")
     paint = paint_for(sys.stdout, os.environ)
     print(screen.as_json() if as_json else screen.as_text(paint))
     return 1 if screen.has_problem else 0
@@ -373,7 +376,10 @@ def _joblib_count() -> int | None:
     # joblib counts with its copy of loky; joblib itself would import NumPy.
     from loky import cpu_count  # noqa: PLC0415 -- importing the command stays light
 
-    count = cpu_count()
+    try:
+        count = cpu_count()
+    except ValueError:  # LOKY_MAX_CPU_COUNT is no number; the limits say so
+        return None
     return count if isinstance(count, int) else None
 
 

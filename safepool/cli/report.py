@@ -30,12 +30,11 @@ Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.po
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.cli.errors import CommandError
-from safepool.cli.text import as_ascii, counted, wrapped
+from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +44,12 @@ __all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "ru
 _SLOWEST = 5
 # What a line may raise that no pool has written.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+# No number in a trace is as large: microseconds, they are three centuries.
+_MOST = 1e16
+# A longer line, of another file, is read in pieces of it.
+_LONGEST_LINE = 16 << 20
+# What adding and dividing may lose of a time.
+_ROUNDING_S = 1e-5
 
 
 class ReportError(CommandError):
@@ -75,7 +80,7 @@ class Row:
     busy_s: float = 0.0
     starved_s: float = 0.0
     lived_s: float = 0.0
-    begin_s: float | None = 0.0
+    begin_s: float | None = None
     end_s: float = 0.0
     last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -84,10 +89,15 @@ class Row:
         """No call was there."""
         return max(0.0, self.lived_s - self.busy_s - self.starved_s)
 
+    def start(self, at_s: float) -> None:
+        """Take the start of a process; if the end of the one before is lost, it ends here too."""
+        self.end(self.end_s)
+        self.begin_s = self.end_s = max(at_s, self.end_s)
+
     def end(self, at_s: float) -> None:
         """Take the end of its process."""
         if self.begin_s is not None:
-            self.lived_s += max(0.0, at_s - self.begin_s)
+            self.lived_s += max(at_s, self.end_s) - self.begin_s
         self.begin_s = None
 
     def as_dict(self) -> dict[str, float]:
@@ -161,12 +171,15 @@ class Report:
         lines.append(f"pickling {self.pickling_s:.2f} s, throttled {self.throttled_s:.2f} s")
         lines.append(f"deaths {self.deaths}, retries {self.outcomes.get('retried', 0)}")
         if self.broken is not None:
-            lines += wrapped(f"the pool broke: {as_ascii(self.broken)}", 0)
+            lines += wrapped(f"the pool broke: {as_ascii(' '.join(self.broken.split()))}", 0)
         if self.damaged_lines:
             lines.append(f"lines that could not be read: {self.damaged_lines}")
         if self.slowest:
             lines += ["", "longest calls"]
-        lines += [f"{s:>10.3f} s  {as_ascii(name)[:50]}  {end}" for s, name, end in self.slowest]
+        lines += [
+            f"{s:>10.3f} s  {as_ascii(name)[:50]}  {as_ascii(end)}"[:WIDTH]
+            for s, name, end in self.slowest
+        ]
         return "\n".join([*lines, "", *wrapped(self.conclusion(), 0)])
 
     def as_json(self) -> str:
@@ -236,7 +249,7 @@ def read(path: str) -> Report:
     report, known = Report(), False
     try:
         with open(path, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
+            while line := lines.readline(_LONGEST_LINE):
                 text = line.strip().strip(",")
                 if text in ("", "[", "]"):
                     continue
@@ -267,10 +280,13 @@ def _number(value: object) -> float:
     """Return a number that was read.
 
     Raises:
-        TypeError: It is none, or infinite.
+        TypeError: It is none.
+        ValueError: It is negative, or as large as none here.
     """
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)):
         raise TypeError(value)
+    if not 0 <= value < _MOST:
+        raise ValueError(value)
     return float(value)
 
 
@@ -285,14 +301,15 @@ def _take(report: Report, event: dict[str, Any]) -> None:
     elif kind == "i" and event["cat"] == "worker":
         row = report.row(event)
         if event["name"] == "start":
-            row.begin_s = row.end_s = at_s
+            row.start(at_s)
         else:
             report.deaths += event["name"] == "death"
             row.end(at_s)
     elif kind == "X" and event["cat"] == "task":
         _take_calls(report, event, at_s, took_s)
     elif kind == "X":
-        report.row(event).end_s = at_s + took_s
+        row = report.row(event)
+        row.end_s = max(row.end_s, at_s + took_s)
     report.seconds = max(report.seconds, at_s + took_s)
 
 
@@ -304,7 +321,13 @@ def _take_calls(report: Report, event: dict[str, Any], at_s: float, took_s: floa
     pickling_us = [_number(args.get(f"{name}_us", 0)) for name in ("pickled", "loaded", "packed")]
     outcomes = args.get("outcomes") or {str(args["outcome"]): calls}
     outcomes = {str(name): int(_number(count)) for name, count in outcomes.items()}
+    if busy_s > took_s + _ROUNDING_S:
+        raise ValueError(event)
     row = report.row(event)
+    if at_s < row.end_s - _ROUNDING_S:  # calls of one worker follow each other
+        raise ValueError(event)
+    if row.begin_s is None:  # the line of its start is lost
+        row.start(at_s)
     row.starved_s += max(0.0, min(at_s - row.end_s, waited_s))
     row.calls, row.busy_s, row.end_s = row.calls + calls, row.busy_s + busy_s, at_s + took_s
     row.last = (at_s - waited_s, at_s, row.end_s)

@@ -94,7 +94,7 @@ class Plan:
         lines += [f"  kept  {name}={shlex.quote(value)}" for name, value in self.kept.items()]
         if self.patched:
             lines.append("  ProcessPoolExecutor and joblib's default are safepool's")
-        return as_ascii("\n".join(lines))
+        return "\n".join(map(as_ascii, lines))
 
 
 def plan(

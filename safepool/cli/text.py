@@ -15,12 +15,20 @@ def counted(number: float, noun: str) -> str:
     return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
-def as_ascii(text: str) -> str:
-    """Return the text with everything else escaped.
+_CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
 
-    A path may hold any byte; a terminal in the C locale takes ASCII only.
+
+def as_ascii(text: str) -> str:
+    r"""Return a part of a line with all but printable ASCII escaped.
+
+    A path or a function's name may hold anything: what a terminal in the C locale cannot show,
+    the end of a line, or what clears the screen.
+
+    Example:
+        >>> print(as_ascii("a\nb\u2192"))
+        a\x0ab\u2192
     """
-    return text.encode("ascii", "backslashreplace").decode("ascii")
+    return text.translate(_CONTROL).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def wrapped(text: str, indent: int, *, label: str = "") -> list[str]:

@@ -1,11 +1,12 @@
 """Floor 1, limits on Linux: those of another running process. It reads; it decides nothing.
 
 The process is a machine like a captured one: its own files of ``/proc``, and control groups
-where *it* sees them. Its affinity is that of its first thread; its environment the one that it
-was started with.
+where *it* sees them. Its affinity is that of its first thread, of those that have not ended; its
+environment the one that it was started with.
 
 Sources: proc_pid_cgroup(5), proc_pid_mountinfo(5), proc_pid_environ(5), proc_pid_limits(5),
-proc_pid_maps(5), proc_pid_root(5); cgroup-v2.rst, "cpu.stat"; cgroup-v1/cpuacct.rst.
+proc_pid_maps(5), proc_pid_root(5), proc_pid_stat(5); cgroup-v2.rst, "cpu.stat";
+cgroup-v1/cpuacct.rst.
 
 Not covered:
     * What only its owner and root may read of it: noted as skipped.
@@ -44,7 +45,7 @@ class ProcessView:
         pid: Its process id.
 
     Raises:
-        ProcessLookupError: There is no such process.
+        ProcessLookupError: There is no such process, or it has ended.
 
     Example:
         >>> view = ProcessView(os.getpid())
@@ -56,7 +57,12 @@ class ProcessView:
         if not os.path.isdir(f"/proc/{pid}"):
             raise ProcessLookupError(f"there is no process {pid}")
         self.pid = pid
-        self._machine = _ProcessMachine(pid)
+        running = self._running()
+        if not running:
+            raise ProcessLookupError(f"process {pid} has ended")
+        # A thread that has ended, as the first one may have, shows nothing.
+        self._thread = pid if pid in running else running[0]
+        self._machine = _ProcessMachine(self._thread)
 
     def environ(self) -> dict[str, str]:
         """Return the environment that it was started with, empty if it may not be read."""
@@ -75,7 +81,7 @@ class ProcessView:
             memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
             pids=pids.read_pids(machine, find_levels(machine, place, "pids")),
             open_files=self._open_files(),
-            shared_memory=_shared_memory(f"/proc/{self.pid}/root/dev/shm"),
+            shared_memory=_shared_memory(f"/proc/{self._thread}/root/dev/shm"),
         )
         return replace(found, skipped=tuple(machine.skipped))
 
@@ -111,10 +117,25 @@ class ProcessView:
 
     def threads(self) -> int:
         """Count its threads; 0 when it has ended meanwhile."""
+        return len(self._running())
+
+    def _running(self) -> list[int]:
         try:
-            return len(os.listdir(f"/proc/{self.pid}/task"))
+            tasks = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
         except OSError:
-            return 0
+            return []
+        # The first one stays until the parent asks how the process has ended.
+        if self.pid in tasks and self._first_has_ended():
+            tasks.remove(self.pid)
+        return tasks
+
+    def _first_has_ended(self) -> bool:
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                # The name before it is in brackets, and may hold some.
+                return file.read().rpartition(b")")[2].split()[0] in {b"Z", b"X"}
+        except OSError:
+            return True
 
     def libraries(self) -> tuple[str, ...]:
         """Return the files that it has mapped to run code from, each once, sorted."""
@@ -127,7 +148,7 @@ class ProcessView:
         if match is None:
             return None
         try:
-            used = len(os.listdir(f"/proc/{self.pid}/fd"))
+            used = len(os.listdir(f"/proc/{self._thread}/fd"))
         except OSError:
             used = None
         return OpenFilesLimit(
@@ -153,8 +174,16 @@ class _ProcessMachine(Machine):
             # Not ours to see: then its root is not, either.
             self._shares_mounts = True
 
+    def note(self, source: str, reason: str) -> None:
+        """Remember that a source was not usable, by its name here."""
+        super().note(self._theirs(source), reason)
+
     def _actual(self, path: str) -> str:
+        theirs = self._theirs(path)
+        return theirs if theirs != path or self._shares_mounts else super()._actual(path)
+
+    def _theirs(self, path: str) -> str:
         for folder in _OWN_FOLDERS:
             if path.startswith(folder):
                 return f"/proc/{self._pid}/{path.removeprefix(folder)}"
-        return path if self._shares_mounts else super()._actual(path)
+        return path

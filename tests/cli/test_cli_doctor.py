@@ -409,6 +409,50 @@ def test_a_process_that_an_import_leaves_behind_is_ended(
     assert time.monotonic() - begun < 300
 
 
+def test_a_file_of_the_users_is_not_taken_for_the_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = dict.fromkeys(["random", "inspect", "json", "csv", "safepool"], "raise RuntimeError")
+    libraries(tmp_path, monkeypatch, mine="", **wrong)
+
+    code, found, err = told(capsys, "mine")
+
+    assert (code, err, list(found)) == (0, "", ["mine"])
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    command = [sys.executable, "-m", "safepool", "doctor", "mine"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "No module named 'mine'" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells the number of threads")
+def test_what_looks_after_an_import_is_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    _, found, _ = told(capsys, *sorted(sys.builtin_module_names))
+
+    assert [name for name, row in found.items() if row["os_threads"] != 1] == []
+
+
+def test_any_time_is_time_enough() -> None:
+    (library,) = doctor.examine(["json"], limit_s=1e300)
+
+    assert library.error == ""
+
+
+def test_a_library_does_not_write_to_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    libraries(
+        tmp_path, monkeypatch, odd="raise ValueError('\\x1b[2J')", version="__version__='1\\n2'"
+    )
+
+    assert main(["doctor", "odd", "version"]) == 1
+
+    out, err = capsys.readouterr()
+    assert "\\x1b[2J" in out
+    assert "\\x0a" in out
+    assert err == "safepool doctor: error: odd: ValueError: \\x1b[2J\n"
+
+
 def test_a_library_is_imported_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(told(capsys, "json", "json")[1]) == ["json"]
 

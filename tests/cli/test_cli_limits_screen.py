@@ -343,3 +343,16 @@ def test_this_machine_is_shown(arguments: list[str], capsys: pytest.CaptureFixtu
     assert out.count("->") == 1
     for limit in every_limit(read_screen().limits):
         assert str(limit.source).encode("ascii", "backslashreplace").decode() in out
+
+
+@pytest.mark.parametrize("value", ["", "abc", "1.5"])
+def test_a_variable_that_stops_joblib_does_not_stop_the_screen(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", value)
+
+    assert main(["--json"]) == 1
+
+    screen = json.loads(capsys.readouterr().out)
+    assert screen["joblib_workers"] is None
+    assert "LOKY_MAX_CPU_COUNT" in screen["findings"][0]["text"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -147,6 +148,42 @@ def test_a_process_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[s
     assert main(["--pid", str(process.pid)]) == 2
 
     assert capsys.readouterr() == ("", f"safepool: error: there is no process {process.pid}\n")
+
+
+def test_a_process_whose_end_nobody_has_asked_for_has_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    process = python("import time; print('ready', flush=True); time.sleep(1.5)")
+    try:
+        assert main(["--pid", str(started(process)), "--watch"]) == 0
+        capsys.readouterr()
+        assert main(["--pid", str(process.pid)]) == 2
+    finally:
+        ended(process)
+
+    assert capsys.readouterr() == ("", f"safepool: error: process {process.pid} has ended\n")
+
+
+def test_a_process_whose_first_thread_has_ended_is_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = "import ctypes, threading\nthreading.Thread(target=threading.Event().wait).start()\n"
+    code += "print('ready', flush=True); ctypes.CDLL(None).pthread_exit(None)"
+    process = python(code, OMP_NUM_THREADS="1")
+    try:
+        stat = Path(f"/proc/{started(process)}/stat")
+        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
+            pass
+        _, screen = told(capsys, "--pid", str(process.pid))
+    finally:
+        ended(process)
+
+    limits = screen["limits"]
+    assert isinstance(limits, dict)
+    assert screen["variables"] == {"OMP_NUM_THREADS": "1"}
+    assert screen["process"] == {"pid": process.pid, "threads": 1, "libraries": []}
+    assert limits["skipped"] == []
+    assert limits["open_files"]["used_files"] >= 3
 
 
 # One row per line of the watch: what was measured, and how it reads.

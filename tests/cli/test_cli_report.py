@@ -186,8 +186,13 @@ def test_a_torn_trace_is_reported_or_refused(trace: Path, tmp_path: Path, share:
         task(1, 0, 1, outcomes=[1]),
         task(1, 0, 1).replace('"ts": 0', '"ts": ' + "9" * 4000),
         line("i", 1, 1, "end", "worker").replace('"tid": 1', '"tid": null'),
+        task(1, 0, -1),
+        task(1, 0, 1, pickled_us=-1e9),
+        task(1, 0, 1, busy_us=3e6),
+        task(1, 1e12, 1),
+        line("C", 0, 1, "throttled", ms=1.7e308),
     ],
-    ids=range(10),
+    ids=range(15),
 )
 def test_a_damaged_line_is_counted_and_left_out(damaged: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
@@ -198,6 +203,47 @@ def test_a_damaged_line_is_counted_and_left_out(damaged: str, tmp_path: Path) ->
     told = json.loads(read(str(path)).as_json(), parse_constant=pytest.fail)
 
     assert told == whole | {"damaged_lines": 1}
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        pytest.param([task(1, 2, 4), task(1, 6, 4)], id="no start"),
+        pytest.param([start(1, 2), task(1, 2, 4), start(1, 7), task(1, 7, 3)], id="no end"),
+        pytest.param([start(1, 2), task(1, 2, 6), task(1, 2, 6), task(1, 9, 1)], id="call twice"),
+        pytest.param(
+            [start(1, 2), task(1, 2, 8), line("i", 1, 3, "end", "worker")], id="end early"
+        ),
+    ],
+)
+def test_a_worker_is_never_busier_than_it_lived(lines: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + "".join(lines))
+
+    total = read(str(path)).total()
+
+    assert 7 <= total.busy_s + total.starved_s <= total.lived_s <= 8
+
+
+def test_names_in_a_trace_do_not_write_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.json"
+    odd = "a\n\x1b[2J\ud800\u2192" + "b" * 100
+    call = task(1, 0, 1, outcome=odd).replace("work.step", "a\\n\\u001b[2J" + "b" * 100)
+    path.write_text(HEAD + start(1) + call)
+
+    assert main(["report", str(path)]) == 0
+
+    text = capsys.readouterr().out
+    assert [x for x in text.splitlines() if len(x) > 80 or not (x + " ").isprintable()] == []
+    assert "a\\x0a\\x1b[2J" in text
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="needs a file without an end")
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ReportError):
+        read("/dev/zero")
 
 
 @pytest.mark.parametrize("content", [None, "", "[1, 2]", '{"name": 3}', "text"])
