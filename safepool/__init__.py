@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from safepool.registration import register as _register
 
 if TYPE_CHECKING:
+    from safepool import limits as limits
+    from safepool import threads as threads
     from safepool.budget import Budget
     from safepool.decorator import worker
     from safepool.errors import (
@@ -94,16 +96,19 @@ _HOMES = {
 _SUBMODULES = frozenset({"limits", "threads"})
 
 
-def __getattr__(name: str) -> object:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    try:
-        home = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
-    value: object = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+# A type checker would take any misspelled name for an object.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        try:
+            home = _HOMES[name]
+        except KeyError:
+            raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
+        value: object = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
 
 
 _register()

@@ -392,3 +392,23 @@ def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) ->
     assert words in first
     # In map the function and each item are pickled by themselves: another end of the way.
     assert all(words.split(" of argument")[0] in other for other in others)
+
+
+@pytest.mark.parametrize("made", ["Lock()", 'Value("i")', "Queue()", "Event()"])
+def test_an_error_says_how_workers_get_what_multiprocessing_has_made(
+    made: str, tmp_path: Path
+) -> None:
+    """A global lock is there in a forked worker of the standard pool; here it is handed over."""
+    body = f"""
+        import multiprocessing
+        shared = multiprocessing.{made}
+        def use(x):
+            return shared, x
+        def told(pool):
+            return pool.submit(use, 1).exception(timeout=60).__notes__
+    """
+
+    (note,) = run(body, "told(pool)", tmp_path)
+
+    assert "global 'shared' of __main__.use" in note
+    assert "initargs=" in note
