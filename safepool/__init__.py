@@ -1,5 +1,17 @@
 """Process pools that fit the machine they run on.
 
+    ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
+    parallel_backend    joblib and scikit-learn in such a pool
+    worker              a decorator: native threads capped in any pool, a timeout, retries
+    limit_threads       the native threads of this process itself
+    share               an object that many tasks use, placed once
+    cpu_limit, cpu_count, read_limits
+                        what this process may use, and which file says so
+    threads             the native thread pools that are loaded, and the variables that rule them
+
+The same at the prompt: ``safepool --help``. Errors are :class:`SafepoolError`; what the package
+has to tell otherwise goes to the logger ``safepool``.
+
 Data flows one way through the modules, and each one imports only from its left:
 
     errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
