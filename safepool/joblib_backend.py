@@ -122,6 +122,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
             otherwise.
 
+    Returns:
+        A context manager, which gives nothing to ``as``.
+
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
         MissingExtraError: ``progress`` is asked for, and tqdm is not installed.

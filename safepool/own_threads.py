@@ -77,6 +77,11 @@ class ThreadLimit:
         kept: The native pools that were loaded and could not be lowered: ``runtime`` names
             each, ``variable`` is the environment variable that bounds it when it is set
             before the library is imported, ``threads`` is what it has, if it says.
+
+    Example:
+        >>> with limit_threads(1) as limit:
+        ...     limit
+        <limit_threads(1)>
     """
 
     def __init__(self, threads: int) -> None:

@@ -3,7 +3,8 @@
 It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
 value with its source and raw text. It has no opinion of its own on a limit.
 
-The exit code is 1 if a problem was found, so that a health check can call it. ``--json``
+The exit code is 1 if a problem was found. A health check asks for ``--pid 1``: without it the
+pools are judged that an unmodified program would start here, not those that one has. ``--json``
 prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
     schema              1
@@ -135,12 +136,14 @@ class Screen:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong, the most pressing first."""
+        # A process that has loaded no native library has no such threads.
+        computes = self.process is None or bool(self.process.libraries)
         return judge(
             self.limits,
             self.budget,
             sample=self.sample,
             standard_workers=None if self.process else self.standard_workers,
-            native_threads=self.native_threads,
+            native_threads=self.native_threads if computes else 1,
         )
 
     @property

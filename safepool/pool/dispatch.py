@@ -13,6 +13,7 @@ import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import text_of
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
@@ -61,6 +62,8 @@ _MOST_PARTS = 1000
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
 _NOT_SENT = "while the call of "
+# What multiprocessing's locks, values and queues say of any pickler that starts no process.
+_INHERITED = "shared between processes through inheritance"
 
 Pieces = list["bytes | memoryview"]
 
@@ -255,13 +258,19 @@ class Dispatch:
             note += (
                 " and the globals of __main__ that it uses, which travel to the worker by value"
             )
+        inherited = isinstance(error, RuntimeError) and _INHERITED in text_of(error)
         # Not for each of many calls of a function: the workers wait meanwhile.
-        if self._blamed[name] < _MOST_BLAMED and isinstance(
-            error, (TypeError, AttributeError, pickle.PicklingError)
+        if self._blamed[name] < _MOST_BLAMED and (
+            inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
         ):
             self._blamed[name] += 1
             culprit = find_unpicklable(value, payloads.dumps)
             note += f". It is {culprit}" if culprit else ""
+        if inherited:
+            note += (
+                '. Make it by multiprocessing.get_context("spawn"), and give it to the workers '
+                "by ProcessPool(initializer=, initargs=)"
+            )
         try:
             error.add_note(note)
         except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes

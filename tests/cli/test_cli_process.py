@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,25 @@ def test_the_quota_and_the_throttling_of_another_process(
     assert [line["cpus"] for line in lines] == [pytest.approx(0.2)] * 2
     assert all(line["throttled_periods"] > 0 for line in lines)
     assert all(line["periods"] >= line["throttled_periods"] for line in lines)
+
+
+def test_a_process_without_native_libraries_has_none_of_their_threads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is wrong with it, however few CPUs it has."""
+    if reason := without_control_groups():
+        pytest.skip(reason)
+    with control_group(cpus=0.5) as group:
+        process = group.popen([sys.executable, "-c", WAIT])
+        try:
+            started(process)
+            time.sleep(0.3)  # its start may have been frozen: not in the sample
+            status, screen = told(capsys, "--pid", str(process.pid))
+        finally:
+            ended(process)
+
+    assert screen["process"]["libraries"] == []  # type: ignore[index]
+    assert (status, screen["findings"]) == (0, [])
 
 
 def watched(capsys: pytest.CaptureFixture[str], pid: int) -> Sequence[dict[str, float]]:
