@@ -79,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.code
         return _USAGE if isinstance(error, MissingExtraError) else _FAILED
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        _drop_the_rest()
-        _say(f"cannot write the output: {error.strerror}")
+        if error.errno in _NO_ROOM:
+            _drop_the_rest()
+            _say(f"cannot write the output: {error.strerror}")
+        else:
+            where = "" if error.filename is None else f": {error.filename}"
+            _say(f"the system refuses: {error.strerror or error}{where}")
         return _FAILED
     return code
 

@@ -324,7 +324,7 @@ class _Child:
         self.ending = ""
         self._complete = False
         # Files, not pipes: a process that an import has left behind may hold a pipe open.
-        with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as noise:
+        with _file() as told, _file() as noise:
             start = [sys.executable, "-P", "-c", _BOOTSTRAP, _FOLDER, _MODULE]
             command = [*start, f"{limit_s:g}", f"{sys.flags.safe_path:d}", *names]
             process = subprocess.Popen(
@@ -352,8 +352,7 @@ class _Child:
         while True:
             # Asked first: what an ended process has written is all there.
             over = process.poll() is not None
-            told.seek(read)
-            *lines, _ = told.read().split(b"\n")
+            *lines, _ = _read_from(told, read).split(b"\n")
             for line in lines:
                 read += len(line) + 1
                 self._take(json.loads(line))
@@ -382,6 +381,29 @@ class _Child:
                 changed = tuple(Change(**change) for change in fact.pop("changed"))
                 guests = tuple(Guest(**guest) for guest in fact.pop("guests"))
                 self.libraries.append(Library(pools=pools, changed=changed, guests=guests, **fact))
+
+
+if sys.platform == "win32":
+    _file = tempfile.TemporaryFile
+
+    def _read_from(file: IO[bytes], start: int) -> bytes:
+        file.seek(start)
+        return file.read()
+
+else:
+
+    def _file() -> IO[bytes]:
+        """Return a file to write and read; in memory, if the system is read-only."""
+        try:
+            return tempfile.TemporaryFile()
+        except OSError:
+            if sys.platform == "linux":
+                return os.fdopen(os.memfd_create("safepool-doctor"), "w+b")
+            raise
+
+    def _read_from(file: IO[bytes], start: int) -> bytes:
+        # Not by seek(): the process that writes shares the place in the file.
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size - start, start)
 
 
 def _of_the_library(lines: Sequence[str]) -> list[str]:

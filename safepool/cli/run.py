@@ -10,6 +10,7 @@ Exit codes of its own: 126 the command cannot be run, 127 it was not found, as e
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -194,7 +195,8 @@ def run(
     )
     # None: it was closed before the start. print() would then take standard output.
     if explain and sys.stderr is not None:
-        print(found.as_text(), file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody reads it: the program is started all the same
+            print(found.as_text(), file=sys.stderr, flush=True)
     return _become(command, found.applied_to(os.environ))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -451,6 +453,30 @@ def test_a_library_does_not_write_to_the_terminal(
     assert "\\x1b[2J" in out
     assert "\\x0a" in out
     assert err == "safepool doctor: error: odd: ValueError: \\x1b[2J\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files in memory")
+def test_a_system_that_is_read_only_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+
+    assert told(capsys, "json")[0] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pread there")
+def test_reading_what_was_told_does_not_move_who_writes() -> None:
+    with doctor._file() as file:
+        os.write(file.fileno(), b"first, second")
+
+        assert doctor._read_from(file, 7) == b"second"
+        assert doctor._read_from(file, 0) == b"first, second"
+        os.lseek(file.fileno(), 5, os.SEEK_SET)
+        doctor._read_from(file, 7)
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) == 5
 
 
 def test_a_library_is_imported_once(capsys: pytest.CaptureFixture[str]) -> None:

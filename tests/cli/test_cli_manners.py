@@ -299,6 +299,22 @@ def test_a_full_disk_is_one_line(arguments: list[str], unbuffered: str) -> None:
     assert ended.returncode == 1
 
 
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "/x")
+
+    monkeypatch.setattr("safepool.cli.limits_screen.read_screen", refuse)
+
+    assert main([]) == 1
+
+    assert capsys.readouterr() == (
+        "",
+        "safepool: error: the system refuses: Permission denied: /x\n",
+    )
+
+
 # One row per stream that was closed before the start: shell text, and the exit codes it may have.
 CLOSED = {
     "output": ('exec "$@" >&-', {0, 1}),

@@ -282,6 +282,19 @@ def test_explain_leaves_standard_output_to_the_program() -> None:
     assert "OMP_NUM_THREADS=1" in ended.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no exec there")
+def test_an_explanation_that_nobody_reads_does_not_keep_the_program_from_its_start() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "safepool", "run", "--explain", "--", "sh", "-c", "exit 7"]
+    try:
+        ended = subprocess.run(command, cwd=REPOSITORY, stderr=writing, timeout=100, check=False)
+    finally:
+        os.close(writing)
+
+    assert ended.returncode == 7
+
+
 PROGRAM = """
 import json, os, subprocess, sys
 import concurrent.futures
