@@ -56,7 +56,8 @@ class ProcessPool(Executor):
 
     Args:
         max_workers: The most workers at a time, at least 1 (on Windows at most 61).
-            ``None`` is the number that fits: see :func:`safepool.cpu_count`.
+            ``None`` is the number that fits, or ``SAFEPOOL_MAX_WORKERS`` of the environment: see
+            :func:`safepool.cpu_count`.
         mp_context: A ``multiprocessing`` context that starts the workers, or the name of
             one. ``None`` is ``"safepool"`` on Linux, which forks them from a server of our own
             that has no threads, and ``"loky"`` elsewhere, which starts a fresh interpreter for
@@ -64,7 +65,8 @@ class ProcessPool(Executor):
             ``if __name__ == "__main__"``. ``"fork"`` is as safe as the program has few threads:
             those that there are when the pool is made are named by a warning.
         initializer: Called once in each worker before its first task, after the caps.
-        initargs: Its arguments.
+        initargs: Its arguments; locks, queues and values of ``multiprocessing`` as well, made by
+            ``multiprocessing.get_context("spawn")`` unless the workers are forks.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
             keeps workers as long as the pool. Not with ``"fork"``, as in the standard pool:
             the process that is copied for each new worker is busy by then.

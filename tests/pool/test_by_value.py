@@ -394,6 +394,26 @@ def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) ->
     assert all(words.split(" of argument")[0] in other for other in others)
 
 
+def test_a_shared_object_is_a_global_under_its_own_name(tmp_path: Path) -> None:
+    """A worker unpickles it once, however many calls use it; the program has it as ``value``."""
+    body = """
+        import os
+        class Table(dict):
+            made = []
+            def __setstate__(self, state):
+                self.made.append(os.getpid())
+        table = Table({1: "one"})
+        table.told = True
+        table = safepool.share(table)
+        def look(n):
+            return table[n], len(table.made)
+    """
+    asked = "[[ask(look, 1), ask(look, 1)], list(pool.map(look, [1, 1])), table.value[1]]"
+
+    once = ["one", 1]
+    assert run(body, asked, tmp_path) == [[once, once], [once, once], "one"]
+
+
 @pytest.mark.parametrize("method", ["safepool", "loky", "spawn"])
 def test_a_function_of_a_package_that_is_run_imports_from_it(method: str, tmp_path: Path) -> None:
     """``python -m package``: a relative import in a function of its ``__main__``."""
