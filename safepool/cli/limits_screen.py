@@ -301,6 +301,8 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
 
 def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
     """Read another process's limits, threads and libraries; else as `read_screen`."""
+    # First, so that what hides them is among what was skipped.
+    libraries = _native_libraries(view.libraries())
     limits = view.read_limits()
     environ = view.environ()
     throttling, sample = _sampled(view.read_throttling, sample_s)
@@ -312,9 +314,7 @@ def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
         standard_workers=_standard_count() or 1,
         native_threads=_native_threads(limits, environ),
         variables=_variables(environ),
-        process=OtherProcess(
-            pid=view.pid, threads=view.threads(), libraries=_native_libraries(view.libraries())
-        ),
+        process=OtherProcess(pid=view.pid, threads=view.threads(), libraries=libraries),
     )
 
 

@@ -134,6 +134,26 @@ def test_a_process_without_native_libraries_has_none_of_their_threads(
     assert (status, screen["findings"]) == (0, [])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried by root only")
+def test_what_another_user_may_not_read_is_skipped_aloud(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No library is seen then, which must not pass for none being there."""
+    process = python(WAIT)
+    try:
+        started(process)
+        os.seteuid(65534)
+        try:
+            _, screen = told(capsys, "--pid", str(process.pid))
+        finally:
+            os.seteuid(0)
+    finally:
+        ended(process)
+
+    skipped = {entry["source"] for entry in screen["limits"]["skipped"]}  # type: ignore[index]
+    assert {f"/proc/{process.pid}/environ", f"/proc/{process.pid}/maps"} <= skipped
+
+
 def watched(capsys: pytest.CaptureFixture[str], pid: int) -> Sequence[dict[str, float]]:
     from safepool.limits.process import ProcessView
 
