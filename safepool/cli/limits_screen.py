@@ -67,8 +67,10 @@ _SCHEMA = 1
 _NAME_WIDTH = 26
 # Of the runtimes that nearly every program has, the one that wins first.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-# Three periods of the usual quota.
+# Three periods of the usual quota; and fifteen, if one of them was cut off. A health check must
+# not take one burst for a problem.
 _SAMPLE_S = 0.3
+_LONGER = 5
 
 # As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
 # affinity mask and PYTHON_CPU_COUNT leave of it.
@@ -364,15 +366,19 @@ def _view(pid: int) -> View:
 def _sampled(
     read: Callable[[], Throttling | None], sample_s: float
 ) -> tuple[Throttling | None, Throttling | None]:
-    """Return the counters, and how they grew in so many seconds."""
+    """Return the counters, and how they grew in so many seconds, or longer if it is not clear."""
     before = read()
     if before is None or sample_s <= 0:
         return before, None
-    time.sleep(sample_s)
-    now = read()
-    if now is None or now.source != before.source:
-        return before, None
-    return now, now - before
+    for more_s in (sample_s, (_LONGER - 1) * sample_s):
+        time.sleep(more_s)
+        now = read()
+        if now is None or now.source != before.source:
+            break
+        sample = now - before
+        if not sample.throttled_periods or more_s > sample_s:
+            return now, sample
+    return before, None
 
 
 def _joblib_count() -> int | None:
