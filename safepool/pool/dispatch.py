@@ -14,7 +14,9 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
+from safepool.machine import tell_once
 from safepool.pool.functions import Functions, SentFunction
+from safepool.pool.mains import is_of_main, largest_global
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
@@ -58,6 +60,9 @@ _UNCHANGED: tuple[type, ...] = (
 
 # Parts of one item that are looked at.
 _MOST_PARTS = 1000
+# More is worth a word when globals bring it with every call; it takes tens of milliseconds.
+_MUCH_BYTES = 16 << 20
+_TOLD_AT = 2
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
@@ -79,6 +84,7 @@ class Dispatch:
     def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
         self._blamed: Counter[str] = Counter()
+        self._large: Counter[str] = Counter()
         self._settled = settled
         self._packer = Packer(wake)
         self._wake = wake
@@ -249,7 +255,25 @@ class Dispatch:
         sent = self.functions.lasting(function)
         if sent is not None:
             return _dumps((args, kwargs))._replace(function=sent)
-        return _dumps(task.call, by_value=task.name.startswith("__main__."))
+        pickled = _dumps(task.call, by_value=task.name.startswith("__main__."))
+        if is_of_main(function) and _size(pickled.segments) > _MUCH_BYTES:
+            self._advise(function, task.name)
+        return pickled
+
+    def _advise(self, function: types.FunctionType, name: str) -> None:
+        """Say once what makes every call of a function large, if it is a global.
+
+        With a second call: what the first one has sent was perhaps the only time.
+        """
+        self._large[name] += 1
+        if self._large[name] != _TOLD_AT:
+            return
+        large, size_bytes = largest_global(function, _size_of)
+        if size_bytes > _MUCH_BYTES:
+            tell_once(
+                f"each call of {name} sends the global {large!r} again, {size_bytes >> 20} MiB. "
+                f"Place it once for all workers: {large} = safepool.share({large})"
+            )
 
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
         """Add to a pickling error what it does not know: whose call it was, and what in it."""
@@ -441,6 +465,14 @@ def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
     if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
         return None
     return pickled
+
+
+def _size_of(value: object) -> int:
+    """Return how large the pickle of a value is, 0 if it has none."""
+    try:
+        return _size(payloads.dumps(value, into_main=True))
+    except Exception:  # noqa: BLE001 -- user code
+        return 0
 
 
 def _size(segments: Sequence[Segment]) -> int:
