@@ -129,9 +129,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> _split(["doctor", "--", "numpy"])
         (['doctor', '--', 'numpy'], [])
     """
-    if "--" not in argv or next((a for a in argv if not a.startswith("-")), "") != "run":
+    # The first word that is neither an option nor a number, which is --pid's.
+    run = next((place for place, word in enumerate(argv) if word.isalpha()), len(argv))
+    if "--" not in argv[run:] or argv[run] != "run":
         return list(argv), []
-    at = list(argv).index("--")
+    at = list(argv).index("--", run)
     return list(argv[:at]), list(argv[at:])
 
 

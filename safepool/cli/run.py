@@ -276,7 +276,9 @@ def _shebang(file: str) -> list[str]:
             first = script.readline(_SHEBANG_BYTES)
     except OSError:
         return []
-    return os.fsdecode(first[2:]).split() if first.startswith(b"#!") else []
+    # No other blank separates, as the kernel reads it: "/bin/sh\\r" is another name.
+    words = re.split("[ \t]+", os.fsdecode(first[2:]).rstrip("\n").strip(" \t"))
+    return [word for word in words if word] if first.startswith(b"#!") else []
 
 
 def _python_options(arguments: Sequence[str]) -> Iterator[str]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "Settled"]
 
+# A function may have any name, and each of its events repeats it.
+_LONGEST_NAME = 200
+
 
 @dataclass(slots=True)
 class Settled:
@@ -186,6 +189,7 @@ class Row:
         packed_ns: int = 0,
     ) -> None:
         work, count, outcome = done.work, done.count, done.outcome
+        name = work.name[:_LONGEST_NAME]
         # By two clocks that are one, but read in another order: never over each other.
         begin_ns = max(begin_ns, self._end_ns)
         self._end_ns = end_ns = max(end_ns, begin_ns)
@@ -195,7 +199,7 @@ class Row:
         last = self._calls
         if last is not None:
             if plain and end_ns - last.begin_ns < self._events.short_ns:
-                last.join(work.name, outcome, count, done.error)
+                last.join(name, outcome, count, done.error)
                 last.end_ns = end_ns
                 last.busy_ns += end_ns - begin_ns
                 last.pickled_ns += pickling_ns
@@ -206,7 +210,7 @@ class Row:
         self._calls = Calls(
             begin_ns,
             end_ns,
-            work.name,
+            name,
             outcome,
             count,
             done.error,

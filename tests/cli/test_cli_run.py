@@ -146,6 +146,19 @@ def test_the_command_is_taken_word_for_word(way: str, monkeypatch: pytest.Monkey
     assert started == [expected]
 
 
+def test_an_option_before_run_is_not_taken_for_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(run, "_become", lambda command, _: started.append(command) or 0)
+
+    assert main(["--pid", "1", "run", "--", "make"]) == 0
+    assert main(["--", "run", "--", "make"]) in {0, 2}  # releases of argparse differ
+
+    assert started[0] == ["make"]
+    assert "Traceback" not in capsys.readouterr().err
+
+
 # One row per command that cannot be started: its arguments, the exit code, what is said.
 UNSTARTABLE = {
     "none": ([], 2, "a command is missing"),
@@ -221,9 +234,11 @@ def test_a_script_without_a_first_line_is_the_shells(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no #! there")
 def test_a_script_whose_interpreter_is_missing_says_so(tmp_path: Path) -> None:
     ended = safepool_run("--", written(tmp_path, "#!/no/such/python -u\n"))
+    of_windows = safepool_run("--", written(tmp_path, "#!/bin/sh\r\n"))
 
     assert ended.returncode == 126
     assert ended.stderr.endswith("script: cannot be run: there is no /no/such/python\n")
+    assert of_windows.stderr.endswith("cannot be run: there is no /bin/sh\\x0d\n")
 
 
 def safepool_run(
@@ -399,6 +414,36 @@ def test_a_start_file_of_the_users_runs_all_the_same(tmp_path: Path) -> None:
     # Once in the command's own Python, once in the program's.
     mine = "mine sitecustomize"
     assert ended.stdout.splitlines() == [mine, mine, str(tmp_path / "sitecustomize.py")]
+
+
+def test_patch_reaches_a_module_that_a_pth_file_has_imported(tmp_path: Path) -> None:
+    venv.create(tmp_path / "env", with_pip=False)
+    folders = [*(tmp_path / "env").glob("lib/python*/site-packages")]
+    if not folders:
+        pytest.skip("virtual environments are laid out otherwise here")
+    early = (
+        "from concurrent.futures import ProcessPoolExecutor; import concurrent, joblib.parallel"
+    )
+    (folders[0] / "early.pth").write_text(f"import sys; sys.path[:0] = {sys.path!r}; {early}\n")
+    code = (
+        "import concurrent.futures, joblib\n"
+        "print(concurrent.futures.ProcessPoolExecutor.__module__, joblib.parallel.DEFAULT_BACKEND)"
+    )
+
+    ended = safepool_run("--patch", "--", str(tmp_path / "env/bin/python"), "-c", code)
+
+    assert (ended.stdout, ended.stderr) == ("safepool.pool.executor safepool\n", "")
+
+
+def test_patch_leaves_another_module_of_joblibs_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "joblib").mkdir()
+    (tmp_path / "joblib" / "__init__.py").touch()
+    (tmp_path / "joblib" / "parallel.py").write_text("mine = True")
+    code = "import joblib.parallel; print(joblib.parallel.mine)"
+
+    ended = safepool_run("--patch", "--", sys.executable, "-c", code, cwd=tmp_path)
+
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 def test_a_python_without_safepool_is_told_and_runs_the_program(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def read(path: Path, pid: int | None = None) -> list[dict[str, Any]]:
         if event["ph"] == "X":
             rows.setdefault(event["tid"], []).append(event)
     for row in rows.values():
+        begins = [event["ts"] for event in row if event["cat"] == "task"]
+        assert begins == sorted(begins)  # the report counts on it
         row.sort(key=lambda event: event["ts"])
         for before, after in pairwise(row):
             assert before["ts"] + before["dur"] <= after["ts"] + 0.001
@@ -141,6 +143,20 @@ def test_a_file_of_a_running_pool_is_not_replaced(tmp_path: Path) -> None:
             safepool.ProcessPool(1, trace=path)
         assert pool.submit(abs, -1).result() == 1
     assert calls(read(path), "builtins.abs") == 1
+
+
+def test_a_functions_name_is_cut_before_it_fills_the_disk(tmp_path: Path) -> None:
+    def named(number: int) -> int:
+        return number
+
+    named.__qualname__ = '"\n\ud800' + "x" * 1_000_000
+    path = tmp_path / "run.json"
+    with safepool.ProcessPool(1, trace=path) as pool:
+        assert [pool.submit(named, n).result() for n in range(3)] == [0, 1, 2]
+
+    (name,) = {event["name"] for event in tasks(read(path))}
+    assert '"\n\ud800xxx' in name
+    assert len(name) <= 200
 
 
 def test_a_pool_without_work_leaves_a_whole_file(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 def _patch_futures(module):
     # Looked up on first use: importing safepool's pool imports this very module.
     del module.ProcessPoolExecutor
+    # The package keeps what it was asked for; without it asks this module again.
+    vars(sys.modules["concurrent.futures"]).pop("ProcessPoolExecutor", None)
 
     def look_up(name):
         if name != "ProcessPoolExecutor":
@@ -36,6 +38,9 @@ def _patch_futures(module):
 
 
 def _patch_joblib(module):
+    if not hasattr(module, "DEFAULT_BACKEND"):
+        return  # another one of that name
+
     def make(**options):
         from safepool.joblib_backend import SafepoolBackend  # noqa: PLC0415 -- on first use
 
@@ -99,6 +104,9 @@ def _start():
         )
     else:
         sys.meta_path.insert(0, _Finder)
+        for name, patch in _PATCHES.items():
+            if name in sys.modules:  # a .pth file has imported it
+                patch(sys.modules[name])
     _run_the_next()
 
 
