@@ -199,12 +199,13 @@ class _Settings:
 
 @dataclass(eq=False)
 class _Lease:
-    """A pool, and how many ``Parallel`` calls use it now."""
+    """A pool, and the backends of the ``Parallel`` calls that use it now."""
 
     settings: _Settings
     pool: ProcessPool
     workers: int
-    users: int = 0
+    # One whose call was interrupted before joblib would end it goes with its object.
+    users: weakref.WeakSet[SafepoolBackend] = field(default_factory=weakref.WeakSet)
 
 
 class _Pools:
@@ -220,7 +221,7 @@ class _Pools:
         self._leases: list[_Lease] = []
         _made.add(self)
 
-    def lease(self, settings: _Settings, workers: int) -> _Lease:
+    def lease(self, settings: _Settings, workers: int, user: SafepoolBackend) -> _Lease:
         """Return a pool with so many workers, one that was used before if there is any."""
         with self._lock:
             self._leases = [lease for lease in self._leases if not lease.pool._broken]
@@ -239,13 +240,8 @@ class _Pools:
             if lease.workers != workers:
                 lease.workers = workers
                 lease.pool.resize(workers)
-            lease.users += 1
+            lease.users.add(user)
             return lease
-
-    def give_back(self, lease: _Lease) -> None:
-        """End one use."""
-        with self._lock:
-            lease.users -= 1
 
     def close(self, *, end: bool) -> None:
         """End all workers; ``end`` does not wait for running tasks."""
@@ -405,7 +401,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         mode = mode_asked_for(mmap_mode)
         self._max_nbytes = None if mode is None else max_nbytes
         self._read_only = mode == "r"
-        self._lease = self._pools.lease(settings, workers)
+        self._lease = self._pools.lease(settings, workers, self)
         return workers
 
     def _of_one(self) -> SafepoolBackend:
@@ -533,7 +529,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def _release(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            self._pools.give_back(lease)
+            lease.users.discard(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Travels inside batches as the parent of a nested call; a pool cannot.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -256,6 +257,26 @@ def test_an_input_that_waits_holds_up_no_call_of_another_thread() -> None:
 def _sleep_a_little(n: int) -> int:
     time.sleep(0.02)
     return n
+
+
+@pytest.mark.usefixtures("pools_by_name")
+def test_a_call_that_is_interrupted_at_its_beginning_keeps_no_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Joblib does not end it: the next one, of another size, would need a pool more."""
+    configure = joblib_backend.SafepoolBackend._configure
+
+    def interrupted(*args: Any, **options: Any) -> int:
+        configure(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joblib_backend.SafepoolBackend, "_configure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Parallel(2, backend="safepool")([delayed(abs)(-1)] * 4)
+    gc.collect()
+    Parallel(3, backend="safepool")([delayed(abs)(-1)] * 4)
+    assert len(joblib_backend._shared._leases) == 1
 
 
 def test_batches_of_a_call_that_failed_do_not_fail_the_next(
