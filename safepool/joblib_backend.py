@@ -24,6 +24,7 @@ Not covered:
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import weakref
 from concurrent.futures import Future
@@ -422,6 +423,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
+        # What a call before that failed had made of its input and not sent: joblib would send it
+        # with this call's, and return what it returns.
+        self.parallel._ready_batches = queue.Queue()
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
         try:
             self._callbacks = Callbacks()

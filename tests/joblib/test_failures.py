@@ -279,6 +279,21 @@ def test_a_call_that_is_interrupted_at_its_beginning_keeps_no_pool(
     assert len(joblib_backend._shared._leases) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*tasks:UserWarning")  # of what was not read
+def test_calls_that_a_failed_call_has_not_sent_are_not_the_nexts() -> None:
+    """Joblib takes the input by so many batches as there are workers, and keeps those not sent."""
+    with safepool.parallel_backend(n_jobs=2):
+        listed, generated = Parallel(), Parallel(return_as="generator")
+        for _ in range(5):
+            with pytest.raises(safepool.WorkerDiedError):
+                listed(delayed(tasks.be_killed_with if n == 3 else abs)(n) for n in range(10))
+            assert listed(delayed(abs)(n) for n in range(10)) == [*range(10)]
+            results = generated(delayed(_sleep_a_little)(n) for n in range(10))
+            next(results)
+            results.close()
+            assert [*generated(delayed(abs)(n) for n in range(10))] == [*range(10)]
+
+
 def test_batches_of_a_call_that_failed_do_not_fail_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
