@@ -436,6 +436,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def retrieval_context(self) -> AbstractContextManager[object]:
         """Note that everything is dispatched that is to be at once."""
+        if self.parallel._aborting:
+            # Its input has raised. With ``pre_dispatch="all"`` joblib looks at that only while
+            # a call is still running, and returns what there is.
+            self.parallel._raise_error_fast()
         if self._bar is not None:
             self._bar.begun = True
         return nullcontext()

@@ -279,6 +279,20 @@ def test_a_call_that_is_interrupted_at_its_beginning_keeps_no_pool(
     assert len(joblib_backend._shared._leases) == 1
 
 
+@pytest.mark.parametrize("return_as", ["list", "generator", "generator_unordered"])
+def test_an_input_that_raises_before_anything_was_sent_is_heard(return_as: str) -> None:
+    """Joblib's own backends return nothing, and no error."""
+
+    def inputs() -> Iterator[Any]:
+        yield from ()
+        raise KeyError("input")
+
+    with safepool.parallel_backend(n_jobs=2):
+        with pytest.raises(KeyError, match="input"):
+            list(Parallel(pre_dispatch="all", return_as=return_as)(inputs()))
+        assert Parallel()(delayed(abs)(-n) for n in range(9)) == [*range(9)]
+
+
 @pytest.mark.filterwarnings("ignore:.*tasks:UserWarning")  # of what was not read
 def test_calls_that_a_failed_call_has_not_sent_are_not_the_nexts() -> None:
     """Joblib takes the input by so many batches as there are workers, and keeps those not sent."""
