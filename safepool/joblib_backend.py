@@ -24,6 +24,7 @@ Not covered:
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import weakref
 from concurrent.futures import Future
@@ -202,12 +203,13 @@ class _Settings:
 
 @dataclass(eq=False)
 class _Lease:
-    """A pool, and how many ``Parallel`` calls use it now."""
+    """A pool, and the backends of the ``Parallel`` calls that use it now."""
 
     settings: _Settings
     pool: ProcessPool
     workers: int
-    users: int = 0
+    # One whose call was interrupted before joblib would end it goes with its object.
+    users: weakref.WeakSet[SafepoolBackend] = field(default_factory=weakref.WeakSet)
 
 
 class _Pools:
@@ -223,7 +225,7 @@ class _Pools:
         self._leases: list[_Lease] = []
         _made.add(self)
 
-    def lease(self, settings: _Settings, workers: int) -> _Lease:
+    def lease(self, settings: _Settings, workers: int, user: SafepoolBackend) -> _Lease:
         """Return a pool with so many workers, one that was used before if there is any."""
         with self._lock:
             self._leases = [lease for lease in self._leases if not lease.pool._broken]
@@ -242,13 +244,8 @@ class _Pools:
             if lease.workers != workers:
                 lease.workers = workers
                 lease.pool.resize(workers)
-            lease.users += 1
+            lease.users.add(user)
             return lease
-
-    def give_back(self, lease: _Lease) -> None:
-        """End one use."""
-        with self._lock:
-            lease.users -= 1
 
     def close(self, *, end: bool) -> None:
         """End all workers; ``end`` does not wait for running tasks."""
@@ -408,7 +405,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         mode = mode_asked_for(mmap_mode)
         self._max_nbytes = None if mode is None else max_nbytes
         self._read_only = mode == "r"
-        self._lease = self._pools.lease(settings, workers)
+        self._lease = self._pools.lease(settings, workers, self)
         return workers
 
     def _of_one(self) -> SafepoolBackend:
@@ -429,6 +426,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
+        # What a call before that failed had made of its input and not sent: joblib would send it
+        # with this call's, and return what it returns.
+        self.parallel._ready_batches = queue.Queue()
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
         try:
             self._callbacks = Callbacks(self._goes_on)
@@ -448,17 +448,18 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         # A generator is given results as they come, and only joblib's loop counts its timeout.
         if self._callbacks is not None and not self._is_watched():
             self._callbacks.wait()
+        if self.parallel._aborting:
+            # Its input has raised. With ``pre_dispatch="all"`` joblib looks at that only while
+            # a call is still running, and returns what there is.
+            self.parallel._raise_error_fast()
         return nullcontext()
 
     def _is_watched(self) -> bool:
         return self.parallel.return_generator or self.parallel.timeout is not None
 
     def _goes_on(self) -> bool:
-        """Tell whether joblib waits for a batch, by what its own loop asks; no if that is gone."""
-        if getattr(self.parallel, "_aborting", True):
-            return False
-        waits: bool = getattr(self.parallel, "_wait_retrieval", bool)()
-        return waits
+        """Tell whether joblib waits for a batch, by what its own loop asks."""
+        return not self.parallel._aborting and self.parallel._wait_retrieval()
 
     def stop_call(self) -> None:
         """End it; its arrays are placed no longer."""
@@ -553,7 +554,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def _release(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            self._pools.give_back(lease)
+            lease.users.discard(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Travels inside batches as the parent of a nested call; a pool cannot.

@@ -125,6 +125,14 @@ class ThreadLimit:
         # What the variables say that loaded libraries have read.
         environment = dict(os.environ)
         hold = blocks.enter(self.threads, lowers=True)
+        try:
+            self._name_what_is_kept(environment)
+        except BaseException:  # Ctrl-C; nobody would end it
+            blocks.leave(hold)
+            raise
+        return hold
+
+    def _name_what_is_kept(self, environment: Mapping[str, str]) -> None:
         self.kept = tuple(pool for pool in inspect() if self._is_kept(pool, environment))
         for pool in self.kept:
             has = "an unknown number of" if pool.threads is None else str(pool.threads)
@@ -138,7 +146,6 @@ class ThreadLimit:
                 f"already and has {has} threads: {remedy}",
                 subject=f"limit_threads {pool.runtime}",
             )
-        return hold
 
     def _is_kept(self, pool: NativePool, environment: Mapping[str, str]) -> bool:
         """Return whether a pool has more threads than it should, as far as it can be told."""

@@ -14,7 +14,8 @@ import support_tasks as tasks
 import threadpoolctl  # sets KMP_DUPLICATE_LIB_OK when it is imported, which is not ours to restore
 
 import safepool
-from safepool.threads import NativeRuntime, ThreadVariable, register, unregister
+from safepool import own_threads
+from safepool.threads import NativePool, NativeRuntime, ThreadVariable, register, unregister
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,6 +229,20 @@ def test_an_object_may_be_entered_by_several_threads(library: Any) -> None:
     leave.set()
     thread.join()
     assert (inside, library.threads) == (2, 4)
+
+
+def test_one_that_is_interrupted_at_its_beginning_has_lowered_nothing(
+    library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of its time goes to looking at what could not be lowered."""
+
+    def interrupted() -> list[NativePool]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(own_threads, "inspect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        safepool.limit_threads(1)
+    assert library.threads == 4
 
 
 def test_it_can_be_entered_again(library: Any) -> None:

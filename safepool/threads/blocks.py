@@ -163,7 +163,7 @@ class _Blocks:
 
     def _begin(self, hold: Hold) -> None:
         first = not self._holds
-        if first and self._libraries:  # the last end was cut short
+        if first and (self._libraries or self._variables):  # the last end was cut short
             self._end(hold)
         self._remember(hold, loaded_inside=not first)
         self._holds.append(hold)
@@ -198,7 +198,7 @@ class _Blocks:
         here = threading.get_ident()
         self._holds = [hold for hold in self._holds if hold.thread == here or hold.lowers]
         self._set_for.clear()
-        self._written = dict.fromkeys(self._variables, "")  # as if something else were there
+        self._forget_what_is_written()
         self._native.forked()
 
     def _remember(self, hold: Hold, *, loaded_inside: bool) -> None:
@@ -262,14 +262,21 @@ class _Blocks:
             values.update(changes)
         # Only what is to be another value: a look at a variable that is not set costs a
         # microsecond, and there are some forty.
-        change_environment(
-            {
-                name: values.get(name)
-                for name, before in self._variables.items()
-                if values.get(name) != self._written.get(name, before)
-            }
-        )
+        try:
+            change_environment(
+                {
+                    name: values.get(name)
+                    for name, before in self._variables.items()
+                    if values.get(name) != self._written.get(name, before)
+                }
+            )
+        except BaseException:  # Ctrl-C: who knows which of them
+            self._forget_what_is_written()
+            raise
         self._written = values
+
+    def _forget_what_is_written(self) -> None:
+        self._written = dict.fromkeys(self._variables, "")  # as if something else were there
 
     def _asked(self) -> list[tuple[int, bool]]:
         """Return the blocks that matter: what is below one that sets a number does not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -256,6 +257,55 @@ def test_an_input_that_waits_holds_up_no_call_of_another_thread() -> None:
 def _sleep_a_little(n: int) -> int:
     time.sleep(0.02)
     return n
+
+
+@pytest.mark.usefixtures("pools_by_name")
+def test_a_call_that_is_interrupted_at_its_beginning_keeps_no_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Joblib does not end it: the next one, of another size, would need a pool more."""
+    configure = joblib_backend.SafepoolBackend._configure
+
+    def interrupted(*args: Any, **options: Any) -> int:
+        configure(*args, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(joblib_backend.SafepoolBackend, "_configure", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Parallel(2, backend="safepool")([delayed(abs)(-1)] * 4)
+    gc.collect()
+    Parallel(3, backend="safepool")([delayed(abs)(-1)] * 4)
+    assert len(joblib_backend._shared._leases) == 1
+
+
+@pytest.mark.parametrize("return_as", ["list", "generator", "generator_unordered"])
+def test_an_input_that_raises_before_anything_was_sent_is_heard(return_as: str) -> None:
+    """Joblib's own backends return nothing, and no error."""
+
+    def inputs() -> Iterator[Any]:
+        yield from ()
+        raise KeyError("input")
+
+    with safepool.parallel_backend(n_jobs=2):
+        with pytest.raises(KeyError, match="input"):
+            list(Parallel(pre_dispatch="all", return_as=return_as)(inputs()))
+        assert Parallel()(delayed(abs)(-n) for n in range(9)) == [*range(9)]
+
+
+@pytest.mark.filterwarnings("ignore:.*tasks:UserWarning")  # of what was not read
+def test_calls_that_a_failed_call_has_not_sent_are_not_the_nexts() -> None:
+    """Joblib takes the input by so many batches as there are workers, and keeps those not sent."""
+    with safepool.parallel_backend(n_jobs=2):
+        listed, generated = Parallel(), Parallel(return_as="generator")
+        for _ in range(5):
+            with pytest.raises(safepool.WorkerDiedError):
+                listed(delayed(tasks.be_killed_with if n == 3 else abs)(n) for n in range(10))
+            assert listed(delayed(abs)(n) for n in range(10)) == [*range(10)]
+            results = generated(delayed(_sleep_a_little)(n) for n in range(10))
+            next(results)
+            results.close()
+            assert [*generated(delayed(abs)(n) for n in range(10))] == [*range(10)]
 
 
 def test_batches_of_a_call_that_failed_do_not_fail_the_next(

@@ -13,11 +13,11 @@ import pytest
 import support_natives as natives
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from safepool.threads import NativeRuntime, register, unregister
+from safepool.threads import NativeRuntime, blocks, register, unregister
 from safepool.threads.cap import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 
@@ -120,6 +120,24 @@ def test_an_interrupt_while_a_block_ends_leaves_nothing_capped(
     with capped(1):
         assert os.environ["OMP_NUM_THREADS"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_an_interrupt_while_a_block_begins_leaves_no_variable(
+    library: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(os.environ)
+    change = blocks.change_environment
+
+    def interrupted(changes: Mapping[str, str | None]) -> None:
+        patch.undo()
+        change(dict([*changes.items()][::2]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "change_environment", interrupted)
+        with pytest.raises(KeyboardInterrupt), capped(1):
+            pass
+    assert (library.threads, dict(os.environ)) == (48, before)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
