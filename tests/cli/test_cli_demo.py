@@ -362,3 +362,11 @@ def test_a_reader_that_leaves_ends_the_demo_in_silence() -> None:
     _, stderr = running.communicate(timeout=60)
 
     assert (running.returncode, stderr) == (0, "")
+
+
+def test_without_results_nothing_is_compared_and_numpy_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+
+    assert demo.compare(tmp_path / "standard.npy", tmp_path / "safepool.npy").compared == 0
