@@ -13,6 +13,7 @@ do by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -73,7 +74,8 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     # so not while threads are counted.
     me = os.getpid()
     before = _tasks()
-    faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
+    with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then
+        faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
     watcher = _tasks() - before
     try:
         importlib.import_module(name)

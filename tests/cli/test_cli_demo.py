@@ -370,3 +370,19 @@ def test_without_results_nothing_is_compared_and_numpy_not_needed(
     monkeypatch.setitem(sys.modules, "numpy", None)
 
     assert demo.compare(tmp_path / "standard.npy", tmp_path / "safepool.npy").compared == 0
+
+
+def test_a_system_without_room_for_a_thread_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+
+    assert main(["demo", *SMALL]) == 1
+
+    err = capsys.readouterr().err
+    assert (
+        err == "safepool: error: the system refuses: no further thread: can't start new thread\n"
+    )

@@ -396,6 +396,17 @@ def test_an_import_that_ends_the_process_is_reported_and_the_others_are_imported
     assert err.count("\n") == 1
 
 
+def test_without_room_for_a_watchdog_libraries_are_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_limit_s: float) -> None:
+        raise RuntimeError("unable to start watchdog thread")
+
+    monkeypatch.setattr("faulthandler.dump_traceback_later", refuse)
+
+    assert doctor_child._import("json", 1.0)["error"] == ""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
 def test_a_fork_that_comes_back_from_the_import_ends(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
