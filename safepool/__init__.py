@@ -1,5 +1,17 @@
 """Process pools that fit the machine they run on.
 
+    ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
+    parallel_backend    joblib and scikit-learn in such a pool
+    worker              a decorator: native threads capped in any pool, a timeout, retries
+    limit_threads       the native threads of this process itself
+    share               an object that many tasks use, placed once
+    cpu_limit, cpu_count, read_limits
+                        what this process may use, and which file says so
+    threads             the native thread pools that are loaded, and the variables that rule them
+
+The same at the prompt: ``safepool --help``. Errors are :class:`SafepoolError`; what the package
+has to tell otherwise goes to the logger ``safepool``.
+
 Data flows one way through the modules, and each one imports only from its left:
 
     errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
@@ -17,6 +29,8 @@ from typing import TYPE_CHECKING
 from safepool.registration import register as _register
 
 if TYPE_CHECKING:
+    from safepool import limits as limits
+    from safepool import threads as threads
     from safepool.budget import Budget
     from safepool.decorator import worker
     from safepool.errors import (
@@ -94,16 +108,19 @@ _HOMES = {
 _SUBMODULES = frozenset({"limits", "threads"})
 
 
-def __getattr__(name: str) -> object:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    try:
-        home = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
-    value: object = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+# A type checker would take any misspelled name for an object.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        try:
+            home = _HOMES[name]
+        except KeyError:
+            raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
+        value: object = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
 
 
 _register()

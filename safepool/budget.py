@@ -84,7 +84,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many processes to start, and why.
+    """How many processes to start, and why: what :func:`safepool.budget.fit` makes of limits.
 
     Attributes:
         workers: Worker processes, at least 1.
@@ -92,6 +92,12 @@ class Budget:
         cpus: The CPUs that the kernel grants, before reserve and rounding.
         dropped_cpus: What rounding left over, 0 or more.
         because: The limit that decided.
+
+    Example:
+        >>> from safepool import read_limits
+        >>> budget = fit(read_limits())
+        >>> budget.workers >= 1 and budget.because.source != ""
+        True
     """
 
     workers: int

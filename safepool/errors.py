@@ -27,16 +27,29 @@ __all__ = [
 
 
 class SafepoolError(Exception):
-    """Every error that safepool raises itself."""
+    """Every error that safepool raises itself, and what catches them all.
+
+    Example:
+        >>> issubclass(WorkerDiedError, SafepoolError)
+        True
+    """
 
 
 class UnreadableLimitError(SafepoolError, ValueError):
     """A limit's text has a shape that its documentation does not give it.
 
+    :func:`safepool.read_limits` does not raise it: it goes on without that limit, and its
+    ``skipped`` says why.
+
     Attributes:
         source: The file or variable that was read.
         found: What it said, word for word.
         expected: The documented shape.
+
+    Example:
+        >>> error = UnreadableLimitError("NSLOTS", "many", "a positive whole number")
+        >>> str(error).partition(". ")[0]
+        "cannot read a limit from NSLOTS: expected a positive whole number, found 'many'"
     """
 
     def __init__(self, source: str, found: str, expected: str) -> None:
@@ -67,6 +80,15 @@ class OutOfMemory:
         used_bytes: The most that the group with the ceiling has used so far, page cache
             included; ``None`` if not told.
         group: Directory of the group with the ceiling, else of the pool's own group.
+
+    Example:
+        >>> one = OutOfMemory(
+        ...     kills_before=0, kills=1, source="/sys/fs/cgroup/job/memory.events",
+        ...     limit_bytes=1 << 30, used_bytes=1 << 30, group="/sys/fs/cgroup/job",
+        ... )
+        >>> str(one).partition(". ")[0]  # doctest: +NORMALIZE_WHITESPACE
+        'the limit of 1,024 MiB in /sys/fs/cgroup/job was used up (1,024 MiB used at the peak,
+        oom_kill 0 -> 1)'
     """
 
     kills_before: int
@@ -108,6 +130,18 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         stack: The Python stack in which a crash in native code left the worker, as
             :mod:`faulthandler` writes it; empty if there was no such crash.
         oom: What the kernel's out-of-memory killer has counted, if it was that.
+
+    Example:
+        >>> import os
+        >>> from safepool import ProcessPool, WorkerDiedError
+        >>> with ProcessPool(1) as pool:
+        ...     try:
+        ...         pool.submit(os._exit, 3).result()
+        ...     except WorkerDiedError as error:
+        ...         print(error.exitcode, error.oom)
+        ...     pool.submit(abs, -1).result()
+        3 None
+        1
     """
 
     def __init__(
@@ -142,6 +176,16 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
         task: What it was, such as ``"package.module.function"``.
         stack: The Python stack where it was, as :mod:`faulthandler` writes it; empty where
             it cannot be had.
+
+    Example:
+        >>> import time
+        >>> from safepool import ProcessPool, TaskTimeoutError
+        >>> with ProcessPool(1, timeout=0.2) as pool:
+        ...     try:
+        ...         pool.submit(time.sleep, 60).result()
+        ...     except TaskTimeoutError as error:  # or the builtin TimeoutError
+        ...         print(error.task, error.timeout_s)
+        time.sleep 0.2
     """
 
     def __init__(self, pid: int, timeout_s: float, task: str, stack: str = "") -> None:
@@ -164,6 +208,15 @@ class PoolBrokenError(SafepoolError, BrokenProcessPool):
 
     Attributes:
         reason: Why, in words. What was raised, if anything was, is the ``__cause__``.
+
+    Example:
+        >>> from safepool import PoolBrokenError, ProcessPool
+        >>> with ProcessPool(1, initializer=int, initargs=("x",)) as pool:
+        ...     try:
+        ...         pool.submit(abs, -1).result()
+        ...     except PoolBrokenError as error:
+        ...         type(error.__cause__)
+        <class 'ValueError'>
     """
 
     def __init__(self, reason: str) -> None:
@@ -178,6 +231,20 @@ class RemoteTaskError(SafepoolError):
         type_name: Qualified name of the exception's type.
         text: Its ``str()``.
         reason: Why it could not be sent.
+
+    Example:
+        >>> from safepool import ProcessPool, RemoteTaskError
+        >>> def reject(row):
+        ...     class RejectedError(Exception):
+        ...         def __init__(self, *, row):
+        ...             super().__init__(f"row {row}")
+        ...     raise RejectedError(row=row)
+        >>> with ProcessPool(1) as pool:
+        ...     try:
+        ...         pool.submit(reject, 7).result()
+        ...     except RemoteTaskError as error:
+        ...         error.text
+        'row 7'
     """
 
     def __init__(self, type_name: str, text: str, reason: str) -> None:
@@ -197,6 +264,14 @@ class TraceFileError(SafepoolError, OSError):
         errno: The system's number for it.
         strerror: Why.
         filename: Which file.
+
+    Example:
+        >>> from safepool import ProcessPool, TraceFileError
+        >>> try:
+        ...     ProcessPool(1, trace="/no/such/folder/run.json")
+        ... except TraceFileError as error:
+        ...     error.strerror
+        'No such file or directory'
     """
 
     def __str__(self) -> str:
@@ -212,6 +287,10 @@ class MissingExtraError(SafepoolError, ImportError):
     Attributes:
         package: What is missing.
         remedy: The command that installs it.
+
+    Example:
+        >>> str(MissingExtraError("tqdm", "pip install 'safepool[progress]'"))
+        "tqdm is not installed. Install it with: pip install 'safepool[progress]'"
     """
 
     def __init__(self, package: str, remedy: str) -> None:

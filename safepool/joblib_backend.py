@@ -122,6 +122,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
             otherwise.
 
+    Returns:
+        A context manager, which gives nothing to ``as``.
+
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
         MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
@@ -429,17 +432,34 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """Begin one call; what arrays hold is another matter in each."""
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
         try:
-            self._callbacks = Callbacks()
+            self._callbacks = Callbacks(self._goes_on)
         except RuntimeError:
             pass  # the system gives no thread: they run in the scheduler's
         if self._progress is not False:
             self._bar = CallBar.of(self.parallel, self._progress)
 
     def retrieval_context(self) -> AbstractContextManager[object]:
-        """Note that everything is dispatched that is to be at once."""
+        """Wait for the end of a call whose results are wanted all at once.
+
+        Everything is dispatched that is to be at once. What follows here looks for results every
+        10 ms, which for a short call is most of its time.
+        """
         if self._bar is not None:
             self._bar.begun = True
+        # A generator is given results as they come, and only joblib's loop counts its timeout.
+        if self._callbacks is not None and not self._is_watched():
+            self._callbacks.wait()
         return nullcontext()
+
+    def _is_watched(self) -> bool:
+        return self.parallel.return_generator or self.parallel.timeout is not None
+
+    def _goes_on(self) -> bool:
+        """Tell whether joblib waits for a batch, by what its own loop asks; no if that is gone."""
+        if getattr(self.parallel, "_aborting", True):
+            return False
+        waits: bool = getattr(self.parallel, "_wait_retrieval", bool)()
+        return waits
 
     def stop_call(self) -> None:
         """End it; its arrays are placed no longer."""

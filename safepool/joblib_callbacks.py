@@ -4,16 +4,19 @@ A callback takes the next calls from the program's iterator and submits them. Th
 be slow, or wait for another parallel call: in the thread that serves the pool it would hold up
 every call there is, the one that it waits for included.
 
+It also lets a program wait for the end of its call: joblib looks for it every 10 ms.
+
 Not covered:
     * Batches that end after their call: their callbacks are dropped, joblib has no use for them.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any
+
+from joblib.parallel import TASK_ERROR, BatchCompletionCallBack
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,17 +24,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Callbacks"]
 
-# Where a future tells of a callback that raised.
-_log = logging.getLogger("concurrent.futures")
-
 # Ctrl-C is to bring the prompt back within a second.
 _WAIT_S = 0.5
+# Between two looks at a call whose end should have been told.
+_LOOK_S = 0.1
 
 
 class Callbacks:
-    """Runs the callbacks of one ``Parallel`` call, one after the other, until it is closed."""
+    """Runs the callbacks of one ``Parallel`` call, one after the other, until it is closed.
 
-    def __init__(self) -> None:
+    Args:
+        goes_on: Tells whether the call needs further ones.
+    """
+
+    def __init__(self, goes_on: Callable[[], bool]) -> None:
+        self._goes_on = goes_on
+        self._over = threading.Event()
         self._done: queue.SimpleQueue[tuple[Callable[[Any], object], Future[Any]] | None]
         self._done = queue.SimpleQueue()
         self._closed = False
@@ -42,6 +50,12 @@ class Callbacks:
     def after(self, future: Future[Any], callback: Callable[[Any], object]) -> None:
         """Run a callback when a future is done."""
         future.add_done_callback(lambda done: self._done.put((callback, done)))
+
+    def wait(self) -> None:
+        """Return when the call needs no further callback. Not from a callback."""
+        while self._goes_on():
+            self._over.wait(_LOOK_S)
+            self._over.clear()
 
     def close(self) -> None:
         """Run no further ones, and wait for the one that runs; twice is once.
@@ -59,7 +73,23 @@ class Callbacks:
             callback, future = entry
             try:
                 callback(future)
-            except Exception:  # noqa: BLE001 -- as a future does, and the next one is run
-                _log.exception("exception calling callback for %r", future)
+            except BaseException as error:  # noqa: BLE001 -- raised where the program waits
+                _fail(callback, error)
+            if not self._goes_on():
+                self._over.set()
             # What the call returned is the program's to drop.
             del entry, callback, future
+
+
+def _fail(callback: Any, error: BaseException) -> None:
+    """Let a call raise what its callback has raised, as joblib does with an iterator's errors.
+
+    Nothing would be dispatched any more, and the program wait for ever. It is ``SystemExit`` or
+    ``KeyboardInterrupt`` from the iterator, or what prints the progress.
+    """
+    parallel = callback.parallel
+    with parallel._lock:
+        if parallel._call_id == callback.parallel_call_id:
+            failed = BatchCompletionCallBack(0.0, 0, parallel)
+            parallel._register_new_job(failed)
+            failed._register_outcome({"result": error, "status": TASK_ERROR})

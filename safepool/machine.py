@@ -55,7 +55,10 @@ def cpu_count() -> int:
 
     Returns:
         :func:`cpu_limit` rounded down, at least 1; fewer where the limits on processes or
-        open files have no room for as many.
+        open files have no room for as many. ``SAFEPOOL_MAX_WORKERS`` is returned as it is.
+
+    Source:
+        As :func:`cpu_limit`; Linux, Documentation/admin-guide/cgroup-v1/pids.rst; getrlimit(2).
 
     Example:
         >>> cpu_count() >= 1

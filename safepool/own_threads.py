@@ -77,17 +77,27 @@ class ThreadLimit:
         kept: The native pools that were loaded and could not be lowered: ``runtime`` names
             each, ``variable`` is the environment variable that bounds it when it is set
             before the library is imported, ``threads`` is what it has, if it says.
+
+    Example:
+        >>> with limit_threads(1) as limit:
+        ...     limit
+        <limit_threads(1)>
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self.kept: tuple[NativePool, ...] = ()
         self._lock = threading.Lock()
-        self._hold: blocks.Hold | None = None
-        self._set()
+        # What the call has set, until the first block takes it over; and of blocks that are open.
+        self._lasting: blocks.Hold | None = self._set()
+        self._holds: list[blocks.Hold] = []
 
     def __enter__(self) -> Self:
-        self._set()
+        with self._lock:
+            hold, self._lasting = self._lasting, None
+        hold = hold or self._set()
+        with self._lock:
+            self._holds.append(hold)
         return self
 
     def __exit__(
@@ -96,22 +106,25 @@ class ThreadLimit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        here = threading.get_ident()
         with self._lock:
-            hold, self._hold = self._hold, None
-        if hold is not None:
-            blocks.leave(hold)
+            # This thread's own: others may be in blocks of this object as well.
+            holds = sorted(self._holds, key=lambda hold: hold.thread == here)
+            if holds:
+                self._holds.remove(holds[-1])
+            elif self._lasting is not None:
+                holds, self._lasting = [self._lasting], None
+        if holds:
+            blocks.leave(holds[-1])
 
     def __repr__(self) -> str:
         kept = ", ".join(pool.runtime for pool in self.kept)
         return f"<limit_threads({self.threads})" + (f", kept: {kept}>" if kept else ">")
 
-    def _set(self) -> None:
-        with self._lock:
-            if self._hold is not None:
-                return
-            # What the variables say that loaded libraries have read.
-            environment = dict(os.environ)
-            self._hold = blocks.enter(self.threads, lowers=True)
+    def _set(self) -> blocks.Hold:
+        # What the variables say that loaded libraries have read.
+        environment = dict(os.environ)
+        hold = blocks.enter(self.threads, lowers=True)
         self.kept = tuple(pool for pool in inspect() if self._is_kept(pool, environment))
         for pool in self.kept:
             has = "an unknown number of" if pool.threads is None else str(pool.threads)
@@ -125,6 +138,7 @@ class ThreadLimit:
                 f"already and has {has} threads: {remedy}",
                 subject=f"limit_threads {pool.runtime}",
             )
+        return hold
 
     def _is_kept(self, pool: NativePool, environment: Mapping[str, str]) -> bool:
         """Return whether a pool has more threads than it should, as far as it can be told."""

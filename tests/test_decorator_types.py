@@ -1,4 +1,4 @@
-"""What a type checker says of decorated functions is what it says of the functions."""
+"""What a type checker says: of decorated functions what it says of the functions."""
 
 from __future__ import annotations
 
@@ -107,6 +107,10 @@ PROGRAM = textwrap.dedent("""
 
     with safepool.ProcessPool() as pool:
         assert_type(pool.submit(add, 1, z="b").result(), int)
+
+    assert_type(safepool.threads.inspect()[0].runtime, str)
+    assert_type(safepool.threads.table.RUNTIMES[0].name, str)
+    assert_type(safepool.limits.read_limits(), safepool.Limits)
 """)
 
 # One row per mistake that must be found: a line, and the code of the error.
@@ -117,6 +121,8 @@ MISTAKES = {
     "a wrong result": ("text: str = add(1)", "assignment"),
     "a wrong number": ('safepool.worker(threads="2")', "call-overload"),
     "what cannot be called": ("safepool.worker(3)", "call-overload"),
+    "a misspelled name": ("safepool.ProcesPool()", "attr-defined"),
+    "a misspelled name of a module": ("safepool.threads.inspekt()", "attr-defined"),
     "a word for a number": ('safepool.limit_threads("all")', "arg-type"),
 }
 

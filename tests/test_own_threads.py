@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -198,6 +199,35 @@ def test_what_was_limited_when_it_was_loaded_is_not_named(
     monkeypatch.setenv(fixed, "2")
     with safepool.limit_threads(2) as limit:
         assert limit.kept == ()
+
+
+def test_an_object_may_be_entered_inside_of_its_own_block(library: Any) -> None:
+    limit = safepool.limit_threads(2)
+    with limit:
+        with limit:
+            assert library.threads == 2
+        assert library.threads == 2
+    assert library.threads == 4
+
+
+def test_an_object_may_be_entered_by_several_threads(library: Any) -> None:
+    """A program's one limit: the first block to end is not the end of the others."""
+    limit = safepool.limit_threads(2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with limit:
+            entered.set()
+            assert leave.wait(20)
+
+    thread = threading.Thread(target=other)
+    with limit:
+        thread.start()
+        assert entered.wait(20)
+    inside = library.threads
+    leave.set()
+    thread.join()
+    assert (inside, library.threads) == (2, 4)
 
 
 def test_it_can_be_entered_again(library: Any) -> None:

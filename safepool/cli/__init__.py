@@ -296,8 +296,8 @@ examples:
   safepool run -- python train.py    start a program with its limits set
 
 Exit codes: 0 fine, 1 a problem was found, 2 wrong usage or a package is
-missing, 130 Ctrl-C; safepool run: the program's own, 126, 127. Good for a
-container's health check: safepool > /dev/null
+missing, 130 Ctrl-C; safepool run: the program's own, 126, 127. For a
+container's health check: safepool --pid 1 > /dev/null
 Colours only on a terminal, and not with NO_COLOR=1."""
 
 _LIMITS = """\

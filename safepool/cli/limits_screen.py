@@ -3,7 +3,8 @@
 It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
 value with its source and raw text. It has no opinion of its own on a limit.
 
-The exit code is 1 if a problem was found, so that a health check can call it. ``--json``
+The exit code is 1 if a problem was found. A health check asks for ``--pid 1``: without it the
+pools are judged that an unmodified program would start here, not those that one has. ``--json``
 prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
     schema              1
@@ -66,8 +67,10 @@ _SCHEMA = 1
 _NAME_WIDTH = 26
 # Of the runtimes that nearly every program has, the one that wins first.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-# Three periods of the usual quota.
+# Three periods of the usual quota; and fifteen, if one of them was cut off. A health check must
+# not take one burst for a problem.
 _SAMPLE_S = 0.3
+_LONGER = 5
 
 # As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
 # affinity mask and PYTHON_CPU_COUNT leave of it.
@@ -135,12 +138,14 @@ class Screen:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong, the most pressing first."""
+        # A process that has loaded no native library has no such threads.
+        computes = self.process is None or bool(self.process.libraries)
         return judge(
             self.limits,
             self.budget,
             sample=self.sample,
             standard_workers=None if self.process else self.standard_workers,
-            native_threads=self.native_threads,
+            native_threads=self.native_threads if computes else 1,
         )
 
     @property
@@ -298,6 +303,8 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
 
 def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
     """Read another process's limits, threads and libraries; else as `read_screen`."""
+    # First, so that what hides them is among what was skipped.
+    libraries = _native_libraries(view.libraries())
     limits = view.read_limits()
     environ = view.environ()
     throttling, sample = _sampled(view.read_throttling, sample_s)
@@ -309,9 +316,7 @@ def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
         standard_workers=_standard_count() or 1,
         native_threads=_native_threads(limits, environ),
         variables=_variables(environ),
-        process=OtherProcess(
-            pid=view.pid, threads=view.threads(), libraries=_native_libraries(view.libraries())
-        ),
+        process=OtherProcess(pid=view.pid, threads=view.threads(), libraries=libraries),
     )
 
 
@@ -361,15 +366,19 @@ def _view(pid: int) -> View:
 def _sampled(
     read: Callable[[], Throttling | None], sample_s: float
 ) -> tuple[Throttling | None, Throttling | None]:
-    """Return the counters, and how they grew in so many seconds."""
+    """Return the counters, and how they grew in so many seconds, or longer if it is not clear."""
     before = read()
     if before is None or sample_s <= 0:
         return before, None
-    time.sleep(sample_s)
-    now = read()
-    if now is None or now.source != before.source:
-        return before, None
-    return now, now - before
+    for more_s in (sample_s, (_LONGER - 1) * sample_s):
+        time.sleep(more_s)
+        now = read()
+        if now is None or now.source != before.source:
+            break
+        sample = now - before
+        if not sample.throttled_periods or more_s > sample_s:
+            return now, sample
+    return before, None
 
 
 def _joblib_count() -> int | None:

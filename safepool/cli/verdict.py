@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CODES", "Finding", "judge"]
 
-# A period or two in which a burst was cut off are no problem; one in ten is felt.
+# A period in which a burst was cut off is no problem; one in ten is felt.
+_FEWEST_THROTTLED = 2
 _THROTTLED_SHARE = 0.1
 _MEMORY_SHARE = 0.9
 
@@ -92,7 +93,7 @@ def judge(
 def _throttled(budget: Budget, sample: Throttling | None) -> Iterator[Finding]:
     if sample is None or sample.periods <= 0:
         return
-    if sample.throttled_periods >= max(1, _THROTTLED_SHARE * sample.periods):
+    if sample.throttled_periods >= max(_FEWEST_THROTTLED, _THROTTLED_SHARE * sample.periods):
         yield Finding(
             code="throttled",
             problem=True,

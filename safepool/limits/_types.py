@@ -31,6 +31,12 @@ class Limit:
         source: The file, the call or the variable that was read.
         raw: What it said, word for word. Where two files make one limit (version 1),
             ``150000 / 100000``.
+
+    Example:
+        >>> from safepool import read_limits
+        >>> limit = read_limits().affinity
+        >>> limit.name, limit.cpus is None or limit.cpus >= 1
+        ('affinity', True)
     """
 
     name: str
@@ -204,6 +210,12 @@ class Limits:
         open_files: The descriptor limit; ``None`` where the system has none.
         shared_memory: ``/dev/shm``; ``None`` where there is none.
         skipped: What could not be used, and why.
+
+    Example:
+        >>> mask = Limit(name="affinity", cpus=8.0, source="sched_getaffinity", raw="0-7")
+        >>> quota = Limit(name="cpu.max", cpus=2.5, source="cpu.max", raw="250000 100000")
+        >>> Limits(affinity=mask, quotas=(quota,)).binding.name
+        'cpu.max'
     """
 
     affinity: Limit

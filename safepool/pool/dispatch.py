@@ -13,7 +13,10 @@ import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import text_of
+from safepool.machine import tell_once
 from safepool.pool.functions import Functions, SentFunction
+from safepool.pool.mains import is_of_main, largest_global
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Staff, Worker
+    from safepool.pool.staff import Staff
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
@@ -56,10 +60,15 @@ _UNCHANGED: tuple[type, ...] = (
 
 # Parts of one item that are looked at.
 _MOST_PARTS = 1000
+# More is worth a word when globals bring it with every call; it takes tens of milliseconds.
+_MUCH_BYTES = 16 << 20
+_TOLD_AT = 2
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
 _NOT_SENT = "while the call of "
+# What multiprocessing's locks, values and queues say of any pickler that starts no process.
+_INHERITED = "shared between processes through inheritance"
 
 Pieces = list["bytes | memoryview"]
 
@@ -75,6 +84,7 @@ class Dispatch:
     def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
         self.functions = Functions()
         self._blamed: Counter[str] = Counter()
+        self._large: Counter[str] = Counter()
         self._settled = settled
         self._packer = Packer(wake)
         self._wake = wake
@@ -93,6 +103,10 @@ class Dispatch:
             if worker.packing is packing:
                 worker.packing = None
             if packing.wanted:  # else taken back, or its worker has ended
+                if isinstance(packing.work, Span) and packing.work.run.dropped:
+                    # The worker was told to forget the function meanwhile.
+                    back += self._withdraw(packing)
+                    continue
                 pieces, again = self._finish(packing)
                 back += again
                 worker.sent_ns = time.monotonic_ns()
@@ -116,14 +130,13 @@ class Dispatch:
 
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
         """Return the pieces of a payload that was copied, or fail what it belongs to."""
-        worker, work, error = packing.worker, packing.work, packing.error
+        work, error = packing.work, packing.error
         if error is None:
             try:
                 return self._frame(packing), []
             except MemoryError as problem:  # it could not go as a file after all
                 error = problem
-        worker.ledger.take_back(packing.position - 1)
-        worker.exclusive = False
+        self._withdraw(packing)
         if not isinstance(work, Span):
             work.pickled = None
             fail(work.future, error)
@@ -132,6 +145,11 @@ class Dispatch:
         else:
             return [], [work.only(place) for place in range(work.count)]
         return [], []
+
+    def _withdraw(self, packing: Packing) -> list[Task | Span]:
+        """Take back from the worker what it was not sent."""
+        packing.worker.exclusive = False
+        return packing.worker.ledger.take_back(packing.position - 1)
 
     def _frame(self, packing: Packing) -> Pieces:
         work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
@@ -237,7 +255,25 @@ class Dispatch:
         sent = self.functions.lasting(function)
         if sent is not None:
             return _dumps((args, kwargs))._replace(function=sent)
-        return _dumps(task.call, by_value=task.name.startswith("__main__."))
+        pickled = _dumps(task.call, by_value=task.name.startswith("__main__."))
+        if is_of_main(function) and _size(pickled.segments) > _MUCH_BYTES:
+            self._advise(function, task.name)
+        return pickled
+
+    def _advise(self, function: types.FunctionType, name: str) -> None:
+        """Say once what makes every call of a function large, if it is a global.
+
+        With a second call: what the first one has sent was perhaps the only time.
+        """
+        self._large[name] += 1
+        if self._large[name] != _TOLD_AT:
+            return
+        large, size_bytes = largest_global(function, _size_of)
+        if size_bytes > _MUCH_BYTES:
+            tell_once(
+                f"each call of {name} sends the global {large!r} again, {size_bytes >> 20} MiB. "
+                f"Place it once for all workers: {large} = safepool.share({large})"
+            )
 
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
         """Add to a pickling error what it does not know: whose call it was, and what in it."""
@@ -246,13 +282,19 @@ class Dispatch:
             note += (
                 " and the globals of __main__ that it uses, which travel to the worker by value"
             )
+        inherited = isinstance(error, RuntimeError) and _INHERITED in text_of(error)
         # Not for each of many calls of a function: the workers wait meanwhile.
-        if self._blamed[name] < _MOST_BLAMED and isinstance(
-            error, (TypeError, AttributeError, pickle.PicklingError)
+        if self._blamed[name] < _MOST_BLAMED and (
+            inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
         ):
             self._blamed[name] += 1
             culprit = find_unpicklable(value, payloads.dumps)
             note += f". It is {culprit}" if culprit else ""
+        if inherited:
+            note += (
+                '. Make it by multiprocessing.get_context("spawn"), and give it to the workers '
+                "by ProcessPool(initializer=, initargs=)"
+            )
         try:
             error.add_note(note)
         except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
@@ -423,6 +465,14 @@ def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
     if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
         return None
     return pickled
+
+
+def _size_of(value: object) -> int:
+    """Return how large the pickle of a value is, 0 if it has none."""
+    try:
+        return _size(payloads.dumps(value, into_main=True))
+    except Exception:  # noqa: BLE001 -- user code
+        return 0
 
 
 def _size(segments: Sequence[Segment]) -> int:

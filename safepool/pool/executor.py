@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 import sys
 import threading
@@ -56,7 +57,8 @@ class ProcessPool(Executor):
 
     Args:
         max_workers: The most workers at a time, at least 1 (on Windows at most 61).
-            ``None`` is the number that fits: see :func:`safepool.cpu_count`.
+            ``None`` is the number that fits, or ``SAFEPOOL_MAX_WORKERS`` of the environment: see
+            :func:`safepool.cpu_count`.
         mp_context: A ``multiprocessing`` context that starts the workers, or the name of
             one. ``None`` is ``"safepool"`` on Linux, which forks them from a server of our own
             that has no threads, and ``"loky"`` elsewhere, which starts a fresh interpreter for
@@ -64,7 +66,8 @@ class ProcessPool(Executor):
             ``if __name__ == "__main__"``. ``"fork"`` is as safe as the program has few threads:
             those that there are when the pool is made are named by a warning.
         initializer: Called once in each worker before its first task, after the caps.
-        initargs: Its arguments.
+        initargs: Its arguments; locks, queues and values of ``multiprocessing`` as well, made by
+            ``multiprocessing.get_context("spawn")`` unless the workers are forks.
         max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
             keeps workers as long as the pool. Not with ``"fork"``, as in the standard pool:
             the process that is copied for each new worker is busy by then.
@@ -102,7 +105,8 @@ class ProcessPool(Executor):
             are known to bear it (NumPy, SciPy, pandas, PyTorch, ...), with more than one
             thread per worker none of them; a list names others, to which the same must apply:
             importing them starts no thread and opens nothing that two processes must not
-            share. ``[]`` is nothing. Without effect where workers are not forked from a server.
+            share. ``[]`` is nothing. One whose import raises is left to the tasks. Without
+            effect where workers are not forked from a server.
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
@@ -117,6 +121,7 @@ class ProcessPool(Executor):
         TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
         TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
             integer, ``env`` holds something else than text.
+        ModuleNotFoundError: ``preload`` names a module that is not there.
 
     Source:
         Python, Doc/library/concurrent.futures.rst, "ProcessPoolExecutor".
@@ -484,8 +489,8 @@ class ProcessPool(Executor):
 
     def __repr__(self) -> str:
         why = f"{self._budget.because.name}: {self._budget.because.raw}"
-        now = f"at most {self._max_workers} workers, {self._budget.workers} at first ({why})"
-        return f"<ProcessPool of {now}>"
+        most = f"{self._max_workers} worker{'s' * (self._max_workers != 1)}"
+        return f"<ProcessPool of at most {most}, {self._budget.workers} at first ({why})>"
 
 
 def _check(initializer: object, max_tasks_per_child: object, on_worker_death: str) -> None:
@@ -506,6 +511,11 @@ def _names(preload: str | Sequence[str]) -> str | list[str]:
         return "auto"
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f'preload must be "auto" or a list of module names, not {preload!r}')
+    for name in preload:
+        # The first part alone: for the others it would have to be imported here.
+        top = name.partition(".")[0]
+        if not top or (top not in sys.modules and importlib.util.find_spec(top) is None):
+            raise ModuleNotFoundError(f"preload names {name!r}: no module named {top!r}", name=top)
     return list(preload)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.pool.exits import working
-from safepool.pool.staff import Worker
+from safepool.pool.worker import Worker
 from safepool.workers import inheritance
 from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger

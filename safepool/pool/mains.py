@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["Look", "is_importable", "is_of_main", "look_at"]
+__all__ = ["Look", "is_importable", "is_of_main", "largest_global", "look_at"]
 
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range})
 _ABSENT = object()
@@ -116,7 +116,25 @@ def look_at(function: types.FunctionType) -> Look | None:
     return look
 
 
-def is_of_main(function: Any) -> bool:
+def largest_global(
+    function: types.FunctionType, size_of: Callable[[object], int]
+) -> tuple[str, int]:
+    """Return which global that the function names is the largest, and its size; none is 0.
+
+    Args:
+        function: Of ``__main__``. Those that it calls are not looked into.
+        size_of: Returns the size of a value.
+    """
+    space = function.__globals__
+    sizes = {
+        name: size_of(space[name])
+        for name in _names_in(function.__code__)
+        if name in space and not isinstance(space[name], (types.ModuleType, type))
+    }
+    return max(sizes.items(), key=lambda item: item[1], default=("", 0))
+
+
+def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
     """Tell whether this is a function of the program's ``__main__``, also a nested one."""
     return (
         type(function) is types.FunctionType

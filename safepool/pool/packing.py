@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import Span
-    from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
 
 __all__ = ["Packer", "Packing"]

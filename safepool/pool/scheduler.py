@@ -8,8 +8,9 @@
 
 Data goes one way: what is submitted waits in the backlog (``backlog``), is taken by the
 scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
-(``pace``), belongs to exactly one worker until it is settled (``ledger``), and ends
-(``settling``) by its future or among its map's results (``mapping``). Callers only add to the
+(``pace``), belongs to exactly one worker until it is settled (``ledger``) or taken back
+(``reclaim``), and ends (``settling``) by its future or among its map's results (``mapping``), or
+with its worker (``losses``). Callers only add to the
 backlog or raise a flag, under ``_lock`` (but race E), and then wake the thread up. The lock is
 never held across input, output, pickling or a future's callbacks.
 
@@ -46,7 +47,6 @@ Not covered:
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -55,21 +55,18 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.errors import (
-    PoolBrokenError,
-    TaskTimeoutError,
-    WorkerDiedError,
-    describe_exit,
-)
+from safepool.errors import PoolBrokenError, TaskTimeoutError, describe_exit
+from safepool.pool import reclaim
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
+from safepool.pool.losses import Losses
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.records import handle_record
 from safepool.pool.settling import Settling
-from safepool.pool.staff import Ended, Staff, Worker
+from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, fresh, rebuild
 from safepool.transport.frames import CorruptFrameError, Frame, Kind
 from safepool.workers.contained import ContainedLogger
@@ -85,6 +82,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
     from safepool.pool.trace import Trace
+    from safepool.pool.worker import Worker
 
 __all__ = ["Scheduler"]
 
@@ -95,19 +93,6 @@ _log = ContainedLogger()
 _MOST_FAILED_STARTS = 3
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
-# Between two attempts to start a worker when the system refuses; and for how long a pool that
-# has lost all of them goes on trying.
-_RETRY_S = 1.0
-_RETRYING_S = 30.0
-# A task that runs for so long keeps those behind it: they are taken back, at once if a
-# worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
-_LONG_NS = 20_000_000
-_LONG_WHILE_IDLE_NS = 1_000_000
-# While a worker is idle, so much that another holds is worth dividing.
-_DIVIDED_NS = 2_500_000
-# A task that a worker has not come to after so long goes to another that is idle. It may be
-# stopped; it may also import what the task needs, then two of them do.
-_UNHEARD_NS = 1_000_000_000
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
 
@@ -186,6 +171,7 @@ class Scheduler:
             memory_per_worker=memory_per_worker,
             trace=trace,
         )
+        self._losses = Losses(self._settling, self._settled, self._wait_again)
         self._oom = OutOfMemoryWatch()
         self._hiring = hiring
         me = self._me
@@ -570,14 +556,9 @@ class Scheduler:
             times.append(self._hiring.not_before)
         if self._follow is not None:
             times.append(self._follow_at)
-        idle = any(_is_idle(worker) for worker in staff)
-        if any(worker.ledger.owed > 1 and worker.board is not None for worker in busy):
-            times.append(now + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS) / 1e9)
-        if idle:
-            unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
-            times += [(worker.sent_ns + _UNHEARD_NS) / 1e9 for worker in unheard]
+        times += reclaim.next_looks(staff, now)
         for worker in busy:
-            due_s = _due_in_s(worker)
+            due_s = worker.due_in_s()
             if due_s is not None:
                 times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
@@ -585,7 +566,7 @@ class Scheduler:
     def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
         now = time.monotonic()
         for worker in staff:
-            if not _is_idle(worker):
+            if not worker.is_idle:
                 worker.idle_since = None
             elif worker.idle_since is None:
                 worker.idle_since = now
@@ -626,12 +607,12 @@ class Scheduler:
             if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
             # Nothing that it owed may have begun; then no answer brings its end.
-            if worker.retiring and _is_idle(worker):
+            if worker.retiring and worker.is_idle:
                 staff.stop(worker)
         if not shrinking:
             return
         staying = [worker for worker in staff if not worker.leaving]
-        idle = [worker for worker in staying if _is_idle(worker)]
+        idle = [worker for worker in staying if worker.is_idle]
         for worker in idle[: max(0, len(staying) - self._size)]:
             staff.stop(worker)
 
@@ -728,30 +709,8 @@ class Scheduler:
     # Tasks back from workers.
 
     def _take_back_from_the_slow(self, staff: Staff) -> None:
-        """Let nothing wait behind a long task, nor while another worker is idle."""
-        busy = [worker for worker in staff if worker.ledger.owed and worker.packing is None]
-        if not busy:
-            return
-        ahead = [worker for worker in busy if worker.board is not None and worker.ledger.owed > 1]
-        unheard = [worker for worker in busy if worker.unheard and not worker.exclusive]
-        if not (ahead or unheard):
-            return
-        idle = not self._backlog and any(_is_idle(worker) for worker in staff)
-        long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS
-        now = time.monotonic_ns()
-        for worker in unheard:
-            if idle and now - worker.sent_ns > _UNHEARD_NS:
-                self._take_back(staff, worker)
-        for worker in ahead:
-            board = worker.board
-            assert board is not None
-            # What it has claimed and nobody has read yet counts as done here.
-            left = min(worker.ledger.owed, worker.ledger.last - board.claimed)
-            head = worker.ledger.head
-            left_ns = left * head.expected_ns if head is not None else 0
-            since_ns = max(board.since_ns, worker.sent_ns)
-            if now - since_ns > long_ns or (idle and left > 1 and left_ns > _DIVIDED_NS):
-                self._take_back(staff, worker)
+        for worker in reclaim.slow_workers(staff, nothing_waits=not self._backlog):
+            self._take_back(staff, worker)
 
     def _take_back(self, staff: Staff, worker: Worker) -> None:
         """Read what a worker has left on its board, and have back what it has not begun."""
@@ -855,7 +814,7 @@ class Scheduler:
 
     def _end_the_overdue(self, staff: Staff) -> None:
         for worker in staff:
-            if worker.condemned is None and _due_in_s(worker) == 0.0:
+            if worker.condemned is None and worker.due_in_s() == 0.0:
                 work = worker.ledger.head
                 assert work is not None
                 assert work.policy.timeout_s is not None
@@ -878,7 +837,7 @@ class Scheduler:
             for work in worker.ledger:
                 if isinstance(work, Task) and work.future is future:
                     self._take_back(staff, worker)
-                    if worker.ledger.head is work and _runs(worker, work.position):
+                    if worker.ledger.head is work and worker.can_be_at(work.position):
                         worker.condemned = worker.condemned or RuntimeError("cancelled")
                         worker.leaving = True
                         end_with_descendants(worker)
@@ -898,30 +857,22 @@ class Scheduler:
         head = worker.ledger.head
         if head is None or head.position + head.done != position:
             return  # it has ended meanwhile
-        if not _runs(worker, position):
+        if not worker.can_be_at(position):
             return  # and so has this one, whose answer is on its way
         staff.condemn(worker, why)
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        ledger, board = worker.ledger, worker.board
         if exitcode == _KILLED and not worker.ended_by_us:
             worker.oom = self._oom.explain()
-        back = self._have_back(staff, worker)
-        fault = "" if board is None else board.fault(worker.stack_begin)
-        lost = [ledger.strike() for _ in range(ledger.owed)]
-        # One that was large was not kept: what it refers to may have changed since.
-        lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
-        self._wait_again([work for work in back if _can_wait_again(work)])
-        for_good = [self._lost(worker, *call, exitcode, fault) for call in lost]
+        lost = self._losses.of(staff, worker, exitcode, ending=bool(self._ending))
         if self._trace is not None:
-            ends = list(zip(lost, for_good, strict=True))
-            self._trace.ended(worker, exitcode, ends, ending=bool(self._ending))
+            self._trace.ended(worker, exitcode, lost, ending=bool(self._ending))
         if worker.failure is not None:
             problem = PoolBrokenError("a worker's initializer failed")
             self._break(staff, problem, worker.failure)
         by_itself = not (self._ending or worker.condemned)
-        costs = any(for_good) or not (lost or worker.dismissed)
+        costs = any(one.for_good for one in lost) or not (lost or worker.dismissed)
         if self._break_on_death and by_itself and costs:
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
@@ -946,77 +897,6 @@ class Scheduler:
                 if worker.oom is not None:
                     reason += f": {worker.oom}"
                 self._break(staff, PoolBrokenError(reason))
-
-    def _have_back(self, staff: Staff, worker: Worker) -> list[Task | Span]:
-        """Take what a worker that has ended had not begun, and the results that it left."""
-        ledger, board = worker.ledger, worker.board
-        if board is None:
-            if ledger.head is None:
-                return []
-            # It answers each call before it begins the next; this one it may have begun.
-            return ledger.take_back(ledger.head.position + ledger.head.done)
-        if worker.condemned is not None:  # race I
-            return ledger.take_back(board.claimed)  # begun, also if it was still reading
-        try:
-            self._settling.settle_left(staff, worker, board.left())
-        except ValueError as error:
-            worker.fault = worker.fault or error
-        back = ledger.take_back(board.began)
-        if back and back[0].position == board.claimed and isinstance(back[0], Span):
-            # It died of what it read for several calls: which one's is found out by sending
-            # each alone.
-            return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
-        return back
-
-    def _lost(
-        self,
-        worker: Worker,
-        work: Task | Span,
-        place: int,
-        exitcode: int | None,
-        fault: str,
-    ) -> bool:
-        """End a call that was lost with its worker, or queue it again; return which."""
-        error: BaseException
-        if isinstance(worker.condemned, TaskTimeoutError):
-            said = worker.condemned
-            error = TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
-        else:
-            again = self._again(work, place)
-            if again is not None and worker.condemned is None and not self._ending:
-                _log.warning(
-                    "worker %d %s while it ran %s, which is run again",
-                    worker.pid,
-                    describe_exit(exitcode, worker.oom),
-                    work.name,
-                )
-                self._wait_again([again])
-                return False
-            error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
-            error.__cause__ = worker.fault
-        quiet = self._ending or worker.condemned is not None
-        _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
-        if isinstance(work, Task):
-            fail(work.future, error)
-            return True
-        work.run.put_error(work.start + place, error)
-        self._settled(work.run, 1)
-        work.run.tell()
-        return True
-
-    def _again(self, work: Task | Span, place: int) -> Task | Span | None:
-        """Return a lost call as it is to be queued again, if it may be."""
-        retries = work.policy.retries or 0
-        if isinstance(work, Task):
-            if work.attempts >= retries or work.pickled is None:
-                return None
-            work.attempts += 1
-            return work
-        again = work.only(place)
-        if again.attempts >= retries:
-            return None
-        again.attempts += 1
-        return again
 
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None
@@ -1062,36 +942,6 @@ class Scheduler:
         staff = self._staff
         traced = [] if self._trace is None else self._trace.descriptors()
         return traced if staff is None else [*staff.descriptors(), *traced]
-
-
-def _runs(worker: Worker, position: int) -> bool:
-    """Return whether a worker whose other tasks were taken back can still be at this one.
-
-    It is not if it has claimed the next: the answer of this one is in the channel, unread.
-    """
-    return worker.board is None or worker.board.claimed <= position
-
-
-def _is_idle(worker: Worker) -> bool:
-    return worker.ready and not worker.leaving and not worker.ledger.owed and not worker.silent
-
-
-def _due_in_s(worker: Worker) -> float | None:
-    """Return when the task that a worker runs has had its time; ``None`` if it is not limited."""
-    work = worker.ledger.head
-    if work is None or work.policy.timeout_s is None or worker.condemned is not None:
-        return None
-    since_ns, board = worker.sent_ns, worker.board
-    if board is not None:
-        if board.claimed < work.position + work.done:
-            return work.policy.timeout_s  # not begun
-        since_ns = board.since_ns
-    elapsed_s = (time.monotonic_ns() - since_ns) / 1e9
-    return max(0.0, work.policy.timeout_s - elapsed_s)
-
-
-def _can_wait_again(work: Task | Span) -> bool:
-    return isinstance(work, Span) or work.pickled is not None
 
 
 def _cancel(entry: Task | Span | MapRun) -> None:

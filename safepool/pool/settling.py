@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     from safepool.pool.mapping import MapRun
     from safepool.pool.pace import Pace
-    from safepool.pool.staff import Staff, Worker
+    from safepool.pool.staff import Staff
     from safepool.pool.trace import Trace
+    from safepool.pool.worker import Worker
     from safepool.workers.board import Left
 
 __all__ = ["Settling"]

@@ -15,29 +15,23 @@ import selectors
 import signal
 import socket
 import sys
-import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from safepool.pool.ledger import Ledger
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.process import WorkerProcess
 from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from safepool.errors import OutOfMemory
-    from safepool.pool.mapping import Span
-    from safepool.pool.packing import Packing
-    from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
     from safepool.transport.frames import Frame
 
-__all__ = ["Ended", "Staff", "Worker"]
+__all__ = ["Ended", "Staff"]
 
 _log = ContainedLogger()
 
@@ -56,114 +50,6 @@ if sys.platform == "win32":
     _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
 else:
     _KILL = signal.SIGKILL
-
-
-class Worker(WorkerProcess):
-    """A worker process with what its pool knows about it.
-
-    Attributes:
-        ready: Its initializer has ended well.
-        ledger: What it was sent and has not answered.
-        done: How many calls it has finished.
-        tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
-        functions: Numbers of the functions that it keeps.
-        names: Globals of its ``__main__`` as functions that it keeps have brought them, and
-            nothing else has changed since.
-        shared: Numbers of the shared objects that it keeps.
-        exclusive: What it holds must not be followed by anything.
-        packing: What is being copied for it; nothing else is sent meanwhile.
-        awaited: The first position of what was taken back from it last.
-        sent_ns: When it was last sent something, by the monotonic clock.
-        condemned: Why the pool ends it in the middle of a task.
-        retiring: It gets no more tasks, and is told to stop when it has finished.
-        idle_since: Since when it was seen to have nothing to do, by the monotonic clock; only
-            of a pool that lets such workers go.
-        overdue: The position whose time was over at the last look.
-        memory_look_ns: When its memory is next to be looked at.
-        leaving: It gets no more tasks.
-        dismissed: It was told to stop or was ended by the pool.
-        terminated: It was sent ``SIGTERM``.
-        fault: Why the pool ended it, if what it sent could not be read or no more could come.
-        failure: What its initializer raised.
-        oom: What the kernel has counted, if its out-of-memory killer ended it.
-        deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
-        events: What the selector watches its channel for.
-        stack_begin: Where on its board the stack begins that it was asked for when it was
-            condemned.
-        guard: Held while another thread uses its descriptors, and while they are closed.
-        closed: They are.
-    """
-
-    ready: bool = False
-    done: int = 0
-    tasks_done: float = 0.0
-    exclusive: bool = False
-    packing: Packing | None = None
-    awaited: int = 0
-    sent_ns: int = 0
-    condemned: BaseException | None = None
-    retiring: bool = False
-    idle_since: float | None = None
-    overdue: int = 0
-    memory_look_ns: int = 0
-    leaving: bool = False
-    dismissed: bool = False
-    terminated: bool = False
-    fault: BaseException | None = None
-    failure: BaseException | None = None
-    oom: OutOfMemory | None = None
-    deadline: float | None = None
-    events: int = selectors.EVENT_READ
-    stack_begin: int | None = None
-    closed: bool = False
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        """Start it, as :class:`WorkerProcess` does."""
-        # Before the process: its descriptors are closed if it cannot start.
-        self.guard = threading.RLock()
-        super().__init__(*arguments, **keywords)
-        self.ledger: Ledger[Task | Span] = Ledger()
-        self.functions: set[int] = set()
-        self.shared: set[int] = set()
-        self.names: dict[str, object] = {}
-
-    @property
-    def takes_more(self) -> bool:
-        """Whether anything may be sent to it behind what it has."""
-        return not self.exclusive and self.packing is None
-
-    @property
-    def unheard(self) -> bool:
-        """Whether it has not come to what it is to do next: stopped, or still reading it."""
-        work = self.ledger.head
-        return (
-            self.board is not None
-            and work is not None
-            and self.board.claimed < work.position + work.done
-        )
-
-    @property
-    def silent(self) -> bool:
-        """Whether it has not come to what was taken back from it: stopped, or in a long task."""
-        return self.board is not None and self.board.claimed < self.awaited
-
-    @property
-    def ended_by_us(self) -> bool:
-        """Whether a signal that ended it can be the pool's own."""
-        return self.terminated or self.condemned is not None or self.fault is not None
-
-    def close(self) -> None:
-        """Give back every descriptor, which no other thread uses meanwhile."""
-        with self.guard:
-            self.closed = True
-            super().close()
-
-    def drop_board(self) -> None:
-        """Do without the board: the worker's system cannot use it."""
-        with self.guard:
-            if self.board is not None:
-                self.board.close()
-                self.board = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import TaskTimeoutError, describe_exit
 from safepool.limits import read_throttling
+from safepool.pool.losses import Lost
 from safepool.pool.mapping import Span
 from safepool.pool.trace_dispatch import TracedDispatch, TracedTask, note_queued
 from safepool.pool.trace_events import Events
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from safepool.limits import Throttling
     from safepool.pool.dispatch import Dispatch
     from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
 
 __all__ = ["Trace"]
 
@@ -156,7 +157,7 @@ class Trace:
         self,
         worker: Worker,
         exitcode: int | None,
-        lost: Sequence[tuple[tuple[Task | Span, int], bool]],
+        lost: Sequence[Lost],
         *,
         ending: bool,
     ) -> None:
@@ -165,7 +166,7 @@ class Trace:
         Args:
             worker: Which.
             exitcode: As ``multiprocessing.Process.exitcode``.
-            lost: The calls that it took along, and whether each is lost for good.
+            lost: The calls that it took along.
             ending: The pool ends all of them.
         """
         # What it began last; of the shortest calls it says so seldom.
@@ -173,9 +174,9 @@ class Trace:
         with self._lock:
             row = self._rows.pop(worker)
             if row.given_up is not None:
-                lost = [(row.given_up, True)]
+                lost = [Lost(*row.given_up, for_good=True)]
             told = []
-            for (work, place), for_good in lost:
+            for work, place, for_good in lost:
                 outcome = _outcome(worker, ending=ending, for_good=for_good)
                 attempt = work.attempts + (for_good or isinstance(work, Span))
                 told.append((work, place, outcome, attempt))

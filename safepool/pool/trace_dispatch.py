@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from safepool.pool.dispatch import Pieces
     from safepool.pool.mapping import MapRun
     from safepool.pool.policy import Policy
-    from safepool.pool.staff import Worker
     from safepool.pool.tasks import Call, Pickled, PoolFuture
+    from safepool.pool.worker import Worker
     from safepool.workers.inheritance import Inheritance
 
 __all__ = ["TracedDispatch", "TracedTask", "note_queued", "pickled_ns", "queued_ns"]

@@ -18,11 +18,12 @@ Events, all of one process, each in a line of its own (``trace_file``):
             outcomes       how many of each, if there are several
     X   cat "start": a worker, from its start until its initializer has ended
     i   cat "worker", in its row: start, end, death; args: pid, and how it ended
-        cat "pool": resize; args: before, after, why; break; args: why; end
+        cat "pool": safepool, the first event; args: schema (of this form), began
+            resize; args: before, after, why; break; args: why; end
     C   calls that wait; workers that run something or none; milliseconds for which the kernel
         has frozen the group, and the periods of the quota in which it did; CPU time of the
         scheduler's thread in percent
-    M   names of the process and the rows; "safepool": version of this form, and when it began
+    M   names of the process and the rows
 
 A row is a place: a worker that replaces one which has ended gets its row.
 
@@ -127,7 +128,7 @@ class Events:
         self._counted: dict[str, str] = {}
         began = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._file.add("[\n")
-        self._meta("safepool", 0, schema=SCHEMA, began=began)
+        self.of_pool("safepool", schema=SCHEMA, began=began)
         self._meta("process_name", 0, name=f"pool of process {self._pid}")
         self._meta("thread_name", 0, name="pool")
         self._file.flush()

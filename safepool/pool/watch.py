@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.pool.mapping import Span
-    from safepool.pool.staff import Worker
     from safepool.pool.tasks import Task
+    from safepool.pool.worker import Worker
 
 __all__ = ["Stacks", "WorkerInfo", "look_at"]
 
@@ -52,6 +52,15 @@ class WorkerInfo:
         resident_bytes: Memory that it holds; ``None`` where the system does not tell.
         native_threads: Threads that the system counts in it, those of native libraries
             included; ``None`` where it does not tell.
+
+    Example:
+        >>> from safepool import ProcessPool
+        >>> with ProcessPool(1) as pool:
+        ...     pool.submit(abs, -1).result()
+        ...     (worker,) = pool.workers()
+        1
+        >>> worker.state, worker.task, worker.tasks_done
+        ('idle', None, 1)
     """
 
     pid: int

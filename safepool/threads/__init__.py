@@ -23,6 +23,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from safepool.threads import table as table
     from safepool.threads.pools import NativePool, inspect
     from safepool.threads.registry import register, unregister
     from safepool.threads.table import NativeRuntime, ThreadVariable
@@ -46,13 +47,16 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> object:
-    if name == "table":
-        return importlib.import_module("safepool.threads.table")
-    try:
-        home = _HOMES[name]
-    except KeyError:
-        raise AttributeError(f"module 'safepool.threads' has no attribute {name!r}") from None
-    value: object = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+# A type checker would take any misspelled name for an object.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name == "table":
+            return importlib.import_module("safepool.threads.table")
+        try:
+            home = _HOMES[name]
+        except KeyError:
+            raise AttributeError(f"module 'safepool.threads' has no attribute {name!r}") from None
+        value: object = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value

@@ -137,37 +137,56 @@ class _Blocks:
 
     def enter(self, hold: Hold) -> None:
         with self._lock:
-            first = not self._holds
-            self._remember(hold, loaded_inside=not first)
-            self._holds.append(hold)
             try:
-                if first or self._revision != revision():
-                    self._revision = revision()
-                    self._set_for.clear()
-                    self._imports.start(modules_to_cap())
-                    self._remember_calls()
-                self._set()
-                for library, before in hold.own.values():
-                    set_threads(library, hold.number(before))
-            except BaseException:  # Ctrl-C; its block will not be left
-                self.leave(hold)
+                self._begin(hold)
+            except BaseException:  # Ctrl-C, or no stack left; its block will not be left
+                if hold in self._holds:
+                    self._holds.remove(hold)
+                self._end(hold)
                 raise
 
     def leave(self, hold: Hold) -> None:
         with self._lock:
             if hold not in self._holds:  # of the process that has forked this worker
                 return
-            self._remember(hold, loaded_inside=True)
-            self._holds.remove(hold)
-            for library, before in hold.own.values():
-                set_threads(library, before)
-            self._set()
-            if not self._holds:
-                self._imports.stop()
-                self._variables.clear()
-                self._written = {}
-                self._calls.clear()
-                self._libraries.clear()
+            try:
+                self._remember(hold, loaded_inside=True)
+            finally:
+                # Whatever is raised: one that stayed would hold the process for ever. Where
+                # the stack ends, the blocks around this one set everything once more.
+                self._holds.remove(hold)
+                try:
+                    self._end(hold)
+                except KeyboardInterrupt:
+                    self._end(hold)
+                    raise
+
+    def _begin(self, hold: Hold) -> None:
+        first = not self._holds
+        if first and self._libraries:  # the last end was cut short
+            self._end(hold)
+        self._remember(hold, loaded_inside=not first)
+        self._holds.append(hold)
+        if first or self._revision != revision():
+            self._revision = revision()
+            self._set_for.clear()
+            self._imports.start(modules_to_cap())
+            self._remember_calls()
+        self._set()
+        for library, before in hold.own.values():
+            set_threads(library, hold.number(before))
+
+    def _end(self, hold: Hold) -> None:
+        """Give everything the numbers that it has without a block that is over."""
+        for library, before in hold.own.values():
+            set_threads(library, before)
+        self._set()
+        if not self._holds:
+            self._imports.stop()
+            self._variables.clear()
+            self._written = {}
+            self._calls.clear()
+            self._libraries.clear()
 
     def forked(self) -> None:
         """Be usable in a forked child, which has none of the parent's other threads.
@@ -226,10 +245,11 @@ class _Blocks:
         asked = self._asked()
         if asked == self._set_for and asked:
             return
-        self._set_for = asked
+        self._set_for = []  # until it is done
         self._set_environment()
         for call, module, before in self._calls.values():
             attempt(call.write, module, self._number(before))
+        self._set_for = asked
 
     def _set_environment(self) -> None:
         values = dict(self._variables)

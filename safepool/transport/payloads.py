@@ -155,16 +155,25 @@ def _by_value_dumps(
         global _values_sent  # noqa: PLW0603 -- a fact about this process
         _values_sent += 1
         # cloudpickle asks here for what stands for a function's globals.
-        pickler.globals_ref[id(main_namespace())] = _Main(__name__="__main__")
+        ours = main_namespace()
+        pickler.globals_ref[id(ours)] = _Main(__package__=ours.get("__package__"))
     pickler.dump(value)
     return file.getvalue()
 
 
-def main_namespace() -> dict[str, Any]:
-    """Return the globals of this process's ``__main__``; what arrives by value asks for them."""
+def main_namespace(package: str | None = None) -> dict[str, Any]:
+    """Return the globals of this process's ``__main__``; what arrives by value asks for them.
+
+    Args:
+        package: Where the sender's ``__main__`` belongs (``python -m package``), for relative
+            imports in its functions.
+    """
     global _main_uses  # noqa: PLW0603 -- a fact about this process
     _main_uses += 1
-    return vars(sys.modules["__main__"])
+    names = vars(sys.modules["__main__"])
+    if package:
+        names["__package__"] = package
+    return names
 
 
 def values_sent() -> int:
@@ -181,7 +190,8 @@ class _Main(dict[str, Any]):
     """Stands for the globals of ``__main__``, and arrives as the receiver's."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return main_namespace, ()
+        package = self["__package__"]
+        return main_namespace, (package,) if package else ()
 
 
 @functools.cache

@@ -356,3 +356,33 @@ def test_a_variable_that_stops_joblib_does_not_stop_the_screen(
     screen = json.loads(capsys.readouterr().out)
     assert screen["joblib_workers"] is None
     assert "LOKY_MAX_CPU_COUNT" in screen["findings"][0]["text"]
+
+
+def counters(periods: int, throttled: int) -> Throttling:
+    return Throttling(
+        periods=periods, throttled_periods=throttled, throttled_us=throttled, source="cpu.stat"
+    )
+
+
+# One row per course of the counters: what is read, and the sample that is judged.
+COURSES = {
+    "nothing": ([(10, 4), (13, 4)], (3, 0)),
+    "a burst, looked at for longer": ([(10, 4), (13, 5), (25, 5)], (15, 1)),
+    "again and again": ([(10, 4), (13, 7), (25, 19)], (15, 15)),
+}
+
+
+@pytest.mark.parametrize("course", COURSES)
+def test_one_burst_is_looked_at_for_longer(course: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, (periods, throttled) = COURSES[course]
+    readings = [counters(*one) for one in read]
+    slept: list[float] = []
+    monkeypatch.setattr(limits_screen.time, "sleep", slept.append)
+    monkeypatch.setattr(limits_screen, "read_throttling", lambda: readings.pop(0))
+
+    screen = read_screen(sample_s=0.3)
+
+    assert screen.sample is not None
+    assert (screen.sample.periods, screen.sample.throttled_periods) == (periods, throttled)
+    assert readings == []
+    assert len(slept) == len(read) - 1

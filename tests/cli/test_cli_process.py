@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,45 @@ def test_the_quota_and_the_throttling_of_another_process(
     assert [line["cpus"] for line in lines] == [pytest.approx(0.2)] * 2
     assert all(line["throttled_periods"] > 0 for line in lines)
     assert all(line["periods"] >= line["throttled_periods"] for line in lines)
+
+
+def test_a_process_without_native_libraries_has_none_of_their_threads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is wrong with it, however few CPUs it has."""
+    if reason := without_control_groups():
+        pytest.skip(reason)
+    with control_group(cpus=0.5) as group:
+        process = group.popen([sys.executable, "-c", WAIT])
+        try:
+            started(process)
+            time.sleep(0.3)  # its start may have been frozen: not in the sample
+            status, screen = told(capsys, "--pid", str(process.pid))
+        finally:
+            ended(process)
+
+    assert screen["process"]["libraries"] == []  # type: ignore[index]
+    assert (status, screen["findings"]) == (0, [])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried by root only")
+def test_what_another_user_may_not_read_is_skipped_aloud(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No library is seen then, which must not pass for none being there."""
+    process = python(WAIT)
+    try:
+        started(process)
+        os.seteuid(65534)
+        try:
+            _, screen = told(capsys, "--pid", str(process.pid))
+        finally:
+            os.seteuid(0)
+    finally:
+        ended(process)
+
+    skipped = {entry["source"] for entry in screen["limits"]["skipped"]}  # type: ignore[index]
+    assert {f"/proc/{process.pid}/environ", f"/proc/{process.pid}/maps"} <= skipped
 
 
 def watched(capsys: pytest.CaptureFixture[str], pid: int) -> Sequence[dict[str, float]]:

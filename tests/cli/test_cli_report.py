@@ -38,7 +38,7 @@ def end(at_s: float) -> str:
     return line("i", 0, at_s, "end", "pool")
 
 
-HEAD = "[\n" + line("M", 0, 0, "safepool", schema=1, began="2026-01-01T00:00:00.000+00:00")
+HEAD = "[\n" + line("i", 0, 0, "safepool", "pool", schema=1, began="2026-01-01T00:00:00.000+00:00")
 
 # One row per file in report_screens/: the lines of a trace, without its head.
 SCREENS: dict[str, list[str]] = {

@@ -36,7 +36,8 @@ CASES: dict[str, tuple[Limits, Throttling | None, int | None, int, list[str]]] =
     "a group that did not run": (FOUR, frozen(0, 0), 4, 1, []),
     "one burst": (FOUR, frozen(1, 30), 4, 1, []),
     "frozen": (FOUR, frozen(3, 30), 4, 1, ["throttled"]),
-    "frozen once in a few": (FOUR, frozen(1, 3), 4, 1, ["throttled"]),
+    "one burst in a short while": (FOUR, frozen(1, 3), 4, 1, []),
+    "frozen twice in a few": (FOUR, frozen(2, 3), 4, 1, ["throttled"]),
     "memory": (replace(FOUR, memory=(FULL,)), None, 4, 1, ["memory-nearly-full"]),
     "memory to be had back": (
         replace(FOUR, memory=(replace(FULL, reclaimable_bytes=500),)), None, 4, 1, [],

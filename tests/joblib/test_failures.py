@@ -279,6 +279,29 @@ def test_batches_of_a_call_that_failed_do_not_fail_the_next(
                 parallel(inputs(until))
 
 
+class _WithBadBar(Parallel):  # type: ignore[misc]  # joblib is untyped
+    def print_progress(self) -> None:
+        if self.n_completed_tasks:
+            raise OSError("the bar")
+
+
+@pytest.mark.parametrize("return_as", ["list", "generator", "generator_unordered"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_a_call_whose_input_ends_the_program_ends(error: type, return_as: str) -> None:
+    """It is raised in a thread of ours. Joblib's own backend returns what was there before."""
+
+    def inputs() -> Iterator[Any]:
+        yield from (delayed(_sleep_a_little)(n) for n in range(9))
+        raise error
+
+    with safepool.parallel_backend(n_jobs=2):
+        with pytest.raises(error):
+            list(Parallel(return_as=return_as)(inputs()))
+        with pytest.raises(OSError, match="the bar"):
+            list(_WithBadBar(return_as=return_as)(delayed(_sleep_a_little)(n) for n in range(9)))
+        assert Parallel()(delayed(abs)(-n) for n in range(9)) == [*range(9)]
+
+
 def test_where_the_system_gives_no_further_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 

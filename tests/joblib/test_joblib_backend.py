@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -24,6 +25,25 @@ def test_results_come_in_order_from_other_processes() -> None:
         ]
         pids = set(Parallel(n_jobs=2)(delayed(tasks.pid)() for _ in range(20)))
     assert os.getpid() not in pids
+
+
+def test_the_end_of_a_call_is_told_and_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joblib's loop sleeps 10 ms between two looks; a call of short tasks would be mostly that."""
+    looks: list[float] = []
+    clock = SimpleNamespace(time=time.time, sleep=lambda s: (looks.append(s), time.sleep(s)))
+    monkeypatch.setattr(joblib.parallel, "time", clock)
+    with safepool.parallel_backend(n_jobs=2):
+        for _ in range(5):
+            work = [delayed(tasks.sleep_and_return)(0.05, n) for n in range(6)]
+            assert Parallel()(work) == [*range(6)]
+            assert Parallel(pre_dispatch=1)(work) == [*range(6)]
+        with pytest.raises(ZeroDivisionError):
+            Parallel()(delayed(divmod)(1, n) for n in (1, 2, 0, 3))
+        assert looks == []
+        # Only there a time-out, or the first results of many, are seen.
+        with pytest.raises(multiprocessing.TimeoutError):
+            Parallel(timeout=0.2)([delayed(tasks.sleep_and_return)(30)])
+        assert looks
 
 
 # One row per way to count jobs: what is asked, what joblib gives for a budget of workers.

@@ -392,3 +392,68 @@ def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) ->
     assert words in first
     # In map the function and each item are pickled by themselves: another end of the way.
     assert all(words.split(" of argument")[0] in other for other in others)
+
+
+def test_a_shared_object_is_a_global_under_its_own_name(tmp_path: Path) -> None:
+    """A worker unpickles it once, however many calls use it; the program has it as ``value``."""
+    body = """
+        import os
+        class Table(dict):
+            made = []
+            def __setstate__(self, state):
+                self.made.append(os.getpid())
+        table = Table({1: "one"})
+        table.told = True
+        table = safepool.share(table)
+        def look(n):
+            return table[n], len(table.made)
+    """
+    asked = "[[ask(look, 1), ask(look, 1)], list(pool.map(look, [1, 1])), table.value[1]]"
+
+    once = ["one", 1]
+    assert run(body, asked, tmp_path) == [[once, once], [once, once], "one"]
+
+
+@pytest.mark.parametrize("method", ["safepool", "loky", "spawn"])
+def test_a_function_of_a_package_that_is_run_imports_from_it(method: str, tmp_path: Path) -> None:
+    """``python -m package``: a relative import in a function of its ``__main__``."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "beside.py").write_text("value = 7\n")
+    body = "def late(x):\n    from .beside import value\n    return value + x\n"
+    asked = "[ask(late, 1), list(pool.map(late, [2]))]"
+    (package / "__main__.py").write_text(FRAME.format(body=body, asked=asked, method=method))
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "package"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [8, [9]]
+
+
+@pytest.mark.parametrize("made", ["Lock()", 'Value("i")', "Queue()", "Event()"])
+def test_an_error_says_how_workers_get_what_multiprocessing_has_made(
+    made: str, tmp_path: Path
+) -> None:
+    """A global lock is there in a forked worker of the standard pool; here it is handed over."""
+    body = f"""
+        import multiprocessing
+        shared = multiprocessing.{made}
+        def use(x):
+            return shared, x
+        def told(pool):
+            return pool.submit(use, 1).exception(timeout=60).__notes__
+    """
+
+    (note,) = run(body, "told(pool)", tmp_path)
+
+    assert "global 'shared' of __main__.use" in note
+    assert "initargs=" in note

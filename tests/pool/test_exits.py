@@ -13,7 +13,7 @@ from safepool.pool import exits
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from safepool.pool.staff import Worker
+    from safepool.pool.worker import Worker
 
 
 STRESS_S = 1.5

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def run(tmp_path: Path, text: str) -> str:
-    """Run a script, whose functions are of ``__main__``, and return what it printed."""
+def run(tmp_path: Path, text: str, said: str = "") -> str:
+    """Run a script, whose functions are of ``__main__``, and return what it printed.
+
+    Args:
+        tmp_path: Where.
+        text: What follows the head below.
+        said: A part of the one warning that it prints.
+    """
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
         from safepool import ProcessPool
@@ -38,7 +44,9 @@ def run(tmp_path: Path, text: str) -> str:
         timeout=100,
         check=False,
     )
-    assert done.stderr == ""
+    assert said in done.stderr
+    assert done.stderr.count("Warning:") == (said != "")
+    assert said or done.stderr == ""
     return done.stdout.strip()
 
 
@@ -197,6 +205,34 @@ def test_what_workers_import_is_in_no_doubt() -> None:
     assert is_importable(textwrap.dedent)
     assert not is_importable(lambda: 1)
     assert not is_importable(3)
+
+
+# One row per kind of global: how it is made, the call, and what is said of it.
+TOLD = "each call of __main__.at sends the global 'table' again, 34 MiB"
+LARGE: dict[str, tuple[str, str, str]] = {
+    "large": ("[0.5] * 4_000_000", "call(at, 3)", TOLD),
+    "large and used once": ("[0.5] * 4_000_000", "call(at, 3)", ""),
+    "placed": ("safepool.share([0.5] * 4_000_000)", "call(at, 3)", ""),
+    "that cannot change": ("(0.5,) * 4_000_000", "call(at, 3)", ""),
+    "not that large": ("[0.5] * 1_000_000", "call(at, 3)", ""),
+    "small, but an argument is": ("[0.5] * 4", "call(at, 3, bytes(40_000_000))", ""),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_global_of_every_call_is_told_of_once(kind: str, tmp_path: Path) -> None:
+    made, calls, said = LARGE[kind]
+    times = 1 if "once" in kind else 4
+    text = f"""
+    import safepool
+    table = {made}
+    def at(place, _=None): return table[place]
+    with ProcessPool(1) as pool:
+        for _ in range({times}):
+            found = {calls}
+        print(found)
+    """
+    assert run(tmp_path, text, said) == "0.5"
 
 
 def test_no_call_of_a_map_sees_what_another_has_changed(tmp_path: Path) -> None:

@@ -474,7 +474,8 @@ def test_what_a_pool_logs(event: str, kept: support.Kept) -> None:
     assert [level for level, _ in found] == [level for level, _ in expected]
     for (_, text), (_, begin) in zip(found, expected, strict=True):
         assert text.startswith(begin)
-    assert {record.module for record in own} <= {"scheduler", "staff"}  # not the wrapper's
+    # Not the wrapper's.
+    assert {record.module for record in own} <= {"losses", "scheduler", "staff"}
 
 
 def _without_numbers(text: str) -> str:

@@ -19,15 +19,16 @@ import pytest
 import support_tasks as tasks
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import scheduler as scheduler_module
+from safepool.pool import reclaim
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
+from safepool.pool.packing import Packing
 from safepool.pool.policy import NO_POLICY
 from safepool.pool.scheduler import Scheduler
-from safepool.pool.staff import Worker
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
+from safepool.pool.worker import Worker
 from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def test_what_was_sent_ahead_is_cancelled_when_the_workers_are_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It waits in no queue any more, and nobody else would ever end it."""
-    monkeypatch.setattr(scheduler_module, "_LONG_NS", 10**12)
+    monkeypatch.setattr(reclaim, "_LONG_NS", 10**12)
     with ProcessPool(1) as pool:
         make_known(pool, tasks.sleep_and_return)
         running = pool.submit(tasks.sleep_and_return, 30)
@@ -151,8 +152,8 @@ def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The scheduler cancels what waits, and then finds more: they must not vanish."""
-    monkeypatch.setattr(scheduler_module, "_LONG_NS", 10**12)
-    monkeypatch.setattr(scheduler_module, "_LONG_WHILE_IDLE_NS", 10**12)
+    monkeypatch.setattr(reclaim, "_LONG_NS", 10**12)
+    monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 10**12)
     gate = Gate()
     with ProcessPool(2) as pool:
         staff_fully(pool, 2)
@@ -161,7 +162,7 @@ def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
         held.add_done_callback(gate)
         assert gate.reached.wait(30)
         pool.shutdown(wait=False, cancel_futures=True)
-        monkeypatch.setattr(scheduler_module, "_LONG_WHILE_IDLE_NS", 1)
+        monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 1)
         gate.open.set()
 
         assert next(results) is None
@@ -184,6 +185,28 @@ def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> Non
             os.kill(pid, signal.SIGCONT)
 
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@on_linux
+def test_a_map_may_be_left_while_a_large_item_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function is forgotten by then: sent after all, the call would end the worker."""
+    gate, copy = Gate(), Packing.store
+
+    def copy_late(packing: Packing, given_up: Callable[[], bool]) -> None:
+        gate(Future())
+        copy(packing, given_up)
+
+    monkeypatch.setattr(Packing, "store", copy_late)
+    with ProcessPool(1) as pool:
+        results = pool.map(lambda item: (os.getpid(), len(item)), [b"", bytes(20_000_000)])
+        pid, _ = next(results)
+        assert gate.reached.wait(30)
+        results.close()  # type: ignore[attr-defined]
+        while pool._scheduler._dropped_runs:
+            time.sleep(0.001)
+        gate.open.set()
+
+        assert pool.submit(tasks.pid).result(timeout=30) == pid
 
 
 @on_linux

@@ -12,7 +12,7 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool
-from safepool.pool.staff import Worker
+from safepool.pool.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import support_natives as natives
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from safepool.threads import NativeRuntime, register, unregister
 from safepool.threads.cap import capped
@@ -72,6 +73,53 @@ def test_blocks_in_threads_restore_with_the_last(library: types.ModuleType) -> N
 
     assert library.threads == 48
     assert dict(os.environ) == before
+
+
+def test_blocks_end_where_the_stack_ends() -> None:
+    """A block for each level of a recursion that does not end: each is over afterwards."""
+    pytest.importorskip("numpy.linalg")
+
+    def descend() -> None:
+        with capped(1):
+            further()
+
+    def further() -> None:
+        descend()  # a level begins its block with less of the stack than it needs to end it
+
+    def deeper(levels: int) -> None:
+        deeper(levels - 1) if levels else descend()
+
+    def numbers() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info()]
+
+    environment = dict(os.environ)
+    with threadpool_limits(3):
+        before = numbers()
+        for levels in range(4):  # so that each frame is the last for one
+            with pytest.raises(RecursionError):
+                deeper(levels)
+            assert numbers() == before
+    assert dict(os.environ) == environment
+
+
+def test_an_interrupt_while_a_block_ends_leaves_nothing_capped(
+    library: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool(types.ModuleType):
+        def __setattr__(self, name: str, value: object) -> None:
+            if interrupts:
+                raise interrupts.pop()
+            super().__setattr__(name, value)
+
+    interrupts: list[KeyboardInterrupt] = []
+    library.__class__ = Pool
+    with pytest.raises(KeyboardInterrupt), capped(1):
+        interrupts.append(KeyboardInterrupt())
+    assert library.threads == 48
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with capped(1):
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

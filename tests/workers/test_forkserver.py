@@ -133,15 +133,23 @@ BAD_PRELOADS = {
     ),
     "raises": ("raise RuntimeError('not today')", "could not be preloaded: RuntimeError: not"),
     "exits": ("raise SystemExit(3)", "could not be preloaded: SystemExit: 3"),
-    "does not exist": (None, "could not be preloaded: ModuleNotFoundError"),
+    "has nothing of that name": (
+        "import bad_preload.part",
+        "could not be preloaded: ModuleNotFoundError",
+    ),
 }
+
+
+@pytest.mark.parametrize("name", ["no_such_module", "no_such_module.part", ""])
+def test_a_preload_that_is_not_there_is_an_error(name: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match="preload names"):
+        ProcessPool(1, preload=["colorsys", name])
 
 
 @pytest.mark.parametrize("case", BAD_PRELOADS)
 def test_a_preload_that_goes_wrong_is_left_out_and_said(case: str, tmp_path: Path) -> None:
     text, said = BAD_PRELOADS[case]
-    if text is not None:
-        (tmp_path / "bad_preload.py").write_text(text)
+    (tmp_path / "bad_preload.py").write_text(text)
     out = run(
         """
         import logging, sys
