@@ -51,7 +51,7 @@ from safepool.pool.dispatch import was_not_sent
 from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
-from safepool.progress import require_tqdm
+from safepool.progress import label_of, require_tqdm
 from safepool.threads.cap import capped
 
 if TYPE_CHECKING:
@@ -333,9 +333,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
         self._read_only = False
-        if progress is not False:
+        label = label_of(progress)
+        if label is not None:
             require_tqdm()
-        self._progress = progress
+        self._progress: bool | str = False if label is None else label or True
         self._bar: CallBar | None = None
         self._callbacks: Callbacks | None = None
 

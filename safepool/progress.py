@@ -17,8 +17,9 @@ Not covered:
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from safepool.errors import MissingExtraError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-__all__ = ["Progress", "beside_bars", "require_tqdm"]
+__all__ = ["Progress", "beside_bars", "label_of", "require_tqdm"]
 
 _LOOK_S = 0.1
 
@@ -76,7 +77,9 @@ class Progress:
         # enough. The program's own bars keep it.
         every_s, tqdm.monitor_interval = tqdm.monitor_interval, 0
         try:
-            self._bar: Any = tqdm(desc=label or None, total=total, unit="call", dynamic_ncols=True)
+            self._bar: Any = tqdm(
+                desc=label or None, total=total, unit="call", dynamic_ncols=True, **_output(tqdm)
+            )
         finally:
             tqdm.monitor_interval = every_s
         _open.add(self)
@@ -147,6 +150,64 @@ def beside_bars() -> AbstractContextManager[object]:
         return contextlib.nullcontext()
     context: AbstractContextManager[object] = _tqdm().external_write_mode()
     return context
+
+
+class _Stream:
+    """A stream for tqdm that takes all, also when nobody reads it any more.
+
+    What a stream raises would leave tqdm's lock taken, and the next bar would wait for ever.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(Exception):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(Exception):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        # tqdm asks whether a bar is drawn on the stream that something else is written to.
+        return self is other or self._stream is other
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _output(tqdm: Any) -> dict[str, Any]:
+    """Return where a bar is drawn, as arguments for tqdm."""
+    if any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__):
+        return {}  # not on a stream
+    if sys.stderr is None:  # closed before the start
+        return {"disable": True}
+    return {"file": _Stream(sys.stderr)}
+
+
+def label_of(progress: object) -> str | None:
+    r"""Return what stands before the bar, ``""`` for nothing, ``None`` if no bar is wanted.
+
+    Args:
+        progress: As the argument of that name: ``True``, ``False`` or a label.
+
+    Raises:
+        TypeError: It is something else.
+
+    Example:
+        >>> label_of(True), label_of("two\nlines"), label_of(False)
+        ('', 'two lines', None)
+    """
+    if progress is None or progress is False:
+        return None
+    if progress is True:
+        return ""
+    if isinstance(progress, str):
+        return " ".join(progress.split())
+    raise TypeError(f"progress must be True, False or a label, not {progress!r}")
 
 
 def require_tqdm() -> None:

@@ -33,7 +33,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
-from safepool.cli.demo_options import FEWEST_POINTS, LEAST_CPUS, MOST_PRETENDED, Options
+from safepool.cli.demo_options import (
+    FEWEST_POINTS,
+    LEAST_CPUS,
+    MOST_PRETENDED,
+    MOST_TASKS,
+    Options,
+)
 from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH
 from safepool.errors import MissingExtraError, SafepoolError
@@ -451,7 +457,7 @@ Exit codes: 0 fine, 1 safepool's pool failed, was cut off or had other results,
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--tasks",
-        type=_whole_number(at_least=1),
+        type=_whole_number(at_least=1, at_most=MOST_TASKS),
         default=_DEFAULTS.tasks,
         metavar="N",
         help="number of tasks (%(default)s)",

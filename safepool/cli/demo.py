@@ -166,12 +166,12 @@ def compare(standard: Path, safepool: Path) -> Comparison:
         standard: The file that one half made, if it got so far.
         safepool: The file that the other half made, if it got so far.
     """
-    # Optional, so imported where it is used; and after the halves, which it cannot disturb.
-    import numpy as np  # noqa: PLC0415
-
     nothing = Comparison(compared=0, equal=True, largest_difference=None)
     if not (standard.exists() and safepool.exists()):
         return nothing
+    # Optional, so imported where it is used; and after the halves, which it cannot disturb.
+    import numpy as np  # noqa: PLC0415
+
     ours, theirs = np.load(safepool), np.load(standard)
     done = (ours[:, 0] == 1.0) & (theirs[:, 0] == 1.0)
     if not done.any():

@@ -10,6 +10,7 @@ the clock and the counting here go on.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -183,7 +184,10 @@ def _run(
         # Read in a thread, so that waiting for a line can stop for a look at the workers.
         lines: _Lines = queue.SimpleQueue()
         reader = threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True)
-        reader.start()
+        try:
+            reader.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, f"no further thread: {error}") from error
         watch.follow(child, lines)
         if not watch.cut_off:
             _let_go(child)
@@ -193,9 +197,11 @@ def _run(
             if child is not None:
                 end_tree(child)
                 _close(child.stdin)
-            if reader is not None:
+            if reader is not None and reader.ident is not None:
                 # It closes the pipe that it reads from; nobody else can while it does.
                 reader.join(_LEAVE_WITHIN_S)
+            elif child is not None:
+                _close(child.stdout)
             if group is not None:
                 group.empty()
 
@@ -296,7 +302,7 @@ def _let_go(child: subprocess.Popen[str]) -> None:
         child.wait(_LEAVE_WITHIN_S)
 
 
-def _close(stdin: IO[str] | None) -> None:
+def _close(stream: IO[str] | None) -> None:
     with suppress(OSError):
-        if stdin is not None:
-            stdin.close()
+        if stream is not None:
+            stream.close()

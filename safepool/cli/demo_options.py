@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FEWEST_POINTS", "LEAST_CPUS", "MOST_PRETENDED", "Options"]
+__all__ = ["FEWEST_POINTS", "LEAST_CPUS", "MOST_PRETENDED", "MOST_TASKS", "Options"]
 
 FEWEST_POINTS = 16
 """A task's result keeps this many numbers of each operation."""
 
 LEAST_CPUS = 0.01
 """The kernel takes no quota below 1 ms, of a period of 100 ms (sched-bwc.rst)."""
+
+MOST_TASKS = 100_000
+"""Their results, of 81 numbers each, are compared in memory."""
 
 MOST_PRETENDED = 128
 """The standard pool then has 128 x 128 threads (NumPy and SciPy bring an OpenBLAS each, compiled
@@ -25,7 +28,7 @@ class Options:
     second, and the pool that takes longer than the bound is cut off.
 
     Attributes:
-        tasks: Number of tasks, at least 1.
+        tasks: Number of tasks, from 1 to ``MOST_TASKS``.
         points: Size of each, at least ``FEWEST_POINTS``.
         cpus: Quota to run under, at least ``LEAST_CPUS``; ``None`` for the limits there are.
         pretend_host_cpus: CPUs that both halves believe in, at most ``MOST_PRETENDED``; ``None``

@@ -43,12 +43,14 @@ def check_plot(path: Path) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        PlotError: There is no such folder.
+        PlotError: There is no such folder, or matplotlib does not take its configuration.
     """
     try:
         import matplotlib as mpl  # noqa: F401, PLC0415 -- optional, so imported where it is used
     except ImportError as error:
         raise MissingExtraError("matplotlib", "pip install 'safepool[plot]'") from error
+    except ValueError as error:  # of MPLBACKEND, or of its configuration file
+        raise PlotError(str(path), f"matplotlib says: {error}") from error
     if not path.parent.is_dir():
         raise PlotError(str(path), "there is no such folder")
 

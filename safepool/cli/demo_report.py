@@ -250,7 +250,8 @@ class Report:
     def _where_to_look(self) -> str:
         if self.conditions.cpus <= 1:
             return ""
-        workers = counted(self.standard.workers or 0, "worker")
+        known = self.standard.workers  # None where nothing tells of processes
+        workers = "workers" if known is None else counted(known, "worker")
         return (
             f"'safepool demo --cpus 1' shows what happens when the same {workers} of the standard "
             "pool may use one CPU, as in a container (it takes root on Linux)."
@@ -293,7 +294,9 @@ def table_row(half: Half, tasks: int, ratio: float | None, *, bound: bool) -> st
 
 
 def _crew(half: Half) -> str:
-    workers = counted(half.workers or 0, "worker")
+    if half.workers is None:
+        return half.pool
+    workers = counted(half.workers, "worker")
     if half.threads is None:
         return f"{half.pool} with {workers}"
     return f"{half.pool} with {counted(half.threads, 'thread')} in {workers}"

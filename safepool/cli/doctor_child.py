@@ -13,6 +13,7 @@ do by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -71,14 +72,18 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     error = ""
     # A stack that the parent can show, just before it loses its patience. It takes a thread,
     # so not while threads are counted.
+    me = os.getpid()
     before = _tasks()
-    faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
+    with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then
+        faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
     watcher = _tasks() - before
     try:
         importlib.import_module(name)
     except BaseException as problem:  # noqa: BLE001 -- whatever a library raises is its report
         error = f"{type(problem).__name__}: {text_of(problem)}{_hint(name, problem)}"
     finally:
+        if os.getpid() != me:
+            os._exit(0)  # a fork of the import's that has come back: it has no watchdog to cancel
         faulthandler.cancel_dump_traceback_later()
     _wait_for_the_end_of(watcher)
     pools = _by_key(inspect())

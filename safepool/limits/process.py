@@ -55,6 +55,8 @@ class ProcessView:
 
     def __init__(self, pid: int) -> None:
         if not os.path.isdir(f"/proc/{pid}"):
+            if not os.path.isdir("/proc/self"):
+                raise ProcessLookupError("/proc is not mounted here: nothing tells of processes")
             raise ProcessLookupError(f"there is no process {pid}")
         self.pid = pid
         running = self._running()

@@ -316,9 +316,11 @@ class ProcessPool(Executor):
             run = MapRun(fn, name_of(fn), policy, at_once, starred=starred)
             return self._scheduler.map(run, items, ahead, deadline, keep=self)
         from safepool.pool.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
+        from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
+        label = label_of(progress) or ""
         counted = CountedRun(fn, name_of(fn), policy, at_once, starred=starred)
-        bar = counted.bar("" if progress is True else progress, total_of(iterables))
+        bar = counted.bar(label, total_of(iterables))
         return counted.shown(
             bar, lambda: self._scheduler.map(counted, items, ahead, deadline, keep=self)
         )

@@ -362,3 +362,27 @@ def test_a_reader_that_leaves_ends_the_demo_in_silence() -> None:
     _, stderr = running.communicate(timeout=60)
 
     assert (running.returncode, stderr) == (0, "")
+
+
+def test_without_results_nothing_is_compared_and_numpy_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+
+    assert demo.compare(tmp_path / "standard.npy", tmp_path / "safepool.npy").compared == 0
+
+
+def test_a_system_without_room_for_a_thread_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_thread: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+
+    assert main(["demo", *SMALL]) == 1
+
+    err = capsys.readouterr().err
+    assert (
+        err == "safepool: error: the system refuses: no further thread: can't start new thread\n"
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -89,3 +92,15 @@ def test_a_picture_that_cannot_be_written_names_its_path(tmp_path: Path) -> None
 
     with pytest.raises(PlotError, match=r"cannot write .*x\.svg: Is a directory"):
         draw(REPORT, tmp_path / "x.svg")
+
+
+def test_what_matplotlib_does_not_take_is_one_line(tmp_path: Path) -> None:
+    environ = {**os.environ, "MPLBACKEND": "nonsense"}
+    command = [sys.executable, "-m", "safepool", "demo", "--plot", str(tmp_path / "demo.svg")]
+
+    ended = subprocess.run(
+        command, capture_output=True, text=True, env=environ, timeout=60, check=False
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert "matplotlib says: " in ended.stderr

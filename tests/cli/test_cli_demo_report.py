@@ -65,6 +65,15 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         False,
         ["On 0.5 CPUs", "0 of 192 tasks in 20 s"],
     ),
+    "nothing tells of processes": (
+        replace(STANDARD, workers=None, threads=None, seconds=0.7),
+        replace(SAFEPOOL, workers=None, threads=None, seconds=0.65),
+        EQUAL,
+        8.0,
+        False,
+        True,
+        ["Nothing to win here", "when the same workers of the standard pool"],
+    ),
     "threads fit": (
         replace(STANDARD, workers=2, threads=4, seconds=0.7),
         replace(SAFEPOOL, seconds=0.5),

@@ -396,6 +396,30 @@ def test_an_import_that_ends_the_process_is_reported_and_the_others_are_imported
     assert err.count("\n") == 1
 
 
+def test_without_room_for_a_watchdog_libraries_are_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_limit_s: float) -> None:
+        raise RuntimeError("unable to start watchdog thread")
+
+    monkeypatch.setattr("faulthandler.dump_traceback_later", refuse)
+
+    assert doctor_child._import("json", 1.0)["error"] == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_fork_that_comes_back_from_the_import_ends(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session of its own, where nobody would end it. The harness would find it, too."""
+    source = "import os\nif os.fork() == 0:\n    os.setsid()\nelse:\n    os.wait()\n"
+    libraries(tmp_path, monkeypatch, forking=source, last="")
+
+    code, found, _ = told(capsys, "--timeout", "5", "forking", "last")
+
+    assert (code, list(found)) == (0, ["forking", "last"])
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no process groups to end")
 def test_a_process_that_an_import_leaves_behind_is_ended(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

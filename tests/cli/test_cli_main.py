@@ -52,7 +52,8 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
 WRONG: dict[str, tuple[list[str], str]] = {
     "unknown command": (["fly"], "fly"),
     "unknown option": (["demo", "--fast"], "--fast"),
-    "no tasks": (["demo", "--tasks", "0"], "at least 1, found '0'"),
+    "no tasks": (["demo", "--tasks", "0"], "from 1 to 100000, found '0'"),
+    "more tasks than memory": (["demo", "--tasks", "1000000000000"], "from 1 to 100000"),
     "tasks in words": (["demo", "--tasks", "many"], "'many'"),
     "too few points": (["demo", "--points", "15"], "at least 16, found '15'"),
     "no time": (["doctor", "--timeout", "0", "numpy"], "at least 0.1, found '0'"),

@@ -190,6 +190,16 @@ def test_a_process_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr() == ("", f"safepool: error: there is no process {process.pid}\n")
 
 
+def test_without_proc_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.path.isdir", lambda _: False)
+
+    assert main(["--watch"]) == 2
+
+    assert "/proc is not mounted" in capsys.readouterr().err
+
+
 def test_a_process_whose_end_nobody_has_asked_for_has_ended(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -224,3 +224,45 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (good[1].value, good[1].max, good[1].bar_style) == (4, 4, "success")
     assert made[0].format_dict["elapsed"] >= 0.3
     assert bad[1].bar_style == "danger"
+
+
+# One row per standard error that cannot be written to: how the shell makes it.
+UNWRITABLE = {"full": "2>/dev/full", "closed": "2>&-", "a pipe that nobody reads": "2>&1 | true"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("what", UNWRITABLE)
+def test_a_bar_that_cannot_be_drawn_holds_up_nothing(what: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, safepool\n"
+        "from joblib import Parallel, delayed\n"
+        "with safepool.ProcessPool(1) as pool:\n"
+        "    for _ in range(3):\n"
+        "        results = list(pool.map(abs, [-1] * 30, progress=True))\n"
+        "with safepool.parallel_backend(progress=True):\n"
+        "    results += Parallel(n_jobs=1)(delayed(abs)(n) for n in range(3))\n"
+        f"open({str(tmp_path / 'done')!r}, 'w').write(str(len(results)))\n"
+    )
+    line = f"{sys.executable} {script} {UNWRITABLE[what]}"
+
+    subprocess.run(["sh", "-c", line], timeout=60, check=False)
+
+    assert (tmp_path / "done").read_text() == "33"
+
+
+@pytest.mark.parametrize("odd", [1, 0, b"bytes", ["label"]])
+def test_what_is_no_label_is_refused(odd: object) -> None:
+    with ProcessPool(1) as pool, pytest.raises(TypeError, match="True, False or a label"):
+        pool.map(abs, [1], progress=odd)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="True, False or a label"):
+        safepool.parallel_backend(progress=odd).__enter__()  # type: ignore[arg-type]
+    with ProcessPool(1) as pool:  # and no lock of tqdm's is left taken
+        assert list(pool.map(abs, [-1], progress="")) == [1]
+
+
+def test_a_label_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProcessPool(1) as pool:
+        list(pool.map(abs, [-1], progress="two\nlines"))
+
+    assert "two lines: 100%" in last_of(capsys.readouterr().err)
