@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import importlib
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -80,6 +81,10 @@ class ServerContext(multiprocessing.context.SpawnContext):
 
     def __init__(self, preload: str | Sequence[str] = "auto") -> None:
         super().__init__()
+        # What the first start imports, in the thread that makes the pool: if the program forks
+        # while another one imports them, the child can never import them.
+        for name in ("resource_tracker", "spawn"):
+            importlib.import_module(f"multiprocessing.{name}")
         self.preload = preload
         self._modules: list[str] | None = None
 
@@ -461,6 +466,10 @@ def stop_all() -> None:
 def _forget_all() -> None:
     global _servers_lock  # noqa: PLW0603 -- a thread that the child has not may hold it
     _servers_lock = threading.Lock()
+    # multiprocessing does not do so itself.
+    tracker: Any = sys.modules.get("multiprocessing.resource_tracker")
+    if tracker is not None:
+        tracker._resource_tracker._lock._at_fork_reinit()
     for one in _servers.values():
         one.forget()
     _servers.clear()

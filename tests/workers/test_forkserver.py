@@ -337,6 +337,46 @@ def test_a_worker_ends_as_an_interpreter_does(tmp_path: Path) -> None:
     assert out.split("\n") == ["task", "thread", "exit function"]
 
 
+@pytest.mark.parametrize("during", ["import", "start of the tracker"])
+def test_a_fork_during_the_first_start_has_pools_of_its_own(during: str, tmp_path: Path) -> None:
+    """Another thread holds locks at that moment, of modules or of multiprocessing's tracker."""
+    script = f"""
+        import os, sys, threading, time, warnings
+        warnings.simplefilter("ignore")
+        from multiprocessing import util
+        import safepool
+        begun, spawn = threading.Event(), util.spawnv_passfds
+        def slowly(*arguments):
+            begun.set()
+            time.sleep(0.5)
+            return spawn(*arguments)
+        class Slow:
+            def find_spec(self, name, *_):
+                if threading.current_thread() is not threading.main_thread():
+                    begun.set()
+                    time.sleep(0.2)
+        if {during!r} == "import":
+            sys.meta_path.insert(0, Slow())
+        else:
+            util.spawnv_passfds = slowly
+        pool = safepool.ProcessPool(1)
+        thread = threading.Thread(target=lambda: pool.submit(abs, -1).result())
+        thread.start()
+        begun.wait(1)
+        pid = os.fork()
+        if pid == 0:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder) is not Slow]
+            util.spawnv_passfds = spawn
+            with safepool.ProcessPool(1) as own:
+                print(own.submit(abs, -3).result(timeout=20), flush=True)
+            os._exit(0)
+        print(os.waitpid(pid, 0)[1])
+        thread.join()
+        pool.shutdown()
+    """
+    assert run(script, tmp_path) == "3\n0"
+
+
 @pytest.mark.parametrize("with_a_fork_of_it", [False, True])
 def test_server_and_workers_end_with_a_killed_program(
     with_a_fork_of_it: bool, tmp_path: Path
