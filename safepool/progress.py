@@ -183,7 +183,12 @@ def _output(tqdm: Any) -> dict[str, Any]:
     """Return where a bar is drawn, as arguments for tqdm."""
     if any(base.__name__ == "tqdm_notebook" for base in tqdm.__mro__):
         return {}  # not on a stream
-    if sys.stderr is None:  # closed before the start
+    try:
+        if sys.stderr is None:  # closed before the start
+            return {"disable": True}
+        # tqdm does so before it begins, and what stands in the buffer may find no way out.
+        sys.stderr.flush()
+    except Exception:  # noqa: BLE001 -- a stream of the program's own
         return {"disable": True}
     return {"file": _Stream(sys.stderr)}
 

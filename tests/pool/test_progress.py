@@ -235,7 +235,7 @@ UNWRITABLE = {"full": "2>/dev/full", "closed": "2>&-", "a pipe that nobody reads
 def test_a_bar_that_cannot_be_drawn_holds_up_nothing(what: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys, safepool\n"
+        "import safepool\n"
         "from joblib import Parallel, delayed\n"
         "with safepool.ProcessPool(1) as pool:\n"
         "    for _ in range(3):\n"
@@ -244,7 +244,8 @@ def test_a_bar_that_cannot_be_drawn_holds_up_nothing(what: str, tmp_path: Path) 
         "    results += Parallel(n_jobs=1)(delayed(abs)(n) for n in range(3))\n"
         f"open({str(tmp_path / 'done')!r}, 'w').write(str(len(results)))\n"
     )
-    line = f"{sys.executable} {script} {UNWRITABLE[what]}"
+    # Buffered: what cannot be written stays there, and is tried again with every flush.
+    line = f"env -u PYTHONUNBUFFERED {sys.executable} {script} {UNWRITABLE[what]}"
 
     subprocess.run(["sh", "-c", line], timeout=60, check=False)
 
