@@ -203,7 +203,8 @@ def run(
 def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()
+            with contextlib.suppress(OSError):  # as above: it is still in the buffer
+                stream.flush()
     name = as_ascii(command[0])
     if not name:
         raise RunError("the command is an empty word", 127)

@@ -302,8 +302,12 @@ def test_an_explanation_that_nobody_reads_does_not_keep_the_program_from_its_sta
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "safepool", "run", "--explain", "--", "sh", "-c", "exit 7"]
+    # Buffered: what cannot be written stays there, and is tried again with every flush.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     try:
-        ended = subprocess.run(command, cwd=REPOSITORY, stderr=writing, timeout=100, check=False)
+        ended = subprocess.run(
+            command, cwd=REPOSITORY, env=environ, stderr=writing, timeout=100, check=False
+        )
     finally:
         os.close(writing)
 
