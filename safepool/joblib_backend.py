@@ -23,13 +23,9 @@ Not covered:
 
 from __future__ import annotations
 
-import os
 import queue
-import threading
-import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,10 +41,10 @@ from joblib.disk import memstr_to_bytes
 from safepool.budget import Request, parse_bytes
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
+from safepool.joblib_pools import IDLE_S, SHARED, Lease, Pools, Settings
 from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.machine import log_once, read_budget
 from safepool.pool.dispatch import was_not_sent
-from safepool.pool.executor import ProcessPool
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
 from safepool.progress import label_of, require_tqdm
@@ -61,11 +57,6 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
 
 __all__ = ["SafepoolBackend", "parallel_backend"]
-
-# How long a worker waits for the next call outside of a block, as loky's do.
-_IDLE_S = 300.0
-# Pools that no call uses; more end at once.
-_MOST_UNUSED = 4
 
 
 @contextmanager
@@ -145,7 +136,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
         rounding=rounding,
-        pools=_Pools(idle_s=None),
+        pools=Pools(idle_s=None),
         timeout=timeout,
         retries=retries,
         memory_per_worker=memory_per_worker,
@@ -170,112 +161,6 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         raise
     finally:
         backend.close()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """What tells pools apart."""
-
-    threads: int
-    preload: str | tuple[str, ...]
-    initializer: Callable[..., object] | None
-    initargs: tuple[Any, ...] = field(compare=False)
-    idle_s: float
-
-    def fit(self, other: _Settings) -> bool:
-        """Tell whether a pool of these settings serves for others."""
-        # By identity: what an initializer is given need not be comparable.
-        same = len(self.initargs) == len(other.initargs) and all(
-            mine is theirs for mine, theirs in zip(self.initargs, other.initargs, strict=True)
-        )
-        return self == other and same
-
-    def make(self, workers: int) -> ProcessPool:
-        """Make a pool."""
-        return ProcessPool(
-            workers,
-            initializer=self.initializer,
-            initargs=self.initargs,
-            threads_per_worker=self.threads,
-            preload="auto" if self.preload == "auto" else self.preload,
-        )
-
-
-@dataclass(eq=False)
-class _Lease:
-    """A pool, and the backends of the ``Parallel`` calls that use it now."""
-
-    settings: _Settings
-    pool: ProcessPool
-    workers: int
-    # One whose call was interrupted before joblib would end it goes with its object.
-    users: weakref.WeakSet[SafepoolBackend] = field(default_factory=weakref.WeakSet)
-
-
-class _Pools:
-    """Pools that are kept from call to call.
-
-    Args:
-        idle_s: Let workers go that have done nothing for so long; ``None`` keeps them.
-    """
-
-    def __init__(self, idle_s: float | None) -> None:
-        self._idle_s = idle_s
-        self._lock = threading.Lock()
-        self._leases: list[_Lease] = []
-        _made.add(self)
-
-    def lease(self, settings: _Settings, workers: int, user: SafepoolBackend) -> _Lease:
-        """Return a pool with so many workers, one that was used before if there is any."""
-        with self._lock:
-            self._leases = [lease for lease in self._leases if not lease.pool._broken]
-            fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
-            # One of this size, which calls in several threads share; or one that is free.
-            fitting.sort(key=lambda lease: lease.workers != workers)
-            for lease in fitting:
-                if lease.workers == workers or not lease.users:
-                    break
-            else:
-                self._end_unused()
-                lease = _Lease(settings, settings.make(workers), workers)
-                if self._idle_s is not None:
-                    lease.pool._scheduler.let_go_after(settings.idle_s)
-                self._leases.append(lease)
-            if lease.workers != workers:
-                lease.workers = workers
-                lease.pool.resize(workers)
-            lease.users.add(user)
-            return lease
-
-    def close(self, *, end: bool) -> None:
-        """End all workers; ``end`` does not wait for running tasks."""
-        with self._lock:
-            leases, self._leases = self._leases, []
-        for lease in leases:
-            lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
-
-    def _end_unused(self) -> None:
-        """Make room: an initializer that is made anew for each call fits no pool before it."""
-        unused = [lease for lease in self._leases if not lease.users]
-        for lease in unused[: max(0, len(unused) - _MOST_UNUSED + 1)]:
-            self._leases.remove(lease)
-            lease.pool.shutdown(wait=False)
-
-    def forget(self) -> None:
-        """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""
-        self._lock = threading.Lock()
-        self._leases = []
-
-
-def _forget_all() -> None:
-    for pools in [*_made]:
-        pools.forget()
-
-
-_made: weakref.WeakSet[_Pools] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_all)
-_shared = _Pools(_IDLE_S)
 
 
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
@@ -304,7 +189,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         *,
-        pools: _Pools | None = None,
+        pools: Pools | None = None,
         rounding: Rounding = "nearest",
         timeout: float | None = None,
         retries: int = 0,
@@ -313,13 +198,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         initializer: Callable[..., object] | None = None,
         initargs: tuple[Any, ...] = (),
         progress: bool | str = False,
-        idle_worker_timeout: float = _IDLE_S,
+        idle_worker_timeout: float = IDLE_S,
         **others: Any,
     ) -> None:
         super().__init__(
             nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads, **others
         )
-        self._pools = pools or _shared
+        self._pools = pools or SHARED
         self._policy = Policy(timeout_s=timeout, retries=retries)
         self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
         self._rounding = rounding
@@ -328,15 +213,14 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._preload = preload
         self._initialize = (initializer, initargs)
         self._idle_s = idle_worker_timeout
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
         self._read_only = False
-        label = label_of(progress)
-        if label is not None:
+        self._label = label_of(progress)
+        if self._label is not None:
             require_tqdm()
-        self._progress: bool | str = False if label is None else label or True
         self._bar: CallBar | None = None
         self._callbacks: Callbacks | None = None
 
@@ -395,7 +279,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self.parallel = parallel
         own = self._initialize if initializer is None else (initializer, initargs)
         preload = self._preload
-        settings = _Settings(
+        settings = Settings(
             threads=self._threads,
             preload=preload if isinstance(preload, str) else tuple(preload),
             initializer=own[0],
@@ -421,9 +305,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         return backend
 
     def _sequential(self) -> SequentialBackend:
-        if self._progress is False:
+        if self._label is None:
             return SequentialBackend(nesting_level=self.nesting_level)
-        return SequentialWithBar(self._progress, nesting_level=self.nesting_level)
+        return SequentialWithBar(self._label, nesting_level=self.nesting_level)
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
@@ -435,8 +319,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             self._callbacks = Callbacks(self._goes_on)
         except RuntimeError:
             pass  # the system gives no thread: they run in the scheduler's
-        if self._progress is not False:
-            self._bar = CallBar.of(self.parallel, self._progress)
+        if self._label is not None:
+            self._bar = CallBar.of(self.parallel, self._label)
 
     def retrieval_context(self) -> AbstractContextManager[object]:
         """Wait for the end of a call whose results are wanted all at once.
@@ -446,17 +330,16 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """
         if self._bar is not None:
             self._bar.begun = True
+        parallel = self.parallel
         # A generator is given results as they come, and only joblib's loop counts its timeout.
-        if self._callbacks is not None and not self._is_watched():
+        at_once = not parallel.return_generator and parallel.timeout is None
+        if self._callbacks is not None and at_once:
             self._callbacks.wait()
-        if self.parallel._aborting:
+        if parallel._aborting:
             # Its input has raised. With ``pre_dispatch="all"`` joblib looks at that only while
             # a call is still running, and returns what there is.
-            self.parallel._raise_error_fast()
+            parallel._raise_error_fast()
         return nullcontext()
-
-    def _is_watched(self) -> bool:
-        return self.parallel.return_generator or self.parallel.timeout is not None
 
     def _goes_on(self) -> bool:
         """Tell whether joblib waits for a batch, by what its own loop asks."""

@@ -38,25 +38,24 @@ class CallBar:
 
     Args:
         parallel: The ``Parallel`` object, whose numbers are shown.
-        progress: As for :func:`safepool.parallel_backend`.
+        label: What stands before the bar; empty for none.
 
     Attributes:
         begun: ``Parallel`` has dispatched what it does at once.
         failed: Batches that raised, or whose worker died.
     """
 
-    def __init__(self, parallel: Any, progress: bool | str) -> None:
+    def __init__(self, parallel: Any, label: str) -> None:
         self.begun = False
         self.failed = 0
         # The drawing thread must not keep what the caller has dropped.
         self._parallel = weakref.ref(parallel)
-        label = progress if isinstance(progress, str) else ""
         self._progress = Progress(label, parallel.n_tasks, look=self._look)
 
     @classmethod
-    def of(cls, parallel: Any, progress: bool | str) -> Self | None:
+    def of(cls, parallel: Any, label: str) -> Self | None:
         """Return the bar of a call; ``None`` for one inside of another that has one."""
-        return None if _is_inside_a_call() else cls(parallel, progress)
+        return None if _is_inside_a_call() else cls(parallel, label)
 
     def count(self, future: Future[Any]) -> None:
         """Count a batch that has ended, if it failed."""
@@ -89,13 +88,13 @@ class SequentialWithBar(SequentialBackend):  # type: ignore[misc]  # joblib is u
     """joblib's own, and a bar for each call.
 
     Args:
-        progress: As for :func:`safepool.parallel_backend`.
+        label: What stands before the bar; empty for none.
         nesting_level: joblib's.
     """
 
-    def __init__(self, progress: bool | str, nesting_level: int | None) -> None:
+    def __init__(self, label: str, nesting_level: int | None) -> None:
         super().__init__(nesting_level=nesting_level)
-        self._progress = progress
+        self._label = label
         self.parallel: Any = None
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **_options: Any) -> int:
@@ -115,7 +114,7 @@ class SequentialWithBar(SequentialBackend):  # type: ignore[misc]  # joblib is u
 
     def _begin(self) -> None:
         parallel = self.parallel
-        bar = CallBar.of(parallel, self._progress)
+        bar = CallBar.of(parallel, self._label)
         if bar is None:
             return
         calls = _calls()

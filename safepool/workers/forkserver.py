@@ -12,7 +12,9 @@ What goes wrong, and what is done:
     An import crashes or    another is started without that library; one that started threads
     starts threads          would make every fork unsafe.
     It does not answer      it is killed, and another is started.
-    The program forks       the child gives up its copies: it would keep the server alive.
+    The program forks       the child gives up its copies: it would keep the server alive. What
+                            a start needs is imported here, in the thread that makes the pool: a
+                            child could never import what another thread was importing.
 
 Not covered:
     * A worker that ends while the server is inside one long call of an import: its exit code
@@ -25,10 +27,10 @@ from __future__ import annotations
 
 import atexit
 import fcntl
-import importlib
 import logging
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.spawn  # the tracker's start imports it: see below
 import os
 import signal
 import socket
@@ -38,6 +40,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import describe_exit
@@ -81,10 +84,6 @@ class ServerContext(multiprocessing.context.SpawnContext):
 
     def __init__(self, preload: str | Sequence[str] = "auto") -> None:
         super().__init__()
-        # What the first start imports, in the thread that makes the pool: if the program forks
-        # while another one imports them, the child can never import them.
-        for name in ("resource_tracker", "spawn"):
-            importlib.import_module(f"multiprocessing.{name}")
         self.preload = preload
         self._modules: list[str] | None = None
 
@@ -319,8 +318,6 @@ class _Server:
     def _fork(
         self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
-        from multiprocessing import resource_tracker  # noqa: PLC0415 -- a worker's, not an import's
-
         name = f"safepool-{next(_numbers)}"
         me = multiprocessing.current_process()
         details = {
@@ -467,9 +464,8 @@ def _forget_all() -> None:
     global _servers_lock  # noqa: PLW0603 -- a thread that the child has not may hold it
     _servers_lock = threading.Lock()
     # multiprocessing does not do so itself.
-    tracker: Any = sys.modules.get("multiprocessing.resource_tracker")
-    if tracker is not None:
-        tracker._resource_tracker._lock._at_fork_reinit()
+    tracker: Any = resource_tracker
+    tracker._resource_tracker._lock._at_fork_reinit()
     for one in _servers.values():
         one.forget()
     _servers.clear()

@@ -20,7 +20,7 @@ from support_cgroups import control_group
 from support_processes import still_alive
 
 import safepool
-from safepool import joblib_backend
+from safepool import joblib_backend, joblib_pools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +89,7 @@ def test_a_death_under_one_thread_leaves_the_call_of_another_alone() -> None:
             Parallel(n_jobs=2, backend="safepool")(delayed(tasks.be_killed)() for _ in range(2))
     finally:
         thread.join(60)
-        joblib_backend._shared.close(end=True)
+        joblib_pools.SHARED.close(end=True)
     assert found == [[*range(10)]]
 
 
@@ -212,7 +212,7 @@ def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
 def pools_by_name() -> Iterator[None]:
     """End the pools that are kept from call to call."""
     yield
-    joblib_backend._shared.close(end=True)
+    joblib_pools.SHARED.close(end=True)
 
 
 @pytest.mark.usefixtures("pools_by_name")
@@ -276,7 +276,7 @@ def test_a_call_that_is_interrupted_at_its_beginning_keeps_no_pool(
             Parallel(2, backend="safepool")([delayed(abs)(-1)] * 4)
     gc.collect()
     Parallel(3, backend="safepool")([delayed(abs)(-1)] * 4)
-    assert len(joblib_backend._shared._leases) == 1
+    assert len(joblib_pools.SHARED._leases) == 1
 
 
 @pytest.mark.parametrize("return_as", ["list", "generator", "generator_unordered"])

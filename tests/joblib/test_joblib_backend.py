@@ -220,15 +220,15 @@ def test_an_interrupted_block_leaves_no_worker() -> None:
 
 
 def test_initializers_that_are_made_for_each_call_leave_few_pools() -> None:
-    from safepool.joblib_backend import _MOST_UNUSED, _shared
+    from safepool.joblib_pools import _MOST_UNUSED, SHARED
 
     try:
         for n in range(_MOST_UNUSED + 3):
             with joblib.parallel_config("safepool", n_jobs=2, initializer=lambda n=n: n):
                 assert Parallel()(delayed(abs)(n) for n in range(2)) == [0, 1]
-        assert len(_shared._leases) <= _MOST_UNUSED
+        assert len(SHARED._leases) <= _MOST_UNUSED
     finally:
-        _shared.close(end=False)
+        SHARED.close(end=False)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")

@@ -22,7 +22,7 @@ from joblib import Parallel, delayed, parallel_config
 from support_cgroups import control_group
 
 import safepool
-from safepool import MissingExtraError, WorkerDiedError, joblib_backend
+from safepool import MissingExtraError, WorkerDiedError, joblib_pools
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def test_each_call_has_a_bar_that_is_gone_when_it_returns(n_jobs: int, capsys: S
                 parallel(calls(count))
                 print("after", file=sys.stderr)
             parallel(calls(6))
-    joblib_backend._shared.close(end=True)
+    joblib_pools.SHARED.close(end=True)
 
     one, two, after, three, again, four = bars(capsys.readouterr().err)
     assert (after, again) == ("after", "after")

@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from support_cgroups import control_group
 
 import safepool
-from safepool import joblib_backend
+from safepool import joblib_pools
 
 # One row per argument that changes how, not what: the call's results are the same with it.
 SAME_RESULTS: dict[str, dict[str, Any]] = {
@@ -289,7 +289,7 @@ def _named(**options: Any) -> Any:
         with joblib.parallel_config(backend="safepool", n_jobs=2, **options):
             yield
     finally:
-        joblib_backend._shared.close(end=True)
+        joblib_pools.SHARED.close(end=True)
 
 
 # One row per way to say what tasks may do with large arrays, and whether they may write: what

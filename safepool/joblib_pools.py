@@ -1,0 +1,132 @@
+"""The pools of joblib's calls: kept from call to call, and shared by calls at the same time.
+
+Not covered:
+    * Who uses one: a backend says so when it takes it (``Pools.lease``), and no longer when it
+      has gone, however that was.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.executor import ProcessPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["IDLE_S", "SHARED", "Lease", "Pools", "Settings"]
+
+# How long a worker waits for the next call outside of a block, as loky's do.
+IDLE_S = 300.0
+# Pools that no call uses; more end at once.
+_MOST_UNUSED = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What tells pools apart."""
+
+    threads: int
+    preload: str | tuple[str, ...]
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...] = field(compare=False)
+    idle_s: float
+
+    def fit(self, other: Settings) -> bool:
+        """Tell whether a pool of these settings serves for others."""
+        # By identity: what an initializer is given need not be comparable.
+        same = len(self.initargs) == len(other.initargs) and all(
+            mine is theirs for mine, theirs in zip(self.initargs, other.initargs, strict=True)
+        )
+        return self == other and same
+
+    def make(self, workers: int) -> ProcessPool:
+        """Make a pool."""
+        return ProcessPool(
+            workers,
+            initializer=self.initializer,
+            initargs=self.initargs,
+            threads_per_worker=self.threads,
+            preload="auto" if self.preload == "auto" else self.preload,
+        )
+
+
+@dataclass(eq=False)
+class Lease:
+    """A pool, and the backends of the ``Parallel`` calls that use it now."""
+
+    settings: Settings
+    pool: ProcessPool
+    workers: int
+    # One whose call was interrupted before joblib would end it goes with its object.
+    users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+
+class Pools:
+    """Pools that are kept from call to call.
+
+    Args:
+        idle_s: Let workers go that have done nothing for so long; ``None`` keeps them.
+    """
+
+    def __init__(self, idle_s: float | None) -> None:
+        self._idle_s = idle_s
+        self._lock = threading.Lock()
+        self._leases: list[Lease] = []
+        _made.add(self)
+
+    def lease(self, settings: Settings, workers: int, user: object) -> Lease:
+        """Return a pool with so many workers, one that was used before if there is any."""
+        with self._lock:
+            self._leases = [lease for lease in self._leases if not lease.pool._broken]
+            fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
+            # One of this size, which calls in several threads share; or one that is free.
+            fitting.sort(key=lambda lease: lease.workers != workers)
+            for lease in fitting:
+                if lease.workers == workers or not lease.users:
+                    break
+            else:
+                self._end_unused()
+                lease = Lease(settings, settings.make(workers), workers)
+                if self._idle_s is not None:
+                    lease.pool._scheduler.let_go_after(settings.idle_s)
+                self._leases.append(lease)
+            if lease.workers != workers:
+                lease.workers = workers
+                lease.pool.resize(workers)
+            lease.users.add(user)
+            return lease
+
+    def close(self, *, end: bool) -> None:
+        """End all workers; ``end`` does not wait for running tasks."""
+        with self._lock:
+            leases, self._leases = self._leases, []
+        for lease in leases:
+            lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
+
+    def _end_unused(self) -> None:
+        """Make room: an initializer that is made anew for each call fits no pool before it."""
+        unused = [lease for lease in self._leases if not lease.users]
+        for lease in unused[: max(0, len(unused) - _MOST_UNUSED + 1)]:
+            self._leases.remove(lease)
+            lease.pool.shutdown(wait=False)
+
+    def forget(self) -> None:
+        """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""
+        self._lock = threading.Lock()
+        self._leases = []
+
+
+def _forget_all() -> None:
+    for pools in [*_made]:
+        pools.forget()
+
+
+_made: weakref.WeakSet[Pools] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+SHARED = Pools(IDLE_S)
