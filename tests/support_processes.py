@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 TESTS = Path(__file__).parent
 
@@ -41,6 +42,13 @@ def run_script(
     """Run a program from a file, in a directory of its own."""
     (cwd / "script.py").write_text(textwrap.dedent(script))
     return run_python("script.py", cwd=cwd, timeout_s=timeout_s)
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill those that are left: one that died before may not have been noticed yet."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def still_alive(pids: list[int], *, after_s: float) -> list[int]:

@@ -81,6 +81,7 @@ class _Server:
         self._mask: set[int] = set()
         # By process id, where to tell how it ended.
         self._workers: dict[int, int] = {}
+        self._reaping = self._ending = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
@@ -165,19 +166,30 @@ class _Server:
             _close_all(pidfd)
 
     def _reap(self) -> None:
-        for pid, status in [*self._workers.items()]:
-            try:
-                ended, code = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                ended, code = pid, 0
-            if not ended:
-                continue
-            if self._workers.pop(pid, None) is None:
-                continue  # the handler was here, in the middle of this
-            try:
+        """Report who has ended. Also called by the signal's handler, in the middle of itself."""
+        self._ending = True
+        if self._reaping:
+            return
+        self._reaping = True
+        try:
+            while self._ending:
+                self._ending = False
+                for pid, status in [*self._workers.items()]:
+                    self._report(pid, status)
+        finally:
+            self._reaping = False
+
+    def _report(self, pid: int, status: int) -> None:
+        try:
+            ended, code = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 os.write(status, EXIT_CODE.pack(os.waitstatus_to_exitcode(code)))
-            except OSError:
-                pass  # nobody asks any more
+        except ChildProcessError:
+            ended = pid  # reaped by something that was imported: nobody knows how it ended
+        except OSError:
+            pass  # nobody asks any more
+        if ended:
+            del self._workers[pid]
             os.close(status)
 
     def _become_worker(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
+from support_processes import kill
 
 from safepool import ProcessPool, WorkerDiedError, share
 from safepool.workers.process import find_context
@@ -68,11 +69,12 @@ def test_killed_workers_leave_nothing() -> None:
         for round_ in range(8):
             futures = [pool.submit(arrays.itself, ARRAY) for _ in range(6)]
             time.sleep(0.004 * round_)
-            for pid in list(pool._processes):
-                os.kill(pid, signal.SIGKILL)
+            kill(list(pool._processes))
             for future in futures:
                 error = future.exception(timeout=60)
-                assert error is None or isinstance(error, WorkerDiedError)
+                if error is not None:
+                    assert isinstance(error, WorkerDiedError)
+                    assert error.exitcode == -signal.SIGKILL
         del future, futures, error
         list(pool.map(tasks.value_and_pid, range(200)))
         assert pool.submit(arrays.total, handle).result(timeout=60) == arrays.ITEMS
@@ -89,8 +91,7 @@ def test_a_killed_fork_server_leaves_nothing() -> None:
     with ProcessPool(1) as pool:
         got = pool.submit(arrays.itself, ARRAY).result(timeout=60)
         before = state()
-        for pid in forkserver.running():
-            os.kill(pid, signal.SIGKILL)
+        kill(forkserver.running())
         got = pool.submit(arrays.itself, ARRAY).result(timeout=60)
         assert got.sum() == arrays.ITEMS
         assert state()["files"] == before["files"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import os
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
+from support_processes import kill
 
 from safepool import ProcessPool
 from safepool.pool import mapping
@@ -94,8 +93,7 @@ def test_a_full_map_goes_on_when_the_idle_workers_were_killed(tmp_path: Path) ->
     with ProcessPool(2) as pool:
         results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
         begun(tmp_path, 3)
-        for pid in list(pool._processes):
-            os.kill(pid, signal.SIGKILL)
+        kill(list(pool._processes))
         while pool._processes:
             time.sleep(0.01)
         assert [int(array[0]) for array in results] == list(range(COUNT))

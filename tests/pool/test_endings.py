@@ -21,7 +21,7 @@ import pytest
 import support_endings as endings
 import support_tasks as tasks
 from support_cgroups import control_group
-from support_processes import still_alive
+from support_processes import kill, still_alive
 
 from safepool import (
     PoolBrokenError,
@@ -136,8 +136,7 @@ def test_a_task_may_leave_a_program_behind_that_holds_its_descriptors(tmp_path: 
         assert len(endings.lines(path)) == 2
         assert isinstance(error, WorkerDiedError)
     finally:
-        for pid in endings.lines(path):
-            os.kill(int(pid), signal.SIGKILL)
+        kill([int(pid) for pid in endings.lines(path)])
         assert still_alive([int(pid) for pid in endings.lines(path)], after_s=10) == []
 
 
