@@ -23,6 +23,9 @@ _THROTTLED_SHARE = 0.1
 _MEMORY_SHARE = 0.9
 
 _USE_SAFEPOOL = "use safepool.ProcessPool(), or start the program with: safepool run -- COMMAND"
+_USE_PATCH = (
+    "use safepool.ProcessPool(), or start the program with: safepool run --patch -- COMMAND"
+)
 
 CODES = {
     "throttled": "the kernel freezes the group in a tenth of the sample's periods or more",
@@ -58,6 +61,7 @@ def judge(
     sample: Throttling | None,
     standard_workers: int | None,
     native_threads: int,
+    standard_reads_variable: bool = True,
 ) -> tuple[Finding, ...]:
     """Say what is wrong, the most pressing first.
 
@@ -67,6 +71,8 @@ def judge(
         sample: Throttling over a moment, ``None`` without a quota.
         standard_workers: What ``ProcessPoolExecutor()`` starts; ``None`` if it is not asked.
         native_threads: What a native thread pool starts in each.
+        standard_reads_variable: ``PYTHON_CPU_COUNT``, which ``safepool run`` sets, bounds
+            ``ProcessPoolExecutor()``: since Python 3.13.
 
     Returns:
         The findings, empty if there is nothing to do.
@@ -86,7 +92,9 @@ def judge(
         *_memory(limits),
         *_ignored(limits),
         *_no_room(budget),
-        *_oversubscribed(limits, budget, standard_workers, native_threads),
+        *_oversubscribed(
+            limits, budget, standard_workers, native_threads, standard_reads_variable
+        ),
     )
 
 
@@ -144,13 +152,19 @@ def _no_room(budget: Budget) -> Iterator[Finding]:
 
 
 def _oversubscribed(
-    limits: Limits, budget: Budget, standard_workers: int | None, native_threads: int
+    limits: Limits,
+    budget: Budget,
+    standard_workers: int | None,
+    native_threads: int,
+    reads_variable: bool,
 ) -> Iterator[Finding]:
     most = math.ceil(budget.cpus)
     cpus = f"{counted(budget.cpus, 'CPU')} ({limits.binding.name})"
     too_many = []
+    remedy = _USE_SAFEPOOL
     if standard_workers is not None and standard_workers > most:
         too_many.append(f"ProcessPoolExecutor() starts {counted(standard_workers, 'worker')}")
+        remedy = _USE_SAFEPOOL if reads_variable else _USE_PATCH
     if native_threads > most:
         too_many.append(
             f"a native thread pool (NumPy's) {counted(native_threads, 'thread')} in each process"
@@ -163,7 +177,7 @@ def _oversubscribed(
             code="oversubscribed",
             problem=True,
             text=text[0].upper() + text[1:],
-            remedy=_USE_SAFEPOOL,
+            remedy=remedy,
         )
     elif standard_workers is not None and standard_workers * native_threads > most:
         yield Finding(
