@@ -146,9 +146,13 @@ def worker(
         >>> slow(1), worker(abs, timeout=5)(-2)
         (-1, 2)
     """
-    if operator.index(threads) < 1:
+    try:
+        threads = operator.index(threads)
+    except TypeError:
+        raise TypeError(f"threads must be an integer, not {threads!r}") from None
+    if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    terms = _Terms(threads=operator.index(threads), timeout_s=timeout, retries=retries)
+    terms = _Terms(threads=threads, timeout_s=timeout, retries=retries)
     return terms.decorate if function is None else terms.decorate(function)
 
 

@@ -19,6 +19,9 @@ Not covered:
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
+    * A call inside of a task that names a backend and a number itself, as
+      ``Parallel(n_jobs=4, backend="safepool")``: it is done as asked, in each worker. One that
+      does not is sequential there; one with ``n_jobs=-1`` has the worker's share.
 """
 
 from __future__ import annotations
@@ -246,9 +249,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         if n_jobs < 0:
             return max(1, budget.workers + 1 + n_jobs)
         if n_jobs > budget.workers:
+            one = budget.workers == 1
+            fitting = "one worker that fits" if one else f"{budget.workers} workers that fit"
+            threads = budget.threads_per_worker
+            each = f", each with {threads} threads" if threads > 1 else ""
             log_once(
-                f"n_jobs={n_jobs} is more than the {budget.workers} workers that fit "
-                f"({budget.because.name}: {budget.because.raw}); it is done as asked"
+                f"n_jobs={n_jobs} is more than the {fitting} ({budget.because.name}: "
+                f"{budget.because.raw}{each}); it is done as asked"
             )
         return n_jobs
 
@@ -391,7 +398,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         timeouts = [policy.timeout_s for policy in policies if policy.timeout_s is not None]
         name = name_of(next(iter(functions.values())))
         if len(items) > 1:
-            name += f" and {len(items) - 1} more calls of its batch"
+            others = len(items) - 1
+            name += f" and {others} more call{'s' if others > 1 else ''} of its batch"
         # Limited if all of them are: a call that is not may take as long as it likes.
         limited = len(timeouts) == len(policies)
         return name, Policy(

@@ -7,6 +7,7 @@ Not covered:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -97,7 +98,8 @@ class Pools:
                 self._leases.append(lease)
             if lease.workers != workers:
                 lease.workers = workers
-                lease.pool.resize(workers)
+                # A call's own n_jobs= is nothing that its program needs to be told of.
+                lease.pool._scheduler.resize(workers, level=logging.DEBUG)
             lease.users.add(user)
             return lease
 

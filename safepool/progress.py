@@ -22,6 +22,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from safepool.errors import MissingExtraError
+from safepool.workers import contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +84,7 @@ class Progress:
         finally:
             tqdm.monitor_interval = every_s
         _open.add(self)
+        contained.around = beside_bars
         self._thread = threading.Thread(target=self._draw, name="safepool-progress", daemon=True)
         self._thread.start()
 

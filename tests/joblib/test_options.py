@@ -110,8 +110,26 @@ def test_more_jobs_than_fit_is_done_as_asked_and_said_once(
     with caplog.at_level(logging.INFO, "safepool"), safepool.parallel_backend():
         assert joblib.effective_n_jobs(many) == many
         assert joblib.effective_n_jobs(many) == many
-    lines = [message for message in caplog.messages if f"n_jobs={many}" in message]
-    assert len(lines) == 1
+        # Two numbers in one block: its pool changes its size without a word.
+        assert Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(2)) == [0, 1]
+        assert Parallel(n_jobs=many)(delayed(abs)(-n) for n in range(2)) == [0, 1]
+    (line,) = (message for message in caplog.messages if "2 is" not in message)
+    assert f"n_jobs={many} is more than the " in line
+
+
+def test_that_one_worker_fits_is_said_with_its_threads(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safepool.machine._told", set())
+    threads = max(2, safepool.cpu_count())
+    with (
+        caplog.at_level(logging.INFO, "safepool"),
+        safepool.parallel_backend(threads_per_worker=threads),
+    ):
+        assert joblib.effective_n_jobs(2) == 2
+    (line,) = caplog.messages
+    assert "the one worker that fits (" in line
+    assert f", each with {threads} threads)" in line
 
 
 def test_no_number_is_one_job() -> None:

@@ -162,8 +162,8 @@ INITIALIZERS = {
     "os._exit": "3 workers in a row were of no use; the last, ",
     "SIGKILL": "was killed by SIGKILL",
     "SIGSEGV": "was killed by SIGSEGV",
-    "sys.exit": "a worker's initializer failed",
-    "raise": "a worker's initializer failed",
+    "sys.exit": "a worker's initializer failed: SystemExit: 3",
+    "raise": "a worker's initializer failed: RuntimeError: ",
 }
 
 

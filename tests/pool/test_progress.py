@@ -186,6 +186,27 @@ def test_a_workers_log_stands_in_lines_of_its_own(capsys: pytest.CaptureFixture[
         assert f"line {number}" in lines
 
 
+def test_what_the_pool_logs_stands_in_lines_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a worker that has died, while the bar is on the screen."""
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("safepool")
+    logger.addHandler(handler)
+    paths = [str(tmp_path / str(number)) for number in range(2)]
+    try:
+        with ProcessPool(1, retries=1) as pool:
+            assert list(pool.map(die_once, paths, progress=True)) == paths
+    finally:
+        logger.removeHandler(handler)
+
+    lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    told = [line for line in lines if "which is run again" in line]
+    assert len(told) == 2
+    for line in told:
+        assert line.startswith("worker ")
+
+
 def test_a_bar_of_ones_own_counts_until_it_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("fits", 4) as progress:
         progress.done += 3
