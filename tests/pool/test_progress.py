@@ -186,6 +186,23 @@ def test_a_workers_log_stands_in_lines_of_its_own(capsys: pytest.CaptureFixture[
         assert f"line {number}" in lines
 
 
+def test_the_program_ends_with_the_last_numbers() -> None:
+    """Also if nobody asks for the end of the results, as ``zip`` does not of its second."""
+    program = """
+import safepool
+
+with safepool.ProcessPool(1) as pool:
+    results = pool.map(abs, range(3), progress=True)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert " 3/3 " in last_of(done.stderr)
+    assert done.stderr.endswith("\n")
+
+
 def test_what_the_pool_logs_stands_in_lines_of_its_own(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
