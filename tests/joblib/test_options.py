@@ -345,6 +345,11 @@ def test_mmap_mode_decides_who_may_write(mode: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux has mapped")
+def test_a_mode_that_is_none_is_refused_by_the_call_too() -> None:
+    with BLOCK(2), pytest.raises(ValueError, match="mmap_mode='rw' is none of 'r', "):
+        Parallel(mmap_mode="rw")(delayed(abs)(-n) for n in range(2))
+
+
 def test_a_read_only_array_is_placed_once() -> None:
     array = np.zeros(500_000)
     with safepool.parallel_backend(n_jobs=2, mmap_mode="r"):
