@@ -234,8 +234,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         **words: Unpack[Words],
     ) -> None:
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-        for word in words.keys() - _WORDS:
-            raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(word)}")
+        if unknown := sorted(words.keys() - _WORDS):
+            raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(unknown[0])}")
         self._pools = pools or SHARED
         self._lease: Lease | None = None
         self._futures: set[Future[Any]] = set()
@@ -292,7 +292,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
         if parallel is None or self._is_of_one:
             return self._configure(n_jobs, parallel, **options)
-        for word in options.keys() - _WORDS - _WORDS_OF_JOBLIB:
+        for word in sorted(options.keys() - _WORDS - _WORDS_OF_JOBLIB):
             # joblib's own backends ignore such words, so a library may use one: no error.
             text = f"Parallel(...) of the joblib backend 'safepool' has no argument {_meant(word)}"
             warnings.warn(f"{text}; it is without effect", RuntimeWarning, stacklevel=2)
