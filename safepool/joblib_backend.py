@@ -26,13 +26,15 @@ Not covered:
 
 from __future__ import annotations
 
+import inspect
 import queue
+import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-from joblib import parallel_config
+from joblib import Parallel, parallel_config
 from joblib._parallel_backends import (
     AutoBatchingMixin,
     FallbackToBackend,
@@ -56,6 +58,7 @@ from safepool.threads.cap import capped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from typing import Unpack
 
     from safepool.budget import Rounding
 
@@ -166,17 +169,55 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         backend.close()
 
 
+class Words(TypedDict, total=False):
+    """What ``joblib.parallel_config(backend="safepool", ...)`` and ``Parallel`` take besides.
+
+    Attributes:
+        threads_per_worker, rounding, retries, memory_per_worker, preload, initializer, initargs,
+            progress: As for :func:`parallel_backend`.
+        timeout: As there. ``Parallel(timeout=)`` is joblib's own.
+        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
+            joblib's own backend; ``None`` is its 300.
+    """
+
+    threads_per_worker: int | None
+    rounding: Rounding
+    timeout: float | None
+    retries: int
+    memory_per_worker: float | str | None
+    preload: Literal["auto"] | Sequence[str]
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    progress: bool | str
+    idle_worker_timeout: float | None
+
+
+_WORDS = Words.__annotations__.keys()
+# And the context of multiprocessing's start method.
+_WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
+
+
+def _meant(word: str) -> str:
+    import difflib  # noqa: PLC0415 -- of use to an error alone
+
+    close = difflib.get_close_matches(word, _WORDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(_WORDS))}"
+    return f"{word!r} ({hint})"
+
+
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
     Args:
         nesting_level: joblib's.
-        inner_max_num_threads: As ``threads_per_worker`` of :func:`parallel_backend`.
+        inner_max_num_threads: As ``threads_per_worker``.
         pools: Where pools are kept; ``None`` is this process's.
-        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
-            joblib's own backend.
-        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs, progress:
-            As for :func:`parallel_backend`.
+        words: See :class:`Words`.
+
+    Raises:
+        TypeError: There is no such word.
+        ValueError: A number is out of its range.
+        MissingExtraError: As for :func:`parallel_backend`.
     """
 
     supports_retrieve_callback = True
@@ -187,45 +228,40 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     # Each Parallel object gets one of its own.
     _is_of_one = False
 
-    def __init__(  # noqa: PLR0913 -- each by its name
+    def __init__(
         self,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         *,
         pools: Pools | None = None,
-        rounding: Rounding = "nearest",
-        timeout: float | None = None,
-        retries: int = 0,
-        memory_per_worker: float | str | None = None,
-        preload: Literal["auto"] | Sequence[str] = "auto",
-        initializer: Callable[..., object] | None = None,
-        initargs: tuple[Any, ...] = (),
-        progress: bool | str = False,
-        idle_worker_timeout: float = IDLE_S,
-        **others: Any,
+        **words: Unpack[Words],
     ) -> None:
-        super().__init__(
-            nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads, **others
-        )
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        if unknown := sorted(words.keys() - _WORDS):
+            raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(unknown[0])}")
         self._pools = pools or SHARED
-        self._policy = Policy(timeout_s=timeout, retries=retries)
-        self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
-        self._rounding = rounding
-        # What is out of its range is said here, not by the first call.
-        self._request()
-        self._preload = preload
-        self._initialize = (initializer, initargs)
-        self._idle_s = idle_worker_timeout
         self._lease: Lease | None = None
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
         self._read_only = False
-        self._label = label_of(progress)
-        if self._label is not None:
-            require_tqdm()
         self._bar: CallBar | None = None
         self._callbacks: Callbacks | None = None
+        self._take(words)
+
+    def _take(self, words: Words) -> None:
+        self._words = words
+        if words.get("threads_per_worker") is not None:
+            self.inner_max_num_threads = words["threads_per_worker"]
+        self._policy = Policy(timeout_s=words.get("timeout"), retries=words.get("retries", 0))
+        memory = words.get("memory_per_worker")
+        self._memory = None if memory is None else parse_bytes(memory)
+        self._rounding = words.get("rounding", "nearest")
+        # What is out of its range is said here, not by the first call.
+        self._request()
+        self._label = label_of(words.get("progress", False))
+        if self._label is not None:
+            require_tqdm()
 
     @property
     def _threads(self) -> int:
@@ -263,7 +299,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
         if parallel is None or self._is_of_one:
             return self._configure(n_jobs, parallel, **options)
-        backend = self._of_one()
+        for word in sorted(options.keys() - _WORDS - _WORDS_OF_JOBLIB):
+            # joblib's own backends ignore such words, so a library may use one: no error.
+            text = f"Parallel(...) of the joblib backend 'safepool' has no argument {_meant(word)}"
+            warnings.warn(f"{text}; it is without effect", RuntimeWarning, stacklevel=2)
+        own = {word: options[word] for word in options.keys() & _WORDS}
+        backend = self._of_one(cast("Words", own))
         # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.
         parallel._backend = backend
         return backend._configure(n_jobs, parallel, **options)
@@ -273,25 +314,22 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         n_jobs: int,
         parallel: Any,
         *,
-        initializer: Callable[..., object] | None = None,
-        initargs: tuple[Any, ...] = (),
-        idle_worker_timeout: float | None = None,
         max_nbytes: float | None = None,
         mmap_mode: str | None = None,
-        **_options: Any,
+        **_others: Any,
     ) -> int:
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
             raise FallbackToBackend(self._sequential())
         self.parallel = parallel
-        own = self._initialize if initializer is None else (initializer, initargs)
-        preload = self._preload
+        preload = self._words.get("preload", "auto")
+        idle_s = self._words.get("idle_worker_timeout")
         settings = Settings(
             threads=self._threads,
             preload=preload if isinstance(preload, str) else tuple(preload),
-            initializer=own[0],
-            initargs=own[1],
-            idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
+            initializer=self._words.get("initializer"),
+            initargs=self._words.get("initargs", ()),
+            idle_s=IDLE_S if idle_s is None else idle_s,
         )
         self._release()
         mode = mode_asked_for(mmap_mode)
@@ -300,15 +338,22 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._lease = self._pools.lease(settings, workers, self)
         return workers
 
-    def _of_one(self) -> SafepoolBackend:
+    def _of_one(self, words: Words) -> SafepoolBackend:
         """Return a backend like this one that a single ``Parallel`` object uses.
 
         joblib gives all of a block the same one. What is known of a call must not be another's:
         generators may be taken in turns.
+
+        Args:
+            words: What the object says itself.
         """
         backend = SafepoolBackend.__new__(SafepoolBackend)
         backend.__dict__.update(self.__dict__, _is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
+        if words:
+            # An initializer is not given the arguments of another.
+            others: Words = {"initargs": ()} if "initializer" in words else {}
+            backend._take({**self._words, **others, **words})
         return backend
 
     def _sequential(self) -> SequentialBackend:
