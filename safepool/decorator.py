@@ -14,8 +14,8 @@ that runs each, and what runs in between runs uncapped.
 Not covered:
     * A plain function that returns another's generator or coroutine, whose body runs later.
     * Wrong arguments of a generator or coroutine function: its first step says so.
-    * ``inspect.getfullargspec`` and ``getcallargs``: they see ``(*args, **kwargs)``, as of all that
-      ``functools.wraps`` has dressed. ``inspect.signature`` sees the function's own.
+    * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def``: as of all that
+      ``functools.wraps`` has dressed they see ``(*args, **kwargs)``. ``inspect.signature`` does not.
     * Threads that the body starts (``threads.blocks``), and programs that it starts: those
       find the capped variables, no more.
     * Outside of a worker the thread variables of ``os.environ`` are set while it runs, for
