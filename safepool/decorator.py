@@ -15,7 +15,8 @@ Not covered:
     * A plain function that returns another's generator or coroutine, whose body runs later.
     * Wrong arguments of a generator or coroutine function: its first step says so.
     * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def``: as of all that
-      ``functools.wraps`` has dressed they see ``(*args, **kwargs)``. ``inspect.signature`` does not.
+      ``functools.wraps`` has dressed they see ``(*args, **kwargs)``; ``inspect.signature`` sees
+      the function's own.
     * Threads that the body starts (``threads.blocks``), and programs that it starts: those
       find the capped variables, no more.
     * Outside of a worker the thread variables of ``os.environ`` are set while it runs, for
