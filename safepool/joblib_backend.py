@@ -107,7 +107,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
             than fit into what the control groups have left.
         preload: As for :class:`safepool.ProcessPool`.
-        initializer: Called once in each worker before its first task.
+        initializer: Called once in each worker before its first task; once in this process
+            where calls are sequential, in which tasks have what it has set as well.
         initargs: Its arguments.
         progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
             is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
@@ -320,6 +321,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     ) -> int:
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
+            initializer = self._words.get("initializer")
+            if initializer is not None:
+                self._pools.initialize_here(initializer, self._words.get("initargs", ()))
             raise FallbackToBackend(self._sequential())
         self.parallel = parallel
         preload = self._words.get("preload", "auto")

@@ -84,6 +84,39 @@ def test_an_initializer_runs_in_each_worker_before_its_tasks() -> None:
     assert {tuple(marks) for marks in own} == {("call",)}
 
 
+@pytest.mark.parametrize("where", ["block", "name"])
+def test_an_initializer_runs_once_here_where_calls_do(where: str) -> None:
+    """Else a program with one would fail where a single CPU is left to it."""
+    marked: list[str] = []
+    words: dict[str, Any] = {"initializer": marked.append, "initargs": (where,)}
+    backends: dict[str, Any] = {
+        "block": lambda: safepool.parallel_backend(1, **words),
+        "name": lambda: joblib.parallel_config("safepool", n_jobs=1, **words),
+    }
+    for _ in range(2):
+        with backends[where]():
+            for _ in range(2):
+                seen = Parallel()(delayed(marked.copy)() for _ in range(2))
+    # Workers of a name are kept; those of a block are its own.
+    expected = [where] * (2 if where == "block" else 1)
+    assert seen == [expected] * 2
+
+
+def test_an_initializer_that_fails_here_is_called_again() -> None:
+    called: list[int] = []
+
+    def fail_first() -> None:
+        called.append(1)
+        if len(called) == 1:
+            raise ZeroDivisionError
+
+    with safepool.parallel_backend(1, initializer=fail_first):
+        with pytest.raises(ZeroDivisionError):
+            Parallel()(delayed(abs)(-n) for n in range(2))
+        assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+    assert len(called) == 2
+
+
 def test_verbose_says_how_far_the_call_is(capsys: pytest.CaptureFixture[str]) -> None:
     with safepool.parallel_backend(n_jobs=2):
         Parallel(verbose=11)(delayed(abs)(n) for n in range(4))
