@@ -48,7 +48,7 @@ from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_blo
 from safepool.joblib_callbacks import Callbacks
 from safepool.joblib_pools import IDLE_S, SHARED, Lease, Pools, Settings
 from safepool.joblib_progress import CallBar, SequentialWithBar
-from safepool.machine import log_once, read_budget
+from safepool.machine import log_once, read_budget, tell_once
 from safepool.pool.dispatch import was_not_sent
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
@@ -101,7 +101,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             not be frozen.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
-            joblib's own ``timeout`` counts the time that the caller waits for a batch.
+            joblib's own ``timeout`` counts the time that the caller waits for a batch. A call that
+            is sequential cannot be ended, and a warning says so once.
         retries: How often a task is run again whose worker died under it, at least 0, and
             with it those that travelled in the same batch.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
@@ -324,6 +325,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             initializer = self._words.get("initializer")
             if initializer is not None:
                 self._pools.initialize_here(initializer, self._words.get("initargs", ()))
+            if self._policy.timeout_s is not None:
+                tell_once(
+                    "timeout= of the joblib backend 'safepool' ends tasks in workers. This call "
+                    "has none: it is sequential, in this process, where nothing can end a task",
+                    subject="timeout of a sequential call",
+                )
             raise FallbackToBackend(self._sequential())
         self.parallel = parallel
         preload = self._words.get("preload", "auto")

@@ -102,6 +102,14 @@ def test_an_initializer_runs_once_here_where_calls_do(where: str) -> None:
     assert seen == [expected] * 2
 
 
+def test_that_nothing_ends_a_task_here_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safepool.machine._told", set())
+    with safepool.parallel_backend(1, timeout=5):
+        with pytest.warns(RuntimeWarning, match="where nothing can end a task"):
+            assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+        assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+
+
 def test_an_initializer_that_fails_here_is_called_again() -> None:
     called: list[int] = []
 
