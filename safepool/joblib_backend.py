@@ -271,8 +271,14 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def _request(self) -> Request:
         # Made anew: joblib sets inner_max_num_threads later as well.
+        threads = self._threads
+        # "auto" is ProcessPool's, which knows its number of workers from the start.
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(
+                f"threads_per_worker must be an integer of at least 1, not {threads!r}"
+            )
         return Request(
-            threads_per_worker=self._threads,
+            threads_per_worker=threads,
             rounding=self._rounding,
             memory_per_worker=self._memory,
         )

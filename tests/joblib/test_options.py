@@ -262,6 +262,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "retries": {"retries": -1},
     "memory_per_worker": {"memory_per_worker": "much"},
     "threads_per_worker": {"threads_per_worker": 0},
+    "threads_per_worker in words": {"threads_per_worker": "auto"},
     "rounding": {"rounding": "up"},
     "mmap_mode": {"mmap_mode": "rw"},
     "max_nbytes": {"max_nbytes": "much"},
