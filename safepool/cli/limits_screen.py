@@ -149,6 +149,7 @@ class Screen:
             standard_workers=None if self.process else self.standard_workers,
             native_threads=self.native_threads if computes else 1,
             standard_reads_variable=self.standard_reads_variable,
+            joblib_workers=None if self.process else self.joblib_workers,
         )
 
     @property
