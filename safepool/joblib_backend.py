@@ -27,6 +27,7 @@ Not covered:
 from __future__ import annotations
 
 import inspect
+import operator
 import queue
 import warnings
 from concurrent.futures import Future
@@ -271,11 +272,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def _request(self) -> Request:
         # Made anew: joblib sets inner_max_num_threads later as well.
-        threads = self._threads
-        # "auto" is ProcessPool's, which knows its number of workers from the start.
-        if not isinstance(threads, int) or threads < 1:
+        try:
+            threads = operator.index(self._threads)
+        except TypeError:  # "auto" is ProcessPool's, which knows its number of workers
+            threads = 0
+        if threads < 1:
             raise ValueError(
-                f"threads_per_worker must be an integer of at least 1, not {threads!r}"
+                f"threads_per_worker must be an integer of at least 1, not {self._threads!r}"
             )
         return Request(
             threads_per_worker=threads,
