@@ -13,18 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
+from support_processes import wait_until
 
 from safepool import ProcessPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def wait_until(is_so: Callable[[], object], *, within_s: float = 30) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.005)
 
 
 def is_gone(pid: int) -> bool:
