@@ -189,13 +189,6 @@ def crash() -> None:
     ctypes.string_at(0)
 
 
-def wait_for(path: str) -> None:
-    deadline = time.monotonic() + 60
-    while not Path(path).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def sleep_here(seconds: float) -> float:
     time.sleep(seconds)
     return seconds

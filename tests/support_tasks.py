@@ -222,6 +222,20 @@ def touch_and_sleep(path: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def wait_for(path: str, value: Any = None) -> Any:
+    """Return the value when the file is there: it is up to the test how long a call takes."""
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return value
+
+
+def touch_and_wait_for(begun: str, path: str) -> None:
+    Path(begun).touch()
+    wait_for(path)
+
+
 def log(path: str, value: int, seconds: float = 0.0) -> int:
     """Write down, in one write, that this ran."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

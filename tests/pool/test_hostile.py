@@ -19,6 +19,7 @@ from safepool import ProcessPool
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from pathlib import Path
 
 OWNER = os.getpid()
 
@@ -127,11 +128,13 @@ def test_a_callback_that_raises_costs_nobody(raised: type[BaseException]) -> Non
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
 
-def test_a_future_that_the_caller_ends_costs_nobody() -> None:
+def test_a_future_that_the_caller_ends_costs_nobody(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with ProcessPool(1) as pool:
-        busy = pool.submit(tasks.sleep_and_return, 0.3, "busy")
+        busy = pool.submit(tasks.wait_for, str(gate), "busy")
         ours: list[Future[int]] = [pool.submit(tasks.square, n) for n in range(3)]
         ours[1].set_result(-1)
+        gate.touch()
         assert busy.result(timeout=30) == "busy"
         assert [future.result(timeout=30) for future in ours] == [0, -1, 4]
 
@@ -149,7 +152,7 @@ def test_a_pool_first_used_while_the_interpreter_ends_is_refused() -> None:
         "late = Late()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert done.stdout == "cannot schedule new futures after interpreter shutdown\n"

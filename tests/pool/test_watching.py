@@ -57,9 +57,9 @@ def test_before_the_first_task_and_after_the_end_there_is_nobody() -> None:
 def test_a_worker_from_its_start_on(tmp_path: Path) -> None:
     """Starting, busy, idle."""
     initialize, work = tmp_path / "initialize", tmp_path / "work"
-    with ProcessPool(1, initializer=support.wait_for, initargs=(str(initialize),)) as pool:
+    with ProcessPool(1, initializer=tasks.wait_for, initargs=(str(initialize),)) as pool:
         try:
-            first = pool.submit(support.wait_for, str(work))
+            first = pool.submit(tasks.wait_for, str(work))
             until(pool.workers, "it is started")
             starting = the_worker(pool)
             assert (starting.state, starting.task, starting.running_s) == ("starting", None, None)
@@ -67,7 +67,7 @@ def test_a_worker_from_its_start_on(tmp_path: Path) -> None:
 
             until(lambda: the_worker(pool).task, "a task runs")
             busy = the_worker(pool)
-            assert (busy.state, busy.task) == ("busy", "support_logging.wait_for")
+            assert (busy.state, busy.task) == ("busy", "support_tasks.wait_for")
             assert busy.running_s is not None
             until(lambda: (the_worker(pool).running_s or 0) > busy.running_s, "time passes")
             assert (busy.pid, busy.tasks_done, busy.waiting) == (starting.pid, 0, 0)
@@ -310,7 +310,7 @@ def _state(pid: int) -> str:
 def test_a_hanging_initializer_is_found(tmp_path: Path) -> None:
     """A worker that is not ready is asked as soon as the signal cannot end it."""
     path = tmp_path / "go on"
-    with ProcessPool(1, initializer=support.wait_for, initargs=(str(path),)) as pool:
+    with ProcessPool(1, initializer=tasks.wait_for, initargs=(str(path),)) as pool:
         future = pool.submit(tasks.square, 3)
         found: list[str] = []
         until(pool.workers, "it is started")
