@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support_tasks import wait_for
+
 log = logging.getLogger("support.logging")
 
 
@@ -223,9 +225,9 @@ def take_the_handler_away(number: int) -> None:
     faulthandler.unregister(number)
 
 
-def leave_a_thread(seconds: float) -> int:
-    """Start a thread that this process waits for when it ends."""
-    threading.Thread(target=time.sleep, args=(seconds,)).start()
+def leave_a_thread(path: str) -> int:
+    """Start a thread that ends when the file is there, and for which this process waits."""
+    threading.Thread(target=wait_for, args=(path,)).start()
     return os.getpid()
 
 
