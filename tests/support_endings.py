@@ -233,9 +233,10 @@ def return_killer() -> object:
     return KillsWhenPickled()
 
 
-def ignore_sigterm_and_sleep(seconds: float) -> None:
+def ignore_sigterm_and_sleep(path: str, seconds: float) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note(path, os.getpid())
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(0.05)

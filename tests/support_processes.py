@@ -12,7 +12,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -74,6 +74,15 @@ def still_alive(pids: list[int], *, after_s: float) -> list[int]:
         time.sleep(0.01)
         left_s -= 0.01
     return alive
+
+
+def ends(program: subprocess.Popen[Any], *, within_s: float) -> bool:
+    """Wait for the end of a program, so many seconds as in `still_alive`."""
+    left_s = within_s
+    while program.poll() is None and left_s > 0:
+        time.sleep(0.01)
+        left_s -= 0.01
+    return program.poll() is not None
 
 
 def _is_alive(pid: int) -> bool:
