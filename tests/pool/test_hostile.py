@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
+from support_processes import still_alive, wait_until
 
 import safepool
 from safepool import ProcessPool
@@ -85,22 +86,33 @@ def _text(error: BaseException | None) -> str:
         return ""
 
 
-def test_a_worker_that_ends_after_its_last_task_costs_nobody() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_worker_that_ends_after_its_last_task_costs_nobody(tmp_path: Path) -> None:
     """It answers and dies, and the pool wants to tell it to stop."""
+    gate, gone = tmp_path / "gate", []
 
     def answer_and_die(x: int) -> int:
-        threading.Timer(0.1, os._exit, (0,)).start()
+        def watch(frame: Any, event: str, _argument: object) -> None:
+            if event == "return" and frame.f_code.co_qualname == "Answers.flush":
+                os._exit(0)
+
+        sys.setprofile(watch)
         return x
 
-    with ProcessPool(2, max_tasks_per_child=2) as pool:
-        list(pool.map(tasks.square, range(2)))
-        first = pool.submit(tasks.square, 0)
+    def wait_until_one_has_gone(_future: object) -> None:
+        """Keep the scheduler's thread busy so long."""
+        pids = [worker.pid for worker in pool._scheduler.workers()]
+        wait_until(lambda: len(still_alive(pids, after_s=0)) < len(pids))
+        gone.extend(pids)
+
+    with ProcessPool(2, max_tasks_per_child=1) as pool:
+        pool.submit(tasks.wait_for, str(gate)).add_done_callback(wait_until_one_has_gone)
         last = pool.submit(answer_and_die, 1)
-        # Keeps the scheduler's thread busy until the worker has gone.
-        first.add_done_callback(lambda _: time.sleep(0.6))
+        gate.touch()
         rest = [pool.submit(tasks.square, n) for n in range(5)]
         assert [future.result(timeout=30) for future in rest] == [0, 1, 4, 9, 16]
         assert last.result(timeout=30) == 1
+    assert gone
 
 
 def test_a_task_that_forks_and_returns_answers_once() -> None:
