@@ -243,13 +243,16 @@ def left_since(before: Snapshot) -> list[Leak]:
 
 
 def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
-    """Look once; only when something is found, collect garbage and wait for it to go."""
-    begin = time.monotonic()
-    pause_s = 0.005
-    while (found := _uncharged(look())) and time.monotonic() - begin < _grace_s(found):
+    """Look once; only when something is found, collect garbage and wait for it to go.
+
+    What counts is the time slept: a machine that was frozen has kept stragglers from ending.
+    """
+    slept_s, pause_s = 0.0, 0.005
+    while (found := _uncharged(look())) and slept_s < _grace_s(found):
         # Each time: a thread that just ended may have held a cycle until now.
         gc.collect()
         time.sleep(pause_s)
+        slept_s += pause_s
         pause_s = min(2 * pause_s, 0.1)
     return found
 
