@@ -76,7 +76,7 @@ def _sent_ahead(staff: Iterable[Worker]) -> list[Worker]:
         if worker.ledger.owed > 1
         and worker.board is not None
         and worker.packing is None
-        and not (worker.ledger.head and worker.ledger.head.bound)
+        and not worker.is_bound
     ]
 
 

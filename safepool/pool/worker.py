@@ -101,6 +101,12 @@ class Worker(WorkerProcess):
         return not (self.exclusive or self.packing is not None or (tail and tail.bound))
 
     @property
+    def is_bound(self) -> bool:
+        """Whether it is in a chunk, or about to be, that is not to be divided."""
+        head = self.ledger.head
+        return head is not None and head.bound
+
+    @property
     def unheard(self) -> bool:
         """Whether it has not come to what it is to do next: stopped, or still reading it."""
         work = self.ledger.head

@@ -289,8 +289,9 @@ def test_what_a_chunk_has_in_common_stays_so() -> None:
     assert lengths == [1, 2, 1, 2]
 
 
-def test_a_chunk_whose_calls_have_something_in_common_is_not_divided() -> None:
-    """Though it takes long, and another worker has nothing to do."""
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_chunk_whose_calls_have_something_in_common_is_not_divided(resized: bool) -> None:
+    """Though it takes long, and another worker has nothing to do, or is to have nothing."""
 
     def append_slowly(found: list[int]) -> int:
         time.sleep(0.05)
@@ -300,5 +301,8 @@ def test_a_chunk_whose_calls_have_something_in_common_is_not_divided() -> None:
         wait = [pool.submit(time.sleep, 0.05) for _ in range(2)]
         wait_until(lambda: sum(one.ready for one in pool._scheduler.workers()) == 2)
         assert [future.result(timeout=30) for future in wait] == [None, None]
-        lengths = list(pool.map(append_slowly, [[]] * 12, chunksize=4))
-    assert lengths == [1, 2, 3, 4] * 3
+        results = pool.map(append_slowly, [[]] * 12, chunksize=4)
+        first = next(results)
+        if resized:
+            pool.resize(1)
+        assert [first, *results] == [1, 2, 3, 4] * 3
