@@ -610,7 +610,8 @@ class Scheduler:
         if not (shrinking or any(worker.retiring for worker in staff)):
             return
         for worker in staff:
-            if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
+            goes = worker.retiring or (shrinking and not worker.is_bound)
+            if not worker.leaving and goes and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
             # Nothing that it owed may have begun; then no answer brings its end.
             if worker.retiring and worker.is_idle:
