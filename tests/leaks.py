@@ -41,6 +41,8 @@ MARK_VARIABLE = "SAFEPOOL_TEST_SESSION"
 MARK = f"{os.getpid()}-{secrets.token_hex(4)}"
 
 # What ends by itself after a test: a reaped worker's thread, a helper whose pipe was closed.
+# The sum of the pauses between looks, not a time on the clock: while the whole machine stands
+# still, what is to end cannot end either.
 GRACE_S = 2.0
 
 ON_LINUX = sys.platform == "linux"
@@ -240,12 +242,13 @@ def left_since(before: Snapshot) -> list[Leak]:
 
 def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
     """Look once; only when something is found, collect garbage and wait for it to go."""
-    deadline = time.monotonic() + GRACE_S
+    waited_s = 0.0
     pause_s = 0.005
-    while (found := _uncharged(look())) and time.monotonic() < deadline:
+    while (found := _uncharged(look())) and waited_s < GRACE_S:
         # Each time: a thread that just ended may have held a cycle until now.
         gc.collect()
         time.sleep(pause_s)
+        waited_s += pause_s
         pause_s = min(2 * pause_s, 0.1)
     return found
 
@@ -470,12 +473,19 @@ def _is_someone_elses(name: Path) -> bool:
         config = getattr(getattr(process, "_current_process", None), "_config", {})
         return str(name) == config.get("tempdir")
     # joblib and loky write the maker's process id into the name.
-    numbers = [int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", name.name)]
-    makers = [maker for number in numbers if (maker := _read_process(number)) is not None]
-    if not makers:
-        return False
-    ours = {os.getpid(), *(process.pid for process in family())}
-    return not any(maker.pid in ours for maker in makers)
+    numbers = {int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", name.name)}
+    alive = {number for number in numbers if _read_process(number) is not None}
+    if alive:
+        return alive.isdisjoint({os.getpid(), *(process.pid for process in family())})
+    # Its maker has ended, or the name is multiprocessing's, without a process id: nothing tells
+    # whose it is where two sessions of these tests share a machine.
+    return _another_session_runs()
+
+
+def _another_session_runs() -> bool:
+    ours = {MARK, *os.environ.get(MARK_VARIABLE, "").split()}
+    marks = (set(_initial_mark(pid).partition("=")[2].split()) for pid in _every_pid())
+    return any(theirs and theirs.isdisjoint(ours) for theirs in marks)
 
 
 # The session's state. The keys of leaks that a test has failed for: nothing fails twice.
