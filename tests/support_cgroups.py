@@ -32,7 +32,7 @@ PERIOD_US = 100_000
 
 _CONTROLLERS = ("cpu", "memory", "pids")
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_REMOVE_SECONDS = 10.0
+_REMOVE_SECONDS = 30.0
 _number = itertools.count()
 
 
@@ -63,6 +63,10 @@ class ControlGroup:
         else:
             self._write("cpu", "cpu.cfs_period_us", str(PERIOD_US))
             self._write("cpu", "cpu.cfs_quota_us", str(-1 if quota is None else quota))
+
+    def come_first(self) -> None:
+        """As the function."""
+        come_first(self.cpu)
 
     def set_memory(self, limit_bytes: int) -> None:
         """Write the ceiling on memory."""
@@ -175,6 +179,13 @@ def control_group(
     finally:
         for directory in sorted(set(group.directories.values())):
             _remove(directory)
+
+
+def come_first(directory: Path) -> None:
+    """Let a group be served before its neighbours: it uses its quota on a busy machine, too."""
+    for name, most in (("cpu.weight", "10000"), ("cpu.shares", "262144")):
+        if (directory / name).exists():
+            (directory / name).write_text(most)
 
 
 def without_control_groups() -> str | None:
