@@ -165,13 +165,14 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
             program.kill()
 
     assert program.returncode == exitcode
-    # A tenth of a second; here for a machine that has much else to do.
-    assert took_s < 3
+    # A tenth of a second, and not the minute of a task; here for a machine that has much else
+    # to do.
+    assert took_s < 20
     if ending == "Ctrl-C":
         # The program's own traceback, and none of a worker's.
         assert said.count("Traceback (most recent call last)") == 1
         assert said.rstrip().endswith("KeyboardInterrupt")
-    assert still_alive(pids, after_s=5) == []
+    assert still_alive(pids, after_s=20) == []
     assert list(temporary.iterdir()) == []
     assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []
 
