@@ -44,6 +44,9 @@ WATCHDOG_MARGIN_S = 20.0
 # After the last test: exit handlers and threads that somebody waits for at exit.
 EXIT_LIMIT_S = 60.0
 
+# What a user's shell or a CI says of colours and of the width of the screen.
+SCREEN_VARIABLES = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS", "LINES")
+
 # A module of the package that is one platform's implementation asserts it on import.
 PLATFORM_OF_MODULE = {"_linux": "linux", "_darwin": "darwin", "_windows": "win32"}
 
@@ -72,6 +75,8 @@ class Harness:
 
     def _set_environment(self) -> None:
         self._patch.setenv(leaks.MARK_VARIABLE, leaks.MARK, prepend=" ")
+        for name in SCREEN_VARIABLES:
+            self._patch.delenv(name, raising=False)
         # A Python process that hangs prints its stacks when it is sent SIGABRT.
         self._patch.setenv("PYTHONFAULTHANDLER", "1")
         # A temporary folder of its own: a name that is new there is this session's doing,
