@@ -190,7 +190,7 @@ if __name__ == "__main__":
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(300):
+        for _ in range(800):
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
                     tell(json.load(answer))

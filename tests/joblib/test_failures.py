@@ -206,7 +206,7 @@ def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert not wrong
 
 
