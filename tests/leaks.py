@@ -303,10 +303,12 @@ def family(*, apart_from: frozenset[int] = frozenset()) -> list[Process]:
         # The environment shows what a process was started with by exec. One that was only
         # forked shows its parent's; its process group tells. The rest of a pipeline is in
         # the group too (`pytest | tail`), but was there before; and what a shell in the
-        # group starts later has a parent in the group, which an orphan has not.
-        if MARK in _initial_mark(process.pid):
+        # group starts later has a parent in the group, which an orphan has not. Nor has one of
+        # another session there (`pytest a & pytest b`), but it has that one's mark.
+        mark = _initial_mark(process.pid)
+        if MARK in mark:
             return True
-        if process.pid in _PRESENT_AT_START:
+        if process.pid in _PRESENT_AT_START or mark not in ("", _OWN_INITIAL_MARK):
             return False
         parent = look(process.parent)
         return process.group == own_group and (parent is None or parent.group != own_group)
@@ -493,6 +495,9 @@ _CHARGED: set[str] = set()
 
 # Fixtures that are set up, and belong to more than one test.
 _SHARED_FIXTURES: set[pytest.FixtureDef[object]] = set()
+
+# That of a session around this one, if any: what is forked here shows it.
+_OWN_INITIAL_MARK = _initial_mark(os.getpid())
 
 # The processes of the machine when this session began.
 _PRESENT_AT_START = frozenset(_every_pid())

@@ -151,6 +151,12 @@ HARMLESS: dict[str, str] = {
         with loky.ProcessPoolExecutor(1) as pool:
             pool.submit(int).result()
     """,
+    "an orphan of another session in the same process group": """
+        command = ['sh', '-c', 'sleep 1011 >&2 & echo $!']
+        environ = {**os.environ, 'SAFEPOOL_TEST_SESSION': "another session's"}
+        pid = int(subprocess.check_output(command, env=environ))
+        atexit.register(os.kill, pid, 9)
+    """,
     "a name that another program made": """
         maker = f'/dev/shm/loky-{os.getppid()}-test'
         open(maker, 'x').close()
