@@ -33,15 +33,19 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# How long an asked process may take to print its stacks before it is killed.
-LAST_WORDS_S = 1.0
+# How long an asked process may take to print its stacks before it is killed. Few need more
+# than a moment; on a machine with too much to do it is seconds until each had its turn.
+LAST_WORDS_S = 5.0
 
 # faulthandler's watchdog needs no interpreter lock: it ends a run that the timer thread
 # cannot, because C code holds the lock. Late enough for the timer to finish its work.
-WATCHDOG_MARGIN_S = 5.0
+WATCHDOG_MARGIN_S = 20.0
 
 # After the last test: exit handlers and threads that somebody waits for at exit.
 EXIT_LIMIT_S = 60.0
+
+# What a user's shell or a CI says of colours and of the width of the screen.
+SCREEN_VARIABLES = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS", "LINES")
 
 # A module of the package that is one platform's implementation asserts it on import.
 PLATFORM_OF_MODULE = {"_linux": "linux", "_darwin": "darwin", "_windows": "win32"}
@@ -71,6 +75,8 @@ class Harness:
 
     def _set_environment(self) -> None:
         self._patch.setenv(leaks.MARK_VARIABLE, leaks.MARK, prepend=" ")
+        for name in SCREEN_VARIABLES:
+            self._patch.delenv(name, raising=False)
         # A Python process that hangs prints its stacks when it is sent SIGABRT.
         self._patch.setenv("PYTHONFAULTHANDLER", "1")
         # A temporary folder of its own: a name that is new there is this session's doing,
@@ -164,6 +170,17 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Harness(config), "time-limit")
     config.pluginmanager.register(leaks, "leaks")
+    if config.pluginmanager.hasplugin("hypothesispytest"):
+        _let_hypothesis_take_its_time()
+
+
+def _let_hypothesis_take_its_time() -> None:
+    """An example may take longer than 200 ms: what a busy machine does is no finding."""
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("busy", settings(), deadline=None, suppress_health_check=slow)
+    settings.load_profile("busy")
 
 
 def _end_family() -> None:

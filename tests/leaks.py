@@ -41,11 +41,9 @@ MARK_VARIABLE = "SAFEPOOL_TEST_SESSION"
 MARK = f"{os.getpid()}-{secrets.token_hex(4)}"
 
 # What ends by itself after a test: a reaped worker's thread, a helper whose pipe was closed.
+# The sum of the pauses between looks, not a time on the clock: while the whole machine stands
+# still, what is to end cannot end either.
 GRACE_S = 2.0
-
-# A name in shared memory that does not tell its living maker may be another program's, and goes
-# with that.
-NAME_GRACE_S = 20.0
 
 ON_LINUX = sys.platform == "linux"
 
@@ -243,23 +241,16 @@ def left_since(before: Snapshot) -> list[Leak]:
 
 
 def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
-    """Look once; only when something is found, collect garbage and wait for it to go.
-
-    What counts is the time slept: a machine that was frozen has kept stragglers from ending.
-    """
-    slept_s, pause_s = 0.0, 0.005
-    while (found := _uncharged(look())) and slept_s < _grace_s(found):
+    """Look once; only when something is found, collect garbage and wait for it to go."""
+    waited_s = 0.0
+    pause_s = 0.005
+    while (found := _uncharged(look())) and waited_s < GRACE_S:
         # Each time: a thread that just ended may have held a cycle until now.
         gc.collect()
         time.sleep(pause_s)
-        slept_s += pause_s
+        waited_s += pause_s
         pause_s = min(2 * pause_s, 0.1)
     return found
-
-
-def _grace_s(found: list[Leak]) -> float:
-    shared = all(leak.what.startswith(f"name {SHARED_MEMORY}/") for leak in found)
-    return NAME_GRACE_S if shared else GRACE_S
 
 
 def _uncharged(found: Iterator[Leak]) -> list[Leak]:
@@ -312,10 +303,12 @@ def family(*, apart_from: frozenset[int] = frozenset()) -> list[Process]:
         # The environment shows what a process was started with by exec. One that was only
         # forked shows its parent's; its process group tells. The rest of a pipeline is in
         # the group too (`pytest | tail`), but was there before; and what a shell in the
-        # group starts later has a parent in the group, which an orphan has not.
-        if MARK in _initial_mark(process.pid):
+        # group starts later has a parent in the group, which an orphan has not. Nor has one of
+        # another session there (`pytest a & pytest b`), but it has that one's mark.
+        mark = _initial_mark(process.pid)
+        if MARK in mark:
             return True
-        if process.pid in _PRESENT_AT_START:
+        if process.pid in _PRESENT_AT_START or mark not in ("", _OWN_INITIAL_MARK):
             return False
         parent = look(process.parent)
         return process.group == own_group and (parent is None or parent.group != own_group)
@@ -482,12 +475,19 @@ def _is_someone_elses(name: Path) -> bool:
         config = getattr(getattr(process, "_current_process", None), "_config", {})
         return str(name) == config.get("tempdir")
     # joblib and loky write the maker's process id into the name.
-    numbers = [int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", name.name)]
-    makers = [maker for number in numbers if (maker := _read_process(number)) is not None]
-    if not makers:
-        return False
-    ours = {os.getpid(), *(process.pid for process in family())}
-    return not any(maker.pid in ours for maker in makers)
+    numbers = {int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", name.name)}
+    alive = {number for number in numbers if _read_process(number) is not None}
+    if alive:
+        return alive.isdisjoint({os.getpid(), *(process.pid for process in family())})
+    # Its maker has ended, or the name is multiprocessing's, without a process id: nothing tells
+    # whose it is where two sessions of these tests share a machine.
+    return _another_session_runs()
+
+
+def _another_session_runs() -> bool:
+    ours = {MARK, *os.environ.get(MARK_VARIABLE, "").split()}
+    marks = (set(_initial_mark(pid).partition("=")[2].split()) for pid in _every_pid())
+    return any(theirs and theirs.isdisjoint(ours) for theirs in marks)
 
 
 # The session's state. The keys of leaks that a test has failed for: nothing fails twice.
@@ -495,6 +495,9 @@ _CHARGED: set[str] = set()
 
 # Fixtures that are set up, and belong to more than one test.
 _SHARED_FIXTURES: set[pytest.FixtureDef[object]] = set()
+
+# That of a session around this one, if any: what is forked here shows it.
+_OWN_INITIAL_MARK = _initial_mark(os.getpid())
 
 # The processes of the machine when this session began.
 _PRESENT_AT_START = frozenset(_every_pid())

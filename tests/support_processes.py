@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parent
 
 
+def cpus() -> int:
+    """Return the CPUs that this process may run on: no more than there are (``taskset``)."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_python(
     *arguments: str, cwd: Path, stdin: str = "", timeout_s: float = 90
 ) -> subprocess.CompletedProcess[str]:

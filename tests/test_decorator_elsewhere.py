@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import pytest
+from support_processes import cpus
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="forks, and signals"),
-    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="libraries start one thread on one CPU"),
+    pytest.mark.skipif(cpus() < 2, reason="libraries start one thread on one CPU"),
 ]
 
 # What every program begins with. It prints, as JSON, what a worker found: threads of its
@@ -189,7 +190,7 @@ if __name__ == "__main__":
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(300):
+        for _ in range(800):
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60) as answer:
                     tell(json.load(answer))

@@ -12,6 +12,7 @@ import pytest
 import support_natives as natives
 import support_tasks as tasks
 import threadpoolctl  # sets KMP_DUPLICATE_LIB_OK when it is imported, which is not ours to restore
+from support_processes import cpus
 
 import safepool
 from safepool import own_threads
@@ -169,6 +170,7 @@ def _auto() -> int:
     return safepool.limit_threads().threads
 
 
+@pytest.mark.skipif(cpus() < 2, reason="libraries start one thread on one CPU")
 def test_in_a_worker_it_can_lower_further() -> None:
     with safepool.ProcessPool(1, threads_per_worker=2) as pool:
         inside, after = pool.submit(_lower).result(timeout=60)
@@ -253,6 +255,63 @@ def test_it_can_be_entered_again(library: Any) -> None:
     with limit, limit:
         assert library.threads == 2
     assert library.threads == 4
+
+
+# In an interpreter of its own, without NumPy: OpenBLAS has locks of its own.
+FORKING = """
+import json, os, sys, threading, types, warnings
+import safepool
+from safepool.threads import NativeRuntime, blocks, register
+
+warnings.simplefilter("ignore")  # Python 3.12 warns of the other thread, which is the test
+sys.modules["slow_library"] = types.ModuleType("slow_library")
+begun, may_go, set_is_over = (threading.Event() for _ in range(3))
+
+def write(module, n):
+    begun.set()
+    may_go.wait(30)
+    set_is_over.set()
+
+register(
+    NativeRuntime(
+        name="slow-library", used_by="a test", modules=("slow_library",), source="a test"
+    ),
+    read=lambda module: 4,
+    write=write,
+)
+
+def look():
+    for event in (begun, may_go, set_is_over):
+        event.clear()
+    thread = threading.Thread(target=lambda: safepool.limit_threads(1).__enter__())
+    thread.start()
+    begun.wait()
+    timer = threading.Timer(WAIT_S, may_go.set)
+    timer.start()
+    pid = os.fork()
+    if not pid:
+        os._exit(int(set_is_over.is_set()))
+    told = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    may_go.set()
+    timer.cancel()
+    thread.join()
+    return told
+
+print(json.dumps(look()))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork()")
+@pytest.mark.parametrize(("setting", "over"), [("", 1), ("blocks._FORK_WAITS_S = 0.1", 0)])
+def test_a_fork_waits_until_a_limit_is_set(setting: str, over: int, tmp_path: Path) -> None:
+    """The child would have half of it, and the locks that another's library has meanwhile.
+
+    Not for ever: what sets it may wait for the thread that forks.
+    """
+    wait_s = "0.5" if over else "20"
+    code = FORKING.replace("WAIT_S", wait_s, 1).replace("\ndef look", f"\n{setting}\n\ndef look")
+
+    assert natives.run(code, folder=tmp_path, cpus=None) == over
 
 
 # One row per wrong argument: what is passed, and what is raised.

@@ -10,8 +10,8 @@ Not covered:
       inside a block for the first time, it keeps the block's number.
     * OpenMP and MKL in threads that are started inside: those begin with what the variables
       said when the library was loaded.
-    * A fork while another thread begins or ends a block and OpenBLAS is loaded: the child
-      inherits OpenBLAS's own lock, and hangs when it sets the number. No pool of ours forks so.
+    * A fork while another thread computes in several threads of OpenBLAS's: the child inherits
+      OpenBLAS's own lock, and hangs when it sets the number. No pool of ours forks so.
     * What a block's body sets itself: put back to what was before the block.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ if TYPE_CHECKING:
     from safepool.threads.table import NativeRuntime
 
 __all__ = ["Hold", "enter", "leave", "start_anew"]
+
+# A block begins or ends in a millisecond, or in as long as an import takes. Longer means that
+# it waits for the thread that forks, as for a module that this one imports.
+_FORK_WAITS_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -188,6 +193,20 @@ class _Blocks:
             self._calls.clear()
             self._libraries.clear()
 
+    def fork_begins(self) -> None:
+        """Wait for blocks that other threads begin or end.
+
+        OpenBLAS's own lock, with which one of them sets the number, would be locked in the child
+        for ever.
+        """
+        self._lock.acquire(timeout=_FORK_WAITS_S)
+
+    def fork_ended(self) -> None:
+        """Let blocks begin and end again, in the parent."""
+        # Not this thread's: another one had it for too long.
+        with suppress(RuntimeError):
+            self._lock.release()
+
     def forked(self) -> None:
         """Be usable in a forked child, which has none of the parent's other threads.
 
@@ -322,9 +341,17 @@ else:
 _blocks = _Blocks()
 
 
+def _fork_begins() -> None:
+    _blocks.fork_begins()
+
+
+def _fork_ended() -> None:
+    _blocks.fork_ended()
+
+
 def _forked() -> None:
     _blocks.forked()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_fork_begins, after_in_parent=_fork_ended, after_in_child=_forked)

@@ -37,6 +37,15 @@ needs_groups = pytest.mark.skipif(NO_GROUPS is not None, reason=str(NO_GROUPS))
 
 
 @pytest.fixture
+def room_for_48() -> None:
+    """Skip where the demo would refuse: memory comes and goes with what else runs."""
+    try:
+        demo_pretend.check_room(read_limits(), 48, 150)
+    except PretendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     if support_natives.shim(tmp_path) is None:
         pytest.skip("no compiler to build the library with")
@@ -56,7 +65,7 @@ def run_demo(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
 
 
 @needs_groups
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "room_for_48")
 def test_a_container_on_a_host_of_48_cpus() -> None:
     """The standard pool as there: 48 workers, native threads in each. safepool's has one thread.
 
@@ -79,7 +88,7 @@ def test_a_container_on_a_host_of_48_cpus() -> None:
 
 
 @needs_groups
-@pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder", "room_for_48")
 def test_ctrl_c_ends_all_of_them() -> None:
     """In the middle of the start of 48 workers, on half a CPU; the group is gone, too."""
     running = subprocess.Popen(
@@ -104,7 +113,7 @@ def test_ctrl_c_ends_all_of_them() -> None:
 
     assert len(family) >= 40
     assert (running.returncode, err) == (130, "")
-    assert still_alive([child.pid for child in family], after_s=5) == []
+    assert still_alive([child.pid for child in family], after_s=20) == []
     group = next(line.strip() for line in out.splitlines() if f"demo-{running.pid}" in line)
     assert not Path(group).parent.exists()
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support_cgroups import control_group, without_control_groups
@@ -22,13 +23,25 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 
 SPIN = "import threading\nprint('ready', flush=True)\nwhile True: pass\n"
-WAIT = "print('ready', flush=True); input()"
+WAIT = "import sys\nprint('ready', flush=True); sys.stdin.read()"
+
+# Found where the machine that the tests run on has that problem, whatever the process does.
+OF_THE_MACHINE = {"memory-nearly-full", "no-room"}
 
 
 def started(process: subprocess.Popen[str]) -> int:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process.pid
+
+
+def wait_for(state: str, pid: int) -> None:
+    """Wait until a process is in a state: ``S`` sleeps, ``Z`` has ended."""
+    stat = Path(f"/proc/{pid}/stat")
+    deadline = time.monotonic() + 60
+    while stat.read_text().rpartition(")")[2].split()[0] != state:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def python(code: str, **environ: str) -> subprocess.Popen[str]:
@@ -53,6 +66,10 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
     return code, json.loads(out)
 
 
+def codes(screen: dict[str, Any]) -> set[str]:
+    return {finding["code"] for finding in screen["findings"]}
+
+
 def test_another_process_has_its_own_variables_affinity_and_threads(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -72,7 +89,7 @@ def test_another_process_has_its_own_variables_affinity_and_threads(
     assert limits["affinity"]["source"] == f"/proc/{process.pid}/status"
     assert screen["process"] == {"pid": process.pid, "threads": 2, "libraries": []}
     assert screen["variables"] == {"OMP_NUM_THREADS": "1"}
-    assert [finding["code"] for finding in screen["findings"]] == ["variable-ignored"]  # type: ignore[attr-defined]
+    assert codes(screen) - OF_THE_MACHINE - {"throttled"} == {"variable-ignored"}
 
 
 def test_native_libraries_of_another_process_are_named(
@@ -109,7 +126,7 @@ def test_the_quota_and_the_throttling_of_another_process(
 
     assert status == 1
     assert screen["budget"]["cpus"] == pytest.approx(0.2)  # type: ignore[index]
-    assert screen["findings"][0]["code"] == "throttled"  # type: ignore[index]
+    assert "throttled" in codes(screen)
     assert [line["cpus"] for line in lines] == [pytest.approx(0.2)] * 2
     assert all(line["throttled_periods"] > 0 for line in lines)
     assert all(line["periods"] >= line["throttled_periods"] for line in lines)
@@ -140,14 +157,16 @@ def test_a_process_without_native_libraries_has_none_of_their_threads(
     with control_group(cpus=0.5) as group:
         process = group.popen([sys.executable, "-c", WAIT])
         try:
-            started(process)
-            time.sleep(0.3)  # its start may have been frozen: not in the sample
-            status, screen = told(capsys, "--pid", str(process.pid))
+            # Its start may have been frozen. That is over when it sleeps, and counted at the end
+            # of the tenth of a second.
+            wait_for("S", started(process))
+            time.sleep(0.3)
+            _, screen = told(capsys, "--pid", str(process.pid))
         finally:
             ended(process)
 
     assert screen["process"]["libraries"] == []  # type: ignore[index]
-    assert (status, screen["findings"]) == (0, [])
+    assert codes(screen) <= OF_THE_MACHINE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried by root only")
@@ -178,22 +197,26 @@ def watched(capsys: pytest.CaptureFixture[str], pid: int) -> Sequence[dict[str, 
 
 
 def test_the_watch_ends_with_the_process(capsys: pytest.CaptureFixture[str]) -> None:
-    process = python("import time; print('ready', flush=True); time.sleep(2.5)")
+    process = python(WAIT)
     try:
         started(process)
-        # Somebody must take its exit status for it to be gone.
         waiting = subprocess.Popen(
             [sys.executable, "-m", "safepool", "--pid", str(process.pid), "--watch"],
             stdout=subprocess.PIPE,
             text=True,
         )
-        process.wait(timeout=60)
+        assert waiting.stdout is not None
+        lines = [waiting.stdout.readline()]
+        # Its input ends, and its exit status is taken: now it is gone.
+        process.communicate(timeout=60)
         out, _ = waiting.communicate(timeout=60)
+        lines += out.splitlines()
     finally:
         ended(process)
+        ended(waiting)
 
     assert waiting.returncode == 0
-    assert all(line.startswith("used ") for line in out.splitlines())
+    assert all(line.startswith("used ") for line in lines)
     assert capsys.readouterr() == ("", "")
 
 
@@ -217,9 +240,15 @@ def test_without_proc_that_is_said(
 
 
 def test_a_process_whose_end_nobody_has_asked_for_has_ended(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = python("import time; print('ready', flush=True); time.sleep(1.5)")
+    process = python(WAIT)
+
+    def let_it_end(_seconds: float) -> None:
+        process.kill()
+        wait_for("Z", process.pid)
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(sleep=let_it_end, monotonic=time.monotonic))
     try:
         assert main(["--pid", str(started(process)), "--watch"]) == 0
         capsys.readouterr()
@@ -237,9 +266,7 @@ def test_a_process_whose_first_thread_has_ended_is_shown(
     code += "print('ready', flush=True); ctypes.CDLL(None).pthread_exit(None)"
     process = python(code, OMP_NUM_THREADS="1")
     try:
-        stat = Path(f"/proc/{started(process)}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "Z":
-            pass
+        wait_for("Z", started(process))
         _, screen = told(capsys, "--pid", str(process.pid))
     finally:
         ended(process)

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import venv
 from pathlib import Path
 
-import psutil
 import pytest
+from support_processes import still_alive
 
 import safepool
 from safepool.budget import Budget
@@ -494,7 +493,4 @@ def test_calls_of_joblib_share_workers_that_end_with_the_program() -> None:
     assert ended.stderr == ""
     pids = [int(pid) for pid in ended.stdout.split()]
     assert 1 <= len(pids) <= 2
-    deadline = time.monotonic() + 10
-    while any(map(psutil.pid_exists, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(psutil.pid_exists, pids))
+    assert still_alive(pids, after_s=20) == []

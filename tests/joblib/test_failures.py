@@ -64,7 +64,8 @@ def test_a_retry_brings_the_result(tmp_path: Path) -> None:
 
 def test_a_task_that_takes_too_long_is_ended() -> None:
     """The block's timeout is of one task; the others have their results."""
-    with safepool.parallel_backend(n_jobs=2, timeout=0.5):
+    # Not less: the others' time counts too, and a busy machine lets them wait.
+    with safepool.parallel_backend(n_jobs=2, timeout=1):
         begun = time.monotonic()
         with pytest.raises(safepool.TaskTimeoutError):
             Parallel()(delayed(time.sleep)(60 if n == 2 else 0) for n in range(4))
@@ -165,13 +166,14 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
             program.kill()
 
     assert program.returncode == exitcode
-    # A tenth of a second; here for a machine that has much else to do.
-    assert took_s < 3
+    # A tenth of a second, and not the minute of a task; here for a machine that has much else
+    # to do.
+    assert took_s < 20
     if ending == "Ctrl-C":
         # The program's own traceback, and none of a worker's.
         assert said.count("Traceback (most recent call last)") == 1
         assert said.rstrip().endswith("KeyboardInterrupt")
-    assert still_alive(pids, after_s=5) == []
+    assert still_alive(pids, after_s=20) == []
     assert list(temporary.iterdir()) == []
     assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []
 
@@ -204,7 +206,7 @@ def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert not wrong
 
 

@@ -107,14 +107,14 @@ def test_a_killed_worker_is_an_error_of_this_call_alone() -> None:
 
 
 def test_the_first_error_ends_the_running_tasks() -> None:
-    """Nobody waits half a minute for results that joblib throws away."""
+    """Nobody waits a minute for results that joblib throws away."""
     started = time.monotonic()
     with safepool.parallel_backend(), pytest.raises(ValueError, match="broken"):
         Parallel(n_jobs=2, batch_size=1)(
-            delayed(tasks.raise_value_error)() if n == 0 else delayed(time.sleep)(30)
+            delayed(tasks.raise_value_error)() if n == 0 else delayed(time.sleep)(60)
             for n in range(4)
         )
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
 
 
 @pytest.mark.parametrize("return_as", ["generator", "generator_unordered"])
@@ -212,10 +212,10 @@ def test_an_interrupted_block_leaves_no_worker() -> None:
     )
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=False
     )
 
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50
     assert "KeyboardInterrupt" in done.stderr
 
 

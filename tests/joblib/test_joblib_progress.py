@@ -71,15 +71,37 @@ def test_the_bar_ends_with_all_calls(kind: str, return_as: str, capsys: Shown) -
     assert expected in bar
 
 
-def test_the_total_is_known_before_the_last_call_has_ended(capsys: Shown) -> None:
-    """As soon as the iterator is."""
-    with safepool.parallel_backend(2, progress="naps"):
-        Parallel(pre_dispatch="all", batch_size=1)(delayed(time.sleep)(0.2) for _ in range(6))
-        Parallel(pre_dispatch=8, batch_size=1)(delayed(time.sleep)(0.2) for _ in range(6))
+def wait_if_last(number: int, seen: str) -> None:
+    """Let the sixth call end when somebody has seen what is to be shown before, or not at all."""
+    end = time.monotonic() + 30
+    while number == 5 and not os.path.exists(seen) and time.monotonic() < end:
+        time.sleep(0.01)
 
-    shown = capsys.readouterr().err.split("\n")
-    for line in shown[:2]:
-        assert re.search(r"\rnaps: .*\| [2-5]/6 \[", line)
+
+@pytest.mark.parametrize("pre_dispatch", ["all", 8])
+def test_the_total_is_known_before_the_last_call_has_ended(
+    pre_dispatch: str | int, capsys: Shown, tmp_path: Path
+) -> None:
+    """As soon as the iterator is."""
+    seen = tmp_path / "seen"
+    screen: Any = sys.stderr  # as `capsys` has it: what was written can be looked at
+
+    def look() -> None:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not seen.exists():
+            if re.search(r"\rnaps: .*\| [0-5]/6 \[", screen.getvalue()):
+                seen.touch()
+            time.sleep(0.01)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    with safepool.parallel_backend(2, progress="naps"):
+        Parallel(pre_dispatch=pre_dispatch, batch_size=1)(
+            delayed(wait_if_last)(number, str(seen)) for number in range(6)
+        )
+    looking.join()
+
+    assert seen.exists(), capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

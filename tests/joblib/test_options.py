@@ -14,6 +14,7 @@ import pytest
 import support_tasks as tasks
 from joblib import Parallel, delayed
 from support_cgroups import control_group
+from support_processes import cpus
 
 import safepool
 from safepool import joblib_pools
@@ -188,6 +189,7 @@ def _depth(levels: int) -> list[int]:
     return [pid for pids in below for pid in pids]
 
 
+@pytest.mark.skipif(cpus() < 2, reason="where one worker fits no call leaves this process")
 def test_calls_within_calls_stay_within_the_workers() -> None:
     """Four levels of two calls each are sixteen, in two processes."""
     with safepool.parallel_backend(n_jobs=2):
@@ -218,7 +220,7 @@ ROUNDINGS = {"default": 2, "floor": 1, "nearest": 2, "ceil": 2}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two CPUs")
+@pytest.mark.skipif(cpus() < 2, reason="two workers need two CPUs")
 def test_rounding_decides_about_a_fraction() -> None:
     code = (
         "import joblib, safepool, sys\n"
@@ -235,7 +237,7 @@ def test_rounding_decides_about_a_fraction() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="libraries start one thread on one CPU")
+@pytest.mark.skipif(cpus() < 2, reason="libraries start one thread on one CPU")
 def test_where_one_worker_fits_this_process_is_capped_for_the_block() -> None:
     """A sequential call with two threads that spin for one CPU takes minutes for seconds."""
     code = (

@@ -60,8 +60,13 @@ def test_a_busy_process_ran_and_a_sleeping_one_did_not() -> None:
     assert sample is not None
     assert 0.15 < sample.ran_s < 5
 
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as sleeper:
-        time.sleep(0.5)
+    with subprocess.Popen(
+        [sys.executable, "-c", "print('ready', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as sleeper:
+        assert sleeper.stdout is not None
+        assert sleeper.stdout.readline() == b"ready\n"
         watch.sample([sleeper.pid])
         time.sleep(0.2)
         sample = watch.sample([sleeper.pid])

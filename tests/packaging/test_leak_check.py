@@ -29,7 +29,10 @@ LEAKS: dict[str, tuple[str, str]] = {
         r"process \d+ \(state \w, parent \d+\): sleep 1001",
     ),
     "zombie": (
-        "os.fork() or os._exit(0)",
+        """
+        child = os.fork() or os._exit(0)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        """,
         r"process \d+ \(a zombie that nobody waited for",
     ),
     "orphan by exec": (
@@ -62,21 +65,19 @@ LEAKS: dict[str, tuple[str, str]] = {
         r"process \d+ .*forkserver",
     ),
     "thread": (
-        "threading.Thread(target=threading.Event().wait, args=(3,), name='mine').start()",
-        r"thread 'mine', in .*wait",
+        # Joined at exit, and then the main thread has ended for it.
+        "threading.Thread(target=threading.main_thread().join, name='mine').start()",
+        r"thread 'mine', in .*(wait|join)",
     ),
     "daemon thread": (
-        """
-        threading.Thread(
-            target=threading.Event().wait, args=(3,), name='mine', daemon=True
-        ).start()
-        """,
+        "threading.Thread(target=threading.Event().wait, name='mine', daemon=True).start()",
         r"thread 'mine' \(daemon\), in .*wait",
     ),
     "thread without an object": (
         """
-        _thread.start_new_thread(lambda: time.sleep(3), ())
-        time.sleep(0.1)
+        begun = threading.Event()
+        _thread.start_new_thread(lambda: begun.set() or time.sleep(1009), ())
+        begun.wait()
         """,
         r"thread \d+, which threading did not start",
     ),
@@ -100,8 +101,14 @@ LEAKS: dict[str, tuple[str, str]] = {
         r"mapped memory file /memfd:mine \(deleted\) \(inode \d+\)",
     ),
     "shared memory": (
-        "open(f'/dev/shm/safepool-of{os.getppid()}-test', 'x').close()",
-        r"name /dev/shm/safepool-of\d+-test",
+        # With the maker's process id, so that another session of these tests does not take it
+        # for its own.
+        """
+        name = f'/dev/shm/safepool-{os.getpid()}-test'
+        open(name, 'x').close()
+        atexit.register(os.unlink, name)
+        """,
+        r"name /dev/shm/safepool-\d+-test",
     ),
     "temporary file": ("tempfile.mkstemp(suffix='.mine')[0]", r"name /\S+\.mine"),
     "temporary folder": ("tempfile.mkdtemp(prefix='loky-')", r"name /\S+/loky-"),
@@ -144,6 +151,12 @@ HARMLESS: dict[str, str] = {
         with loky.ProcessPoolExecutor(1) as pool:
             pool.submit(int).result()
     """,
+    "an orphan of another session in the same process group": """
+        command = ['sh', '-c', 'sleep 1011 >&2 & echo $!']
+        environ = {**os.environ, 'SAFEPOOL_TEST_SESSION': "another session's"}
+        pid = int(subprocess.check_output(command, env=environ))
+        atexit.register(os.kill, pid, 9)
+    """,
     "a name that another program made": """
         maker = f'/dev/shm/loky-{os.getppid()}-test'
         open(maker, 'x').close()
@@ -159,11 +172,26 @@ kept = []
 """
 
 
-def run_pytest(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run one test file in a fresh interpreter, with this project's harness."""
+# What neither uses it nor shall wait for its import.
+WITHOUT_HYPOTHESIS = ("-p", "no:hypothesispytest")
+
+
+def run_pytest(
+    folder: Path, source: str, *options: str, grace_s: float = 0.5, margin_s: float = 20.0
+) -> subprocess.CompletedProcess[str]:
+    """Run one test file in a fresh interpreter, with this project's harness.
+
+    Args:
+        folder: For the file.
+        source: Its text.
+        options: For pytest.
+        grace_s: What is still there after so long is a leak; for what goes away, long enough
+            for a machine that has much else to do.
+        margin_s: How long after the time limit the watchdog comes.
+    """
     shutil.copy(TESTS / "conftest.py", folder)
     with (folder / "conftest.py").open("a") as conftest:
-        conftest.write("\nleaks.GRACE_S = leaks.NAME_GRACE_S = 0.5\n")
+        conftest.write(f"\nleaks.GRACE_S = {grace_s}\nWATCHDOG_MARGIN_S = {margin_s}\n")
     (folder / "pytest.ini").write_text(
         f"[pytest]\npythonpath = {TESTS}\naddopts = --import-mode=importlib\n"
         "timeout_method = thread\nmarkers =\n    foreign_pools: as in the project\n"
@@ -173,13 +201,13 @@ def run_pytest(folder: Path, source: str, *options: str) -> subprocess.Completed
     unset = {"CI", "BUILD_NUMBER", "PYTEST_ADDOPTS"}
     environment = {name: os.environ[name] for name in os.environ if name not in unset}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *WITHOUT_HYPOTHESIS, *options],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=110,
         check=False,
     )
 
@@ -197,7 +225,6 @@ def test_a_leak_fails_its_test_and_is_named(leak: str, tmp_path: Path) -> None:
 
     run = run_pytest(tmp_path, a_test(body))
 
-    (leaks.SHARED_MEMORY / f"safepool-of{os.getpid()}-test").unlink(missing_ok=True)
     assert run.returncode == 1, run.stdout + run.stderr
     assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", run.stdout), run.stdout
     assert "1 error" in run.stdout
@@ -207,9 +234,39 @@ def test_a_leak_fails_its_test_and_is_named(leak: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("harmless", HARMLESS)
 def test_what_is_no_leak_passes(harmless: str, tmp_path: Path) -> None:
     """Garbage, stragglers, the libraries' own helpers and other programs are no leak."""
-    run = run_pytest(tmp_path, a_test(HARMLESS[harmless]))
+    run = run_pytest(tmp_path, a_test(HARMLESS[harmless]), grace_s=20)
 
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+# A program that leaves a name in shared memory behind.
+LEAVE_A_NAME = "import os; print(os.getpid()); open(f'/dev/shm/loky-{os.getpid()}-test', 'x')"
+
+
+@linux_only
+@pytest.mark.parametrize("beside_another_session", [True, False])
+def test_a_name_whose_maker_has_ended(beside_another_session: bool, tmp_path: Path) -> None:
+    """Is a leak; but two sessions on one machine cannot tell whose it was, and do not accuse."""
+    body = f"""
+        import leaks
+        if not {beside_another_session}:
+            leaks._another_session_runs = lambda: False
+        command = [sys.executable, "-c", {LEAVE_A_NAME!r}]
+        pid = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        atexit.register(os.unlink, f"/dev/shm/loky-{{pid}}-test")
+    """
+    another = subprocess.Popen(
+        ["sleep", "1010"], env={**os.environ, leaks.MARK_VARIABLE: "another session's"}
+    )
+    try:
+        run = run_pytest(tmp_path, a_test(body))
+    finally:
+        another.kill()
+        another.wait()
+
+    assert run.returncode == (0 if beside_another_session else 1), run.stdout + run.stderr
+    accused = re.search(r"\n  name /dev/shm/loky-\d+-test", run.stdout) is not None
+    assert accused is not beside_another_session
 
 
 JOBLIB_CALL = """
@@ -237,7 +294,7 @@ def test_a_leak_is_charged_to_one_test_only(tmp_path: Path) -> None:
             kept.append(subprocess.Popen(["sleep", "1005"]))
 
         def test_after_it():
-            assert kept[0].wait(5) == -9
+            assert kept[0].wait(60) == -9
     """
 
     run = run_pytest(tmp_path, source)
@@ -302,24 +359,35 @@ def test_a_hang_prints_every_stack_and_ends_every_process(tmp_path: Path) -> Non
         def wait_here():
             time.sleep(1007)
 
+        context = multiprocessing.get_context("fork")
+        child_is_there, go_on, child_goes_on = (context.Event() for _ in range(3))
+
         def child_waits_here():
+            child_is_there.set()
+            go_on.wait()
             sys.stderr.write("the child runs\\n")
+            child_goes_on.set()
             time.sleep(1007)
 
-        def test_hangs():
+        # Not in the test: a busy machine may take its whole time for that.
+        @pytest.fixture
+        def all_running():
             threading.Thread(target=wait_here, name="mine").start()
-            context = multiprocessing.get_context("fork")
             context.Process(target=child_waits_here).start()
             subprocess.run(["setsid", "sh", "-c", "sleep 1007 &"], check=True)
+            child_is_there.wait()
+
+        @pytest.mark.timeout(2, func_only=True)
+        def test_hangs(all_running):
+            go_on.set()
+            child_goes_on.wait()
             threading.Lock().acquire() and threading.Event().wait()
     """
     before = leaks.take_snapshot()
-    start = time.monotonic()
 
-    run = run_pytest(tmp_path, source, "--timeout=2")
+    run = run_pytest(tmp_path, source)
 
-    assert time.monotonic() - start < 30
-    assert run.returncode == 1
+    assert run.returncode == 1, run.stdout
     assert "test_it.py::test_hangs exceeded its time limit of 2.0 s" in run.stderr
     assert "~~~ MainThread" in run.stderr
     assert "in test_hangs" in run.stderr
@@ -339,7 +407,7 @@ def test_a_hang_in_c_code_that_holds_the_interpreter_ends(tmp_path: Path) -> Non
         ctypes.PyDLL(None).sleep(1008)
     """
 
-    run = run_pytest(tmp_path, a_test(body), "--timeout=1")
+    run = run_pytest(tmp_path, a_test(body), "--timeout=1", margin_s=5)
 
     # The watchdog cannot clean up.
     for folder in Path(tempfile.gettempdir()).glob("safepool-*"):
@@ -348,8 +416,24 @@ def test_a_hang_in_c_code_that_holds_the_interpreter_ends(tmp_path: Path) -> Non
     assert "in test_it" in run.stderr, run.stderr
 
 
+def test_an_example_of_hypothesis_may_take_long(tmp_path: Path) -> None:
+    """Its own limit of 200 ms is for a machine with nothing else to do."""
+    source = """
+        from hypothesis import given, settings, strategies as st
+
+        @settings(max_examples=3)
+        @given(st.booleans())
+        def test_it(_):
+            time.sleep(0.3)
+    """
+
+    run = run_pytest(tmp_path, source, "-p", "hypothesispytest")
+
+    assert run.returncode == 0, run.stdout
+
+
 def test_the_check_is_cheap() -> None:
-    """Two looks per test: some milliseconds together. A bound far above, for busy machines."""
+    """Two looks per test: some milliseconds together. The quickest, for busy machines."""
     times_s = []
     for _ in range(20):
         start = time.perf_counter()
@@ -357,4 +441,4 @@ def test_the_check_is_cheap() -> None:
         leaks.left_since(before)
         times_s.append(time.perf_counter() - start)
 
-    assert sorted(times_s)[10] < 0.1
+    assert min(times_s) < 0.1
