@@ -6,6 +6,8 @@ Letters name the scheduler's races.
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["Losses", "Lost"]
 
 _log = ContainedLogger()
+
+# Of which faulthandler leaves the stack (Modules/faulthandler.c, faulthandler_handlers).
+_CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL}
+if sys.platform != "win32":
+    _CRASHES.add(signal.SIGBUS)
 
 
 class Lost(NamedTuple):
@@ -72,7 +79,7 @@ class Losses:
         """
         ledger, board = worker.ledger, worker.board
         back = self._have_back(staff, worker)
-        fault = "" if board is None else board.fault(worker.stack_begin)
+        fault = _stack_of(worker, exitcode)
         lost = [ledger.strike() for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
@@ -133,6 +140,13 @@ def _error_of(
     error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
     error.__cause__ = worker.fault
     return error
+
+
+def _stack_of(worker: Worker, exitcode: int | None) -> str:
+    """Return the stack that a worker was asked for, or that it has left if it crashed."""
+    asked, crashed = worker.stack_begin is not None, exitcode is None or -exitcode in _CRASHES
+    # Not in any case: what a task has forked leaves its stack on the same board if it crashes.
+    return worker.board.fault(worker.stack_begin) if worker.board and (asked or crashed) else ""
 
 
 def _can_wait_again(work: Task | Span) -> bool:
