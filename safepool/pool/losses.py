@@ -77,7 +77,7 @@ class Losses:
             exitcode: As ``multiprocessing.Process.exitcode``.
             ending: The pool ends all of them; nothing is run again.
         """
-        ledger, board = worker.ledger, worker.board
+        ledger = worker.ledger
         back = self._have_back(staff, worker)
         fault = _stack_of(worker, exitcode)
         lost = [ledger.strike() for _ in range(ledger.owed)]
@@ -119,6 +119,7 @@ class Losses:
         if back and back[0].position == board.claimed and isinstance(back[0], Span):
             # It died of what it read for several calls: which one's is found out by sending
             # each alone.
+            worker.choked_on = back[0]
             return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
         return back
 

@@ -879,15 +879,22 @@ class Scheduler:
                 f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
             )
             self._break(staff, problem)
+        self._tell_of_the_end(staff, worker, describe_exit(exitcode, worker.oom), lost=bool(lost))
+
+    def _tell_of_the_end(self, staff: Staff, worker: Worker, how: str, *, lost: bool) -> None:
+        """Log it, and give up if workers end in a row that were of no use."""
+        if lost or worker.choked_on is not None:
+            self._settling.useless_starts = 0
         if lost or worker.dismissed or worker.condemned is not None:
-            self._settling.useless_starts = 0 if lost else self._settling.useless_starts
-            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
+            _log.debug("worker %d %s", worker.pid, how)
+        elif worker.choked_on is not None:
+            name = worker.choked_on.name
+            _log.warning("worker %d %s while it read arguments of %s", worker.pid, how, name)
         elif worker.done:
-            ending = describe_exit(exitcode, worker.oom)
-            _log.warning("worker %d %s while it ran nothing", worker.pid, ending)
+            _log.warning("worker %d %s while it ran nothing", worker.pid, how)
         else:
             before = "it began a task" if worker.ready else "it was initialized"
-            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
+            ending = f"{worker.pid} {how} before {before}"
             _log.warning("worker %s", ending)
             self._settling.useless_starts += 1
             if self._settling.useless_starts == _MOST_FAILED_STARTS:

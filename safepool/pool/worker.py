@@ -46,6 +46,7 @@ class Worker(WorkerProcess):
         terminated: It was sent ``SIGTERM``.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
         failure: What its initializer raised.
+        choked_on: Calls whose arguments it read, all at once, when it ended.
         oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
@@ -72,6 +73,7 @@ class Worker(WorkerProcess):
     terminated: bool = False
     fault: BaseException | None = None
     failure: BaseException | None = None
+    choked_on: Span | None = None
     oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
