@@ -75,7 +75,6 @@ class Staff:
 
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
-        self._workers: dict[int, Worker] = {}
         self._all: tuple[Worker, ...] = ()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
@@ -89,7 +88,7 @@ class Staff:
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
 
     def __len__(self) -> int:
-        return len(self._workers)
+        return len(self._all)
 
     def __iter__(self) -> Iterator[Worker]:
         """All of them, those that are leaving included; safe against changes meanwhile."""
@@ -122,8 +121,7 @@ class Staff:
                 ``RuntimeError`` if the interpreter shuts down.
         """
         worker = self._start()
-        self._workers[worker.pid] = worker
-        self._all = (*self._workers.values(),)
+        self._all = (*self._all, worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         if worker.sentinel is not None:
             self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
@@ -163,7 +161,7 @@ class Staff:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
-            elif found.pid not in self._workers:
+            elif found not in self._all:  # not by its number, which another may have by now
                 pass  # ended by an earlier event of the same round
             elif key.fd == found.sentinel:
                 yield from self._see_off(found)
@@ -308,8 +306,7 @@ class Staff:
                 worker.end(_KILL)
 
     def _forget(self, worker: Worker) -> int | None:
-        del self._workers[worker.pid]
-        self._all = (*self._workers.values(),)
+        self._all = tuple(one for one in self._all if one is not worker)
         worker.leaving = True  # nothing is sent to it, whatever its last results bring about
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)

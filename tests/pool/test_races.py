@@ -188,6 +188,31 @@ def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> Non
 
 
 @on_linux
+def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server has reaped that one, and the system gives its number to the next."""
+    start = Hiring.start
+
+    def start_by_one_number(self: Hiring) -> Worker:
+        worker = start(self)
+        worker.pid = 4711
+        return worker
+
+    monkeypatch.setattr(Hiring, "start", start_by_one_number)
+    with ProcessPool(2) as pool:
+        slow = [pool.submit(tasks.sleep_and_return, 0.3, n) for n in range(4)]
+        error = pool.submit(os._exit, 3).exception(timeout=30)
+        after = [pool.submit(tasks.sleep_and_return, 0.1, n) for n in range(4)]
+
+        assert [future.result(timeout=30) for future in slow + after] == 2 * [*range(4)]
+        assert len(pool._scheduler.workers()) == 2
+
+    assert isinstance(error, WorkerDiedError)
+    assert error.exitcode == 3
+
+
+@on_linux
 def test_a_map_may_be_left_while_a_large_item_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its function is forgotten by then: sent after all, the call would end the worker."""
     gate, copy = Gate(), Packing.store
