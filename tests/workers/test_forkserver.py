@@ -166,6 +166,31 @@ def test_a_preload_that_goes_wrong_is_left_out_and_said(case: str, tmp_path: Pat
     assert "['colorsys']" in out
 
 
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "signal.signal(signal.SIGCHLD, signal.SIG_DFL); signal.set_wakeup_fd(-1)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])",
+    ],
+)
+def test_a_preload_that_takes_the_signal_of_endings_takes_no_exit_code(
+    deed: str, tmp_path: Path
+) -> None:
+    """The server alone waits for workers, so it alone decides about SIGCHLD."""
+    (tmp_path / "takes_signal.py").write_text(f"import signal\n{deed}\n")
+    out = run(
+        """
+        import os, safepool
+        with safepool.ProcessPool(1, preload=["takes_signal"]) as pool:
+            print(pool.submit(os._exit, 3).exception().exitcode)
+        """,
+        tmp_path,
+    )
+
+    assert out == "3"
+
+
 def test_what_the_program_has_imported_of_known_libraries_is_preloaded(tmp_path: Path) -> None:
     pytest.importorskip("numpy")
     script = """
