@@ -495,6 +495,7 @@ class Scheduler:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return not (closing or self._ending)
+        self._oom.look()
         self._follow_the_limits(staff)
         self._shrink(staff)
         self._end_the_overdue(staff)
@@ -556,6 +557,8 @@ class Scheduler:
             times.append(self._hiring.not_before)
         if self._follow is not None:
             times.append(self._follow_at)
+        if (look_at := self._oom.next_look) is not None:
+            times.append(look_at)
         times += reclaim.next_looks(staff, now)
         for worker in busy:
             due_s = worker.due_in_s()
@@ -684,7 +687,6 @@ class Scheduler:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
-        self._oom.look()
         try:
             self._hiring.prepare()
             for _ in range(wanted):
