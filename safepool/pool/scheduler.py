@@ -690,9 +690,7 @@ class Scheduler:
         try:
             self._hiring.prepare()
             for _ in range(wanted):
-                worker = staff.hire()
-                staff.send(worker, levels_frame())
-                staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
+                self._hire_one(staff)
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
@@ -700,6 +698,15 @@ class Scheduler:
                 broken = self._hiring.refused(error, alone=not len(staff))
                 if broken is not None:
                     self._break(staff, broken, error)
+
+    def _hire_one(self, staff: Staff) -> None:
+        worker = staff.hire()
+        try:
+            staff.send(worker, levels_frame())
+            staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
+        except BaseException:  # no memory for the initializer; without it nothing may run there
+            staff.end(worker, at_once=True)
+            raise
 
     def _is_late(self) -> bool:
         """Tell whether a worker that is being started comes too late for anybody."""

@@ -19,7 +19,7 @@ import pytest
 import support_tasks as tasks
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import reclaim
+from safepool.pool import hiring, reclaim
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
@@ -33,6 +33,8 @@ from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from safepool.workers.inheritance import Inheritance
 
 TESTS = Path(__file__).parent.parent
 
@@ -210,6 +212,27 @@ def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
 
     assert isinstance(error, WorkerDiedError)
     assert error.exitcode == 3
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_a_worker_that_could_not_be_sent_its_initializer_is_replaced(
+    trace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There was no memory for it. It would start for ever, and keep others from starting."""
+    initialize = Dispatch.initialize
+    refused: list[Worker] = []
+
+    def initialize_late(self: Dispatch, worker: Worker, inheritance: Inheritance) -> Any:
+        if not refused:
+            refused.append(worker)
+            raise MemoryError
+        return initialize(self, worker, inheritance)
+
+    monkeypatch.setattr(hiring, "_RETRY_S", 0.1)
+    monkeypatch.setattr(Dispatch, "initialize", initialize_late)
+    with ProcessPool(1, trace=tmp_path / "run.json" if trace else None) as pool:
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+        assert refused[0] not in pool._scheduler.workers()
 
 
 @on_linux
