@@ -402,9 +402,50 @@ def test_a_fork_during_the_first_start_has_pools_of_its_own(during: str, tmp_pat
     assert run(script, tmp_path) == "3\n0"
 
 
+OLD_KERNEL = "4.18.0-553.el8_10.x86_64"
+
+
+def told_of(kernel: str, folder: Path) -> dict[str, str]:
+    """Return the environment of a program, and its server, that are told of another kernel."""
+    if kernel:
+        text = f"import os\nnames = list(os.uname())\nnames[2] = {kernel!r}\n"
+        text += "os.uname = lambda: os.uname_result(names)\n"
+        (folder / "sitecustomize.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("kernel", ["", OLD_KERNEL])
+def test_a_signal_for_the_end_of_anybody_is_not_asked_for(kernel: str, tmp_path: Path) -> None:
+    """An old kernel would end all workers with the first; this one tells of the program's end."""
+    script = """
+        import os, safepool
+        def signals():
+            count = 0
+            for name in os.listdir("/proc/self/fdinfo"):
+                try:
+                    with open(f"/proc/self/fdinfo/{name}") as file:
+                        lines = file.read().splitlines()
+                except OSError:
+                    continue
+                flags = next(line for line in lines if line.startswith("flags:"))
+                count += bool(int(flags.split()[1], 8) & 0o20000)  # O_ASYNC
+            return count
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(signals).result())
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    out = subprocess.check_output(
+        [sys.executable, "script.py"], cwd=tmp_path, env=told_of(kernel, tmp_path), text=True
+    )
+
+    # In a worker there are its own and the server's, whose signal is the server's.
+    assert (int(out) > 0) == (not kernel)
+
+
+@pytest.mark.parametrize("kernel", ["", OLD_KERNEL])
 @pytest.mark.parametrize("with_a_fork_of_it", [False, True])
 def test_server_and_workers_end_with_a_killed_program(
-    with_a_fork_of_it: bool, tmp_path: Path
+    with_a_fork_of_it: bool, kernel: str, tmp_path: Path
 ) -> None:
     """Within a second, in the middle of C code; a fork of the program must not keep them."""
     (tmp_path / "script.py").write_text(
@@ -429,6 +470,7 @@ def test_server_and_workers_end_with_a_killed_program(
     with subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path,
+        env=told_of(kernel, tmp_path),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
