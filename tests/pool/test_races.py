@@ -214,6 +214,25 @@ def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
     assert error.exitcode == 3
 
 
+@on_linux
+@pytest.mark.filterwarnings("ignore:mp_context")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_worker_keeps_what_has_the_number_that_another_pools_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other pool has closed it meanwhile, and what is opened for this worker gets it."""
+
+    def about_to_be_opened() -> list[int]:
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        return [number for number in range(3, 64) if number not in taken]
+
+    monkeypatch.setattr(hiring, "_descriptors_of_all_pools", about_to_be_opened)
+    with ProcessPool(1, mp_context="fork") as pool:
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+    assert "before it was initialized" not in caplog.text
+
+
 @pytest.mark.parametrize("trace", [True, False])
 def test_a_worker_that_could_not_be_sent_its_initializer_is_replaced(
     trace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
