@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -54,6 +55,17 @@ def be_killed() -> None:
 
 def be_killed_with(_: object) -> None:
     be_killed()
+
+
+def write_at_exit(path: str, seconds: float) -> None:
+    """Let the worker take this long to end, and write then."""
+
+    def write() -> None:
+        time.sleep(seconds)
+        with open(path, "w", encoding="ascii") as file:
+            file.write("at exit")
+
+    atexit.register(write)
 
 
 def segfault() -> None:

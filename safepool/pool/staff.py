@@ -272,7 +272,8 @@ class Staff:
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
             worker.channel.close()
-        self._expect_the_end(worker)
+        if not worker.dismissed or worker.fault is not None:
+            self._expect_the_end(worker)  # else it has the time that it was given
 
     def _send_no_more(self, worker: Worker) -> None:
         """The worker reads no more; what it has sent before is still to be read (race B)."""
@@ -299,6 +300,7 @@ class Staff:
                     end_with_descendants(worker)
                     continue
                 _log.info("worker %d did not end in time and is killed", worker.pid)
+                worker.terminated = True
                 if worker.channel.fileno() < 0:
                     worker.fault = worker.fault or ChannelClosedError(
                         "it had closed its channel, so nothing could come of it"

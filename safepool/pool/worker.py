@@ -43,7 +43,7 @@ class Worker(WorkerProcess):
         memory_look_ns: When its memory is next to be looked at.
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
-        terminated: It was sent ``SIGTERM``.
+        terminated: It was sent ``SIGTERM``, or ``SIGKILL`` when its time was over.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
         failure: What its initializer raised.
         choked_on: Calls whose arguments it read, all at once, when it ended.
