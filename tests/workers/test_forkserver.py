@@ -99,6 +99,23 @@ def test_a_killed_server_costs_nobody_and_is_started_again(
     assert "a fork server was lost" in caplog.text
 
 
+def test_how_a_server_ended_is_told_also_if_its_socket_ended_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a moment the process is still there; it was not us who ended it."""
+    with ProcessPool(1) as pool, caplog.at_level(logging.INFO, logger="safepool"):
+        server = server_of(pool.submit(tasks.pid).result())
+        os.kill(server, signal.SIGSEGV)
+        assert ends_within(server, 30)
+        monkeypatch.setattr(subprocess.Popen, "poll", lambda self: self.returncode)
+        pool.resize(2)
+        list(pool.map(time.sleep, [0.3] * 4))
+        monkeypatch.undo()
+
+    assert "it was killed by SIGSEGV" in caplog.text
+    assert "did not answer" not in caplog.text
+
+
 def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() -> None:
     with ProcessPool(1) as pool:
         worker = pool.submit(tasks.pid).result()
@@ -129,7 +146,7 @@ BAD_PRELOADS = {
     ),
     "crashes": (
         "import os, sys\nif 'safepool.workers.server' in sys.modules: os.abort()",
-        "the fork server's import ended it",
+        "not preloaded: while it was imported, the fork server was killed by SIGABRT",
     ),
     "raises": ("raise RuntimeError('not today')", "could not be preloaded: RuntimeError: not"),
     "exits": ("raise SystemExit(3)", "could not be preloaded: SystemExit: 3"),
