@@ -57,6 +57,14 @@ def be_killed_with(_: object) -> None:
     be_killed()
 
 
+def ignore_sigterm_and_sleep(path: str, seconds: float) -> None:
+    """Write the process id down when that is done, all of it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(f"{path}-new").write_text(str(os.getpid()))
+    os.replace(f"{path}-new", path)
+    time.sleep(seconds)
+
+
 def write_at_exit(path: str, seconds: float) -> None:
     """Let the worker take this long to end, and write then."""
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
+from safepool.errors import TaskTimeoutError, WorkerDiedError
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail
 from safepool.workers.contained import ContainedLogger
@@ -93,7 +93,7 @@ class Losses:
                 _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
                 self._fail(work, place, error)
             else:
-                how = describe_exit(exitcode, worker.oom)
+                how = worker.ending(exitcode)
                 _log.warning(
                     "worker %d %s while it ran %s, which is run again", worker.pid, how, work.name
                 )
@@ -138,7 +138,8 @@ def _error_of(
     said = worker.condemned
     if isinstance(said, TaskTimeoutError):
         return TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
-    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
+    ours = worker.was_ours(exitcode)
+    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom, ours)
     error.__cause__ = worker.fault
     return error
 

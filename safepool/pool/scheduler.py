@@ -55,7 +55,7 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.errors import PoolBrokenError, TaskTimeoutError, describe_exit
+from safepool.errors import PoolBrokenError, TaskTimeoutError
 from safepool.pool import reclaim
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
@@ -872,7 +872,7 @@ class Scheduler:
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        if exitcode == _KILLED and not worker.ended_by_us:
+        if exitcode == _KILLED and not worker.was_ours(exitcode):
             worker.oom = self._oom.explain()
         lost = self._losses.of(staff, worker, exitcode, ending=bool(self._ending))
         if self._trace is not None:
@@ -885,10 +885,10 @@ class Scheduler:
         if self._break_on_death and by_itself and costs:
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
+                f"running or pending: worker {worker.pid} {worker.ending(exitcode)}"
             )
             self._break(staff, problem)
-        self._tell_of_the_end(staff, worker, describe_exit(exitcode, worker.oom), lost=bool(lost))
+        self._tell_of_the_end(staff, worker, worker.ending(exitcode), lost=bool(lost))
 
     def _tell_of_the_end(self, staff: Staff, worker: Worker, how: str, *, lost: bool) -> None:
         """Log it, and give up if workers end in a row that were of no use."""

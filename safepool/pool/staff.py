@@ -300,7 +300,6 @@ class Staff:
                     end_with_descendants(worker)
                     continue
                 _log.info("worker %d did not end in time and is killed", worker.pid)
-                worker.terminated = True
                 if worker.channel.fileno() < 0:
                     worker.fault = worker.fault or ChannelClosedError(
                         "it had closed its channel, so nothing could come of it"
