@@ -132,6 +132,8 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         oom: What the kernel's out-of-memory killer has counted, if it was that.
         by_pool: The pool has sent the signal itself: by ``kill_workers()``, by
             ``terminate_workers()``, after Ctrl-C, or as nothing more could come of the worker.
+        begun: ``False`` if the task was still on its way to the worker; large arguments are not
+            kept to be sent again.
 
     Example:
         >>> import os
@@ -154,18 +156,21 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         stack: str = "",
         oom: OutOfMemory | None = None,
         by_pool: bool = False,
+        begun: bool = True,
     ) -> None:
-        super().__init__(pid, exitcode, task, stack, oom, by_pool)
+        super().__init__(pid, exitcode, task, stack, oom, by_pool, begun)
         self.pid = pid
         self.exitcode = exitcode
         self.task = task
         self.stack = stack
         self.oom = oom
         self.by_pool = by_pool
+        self.begun = begun
 
     def __str__(self) -> str:
         ending = describe_exit(self.exitcode, self.oom, by_pool=self.by_pool)
-        told = f"worker {self.pid} {ending} while it ran {self.task}"
+        when = "while it ran" if self.begun else "before it began"
+        told = f"worker {self.pid} {ending} {when} {self.task}"
         if self.oom is not None:
             told += f": {self.oom}"
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told

@@ -80,15 +80,15 @@ class Losses:
         ledger = worker.ledger
         back = self._have_back(staff, worker)
         fault = _stack_of(worker, exitcode)
-        lost = [ledger.strike() for _ in range(ledger.owed)]
+        lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
-        lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
+        lost += [(work, 0, False) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
         found = []
-        for work, place in lost:
+        for work, place, begun in lost:
             again = None if worker.condemned is not None or ending else _again(work, place)
             if again is None:
-                error = _error_of(worker, work, exitcode, fault)
+                error = _error_of(worker, work, exitcode, fault, begun=begun)
                 quiet = ending or worker.condemned is not None
                 _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
                 self._fail(work, place, error)
@@ -133,13 +133,13 @@ class Losses:
 
 
 def _error_of(
-    worker: Worker, work: Task | Span, exitcode: int | None, fault: str
+    worker: Worker, work: Task | Span, exitcode: int | None, fault: str, *, begun: bool
 ) -> BaseException:
     said = worker.condemned
     if isinstance(said, TaskTimeoutError):
         return TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
     ours = worker.was_ours(exitcode)
-    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom, ours)
+    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom, ours, begun)
     error.__cause__ = worker.fault
     return error
 
