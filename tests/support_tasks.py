@@ -65,6 +65,10 @@ def ignore_sigterm_and_sleep(path: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def leave_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait).start()
+
+
 def write_at_exit(path: str, seconds: float) -> None:
     """Let the worker take this long to end, and write then."""
 

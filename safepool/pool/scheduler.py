@@ -687,6 +687,8 @@ class Scheduler:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
+        # As many may take their time to end as stay: if none ends by itself, all would pile up.
+        staff.hurry(len(staff) + wanted - 2 * self._size)
         try:
             self._hiring.prepare()
             for _ in range(wanted):
