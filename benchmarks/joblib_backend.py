@@ -60,6 +60,13 @@ def sum_of_part(array: Any, part: int) -> float:
     return float(array[part::ARRAY_TASKS].sum())
 
 
+def prepare_few() -> Callable[[], object]:
+    """4 calls that do nothing: what a Parallel call costs by itself."""
+    from joblib import Parallel, delayed
+
+    return lambda: Parallel()(delayed(abs)(n) for n in range(4))
+
+
 def prepare_tiny() -> Callable[[], object]:
     """10,000 calls that do nothing."""
     from joblib import Parallel, delayed
@@ -129,6 +136,7 @@ def prepare_forest_predict() -> Callable[[], object]:
 
 
 CASES = {
+    "few": prepare_few,
     "tiny": prepare_tiny,
     "array": prepare_array,
     "arrays": prepare_arrays,
@@ -212,7 +220,7 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
                 first = statistics.median(outcome["first"] for outcome in outcomes)
                 again = statistics.median(outcome["next"] for outcome in outcomes)
                 best[backend] = first, again
-                row += f"{first * 1e3:>8.0f} /{again * 1e3:>4.0f} ({outcomes[0]['workers']:.0f})"
+                row += f"{_ms(first):>8} /{_ms(again):>4} ({outcomes[0]['workers']:.0f})"
             print(row, flush=True)
             if not {OURS, LOKY} <= best.keys():
                 continue
@@ -225,6 +233,10 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
             if case != "forest-predict" and first_ratio > MOST_TIMES_LOKY_AT_FIRST:
                 missed.append(f"{where}, {case}, first call: {first_ratio:.2f} of loky's time")
     return missed
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f}"
 
 
 def main() -> int:

@@ -14,6 +14,9 @@ that runs each, and what runs in between runs uncapped.
 Not covered:
     * A plain function that returns another's generator or coroutine, whose body runs later.
     * Wrong arguments of a generator or coroutine function: its first step says so.
+    * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def``: as of all that
+      ``functools.wraps`` has dressed they see ``(*args, **kwargs)``; ``inspect.signature`` sees
+      the function's own.
     * Threads that the body starts (``threads.blocks``), and programs that it starts: those
       find the capped variables, no more.
     * Outside of a worker the thread variables of ``os.environ`` are set while it runs, for
@@ -146,9 +149,13 @@ def worker(
         >>> slow(1), worker(abs, timeout=5)(-2)
         (-1, 2)
     """
-    if operator.index(threads) < 1:
+    try:
+        threads = operator.index(threads)
+    except TypeError:
+        raise TypeError(f"threads must be an integer, not {threads!r}") from None
+    if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    terms = _Terms(threads=operator.index(threads), timeout_s=timeout, retries=retries)
+    terms = _Terms(threads=threads, timeout_s=timeout, retries=retries)
     return terms.decorate if function is None else terms.decorate(function)
 
 

@@ -49,8 +49,7 @@ def mode_of_block(mmap_mode: str | None) -> str | None:
     if mmap_mode == "auto":
         around = _mode_of_context()
         return "c" if around is _UNSET else around
-    if mmap_mode not in _MODES:
-        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
+    _check(mmap_mode)
     return mmap_mode
 
 
@@ -58,7 +57,11 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
     """Return what somebody has asked for, of what joblib hands over.
 
     Its ``"r"`` is what it says by itself as well, unless the call's context says something.
+
+    Raises:
+        ValueError: It is none of joblib's.
     """
+    _check(mmap_mode)
     if mmap_mode == "r" and _mode_of_context() is _UNSET:
         return "c"
     if mmap_mode in ("r+", "w+"):
@@ -67,6 +70,11 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
             "others see, give it a numpy.memmap"
         )
     return mmap_mode
+
+
+def _check(mmap_mode: str | None) -> None:
+    if mmap_mode not in _MODES:
+        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
 
 
 def _mode_of_context() -> Any:

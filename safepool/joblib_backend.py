@@ -19,17 +19,23 @@ Not covered:
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
     * ``require="sharedmem"``: joblib runs such a call in threads of this process.
+    * A call inside of a task that names a backend and a number itself, as
+      ``Parallel(n_jobs=4, backend="safepool")``: it is done as asked, in each worker. One that
+      does not is sequential there; one with ``n_jobs=-1`` has the worker's share.
 """
 
 from __future__ import annotations
 
+import inspect
+import operator
 import queue
+import warnings
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
-from joblib import parallel_config
+from joblib import Parallel, parallel_config
 from joblib._parallel_backends import (
     AutoBatchingMixin,
     FallbackToBackend,
@@ -43,7 +49,7 @@ from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_blo
 from safepool.joblib_callbacks import Callbacks
 from safepool.joblib_pools import IDLE_S, SHARED, Lease, Pools, Settings
 from safepool.joblib_progress import CallBar, SequentialWithBar
-from safepool.machine import log_once, read_budget
+from safepool.machine import log_once, read_budget, tell_once
 from safepool.pool.dispatch import was_not_sent
 from safepool.pool.policy import Policy, policy_of
 from safepool.pool.tasks import name_of
@@ -53,6 +59,7 @@ from safepool.threads.cap import capped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+    from typing import Unpack
 
     from safepool.budget import Rounding
 
@@ -95,13 +102,15 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             not be frozen.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
-            joblib's own ``timeout`` counts the time that the caller waits for a batch.
+            joblib's own ``timeout`` counts the time that the caller waits for a batch. A call that
+            is sequential cannot be ended, and a warning says so once.
         retries: How often a task is run again whose worker died under it, at least 0, and
             with it those that travelled in the same batch.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
             than fit into what the control groups have left.
         preload: As for :class:`safepool.ProcessPool`.
-        initializer: Called once in each worker before its first task.
+        initializer: Called once in each worker before its first task; once in this process
+            where calls are sequential, in which tasks have what it has set as well.
         initargs: Its arguments.
         progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
             is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
@@ -163,17 +172,55 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         backend.close()
 
 
+class Words(TypedDict, total=False):
+    """What ``joblib.parallel_config(backend="safepool", ...)`` and ``Parallel`` take besides.
+
+    Attributes:
+        threads_per_worker, rounding, retries, memory_per_worker, preload, initializer, initargs,
+            progress: As for :func:`parallel_backend`.
+        timeout: As there. ``Parallel(timeout=)`` is joblib's own.
+        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
+            joblib's own backend; ``None`` is its 300.
+    """
+
+    threads_per_worker: int | None
+    rounding: Rounding
+    timeout: float | None
+    retries: int
+    memory_per_worker: float | str | None
+    preload: Literal["auto"] | Sequence[str]
+    initializer: Callable[..., object] | None
+    initargs: tuple[Any, ...]
+    progress: bool | str
+    idle_worker_timeout: float | None
+
+
+_WORDS = Words.__annotations__.keys()
+# And the context of multiprocessing's start method.
+_WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
+
+
+def _meant(word: str) -> str:
+    import difflib  # noqa: PLC0415 -- of use to an error alone
+
+    close = difflib.get_close_matches(word, _WORDS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(_WORDS))}"
+    return f"{word!r} ({hint})"
+
+
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
     """joblib's backend interface on a pool that is kept between calls.
 
     Args:
         nesting_level: joblib's.
-        inner_max_num_threads: As ``threads_per_worker`` of :func:`parallel_backend`.
+        inner_max_num_threads: As ``threads_per_worker``.
         pools: Where pools are kept; ``None`` is this process's.
-        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
-            joblib's own backend.
-        rounding, timeout, retries, memory_per_worker, preload, initializer, initargs, progress:
-            As for :func:`parallel_backend`.
+        words: See :class:`Words`.
+
+    Raises:
+        TypeError: There is no such word.
+        ValueError: A number is out of its range.
+        MissingExtraError: As for :func:`parallel_backend`.
     """
 
     supports_retrieve_callback = True
@@ -184,45 +231,40 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     # Each Parallel object gets one of its own.
     _is_of_one = False
 
-    def __init__(  # noqa: PLR0913 -- each by its name
+    def __init__(
         self,
         nesting_level: int | None = None,
         inner_max_num_threads: int | None = None,
         *,
         pools: Pools | None = None,
-        rounding: Rounding = "nearest",
-        timeout: float | None = None,
-        retries: int = 0,
-        memory_per_worker: float | str | None = None,
-        preload: Literal["auto"] | Sequence[str] = "auto",
-        initializer: Callable[..., object] | None = None,
-        initargs: tuple[Any, ...] = (),
-        progress: bool | str = False,
-        idle_worker_timeout: float = IDLE_S,
-        **others: Any,
+        **words: Unpack[Words],
     ) -> None:
-        super().__init__(
-            nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads, **others
-        )
+        super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        if unknown := sorted(words.keys() - _WORDS):
+            raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(unknown[0])}")
         self._pools = pools or SHARED
-        self._policy = Policy(timeout_s=timeout, retries=retries)
-        self._memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
-        self._rounding = rounding
-        # What is out of its range is said here, not by the first call.
-        self._request()
-        self._preload = preload
-        self._initialize = (initializer, initargs)
-        self._idle_s = idle_worker_timeout
         self._lease: Lease | None = None
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
         self._read_only = False
-        self._label = label_of(progress)
-        if self._label is not None:
-            require_tqdm()
         self._bar: CallBar | None = None
         self._callbacks: Callbacks | None = None
+        self._take(words)
+
+    def _take(self, words: Words) -> None:
+        self._words = words
+        if words.get("threads_per_worker") is not None:
+            self.inner_max_num_threads = words["threads_per_worker"]
+        self._policy = Policy(timeout_s=words.get("timeout"), retries=words.get("retries", 0))
+        memory = words.get("memory_per_worker")
+        self._memory = None if memory is None else parse_bytes(memory)
+        self._rounding = words.get("rounding", "nearest")
+        # What is out of its range is said here, not by the first call.
+        self._request()
+        self._label = label_of(words.get("progress", False))
+        if self._label is not None:
+            require_tqdm()
 
     @property
     def _threads(self) -> int:
@@ -230,8 +272,16 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def _request(self) -> Request:
         # Made anew: joblib sets inner_max_num_threads later as well.
+        try:
+            threads = operator.index(self._threads)
+        except TypeError:  # "auto" is ProcessPool's, which knows its number of workers
+            threads = 0
+        if threads < 1:
+            raise ValueError(
+                f"threads_per_worker must be an integer of at least 1, not {self._threads!r}"
+            )
         return Request(
-            threads_per_worker=self._threads,
+            threads_per_worker=threads,
             rounding=self._rounding,
             memory_per_worker=self._memory,
         )
@@ -246,9 +296,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         if n_jobs < 0:
             return max(1, budget.workers + 1 + n_jobs)
         if n_jobs > budget.workers:
+            one = budget.workers == 1
+            fitting = "one worker that fits" if one else f"{budget.workers} workers that fit"
+            threads = budget.threads_per_worker
+            each = f", each with {threads} threads" if threads > 1 else ""
             log_once(
-                f"n_jobs={n_jobs} is more than the {budget.workers} workers that fit "
-                f"({budget.because.name}: {budget.because.raw}); it is done as asked"
+                f"n_jobs={n_jobs} is more than the {fitting} ({budget.because.name}: "
+                f"{budget.because.raw}{each}); it is done as asked"
             )
         return n_jobs
 
@@ -256,7 +310,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
         if parallel is None or self._is_of_one:
             return self._configure(n_jobs, parallel, **options)
-        backend = self._of_one()
+        for word in sorted(options.keys() - _WORDS - _WORDS_OF_JOBLIB):
+            # joblib's own backends ignore such words, so a library may use one: no error.
+            text = f"Parallel(...) of the joblib backend 'safepool' has no argument {_meant(word)}"
+            warnings.warn(f"{text}; it is without effect", RuntimeWarning, stacklevel=2)
+        own = {word: options[word] for word in options.keys() & _WORDS}
+        backend = self._of_one(cast("Words", own))
         # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.
         parallel._backend = backend
         return backend._configure(n_jobs, parallel, **options)
@@ -266,25 +325,31 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         n_jobs: int,
         parallel: Any,
         *,
-        initializer: Callable[..., object] | None = None,
-        initargs: tuple[Any, ...] = (),
-        idle_worker_timeout: float | None = None,
         max_nbytes: float | None = None,
         mmap_mode: str | None = None,
-        **_options: Any,
+        **_others: Any,
     ) -> int:
         workers = self.effective_n_jobs(n_jobs)
         if workers == 1:
+            initializer = self._words.get("initializer")
+            if initializer is not None:
+                self._pools.initialize_here(initializer, self._words.get("initargs", ()))
+            if self._policy.timeout_s is not None:
+                tell_once(
+                    "timeout= of the joblib backend 'safepool' ends tasks in workers. This call "
+                    "has none: it is sequential, in this process, where nothing can end a task",
+                    subject="timeout of a sequential call",
+                )
             raise FallbackToBackend(self._sequential())
         self.parallel = parallel
-        own = self._initialize if initializer is None else (initializer, initargs)
-        preload = self._preload
+        preload = self._words.get("preload", "auto")
+        idle_s = self._words.get("idle_worker_timeout")
         settings = Settings(
             threads=self._threads,
             preload=preload if isinstance(preload, str) else tuple(preload),
-            initializer=own[0],
-            initargs=own[1],
-            idle_s=self._idle_s if idle_worker_timeout is None else idle_worker_timeout,
+            initializer=self._words.get("initializer"),
+            initargs=self._words.get("initargs", ()),
+            idle_s=IDLE_S if idle_s is None else idle_s,
         )
         self._release()
         mode = mode_asked_for(mmap_mode)
@@ -293,15 +358,22 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._lease = self._pools.lease(settings, workers, self)
         return workers
 
-    def _of_one(self) -> SafepoolBackend:
+    def _of_one(self, words: Words) -> SafepoolBackend:
         """Return a backend like this one that a single ``Parallel`` object uses.
 
         joblib gives all of a block the same one. What is known of a call must not be another's:
         generators may be taken in turns.
+
+        Args:
+            words: What the object says itself.
         """
         backend = SafepoolBackend.__new__(SafepoolBackend)
         backend.__dict__.update(self.__dict__, _is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
+        if words:
+            # An initializer is not given the arguments of another.
+            others: Words = {"initargs": ()} if "initializer" in words else {}
+            backend._take({**self._words, **others, **words})
         return backend
 
     def _sequential(self) -> SequentialBackend:
@@ -391,7 +463,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         timeouts = [policy.timeout_s for policy in policies if policy.timeout_s is not None]
         name = name_of(next(iter(functions.values())))
         if len(items) > 1:
-            name += f" and {len(items) - 1} more calls of its batch"
+            others = len(items) - 1
+            name += f" and {others} more call{'s' if others > 1 else ''} of its batch"
         # Limited if all of them are: a call that is not may take as long as it likes.
         limited = len(timeouts) == len(policies)
         return name, Policy(

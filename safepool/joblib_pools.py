@@ -7,6 +7,7 @@ Not covered:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -38,11 +39,7 @@ class Settings:
 
     def fit(self, other: Settings) -> bool:
         """Tell whether a pool of these settings serves for others."""
-        # By identity: what an initializer is given need not be comparable.
-        same = len(self.initargs) == len(other.initargs) and all(
-            mine is theirs for mine, theirs in zip(self.initargs, other.initargs, strict=True)
-        )
-        return self == other and same
+        return self == other and _are_same(self.initargs, other.initargs)
 
     def make(self, workers: int) -> ProcessPool:
         """Make a pool."""
@@ -53,6 +50,11 @@ class Settings:
             threads_per_worker=self.threads,
             preload="auto" if self.preload == "auto" else self.preload,
         )
+
+
+def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
+    # By identity: what an initializer is given need not be comparable.
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 @dataclass(eq=False)
@@ -77,6 +79,8 @@ class Pools:
         self._idle_s = idle_s
         self._lock = threading.Lock()
         self._leases: list[Lease] = []
+        self._lock_here = threading.RLock()
+        self._initialized_here: tuple[Callable[..., object], tuple[Any, ...]] | None = None
         _made.add(self)
 
     def lease(self, settings: Settings, workers: int, user: object) -> Lease:
@@ -97,9 +101,25 @@ class Pools:
                 self._leases.append(lease)
             if lease.workers != workers:
                 lease.workers = workers
-                lease.pool.resize(workers)
+                # A call's own n_jobs= is nothing that its program needs to be told of.
+                lease.pool._scheduler.resize(workers, level=logging.DEBUG)
             lease.users.add(user)
             return lease
+
+    def initialize_here(
+        self, initializer: Callable[..., object], initargs: tuple[Any, ...]
+    ) -> None:
+        """Call an initializer in this process, where calls run instead of in workers; once."""
+        with self._lock_here:
+            last = self._initialized_here
+            if last is not None and last[0] == initializer and _are_same(last[1], initargs):
+                return
+            self._initialized_here = initializer, initargs
+            try:
+                initializer(*initargs)
+            except BaseException:
+                self._initialized_here = None
+                raise
 
     def close(self, *, end: bool) -> None:
         """End all workers; ``end`` does not wait for running tasks."""
@@ -118,6 +138,7 @@ class Pools:
     def forget(self) -> None:
         """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""
         self._lock = threading.Lock()
+        self._lock_here = threading.RLock()
         self._leases = []
 
 

@@ -63,7 +63,10 @@ def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
     if n == "auto":
         threads = worker_threads() or cpu_count()
     else:
-        threads = operator.index(n)
+        try:
+            threads = operator.index(n)
+        except TypeError:
+            raise TypeError(f'n must be an integer or "auto", not {n!r}') from None
         if threads < 1:
             raise ValueError(f'n must be at least 1 or "auto", not {n!r}')
     return ThreadLimit(threads)

@@ -16,12 +16,14 @@ Not covered:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from safepool.errors import MissingExtraError
+from safepool.workers import contained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,6 +85,9 @@ class Progress:
         finally:
             tqdm.monitor_interval = every_s
         _open.add(self)
+        contained.around = beside_bars
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
         self._thread = threading.Thread(target=self._draw, name="safepool-progress", daemon=True)
         self._thread.start()
 
@@ -134,6 +139,12 @@ class Progress:
             bar.set_postfix(failed=self.failed, refresh=False)
         if self.done != bar.n:
             bar.update(self.done - bar.n)
+
+
+def _close_all() -> None:
+    """End the bars of results that nobody has asked for to the end, with the program."""
+    for progress in [*_open]:
+        progress.close()
 
 
 def beside_bars() -> AbstractContextManager[object]:

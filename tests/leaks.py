@@ -43,6 +43,10 @@ MARK = f"{os.getpid()}-{secrets.token_hex(4)}"
 # What ends by itself after a test: a reaped worker's thread, a helper whose pipe was closed.
 GRACE_S = 2.0
 
+# A name in shared memory that does not tell its living maker may be another program's, and goes
+# with that.
+NAME_GRACE_S = 20.0
+
 ON_LINUX = sys.platform == "linux"
 
 # The names that safepool and the libraries under it give to shared memory, one folder for
@@ -239,15 +243,23 @@ def left_since(before: Snapshot) -> list[Leak]:
 
 
 def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
-    """Look once; only when something is found, collect garbage and wait for it to go."""
-    deadline = time.monotonic() + GRACE_S
-    pause_s = 0.005
-    while (found := _uncharged(look())) and time.monotonic() < deadline:
+    """Look once; only when something is found, collect garbage and wait for it to go.
+
+    What counts is the time slept: a machine that was frozen has kept stragglers from ending.
+    """
+    slept_s, pause_s = 0.0, 0.005
+    while (found := _uncharged(look())) and slept_s < _grace_s(found):
         # Each time: a thread that just ended may have held a cycle until now.
         gc.collect()
         time.sleep(pause_s)
+        slept_s += pause_s
         pause_s = min(2 * pause_s, 0.1)
     return found
+
+
+def _grace_s(found: list[Leak]) -> float:
+    shared = all(leak.what.startswith(f"name {SHARED_MEMORY}/") for leak in found)
+    return NAME_GRACE_S if shared else GRACE_S
 
 
 def _uncharged(found: Iterator[Leak]) -> list[Leak]:

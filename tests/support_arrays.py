@@ -66,6 +66,17 @@ def files_here(_: object = None) -> tuple[int, int]:
     return mapped, opened
 
 
+def expect_files(mapped: int, opened: int) -> None:
+    """Wait until this process has so many.
+
+    The thread that hands a result over has something of its message for a moment longer.
+    """
+    deadline = time.monotonic() + 30
+    while files_here() != (mapped, opened) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert files_here() == (mapped, opened)
+
+
 def use_up_descriptors() -> list[int]:
     """Open as many files as this process may."""
     taken = []

@@ -64,6 +64,16 @@ class ControlGroup:
             self._write("cpu", "cpu.cfs_period_us", str(PERIOD_US))
             self._write("cpu", "cpu.cfs_quota_us", str(-1 if quota is None else quota))
 
+    def take_precedence(self) -> None:
+        """Let it have what its quota grants, whatever else runs on this machine.
+
+        The most that cpu.shares takes (version 1), and cpu.weight.
+        """
+        if self.version == 2:
+            self._write("cpu", "cpu.weight", "10000")
+        else:
+            self._write("cpu", "cpu.shares", str(1 << 18))
+
     def set_memory(self, limit_bytes: int) -> None:
         """Write the ceiling on memory."""
         name = "memory.max" if self.version == 2 else "memory.limit_in_bytes"
@@ -145,7 +155,7 @@ def control_group(
     """Make one control group, and remove it at the end with all that is in it.
 
     Args:
-        cpus: Its CPU quota; ``None`` writes none.
+        cpus: Its CPU quota, which it gets before others on the machine; ``None`` writes none.
         memory_bytes: Its ceiling on memory.
         tasks: Its ceiling on processes and threads.
         inside: The group to make it in; without one it lies at the top of the hierarchy.
@@ -167,6 +177,7 @@ def control_group(
             directory.mkdir()
         if cpus is not None:
             group.set_cpus(cpus)
+            group.take_precedence()
         if memory_bytes is not None:
             group.set_memory(memory_bytes)
         if tasks is not None:

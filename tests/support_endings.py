@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support_tasks import wait_for
+
 # A program that ignores SIGTERM, says who it is, and waits.
 STUBBORN = """
 import os, signal, sys, time
@@ -64,9 +66,15 @@ def exit_with_0() -> None:
     os._exit(0)
 
 
-def note_and_end(path: str, how: str) -> None:
-    """An initializer that ends its worker, having said that it was started."""
+def wait_and_exit(gate: str, code: int) -> None:
+    wait_for(gate)
+    os._exit(code)
+
+
+def note_and_end(path: str, how: str, gate: str) -> None:
+    """An initializer that ends its worker when it may, having said that it was started."""
     note(path, os.getpid())
+    wait_for(gate)
     if how == "sys.exit":
         sys.exit(3)
     if how == "raise":
@@ -225,9 +233,10 @@ def return_killer() -> object:
     return KillsWhenPickled()
 
 
-def ignore_sigterm_and_sleep(seconds: float) -> None:
+def ignore_sigterm_and_sleep(path: str, seconds: float) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    note(path, os.getpid())
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(0.05)

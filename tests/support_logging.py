@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from support_tasks import wait_for
+
 log = logging.getLogger("support.logging")
 
 
@@ -197,13 +199,6 @@ def crash_in_a_fork() -> int:
     return os.WTERMSIG(os.waitpid(pid, 0)[1])
 
 
-def wait_for(path: str) -> None:
-    deadline = time.monotonic() + 60
-    while not Path(path).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def sleep_here(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
@@ -238,9 +233,9 @@ def take_the_handler_away(number: int) -> None:
     faulthandler.unregister(number)
 
 
-def leave_a_thread(seconds: float) -> int:
-    """Start a thread that this process waits for when it ends."""
-    threading.Thread(target=time.sleep, args=(seconds,)).start()
+def leave_a_thread(path: str) -> int:
+    """Start a thread that ends when the file is there, and for which this process waits."""
+    threading.Thread(target=wait_for, args=(path,)).start()
     return os.getpid()
 
 

@@ -12,10 +12,10 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 TESTS = Path(__file__).parent
 
@@ -51,14 +51,38 @@ def kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def wait_until(is_so: Callable[[], object], *, within_s: float = 60) -> None:
+    """Return when it is so.
+
+    Raises:
+        AssertionError: It never was.
+    """
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.005)
+
+
 def still_alive(pids: list[int], *, after_s: float) -> list[int]:
-    """Return the processes that live on after so many seconds; a zombie does not live."""
-    deadline = time.monotonic() + after_s
-    while True:
-        alive = [pid for pid in pids if _is_alive(pid)]
-        if not alive or time.monotonic() > deadline:
-            return alive
+    """Return the processes that live on after so many seconds; a zombie does not live.
+
+    What counts is the time for which this process has slept: one that was kept from running,
+    with the whole machine or for others' sake, says nothing of those that it looks at.
+    """
+    left_s = after_s
+    while (alive := [pid for pid in pids if _is_alive(pid)]) and left_s > 0:
         time.sleep(0.01)
+        left_s -= 0.01
+    return alive
+
+
+def ends(program: subprocess.Popen[Any], *, within_s: float) -> bool:
+    """Wait for the end of a program, so many seconds as in `still_alive`."""
+    left_s = within_s
+    while program.poll() is None and left_s > 0:
+        time.sleep(0.01)
+        left_s -= 0.01
+    return program.poll() is not None
 
 
 def _is_alive(pid: int) -> bool:

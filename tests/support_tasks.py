@@ -88,8 +88,13 @@ def segfault() -> None:
 
 
 def be_killed_while_answering(size_bytes: int) -> bytes:
-    """Return a result that is still being written when the worker is killed."""
-    threading.Timer(0.05, be_killed).start()
+    """Return a result of which a part is written, into a file or a socket, when it is killed."""
+
+    def watch(_frame: object, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ in ("pwrite", "send", "sendmsg"):
+            be_killed()
+
+    sys.setprofile(watch)
     return bytes(size_bytes)
 
 
@@ -244,6 +249,20 @@ def pid_after(seconds: float) -> int:
 def touch_and_sleep(path: str, seconds: float) -> None:
     Path(path).touch()
     time.sleep(seconds)
+
+
+def wait_for(path: str, value: Any = None) -> Any:
+    """Return the value when the file is there: it is up to the test how long a call takes."""
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return value
+
+
+def touch_and_wait_for(begun: str, path: str) -> None:
+    Path(begun).touch()
+    wait_for(path)
 
 
 def log(path: str, value: int, seconds: float = 0.0) -> int:

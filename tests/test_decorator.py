@@ -183,7 +183,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_told_where_they_are_written(case: str) -> None:
     arguments, error = WRONG[case]
-    with pytest.raises(error):
+    with pytest.raises(error, match=f"{next(iter(arguments))} must be "):
         safepool.worker(**arguments)
 
 

@@ -11,6 +11,7 @@ import functools
 import gc
 import inspect
 import os
+import subprocess
 import sys
 import threading
 import types
@@ -291,6 +292,28 @@ def test_a_closed_generator_ends_capped() -> None:
     gc.collect()
     assert told == ["3", "3"]
     assert seen() is None
+
+
+def test_a_generator_that_is_left_open_is_closed_quietly_at_the_programs_end() -> None:
+    """It ends when the interpreter has taken the finders of imports away."""
+    program = """
+import safepool
+
+@safepool.worker
+def steps():
+    try:
+        yield 1
+    finally:
+        print("closed")
+
+left = steps()
+next(left)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert (done.stdout, done.stderr) == ("closed\n", "")
 
 
 def test_a_generator_that_will_not_close_is_told() -> None:

@@ -267,5 +267,5 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_told(case: str) -> None:
     n, error = WRONG[case]
-    with pytest.raises(error):
+    with pytest.raises(error, match="n must be "):
         safepool.limit_threads(n)

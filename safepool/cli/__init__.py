@@ -111,14 +111,18 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     ours, command = _split(sys.argv[1:] if argv is None else argv)
     try:
-        options = parser.parse_args(ours)
+        options, unknown = parser.parse_known_args(ours)
+        asked: argparse.ArgumentParser = options.parser
+        if unknown:
+            # Said by the command that does not know it, whose help lists what it knows.
+            asked.error(f"unrecognized arguments: {' '.join(unknown)}")
         # Of a first "--" that is the command's own, argparse must not hear.
         if command:
             options.command = [*options.command, *command[bool(not options.command) :]]
         if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
-            parser.error("doctor: --pid and --watch go without a library")
+            asked.error("--pid and --watch go without a library")
         if options.run is _run_run and not options.command:
-            parser.error("run: a command is missing, as in: safepool run -- python train.py")
+            asked.error("a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:
         # argparse leaves this way after --help, --version and wrong arguments.
         return stop.code if isinstance(stop.code, int) else _USAGE
@@ -242,12 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     _add_limits_options(parser)
-    parser.set_defaults(run=_run_limits)
+    parser.set_defaults(run=_run_limits, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
     text = "what this process may use, who says so, and what fits (the default)"
     limits = commands.add_parser("limits", help=text, description=_LIMITS, epilog=_LIMITS_EXAMPLES)
-    limits.set_defaults(run=_run_limits)
+    limits.set_defaults(run=_run_limits, parser=limits)
 
     doctor = commands.add_parser(
         "doctor",
@@ -255,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DOCTOR,
         epilog=_DOCTOR_EXAMPLES,
     )
-    doctor.set_defaults(run=_run_doctor)
+    doctor.set_defaults(run=_run_doctor, parser=doctor)
     _add_doctor_options(doctor)
 
     run = commands.add_parser(
@@ -265,17 +269,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_RUN_EXAMPLES,
         usage="safepool run [options] -- COMMAND [ARGUMENT ...]",
     )
-    run.set_defaults(run=_run_run)
+    run.set_defaults(run=_run_run, parser=run)
     _add_run_options(run)
 
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
     demo = commands.add_parser("demo", help=text, description=_DEMO, epilog=_DEMO_EXAMPLES)
-    demo.set_defaults(run=_run_demo)
+    demo.set_defaults(run=_run_demo, parser=demo)
     _add_demo_options(demo)
 
     text = "what a pool's workers did with their time"
     report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
-    report.set_defaults(run=_run_report)
+    report.set_defaults(run=_run_report, parser=report)
     report.add_argument("trace", metavar="FILE", help="what the pool has written, whole or torn")
     for command in (limits, doctor, demo, report):
         # Suppressed: a default here would undo a --json that stands before the command.

@@ -16,8 +16,9 @@ believe in a larger machine (``--pretend-host-cpus``).
     demo_report     the table, the sentence below it, and JSON
     demo_plot       the picture, with --plot
 
-``--json`` prints one object:
+``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
+    schema                               1
     tasks, points, cpus_asked, bound_s   the options; cpus_asked is null without --cpus
     versions                             of Python, numpy and scipy, by name
     pretend_host_cpus                    CPUs that both halves believed in, or null: the machine's

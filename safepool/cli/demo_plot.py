@@ -97,6 +97,8 @@ def draw(report: Report, path: Path) -> None:
         axes.bar_label(bars, labels)
         axes.set_title(title)
         axes.margins(y=0.15)
+        # Where nothing was measured but 0, the axis would be half a millionth around it.
+        axes.set_ylim(0, None if any(values) else 1)
     conditions = report.conditions
     cut = f", cut off at {conditions.options.bound_s:g} s" if report.standard.cut_off else ""
     figure.suptitle(f"{conditions.options.tasks} tasks on {_where(report)}{cut}")

@@ -25,6 +25,7 @@ __all__ = ["ATOL", "RTOL", "WORTH_IT", "Comparison", "Conditions", "Report"]
 
 # Tight enough that any wrong result shows, wide enough for a sum in another order: with one
 # and with several BLAS threads these tasks differ by less than 1e-12 at up to 1,200 points.
+_SCHEMA = 1
 RTOL = 1e-9
 ATOL = 1e-9
 
@@ -205,6 +206,7 @@ class Report:
         conditions = self.conditions
         return json.dumps(
             {
+                "schema": _SCHEMA,
                 "tasks": conditions.options.tasks,
                 "points": conditions.options.points,
                 "cpus_asked": conditions.options.cpus,

@@ -4,8 +4,9 @@ The libraries are imported one after the other in a fresh process (``doctor_chil
 nothing caps; one that crashes it or hangs is reported, and the others are looked at in
 another. Nothing here imports them.
 
-``--json`` prints one object:
+``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
+    schema           1
     version          of safepool
     python           version of the interpreter
     cpus             CPUs that this process may use, such as 2.5
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "run"]
 
+_SCHEMA = 1
 # Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"
 # By -P and not from the folder that it is started in, where a random.py of the user's would be
@@ -193,7 +195,8 @@ class Report:
 
     def as_json(self) -> str:
         """Return the report for programs; the module lists the keys."""
-        return json.dumps({"version": safepool.__version__, **asdict(self)}, indent=2)
+        told = {"schema": _SCHEMA, "version": safepool.__version__, **asdict(self)}
+        return json.dumps(told, indent=2)
 
     def _library_lines(self, library: Library, paint: Paint) -> Iterator[str]:
         name = as_ascii(f"{library.name} {library.version}".rstrip())

@@ -118,6 +118,7 @@ class Screen:
         budget: What ``safepool.ProcessPool()`` makes of them.
         throttling: How often the kernel has frozen the group whose quota binds.
         standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
+        standard_reads_variable: ``PYTHON_CPU_COUNT`` bounds them.
         sample: The same as ``throttling`` over a moment.
         joblib_workers: Workers that joblib starts, ``None`` if it was not asked.
         native_threads: Threads that a native pool starts in a process.
@@ -134,6 +135,7 @@ class Screen:
     native_threads: int = 1
     variables: Mapping[str, str] = field(default_factory=dict)
     process: OtherProcess | None = None
+    standard_reads_variable: bool = hasattr(os, "process_cpu_count")
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -146,6 +148,8 @@ class Screen:
             sample=self.sample,
             standard_workers=None if self.process else self.standard_workers,
             native_threads=self.native_threads if computes else 1,
+            standard_reads_variable=self.standard_reads_variable,
+            joblib_workers=None if self.process else self.joblib_workers,
         )
 
     @property

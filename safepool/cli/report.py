@@ -2,8 +2,9 @@
 
 It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or torn off anywhere.
 
-``--json`` prints one object; keys are added to it, none is renamed or removed:
+``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
+    schema          1
     seconds         from the pool's begin to the last event
     calls           that were run; each attempt counts
     busy_s          of all workers: they ran calls
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
 
+_SCHEMA = 1
 _SLOWEST = 5
 # What a line may raise that no pool has written.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -190,6 +192,7 @@ class Report:
         """Return it for programs."""
         total = self.total()
         told = {
+            "schema": _SCHEMA,
             "seconds": self.seconds,
             **total.as_dict(),
             "pickling_s": self.pickling_s,

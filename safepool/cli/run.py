@@ -19,14 +19,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safepool.budget import Request, fit
 from safepool.cli.errors import CommandError
 from safepool.cli.text import as_ascii, counted, wrapped
-from safepool.limits import read_limits
+from safepool.limits import Limit, read_limits
 from safepool.threads.environment import worker_environment
 from safepool.threads.registry import runtimes
 
@@ -190,9 +190,12 @@ def run(
     # What decides must be the machine, not the variables that are about to be replaced.
     limits = read_limits(environ=_without_ours(os.environ) if force else None)
     request = Request(max_workers=workers, threads_per_worker=threads, reserve=reserve)
-    found = plan(
-        os.environ, fit(limits, request), exact=workers is not None, force=force, patch=patch
-    )
+    budget = fit(limits, request)
+    if workers is not None and isinstance(budget.because, Limit):
+        # It was not in Python that they were asked for.
+        because = replace(budget.because, name="--workers", source="the command line")
+        budget = replace(budget, because=because)
+    found = plan(os.environ, budget, exact=workers is not None, force=force, patch=patch)
     # None: it was closed before the start. print() would then take standard output.
     if explain and sys.stderr is not None:
         with contextlib.suppress(OSError):  # nobody reads it: the program is started all the same

@@ -23,13 +23,20 @@ _THROTTLED_SHARE = 0.1
 _MEMORY_SHARE = 0.9
 
 _USE_SAFEPOOL = "use safepool.ProcessPool(), or start the program with: safepool run -- COMMAND"
+_USE_PATCH = (
+    "use safepool.ProcessPool(), or start the program with: safepool run --patch -- COMMAND"
+)
+
+_USE_BACKEND = (
+    "use safepool.parallel_backend(), or start the program with: safepool run -- COMMAND"
+)
 
 CODES = {
     "throttled": "the kernel freezes the group in a tenth of the sample's periods or more",
     "memory-nearly-full": "nine tenths of a memory limit are used and cannot be reclaimed",
     "variable-ignored": "a variable that should set a limit has no number in it",
     "no-room": "processes, memory or open files leave room for fewer workers than CPUs",
-    "oversubscribed": "the standard pool, or one native thread pool, has more threads than CPUs",
+    "oversubscribed": "a pool that knows no limit, or one native thread pool, exceeds the CPUs",
     "threads-multiply": "no problem by itself: workers times native threads exceed the CPUs",
 }
 
@@ -58,6 +65,8 @@ def judge(
     sample: Throttling | None,
     standard_workers: int | None,
     native_threads: int,
+    standard_reads_variable: bool = True,
+    joblib_workers: int | None = None,
 ) -> tuple[Finding, ...]:
     """Say what is wrong, the most pressing first.
 
@@ -67,6 +76,9 @@ def judge(
         sample: Throttling over a moment, ``None`` without a quota.
         standard_workers: What ``ProcessPoolExecutor()`` starts; ``None`` if it is not asked.
         native_threads: What a native thread pool starts in each.
+        standard_reads_variable: ``PYTHON_CPU_COUNT``, which ``safepool run`` sets, bounds
+            ``ProcessPoolExecutor()``: since Python 3.13.
+        joblib_workers: What joblib's ``n_jobs=-1`` starts; ``None`` if it is not asked.
 
     Returns:
         The findings, empty if there is nothing to do.
@@ -86,7 +98,14 @@ def judge(
         *_memory(limits),
         *_ignored(limits),
         *_no_room(budget),
-        *_oversubscribed(limits, budget, standard_workers, native_threads),
+        *_oversubscribed(
+            limits,
+            budget,
+            standard_workers,
+            native_threads,
+            reads_variable=standard_reads_variable,
+            joblib_workers=joblib_workers or 0,
+        ),
     )
 
 
@@ -144,26 +163,38 @@ def _no_room(budget: Budget) -> Iterator[Finding]:
 
 
 def _oversubscribed(
-    limits: Limits, budget: Budget, standard_workers: int | None, native_threads: int
+    limits: Limits,
+    budget: Budget,
+    standard_workers: int | None,
+    native_threads: int,
+    *,
+    reads_variable: bool,
+    joblib_workers: int,
 ) -> Iterator[Finding]:
     most = math.ceil(budget.cpus)
     cpus = f"{counted(budget.cpus, 'CPU')} ({limits.binding.name})"
-    too_many = []
+    # Who, does what, and how many: the verb is said of the first alone.
+    too_many: list[tuple[str, str, str]] = []
+    remedy = _USE_SAFEPOOL
     if standard_workers is not None and standard_workers > most:
-        too_many.append(f"ProcessPoolExecutor() starts {counted(standard_workers, 'worker')}")
+        too_many.append(("ProcessPoolExecutor()", "starts", counted(standard_workers, "worker")))
+        remedy = _USE_SAFEPOOL if reads_variable else _USE_PATCH
+    if joblib_workers > most:
+        remedy = remedy if too_many else _USE_BACKEND
+        too_many.append(("joblib (n_jobs=-1)", "starts", counted(joblib_workers, "worker")))
     if native_threads > most:
-        too_many.append(
-            f"a native thread pool (NumPy's) {counted(native_threads, 'thread')} in each process"
-        )
+        threads = f"{counted(native_threads, 'thread')} in each process"
+        article = "a" if too_many else "A"
+        too_many.append((f"{article} native thread pool (NumPy's)", "has", threads))
     if too_many:
-        if len(too_many) == 1 and too_many[0].startswith("a native"):
-            too_many = [too_many[0].replace("(NumPy's) ", "(NumPy's) has ", 1)]
-        text = f"{' and '.join(too_many)}, for {cpus}"
+        (who, does, what), *others = too_many
+        told = [f"{who} {does} {what}", *(f"{other} {many}" for other, _, many in others)]
+        text = " and ".join([", ".join(told[:-1]), told[-1]] if others else told) + f", for {cpus}"
         yield Finding(
             code="oversubscribed",
             problem=True,
-            text=text[0].upper() + text[1:],
-            remedy=_USE_SAFEPOOL,
+            text=text,
+            remedy=remedy,
         )
     elif standard_workers is not None and standard_workers * native_threads > most:
         yield Finding(

@@ -93,7 +93,12 @@ class ProcessView:
         return quota.read_throttling(machine, find_levels(machine, read_place(machine), "cpu"))
 
     def read_usage(self) -> CpuUsage | None:
-        """Read the CPU time of the group whose quota binds, else of its own group."""
+        """Read the CPU time of the group whose quota binds, else of its own group.
+
+        Returns:
+            ``None`` if nothing counts it for that group: of version 1, the hierarchy that counts
+            may be another one, in which the process is with others.
+        """
         machine = self._machine
         place = read_place(machine)
         levels = find_levels(machine, place, "cpu")
@@ -102,7 +107,7 @@ class ProcessView:
         folders = [] if binding is None else [binding.source.removesuffix(f"/{binding.name}")]
         if not folders:
             folders = [path for level in levels[:1] for path in level.directories]
-        if place.mounts is not None:
+        if place.mounts is not None and place.own.get("cpuacct") == place.own.get("cpu"):
             # Version 1: mounted with cpu, or in a hierarchy of its own.
             for level in find_levels(machine, place, "cpuacct")[:1]:
                 folders.extend(level.directories)

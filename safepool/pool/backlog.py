@@ -202,8 +202,9 @@ class Backlog:
         # Divided when little is left behind it as well: halves of halves would be many messages.
         waiting = self.at_most(span.count * among)
         many = min(room(span.name, 0), -(-waiting // among))
-        # Chunks that were taken back may have become one piece.
         many = min(many, most * (span.run.at_once or 1))
+        if many > 0 and span.bound:
+            many = span.count
         if many <= 0:
             return []
         self._entries.popleft()

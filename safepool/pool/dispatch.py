@@ -390,6 +390,8 @@ def _dumps_items(span: Span) -> Pickled | None:
     """
     items = span.items
     span.apart = False
+    if span.run.at_once is not None and span.count > 1:
+        span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
     if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
         return _dumps(items)
     pickles: list[bytes | memoryview] = []

@@ -26,11 +26,13 @@ class Work(Protocol):
         count: How many calls, at least 1.
         done: How many of them are settled.
         expected_ns: How long each is thought to take.
+        bound: They stay together, whatever waits meanwhile.
     """
 
     position: int
     done: int
     expected_ns: int
+    bound: bool
 
     @property
     def count(self) -> int: ...  # noqa: D102 -- an attribute above
@@ -71,6 +73,11 @@ class Ledger(Generic[_W]):
     def head(self) -> _W | None:
         """What the worker does now, or will next."""
         return self._works[0] if self._works else None
+
+    @property
+    def tail(self) -> _W | None:
+        """What the worker was sent last, of what it owes."""
+        return self._works[-1] if self._works else None
 
     def give(self, work: _W) -> None:
         """Write down what is sent now."""

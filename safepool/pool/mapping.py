@@ -263,6 +263,8 @@ class Span:
         attempts: How often the first was begun and lost with its worker.
         alone: It holds one call that must not travel with others.
         apart: Each item was pickled by itself.
+        bound: A chunk whose calls have something in common that one of them could change: it
+            is not divided, so that the others see that, as in the standard pool.
         pickled_ns: How long each took to be pickled, in a pool that is traced.
     """
 
@@ -272,6 +274,7 @@ class Span:
     attempts: int = 0
     alone: bool = False
     apart: bool = False
+    bound: bool = False
     position: int = 0
     done: int = 0
     expected_ns: int = 0
@@ -297,10 +300,15 @@ class Span:
         return calls / (self.run.at_once or 1)
 
     def is_followed_by(self, other: Span) -> bool:
-        """Tell whether both can be one: none of their calls has begun or must travel alone."""
+        """Tell whether both can be one: none of their calls has begun or must travel alone.
+
+        Nor may they be of two chunks, which have nothing in common in a worker.
+        """
+        at_once = self.run.at_once
         return (
             self.run is other.run
             and self.start + len(self.items) == other.start
+            and (at_once is None or self.start // at_once == other.start // at_once)
             and not (self.alone or other.alone or self.done or other.done or other.attempts)
         )
 
@@ -308,6 +316,7 @@ class Span:
         """Keep the calls before ``at``, return the others."""
         rest = type(self)(self.run, self.start + at, self.items[at:])
         rest.expected_ns = self.expected_ns
+        rest.bound = self.bound
         del self.items[at:]
         return rest
 

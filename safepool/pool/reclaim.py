@@ -73,7 +73,10 @@ def _sent_ahead(staff: Iterable[Worker]) -> list[Worker]:
     return [
         worker
         for worker in staff
-        if worker.ledger.owed > 1 and worker.board is not None and worker.packing is None
+        if worker.ledger.owed > 1
+        and worker.board is not None
+        and worker.packing is None
+        and not worker.is_bound
     ]
 
 

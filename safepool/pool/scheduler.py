@@ -47,6 +47,7 @@ Not covered:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -55,7 +56,7 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.errors import PoolBrokenError, TaskTimeoutError
+from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
 from safepool.pool import reclaim
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
@@ -198,14 +199,19 @@ class Scheduler:
         """The most workers at a time."""
         return self._size
 
-    def resize(self, workers: int) -> None:
-        """Keep at most so many workers from now on, and follow the limits no more."""
+    def resize(self, workers: int, *, level: int = logging.INFO) -> None:
+        """Keep at most so many workers from now on, and follow the limits no more.
+
+        Args:
+            workers: At least 1.
+            level: Of the line in the log.
+        """
         with self._lock:
             self._follow = None
             before, self._size = self._size, workers
             self._news = True
         if before != workers:
-            _log.info("resized by hand: %d workers instead of %d", workers, before)
+            _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
             if self._trace is not None:
                 self._trace.resized(before, workers, "by hand")
         self.wake()
@@ -607,7 +613,8 @@ class Scheduler:
         if not (shrinking or any(worker.retiring for worker in staff)):
             return
         for worker in staff:
-            if not worker.leaving and (shrinking or worker.retiring) and worker.ledger.owed > 1:
+            goes = worker.retiring or (shrinking and not worker.is_bound)
+            if not worker.leaving and goes and worker.ledger.owed > 1:
                 self._take_back(staff, worker)
             # Nothing that it owed may have begun; then no answer brings its end.
             if worker.retiring and worker.is_idle:
@@ -880,7 +887,8 @@ class Scheduler:
         if self._trace is not None:
             self._trace.ended(worker, exitcode, lost, ending=bool(self._ending))
         if worker.failure is not None:
-            problem = PoolBrokenError("a worker's initializer failed")
+            raised = f"{type(worker.failure).__name__}: {text_of(worker.failure)}"
+            problem = PoolBrokenError(f"a worker's initializer failed: {raised}")
             self._break(staff, problem, worker.failure)
         by_itself = not (self._ending or worker.condemned)
         costs = any(one.for_good for one in lost) or not (lost or worker.dismissed)

@@ -121,7 +121,7 @@ class Task:
         pickled: What was sent, kept while it may have to be sent again: the function, the
             segments, and the shared objects that they refer to.
         attempts: How often it was begun and lost with its worker.
-        position, done, count, expected_ns: As of any :class:`~safepool.pool.ledger.Work`.
+        position, done, count, expected_ns, bound: As of any :class:`~safepool.pool.ledger.Work`.
     """
 
     __slots__ = (
@@ -137,6 +137,7 @@ class Task:
     )
 
     count = 1
+    bound = False
 
     def __init__(self, future: PoolFuture, call: Call, name: str, policy: Policy) -> None:
         self.future = future

@@ -101,7 +101,15 @@ class Worker(WorkerProcess):
     @property
     def takes_more(self) -> bool:
         """Whether anything may be sent to it behind what it has."""
-        return not self.exclusive and self.packing is None
+        tail = self.ledger.tail
+        # What is behind a bound chunk could not be taken back without a part of that.
+        return not (self.exclusive or self.packing is not None or (tail and tail.bound))
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is in a chunk, or about to be, that is not to be divided."""
+        head = self.ledger.head
+        return head is not None and head.bound
 
     @property
     def unheard(self) -> bool:

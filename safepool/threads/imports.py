@@ -69,12 +69,13 @@ class AfterImport:
     def start(self, names: frozenset[str]) -> None:
         """Call back for the modules of these full names from now on."""
         self._names = names
-        if self not in sys.meta_path:
+        # None: the interpreter ends and imports nothing; a generator's end may come here then.
+        if sys.meta_path is not None and self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
         """Be asked no more."""
-        if self in sys.meta_path:
+        if sys.meta_path is not None and self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def _follow(self, loader: Any, fullname: str) -> None:

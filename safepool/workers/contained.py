@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 __all__ = ["ContainedLogger", "report"]
 
@@ -12,6 +17,8 @@ __all__ = ["ContainedLogger", "report"]
 logging.getLogger("safepool").addHandler(logging.NullHandler())
 # For its handling of errors alone.
 _errors = logging.Handler()
+# What a line of the log is written in. A bar on the screen takes itself away for it.
+around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
@@ -23,8 +30,11 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
     def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
         """Log, and contain what handlers and filters raise."""
         try:
-            # The caller of the caller: this frame is ours, and not what the record is about.
-            super().log(level, msg, *args, stacklevel=2, **keywords)
+            if self.isEnabledFor(level):
+                with around():
+                    # The caller of the caller: this frame is ours, and not what the record is
+                    # about.
+                    super().log(level, msg, *args, stacklevel=2, **keywords)
         except Exception:  # noqa: BLE001 -- user code
             report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
 

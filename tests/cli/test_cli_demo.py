@@ -33,6 +33,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are count
 
 # Key of the JSON object, and the types that it may have.
 KEYS: dict[str, tuple[type, ...]] = {
+    "schema": (int,),
     "tasks": (int,),
     "points": (int,),
     "cpus_asked": (float, type(None)),

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,6 +81,25 @@ def test_a_picture_is_written(ending: str, tmp_path: Path) -> None:
 
     magic = {".svg": b"<?xml", ".PNG": b"\x89PNG"}[ending]
     assert path.read_bytes().startswith(magic)
+
+
+def test_an_axis_begins_at_zero_also_where_nothing_was_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    never = Throttling(periods=200, throttled_periods=0, throttled_us=0, source="cpu.stat")
+    halves = [half(pool, 4, 2.0, never) for pool in ("standard", "safepool")]
+
+    draw(replace(REPORT, standard=halves[0], safepool=halves[1]), tmp_path / "x.svg")
+
+    limits = {axes.get_title(): axes.get_ylim() for axes in drawn[0].axes}
+    assert limits.pop("frozen periods, %") == (0, 1)
+    for bottom, top in limits.values():
+        assert bottom == 0
+        assert top >= 2
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_runs(tmp_path: Path) -> None:

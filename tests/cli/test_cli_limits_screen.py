@@ -240,6 +240,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         ),
     },
     "laptop": {"joblib_workers": 8},
+    "kubernetes-pod": {"standard_reads_variable": False},
 }
 
 
@@ -251,7 +252,7 @@ def screen_of(machine: str) -> Screen:
         throttling=throttling,
         standard_workers=standard_workers,
         native_threads=int(limits.affinity.cpus or 1),
-        **FURTHER.get(machine, {}),
+        **{"standard_reads_variable": True, **FURTHER.get(machine, {})},
     )
 
 

@@ -115,6 +115,22 @@ def test_the_quota_and_the_throttling_of_another_process(
     assert all(line["periods"] >= line["throttled_periods"] for line in lines)
 
 
+def test_the_time_of_another_group_is_not_taken_for_that_of_the_quotas() -> None:
+    """Of version 1, what counts the time may be mounted apart, with all processes in one group."""
+    from safepool.limits.process import ProcessView
+
+    if reason := without_control_groups():
+        pytest.skip(reason)
+    with control_group(cpus=0.5) as group:
+        process = group.popen([sys.executable, "-c", WAIT])
+        try:
+            usage = ProcessView(started(process)).read_usage()
+        finally:
+            ended(process)
+
+    assert usage is None or usage.source.startswith(f"{group.cpu}/")
+
+
 def test_a_process_without_native_libraries_has_none_of_their_threads(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

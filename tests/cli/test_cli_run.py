@@ -168,6 +168,7 @@ UNSTARTABLE = {
     "an empty word": (["--", ""], 127, "the command is an empty word"),
     "no workers": (["--workers", "0", "--", "true"], 2, "at least 1, found '0'"),
     "odd threads": (["--threads", "many", "--", "true"], 2, "found 'many'"),
+    "a misspelled option": (["--wrokers", "3"], 2, "--wrokers (see safepool run --help)"),
     "a negative reserve": (["--reserve", "-1", "--", "true"], 2, "expected"),
 }
 
@@ -291,10 +292,12 @@ def test_it_is_the_program_and_its_signals_are_the_programs() -> None:
 
 
 def test_explain_leaves_standard_output_to_the_program() -> None:
-    ended = safepool_run("--explain", "--", sys.executable, "-c", "print('mine')")
+    options = ["--workers", "1", "--threads", "1", "--explain"]
+    ended = safepool_run(*options, "--", sys.executable, "-c", "print('mine')")
 
     assert (ended.returncode, ended.stdout) == (0, "mine\n")
     assert "OMP_NUM_THREADS=1" in ended.stderr
+    assert "because of --workers" in ended.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no exec there")

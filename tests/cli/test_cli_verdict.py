@@ -82,5 +82,42 @@ def test_what_is_found(case: str) -> None:
         assert finding.remedy
 
 
+# One row per set of what exceeds four CPUs: standard workers, joblib's, native threads, and
+# whether the standard pool reads a variable; what is said, and the remedy.
+TOO_MANY: dict[str, tuple[int, int, int, bool, str, str]] = {
+    "standard": (8, 4, 1, True, "ProcessPoolExecutor() starts 8 workers", "ProcessPool(), or"),
+    "standard, without a variable": (
+        8, 4, 1, False, "ProcessPoolExecutor() starts 8 workers", "run --patch -- COMMAND",
+    ),
+    "joblib": (4, 8, 1, True, "joblib (n_jobs=-1) starts 8 workers", "parallel_backend(), or"),
+    "native": (4, 4, 8, False, "A native thread pool (NumPy's) has 8 threads", "run -- COMMAND"),
+    "all": (
+        8, 6, 5, True,
+        "ProcessPoolExecutor() starts 8 workers, joblib (n_jobs=-1) 6 workers and a native",
+        "ProcessPool(), or",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOO_MANY)
+def test_what_exceeds_the_cpus_is_one_sentence(case: str) -> None:
+    standard, joblib, native, reads, text, remedy = TOO_MANY[case]
+
+    (found,) = judge(
+        FOUR,
+        fit(FOUR),
+        sample=None,
+        standard_workers=standard,
+        joblib_workers=joblib,
+        native_threads=native,
+        standard_reads_variable=reads,
+    )
+
+    assert found.code == "oversubscribed"
+    assert found.text.startswith(text)
+    assert found.text.endswith(", for 4 CPUs (affinity)")
+    assert remedy in found.remedy
+
+
 def test_every_code_is_found_by_a_case_and_documented() -> None:
     assert {code for *_, codes in CASES.values() for code in codes} == set(CODES)

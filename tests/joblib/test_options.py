@@ -84,6 +84,47 @@ def test_an_initializer_runs_in_each_worker_before_its_tasks() -> None:
     assert {tuple(marks) for marks in own} == {("call",)}
 
 
+@pytest.mark.parametrize("where", ["block", "name"])
+def test_an_initializer_runs_once_here_where_calls_do(where: str) -> None:
+    """Else a program with one would fail where a single CPU is left to it."""
+    marked: list[str] = []
+    words: dict[str, Any] = {"initializer": marked.append, "initargs": (where,)}
+    backends: dict[str, Any] = {
+        "block": lambda: safepool.parallel_backend(1, **words),
+        "name": lambda: joblib.parallel_config("safepool", n_jobs=1, **words),
+    }
+    for _ in range(2):
+        with backends[where]():
+            for _ in range(2):
+                seen = Parallel()(delayed(marked.copy)() for _ in range(2))
+    # Workers of a name are kept; those of a block are its own.
+    expected = [where] * (2 if where == "block" else 1)
+    assert seen == [expected] * 2
+
+
+def test_that_nothing_ends_a_task_here_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safepool.machine._told", set())
+    with safepool.parallel_backend(1, timeout=5):
+        with pytest.warns(RuntimeWarning, match="where nothing can end a task"):
+            assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+        assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+
+
+def test_an_initializer_that_fails_here_is_called_again() -> None:
+    called: list[int] = []
+
+    def fail_first() -> None:
+        called.append(1)
+        if len(called) == 1:
+            raise ZeroDivisionError
+
+    with safepool.parallel_backend(1, initializer=fail_first):
+        with pytest.raises(ZeroDivisionError):
+            Parallel()(delayed(abs)(-n) for n in range(2))
+        assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
+    assert len(called) == 2
+
+
 def test_verbose_says_how_far_the_call_is(capsys: pytest.CaptureFixture[str]) -> None:
     with safepool.parallel_backend(n_jobs=2):
         Parallel(verbose=11)(delayed(abs)(n) for n in range(4))
@@ -110,8 +151,26 @@ def test_more_jobs_than_fit_is_done_as_asked_and_said_once(
     with caplog.at_level(logging.INFO, "safepool"), safepool.parallel_backend():
         assert joblib.effective_n_jobs(many) == many
         assert joblib.effective_n_jobs(many) == many
-    lines = [message for message in caplog.messages if f"n_jobs={many}" in message]
-    assert len(lines) == 1
+        # Two numbers in one block: its pool changes its size without a word.
+        assert Parallel(n_jobs=2)(delayed(abs)(-n) for n in range(2)) == [0, 1]
+        assert Parallel(n_jobs=many)(delayed(abs)(-n) for n in range(2)) == [0, 1]
+    (line,) = (message for message in caplog.messages if "2 is" not in message)
+    assert f"n_jobs={many} is more than the " in line
+
+
+def test_that_one_worker_fits_is_said_with_its_threads(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safepool.machine._told", set())
+    threads = max(2, safepool.cpu_count())
+    with (
+        caplog.at_level(logging.INFO, "safepool"),
+        safepool.parallel_backend(threads_per_worker=threads),
+    ):
+        assert joblib.effective_n_jobs(2) == 2
+    (line,) = caplog.messages
+    assert "the one worker that fits (" in line
+    assert f", each with {threads} threads)" in line
 
 
 def test_no_number_is_one_job() -> None:
@@ -203,6 +262,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "retries": {"retries": -1},
     "memory_per_worker": {"memory_per_worker": "much"},
     "threads_per_worker": {"threads_per_worker": 0},
+    "threads_per_worker in words": {"threads_per_worker": "auto"},
     "rounding": {"rounding": "up"},
     "mmap_mode": {"mmap_mode": "rw"},
     "max_nbytes": {"max_nbytes": "much"},
@@ -327,6 +387,11 @@ def test_mmap_mode_decides_who_may_write(mode: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux has mapped")
+def test_a_mode_that_is_none_is_refused_by_the_call_too() -> None:
+    with BLOCK(2), pytest.raises(ValueError, match="mmap_mode='rw' is none of 'r', "):
+        Parallel(mmap_mode="rw")(delayed(abs)(-n) for n in range(2))
+
+
 def test_a_read_only_array_is_placed_once() -> None:
     array = np.zeros(500_000)
     with safepool.parallel_backend(n_jobs=2, mmap_mode="r"):

@@ -163,7 +163,7 @@ def run_pytest(folder: Path, source: str, *options: str) -> subprocess.Completed
     """Run one test file in a fresh interpreter, with this project's harness."""
     shutil.copy(TESTS / "conftest.py", folder)
     with (folder / "conftest.py").open("a") as conftest:
-        conftest.write("\nleaks.GRACE_S = 0.5\n")
+        conftest.write("\nleaks.GRACE_S = leaks.NAME_GRACE_S = 0.5\n")
     (folder / "pytest.ini").write_text(
         f"[pytest]\npythonpath = {TESTS}\naddopts = --import-mode=importlib\n"
         "timeout_method = thread\nmarkers =\n    foreign_pools: as in the project\n"

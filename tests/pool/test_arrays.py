@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
+from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.transport import _memfd, channel, files
@@ -103,11 +104,11 @@ def test_every_start_method_sends_files(method: str) -> None:
         got = pool.submit(arrays.itself, LARGE).result(timeout=60)
 
         assert (mapped, opened) == (1, 0)
-        assert arrays.files_here() == (1, 0)
+        arrays.expect_files(1, 0)
         np.testing.assert_array_equal(got, LARGE)
     got[:] = 0  # private and writable, also without the worker
     del got
-    assert arrays.files_here() == (0, 0)
+    arrays.expect_files(0, 0)
 
 
 def count_files(array: Any) -> tuple[int, int]:
@@ -130,22 +131,22 @@ def test_an_array_is_freed_with_its_last_user(pool: ProcessPool) -> None:
     part = kept[1][:10]
     del kept
     gc.collect()
-    assert arrays.files_here() == (1, 0)  # shared by both, as neither has 8 MiB
+    arrays.expect_files(1, 0)  # shared by both, as neither has 8 MiB
 
     del part
     gc.collect()
-    assert arrays.files_here() == (0, 0)
+    arrays.expect_files(0, 0)
     assert pool.submit(arrays.files_here).result(timeout=60) == (0, 0)
 
 
 def test_each_large_array_of_a_result_is_freed_alone(pool: ProcessPool) -> None:
     """To keep one array of many must not keep the memory of all."""
     first, second = pool.submit(arrays.itself, [np.ones(1 << 20), np.ones(1 << 20)]).result(60)
-    assert arrays.files_here() == (2, 0)
+    arrays.expect_files(2, 0)
     del first
     gc.collect()
 
-    assert arrays.files_here() == (1, 0)
+    arrays.expect_files(1, 0)
     assert second.sum() == 1 << 20
 
 
@@ -155,7 +156,7 @@ def test_a_thousand_results_take_no_descriptors(pool: ProcessPool) -> None:
     count = 1000 if "CI_LARGE" in os.environ else 60
     kept = list(pool.map(arrays.ones, [arrays.ITEMS] * count, timeout=110))
 
-    assert len(os.listdir("/proc/self/fd")) <= before
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
     assert all(array[0] == 1 for array in kept)
 
 
@@ -317,7 +318,7 @@ def test_a_worker_killed_with_a_large_argument_leaves_nothing() -> None:
             assert error is None or isinstance(error, WorkerDiedError)
             del future, error
             gc.collect()
-            assert arrays.files_here() == (0, 0)
+            arrays.expect_files(0, 0)
 
 
 def test_a_cancelled_task_frees_its_array() -> None:
@@ -328,10 +329,7 @@ def test_a_cancelled_task_frees_its_array() -> None:
         time.sleep(0.02)
         assert all(pool.cancel(future, kill=True) for future in reversed(futures))
         assert pool.submit(tasks.square, 2).result(timeout=60) == 4
-        deadline = time.monotonic() + 10
-        while arrays.files_here() != (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert arrays.files_here() == (0, 0)
+        arrays.expect_files(0, 0)
 
 
 def test_more_than_one_write_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,9 +404,6 @@ def test_the_parent_killed_leaves_nothing(tmp_path: Path) -> None:
     program.kill()
     program.wait()
     program.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     assert {name for name in os.listdir("/dev/shm") if "safepool" in name} <= before
     assert os.listdir(tmp_path) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
-from support_processes import kill
+from support_processes import kill, wait_until
 
 from safepool import ProcessPool
 from safepool.pool import mapping
@@ -32,24 +32,25 @@ def mark_and_ones(folder: Path, number: int) -> Any:
     return np.full(arrays.ITEMS, number)
 
 
-def begun(folder: Path, at_least: int = 0) -> int:
-    """Return how many calls have begun, when no more do."""
-    deadline = time.monotonic() + 30
-    before = -1
-    while time.monotonic() < deadline:
-        now = len(list(folder.iterdir()))
-        if now == before and now >= at_least:
-            return now
-        before = now
-        time.sleep(0.4)
-    return before
+def begun(folder: Path) -> int:
+    """Return how many calls have begun."""
+    return len(list(folder.iterdir()))
+
+
+def wait_until_full(pool: ProcessPool) -> None:
+    """Return when the workers have nothing to do, because nobody takes what they have done."""
+    scheduler = pool._scheduler
+    wait_until(
+        lambda: scheduler._backlog._held and all(worker.is_idle for worker in scheduler.workers())
+    )
 
 
 def test_a_map_waits_for_its_reader_and_all_results_come(tmp_path: Path) -> None:
     with ProcessPool(2) as pool:
         pool.submit(arrays.ones, 3).result(timeout=60)
         results = pool.map(mark_and_ones, itertools.repeat(tmp_path, COUNT), range(COUNT))
-        assert 3 <= begun(tmp_path, 3) < COUNT - 10
+        wait_until_full(pool)
+        assert 3 <= begun(tmp_path) < COUNT - 10
 
         for number, array in enumerate(results):
             assert array[-1] == number
@@ -61,7 +62,7 @@ def test_others_go_on_meanwhile(tmp_path: Path) -> None:
     """Tasks and other maps, before and after; also one that fills up as well."""
     with ProcessPool(2) as pool:
         first = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
-        begun(tmp_path, 3)
+        wait_until_full(pool)
         second = pool.map(arrays.ones, [arrays.ITEMS] * COUNT)
         assert pool.submit(tasks.square, 3).result(timeout=60) == 9
         assert list(pool.map(tasks.square, range(100), timeout=60))[-1] == 99 * 99
@@ -73,7 +74,7 @@ def test_a_pool_that_is_shut_down_runs_everything(tmp_path: Path) -> None:
     """As the standard pool: the results are there for who still has the iterator."""
     with ProcessPool(2) as pool:
         results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
-    assert len(list(tmp_path.iterdir())) == COUNT
+    assert begun(tmp_path) == COUNT
     assert [int(array[0]) for array in results] == list(range(COUNT))
 
 
@@ -81,21 +82,20 @@ def test_a_map_that_nobody_can_read_runs_to_its_end_and_keeps_nothing(tmp_path: 
     """It is there for what its calls do."""
     with ProcessPool(2) as pool:
         results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
-        begun(tmp_path, 3)
+        wait_until_full(pool)
         del results
         gc.collect()
-        assert begun(tmp_path, COUNT) == COUNT
+        wait_until(lambda: begun(tmp_path) == COUNT)
         pool.submit(tasks.square, 1).result(timeout=60)
-        assert len(list(tmp_path.iterdir())) == COUNT
+        assert begun(tmp_path) == COUNT
 
 
 def test_a_full_map_goes_on_when_the_idle_workers_were_killed(tmp_path: Path) -> None:
     with ProcessPool(2) as pool:
         results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
-        begun(tmp_path, 3)
+        wait_until_full(pool)
         kill(list(pool._processes))
-        while pool._processes:
-            time.sleep(0.01)
+        wait_until(lambda: not pool._processes)
         assert [int(array[0]) for array in results] == list(range(COUNT))
 
 
@@ -103,9 +103,10 @@ def test_leaving_a_full_map_early_frees_what_is_there(tmp_path: Path) -> None:
     with ProcessPool(2) as pool:
         results = pool.map(mark_and_ones, [tmp_path] * COUNT, range(COUNT))
         assert next(results)[0] == 0
-        begun(tmp_path, 3)
+        wait_until_full(pool)
         results.close()  # type: ignore[attr-defined]
         assert pool.submit(tasks.square, 1).result(timeout=60) == 1
+        time.sleep(0.4)  # no call may begin meanwhile
         assert begun(tmp_path) < COUNT
 
 

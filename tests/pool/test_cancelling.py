@@ -13,18 +13,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
+from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def wait_until(is_so: Callable[[], object], *, within_s: float = 30) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline, "not within the time"
-        time.sleep(0.005)
 
 
 def is_gone(pid: int) -> bool:
@@ -100,15 +94,16 @@ def test_only_that_task_is_killed(tmp_path: Path) -> None:
 
 
 def test_one_that_no_worker_has_is_cancelled_without_a_kill(tmp_path: Path) -> None:
-    started = tmp_path / "started"
+    started, gate = tmp_path / "started", tmp_path / "gate"
     with ProcessPool(1) as pool:
-        first = pool.submit(tasks.touch_and_sleep, str(started), 0.5)
+        first = pool.submit(tasks.touch_and_wait_for, str(started), str(gate))
         last = pool.submit(tasks.pid)
         wait_until(started.exists)
         before = {*pool._processes}
 
         assert pool.cancel(last, kill=True)
         assert last.cancelled()
+        gate.touch()
         assert first.result(timeout=30) is None
         assert {*pool._processes} == before
 

@@ -26,6 +26,8 @@ LARGE_EVERY = 400
 # Between two kills, on average: what some eight hundred calls leave in the log.
 APART_BYTES = 4_800
 TASKS_AT_ONCE = 250
+# The slow version goes on for so long.
+SLOW_S = float(os.environ.get("SAFEPOOL_TEST_SLOW_S", "10"))
 
 
 class Killer(threading.Thread):
@@ -152,9 +154,10 @@ def test_with_retries_nothing_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(SLOW_S + 200)
 def test_chaos_of_any_seed(tmp_path: Path) -> None:
     """As above, with another seed each time."""
-    deadline = time.monotonic() + float(os.environ.get("SAFEPOOL_TEST_SLOW_S", "10"))
+    deadline = time.monotonic() + SLOW_S
     while time.monotonic() < deadline:
         number = time.time_ns()
         count, log = 4_000, tmp_path / str(number)

@@ -12,12 +12,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
+from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
+from support_processes import wait_until
 
 import safepool
 from safepool import ProcessPool
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PoolType = Callable[..., Executor]
 
@@ -94,11 +99,13 @@ def test_map_raises_when_the_turn_comes(pool_type: PoolType) -> None:
 
 
 @both
-def test_map_times_out(pool_type: PoolType) -> None:
+def test_map_times_out(pool_type: PoolType, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with pool_type(1) as pool:
-        results = pool.map(tasks.sleep_and_return, [0, 1], timeout=0.5)
+        results = pool.map(tasks.wait_for, [str(tmp_path), str(gate)], timeout=0.5)
         with pytest.raises(TimeoutError):
             list(results)
+        gate.touch()
 
 
 # One row per argument that is refused: how the pool is made or used, and the error.
@@ -170,7 +177,7 @@ def test_a_dropped_pool_finishes_the_work(pool_type: PoolType) -> None:
     del pool
     gc.collect()
 
-    assert alive() is None
+    wait_until(lambda: alive() is None)  # its thread may look at it for a moment
     assert [future.result(timeout=30) for future in futures] == [0, 1, 4]
     assert list(results) == [0, 1, 4]
     for thread in threads - {threading.current_thread()}:
@@ -459,11 +466,13 @@ def test_run_in_executor(pool: ProcessPool) -> None:
     assert asyncio.run(main()) == 49
 
 
-def test_wait_and_as_completed(pool: ProcessPool) -> None:
-    slow = pool.submit(tasks.sleep_and_return, 0.5, "slow")
+def test_wait_and_as_completed(pool: ProcessPool, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    slow = pool.submit(tasks.wait_for, str(gate), "slow")
     fast = pool.submit(tasks.sleep_and_return, 0, "fast")
 
     first = next(concurrent.futures.as_completed([slow, fast], timeout=30))
+    gate.touch()
     assert first is fast
     assert concurrent.futures.wait([slow, fast], timeout=30).not_done == set()
 
@@ -550,12 +559,12 @@ def test_nothing_is_kept_alive(pool: ProcessPool) -> None:
     result = pool.submit(tasks.sleep_and_return, 0, argument).result(timeout=30)
     returned = weakref.ref(result)
     del argument, result
-    deadline = time.monotonic() + 5
-    while (alive() is not None or returned() is not None) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
 
-    assert (alive(), returned()) == (None, None)
+    def is_gone() -> bool:
+        gc.collect()
+        return (alive(), returned()) == (None, None)
+
+    wait_until(is_gone)
 
 
 def test_map_over_a_buffer_is_lazy(pool: ProcessPool) -> None:

@@ -166,8 +166,8 @@ INITIALIZERS = {
     "os._exit": "3 workers in a row were of no use; the last, ",
     "SIGKILL": "was killed by SIGKILL",
     "SIGSEGV": "was killed by SIGSEGV",
-    "sys.exit": "a worker's initializer failed",
-    "raise": "a worker's initializer failed",
+    "sys.exit": "a worker's initializer failed: SystemExit: 3",
+    "raise": "a worker's initializer failed: RuntimeError: ",
 }
 
 
@@ -175,9 +175,11 @@ INITIALIZERS = {
 @pytest.mark.parametrize("how", INITIALIZERS)
 def test_an_initializer_that_ends_its_worker_starts_no_storm(how: str, tmp_path: Path) -> None:
     """A few starts, then all tasks fail with the reason; whatever was queued."""
-    path = str(tmp_path / "starts")
-    with ProcessPool(2, initializer=endings.note_and_end, initargs=(path, how)) as pool:
+    path, gate = str(tmp_path / "starts"), tmp_path / "gate"
+    arguments = (path, how, str(gate))
+    with ProcessPool(2, initializer=endings.note_and_end, initargs=arguments) as pool:
         futures = [pool.submit(tasks.square, n) for n in range(50)]
+        gate.touch()
         errors = [future.exception(timeout=60) for future in futures]
         with pytest.raises(PoolBrokenError):
             pool.submit(tasks.square, 1)
@@ -297,14 +299,13 @@ def test_an_item_that_kills_its_reader_costs_its_own_call(place: int, tmp_path: 
 
 @linux
 def test_a_timeout_while_the_arguments_are_read() -> None:
-    with ProcessPool(1, timeout=0.5) as pool:
+    function = limited(tasks.sleep_and_return, 0.5)
+    with ProcessPool(1) as pool:
         items = [endings.SlowToRead(60), endings.SlowToRead(0)]
-        results = pool.map(tasks.sleep_and_return, [0, 0], items, chunksize=2)
+        results = pool.map(function, [0, 0], items, chunksize=2)
         with pytest.raises(TaskTimeoutError):
             next(results)
-        error = pool.submit(tasks.sleep_and_return, 0, endings.SlowToRead(60)).exception(
-            timeout=30
-        )
+        error = pool.submit(function, 0, endings.SlowToRead(60)).exception(timeout=30)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
     assert isinstance(error, TaskTimeoutError)
@@ -398,9 +399,9 @@ def test_a_stopped_worker_keeps_no_later_task() -> None:
 def test_a_timeout_ends_exactly_its_task_with_its_stack() -> None:
     """Those that were sent ahead behind it are run, by another worker."""
     with ProcessPool(1, timeout=1.0) as pool:
-        before = pool.submit(tasks.pid).result(timeout=30)
+        before = pool.submit(limited(tasks.pid, 60)).result(timeout=30)
         late = pool.submit(endings.here_it_sleeps)
-        after = [pool.submit(tasks.value_and_pid, n) for n in range(20)]
+        after = [pool.submit(limited(tasks.value_and_pid, 60), n) for n in range(20)]
         error = late.exception(timeout=30)
         values = [future.result(timeout=30) for future in after]
 
@@ -432,8 +433,8 @@ def test_a_timeout_ends_what_the_task_has_started(tmp_path: Path) -> None:
 
 @linux
 def test_a_timeout_in_c_code_that_holds_the_interpreter() -> None:
-    with ProcessPool(1, timeout=0.5) as pool:
-        error = pool.submit(tasks.sleep_in_c, 60).exception(timeout=30)
+    with ProcessPool(1) as pool:
+        error = pool.submit(limited(tasks.sleep_in_c, 0.5), 60).exception(timeout=30)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
     assert isinstance(error, TaskTimeoutError)
@@ -443,13 +444,8 @@ def test_a_timeout_in_c_code_that_holds_the_interpreter() -> None:
 @linux
 def test_a_timeout_of_a_stopped_worker() -> None:
     """Nobody can leave a stack then; the task ends all the same."""
-    with ProcessPool(1, timeout=1.0) as pool:
-        pid = pool.submit(tasks.pid).result(timeout=30)
-        future = pool.submit(tasks.sleep_and_return, 60)
-        while not future.running():
-            time.sleep(0.01)
-        time.sleep(0.2)
-        os.kill(pid, signal.SIGSTOP)
+    with ProcessPool(1) as pool:
+        future = pool.submit(limited(endings.raise_signal, 1.0), signal.SIGSTOP)
         assert isinstance(future.exception(timeout=30), TaskTimeoutError)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
@@ -471,14 +467,17 @@ def test_timeouts_never_strike_the_next_task() -> None:
 
 
 def test_the_time_that_a_task_waits_does_not_count() -> None:
-    with ProcessPool(1, timeout=2.0) as pool:
-        futures = [pool.submit(tasks.sleep_and_return, 0.4, n) for n in range(8)]
-        assert [future.result(timeout=30) for future in futures] == list(range(8))
+    with ProcessPool(1, timeout=2.5) as pool:
+        first = pool.submit(limited(tasks.sleep_and_return, 60), 3.0)
+        others = [pool.submit(tasks.square, n) for n in range(8)]
+        assert [future.result(timeout=30) for future in others] == [n * n for n in range(8)]
+        assert first.done()
 
 
 def test_a_timeout_in_a_map_costs_the_one_call() -> None:
-    with ProcessPool(2, timeout=1.0) as pool:
-        results = pool.map(tasks.sleep_and_return, [0, 0, 30, 0], range(4), chunksize=2)
+    with ProcessPool(2) as pool:
+        function = limited(tasks.sleep_and_return, 1.0)
+        results = pool.map(function, [0, 0, 30, 0], range(4), chunksize=2)
         assert [next(results), next(results)] == [0, 1]
         with pytest.raises(TaskTimeoutError):
             next(results)
@@ -551,11 +550,13 @@ def test_answers_are_not_run_again(answer: str, tmp_path: Path) -> None:
 # As the standard pool, if wanted.
 
 
-def test_one_death_ends_a_pool_that_is_to_break() -> None:
+def test_one_death_ends_a_pool_that_is_to_break(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with ProcessPool(2, on_worker_death="break") as pool:
         assert list(pool.map(tasks.square, range(4))) == [0, 1, 4, 9]
-        fatal = pool.submit(os._exit, 7)
+        fatal = pool.submit(endings.wait_and_exit, str(gate), 7)
         others = [pool.submit(tasks.sleep_and_return, 0.5, n) for n in range(20)]
+        gate.touch()
         assert isinstance(fatal.exception(timeout=30), WorkerDiedError)
         errors = [future.exception(timeout=30) for future in others]
         with pytest.raises(PoolBrokenError, match="terminated abruptly"):
@@ -715,10 +716,16 @@ import safepool
 with safepool.ProcessPool(1) as pool:  # starts what a start method keeps for the program
     pool.submit(abs, 1).result(30)
 before = len(os.listdir("/proc/self/fd"))
-time.sleep(0.5)  # the kernel counts a thread for a little longer than it can be joined
+def read(name):
+    with open(f"{sys.argv[1]}/{name}") as file:
+        return file.read().split()
+def is_settled():  # a thread and a process are counted for longer than they can be waited for
+    members = read("tasks" if os.path.exists(f"{sys.argv[1]}/tasks") else "cgroup.threads")
+    return len(os.listdir("/proc/self/task")) == 1 and read("pids.current") == [str(len(members))]
+while not is_settled():
+    time.sleep(0.01)
 def give(room):
-    with open(f"{sys.argv[1]}/pids.current") as file:
-        used = int(file.read())
+    used = int(*read("pids.current"))
     with open(f"{sys.argv[1]}/pids.max", "w") as file:
         file.write("max" if room is None else str(used + room))
 give(int(sys.argv[2]))

@@ -9,16 +9,18 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
+from support_processes import still_alive, wait_until
 
 import safepool
 from safepool import ProcessPool
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from pathlib import Path
 
 OWNER = os.getpid()
 
@@ -84,22 +86,38 @@ def _text(error: BaseException | None) -> str:
         return ""
 
 
-def test_a_worker_that_ends_after_its_last_task_costs_nobody() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_a_worker_that_ends_after_its_last_task_costs_nobody(tmp_path: Path) -> None:
     """It answers and dies, and the pool wants to tell it to stop."""
+    first, second, gone = tmp_path / "first", tmp_path / "second", []
 
     def answer_and_die(x: int) -> int:
-        threading.Timer(0.1, os._exit, (0,)).start()
+        tasks.wait_for(str(second))
+
+        def watch(frame: Any, event: str, _argument: object) -> None:
+            is_flush = event == "return" and frame.f_code.co_qualname == "Answers.flush"
+            if is_flush and frame.f_locals.get("frame"):  # with something to send
+                os._exit(0)
+
+        sys.setprofile(watch)
         return x
 
-    with ProcessPool(2, max_tasks_per_child=2) as pool:
-        list(pool.map(tasks.square, range(2)))
-        first = pool.submit(tasks.square, 0)
+    def wait_until_it_has_gone(_future: object) -> None:
+        """Keep the scheduler's thread busy so long."""
+        second.touch()
+        pids = [worker.pid for worker in pool._scheduler.workers() if worker.ledger.owed]
+        wait_until(lambda: not still_alive(pids, after_s=0))
+        gone.extend(pids)
+
+    with ProcessPool(2, max_tasks_per_child=1) as pool:
+        pool.submit(tasks.wait_for, str(first)).add_done_callback(wait_until_it_has_gone)
         last = pool.submit(answer_and_die, 1)
-        # Keeps the scheduler's thread busy until the worker has gone.
-        first.add_done_callback(lambda _: time.sleep(0.6))
+        wait_until(last.running)
+        first.touch()
         rest = [pool.submit(tasks.square, n) for n in range(5)]
         assert [future.result(timeout=30) for future in rest] == [0, 1, 4, 9, 16]
         assert last.result(timeout=30) == 1
+    assert len(gone) == 1
 
 
 def test_a_task_that_forks_and_returns_answers_once() -> None:
@@ -127,11 +145,13 @@ def test_a_callback_that_raises_costs_nobody(raised: type[BaseException]) -> Non
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
 
-def test_a_future_that_the_caller_ends_costs_nobody() -> None:
+def test_a_future_that_the_caller_ends_costs_nobody(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with ProcessPool(1) as pool:
-        busy = pool.submit(tasks.sleep_and_return, 0.3, "busy")
+        busy = pool.submit(tasks.wait_for, str(gate), "busy")
         ours: list[Future[int]] = [pool.submit(tasks.square, n) for n in range(3)]
         ours[1].set_result(-1)
+        gate.touch()
         assert busy.result(timeout=30) == "busy"
         assert [future.result(timeout=30) for future in ours] == [0, -1, 4]
 
@@ -149,7 +169,7 @@ def test_a_pool_first_used_while_the_interpreter_ends_is_refused() -> None:
         "late = Late()\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert done.stdout == "cannot schedule new futures after interpreter shutdown\n"

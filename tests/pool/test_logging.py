@@ -274,7 +274,7 @@ def test_a_slow_handler_never_holds_up_a_task(kept: support.Kept, tmp_path: Path
 
     def wait(record: logging.LogRecord) -> None:
         if not kept.records:
-            support.wait_for(str(path))
+            tasks.wait_for(str(path))
         kept.records.append(record)
 
     kept.emit = wait  # type: ignore[method-assign]

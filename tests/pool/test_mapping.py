@@ -15,6 +15,7 @@ import pytest
 import support_tasks
 from hypothesis import given
 from hypothesis import strategies as st
+from support_processes import wait_until
 
 from safepool import ProcessPool
 from safepool.pool.mapping import MapRun, Results, Span
@@ -286,3 +287,22 @@ def test_what_a_chunk_has_in_common_stays_so() -> None:
     with ProcessPool(1) as pool:
         lengths = list(pool.map(support_tasks.append_somewhere, [[]] * 4, chunksize=2))
     assert lengths == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_chunk_whose_calls_have_something_in_common_is_not_divided(resized: bool) -> None:
+    """Though it takes long, and another worker has nothing to do, or is to have nothing."""
+
+    def append_slowly(found: list[int]) -> int:
+        time.sleep(0.05)
+        return support_tasks.append_somewhere(found)
+
+    with ProcessPool(2) as pool:
+        wait = [pool.submit(time.sleep, 0.05) for _ in range(2)]
+        wait_until(lambda: sum(one.ready for one in pool._scheduler.workers()) == 2)
+        assert [future.result(timeout=30) for future in wait] == [None, None]
+        results = pool.map(append_slowly, [[]] * 12, chunksize=4)
+        first = next(results)
+        if resized:
+            pool.resize(1)
+        assert [first, *results] == [1, 2, 3, 4] * 3

@@ -85,14 +85,22 @@ SURROUNDINGS: dict[str, str] = {
                 pool.shutdown(wait=False)
     """,
     "a callback submits at the end": """
+        import threading
+        gate = __file__ + ".gate"
+        def open_it_at_the_end():
+            while not threading._SHUTTING_DOWN:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            open(gate, "w").close()
         if __name__ == "__main__":
             pool = NEW(1)
+            threading.Thread(target=open_it_at_the_end, daemon=True).start()
             def go_on(future):
                 try:
                     pool.submit(support_tasks.square, 2)
                 except RuntimeError as error:
                     print(str(error).partition(" after")[0])
-            pool.submit(support_tasks.sleep_and_return, 0.5).add_done_callback(go_on)
+            pool.submit(support_tasks.wait_for, gate).add_done_callback(go_on)
     """,
 }
 

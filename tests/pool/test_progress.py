@@ -186,6 +186,44 @@ def test_a_workers_log_stands_in_lines_of_its_own(capsys: pytest.CaptureFixture[
         assert f"line {number}" in lines
 
 
+def test_the_program_ends_with_the_last_numbers() -> None:
+    """Also if nobody asks for the end of the results, as ``zip`` does not of its second."""
+    program = """
+import safepool
+
+with safepool.ProcessPool(1) as pool:
+    results = pool.map(abs, range(3), progress=True)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert " 3/3 " in last_of(done.stderr)
+    assert done.stderr.endswith("\n")
+
+
+def test_what_the_pool_logs_stands_in_lines_of_its_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a worker that has died, while the bar is on the screen."""
+    handler = logging.StreamHandler(sys.stderr)
+    logger = logging.getLogger("safepool")
+    logger.addHandler(handler)
+    paths = [str(tmp_path / str(number)) for number in range(2)]
+    try:
+        with ProcessPool(1, retries=1) as pool:
+            assert list(pool.map(die_once, paths, progress=True)) == paths
+    finally:
+        logger.removeHandler(handler)
+
+    lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    told = [line for line in lines if "which is run again" in line]
+    assert len(told) == 2
+    for line in told:
+        assert line.startswith("worker ")
+
+
 def test_a_bar_of_ones_own_counts_until_it_is_closed(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("fits", 4) as progress:
         progress.done += 3

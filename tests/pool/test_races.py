@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
+from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool import hiring, reclaim
@@ -30,6 +31,10 @@ from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
 from safepool.pool.worker import Worker
 from safepool.workers.process import find_context
+
+if sys.platform != "win32":
+    import fcntl
+    import termios
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,23 +92,31 @@ class Gate:
         self.open.wait(30)
 
 
+def unread_bytes(worker: Worker) -> int:
+    """Return how much a worker has sent that nobody has read."""
+    found = fcntl.ioctl(worker.channel.fileno(), termios.FIONREAD, bytes(4))
+    return int.from_bytes(found, sys.byteorder)
+
+
 @on_linux
-def test_an_answer_under_way_is_read_when_the_next_task_meets_a_dead_worker() -> None:
+def test_an_answer_under_way_is_read_when_the_next_task_meets_a_dead_worker(
+    tmp_path: Path,
+) -> None:
     """The worker has answered and died; a failed send must not throw the answer away."""
-    gate = Gate()
+    gate, first, second = Gate(), tmp_path / "first", tmp_path / "second"
     with ProcessPool(2) as pool:
-        make_known(pool, tasks.sleep_and_return, tasks.square)
-        pids = staff_fully(pool, 2)
-        held = pool.submit(tasks.pid_after, 0.1)
-        held.add_done_callback(gate)
+        make_known(pool, tasks.square)
+        staff_fully(pool, 2)
+        pool.submit(tasks.wait_for, str(first)).add_done_callback(gate)
         # 20 KB: too large for the board, so it goes as a frame of its own.
-        answered = pool.submit(tasks.sleep_and_return, 0.3, bytes(20_000))
+        answered = pool.submit(tasks.wait_for, str(second), bytes(20_000))
+        first.touch()
         assert gate.reached.wait(30)
-        (busy,) = pids - {held.result(timeout=0)}
-        time.sleep(0.5)
-        wait_for_state(busy, "S")
-        os.kill(busy, signal.SIGKILL)
-        wait_for_state(busy, "Z")
+        (busy,) = (worker for worker in pool._scheduler.workers() if worker.ledger.owed)
+        second.touch()
+        wait_until(lambda: unread_bytes(busy) > 20_000)
+        os.kill(busy.pid, signal.SIGKILL)
+        wait_for_state(busy.pid, "Z")
         # More than the other worker has room for, so that this one is sent some as well.
         later = [pool.submit(tasks.square, n) for n in range(3000)]
         gate.open.set()
@@ -151,21 +164,23 @@ def test_what_was_sent_ahead_is_cancelled_when_the_workers_are_ended(
 
 @on_linux
 def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scheduler cancels what waits, and then finds more: they must not vanish."""
     monkeypatch.setattr(reclaim, "_LONG_NS", 10**12)
     monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 10**12)
-    gate = Gate()
+    gate, first, other = Gate(), tmp_path / "first", tmp_path / "other"
     with ProcessPool(2) as pool:
         staff_fully(pool, 2)
-        results = pool.map(tasks.sleep_and_return, [0.6, *[0.0] * 9], chunksize=10)
-        held = pool.submit(tasks.pid_after, 0.1)
-        held.add_done_callback(gate)
+        results = pool.map(tasks.wait_for, [str(first), *[str(tmp_path)] * 9], chunksize=10)
+        pool.submit(tasks.wait_for, str(other)).add_done_callback(gate)
+        other.touch()
         assert gate.reached.wait(30)
         pool.shutdown(wait=False, cancel_futures=True)
         monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 1)
         gate.open.set()
+        wait_until(lambda: sum(one.ledger.owed for one in pool._scheduler.workers()) == 1)
+        first.touch()
 
         assert next(results) is None
         with pytest.raises(CancelledError):
@@ -285,7 +300,8 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
         others = [pool.submit(tasks.do, tasks.pid) for _ in range(5)]
         pid = first.result(timeout=30)
         wait_for_state(pid, "T")
-        time.sleep(0.1)
+        (worker,) = pool._scheduler.workers()
+        wait_until(lambda: not worker.ledger.owed)
         os.kill(pid, signal.SIGCONT)
 
         assert pid not in [future.result(timeout=30) for future in others]

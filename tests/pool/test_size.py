@@ -13,7 +13,9 @@ def who(_):
     time.sleep(0.1)
     return os.getpid()
 with safepool.ProcessPool() as pool:
-    pids = set(pool.map(who, range(6)))
+    pids, deadline = set(), time.monotonic() + 30
+    while not pids or (len(pids) < pool._max_workers and time.monotonic() < deadline):
+        pids.update(pool.map(who, range(6)))
 print(safepool.cpu_limit(), safepool.cpu_count(), len(pids), pool._max_workers)
 """
 

@@ -9,8 +9,8 @@ from safepool.pool.mapping import MapRun, Span
 from safepool.pool.policy import NO_POLICY
 
 
-def run_of(count: int) -> tuple[Backlog, MapRun]:
-    backlog, run = Backlog(), MapRun(support_tasks.square, "square", NO_POLICY, None)
+def run_of(count: int, at_once: int | None = None) -> tuple[Backlog, MapRun]:
+    backlog, run = Backlog(), MapRun(support_tasks.square, "square", NO_POLICY, at_once)
     backlog.add_items(run, [(n,) for n in range(count)])
     return backlog, run
 
@@ -33,6 +33,31 @@ def test_spans_that_follow_each_other_are_one_again() -> None:
     whole = take(backlog, 100)
     assert (whole.start, whole.items) == (0, [(n,) for n in range(9)])
     assert take(backlog, 100).items == [(9,)]
+
+
+def test_chunks_stay_apart_and_their_parts_come_together() -> None:
+    """In one pickle two chunks would have in common what they have not with the standard pool."""
+    backlog, _ = run_of(8, at_once=4)
+    first, second = take(backlog, 100), take(backlog, 100)
+    rest = first.split(2)
+
+    backlog.put_back([second])
+    backlog.put_back([rest])
+    backlog.put_back([first])
+
+    assert [take(backlog, 100).items for _ in range(2)] == [
+        [(n,) for n in range(4)],
+        [(n,) for n in range(4, 8)],
+    ]
+
+
+def test_a_bound_chunk_is_taken_whole() -> None:
+    backlog, _ = run_of(4, at_once=4)
+    chunk = take(backlog, 100)
+    chunk.bound = True
+    backlog.put_back([chunk])
+
+    assert take(backlog, 1, among=2).count == 4
 
 
 def test_a_call_that_was_lost_once_keeps_its_count() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import support_logging as support
 import support_tasks as tasks
+from support_processes import wait_until
 
 import safepool
 from safepool import ProcessPool, TaskTimeoutError, WorkerDiedError
@@ -57,9 +58,9 @@ def test_before_the_first_task_and_after_the_end_there_is_nobody() -> None:
 def test_a_worker_from_its_start_on(tmp_path: Path) -> None:
     """Starting, busy, idle."""
     initialize, work = tmp_path / "initialize", tmp_path / "work"
-    with ProcessPool(1, initializer=support.wait_for, initargs=(str(initialize),)) as pool:
+    with ProcessPool(1, initializer=tasks.wait_for, initargs=(str(initialize),)) as pool:
         try:
-            first = pool.submit(support.wait_for, str(work))
+            first = pool.submit(tasks.wait_for, str(work))
             until(pool.workers, "it is started")
             starting = the_worker(pool)
             assert (starting.state, starting.task, starting.running_s) == ("starting", None, None)
@@ -67,7 +68,7 @@ def test_a_worker_from_its_start_on(tmp_path: Path) -> None:
 
             until(lambda: the_worker(pool).task, "a task runs")
             busy = the_worker(pool)
-            assert (busy.state, busy.task) == ("busy", "support_logging.wait_for")
+            assert (busy.state, busy.task) == ("busy", "support_tasks.wait_for")
             assert busy.running_s is not None
             until(lambda: (the_worker(pool).running_s or 0) > busy.running_s, "time passes")
             assert (busy.pid, busy.tasks_done, busy.waiting) == (starting.pid, 0, 0)
@@ -82,21 +83,25 @@ def test_a_worker_from_its_start_on(tmp_path: Path) -> None:
             work.touch()
 
 
-def test_a_worker_that_was_told_to_end_is_leaving() -> None:
+def test_a_worker_that_was_told_to_end_is_leaving(tmp_path: Path) -> None:
     """It still waits for a thread of its task; another one takes what comes next."""
+    gate = tmp_path / "gate"
     with ProcessPool(1, max_tasks_per_child=1) as pool:
-        leaving = pool.submit(support.leave_a_thread, 1.0).result(timeout=30)
+        leaving = pool.submit(support.leave_a_thread, str(gate)).result(timeout=30)
         (worker,) = pool.workers()
         assert (worker.pid, worker.state, worker.task) == (leaving, "leaving", None)
         assert pool.submit(tasks.pid).result(timeout=30) != leaving
+        gate.touch()
 
 
-def test_calls_of_a_map_are_named_and_counted() -> None:
+def test_calls_of_a_map_are_named_and_counted(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with ProcessPool(1) as pool:
-        results = pool.map(tasks.sleep_and_return, [0.0, 0.0, 0.3])
+        results = pool.map(tasks.wait_for, [str(tmp_path), str(tmp_path), str(gate)])
         until(lambda: pool.workers() and the_worker(pool).tasks_done == 2, "two are done")
         until(lambda: the_worker(pool).task, "the third runs")
-        assert the_worker(pool).task == "support_tasks.sleep_and_return"
+        assert the_worker(pool).task == "support_tasks.wait_for"
+        gate.touch()
         assert list(results) == [None] * 3
         assert the_worker(pool).tasks_done == 3
 
@@ -249,16 +254,18 @@ def main_stacks(text: str) -> int:
 
 
 @on_linux
-def test_stacks_of_all_workers_are_had_at_once() -> None:
+def test_stacks_of_all_workers_are_had_at_once(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
     with ProcessPool(2) as pool:
-        futures = [pool.submit(support.sleep_here, 1.0) for _ in range(2)]
+        futures = [pool.submit(tasks.wait_for, str(gate), n) for n in range(2)]
         until(lambda: [w.state for w in pool.workers()] == ["busy"] * 2, "both are busy")
         stacks = pool.dump_tracebacks(timeout=10)
         assert stacks.keys() == {worker.pid for worker in pool.workers()}
         for stack in stacks.values():
             assert "most recent call first" in stack
-            assert stack.count("in sleep_here\n") == main_stacks(stack) == 1
-        assert [future.result(timeout=30) for future in futures] == [1.0, 1.0]
+            assert stack.count("in wait_for\n") == main_stacks(stack) == 1
+        gate.touch()
+        assert [future.result(timeout=30) for future in futures] == [0, 1]
 
 
 # One row per place where no Python code runs: what does, and what its stack names.
@@ -277,13 +284,16 @@ def test_a_stack_is_had_in_the_middle_of_c_code(place: str) -> None:
         pytest.importorskip("numpy")
     function, arguments, line = IN_C[place]
     with ProcessPool(1) as pool:
-        future = pool.submit(function, *arguments)
         found: list[str] = []
-        while not future.done() and not any(line in stack for stack in found):
-            found += pool.dump_tracebacks(timeout=10).values()
-        future.result(timeout=60)
 
-    assert any(line in stack for stack in found)
+        def is_found() -> bool:  # or the call was over before this process had its turn
+            future = pool.submit(function, *arguments)
+            while not future.done() and not any(line in stack for stack in found):
+                found.extend(pool.dump_tracebacks(timeout=10).values())
+            future.result(timeout=60)
+            return any(line in stack for stack in found)
+
+        wait_until(is_found)
 
 
 @on_linux
@@ -310,7 +320,7 @@ def _state(pid: int) -> str:
 def test_a_hanging_initializer_is_found(tmp_path: Path) -> None:
     """A worker that is not ready is asked as soon as the signal cannot end it."""
     path = tmp_path / "go on"
-    with ProcessPool(1, initializer=support.wait_for, initargs=(str(path),)) as pool:
+    with ProcessPool(1, initializer=tasks.wait_for, initargs=(str(path),)) as pool:
         future = pool.submit(tasks.square, 3)
         found: list[str] = []
         until(pool.workers, "it is started")
@@ -425,15 +435,16 @@ def test_many_who_ask_at_once_get_one_stack_each() -> None:
 
 
 @on_linux
-def test_a_pool_that_is_stuck_in_a_callback_can_be_looked_at() -> None:
-    stuck, go_on = threading.Event(), threading.Event()
+def test_a_pool_that_is_stuck_in_a_callback_can_be_looked_at(tmp_path: Path) -> None:
+    stuck, go_on, gate = threading.Event(), threading.Event(), tmp_path / "gate"
 
     def block(_: object) -> None:
         stuck.set()
         go_on.wait(60)
 
     with ProcessPool(1) as pool:
-        pool.submit(tasks.pid).add_done_callback(block)
+        pool.submit(tasks.wait_for, str(gate)).add_done_callback(block)
+        gate.touch()
         try:
             assert stuck.wait(30)
             assert the_worker(pool).state == "idle"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
+from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -43,8 +44,6 @@ def test_only_the_dead_workers_task_is_lost(death: str) -> None:
         assert pool.submit(tasks.square, 9).result(timeout=30) == 81
 
     assert isinstance(error, WorkerDiedError)
-    if death == "while writing 80 MB" and error.exitcode == 0:
-        pytest.fail("the worker was to be killed in the middle of its answer")
     assert error.exitcode == exitcode
     assert error.pid > 0
     assert error.task.startswith("support_tasks.")
@@ -63,9 +62,7 @@ def test_an_idle_worker_that_dies_costs_nothing() -> None:
     with ProcessPool(1) as pool:
         first = pool.submit(tasks.pid).result(timeout=30)
         os.kill(first, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while pool._processes and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: not pool._processes)
         assert pool.submit(tasks.pid).result(timeout=30) != first
 
 
@@ -124,7 +121,7 @@ def test_a_stopped_worker_holds_up_nobody_else() -> None:
         try:
             large = [pool.submit(len, bytes(20_000_000)) for _ in range(2)]
             others = [pool.submit(tasks.square, n) for n in range(50)]
-            assert [f.result(timeout=10) for f in others] == [n * n for n in range(50)]
+            assert [f.result(timeout=30) for f in others] == [n * n for n in range(50)]
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert [f.result(timeout=30) for f in large] == [20_000_000] * 2

@@ -13,6 +13,7 @@ import support_natives as natives
 import support_tasks as tasks
 from hypothesis import given
 from hypothesis import strategies as st
+from support_processes import wait_until
 
 import safepool.machine
 from safepool import ProcessPool
@@ -132,6 +133,7 @@ def test_workers_are_bound_to_cpus_of_their_own() -> None:
     with ProcessPool(len(mask), pin_workers=True) as pool:
         seen = pool.map(tasks.cpus_after_a_while, [0.3] * len(mask), timeout=60)
         inside = {tuple(cpus) for cpus in seen}
+        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
         outside = masks(pool)
 
     assert len(outside) == len(mask)
@@ -154,11 +156,13 @@ def test_without_it_a_worker_runs_where_this_process_does() -> None:
 def test_a_worker_that_follows_another_takes_its_cpus() -> None:
     with ProcessPool(2, pin_workers=True) as pool:
         list(pool.map(tasks.cpus_after_a_while, [0.2] * 4, timeout=60))
+        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
         before = dict(zip(pool._processes, masks(pool), strict=True))
         gone = next(iter(before))
         os.kill(gone, signal.SIGKILL)
-        assert natives.wait_for(lambda: gone not in pool._processes, 30)
+        wait_until(lambda: gone not in pool._processes)
         list(pool.map(tasks.cpus_after_a_while, [0.2] * 4, timeout=60))
+        wait_until(lambda: all(worker.ready for worker in pool._scheduler.workers()))
         after = dict(zip(pool._processes, masks(pool), strict=True))
 
     (new,) = after.keys() - before.keys()
@@ -180,6 +184,8 @@ def test_two_pools_of_a_program_share_the_cpus_out() -> None:
 NO_VARIABLE = """
 import json, multiprocessing, os, sys, safepool, support_natives as n
 method, threads, pinned = sys.argv[1], int(sys.argv[2]), "pinned" in sys.argv
+def look(seconds):
+    return os.getpid(), n.mask_with_numpy(seconds)
 if __name__ != "__main__":
     n.load("numpy")  # spawn and forkserver import the program before anything of ours
 if __name__ == "__main__":
@@ -187,7 +193,10 @@ if __name__ == "__main__":
         2, method, threads_per_worker=threads, pin_workers=pinned,
         env={"OPENBLAS_NUM_THREADS": "", "OMP_NUM_THREADS": ""},
     ) as pool:
-        masks = list(pool.map(n.mask_with_numpy, [0.5] * 4, timeout=90))
+        found = []
+        while len({pid for pid, _ in found}) < 2:
+            found += pool.map(look, [0.5] * 4, timeout=90)
+        masks = [mask for _, mask in found]
         print(json.dumps([masks, [n.threads_of(pid) for pid in pool._processes]]))
 """
 

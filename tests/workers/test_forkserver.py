@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import support_tasks as tasks
-from support_processes import run_script
+from support_processes import run_script, still_alive, wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -37,18 +37,6 @@ def run(script: str, folder: Path, *, status: int = 0) -> str:
 def server_of(worker: int) -> int:
     stat = Path(f"/proc/{worker}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[1])
-
-
-def ends_within(pid: int, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except OSError:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_workers_are_forked_from_a_server_that_has_one_thread() -> None:
@@ -106,7 +94,7 @@ def test_how_a_server_ended_is_told_also_if_its_socket_ended_first(
     with ProcessPool(1) as pool, caplog.at_level(logging.INFO, logger="safepool"):
         server = server_of(pool.submit(tasks.pid).result())
         os.kill(server, signal.SIGSEGV)
-        assert ends_within(server, 30)
+        assert not still_alive([server], after_s=30)
         monkeypatch.setattr(subprocess.Popen, "poll", lambda self: self.returncode)
         pool.resize(2)
         list(pool.map(time.sleep, [0.3] * 4))
@@ -129,13 +117,19 @@ def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() ->
 
 def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers nothing; the pool waits for a while, and then starts another."""
-    monkeypatch.setattr(forkserver, "_FORK_S", 0.3)
+    receive = forkserver._Server._receive
     with ProcessPool(1) as pool:
-        worker = pool.submit(tasks.pid).result()
-        os.kill(server_of(worker), signal.SIGSTOP)
+        stopped = server_of(pool.submit(tasks.pid).result())
+
+        def give_up_soon(server: Any, timeout_s: float, given_up: Any = None) -> Any:
+            return receive(server, 0.3 if server.pid == stopped else timeout_s, given_up)
+
+        monkeypatch.setattr(forkserver._Server, "_receive", give_up_soon)
+        os.kill(stopped, signal.SIGSTOP)
         with pytest.raises(WorkerDiedError):
             pool.submit(tasks.be_killed).result(timeout=30)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+    assert stopped not in forkserver.running()
 
 
 # One row per way in which a preload goes wrong: the module's text, and what the log says.
@@ -316,11 +310,16 @@ def test_workers_draw_different_random_numbers() -> None:
         time.sleep(0.05)
         return os.getpid(), random.random(), float(numpy.random.random())
 
+    drawn: list[tuple[int, float, float]] = []
+
+    def have_several_drawn() -> bool:
+        drawn.extend(pool.map(draw, range(12)))
+        return len({pid for pid, *_ in drawn}) > 1
+
     with ProcessPool(3) as pool:
-        drawn = list(pool.map(draw, range(12)))
-    assert len({pid for pid, *_ in drawn}) > 1
-    assert len({number for _, number, _ in drawn}) == 12
-    assert len({number for *_, number in drawn}) == 12
+        wait_until(have_several_drawn)
+    assert len({number for _, number, _ in drawn}) == len(drawn)
+    assert len({number for *_, number in drawn}) == len(drawn)
 
 
 def _relations() -> tuple[Any, ...]:
@@ -497,7 +496,7 @@ def test_server_and_workers_end_with_a_killed_program(
         assert len(pids) == 3
         program.kill()
         try:
-            assert [pid for pid in pids if not ends_within(pid, 1.0)] == []
+            assert still_alive(pids, after_s=1.0) == []
         finally:
             os.killpg(program.pid, signal.SIGKILL)
 
