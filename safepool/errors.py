@@ -130,6 +130,10 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         stack: The Python stack in which a crash in native code left the worker, as
             :mod:`faulthandler` writes it; empty if there was no such crash.
         oom: What the kernel's out-of-memory killer has counted, if it was that.
+        by_pool: The pool has sent the signal itself: by ``kill_workers()``, by
+            ``terminate_workers()``, after Ctrl-C, or as nothing more could come of the worker.
+        begun: ``False`` if the task was still on its way to the worker; large arguments are not
+            kept to be sent again.
 
     Example:
         >>> import os
@@ -151,17 +155,22 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         task: str,
         stack: str = "",
         oom: OutOfMemory | None = None,
+        by_pool: bool = False,
+        begun: bool = True,
     ) -> None:
-        super().__init__(pid, exitcode, task, stack, oom)
+        super().__init__(pid, exitcode, task, stack, oom, by_pool, begun)
         self.pid = pid
         self.exitcode = exitcode
         self.task = task
         self.stack = stack
         self.oom = oom
+        self.by_pool = by_pool
+        self.begun = begun
 
     def __str__(self) -> str:
-        ending = describe_exit(self.exitcode, self.oom)
-        told = f"worker {self.pid} {ending} while it ran {self.task}"
+        ending = describe_exit(self.exitcode, self.oom, by_pool=self.by_pool)
+        when = "while it ran" if self.begun else "before it began"
+        told = f"worker {self.pid} {ending} {when} {self.task}"
         if self.oom is not None:
             told += f": {self.oom}"
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
@@ -302,12 +311,15 @@ class MissingExtraError(SafepoolError, ImportError):
         return f"{self.package} is not installed. Install it with: {self.remedy}"
 
 
-def describe_exit(exitcode: int | None, oom: OutOfMemory | None = None) -> str:
+def describe_exit(
+    exitcode: int | None, oom: OutOfMemory | None = None, *, by_pool: bool = False
+) -> str:
     """Say how a process ended, as the second half of a sentence.
 
     Args:
         exitcode: As ``multiprocessing.Process.exitcode``.
         oom: What the kernel's out-of-memory killer has counted, if it was that.
+        by_pool: The pool has sent the signal.
 
     Returns:
         ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
@@ -318,6 +330,8 @@ def describe_exit(exitcode: int | None, oom: OutOfMemory | None = None) -> str:
         'was killed by SIGSEGV (a crash in native code)'
         >>> describe_exit(7)
         'ended with exit code 7'
+        >>> describe_exit(-9, by_pool=True)
+        'was killed by SIGKILL (sent by the pool)'
     """
     if oom is not None:
         return "was killed by the kernel's out-of-memory killer"
@@ -325,7 +339,7 @@ def describe_exit(exitcode: int | None, oom: OutOfMemory | None = None) -> str:
         return "ended (the system kept no exit code)"
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"
-    hint = _SIGNAL_HINTS.get(-exitcode, "")
+    hint = " (sent by the pool)" if by_pool else _SIGNAL_HINTS.get(-exitcode, "")
     return f"was killed by {_signal_name(-exitcode)}{hint}"
 
 

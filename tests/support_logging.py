@@ -191,6 +191,14 @@ def crash() -> None:
     ctypes.string_at(0)
 
 
+def crash_in_a_fork() -> int:
+    """Return the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        crash()
+    return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+
 def sleep_here(seconds: float) -> float:
     time.sleep(seconds)
     return seconds

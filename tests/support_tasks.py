@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -54,6 +55,29 @@ def be_killed() -> None:
 
 def be_killed_with(_: object) -> None:
     be_killed()
+
+
+def ignore_sigterm_and_sleep(path: str, seconds: float) -> None:
+    """Write the process id down when that is done, all of it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(f"{path}-new").write_text(str(os.getpid()))
+    os.replace(f"{path}-new", path)
+    time.sleep(seconds)
+
+
+def leave_a_thread() -> None:
+    threading.Thread(target=threading.Event().wait).start()
+
+
+def write_at_exit(path: str, seconds: float) -> None:
+    """Let the worker take this long to end, and write then."""
+
+    def write() -> None:
+        time.sleep(seconds)
+        with open(path, "w", encoding="ascii") as file:
+            file.write("at exit")
+
+    atexit.register(write)
 
 
 def segfault() -> None:

@@ -20,6 +20,7 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
     slowest         the longest calls, the longest first: seconds, function, outcome
     broken          why the pool gave up; null if it did not
     damaged_lines   that could not be read
+    dropped_events  that the pool left out, as the disk was too slow: what they told is missing
     conclusion      what follows, in a sentence
 
 Not covered:
@@ -122,6 +123,7 @@ class Report:
     deaths: int = 0
     broken: str | None = None
     damaged_lines: int = 0
+    dropped_events: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
     workers: dict[str, Row] = field(default_factory=dict)
     slowest: list[tuple[float, str, str]] = field(default_factory=list)
@@ -176,6 +178,8 @@ class Report:
             lines += wrapped(f"the pool broke: {as_ascii(' '.join(self.broken.split()))}", 0)
         if self.damaged_lines:
             lines.append(f"lines that could not be read: {self.damaged_lines}")
+        if self.dropped_events:
+            lines.append(f"events left out, as the disk was too slow: {self.dropped_events}")
         if self.slowest:
             lines += ["", "longest calls"]
         lines += [
@@ -204,6 +208,7 @@ class Report:
             ],
             "broken": self.broken,
             "damaged_lines": self.damaged_lines,
+            "dropped_events": self.dropped_events,
             "conclusion": self.conclusion(),
         }
         return json.dumps(told)
@@ -299,6 +304,8 @@ def _take(report: Report, event: dict[str, Any]) -> None:
     took_s = _number(event.get("dur", 0)) / 1e6
     if kind == "C" and event["name"] == "throttled":
         report.throttled_s += _number(args["ms"]) / 1e3
+    elif kind == "C" and event["name"] == "dropped events":
+        report.dropped_events = max(report.dropped_events, int(_number(args["events"])))
     elif kind == "i" and event["name"] == "break":
         report.broken = str(args["why"])
     elif kind == "i" and event["cat"] == "worker":

@@ -6,9 +6,11 @@ Letters name the scheduler's races.
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
+from safepool.errors import TaskTimeoutError, WorkerDiedError
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail
 from safepool.workers.contained import ContainedLogger
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["Losses", "Lost"]
 
 _log = ContainedLogger()
+
+# Of which faulthandler leaves the stack (Modules/faulthandler.c, faulthandler_handlers).
+_CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL}
+if sys.platform != "win32":
+    _CRASHES.add(signal.SIGBUS)
 
 
 class Lost(NamedTuple):
@@ -70,23 +77,23 @@ class Losses:
             exitcode: As ``multiprocessing.Process.exitcode``.
             ending: The pool ends all of them; nothing is run again.
         """
-        ledger, board = worker.ledger, worker.board
+        ledger = worker.ledger
         back = self._have_back(staff, worker)
-        fault = "" if board is None else board.fault(worker.stack_begin)
-        lost = [ledger.strike() for _ in range(ledger.owed)]
+        fault = _stack_of(worker, exitcode)
+        lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
-        lost += [(work, 0) for work in back if not _can_wait_again(work)]  # race H
+        lost += [(work, 0, False) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
         found = []
-        for work, place in lost:
+        for work, place, begun in lost:
             again = None if worker.condemned is not None or ending else _again(work, place)
             if again is None:
-                error = _error_of(worker, work, exitcode, fault)
+                error = _error_of(worker, work, exitcode, fault, begun=begun)
                 quiet = ending or worker.condemned is not None
                 _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
                 self._fail(work, place, error)
             else:
-                how = describe_exit(exitcode, worker.oom)
+                how = worker.ending(exitcode)
                 _log.warning(
                     "worker %d %s while it ran %s, which is run again", worker.pid, how, work.name
                 )
@@ -112,6 +119,7 @@ class Losses:
         if back and back[0].position == board.claimed and isinstance(back[0], Span):
             # It died of what it read for several calls: which one's is found out by sending
             # each alone.
+            worker.choked_on = back[0]
             return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
         return back
 
@@ -125,14 +133,22 @@ class Losses:
 
 
 def _error_of(
-    worker: Worker, work: Task | Span, exitcode: int | None, fault: str
+    worker: Worker, work: Task | Span, exitcode: int | None, fault: str, *, begun: bool
 ) -> BaseException:
     said = worker.condemned
     if isinstance(said, TaskTimeoutError):
         return TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
-    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom)
+    ours = worker.was_ours(exitcode)
+    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom, ours, begun)
     error.__cause__ = worker.fault
     return error
+
+
+def _stack_of(worker: Worker, exitcode: int | None) -> str:
+    """Return the stack that a worker was asked for, or that it has left if it crashed."""
+    asked, crashed = worker.stack_begin is not None, exitcode is None or -exitcode in _CRASHES
+    # Not in any case: what a task has forked leaves its stack on the same board if it crashes.
+    return worker.board.fault(worker.stack_begin) if worker.board and (asked or crashed) else ""
 
 
 def _can_wait_again(work: Task | Span) -> bool:

@@ -5,7 +5,8 @@ worker that somebody killed and a count that has grown meanwhile belong together
 
 Not covered:
     * Who it was: if the kernel killed another process of the group, and within seconds
-      somebody kills a worker by hand, the kernel is named for that.
+      somebody kills a worker by hand, the kernel is named for that. In a pool that has nothing to
+      do nobody looks: there it is named for an idle worker also later.
     * A worker that its task has moved to another group.
 """
 
@@ -53,11 +54,24 @@ class OutOfMemoryWatch:
         self._unclaimed = 0
         self._seen_at = 0.0
         self._latest: OutOfMemory | None = None
+        # By the counters' file, when a group's ceiling was last seen to have been met.
+        self._met_at: dict[str, float] = {}
 
     def look(self) -> None:
-        """Remember the counters as they are now, unless that was done just before."""
-        if self._counts is None or self._clock() - self._looked_at >= _LOOK_S:
+        """Remember the counters as they are now, unless that was done just before.
+
+        To be called all the time while tasks run: it is by the looks that a kill has its time.
+        """
+        since_s = self._clock() - self._looked_at
+        if self._counts is None or since_s >= _LOOK_S:
             self._compare()
+            if since_s > _CLAIM_S:  # whatever was killed, and when, while nothing ran
+                self._unclaimed = 0
+
+    @property
+    def next_look(self) -> float | None:
+        """When to look again, by the clock; ``None`` if nothing is counted here."""
+        return self._looked_at + _LOOK_S if self._counts else None
 
     def explain(self) -> OutOfMemory | None:
         """Say what the kernel has counted for a worker that was killed just now.
@@ -81,6 +95,12 @@ class OutOfMemoryWatch:
         # Only the own group's: an ancestor of version 2 counts its other groups' as well.
         if not before or not now or now[0].source not in before:
             return
+        for count in now:
+            earlier = before.get(count.source)
+            if count.limit_bytes is None or count.used_up is None or earlier is None:
+                continue
+            if count.used_up > (earlier.used_up or 0):
+                self._met_at[count.source] = self._looked_at
         own, kills_before = now[0], before[now[0].source].kills
         if own.kills <= kills_before:
             return
@@ -88,7 +108,7 @@ class OutOfMemoryWatch:
             self._unclaimed = 0
         self._unclaimed += own.kills - kills_before
         self._seen_at = self._looked_at
-        full = _used_up(before, now)
+        full = self._used_up(now)
         self._latest = OutOfMemory(
             kills_before=kills_before,
             kills=own.kills,
@@ -98,15 +118,11 @@ class OutOfMemoryWatch:
             group=own.group if full is None else full.group,
         )
 
-
-def _used_up(
-    before: dict[str, OutOfMemoryCount], now: tuple[OutOfMemoryCount, ...]
-) -> OutOfMemoryCount | None:
-    """Return the innermost group whose own ceiling was met meanwhile."""
-    for count in now:
-        earlier = before.get(count.source)
-        if count.limit_bytes is None or count.used_up is None or earlier is None:
-            continue
-        if count.used_up > (earlier.used_up or 0):
-            return count
-    return None
+    def _used_up(self, now: tuple[OutOfMemoryCount, ...]) -> OutOfMemoryCount | None:
+        """Return the innermost group whose own ceiling was met just now."""
+        for count in now:
+            met_at = self._met_at.get(count.source)
+            # It is met before the kill is counted, and a look may have come between.
+            if met_at is not None and self._looked_at - met_at <= 2 * _LOOK_S:
+                return count
+        return None

@@ -56,7 +56,7 @@ from collections import deque
 from concurrent.futures import CancelledError, Future
 from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.errors import PoolBrokenError, TaskTimeoutError, describe_exit, text_of
+from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
 from safepool.pool import reclaim
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
@@ -501,6 +501,7 @@ class Scheduler:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return not (closing or self._ending)
+        self._oom.look()
         self._follow_the_limits(staff)
         self._shrink(staff)
         self._end_the_overdue(staff)
@@ -562,6 +563,8 @@ class Scheduler:
             times.append(self._hiring.not_before)
         if self._follow is not None:
             times.append(self._follow_at)
+        if (look_at := self._oom.next_look) is not None:
+            times.append(look_at)
         times += reclaim.next_looks(staff, now)
         for worker in busy:
             due_s = worker.due_in_s()
@@ -691,13 +694,12 @@ class Scheduler:
             wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
-        self._oom.look()
+        # As many may take their time to end as stay: if none ends by itself, all would pile up.
+        staff.hurry(len(staff) + wanted - 2 * self._size)
         try:
             self._hiring.prepare()
             for _ in range(wanted):
-                worker = staff.hire()
-                staff.send(worker, levels_frame())
-                staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
+                self._hire_one(staff)
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
@@ -705,6 +707,15 @@ class Scheduler:
                 broken = self._hiring.refused(error, alone=not len(staff))
                 if broken is not None:
                     self._break(staff, broken, error)
+
+    def _hire_one(self, staff: Staff) -> None:
+        worker = staff.hire()
+        try:
+            staff.send(worker, levels_frame())
+            staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
+        except BaseException:  # no memory for the initializer; without it nothing may run there
+            staff.end(worker, at_once=True)
+            raise
 
     def _is_late(self) -> bool:
         """Tell whether a worker that is being started comes too late for anybody."""
@@ -870,7 +881,7 @@ class Scheduler:
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        if exitcode == _KILLED and not worker.ended_by_us:
+        if exitcode == _KILLED and not worker.was_ours(exitcode):
             worker.oom = self._oom.explain()
         lost = self._losses.of(staff, worker, exitcode, ending=bool(self._ending))
         if self._trace is not None:
@@ -884,18 +895,25 @@ class Scheduler:
         if self._break_on_death and by_itself and costs:
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {worker.pid} {describe_exit(exitcode, worker.oom)}"
+                f"running or pending: worker {worker.pid} {worker.ending(exitcode)}"
             )
             self._break(staff, problem)
+        self._tell_of_the_end(staff, worker, worker.ending(exitcode), lost=bool(lost))
+
+    def _tell_of_the_end(self, staff: Staff, worker: Worker, how: str, *, lost: bool) -> None:
+        """Log it, and give up if workers end in a row that were of no use."""
+        if lost or worker.choked_on is not None:
+            self._settling.useless_starts = 0
         if lost or worker.dismissed or worker.condemned is not None:
-            self._settling.useless_starts = 0 if lost else self._settling.useless_starts
-            _log.debug("worker %d %s", worker.pid, describe_exit(exitcode, worker.oom))
+            _log.debug("worker %d %s", worker.pid, how)
+        elif worker.choked_on is not None:
+            name = worker.choked_on.name
+            _log.warning("worker %d %s while it read arguments of %s", worker.pid, how, name)
         elif worker.done:
-            ending = describe_exit(exitcode, worker.oom)
-            _log.warning("worker %d %s while it ran nothing", worker.pid, ending)
+            _log.warning("worker %d %s while it ran nothing", worker.pid, how)
         else:
             before = "it began a task" if worker.ready else "it was initialized"
-            ending = f"{worker.pid} {describe_exit(exitcode, worker.oom)} before {before}"
+            ending = f"{worker.pid} {how} before {before}"
             _log.warning("worker %s", ending)
             self._settling.useless_starts += 1
             if self._settling.useless_starts == _MOST_FAILED_STARTS:

@@ -75,7 +75,6 @@ class Staff:
 
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
-        self._workers: dict[int, Worker] = {}
         self._all: tuple[Worker, ...] = ()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
@@ -89,7 +88,7 @@ class Staff:
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
 
     def __len__(self) -> int:
-        return len(self._workers)
+        return len(self._all)
 
     def __iter__(self) -> Iterator[Worker]:
         """All of them, those that are leaving included; safe against changes meanwhile."""
@@ -122,8 +121,7 @@ class Staff:
                 ``RuntimeError`` if the interpreter shuts down.
         """
         worker = self._start()
-        self._workers[worker.pid] = worker
-        self._all = (*self._workers.values(),)
+        self._all = (*self._all, worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         if worker.sentinel is not None:
             self._selector.register(worker.sentinel, selectors.EVENT_READ, worker)
@@ -163,7 +161,7 @@ class Staff:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
-            elif found.pid not in self._workers:
+            elif found not in self._all:  # not by its number, which another may have by now
                 pass  # ended by an earlier event of the same round
             elif key.fd == found.sentinel:
                 yield from self._see_off(found)
@@ -176,6 +174,12 @@ class Staff:
         worker.leaving = worker.dismissed = True
         worker.deadline = time.monotonic() + _STOPPING_S
         self.send(worker, encode(Kind.STOP, 0))
+
+    def hurry(self, count: int) -> None:
+        """Give a second more to the first workers that take their time to end, at most so many."""
+        ending = [one for one in self._all if one.dismissed and one.channel.fileno() < 0]
+        for worker in ending[: max(0, count)]:
+            self._expect_the_end(worker)
 
     def dismiss_failed(self, worker: Worker, failure: BaseException) -> None:
         """Let a worker end by itself whose initializer failed: what it logged must arrive."""
@@ -274,7 +278,8 @@ class Staff:
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
             worker.channel.close()
-        self._expect_the_end(worker)
+        if not worker.dismissed or worker.fault is not None:
+            self._expect_the_end(worker)  # else it has the time that it was given
 
     def _send_no_more(self, worker: Worker) -> None:
         """The worker reads no more; what it has sent before is still to be read (race B)."""
@@ -308,8 +313,7 @@ class Staff:
                 worker.end(_KILL)
 
     def _forget(self, worker: Worker) -> int | None:
-        del self._workers[worker.pid]
-        self._all = (*self._workers.values(),)
+        self._all = tuple(one for one in self._all if one is not worker)
         worker.leaving = True  # nothing is sent to it, whatever its last results bring about
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)

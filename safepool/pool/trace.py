@@ -18,7 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from safepool.errors import TaskTimeoutError, describe_exit
+from safepool.errors import TaskTimeoutError
 from safepool.limits import read_throttling
 from safepool.pool.losses import Lost
 from safepool.pool.mapping import Span
@@ -183,7 +183,7 @@ class Trace:
             row.end(since, time.monotonic_ns(), told)
             self._free.append(row.number)
         died = bool(lost) or not worker.dismissed
-        how = describe_exit(exitcode, worker.oom)
+        how = worker.ending(exitcode)
         self._events.of_worker("death" if died else "end", row.number, pid=worker.pid, how=how)
 
     # Counters, in the thread that writes.

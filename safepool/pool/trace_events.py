@@ -22,7 +22,7 @@ Events, all of one process, each in a line of its own (``trace_file``):
             resize; args: before, after, why; break; args: why; end
     C   calls that wait; workers that run something or none; milliseconds for which the kernel
         has frozen the group, and the periods of the quota in which it did; CPU time of the
-        scheduler's thread in percent
+        scheduler's thread in percent; events that were left out, as the disk was too slow
     M   names of the process and the rows
 
 A row is a place: a worker that replaces one which has ended gets its row.
@@ -159,8 +159,12 @@ class Events:
     def close(self) -> None:
         """Write what is left and the end, and close the file. Twice is once."""
         if self.ours:
-            last = self._line("i", 0, time.monotonic_ns(), f"{_instant('pool', 'end', 'p')}{{}}")
-            self._file.close(f"{last[:-2]}\n]\n")
+            now, dropped = time.monotonic_ns(), ""
+            if self.dropped:  # also if the counter's own event was
+                rest = f'"name":"dropped events","args":{{"events":{self.dropped}}}'
+                dropped = self._line("C", 0, now, rest)
+            last = self._line("i", 0, now, f"{_instant('pool', 'end', 'p')}{{}}")
+            self._file.close(f"{dropped}{last[:-2]}\n]\n")
         else:
             self._file.close()
 

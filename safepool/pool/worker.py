@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import describe_exit
 from safepool.pool.ledger import Ledger
 from safepool.workers.process import WorkerProcess
 
@@ -44,8 +45,10 @@ class Worker(WorkerProcess):
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
+        signals: What the pool has sent it.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
         failure: What its initializer raised.
+        choked_on: Calls whose arguments it read, all at once, when it ended.
         oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
         events: What the selector watches its channel for.
@@ -72,6 +75,7 @@ class Worker(WorkerProcess):
     terminated: bool = False
     fault: BaseException | None = None
     failure: BaseException | None = None
+    choked_on: Span | None = None
     oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
@@ -83,6 +87,7 @@ class Worker(WorkerProcess):
         # Before the process: its descriptors are closed if it cannot start.
         self.guard = threading.RLock()
         super().__init__(*arguments, **keywords)
+        self.signals: set[int] = set()
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
         self.shared: set[int] = set()
@@ -121,10 +126,18 @@ class Worker(WorkerProcess):
         """Whether it has not come to what was taken back from it: stopped, or in a long task."""
         return self.board is not None and self.board.claimed < self.awaited
 
-    @property
-    def ended_by_us(self) -> bool:
-        """Whether a signal that ended it can be the pool's own."""
-        return self.terminated or self.condemned is not None or self.fault is not None
+    def end(self, number: int) -> None:
+        """Send it a signal, as the base does, and remember that."""
+        self.signals.add(number)
+        super().end(number)
+
+    def was_ours(self, exitcode: int | None) -> bool:
+        """Tell whether it was ended by a signal that the pool has sent it."""
+        return exitcode is not None and -exitcode in self.signals
+
+    def ending(self, exitcode: int | None) -> str:
+        """Say how it ended, as the second half of a sentence."""
+        return describe_exit(exitcode, self.oom, by_pool=self.was_ours(exitcode))
 
     def can_be_at(self, position: int) -> bool:
         """Tell whether it can still be at this position, if what follows was taken back.

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 
 from safepool.workers import server
@@ -39,6 +40,9 @@ class ForkedProcess:
         self._status = status
         self._exitcode: int | None = None
         self._lost = False
+        # Held while the descriptors are used, and while they are closed: the program may ask or
+        # signal in any thread beside the pool's.
+        self._lock = threading.RLock()
         self.sentinel = status if pidfd is None else pidfd
 
     @property
@@ -54,25 +58,30 @@ class ForkedProcess:
     @property
     def exitcode(self) -> int | None:
         """Negative for a signal; ``None`` while it runs, or if the server was lost with it."""
-        if self._exitcode is None and not self._lost:
-            try:
-                told = os.read(self._status, server.EXIT_CODE.size)
-            except BlockingIOError:
-                return None
-            except OSError:
-                told = b""
-            if len(told) == server.EXIT_CODE.size:
-                self._exitcode = server.EXIT_CODE.unpack(told)[0]
-            else:
-                self._lost = True
-        return self._exitcode
+        with self._lock:
+            if self._exitcode is None and not self._lost:
+                self._ask()
+            return self._exitcode
+
+    def _ask(self) -> None:
+        try:
+            told = os.read(self._status, server.EXIT_CODE.size)
+        except BlockingIOError:
+            return
+        except OSError:
+            told = b""
+        if len(told) == server.EXIT_CODE.size:
+            self._exitcode = server.EXIT_CODE.unpack(told)[0]
+        else:
+            self._lost = True
 
     def is_alive(self) -> bool:
         """Return whether it has not ended."""
-        if self.exitcode is not None:
-            return False
-        pidfd = self.pidfd
-        return not self._lost if pidfd is None else not is_readable(pidfd, 0.0)
+        with self._lock:
+            if self.exitcode is not None:
+                return False
+            pidfd = self.pidfd
+            return not self._lost if pidfd is None else not is_readable(pidfd, 0.0)
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its end and return the exit code, ``None`` if it is not known by then."""
@@ -85,8 +94,15 @@ class ForkedProcess:
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end."""
-        if self.is_alive():
-            is_readable(self.sentinel, timeout)
+        with self._lock:
+            if not self.is_alive():
+                return
+            # One of our own: the pool closes its as soon as the process has ended.
+            ours = os.dup(self.sentinel)
+        try:
+            is_readable(ours, timeout)
+        finally:
+            os.close(ours)
 
     def terminate(self) -> None:
         """Ask it to end, by ``SIGTERM``."""
@@ -98,23 +114,23 @@ class ForkedProcess:
 
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
-        try:
-            pidfd = self.pidfd
-            if pidfd is not None:
-                signal.pidfd_send_signal(pidfd, number)
-            elif self.is_alive():
-                os.kill(self.pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
+        with self._lock:
+            try:
+                if self.pidfd is not None:
+                    signal.pidfd_send_signal(self.pidfd, number)
+                elif self.is_alive():
+                    os.kill(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass
 
     def close(self) -> None:
         """Give its descriptors back."""
-        # Forgotten first: another thread may ask meanwhile, and the numbers are soon others'.
-        descriptors = [self._status, -1 if self.pidfd is None else self.pidfd]
-        self._status, self.pidfd, self._lost = -1, None, True
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
+        with self._lock:
+            descriptors = [self._status, -1 if self.pidfd is None else self.pidfd]
+            self._status, self.pidfd, self._lost = -1, None, True
+            for descriptor in descriptors:
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def __repr__(self) -> str:
         return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"

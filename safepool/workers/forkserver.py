@@ -62,6 +62,8 @@ _log = ContainedLogger()
 # small quota; a fork of a few hundred megabytes takes milliseconds.
 _IMPORT_S = 60.0
 _FORK_S = 5.0
+# From the end of its socket to that of the process.
+_ENDING_S = 1.0
 # Between two looks whether an import is still waited for: Ctrl-C must not have to.
 _LOOK_S = 0.1
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
@@ -209,7 +211,9 @@ class _Server:
                     if attempt < 2:
                         self._preload(modules, given_up, strict=strict)
                     process = self._fork(details, files, given_up)
-                except (_LostError, ConnectionError, TimeoutError):
+                except (_LostError, ConnectionError, TimeoutError) as error:
+                    if not isinstance(error, TimeoutError):
+                        self._await_the_end()
                     ending = self._stop()
                     _log.info("a fork server was lost and is started again: it %s", ending)
                 except _StartedThreadsError as error:
@@ -296,10 +300,11 @@ class _Server:
                 (what, told), _ = self._receive(_IMPORT_S, given_up)
             except (_LostError, ConnectionError, TimeoutError) as error:
                 if importing:
-                    how = "takes too long" if isinstance(error, TimeoutError) else "ended it"
-                    _log.warning(
-                        "%s is not preloaded: the fork server's import %s", importing, how
-                    )
+                    if isinstance(error, TimeoutError):
+                        why = "the fork server's import takes too long"
+                    else:
+                        why = f"while it was imported, the fork server {self._await_the_end()}"
+                    _log.warning("%s is not preloaded: %s", importing, why)
                     self._left_out.add(importing.partition(".")[0])
                 raise
             if what == "preloaded":
@@ -389,6 +394,14 @@ class _Server:
         with self._lock:
             if self._process is not None:
                 self._stop()
+
+    def _await_the_end(self) -> str:
+        """Say how it ended, whose end of the socket is closed: that is a moment before."""
+        assert self._process is not None
+        try:
+            return describe_exit(self._process.wait(_ENDING_S))
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
 
     def _stop(self) -> str:
         """End what is left of it, and say how it ended."""

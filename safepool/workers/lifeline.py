@@ -9,18 +9,28 @@ program's.
 
 Not covered:
     * A task that closes every descriptor: the worker ends when it wants to answer.
+    * Linux before 5.6, which sends the signal when anybody's description is closed: each worker's
+      end would be that of all others. There they end with the fork server, which ends with the
+      program (``birth``).
+
+Source: Linux, fs/pipe.c, ``pipe_release``, before and after 6551d5c56eb0 ("pipe: make sure to
+wake up everybody when the last reader/writer closes").
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import signal
 import sys
 
 assert sys.platform == "linux"
 
 __all__ = ["hold"]
+
+_SINCE_LINUX = (5, 6)
 
 
 def hold(descriptor: int) -> int:
@@ -33,8 +43,11 @@ def hold(descriptor: int) -> int:
         The reading end in a description of its own, whose signal is this process's.
 
     Raises:
-        OSError: The system has no such thing (some emulations of Linux do not).
+        OSError: The system has no such thing (some emulations of Linux do not, nor has an old
+            one).
     """
+    if not _tells_of_the_last_writer(os.uname().release):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
@@ -51,3 +64,14 @@ def hold(descriptor: int) -> int:
     if gone:  # before the signal was asked for
         os._exit(0)
     return own
+
+
+def _tells_of_the_last_writer(release: str) -> bool:
+    """Tell by the kernel's release whether nothing but the program's end sends the signal.
+
+    Example:
+        >>> [_tells_of_the_last_writer(one) for one in ("4.18.0-553.el8.x86_64", "5.6.0", "6.1")]
+        [False, True, True]
+    """
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is not None and (int(found[1]), int(found[2])) >= _SINCE_LINUX

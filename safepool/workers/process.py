@@ -279,13 +279,17 @@ def _launch(
             handles.append(shared)
         inherited = [_handle_of(os.dup(number)) for number in inheritance.descriptors]
         handles += inherited
-        forked = context.get_start_method() == "fork"
+        foreign: list[int] = []
+        if context.get_start_method() == "fork":
+            # What was another pool's a moment ago may be closed there and open here.
+            own = {handle.fileno() for handle in handles}
+            foreign = [number for number in foreign_descriptors if number not in own]
         arguments = (
             handles[0],
             shared,
             dict(environment),
             threads,
-            foreign_descriptors if forked else (),
+            foreign,
             inheritance.itself or inherited,
             cpus,
         )

@@ -87,11 +87,8 @@ class _Server:
         self._wake_sender.setblocking(False)
 
     def run(self) -> None:
-        signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
-        # Whatever the program does with the signal: ignored, endings would be lost.
-        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
-        # And blocked, as by programs that wait for signals themselves.
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ())
+        self._hear_of_endings()
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._wake_receiver, select.POLLIN)
@@ -110,6 +107,15 @@ class _Server:
                 else:
                     self._fork(details, descriptors)
 
+    def _hear_of_endings(self) -> None:
+        signal.set_wakeup_fd(self._wake_sender.fileno(), warn_on_full_buffer=False)
+        # Whatever the program, or what was imported, does with the signal: ignored, endings would
+        # be lost.
+        signal.signal(signal.SIGCHLD, lambda *_: self._reap())
+        # And blocked, as by programs that wait for signals themselves.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        self._reap()
+
     def _preload(self, names: list[str]) -> None:
         failed: dict[str, str] = {}
         started: dict[str, list[str]] = {}
@@ -124,7 +130,7 @@ class _Server:
                     importlib.import_module(name)
                 except BaseException as error:  # noqa: BLE001 -- user code; a worker may do without
                     failed[name] = f"{type(error).__name__}: {error}"
-                self._reap()
+                self._hear_of_endings()
                 if _thread_count() > before and (threads := _foreign_threads()):
                     started[name] = threads
         find_ahead()
@@ -153,13 +159,13 @@ class _Server:
             return
         if pid == 0:
             self._become_worker(details, descriptors)
-        self._workers[pid] = status
-        _close_all(descriptors[1:])
-        # Before anything is waited for: so long the number is this worker's.
+        # Before it may be waited for: so long the number is this worker's.
         try:
             pidfd = [os.pidfd_open(pid)]
         except OSError:  # before Linux 5.3
             pidfd = []
+        self._workers[pid] = status
+        _close_all(descriptors[1:])
         try:
             letters.send(self._sock, ("forked", pid), pidfd)
         finally:

@@ -72,6 +72,13 @@ SCREENS: dict[str, list[str]] = {
     ],
     "slow-program": [start(1), *(task(1, at, 0.5) for at in range(10)), end(10)],
     "waiting": [start(1), *(task(1, at, 0.5, waited_us=500_000) for at in range(10)), end(10)],
+    "slow-disk": [
+        start(1),
+        task(1, 0, 5),
+        line("C", 0, 5, "dropped events", events=40),
+        line("C", 0, 10, "dropped events", events=41),
+        end(10),
+    ],
     "torn": [
         start(1),
         start(2),

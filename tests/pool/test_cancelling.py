@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import pytest
 import support_tasks as tasks
 from support_processes import wait_until
 
-from safepool import ProcessPool
+from safepool import ProcessPool, WorkerDiedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,8 +150,10 @@ def test_a_pool_that_is_given_up_ends_every_future(how: str, tmp_path: Path) -> 
     give_up(pool)
 
     lost = running.exception(timeout=30)
-    assert isinstance(lost, BrokenProcessPool)
-    assert lost.exitcode == -number  # type: ignore[attr-defined]
+    assert isinstance(lost, WorkerDiedError)
+    assert (lost.exitcode, lost.by_pool) == (-number, True)
+    assert f"{signal.Signals(number).name} (sent by the pool) while it ran" in str(lost)
+    assert str(pickle.loads(pickle.dumps(lost))) == str(lost)
     assert wait(others, timeout=30).not_done == set()
     assert all(future.cancelled() for future in others)
     with pytest.raises(BaseException, match=r"^$"):  # CancelledError
@@ -160,6 +162,26 @@ def test_a_pool_that_is_given_up_ends_every_future(how: str, tmp_path: Path) -> 
         pool.submit(tasks.square, 1)
     pool.shutdown()
     assert pool._processes == {}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@both_ways
+def test_a_signal_of_somebody_else_is_not_the_pools(how: str, tmp_path: Path) -> None:
+    """The worker heeds no SIGTERM, or was killed before the pool was given up."""
+    started = tmp_path / "started"
+    pool = ProcessPool(1)
+    running = pool.submit(tasks.ignore_sigterm_and_sleep, str(started), 60)
+    wait_until(started.exists)
+    if how == "terminate_workers":
+        pool.terminate_workers()
+    os.kill(int(started.read_text()), signal.SIGKILL)
+    lost = running.exception(timeout=30)
+    pool.kill_workers()
+    pool.shutdown()
+
+    assert isinstance(lost, WorkerDiedError)
+    assert (lost.exitcode, lost.by_pool) == (-signal.SIGKILL, False)
+    assert "sent by the pool" not in str(lost)
 
 
 @both_ways

@@ -31,10 +31,14 @@ from safepool import (
     WorkerDiedError,
 )
 from safepool.pool.policy import Policy
+from safepool.pool.scheduler import Scheduler
 from safepool.workers.board import Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from safepool.pool.staff import Staff
+    from safepool.pool.worker import Worker
 
 TESTS = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -207,6 +211,29 @@ def test_deaths_in_tasks_are_no_failed_starts() -> None:
         for _ in range(5):
             assert isinstance(pool.submit(os._exit, 1).exception(timeout=30), WorkerDiedError)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@linux
+def test_deaths_while_arguments_are_read_are_no_failed_starts(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three workers that end by what they were sent first cost three calls, and not the pool."""
+    fill = Scheduler._fill
+
+    def fill_all_at_once(self: Scheduler, staff: Staff, worker: Worker, among: int) -> bool:
+        starting = [one for one in staff if not (one.ready or one.leaving)]
+        return fill(self, staff, worker, among) if not starting else False
+
+    monkeypatch.setattr(Scheduler, "_fill", fill_all_at_once)
+    with ProcessPool(3) as pool:
+        results = pool.map(tasks.square, [tasks.SlowToUnpickle(os.getpid())] * 3)
+        with pytest.raises(WorkerDiedError):
+            next(results)
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+    assert "was killed by SIGKILL" in caplog.text
+    assert "while it read arguments of support_tasks.square" in caplog.text
+    assert "before it began" not in caplog.text
 
 
 # What cannot be pickled; alone in a task, see AWKWARD in test_drop_in.py.

@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import support_tasks as tasks
 from support_processes import ends, still_alive, terminal
 from support_processes import run_script as run
+
+from safepool import ProcessPool
 
 TESTS = Path(__file__).parent.parent
 
@@ -156,6 +159,19 @@ def test_programs_without_a_file_work(how: str) -> None:
     )
 
     assert (done.stdout, done.stderr, done.returncode) == ("285\n", "", 0)
+
+
+@pytest.mark.parametrize("context", [None, "loky", "spawn"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_worker_that_is_told_to_end_runs_its_exit_functions(
+    context: str | None, replaced: bool, tmp_path: Path
+) -> None:
+    """They may take their time: what they write would be lost."""
+    path = tmp_path / "written"
+    with ProcessPool(1, mp_context=context, max_tasks_per_child=1 if replaced else None) as pool:
+        pool.submit(tasks.write_at_exit, str(path), 1.5).result(timeout=30)
+
+    assert path.read_text() == "at exit"
 
 
 def test_pending_work_is_finished_at_exit(tmp_path: Path) -> None:

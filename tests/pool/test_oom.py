@@ -6,13 +6,15 @@ import os
 import pickle
 import signal
 import sys
+import time
 from typing import Any
 
 import pytest
 from support_cgroups import control_group
 
-from safepool import OutOfMemory, WorkerDiedError
+from safepool import OutOfMemory, ProcessPool, WorkerDiedError
 from safepool.limits import OutOfMemoryCount
+from safepool.pool import oom
 from safepool.pool.oom import OutOfMemoryWatch
 
 real = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
@@ -184,6 +186,55 @@ def test_a_kill_that_no_workers_end_followed_is_forgotten() -> None:
     assert groups.watch.explain() is None
 
 
+def test_a_kill_while_nothing_ran_is_forgotten() -> None:
+    """Nobody knows when it was; a worker's end would have been seen by now."""
+    groups = Groups()
+    groups.watch.look()
+    groups.own["kills"] += 1
+    groups.now_s += 60
+    groups.watch.look()
+
+    assert groups.watch.explain() is None
+
+
+def test_a_look_between_the_last_byte_and_the_kill_hides_no_limit() -> None:
+    """The kernel counts first that the ceiling was met, and then whom it killed."""
+    groups = Groups()
+    groups.watch.look()
+    groups.parent["used_up"] += 1
+    groups.now_s += 1.5
+    groups.watch.look()
+    groups.own["kills"] += 1
+    groups.now_s += 0.1
+    explained = groups.watch.explain()
+
+    assert explained is not None
+    assert (explained.limit_bytes, explained.group) == (1 << 30, "/g")
+
+
+@real
+def test_the_kernel_is_not_named_for_what_it_took_long_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that a task had started; its worker runs on and is killed by hand later."""
+    monkeypatch.setattr(oom, "_LOOK_S", 0.02)
+    monkeypatch.setattr(oom, "_CLAIM_S", 0.1)
+    groups = Groups()
+    with ProcessPool(1) as pool:
+        pool._scheduler._oom = OutOfMemoryWatch(groups.read)
+        pool.submit(abs, -1).result(timeout=30)
+        future = pool.submit(time.sleep, 60)
+        while not (future.running() and pool.workers()[0].task):
+            time.sleep(0.01)
+        groups.own["kills"] += 1
+        time.sleep(0.5)
+        os.kill(pool.workers()[0].pid, signal.SIGKILL)
+        error = future.exception(timeout=30)
+
+    assert isinstance(error, WorkerDiedError)
+    assert (error.exitcode, error.oom) == (-signal.SIGKILL, None)
+
+
 def test_an_ancestors_kills_are_no_evidence() -> None:
     """On version 2 it counts those of all its groups, other people's too."""
     groups = Groups()
@@ -197,11 +248,11 @@ def test_without_a_limit_that_was_used_up_it_was_the_machine() -> None:
     groups = Groups()
     groups.watch.look()
     groups.own["kills"] += 1
-    oom = groups.watch.explain()
+    found = groups.watch.explain()
 
-    assert oom is not None
-    assert (oom.limit_bytes, oom.group) == (None, "/g/own")
-    assert "the machine's memory was, or a limit above /g/own (oom_kill 7 -> 8 in" in str(oom)
+    assert found is not None
+    assert (found.limit_bytes, found.group) == (None, "/g/own")
+    assert "the machine's memory was, or a limit above /g/own (oom_kill 7 -> 8 in" in str(found)
 
 
 # One row per reading that is of no use: before and after.

@@ -20,7 +20,7 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import reclaim
+from safepool.pool import hiring, reclaim
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
 from safepool.pool.ledger import Ledger
@@ -38,6 +38,8 @@ if sys.platform != "win32":
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from safepool.workers.inheritance import Inheritance
 
 TESTS = Path(__file__).parent.parent
 
@@ -200,6 +202,71 @@ def test_a_worker_is_of_use_after_a_large_task_was_cancelled_on_its_way() -> Non
             os.kill(pid, signal.SIGCONT)
 
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+
+@on_linux
+def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server has reaped that one, and the system gives its number to the next."""
+    start = Hiring.start
+
+    def start_by_one_number(self: Hiring) -> Worker:
+        worker = start(self)
+        worker.pid = 4711
+        return worker
+
+    monkeypatch.setattr(Hiring, "start", start_by_one_number)
+    with ProcessPool(2) as pool:
+        slow = [pool.submit(tasks.sleep_and_return, 0.3, n) for n in range(4)]
+        error = pool.submit(os._exit, 3).exception(timeout=30)
+        after = [pool.submit(tasks.sleep_and_return, 0.1, n) for n in range(4)]
+
+        assert [future.result(timeout=30) for future in slow + after] == 2 * [*range(4)]
+        assert len(pool._scheduler.workers()) == 2
+
+    assert isinstance(error, WorkerDiedError)
+    assert error.exitcode == 3
+
+
+@on_linux
+@pytest.mark.filterwarnings("ignore:mp_context")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_worker_keeps_what_has_the_number_that_another_pools_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other pool has closed it meanwhile, and what is opened for this worker gets it."""
+
+    def about_to_be_opened() -> list[int]:
+        taken = {int(name) for name in os.listdir("/proc/self/fd")}
+        return [number for number in range(3, 64) if number not in taken]
+
+    monkeypatch.setattr(hiring, "_descriptors_of_all_pools", about_to_be_opened)
+    with ProcessPool(1, mp_context="fork") as pool:
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+
+    assert "before it was initialized" not in caplog.text
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_a_worker_that_could_not_be_sent_its_initializer_is_replaced(
+    trace: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There was no memory for it. It would start for ever, and keep others from starting."""
+    initialize = Dispatch.initialize
+    refused: list[Worker] = []
+
+    def initialize_late(self: Dispatch, worker: Worker, inheritance: Inheritance) -> Any:
+        if not refused:
+            refused.append(worker)
+            raise MemoryError
+        return initialize(self, worker, inheritance)
+
+    monkeypatch.setattr(hiring, "_RETRY_S", 0.1)
+    monkeypatch.setattr(Dispatch, "initialize", initialize_late)
+    with ProcessPool(1, trace=tmp_path / "run.json" if trace else None) as pool:
+        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+        assert refused[0] not in pool._scheduler.workers()
 
 
 @on_linux

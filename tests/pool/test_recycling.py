@@ -12,6 +12,7 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool
+from safepool.pool import staff
 from safepool.pool.worker import Worker
 
 if TYPE_CHECKING:
@@ -139,3 +140,21 @@ def test_a_limit_that_cannot_be_checked_ends_nobody(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Worker, "resident_bytes", lambda _: None)
     with ProcessPool(1, max_memory_per_worker=1) as pool:
         assert len({pool.submit(tasks.pid).result(timeout=30) for _ in range(3)}) == 1
+
+
+def test_workers_that_never_end_by_themselves_do_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that a task has left keeps each from its end; they have time, not all of them."""
+    monkeypatch.setattr(staff, "_STOPPING_S", 1000.0)
+    pool = ProcessPool(1, max_tasks_per_child=1)
+    for _ in range(4):
+        pool.submit(tasks.leave_a_thread).result(timeout=30)
+    deadline = time.monotonic() + 30
+    while len(pool.workers()) > 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = len(pool.workers())
+    pool.kill_workers()
+    pool.shutdown()
+
+    assert left == 2

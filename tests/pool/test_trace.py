@@ -19,7 +19,7 @@ from support_tasks import touch_and_sleep
 
 import safepool
 from safepool.cli import report
-from safepool.pool import staff, trace_events
+from safepool.pool import staff, trace_events, trace_file
 from safepool.pool.policy import Policy
 
 if TYPE_CHECKING:
@@ -309,6 +309,23 @@ def test_a_longer_file_has_coarser_events(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(tasks(events)) < 250
     counts = [event["args"].get("calls", 1) for event in tasks(events)]
     assert sum(counts[: len(counts) // 2]) < sum(counts[len(counts) // 2 :])
+
+
+def test_what_a_slow_disk_was_not_given_is_counted_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if there was never room for the counter itself."""
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(trace_file, "EVERY_S", 60.0)
+    monkeypatch.setattr(trace_file, "_MOST_BYTES", 3000)
+
+    with safepool.ProcessPool(1, trace=path) as pool:
+        list(pool.map(time.sleep, [0.002] * 100, chunksize=1))
+
+    found = report.read(str(path))
+    assert found.dropped_events > 0
+    assert found.total().calls < 100 <= found.total().calls + found.dropped_events
+    assert f"too slow: {found.dropped_events}" in found.as_text()
 
 
 def test_the_workers_of_another_start_method_tell_their_times(tmp_path: Path) -> None:

@@ -390,6 +390,22 @@ def test_stacks_that_were_asked_for_are_not_a_crashs(
 
 
 @on_linux
+def test_the_crash_of_what_a_task_forked_is_not_the_workers() -> None:
+    """It writes its stack where the worker would, which lives on and is killed later."""
+    with ProcessPool(1) as pool:
+        assert pool.submit(support.crash_in_a_fork).result(timeout=30) == signal.SIGSEGV
+        killed = pool.submit(tasks.be_killed).exception(timeout=30)
+        assert pool.submit(support.crash_in_a_fork).result(timeout=30) == signal.SIGSEGV
+        crashed = pool.submit(support.crash).exception(timeout=30)
+
+    assert isinstance(killed, WorkerDiedError)
+    assert killed.stack == ""
+    assert isinstance(crashed, WorkerDiedError)
+    assert crashed.stack.count("in crash\n") == 1
+    assert "in crash_in_a_fork\n" not in crashed.stack
+
+
+@on_linux
 def test_stacks_that_were_asked_for_are_not_a_timeouts() -> None:
     with ProcessPool(1, timeout=2.0) as pool:
         pid = pool.submit(tasks.pid).result(timeout=30)

@@ -47,6 +47,7 @@ def test_only_the_dead_workers_task_is_lost(death: str) -> None:
     assert error.exitcode == exitcode
     assert error.pid > 0
     assert error.task.startswith("support_tasks.")
+    assert error.begun
 
 
 def test_every_lost_task_has_an_error_of_its_own() -> None:
@@ -124,6 +125,27 @@ def test_a_stopped_worker_holds_up_nobody_else() -> None:
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert [f.result(timeout=30) for f in large] == [20_000_000] * 2
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_large_task_that_was_on_its_way_is_not_said_to_have_run(retries: int) -> None:
+    """It may be submitted again without a thought; with retries it was kept, and is sent again."""
+    with ProcessPool(1, retries=retries) as pool:
+        pid = pool.submit(os.getpid).result(timeout=30)
+        os.kill(pid, signal.SIGSTOP)
+        large = pool.submit(len, bytes(20_000_000))
+        while not large.running():
+            time.sleep(0.001)
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        error = large.exception(timeout=30)
+
+    if retries:
+        assert large.result() == 20_000_000
+        return
+    assert isinstance(error, WorkerDiedError)
+    assert not error.begun
+    assert "before it began builtins.len" in str(error)
 
 
 def test_a_worker_that_closes_its_channel_is_replaced() -> None:

@@ -87,6 +87,23 @@ def test_a_killed_server_costs_nobody_and_is_started_again(
     assert "a fork server was lost" in caplog.text
 
 
+def test_how_a_server_ended_is_told_also_if_its_socket_ended_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a moment the process is still there; it was not us who ended it."""
+    with ProcessPool(1) as pool, caplog.at_level(logging.INFO, logger="safepool"):
+        server = server_of(pool.submit(tasks.pid).result())
+        os.kill(server, signal.SIGSEGV)
+        assert not still_alive([server], after_s=30)
+        monkeypatch.setattr(subprocess.Popen, "poll", lambda self: self.returncode)
+        pool.resize(2)
+        list(pool.map(time.sleep, [0.3] * 4))
+        monkeypatch.undo()
+
+    assert "it was killed by SIGSEGV" in caplog.text
+    assert "did not answer" not in caplog.text
+
+
 def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() -> None:
     with ProcessPool(1) as pool:
         worker = pool.submit(tasks.pid).result()
@@ -123,7 +140,7 @@ BAD_PRELOADS = {
     ),
     "crashes": (
         "import os, sys\nif 'safepool.workers.server' in sys.modules: os.abort()",
-        "the fork server's import ended it",
+        "not preloaded: while it was imported, the fork server was killed by SIGABRT",
     ),
     "raises": ("raise RuntimeError('not today')", "could not be preloaded: RuntimeError: not"),
     "exits": ("raise SystemExit(3)", "could not be preloaded: SystemExit: 3"),
@@ -158,6 +175,31 @@ def test_a_preload_that_goes_wrong_is_left_out_and_said(case: str, tmp_path: Pat
 
     assert said in out
     assert "['colorsys']" in out
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "signal.signal(signal.SIGCHLD, signal.SIG_DFL); signal.set_wakeup_fd(-1)",
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])",
+    ],
+)
+def test_a_preload_that_takes_the_signal_of_endings_takes_no_exit_code(
+    deed: str, tmp_path: Path
+) -> None:
+    """The server alone waits for workers, so it alone decides about SIGCHLD."""
+    (tmp_path / "takes_signal.py").write_text(f"import signal\n{deed}\n")
+    out = run(
+        """
+        import os, safepool
+        with safepool.ProcessPool(1, preload=["takes_signal"]) as pool:
+            print(pool.submit(os._exit, 3).exception().exitcode)
+        """,
+        tmp_path,
+    )
+
+    assert out == "3"
 
 
 def test_what_the_program_has_imported_of_known_libraries_is_preloaded(tmp_path: Path) -> None:
@@ -376,9 +418,50 @@ def test_a_fork_during_the_first_start_has_pools_of_its_own(during: str, tmp_pat
     assert run(script, tmp_path) == "3\n0"
 
 
+OLD_KERNEL = "4.18.0-553.el8_10.x86_64"
+
+
+def told_of(kernel: str, folder: Path) -> dict[str, str]:
+    """Return the environment of a program, and its server, that are told of another kernel."""
+    if kernel:
+        text = f"import os\nnames = list(os.uname())\nnames[2] = {kernel!r}\n"
+        text += "os.uname = lambda: os.uname_result(names)\n"
+        (folder / "sitecustomize.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("kernel", ["", OLD_KERNEL])
+def test_a_signal_for_the_end_of_anybody_is_not_asked_for(kernel: str, tmp_path: Path) -> None:
+    """An old kernel would end all workers with the first; this one tells of the program's end."""
+    script = """
+        import os, safepool
+        def signals():
+            count = 0
+            for name in os.listdir("/proc/self/fdinfo"):
+                try:
+                    with open(f"/proc/self/fdinfo/{name}") as file:
+                        lines = file.read().splitlines()
+                except OSError:
+                    continue
+                flags = next(line for line in lines if line.startswith("flags:"))
+                count += bool(int(flags.split()[1], 8) & 0o20000)  # O_ASYNC
+            return count
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(signals).result())
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    out = subprocess.check_output(
+        [sys.executable, "script.py"], cwd=tmp_path, env=told_of(kernel, tmp_path), text=True
+    )
+
+    # In a worker there are its own and the server's, whose signal is the server's.
+    assert (int(out) > 0) == (not kernel)
+
+
+@pytest.mark.parametrize("kernel", ["", OLD_KERNEL])
 @pytest.mark.parametrize("with_a_fork_of_it", [False, True])
 def test_server_and_workers_end_with_a_killed_program(
-    with_a_fork_of_it: bool, tmp_path: Path
+    with_a_fork_of_it: bool, kernel: str, tmp_path: Path
 ) -> None:
     """Within a second, in the middle of C code; a fork of the program must not keep them."""
     (tmp_path / "script.py").write_text(
@@ -403,6 +486,7 @@ def test_server_and_workers_end_with_a_killed_program(
     with subprocess.Popen(
         [sys.executable, "script.py"],
         cwd=tmp_path,
+        env=told_of(kernel, tmp_path),
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
