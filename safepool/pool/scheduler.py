@@ -683,7 +683,7 @@ class Scheduler:
         most = self._size - len(staying)
         if most <= 0 or time.monotonic() < self._hiring.not_before:
             return
-        if any(worker.failure for worker in staff):  # the pool breaks when it has ended
+        if any(worker.fails_to_start for worker in staff):  # its end may be the pool's
             return
         starting = sum(not worker.ready for worker in staying)
         with self._lock:

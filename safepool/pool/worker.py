@@ -112,6 +112,12 @@ class Worker(WorkerProcess):
         return head is not None and head.bound
 
     @property
+    def fails_to_start(self) -> bool:
+        """Whether its initializer has failed, or it is ending before that was through."""
+        dies = self.leaving and not (self.ready or self.dismissed)
+        return self.failure is not None or dies
+
+    @property
     def unheard(self) -> bool:
         """Whether it has not come to what it is to do next: stopped, or still reading it."""
         work = self.ledger.head

@@ -164,6 +164,7 @@ def test_a_task_that_closes_its_workers_channel_is_lost_alone() -> None:
 # One row per way in which an initializer can end its worker, and what the pool's error says.
 INITIALIZERS = {
     "os._exit": "3 workers in a row were of no use; the last, ",
+    "slowly": "3 workers in a row were of no use; the last, ",
     "SIGKILL": "was killed by SIGKILL",
     "SIGSEGV": "was killed by SIGSEGV",
     "sys.exit": "a worker's initializer failed: SystemExit: 3",
