@@ -26,7 +26,6 @@ _USE_SAFEPOOL = "use safepool.ProcessPool(), or start the program with: safepool
 _USE_PATCH = (
     "use safepool.ProcessPool(), or start the program with: safepool run --patch -- COMMAND"
 )
-
 _USE_BACKEND = (
     "use safepool.parallel_backend(), or start the program with: safepool run -- COMMAND"
 )

@@ -119,8 +119,8 @@ class _Server:
     def _preload(self, names: list[str]) -> None:
         failed: dict[str, str] = {}
         started: dict[str, list[str]] = {}
-        # Its rounds find next to nothing, as what an import makes stays, and took a quarter of the
-        # time: 910 ms of CPU for scikit-learn and what it imports, 685 without.
+        # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
+        # long import (benchmarks/joblib_backend.py, first calls).
         gc.disable()
         with _silence():
             for name in names:
