@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import text_of
 from safepool.transport.channel import ChannelClosedError
 from safepool.transport.frames import Kind, encode
+from safepool.workers.levels import Levels, levels_of_the_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,7 @@ _WAITING_BYTES = 1024 * 1024
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
 _formatter = logging.Formatter()
+_levels = Levels()
 
 
 class Outbox:
@@ -179,15 +181,12 @@ def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> N
         outbox: Where records go.
         levels: What :func:`levels_frame` made.
     """
-    disabled, by_name = pickle.loads(levels)
     manager = logging.root.manager
     for logger in [logging.root, *manager.loggerDict.values()]:
         if isinstance(logger, logging.Logger):
             logger.handlers.clear()
             logger.propagate = True
-    for name, level in by_name.items():
-        logging.getLogger(name).setLevel(level)
-    logging.disable(disabled)
+    _levels.apply(*pickle.loads(levels))
     # Of the class: a logger that is made later has it as well. Whatever somebody else has put
     # there (Sentry's SDK does) goes on to be called for what stays in this process.
     logging.Logger.callHandlers = _forwarding(  # type: ignore[assignment, method-assign]
@@ -237,16 +236,7 @@ def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
 
 def levels_frame() -> list[bytes | memoryview]:
     """Return the frame that tells a worker which records its program wants."""
-    root = logging.root
-    loggers = list(root.manager.loggerDict.items())
-    levels = {
-        name: logger.level
-        for name, logger in loggers
-        if isinstance(logger, logging.Logger) and logger.level
-    }
-    return encode(
-        Kind.LOG, 0, [pickle.dumps((root.manager.disable, {"": root.level, **levels}), protocol=5)]
-    )
+    return encode(Kind.LOG, 0, [pickle.dumps(levels_of_the_program(), protocol=5)])
 
 
 def pack_record(record: logging.LogRecord) -> bytes:

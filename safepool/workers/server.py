@@ -63,9 +63,6 @@ def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
         lifeline.hold(lifeline_descriptor)
     except OSError:
         pass  # the socket still tells, as soon as the server looks
-    # From Python 3.12 on, a fork beside a background thread warns; which threads may be there
-    # is checked here. In the workers the rule is without effect.
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=__name__)
     try:
         _Server(socket.socket(fileno=sock_descriptor), line).run()
     except ConnectionError:
@@ -152,7 +149,10 @@ class _Server:
             letters.send(self._sock, ("threads", threads))
             return
         try:
-            pid = os.fork()
+            # From Python 3.12 on, a fork beside a background thread warns; which threads may be
+            # there is checked here.
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                pid = os.fork()
         except OSError as error:
             _close_all(descriptors)
             letters.send(self._sock, ("refused", error.errno))

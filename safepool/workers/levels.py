@@ -1,0 +1,116 @@
+"""The levels of the program's loggers, in a worker. No logger is made to be given one.
+
+A library with a class of loggers of its own makes its logger when it is imported, and fails or
+gets another class if the name is taken. So a level waits here for a logger that is not there.
+
+A level that a library sets for its logger while it is imported gives way to the program's: the
+program has imported the library too, and what holds there was said later. What an initializer
+or a task sets holds, until the program changes its own.
+
+Not covered:
+    * A level that is assigned (``logger.level = 10``) and not set.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import FrameType
+
+__all__ = ["Levels", "levels_of_the_program"]
+
+
+def levels_of_the_program() -> tuple[int, dict[str, int]]:
+    """Return what ``logging.disable()`` was told, and the levels that are set, by logger."""
+    root = logging.root
+    loggers = list(root.manager.loggerDict.items())
+    levels = {
+        name: logger.level
+        for name, logger in loggers
+        if isinstance(logger, logging.Logger) and logger.level
+    }
+    return root.manager.disable, {"": root.level, **levels}
+
+
+class Levels:
+    """Sets levels of loggers, now or when they are made."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, int] = {}
+        # Of loggers that are not there.
+        self._waiting: dict[str, int] = {}
+        self._came_later: set[str] = set()
+        self._watches = False
+
+    def apply(self, disabled: int, levels: Mapping[str, int]) -> None:
+        """Set what has changed since the last time.
+
+        Args:
+            disabled: For ``logging.disable()``.
+            levels: By name, all that are set; ``""`` is the root logger's.
+        """
+        unset = dict.fromkeys(self._told.keys() - levels.keys(), logging.NOTSET)
+        changed = {n: level for n, level in levels.items() if self._told.get(n) != level}
+        self._told = dict(levels)
+        there = logging.root.manager.loggerDict
+        for name, level in (unset | changed).items():
+            logger = logging.root if not name else there.get(name)
+            if isinstance(logger, logging.Logger):  # and no place holder
+                logger.setLevel(level)
+            elif level:
+                self._waiting[name] = level
+            else:
+                self._waiting.pop(name, None)
+        logging.disable(disabled)  # it also forgets what loggers have remembered of levels
+        if self._waiting and not self._watches:
+            self._watches = True
+            self._watch(logging.root.manager)
+
+    def _watch(self, manager: logging.Manager) -> None:
+        make: Any = manager.getLogger
+        set_level = logging.Logger.setLevel
+        effective_level = logging.Logger.getEffectiveLevel
+
+        def get_logger(name: str) -> logging.Logger:
+            logger: logging.Logger = make(name)
+            if name in self._waiting:
+                self._came_later.add(name)
+                set_level(logger, self._waiting.pop(name))
+            return logger
+
+        def set_level_unless_imported(self_: logging.Logger, level: int | str) -> None:
+            if self_.name in self._came_later and _is_imported(sys._getframe(1)):
+                return
+            set_level(self_, level)
+
+        def get_effective_level(self_: logging.Logger) -> int:
+            name = "" if self_.level else self_.name
+            while name and self._waiting:
+                if name in self._waiting:
+                    return self._waiting[name]
+                if getattr(manager.loggerDict.get(name), "level", logging.NOTSET):
+                    break
+                name = name.rpartition(".")[0]
+            return effective_level(self_)
+
+        # Of this object: whose manager is another one gets what it asks for.
+        manager.getLogger = get_logger  # type: ignore[method-assign]
+        kind: Any = logging.Logger
+        kind.setLevel = set_level_unless_imported
+        # What has no level has that of the next logger above it, be it there or not.
+        kind.getEffectiveLevel = get_effective_level
+
+
+def _is_imported(frame: FrameType | None) -> bool:
+    """Tell whether a module that is being imported has called."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            spec = frame.f_globals.get("__spec__")
+            if getattr(spec, "_initializing", False):
+                return True
+        frame = frame.f_back
+    return False
