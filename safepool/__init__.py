@@ -14,7 +14,7 @@ has to tell otherwise goes to the logger ``safepool``.
 
 Data flows one way through the modules, and each one imports only from its left:
 
-    errors -> limits -> budget -> machine -> threads -> transport -> workers -> pool
+    errors -> linux -> limits -> budget -> machine -> threads -> transport -> workers -> pool
            -> decorator, joblib_backend, own_threads -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib

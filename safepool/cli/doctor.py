@@ -401,7 +401,9 @@ else:
             return tempfile.TemporaryFile()
         except OSError:
             if sys.platform == "linux":
-                return os.fdopen(os.memfd_create("safepool-doctor"), "w+b")
+                from safepool import linux  # noqa: PLC0415 -- for this platform alone
+
+                return os.fdopen(linux.memfd_create("safepool-doctor", linux.MFD_CLOEXEC), "w+b")
             raise
 
     def _read_from(file: IO[bytes], start: int) -> bytes:

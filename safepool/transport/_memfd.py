@@ -18,6 +18,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+from safepool import linux
 from safepool.transport.frames import CorruptFrameError, Filed, Missing
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _COLLAPSE = 25
 # memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 there is nothing without it.
 _NOEXEC = 8
 # Nobody can change the file, nor make it shorter than it is mapped, which would be a SIGBUS.
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+_SEALS = linux.F_SEAL_SHRINK | linux.F_SEAL_GROW | linux.F_SEAL_WRITE | linux.F_SEAL_SEAL
 _NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOSPC})
 # Beside a descriptor: its number, counted by side from 1.
 _NUMBER = struct.Struct("!Q")
@@ -176,18 +177,18 @@ def _write(buffers: Sequence[memoryview], given_up: Callable[[], bool]) -> Store
                 _prepare(descriptor, prepared, min(_STEP_BYTES + prepared, size))
                 prepared += _STEP_BYTES
             done += os.pwrite(descriptor, piece, place + done)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    fcntl.fcntl(descriptor, linux.F_ADD_SEALS, _SEALS)
     return stored
 
 
 def _create() -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    flags = linux.MFD_CLOEXEC | linux.MFD_ALLOW_SEALING
     try:
-        return os.memfd_create("safepool-arrays", flags | _NOEXEC)
+        return linux.memfd_create("safepool-arrays", flags | _NOEXEC)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    return os.memfd_create("safepool-arrays", flags)
+    return linux.memfd_create("safepool-arrays", flags)
 
 
 def _places(lengths: Sequence[int]) -> tuple[list[int], int]:
@@ -270,7 +271,7 @@ def _read(descriptor: int, size: int) -> memoryview:
     whole = memoryview(bytearray(size))
     done = 0
     while done < size:
-        count = os.preadv(descriptor, [whole[done : done + _MOST_WRITTEN_BYTES]], done)
+        count = linux.preadv(descriptor, [whole[done : done + _MOST_WRITTEN_BYTES]], done)
         if not count:
             raise CorruptFrameError(f"a file of {done} bytes, {size} announced")
         done += count
@@ -380,7 +381,7 @@ class Side:
         return descriptors[0]
 
     def _look(self) -> list[int]:
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | linux.MSG_CMSG_CLOEXEC
         try:
             data, rights, told, _ = self._sock.recvmsg(_NUMBER.size, _RIGHTS_BYTES, flags)
         except BlockingIOError:
@@ -423,7 +424,7 @@ def _close_all(descriptors: Sequence[int]) -> None:
 
 def _check(descriptor: int, lengths: Sequence[int]) -> None:
     _, size = _places(lengths)
-    seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    seals = fcntl.fcntl(descriptor, linux.F_GET_SEALS)
     found = os.fstat(descriptor).st_size
     if seals & _SEALS != _SEALS or found < size:
         raise CorruptFrameError(f"a file of {found} bytes with seals {seals:#x}, {size} announced")
@@ -513,7 +514,7 @@ def accept(sock: socket.socket) -> Side | None:
     Raises:
         ConnectionError: The pool is gone.
     """
-    data, rights, _, _ = sock.recvmsg(1, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC)
+    data, rights, _, _ = sock.recvmsg(1, _RIGHTS_BYTES, linux.MSG_CMSG_CLOEXEC)
     if not data:
         raise ConnectionError("the pool is gone")
     numbers = [number for _, _, packed in rights for (number,) in struct.iter_unpack("i", packed)]

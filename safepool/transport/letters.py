@@ -18,6 +18,8 @@ import sys
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from safepool import linux
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -77,7 +79,7 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
     descriptors = array("i")
     # Not by socket.recv_fds(): it drops the flag (Python 3.11 to 3.13).
     room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * descriptors.itemsize)
-    header, ancillary, _, _ = sock.recvmsg(_HEADER.size, room, socket.MSG_CMSG_CLOEXEC)
+    header, ancillary, _, _ = sock.recvmsg(_HEADER.size, room, linux.MSG_CMSG_CLOEXEC)
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])

@@ -414,12 +414,14 @@ def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryv
 
 
 if sys.platform == "linux":
+    from safepool import linux
+
     # What a system that knows the call and does not allow it says (a seccomp filter, mostly).
     _REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES)
 
     def _create_file() -> int | None:
         try:
-            return os.memfd_create("safepool-board", os.MFD_CLOEXEC)
+            return linux.memfd_create("safepool-board", linux.MFD_CLOEXEC)
         except OSError as error:
             if error.errno in _REFUSED:
                 return None

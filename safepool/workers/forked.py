@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+from safepool import linux
 from safepool.workers import server
 
 assert sys.platform == "linux"
@@ -117,7 +118,7 @@ class ForkedProcess:
         with self._lock:
             try:
                 if self.pidfd is not None:
-                    signal.pidfd_send_signal(self.pidfd, number)
+                    linux.pidfd_send_signal(self.pidfd, number)
                 elif self.is_alive():
                     os.kill(self.pid, number)
             except (ProcessLookupError, PermissionError):

@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
+from safepool import linux
 from safepool.errors import describe_exit
 from safepool.transport import letters
 from safepool.workers import birth, forked
@@ -548,7 +549,7 @@ def _has_directory() -> bool:
 
 
 def _above_streams(number: int) -> int:
-    return fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, 3)
+    return fcntl.fcntl(number, linux.F_DUPFD_CLOEXEC, 3)
 
 
 def _check(given_up: Callable[[], bool]) -> None:

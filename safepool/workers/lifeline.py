@@ -26,6 +26,8 @@ import re
 import signal
 import sys
 
+from safepool import linux
+
 assert sys.platform == "linux"
 
 __all__ = ["hold"]
@@ -51,7 +53,7 @@ def hold(descriptor: int) -> int:
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(own, linux.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
     except BaseException:
         os.close(own)

@@ -169,14 +169,16 @@ if sys.platform == "linux":
         import ctypes  # noqa: PLC0415
         import select  # noqa: PLC0415
 
+        from safepool import linux  # noqa: PLC0415 -- for this platform alone
+
         # Also in the middle of a task in C code, where no thread of ours could run
         # (prctl(2), PR_SET_PDEATHSIG = 1). The signal is tied to the thread that started
         # this process: the pool's own, which outlives its workers.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         # The parent may have died before the call above.
         poll = select.poll()
-        poll.register(sock, select.POLLRDHUP)
-        if any(event & (select.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0)):
+        poll.register(sock, linux.POLLRDHUP)
+        if any(event & (linux.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0)):
             os._exit(0)
 
 else:

@@ -71,6 +71,7 @@ def find_context(
 
 
 if sys.platform == "linux":
+    from safepool import linux
 
     def _server_context(preload: str | Sequence[str]) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
@@ -219,7 +220,7 @@ class WorkerProcess:
             return
         if self._pidfd is not None and sys.platform == "linux":
             try:
-                signal.pidfd_send_signal(self._pidfd, number)
+                linux.pidfd_send_signal(self._pidfd, number)
             except (ProcessLookupError, PermissionError):
                 pass  # it has ended, or made itself somebody else's
             return
@@ -463,7 +464,7 @@ if sys.platform == "linux":
         # The standard sentinel is a pipe that a task's own children can hold open; a pidfd
         # tells about this process alone (pidfd_open(2), Linux 5.3).
         try:
-            return os.pidfd_open(pid)
+            return linux.pidfd_open(pid)
         except OSError:
             return None
 

@@ -29,6 +29,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from safepool import linux
 from safepool.threads.cap import find_ahead
 from safepool.transport import letters
 from safepool.workers import birth, lifeline
@@ -161,7 +162,7 @@ class _Server:
             self._become_worker(details, descriptors)
         # Before it may be waited for: so long the number is this worker's.
         try:
-            pidfd = [os.pidfd_open(pid)]
+            pidfd = [linux.pidfd_open(pid)]
         except OSError:  # before Linux 5.3
             pidfd = []
         self._workers[pid] = status

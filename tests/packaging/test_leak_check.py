@@ -88,12 +88,12 @@ LEAKS: dict[str, tuple[str, str]] = {
     ),
     "file": ("os.open('/dev/null', os.O_RDONLY)", r"file descriptor \d+: /dev/null"),
     "memory file": (
-        "os.memfd_create('mine')",
+        "linux.memfd_create('mine', 0)",
         r"file descriptor \d+: /memfd:mine",
     ),
     "mapped memory file": (
         """
-        descriptor = os.memfd_create('mine')
+        descriptor = linux.memfd_create('mine', 0)
         os.truncate(descriptor, 4096)
         kept.append(mmap.mmap(descriptor, 4096))
         os.close(descriptor)
@@ -168,6 +168,7 @@ HEAD = """
 import _thread, atexit, concurrent.futures, gc, mmap, multiprocessing, os, socket, subprocess
 import sys, tempfile, threading, time
 import pytest
+from safepool import linux
 kept = []
 """
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files need memfd_create")
 
 if sys.platform == "linux":
+    from safepool import linux
     from safepool.transport import _memfd
     from safepool.transport.files import Stored, accept, invite, store
 
@@ -114,7 +115,7 @@ def test_a_descriptor_that_cannot_be_taken_now_is_taken_when_one_is_free(
 
 
 def _unsealed(size: int) -> Any:
-    descriptor = os.memfd_create("safepool-arrays", os.MFD_CLOEXEC)
+    descriptor = linux.memfd_create("safepool-arrays", linux.MFD_CLOEXEC)
     os.ftruncate(descriptor, size)
     return Stored(descriptor, (size,))
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no board elsewhere")
 
+if sys.platform == "linux":
+    from safepool import linux
+
 STRESS_S = 2.0
 POSITIONS = 1 << 24
 BEGUN, SKIPPED = 1, 2
@@ -101,7 +104,7 @@ def board() -> Iterator[Board]:
 
 
 def begin(script: str, board: Board) -> tuple[subprocess.Popen[bytes], mmap.mmap]:
-    descriptor = os.memfd_create("marks")
+    descriptor = linux.memfd_create("marks", linux.MFD_CLOEXEC)
     os.ftruncate(descriptor, POSITIONS)
     # The worker's own copies: it owns what it is given.
     shared = [board.fileno(), descriptor]

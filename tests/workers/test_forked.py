@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
+from safepool import linux
 from safepool.workers import forked
 from safepool.workers.forked import ForkedProcess
 from safepool.workers.server import EXIT_CODE
@@ -27,7 +27,7 @@ def process() -> Iterator[ForkedProcess]:
     pid = os.fork()
     if pid == 0:
         os._exit(7)
-    pidfd = os.pidfd_open(pid)
+    pidfd = linux.pidfd_open(pid)
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.waitpid(pid, 0)
@@ -94,7 +94,7 @@ def test_a_signal_of_the_program_meets_this_process_or_none(
     def send_beside(_descriptor: int, _number: int) -> None:
         pool.run()
 
-    monkeypatch.setattr(signal, "pidfd_send_signal", send_beside)
+    monkeypatch.setattr(linux, "pidfd_send_signal", send_beside)
     process.kill()
     pool.end()
 
