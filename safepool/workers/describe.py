@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import traceback
 from typing import TYPE_CHECKING
@@ -12,7 +13,32 @@ from safepool.transport.payloads import dumps, loads
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["describe"]
+__all__ = ["describe", "get_ready"]
+
+
+def get_ready() -> None:
+    """Load the modules that a description takes, before a task runs.
+
+    An import takes a descriptor, and a task may have used up all of them.
+    """
+    for name in _IMPORTED_WITHIN:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # of another version
+
+
+# By traceback, inside its functions or lazily (Python 3.11 to 3.15), to show what is special in an
+# error: columns of a line, a wrong name, a typing error in a keyword.
+_IMPORTED_WITHIN = (
+    "_colorize",
+    "_suggestions",
+    "ast",
+    "codeop",
+    "difflib",
+    "inspect",
+    "unicodedata",
+)
 
 
 def describe(error: BaseException) -> list[bytes | memoryview]:
@@ -41,8 +67,15 @@ def _trace(error: BaseException, frames: TracebackType | None) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
     except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details
-        shown = "".join(traceback.format_tb(frames))
-        return f"{shown}{_name(type(error))} (not formatted: {text_of(problem)})\n"
+        # By hand: what has failed may fail again.
+        lines = []
+        while frames is not None:
+            code = frames.tb_frame.f_code
+            lines.append(
+                f'  File "{code.co_filename}", line {frames.tb_lineno}, in {code.co_name}\n'
+            )
+            frames = frames.tb_next
+        return f"{''.join(lines)}{_name(type(error))} (not formatted: {text_of(problem)})\n"
 
 
 def _name(kind: type) -> str:

@@ -21,6 +21,7 @@ from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.files import accept
 from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
+from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
 from safepool.workers.runner import Runner
 
@@ -104,6 +105,7 @@ def be_worker(
     except OSError:
         return  # the pool is gone
     inheritance.receive(inherited)
+    get_ready()
     try:
         Runner(channel, shared, cap, initializer).serve()
     except ChannelClosedError:

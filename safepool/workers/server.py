@@ -33,6 +33,7 @@ from safepool import linux
 from safepool.threads.cap import find_ahead
 from safepool.transport import letters
 from safepool.workers import birth, lifeline
+from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
         lifeline.hold(lifeline_descriptor)
     except OSError:
         pass  # the socket still tells, as soon as the server looks
+    get_ready()
     try:
         _Server(socket.socket(fileno=sock_descriptor), line).run()
     except ConnectionError:

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import support_errors as errors
 import support_tasks as tasks
 from support_processes import still_alive, wait_until
 
@@ -77,6 +78,34 @@ def test_exceptions_that_resist_cost_their_own_task(case: str) -> None:
         assert pool.submit(tasks.pid).result(timeout=30) == worker
 
     assert words in f"{type(error).__name__} {_text(error)}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of descriptors")
+@pytest.mark.parametrize("case", errors.ERRORS)
+def test_an_error_without_descriptors_is_told(case: str) -> None:
+    """What its description takes was imported before; the worker lives, and has its type."""
+    with ProcessPool(1) as pool:
+        worker = pool.submit(tasks.pid).result(timeout=30)
+        error = pool.submit(errors.fail_without_descriptors, case).exception(timeout=30)
+        assert pool.submit(tasks.pid).result(timeout=30) == worker
+
+    assert errors.ERRORS[case][1] in f"{type(error).__name__} {error}"
+    assert "in fail_without_descriptors" in str(getattr(error, "__cause__", None) or error)
+
+
+@pytest.mark.parametrize("method", [None, "spawn"])
+def test_an_error_that_python_cannot_format_is_told(method: str | None) -> None:
+    """With the places it went through, by hand."""
+    with ProcessPool(1, mp_context=method) as pool:
+        worker = pool.submit(tasks.pid).result(timeout=30)
+        pool.submit(errors.break_formatting).result(timeout=30)
+        error = pool.submit(tasks.raise_value_error).exception(timeout=30)
+        assert pool.submit(tasks.pid).result(timeout=30) == worker
+
+    assert type(error) is ValueError
+    assert "in raise_value_error\nbuiltins.ValueError (not formatted: no desc" in str(
+        error.__cause__
+    )
 
 
 def _text(error: BaseException | None) -> str:
@@ -345,7 +374,7 @@ def test_what_cannot_be_pickled_is_told_with_the_call_that_it_was_in() -> None:
     with ProcessPool(1) as pool:
         error = pool.submit(tasks.square, lock).exception(timeout=30)  # type: ignore[arg-type]
     assert isinstance(error, TypeError)
-    assert "while the call of support_tasks.square was pickled" in error.__notes__[0]
+    assert "while the call of support_tasks.square was pickled" in "\n".join(error.__notes__)
 
 
 @pytest.mark.parametrize("name", ["", "A=B", "A\0"])
