@@ -51,7 +51,7 @@ def read_limits(
         cpu,
         memory=groups_memory,
         pids=(*tasks, _user_processes(machine)) if here else tasks,
-        open_files=_open_files() if here else None,
+        open_files=_open_files(machine) if here else None,
         shared_memory=_shared_memory(_SHARED_MEMORY) if here else None,
         skipped=tuple(machine.skipped),
     )
@@ -84,7 +84,7 @@ def _cpu_limits(
     here = machine.is_this_one
     if environ is None:
         environ = os.environ if here else {}
-    affinity = _affinity() if here else read_captured_affinity(machine)
+    affinity = _affinity(machine) if here else read_captured_affinity(machine)
     quotas = quota.read_quotas(machine, levels)
     bounds, exact, skipped = read_environment(environ, sys._xoptions if here else {})
     machine.skipped.extend(note for note in skipped if note not in machine.skipped)
@@ -97,10 +97,14 @@ def _cpu_limits(
     )
 
 
-def _affinity() -> Limit:
+def _affinity(machine: Machine) -> Limit:
     # The calling thread's mask, already cut down to its cpuset by the kernel; a worker
     # inherits it from the thread that starts it. sched_setaffinity(2).
-    cpus = os.sched_getaffinity(0)
+    try:
+        cpus = os.sched_getaffinity(0)
+    except OSError as error:  # a filter refuses the call
+        machine.note("os.sched_getaffinity(0)", error.strerror or str(error))
+        return read_captured_affinity(machine)
     return Limit(
         name=AFFINITY, cpus=float(len(cpus)), source="os.sched_getaffinity(0)", raw=_ranges(cpus)
     )
@@ -119,8 +123,7 @@ def _ranges(cpus: set[int]) -> str:
 
 def _user_processes(machine: Machine) -> PidsLimit:
     """Ask for the ceiling on this user's tasks, all over the machine (setrlimit(2))."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    raw = _raw_limit(soft)
+    soft, raw = _soft_limit(machine, "RLIMIT_NPROC")
     tasks = None if soft == resource.RLIM_INFINITY else soft
     # kernel/fork.c, copy_process: not enforced for the machine's own root. The root of a
     # user namespace (rootless podman) is an ordinary user outside, and bound by it.
@@ -142,8 +145,8 @@ def _is_machines_root(machine: Machine) -> bool:
     return text is not None and text.split() == ["0", "0", "4294967295"]
 
 
-def _open_files() -> OpenFilesLimit:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _open_files(machine: Machine) -> OpenFilesLimit:
+    soft, raw = _soft_limit(machine, "RLIMIT_NOFILE")
     try:
         # One of them is the listing's own.
         used = len(os.listdir("/proc/self/fd")) - 1
@@ -153,12 +156,18 @@ def _open_files() -> OpenFilesLimit:
         files=None if soft == resource.RLIM_INFINITY else soft,
         used_files=used,
         source="resource.getrlimit(RLIMIT_NOFILE)",
-        raw=_raw_limit(soft),
+        raw=raw,
     )
 
 
-def _raw_limit(soft: int) -> str:
-    return "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
+def _soft_limit(machine: Machine, name: str) -> tuple[int, str]:
+    """Ask for a soft limit; return it and what is to be shown of it."""
+    try:
+        soft, _ = resource.getrlimit(getattr(resource, name))
+    except (OSError, ValueError) as error:  # a filter refuses the call
+        machine.note(f"resource.getrlimit({name})", str(error))
+        return resource.RLIM_INFINITY, "unreadable"
+    return soft, "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
 def _shared_memory(path: str) -> SharedMemory | None:

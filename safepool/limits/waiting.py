@@ -105,7 +105,10 @@ if sys.platform == "linux":
 
     def _idle_ticks() -> int | None:
         text = _read("/proc/stat")
-        return None if text is None else parse_idle(text, os.sched_getaffinity(0))
+        try:
+            return None if text is None else parse_idle(text, os.sched_getaffinity(0))
+        except OSError:  # a filter refuses the call
+            return None
 
     def _ticks_per_second() -> int:
         return os.sysconf("SC_CLK_TCK")

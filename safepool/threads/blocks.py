@@ -330,7 +330,10 @@ class _Blocks:
 if sys.platform == "linux":
 
     def _cpus() -> int:
-        return len(os.sched_getaffinity(0))
+        try:
+            return len(os.sched_getaffinity(0))
+        except OSError:  # a filter refuses the call
+            return os.cpu_count() or 1
 
 else:
 

@@ -121,7 +121,11 @@ def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
     cloudpickle 3.1.3 and later leave it out, and with it the lines of every traceback.
     """
     rebuild, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
-    kept = (code.co_filename if item == "<dynamic-code>" else item for item in arguments)
+    # Texts alone are compared with text: "python -bb" makes an error of bytes beside one.
+    kept = (
+        code.co_filename if isinstance(item, str) and item == "<dynamic-code>" else item
+        for item in arguments
+    )
     return rebuild, tuple(kept)
 
 

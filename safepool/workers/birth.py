@@ -22,7 +22,7 @@ from safepool.workers import lifeline
 from safepool.workers.main import be_worker
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 assert sys.platform == "linux"
 
@@ -47,11 +47,24 @@ def circumstances() -> dict[str, Any]:
         "path": [entry for entry in sys.path if isinstance(entry, str)],
         "argv": list(sys.argv),
         "umask": _umask(),
-        "nice": os.getpriority(os.PRIO_PROCESS, 0),
-        "affinity": os.sched_getaffinity(0),
-        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
+        "nice": _asked(os.getpriority, os.PRIO_PROCESS, 0),
+        "affinity": _asked(os.sched_getaffinity, 0),
+        "limits": {name: _limit(name) for name in _LIMITS},
         "recursion": sys.getrecursionlimit(),
     }
+
+
+def _asked(call: Callable[..., Any], *arguments: int) -> Any:
+    """Return what the system answers; ``None`` if a filter refuses the call."""
+    try:
+        return call(*arguments)
+    except (OSError, ValueError):  # getrlimit() makes a ValueError of some
+        return None
+
+
+def _limit(name: str) -> tuple[int, int] | None:
+    found: tuple[int, int] | None = _asked(resource.getrlimit, getattr(resource, name))
+    return found
 
 
 def _umask() -> int | None:
@@ -143,12 +156,13 @@ def _inherit(details: dict[str, Any], folder: int) -> None:
     if details["umask"] is not None:
         os.umask(details["umask"])
     for name, limit in details["limits"].items():
-        if resource.getrlimit(getattr(resource, name)) != limit:
+        if limit is not None and _limit(name) != limit:
             _try(resource.setrlimit, getattr(resource, name), limit)
-    if os.getpriority(os.PRIO_PROCESS, 0) != details["nice"]:
-        _try(os.setpriority, os.PRIO_PROCESS, 0, details["nice"])
-    if os.sched_getaffinity(0) != details["affinity"]:
-        _try(os.sched_setaffinity, 0, details["affinity"])
+    nice, cpus = details["nice"], details["affinity"]
+    if nice is not None and _asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
+        _try(os.setpriority, os.PRIO_PROCESS, 0, nice)
+    if cpus is not None and _asked(os.sched_getaffinity, 0) != cpus:
+        _try(os.sched_setaffinity, 0, cpus)
 
 
 def _draw_other_numbers() -> None:

@@ -1,7 +1,8 @@
 """A process that a fork server has started: signalled, waited for, asked how it ended.
 
 It is no child of this process, so the server reaps it and writes its exit code into a pipe; a
-pidfd refers to it alone and tells of its end (pidfd_open(2), Linux 5.3).
+pidfd refers to it alone and tells of its end (pidfd_open(2), Linux 5.3). A worker that is started
+afresh is a child, and in all else the same.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import signal
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from safepool import linux
 from safepool.workers import server
 
+if TYPE_CHECKING:
+    import subprocess
+
 assert sys.platform == "linux"
 
-__all__ = ["ForkedProcess", "is_readable"]
+__all__ = ["ChildProcess", "ForkedProcess", "is_readable"]
 
 
 class ForkedProcess:
@@ -119,10 +124,16 @@ class ForkedProcess:
             try:
                 if self.pidfd is not None:
                     linux.pidfd_send_signal(self.pidfd, number)
-                elif self.is_alive():
+                    return
+            except ProcessLookupError:
+                return
+            except OSError:
+                pass  # a filter refuses this call, and not kill(2)
+            if self.is_alive():
+                try:
                     os.kill(self.pid, number)
-            except (ProcessLookupError, PermissionError):
-                pass
+                except (ProcessLookupError, PermissionError):
+                    pass
 
     def close(self) -> None:
         """Give its descriptors back."""
@@ -135,6 +146,43 @@ class ForkedProcess:
 
     def __repr__(self) -> str:
         return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"
+
+
+class ChildProcess(ForkedProcess):
+    """A worker that this process has started itself, and so waits for itself.
+
+    Args:
+        name: Its name.
+        started: The process.
+        status: A pipe that turns readable when it has ended.
+    """
+
+    def __init__(self, name: str, started: subprocess.Popen[bytes], status: int) -> None:
+        try:
+            pidfd = linux.pidfd_open(started.pid)
+        except OSError:  # before Linux 5.3
+            pidfd = None
+        super().__init__(name, started.pid, pidfd, status)
+        started.returncode = 0  # waited for here
+
+    def _ask(self) -> None:
+        try:
+            ended, code = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            self._lost = True  # the program has waited for it, or ignores SIGCHLD
+            return
+        if ended:
+            self._exitcode = os.waitstatus_to_exitcode(code)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
+        deadline = time.monotonic() + timeout_s
+        while self.exitcode is None and not self._lost:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not is_readable(self.sentinel, left_s):
+                break
+            time.sleep(0.001)  # a pipe is at its end a moment before the process
+        return self._exitcode
 
 
 def is_readable(descriptor: int, timeout_s: float | None) -> bool:

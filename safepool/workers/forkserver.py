@@ -12,6 +12,10 @@ What goes wrong, and what is done:
     An import crashes or    another is started without that library; one that started threads
     starts threads          would make every fork unsafe.
     It does not answer      it is killed, and another is started.
+    It cannot fork          each worker is started afresh: a server that becomes the worker
+                            itself. An agent or a debugger has threads in every interpreter, or
+                            something refuses the fork. The reason is logged once.
+    It never says a word    an error names the executable: it is no Python interpreter.
     The program forks       the child gives up its copies: it would keep the server alive. What
                             a start needs is imported here, in the thread that makes the pool: a
                             child could never import what another thread was importing.
@@ -26,8 +30,10 @@ Not covered:
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import logging
+import marshal
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.spawn  # the tracker's start imports it: see below
@@ -67,6 +73,36 @@ _FORK_S = 5.0
 _ENDING_S = 1.0
 # Between two looks whether an import is still waited for: Ctrl-C must not have to.
 _LOOK_S = 0.1
+# A variable that is always in the server's own environment, in characters.
+_SMALL_VARIABLE = 4096
+# execve(2): there is none, it is not for this user, or no program at all.
+_NOT_EXECUTABLE = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENOEXEC,
+    errno.ELOOP,
+    errno.EISDIR,
+}
+# How a server begins. The path comes over the socket: one argument has 128 KiB at most
+# (execve(2), MAX_ARG_STRLEN). Nothing is imported before it is set but what is built in: of "-c"
+# the current directory is the first on the path.
+_BOOTSTRAP = """
+import marshal, posix, sys
+def take(count):
+    taken = b""
+    while len(taken) < count:
+        part = posix.read({0}, count - len(taken))
+        if not part:
+            posix._exit(0)
+        taken += part
+    return taken
+sys.path[:] = marshal.loads(take(int.from_bytes(take(8), "little")))
+from safepool.workers.server import serve
+serve({0}, {1}, greets={2})
+"""
+_HAD_THREADS = "it had threads from its start, as an agent or a debugger brings them: {}"
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
 _MOST_STARTS = 4
 # Servers without workers beyond this number are ended: a program may make pools of ever new
@@ -90,18 +126,21 @@ class ServerContext(multiprocessing.context.SpawnContext):
         self.preload = preload
         self._modules: list[str] | None = None
 
-    def prepare(self, changes: Mapping[str, str | None]) -> None:
+    def prepare(self, changes: Mapping[str, str | None]) -> bool:
         """Start the server, if none runs: from then on a worker costs this process no process.
 
         Args:
             changes: As for :meth:`fork_worker`.
+
+        Returns:
+            Whether that is so: ``False`` if each worker is started afresh.
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
             RuntimeError: The interpreter shuts down.
         """
         with _server_for(changes) as server:
-            server.start()
+            return server.start()
 
     def fork_worker(
         self,
@@ -150,6 +189,10 @@ class _StartedThreadsError(Exception):
     """The server has threads that a fork would lose."""
 
 
+class _CannotForkError(Exception):
+    """No server can be forked, whatever is left out."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     """What a server has for good: pools with another need another server."""
@@ -170,6 +213,8 @@ class _Server:
         self._sock: socket.socket | None = None
         self._asked: set[str] = set()
         self._answers = False  # until then it may still be starting
+        # Each worker is an interpreter of its own from now on.
+        self._afresh = False
         # Libraries that cannot be preloaded, by the first part of their name.
         self._left_out: set[str] = set()
         self._workers: list[forked.ForkedProcess] = []
@@ -204,66 +249,92 @@ class _Server:
         while not self._lock.acquire(timeout=_LOOK_S):  # another pool waits for an import
             _check(given_up)
         try:
-            ending = ""
-            for attempt in range(_MOST_STARTS):
-                if self._process is None:
-                    self._start()
-                try:
-                    if attempt < 2:
-                        self._preload(modules, given_up, strict=strict)
-                    process = self._fork(details, files, given_up)
-                except (_LostError, ConnectionError, TimeoutError) as error:
-                    if not isinstance(error, TimeoutError):
-                        self._await_the_end()
-                    ending = self._stop()
-                    _log.info("a fork server was lost and is started again: it %s", ending)
-                except _StartedThreadsError as error:
-                    self._stop()
-                    ending = f"had threads: {error}"
-                except InterruptedError:
-                    self._stop()  # in the middle of an import
-                    raise
-                else:
-                    self._workers = [worker for worker in self._workers if not worker.closed]
-                    self._workers.append(process)
-                    return process
-            raise OSError(
-                f"{_MOST_STARTS} fork servers in a row could not be used; the last {ending}"
-            )
+            process = self._start_one(modules, details, files, given_up, strict=strict)
+            self._workers = [worker for worker in self._workers if not worker.closed]
+            self._workers.append(process)
+            return process
         finally:
             self._lock.release()
 
-    def start(self) -> None:
-        """Start it, if it does not run."""
+    def _start_one(
+        self,
+        modules: Sequence[str],
+        details: Mapping[str, Any],
+        files: Sequence[int],
+        given_up: Callable[[], bool],
+        *,
+        strict: bool,
+    ) -> forked.ForkedProcess:
+        if not self._afresh:
+            try:
+                return self._fork_one(modules, details, files, given_up, strict=strict)
+            except _CannotForkError as error:
+                self._afresh = True
+                _log_once(
+                    "each worker is started afresh, as no fork server can be used "
+                    f"(a start takes longer, and no memory is shared): {error}"
+                )
+        return self._start_afresh(modules if strict else (), details, files)
+
+    def _fork_one(
+        self,
+        modules: Sequence[str],
+        details: Mapping[str, Any],
+        files: Sequence[int],
+        given_up: Callable[[], bool],
+        *,
+        strict: bool,
+    ) -> forked.ForkedProcess:
+        why = ""
+        for attempt in range(_MOST_STARTS):
+            if self._process is None:
+                self._start()
+            try:
+                if attempt < 2:
+                    self._preload(modules, given_up, strict=strict)
+                return self._fork(details, files, given_up)
+            except (_LostError, ConnectionError, TimeoutError) as error:
+                why = self._lose(error, attempt)
+            except _StartedThreadsError as error:
+                self._stop()
+                why = f"had threads: {error}"
+            except (_CannotForkError, InterruptedError):
+                self._stop()  # it may be in the middle of an import
+                raise
+        raise _CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
+
+    def _lose(self, error: Exception, attempt: int) -> str:
+        """End a server that was lost, and say how it ended.
+
+        Raises:
+            OSError: None has ever said a word, so it is no Python interpreter.
+        """
+        silent = not self._answers
+        if not isinstance(error, TimeoutError):
+            self._await_the_end()
+        ending = self._stop()
+        if silent and (attempt or isinstance(error, TimeoutError)):
+            raise OSError(_no_interpreter(f"was started as an interpreter, and {ending}"))
+        _log.info("a fork server was lost and is started again: it %s", ending)
+        return ending
+
+    def start(self) -> bool:
+        """Start it, if it does not run; return whether it forks the workers."""
         if self._process is None:  # or somebody starts it now, who would not be waited for
             with self._lock:
-                if self._process is None:
+                if self._process is None and not self._afresh:
                     self._start()
+        return not self._afresh
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         # Above the standard streams, which the child gets others for; a program may have closed
         # its own.
         handed = [_above_streams(theirs.fileno()), _above_streams(_line[0])]
-        code = (
-            f"import sys; sys.path[:] = {[p for p in sys.path if isinstance(p, str)]!r}; "
-            "from safepool.workers.server import serve; "
-            f"serve({handed[0]}, {handed[1]})"
-        )
         # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, *_interpreter_flags(), "-c", code],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None if _is_stream(2) else subprocess.DEVNULL,
-                pass_fds=handed,
-                env=self._environment(),
-                # In a directory that is gone, Python 3.13 cannot import socket (by "-c"). Workers
-                # go where the program is when they are born.
-                cwd=None if _has_directory() else "/",
-            )
+            self._process = self._execute(_BOOTSTRAP.format(*handed, not self._afresh), handed)
         except BaseException:
             ours.close()
             raise
@@ -272,10 +343,42 @@ class _Server:
             theirs.close()
             for descriptor in handed:
                 os.close(descriptor)
+        path = marshal.dumps([entry for entry in sys.path if isinstance(entry, str)], 2)
+        try:
+            ours.settimeout(_IMPORT_S)
+            ours.sendall(len(path).to_bytes(8, "little") + path)
+        except OSError:
+            pass  # it has ended, which is found out by whoever asks it for something
         self._sock = ours
         self._asked = set()
         self._answers = False
         _log.debug("fork server %d started", self._process.pid)
+
+    def _execute(self, code: str, handed: Sequence[int]) -> subprocess.Popen[bytes]:
+        environment = self._environment()
+        while True:
+            try:
+                return subprocess.Popen(
+                    [_executable(), *_interpreter_flags(), "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=None if _is_stream(2) else subprocess.DEVNULL,
+                    pass_fds=handed,
+                    env=environment,
+                    # In a directory that is gone, Python 3.13 cannot import socket (by "-c").
+                    # Workers go where the program is when they are born.
+                    cwd=None if _has_directory() else "/",
+                )
+            except OSError as error:
+                if error.errno in _NOT_EXECUTABLE:
+                    raise OSError(_no_interpreter(f"cannot be started: {error}")) from error
+                if error.errno != errno.E2BIG:
+                    raise
+                # execve(2): 128 KiB for a variable, a quarter of the stack for all. Workers get
+                # it over the socket.
+                largest = max(environment, key=lambda name: len(environment[name]))
+                if len(environment.pop(largest)) < _SMALL_VARIABLE:
+                    raise
 
     def _environment(self) -> dict[str, str]:
         wanted = dict.fromkeys(os.environ) | self._changes
@@ -293,6 +396,7 @@ class _Server:
         ]
         if not new:
             return
+        before = bool(self._asked)
         self._asked.update(new)
         self._send(("preload", new))
         importing = ""
@@ -301,15 +405,12 @@ class _Server:
                 (what, told), _ = self._receive(_IMPORT_S, given_up)
             except (_LostError, ConnectionError, TimeoutError) as error:
                 if importing:
-                    if isinstance(error, TimeoutError):
-                        why = "the fork server's import takes too long"
-                    else:
-                        why = f"while it was imported, the fork server {self._await_the_end()}"
-                    _log.warning("%s is not preloaded: %s", importing, why)
-                    self._left_out.add(importing.partition(".")[0])
+                    self._leave_out(importing, error)
                 raise
             if what == "preloaded":
                 break
+            if what == "threads":
+                raise self._useless(told, imported=before)
             importing = told
         failed, started = told
         for name, reason in failed.items():
@@ -321,17 +422,79 @@ class _Server:
         if started:
             raise _StartedThreadsError(", ".join(sorted(started)))
 
+    def _leave_out(self, importing: str, error: Exception) -> None:
+        if isinstance(error, TimeoutError):
+            why = "the fork server's import takes too long"
+        else:
+            why = f"while it was imported, the fork server {self._await_the_end()}"
+        _log.warning("%s is not preloaded: %s", importing, why)
+        self._left_out.add(importing.partition(".")[0])
+
     def _fork(
         self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
-        name = f"safepool-{next(_numbers)}"
+        with self._handing(more, files) as (details, given, status, key):
+            self._send(("fork", details), given)
+            limit_s = _FORK_S if self._answers else _IMPORT_S
+            (what, answer), descriptors = self._receive(limit_s, given_up)
+            if what == "forked":
+                os.write(key, b"\0")
+                pidfd = descriptors[0] if descriptors else None
+                return forked.ForkedProcess(details["name"], answer, pidfd, os.dup(status))
+        if what == "refused":
+            raise OSError(answer, os.strerror(answer))
+        if what == "unforkable":
+            raise _CannotForkError(f"its fork raised {answer}")
+        raise self._useless(answer, imported=bool(self._asked))
+
+    def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
+        """Leave out what may have started threads, and return what the server is given up for."""
+        told = ", ".join(threads)
+        if not imported:
+            return _CannotForkError(_HAD_THREADS.format(told))
+        _log.warning("nothing is preloaded: the fork server has threads: %s", told)
+        self._left_out.update(name.partition(".")[0] for name in self._asked)
+        return _StartedThreadsError(told)
+
+    def _start_afresh(
+        self, modules: Sequence[str], more: Mapping[str, Any], files: Sequence[int]
+    ) -> forked.ForkedProcess:
+        """Start a server that becomes a worker, by the pool's thread: it may end with that."""
+        self._start()
+        process = self._process
+        assert process is not None
+        try:
+            with self._handing(more, files) as (details, given, status, key):
+                self._send(("become", {**details, "modules": modules}), given)
+                os.write(key, b"\0")
+                # Not waited for: several can start at the same time.
+                return forked.ChildProcess(details["name"], process, os.dup(status))
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            sock, self._process, self._sock = self._sock, None, None
+            assert sock is not None
+            sock.close()
+
+    @contextmanager
+    def _handing(
+        self, more: Mapping[str, Any], files: Sequence[int]
+    ) -> Iterator[tuple[dict[str, Any], list[int], int, int]]:
+        """Open what a worker is given, for as long as it is handed over.
+
+        Yields:
+            What it is told, what it is given, where its end is told, and where to write a byte
+            when it is known here.
+        """
         me = multiprocessing.current_process()
         details = {
             **birth.circumstances(),
             "environ": self._environment(),
             "changes": self._changes,
             **more,
-            "name": name,
+            "name": f"safepool-{next(_numbers)}",
             "parent": os.getpid(),
             "parent_name": me.name,
             "authkey": bytes(me.authkey),
@@ -352,23 +515,10 @@ class _Server:
             tracker = resource_tracker.getfd()
             assert tracker is not None
             given = [told, gate, folder, *streams, tracker, *files]
-            self._send(("fork", {**details, "files": len(given)}), given)
-            limit_s = _FORK_S if self._answers else _IMPORT_S
-            (what, answer), descriptors = self._receive(limit_s, given_up)
-            self._answers = True
-            if what == "forked":
-                os.write(key, b"\0")
-                opened.remove(status)
-                pidfd = descriptors[0] if descriptors else None
-                return forked.ForkedProcess(name, answer, pidfd, status)
+            yield {**details, "files": len(given)}, given, status, key
         finally:
             for descriptor in opened:
                 os.close(descriptor)
-        if what == "refused":
-            raise OSError(answer, os.strerror(answer))
-        _log.warning("nothing is preloaded: the fork server has threads: %s", ", ".join(answer))
-        self._left_out.update(name.partition(".")[0] for name in self._asked)
-        raise _StartedThreadsError(", ".join(answer))
 
     def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
         assert self._sock is not None
@@ -388,6 +538,9 @@ class _Server:
         received = letters.receive(self._sock)
         if received is None:
             raise _LostError
+        if not self._answers:  # what it says first is that it is there
+            self._answers = True
+            return self._receive(timeout_s, given_up)
         return received
 
     def stop(self) -> None:
@@ -513,9 +666,48 @@ def _identity() -> tuple[str, ...]:
 _RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
 
 
+def _log_once(text: str) -> None:
+    if text not in _logged:
+        _logged.add(text)
+        _log.warning("%s", text)
+
+
+_logged: set[str] = set()
+
+
+def _executable() -> str:
+    """Return the interpreter, as multiprocessing's own start methods find it.
+
+    Raises:
+        OSError: Nothing says where it is: Python is embedded in another program.
+    """
+    found = multiprocessing.spawn.get_executable()
+    if not found:
+        if not sys.executable:
+            raise OSError(_no_interpreter("is empty, as in a program that embeds Python"))
+        # Set after multiprocessing was imported, whose resource tracker needs it as well.
+        multiprocessing.spawn.set_executable(sys.executable)
+        found = sys.executable
+    return os.fsdecode(found)
+
+
+def _no_interpreter(what: str) -> str:
+    name = os.fsdecode(multiprocessing.spawn.get_executable() or sys.executable or "")
+    return (
+        f"the interpreter for workers, {name!r} (sys.executable, or what "
+        f"multiprocessing.set_executable() was given), {what}. Give "
+        "multiprocessing.set_executable() the path of a Python interpreter that can import "
+        'safepool, or pass mp_context="fork" if this program has no threads'
+    )
+
+
 def _interpreter_flags() -> list[str]:
     flags: Any = subprocess
     found: list[str] = flags._args_from_interpreter_flags()  # as multiprocessing's spawn does
+    for name, value in sys._xoptions.items():
+        option = name if value is True else f"{name}={value}"
+        if option not in found:
+            found += ["-X", option]
     return found
 
 

@@ -60,7 +60,7 @@ def find_context(
         if wanted is not None:
             raise ValueError(
                 'mp_context="safepool" forks workers from a server of its own, which needs Linux '
-                "with /proc, and a Python interpreter that can be started again (sys.executable)"
+                "with /proc, and a program that is not frozen into one file"
             )
     if wanted is None or wanted == "loky":
         from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
@@ -76,7 +76,7 @@ if sys.platform == "linux":
     def _server_context(preload: str | Sequence[str]) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
         # The server counts its threads there before each fork.
-        if not sys.executable or hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
+        if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
             return None
         from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
 
@@ -102,8 +102,8 @@ def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool
     if context.get_start_method() != "safepool":
         return False
     own: Any = context
-    own.prepare(environment)
-    return True
+    forks: bool = own.prepare(environment)
+    return forks
 
 
 class WorkerProcess:
@@ -221,9 +221,12 @@ class WorkerProcess:
         if self._pidfd is not None and sys.platform == "linux":
             try:
                 linux.pidfd_send_signal(self._pidfd, number)
-            except (ProcessLookupError, PermissionError):
-                pass  # it has ended, or made itself somebody else's
-            return
+            except ProcessLookupError:
+                return  # it has ended
+            except OSError:
+                pass  # a filter refuses this call, and not kill(2)
+            else:
+                return
         # Not yet waited for by us, so the number cannot belong to another process.
         if self.process.is_alive():
             try:

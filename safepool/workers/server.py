@@ -5,10 +5,14 @@ a worker on request, and reports how each ended. It ends with the program: when 
 socket closes or, should it be in the middle of a long import, by the life-line.
 
     to the server     ("preload", [names])        from it    ("importing", name) before each
-                                                             ("preloaded", (failed, threads))
+                                                             ("preloaded", (failed, threads)), or
+                                                             ("threads", names) at once
                       ("fork", details) + files   from it    ("forked", pid) + pidfd, or
                                                              ("threads", names), or
-                                                             ("refused", errno)
+                                                             ("refused", errno), or
+                                                             ("unforkable", error)
+                      ("become", details) + files            nothing: it is the worker
+                                                  and first  ("up", pid)
 
 Every worker has a pipe besides, into which the server writes its exit code when it has ended.
 """
@@ -50,12 +54,14 @@ EXIT_CODE = struct.Struct("!i")
 _TASKS = "/proc/self/task"
 
 
-def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
+def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> None:
     """Serve the program at the other end of the socket until it is gone.
 
     Args:
         sock_descriptor: This end of an unnamed stream socket pair.
         lifeline_descriptor: The reading end of a pipe whose writing end is the program's alone.
+        greets: Say that it is up. One that is to become a worker must not: a socket that is closed
+            with something unread fails at its other end (unix(7)).
     """
     os.set_inheritable(sock_descriptor, False)
     os.set_inheritable(lifeline_descriptor, False)
@@ -66,8 +72,11 @@ def serve(sock_descriptor: int, lifeline_descriptor: int) -> None:
     except OSError:
         pass  # the socket still tells, as soon as the server looks
     get_ready()
+    sock = socket.socket(fileno=sock_descriptor)
     try:
-        _Server(socket.socket(fileno=sock_descriptor), line).run()
+        if greets:
+            letters.send(sock, ("up", os.getpid()))
+        _Server(sock, line).run()
     except ConnectionError:
         pass
     # Nobody's exit functions: what was imported belongs to the workers.
@@ -104,6 +113,8 @@ class _Server:
                 (what, details), descriptors = received
                 if what == "preload":
                     self._preload(details)
+                elif what == "become":
+                    self._become(details, descriptors)
                 else:
                     self._fork(details, descriptors)
 
@@ -117,6 +128,9 @@ class _Server:
         self._reap()
 
     def _preload(self, names: list[str]) -> None:
+        if threads := _foreign_threads():  # nothing was imported yet: nobody could fork this
+            letters.send(self._sock, ("threads", threads))
+            return
         failed: dict[str, str] = {}
         started: dict[str, list[str]] = {}
         # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
@@ -156,9 +170,12 @@ class _Server:
             # there is checked here.
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 pid = os.fork()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 -- somebody else's functions run around a fork
             _close_all(descriptors)
-            letters.send(self._sock, ("refused", error.errno))
+            if isinstance(error, OSError):
+                letters.send(self._sock, ("refused", error.errno))
+            else:
+                letters.send(self._sock, ("unforkable", repr(error)))
             return
         if pid == 0:
             self._become_worker(details, descriptors)
@@ -173,6 +190,20 @@ class _Server:
             letters.send(self._sock, ("forked", pid), pidfd)
         finally:
             _close_all(pidfd)
+
+    def _become(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
+        """Be a worker without a fork: there are threads that it would lose, or it is refused."""
+        if len(descriptors) < details["files"]:
+            os._exit(1)
+        with _silence():
+            for name in details["modules"]:
+                try:
+                    importlib.import_module(name)
+                except BaseException:  # noqa: BLE001 -- user code; a worker may do without
+                    pass
+        # Open until this process has ended, which is all that tells of it before Linux 5.3.
+        os.dup(descriptors[0])
+        self._become_worker(details, descriptors)
 
     def _reap(self) -> None:
         """Report who has ended. Also called by the signal's handler, in the middle of itself."""

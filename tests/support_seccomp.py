@@ -1,0 +1,67 @@
+"""A filter that refuses system calls, as container runtimes and sandboxes install them.
+
+Source: seccomp(2); Linux, include/uapi/linux/filter.h, seccomp.h; the numbers are those of
+``arch/x86/entry/syscalls/syscall_64.tbl`` and ``include/uapi/asm-generic/unistd.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+# The name of a call: its number on x86_64, and on aarch64.
+NUMBERS = {
+    "sendmsg": (46, 211),
+    "socketpair": (53, 199),
+    "getpriority": (140, 141),
+    "setpriority": (141, 140),
+    "prctl": (157, 167),
+    "getrlimit": (97, 163),
+    "sched_setaffinity": (203, 122),
+    "sched_getaffinity": (204, 123),
+    "prlimit64": (302, 261),
+    "memfd_create": (319, 279),
+    "membarrier": (324, 283),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+}
+
+_MACHINES = {"x86_64": 0, "aarch64": 1}
+_NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
+# BPF_LD | BPF_W | BPF_ABS, BPF_JMP | BPF_JEQ | BPF_K, BPF_RET | BPF_K
+_LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_ALLOW, _REFUSE = 0x7FFF_0000, 0x0005_0000
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def can_refuse() -> bool:
+    """Tell whether the numbers of this machine are known."""
+    return os.uname().machine in _MACHINES
+
+
+def refuse(*names: str, error: int = errno.EPERM) -> None:
+    """Let these calls fail, for good, in this process and in all that it starts.
+
+    Args:
+        names: From :data:`NUMBERS`.
+        error: With which error.
+    """
+    column = _MACHINES[os.uname().machine]
+    numbers = [NUMBERS[name][column] for name in names]
+    lines = [(_LOAD, 0, 0, 0)]  # seccomp_data.nr
+    lines += [(_JUMP_IF_EQUAL, len(numbers) - at, 0, n) for at, n in enumerate(numbers)]
+    lines += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE | error)]
+    code = b"".join(struct.pack("HBBI", *line) for line in lines)
+    program = _Program(len(lines), code)
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    for arguments in (
+        (_NO_NEW_PRIVILEGES, 1, 0, 0, 0),
+        (_SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0),
+    ):
+        if prctl(*arguments):
+            raise OSError(ctypes.get_errno(), "this system takes no filter")
