@@ -7,6 +7,7 @@
                                  lasts as long as the worker
     ``functools.singledispatch`` its functions, by type
     ``functools.cached_property``  its function
+    an object of a module        the receiver's own, where the script has it by a name (``held``)
 
 Imported with the first object that needs it: a worker or a program that sends only importable
 things never imports cloudpickle.
@@ -15,6 +16,7 @@ things never imports cloudpickle.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import types
 import uuid
@@ -25,8 +27,10 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from cloudpickle import cloudpickle as _internals
 
+from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = ["ByValuePickler", "reducer_table"]
 
@@ -79,6 +83,11 @@ def _keep(arrived: Any) -> None:
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`."""
 
+    def _dynamic_function_reduce(self, func: types.FunctionType) -> tuple[Any, ...]:
+        rebuild, fill = _internals._make_function, _internals._function_setstate
+        arguments = self._function_getnewargs(func)
+        return rebuild, arguments, _state_of(func), None, None, fill
+
     def reducer_override(self, obj: Any) -> Any:
         """Reduce classes and functions; ``NotImplemented`` leaves the rest to the table."""
         if isinstance(obj, types.FunctionType):
@@ -113,6 +122,39 @@ def reducer_table(
         # loky's is live, so later registrations hold.
         table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
     return table
+
+
+def _state_of(function: types.FunctionType) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what cloudpickle sets on a function that it has made, modules' objects as names."""
+    space = function.__globals__
+    names = _internals._extract_code_globals(function.__code__)
+    used = {"".join(name): space[name] for name in names if name in space}
+    cells = [_internals._get_cell_contents(cell) for cell in function.__closure__ or ()]
+    slots = {
+        # Copies, as cloudpickle makes them: a pickle of the same content has the same bytes.
+        "__name__": "".join(function.__name__),
+        "__qualname__": "".join(function.__qualname__),
+        "__annotations__": function.__annotations__,
+        "__kwdefaults__": function.__kwdefaults__,
+        "__defaults__": function.__defaults__,
+        "__module__": function.__module__,
+        "__doc__": function.__doc__,
+        "__closure__": function.__closure__,
+        "_cloudpickle_submodules": _submodules(
+            function.__code__, itertools.chain(used.values(), cells)
+        ),
+        "__globals__": {name: _own_of(name, value, space) for name, value in used.items()},
+    }
+    return {"".join(name): value for name, value in vars(function).items()}, slots
+
+
+def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
+    place = held_by_module(name, value, space)
+    return value if place is None else Held(place, value)
+
+
+def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
+    return _internals._find_imported_submodules(code, values)  # type: ignore[no-any-return]
 
 
 def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
@@ -235,14 +277,5 @@ def _attributes(wrapper: Any) -> dict[str, Any] | None:
 
 
 def _is_importable(wrapper: Any) -> bool:
-    module, name = getattr(wrapper, "__module__", None), getattr(wrapper, "__qualname__", "")
-    if module is None or module == "__main__" or module in _by_value_modules():
-        return False
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is wrapper
-
-
-def _by_value_modules() -> set[str]:
-    return set(cloudpickle.list_registry_pickle_by_value())
+    module = getattr(wrapper, "__module__", None)
+    return module not in modules_by_value() and is_importable(wrapper)

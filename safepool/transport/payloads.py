@@ -16,6 +16,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Missing
+from safepool.transport.held import modules_by_value
 from safepool.transport.memmaps import Reducers
 
 if TYPE_CHECKING:
@@ -23,7 +24,15 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["by_value_modules", "dumps", "loads", "main_namespace", "main_uses", "values_sent"]
+__all__ = [
+    "by_value_modules",
+    "dump_by_value",
+    "dumps",
+    "loads",
+    "main_namespace",
+    "main_uses",
+    "values_sent",
+]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
@@ -146,6 +155,27 @@ def _by_value_dumps(
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
+    dump_by_value(value, file, in_band, into_main=into_main, reducers=reducers)
+    return file.getvalue()
+
+
+def dump_by_value(
+    value: object,
+    file: io.BytesIO,
+    in_band: Callable[[pickle.PickleBuffer], bool] | None = None,
+    *,
+    into_main: bool = True,
+    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+) -> None:
+    """Write the pickle of what a receiver cannot import into a file.
+
+    Args:
+        value: As for :func:`dumps`.
+        file: Where to.
+        in_band: Asked of each buffer; ``None`` keeps all in the pickle.
+        into_main: As for :func:`dumps`.
+        reducers: As for :func:`dumps`.
+    """
     kind = _by_value_pickler("loky.backend.reduction" in sys.modules, "numpy" in sys.modules)
     if reducers is not None:
         table = ChainMap(dict(reducers), kind.dispatch_table)
@@ -158,7 +188,6 @@ def _by_value_dumps(
         ours = main_namespace()
         pickler.globals_ref[id(ours)] = _Main(__package__=ours.get("__package__"))
     pickler.dump(value)
-    return file.getvalue()
 
 
 def main_namespace(package: str | None = None) -> dict[str, Any]:
@@ -208,5 +237,4 @@ def _by_value_pickler(loky_imported: bool, numpy_imported: bool) -> Any:
 
 def by_value_modules() -> bool:
     """Tell whether the program asked cloudpickle to send some module by value."""
-    cloudpickle = sys.modules.get("cloudpickle")
-    return cloudpickle is not None and bool(cloudpickle.list_registry_pickle_by_value())
+    return bool(modules_by_value())

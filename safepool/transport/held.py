@@ -1,0 +1,311 @@
+"""Objects of modules that a script has got by name: the worker's own module has its own.
+
+    script    from app import settings as s     global "s" of its functions
+    pickle    attribute_of("app", "settings")
+    worker    imports app, and finds app.settings
+
+So a counter, a cache or a setting of a module is the module's own in a worker, as it is in one of
+the standard pool, and an object that cannot be pickled (a lock, a client) does not have to be.
+
+The script's source tells which module a name came from. Where there is none (standard input), it
+is the module that has the same object under the same name.
+
+Not covered:
+    * Objects that the script got by a call (``get_settings()``): they travel as copies.
+    * A module that sets the name to another object of the same type at run time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import linecache
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ast
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["Held", "attribute_of", "held_by_module", "is_importable", "modules_by_value"]
+
+# Their identity tells nothing, or they are sent as names anyway.
+_NAMELESS = (int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
+_NAMED = (types.FunctionType, types.BuiltinFunctionType, type)
+_NOT_IMPORTED = frozenset({"__main__", "__mp_main__", "builtins"})
+# A copy for workers whose module has something else under the name; a larger one is not sent.
+_MOST_COPIED_BYTES = 64 * 1024
+
+
+class _Origins:
+    """Where a script says that its names come from.
+
+    Attributes:
+        sources: How many pieces of source were read; a prompt adds to them.
+        names: Modules and attributes, by name. The attribute is empty for a module itself.
+        stars: Modules of which everything was imported.
+    """
+
+    __slots__ = ("names", "sources", "stars")
+
+    def __init__(self, texts: Sequence[str], space: Mapping[str, Any]) -> None:
+        import ast  # noqa: PLC0415 -- a few milliseconds, and many programs need none of this
+
+        self.sources = len(texts)
+        self.names: dict[str, list[tuple[str, str]]] = {}
+        self.stars: list[str] = []
+        for text in texts:
+            try:
+                tree = ast.parse(text)
+            except (SyntaxError, ValueError, RecursionError):
+                continue  # a cell with commands of the notebook
+            for node in ast.walk(tree):
+                self._read(node, space)
+
+    def _read(self, node: ast.AST, space: Mapping[str, Any]) -> None:
+        import ast  # noqa: PLC0415 -- as above
+
+        match node:
+            case ast.ImportFrom(module=module, names=names, level=level):
+                origin = _absolute(module or "", level, space)
+                for alias in names if origin else ():
+                    if alias.name == "*":
+                        self.stars.append(origin)
+                    else:
+                        self._add(alias.asname or alias.name, origin, alias.name)
+                        self._add(alias.asname or alias.name, f"{origin}.{alias.name}", "")
+            case ast.Import(names=names):
+                for alias in names:
+                    self._add(alias.asname or alias.name, alias.name, "")
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Attribute() as value):
+                root, *way = ast.unparse(value).split(".")
+                module = space.get(root)
+                if isinstance(module, types.ModuleType):
+                    self._add(name, _name_of(module), ".".join(way))
+
+    def _add(self, name: str, module: str, attribute: str) -> None:
+        self.names.setdefault(name, []).append((module, attribute))
+
+
+_origins: dict[int, _Origins | None] = {}
+
+
+def held_by_module(
+    name: str, value: object, space: dict[str, Any] | None = None
+) -> tuple[str, str] | None:
+    """Tell which module has a global of a script, and under which name.
+
+    Args:
+        name: The global's name in the script.
+        value: The global.
+        space: The script's globals; those of ``__main__`` if not given.
+
+    Returns:
+        The name of a module that can be imported, and the attribute, with dots if it is one of an
+        attribute; empty if the object stands for the module itself. ``None`` if the object is the
+        script's own, is sent as a name anyway, or is a number or text.
+
+    Example:
+        >>> import os
+        >>> held_by_module("env", os.environ, {"env": os.environ}) is None
+        True
+        >>> held_by_module("environ", os.environ, {"environ": os.environ})
+        ('os', 'environ')
+    """
+    if isinstance(value, _NAMELESS) or type(value) is types.ModuleType:
+        return None
+    if isinstance(value, _NAMED) and is_importable(value):
+        return None
+    if space is None:
+        space = vars(sys.modules["__main__"])
+    origins = _origins_of(space)
+    if origins is None:
+        return _found_by_name(name, value)
+    places = origins.names.get(name, [])
+    for module, attribute in [*places, *((star, name) for star in origins.stars)]:
+        if _is_there(module, attribute, value):
+            return module, attribute
+    return None
+
+
+def _origins_of(space: dict[str, Any]) -> _Origins | None:
+    """Return what the source says; ``None`` if there is none."""
+    key = id(space)
+    known = _origins.get(key)
+    if known is not None and known.sources == _count_of_sources(space):
+        return known
+    if known is None and key in _origins:
+        return None
+    texts = [*_sources(space)]
+    _origins[key] = _Origins(texts, space) if texts else None
+    return _origins[key]
+
+
+def _count_of_sources(space: Mapping[str, Any]) -> int:
+    cells = space.get("In")
+    if isinstance(cells, list):
+        return len(cells)
+    return sum(map(_is_typed, linecache.cache)) or 1
+
+
+def _sources(space: Mapping[str, Any]) -> Iterator[str]:
+    cells = space.get("In")  # IPython
+    if isinstance(cells, list):
+        yield from map(str, cells)
+        return
+    name = space.get("__file__")
+    if isinstance(name, str):
+        lines = linecache.getlines(name, dict(space))
+        if lines:
+            yield "".join(lines)
+        return
+    if space is not vars(sys.modules["__main__"]):
+        return
+    typed = ["".join(linecache.getlines(name)) for name in [*linecache.cache] if _is_typed(name)]
+    if typed:
+        yield from typed
+    elif "-c" in sys.orig_argv[1:-1]:
+        yield sys.orig_argv[sys.orig_argv.index("-c", 1) + 1]
+
+
+def _is_typed(name: object) -> bool:
+    # At a prompt, from Python 3.13 on.
+    return isinstance(name, str) and name.startswith(("<python-input-", "<stdin>-"))
+
+
+def _absolute(module: str, level: int, space: Mapping[str, Any]) -> str:
+    if not level:
+        return module
+    try:
+        return importlib.util.resolve_name("." * level + module, space.get("__package__") or "")
+    except ImportError:
+        return ""
+
+
+def _found_by_name(name: str, value: object) -> tuple[str, str] | None:
+    for module, found in sys.modules.copy().items():
+        try:
+            names = object.__getattribute__(found, "__dict__")
+        except AttributeError:
+            continue
+        if names.get(name) is value and _is_there(module, name, value):
+            return module, name
+    return None
+
+
+def _is_there(module: str, attribute: str, value: object) -> bool:
+    found: Any = sys.modules.get(module)
+    if found is None or module in _NOT_IMPORTED or module in modules_by_value():
+        return False
+    try:
+        if getattr(found, "__spec__", None) is None:
+            return False  # made by the program: nobody else can import it
+        return _get(found, attribute) is value
+    except Exception:  # noqa: BLE001 -- a module's own __getattr__
+        return False
+
+
+def _get(module: Any, attribute: str) -> Any:
+    for part in attribute.split(".") if attribute else ():
+        module = getattr(module, part)
+    return module
+
+
+def _name_of(module: types.ModuleType) -> str:
+    # Not by the module's own way to attributes: it may import what was to be imported later.
+    name: str = object.__getattribute__(module, "__name__")
+    return name
+
+
+def modules_by_value() -> set[str]:
+    """Return the modules that the program asked cloudpickle to send by value."""
+    cloudpickle: Any = sys.modules.get("cloudpickle")
+    found: set[str] = cloudpickle.list_registry_pickle_by_value() if cloudpickle else set()
+    return found
+
+
+def is_importable(thing: Any) -> bool:
+    """Tell whether a function or class, or what wraps one, is found under its own name."""
+    module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
+        return False
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is thing
+
+
+class Held:
+    """Stands in a pickle for an object of a module, and arrives as the receiver's own.
+
+    Args:
+        place: As :func:`held_by_module` returns it.
+        value: The object here.
+    """
+
+    __slots__ = ("_place", "_value")
+
+    def __init__(self, place: tuple[str, str], value: object) -> None:
+        self._place = place
+        self._value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return attribute_of, (*self._place, _kind_of(self._value), _copy_of(self._value))
+
+
+def attribute_of(module: str, attribute: str, kind: str, copy: bytes | None) -> Any:
+    """Return an object of a module; what a pickle calls.
+
+    Args:
+        module: The module's name.
+        attribute: As :func:`held_by_module` returns it.
+        kind: The type of the sender's object.
+        copy: A pickle of it, for a module that has something else under this name here, because
+            the program has set it at run time; ``None`` if there is none.
+
+    Raises:
+        ImportError: The module cannot be imported here.
+        AttributeError: It has something else, and there is no copy.
+    """
+    found = importlib.import_module(module)
+    try:
+        value = _get(found, attribute)
+    except AttributeError:
+        value = None
+    if _kind_of(value) == kind:
+        return value
+    if copy is None:
+        raise AttributeError(
+            f"{module}.{attribute} is of type {kind} in the program and of type "
+            f"{_kind_of(value)} in this worker. The program sets it at run time, and it cannot be "
+            f"pickled: set it in the workers too, by ProcessPool(initializer=)"
+        )
+    from safepool.transport.payloads import loads  # noqa: PLC0415 -- which imports this module
+
+    return loads([copy])
+
+
+def _kind_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+class _Short(io.BytesIO):
+    """A file that refuses to become long."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() + memoryview(data).nbytes > _MOST_COPIED_BYTES:
+            raise ValueError("too long")
+        return super().write(data)
+
+
+def _copy_of(value: object) -> bytes | None:
+    from safepool.transport.payloads import dump_by_value  # noqa: PLC0415 -- as above
+
+    file = _Short()
+    try:
+        dump_by_value(value, file)
+    except Exception:  # noqa: BLE001 -- user code
+        return None
+    return file.getvalue()
