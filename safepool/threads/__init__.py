@@ -1,6 +1,7 @@
 """Floor 3: the native thread pools that a worker can meet, and how each one is capped.
 
     table         knowledge: a row for each runtime
+    counts        who asks for a number of CPUs, and what it is told in a worker
     calls         what caps a loaded runtime, for the rows that threadpoolctl does not know
     registry      the rows that count here: the table's, and those that others add
     environment   what a worker is born with

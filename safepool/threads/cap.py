@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from safepool.threads import blocks
+from safepool.threads import blocks, counts
 from safepool.threads.calls import attempt
 from safepool.threads.environment import runtime_threads, worker_environment
 from safepool.threads.imports import AfterImport
@@ -76,7 +76,7 @@ class WorkerCap:
         self._of = runtime_threads(self.threads, self._environment)
         attempt(self._native.set, lambda name: self._of.get(name, self.threads))
         self._cap_imported()
-        self._imports.start(modules_to_cap())
+        self._imports.start(modules_to_cap() | counts.MODULES)
 
     def recheck(self) -> None:
         """Cap again if a library was loaded since. 0.1 microseconds if none was."""
@@ -91,8 +91,10 @@ class WorkerCap:
     def _cap_imported(self) -> None:
         for row, call, module in imported_runtimes():
             attempt(call.write, module, self._of.get(row.name, self.threads))
+        counts.answer(self.threads)
 
     def _cap_new(self, name: str, module: ModuleType) -> None:
+        counts.answer_in(name, module, self.threads)
         for row, call in brought_by(name):
             attempt(call.write, module, self._of.get(row.name, self.threads))
         # Importing blosc2 sets NumExpr to all CPUs; others may do the like.

@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from safepool.threads.cap import cap_worker
+from safepool.threads.counts import pretend
 from safepool.threads.environment import change_environment
 from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
@@ -90,7 +91,7 @@ def be_worker(
         initializer: What a forked worker has inherited, instead of a pickle of it.
     """
     change_environment(environment)
-    _pretend_cpus(threads)
+    pretend(threads)
     shared = _open_board(board)
     cap = cap_worker(threads, environment)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
@@ -112,17 +113,6 @@ def be_worker(
         pass  # the pool is gone, so is the reason to be here
     finally:
         channel.close()
-
-
-def _pretend_cpus(count: int) -> None:
-    """Let pools that a task makes see the worker's share of the machine, not all of it.
-
-    Python 3.13 reads PYTHON_CPU_COUNT and does this itself where the interpreter was started
-    with it; here it is done for older ones, and for workers that were forked.
-    """
-    os.cpu_count = lambda: count
-    if sys.version_info >= (3, 13):
-        os.process_cpu_count = lambda: count
 
 
 def _adopt(end: Any) -> socket.socket:

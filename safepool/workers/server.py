@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.threads.cap import find_ahead
+from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.workers import birth, lifeline
 from safepool.workers.describe import get_ready
@@ -65,6 +66,9 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
     """
     os.set_inheritable(sock_descriptor, False)
     os.set_inheritable(lifeline_descriptor, False)
+    # Modules that are imported here ask for the number of CPUs, or keep the function that does.
+    share = os.environ.get("PYTHON_CPU_COUNT", "")
+    pretend(int(share) if share.isdecimal() else 1)
     # A description of its own for each worker is opened from this one; the server's is another.
     line = os.dup(lifeline_descriptor)
     try:
