@@ -23,6 +23,7 @@ from safepool.pool.watch import Stacks, look_at
 from safepool.threads.environment import overridden, worker_environment
 from safepool.threads.kernel import native_threads
 from safepool.threads.placement import Placement, why_not_bound
+from safepool.transport.lazy import load_own
 from safepool.workers.process import find_context
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class ProcessPool(Executor):
         self._budget, limits = read_budget(request)
         self._policy = Policy(timeout_s=timeout, retries=retries)
         self._mp_context = find_context(mp_context, _names(preload))
+        load_own()
         if self._mp_context.get_start_method() == "fork":
             if max_tasks_per_child is not None:
                 raise ValueError(

@@ -19,12 +19,16 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from safepool.transport.lazy import LAZY_TYPES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 __all__ = ["Look", "is_importable", "is_of_main", "largest_global", "look_at"]
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range})
+_PLAIN = (
+    frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range}) | LAZY_TYPES
+)
 _ABSENT = object()
 
 

@@ -28,6 +28,7 @@ import cloudpickle
 from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
+from safepool.transport.lazy import reducers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -114,6 +115,7 @@ def reducer_table(
         _LRU_CACHE: _reduce_lru_cache,
         functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
+        **reducers(),
         **arrays,
     }
     # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).

@@ -20,6 +20,7 @@ from safepool.threads.environment import change_environment
 from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.files import accept
+from safepool.transport.lazy import load_own
 from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
@@ -106,6 +107,7 @@ def be_worker(
     except OSError:
         return  # the pool is gone
     inheritance.receive(inherited)
+    load_own()
     get_ready()
     try:
         Runner(channel, shared, cap, initializer).serve()

@@ -11,6 +11,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from safepool.transport.lazy import lazy_names
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -79,8 +81,9 @@ def modules_to_preload(wanted: str | Sequence[str]) -> list[str]:
     if wanted != "auto":
         return list(wanted)
     found = []
-    for name, module in list(sys.modules.items()):
+    # What it imports lazily it would have imported, and the server has it in time.
+    for name in [*(name for name, module in list(sys.modules.items()) if module), *lazy_names()]:
         top, _, rest = name.partition(".")
-        if top in PRELOADABLE and module is not None and "." not in rest and rest[:1] != "_":
+        if top in PRELOADABLE and "." not in rest and rest[:1] != "_":
             found.append(name)
     return found

@@ -37,6 +37,7 @@ from safepool import linux
 from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
+from safepool.transport.lazy import eager_imports, load_own
 from safepool.workers import birth, lifeline
 from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
@@ -75,6 +76,7 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
         lifeline.hold(lifeline_descriptor)
     except OSError:
         pass  # the socket still tells, as soon as the server looks
+    load_own()
     get_ready()
     sock = socket.socket(fileno=sock_descriptor)
     try:
@@ -140,7 +142,7 @@ class _Server:
         # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
         # long import (benchmarks/joblib_backend.py, first calls).
         gc.disable()
-        with _silence():
+        with _silence(), eager_imports():
             for name in names:
                 letters.send(self._sock, ("importing", name))
                 before = _thread_count()

@@ -1,0 +1,93 @@
+"""Lazy imports (PEP 810, Python 3.15): a global that becomes a module when it is used.
+
+A lazy import of the program's ``__main__`` travels as one, and its worker imports it when a task
+uses it; in the program it stays as it is.
+
+Not covered:
+    * ``importlib.util.LazyLoader``, of older versions: its modules are modules, and sent by name.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["LAZY_TYPES", "eager_imports", "lazy_names", "load_own", "reducers"]
+
+_LazyImport: Any = getattr(types, "LazyImportType", None)
+LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})
+"""Types of an import that has not been done; none before Python 3.15."""
+
+_REPR = "<lazy_import '", "'>"
+
+
+def lazy_names() -> list[str]:
+    """Return what this process imports when it is used: modules, and names in modules."""
+    return sorted(getattr(sys, "lazy_modules", ()))
+
+
+def reducers() -> dict[type, Callable[[Any], Any]]:
+    """Return how a lazy import is pickled, for a dispatch table."""
+    return dict.fromkeys(LAZY_TYPES, _reduce)
+
+
+def _reduce(lazy: object) -> tuple[Any, ...]:
+    # Its text is all that it shows without being loaded.
+    name = repr(lazy)[len(_REPR[0]) : -len(_REPR[1])]
+    base, _, last = name.rpartition(".")
+    # An attribute of another lazy import: by ``from``, or of a submodule by ``as``.
+    if base and any(type(one) in LAZY_TYPES for one in gc.get_referents(lazy)):
+        return _import_lazily, (f"lazy from {base} import {last}", last)
+    top = name.partition(".")[0]
+    # Other submodules, whose statements bind the same name and have been replaced by this one.
+    others = [other for other in lazy_names() if other.startswith(f"{top}.") and other != name]
+    return _import_lazily, ("\n".join(f"lazy import {one}" for one in [*others, name]), top)
+
+
+def _import_lazily(statements: str, name: str) -> object:
+    names: dict[str, object] = {"__name__": "__main__"}
+    exec(statements, names)
+    return names[name]
+
+
+@contextmanager
+def eager_imports() -> Iterator[None]:
+    """Import at once within the block, whatever ``-X lazy_imports`` says."""
+    if not LAZY_TYPES:
+        yield
+        return
+    python: Any = sys
+    mode = python.get_lazy_imports()
+    python.set_lazy_imports("normal")
+    try:
+        yield
+    finally:
+        python.set_lazy_imports(mode)
+
+
+def load_own() -> None:
+    """Import what this package's modules need and ``-X lazy_imports=all`` has put off.
+
+    Whoever forks must have done it, and so must a worker whose task may use up the descriptors.
+    """
+    python: Any = sys
+    if not LAZY_TYPES or python.get_lazy_imports() != "all":
+        return
+    done: set[str] = set()
+    with eager_imports():
+        while new := [name for name in sys.modules if _is_own(name) and name not in done]:
+            for module in new:
+                done.add(module)
+                names = vars(sys.modules[module])
+                for name in [name for name in names if type(names[name]) in LAZY_TYPES]:
+                    getattr(sys.modules[module], name)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == "safepool"
