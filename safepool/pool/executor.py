@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sized
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, process
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from safepool.budget import Request, parse_bytes
@@ -49,7 +49,16 @@ _T = TypeVar("_T")
 _MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 
-class ProcessPool(Executor):
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor as _Standard
+else:
+    # "safepool run --patch" has put this pool in its place, and left it there.
+    _Standard = vars(process).get("_safepool_replaces") or process.ProcessPoolExecutor
+
+
+# Programs ask isinstance(pool, ProcessPoolExecutor). Nothing of what that class does is used, and
+# its __init__() is not called.
+class ProcessPool(_Standard):
     """A process pool that fits the machine, in the place of ``ProcessPoolExecutor``.
 
     Workers are sized to the CPUs that the kernel grants, hold every native thread pool at
@@ -218,7 +227,7 @@ class ProcessPool(Executor):
         return self._scheduler.size
 
     @property
-    def _processes(self) -> dict[int, Any]:
+    def _processes(self) -> dict[int, Any]:  # type: ignore[override]
         """The live workers by process id; programs look here in the standard pool.
 
         After a submit() there is one, as there.
@@ -227,7 +236,7 @@ class ProcessPool(Executor):
         return {worker.pid: worker.process for worker in self._scheduler.workers()}
 
     @property
-    def _broken(self) -> PoolBrokenError | bool:
+    def _broken(self) -> PoolBrokenError | bool:  # type: ignore[override]
         return self._scheduler.broken or False
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:

@@ -8,6 +8,7 @@ state of random number generators.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import resource
 import signal
@@ -179,6 +180,7 @@ def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> 
 
     known: Any = process
     child: Any = process.BaseProcess(name=details["name"])
+    child._identity = details["identity"]
     child._parent_pid = details["parent"]
     child._config = {
         "authkey": known.AuthenticationString(details["authkey"]),
@@ -186,6 +188,7 @@ def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> 
     }
     child._popen = None
     known._current_process = child
+    known._process_counter = itertools.count(1)  # of its own children
     # The life-line turns readable when the program is gone, as this sentinel should.
     known._parent_process = known._ParentProcess(details["parent_name"], details["parent"], line)
     threading.current_thread().name = "MainThread"

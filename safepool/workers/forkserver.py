@@ -488,13 +488,18 @@ class _Server:
             What it is told, what it is given, where its end is told, and where to write a byte
             when it is known here.
         """
-        me = multiprocessing.current_process()
+        me: Any = multiprocessing.current_process()
+        # As multiprocessing numbers the children of a process, all its pools together: nobody
+        # gets the number of one that has ended.
+        number = next(multiprocessing.process._process_counter)  # type: ignore[attr-defined]
+        identity = (*me._identity, number)
         details = {
             **birth.circumstances(),
             "environ": self._environment(),
             "changes": self._changes,
             **more,
-            "name": f"safepool-{next(_numbers)}",
+            "name": f"safepool-{':'.join(map(str, identity))}",
+            "identity": identity,
             "parent": os.getpid(),
             "parent_name": me.name,
             "authkey": bytes(me.authkey),
@@ -585,7 +590,6 @@ _servers_lock = threading.Lock()
 # The life-line: reading and writing end. One for the process, never closed: the workers of a
 # server that was killed still hold it.
 _line: list[int] = []
-_numbers = iter(range(1, sys.maxsize))
 
 
 @contextmanager

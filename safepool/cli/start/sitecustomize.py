@@ -22,8 +22,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def _patch_futures(module):
-    # Looked up on first use: importing safepool's pool imports this very module.
-    del module.ProcessPoolExecutor
+    # Looked up on first use: importing safepool's pool imports this very module, for the class
+    # that its own is derived from.
+    module._safepool_replaces = module.__dict__.pop("ProcessPoolExecutor")
     # The package keeps what it was asked for; without it asks this module again.
     vars(sys.modules["concurrent.futures"]).pop("ProcessPoolExecutor", None)
 
