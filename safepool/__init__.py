@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.decorator import worker
     from safepool.errors import (
+        MemoryLimitError,
         MissingExtraError,
         OutOfMemory,
         PoolBrokenError,
@@ -58,6 +59,7 @@ __all__ = [
     "Budget",
     "Limit",
     "Limits",
+    "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
     "PoolBrokenError",
@@ -83,6 +85,7 @@ _HOMES = {
     "Budget": "safepool.budget",
     "Limit": "safepool.limits",
     "Limits": "safepool.limits",
+    "MemoryLimitError": "safepool.errors",
     "MissingExtraError": "safepool.errors",
     "OutOfMemory": "safepool.errors",
     "PoolBrokenError": "safepool.errors",

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 __all__ = [
+    "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
     "PoolBrokenError",
@@ -174,6 +175,42 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         if self.oom is not None:
             told += f": {self.oom}"
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
+
+
+class MemoryLimitError(SafepoolError, MemoryError):
+    """There is no room for what is to travel between pool and worker.
+
+    It fails the one call whose arguments or result they are, before the kernel's out-of-memory
+    killer must end a process.
+
+    Attributes:
+        wanted_bytes: Size of the copy, or of what is left of it.
+        left_bytes: What could still be used, page cache that can be given back included.
+        limit_bytes: The ceiling that leaves the least.
+        source: The file that sets it; ``/proc/meminfo`` is the machine's memory.
+
+    Example:
+        >>> str(MemoryLimitError(2 << 30, 400 << 20, 512 << 20, "/sys/fs/cgroup/memory.max"))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        'a copy of 2,048 MiB on its way between pool and worker does not fit: 400 MiB are left of
+        512 MiB (/sys/fs/cgroup/memory.max). Send less at once, let go of results earlier, or run
+        fewer workers (max_workers=, memory_per_worker=)'
+    """
+
+    def __init__(self, wanted_bytes: int, left_bytes: int, limit_bytes: int, source: str) -> None:
+        super().__init__(wanted_bytes, left_bytes, limit_bytes, source)
+        self.wanted_bytes = wanted_bytes
+        self.left_bytes = left_bytes
+        self.limit_bytes = limit_bytes
+        self.source = source
+
+    def __str__(self) -> str:
+        return (
+            f"a copy of {_mebibytes(self.wanted_bytes)} on its way between pool and worker does "
+            f"not fit: {_mebibytes(self.left_bytes)} are left of {_mebibytes(self.limit_bytes)} "
+            f"({self.source}). Send less at once, let go of results earlier, or run fewer workers "
+            "(max_workers=, memory_per_worker=)"
+        )
 
 
 class TaskTimeoutError(SafepoolError, TimeoutError):

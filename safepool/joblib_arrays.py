@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from joblib import parallel
 
 from safepool.machine import log_once
+from safepool.transport.files import require_to_pickle
 from safepool.transport.memmaps import read_only_reducers
 from safepool.transport.payloads import dumps, loads
 from safepool.transport.sharing import share
@@ -82,6 +83,8 @@ def _mode_of_context() -> Any:
     return config["mmap_mode"]
 
 
+# Calls of a batch whose arguments may be large.
+_FEW = 16
 # Placed for the first batch already: a smaller array costs less inside of its batch, should no
 # other batch be given it (benchmarks/joblib_backend.py).
 _AT_ONCE_BYTES = 8 * 1024**2
@@ -113,9 +116,16 @@ class Arrays:
         self._met: dict[int, _Met] = {}
 
     def place(self, batch: Any) -> Any:
-        """Return a batch whose large arrays travel as handles."""
+        """Return a batch whose large arrays travel as handles.
+
+        Raises:
+            MemoryLimitError: There is no room for the pickle of what is large otherwise.
+        """
         items = getattr(batch, "items", None)
         numpy = sys.modules.get("numpy")
+        if items and len(items) <= _FEW:
+            for _, args, keywords in items:
+                require_to_pickle((*args, *keywords.values()))
         if not items or numpy is None or self._more_than_bytes is None:
             return batch
         self._hand_out(batch, items, numpy)

@@ -10,6 +10,7 @@ made of, in the order in which data goes through it:
     cgroup       own group x mounts x ancestors -> directories, innermost first
     quota, memory, pids, oom, affinity, environment
                  the text of each -> limits, each with its source and raw text
+    left         the memory that all of them leave, read again and again
     _linux, _darwin, _windows
                  one of them is chosen here, and asks the system
 

@@ -23,6 +23,7 @@ from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
+from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
@@ -47,6 +48,9 @@ _BATCH_BYTES = 256 * 1024
 # What is copied into files in the scheduler's own thread: in less than a millisecond. More would
 # keep the other workers waiting for longer than it takes to wake another thread and be woken.
 _AT_ONCE_BYTES = 4 << 20
+
+# Items of a batch that may be large: of what is large few go together.
+_FEW = 16
 
 # They hold nothing that a call could change.
 _PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
@@ -224,10 +228,7 @@ class Dispatch:
                 self._fail_all(span, error)
                 return [], []
         try:
-            if span.alone:
-                packed: Pickled | None = _dumps((run.arguments_of(span.items[0]), {}))
-            else:
-                packed = _dumps_items(span)
+            packed = _dumps_span(span)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             packed = None
             if span.count == 1:
@@ -252,6 +253,9 @@ class Dispatch:
     def _pickle(self, task: Task) -> Pickled:
         assert task.call is not None
         function, args, kwargs = task.call
+        require_to_pickle(args)
+        if kwargs:
+            require_to_pickle(kwargs.values())
         sent = self.functions.lasting(function)
         if sent is not None:
             return _dumps((args, kwargs))._replace(function=sent)
@@ -377,6 +381,19 @@ def _dumps(value: object, *, by_value: bool = False) -> Pickled:
     with references.Collected() as met:
         segments = payloads.dumps(value, into_main=True, by_value=by_value)
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
+
+
+def _dumps_span(span: Span) -> Pickled | None:
+    """Pickle calls of a run; ``None`` if each must travel alone.
+
+    Raises:
+        MemoryLimitError: There is no room for the pickle.
+        Exception: What the pickler raised.
+    """
+    if span.count <= _FEW:
+        for item in span.items:
+            require_to_pickle(span.run.arguments_of(item))
+    return _dumps((span.run.arguments_of(span.items[0]), {})) if span.alone else _dumps_items(span)
 
 
 def _dumps_items(span: Span) -> Pickled | None:

@@ -251,7 +251,8 @@ class ProcessPool(_Standard):
             **kwargs: Its keyword arguments.
 
         Returns:
-            A future. It raises ``MemoryError`` if there is no room for the arrays; what
+            A future. It raises ``MemoryError`` if there is no room for the arguments or the
+            result (:class:`safepool.MemoryLimitError` if the memory limits leave less); what
             ``fn`` raised, with the remote traceback as its cause;
             :class:`safepool.WorkerDiedError` if the worker died; what the pickler raised
             if the call or its result could not be pickled.
@@ -295,7 +296,8 @@ class ProcessPool(_Standard):
         Returns:
             The results. It raises what a call raised when its turn comes; leaving it
             early cancels what has not begun. While more than 256 MiB of results of at least
-            64 KiB are there and not taken, no further call is sent to a worker.
+            64 KiB are there and not taken, or a quarter of what the memory limits left with the
+            first of them, no further call is sent to a worker.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.

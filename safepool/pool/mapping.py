@@ -15,6 +15,8 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from safepool.transport.files import held_at_most
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
@@ -31,8 +33,9 @@ _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
-# Of large results that are there and that nobody has taken: with more, no further call of that map
-# is sent to a worker. Small ones, which travel many at a time, are not counted.
+# Of large results that are there and that nobody has taken: with more, or with a part of what the
+# memory limits had left with the first of them, no further call of that map is sent to a worker.
+# Small ones, which travel many at a time, are not counted.
 _MOST_HELD_BYTES = 256 << 20
 
 # The arguments of a call, or the only one.
@@ -136,7 +139,7 @@ class MapRun:
         self.reader: Callable[[], object] = object
         # Bytes of results, by the index of the first; put and taken so far, by different threads.
         self._sizes: dict[int, int] = {}
-        self._put_bytes = self._taken_bytes = 0
+        self._put_bytes = self._taken_bytes = self._most_held_bytes = 0
         self.waiting = Waiting()
         self.queued = False
         self.sent: SentFunction | None = None
@@ -167,7 +170,9 @@ class MapRun:
     def is_full(self) -> bool:
         """Whether as much waits to be taken as may, and somebody can take it."""
         held_bytes = self._put_bytes - self._taken_bytes
-        return held_bytes > _MOST_HELD_BYTES and not self.dropped and self.reader() is not None
+        # None is more than nothing: a reader that has taken all waits for the next.
+        full = held_bytes > self._most_held_bytes
+        return full and not self.dropped and self.reader() is not None
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down that follow each other; :meth:`tell` when these are all for now.
@@ -182,6 +187,8 @@ class MapRun:
         if size_bytes:
             if self.reader() is None:
                 return
+            if not self._most_held_bytes:
+                self._most_held_bytes = max(1, held_at_most(_MOST_HELD_BYTES))
             self._sizes[index] = size_bytes
             self._put_bytes += size_bytes
         self._results[index] = results

@@ -52,7 +52,8 @@ class Packing:
         try:
             self.segments = self.worker.channel.store(self.segments, given_up)
         except BaseException as error:  # noqa: BLE001 -- told to the task
-            self.error, self.segments = error, ()
+            # What the frames of its way here refer to would be kept as long as the error.
+            self.error, self.segments = error.with_traceback(None), ()
 
     @property
     def wanted(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads
+from safepool.transport.files import require_to_load
 from safepool.transport.frames import CorruptFrameError, Kind
 from safepool.workers.board import records_of
 from safepool.workers.contained import ContainedLogger
@@ -146,7 +147,12 @@ class Settling:
             if kind == Kind.EXCEPTION:
                 value, failed = rebuild(segments), True
             else:
+                if len(segments[0]) > _SMALL_BYTES:
+                    require_to_load(segments[0])
                 value = payloads.loads(segments)
+        except MemoryError as error:
+            # What the frames refer to would be kept as long as the error.
+            value, failed = error.with_traceback(None), True
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
             value, failed = error, True
         if self._trace is not None:

@@ -19,6 +19,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux
+from safepool.transport import room
 from safepool.transport.frames import CorruptFrameError, Filed, Missing
 
 if TYPE_CHECKING:
@@ -108,17 +109,24 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
         the system refuses a file: no descriptor is left, or it gives none to this program.
 
     Raises:
-        MemoryError: There is no memory for the copy.
+        MemoryError: There is no memory for the copy, or less than it takes is left.
         InterruptedError: It was given up.
     """
     stored: list[Segment] = []
-    for run, small in _runs(segments):
+    runs = [*_runs(segments)]
+    done, whole = 0, sum(len(buffer) for run, _ in runs for buffer in run)
+    for run, small in runs:
         if small is not None:
             stored.append(small)
             continue
         try:
-            stored.append(_write(run, given_up))
-        except InterruptedError:
+            stored.append(_write(run, given_up, done, whole))
+            done += sum(map(len, run))
+        except (InterruptedError, MemoryError):
+            # The error may be kept, and these by its traceback.
+            for one in stored:
+                if isinstance(one, Stored):
+                    one.close()
             raise
         except OSError as error:
             if error.errno in _NO_MEMORY:
@@ -159,10 +167,31 @@ def _runs(segments: Sequence[Segment]) -> Iterator[tuple[list[memoryview], Segme
 _LEAST_BYTES = 16 * 1024
 
 
-def _write(buffers: Sequence[memoryview], given_up: Callable[[], bool]) -> Stored:
+def _write(
+    buffers: Sequence[memoryview],
+    given_up: Callable[[], bool],
+    done_bytes: int,
+    whole_bytes: int,
+) -> Stored:
     lengths = tuple(len(buffer) for buffer in buffers)
-    places, size = _places(lengths)
     stored = Stored(_create(), lengths)
+    try:
+        _fill(stored, buffers, given_up, done_bytes, whole_bytes)
+    except BaseException:
+        stored.close()
+        raise
+    fcntl.fcntl(stored.fileno(), linux.F_ADD_SEALS, _SEALS)
+    return stored
+
+
+def _fill(
+    stored: Stored,
+    buffers: Sequence[memoryview],
+    given_up: Callable[[], bool],
+    done_bytes: int,
+    whole_bytes: int,
+) -> None:
+    places, size = _places(stored.lengths)
     descriptor, prepared = stored.fileno(), 0
     if size >= _PREPARED_BYTES:
         os.ftruncate(descriptor, size)
@@ -172,13 +201,13 @@ def _write(buffers: Sequence[memoryview], given_up: Callable[[], bool]) -> Store
             if given_up():
                 raise InterruptedError("nobody wants these arrays any more")
             piece = buffer[done : done + _STEP_BYTES]
+            room.require(len(piece), done_bytes, whole_bytes)
+            done_bytes += len(piece)
             end = place + done + len(piece)
             if size >= _PREPARED_BYTES and end > prepared:
                 _prepare(descriptor, prepared, min(_STEP_BYTES + prepared, size))
                 prepared += _STEP_BYTES
             done += os.pwrite(descriptor, piece, place + done)
-    fcntl.fcntl(descriptor, linux.F_ADD_SEALS, _SEALS)
-    return stored
 
 
 def _create() -> int:

@@ -8,11 +8,21 @@ from safepool.transport.frames import Filed
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from safepool.transport.frames import Segment
+    from safepool.transport.frames import Buffer, Segment
 
-__all__ = ["Side", "Stored", "accept", "invite", "store"]
+__all__ = [
+    "Side",
+    "Stored",
+    "accept",
+    "held_at_most",
+    "invite",
+    "require",
+    "require_to_load",
+    "require_to_pickle",
+    "store",
+]
 
 
 class Stored(Filed):
@@ -61,3 +71,20 @@ def store(
 ) -> list[Segment]:
     """Return the segments as they are."""
     return list(segments)
+
+
+def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
+    """Return: what is left is not known here."""
+
+
+def require_to_pickle(values: Iterable[object]) -> None:
+    """Return: what is left is not known here."""
+
+
+def require_to_load(pickled: Buffer) -> None:
+    """Return: what is left is not known here."""
+
+
+def held_at_most(most_bytes: int) -> int:
+    """Return the same: what is left is not known here."""
+    return most_bytes

@@ -12,7 +12,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.files import FILE_BYTES, Stored, store
+from safepool.transport.files import FILE_BYTES, Stored, require, store
 from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ class Channel:
             MemoryError: There is no memory for that.
             InterruptedError: It was given up.
         """
-        return store(segments, given_up) if self.takes_file(segments) else list(segments)
+        if self.takes_file(segments):
+            return store(segments, given_up)
+        require(sum(map(size_of, segments)))
+        return list(segments)
 
     def hand_over(self, segments: Sequence[Segment]) -> list[Segment]:
         """Send the files of a payload, just before the frame that tells of them.

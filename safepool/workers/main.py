@@ -91,6 +91,7 @@ def be_worker(
         inherited: Descriptors that the initializer's arguments refer to.
         initializer: What a forked worker has inherited, instead of a pickle of it.
     """
+    _be_taken_first()
     change_environment(environment)
     pretend(threads)
     shared = _open_board(board)
@@ -115,6 +116,30 @@ def be_worker(
         pass  # the pool is gone, so is the reason to be here
     finally:
         channel.close()
+
+
+def _be_taken_first() -> None:
+    """Let the kernel take this process, out of memory, and what its tasks start; not the program.
+
+    It takes whoever has most, counted in thousandths of the memory there is, plus this number. So
+    1000 more than the program has is always first, whatever the program holds itself: that loses
+    a task, which is told. Everybody may raise it; 1000 is also the most there is, so that
+    beside a program that is born with as much (a pod of Kubernetes without requests) the size
+    decides.
+
+    Source:
+        proc_pid_oom_score_adj(5); Linux, mm/oom_kill.c, ``oom_badness``.
+    """
+    try:
+        with open(_OOM_SCORE, encoding="ascii") as file:
+            score = int(file.read())
+        with open(_OOM_SCORE, "w", encoding="ascii") as file:
+            file.write(str(min(score + 1000, 1000)))
+    except (OSError, ValueError):
+        pass  # another system, or no /proc; or it may not be written here
+
+
+_OOM_SCORE = "/proc/self/oom_score_adj"
 
 
 def _adopt(end: Any) -> socket.socket:

@@ -1,0 +1,218 @@
+"""Copies are held against the memory that is left: what is refused, and how often one looks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from safepool import MemoryLimitError, SafepoolError
+from safepool.transport import _memfd, files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+if sys.platform == "linux":
+    from safepool.limits.left import MemoryLeft
+    from safepool.transport import room
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is left is Linux's to tell")
+
+MIB = 1 << 20
+LIMIT = 1024 * MIB
+KEPT = LIMIT // 32
+
+
+class Watch:
+    """Tells what a test says is left, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.left: int | None = 0
+        self.asked = 0
+        self.now_s = 1000.0
+
+    def be_full(self) -> None:
+        """Leave nothing, and let the next copy look."""
+        self.left = 0
+        self.now_s += 1
+        with pytest.raises(MemoryLimitError):
+            files.require(8 * MIB)
+
+    def read(self) -> MemoryLeft | None:
+        self.asked += 1
+        if self.left is None:
+            return None
+        return MemoryLeft(bytes=self.left + KEPT, limit_bytes=LIMIT, source="/g/memory.max")
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    fake = Watch()
+    fresh: Any = room._Room()
+    fresh._watch = fake
+    monkeypatch.setattr(room, "_room", fresh)
+    monkeypatch.setattr(room, "time", fake)
+    return fake
+
+
+def test_a_copy_that_does_not_fit_is_refused_with_both_figures(watch: Watch) -> None:
+    watch.left = 100 * MIB
+    files.require(100 * MIB)
+    with pytest.raises(MemoryLimitError) as raised:
+        files.require(100 * MIB + 1)
+
+    error = raised.value
+    assert (error.wanted_bytes, error.left_bytes) == (100 * MIB + 1, 100 * MIB)
+    assert (error.limit_bytes, error.source) == (LIMIT, "/g/memory.max")
+    assert isinstance(error, MemoryError)
+    assert isinstance(error, SafepoolError)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.args, str(again)) == (error.args, str(error))
+
+
+def test_a_step_of_a_long_copy_counts_what_was_copied_before(watch: Watch) -> None:
+    """The other processes of the group have used what was there at its beginning."""
+    watch.left = 60 * MIB
+    files.require(16 * MIB, 0, 50 * MIB)
+    watch.left = 20 * MIB
+    with pytest.raises(MemoryLimitError) as raised:
+        files.require(16 * MIB, 16 * MIB, 50 * MIB)
+
+    assert (raised.value.wanted_bytes, raised.value.left_bytes) == (50 * MIB, 36 * MIB)
+
+
+def test_small_copies_look_seldom_and_are_counted(watch: Watch) -> None:
+    """A sixteenth of what was left is copied without another look."""
+    watch.left = 160 * MIB
+    for _ in range(4):
+        files.require(MIB)
+    assert watch.asked == 0
+    for _ in range(10):
+        files.require(MIB)
+    assert watch.asked == 1
+    watch.left = 0
+    with pytest.raises(MemoryLimitError):
+        files.require(MIB)
+    with pytest.raises(MemoryLimitError):  # and the next is looked at as well
+        files.require(1)
+    watch.left = 160 * MIB
+    files.require(MIB)
+    assert watch.asked == 4
+
+
+def test_a_look_holds_for_a_second(watch: Watch) -> None:
+    watch.left = 1000 * MIB
+    files.require(8 * MIB)
+    watch.left = 0
+    files.require(8 * MIB)
+    watch.now_s += 1
+    with pytest.raises(MemoryLimitError):
+        files.require(8 * MIB)
+
+
+def test_where_nothing_is_told_nothing_is_refused(watch: Watch) -> None:
+    watch.left = None
+    for _ in range(3):
+        files.require(1 << 50)
+    assert watch.asked == 1
+    assert files.held_at_most(7) == 7
+
+
+def test_a_look_that_fails_refuses_nothing(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "read", lambda: int("x"))
+    files.require(1 << 50)
+
+
+def test_results_that_wait_may_hold_a_part_of_what_is_left(watch: Watch) -> None:
+    watch.left = 100 * MIB - KEPT
+    assert files.held_at_most(256 * MIB) == 25 * MIB
+    watch.left = 100 << 30
+    assert files.held_at_most(256 * MIB) == 256 * MIB
+
+
+# One row per argument that is pickled in one piece, and whether it is large.
+ARGUMENTS: dict[str, tuple[object, bool]] = {
+    "bytes": (bytes(8 * MIB), True),
+    "bytearray": (bytearray(8 * MIB), True),
+    "text": ("x" * (8 * MIB), True),
+    "little": (b"x", False),
+    "a number": (10**9, False),
+    "a list": ([0] * 10, False),
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_pickle_in_one_piece_needs_as_much_again(argument: str, watch: Watch) -> None:
+    value, large = ARGUMENTS[argument]
+    watch.left = MIB
+    try:
+        files.require_to_pickle([1, value])
+    except MemoryLimitError as error:
+        refused = error.wanted_bytes
+    else:
+        refused = 0
+    assert refused == (8 * MIB if large else 0)
+
+
+# One row per object: of what its parts take, the least and the most that its pickle is taken for.
+LOADED: dict[str, tuple[Any, float, float]] = {
+    "bytes": (bytes(4 * MIB), 0.99, 1.01),
+    "text": ("x" * (4 * MIB), 0.99, 1.01),
+    "several in a list": ([bytes(2 * MIB), "y" * (3 * MIB), bytearray(MIB)], 0.99, 1.01),
+    "numbers": ([float(number) for number in range(500_000)], 0.8, 1.5),
+    "numbers beside bytes": ([bytes(4 * MIB), *map(float, range(300_000))], 0.8, 1.5),
+    "a tuple of both": ((bytes(4 * MIB), list(map(float, range(300_000)))), 0.8, 1.5),
+}
+
+
+def size_of(value: Any) -> int:
+    parts = value if isinstance(value, (list, tuple)) else ()
+    return sys.getsizeof(value) + sum(map(size_of, parts))
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_what_a_pickle_becomes_is_estimated(kind: str, watch: Watch) -> None:
+    """Floats take four times as much as in their pickle, bytes the same."""
+    value, least, most = LOADED[kind]
+    pickled = pickle.dumps(value, protocol=5)
+    watch.be_full()
+    with pytest.raises(MemoryLimitError) as raised:
+        files.require_to_load(pickled)
+
+    assert least <= raised.value.wanted_bytes / size_of(value) <= most
+
+
+def test_a_pickle_that_is_none_is_taken_for_its_size(watch: Watch) -> None:
+    watch.be_full()
+    for noise in (os.urandom(2 * MIB), b"\x80\x05\x95" + b"\xff" * (2 * MIB)):
+        with pytest.raises(MemoryLimitError) as raised:
+            files.require_to_load(noise)
+        assert raised.value.wanted_bytes >= len(noise)
+
+
+def test_what_was_copied_is_freed_when_the_rest_is_refused(watch: Watch) -> None:
+    """The error may be kept; the file of what came before must not be."""
+    before = len(os.listdir("/proc/self/fd"))
+    watch.left = 40 * MIB
+    kept = []
+    for step in (9 * MIB, 3 * MIB):  # a file of its own, and one of several
+        buffers = [bytearray(step) for _ in range(8)]
+        watch.left = 100 * MIB
+        steps = iter(range(8))
+
+        def given_up(steps: Iterator[int] = steps) -> bool:
+            if next(steps) == 4:
+                watch.left = 0
+            return False
+
+        with pytest.raises(MemoryLimitError) as raised:
+            _memfd.store([b"pickle", *map(memoryview, buffers)], given_up)
+        kept.append(raised.value)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert all(error.wanted_bytes in (72 * MIB, 24 * MIB) for error in kept)
