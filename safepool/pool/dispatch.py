@@ -25,6 +25,7 @@ from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
 from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
+from safepool.transport.marks import MAIN_NAMES
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
+    from safepool.transport.main_names import MainNames
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
 
@@ -83,10 +85,17 @@ class Dispatch:
     Args:
         settled: Told of calls of a run that ended here, and how many.
         wake: Makes the scheduler call :meth:`send_packed`; from any thread.
+        names: What its workers have of ``__main__``.
     """
 
-    def __init__(self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]) -> None:
-        self.functions = Functions()
+    def __init__(
+        self,
+        settled: Callable[[MapRun, int], None],
+        wake: Callable[[], None],
+        names: MainNames | None = None,
+    ) -> None:
+        self._names = names
+        self.functions = Functions(names)
         self._blamed: Counter[str] = Counter()
         self._large: Counter[str] = Counter()
         self._settled = settled
@@ -220,15 +229,13 @@ class Dispatch:
         run = span.run
         if run.sent is None:
             try:
-                run.sent = self.functions.once(
-                    run.function, of_main=run.name.startswith("__main__.")
-                )
+                run.sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
             except BaseException as error:  # noqa: BLE001 -- user code
                 self._say_what(error, run.name, run.function)
                 self._fail_all(span, error)
                 return [], []
         try:
-            packed = _dumps_span(span)
+            packed = _dumps_span(span, self._names)
         except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
             packed = None
             if span.count == 1:
@@ -258,8 +265,8 @@ class Dispatch:
             require_to_pickle(kwargs.values())
         sent = self.functions.lasting(function)
         if sent is not None:
-            return _dumps((args, kwargs))._replace(function=sent)
-        pickled = _dumps(task.call, by_value=task.name.startswith("__main__."))
+            return _dumps((args, kwargs), self._names)._replace(function=sent)
+        pickled = _dumps(task.call, self._names, by_value=_is_name_in_main(task.name))
         if is_of_main(function) and _size(pickled.segments) > _MUCH_BYTES:
             self._advise(function, task.name)
         return pickled
@@ -282,7 +289,7 @@ class Dispatch:
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
         """Add to a pickling error what it does not know: whose call it was, and what in it."""
         note = f"{_NOT_SENT}{name} was pickled, with its arguments"
-        if name.startswith("__main__."):
+        if _is_name_in_main(name):
             note += (
                 " and the globals of __main__ that it uses, which travel to the worker by value"
             )
@@ -373,17 +380,21 @@ def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
         found.tell_unshared(number)
 
 
-def _dumps(value: object, *, by_value: bool = False) -> Pickled:
+def _is_name_in_main(name: str) -> bool:
+    return name.partition(".")[0] in MAIN_NAMES
+
+
+def _dumps(value: object, names: MainNames | None, *, by_value: bool = False) -> Pickled:
     before = payloads.values_sent()
     if not references.known():
-        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+        segments = payloads.dumps(value, into_main=True, by_value=by_value, names=names)
         return Pickled(None, segments, (), payloads.values_sent() != before)
     with references.Collected() as met:
-        segments = payloads.dumps(value, into_main=True, by_value=by_value)
+        segments = payloads.dumps(value, into_main=True, by_value=by_value, names=names)
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
-def _dumps_span(span: Span) -> Pickled | None:
+def _dumps_span(span: Span, names: MainNames | None) -> Pickled | None:
     """Pickle calls of a run; ``None`` if each must travel alone.
 
     Raises:
@@ -393,10 +404,12 @@ def _dumps_span(span: Span) -> Pickled | None:
     if span.count <= _FEW:
         for item in span.items:
             require_to_pickle(span.run.arguments_of(item))
-    return _dumps((span.run.arguments_of(span.items[0]), {})) if span.alone else _dumps_items(span)
+    if span.alone:
+        return _dumps((span.run.arguments_of(span.items[0]), {}), names)
+    return _dumps_items(span, names)
 
 
-def _dumps_items(span: Span) -> Pickled | None:
+def _dumps_items(span: Span, names: MainNames | None) -> Pickled | None:
     """Pickle the items of several calls; ``None`` if each must travel alone.
 
     In one pickle what two of them refer to would be one object in the worker, and a call see
@@ -410,16 +423,16 @@ def _dumps_items(span: Span) -> Pickled | None:
     if span.run.at_once is not None and span.count > 1:
         span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
     if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
-        return _dumps(items)
+        return _dumps(items, names)
     pickles: list[bytes | memoryview] = []
     shared: list[Shared[Any]] = []
     brings_globals = False
     for item in items:
-        _, segments, more, by_value = _dumps(item)
+        _, segments, more, by_value = _dumps(item, names)
         if len(segments) > 1:
             return None
         if by_value and not pickles and not _have_parts_in_common(items):
-            return _dumps(items)
+            return _dumps(items, names)
         pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
         shared += more
         brings_globals = brings_globals or by_value

@@ -72,9 +72,9 @@ class ProcessPool(_Standard):
         mp_context: A ``multiprocessing`` context that starts the workers, or the name of
             one. ``None`` is ``"safepool"`` on Linux, which forks them from a server of our own
             that has no threads, and ``"loky"`` elsewhere, which starts a fresh interpreter for
-            each. Neither imports ``__main__``, so that scripts need no
-            ``if __name__ == "__main__"``. ``"fork"`` is as safe as the program has few threads:
-            those that there are when the pool is made are named by a warning.
+            each. A script needs no ``if __name__ == "__main__"`` for either. ``"fork"`` is as safe
+            as the program has few threads: those that there are when the pool is made are named
+            by a warning.
         initializer: Called once in each worker before its first task, after the caps.
         initargs: Its arguments; locks, queues and values of ``multiprocessing`` as well, made by
             ``multiprocessing.get_context("spawn")`` unless the workers are forks.
@@ -117,6 +117,15 @@ class ProcessPool(_Standard):
             importing them starts no thread and opens nothing that two processes must not
             share. ``[]`` is nothing. One whose import raises is left to the tasks. Without
             effect where workers are not forked from a server.
+        main: How the program's ``__main__`` gets into the workers that are forked from a server.
+            ``"run"``: the server runs the script once, as ``__mp_main__``, before it forks
+            workers. They have what its top level imports, sets and computes; functions and
+            classes travel by name. ``"value"``: nothing is run, and functions bring along the
+            globals that they use. ``"auto"`` runs a script or module that has
+            ``if __name__ == "__main__":`` at its top level, and is otherwise ``"value"``: for a
+            script without that guard, a prompt, a notebook, ``-c``. A top level that cannot be run
+            there is told once by the logger ``safepool``, and is ``"value"`` then. The same as
+            ``"run"`` is ``"__main__"`` in ``preload``.
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
@@ -127,7 +136,8 @@ class ProcessPool(_Standard):
     they shrink.
 
     Raises:
-        ValueError: A number is out of its range; there is no such context, rounding or size.
+        ValueError: A number is out of its range; there is no such context, rounding or size;
+            ``main`` is ``"run"``, and there is no script.
         TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
         TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
             integer, ``env`` holds something else than text.
@@ -161,6 +171,7 @@ class ProcessPool(_Standard):
         max_memory_per_worker: float | str | None = None,
         on_worker_death: Literal["replace", "break"] = "replace",
         preload: Literal["auto"] | Sequence[str] = "auto",
+        main: Literal["auto", "run", "value"] = "auto",
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         _check(initializer, max_tasks_per_child, on_worker_death)
@@ -176,7 +187,8 @@ class ProcessPool(_Standard):
             raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._budget, limits = read_budget(request)
         self._policy = Policy(timeout_s=timeout, retries=retries)
-        self._mp_context = find_context(mp_context, _names(preload))
+        names, main = _names(preload, main)
+        self._mp_context = find_context(mp_context, names, main)
         load_own()
         if self._mp_context.get_start_method() == "fork":
             if max_tasks_per_child is not None:
@@ -519,17 +531,29 @@ def _check(initializer: object, max_tasks_per_child: object, on_worker_death: st
         raise ValueError(f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}")
 
 
-def _names(preload: str | Sequence[str]) -> str | list[str]:
+def _names(
+    preload: str | Sequence[str], main: Literal["auto", "run", "value"]
+) -> tuple[str | list[str], Literal["auto", "run", "value"]]:
+    """Return what is preloaded, and how ``__main__`` gets into workers."""
+    if main not in ("auto", "run", "value"):
+        raise ValueError(f'main must be "auto", "run" or "value", not {main!r}')
     if preload == "auto":
-        return "auto"
+        return "auto", main
     if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
         raise TypeError(f'preload must be "auto" or a list of module names, not {preload!r}')
-    for name in preload:
+    names = [name for name in preload if name != "__main__"]
+    if len(names) < len(preload):
+        if main == "value":
+            raise ValueError(
+                'preload names "__main__", which is main="run", and main="value" is the opposite'
+            )
+        main = "run"
+    for name in names:
         # The first part alone: for the others it would have to be imported here.
         top = name.partition(".")[0]
         if not top or (top not in sys.modules and importlib.util.find_spec(top) is None):
             raise ModuleNotFoundError(f"preload names {name!r}: no module named {top!r}", name=top)
-    return list(preload)
+    return names, main
 
 
 def _warn_of_threads() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safepool.transport.frames import Segment
+    from safepool.transport.main_names import MainNames
     from safepool.transport.sharing import Shared
 
 __all__ = ["Functions", "SentFunction"]
@@ -65,9 +66,14 @@ class _Kept:
 
 
 class Functions:
-    """The functions of one pool."""
+    """The functions of one pool.
 
-    def __init__(self) -> None:
+    Args:
+        names: What its workers have of ``__main__``.
+    """
+
+    def __init__(self, names: MainNames | None = None) -> None:
+        self._names = names
         self._numbers = itertools.count(1)
         self._importable: dict[Callable[..., Any], SentFunction] = {}
         self._of_main: dict[Callable[..., Any], _Kept] = {}
@@ -93,7 +99,7 @@ class Functions:
         changes = 1 if kept is None else kept.changes + 1
         if changes > _MOST_CHANGES:
             return None
-        segments = payloads.dumps(function, into_main=True, by_value=True)
+        segments = payloads.dumps(function, into_main=True, by_value=True, names=self._names)
         sent = SentFunction(next(self._numbers), segments, lasting=True, names=look.names)
         self._of_main[function] = _Kept(look, sent, changes)
         return sent
@@ -123,7 +129,9 @@ class Functions:
         sent = self.importable(function)
         if sent is None:
             with Collected() as met:
-                segments = payloads.dumps(function, into_main=True, by_value=of_main)
+                segments = payloads.dumps(
+                    function, into_main=True, by_value=of_main, names=self._names
+                )
             number = next(self._numbers)
             sent = SentFunction(number, store_large(segments), lasting=False, shared=met.found)
         return sent

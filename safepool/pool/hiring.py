@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import PoolBrokenError, text_of
 from safepool.pool.exits import working
 from safepool.pool.worker import Worker
+from safepool.transport.main_names import MainNames
 from safepool.workers import inheritance
 from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
-from safepool.workers.process import prepare
+from safepool.workers.plan import ScriptLostError
+from safepool.workers.process import is_asked_by, prepare, prints, run_script
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +46,7 @@ class Hiring:
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
 
     Attributes:
+        names: What workers have of ``__main__`` under its own name.
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
@@ -68,6 +72,7 @@ class Hiring:
         self._placement = placement
         self._inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
+        self.names = MainNames()
         self.not_before = 0.0
         self._refused_since: float | None = None
         self.started = threading.Event()
@@ -80,10 +85,12 @@ class Hiring:
         It may be of a module that this thread is importing: another one would wait for the
         import's end, and the import for the first worker.
         """
+        is_asked_by(self._context, sys._getframe(1))
         if self._packed is not None or self._initialize[0] is None:
             return
+        self.names.assume()
         try:
-            self._packed = inheritance.pack(self._initialize, forked=self._forks)
+            self._packed = self._pack()
         except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
             pass
 
@@ -95,10 +102,12 @@ class Hiring:
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
-        self._pack_initializer()
         if not self.started.is_set() and prepare(self._context, self._environment):
             # submit() need not wait for imports: what comes needs no new process.
             self.started.set()
+        marks = run_script(self._context, self._environment, self._threads, self.given_up)
+        self.names.learn(marks, self._prints if marks else None)
+        self._pack_initializer()
 
     def start(self) -> Worker:
         """Start one.
@@ -107,7 +116,20 @@ class Hiring:
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
-        worker = Worker(
+        try:
+            worker = self._start()
+        except ScriptLostError:
+            if self.hired.is_set():
+                raise
+            self.prepare()  # nothing was sent by name yet
+            worker = self._start()
+        self._refused_since = None
+        self.started.set()
+        self.hired.set()
+        return worker
+
+    def _start(self) -> Worker:
+        return Worker(
             self._context,
             environment=self._environment,
             threads=self._threads,
@@ -117,10 +139,6 @@ class Hiring:
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             board=Board.create(),
         )
-        self._refused_since = None
-        self.started.set()
-        self.hired.set()
-        return worker
 
     @property
     def inheritance(self) -> Inheritance:
@@ -155,10 +173,18 @@ class Hiring:
         self.started.set()
         self.hired.set()
 
+    def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
+        return prints(self._context, self._environment, names, self.given_up)
+
+    def _pack(self) -> Inheritance:
+        return inheritance.pack(self._initialize, names=self.names, forked=self._forks)
+
     def _pack_initializer(self) -> None:
         try:
             packed, self._packed = self._packed, None
-            self._inheritance = packed or inheritance.pack(self._initialize, forked=self._forks)
+            # What was pickled before the server has reported may refer to what it has not.
+            holds = self.names.hold()
+            self._inheritance = packed if packed and holds else self._pack()
         except BaseException as error:
             reason = f"the initializer cannot be pickled: {error!r}"
             if "fork context" in text_of(error):

@@ -20,6 +20,7 @@ import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES
+from safepool.transport.marks import MAIN_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -142,8 +143,8 @@ def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
     """Tell whether this is a function of the program's ``__main__``, also a nested one."""
     return (
         type(function) is types.FunctionType
-        and function.__module__ == "__main__"
-        and function.__globals__ is vars(sys.modules["__main__"])
+        and function.__module__ in MAIN_NAMES
+        and function.__globals__.get("__name__") in MAIN_NAMES
     )
 
 
@@ -152,7 +153,7 @@ def is_importable(thing: Any) -> bool:
     if not isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, type)):
         return False
     module, name = getattr(thing, "__module__", None), thing.__qualname__
-    if module is None or module == "__main__":
+    if module is None or module in MAIN_NAMES:
         return False
     found: Any = sys.modules.get(module)
     for part in name.split("."):

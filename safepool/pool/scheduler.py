@@ -161,9 +161,9 @@ class Scheduler:
         self._staff: Staff | None = None
         self._task: type[Task] = Task
         if trace is None:
-            self._dispatch = Dispatch(self._settled, self.wake)
+            self._dispatch = Dispatch(self._settled, self.wake, hiring.names)
         else:
-            self._task, self._dispatch = trace.measured(self._settled, self.wake)
+            self._task, self._dispatch = trace.measured(self._settled, self.wake, hiring.names)
         self._pace = Pace()
         self._settling = Settling(
             self._pace,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import MapRun
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker
+    from safepool.transport.main_names import MainNames
 
 __all__ = ["Trace"]
 
@@ -68,10 +69,13 @@ class Trace:
         return self._events.descriptors()
 
     def measured(
-        self, settled: Callable[[MapRun, int], None], wake: Callable[[], None]
+        self,
+        settled: Callable[[MapRun, int], None],
+        wake: Callable[[], None],
+        names: MainNames | None = None,
     ) -> tuple[type[Task], Dispatch]:
-        """Return what a pool uses in place of `Task` and ``Dispatch(settled, wake)``."""
-        return TracedTask, TracedDispatch(self.hired, settled, wake)
+        """Return what a pool uses in place of `Task` and ``Dispatch(settled, wake, names)``."""
+        return TracedTask, TracedDispatch(self.hired, settled, wake, names)
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
         """Begin to write, in the scheduler's thread.

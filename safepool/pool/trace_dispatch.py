@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from safepool.pool.policy import Policy
     from safepool.pool.tasks import Call, Pickled, PoolFuture
     from safepool.pool.worker import Worker
+    from safepool.transport.main_names import MainNames
     from safepool.workers.inheritance import Inheritance
 
 __all__ = ["TracedDispatch", "TracedTask", "note_queued", "pickled_ns", "queued_ns"]
@@ -55,6 +56,7 @@ class TracedDispatch(Dispatch):
         hired: Told of workers that are started.
         settled: As of the base.
         wake: As of the base.
+        names: As of the base.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class TracedDispatch(Dispatch):
         hired: Callable[[Worker], None],
         settled: Callable[[MapRun, int], None],
         wake: Callable[[], None],
+        names: MainNames | None = None,
     ) -> None:
-        super().__init__(settled, wake)
+        super().__init__(settled, wake, names)
         self._hired = hired
 
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:

@@ -29,9 +29,13 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
 from safepool.transport.lazy import reducers
+from safepool.transport.marks import MAIN_NAMES, find_in_main, is_of_main
+from safepool.transport.payloads import main_namespace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from safepool.transport.main_names import MainNames
 
 __all__ = ["ByValuePickler", "reducer_table"]
 
@@ -82,7 +86,17 @@ def _keep(arrived: Any) -> None:
 
 
 class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`."""
+    """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`.
+
+    Attributes:
+        to_worker: It pickles for a worker, in which ``__main__`` is what this pickler says.
+        names: What the worker has of ``__main__`` under its name.
+        namespace: What stands for the globals of ``__main__``.
+    """
+
+    to_worker = False
+    names: MainNames | None = None
+    namespace: dict[str, Any]
 
     def _dynamic_function_reduce(self, func: types.FunctionType) -> tuple[Any, ...]:
         rebuild, fill = _internals._make_function, _internals._function_setstate
@@ -91,6 +105,10 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce classes and functions; ``NotImplemented`` leaves the rest to the table."""
+        if self.to_worker:
+            reduced = self._of_main(obj)
+            if reduced is not None:
+                return reduced
         if isinstance(obj, types.FunctionType):
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and obj.__code__ is _SINGLE_DISPATCH:
@@ -99,6 +117,80 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if issubclass(type(obj), type):
             return _looked_up_first(super().reducer_override(obj))
         return NotImplemented
+
+    def _of_main(self, obj: Any) -> Any:
+        """Reduce a function or class of ``__main__``; ``None`` for anything else."""
+        kind = type(obj)
+        if not (kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type)):
+            return None
+        if not is_of_main(obj):
+            return None
+        if self.names and self.names.has(obj):
+            return self._by_name(obj)
+        # By value, also if cloudpickle would find it in ``__mp_main__``.
+        if issubclass(kind, type):
+            return _looked_up_first(_internals._dynamic_class_reduce(obj))
+        if kind is _LRU_CACHE or obj.__code__ is _SINGLE_DISPATCH:
+            return None
+        if obj.__globals__.get("__name__") in MAIN_NAMES:
+            # Not always those of the module: ``runpy`` and profilers have a copy.
+            self.globals_ref.setdefault(id(obj.__globals__), self.namespace)
+        return self._dynamic_function_reduce(obj)
+
+    def _by_name(self, obj: Any) -> Any:
+        """Reduce what the worker has under its name, with the globals that it has not."""
+        assert self.names is not None
+        data: dict[str, Any] = {}
+        seen, new = {id(obj)}, [obj]
+        while new:
+            for function in _functions_of(new.pop()):
+                space = function.__globals__
+                if space.get("__name__") not in MAIN_NAMES:
+                    continue
+                for name in _internals._extract_code_globals(function.__code__):
+                    value = space.get(name, space)
+                    if value is space or held_by_module(name, value, space):
+                        continue  # a builtin, not set yet, or the worker's own as well
+                    if not self._is_there(value):
+                        data[name] = value
+                    elif id(value) not in seen:
+                        seen.add(id(value))
+                        new.append(value)
+        changed = self.names.changed(data) if data else data
+        if changed:
+            return _named, (obj.__qualname__,), changed, None, None, _deliver
+        return obj.__qualname__ if type(obj) is _LRU_CACHE else NotImplemented
+
+    def _is_there(self, value: Any) -> bool:
+        kind = type(value)
+        if kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type):
+            return self.names is not None and is_of_main(value) and self.names.has(value)
+        return False
+
+
+def _functions_of(obj: Any) -> Iterator[types.FunctionType]:
+    """Yield the functions that a function or class consists of."""
+    if isinstance(obj, type):
+        for part in vars(obj).values():
+            inner = getattr(part, "__func__", None) or getattr(part, "fget", None) or part
+            if isinstance(inner, types.FunctionType):
+                yield inner
+        return
+    while obj is not None:
+        if isinstance(obj, types.FunctionType):
+            yield obj
+        obj = getattr(obj, "__wrapped__", None)
+
+
+def _named(qualname: str) -> Any:
+    found = find_in_main(qualname)
+    if found is None:
+        raise AttributeError(f"the worker has no {qualname} in its __main__")
+    return found
+
+
+def _deliver(_: object, values: dict[str, Any]) -> None:
+    main_namespace().update(values)
 
 
 def reducer_table(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safepool.transport.frames import Buffer
+    from safepool.transport.main_names import MainNames
 
 __all__ = [
     "by_value_modules",
@@ -46,6 +47,7 @@ def dumps(
     *,
     into_main: bool = False,
     by_value: bool = False,
+    names: MainNames | None = None,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
@@ -57,6 +59,8 @@ def dumps(
             travel together share globals of their own.
         by_value: It is known to hold something of ``__main__``: pickle it once, and not by
             reference first to find that out.
+        names: What of ``__main__`` the receiver has under its name: it travels as that. ``None``
+            for what a worker returns: the program has all that it has sent.
         reducers: Ways to pickle certain types that hold for this value only.
 
     Returns:
@@ -76,10 +80,13 @@ def dumps(
             segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
         except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
             segments = None
-        # A name in ``__main__`` is another thing in the worker, or nothing.
-        if segments is not None and b"__main__" not in segments[0]:
+        # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
+        # ``multiprocessing`` it is known by another one.
+        if segments is not None and not (
+            b"__main__" in segments[0] or (into_main and b"__mp_main__" in segments[0])
+        ):
             return segments
-    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
+    dump = functools.partial(_by_value_dumps, into_main=into_main, names=names, reducers=reducers)
     return _dumps(value, dump)
 
 
@@ -152,10 +159,11 @@ def _by_value_dumps(
     in_band: Callable[[pickle.PickleBuffer], bool],
     *,
     into_main: bool,
+    names: MainNames | None,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
-    dump_by_value(value, file, in_band, into_main=into_main, reducers=reducers)
+    dump_by_value(value, file, in_band, into_main=into_main, names=names, reducers=reducers)
     return file.getvalue()
 
 
@@ -165,6 +173,7 @@ def dump_by_value(
     in_band: Callable[[pickle.PickleBuffer], bool] | None = None,
     *,
     into_main: bool = True,
+    names: MainNames | None = None,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> None:
     """Write the pickle of what a receiver cannot import into a file.
@@ -174,6 +183,7 @@ def dump_by_value(
         file: Where to.
         in_band: Asked of each buffer; ``None`` keeps all in the pickle.
         into_main: As for :func:`dumps`.
+        names: As for :func:`dumps`.
         reducers: As for :func:`dumps`.
     """
     kind = _by_value_pickler("loky.backend.reduction" in sys.modules, "numpy" in sys.modules)
@@ -181,12 +191,14 @@ def dump_by_value(
         table = ChainMap(dict(reducers), kind.dispatch_table)
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     pickler = kind(file, protocol=5, buffer_callback=in_band)
+    pickler.to_worker, pickler.names = into_main, names
     if into_main:
         global _values_sent  # noqa: PLW0603 -- a fact about this process
         _values_sent += 1
         # cloudpickle asks here for what stands for a function's globals.
         ours = main_namespace()
-        pickler.globals_ref[id(ours)] = _Main(__package__=ours.get("__package__"))
+        pickler.namespace = _Main(__package__=ours.get("__package__"))
+        pickler.globals_ref[id(ours)] = pickler.namespace
     pickler.dump(value)
 
 

@@ -8,6 +8,7 @@ state of random number generators.
 from __future__ import annotations
 
 import atexit
+import io
 import itertools
 import os
 import resource
@@ -19,6 +20,7 @@ import time
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport import marks
 from safepool.workers import lifeline
 from safepool.workers.main import be_worker
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["be_born", "circumstances"]
+__all__ = ["be_born", "become_child", "circumstances"]
 
 _LIMITS = (
     "RLIMIT_AS",
@@ -96,8 +98,10 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
         _end_with(server)
     _set_streams(out, err)
     _inherit(details, folder)
-    # The server's ``-c`` text is not the program's ``__main__``.
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    if not details["script"]:
+        # The server's ``-c`` text is not the program's ``__main__``.
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        marks.alias_main()
     _draw_other_numbers()
     _be_a_child(details, line, tracker)
     try:
@@ -119,6 +123,23 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     return code
 
 
+def become_child(details: dict[str, Any], line: int, folder: int, tracker: int) -> None:
+    """Let the server be what the program's script finds in a child, before it is run there.
+
+    Args:
+        details: As for :func:`be_born`.
+        line: The reading end of the life-line.
+        folder: The program's working directory.
+        tracker: The pipe to multiprocessing's resource tracker.
+    """
+    from multiprocessing import process  # noqa: PLC0415
+
+    known: Any = process
+    known.ORIGINAL_DIR = details["original_dir"]
+    _go(details, folder)
+    _be_a_child(details, line, tracker)
+
+
 def _end_with(server: int) -> None:
     """End with the server, where there is no life-line to end with the program."""
     import ctypes  # noqa: PLC0415
@@ -136,10 +157,23 @@ def _set_streams(out: int, err: int) -> None:
     for descriptor in {nothing, out, err} - {0, 1, 2}:
         os.close(descriptor)
     # Written by lines where a person looks on, as at the start of an interpreter.
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else the script has put another there
+        sys.stdout.reconfigure(line_buffering=os.isatty(1))
 
 
 def _inherit(details: dict[str, Any], folder: int) -> None:
+    _go(details, folder)
+    for name, limit in details["limits"].items():
+        if limit is not None and _limit(name) != limit:
+            _try(resource.setrlimit, getattr(resource, name), limit)
+    nice, cpus = details["nice"], details["affinity"]
+    if nice is not None and _asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
+        _try(os.setpriority, os.PRIO_PROCESS, 0, nice)
+    if cpus is not None and _asked(os.sched_getaffinity, 0) != cpus:
+        _try(os.sched_setaffinity, 0, cpus)
+
+
+def _go(details: dict[str, Any], folder: int) -> None:
     try:
         os.fchdir(folder)
     except OSError:
@@ -156,14 +190,6 @@ def _inherit(details: dict[str, Any], folder: int) -> None:
     sys.setrecursionlimit(details["recursion"])
     if details["umask"] is not None:
         os.umask(details["umask"])
-    for name, limit in details["limits"].items():
-        if limit is not None and _limit(name) != limit:
-            _try(resource.setrlimit, getattr(resource, name), limit)
-    nice, cpus = details["nice"], details["affinity"]
-    if nice is not None and _asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
-        _try(os.setpriority, os.PRIO_PROCESS, 0, nice)
-    if cpus is not None and _asked(os.sched_getaffinity, 0) != cpus:
-        _try(os.sched_setaffinity, 0, cpus)
 
 
 def _draw_other_numbers() -> None:

@@ -9,6 +9,8 @@ shared by the pools of this process and kept for the next ones; it ends with the
 
 What goes wrong, and what is done:
     It is killed            its workers live on; another is started when one is needed.
+    The script cannot be    the pool has another server, which has not run it, and its functions
+    run there               travel by value; told once.
     An import crashes or    another is started without that library; one that started threads
     starts threads          would make every fork unsafe.
     It does not answer      it is killed, and another is started.
@@ -47,17 +49,21 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool import linux
 from safepool.errors import describe_exit
 from safepool.transport import letters
-from safepool.workers import birth, forked
+from safepool.workers import birth, forked, script
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import modules_to_preload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from types import FrameType
+
+    from safepool.workers.plan import MainPlan
 
 assert sys.platform == "linux"
 
@@ -65,10 +71,16 @@ __all__ = ["ServerContext", "descriptors", "running", "stop_all"]
 
 _log = ContainedLogger()
 
+_T = TypeVar("_T")
+
 # Seconds for one import, and for one fork. Imports of large libraries take ten seconds under a
 # small quota; a fork of a few hundred megabytes takes milliseconds.
 _IMPORT_S = 60.0
 _FORK_S = 5.0
+# For the script's top level: whoever computes there for longer has a reason to be told.
+_RUN_S = 600.0
+# A top level that takes longer is worth a word: each server waits for it.
+_LONG_RUN_S = 2.0
 # From the end of its socket to that of the process.
 _ENDING_S = 1.0
 # Between two looks whether an import is still waited for: Ctrl-C must not have to.
@@ -117,14 +129,22 @@ class ServerContext(multiprocessing.context.SpawnContext):
 
     Args:
         preload: What the server imports ahead, as :func:`modules_to_preload`.
+        plan: How ``__main__`` gets into the workers; ``None`` is by value.
+
+    Attributes:
+        plan: The same, or what has become of it: a script that cannot be run is sent by value.
     """
 
     _name = "safepool"
 
-    def __init__(self, preload: str | Sequence[str] = "auto") -> None:
+    def __init__(
+        self, preload: str | Sequence[str] = "auto", plan: MainPlan | None = None
+    ) -> None:
         super().__init__()
         self.preload = preload
+        self.plan = plan
         self._modules: list[str] | None = None
+        self._marks: Mapping[str, bytes] | None = None
 
     def prepare(self, changes: Mapping[str, str | None]) -> bool:
         """Start the server, if none runs: from then on a worker costs this process no process.
@@ -139,8 +159,105 @@ class ServerContext(multiprocessing.context.SpawnContext):
             OSError: The system has no room for a process or a descriptor.
             RuntimeError: The interpreter shuts down.
         """
-        with _server_for(changes) as server:
+        with _server_for(changes, self._plan_now()) as server:
             return server.start()
+
+    def _plan_now(self) -> MainPlan | None:
+        """Return the plan that is carried out; ``None`` where nothing is run."""
+        plan = self.plan
+        if plan is None or plan.mode == "value":
+            return None
+        if self._marks is not None:  # the pool's calls refer to it by now
+            return plan
+        problem = _not_runnable.get(plan.key)
+        if problem is not None:
+            self.plan = plan.without(problem)
+            return None
+        return plan
+
+    def is_asked_by(self, frame: FrameType | None) -> None:
+        """Take note of the caller that the first worker is for, before it is started.
+
+        Args:
+            frame: Of the caller. The script is not run if its top level itself asks.
+        """
+        if self.plan is not None and self.plan.mode == "run":
+            line = self.plan.asked_at_top_level(frame)
+            if line:
+                problem = f"line {line} of its top level asks for the pool, outside of a guard"
+                self.plan = self.plan.without(problem)
+
+    def run_script(
+        self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
+    ) -> Mapping[str, bytes]:
+        """Run the script in the server, if that is the plan, and return what it has there.
+
+        Args:
+            changes: As for :meth:`fork_worker`.
+            threads: As there.
+            given_up: As there.
+
+        Returns:
+            What :func:`~safepool.transport.marks.marks_of` says; nothing if it is by value.
+
+        Raises:
+            OSError: As :meth:`fork_worker`.
+            InterruptedError: It was given up.
+        """
+        plan = self._plan_now()
+        if plan is None:
+            return {}
+        modules, strict = self._to_preload(threads)
+        try:
+            with _server_for(changes, plan) as server:
+                self._marks = server.run_script(modules, given_up, strict=strict)
+                return self._marks
+        except _CannotRunError as error:
+            self._send_by_value(plan, str(error))
+            return {}
+
+    def prints(
+        self,
+        changes: Mapping[str, str | None],
+        names: list[str],
+        given_up: Callable[[], bool],
+    ) -> Mapping[str, bytes | None]:
+        """Return what the script's globals are like in the server, as far as that can be told.
+
+        Args:
+            changes: As for :meth:`fork_worker`.
+            names: Of the globals.
+            given_up: As there.
+
+        Returns:
+            By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
+        """
+        plan = self._plan_now()
+        if plan is None:
+            return {}
+        with _server_for(changes, plan) as server:
+            return server.prints(names, given_up)
+
+    def _send_by_value(self, plan: MainPlan, problem: str) -> None:
+        self.plan, self._marks = plan.without(problem), None
+        if plan.key not in _not_runnable:
+            _not_runnable[plan.key] = problem
+            _log.warning(
+                "%s is not run in the fork server: %s. Its functions travel to workers by value. "
+                'Move what is not for workers below if __name__ == "__main__":, or pass '
+                'main="value"',
+                plan.name or plan.path,
+                problem,
+            )
+
+    def _to_preload(self, threads: int) -> tuple[list[str], bool]:
+        """Return what the server imports ahead, and whether it was asked for by name."""
+        asked = self.preload != "auto"
+        if self._modules is None:  # what is there when the pool begins its work
+            # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
+            wanted = self.preload if asked or threads == 1 else []
+            self._modules = modules_to_preload(wanted)
+        return self._modules, asked
 
     def fork_worker(
         self,
@@ -166,19 +283,31 @@ class ServerContext(multiprocessing.context.SpawnContext):
         Raises:
             OSError: The system has no room for a process or a descriptor, or no server
                 could be kept running.
+            ScriptLostError: The script, which was run for this pool, cannot be run again.
             InterruptedError: It was given up.
         """
-        asked = self.preload != "auto"
-        if self._modules is None:  # what is there when the pool begins its work
-            # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
-            wanted = self.preload if asked or threads == 1 else []
-            self._modules = modules_to_preload(wanted)
+        modules, strict = self._to_preload(threads)
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
         details: dict[str, Any] = {"threads": threads, "board": board is not None}
         if cpus:
             details["affinity"] = set(cpus)
-        with _server_for(changes) as server:
-            return server.fork_worker(self._modules, details, files, given_up, strict=asked)
+        plan = self._plan_now()
+        try:
+            with _server_for(changes, plan) as server:
+                marks = server.run_script(modules, given_up, strict=strict) if plan else None
+                if marks != self._marks:
+                    raise _CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
+                        "run again in another server, its top level gave other functions and "
+                        "classes (has the file been changed?)"
+                    )
+                return server.fork_worker(modules, details, files, given_up, strict=strict)
+        except _CannotRunError as error:
+            assert plan is not None
+            self._send_by_value(plan, str(error))
+            raise ScriptLostError(
+                f"{plan.name or plan.path} was run in the fork server and cannot be run there "
+                f"again: {error}"
+            ) from None
 
 
 class _LostError(Exception):
@@ -193,6 +322,10 @@ class _CannotForkError(Exception):
     """No server can be forked, whatever is left out."""
 
 
+class _CannotRunError(Exception):
+    """The script's top level cannot be run in a server, for a reason of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     """What a server has for good: pools with another need another server."""
@@ -201,13 +334,18 @@ class _Setting:
     # User, groups, capabilities, control group, name spaces, root directory: a program that
     # has given up rights must not get workers that still have them.
     identity: tuple[str, ...]
+    # Of the script that it has run: nothing of it may be in another pool's workers.
+    script: tuple[str, ...]
 
 
 class _Server:
     """One fork server, started when it is needed."""
 
-    def __init__(self, changes: Mapping[str, str | None]) -> None:
+    def __init__(self, changes: Mapping[str, str | None], plan: MainPlan | None) -> None:
         self._changes = dict(changes)
+        self._plan = plan
+        # What the script has made in the server that runs; ``None`` before it was run.
+        self._marks: Mapping[str, bytes] | None = None
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -246,13 +384,67 @@ class _Server:
         strict: bool,
     ) -> forked.ForkedProcess:
         """Preload what is new and fork a worker; start the server first, or again."""
-        while not self._lock.acquire(timeout=_LOOK_S):  # another pool waits for an import
-            _check(given_up)
-        try:
+
+        def start() -> forked.ForkedProcess:
             process = self._start_one(modules, details, files, given_up, strict=strict)
             self._workers = [worker for worker in self._workers if not worker.closed]
             self._workers.append(process)
             return process
+
+        return self._alone(start, given_up)
+
+    def run_script(
+        self, modules: Sequence[str], given_up: Callable[[], bool], *, strict: bool
+    ) -> Mapping[str, bytes]:
+        """Run the script of the plan, unless this server has run it, and return what it has made.
+
+        Raises:
+            _CannotRunError: It cannot be run here. The server has ended.
+        """
+
+        def run() -> Mapping[str, bytes]:
+            if self._process is None or self._marks is None:
+                try:
+                    self._in_a_server(lambda: None, modules, given_up, strict=strict)
+                except _CannotForkError as error:
+                    raise _CannotRunError(str(error)) from None
+            marks = self._marks
+            assert marks is not None
+            return marks
+
+        return self._alone(run, given_up)
+
+    def prints(self, names: list[str], given_up: Callable[[], bool]) -> Mapping[str, bytes | None]:
+        """Return what globals of the script are like, as far as that can be told."""
+        found = b""
+        told, tell = os.pipe()
+        try:
+            with self._lock:
+                if self._marks is None:
+                    return {}
+                self._send(("prints", names), [tell])
+            os.close(tell)
+            tell = -1
+            while True:
+                while not forked.is_readable(told, _LOOK_S):
+                    if given_up():
+                        return {}
+                data = os.read(told, 1 << 16)
+                if not data:
+                    return script.read_prints(found)
+                found += data
+        except (OSError, _LostError):
+            return {}  # it is gone; the next worker's server is another
+        finally:
+            os.close(told)
+            if tell >= 0:
+                os.close(tell)
+
+    def _alone(self, deed: Callable[[], _T], given_up: Callable[[], bool]) -> _T:
+        while not self._lock.acquire(timeout=_LOOK_S):  # another pool waits for an import
+            _check(given_up)
+        try:
+            return deed()
         finally:
             self._lock.release()
 
@@ -267,8 +459,12 @@ class _Server:
     ) -> forked.ForkedProcess:
         if not self._afresh:
             try:
-                return self._fork_one(modules, details, files, given_up, strict=strict)
+                return self._in_a_server(
+                    lambda: self._fork(details, files, given_up), modules, given_up, strict=strict
+                )
             except _CannotForkError as error:
+                if self._plan is not None:
+                    raise _CannotRunError(str(error)) from None
                 self._afresh = True
                 _log_once(
                     "each worker is started afresh, as no fork server can be used "
@@ -276,15 +472,15 @@ class _Server:
                 )
         return self._start_afresh(modules if strict else (), details, files)
 
-    def _fork_one(
+    def _in_a_server(
         self,
+        deed: Callable[[], _T],
         modules: Sequence[str],
-        details: Mapping[str, Any],
-        files: Sequence[int],
         given_up: Callable[[], bool],
         *,
         strict: bool,
-    ) -> forked.ForkedProcess:
+    ) -> _T:
+        """Do something with a server that has preloaded what is new and run the script."""
         why = ""
         for attempt in range(_MOST_STARTS):
             if self._process is None:
@@ -292,14 +488,16 @@ class _Server:
             try:
                 if attempt < 2:
                     self._preload(modules, given_up, strict=strict)
-                return self._fork(details, files, given_up)
+                if self._plan is not None and self._marks is None:
+                    self._marks = self._run_script(self._plan, given_up)
+                return deed()
             except (_LostError, ConnectionError, TimeoutError) as error:
                 why = self._lose(error, attempt)
             except _StartedThreadsError as error:
                 self._stop()
                 why = f"had threads: {error}"
-            except (_CannotForkError, InterruptedError):
-                self._stop()  # it may be in the middle of an import
+            except (_CannotForkError, _CannotRunError, InterruptedError):
+                self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
         raise _CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
 
@@ -350,6 +548,7 @@ class _Server:
         except OSError:
             pass  # it has ended, which is found out by whoever asks it for something
         self._sock = ours
+        self._marks = None
         self._asked = set()
         self._answers = False
         _log.debug("fork server %d started", self._process.pid)
@@ -430,6 +629,45 @@ class _Server:
         _log.warning("%s is not preloaded: %s", importing, why)
         self._left_out.add(importing.partition(".")[0])
 
+    def _run_script(self, plan: MainPlan, given_up: Callable[[], bool]) -> Mapping[str, bytes]:
+        known: Any = multiprocessing.process
+        details = {
+            **self._details(),
+            "name": "safepool-server",
+            "identity": (),
+            "argv": list(plan.argv),
+            "module": plan.name,
+            "file": plan.path,
+            "original_dir": known.ORIGINAL_DIR,
+        }
+        folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
+        try:
+            tracker = resource_tracker.getfd()
+            assert tracker is not None
+            self._send(("script", details), [folder, tracker])
+        finally:
+            os.close(folder)
+        try:
+            (what, report), _ = self._receive(_RUN_S, given_up)
+        except TimeoutError:
+            raise _CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
+        except (_LostError, ConnectionError):
+            ending = self._await_the_end()
+            raise _CannotRunError(f"while it was run, the fork server {ending}") from None
+        if what == "threads":
+            raise self._useless(report, imported=bool(self._asked))
+        if report["problem"]:
+            raise _CannotRunError(report["problem"])
+        if report["seconds"] > _LONG_RUN_S:
+            _log.warning(
+                "the top level of %s took %.1f s in the fork server, and does for each server. "
+                'Move work that is not for workers below if __name__ == "__main__":',
+                plan.name or plan.path,
+                report["seconds"],
+            )
+        marks: Mapping[str, bytes] = report["marks"]
+        return marks
+
     def _fork(
         self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
@@ -445,6 +683,8 @@ class _Server:
             raise OSError(answer, os.strerror(answer))
         if what == "unforkable":
             raise _CannotForkError(f"its fork raised {answer}")
+        if self._plan is not None:
+            raise _CannotRunError(f"it starts threads that stay ({', '.join(answer)})")
         raise self._useless(answer, imported=bool(self._asked))
 
     def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
@@ -478,6 +718,19 @@ class _Server:
             assert sock is not None
             sock.close()
 
+    def _details(self) -> dict[str, Any]:
+        """Return what a child of this process has, besides descriptors."""
+        me = multiprocessing.current_process()
+        return {
+            **birth.circumstances(),
+            "environ": self._environment(),
+            "changes": self._changes,
+            "parent": os.getpid(),
+            "parent_name": me.name,
+            "authkey": bytes(me.authkey),
+            "script": self._plan is not None,
+        }
+
     @contextmanager
     def _handing(
         self, more: Mapping[str, Any], files: Sequence[int]
@@ -493,17 +746,8 @@ class _Server:
         # gets the number of one that has ended.
         number = next(multiprocessing.process._process_counter)  # type: ignore[attr-defined]
         identity = (*me._identity, number)
-        details = {
-            **birth.circumstances(),
-            "environ": self._environment(),
-            "changes": self._changes,
-            **more,
-            "name": f"safepool-{':'.join(map(str, identity))}",
-            "identity": identity,
-            "parent": os.getpid(),
-            "parent_name": me.name,
-            "authkey": bytes(me.authkey),
-        }
+        name = f"safepool-{':'.join(map(str, identity))}"
+        details = {**self._details(), **more, "name": name, "identity": identity}
         opened: list[int] = []
         try:
             status, told = os.pipe()
@@ -586,6 +830,8 @@ class _Server:
 
 
 _servers: dict[_Setting, _Server] = {}
+# By key of a plan, why its script cannot be run in a server.
+_not_runnable: dict[tuple[str, ...], str] = {}
 _servers_lock = threading.Lock()
 # The life-line: reading and writing end. One for the process, never closed: the workers of a
 # server that was killed still hold it.
@@ -593,16 +839,19 @@ _line: list[int] = []
 
 
 @contextmanager
-def _server_for(changes: Mapping[str, str | None]) -> Iterator[_Server]:
+def _server_for(
+    changes: Mapping[str, str | None], plan: MainPlan | None = None
+) -> Iterator[_Server]:
     """Give the server of a setting, which nobody ends meanwhile."""
-    setting = _Setting(tuple(sorted(changes.items())), _identity())
+    key = () if plan is None else plan.key
+    setting = _Setting(tuple(sorted(changes.items())), _identity(), key)
     with _servers_lock:
         found = _servers.get(setting)
         if found is None:
-            idle = [key for key, other in _servers.items() if other.is_idle()]
-            for key in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
-                _servers.pop(key).stop()
-            found = _servers[setting] = _Server(changes)
+            idle = [one for one, other in _servers.items() if other.is_idle()]
+            for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
+                _servers.pop(one).stop()
+            found = _servers[setting] = _Server(changes, plan)
         found.users += 1
         if not _line:
             _line[:] = os.pipe()

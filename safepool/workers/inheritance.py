@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
+    from safepool.transport.main_names import MainNames
 
     Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
@@ -47,12 +48,15 @@ class Inheritance:
     shared: Sequence[Shared[Any]] = field(default=(), repr=False)
 
 
-def pack(initializer: Initializer, *, forked: bool) -> Inheritance:
+def pack(
+    initializer: Initializer, *, names: MainNames | None = None, forked: bool = False
+) -> Inheritance:
     """Make the initializer and its arguments ready for a worker that is about to start.
 
     Args:
         initializer: What is called, and the arguments.
-        forked: The worker is a fork of this process.
+        names: What the worker has of ``__main__``.
+        forked: It is a fork of this process.
 
     Raises:
         Exception: What the pickler raised.
@@ -62,20 +66,24 @@ def pack(initializer: Initializer, *, forked: bool) -> Inheritance:
         values = (a.value if isinstance(a, Shared) else a for a in arguments)
         return Inheritance([], [], (function, tuple(values)))
     with Collected() as met:
-        segments, descriptors = _pickle(initializer)
+        segments, descriptors = _pickle(initializer, names)
     return Inheritance(store_large(segments), descriptors, shared=met.found)
 
 
 if sys.platform == "win32":
 
-    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
-        return payloads.dumps(initializer, into_main=True), []
+    def _pickle(
+        initializer: Initializer, names: MainNames | None
+    ) -> tuple[list[bytes | memoryview], list[int]]:
+        return payloads.dumps(initializer, into_main=True, names=names), []
 
 else:
 
-    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
+    def _pickle(
+        initializer: Initializer, names: MainNames | None
+    ) -> tuple[list[bytes | memoryview], list[int]]:
         if initializer[0] is None:
-            return payloads.dumps(initializer, into_main=True), []
+            return payloads.dumps(initializer, into_main=True, names=names), []
         from multiprocessing import context, reduction  # noqa: PLC0415 -- a pool's start, not ours
 
         starting = _Starting()
@@ -85,7 +93,7 @@ else:
         try:
             pickler: Any = reduction.ForkingPickler
             reducers = pickler._extra_reducers
-            segments = payloads.dumps(initializer, into_main=True, reducers=reducers)
+            segments = payloads.dumps(initializer, into_main=True, names=names, reducers=reducers)
         finally:
             spawning.set_spawning_popen(before)
         return segments, starting.descriptors

@@ -2,6 +2,9 @@
 
 Its worker would import it again, and so on: a chain of processes without an end. The standard
 library's ``spawn`` meets it with an error, ``fork`` does not know it.
+
+The program's own script is such a module if the fork server runs it and its top level asks for
+a pool.
 """
 
 from __future__ import annotations
@@ -14,7 +17,17 @@ from safepool.transport import payloads
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["check_no_import"]
+__all__ = ["AskedForPoolError", "check_no_import"]
+
+script_is_run = False
+"""Whether this process is a fork server that runs the script's top level at this moment."""
+
+
+class AskedForPoolError(BaseException):
+    """The script's top level asks for a pool or a process while the fork server runs it.
+
+    No ``Exception``: it ends the run, whatever the script catches.
+    """
 
 
 def check_no_import() -> None:
@@ -22,7 +35,10 @@ def check_no_import() -> None:
 
     Raises:
         RuntimeError: This is a worker, and such a module is being imported.
+        AskedForPoolError: This is the fork server, which runs the script.
     """
+    if script_is_run:
+        raise AskedForPoolError("it asks for a pool")
     frame: FrameType | None = sys._getframe(1)
     module = ""
     while frame is not None:

@@ -18,20 +18,22 @@ import socket
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
 from safepool.workers.main import worker_main
+from safepool.workers.plan import plan_main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
+    from types import FrameType
 
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["WorkerProcess", "find_context", "prepare"]
+__all__ = ["WorkerProcess", "find_context", "is_asked_by", "prepare", "prints", "run_script"]
 
 
 # Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
@@ -40,7 +42,9 @@ _START_DESCRIPTORS = 8
 
 
 def find_context(
-    wanted: BaseContext | str | None, preload: str | Sequence[str] = "auto"
+    wanted: BaseContext | str | None,
+    preload: str | Sequence[str] = "auto",
+    main: Literal["auto", "run", "value"] = "value",
 ) -> BaseContext:
     """Return the context that starts workers.
 
@@ -49,12 +53,14 @@ def find_context(
             ``"loky"`` (each worker a fresh interpreter, started by exec), or one of
             ``multiprocessing``'s. ``None`` is the first of these that works here.
         preload: What the server imports ahead.
+        main: How the program's ``__main__`` gets into workers, as :func:`plan_main`.
 
     Raises:
-        ValueError: There is no context of this name.
+        ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
+            script that could be run.
     """
     if wanted is None or wanted == "safepool":
-        ours = _server_context(preload)
+        ours = _server_context(preload, main)
         if ours is not None:
             return ours
         if wanted is not None:
@@ -73,19 +79,79 @@ def find_context(
 if sys.platform == "linux":
     from safepool import linux
 
-    def _server_context(preload: str | Sequence[str]) -> BaseContext | None:
+    def _server_context(preload: str | Sequence[str], main: str) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
         # The server counts its threads there before each fork.
         if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
             return None
         from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
 
-        return ServerContext(preload)
+        return ServerContext(preload, plan_main(main))
 
 else:
 
-    def _server_context(_preload: str | Sequence[str]) -> BaseContext | None:
+    def _server_context(_preload: str | Sequence[str], _main: str) -> BaseContext | None:
         return None
+
+
+def is_asked_by(context: BaseContext, frame: FrameType | None) -> None:
+    """Take note of the caller that the first worker is for, before it is started.
+
+    Args:
+        context: From :func:`find_context`.
+        frame: Of the caller.
+    """
+    if context.get_start_method() == "safepool":
+        own: Any = context
+        own.is_asked_by(frame)
+
+
+def run_script(
+    context: BaseContext,
+    environment: Mapping[str, str | None],
+    threads: int,
+    given_up: Callable[[], bool],
+) -> Mapping[str, bytes]:
+    """Run the program's script where workers are forked from, if that is the plan.
+
+    Args:
+        context: From :func:`find_context`.
+        environment: Of the workers.
+        threads: Threads for each of their native pools.
+        given_up: Asked while it takes its time: nobody wants workers any more.
+
+    Returns:
+        What workers have under its own name in ``__main__``, as
+        :class:`~safepool.transport.main_names.MainNames` takes it.
+
+    Raises:
+        OSError: The system has no room for a server.
+        InterruptedError: It was given up.
+    """
+    if context.get_start_method() != "safepool":
+        return {}
+    own: Any = context
+    marks: Mapping[str, bytes] = own.run_script(environment, threads, given_up)
+    return marks
+
+
+def prints(
+    context: BaseContext,
+    environment: Mapping[str, str | None],
+    names: list[str],
+    given_up: Callable[[], bool],
+) -> Mapping[str, bytes | None]:
+    """Return what globals of a script that was run are like where workers are forked from.
+
+    Args:
+        context: From :func:`find_context`.
+        environment: Of the workers.
+        names: Of the globals.
+        given_up: Asked while it takes its time.
+    """
+    own: Any = context
+    found: Mapping[str, bytes | None] = own.prints(environment, names, given_up)
+    return found
 
 
 def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool:

@@ -7,6 +7,9 @@ socket closes or, should it be in the middle of a long import, by the life-line.
     to the server     ("preload", [names])        from it    ("importing", name) before each
                                                              ("preloaded", (failed, threads)), or
                                                              ("threads", names) at once
+                      ("script", details) + files  from it    ("ran", report), or
+                                                             ("threads", names)
+                      ("prints", names) + pipe                 from a child of it, through the pipe
                       ("fork", details) + files   from it    ("forked", pid) + pidfd, or
                                                              ("threads", names), or
                                                              ("refused", errno), or
@@ -38,7 +41,7 @@ from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import birth, lifeline
+from safepool.workers import birth, lifeline, script
 from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
@@ -121,6 +124,10 @@ class _Server:
                     self._preload(details)
                 elif what == "become":
                     self._become(details, descriptors)
+                elif what == "script":
+                    self._run_script(details, descriptors)
+                elif what == "prints":
+                    self._tell_prints(details, *descriptors)
                 else:
                     self._fork(details, descriptors)
 
@@ -159,6 +166,38 @@ class _Server:
         gc.freeze()
         gc.enable()
         letters.send(self._sock, ("preloaded", (failed, started)))
+
+    def _run_script(self, details: dict[str, Any], descriptors: list[int]) -> None:
+        threads = _foreign_threads()
+        if threads:  # of whatever starts some in every interpreter: not the script's
+            _close_all(descriptors)
+            letters.send(self._sock, ("threads", threads))
+            return
+        birth.become_child(details, self._line, *descriptors)
+        gc.disable()
+        with _silence():
+            report = script.run_script(details["module"], details["file"], details["changes"])
+        self._hear_of_endings()
+        threads = _foreign_threads()
+        if threads and not report["problem"]:
+            report["problem"] = f"it starts threads that stay ({', '.join(threads)})"
+        find_ahead()
+        gc.freeze()
+        gc.enable()
+        letters.send(self._sock, ("ran", report))
+
+    def _tell_prints(self, names: list[str], pipe: int) -> None:
+        """Write what the script's globals are like, in a child: pickling runs the user's code."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._leave()
+                script.tell_prints(names, pipe)
+            finally:
+                os._exit(0)
+        # Nobody asks how it ends.
+        self._workers[pid] = os.open(os.devnull, os.O_WRONLY)
+        os.close(pipe)
 
     def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:
         if len(descriptors) < details["files"]:  # no room for all of them
@@ -238,16 +277,21 @@ class _Server:
             del self._workers[pid]
             os.close(status)
 
+    def _leave(self) -> None:
+        """Be no server any more, in a child of it."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._wake_receiver.close()
+        self._wake_sender.close()
+        self._sock.close()
+        _close_all(self._workers.values())
+
     def _become_worker(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
         code = 1
         try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._wake_receiver.close()
-            self._wake_sender.close()
-            self._sock.close()
+            self._leave()
             status, gate, *own = descriptors
-            _close_all([status, *self._workers.values()])
+            os.close(status)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             if not os.read(gate, 1):
                 os._exit(0)  # the program has not waited for the answer, or is gone

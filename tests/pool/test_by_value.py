@@ -25,17 +25,19 @@ import safepool
 {body}
 
 if __name__ == "__main__":
-    with safepool.ProcessPool(1, mp_context={method!r}) as pool:
+    with safepool.ProcessPool(1, mp_context={method!r}, main={main!r}) as pool:
         def ask(function, *arguments):
             return pool.submit(function, *arguments).result(timeout=60)
         print(json.dumps({asked}))
 """
 
 
-def run(body: str, asked: str, cwd: Path, method: str = "safepool") -> Any:
+def run(body: str, asked: str, cwd: Path, method: str = "safepool", main: str = "value") -> Any:
     """Run a program; return what its last expression gave, by way of JSON."""
     program = cwd / "program.py"
-    program.write_text(FRAME.format(body=textwrap.dedent(body), asked=asked, method=method))
+    program.write_text(
+        FRAME.format(body=textwrap.dedent(body), asked=asked, method=method, main=main)
+    )
     done = subprocess.run(
         [sys.executable, program],
         cwd=cwd,
@@ -202,11 +204,15 @@ THINGS: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["safepool", "spawn"])
+@pytest.mark.parametrize(
+    ("method", "main"), [("safepool", "value"), ("safepool", "run"), ("spawn", "auto")]
+)
 @pytest.mark.parametrize("thing", THINGS)
-def test_it_works_in_a_worker_as_in_the_program(thing: str, method: str, tmp_path: Path) -> None:
+def test_it_works_in_a_worker_as_in_the_program(
+    thing: str, method: str, main: str, tmp_path: Path
+) -> None:
     body, asked, expected = THINGS[thing]
-    assert run(body, asked, tmp_path, method) == expected
+    assert run(body, asked, tmp_path, method, main) == expected
 
 
 # A class that counts how often it is made, in the process that asks.
@@ -423,7 +429,9 @@ def test_a_function_of_a_package_that_is_run_imports_from_it(method: str, tmp_pa
     (package / "beside.py").write_text("value = 7\n")
     body = "def late(x):\n    from .beside import value\n    return value + x\n"
     asked = "[ask(late, 1), list(pool.map(late, [2]))]"
-    (package / "__main__.py").write_text(FRAME.format(body=body, asked=asked, method=method))
+    (package / "__main__.py").write_text(
+        FRAME.format(body=body, asked=asked, method=method, main="auto")
+    )
 
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "package"],

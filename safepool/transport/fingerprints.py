@@ -1,0 +1,125 @@
+"""Have two processes the same value? A short hash of what it would be as a pickle.
+
+The fork server that ran the script, and the program itself, compare the script's globals by it
+without sending them. Functions and classes of ``__main__`` count by their name and definition, as
+they are other objects, of a module with another name, in each process. Equal hashes mean equal
+values; unequal ones may be equal values too (a set of strings has another order in each process).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pickle
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.marks import is_of_main, mark_of
+
+if TYPE_CHECKING:
+    from typing import Final
+
+__all__ = ["UNKNOWN", "fingerprint"]
+
+UNKNOWN: Final = b""
+"""Of a value that is too large to be looked at: it may be the same or not."""
+
+_LRU_CACHE = type(functools.lru_cache(lambda: None))
+# As much is hashed in some tens of milliseconds.
+_MOST_BYTES = 16 << 20
+
+
+class _TooLargeError(Exception):
+    """There is more of it than is looked at."""
+
+
+def fingerprint(value: object) -> bytes | None:
+    """Return what tells a value from others in another process.
+
+    Args:
+        value: Anything. What it defines for the pickler is called, and nothing else.
+
+    Returns:
+        A hash; :data:`UNKNOWN` if it is larger than 16 MiB; ``None`` if it cannot be pickled, as a
+        lock or a connection.
+
+    Example:
+        >>> fingerprint([1, 2]) == fingerprint([1, 2]) != fingerprint([1, 3])
+        True
+        >>> import threading
+        >>> fingerprint(threading.Lock()) is None
+        True
+    """
+    sink = _Sink()
+    try:
+        _Pickler(sink, protocol=5, buffer_callback=sink.add_buffer).dump(value)
+    except _TooLargeError:
+        return UNKNOWN
+    except Exception:  # noqa: BLE001 -- user code; a pickler may raise anything
+        return None
+    return sink.hash.digest()
+
+
+class _Sink:
+    """A file that keeps nothing but the hash of what is written."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.blake2b(digest_size=16)
+        self._size = 0
+
+    def write(self, data: Any) -> int:
+        """Add what is written."""
+        size = memoryview(data).nbytes
+        self._size += size
+        if self._size > _MOST_BYTES:
+            raise _TooLargeError
+        self.hash.update(data)
+        return size
+
+    def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
+        """Add a buffer that the pickle refers to; ``True`` leaves it to the pickle."""
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        self.write(raw)
+        return False
+
+
+class _Pickler(pickle.Pickler):
+    """Also takes what travels by value; nobody ever reads what it writes."""
+
+    def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
+        if isinstance(obj, types.ModuleType):
+            return str, (obj.__name__,)
+        if not isinstance(obj, (type, types.FunctionType, _LRU_CACHE)):
+            return NotImplemented
+        name = f"{obj.__module__}.{obj.__qualname__}"
+        if is_of_main(obj):
+            name = f"__main__.{obj.__qualname__}"
+        elif _is_importable(obj):
+            return NotImplemented
+        if isinstance(obj, type):
+            return str, (name,)
+        if isinstance(obj, _LRU_CACHE):
+            return tuple, ((name, obj.__wrapped__),)
+        if hasattr(obj, "registry") and hasattr(obj, "__wrapped__"):  # of singledispatch
+            return tuple, ((name, obj.__wrapped__, dict(obj.registry)),)
+        held = [cell.cell_contents for cell in obj.__closure__ or () if _is_full(cell)]
+        return tuple, ((name, mark_of(obj), obj.__defaults__, obj.__kwdefaults__, held),)
+
+
+def _is_importable(thing: Any) -> bool:
+    found: Any = sys.modules.get(thing.__module__)
+    for part in thing.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is thing
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,112 @@
+"""Which functions and classes of ``__main__`` a receiver has too, so that they travel by name.
+
+The fork server that ran the script reports what it has (``marks.marks_of``): the qualified name
+of each function and class, and a mark of how it was defined. What the program has under the same
+name, with the same mark, is pickled as that name. Everything else travels by value: what was
+defined below the guard, defined anew at a prompt, or lives in no namespace.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.fingerprints import UNKNOWN, fingerprint
+from safepool.transport.marks import find_in_main, mark_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["MainNames"]
+
+
+def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
+    return {}
+
+
+class MainNames:
+    """What of ``__main__`` the workers of one pool have under its name.
+
+    Until a report has arrived, everything that is found under its own name in ``__main__`` is
+    assumed to be there, and noted: see :meth:`hold`. A pool whose workers do not run the script
+    is told so by :meth:`learn` with nothing.
+
+    What the program's data globals were at the end of the top level is asked for when it is
+    needed: see :meth:`changed`.
+    """
+
+    def __init__(self) -> None:
+        self._marks: Mapping[str, bytes] | None = {}
+        # What was found to be the same, by name.
+        self._same: dict[str, object] = {}
+        self._assumed: list[Any] = []
+        self._ask: Callable[[list[str]], Mapping[str, bytes | None]] = _know_nothing
+        self._prints: dict[str, bytes | None] = {}
+
+    def assume(self) -> None:
+        """Expect a report."""
+        self._marks = None
+
+    def learn(
+        self,
+        marks: Mapping[str, bytes],
+        ask: Callable[[list[str]], Mapping[str, bytes | None]] | None = None,
+    ) -> None:
+        """Take the report of the server.
+
+        Args:
+            marks: What :func:`marks_of` returned there.
+            ask: Returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
+                globals that it is given the names of. One that it does not return is not there,
+                or not known.
+        """
+        self._ask = ask or _know_nothing
+        if marks != self._marks:
+            self._marks = marks
+            self._same.clear()
+            self._prints.clear()
+
+    def changed(self, values: Mapping[str, object]) -> dict[str, object]:
+        """Return those globals that workers do not have as the program has them now.
+
+        Args:
+            values: Globals of ``__main__`` in the program, by name.
+
+        Returns:
+            Those to be delivered. What cannot be pickled there, or here, is not among them: it
+            is the worker's own.
+        """
+        unknown = [name for name in values if name not in self._prints]
+        if unknown and self._marks is not None:
+            self._prints |= dict.fromkeys(unknown, UNKNOWN) | dict(self._ask(unknown))
+        found = {}
+        for name, value in values.items():
+            theirs = self._prints.get(name, UNKNOWN)
+            ours = fingerprint(value) if theirs is not None else None
+            if ours is not None and (ours == UNKNOWN or ours != theirs):
+                found[name] = value
+        return found
+
+    def hold(self) -> bool:
+        """Tell whether all that was assumed has turned out to be so, and forget it."""
+        assumed, self._assumed = self._assumed, []
+        return all(map(self.has, assumed))
+
+    def __bool__(self) -> bool:
+        """Whether anything may travel by name."""
+        return self._marks is None or bool(self._marks)
+
+    def has(self, thing: Any) -> bool:
+        """Tell whether a function or class of ``__main__`` is there under its qualified name."""
+        name: str = thing.__qualname__
+        if find_in_main(name) is not thing:
+            return False
+        if self._marks is None:
+            self._assumed.append(thing)
+            return True
+        if self._same.get(name) is thing:
+            return True
+        mark = self._marks.get(name)
+        if mark is None or mark != mark_of(thing):
+            return False
+        self._same[name] = thing
+        return True

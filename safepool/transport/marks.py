@@ -1,0 +1,127 @@
+"""Functions and classes of ``__main__``: what they are called there, and what tells them apart.
+
+``__mp_main__`` is the name of ``__main__`` in every process but the first one: in a worker, and in
+a child of ``multiprocessing`` by ``spawn`` or ``forkserver``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["MAIN_NAMES", "alias_main", "find_in_main", "is_of_main", "mark_of", "marks_of"]
+
+MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
+"""The names under which the program's ``__main__`` is known in this process or another one."""
+
+
+def is_of_main(thing: Any) -> bool:
+    """Tell whether a function, class or other object says that it was made in ``__main__``."""
+    try:
+        return getattr(thing, "__module__", None) in MAIN_NAMES
+    except TypeError:  # it is no text, and has no hash
+        return False
+
+
+def find_in_main(qualname: str) -> object:
+    """Return what this process's ``__main__`` has under a qualified name; ``None`` if nothing."""
+    found: object = sys.modules.get("__main__")
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def alias_main() -> None:
+    """Let ``__mp_main__`` be ``__main__``, as ``multiprocessing`` does when it is imported.
+
+    By then ``__main__`` may have been another module (a profiler's, a test runner's). Results
+    refer to classes of the script as ``__mp_main__.X``.
+    """
+    main = sys.modules.get("__main__")
+    if main is not None:
+        sys.modules["__mp_main__"] = main
+
+
+def marks_of(module: types.ModuleType) -> dict[str, bytes]:
+    """Return a mark of each function and class that a module owns, by qualified name.
+
+    Args:
+        module: ``__main__``. Nothing of it is called.
+    """
+    marks: dict[str, bytes] = {}
+    for name, value in [*vars(module).items()]:
+        for found in _named(value, name):
+            marks.setdefault(found.__qualname__, mark_of(found))
+    return marks
+
+
+def _named(value: Any, path: str) -> Iterator[Any]:
+    """Yield the functions and classes under a name whose own name that is, and those inside."""
+    if isinstance(value, (type, types.FunctionType)):
+        if value.__qualname__ == path and is_of_main(value):
+            yield value
+            if isinstance(value, type):
+                for name, part in [*vars(value).items()]:
+                    inner = getattr(part, "__func__", part)  # of a class or static method
+                    if isinstance(inner, (type, types.FunctionType)):
+                        yield from _named(inner, f"{path}.{name}")
+    elif getattr(type(value), "__module__", "").partition(".")[0] in _WRAPPERS:
+        attributes = _attributes_of(value)
+        if attributes.get("__qualname__") == path and attributes.get("__module__") in MAIN_NAMES:
+            yield value
+        for name, part in attributes.items():
+            if isinstance(part, types.FunctionType) and part.__qualname__ == f"{path}.{name}":
+                yield part
+
+
+# Whose objects stand for the function that they were made of, under its name.
+_WRAPPERS = frozenset({"functools", "safepool"})
+
+
+def _attributes_of(value: object) -> Mapping[str, Any]:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def mark_of(thing: Any) -> bytes:
+    """Return what tells a function or class from another one of the same name.
+
+    A class is known by where its functions stand: its attributes may be set at any time.
+    """
+    mark = hashlib.blake2b(digest_size=16)
+    if isinstance(thing, type):
+        mark.update(b"class %d" % _line_of_class(thing))
+        return mark.digest()
+    code = getattr(thing, "__code__", None) or getattr(
+        getattr(thing, "__wrapped__", None), "__code__", None
+    )
+    if code is not None:
+        about = code.co_firstlineno, code.co_name, code.co_names, code.co_varnames
+        mark.update(repr(about).encode())
+        mark.update(code.co_code)
+    return mark.digest()
+
+
+def _line_of_class(kind: type) -> int:
+    """Return where a class begins, or before Python 3.13 its first function; 0 if it has none."""
+    line: int = vars(kind).get("__firstlineno__", 0)
+    lines = [line] if line else []
+    for name, part in [*vars(kind).items()] if not line else ():
+        inner = getattr(part, "__func__", part)
+        code = getattr(inner, "__code__", None)
+        # What dataclasses and named tuples have made stands in no file.
+        if (
+            code is not None
+            and code.co_filename[:1] != "<"
+            and getattr(inner, "__qualname__", "") == f"{kind.__qualname__}.{name}"
+        ):
+            lines.append(code.co_firstlineno)
+    return min(lines, default=0)

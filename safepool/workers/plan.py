@@ -1,0 +1,263 @@
+"""How the program's ``__main__`` gets into workers: decided once for each pool, in the program.
+
+    run      the fork server runs the script once, as ``__mp_main__``, as the standard library's
+             ``spawn`` and ``forkserver`` do; every worker is a fork of that. Functions and classes
+             travel by name (``transport.main_names``).
+    value    nothing is run; functions and classes travel by value.
+
+A script is run if it says itself that it may be imported: by ``if __name__ == "__main__":`` at its
+top level. One without such a guard would do its work again, or ask for the next pool.
+
+Source: Python, Lib/multiprocessing/spawn.py, ``get_preparation_data``.
+
+Not covered:
+    * A guard that names no ``__name__``, such as a comparison by a function of the script. Say
+      ``main="run"``.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import io
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import FrameType, ModuleType
+
+__all__ = ["MAINS", "MainPlan", "ScriptLostError", "guarded_lines", "plan_main"]
+
+MAINS = ("auto", "run", "value")
+"""What the argument ``main=`` of a pool may be."""
+
+# Programs that bring their own ``__main__`` and run the user's code in modules: to run it again
+# gives workers nothing.
+_RUNNERS = frozenset({"ipykernel_launcher", "ipython", "ipython3", "jupyter", "py.test", "pytest"})
+
+
+class ScriptLostError(OSError):
+    """The script was run for a pool, and no further worker has what it has made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MainPlan:
+    """How ``__main__`` gets into the workers of one pool, and why.
+
+    Attributes:
+        mode: ``"run"`` or ``"value"``.
+        name: The module that is run, as for ``python -m``; ``""`` if it is a file.
+        path: The file that is run; ``""`` if it is a module.
+        argv: ``sys.argv`` while it is run. Part of what tells two plans apart.
+        because: The reason, for a person.
+        lines: The lines of the source that a guard keeps from being run, from first to last.
+    """
+
+    mode: Literal["run", "value"]
+    name: str = ""
+    path: str = ""
+    argv: tuple[str, ...] = ()
+    because: str
+    lines: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What servers are told apart by: one that ran a script serves nobody else."""
+        return () if self.mode == "value" else (self.name, self.path, *self.argv)
+
+    def without(self, because: str) -> MainPlan:
+        """Return the plan that sends everything by value instead."""
+        return MainPlan(mode="value", because=because)
+
+    def asked_at_top_level(self, frame: FrameType | None) -> int:
+        """Return the line of the script's top level, outside of a guard, that is being run.
+
+        Args:
+            frame: Of whoever asks for a pool. Run in the server, that line would ask again.
+
+        Returns:
+            The line; 0 if the caller is below a guard, or was not called by the top level.
+        """
+        names = vars(sys.modules["__main__"])
+        while frame is not None:
+            if frame.f_code.co_name == "<module>" and frame.f_globals is names:
+                line = frame.f_lineno
+                return 0 if any(first <= line <= last for first, last in self.lines) else line
+            frame = frame.f_back
+        return 0
+
+
+def plan_main(wanted: str) -> MainPlan:
+    """Decide how ``__main__`` gets into workers that are forked from a server of ours.
+
+    Args:
+        wanted: One of :data:`MAINS`.
+
+    Raises:
+        ValueError: ``wanted`` is none of them; or it is ``"run"``, and there is no script.
+
+    Example:
+        >>> plan_main("value").because
+        'main="value"'
+    """
+    if wanted not in MAINS:
+        raise ValueError(f'main must be "auto", "run" or "value", not {wanted!r}')
+    if wanted == "value":
+        return MainPlan(mode="value", because='main="value"')
+    name, path, why_not = _find_script()
+    if why_not and wanted == "run":
+        raise ValueError(
+            f'main="run" runs the program\'s script in the fork server, but {why_not}. '
+            'Leave main= out, or pass main="value"'
+        )
+    if why_not:
+        return MainPlan(mode="value", because=why_not)
+    what = name or path
+    source = _source_of(name, path)
+    lines = guarded_lines(source) if source is not None and "__name__" in source else ()
+    if not lines and wanted != "run":
+        return MainPlan(mode="value", because=f'{what} has no if __name__ == "__main__":')
+    because = 'main="run"' if wanted == "run" else f"{what} has a guard in line {lines[0][0]}"
+    return MainPlan(
+        mode="run",
+        name=name,
+        path=path,
+        argv=tuple(map(str, sys.argv)),
+        because=because,
+        lines=lines,
+    )
+
+
+def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each reason
+    """Return the module's name, or the file's path, or why there is neither."""
+    main = sys.modules.get("__main__")
+    if main is None:
+        return "", "", "there is no __main__"
+    if hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins")):
+        return "", "", "the program is a prompt or a notebook"
+    if _runs_elsewhere(main):
+        return "", "", "the script runs in another namespace than __main__ (a profiler's)"
+    spec: Any = getattr(main, "__spec__", None)
+    if spec is not None and getattr(spec, "loader", None) is not None:
+        top = spec.name.partition(".")[0]
+        if top in _RUNNERS or top in sys.stdlib_module_names:
+            return "", "", f"__main__ is {spec.name}, which is not the program's own"
+        return spec.name, "", ""
+    path = getattr(main, "__file__", None)
+    if not isinstance(path, str):
+        return "", "", "there is no script: the program was given by -c or standard input"
+    from multiprocessing import process  # noqa: PLC0415 -- a pool's start, not our import
+
+    folder: str | None = getattr(process, "ORIGINAL_DIR", None)
+    if not os.path.isabs(path) and folder is not None:
+        path = os.path.join(folder, path)
+    path = os.path.normpath(path)
+    if not os.path.isfile(path):
+        return "", "", f"its script {path} is not a file"
+    if os.path.splitext(os.path.basename(path))[0] in _RUNNERS:
+        return "", "", f"__main__ is {path}, which is not the program's own"
+    return "", path, ""
+
+
+def _runs_elsewhere(main: ModuleType) -> bool:
+    """Tell whether the program's top level has other globals than ``__main__``.
+
+    ``python -m cProfile`` before Python 3.12, for one. What is found there under a name is then
+    not what the script has under it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            return frame.f_globals is not vars(main)
+        frame = frame.f_back
+    return False
+
+
+def _source_of(name: str, path: str) -> str | None:
+    """Return the text of a script; ``None`` where there is none (a ``.pyc``, an extension)."""
+    try:
+        if name:
+            spec: Any = sys.modules["__main__"].__spec__
+            source: str | None = spec.loader.get_source(name)
+            return source
+        with io.open_code(path) as file:
+            data = file.read()
+        if data[:4] == importlib.util.MAGIC_NUMBER:
+            return None
+        return importlib.util.decode_source(data)
+    except (AttributeError, ImportError, OSError, SyntaxError, UnicodeDecodeError):
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def guarded_lines(source: str) -> tuple[tuple[int, int], ...]:
+    r"""Return where a script's top level asks whether it is run or imported.
+
+    Args:
+        source: Its text.
+
+    Returns:
+        First and last line of each such statement; empty if there is none, or the text is no
+        Python. Functions, classes and values that are computed from ``__name__`` do not count.
+
+    Example:
+        >>> guarded_lines('import os\nif "__main__" == __name__ and os.name:\n    print()')
+        ((2, 3),)
+        >>> guarded_lines('log = "me" if __name__ == "__main__" else __name__')
+        ()
+    """
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ()
+    return tuple((found.lineno, found.end_lineno or found.lineno) for found in _guards(body))
+
+
+def _guards(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        match statement:
+            case ast.If(test=test) if _asks(test):
+                yield statement
+            case ast.Match(subject=subject) if _is_name(subject):
+                yield statement
+            case ast.Expr(value=ast.BoolOp(values=[first, *_])) if _asks(first):
+                yield statement
+            case ast.Expr(value=ast.IfExp(test=test)) if _asks(test):
+                yield statement
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                pass
+            case _:
+                yield from _guards(_inner(statement))
+
+
+def _inner(statement: ast.stmt) -> Iterator[ast.stmt]:
+    """Yield the statements inside of a compound one, in ``except`` clauses too."""
+    for part in ast.iter_child_nodes(statement):
+        if isinstance(part, ast.stmt):
+            yield part
+        elif isinstance(part, (ast.ExceptHandler, ast.match_case)):
+            yield from part.body
+
+
+def _asks(test: ast.expr) -> bool:
+    """Tell whether an expression compares ``__name__`` with ``"__main__"``."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            if any(map(_is_name, sides)) and any(map(_is_main, sides)):
+                return True
+    return False
+
+
+def _is_name(side: ast.expr) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == "__name__" for node in ast.walk(side))
+
+
+def _is_main(side: ast.expr) -> bool:
+    return any(
+        isinstance(node, ast.Constant) and node.value == "__main__" for node in ast.walk(side)
+    )

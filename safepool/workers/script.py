@@ -1,0 +1,272 @@
+"""The program's script, run once in the fork server, so that every worker has what it has made.
+
+It is run as ``spawn`` and ``forkserver`` of the standard library run it: as ``__mp_main__``, in
+a process that is a child of ``multiprocessing``, with the program's arguments, path, directory
+and environment. What it imports, sets, registers and computes is there once, and shared by all
+workers.
+
+    Unlike there, functions of the script and ``sys.modules["__main__"]`` have one namespace, so
+    that a global which a worker gets is the one that its functions see.
+
+The server lives on only if a fork of it can work: no exception, no thread, no child process that
+stays. Otherwise the reason is reported, and the program starts another server without the script.
+
+Source: Python, Lib/multiprocessing/spawn.py, ``_fixup_main_from_name`` and ``_from_path``.
+
+Not covered:
+    * What the top level writes into a file, sends or deletes happens again, once for each server,
+      as under ``spawn``. That belongs below the guard.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import io
+import marshal
+import os
+import pickle
+import signal
+import sys
+import time
+import types
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import text_of
+from safepool.transport.fingerprints import fingerprint
+from safepool.transport.marks import marks_of
+from safepool.workers import loading
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+assert sys.platform == "linux"
+
+__all__ = ["read_prints", "run_script", "tell_prints"]
+
+_TASKS = "/proc/self/task"
+# For what the script's own classes do when they are pickled.
+_PRINTS_S = 30.0
+# For processes that it has started, between SIGTERM and SIGKILL.
+_ENDING_S = 1.0
+
+
+def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str, Any]:
+    """Run the program's script in this process, and say what became of it.
+
+    Directory, environment, path and arguments are those of the program by now.
+
+    Args:
+        name: The module, as for ``python -m``; ``""`` if it is a file.
+        path: The file.
+        held: Variables that the script cannot change: the caps on native threads.
+
+    Returns:
+        ``problem``, in words, empty if there is none; ``seconds`` of its run; and ``marks``, as
+        :func:`~safepool.transport.marks.marks_of`.
+    """
+    server = os.getpid()
+    module = types.ModuleType("__mp_main__")
+    problem, begin = "", time.monotonic()
+    before = {key: sys.modules.get(key) for key in ("__main__", "__mp_main__")}
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    with _as_imported(), _held(held):
+        try:
+            exec(_prepared(module, name, path), vars(module))
+        except BaseException as error:  # noqa: BLE001 -- user code; SystemExit too
+            problem = _described(error, path or str(getattr(module, "__file__", "")))
+    if os.getpid() != server:  # a fork of the script's own has come to its end
+        _flush()
+        os._exit(0)
+    seconds = time.monotonic() - begin
+    _flush()
+    children = _children()
+    if children and not problem:
+        problem = f"it starts a process that stays ({', '.join(children.values())})"
+    marks: dict[str, bytes] = {}
+    if problem:
+        _end(list(children))
+        sys.modules.update({key: found for key, found in before.items() if found is not None})
+    else:
+        marks = marks_of(module)
+    return {"problem": problem, "seconds": seconds, "marks": marks}
+
+
+def tell_prints(names: list[str], pipe: int) -> None:
+    """Write what globals of the script are like, in a process that is there for this alone.
+
+    Args:
+        names: Of the globals.
+        pipe: What is written into it, :func:`read_prints` reads. As much as there is when
+            this process is ended: by its own code, or after half a minute.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, _PRINTS_S)
+    space = vars(sys.modules["__main__"])
+    with open(pipe, "wb", buffering=0) as file:
+        for name in names:
+            if name in space:
+                file.write(pickle.dumps((name, fingerprint(space[name])), protocol=5))
+
+
+def read_prints(data: bytes) -> dict[str, bytes | None]:
+    """Return by name what :func:`tell_prints` wrote."""
+    found: dict[str, bytes | None] = {}
+    file = io.BytesIO(data)
+    try:
+        while True:
+            name, print_ = pickle.load(file)
+            found[name] = print_
+    except (EOFError, pickle.UnpicklingError):  # the end, or that of a process that was ended
+        return found
+
+
+def _prepared(module: types.ModuleType, name: str, path: str) -> types.CodeType:
+    """Return the script's code, with the module ready for it.
+
+    Raises:
+        ImportError: There is no such module, or it has no code.
+        OSError: The file cannot be read.
+        SyntaxError: Its text is no Python.
+    """
+    spec: Any = None
+    if name:
+        parent = name.rpartition(".")[0]
+        if parent:
+            importlib.import_module(parent)
+            spec = importlib.util.find_spec(name)
+        else:
+            # Not by find_spec(): ``__main__`` of a folder or a zip file is also what runs here.
+            spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
+        code = None if spec is None or spec.loader is None else spec.loader.get_code(name)
+        if code is None:
+            raise ImportError(f"no code of {name} is found")
+        file = spec.origin
+    else:
+        code, file = _code_of(path), path
+    vars(module).update(
+        __file__=file,
+        __spec__=spec,
+        __loader__=None if spec is None else spec.loader,
+        __package__="" if spec is None else spec.parent,
+        __cached__=None if spec is None else spec.cached,
+        __builtins__=__builtins__,
+    )
+    found: types.CodeType = code
+    return found
+
+
+def _code_of(path: str) -> types.CodeType:
+    with io.open_code(path) as file:
+        data = file.read()
+    if data[:4] == importlib.util.MAGIC_NUMBER:
+        code: types.CodeType = marshal.loads(data[16:])  # importlib/_bootstrap_external.py
+        return code
+    return compile(data, path, "exec", dont_inherit=True)
+
+
+@contextmanager
+def _as_imported() -> Iterator[None]:
+    """Refuse pools and processes of ``multiprocessing`` meanwhile; keep the server's signals."""
+    from multiprocessing import process  # noqa: PLC0415 -- for the time of a run
+
+    kind: Any = process.BaseProcess
+    start = kind.start
+
+    def refuse(self: object) -> None:
+        raise loading.AskedForPoolError(f"it starts a process ({type(self).__name__})")
+
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    known: Any = process.current_process()
+    kind.start, loading.script_is_run, known._inheriting = refuse, True, True
+    try:
+        yield
+    finally:
+        kind.start, loading.script_is_run = start, False
+        known._inheriting = False
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _held(held: Mapping[str, str | None]) -> Iterator[None]:
+    """Keep some variables as they are, whatever the script sets: what it imports reads them."""
+    environ: Any = os.environ
+    kind: Any = type(environ)
+
+    class Held(kind):  # type: ignore[misc]
+        def __setitem__(self, key: str, value: str) -> None:
+            if key not in held:
+                super().__setitem__(key, value)
+
+        def __delitem__(self, key: str) -> None:
+            if key not in held:
+                super().__delitem__(key)
+
+    environ.__class__ = Held
+    try:
+        yield
+    finally:
+        environ.__class__ = kind
+
+
+def _described(error: BaseException, path: str) -> str:
+    """Say what the script raised, and in which of its lines."""
+    if isinstance(error, loading.AskedForPoolError):
+        return text_of(error)
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    where = f"line {line} of its top level" if line else "it"
+    return f"{where} raises {type(error).__name__}: {text_of(error)}"
+
+
+def _children() -> dict[int, str]:
+    """Return the processes that this one has started and that run: by their number, in words.
+
+    Source: proc_tid_children(5).
+    """
+    found = {}
+    for task in os.listdir(_TASKS):
+        try:
+            with open(f"{_TASKS}/{task}/children", encoding="ascii") as file:
+                pids = file.read().split()
+            for pid in pids:
+                with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+                    stat = file.read()
+                name, state = stat.partition("(")[2].rpartition(")")[::2]
+                if state.split()[0] != "Z":
+                    found[int(pid)] = f"{name} {pid}"
+        except OSError:
+            pass  # it has ended, or the kernel keeps no such file
+    return found
+
+
+def _end(children: list[int]) -> None:
+    """End what the script has started: nobody else knows of it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in children:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+        end = time.monotonic() + _ENDING_S
+        while _children().keys() & set(children) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _flush() -> None:
+    """Let nothing that was printed here be printed again by a fork."""
+    for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
+        try:
+            stream.flush()  # type: ignore[union-attr]
+        except (AttributeError, OSError, ValueError):
+            pass
+    import ctypes  # noqa: PLC0415
+
+    ctypes.CDLL(None).fflush(None)  # what C code has printed
