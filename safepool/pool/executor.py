@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import operator
 import sys
 import threading
@@ -216,6 +217,7 @@ class ProcessPool(_Standard):
             initializer=initializer,
             initargs=initargs,
             placement=placement,
+            may_fork=mp_context is None and max_tasks_per_child is None and _stands_for_forks(),
         )
         self._scheduler = Scheduler(
             workers=min(self._budget.workers, _MOST_WORKERS),
@@ -569,6 +571,17 @@ def _warn_of_threads() -> None:
             "one holds at that moment, which is how forked workers hang. Without mp_context= "
             "workers start clean"
         )
+
+
+def _stands_for_forks() -> bool:
+    """Tell whether the program does not know of this pool, and expects forks of itself.
+
+    Under ``safepool run --patch`` it may hand over what only they can get, such as a lock of
+    ``multiprocessing``'s default context. Until Python 3.13 the standard pool forks.
+    """
+    asked = multiprocessing.get_start_method(allow_none=True)
+    default = multiprocessing.get_all_start_methods()[0]
+    return "_safepool_replaces" in vars(process) and (asked or default) == "fork"
 
 
 def _placement(threads: int) -> Placement | None:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
+from safepool.machine import tell_once
 from safepool.pool.exits import working
 from safepool.pool.worker import Worker
 from safepool.transport.main_names import MainNames
@@ -16,7 +17,13 @@ from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
 from safepool.workers.plan import ScriptLostError
-from safepool.workers.process import is_asked_by, prepare, prints, run_script
+from safepool.workers.process import (
+    find_context,
+    is_asked_by,
+    prepare,
+    prints,
+    run_script,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -44,6 +51,7 @@ class Hiring:
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
+        may_fork: Where the initializer cannot be pickled, workers are forks of this process.
 
     Attributes:
         names: What workers have of ``__main__`` under its own name.
@@ -63,6 +71,7 @@ class Hiring:
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
         placement: Placement | None = None,
+        may_fork: bool = False,
     ) -> None:
         self._context = context
         self._forks = context.get_start_method() == "fork"
@@ -70,6 +79,7 @@ class Hiring:
         self._threads = threads
         self._initialize = (initializer, initargs)
         self._placement = placement
+        self._may_fork = may_fork
         self._inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
         self.names = MainNames()
@@ -177,7 +187,17 @@ class Hiring:
         return prints(self._context, self._environment, names, self.given_up)
 
     def _pack(self) -> Inheritance:
-        return inheritance.pack(self._initialize, names=self.names, forked=self._forks)
+        try:
+            return inheritance.pack(self._initialize, names=self.names, forked=self._forks)
+        except Exception as error:
+            if not self._may_fork or self._forks:
+                raise
+            tell_once(
+                "workers are forked from this process, because nothing else can give them their "
+                f"initializer and its arguments: {text_of(error)}"
+            )
+        self._context, self._forks = find_context("fork"), True
+        return self._pack()
 
     def _pack_initializer(self) -> None:
         try:

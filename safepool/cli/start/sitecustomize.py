@@ -2,7 +2,8 @@
 
 Its folder is on PYTHONPATH, so it also starts the Python processes that the program starts.
 It imports nothing of safepool's: it leaves hooks that act when the program itself imports
-``concurrent.futures.process`` or ``joblib.parallel``; then it takes its folder off ``sys.path``
+``concurrent.futures.process`` or ``joblib.parallel``, and lets ``os.cpu_count()`` say what
+``PYTHON_CPU_COUNT`` says, where Python does not; then it takes its folder off ``sys.path``
 and runs the ``sitecustomize`` that would have been found without it.
 
 Any Python may find it, also one that is older or has no safepool: such a one is told so, and
@@ -24,9 +25,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 def _patch_futures(module):
     # Looked up on first use: importing safepool's pool imports this very module, for the class
     # that its own is derived from.
-    module._safepool_replaces = module.__dict__.pop("ProcessPoolExecutor")
-    # The package keeps what it was asked for; without it asks this module again.
-    vars(sys.modules["concurrent.futures"]).pop("ProcessPoolExecutor", None)
+    replaced = module._safepool_replaces = module.__dict__.pop("ProcessPoolExecutor")
 
     def look_up(name):
         if name != "ProcessPoolExecutor":
@@ -36,6 +35,13 @@ def _patch_futures(module):
         return ProcessPool
 
     module.__getattr__ = look_up
+    # The package keeps what it was asked for. Without it asks this module again, before Python
+    # 3.15; there it holds a lazy import until then, which asks as well.
+    package = sys.modules["concurrent.futures"]
+    if vars(package).get("ProcessPoolExecutor") is replaced:
+        del package.ProcessPoolExecutor
+        if not hasattr(package, "__getattr__"):
+            package.__getattr__ = look_up
 
 
 def _patch_joblib(module):
@@ -96,6 +102,20 @@ def _run_the_next():
     spec.loader.exec_module(module)
 
 
+def _pretend_cpus():
+    # As Python 3.13 does by itself: multiprocessing.Pool() asks, and many a program.
+    told = os.environ.get("PYTHON_CPU_COUNT", "")
+    if sys.version_info < (3, 13) and told.isdigit() and int(told):
+        count = int(told)
+
+        def cpu_count():
+            return count
+
+        # By which it is pickled.
+        cpu_count.__module__, cpu_count.__qualname__ = "os", "cpu_count"
+        os.cpu_count = cpu_count
+
+
 def _start():
     if find_spec("safepool") is None:
         sys.stderr.write(
@@ -104,6 +124,7 @@ def _start():
             + "\n"
         )
     else:
+        _pretend_cpus()
         sys.meta_path.insert(0, _Finder)
         for name, patch in _PATCHES.items():
             if name in sys.modules:  # a .pth file has imported it
