@@ -299,7 +299,7 @@ class Dispatch:
             inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
         ):
             self._blamed[name] += 1
-            culprit = find_unpicklable(value, payloads.dumps)
+            culprit = find_unpicklable(value, payloads.dumps_to_send)
             note += f". It is {culprit}" if culprit else ""
         if inherited:
             note += (
@@ -387,10 +387,10 @@ def _is_name_in_main(name: str) -> bool:
 def _dumps(value: object, names: MainNames | None, *, by_value: bool = False) -> Pickled:
     before = payloads.values_sent()
     if not references.known():
-        segments = payloads.dumps(value, into_main=True, by_value=by_value, names=names)
+        segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value, names=names)
         return Pickled(None, segments, (), payloads.values_sent() != before)
     with references.Collected() as met:
-        segments = payloads.dumps(value, into_main=True, by_value=by_value, names=names)
+        segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value, names=names)
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
@@ -502,7 +502,7 @@ def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
 def _size_of(value: object) -> int:
     """Return how large the pickle of a value is, 0 if it has none."""
     try:
-        return _size(payloads.dumps(value, into_main=True))
+        return _size(payloads.dumps_to_send(value, into_main=True))
     except Exception:  # noqa: BLE001 -- user code
         return 0
 

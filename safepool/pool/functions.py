@@ -129,7 +129,7 @@ class Functions:
         sent = self.importable(function)
         if sent is None:
             with Collected() as met:
-                segments = payloads.dumps(
+                segments = payloads.dumps_to_send(
                     function, into_main=True, by_value=of_main, names=self._names
                 )
             number = next(self._numbers)

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.transport import room
+from safepool.transport.descriptors import Descriptor
 from safepool.transport.frames import CorruptFrameError, Filed, Missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
 assert sys.platform == "linux"
@@ -74,6 +76,10 @@ class Stored(Filed):
     def fileno(self) -> int:
         """Return the file's descriptor."""
         return self._descriptor
+
+    def filenos(self) -> list[int]:
+        """Return what is sent."""
+        return [self._descriptor]
 
     def segments(self) -> list[memoryview]:
         """Return what the file holds, mapped or read.
@@ -350,13 +356,15 @@ class Side:
         """Return the socket's descriptor, -1 once closed."""
         return self._sock.fileno()
 
-    def send(self, stored: Stored) -> bool:
-        """Send a file's descriptor, ahead of the frame that tells of it.
+    def send(self, stored: Stored | Handed) -> bool:
+        """Send a file's descriptor, or others, ahead of the frame that tells of it.
 
         Returns:
             Whether it went. If not, there are too many under way, or the other end is gone.
         """
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", stored.fileno()))]
+        numbers = stored.filenos()
+        packed = struct.pack(f"{len(numbers)}i", *numbers)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
         try:
             self._sock.sendmsg([_NUMBER.pack(self._sent + 1)], rights, self._flags)
         except OSError:
@@ -368,7 +376,7 @@ class Side:
         """Return the segments of a file of which a frame has told.
 
         Args:
-            lengths: Theirs.
+            lengths: Theirs; a descriptor that is no file has none.
             mapped: Map the file and close it; otherwise return the file itself, as one
                 :class:`Stored`.
 
@@ -380,9 +388,13 @@ class Side:
             CorruptFrameError: It was not sent, or holds something else.
         """
         self._received += 1
+        handed = not any(lengths)
         try:
             with _spare:
-                stored = Stored(self._take(), lengths)
+                numbers = self._take(len(lengths) if handed else 1)
+                if handed:
+                    return [Descriptor(number) for number in numbers]
+                stored = Stored(numbers[0], lengths)
                 _check(stored.fileno(), lengths)
                 if not mapped:
                     return [stored]
@@ -390,29 +402,30 @@ class Side:
                 stored.close()
                 return segments
         except (OSError, MemoryError) as error:
-            return [Missing(_explain(error, sum(lengths)))] * len(lengths)
+            return [Missing(_explain(error, lengths))] * len(lengths)
 
-    def _take(self) -> int:
-        """Take the next descriptor.
+    def _take(self, count: int) -> list[int]:
+        """Take the descriptors of the next message.
 
         Raises:
             CorruptFrameError: There is none.
             OSError: This process has as many as it may have.
         """
-        descriptors = self._look()
+        descriptors = self._look(count)
         if not descriptors:
             _spare.give_back()
-            descriptors = self._look()
+            descriptors = self._look(count)
         # Only now it is taken: what was looked at and could not be had was not lost.
         self._sock.recv(_NUMBER.size, socket.MSG_DONTWAIT)
         if not descriptors:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return descriptors[0]
+        return descriptors
 
-    def _look(self) -> list[int]:
+    def _look(self, count: int) -> list[int]:
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | linux.MSG_CMSG_CLOEXEC
+        room = socket.CMSG_SPACE(4 * count)
         try:
-            data, rights, told, _ = self._sock.recvmsg(_NUMBER.size, _RIGHTS_BYTES, flags)
+            data, rights, told, _ = self._sock.recvmsg(_NUMBER.size, room, flags)
         except BlockingIOError:
             raise CorruptFrameError("a frame tells of a file that was not sent") from None
         descriptors = [
@@ -423,9 +436,12 @@ class Side:
         if len(data) != _NUMBER.size or _NUMBER.unpack(data)[0] != self._received:
             _close_all(descriptors)
             raise CorruptFrameError(f"file {self._received} was announced, {data!r} has come")
-        if not descriptors and not told & socket.MSG_CTRUNC:
-            raise CorruptFrameError("a file was announced, and no descriptor has come")
-        return descriptors
+        if len(descriptors) == count:
+            return descriptors
+        _close_all(descriptors)
+        if not told & socket.MSG_CTRUNC:
+            raise CorruptFrameError(f"{count} descriptors announced, {len(descriptors)} have come")
+        return []
 
     def close(self) -> None:
         """Close the socket; what has not been taken is freed. May be called again."""
@@ -439,10 +455,12 @@ class Side:
             pass  # a task has closed the descriptor
 
 
-def _explain(error: OSError | MemoryError, size: int) -> Exception:
+def _explain(error: OSError | MemoryError, lengths: tuple[int, ...]) -> Exception:
+    size = sum(lengths)
     if isinstance(error, MemoryError):
         return MemoryError(f"no memory to map {size:,} bytes of arrays that have arrived")
-    told = f"{size:,} bytes of arrays have arrived, and cannot be taken: {error.strerror}"
+    what = f"{size:,} bytes of arrays" if size else f"{len(lengths)} descriptors"
+    told = f"{what} have arrived, and cannot be taken: {error.strerror}"
     return OSError(error.errno, told)
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Sequence
 
+    from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Buffer, Segment
 
 __all__ = [
@@ -43,7 +44,7 @@ class Side:
         """Return the socket's descriptor."""
         return -1
 
-    def send(self, stored: Stored) -> bool:  # noqa: ARG002 -- as on Linux
+    def send(self, stored: Stored | Handed) -> bool:  # noqa: ARG002 -- as on Linux
         """Send a file's descriptor; return whether it went."""
         return False
 

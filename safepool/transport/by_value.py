@@ -57,6 +57,9 @@ _WRAPPER_NAMES = frozenset(
     }
 )
 
+# Of types that have a descriptor.
+_HANDED = frozenset({"socket", "multiprocessing.connection"})
+
 # cloudpickle keeps the classes that it has sent or made by a number of its own.
 _classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 # Where that number is among the arguments of what makes a class.
@@ -194,12 +197,12 @@ def _deliver(_: object, values: dict[str, Any]) -> None:
 
 
 def reducer_table(
-    arrays: dict[type, Callable[[Any], Any]], *, loky_imported: bool
+    special: dict[type, Callable[[Any], Any]], *, loky_imported: bool
 ) -> ChainMap[type, Callable[[Any], Any]]:
     """Return the reducers for other objects than classes and functions.
 
     Args:
-        arrays: Those for arrays.
+        special: Those for arrays, and what was registered with ``multiprocessing``.
         loky_imported: Reducers may have been registered with loky, and hold here.
     """
     own: dict[type, Callable[[Any], Any]] = {
@@ -208,13 +211,15 @@ def reducer_table(
         functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
         **reducers(),
-        **arrays,
+        **special,
     }
     # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).
     table = ChainMap(own, *cloudpickle.Pickler.dispatch_table.maps)
     if loky_imported:
-        # loky's is live, so later registrations hold.
-        table.maps.insert(0, sys.modules["loky.backend.reduction"]._dispatch_table)
+        # loky's is live, so later registrations hold. Its own for sockets and connections are a
+        # copy of the standard library's, which open a listening socket.
+        handed = {kind: special[kind] for kind in special if kind.__module__ in _HANDED}
+        table.maps[:0] = [handed, sys.modules["loky.backend.reduction"]._dispatch_table]
     return table
 
 

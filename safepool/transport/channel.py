@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.descriptors import Handed
 from safepool.transport.files import FILE_BYTES, Stored, require, store
 from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
 
@@ -90,16 +91,21 @@ class Channel:
 
         Returns:
             What to make the frame of: the same, with what could not go read into memory.
+            Descriptors that could not go are empty segments: whoever asks for one is told.
 
         Raises:
             MemoryError: There is no memory for that.
         """
         gone: list[Segment] = []
         for segment in segments:
-            if not isinstance(segment, Stored) or (self._side and self._side.send(segment)):
+            if not isinstance(segment, (Stored, Handed)) or (
+                self._side and self._side.send(segment)
+            ):
                 gone.append(segment)
-            else:
+            elif isinstance(segment, Stored):
                 gone += segment.segments()
+            else:
+                gone += [b""] * len(segment.lengths)
         return gone
 
     @property

@@ -28,11 +28,15 @@ __all__ = ["Reducers", "read_only_reducers", "reopen"]
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
-    """A pickler's table: NumPy's arrays, and for all else what was registered with copyreg."""
+    """A pickler's table: NumPy's arrays, and for all else what was registered with copyreg.
 
-    def __init__(self) -> None:
-        numpy: Any = sys.modules["numpy"]
-        super().__init__({numpy.memmap: _reduce, numpy.ndarray: _reduce})
+    Args:
+        arrays: NumPy is imported.
+    """
+
+    def __init__(self, *, arrays: bool = True) -> None:
+        numpy: Any = sys.modules["numpy"] if arrays else None
+        super().__init__({numpy.memmap: _reduce, numpy.ndarray: _reduce} if arrays else {})
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         return copyreg.dispatch_table[kind]

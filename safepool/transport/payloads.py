@@ -7,7 +7,6 @@ travels by value, through cloudpickle with the reducers that were registered wit
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import io
 import pickle
@@ -15,6 +14,14 @@ import sys
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.descriptors import (
+    CONNECTION,
+    Incoming,
+    Outgoing,
+    Registered,
+    are_beyond,
+    registered,
+)
 from safepool.transport.frames import Missing
 from safepool.transport.held import modules_by_value
 from safepool.transport.memmaps import Reducers
@@ -22,13 +29,14 @@ from safepool.transport.memmaps import Reducers
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from safepool.transport.frames import Buffer
+    from safepool.transport.frames import Buffer, Segment
     from safepool.transport.main_names import MainNames
 
 __all__ = [
     "by_value_modules",
     "dump_by_value",
     "dumps",
+    "dumps_to_send",
     "loads",
     "main_namespace",
     "main_uses",
@@ -69,25 +77,94 @@ def dumps(
 
     Raises:
         Exception: What the pickler raised, usually ``pickle.PicklingError`` or
-            ``TypeError``; it names the object.
+            ``TypeError``; it names the object. So for what has an open descriptor:
+            :func:`dumps_to_send` takes it.
 
     Example:
         >>> loads(dumps({"a": lambda: 3}))["a"]()
         3
     """
-    if not (by_value or by_value_modules()):
-        try:
-            segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
-        except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
-            segments = None
-        # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
-        # ``multiprocessing`` it is known by another one.
-        if segments is not None and not (
-            b"__main__" in segments[0] or (into_main and b"__mp_main__" in segments[0])
-        ):
-            return segments
+    segments = None if by_value else _by_reference(value, into_main=into_main, reducers=reducers)
+    if segments is not None:
+        return segments
+    way = Outgoing(allowed=False)
     dump = functools.partial(_by_value_dumps, into_main=into_main, names=names, reducers=reducers)
-    return _dumps(value, dump)
+    return _dumps_by(way, value, dump, into_main=into_main, by_value=by_value, reducers=reducers)
+
+
+def dumps_to_send(
+    value: object,
+    *,
+    into_main: bool = False,
+    by_value: bool = False,
+    names: MainNames | None = None,
+) -> list[Segment]:
+    """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
+
+    Args:
+        value: Sockets and connections may be in it, and whatever else ``multiprocessing`` has been
+            taught to hand over.
+        into_main: As for :func:`dumps`.
+        by_value: As for :func:`dumps`.
+        names: As for :func:`dumps`.
+
+    Raises:
+        Exception: As by :func:`dumps`.
+    """
+    segments = None if by_value else _by_reference(value, into_main=into_main)
+    if segments is not None:
+        return [*segments]
+    way = Outgoing(allowed=sys.platform == "linux")
+    dump = functools.partial(_by_value_dumps, into_main=into_main, names=names, reducers=None)
+    segments = _dumps_by(way, value, dump, into_main=into_main, by_value=by_value)
+    return [*segments, *way.segments()]
+
+
+def _by_reference(
+    value: object,
+    *,
+    into_main: bool,
+    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+) -> list[bytes | memoryview] | None:
+    """Return the segments by the standard pickler; ``None`` if they may not be right."""
+    if by_value_modules() or are_beyond():
+        return None
+    try:
+        segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
+    except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+        return None
+    right = _is_right(segments[0], into_main=into_main) and CONNECTION not in segments[0]
+    return segments if right else None
+
+
+def _is_right(pickled: bytes | memoryview, *, into_main: bool) -> bool:
+    # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
+    # ``multiprocessing`` it is known by another one.
+    return not (b"__main__" in pickled or (into_main and b"__mp_main__" in pickled))
+
+
+def _dumps_by(
+    way: Outgoing,
+    value: object,
+    by_value_dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes],
+    *,
+    into_main: bool,
+    by_value: bool,
+    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+) -> list[bytes | memoryview]:
+    known = registered()
+    with way:
+        if known.beyond and not (by_value or by_value_modules()):
+            dump = functools.partial(_standard_dumps, reducers=reducers, known=known)
+            try:
+                segments = _dumps(value, dump)
+            except Exception:  # noqa: BLE001 -- as above
+                pass
+            else:
+                if _is_right(segments[0], into_main=into_main):
+                    return segments
+            way.drop()
+        return _dumps(value, by_value_dump)
 
 
 def loads(segments: Sequence[Buffer]) -> Any:
@@ -107,6 +184,11 @@ def loads(segments: Sequence[Buffer]) -> Any:
         for segment in segments:
             if isinstance(segment, Missing):
                 raise segment.error
+        # A buffer is never empty.
+        descriptors = [part for part in buffers if not len(part)]
+        if descriptors:
+            with Incoming(descriptors):
+                return pickle.loads(segments[0], buffers=buffers[: -len(descriptors)])
     return pickle.loads(segments[0], buffers=buffers)
 
 
@@ -133,14 +215,14 @@ def _standard_dumps(
     in_band: Callable[[pickle.PickleBuffer], bool],
     *,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
+    known: Registered | None = None,
 ) -> bytes:
     arrays = "numpy" in sys.modules
-    if not (reducers or arrays):
+    if not (reducers or arrays or known):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
-    kind: Any = _array_pickler() if arrays else pickle.Pickler
+    kind: Any = _table_pickler(known, arrays)
     if reducers:
-        table: Any = kind.dispatch_table if arrays else copyreg.dispatch_table
-        table = ChainMap(dict(reducers), table)
+        table: Any = ChainMap(dict(reducers), kind.dispatch_table)
         # Of the class, where the C pickler looks for it.
         kind = type("PicklerOnce", (pickle.Pickler,), {"dispatch_table": table})
     file = io.BytesIO()
@@ -148,10 +230,13 @@ def _standard_dumps(
     return file.getvalue()
 
 
-@functools.cache
-def _array_pickler() -> Any:
+@functools.lru_cache(maxsize=4)
+def _table_pickler(known: Registered | None, numpy_imported: bool) -> Any:
+    table = Reducers(arrays=numpy_imported)
+    if known is not None:
+        table.update(known.reducers)
     # Of the class: to set it on each pickler costs a microsecond.
-    return type("ArrayPickler", (pickle.Pickler,), {"dispatch_table": Reducers()})
+    return type("TablePickler", (pickle.Pickler,), {"dispatch_table": table})
 
 
 def _by_value_dumps(
@@ -186,7 +271,8 @@ def dump_by_value(
         names: As for :func:`dumps`.
         reducers: As for :func:`dumps`.
     """
-    kind = _by_value_pickler("loky.backend.reduction" in sys.modules, "numpy" in sys.modules)
+    loky_imported = "loky.backend.reduction" in sys.modules
+    kind = _by_value_pickler(registered(), loky_imported, "numpy" in sys.modules)
     if reducers is not None:
         table = ChainMap(dict(reducers), kind.dispatch_table)
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
@@ -235,15 +321,15 @@ class _Main(dict[str, Any]):
         return main_namespace, (package,) if package else ()
 
 
-@functools.cache
-def _by_value_pickler(loky_imported: bool, numpy_imported: bool) -> Any:
+@functools.lru_cache(maxsize=8)
+def _by_value_pickler(known: Registered, loky_imported: bool, numpy_imported: bool) -> Any:
     # Imported here: a worker or a program that sends only importable things never needs it.
     from safepool.transport.by_value import ByValuePickler, reducer_table  # noqa: PLC0415
 
     # The C pickler reads the table from the class. Nobody can have registered a reducer with
     # loky before it was imported.
-    arrays = Reducers().copy() if numpy_imported else {}
-    table = reducer_table(arrays, loky_imported=loky_imported)
+    special = {**known.reducers, **Reducers(arrays=numpy_imported)}
+    table = reducer_table(special, loky_imported=loky_imported)
     return type("ByValuePickler", (ByValuePickler,), {"dispatch_table": table})
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
 from safepool.transport.frames import Kind, encode
-from safepool.transport.payloads import dumps, loads
+from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
@@ -376,4 +376,4 @@ def _load_function(
 def _pickle(result: object) -> Segments:
     if type(result) in _PLAIN and (not isinstance(result, (str, bytes)) or len(result) < 1024):
         return [pickle.dumps(result, protocol=5)]
-    return dumps(result)
+    return dumps_to_send(result)

@@ -1,0 +1,344 @@
+"""Sockets, connections and whatever else ``multiprocessing`` has learned to pickle.
+
+    sender                                      receiver
+    reducer: reduction.DupFd(7)
+    Outgoing.take(7)   duplicates it: place 0   arrive(0) is the new number,
+    Handed([12])       the last segment         for the object that detaches it
+    Side.send()   ---- its descriptors ---->    Side.receive(): a Descriptor each
+
+The reducers are those of :class:`multiprocessing.reduction.ForkingPickler`, the program's own
+included. Their descriptors go over the worker's own channel, instead of by the listening socket
+and the thread that the standard library starts for them.
+
+Who owns what: the duplicates belong to the message, which may be sent to several workers, or again
+to another. What has arrived belongs to the object that is rebuilt; what no object takes is closed.
+
+Not covered:
+    * Other systems than Linux, where the standard library's own way is used.
+    * PyTorch's tensors that are not in shared memory: they travel as any array does, since
+      ``/dev/shm``, into which PyTorch would move them, is 64 MB in many containers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import Filed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Self
+
+    from safepool.transport.frames import Buffer
+
+__all__ = [
+    "CONNECTION",
+    "Descriptor",
+    "Handed",
+    "Incoming",
+    "Outgoing",
+    "Registered",
+    "registered",
+]
+
+# SCM_MAX_FD, unix(7).
+_MOST_AT_ONCE = 253
+# What the standard library registers for types that pickle or cloudpickle takes as well or better.
+_REDUCTION = "multiprocessing.reduction"
+_NOT_NEEDED = frozenset(
+    {
+        "multiprocessing.managers",
+        (_REDUCTION, "_reduce_method"),
+        (_REDUCTION, "_reduce_method_descriptor"),
+        (_REDUCTION, "_reduce_partial"),
+    }
+)
+# Pickle takes none of them, or what it makes of them is known by CONNECTION.
+_REFUSED = frozenset(
+    {
+        (_REDUCTION, "_reduce_socket"),
+        ("multiprocessing.connection", "reduce_connection"),
+        ("multiprocessing.connection", "reduce_pipe_connection"),
+        ("multiprocessing.heap", "reduce_arena"),
+    }
+)
+# In the pickle of a connection by pickle itself, which holds the number of its descriptor.
+CONNECTION = b"multiprocessing.connection"
+# Registered for types of which only some objects are in memory that can be shared. Others travel
+# by value, for which the standard pool's way is an error, or takes room in /dev/shm.
+_SIGNS: dict[str, Callable[[Any], bool]] = {
+    "multiprocessing.sharedctypes": lambda value: hasattr(value, "_wrapper"),
+    "torch.multiprocessing.reductions": lambda tensor: bool(tensor.is_shared()),
+}
+
+_thread = threading.local()
+
+
+class Handed(Filed):
+    """Descriptors on their way, beside a pickle that refers to them.
+
+    Args:
+        numbers: At most 253, owned by this object from now on.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = list(numbers)
+        self.lengths = (0,) * len(self._numbers)
+
+    def filenos(self) -> list[int]:
+        """Return them."""
+        return self._numbers
+
+    def close(self, close: Callable[[int], None] = os.close) -> None:
+        """Close them. May be called again.
+
+        Args:
+            close: Known here when the interpreter has cleared this module.
+        """
+        while self._numbers:
+            close(self._numbers.pop())
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Descriptor(bytearray):
+    """A descriptor that has arrived; an empty segment behind the buffers.
+
+    Args:
+        number: Owned by this object, until it is detached.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def detach(self) -> int:
+        """Give it away, as :class:`multiprocessing.resource_sharer.DupFd` does.
+
+        Raises:
+            OSError: It was given away before.
+        """
+        number, self._number = self._number, -1
+        if number < 0:
+            raise OSError("this descriptor was handed over before: it can be taken once")
+        return number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self._number >= 0:
+            close(self._number)
+
+
+class Outgoing:
+    """Takes the descriptors that a pickler of this thread meets, inside a ``with`` block.
+
+    Args:
+        allowed: They can be sent; otherwise an object that has one cannot be pickled.
+    """
+
+    __slots__ = ("_before", "_numbers", "allowed")
+
+    def __init__(self, *, allowed: bool) -> None:
+        self.allowed = allowed
+        self._numbers: list[int] = []
+
+    def take(self, descriptor: int) -> _Place:
+        """Return what is pickled for a descriptor, of which a duplicate is kept.
+
+        Raises:
+            PicklingError: It cannot be sent.
+            OSError: It is not open, or this process can have no more of them.
+        """
+        if not self.allowed:
+            raise pickle.PicklingError(
+                f"descriptor {descriptor} (of a socket, a connection or the like) can be handed "
+                f"over as an argument or a result of a task, and not in an exception, "
+                f"safepool.share() or a copy"
+            )
+        self._numbers.append(os.dup(descriptor))
+        return _Place(len(self._numbers) - 1)
+
+    def segments(self) -> list[Handed]:
+        """Return what goes behind the segments of the pickle."""
+        numbers, self._numbers = self._numbers, []
+        steps = range(0, len(numbers), _MOST_AT_ONCE)
+        return [Handed(numbers[at : at + _MOST_AT_ONCE]) for at in steps]
+
+    def drop(self) -> None:
+        """Close what has been taken: the pickle is not used."""
+        Handed(self._numbers).close()
+        self._numbers = []
+
+    def __enter__(self) -> Self:
+        self._before = getattr(_thread, "outgoing", None)
+        # What is pickled inside of a pickle is read inside of it as well: one numbering.
+        if self._before is None:
+            _thread.outgoing = self
+        if not _redirected and "multiprocessing.reduction" in sys.modules:
+            _redirect()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _thread.outgoing = self._before
+        if kind is not None:
+            self.drop()
+
+
+class _Place:
+    """Stands for a descriptor in a pickle, in the words of ``multiprocessing``."""
+
+    def __init__(self, place: int) -> None:
+        self._place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return arrive, (self._place,)
+
+
+class Incoming:
+    """Offers the descriptors that came with a pickle while it is read, inside a ``with`` block.
+
+    Args:
+        segments: Those of the payload that are a descriptor, in its order; in the place of one
+            that could not be sent, another empty one.
+    """
+
+    __slots__ = ("_before", "_segments")
+
+    def __init__(self, segments: Sequence[Buffer]) -> None:
+        self._segments = segments
+
+    def take(self, place: int) -> Descriptor:
+        """Return the one at a place.
+
+        Raises:
+            OSError: It could not be sent.
+        """
+        segment = self._segments[place]
+        if isinstance(segment, Descriptor):
+            return segment
+        raise OSError(
+            errno.ETOOMANYREFS,
+            f"{len(self._segments)} descriptors (of sockets, connections and the like) were to be "
+            f"handed over between a pool and its worker, and could not: too many are under way. "
+            f"Hand over fewer at a time, or open them in the task",
+        )
+
+    def __enter__(self) -> Self:
+        self._before = getattr(_thread, "incoming", None)
+        _thread.incoming = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.incoming = self._before
+
+
+def arrive(place: int) -> Descriptor:
+    """Return the descriptor at a place of this thread's payload; what a pickle calls.
+
+    Raises:
+        LookupError: There is none: the pickle has come another way.
+    """
+    incoming: Incoming | None = getattr(_thread, "incoming", None)
+    if incoming is None:
+        raise LookupError(
+            f"descriptor {place} is not here: it travels between a pool and a worker"
+        )
+    return incoming.take(place)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registered:
+    """What was registered with ``multiprocessing`` at one time.
+
+    Attributes:
+        reducers: By type; without those of the standard library that pickle does not need.
+        beyond: Some of them are for types that pickle takes, and takes otherwise.
+    """
+
+    reducers: dict[type, Callable[[Any], Any]]
+    beyond: bool
+
+
+_seen: list[Any] = []
+_registered = Registered({}, beyond=False)
+
+
+def are_beyond() -> bool:
+    """Tell whether pickle itself may make something else of a type than its registered reducer.
+
+    With each task: a second registration for the same type is seen by :func:`registered` only.
+    """
+    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    if reduction is None:
+        return False
+    if len(reduction.ForkingPickler._extra_reducers) != len(_seen):
+        registered()
+    return _registered.beyond
+
+
+def registered() -> Registered:
+    """Return the reducers registered with ``multiprocessing``; the same until one is new."""
+    global _registered  # noqa: PLW0603 -- a fact about this process
+    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    if reduction is None:
+        return _registered
+    extra: dict[type, Callable[[Any], Any]] = reduction.ForkingPickler._extra_reducers
+    now = [*extra.values()]
+    if now != _seen:
+        reducers = {
+            kind: _where_it_holds(reduce)
+            for kind, reduce in extra.copy().items()
+            if _NOT_NEEDED.isdisjoint((_name_of(reduce), _name_of(reduce)[0]))
+        }
+        beyond = not {*map(_name_of, reducers.values())} <= _REFUSED
+        _registered = Registered(reducers, beyond=beyond)
+        _seen[:] = now
+    return _registered
+
+
+def _name_of(reduce: Callable[[Any], Any]) -> tuple[str, str]:
+    return getattr(reduce, "__module__", ""), getattr(reduce, "__name__", "")
+
+
+def _where_it_holds(reduce: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    sign = _SIGNS.get(_name_of(reduce)[0])
+
+    def reduce_if_shared(value: Any) -> Any:
+        return reduce(value) if sign and sign(value) else value.__reduce_ex__(5)
+
+    return reduce if sign is None else reduce_if_shared
+
+
+_redirected = sys.platform != "linux"
+
+
+def _redirect() -> None:
+    """Let reducers that run in our picklers hand descriptors to them.
+
+    Not by ``set_spawning_popen()``, which tells locks and queues that a process is being started,
+    and that they may travel. ``reduction.DupFd`` looks here when it is called.
+    """
+    global _redirected  # noqa: PLW0603 -- a fact about this process
+    try:
+        from multiprocessing import resource_sharer  # noqa: PLC0415 -- with the first need
+    except (ImportError, OSError):
+        return  # no descriptor is left to read it; then no reducer can either
+    sharer: Any = resource_sharer
+    standard = sharer.DupFd
+
+    def duplicate(descriptor: int) -> Any:
+        outgoing: Outgoing | None = getattr(_thread, "outgoing", None)
+        return standard(descriptor) if outgoing is None else outgoing.take(descriptor)
+
+    sharer.DupFd = duplicate
+    _redirected = True
