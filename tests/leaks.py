@@ -390,11 +390,12 @@ def _describe_thread(ident: int, thread: threading.Thread | None, frame: FrameTy
 def _helpers() -> tuple[set[int], set[int]]:
     pids: set[int] = set()
     descriptors: set[int] = set()
-    if "safepool.workers.forkserver" in sys.modules:
+    for name in ("safepool.workers.forkserver", "safepool.workers.capped_server"):
         # One for each setting, until exit: the next pool starts in milliseconds.
-        servers = sys.modules["safepool.workers.forkserver"]
-        pids.update(servers.running())
-        descriptors.update(servers.descriptors())
+        servers = sys.modules.get(name)
+        if servers is not None:
+            pids.update(servers.running())
+            descriptors.update(servers.descriptors())
     for row in HELPERS:
         holder = getattr(sys.modules.get(row.module), row.holder, None)
         pids.add(getattr(holder, row.pid, None) or 0)

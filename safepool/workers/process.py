@@ -8,6 +8,7 @@ own, ``__main__`` never imported); or the one of ``multiprocessing`` that the ca
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import mmap
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
+from safepool.workers.begin import BEGIN, facts_for
 from safepool.workers.main import worker_main
 from safepool.workers.plan import plan_main
 
@@ -363,7 +365,7 @@ def _launch(
             inheritance.itself or inherited,
             cpus,
         )
-        process = _create(context, arguments, environment, cpus)
+        process = _create(context, arguments, environment, threads, cpus)
         _check_descriptors(handles[0].fileno())
         _start(process, context.get_start_method())
         # The pool sees to its end. multiprocessing would join it at the exit of the program,
@@ -397,6 +399,7 @@ def _create(
     context: BaseContext,
     arguments: tuple[Any, ...],
     environment: Mapping[str, str | None],
+    threads: int,
     cpus: tuple[int, ...],
 ) -> Any:
     create: Any = context.Process  # type: ignore[attr-defined]
@@ -407,27 +410,21 @@ def _create(
         process = create(target=worker_main, args=arguments, env=born_with)
         process.name = f"safepool-{process.name}"
     else:
-        process = create(target=worker_main, args=arguments)
-        # spawn and forkserver import the caller's ``__main__``, and with it NumPy, before
-        # anything of ours runs; the process's name is what they unpickle before that.
-        process.name = _NameWithEnvironment(f"safepool-{process.name}", dict(environment), cpus)
+        process = _own_kind(create, environment, threads)(target=worker_main, args=arguments)
+        # spawn imports the caller's ``__main__`` before anything of ours runs; the process's
+        # name is what it unpickles before that.
+        process.name = _NameWithCaps(
+            f"safepool-{process.name}", {**facts_for(environment, threads), "cpus": cpus}
+        )
     return process
 
 
-_SET_ENVIRONMENT = """(
-    [
-        environ.pop(key, None) if value is None else environ.__setitem__(key, value)
-        for environ in [__import__("os").environ]
-        for key, value in environment.items()
-    ],
-    # A fork server may have fewer by itself: then worker_main() asks the system.
-    [
-        os.sched_setaffinity(0, cpus)
-        for os in [__import__("os")]
-        if cpus and os.sched_getaffinity(0).issuperset(cpus)
-    ],
-    name,
-)[2]"""
+# A fork server may have fewer CPUs by itself: then worker_main() asks the system.
+_BEGIN = f"""
+import os
+if cpus and os.sched_getaffinity(0).issuperset(cpus):
+    os.sched_setaffinity(0, cpus)
+{BEGIN}"""
 
 
 @contextlib.contextmanager
@@ -443,24 +440,22 @@ def _no_missing_streams() -> Iterator[None]:
             setattr(sys, name, None)
 
 
-class _NameWithEnvironment(str):
-    """A process name that sets environment and CPUs of the interpreter that unpickles it."""
+class _NameWithCaps(str):
+    """A process name that binds and caps the interpreter that unpickles it."""
 
-    __slots__ = ("cpus", "environment")
+    __slots__ = ("facts",)
 
-    environment: dict[str, str | None]
-    cpus: tuple[int, ...]
+    facts: dict[str, Any]
 
-    def __new__(cls, name: str, environment: dict[str, str | None], cpus: tuple[int, ...]) -> Self:
+    def __new__(cls, name: str, facts: dict[str, Any]) -> Self:
         self = super().__new__(cls, name)
-        self.environment = environment
-        self.cpus = cpus
+        self.facts = facts
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Builtins only: the child has no sys.path yet to find a function of ours on.
-        facts = {"environment": self.environment, "cpus": self.cpus, "name": str(self)}
-        return eval, (_SET_ENVIRONMENT, facts)
+        own_name = str(self)
+        return eval, (f"(exec({_BEGIN!r}), {own_name!r})[1]", self.facts)
 
 
 def _close_lost_pipe(error: OSError) -> None:
@@ -477,6 +472,9 @@ def _close_lost_pipe(error: OSError) -> None:
 
 if sys.platform == "win32":
 
+    def _own_kind(create: Any, _environment: Mapping[str, str | None], _threads: int) -> Any:
+        return create
+
     def _start(process: Any, _method: str) -> None:
         process.start()
 
@@ -490,6 +488,13 @@ if sys.platform == "win32":
         return None
 
 else:
+
+    def _own_kind(create: Any, environment: Mapping[str, str | None], threads: int) -> Any:
+        if create is not multiprocessing.context.ForkServerProcess:
+            return create
+        from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom
+
+        return functools.partial(CappedProcess, environment, threads)
 
     def _start(process: Any, method: str) -> None:
         # The resource trackers that come with exec'ing start methods unblock the signal in

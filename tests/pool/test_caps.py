@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
 
 from safepool import ProcessPool
 from safepool.threads.table import THREAD_VARIABLES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAMES = [variable.name for variable in THREAD_VARIABLES]
 
@@ -90,6 +94,55 @@ def test_every_start_method_caps_what_the_program_has_imported(
     )
 
     assert (done.stdout, done.stderr) == ("[1]\n", "")
+
+
+# A library whose threads no variable rules: it starts them when they are needed first.
+BLOSC2 = """
+threads = 48
+
+def set_nthreads(number):
+    global threads
+    threads = number
+"""
+
+AT_IMPORT = """
+import concurrent.futures, multiprocessing, os, sys
+import blosc2
+SEEN = os.environ.get("OMP_NUM_THREADS"), blosc2.threads
+import safepool
+
+def seen_when_imported():
+    return sys.modules["__mp_main__"].SEEN
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    before = dict(os.environ)
+    for pool_type in (
+        safepool.ProcessPool, concurrent.futures.ProcessPoolExecutor, safepool.ProcessPool
+    ):
+        with pool_type(1, mp_context=context) as pool:
+            print(*pool.submit(seen_when_imported).result(60))
+    print(dict(os.environ) == before, SEEN == (None, 48))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_script_is_imported_with_the_caps_in_place(method: str, tmp_path: Path) -> None:
+    """In our pool's workers alone: the program and its other pools have servers of their own."""
+    (tmp_path / "blosc2.py").write_text(BLOSC2)
+    (tmp_path / "script.py").write_text(AT_IMPORT)
+    environment = {key: value for key, value in os.environ.items() if key not in NAMES}
+    done = subprocess.run(
+        [sys.executable, "script.py", method],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        env=environment,
+    )
+
+    assert (done.stdout, done.stderr) == ("1 1\nNone 48\n1 1\nTrue True\n", "")
 
 
 def test_workers_are_born_with_the_variables_and_the_caller_is_untouched() -> None:

@@ -1,0 +1,47 @@
+"""What a standard start method runs before it imports the program: variables, then caps.
+
+``spawn`` and ``forkserver`` import the program's script, and NumPy with it, before anything of
+ours gets its turn there. Both evaluate an expression of the program before that: the process's
+name when it is unpickled, the fork server's command line.
+
+Not covered:
+    * A program to which this package is importable by nothing but a finder of its own: there
+      the variables are set first, and the caps that are calls come with the worker's own start.
+"""
+
+from __future__ import annotations
+
+from multiprocessing import spawn
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["BEGIN", "facts_for"]
+
+# A worker that was forked from a capped server has the caps, and needs them once.
+BEGIN = """
+import os, sys
+for name, value in environment.items():
+    os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+if "safepool.threads.cap" not in sys.modules:
+    sys.path[:] = path
+    try:
+        from safepool.threads.cap import cap_worker
+    except ImportError:
+        pass
+    else:
+        cap_worker(threads, environment)
+"""
+"""Statements that begin with the names of :func:`facts_for`."""
+
+
+def facts_for(environment: Mapping[str, str | None], threads: int) -> dict[str, Any]:
+    """Return what the first statements of a worker use, all of it with a literal's text.
+
+    Args:
+        environment: Of the worker, ``None`` for a variable that it is born without.
+        threads: For each of its native pools.
+    """
+    path = spawn.get_preparation_data("")["sys_path"]
+    return {"environment": dict(environment), "threads": threads, "path": path}

@@ -1,0 +1,123 @@
+"""``multiprocessing``'s fork server, for ``mp_context="forkserver"``: capped before it imports.
+
+From Python 3.14 on that server imports the program's script, and whatever that imports, before
+it forks the first worker. So a pool does not use the program's one, which may have begun
+without caps and whose other children are not to have any, but one of its own:
+
+    settings    one server for each environment of workers, kept until the program ends
+    start       the command that starts it sets the variables and watches imports, then preloads
+    preloaded   what the program has asked for by ``multiprocessing.set_forkserver_preload()``
+
+Not covered:
+    * A program with more settings than ``_MOST``: the further ones use the program's own server,
+      and the workers are capped when it has forked them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import types
+from multiprocessing import context
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers.begin import BEGIN, facts_for
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+assert sys.platform != "win32"
+
+__all__ = ["CappedProcess", "descriptors", "running"]
+
+_MOST = 8
+
+
+class _Modules(list[str]):
+    """What a server preloads; its text, which gets into the server's command, caps it before."""
+
+    def __init__(
+        self, names: list[str], environment: Mapping[str, str | None], threads: int
+    ) -> None:
+        super().__init__(names)
+        self._facts = facts_for(environment, threads)
+
+    def __repr__(self) -> str:
+        return f"(exec({BEGIN!r}, {self._facts!r}), {list(self)!r})[1]"
+
+
+_servers: dict[tuple[Any, ...], _Server] = {}
+_lock = threading.Lock()
+
+
+class CappedProcess(context.ForkServerProcess):
+    """A process of ``multiprocessing`` that the server of its environment forks.
+
+    Args:
+        environment: Of the worker, ``None`` for a variable that it is born without.
+        threads: For each of its native pools.
+        more: As for ``multiprocessing.Process``.
+    """
+
+    def __init__(self, environment: Mapping[str, str | None], threads: int, **more: Any) -> None:
+        super().__init__(**more)
+        self._setting = threads, tuple(sorted(environment.items()))
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- the standard library's name
+        from multiprocessing import popen_forkserver  # noqa: PLC0415 -- seldom
+
+        kind: Any = popen_forkserver.Popen
+        server = _server_for(*process_obj._setting)
+        if server is None:
+            return kind(process_obj)
+        # The standard library's own function, with this server in the place of its own.
+        names = {**kind._launch.__globals__, "forkserver": server}
+        launch = types.FunctionType(kind._launch.__code__, names)
+        return type("Popen", (kind,), {"_launch": launch})(process_obj)
+
+
+class _Server:
+    """What a start uses of the module ``multiprocessing.forkserver``, by the same names."""
+
+    def __init__(self, environment: Mapping[str, str | None], threads: int) -> None:
+        from multiprocessing import forkserver  # noqa: PLC0415 -- as above
+
+        library: Any = forkserver
+        self.own = library.ForkServer()
+        names = library._forkserver._preload_modules
+        self.own._preload_modules = _Modules(names, environment, threads)
+        self.connect_to_new_process = self.own.connect_to_new_process
+        self.read_signed = library.read_signed
+
+
+def _server_for(threads: int, environment: tuple[tuple[str, str | None], ...]) -> _Server | None:
+    with _lock:
+        server = _servers.get((threads, environment))
+        if server is None and len(_servers) < _MOST:
+            server = _servers[threads, environment] = _Server(dict(environment), threads)
+    return server
+
+
+def running() -> list[int]:
+    """Return the process ids of the servers."""
+    return [pid for server in [*_servers.values()] if (pid := server.own._forkserver_pid)]
+
+
+def descriptors() -> list[int]:
+    """Return the descriptors of this process that keep the servers alive."""
+    found = (server.own._forkserver_alive_fd for server in [*_servers.values()])
+    return [descriptor for descriptor in found if descriptor is not None]
+
+
+def _after_fork() -> None:
+    # A server is no child of this process, and lives no longer than its program does.
+    global _lock  # noqa: PLW0603 -- a thread that the child has not may hold it
+    for descriptor in descriptors():
+        os.close(descriptor)
+    _servers.clear()
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
