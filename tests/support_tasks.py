@@ -337,3 +337,19 @@ def append_somewhere(value: Any, *_more: Any) -> int:
             value = next(iter(vars(value).values()))
     value.append(len(value))
     return len(value)
+
+
+_order: list[int] = []
+
+
+def remember_order() -> None:
+    _order.clear()
+
+
+def note_order(number: int) -> int:
+    _order.append(number)
+    return number
+
+
+def order() -> list[int]:
+    return _order

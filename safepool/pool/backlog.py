@@ -203,7 +203,7 @@ class Backlog:
         waiting = self.at_most(span.count * among)
         many = min(room(span.name, 0), -(-waiting // among))
         many = min(many, most * (span.run.at_once or 1))
-        if many > 0 and span.bound:
+        if many > 0 and (span.bound or span.pickled is not None):
             many = span.count
         if many <= 0:
             return []

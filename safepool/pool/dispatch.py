@@ -1,4 +1,17 @@
-"""From what waits to messages for one worker: pickled, numbered, written in its ledger."""
+"""From what waits to messages for one worker: pickled, numbered, written in its ledger.
+
+The scheduler's thread pickles what is known to run no code of the program (``trusted``). All else
+is pickled by the hands, and the scheduler goes on when that takes longer than a moment:
+
+    pack_tasks()  a task without a pickle   --> `_prepare`: in time, it is sent at once
+                                                late, it is aside until `come_back`, then queued
+                                                first, with its pickle or its error; for half a
+                                                second nothing overtakes it
+    pack_span()   the same for calls of a map, and for its function
+
+What a worker must be sent before (functions, shared objects) is looked up afterwards, by the
+scheduler's thread (``_introduce``): the hands know no worker.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +29,23 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import text_of
 from safepool.machine import tell_once
 from safepool.pool.functions import Functions, SentFunction
+from safepool.pool.hands import Hands
 from safepool.pool.mains import is_of_main, largest_global
 from safepool.pool.mapping import Span
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
-from safepool.transport import payloads, references
+from safepool.transport import payloads, references, trusted
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
+from safepool.transport.descriptors import are_beyond
 from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
@@ -69,6 +86,12 @@ _MOST_PARTS = 1000
 # More is worth a word when globals bring it with every call; it takes tens of milliseconds.
 _MUCH_BYTES = 16 << 20
 _TOLD_AT = 2
+# For a pickle that the hands make: most of them are there by then, and the order in which calls
+# came is the one in which they begin.
+_PATIENCE_S = 0.005
+# Pickles made at a time, and calls that may wait for theirs.
+_MOST_PICKLED = 16
+_MOST_ASIDE = 1024
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
@@ -100,13 +123,59 @@ class Dispatch:
         self._large: Counter[str] = Counter()
         self._settled = settled
         self._packer = Packer(wake)
+        self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
+        # What is being pickled, or waits for it, and is in no queue.
+        self.aside: dict[Task | Span, None] = {}
+        self._back: list[Task | Span] = []
+        self._packing = False
         self._wake = wake
         self._shared: set[int] = set()
         self._unshared: deque[int] = deque()
 
     def close(self) -> None:
-        """Give up what is being copied."""
+        """Give up what is being pickled or copied."""
+        self.aside.clear()
+        self._hands.close()
         self._packer.close()
+
+    def is_in(self, thread: threading.Thread) -> bool:
+        """Tell whether this thread pickles for this pool. From any thread."""
+        return self._hands.has(thread)
+
+    def take_aside(self) -> list[Task | Span]:
+        """Return what is aside, and forget it."""
+        found = [*self.aside]
+        self.aside.clear()
+        return found
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is being pickled, or about to be, beside the scheduler's thread."""
+        return bool(self.aside) or self._packing
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further calls are to be taken from the queue.
+
+        One that is aside is to come first, unless it takes long; or too many are aside.
+        """
+        return bool(self.aside) and (self._hands.holds_up or self._hands.waiting >= _MOST_ASIDE)
+
+    def next_look(self) -> float | None:
+        """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
+        return self._hands.next_pump()
+
+    def come_back(self, *, more: bool) -> list[Task | Span]:
+        """Return what was pickled meanwhile and is to be queued again; fail what could not be.
+
+        Args:
+            more: A worker has room: pickle what waits for that.
+        """
+        self._hands.come_back()
+        if more:
+            self._hands.pump()
+        back, self._back = self._back, []
+        return back
 
     def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Task | Span]:
         """Send what has been copied into files; return what is to be queued again."""
@@ -196,13 +265,11 @@ class Dispatch:
         for place, task in enumerate(tasks):
             if not begin(task.future):
                 continue
-            if task.pickled is None:
-                try:
-                    task.pickled = self._pickle(task)
-                except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-                    self._say_what(error, task.name, _whole(task))
-                    fail(task.future, error)
-                    continue
+            if task.pickled is None and not self._prepare_task(task):
+                if self.is_full:
+                    return [*pieces, *_tasks(first, group)], tasks[place + 1 :]
+                continue
+            assert task.pickled is not None
             function, segments, shared, brings_globals = task.pickled
             small = _small(segments)
             if small is None and worker.ledger.owed:
@@ -227,22 +294,12 @@ class Dispatch:
     def pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, list[Span]]:
         """Give calls of a run to a worker; as :meth:`pack_tasks`."""
         run = span.run
-        if run.sent is None:
-            try:
-                run.sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
-            except BaseException as error:  # noqa: BLE001 -- user code
-                self._say_what(error, run.name, run.function)
-                self._fail_all(span, error)
-                return [], []
-        try:
-            packed = _dumps_span(span, self._names)
-        except BaseException as error:  # noqa: BLE001 -- user code; one of the calls fails
-            packed = None
-            if span.count == 1:
-                self._say_what(error, run.name, span.items[0])
-                self._fail_all(span, error)
-                return [], []
-        if packed is None:
+        if span.pickled is None and not self._prepare_span(span):
+            return [], []
+        assert span.pickled is not None
+        assert run.sent is not None
+        packed, span.pickled = span.pickled, None
+        if not packed.segments:
             return [], [span.only(place) for place in range(span.count)]
         _, segments, shared, brings_globals = packed
         if span.count > 1 and any(one.writable for one in shared):
@@ -257,7 +314,102 @@ class Dispatch:
         more, back = self._give_large(packing)
         return [*pieces, *more], [one for one in back if isinstance(one, Span)]
 
+    # Pickling: what runs the program's code is done by the hands.
+
+    def _prepare_task(self, task: Task) -> bool:
+        """Pickle a task; return whether it may be sent now: not if it failed, or is aside."""
+        task.pickled = self._pickle_here(task)
+        if task.pickled is not None:
+            return True
+        error: list[BaseException] = []
+
+        def pickle_it() -> None:
+            try:
+                task.pickled = self._pickle(task)
+                # Dropped here: a finalizer may wait as well.
+                task.call = None
+            except BaseException as problem:  # noqa: BLE001 -- user code; the task fails, not the pool
+                self._say_what(problem, task.name, _whole(task))
+                error.append(problem)
+
+        def finish() -> None:
+            if task not in self.aside:
+                return
+            del self.aside[task]
+            if error:
+                if begin(task.future):
+                    fail(task.future, error[0])
+            else:
+                self._back.append(task)
+
+        self.aside[task] = None
+        if not self._hands.do(pickle_it, finish, _PATIENCE_S):
+            task.future.wait_again()
+            return False
+        del self.aside[task]
+        if error:
+            fail(task.future, error[0])
+        return not error
+
+    def _prepare_span(self, span: Span) -> bool:
+        """Pickle calls of a run, and its function; as :meth:`_prepare_task`."""
+        self._pickle_span_here(span)
+        if span.pickled is not None:
+            return True
+        error: list[BaseException] = []
+
+        def pickle_it() -> None:
+            try:
+                self._pickle_span(span)
+            except BaseException as problem:  # noqa: BLE001 -- user code; one of the calls fails
+                error.append(problem)
+
+        def finish() -> None:
+            if span not in self.aside:
+                return
+            del self.aside[span]
+            if error:
+                self._fail_all(span, error[0])
+            else:
+                self._back.append(span)
+
+        self.aside[span] = None
+        if not self._hands.do(pickle_it, finish, _PATIENCE_S):
+            return False
+        del self.aside[span]
+        if error:
+            self._fail_all(span, error[0])
+        return not error
+
+    def pickle_now(self, task: Task) -> None:
+        """Pickle a task in the thread that submits it, if this thread imports a module.
+
+        What is of that module would let another thread wait for the import's end, and the program
+        may wait for the call before it comes to that.
+        """
+        if imports_here() and not _is_name_in_main(task.name):
+            try:
+                task.pickled = _dumps(task.call, None)
+            except Exception:  # noqa: BLE001 -- user code; tried again, and told, in its turn
+                pass
+
+    def _pickle_here(self, task: Task) -> Pickled | None:
+        """Return a task's pickle, if to make it runs no code of the program."""
+        assert task.call is not None
+        function, args, kwargs = task.call
+        sent = self.functions.known(function) or self.functions.known_of_main(function)
+        if sent is None:
+            return None
+        try:
+            require_to_pickle(args)
+            if not kwargs and _PLAIN.issuperset(map(type, args)):
+                return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), brings_globals=False)
+            return _dumps_here((args, kwargs), sent)
+        except (UntrustedError, MemoryError):  # the hands say why
+            return None
+
     def _pickle(self, task: Task) -> Pickled:
+        """Return a task's pickle. In any thread."""
         assert task.call is not None
         function, args, kwargs = task.call
         require_to_pickle(args)
@@ -270,6 +422,37 @@ class Dispatch:
         if is_of_main(function) and _size(pickled.segments) > _MUCH_BYTES:
             self._advise(function, task.name)
         return pickled
+
+    def _pickle_span_here(self, span: Span) -> None:
+        run = span.run
+        if run.sent is None:
+            run.sent = self.functions.known(run.function)
+        if run.sent is not None:
+            try:
+                span.pickled = _pickle_items(span, _dumps_here)
+            except (UntrustedError, MemoryError):
+                pass
+
+    def _pickle_span(self, span: Span) -> None:
+        """Pickle what calls of a run need. In any thread.
+
+        Raises:
+            BaseException: All of them fail with it.
+        """
+        run = span.run
+        if run.sent is None:
+            try:
+                run.sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
+            except BaseException as error:
+                self._say_what(error, run.name, run.function)
+                raise
+        try:
+            span.pickled = _pickle_items(span, lambda value: _dumps(value, self._names))
+        except BaseException as error:
+            if span.count == 1:
+                self._say_what(error, run.name, span.items[0])
+                raise
+            span.pickled = _EACH_ALONE
 
     def _advise(self, function: types.FunctionType, name: str) -> None:
         """Say once what makes every call of a function large, if it is a global.
@@ -339,6 +522,19 @@ class Dispatch:
         segments = worker.channel.hand_over(function.segments)
         return [*pieces, *encode(Kind.FUNCTION, function.number, segments)]
 
+    def pack_initializer(self, pack: Callable[[], None]) -> bool:
+        """Pickle what new workers run first; return whether that is done."""
+        if self._packing:
+            return False
+
+        def finish() -> None:
+            self._packing = False
+
+        self._packing = True
+        if self._hands.do(pack, finish, _PATIENCE_S):
+            self._packing = False
+        return not self._packing
+
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
         """Return what a new worker is sent first."""
         shared = self._share(worker, inheritance.shared)
@@ -394,22 +590,35 @@ def _dumps(value: object, names: MainNames | None, *, by_value: bool = False) ->
     return Pickled(None, segments, met.found, payloads.values_sent() != before)
 
 
-def _dumps_span(span: Span, names: MainNames | None) -> Pickled | None:
-    """Pickle calls of a run; ``None`` if each must travel alone.
+def _dumps_here(value: object, function: SentFunction | None = None) -> Pickled:
+    """Pickle what runs no code of the program.
 
     Raises:
-        MemoryLimitError: There is no room for the pickle.
-        Exception: What the pickler raised.
+        UntrustedError: It may.
     """
+    if payloads.by_value_modules() or are_beyond():
+        raise UntrustedError
+    if not references.known():
+        return Pickled(function, trusted.dumps(value), (), brings_globals=False)
+    with references.Collected() as met:
+        segments = trusted.dumps(value)
+    return Pickled(function, segments, met.found, brings_globals=False)
+
+
+# Stands for the pickle of calls that must travel one by one.
+_EACH_ALONE = Pickled(None, (), (), brings_globals=False)
+
+
+def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
     if span.count <= _FEW:
         for item in span.items:
             require_to_pickle(span.run.arguments_of(item))
     if span.alone:
-        return _dumps((span.run.arguments_of(span.items[0]), {}), names)
-    return _dumps_items(span, names)
+        return dumps((span.run.arguments_of(span.items[0]), {}))
+    return _dumps_items(span, dumps) or _EACH_ALONE
 
 
-def _dumps_items(span: Span, names: MainNames | None) -> Pickled | None:
+def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | None:
     """Pickle the items of several calls; ``None`` if each must travel alone.
 
     In one pickle what two of them refer to would be one object in the worker, and a call see
@@ -423,16 +632,16 @@ def _dumps_items(span: Span, names: MainNames | None) -> Pickled | None:
     if span.run.at_once is not None and span.count > 1:
         span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
     if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
-        return _dumps(items, names)
+        return dumps(items)
     pickles: list[bytes | memoryview] = []
     shared: list[Shared[Any]] = []
     brings_globals = False
     for item in items:
-        _, segments, more, by_value = _dumps(item, names)
+        _, segments, more, by_value = dumps(item)
         if len(segments) > 1:
             return None
         if by_value and not pickles and not _have_parts_in_common(items):
-            return _dumps(items, names)
+            return dumps(items)
         pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
         shared += more
         brings_globals = brings_globals or by_value
@@ -453,7 +662,8 @@ def _have_parts_in_common(items: list[Any]) -> bool:
         parts = [item]
         while parts:
             part = parts.pop()
-            if isinstance(part, _UNCHANGED) or id(part) in mine:
+            # Not isinstance(): it asks an object of the program for its __class__.
+            if issubclass(type(part), _UNCHANGED) or id(part) in mine:
                 continue
             if id(part) in seen:
                 return True

@@ -13,6 +13,7 @@ from safepool.pool.mains import Look, is_importable, is_of_main, look_at
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
 from safepool.transport.references import Collected
+from safepool.transport.trusted import is_found
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,9 @@ class _Kept:
 class Functions:
     """The functions of one pool.
 
+    Used by several threads at a time, and holds no lock: a function that two of them pickle for
+    the first time gets two numbers, of which one is kept.
+
     Args:
         names: What its workers have of ``__main__``.
     """
@@ -82,6 +86,21 @@ class Functions:
     def lasting(self, function: Callable[..., Any]) -> SentFunction | None:
         """Return a function that workers may keep; ``None`` if it is to travel with its call."""
         return self.importable(function) or self._main(function)
+
+    def known(self, function: Callable[..., Any]) -> SentFunction | None:
+        """Return a module's own function, if finding it runs no code of the program."""
+        if type(function) not in (types.FunctionType, types.BuiltinFunctionType):
+            return None
+        sent = self._importable.get(function)
+        return self.importable(function) if sent is None and is_found(function) else sent
+
+    def known_of_main(self, function: Callable[..., Any]) -> SentFunction | None:
+        """Return a function of ``__main__`` that was pickled and has not changed since."""
+        kept = self._of_main.get(function) if type(function) is types.FunctionType else None
+        if kept is None or not is_of_main(function) or payloads.by_value_modules():
+            return None
+        look = look_at(function)
+        return kept.sent if look is not None and kept.look.same_as(look) else None
 
     def _main(self, function: Callable[..., Any]) -> SentFunction | None:
         if not is_of_main(function) or payloads.by_value_modules():

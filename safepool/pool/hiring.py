@@ -82,6 +82,7 @@ class Hiring:
         self._may_fork = may_fork
         self._inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
+        self._not_packed: PoolBrokenError | None = None
         self.names = MainNames()
         self.not_before = 0.0
         self._refused_since: float | None = None
@@ -105,10 +106,9 @@ class Hiring:
             pass
 
     def prepare(self) -> None:
-        """Do what must be done before one or more workers are started.
+        """Do what must be done before one or more workers are started, and before :meth:`pack`.
 
         Raises:
-            PoolBrokenError: The initializer cannot be pickled.
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
@@ -117,7 +117,35 @@ class Hiring:
             self.started.set()
         marks = run_script(self._context, self._environment, self._threads, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
-        self._pack_initializer()
+
+    def pack(self) -> None:
+        """Pickle the initializer, in any thread. :meth:`take_packed` raises what that raised."""
+        self._not_packed = None
+        try:
+            # What was pickled before the server has reported may refer to what it has not.
+            holds = self.names.hold()
+            self._packed = self._packed if self._packed and holds else self._pack()
+        except BaseException as error:  # noqa: BLE001 -- user code
+            reason = f"the initializer cannot be pickled: {error!r}"
+            if "fork context" in text_of(error):
+                reason += (
+                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
+                    'workers that are no forks of this process, or pass mp_context="fork"'
+                )
+            self._not_packed = PoolBrokenError(reason)
+            self._not_packed.__cause__ = error
+
+    def take_packed(self) -> None:
+        """Let workers that are started from now on get what was pickled.
+
+        Raises:
+            PoolBrokenError: The initializer cannot be pickled.
+        """
+        if self._not_packed is not None:
+            raise self._not_packed
+        packed, self._packed = self._packed, None
+        if packed is not None:
+            self._inheritance = packed
 
     def start(self) -> Worker:
         """Start one.
@@ -132,6 +160,8 @@ class Hiring:
             if self.hired.is_set():
                 raise
             self.prepare()  # nothing was sent by name yet
+            self.pack()
+            self.take_packed()
             worker = self._start()
         self._refused_since = None
         self.started.set()
@@ -198,21 +228,6 @@ class Hiring:
             )
         self._context, self._forks = find_context("fork"), True
         return self._pack()
-
-    def _pack_initializer(self) -> None:
-        try:
-            packed, self._packed = self._packed, None
-            # What was pickled before the server has reported may refer to what it has not.
-            holds = self.names.hold()
-            self._inheritance = packed if packed and holds else self._pack()
-        except BaseException as error:
-            reason = f"the initializer cannot be pickled: {error!r}"
-            if "fork context" in text_of(error):
-                reason += (
-                    '. Make it by multiprocessing.get_context("spawn"), from which it can go to '
-                    'workers that are no forks of this process, or pass mp_context="fork"'
-                )
-            raise PoolBrokenError(reason) from error
 
 
 def _descriptors_of_all_pools() -> Iterable[int]:

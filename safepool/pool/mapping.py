@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.functions import SentFunction
     from safepool.pool.policy import Policy
+    from safepool.pool.tasks import Pickled
 
 __all__ = ["Feed", "MapRun", "Results", "Span"]
 
@@ -272,6 +273,8 @@ class Span:
         apart: Each item was pickled by itself.
         bound: A chunk whose calls have something in common that one of them could change: it
             is not divided, so that the others see that, as in the standard pool.
+        pickled: The pickle of its items, if it was made before a worker had room. It then stays in
+            one piece.
         pickled_ns: How long each took to be pickled, in a pool that is traced.
     """
 
@@ -285,6 +288,7 @@ class Span:
     position: int = 0
     done: int = 0
     expected_ns: int = 0
+    pickled: Pickled | None = field(default=None, repr=False)
     pickled_ns: int = 0
 
     @property
@@ -317,6 +321,7 @@ class Span:
             and self.start + len(self.items) == other.start
             and (at_once is None or self.start // at_once == other.start // at_once)
             and not (self.alone or other.alone or self.done or other.done or other.attempts)
+            and self.pickled is other.pickled is None
         )
 
     def split(self, at: int) -> Self:

@@ -239,6 +239,7 @@ class Scheduler:
         self._check_fork()
         future = PoolFuture(self._me)
         task = self._task(future, (function, args, kwargs), name, policy)
+        self._dispatch.pickle_now(task)
         with self._lock:
             self._check_open()
             self._backlog.add(task)
@@ -347,8 +348,10 @@ class Scheduler:
         """
         if os.getpid() != self._pid:  # race G: the lock may be held for ever here
             return
-        # Not in the scheduler's own thread (race D): the items may be results of this pool.
-        ours = threading.current_thread() is self._thread
+        # Not in the scheduler's own thread (race D), nor in one that it waits for in the end: the
+        # items may be results of this pool.
+        here = threading.current_thread()
+        ours = here is self._thread or self._dispatch.is_in(here)
         if not (cancel or end or ours or self._closing):
             # What the standard pool has taken from its iterators by now.
             for results in [*self._open.values()]:
@@ -363,7 +366,7 @@ class Scheduler:
                 self._trace.close()
             return
         self.wake()
-        if not wait or thread is threading.current_thread():  # race D
+        if not wait or ours:  # race D
             return
         try:
             thread.join()
@@ -466,7 +469,7 @@ class Scheduler:
         """Return how many calls wait, and how many workers run something and are there."""
         owed = [worker.ledger.owed for worker in self._staff or ()]
         with self._lock:
-            waiting = self._backlog.waiting()
+            waiting = self._backlog.waiting() + len(self._dispatch.aside)
         running = sum(map(bool, owed))
         return waiting + sum(owed) - running, running, len(owed)
 
@@ -500,7 +503,7 @@ class Scheduler:
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
-            return not (closing or self._ending)
+            return bool(self._dispatch.aside) or not (closing or self._ending)
         self._oom.look()
         self._follow_the_limits(staff)
         self._shrink(staff)
@@ -510,11 +513,18 @@ class Scheduler:
         self._hand_out(staff)
         if self._ending:  # broken meanwhile
             return False
-        return not closing or bool(self._backlog) or any(worker.ledger.owed for worker in staff)
+        return (
+            not closing
+            or bool(self._backlog or self._dispatch.aside)
+            or any(worker.ledger.owed for worker in staff)
+        )
 
     def _send_packed(self, staff: Staff) -> None:
         self._dispatch.unshare(staff)
         back = self._dispatch.send_packed(staff.send)
+        if self._dispatch.waits:
+            more = not len(staff) or any(worker.is_idle for worker in staff)
+            back += self._dispatch.come_back(more=more)
         if back:
             self._wait_again(back)
 
@@ -523,7 +533,7 @@ class Scheduler:
             return
         with self._lock:
             waiting = self._backlog.clear()
-        for entry in waiting:
+        for entry in [*waiting, *self._dispatch.take_aside()]:
             _cancel(entry)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
@@ -557,6 +567,8 @@ class Scheduler:
         if self._idle_s is not None:
             idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
             times += [since + self._idle_s for since in idle_since]
+        if self._dispatch.waits and (look_at := self._dispatch.next_look()) is not None:
+            times.append(look_at)
         if not (busy or self._backlog):
             return max(0.0, min(times) - now) if times else None
         if self._backlog and self._hiring.not_before > now:
@@ -648,9 +660,9 @@ class Scheduler:
         ledger = worker.ledger
         # A large task that was taken back is nobody's any more.
         worker.exclusive = worker.exclusive and ledger.owed > 0
-        if worker.leaving or worker.retiring or not (worker.takes_more and self._backlog):
+        if worker.leaving or worker.retiring or self._dispatch.is_full or not self._backlog:
             return False
-        if ledger.owed and worker.board is None:
+        if not worker.takes_more or (ledger.owed and worker.board is None):
             return False
         left = self._settling.tasks_left(worker)
 
@@ -681,9 +693,9 @@ class Scheduler:
     def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
         most = self._size - len(staying)
-        if most <= 0 or time.monotonic() < self._hiring.not_before:
-            return
-        if any(worker.fails_to_start for worker in staff):  # its end may be the pool's
+        # One that fails to start may be the pool's end.
+        fails = any(worker.fails_to_start for worker in staff)
+        if most <= 0 or fails or time.monotonic() < self._hiring.not_before:
             return
         starting = sum(not worker.ready for worker in staying)
         with self._lock:
@@ -698,6 +710,9 @@ class Scheduler:
         staff.hurry(len(staff) + wanted - 2 * self._size)
         try:
             self._hiring.prepare()
+            if not self._dispatch.pack_initializer(self._hiring.pack):
+                return
+            self._hiring.take_packed()
             for _ in range(wanted):
                 self._hire_one(staff)
         except PoolBrokenError as error:
@@ -722,7 +737,7 @@ class Scheduler:
         if self._ending or self._cancelling:
             return True
         with self._lock:
-            return self._closing and not self._backlog.is_wanted()
+            return self._closing and not (self._backlog.is_wanted() or self._dispatch.aside)
 
     # Tasks back from workers.
 
@@ -933,7 +948,8 @@ class Scheduler:
             self._broken = self._broken or error
             self._closing = True
             self._ending = max("terminate", self._ending, key=_SHARPER.index)
-            failed = self._backlog.clear()
+            failed: list[Task | Span | MapRun] = self._backlog.clear()
+        failed += self._dispatch.take_aside()
         if self._trace is not None:
             self._trace.gave_up(str(error))
         for worker in staff:

@@ -74,19 +74,28 @@ class TracedDispatch(Dispatch):
         self._hired(worker)
         return [*encode(Kind.TRACE, 0), *super().initialize(worker, inheritance)]
 
-    def pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, list[Span]]:
-        """Give calls of a run to a worker."""
+    def _prepare_span(self, span: Span) -> bool:
         before = time.monotonic_ns()
-        packed = super().pack_span(worker, span)
+        prepared = super()._prepare_span(span)
         span.pickled_ns = (time.monotonic_ns() - before) // max(1, span.count)
-        return packed
+        return prepared
+
+    def _pickle_here(self, task: Task) -> Pickled | None:
+        before = time.monotonic_ns()
+        pickled = super()._pickle_here(task)
+        _note_pickled(task, before)
+        return pickled
 
     def _pickle(self, task: Task) -> Pickled:
         before = time.monotonic_ns()
         pickled = super()._pickle(task)
-        if isinstance(task, TracedTask):
-            task.pickled_ns = time.monotonic_ns() - before
+        _note_pickled(task, before)
         return pickled
+
+
+def _note_pickled(task: Task, since_ns: int) -> None:
+    if isinstance(task, TracedTask):
+        task.pickled_ns = time.monotonic_ns() - since_ns
 
 
 def note_queued(run: MapRun, count: int) -> None:

@@ -361,6 +361,9 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
 
     dispatch = Dispatch(lambda _, count: settled.append(count), wake=bool)
     dispatch.pack_span(worker, run.cut(1))
+    while dispatch.aside:
+        dispatch.come_back(more=True)
+    dispatch.close()
 
     assert settled == [1]
     with pytest.raises(TypeError, match="lock"):

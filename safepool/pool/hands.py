@@ -1,0 +1,375 @@
+"""Threads that run the program's code for the scheduler's thread, which waits for none of it.
+
+    Hands     any number at a time: pickling of arguments, unpickling of results. A job that takes
+              its time keeps no other from beginning.
+    Teller    one after the other, in order: callbacks of futures, handlers of log records.
+
+A job that ends within the scheduler's patience is done as if the scheduler had done it itself, so
+what comes first is served first. A later one comes back by a wake-up.
+
+    scheduler's thread                  a thread of the hands
+    do(run, finish)  ---------------->  run()
+      in time: True  <----------------
+      late: False, and goes on
+    come_back(): finish()  <----------  and wakes the scheduler
+
+Not covered:
+    * A finalizer that the collector runs in the scheduler's thread: what it may not do there is
+      wait for the same pool, which raises (``tasks``).
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextvars
+import queue
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Hands", "Latch", "Teller", "ThreadThatStarts"]
+
+_log = ContainedLogger()
+
+# A job that runs for so long may wait for something: it no longer counts as one of the most.
+_STUCK_S = 0.05
+# And after so long nothing waits for its turn behind it. An import may take that long.
+_HELD_UP_S = 0.5
+# Behind one that is late, the next ones are waited for as long as a thread takes to be woken.
+_BRIEF_S = 0.001
+# A thread of a closed pool ends at once, unless the program's code keeps it.
+_ENDING_S = 1.0
+
+
+class Latch:
+    """Opens once. Unlike ``threading.Event``, nobody who opens it or waits holds a lock.
+
+    So a signal's handler may run at any moment of either, and wait for the pool.
+
+    Example:
+        >>> latch = Latch()
+        >>> latch.wait(0.0)
+        False
+        >>> latch.open()
+        >>> latch.wait()
+        True
+    """
+
+    __slots__ = ("_waiting", "is_open")
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._waiting: deque[Any] = deque()
+
+    def open(self) -> None:
+        """Let everybody who waits go on. Twice is once."""
+        self.is_open = True
+        while self._waiting:
+            try:
+                self._waiting.popleft().release()
+            except IndexError:
+                return  # another thread opens it too
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return whether it is open by then; ``None`` waits for ever."""
+        if self.is_open:
+            return True
+        mine = _thread.allocate_lock()
+        mine.acquire()
+        # First this, then the look: whoever opens it does the two the other way round.
+        self._waiting.append(mine)
+        if not self.is_open:
+            if timeout_s is None:
+                mine.acquire()
+            elif timeout_s > 0:
+                mine.acquire(True, timeout_s)
+        return self.is_open
+
+
+class ThreadThatStarts(threading.Thread):
+    """A daemon thread. Its ``start`` holds no lock and waits for nothing.
+
+    That of the base holds one that the new thread needs: a signal's handler above it that waited
+    for the new thread would wait for ever.
+    """
+
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start it.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        module, own = threading, vars(self)
+        limbo: dict[Any, Any] | None = getattr(module, "_limbo", None)
+        if limbo is None or not hasattr(self, "_bootstrap"):
+            super().start()
+            return
+        if "_context" in own and own["_context"] is None:  # Python 3.14
+            own["_context"] = contextvars.Context()
+        limbo[self] = self
+        try:
+            bootstrap: Any = self._bootstrap
+            if "_handle" in own:  # Python 3.13
+                start: Any = vars(_thread)["start_joinable_thread"]
+                start(bootstrap, handle=own["_handle"], daemon=True)
+            else:
+                _thread.start_new_thread(bootstrap, ())
+        except BaseException:
+            limbo.pop(self, None)
+            raise
+
+
+class _Job:
+    """Something that one thread runs, and the scheduler may wait for."""
+
+    __slots__ = ("begun_s", "ended", "finish", "lock", "run", "turn")
+
+    def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
+        self.run: Callable[[], None] | None = run
+        self.finish = finish
+        self.begun_s = 0.0
+        self.ended = False
+        # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
+        self.turn = [True]
+        self.lock = _thread.allocate_lock()
+        self.lock.acquire()
+
+    def do(self) -> bool:
+        """Run it, and return whether the scheduler still waits."""
+        run, self.run = self.run, None
+        assert run is not None
+        try:
+            run()
+        except BaseException:  # noqa: BLE001 -- a job contains what the program's code raises
+            _log.exception("a job of the pool's own failed")
+        del run  # what it refers to is dropped here, whatever a finalizer does
+        self.ended = True
+        return self._decide()
+
+    def await_end(self, patience_s: float) -> bool:
+        """Return whether it has ended in time; if not, it comes back."""
+        return (patience_s > 0 and self.lock.acquire(True, patience_s)) or not self._decide()
+
+    def _decide(self) -> bool:
+        try:
+            self.turn.pop()
+        except IndexError:
+            return False
+        return True
+
+
+class Hands:
+    """Runs jobs at the same time, each in a thread of its own.
+
+    All methods are for the scheduler's thread.
+
+    Args:
+        name: Of the threads.
+        wake: Called when a late job has ended. From its thread; must not block.
+        most: Jobs that run at a time, not counting those that take long.
+    """
+
+    def __init__(self, name: str, wake: Callable[[], None], most: int) -> None:
+        self._name = name
+        self._wake = wake
+        self._most = most
+        self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._waiting: deque[_Job] = deque()
+        self._active: list[_Job] = []
+        self._late: deque[_Job] = deque()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs no thread has begun."""
+        return len(self._waiting)
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether a job is late and none is late for long: what came after it waits."""
+        now = time.monotonic()
+        ages = [now - job.begun_s for job in self._active if not job.ended]
+        return bool(ages) and max(ages) < _HELD_UP_S
+
+    def has(self, thread: threading.Thread) -> bool:
+        """Tell whether this is one of the threads. From any thread."""
+        return thread in self._threads
+
+    def do(self, run: Callable[[], None], finish: Callable[[], None], patience_s: float) -> bool:
+        """Run a job, and wait for it for a while.
+
+        Args:
+            run: What a thread does. It raises nothing.
+            finish: Called by :meth:`come_back` if it took longer.
+            patience_s: How long to wait.
+
+        Returns:
+            Whether it has ended: then ``finish`` is not called.
+        """
+        job = _Job(run, finish)
+        self._waiting.append(job)
+        behind = len(self._active) > 0
+        self.pump()
+        if job.begun_s == 0.0:
+            patience_s = 0.0
+        elif behind and self._active[:-1]:
+            patience_s = min(patience_s, _BRIEF_S)
+        in_time = job.await_end(patience_s)
+        if in_time and job in self._active:
+            self._active.remove(job)  # with it goes what the job was about
+        return in_time
+
+    def pump(self) -> None:
+        """Begin jobs that wait, as far as there may be more."""
+        if not self._waiting:
+            return
+        now = time.monotonic()
+        self._active = [job for job in self._active if not job.ended]
+        while self._waiting and self._count(now) < self._most:
+            job = self._waiting.popleft()
+            job.begun_s = now
+            self._active.append(job)
+            if len(self._active) > len(self._threads):
+                self._start()
+            if self._threads:
+                self._given.put(job)
+            else:
+                self._do(job)
+
+    def next_pump(self) -> float | None:
+        """Return when to ask again what may begin, by the monotonic clock."""
+        now = time.monotonic()
+        begun = [job.begun_s for job in self._active if not job.ended]
+        times = []
+        if self.holds_up:
+            times.append(min(begun, default=now) + _HELD_UP_S)
+        if self._waiting:
+            fresh = [since for since in begun if now - since <= _STUCK_S]
+            times.append(min(fresh, default=now) + _STUCK_S)
+        return min(times, default=None)
+
+    def come_back(self) -> None:
+        """Finish what was late and has ended."""
+        while self._late:
+            try:
+                job = self._late.popleft()
+            except IndexError:
+                return
+            if job in self._active:
+                self._active.remove(job)
+            job.finish()
+
+    def close(self) -> None:
+        """Begin nothing more. What still runs is finished by its own thread."""
+        self._waiting.clear()
+        self._closed = True
+        self.come_back()
+        for _ in self._threads:
+            self._given.put(None)
+        busy = sum(not job.ended for job in self._active)
+        deadline = time.monotonic() + _ENDING_S
+        for thread in self._threads:
+            # With as many as are busy it waits for nobody: they end by themselves.
+            while thread.is_alive() and time.monotonic() < deadline:
+                busy = sum(not job.ended for job in self._active)
+                if busy and sum(one.is_alive() for one in self._threads) <= busy:
+                    return
+                thread.join(_BRIEF_S)
+
+    def _count(self, now: float) -> int:
+        return sum(not (job.ended or _is_stuck(job, now)) for job in self._active)
+
+    def _start(self) -> None:
+        thread = ThreadThatStarts(self._run, f"{self._name}-{len(self._threads) + 1}")
+        self._threads.append(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter shuts down, or there are too many
+            self._threads.remove(thread)
+
+    def _run(self) -> None:
+        while (job := self._given.get()) is not None:
+            self._do(job)
+            del job
+
+    def _do(self, job: _Job) -> None:
+        if job.do():
+            job.lock.release()
+            return
+        self._late.append(job)
+        self._wake()
+        if self._closed:  # nobody else looks any more
+            self.come_back()
+
+
+def _is_stuck(job: _Job, now: float) -> bool:
+    return now - job.begun_s > _STUCK_S
+
+
+def _nothing() -> None:
+    pass
+
+
+class Teller:
+    """Runs jobs one after the other, in the order in which they come, in one thread.
+
+    Args:
+        name: Of the thread, which is started with the first job.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._last: _Job | None = None
+        self._thread: threading.Thread | None = None
+
+    def is_in(self, thread: threading.Thread) -> bool:
+        """Tell whether this is its thread. From any thread."""
+        return thread is self._thread
+
+    def do(self, run: Callable[[], None], patience_s: float = 0.0) -> None:
+        """Run a job soon; wait for it for a while, unless one before it is late."""
+        last, job = self._last, _Job(run, _nothing)
+        if self._thread is None:
+            thread = ThreadThatStarts(self._run, self._name)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter shuts down, or there are too many
+                job.do()
+                return
+            self._thread = thread
+        self._last = job
+        self._given.put(job)
+        if patience_s and (last is None or last.ended):
+            job.await_end(patience_s)
+
+    def close(self) -> None:
+        """End the thread, after what was given to it. Waits for nothing."""
+        self._given.put(None)
+
+    def join(self) -> None:
+        """Wait until everything was done, unless this is its own thread."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        last = self._last
+        while thread.is_alive():
+            thread.join(_ENDING_S)
+            if last is not None and last.ended:
+                return
+
+    def _run(self) -> None:
+        while (job := self._given.get()) is not None:
+            if job.do():
+                job.lock.release()
+            del job

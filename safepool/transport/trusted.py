@@ -1,0 +1,258 @@
+"""Pickling and unpickling that run no code of the program, or say that they would.
+
+A pickler calls the program's code: ``__reduce__``, ``__getstate__``, ``__setstate__``, imports,
+the ``__getattr__`` of a module. Such code may be slow, take a lock or wait for the pool. Here C
+code alone is trusted, the few special methods of the standard library and of NumPy, and instances
+whose class leaves pickling to ``object``. At anything else both stop before they call it.
+
+Not covered:
+    * A reducer registered with ``copyreg`` for a type of the standard library or of NumPy.
+    * A class that gets special methods after its first instance was pickled.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import io
+import pickle
+import sys
+import threading
+import types
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import Missing
+from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.memmaps import Reducers
+from safepool.transport.sharing import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.transport.frames import Buffer
+
+__all__ = ["UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
+
+# A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own: as in
+# `payloads`.
+_OUT_OF_BAND_BYTES = 32 * 1024
+
+_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_CODE = (types.FunctionType, types.BuiltinFunctionType)
+
+# What the picklers may call of a class, beside what `object` and C code bring.
+_CALLED = (
+    "__reduce_ex__",
+    "__reduce__",
+    "__getstate__",
+    "__setstate__",
+    "__getnewargs__",
+    "__getnewargs_ex__",
+    "__new__",
+    "__getattribute__",
+    "__getattr__",
+    "__setattr__",
+    "__setitem__",
+    "__iter__",
+    "__del__",
+    "__hash__",
+    "items",
+    "append",
+    "extend",
+    "add",
+)
+# Makers of objects that are functions, by module.
+_MAKERS = {
+    "functools": ("partial",),
+    "_codecs": ("encode",),
+    "copyreg": ("_reconstructor", "__newobj__"),
+    "safepool.transport.memmaps": ("reopen", "_read_only"),
+    "safepool.transport.references": ("attach", "_view_of"),
+}
+# Their special methods and makers run nothing of the program's.
+_LIBRARIES = frozenset({"builtins", "collections", "datetime", "decimal", "fractions", "numpy"})
+
+
+class UntrustedError(Exception):
+    """It would run code of the program."""
+
+
+def dumps(value: object) -> list[bytes | memoryview]:
+    """Return the segments of a value, as :func:`~safepool.transport.payloads.dumps` does.
+
+    Raises:
+        UntrustedError: That may run code of the program, or cannot be done at all.
+
+    Example:
+        >>> pickle.loads(dumps({"a": [1, 2.0]})[0])
+        {'a': [1, 2.0]}
+        >>> dumps(lambda: 3)
+        Traceback (most recent call last):
+            ...
+        safepool.transport.trusted.UntrustedError
+    """
+    buffers: list[memoryview] = []
+
+    def in_band(buffer: pickle.PickleBuffer) -> bool:
+        try:
+            raw = buffer.raw()
+        except BufferError:  # not contiguous
+            return True
+        if raw.nbytes < _OUT_OF_BAND_BYTES:
+            return True
+        buffers.append(raw)
+        return False
+
+    file = io.BytesIO()
+    kind = _array_pickler() if "numpy" in sys.modules else _Pickler
+    try:
+        kind(file, protocol=5, buffer_callback=in_band).dump(value)
+    except Exception:  # noqa: BLE001 -- UntrustedError, or what the other pickler says better
+        raise UntrustedError from None
+    return [file.getvalue(), *buffers]
+
+
+def loads(segments: Sequence[Buffer]) -> Any:
+    """Return the object that segments were made of.
+
+    Raises:
+        UntrustedError: That may run code of the program.
+        Exception: What unpickling raised.
+    """
+    head, *buffers = segments
+    for segment in segments:
+        if isinstance(segment, Missing):
+            raise segment.error
+    assert not isinstance(head, Missing)
+    data = bytes(head) if isinstance(head, memoryview) else head
+    # No name in it (STACK_GLOBAL), nor a number for one: the usual result.
+    if b"\x93" not in data and not copyreg._extension_registry:  # type: ignore[attr-defined]
+        return pickle.loads(data, buffers=buffers)
+    return _Unpickler(io.BytesIO(data), buffers=buffers).load()
+
+
+class _Pickler(pickle.Pickler):
+    """Refuses what is not known to be harmless. Asked for all but the exact built-in types."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not _is_trusted(obj):
+            raise UntrustedError
+        return NotImplemented
+
+
+@functools.cache
+def _array_pickler() -> Any:
+    return type("ArrayPickler", (_Pickler,), {"dispatch_table": Reducers(arrays=True)})
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        module = sys.modules.get(module_name)
+        if module is None or not is_settled(module):
+            raise UntrustedError
+        first, *others = global_name.split(".")
+        found: Any = vars(module).get(first)
+        for name in others:
+            if type(found) is not type:
+                raise UntrustedError
+            found = vars(found).get(name)
+        trusted = global_name in _MAKERS.get(module_name, ())
+        if not trusted:
+            trusted = _is_tame(found) if isinstance(found, type) else _is_library(module_name)
+        # One that looks up attributes is harmless only with what is harmless itself.
+        if not trusted or found is None or found is getattr:
+            raise UntrustedError
+        return found
+
+
+def imports_here() -> bool:
+    """Tell whether the calling thread is in the middle of an import."""
+    bootstrap: Any = importlib._bootstrap
+    locks = bootstrap._module_locks
+    if not locks:
+        return False
+    me = threading.get_ident()
+    found = [reference() for reference in [*locks.values()]]
+    return any(getattr(lock, "owner", None) == me for lock in found)
+
+
+def is_settled(module: types.ModuleType) -> bool:
+    """Tell whether no thread is importing a module: a pickler would wait for that."""
+    return not getattr(vars(module).get("__spec__"), "_initializing", False)
+
+
+def _is_trusted(obj: Any) -> bool:
+    kind = type(obj)
+    if kind in _PLAIN or kind is Shared or kind is functools.partial:
+        return True
+    if kind in _CODE or kind is type:
+        return is_found(obj)
+    if issubclass(kind, type) or kind.__module__ in MAIN_NAMES:
+        return False
+    return _is_tame(kind)
+
+
+def is_found(thing: Any) -> bool:
+    """Tell whether a function or class is pickled as a name, and nothing else is looked at."""
+    name, module_name = thing.__qualname__, thing.__module__
+    module = None if module_name in MAIN_NAMES else sys.modules.get(module_name)
+    if module is None or not is_settled(module):
+        return False
+    first, *others = name.split(".")
+    found = vars(module).get(first)
+    for one in others:
+        if type(found) is not type:
+            return False
+        found = vars(found).get(one)
+    return found is thing
+
+
+_known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_tame(kind: type) -> bool:
+    """Tell whether instances are pickled and made again by code that is trusted."""
+    known = _known.get(kind)
+    if known is None:
+        known = _known[kind] = _looks_tame(kind)
+    return known
+
+
+def _looks_tame(kind: type) -> bool:
+    if _is_library(kind.__module__):
+        return kind.__module__ != "builtins" or kind is not types.MethodType
+    if type(kind) is not type or kind in copyreg.dispatch_table:
+        return False
+    special: Any = kind
+    by_object = (
+        special.__reduce_ex__ is object.__reduce_ex__ and special.__reduce__ is object.__reduce__
+    )
+    if kind.__flags__ & _HEAP_TYPE == 0 or not by_object:
+        return False  # C code of somebody's, or a constructor that is called
+    return all(_is_harmless(getattr(kind, name, None)) for name in _CALLED)
+
+
+# CPython, Include/object.h, Py_TPFLAGS_HEAPTYPE.
+_HEAP_TYPE = 1 << 9
+_C_METHODS = (
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.BuiltinFunctionType,
+    types.ClassMethodDescriptorType,
+    type(None),
+)
+
+
+def _is_harmless(method: Callable[..., Any] | None) -> bool:
+    if isinstance(method, _C_METHODS):
+        return True
+    if not isinstance(method, types.FunctionType):
+        return False
+    home = str(method.__globals__.get("__name__"))
+    return _is_library(home) or home.startswith("namedtuple_")
+
+
+def _is_library(module_name: str | None) -> bool:
+    return module_name is not None and module_name.partition(".")[0] in _LIBRARIES

@@ -1,0 +1,294 @@
+"""The scheduler's thread waits for no code of the program: what blocks keeps its own call alone.
+
+Each test lets such code block for real, and makes another call meanwhile.
+"""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import namedtuple
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import support_tasks as tasks
+from support_processes import wait_until
+
+from safepool import ProcessPool
+from safepool.transport import trusted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Gate:
+    """Something to wait for, in whatever way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.lock.acquire()
+        self.event = threading.Event()
+        self.queue: queue.Queue[int] = queue.Queue()
+        self.reached = threading.Event()
+
+    def open(self) -> None:
+        self.event.set()
+        self.queue.put(0)
+        self.lock.release()
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    made = Gate()
+    yield made
+    if not made.event.is_set():
+        made.open()
+
+
+# One row per way in which pickling may wait for somebody.
+WAYS: dict[str, Callable[[Gate], object]] = {
+    "an event": lambda gate: gate.event.wait(30),
+    "a lock": lambda gate: gate.lock.acquire(timeout=30) and gate.lock.release(),
+    "a queue": lambda gate: gate.queue.get(timeout=30),
+    "time": lambda _: time.sleep(1),
+}
+
+
+class Waits:
+    """Waits when it is pickled, and arrives as 7."""
+
+    def __init__(self, gate: Gate, way: str) -> None:
+        self.gate, self.way = gate, way
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.gate.reached.set()
+        WAYS[self.way](self.gate)
+        return int, (7,)
+
+
+class WaitsForState(Waits):
+    def __reduce__(self) -> tuple[Any, ...]:
+        return super(Waits, self).__reduce_ex__(5)
+
+    def __getstate__(self) -> tuple[int]:
+        return Waits.__reduce__(self)[1]
+
+    def __setstate__(self, state: tuple[int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_argument_whose_pickling_waits_delays_its_own_call(
+    gate: Gate, way: str, workers: int
+) -> None:
+    with ProcessPool(workers) as pool:
+        waiting = pool.submit(abs, Waits(gate, way))
+        assert gate.reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        assert list(pool.map(abs, [-1, -2], timeout=30)) == [1, 2]
+        assert way == "time" or not waiting.done()
+        gate.open()
+        assert waiting.result(timeout=30) == 7
+
+
+def test_many_arguments_that_wait_delay_their_own_calls(gate: Gate) -> None:
+    """More than are pickled at a time; by map() as well as by submit()."""
+    with ProcessPool(2) as pool:
+        waiting = [pool.submit(abs, Waits(gate, "an event")) for _ in range(60)]
+        results = pool.map(abs, [Waits(gate, "an event"), -1])
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        assert not any(future.running() for future in waiting)
+        gate.open()
+        assert [future.result(timeout=30) for future in waiting] == [7] * 60
+        assert list(results) == [7, 1]
+
+
+def test_a_call_that_is_being_pickled_may_be_cancelled(gate: Gate) -> None:
+    with ProcessPool(1) as pool:
+        waiting = pool.submit(abs, Waits(gate, "an event"))
+        assert gate.reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        assert waiting.cancel()
+        gate.open()
+        assert pool.submit(abs, -2).result(timeout=30) == 2
+
+
+# One row per way to end a pool that does not wait for what has not begun.
+ENDS: dict[str, Callable[[ProcessPool], object]] = {
+    "cancel_futures": lambda pool: pool.shutdown(cancel_futures=True),
+    "kill": lambda pool: (pool.kill_workers(), pool.shutdown()),
+    "terminate": lambda pool: (pool.terminate_workers(), pool.shutdown()),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_pool_ends_while_an_argument_waits(gate: Gate, end: str) -> None:
+    pool = ProcessPool(1)
+    waiting = pool.submit(abs, Waits(gate, "an event"))
+    assert gate.reached.wait(30)
+    assert pool.submit(abs, -1).result(timeout=30) == 1
+    ENDS[end](pool)
+    assert waiting.cancelled()
+    gate.open()
+    wait_until(lambda: not any("safepool" in one.name for one in threading.enumerate()))
+
+
+class AsksThePool:
+    """Calls the pool when it is pickled."""
+
+    def __init__(self, pool: ProcessPool) -> None:
+        self.pool = pool
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (self.pool.submit(abs, -5).result(timeout=30),)
+
+
+def test_pickling_may_wait_for_the_pool_itself() -> None:
+    with ProcessPool(1) as pool:
+        assert pool.submit(abs, AsksThePool(pool)).result(timeout=30) == 5
+        assert list(pool.map(abs, [AsksThePool(pool), -1])) == [5, 1]
+
+
+class EndsThePool(AsksThePool):
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.pool.shutdown()
+        return int, (3,)
+
+
+def test_pickling_may_shut_the_pool_down() -> None:
+    pool = ProcessPool(1)
+    assert pool.submit(abs, EndsThePool(pool)).result(timeout=30) == 3
+    pool.shutdown()
+
+
+def test_an_initializer_whose_pickling_waits_keeps_no_worker_that_is_there(gate: Gate) -> None:
+    """The second worker needs it again; the first goes on."""
+
+    class Second:
+        times = 0
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            Second.times += 1
+            if Second.times > 1:
+                gate.reached.set()
+                gate.event.wait(30)
+            return int, (1,)
+
+    with ProcessPool(2, initializer=abs, initargs=(Second(),)) as pool:
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        long = [pool.submit(time.sleep, 0.2) for _ in range(4)]
+        assert gate.reached.wait(30)
+        assert pool.submit(abs, -2).result(timeout=30) == 2
+        gate.open()
+        assert [future.result(timeout=30) for future in long] == [None] * 4
+
+
+def test_calls_begin_in_their_order_also_when_pickling_takes_a_moment() -> None:
+    class Slow:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            time.sleep(0.02)
+            return int, (self.number,)
+
+    with ProcessPool(1, initializer=tasks.remember_order) as pool:
+        given = [Slow(n) if n % 3 else n for n in range(12)]
+        futures = [pool.submit(tasks.note_order, n) for n in given]
+        assert [future.result(timeout=30) for future in futures] == [*range(12)]
+        assert pool.submit(tasks.order).result(timeout=30) == [*range(12)]
+
+
+def test_a_module_may_call_a_pool_while_it_is_imported(tmp_path: Path) -> None:
+    """Its function is pickled by the thread that imports it: another would wait for the import."""
+    (tmp_path / "busy.py").write_text(
+        textwrap.dedent(
+            """
+            import safepool
+
+            class Point:
+                def __init__(self, x): self.x = x
+
+            def double(point): return 2 * point.x
+
+            pool = None
+            def call():
+                global pool
+                with safepool.ProcessPool(1) as pool:
+                    return pool.submit(double, Point(4)).result(timeout=30)
+
+            import multiprocessing
+            if multiprocessing.parent_process() is None and __name__ == "busy":
+                import os
+                if not os.environ.get("BUSY"):
+                    os.environ["BUSY"] = "1"
+                    print(call())
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "import busy"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("8\n", 0), done.stderr
+
+
+Point = namedtuple("Point", "x y")  # noqa: PYI024 -- as programs have it
+
+
+class Plain:
+    """Leaves its pickling to object."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plain) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class WithDel(Plain):
+    def __del__(self) -> None:
+        pass
+
+
+# One row per value, and whether its pickling runs nothing of the program's.
+VALUES: dict[str, tuple[Callable[[], object], bool]] = {
+    "numbers": (lambda: (1, 2.5, 3j, True, None), True),
+    "containers": (lambda: {"a": [1, (2, {3}), frozenset({4})], b"b": bytearray(b"c")}, True),
+    "an instance": (lambda: Plain([1]), True),
+    "a named tuple": (lambda: Point(1, 2), True),
+    "a function of a module": (lambda: tasks.square, True),
+    "an exception": (lambda: ValueError("a"), True),
+    "a slice": (lambda: slice(1, 2), True),
+    "an instance with a finalizer": (lambda: WithDel(1), False),
+    "an instance that reduces itself": (lambda: Waits(Gate(), "time"), False),
+    "one within a list": (lambda: [[Waits(Gate(), "time")]], False),
+    "a lambda": (lambda: VALUES["numbers"][0], False),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_the_schedulers_thread_pickles_itself(name: str) -> None:
+    make, expected = VALUES[name]
+    try:
+        segments = trusted.dumps(make())
+    except trusted.UntrustedError:
+        assert not expected
+        return
+    assert expected
+    arrived: Any = tasks.square
+    if name != "a function of a module":  # which might be called to make something
+        arrived = trusted.loads(segments)
+    assert repr(arrived) == repr(make()) or arrived == make()
