@@ -29,7 +29,7 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
 from safepool.transport.lazy import reducers
-from safepool.transport.marks import MAIN_NAMES, find_in_main, is_of_main
+from safepool.transport.marks import MAIN_NAMES, attributes_of, find_in_main, is_of_main
 from safepool.transport.payloads import main_namespace
 
 if TYPE_CHECKING:
@@ -146,7 +146,9 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         data: dict[str, Any] = {}
         seen, new = {id(obj)}, [obj]
         while new:
-            for function in _functions_of(new.pop()):
+            thing = new.pop()
+            data |= attributes_of(thing)
+            for function in _functions_of(thing):
                 space = function.__globals__
                 if space.get("__name__") not in MAIN_NAMES:
                     continue
@@ -193,7 +195,13 @@ def _named(qualname: str) -> Any:
 
 
 def _deliver(_: object, values: dict[str, Any]) -> None:
-    main_namespace().update(values)
+    space = main_namespace()
+    for path, value in values.items():
+        holder, _, name = path.rpartition(".")
+        if holder:
+            setattr(_named(holder), name, value)
+        else:
+            space[name] = value
 
 
 def reducer_table(

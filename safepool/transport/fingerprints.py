@@ -20,12 +20,15 @@ from safepool.transport.marks import is_of_main, mark_of
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["UNKNOWN", "fingerprint"]
+__all__ = ["ABSENT", "UNKNOWN", "fingerprint"]
 
 UNKNOWN: Final = b""
 """Of a value that is too large to be looked at: it may be the same or not."""
 
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
+ABSENT: Final = b"absent"
+"""What is said of a name that is not there."""
+
 # As much is hashed in some tens of milliseconds.
 _MOST_BYTES = 16 << 20
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.fingerprints import UNKNOWN, fingerprint
-from safepool.transport.marks import find_in_main, mark_of
+from safepool.transport.fingerprints import ABSENT, UNKNOWN, fingerprint
+from safepool.transport.marks import find_in_main, is_mark_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -56,8 +56,7 @@ class MainNames:
         Args:
             marks: What :func:`marks_of` returned there.
             ask: Returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
-                globals that it is given the names of. One that it does not return is not there,
-                or not known.
+                globals that it is given the names of. One that it does not return is not known.
         """
         self._ask = ask or _know_nothing
         if marks != self._marks:
@@ -69,10 +68,11 @@ class MainNames:
         """Return those globals that workers do not have as the program has them now.
 
         Args:
-            values: Globals of ``__main__`` in the program, by name.
+            values: Globals of ``__main__`` in the program, by name; and attributes of its
+                functions and classes, by their path.
 
         Returns:
-            Those to be delivered. What cannot be pickled there, or here, is not among them: it
+            Those to be delivered. What is there and cannot be pickled here is not among them: it
             is the worker's own.
         """
         unknown = [name for name in values if name not in self._prints]
@@ -81,7 +81,10 @@ class MainNames:
         found = {}
         for name, value in values.items():
             theirs = self._prints.get(name, UNKNOWN)
-            ours = fingerprint(value) if theirs is not None else None
+            if theirs == ABSENT:
+                found[name] = value
+                continue
+            ours = fingerprint(value)
             if ours is not None and (ours == UNKNOWN or ours != theirs):
                 found[name] = value
         return found
@@ -106,7 +109,7 @@ class MainNames:
         if self._same.get(name) is thing:
             return True
         mark = self._marks.get(name)
-        if mark is None or mark != mark_of(thing):
+        if mark is None or not is_mark_of(mark, thing):
             return False
         self._same[name] = thing
         return True

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["MAIN_NAMES", "alias_main", "find_in_main", "is_of_main", "mark_of", "marks_of"]
+__all__ = [
+    "MAIN_NAMES",
+    "alias_main",
+    "attributes_of",
+    "find_attribute",
+    "find_in_main",
+    "is_of_main",
+    "mark_of",
+    "marks_of",
+]
 
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
 """The names under which the program's ``__main__`` is known in this process or another one."""
@@ -45,6 +54,51 @@ def alias_main() -> None:
     main = sys.modules.get("__main__")
     if main is not None:
         sys.modules["__mp_main__"] = main
+
+
+def attributes_of(thing: Any) -> dict[str, Any]:
+    """Return by its path what programs keep in a function or class of theirs: its own attributes.
+
+    Args:
+        thing: A function or class of ``__main__``.
+
+    Returns:
+        Values that were set on it at any time. Not what it was defined with: functions, classes
+        and descriptors under their own names, and what the interpreter keeps there.
+    """
+    path: str = thing.__qualname__
+    found = {}
+    for name, value in _attributes(thing).items():
+        inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+        own = getattr(inner, "__qualname__", "") == f"{path}.{name}"
+        if not (own or name in _OF_INTERPRETER or (name[:2] == "__" == name[-2:])):
+            found[f"{path}.{name}"] = value
+    return found
+
+
+def _attributes(thing: object) -> dict[str, Any]:
+    try:
+        return dict(vars(thing))
+    except TypeError:
+        return {}
+
+
+# abc.ABCMeta, functools.update_wrapper.
+_OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
+
+
+def find_attribute(path: str) -> tuple[Any, ...]:
+    """Return what ``__main__`` has under a path, alone in a tuple; nothing if it has none.
+
+    No descriptor and no ``__getattr__`` is asked.
+    """
+    found: Any = sys.modules.get("__main__")
+    for part in path.split("."):
+        here = _attributes(found)
+        if part not in here:
+            return ()
+        found = here[part]
+    return (found,)
 
 
 def marks_of(module: types.ModuleType) -> dict[str, bytes]:
@@ -96,10 +150,9 @@ def mark_of(thing: Any) -> bytes:
 
     A class is known by where its functions stand: its attributes may be set at any time.
     """
-    mark = hashlib.blake2b(digest_size=16)
     if isinstance(thing, type):
-        mark.update(b"class %d" % _line_of_class(thing))
-        return mark.digest()
+        return b"class" + b"".join(b",%d" % line for line in _lines_of_class(thing))
+    mark = hashlib.blake2b(digest_size=16)
     code = getattr(thing, "__code__", None) or getattr(
         getattr(thing, "__wrapped__", None), "__code__", None
     )
@@ -110,11 +163,22 @@ def mark_of(thing: Any) -> bytes:
     return mark.digest()
 
 
-def _line_of_class(kind: type) -> int:
-    """Return where a class begins, or before Python 3.13 its first function; 0 if it has none."""
+def is_mark_of(mark: bytes, thing: Any) -> bool:
+    """Tell whether a function or class is what was marked in another process.
+
+    Functions of the class that have been replaced since count for nothing.
+    """
+    mine = mark_of(thing)
+    return mine == mark or (isinstance(thing, type) and {*mine.split(b",")} <= {*mark.split(b",")})
+
+
+def _lines_of_class(kind: type) -> list[int]:
+    """Return where a class begins, or before Python 3.13 where its functions do."""
     line: int = vars(kind).get("__firstlineno__", 0)
-    lines = [line] if line else []
-    for name, part in [*vars(kind).items()] if not line else ():
+    if line:
+        return [line]
+    lines = []
+    for name, part in vars(kind).items():
         inner = getattr(part, "__func__", part)
         code = getattr(inner, "__code__", None)
         # What dataclasses and named tuples have made stands in no file.
@@ -124,4 +188,4 @@ def _line_of_class(kind: type) -> int:
             and getattr(inner, "__qualname__", "") == f"{kind.__qualname__}.{name}"
         ):
             lines.append(code.co_firstlineno)
-    return min(lines, default=0)
+    return sorted(lines)

@@ -346,6 +346,8 @@ class _Server:
         self._plan = plan
         # What the script has made in the server that runs; ``None`` before it was run.
         self._marks: Mapping[str, bytes] | None = None
+        # It has something to do at its end.
+        self._exits = False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -549,6 +551,7 @@ class _Server:
             pass  # it has ended, which is found out by whoever asks it for something
         self._sock = ours
         self._marks = None
+        self._exits = False
         self._asked = set()
         self._answers = False
         _log.debug("fork server %d started", self._process.pid)
@@ -660,11 +663,13 @@ class _Server:
             raise _CannotRunError(report["problem"])
         if report["seconds"] > _LONG_RUN_S:
             _log.warning(
-                "the top level of %s took %.1f s in the fork server, and does for each server. "
-                'Move work that is not for workers below if __name__ == "__main__":',
+                "the top level of %s took %.1f s in the fork server, imports included, before "
+                "the first worker was forked. Move work that workers do not need below "
+                'if __name__ == "__main__":',
                 plan.name or plan.path,
                 report["seconds"],
             )
+        self._exits = report["exits"]
         marks: Mapping[str, bytes] = report["marks"]
         return marks
 
@@ -813,6 +818,11 @@ class _Server:
         assert self._sock is not None
         self._sock.close()
         self._sock = None
+        if self._exits and process.poll() is None:
+            try:
+                process.wait(_ENDING_S)
+            except subprocess.TimeoutExpired:
+                pass
         if process.poll() is None:
             process.kill()
             process.wait()

@@ -26,6 +26,8 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from safepool.transport.marks import alias_main
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType, ModuleType
@@ -118,10 +120,11 @@ def plan_main(wanted: str) -> MainPlan:
         return MainPlan(mode="value", because=why_not)
     what = name or path
     source = _source_of(name, path)
-    lines = guarded_lines(source) if source is not None and "__name__" in source else ()
+    lines = () if source is None else guarded_lines(source)
     if not lines and wanted != "run":
         return MainPlan(mode="value", because=f'{what} has no if __name__ == "__main__":')
     because = 'main="run"' if wanted == "run" else f"{what} has a guard in line {lines[0][0]}"
+    alias_main()  # results say that their classes are of __mp_main__
     return MainPlan(
         mode="run",
         name=name,
@@ -139,7 +142,8 @@ def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each rea
         return "", "", "there is no __main__"
     if hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins")):
         return "", "", "the program is a prompt or a notebook"
-    if _runs_elsewhere(main):
+    # A child by spawn or forkserver is started by a text of the standard library's own.
+    if main.__name__ != "__mp_main__" and _runs_elsewhere(main):
         return "", "", "the script runs in another namespace than __main__ (a profiler's)"
     spec: Any = getattr(main, "__spec__", None)
     if spec is not None and getattr(spec, "loader", None) is not None:
@@ -210,6 +214,8 @@ def guarded_lines(source: str) -> tuple[tuple[int, int], ...]:
         >>> guarded_lines('log = "me" if __name__ == "__main__" else __name__')
         ()
     """
+    if "__name__" not in source and "MainProcess" not in source:
+        return ()
     try:
         body = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -244,11 +250,16 @@ def _inner(statement: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _asks(test: ast.expr) -> bool:
-    """Tell whether an expression compares ``__name__`` with ``"__main__"``."""
+    """Tell whether an expression compares ``__name__`` with ``"__main__"``.
+
+    Or the name of the process with ``"MainProcess"``, which is that of no child either.
+    """
     for node in ast.walk(test):
         if isinstance(node, ast.Compare):
             sides = [node.left, *node.comparators]
-            if any(map(_is_name, sides)) and any(map(_is_main, sides)):
+            if any(map(_is_name, sides)) and any(_is_text(side, "__main__") for side in sides):
+                return True
+            if any(_is_text(side, "MainProcess") for side in sides):
                 return True
     return False
 
@@ -257,7 +268,5 @@ def _is_name(side: ast.expr) -> bool:
     return any(isinstance(node, ast.Name) and node.id == "__name__" for node in ast.walk(side))
 
 
-def _is_main(side: ast.expr) -> bool:
-    return any(
-        isinstance(node, ast.Constant) and node.value == "__main__" for node in ast.walk(side)
-    )
+def _is_text(side: ast.expr, text: str) -> bool:
+    return any(isinstance(node, ast.Constant) and node.value == text for node in ast.walk(side))

@@ -8,6 +8,9 @@ workers.
     Unlike there, functions of the script and ``sys.modules["__main__"]`` have one namespace, so
     that a global which a worker gets is the one that its functions see.
 
+    What is to be done at the exit is done once, when the server ends, and by no worker: it would
+    remove the folders that all of them use.
+
 The server lives on only if a fork of it can work: no exception, no thread, no child process that
 stays. Otherwise the reason is reported, and the program starts another server without the script.
 
@@ -20,6 +23,8 @@ Not covered:
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -31,26 +36,31 @@ import signal
 import sys
 import time
 import types
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
-from safepool.transport.fingerprints import fingerprint
-from safepool.transport.marks import marks_of
+from safepool.transport.fingerprints import ABSENT, fingerprint
+from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 assert sys.platform == "linux"
 
-__all__ = ["read_prints", "run_script", "tell_prints"]
+__all__ = ["finish", "read_prints", "run_script", "tell_prints"]
 
 _TASKS = "/proc/self/task"
 # For what the script's own classes do when they are pickled.
 _PRINTS_S = 30.0
 # For processes that it has started, between SIGTERM and SIGKILL.
 _ENDING_S = 1.0
+
+
+# What the script wants to be done at the exit.
+_at_exit: list[Callable[[], object]] = []
 
 
 def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str, Any]:
@@ -64,7 +74,8 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         held: Variables that the script cannot change: the caps on native threads.
 
     Returns:
-        ``problem``, in words, empty if there is none; ``seconds`` of its run; and ``marks``, as
+        ``problem``, in words, empty if there is none; ``seconds`` of its run; ``exits``, whether
+        there is anything to do for :func:`finish`; and ``marks``, as
         :func:`~safepool.transport.marks.marks_of`.
     """
     server = os.getpid()
@@ -72,7 +83,7 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
     problem, begin = "", time.monotonic()
     before = {key: sys.modules.get(key) for key in ("__main__", "__mp_main__")}
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
-    with _as_imported(), _held(held):
+    with _as_imported(), _held(held), _exits_kept(module):
         try:
             exec(_prepared(module, name, path), vars(module))
         except BaseException as error:  # noqa: BLE001 -- user code; SystemExit too
@@ -91,24 +102,33 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         sys.modules.update({key: found for key, found in before.items() if found is not None})
     else:
         marks = marks_of(module)
-    return {"problem": problem, "seconds": seconds, "marks": marks}
+    return {"problem": problem, "seconds": seconds, "marks": marks, "exits": bool(_at_exit)}
+
+
+def finish() -> None:
+    """Do what the script wants to be done at the exit, in the server that has run it."""
+    while _at_exit:
+        try:
+            _at_exit.pop()()
+        except BaseException:  # noqa: BLE001 -- user code; the rest is to be done as well
+            sys.excepthook(*sys.exc_info())
 
 
 def tell_prints(names: list[str], pipe: int) -> None:
     """Write what globals of the script are like, in a process that is there for this alone.
 
     Args:
-        names: Of the globals.
+        names: Of the globals, and paths to attributes of its functions and classes.
         pipe: What is written into it, :func:`read_prints` reads. As much as there is when
             this process is ended: by its own code, or after half a minute.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _PRINTS_S)
-    space = vars(sys.modules["__main__"])
     with open(pipe, "wb", buffering=0) as file:
         for name in names:
-            if name in space:
-                file.write(pickle.dumps((name, fingerprint(space[name])), protocol=5))
+            found = find_attribute(name)
+            print_ = fingerprint(*found) if found else ABSENT
+            file.write(pickle.dumps((name, print_), protocol=5))
 
 
 def read_prints(data: bytes) -> dict[str, bytes | None]:
@@ -189,6 +209,32 @@ def _as_imported() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _exits_kept(module: types.ModuleType) -> Iterator[None]:
+    """Keep for :func:`finish` what the script, and no library, registers for the exit.
+
+    And what its objects do at the exit, whoever made them: temporary folders remove themselves.
+    """
+    registry: Any = vars(weakref.finalize)["_registry"]
+    before, register = {*registry}, atexit.register
+
+    def keep(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        if sys._getframe(1).f_globals is not vars(module):
+            return register(function, *args, **kwargs)
+        _at_exit.append(functools.partial(function, *args, **kwargs))
+        return function
+
+    atexit.register = keep
+    try:
+        yield
+    finally:
+        atexit.register = register
+        for finalizer in [*registry]:
+            if finalizer not in before and finalizer.atexit:
+                finalizer.atexit = False
+                _at_exit.append(finalizer)
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
         _Server(sock, line).run()
     except ConnectionError:
         pass
-    # Nobody's exit functions: what was imported belongs to the workers.
+    script.finish()
+    # Nobody else's exit functions: what was imported belongs to the workers.
     os._exit(0)
 
 

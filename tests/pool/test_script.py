@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import textwrap
 import zipfile
 from typing import TYPE_CHECKING
 
 import pytest
-from support_processes import run_python
+from support_processes import run_python, still_alive, terminal
+
+from safepool.workers.plan import guarded_lines
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -227,3 +231,274 @@ def test_run_is_an_error_where_there_is_no_script(tmp_path: Path) -> None:
 
     assert "no script: the program was given by -c or standard input" in err
     assert 'Leave main= out, or pass main="value"' in err
+
+
+# One row per thing that the program changes below the guard: how, what its workers look at, and
+# what they find. In front of the guard stands BEFORE.
+BEFORE = """
+import threading
+DATA = None
+SETTINGS = {"a": 1}
+LOCK = threading.Lock()
+class Config:
+    debug = False
+    table = [1]
+    def method(self):
+        return "own"
+def work(x):
+    return x
+"""
+CHANGES: dict[str, tuple[str, str, str]] = {
+    "a global": ("global DATA; DATA = [1, 2]", "DATA", "[1, 2]"),
+    "a global in place": ("SETTINGS['b'] = 2", "SETTINGS", "{'a': 1, 'b': 2}"),
+    "a global that is new": ("global NEW; NEW = (3, DATA)", "NEW", "(3, None)"),
+    "nothing that can be pickled": ("LOCK.acquire()", "LOCK.locked()", "False"),
+    "an attribute of a class": ("Config.debug = True", "Config.debug", "True"),
+    "an attribute of a class, in place": ("Config.table.append(2)", "Config.table", "[1, 2]"),
+    "an attribute of a function": ("work.table = {1: 2}", "work.table", "{1: 2}"),
+    "a method": ("Config.method = lambda self: 'new'", "Config().method()", "new"),
+    "a function": ("global work; work = lambda x: 'new'", "work(1)", "new"),
+    "a function of the same name": (
+        "global work\n    def work(x): return 'new'\n    work.__qualname__ = 'work'",
+        "work(1)",
+        "new",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_program_s_present_values_are_those_of_the_workers(
+    change: str, tmp_path: Path
+) -> None:
+    """Programs that were written for fork load their data below the guard."""
+    deed, look, expected = CHANGES[change]
+    program = f"""{BEFORE}
+def inner():
+    return {look}
+def outer(x):
+    return str(inner())
+def main():
+    {deed}
+    with safepool.ProcessPool(1) as pool:
+        print(pool.submit(outer, 1).result(), *pool.map(outer, [1]), sep="|")
+        print(pool.submit(lambda: str(inner())).result())
+        print(pool._mp_context.plan.mode)
+if __name__ == "__main__":
+    main()
+"""
+    out, _ = run(program, tmp_path)
+
+    assert out.splitlines() == [f"{expected}|{expected}", expected, "run"]
+
+
+def test_a_class_is_the_same_whichever_way_it_comes(tmp_path: Path) -> None:
+    """By name, as an instance, in a closure, in an exception, with an attribute that was set."""
+    program = """
+    class Base: pass
+    class Point(Base):
+        class Inner: pass
+        kind = 0
+    class Wrong(Exception): pass
+    def fail(point):
+        raise Wrong(point)
+    def classes(point, kind, inner):
+        return (
+            type(point) is Point is kind, isinstance(point, Base), type(inner) is Point.Inner,
+            Point.kind,
+        )
+    if __name__ == "__main__":
+        Point.kind = 5
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(classes, Point(), Point, Point.Inner()).result())
+            again = lambda *things: classes(*things)
+            print(pool.submit(again, Point(), Point, Point.Inner()).result())
+            print(pool.submit(lambda: Point).result() is Point)
+            try:
+                pool.submit(fail, Point()).result()
+            except Wrong as error:
+                print(type(error.args[0]) is Point)
+    """
+    out, _ = run(program, tmp_path)
+
+    row = "(True, True, True, 5)"
+    assert out.splitlines() == [row, row, "True", "True"]
+
+
+def test_the_script_finds_itself_in_a_child_of_the_program(tmp_path: Path) -> None:
+    """As under the standard library's spawn, before its first line is run."""
+    program = """
+    import ctypes, json, multiprocessing
+    def seen():
+        parent = multiprocessing.parent_process()
+        return {
+            "argv": sys.argv, "path": sys.path, "cwd": os.getcwd(), "file": __file__,
+            "threads": os.environ.get("OMP_NUM_THREADS"), "parent": parent and parent.pid,
+            "main": sys.modules["__main__"].__name__, "input": sys.stdin.read(),
+            "process": multiprocessing.current_process().name,
+        }
+    os.environ["OMP_NUM_THREADS"] = "7"
+    with open(f"{os.environ['FOLDER']}/{__name__}.json", "w") as file:
+        json.dump(seen(), file)
+    print("printed by Python")
+    ctypes.CDLL(None).puts(b"printed by C")
+    print("an error", file=sys.stderr)
+    if __name__ == "__main__":
+        with safepool.ProcessPool(2) as pool:
+            list(pool.map(int, range(100)))
+    """
+    out, err = run(program, tmp_path, "program.py", "--with", "arguments")
+    mine = json.loads((tmp_path / "__main__.json").read_text())
+    theirs = json.loads((tmp_path / "__mp_main__.json").read_text())
+
+    for name in ("argv", "path", "cwd", "file", "input"):
+        assert theirs[name] == mine[name]
+    assert (mine["threads"], theirs["threads"]) == ("7", "1")
+    assert (mine["parent"], theirs["main"]) == (None, "__mp_main__")
+    assert theirs["parent"] is not None
+    assert theirs["process"] != "MainProcess"
+    assert sorted(out.splitlines()) == ["printed by C", "printed by Python"]
+    assert err == "an error\n"
+
+
+def test_what_is_to_be_done_at_the_exit_is_done_once_and_by_no_worker(tmp_path: Path) -> None:
+    """A worker that ends would remove the folder that all of them use."""
+    program = """
+    import atexit, shutil, tempfile
+    kept = tempfile.TemporaryDirectory(dir=os.environ["FOLDER"])
+    made = tempfile.mkdtemp(dir=os.environ["FOLDER"])
+    @atexit.register
+    def end():
+        shutil.rmtree(made)
+        with open(os.path.join(os.environ["FOLDER"], "ends"), "a") as ends:
+            ends.write("P" if __name__ == "__main__" else "S")
+    def look():
+        return os.path.isdir(kept.name)
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
+            print([pool.submit(look).result() for _ in range(3)])
+    """
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("[True, True, True]\n", "")
+    assert (tmp_path / "ends").read_text() == "SP"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
+
+
+def test_a_library_of_the_script_is_imported_once_for_all_workers(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text(
+        "import os\nwith open(os.environ['FOLDER'] + '/imports', 'a') as f: f.write('i')\n"
+    )
+    program = """
+    import heavy, time
+    def use(x):
+        time.sleep(0.01)
+        return heavy.os.getpid()
+    if __name__ == "__main__":
+        with safepool.ProcessPool(3, max_tasks_per_child=2) as pool:
+            print(len(set(pool.map(use, range(12), chunksize=1))) > 3)
+    """
+    out, _ = run(program, tmp_path)
+
+    assert out == "True\n"
+    assert (tmp_path / "imports").read_text() == "ii"  # the program, and the server
+
+
+def test_a_long_top_level_is_told_with_its_seconds_and_the_remedy(tmp_path: Path) -> None:
+    program = """
+    import logging
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        from safepool.workers import forkserver
+        forkserver._LONG_RUN_S = 0.0
+        with safepool.ProcessPool(1) as pool:
+            pool.submit(int).result()
+    """
+    out, _ = run(program, tmp_path)
+
+    assert re.search(r"the top level of \S+program.py took [\d.]+ s in the fork server", out)
+    assert 'Move work that workers do not need below if __name__ == "__main__":' in out
+
+
+# One row per way to give up a pool while its server runs a top level that never ends: what the
+# program does then, and what it prints.
+ENDLESS = """
+import time
+if __name__ != "__main__":
+    open(os.path.join(os.environ["FOLDER"], "begun"), "w").close()
+    time.sleep(1000)
+def wait_for_the_run():
+    while not os.path.exists(os.path.join(os.environ["FOLDER"], "begun")):
+        time.sleep(0.01)
+if __name__ == "__main__":
+    from safepool.workers import forkserver
+    pool = safepool.ProcessPool(1)
+    future = pool.submit(wait_for_the_run)
+    wait_for_the_run()
+"""
+GIVEN_UP: dict[str, tuple[str, str]] = {
+    "shut down": ("pool.shutdown(cancel_futures=True); print(future.cancelled())", "True"),
+    "terminated": (
+        "pool.terminate_workers(); pool.shutdown(); print(future.cancelled(), pool.workers())",
+        "True ()",
+    ),
+    "another by value works meanwhile": (
+        """print(safepool.ProcessPool(1, main='value').submit(abs, -1).result())
+    pool.shutdown(cancel_futures=True)""",
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", GIVEN_UP)
+def test_a_pool_is_given_up_while_the_script_is_run(how: str, tmp_path: Path) -> None:
+    then, expected = GIVEN_UP[how]
+    out, err = run(ENDLESS + f"    {then}\n", tmp_path)
+
+    assert (out, err) == (f"{expected}\n", "")
+
+
+def test_ctrl_c_while_the_script_is_run(tmp_path: Path) -> None:
+    code = TOP + ENDLESS + "    print('waiting', *forkserver.running(), flush=True)\n"
+    with terminal(code + "    future.result()\n", cwd=tmp_path) as (script, screen):
+        servers = [int(word) for word in screen.until("waiting")[-1].split()[1:]]
+        assert servers
+        screen.press(b"\x03")
+        assert script.wait(30) != 0
+        assert "KeyboardInterrupt" in "".join(screen.rest())
+    assert still_alive(servers, after_s=5) == []
+
+
+# One row per kind of guard, and what looks like one: the statement, and whether it is one.
+GUARDS: dict[str, tuple[str, bool]] = {
+    "plain": ("if __name__ == '__main__':\n    pass", True),
+    "reversed": ("if '__main__' == __name__: pass", True),
+    "and": ("if __name__ == '__main__' and True: pass", True),
+    "or": ("if False or __name__ == '__main__': pass", True),
+    "in": ("if __name__ in ('__main__', 'other'): pass", True),
+    "not": ("if not __name__ == '__main__': pass", True),
+    "unequal, with else": ("if __name__ != '__main__':\n    pass\nelse:\n    pass", True),
+    "elif": ("if False: pass\nelif __name__ == '__main__': pass", True),
+    "in try": ("try:\n    if __name__ == '__main__': pass\nfinally:\n    pass", True),
+    "in except": ("try: pass\nexcept E:\n    if __name__ == '__main__': pass", True),
+    "in with": ("with open('x'):\n    if __name__ == '__main__': pass", True),
+    "match": ("match __name__:\n    case '__main__': pass", True),
+    "expression": ("__name__ == '__main__' and main()", True),
+    "conditional": ("main() if __name__ == '__main__' else None", True),
+    "walrus": ("if (n := __name__) == '__main__': pass", True),
+    "by the process": (
+        "if multiprocessing.current_process().name == 'MainProcess': pass",
+        True,
+    ),
+    "in a function": ("def f():\n    if __name__ == '__main__': pass", False),
+    "in a class": ("class C:\n    if __name__ == '__main__': pass", False),
+    "a value": ("name = 'a' if __name__ == '__main__' else __name__", False),
+    "in a text": ("x = 'if __name__ == \"__main__\": pass'", False),
+    "none": ("print(__name__)", False),
+    "no Python": ("if __name__ == '__main__' print(", False),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_which_scripts_are_run(guard: str) -> None:
+    source, expected = GUARDS[guard]
+    assert bool(guarded_lines(source)) == expected
