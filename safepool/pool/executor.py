@@ -237,8 +237,21 @@ class ProcessPool(_Standard):
         self._finalizer.atexit = False
 
     @property
-    def _max_workers(self) -> int:
+    def size(self) -> int:
+        """The most workers that the pool may have now; libraries ask a pool for it (dynesty).
+
+        It follows the limits, and :meth:`resize`. Workers are started as tasks need them.
+
+        Example:
+            >>> with ProcessPool(3) as pool:
+            ...     pool.size
+            3
+        """
         return self._scheduler.size
+
+    @property
+    def _max_workers(self) -> int:
+        return self.size
 
     @property
     def _processes(self) -> dict[int, Any]:  # type: ignore[override]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from support_cgroups import control_group
 
+from safepool import ProcessPool
+
 # Submits more tasks than there are CPUs, each long enough to need a worker of its own, and
 # counts the processes from which results came.
 COUNT = """
@@ -14,9 +16,9 @@ def who(_):
     return os.getpid()
 with safepool.ProcessPool() as pool:
     pids, deadline = set(), time.monotonic() + 30
-    while not pids or (len(pids) < pool._max_workers and time.monotonic() < deadline):
+    while not pids or (len(pids) < pool.size and time.monotonic() < deadline):
         pids.update(pool.map(who, range(6)))
-print(safepool.cpu_limit(), safepool.cpu_count(), len(pids), pool._max_workers)
+print(safepool.cpu_limit(), safepool.cpu_count(), len(pids), pool.size)
 """
 
 # One row per quota in CPUs, on a machine with two: the limit and the workers.
@@ -47,5 +49,17 @@ def test_without_a_quota_the_affinity_mask_decides() -> None:
 
 def test_an_explicit_number_wins_under_a_quota() -> None:
     with control_group(cpus=0.5) as group:
-        code = "import safepool; print(safepool.ProcessPool(3)._max_workers)"
+        code = "import safepool; print(safepool.ProcessPool(3).size)"
         assert group.run(code) == "3"
+
+
+def test_the_size_is_a_number_that_a_library_can_count_with() -> None:
+    """And nothing that it can set: another number comes by resize()."""
+    with ProcessPool(3) as pool:
+        assert type(pool.size) is int
+        assert pool.size == 3
+        with pytest.raises(AttributeError):
+            pool.size = 4  # type: ignore[misc]
+        pool.resize(2)
+        assert pool.size == pool._max_workers == 2
+    assert pool.size == 2
