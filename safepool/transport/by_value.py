@@ -29,7 +29,13 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
 from safepool.transport.lazy import reducers
-from safepool.transport.marks import MAIN_NAMES, attributes_of, find_in_main, is_of_main
+from safepool.transport.marks import (
+    MAIN_NAMES,
+    attributes_of,
+    find_in_main,
+    is_of_main,
+    main_space,
+)
 from safepool.transport.payloads import main_namespace
 
 if TYPE_CHECKING:
@@ -164,6 +170,8 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         changed = self.names.changed(data) if data else data
         if changed:
             return _named, (obj.__qualname__,), changed, None, None, _deliver
+        if main_space() is not vars(sys.modules["__main__"]):
+            return _named, (obj.__qualname__,)  # the pickler would not find it
         return obj.__qualname__ if type(obj) is _LRU_CACHE else NotImplemented
 
     def _is_there(self, value: Any) -> bool:

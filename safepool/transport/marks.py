@@ -21,8 +21,10 @@ __all__ = [
     "find_attribute",
     "find_in_main",
     "is_of_main",
+    "main_space",
     "mark_of",
     "marks_of",
+    "use_space",
 ]
 
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
@@ -37,10 +39,33 @@ def is_of_main(thing: Any) -> bool:
         return False
 
 
+# Of a program that runs in other globals than those of ``__main__``.
+_space: dict[str, Any] | None = None
+
+
+def main_space() -> dict[str, Any]:
+    """Return the globals of the program's top level: those of ``__main__``, nearly always."""
+    return vars(sys.modules["__main__"]) if _space is None else _space
+
+
+def use_space(space: dict[str, Any]) -> None:
+    """Take other globals for those of ``__main__``, in a profiler or tracer that runs the script.
+
+    Args:
+        space: In which the script's top level runs.
+    """
+    global _space  # noqa: PLW0603 -- a fact about this process
+    if space is main_space():
+        return
+    _space = None if space is vars(sys.modules["__main__"]) else space
+    alias_main()
+
+
 def find_in_main(qualname: str) -> object:
     """Return what this process's ``__main__`` has under a qualified name; ``None`` if nothing."""
-    found: object = sys.modules.get("__main__")
-    for part in qualname.split("."):
+    first, *rest = qualname.split(".")
+    found: object = main_space().get(first)
+    for part in rest:
         found = getattr(found, part, None)
     return found
 
@@ -51,9 +76,18 @@ def alias_main() -> None:
     By then ``__main__`` may have been another module (a profiler's, a test runner's). Results
     refer to classes of the script as ``__mp_main__.X``.
     """
-    main = sys.modules.get("__main__")
-    if main is not None:
-        sys.modules["__mp_main__"] = main
+    main = sys.modules["__main__"]
+    if _space is not None:
+        main = types.ModuleType("__mp_main__")
+        main.__getattr__ = _from_space  # type: ignore[method-assign]
+    sys.modules["__mp_main__"] = main
+
+
+def _from_space(name: str) -> Any:
+    try:
+        return main_space()[name]
+    except KeyError:
+        raise AttributeError(f"__main__ has no {name!r}") from None
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
@@ -92,12 +126,13 @@ def find_attribute(path: str) -> tuple[Any, ...]:
 
     No descriptor and no ``__getattr__`` is asked.
     """
-    found: Any = sys.modules.get("__main__")
+    found: Any = None
+    here = main_space()
     for part in path.split("."):
-        here = _attributes(found)
         if part not in here:
             return ()
         found = here[part]
+        here = _attributes(found)
     return (found,)
 
 

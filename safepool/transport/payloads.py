@@ -24,6 +24,7 @@ from safepool.transport.descriptors import (
 )
 from safepool.transport.frames import Missing
 from safepool.transport.held import modules_by_value
+from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Reducers
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def main_namespace(package: str | None = None) -> dict[str, Any]:
     """
     global _main_uses  # noqa: PLW0603 -- a fact about this process
     _main_uses += 1
-    names = vars(sys.modules["__main__"])
+    names = main_space()
     if package:
         names["__package__"] = package
     return names

@@ -18,6 +18,7 @@ Not covered:
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import importlib.util
 import io
@@ -26,11 +27,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from safepool.transport.marks import alias_main
+from safepool.transport.marks import alias_main, main_space, use_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from types import FrameType, ModuleType
+    from types import FrameType
 
 __all__ = ["MAINS", "MainPlan", "ScriptLostError", "guarded_lines", "plan_main"]
 
@@ -84,7 +85,7 @@ class MainPlan:
         Returns:
             The line; 0 if the caller is below a guard, or was not called by the top level.
         """
-        names = vars(sys.modules["__main__"])
+        names = main_space()
         while frame is not None:
             if frame.f_code.co_name == "<module>" and frame.f_globals is names:
                 line = frame.f_lineno
@@ -108,6 +109,7 @@ def plan_main(wanted: str) -> MainPlan:
     """
     if wanted not in MAINS:
         raise ValueError(f'main must be "auto", "run" or "value", not {wanted!r}')
+    _find_space()
     if wanted == "value":
         return MainPlan(mode="value", because='main="value"')
     name, path, why_not = _find_script()
@@ -137,21 +139,16 @@ def plan_main(wanted: str) -> MainPlan:
 
 def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each reason
     """Return the module's name, or the file's path, or why there is neither."""
-    main = sys.modules.get("__main__")
-    if main is None:
-        return "", "", "there is no __main__"
-    if hasattr(sys, "ps1") or "get_ipython" in vars(__import__("builtins")):
+    if hasattr(sys, "ps1") or "get_ipython" in vars(builtins):
         return "", "", "the program is a prompt or a notebook"
-    # A child by spawn or forkserver is started by a text of the standard library's own.
-    if main.__name__ != "__mp_main__" and _runs_elsewhere(main):
-        return "", "", "the script runs in another namespace than __main__ (a profiler's)"
-    spec: Any = getattr(main, "__spec__", None)
+    space = main_space()
+    spec: Any = space.get("__spec__")
     if spec is not None and getattr(spec, "loader", None) is not None:
         top = spec.name.partition(".")[0]
         if top in _RUNNERS or top in sys.stdlib_module_names:
             return "", "", f"__main__ is {spec.name}, which is not the program's own"
         return spec.name, "", ""
-    path = getattr(main, "__file__", None)
+    path = space.get("__file__")
     if not isinstance(path, str):
         return "", "", "there is no script: the program was given by -c or standard input"
     from multiprocessing import process  # noqa: PLC0415 -- a pool's start, not our import
@@ -167,25 +164,28 @@ def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each rea
     return "", path, ""
 
 
-def _runs_elsewhere(main: ModuleType) -> bool:
-    """Tell whether the program's top level has other globals than ``__main__``.
+def _find_space() -> None:
+    """Find out whether the program's top level has other globals than ``__main__``.
 
-    ``python -m cProfile`` before Python 3.12, for one. What is found there under a name is then
-    not what the script has under it.
+    ``python -m cProfile`` before Python 3.12, for one. What is found in ``__main__`` under a name
+    is then not what the script has under it.
     """
+    main = sys.modules["__main__"]
+    if main.__name__ == "__mp_main__":
+        return  # a child by spawn or forkserver is started by a text of the standard library's
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
-            return frame.f_globals is not vars(main)
+            use_space(frame.f_globals)
+            return
         frame = frame.f_back
-    return False
 
 
 def _source_of(name: str, path: str) -> str | None:
     """Return the text of a script; ``None`` where there is none (a ``.pyc``, an extension)."""
     try:
         if name:
-            spec: Any = sys.modules["__main__"].__spec__
+            spec: Any = main_space()["__spec__"]
             source: str | None = spec.loader.get_source(name)
             return source
         with io.open_code(path) as file:

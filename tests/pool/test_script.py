@@ -78,6 +78,10 @@ WAYS: dict[str, list[str]] = {
     "-m package.module": ["-m", "package.program"],
     "folder": ["package"],
     "zip": ["app.zip"],
+    "runpy": ["-c", "import runpy; runpy.run_path('program.py', run_name='__main__')"],
+    "-m cProfile": ["-m", "cProfile", "-o", "profile", "program.py"],
+    "-m cProfile -m": ["-m", "cProfile", "-o", "profile", "-m", "program"],
+    "-m trace": ["-m", "trace", "--count", "-C", "counts", "program.py"],
     "-m pdb": ["-m", "pdb", "-c", "continue", "-c", "quit", "program.py"],
 }
 
