@@ -213,8 +213,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-# As argparse says it: in 3.11 with the names in quotes, later without.
-_UNKNOWN_COMMAND = re.compile(r"argument command: invalid choice: '(.*)' \(choose from (.*)\)")
+# As argparse says it: in 3.11 with the names in quotes, later without, from 3.15 on with a guess.
+_UNKNOWN_COMMAND = re.compile(
+    r"argument command: invalid choice: '(.*?)'(?:, maybe you meant .*)? \(choose from (.*)\)"
+)
 
 
 def _likely(name: str, commands: list[str]) -> str:

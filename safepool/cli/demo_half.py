@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 
@@ -49,14 +51,18 @@ _POOLS = {"standard": _standard_pool, "safepool": _safepool_pool}
 
 
 def _main(name: str, tasks: int, points: int, results_file: str) -> None:
+    # For multiprocessing's folder, which stays when this process is killed (of its fork server,
+    # the default from Python 3.14 on): it goes with the results.
+    tempfile.tempdir = os.path.dirname(results_file)
     results = np.lib.format.open_memmap(results_file, mode="w+", shape=(tasks, 1 + ANSWERS))
     _tell(event="started", start_method=multiprocessing.get_context().get_start_method())
     started = time.perf_counter()
     with _POOLS[name]() as pool:
-        numbers = {
-            pool.submit(interpolate_and_solve, number, points): number for number in range(tasks)
-        }
-        known = _tell_workers(pool, known=[])
+        numbers, known = {}, list[int]()
+        for number in range(tasks):
+            # Unless it forks by itself, the standard pool starts a worker with each of the first.
+            numbers[pool.submit(interpolate_and_solve, number, points)] = number
+            known = _tell_workers(pool, known=known)
         for future in as_completed(numbers):
             row = results[numbers[future]]
             row[1:] = future.result()

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from importlib.metadata import packages_distributions
 from typing import TYPE_CHECKING, TextIO
@@ -153,7 +154,8 @@ def _guests() -> list[dict[str, str]]:
 
 def _version(name: str) -> str:
     for module in (name, name.partition(".")[0]):
-        version = getattr(sys.modules.get(module), "__version__", None)
+        with warnings.catch_warnings(action="ignore"):  # some modules deprecate theirs
+            version = getattr(sys.modules.get(module), "__version__", None)
         if isinstance(version, str):
             return version
     return ""

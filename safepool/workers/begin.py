@@ -11,13 +11,14 @@ Not covered:
 
 from __future__ import annotations
 
+import types
 from multiprocessing import spawn
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BEGIN", "facts_for"]
+__all__ = ["BEGIN", "facts_for", "popen_with"]
 
 # A worker that was forked from a capped server has the caps, and needs them once.
 BEGIN = """
@@ -45,3 +46,12 @@ def facts_for(environment: Mapping[str, str | None], threads: int) -> dict[str, 
     """
     path = spawn.get_preparation_data("")["sys_path"]
     return {"environment": dict(environment), "threads": threads, "path": path}
+
+
+def popen_with(kind: Any, **names: object) -> Any:
+    """Return a ``Popen`` of the standard library that finds other modules under these names.
+
+    Its own code starts the process, whatever it is in this version of Python.
+    """
+    launch = types.FunctionType(kind._launch.__code__, {**kind._launch.__globals__, **names})
+    return type("Popen", (kind,), {"_launch": launch})

@@ -18,11 +18,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import types
 from multiprocessing import context
 from typing import TYPE_CHECKING, Any
 
-from safepool.workers.begin import BEGIN, facts_for
+from safepool.workers.begin import BEGIN, facts_for, popen_with
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,14 +67,10 @@ class CappedProcess(context.ForkServerProcess):
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- the standard library's name
         from multiprocessing import popen_forkserver  # noqa: PLC0415 -- seldom
 
-        kind: Any = popen_forkserver.Popen
         server = _server_for(*process_obj._setting)
         if server is None:
-            return kind(process_obj)
-        # The standard library's own function, with this server in the place of its own.
-        names = {**kind._launch.__globals__, "forkserver": server}
-        launch = types.FunctionType(kind._launch.__code__, names)
-        return type("Popen", (kind,), {"_launch": launch})(process_obj)
+            return popen_forkserver.Popen(process_obj)
+        return popen_with(popen_forkserver.Popen, forkserver=server)(process_obj)
 
 
 class _Server:

@@ -490,6 +490,10 @@ if sys.platform == "win32":
 else:
 
     def _own_kind(create: Any, environment: Mapping[str, str | None], threads: int) -> Any:
+        if create is multiprocessing.context.ForkProcess:
+            from safepool.workers.quiet_fork import QuietProcess  # noqa: PLC0415 -- seldom
+
+            return QuietProcess
         if create is not multiprocessing.context.ForkServerProcess:
             return create
         from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom

@@ -189,7 +189,8 @@ class _Server:
 
     def _tell_prints(self, names: list[str], pipe: int) -> None:
         """Write what the script's globals are like, in a child: pickling runs the user's code."""
-        pid = os.fork()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # see _fork()
+            pid = os.fork()
         if pid == 0:
             try:
                 self._leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -81,8 +82,12 @@ def test_a_container_on_a_host_of_48_cpus() -> None:
     assert (told["pretend_host_cpus"], told["machine_cpus"]) == (48, os.cpu_count())
     assert told["limit"]["cpus"] == 1.0
     standard, ours = told["standard"], told["safepool"]
-    assert standard["workers"] == 48
-    assert standard["threads"] > 2 * 48
+    if multiprocessing.get_start_method() == "fork":
+        assert standard["workers"] == 48
+        assert standard["threads"] > 2 * 48
+    else:  # a fork server (Python 3.14) starts one after the other, and has not done it yet
+        assert 1 < standard["workers"] <= 48
+        assert standard["threads"] >= standard["workers"]
     assert (ours["workers"], ours["threads"], ours["tasks_done"]) == (1, 1, 60)
     assert not Path(told["limit"]["source"]).parent.exists()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import support_errors as errors
 import support_tasks as tasks
-from support_processes import still_alive, wait_until
+from support_processes import run_python, still_alive, wait_until
 
 import safepool
 from safepool import ProcessPool
@@ -106,6 +106,47 @@ def test_an_error_that_python_cannot_format_is_told(method: str | None) -> None:
     assert "in raise_value_error\nbuiltins.ValueError (not formatted: no desc" in str(
         error.__cause__
     )
+
+
+# A thread that the program has, one that a fork may lose (workers/preload.py), warnings as errors.
+STRICT = """
+import ctypes, sys, threading
+import safepool
+
+if __name__ == "__main__":
+    begun, end = threading.Event(), threading.Event()
+    threading.Thread(target=lambda: (begun.set(), end.wait())).start()
+    begun.wait()
+    with safepool.ProcessPool(2, sys.argv[1], preload=["background"]) as pool:
+        print(sum(pool.map(abs, range(-3, 3))))
+    end.set()
+"""
+
+BACKGROUND = """
+import ctypes, threading, time
+named = threading.Event()
+def run():
+    ctypes.CDLL(None).prctl(15, b"jemalloc_bg_thd", 0, 0, 0)
+    named.set()
+    time.sleep(600)
+threading.Thread(target=run, daemon=True).start()
+named.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a fork server, and a thread's name")
+@pytest.mark.parametrize("method", ["safepool", "fork"])
+def test_a_fork_beside_threads_where_warnings_are_errors(method: str, tmp_path: Path) -> None:
+    """Python 3.15 would raise one of them when the child is there already."""
+    (tmp_path / "background.py").write_text(BACKGROUND)
+    (tmp_path / "program.py").write_text(STRICT)
+    done = run_python("-W", "error::DeprecationWarning", "program.py", method, cwd=tmp_path)
+
+    told = "RuntimeWarning: mp_context=" if method == "fork" else ""
+    assert done.stdout == "9\n"
+    assert told in done.stderr
+    assert "Deprecat" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def _text(error: BaseException | None) -> str:
