@@ -373,6 +373,8 @@ def describe_exit(
     if oom is not None:
         return "was killed by the kernel's out-of-memory killer"
     if exitcode is None:
+        if by_pool:
+            return "cannot be ended: it was sent SIGKILL, and is still there"
         return "ended (the system kept no exit code)"
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"

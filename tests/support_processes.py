@@ -92,6 +92,11 @@ def ends(program: subprocess.Popen[Any], *, within_s: float) -> bool:
     return program.poll() is not None
 
 
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended; a zombie has."""
+    return not _is_alive(pid)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

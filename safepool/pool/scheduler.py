@@ -71,10 +71,10 @@ from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, fresh, rebuild
 from safepool.transport.frames import CorruptFrameError, Frame, Kind
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.identity import RightsWatch
 from safepool.workers.loading import check_no_import
 from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
-from safepool.workers.tree import end_with_descendants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -94,6 +94,8 @@ _log = ContainedLogger()
 _MOST_FAILED_STARTS = 3
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
+# Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
+_MOST_LOST = 2
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
 
@@ -174,6 +176,7 @@ class Scheduler:
         )
         self._losses = Losses(self._settling, self._settled, self._wait_again)
         self._oom = OutOfMemoryWatch()
+        self._rights = RightsWatch()
         self._hiring = hiring
         me = self._me
         hiring.given_up = lambda: (found := me()) is None or found._is_late()
@@ -506,6 +509,7 @@ class Scheduler:
             return bool(self._dispatch.aside) or not (closing or self._ending)
         self._oom.look()
         self._follow_the_limits(staff)
+        self._retire_strangers(staff)
         self._shrink(staff)
         self._end_the_overdue(staff)
         self._take_back_from_the_slow(staff)
@@ -617,6 +621,13 @@ class Scheduler:
         if self._trace is not None:
             self._trace.resized(before, size, "limits")
 
+    def _retire_strangers(self, staff: Staff) -> None:
+        """Give nothing more to workers that have rights which this program has given up."""
+        if self._rights.have_changed() and len(staff):
+            _log.info("this program has other rights than before: its workers are replaced")
+            for worker in staff:
+                worker.retiring = True
+
     def _shrink(self, staff: Staff) -> None:
         """Let workers go that are too many or too large: between two tasks, never in one."""
         shrinking = (
@@ -692,7 +703,8 @@ class Scheduler:
 
     def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
-        most = self._size - len(staying)
+        # Not in the place of one that cannot be ended: the next would hang in the same way.
+        most = max(1, self._size - staff.lost) - len(staying)
         # One that fails to start may be the pool's end.
         fails = any(worker.fails_to_start for worker in staff)
         if most <= 0 or fails or time.monotonic() < self._hiring.not_before:
@@ -872,8 +884,7 @@ class Scheduler:
                     self._take_back(staff, worker)
                     if worker.ledger.head is work and worker.can_be_at(work.position):
                         worker.condemned = worker.condemned or RuntimeError("cancelled")
-                        worker.leaving = True
-                        end_with_descendants(worker)
+                        staff.end_with_descendants(worker)
                     elif any(owed is work for owed in [*worker.ledger][1:]):
                         # What was before it has ended, and its answers are on their way:
                         # only then is it sure that the signal meets this task.
@@ -905,6 +916,9 @@ class Scheduler:
             raised = f"{type(worker.failure).__name__}: {text_of(worker.failure)}"
             problem = PoolBrokenError(f"a worker's initializer failed: {raised}")
             self._break(staff, problem, worker.failure)
+        if staff.lost > _MOST_LOST * self._size:
+            problem = PoolBrokenError(f"{staff.lost} workers could not be ended by SIGKILL")
+            self._break(staff, problem)
         by_itself = not (self._ending or worker.condemned)
         costs = any(one.for_good for one in lost) or not (lost or worker.dismissed)
         if self._break_on_death and by_itself and costs:

@@ -23,7 +23,8 @@ from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.tree import end_with_descendants
+from safepool.workers.status import obstacle
+from safepool.workers.tree import TreeEnd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +43,11 @@ _STOPPING_S = 30.0
 # Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
 # within a second of Ctrl-C.
 _TERMINATING_S = 0.4
+# From SIGKILL to the end: the memory of a large process is freed first. After that the pool goes
+# on without it.
+_DYING_S = 5.0
+# Between two looks whether what is to be killed has stopped.
+_STOP_LOOK_S = 0.001
 # For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
 # on a machine that is frozen by its quota a tenth of a second.
 _STACK_S = 0.15
@@ -76,6 +82,7 @@ class Staff:
     def __init__(self, start: Callable[[], Worker]) -> None:
         self._start = start
         self._all: tuple[Worker, ...] = ()
+        self._lost: tuple[Worker, ...] = ()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
@@ -93,6 +100,11 @@ class Staff:
     def __iter__(self) -> Iterator[Worker]:
         """All of them, those that are leaving included; safe against changes meanwhile."""
         return iter(self._all)
+
+    @property
+    def lost(self) -> int:
+        """How many could not be ended, and are still there."""
+        return len(self._lost)
 
     def wake(self) -> None:
         """Make :meth:`listen` return. From any thread, never blocks, takes no lock."""
@@ -161,13 +173,15 @@ class Staff:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
+            elif found in self._lost:
+                self._part_with(found)
             elif found not in self._all:  # not by its number, which another may have by now
                 pass  # ended by an earlier event of the same round
             elif key.fd == found.sentinel:
                 yield from self._see_off(found)
             else:
                 yield from self._read(found)
-        self._end_the_late()
+        yield from self._end_the_late()
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end when it has done what it was sent."""
@@ -201,12 +215,23 @@ class Staff:
             worker: Whom.
             at_once: Do not ask.
         """
-        soon = time.monotonic() + (0.0 if at_once else _TERMINATING_S)
-        worker.deadline = min(worker.deadline or soon, soon)
         worker.leaving = worker.dismissed = True
+        if worker.killed:
+            return
+        if at_once:
+            self._kill(worker)
+            return
+        soon = time.monotonic() + _TERMINATING_S
+        worker.deadline = min(worker.deadline or soon, soon)
         if not worker.terminated:
             worker.terminated = True
-            worker.end(_KILL if at_once else signal.SIGTERM)
+            worker.end(signal.SIGTERM)
+
+    def end_with_descendants(self, worker: Worker) -> None:
+        """End a worker that is condemned, with every process that its task started."""
+        worker.leaving = True
+        if not worker.killed:
+            worker.deadline = time.monotonic()
 
     def condemn(self, worker: Worker, why: BaseException) -> None:
         """End a worker in the middle of its task, with every process that the task started.
@@ -238,6 +263,8 @@ class Staff:
                 worker.close()
             except Exception:  # noqa: BLE001 -- one that resists must not keep the others
                 _log.exception("worker %d could not be ended", worker.pid)
+        for worker in self._lost:
+            worker.close()
         self._selector.close()
         self._wake_sender.close()
         self._wake_receiver.close()
@@ -289,6 +316,8 @@ class Staff:
 
     def _expect_the_end(self, worker: Worker) -> None:
         worker.leaving = True
+        if worker.killed:
+            return  # nothing more can be done
         soon = time.monotonic() + _ENDING_S
         worker.deadline = soon if worker.deadline is None else min(worker.deadline, soon)
 
@@ -298,19 +327,56 @@ class Staff:
             worker.events = events
             self._selector.modify(worker.channel, events, worker)
 
-    def _end_the_late(self) -> None:
+    def _end_the_late(self) -> Iterator[tuple[Worker, Ended]]:
         for worker in self._all:
-            if worker.deadline is not None and worker.deadline <= time.monotonic():
-                worker.deadline = None
-                if worker.condemned is not None:
-                    end_with_descendants(worker)
-                    continue
+            if worker.deadline is None or worker.deadline > time.monotonic():
+                continue
+            if worker.killed:
+                yield from self._lose(worker)
+            elif worker.condemned is not None:
+                worker.tree = worker.tree or TreeEnd(worker)
+                if worker.tree.advance():
+                    self._expect_death(worker)
+                else:
+                    worker.deadline = time.monotonic() + _STOP_LOOK_S
+            else:
                 _log.info("worker %d did not end in time and is killed", worker.pid)
                 if worker.channel.fileno() < 0:
                     worker.fault = worker.fault or ChannelClosedError(
                         "it had closed its channel, so nothing could come of it"
                     )
-                worker.end(_KILL)
+                self._kill(worker)
+
+    def _kill(self, worker: Worker) -> None:
+        worker.end(_KILL)
+        self._expect_death(worker)
+
+    def _expect_death(self, worker: Worker) -> None:
+        worker.killed = True
+        worker.deadline = time.monotonic() + _DYING_S
+
+    def _lose(self, worker: Worker) -> Iterator[tuple[Worker, Ended]]:
+        """Go on without a worker that nothing ends; it costs its place until it has ended."""
+        worker.unkillable, worker.deadline = True, None
+        _log.error(
+            "worker %d cannot be ended: %s. The pool goes on without it and, until it has ended, "
+            "with one worker less",
+            worker.pid,
+            obstacle(worker.pid),
+        )
+        self._disconnect(worker)  # if it runs on, it ends when it wants to answer
+        self._all = tuple(one for one in self._all if one is not worker)
+        self._lost = (*self._lost, worker)
+        yield worker, Ended(None)
+        worker.drop_board()
+
+    def _part_with(self, worker: Worker) -> None:
+        _log.info("worker %d has ended at last", worker.pid)
+        self._lost = tuple(one for one in self._lost if one is not worker)
+        if worker.sentinel is not None:
+            self._selector.unregister(worker.sentinel)
+        worker.wait(0.0)
+        worker.close()
 
     def _forget(self, worker: Worker) -> int | None:
         self._all = tuple(one for one in self._all if one is not worker)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import Span
     from safepool.pool.packing import Packing
     from safepool.pool.tasks import Task
+    from safepool.workers.tree import TreeEnd
 
 __all__ = ["Worker"]
 
@@ -45,12 +46,16 @@ class Worker(WorkerProcess):
         leaving: It gets no more tasks.
         dismissed: It was told to stop or was ended by the pool.
         terminated: It was sent ``SIGTERM``.
+        killed: It was sent ``SIGKILL``, or its life-line was cut.
+        unkillable: That has not ended it: the pool goes on without it.
+        tree: Its end together with all that it has started.
         signals: What the pool has sent it.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
         failure: What its initializer raised.
         choked_on: Calls whose arguments it read, all at once, when it ended.
         oom: What the kernel has counted, if its out-of-memory killer ended it.
-        deadline: When, by the monotonic clock, it is ended by ``SIGKILL``.
+        deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
+            sent.
         events: What the selector watches its channel for.
         stack_begin: Where on its board the stack begins that it was asked for when it was
             condemned.
@@ -73,6 +78,9 @@ class Worker(WorkerProcess):
     leaving: bool = False
     dismissed: bool = False
     terminated: bool = False
+    killed: bool = False
+    unkillable: bool = False
+    tree: TreeEnd | None = None
     fault: BaseException | None = None
     failure: BaseException | None = None
     choked_on: Span | None = None
@@ -139,7 +147,7 @@ class Worker(WorkerProcess):
 
     def was_ours(self, exitcode: int | None) -> bool:
         """Tell whether it was ended by a signal that the pool has sent it."""
-        return exitcode is not None and -exitcode in self.signals
+        return self.unkillable if exitcode is None else -exitcode in self.signals
 
     def ending(self, exitcode: int | None) -> str:
         """Say how it ended, as the second half of a sentence."""

@@ -39,11 +39,15 @@ class ForkedProcess:
 
     daemon = False
 
-    def __init__(self, name: str, pid: int, pidfd: int | None, status: int) -> None:
+    def __init__(
+        self, name: str, pid: int, pidfd: int | None, status: int, line: int = -1
+    ) -> None:
         self.name = name
         self.pid = pid
         self.pidfd = pidfd
         self._status = status
+        # Its life-line: the end that, closed, ends it.
+        self._line = line
         self._exitcode: int | None = None
         self._lost = False
         # Held while the descriptors are used, and while they are closed: the program may ask or
@@ -121,6 +125,8 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         with self._lock:
+            if number == signal.SIGKILL:
+                self.drop_line()  # whatever this process may signal
             try:
                 if self.pidfd is not None:
                     linux.pidfd_send_signal(self.pidfd, number)
@@ -138,11 +144,28 @@ class ForkedProcess:
     def close(self) -> None:
         """Give its descriptors back."""
         with self._lock:
+            self.drop_line()
+            if self._exitcode is None:
+                self._wait_as_parent()
             descriptors = [self._status, -1 if self.pidfd is None else self.pidfd]
             self._status, self.pidfd, self._lost = -1, None, True
             for descriptor in descriptors:
                 if descriptor >= 0:
                     os.close(descriptor)
+
+    def _wait_as_parent(self) -> None:
+        # Its server was killed, and this process is the first of a container: it has become its
+        # child, and would stay as a zombie.
+        try:
+            os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            pass
+
+    def drop_line(self) -> None:
+        """Let go of its life-line. Takes no lock: in a fork of the program another holds it."""
+        line, self._line = self._line, -1
+        if line >= 0:
+            os.close(line)
 
     def __repr__(self) -> str:
         return f"<ForkedProcess name={self.name!r} pid={self.pid} exitcode={self._exitcode}>"
@@ -155,14 +178,17 @@ class ChildProcess(ForkedProcess):
         name: Its name.
         started: The process.
         status: A pipe that turns readable when it has ended.
+        line: Its life-line.
     """
 
-    def __init__(self, name: str, started: subprocess.Popen[bytes], status: int) -> None:
+    def __init__(
+        self, name: str, started: subprocess.Popen[bytes], status: int, line: int
+    ) -> None:
         try:
             pidfd = linux.pidfd_open(started.pid)
         except OSError:  # before Linux 5.3
             pidfd = None
-        super().__init__(name, started.pid, pidfd, status)
+        super().__init__(name, started.pid, pidfd, status, line)
         started.returncode = 0  # waited for here
 
     def _ask(self) -> None:

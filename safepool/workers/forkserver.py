@@ -56,6 +56,7 @@ from safepool.errors import describe_exit
 from safepool.transport import letters
 from safepool.workers import birth, forked, script
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.identity import place, rights
 from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import modules_to_preload
 
@@ -157,7 +158,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
-            RuntimeError: The interpreter shuts down.
+            RuntimeError: The interpreter shuts down, or there is none to start.
         """
         with _server_for(changes, self._plan_now()) as server:
             return server.start()
@@ -316,6 +317,10 @@ class _LostError(Exception):
 
 class _StartedThreadsError(Exception):
     """The server has threads that a fork would lose."""
+
+
+class _NoInterpreterError(RuntimeError):
+    """What is to be started as one is none, or not for this user: to try again is of no use."""
 
 
 class _CannotForkError(Exception):
@@ -507,14 +512,14 @@ class _Server:
         """End a server that was lost, and say how it ended.
 
         Raises:
-            OSError: None has ever said a word, so it is no Python interpreter.
+            _NoInterpreterError: None has ever said a word.
         """
         silent = not self._answers
         if not isinstance(error, TimeoutError):
             self._await_the_end()
         ending = self._stop()
         if silent and (attempt or isinstance(error, TimeoutError)):
-            raise OSError(_no_interpreter(f"was started as an interpreter, and {ending}"))
+            raise _no_interpreter(f"was started as an interpreter, and {ending}")
         _log.info("a fork server was lost and is started again: it %s", ending)
         return ending
 
@@ -573,7 +578,7 @@ class _Server:
                 )
             except OSError as error:
                 if error.errno in _NOT_EXECUTABLE:
-                    raise OSError(_no_interpreter(f"cannot be started: {error}")) from error
+                    raise _no_interpreter(f"cannot be started: {error}") from error
                 if error.errno != errno.E2BIG:
                     raise
                 # execve(2): 128 KiB for a variable, a quarter of the stack for all. Workers get
@@ -676,14 +681,13 @@ class _Server:
     def _fork(
         self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
     ) -> forked.ForkedProcess:
-        with self._handing(more, files) as (details, given, status, key):
+        with self._handing(more, files) as (details, given, ours):
             self._send(("fork", details), given)
             limit_s = _FORK_S if self._answers else _IMPORT_S
             (what, answer), descriptors = self._receive(limit_s, given_up)
             if what == "forked":
-                os.write(key, b"\0")
                 pidfd = descriptors[0] if descriptors else None
-                return forked.ForkedProcess(details["name"], answer, pidfd, os.dup(status))
+                return forked.ForkedProcess(details["name"], answer, pidfd, *_let_in(ours))
         if what == "refused":
             raise OSError(answer, os.strerror(answer))
         if what == "unforkable":
@@ -709,11 +713,10 @@ class _Server:
         process = self._process
         assert process is not None
         try:
-            with self._handing(more, files) as (details, given, status, key):
+            with self._handing(more, files) as (details, given, ours):
                 self._send(("become", {**details, "modules": modules}), given)
-                os.write(key, b"\0")
                 # Not waited for: several can start at the same time.
-                return forked.ChildProcess(details["name"], process, os.dup(status))
+                return forked.ChildProcess(details["name"], process, *_let_in(ours))
         except BaseException:
             process.kill()
             process.wait()
@@ -739,12 +742,11 @@ class _Server:
     @contextmanager
     def _handing(
         self, more: Mapping[str, Any], files: Sequence[int]
-    ) -> Iterator[tuple[dict[str, Any], list[int], int, int]]:
+    ) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
         """Open what a worker is given, for as long as it is handed over.
 
         Yields:
-            What it is told, what it is given, where its end is told, and where to write a byte
-            when it is known here.
+            What it is told, what it is given, and this side of it: for :func:`_let_in`.
         """
         me: Any = multiprocessing.current_process()
         # As multiprocessing numbers the children of a process, all its pools together: nobody
@@ -754,14 +756,17 @@ class _Server:
         name = f"safepool-{':'.join(map(str, identity))}"
         details = {**self._details(), **more, "name": name, "identity": identity}
         opened: list[int] = []
+        ours: list[int] = []
         try:
             status, told = os.pipe()
-            opened += [status, told]
+            ours.append(status)
+            opened.append(told)
             os.set_blocking(status, False)
             # The worker waits here until it is known: a server that answers too late, or
             # never, may have forked one all the same, and another would share its channel.
             gate, key = os.pipe()
-            opened += [gate, key]
+            ours.append(key)
+            opened.append(gate)
             folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
             opened.append(folder)
             streams = [_stream(number, opened) for number in (1, 2)]
@@ -769,9 +774,9 @@ class _Server:
             tracker = resource_tracker.getfd()
             assert tracker is not None
             given = [told, gate, folder, *streams, tracker, *files]
-            yield {**details, "files": len(given)}, given, status, key
+            yield {**details, "files": len(given)}, given, ours
         finally:
-            for descriptor in opened:
+            for descriptor in (*opened, *ours):
                 os.close(descriptor)
 
     def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
@@ -824,8 +829,13 @@ class _Server:
             except subprocess.TimeoutExpired:
                 pass
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            try:
+                process.kill()
+                process.wait(_ENDING_S)
+            except (PermissionError, subprocess.TimeoutExpired):
+                # Another user's by now: it ends by itself, as its socket was closed. Or it is in a
+                # system call that nothing ends.
+                process.returncode = 0
             return "did not answer and was ended"
         return describe_exit(process.returncode)
 
@@ -836,6 +846,8 @@ class _Server:
             self._process.returncode = 0  # not this process's child
         if self._sock is not None:
             self._sock.close()
+        for worker in self._workers:
+            worker.drop_line()
         self._process, self._sock, self._workers = None, None, []
 
 
@@ -854,7 +866,7 @@ def _server_for(
 ) -> Iterator[_Server]:
     """Give the server of a setting, which nobody ends meanwhile."""
     key = () if plan is None else plan.key
-    setting = _Setting(tuple(sorted(changes.items())), _identity(), key)
+    setting = _Setting(tuple(sorted(changes.items())), (*rights(), *place()), key)
     with _servers_lock:
         found = _servers.get(setting)
         if found is None:
@@ -907,26 +919,12 @@ os.register_at_fork(after_in_child=_forget_all)
 atexit.register(stop_all)
 
 
-def _identity() -> tuple[str, ...]:
-    """Return what this process may do and where it is: nothing of it can be handed on later.
-
-    Source: proc_pid_status(5), cgroups(7), namespaces(7).
-    """
-    found = []
-    try:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            found += [line for line in file if line.startswith(_RIGHTS)]
-        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
-            found.append(file.read())
-        names = sorted(os.listdir("/proc/self/ns"))
-        found += [os.readlink(f"/proc/self/ns/{name}") for name in names]
-        found.append(os.readlink("/proc/self/root"))
-    except OSError:
-        pass  # not Linux, or not shown; what was read still counts
-    return (*found, repr(os.getresuid()), repr(os.getresgid()))
-
-
-_RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
+def _let_in(ours: list[int]) -> tuple[int, int]:
+    """Let a worker begin that is known now, and take over where its end is told, and its line."""
+    status, key = ours
+    os.write(key, b"\0")
+    ours.clear()
+    return status, key
 
 
 def _log_once(text: str) -> None:
@@ -942,21 +940,21 @@ def _executable() -> str:
     """Return the interpreter, as multiprocessing's own start methods find it.
 
     Raises:
-        OSError: Nothing says where it is: Python is embedded in another program.
+        _NoInterpreterError: Nothing says where it is: Python is embedded in another program.
     """
     found = multiprocessing.spawn.get_executable()
     if not found:
         if not sys.executable:
-            raise OSError(_no_interpreter("is empty, as in a program that embeds Python"))
+            raise _no_interpreter("is empty, as in a program that embeds Python")
         # Set after multiprocessing was imported, whose resource tracker needs it as well.
         multiprocessing.spawn.set_executable(sys.executable)
         found = sys.executable
     return os.fsdecode(found)
 
 
-def _no_interpreter(what: str) -> str:
+def _no_interpreter(what: str) -> _NoInterpreterError:
     name = os.fsdecode(multiprocessing.spawn.get_executable() or sys.executable or "")
-    return (
+    return _NoInterpreterError(
         f"the interpreter for workers, {name!r} (sys.executable, or what "
         f"multiprocessing.set_executable() was given), {what}. Give "
         "multiprocessing.set_executable() the path of a Python interpreter that can import "

@@ -7,6 +7,10 @@ worker ends in the middle of C code too, whatever ended the program, and lives o
 server is killed. ``PR_SET_PDEATHSIG`` cannot give both: it tells of the server's end, not the
 program's.
 
+Each worker has a second one of its own, whose writing end only the program holds: closing it ends
+this worker alone. The kernel asks whether the *worker* may signal itself, not whether the program
+may: so it also ends a worker of a program that has given up root.
+
 Not covered:
     * A task that closes every descriptor: the worker ends when it wants to answer.
     * Linux before 5.6, which sends the signal when anybody's description is closed: each worker's

@@ -57,6 +57,8 @@ EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
 _TASKS = "/proc/self/task"
+# prctl(2), PR_SET_CHILD_SUBREAPER, Linux 3.4.
+_SET_CHILD_SUBREAPER = 36
 
 
 def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> None:
@@ -84,6 +86,7 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
     sock = socket.socket(fileno=sock_descriptor)
     try:
         if greets:
+            _adopt_orphans()
             letters.send(sock, ("up", os.getpid()))
         _Server(sock, line).run()
     except ConnectionError:
@@ -116,6 +119,7 @@ class _Server:
             if self._wake_receiver.fileno() in ready:
                 self._wake_receiver.recv(4096)
                 self._reap()
+                self._bury_orphans()
             if self._sock.fileno() in ready:
                 received = letters.receive(self._sock)
                 if received is None:
@@ -288,6 +292,19 @@ class _Server:
         self._sock.close()
         _close_all(self._workers.values())
 
+    def _bury_orphans(self) -> None:
+        """Wait for what workers have left that ended before it did: it has come here.
+
+        Only between two requests: what is imported waits for the programs that it runs.
+        """
+        try:
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in self._workers:
+                    return
+                os.waitpid(found.si_pid, os.WNOHANG)
+        except OSError:
+            pass  # there is none
+
     def _become_worker(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
         code = 1
         try:
@@ -297,12 +314,27 @@ class _Server:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
             if not os.read(gate, 1):
                 os._exit(0)  # the program has not waited for the answer, or is gone
-            os.close(gate)
+            try:
+                # The program's other end of it is this worker's alone: closed, it ends the worker,
+                # also one that the program may not signal any more.
+                lifeline.hold(gate)
+            except OSError:
+                os.close(gate)
             code = birth.be_born(details, self._line, own)
         except BaseException:  # noqa: BLE001 -- whatever it is, this process is not a server
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
+
+
+def _adopt_orphans() -> None:
+    """Let what a worker leaves behind come to this process, and not to the first of the container.
+
+    That may be the program itself, which knows nothing of it and would keep it as a zombie.
+    """
+    import ctypes  # noqa: PLC0415
+
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _thread_count() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-__all__ = ["Status", "parse_status", "read_status", "threads_that_block"]
+__all__ = ["Status", "obstacle", "parse_status", "read_status", "threads_that_block"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,17 @@ def read_status(pid: int) -> Status | None:
     """Return what the system says of a process; ``None`` if it says nothing."""
     text = _read(f"/proc/{pid}/status")
     return None if text is None else parse_status(text)
+
+
+def obstacle(pid: int) -> str:
+    """Say why a process may still be there that was sent ``SIGKILL``."""
+    fields = dict(line.split(":", 1) for line in (_read(f"/proc/{pid}/status") or "").splitlines())
+    users = fields.get("Uid", "").split()
+    mine = str(os.geteuid()) if hasattr(os, "geteuid") else ""
+    if users and mine not in {"0", *users[:3:2]}:
+        return f"it belongs to user {users[0]}, whose processes user {mine} may not signal"
+    state = fields.get("State", "an unknown state").strip()
+    return f"SIGKILL has no effect yet, it is in a system call ({state})"
 
 
 def threads_that_block(pid: int, number: int) -> frozenset[str]:

@@ -4,6 +4,7 @@ Source: proc_pid_stat(5), fields 4 and 22. Off Linux only the process itself is 
 
 Not covered:
     * A process that its parent has left behind (a daemon): nothing says whose it was.
+    * A process of another user, whom this one may not signal.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,25 +20,56 @@ if TYPE_CHECKING:
 
     from safepool.workers.process import WorkerProcess
 
-__all__ = ["Descendant", "descendants", "end_with_descendants"]
+__all__ = ["Descendant", "TreeEnd", "descendants"]
+
+# For all of them to stop: a fork that is under way in the kernel is finished first, which takes
+# tens of milliseconds for each gigabyte.
+_STOPPING_S = 1.0
+# A thread that sleeps uninterruptibly for so long (vfork(2) waits so for its child, which is
+# stopped) does not fork now.
+_UNINTERRUPTIBLE_S = 0.05
 
 
-def end_with_descendants(worker: WorkerProcess) -> None:
-    """Kill a worker and every process that descends from it."""
-    if sys.platform == "win32":
-        worker.end(signal.SIGTERM)  # TerminateProcess
-    else:
-        # Stopped first: it can start nothing more, nor end and leave its children to init.
-        worker.end(signal.SIGSTOP)
-        if not worker.process.is_alive():
-            return  # its number may be somebody else's by now
-        ended: set[Descendant] = set()
-        # A child may start others while we look; each round sees those of the one before.
-        while found := descendants(worker.pid) - ended:
-            _signal_all(found, signal.SIGSTOP)
-            ended |= found
-        worker.end(signal.SIGKILL)
-        _signal_all(ended, signal.SIGKILL)
+if sys.platform == "win32":
+    _STOP = _KILL = signal.SIGTERM  # TerminateProcess; there are no descendants to be found
+else:
+    _STOP, _KILL = signal.SIGSTOP, signal.SIGKILL
+
+
+class TreeEnd:
+    """The end of a worker and of every process that descends from it, in steps that do not wait.
+
+    First everybody is stopped. Who is stopped can start nothing more, nor end and leave its
+    children to others; a fork that is under way ends before that, and its child is found. Then
+    all are killed.
+
+    Args:
+        worker: Which.
+    """
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+        self._found: set[Descendant] = set()
+        self._begun = time.monotonic()
+        worker.end(_STOP)
+
+    def advance(self) -> bool:
+        """Go on as far as possible; return whether all were killed, else call it again soon."""
+        worker = self._worker
+        elapsed_s = time.monotonic() - self._begun
+        at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
+        if worker.process.is_alive():  # else its number may be somebody else's by now
+            pids = [worker.pid, *(one.pid for one in self._found)]
+            stopped = all(_states(pid).issubset(at_rest) for pid in pids)
+            # A child may start others while we look; each round sees those of the one before.
+            new = descendants(worker.pid) - self._found
+            _signal_all(new, _STOP)
+            self._found |= new
+            if (new or not stopped) and elapsed_s < _STOPPING_S:
+                return False
+            worker.end(_KILL)
+        _signal_all(self._found, _KILL)
+        return True
 
 
 class Descendant(NamedTuple):
@@ -91,3 +124,15 @@ def _parent_and_start(pid: int) -> tuple[int, int] | None:
         return int(fields[1]), int(fields[19])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def _states(pid: int) -> set[str]:
+    """Return the states of a process's threads; none where the system does not tell."""
+    found = set()
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat", "rb") as file:
+                found.add(file.read().rpartition(b")")[2].split()[0].decode())
+    except (OSError, IndexError):
+        pass  # it has ended, or a thread of it
+    return found

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from support_processes import wait_until
 
 from safepool.workers import tree
 
@@ -66,7 +67,8 @@ def test_a_number_that_is_another_process_by_now_is_left_alone(
     monkeypatch.setattr(tree.os, "kill", note)
     try:
         given: Any = worker
-        tree.end_with_descendants(given)
+        ending = tree.TreeEnd(given)
+        wait_until(ending.advance)
         sent = [(pid, number) for pid, number in sent if pid != worker.pid]
         assert sent == [(child, signal.SIGSTOP), (child, signal.SIGKILL)]
         assert stranger.is_alive()

@@ -1,0 +1,73 @@
+"""What this process may do, and where it is: what a process that it started before keeps.
+
+Sources: proc_pid_status(5), cgroups(7), namespaces(7), credentials(7).
+
+Not covered:
+    * Rights of one thread alone (``capset`` by a system call): those of the first thread count.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+__all__ = ["RightsWatch", "place", "rights"]
+
+_RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
+# Between two readings of all of it: a file of /proc, some 50 us. The effective user and group are
+# asked for each time, which takes less than one.
+_LOOK_S = 1.0
+
+
+def rights() -> tuple[str, ...]:
+    """Return what this process may do; elsewhere than on Linux its effective user and group."""
+    found = []
+    try:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            found += [line for line in file if line.startswith(_RIGHTS)]
+    except OSError:
+        pass  # not Linux, or not shown
+    return (*found, repr(_users()))
+
+
+def place() -> tuple[str, ...]:
+    """Return where this process is: control groups, name spaces, root directory."""
+    found = []
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            found.append(file.read())
+        names = sorted(os.listdir("/proc/self/ns"))
+        found += [os.readlink(f"/proc/self/ns/{name}") for name in names]
+        found.append(os.readlink("/proc/self/root"))
+    except OSError:
+        pass  # not Linux, or not shown; what was read still counts
+    return tuple(found)
+
+
+class RightsWatch:
+    """Tells when this process has other rights than before."""
+
+    def __init__(self) -> None:
+        self._users, self._rights = _users(), rights()
+        self._look_at = time.monotonic() + _LOOK_S
+
+    def have_changed(self) -> bool:
+        """Return whether they have changed since this was last asked; user and group at once."""
+        users, now = _users(), time.monotonic()
+        if users == self._users and now < self._look_at:
+            return False
+        self._look_at = now + _LOOK_S
+        before, self._users, self._rights = self._rights, users, rights()
+        return self._rights != before
+
+
+if sys.platform == "win32":
+
+    def _users() -> tuple[int, ...]:
+        return ()
+
+else:
+
+    def _users() -> tuple[int, ...]:
+        return os.geteuid(), os.getegid()
