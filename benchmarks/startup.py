@@ -1,10 +1,13 @@
 """From nothing to workers that have NumPy and SciPy loaded: the time, and the memory.
 
-    python benchmarks/startup.py [--workers 8] [--rounds 5]
+    python benchmarks/startup.py [--workers 8] [--rounds 5] [--library matplotlib.pyplot]
 
 Each figure is from a fresh interpreter that has imported NumPy and SciPy itself; the pools
 take turns. Measured is what is the default of each pool; a pool that preloads what the
 caller has imported starts with it, the others let every worker import it.
+
+Below that, a script with a guard that imports a library which nobody knows to be worth a preload:
+its first and its second pool of one worker, with the script run in the fork server and by value.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import contenders
@@ -64,13 +68,60 @@ def _fill(pool: contenders.Opened, workers: int) -> set[int]:
     return pids
 
 
+# A script whose one task uses the library that its top level imports.
+SCRIPT = """
+import json, time
+import contenders
+import safepool
+import {library} as library
+def use():
+    return library.__name__
+if __name__ == "__main__":
+    found = []
+    for _ in range(2):
+        before, begun = contenders.cpu_s(contenders.descendants()), time.perf_counter()
+        with safepool.ProcessPool(1, main="{main}") as pool:
+            pool.submit(use).result()
+            cpu_s = contenders.cpu_s(contenders.descendants()) - before
+            found += [time.perf_counter() - begun, cpu_s]
+    print(json.dumps(found))
+"""
+
+
+def print_script_rows(library: str, rounds: int) -> None:
+    """Print what the pools of a guarded script cost, by how its functions get into workers."""
+    runs: dict[str, list[list[float]]] = {"run": [], "value": []}
+    folder = os.path.dirname(os.path.abspath(__file__))
+    environ = {**os.environ, "PYTHONPATH": folder}
+    for _ in range(rounds):
+        for main, found in runs.items():
+            with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+                script.write(SCRIPT.format(library=library, main=main))
+                script.flush()
+                command = [sys.executable, script.name]
+                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ)
+            found.append(json.loads(done.stdout))
+    print(f"\na guarded script that imports {library}, one worker")
+    heads = ("first s", "first CPU", "second s", "second CPU")
+    print(" " * 20 + "".join(f"{head:>12}" for head in heads))
+    for main, found in runs.items():
+        row = [statistics.median(figures) for figures in zip(*found, strict=True)]
+        shown = f"main={main!r}"
+        print(f"{shown:20}" + "".join(f"{figure:>12.3f}" for figure in row))
+
+
 def main() -> None:
     """Print one row per pool, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--library", default="matplotlib.pyplot", help="which a script imports")
+    parser.add_argument("--only-script", action="store_true", help="print the second table alone")
     options = parser.parse_args()
+    if options.only_script:
+        print_script_rows(options.library, options.rounds)
+        return
     if options.child:
         print(json.dumps(measure(options.child, options.workers)))
         return
@@ -97,6 +148,7 @@ def main() -> None:
     for name, row in medians.items():
         shown = "".join(f"{row[f]:>12.3f}{row[f] / ours[f]:>9.2f}" for f in FIELDS)
         print(f"{name:20}{shown}")
+    print_script_rows(options.library, options.rounds)
 
 
 if __name__ == "__main__":

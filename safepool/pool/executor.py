@@ -532,7 +532,10 @@ class ProcessPool(_Standard):
     def __repr__(self) -> str:
         why = f"{self._budget.because.name}: {self._budget.because.raw}"
         most = f"{self._max_workers} worker{'s' * (self._max_workers != 1)}"
-        return f"<ProcessPool of at most {most}, {self._budget.workers} at first ({why})>"
+        first = f"{self._budget.workers} at first ({why})"
+        plan = getattr(self._mp_context, "plan", None)
+        how = "" if plan is None else f", main={plan.mode!r} ({plan.because})"
+        return f"<ProcessPool of at most {most}, {first}{how}>"
 
 
 def _check(initializer: object, max_tasks_per_child: object, on_worker_death: str) -> None:

@@ -16,6 +16,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.marks import is_of_main, mark_of
+from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
     from typing import Final
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ABSENT", "UNKNOWN", "fingerprint"]
 
 UNKNOWN: Final = b""
-"""Of a value that is too large to be looked at: it may be the same or not."""
+"""Of a value that is too large to be looked at, or shared: it may be the same or not."""
 
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 ABSENT: Final = b"absent"
@@ -34,7 +35,7 @@ _MOST_BYTES = 16 << 20
 
 
 class _TooLargeError(Exception):
-    """There is more of it than is looked at."""
+    """It is not looked at."""
 
 
 def fingerprint(value: object) -> bytes | None:
@@ -44,8 +45,8 @@ def fingerprint(value: object) -> bytes | None:
         value: Anything. What it defines for the pickler is called, and nothing else.
 
     Returns:
-        A hash; :data:`UNKNOWN` if it is larger than 16 MiB; ``None`` if it cannot be pickled, as a
-        lock or a connection.
+        A hash; :data:`UNKNOWN` if it is larger than 16 MiB, or shared; ``None`` if it cannot be
+        pickled, as a lock or a connection.
 
     Example:
         >>> fingerprint([1, 2]) == fingerprint([1, 2]) != fingerprint([1, 3])
@@ -96,6 +97,8 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
         if isinstance(obj, types.ModuleType):
             return str, (obj.__name__,)
+        if isinstance(obj, Shared):
+            raise _TooLargeError  # the program's own, whatever it holds
         if not isinstance(obj, (type, types.FunctionType, _LRU_CACHE)):
             return NotImplemented
         name = f"{obj.__module__}.{obj.__qualname__}"

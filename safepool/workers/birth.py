@@ -21,7 +21,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import marks
-from safepool.workers import lifeline
+from safepool.workers import lifeline, script
 from safepool.workers.main import be_worker
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
         marks.alias_main()
     _draw_other_numbers()
     _be_a_child(details, line, tracker)
+    script.be_worker()
     try:
         be_worker(
             socket.socket(fileno=channel),

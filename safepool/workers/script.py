@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["finish", "read_prints", "run_script", "tell_prints"]
+__all__ = ["be_worker", "finish", "read_prints", "run_script", "tell_prints"]
 
 _TASKS = "/proc/self/task"
 # For what the script's own classes do when they are pickled.
@@ -61,6 +61,8 @@ _ENDING_S = 1.0
 
 # What the script wants to be done at the exit.
 _at_exit: list[Callable[[], object]] = []
+# And with which signals.
+_handlers: dict[signal.Signals, Any] = {}
 
 
 def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str, Any]:
@@ -103,6 +105,12 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
     else:
         marks = marks_of(module)
     return {"problem": problem, "seconds": seconds, "marks": marks, "exits": bool(_at_exit)}
+
+
+def be_worker() -> None:
+    """Handle signals as the script wants it, in a worker."""
+    for number, handler in _handlers.items():
+        signal.signal(number, handler)
 
 
 def finish() -> None:
@@ -206,8 +214,11 @@ def _as_imported() -> Iterator[None]:
     finally:
         kind.start, loading.script_is_run = start, False
         known._inheriting = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            if handler is not None and signal.getsignal(number) is not handler:
+            own = signal.getsignal(number)
+            if handler is not None and own is not None and own is not handler:
+                _handlers[number] = own
                 signal.signal(number, handler)
 
 
@@ -242,6 +253,7 @@ def _held(held: Mapping[str, str | None]) -> Iterator[None]:
     """Keep some variables as they are, whatever the script sets: what it imports reads them."""
     environ: Any = os.environ
     kind: Any = type(environ)
+    before = {key: environ[key] for key in held if key in environ}
 
     class Held(kind):  # type: ignore[misc]
         def __setitem__(self, key: str, value: str) -> None:
@@ -251,12 +263,15 @@ def _held(held: Mapping[str, str | None]) -> Iterator[None]:
         def __delitem__(self, key: str) -> None:
             if key not in held:
                 super().__delitem__(key)
+            elif self._data.pop(self.encodekey(key), None) is None:  # C code still finds it
+                raise KeyError(key)
 
     environ.__class__ = Held
     try:
         yield
     finally:
         environ.__class__ = kind
+        environ.update(before)
 
 
 def _described(error: BaseException, path: str) -> str:

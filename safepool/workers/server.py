@@ -193,8 +193,12 @@ class _Server:
 
     def _tell_prints(self, names: list[str], pipe: int) -> None:
         """Write what the script's globals are like, in a child: pickling runs the user's code."""
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # see _fork()
-            pid = os.fork()
+        try:
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                pid = os.fork()
+        except Exception:  # noqa: BLE001 -- as for a worker; nothing is known of them then
+            os.close(pipe)
+            return
         if pid == 0:
             try:
                 self._leave()

@@ -184,7 +184,7 @@ def test_a_top_level_that_cannot_be_run_is_told_once_and_sent_by_value(
             for _ in range(2):
                 with safepool.ProcessPool(1) as pool:
                     print(pool.submit(look, 3).result())
-            print(pool._mp_context.plan.because)
+            print(pool)
         """
     )
     out, _ = run(program, tmp_path)
@@ -193,6 +193,7 @@ def test_a_top_level_that_cannot_be_run_is_told_once_and_sent_by_value(
     assert answers == ["6", "6"]
     assert "is not run in the fork server: " in told
     assert reason in told
+    assert "main='value' (" in because
     assert reason in because
 
 
@@ -470,6 +471,103 @@ def test_ctrl_c_while_the_script_is_run(tmp_path: Path) -> None:
         assert script.wait(30) != 0
         assert "KeyboardInterrupt" in "".join(screen.rest())
     assert still_alive(servers, after_s=5) == []
+
+
+# One row per thing that a top level does to its process, and what a worker finds of it.
+DEEDS: dict[str, tuple[str, str, str]] = {
+    "clears the environment": (
+        """
+        kept = os.environ["FOLDER"]
+        os.environ.clear()
+        os.environ.update(FOLDER=kept, OMP_NUM_THREADS="9")
+        """,
+        "os.environ['OMP_NUM_THREADS']",
+        "1",
+    ),
+    "a signal's handler": (
+        "import signal\nsignal.signal(signal.SIGUSR1, print)",
+        "signal.getsignal(signal.SIGUSR1) is print",
+        "True",
+    ),
+    "takes the server's signal": (
+        "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN",
+        "True",
+    ),
+    "a timeout of sockets": (
+        "import socket\nsocket.setdefaulttimeout(0.01)",
+        "(__import__('time').sleep(0.1), socket.getdefaulttimeout())[1]",
+        "0.01",
+    ),
+    "warnings are errors": ("import warnings\nwarnings.simplefilter('error')", "1", "1"),
+    "children that end": (
+        """
+        import subprocess
+        subprocess.run(["true"])
+        pid = os.fork()
+        if pid == 0:
+            raise SystemExit
+        os.waitpid(pid, 0)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(3)
+        os.waitpid(pid, 0)
+        """,
+        "1",
+        "1",
+    ),
+    "another stdout": (
+        """
+        import io
+        class Tee(io.StringIO):
+            pass
+        if __name__ != "__main__":
+            sys.stdout = Tee()
+            print("kept")
+        """,
+        "sys.stdout.getvalue()",
+        "kept\n",
+    ),
+    "another directory": ("os.chdir('/')", "os.getcwd()", "/"),
+    "a shared array": (
+        "np = __import__('numpy')\ndata = safepool.share(np.ones(3))",
+        "(float(data.sum()), data.flags.writeable)",
+        "(3.0, False)",
+    ),
+    "a module of its own": (
+        "import types\nsys.modules['made'] = types.ModuleType('made')\nsys.modules['made'].x = 3",
+        "__import__('made').x",
+        "3",
+    ),
+    "a lock of multiprocessing": (
+        "import multiprocessing\nlock = multiprocessing.Lock()\nqueue = multiprocessing.Queue()",
+        "[lock.acquire(timeout=1), lock.release()][0]",
+        "True",
+    ),
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_what_a_top_level_does_to_its_process_is_there_in_a_worker(
+    deed: str, tmp_path: Path
+) -> None:
+    """And the server works all the same."""
+    text, look, expected = DEEDS[deed]
+    pytest.importorskip("numpy")
+    program = (
+        textwrap.dedent(text)
+        + f"""
+def look():
+    return str({look})
+if __name__ == "__main__":
+    with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
+        found = [pool.submit(look).result() for _ in range(2)]
+        print(found == [{expected!r}] * 2 or found, pool._mp_context.plan.mode)
+"""
+    )
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("True run\n", "")
 
 
 # One row per kind of guard, and what looks like one: the statement, and whether it is one.
