@@ -190,6 +190,11 @@ class ProcessPool(_Standard):
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names, main = _names(preload, main)
         self._mp_context = find_context(mp_context, names, main)
+        if main == "run" and self._mp_context.get_start_method() == "loky":
+            tell_once(
+                'main="run" has no effect on workers that loky starts: functions of the script '
+                "travel by value there"
+            )
         load_own()
         if self._mp_context.get_start_method() == "fork":
             if max_tasks_per_child is not None:

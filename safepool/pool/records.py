@@ -13,6 +13,7 @@ Not covered:
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from safepool.progress import beside_bars
@@ -37,9 +38,17 @@ def handle_record(segments: Sequence[bytes | bytearray | memoryview]) -> None:
     record = logging.LogRecord("safepool", logging.ERROR, "", 0, "", None, None)
     try:
         record = logging.makeLogRecord(unpack_record(segments[0]))
+        if _names_script_otherwise(record.name):
+            record.name = record.name.replace("__mp_main__", "__main__", 1)
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
             with beside_bars():
                 logger.handle(record)
     except Exception:  # noqa: BLE001 -- user code: handlers, filters, what is unpickled
         report(record)
+
+
+def _names_script_otherwise(name: str) -> bool:
+    """Tell whether a logger is that of the script, which has another name here (``__name__``)."""
+    main = sys.modules["__main__"].__name__
+    return name.partition(".")[0] == "__mp_main__" != main

@@ -80,6 +80,7 @@ def _trace(error: BaseException, frames: TracebackType | None) -> str:
 
 def _name(kind: type) -> str:
     try:
-        return f"{kind.__module__}.{kind.__qualname__}"
+        # As the program knows it.
+        return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__.", "__main__.", 1)
     except BaseException:  # noqa: BLE001 -- a metaclass may do anything
         return "(an exception whose type has no name)"

@@ -16,11 +16,15 @@ from safepool.transport import payloads
 
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import NoReturn
 
-__all__ = ["AskedForPoolError", "check_no_import"]
+__all__ = ["AskedForPoolError", "check_no_import", "refuse"]
 
 script_is_run = False
 """Whether this process is a fork server that runs the script's top level at this moment."""
+
+asked_for = ""
+"""What the top level has asked for, in whichever thread and whatever it has caught."""
 
 
 class AskedForPoolError(BaseException):
@@ -28,6 +32,20 @@ class AskedForPoolError(BaseException):
 
     No ``Exception``: it ends the run, whatever the script catches.
     """
+
+
+def refuse(what: str) -> NoReturn:
+    """End the run of the script.
+
+    Args:
+        what: It asks for, in words.
+
+    Raises:
+        AskedForPoolError: Always.
+    """
+    global asked_for  # noqa: PLW0603 -- a fact about this process
+    asked_for = what
+    raise AskedForPoolError(what)
 
 
 def check_no_import() -> None:
@@ -38,7 +56,7 @@ def check_no_import() -> None:
         AskedForPoolError: This is the fork server, which runs the script.
     """
     if script_is_run:
-        raise AskedForPoolError("it asks for a pool")
+        refuse("it asks for a pool")
     frame: FrameType | None = sys._getframe(1)
     module = ""
     while frame is not None:

@@ -95,6 +95,7 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         os._exit(0)
     seconds = time.monotonic() - begin
     _flush()
+    problem = loading.asked_for or problem
     children = _children()
     if children and not problem:
         problem = f"it starts a process that stays ({', '.join(children.values())})"
@@ -204,7 +205,7 @@ def _as_imported() -> Iterator[None]:
     start = kind.start
 
     def refuse(self: object) -> None:
-        raise loading.AskedForPoolError(f"it starts a process ({type(self).__name__})")
+        loading.refuse(f"it starts a process of multiprocessing ({type(self).__name__})")
 
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     known: Any = process.current_process()

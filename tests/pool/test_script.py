@@ -156,6 +156,16 @@ NOT_RUN: dict[str, tuple[str, str]] = {
         """,
         "it asks for a pool",
     ),
+    "asks for a pool in a thread, and goes on": (
+        """
+        import threading
+        if __name__ != "__main__":
+            thread = threading.Thread(target=safepool.ProcessPool(1).submit, args=(int,))
+            thread.start()
+            thread.join()
+        """,
+        "it asks for a pool",
+    ),
     "asks for a standard pool": (
         """
         from concurrent.futures import ProcessPoolExecutor
@@ -568,6 +578,39 @@ if __name__ == "__main__":
     out, err = run(program, tmp_path)
 
     assert (out, err) == ("True run\n", "")
+
+
+def test_the_logger_of_the_script_has_the_name_that_the_program_knows(tmp_path: Path) -> None:
+    program = """
+    import logging
+    log = logging.getLogger(__name__)
+    below = logging.getLogger(f"{__name__}.below")
+    def work():
+        log.debug("wanted")
+        below.debug("wanted")
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
+        logging.getLogger("__main__").setLevel(logging.DEBUG)
+        with safepool.ProcessPool(1) as pool:
+            pool.submit(work).result()
+    """
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("__main__ wanted\n__main__.below wanted\n", "")
+
+
+def test_run_is_told_where_it_has_no_effect(tmp_path: Path) -> None:
+    program = """
+    def double(x):
+        return 2 * x
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1, "loky", main="run") as pool:
+            print(pool.submit(double, 1).result())
+    """
+    out, err = run(program, tmp_path)
+
+    assert out == "2\n"
+    assert 'main="run" has no effect on workers that loky starts' in err
 
 
 # One row per kind of guard, and what looks like one: the statement, and whether it is one.
