@@ -273,6 +273,8 @@ class PoolBrokenError(SafepoolError, BrokenProcessPool):
 class RemoteTaskError(SafepoolError):
     """A task's exception that could not be sent as itself, described instead.
 
+    An exception is sent as class, arguments and attributes. So it is the class that could not.
+
     Attributes:
         type_name: Qualified name of the exception's type.
         text: Its ``str()``.
@@ -282,9 +284,8 @@ class RemoteTaskError(SafepoolError):
         >>> from safepool import ProcessPool, RemoteTaskError
         >>> def reject(row):
         ...     class RejectedError(Exception):
-        ...         def __init__(self, *, row):
-        ...             super().__init__(f"row {row}")
-        ...     raise RejectedError(row=row)
+        ...         rows = (number for number in range(row))
+        ...     raise RejectedError(f"row {row}")
         >>> with ProcessPool(1) as pool:
         ...     try:
         ...         pool.submit(reject, 7).result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from concurrent.futures import Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
@@ -79,6 +80,12 @@ class PoolFuture(Future[Any]):
                 and self.set_running_or_notify_cancel()
             )
 
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Call a function when this has ended, as the base does."""
+        if getattr(fn, "__module__", None) == "asyncio.futures":
+            fn = functools.partial(_end_awaiting, fn)
+        super().add_done_callback(fn)
+
     def wait_again(self) -> None:
         """Stop being marked as running: the worker that had it never began."""
         with self._condition:
@@ -107,6 +114,21 @@ class PoolFuture(Future[Any]):
             finally:
                 # Else the exception's traceback would hold this frame, and it this future.
                 self = None  # type: ignore[assignment]  # noqa: PLW0642
+
+
+def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> None:
+    """End what a coroutine awaits (``asyncio.wrap_future``, ``run_in_executor``).
+
+    A coroutine cannot be told of a ``StopIteration``: asyncio refuses it before Python 3.12, and
+    the coroutine waits for ever. So it is told in the way of PEP 479.
+    """
+    error = None if future.cancelled() else future.exception()
+    if isinstance(error, (StopIteration, StopAsyncIteration)):
+        stopped = RuntimeError(f"task raised {type(error).__name__}")
+        stopped.__cause__ = error
+        future = Future()
+        future.set_exception(stopped)
+    end(future)
 
 
 class Task:

@@ -27,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from cloudpickle import cloudpickle as _internals
 
+from safepool.transport import kinds
+from safepool.transport.classes import fill_class, reduce_class
+from safepool.transport.exceptions import reduce_exception
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
 from safepool.transport.lazy import reducers
 from safepool.transport.marks import (
@@ -68,11 +71,6 @@ _HANDED = frozenset({"socket", "multiprocessing.connection"})
 
 # cloudpickle keeps the classes that it has sent or made by a number of its own.
 _classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
-# Where that number is among the arguments of what makes a class.
-_NUMBER_AT = {
-    getattr(_internals, "_make_skeleton_class", None): 4,
-    getattr(_internals, "_make_skeleton_enum", None): 5,
-}
 # Made here of what another process has sent.
 _arrived_classes: weakref.WeakSet[type] = weakref.WeakSet()
 
@@ -118,14 +116,17 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             reduced = self._of_main(obj)
             if reduced is not None:
                 return reduced
-        if isinstance(obj, types.FunctionType):
+        kind = type(obj)  # not isinstance(), which asks the object for its class: it may be lazy
+        if kind is types.FunctionType:
             reduced = super().reducer_override(obj)
             if reduced is not NotImplemented and obj.__code__ is _SINGLE_DISPATCH:
                 return _reduce_single_dispatch(obj)
             return reduced
-        if issubclass(type(obj), type):
-            return _looked_up_first(super().reducer_override(obj))
-        return NotImplemented
+        if issubclass(kind, type):
+            return NotImplemented if _is_by_reference(obj) else _reduce_class(obj)
+        if issubclass(kind, BaseException):
+            return reduce_exception(obj)
+        return kinds.reduce_other(obj, self.dispatch_table)
 
     def _of_main(self, obj: Any) -> Any:
         """Reduce a function or class of ``__main__``; ``None`` for anything else."""
@@ -138,7 +139,7 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return self._by_name(obj)
         # By value, also if cloudpickle would find it in ``__mp_main__``.
         if issubclass(kind, type):
-            return _looked_up_first(_internals._dynamic_class_reduce(obj))
+            return _reduce_class(obj)
         if kind is _LRU_CACHE or obj.__code__ is _SINGLE_DISPATCH:
             return None
         if obj.__globals__.get("__name__") in MAIN_NAMES:
@@ -227,6 +228,7 @@ def reducer_table(
         functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
         **reducers(),
+        **kinds.table(),
         **special,
     }
     # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).
@@ -269,7 +271,10 @@ def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
 
 
 def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
-    return _internals._find_imported_submodules(code, values)  # type: ignore[no-any-return]
+    # Not of one that imports something when it is asked for an attribute.
+    plain: Any = types.ModuleType.__getattribute__
+    safe = [one for one in values if type(one).__getattribute__ is plain]
+    return _internals._find_imported_submodules(code, safe)  # type: ignore[no-any-return]
 
 
 def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
@@ -286,29 +291,43 @@ def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
     return rebuild, tuple(kept)
 
 
-def _looked_up_first(reduced: Any) -> Any:
+_NAMELESS_TYPES = (type(None), type(...), type(NotImplemented))
+
+
+def _is_nameless(kind: type) -> bool:
+    return any(kind is one for one in _NAMELESS_TYPES) or kind in _internals._BUILTIN_TYPE_NAMES
+
+
+def _is_by_reference(kind: type) -> bool:
+    return not _is_nameless(kind) and bool(_internals._should_pickle_by_reference(kind))
+
+
+def _reduce_class(kind: type) -> Any:
     """Let the receiver ask whether it has the class before it makes it."""
-    at = _NUMBER_AT.get(reduced[0]) if isinstance(reduced, tuple) else None
-    if at is None:
-        return reduced
-    make, arguments, state, *_ = reduced
-    return _class_of, (arguments[at], make, arguments), state, None, None, _fill_class
+    if _is_nameless(kind):
+        return _internals._class_reduce(kind)
+    parts = reduce_class(kind)
+    if len(parts) == 2:
+        return parts
+    number = _internals._get_or_create_tracker_id(kind)
+    make, arguments, attributes = parts
+    return _class_of, (number, make, arguments), attributes, None, None, _fill_class
 
 
 def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
     known = _classes_by_number.get(number)
     if known is None:
-        known = make(*arguments)
+        known = _internals._lookup_class_or_track(number, make(*arguments))
         _arrived_classes.add(known)
         _keep(known)
     return known
 
 
-def _fill_class(kind: type, state: Any) -> None:
+def _fill_class(kind: type, attributes: dict[str, Any]) -> None:
     # What was defined here stays as it is: its functions have this process's globals. What
     # was made of what the program sent follows the program, which may have changed it.
     if kind in _arrived_classes:
-        _internals._class_setstate(kind, state)
+        fill_class(kind, attributes)
 
 
 # Caches that this process has sent or made, by a number that goes with them.

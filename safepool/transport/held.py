@@ -81,9 +81,9 @@ class _Origins:
                     self._add(alias.asname or alias.name, alias.name, "")
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Attribute() as value):
                 root, *way = ast.unparse(value).split(".")
-                module = space.get(root)
-                if isinstance(module, types.ModuleType):
-                    self._add(name, _name_of(module), ".".join(way))
+                found: Any = space.get(root)
+                if issubclass(type(found), types.ModuleType):
+                    self._add(name, _name_of(found), ".".join(way))
 
     def _add(self, name: str, module: str, attribute: str) -> None:
         self.names.setdefault(name, []).append((module, attribute))
@@ -114,9 +114,10 @@ def held_by_module(
         >>> held_by_module("environ", os.environ, {"environ": os.environ})
         ('os', 'environ')
     """
-    if isinstance(value, _NAMELESS) or type(value) is types.ModuleType:
+    kind = type(value)  # not isinstance(), which asks the object for its class: it may be lazy
+    if issubclass(kind, (*_NAMELESS, types.ModuleType)):
         return None
-    if isinstance(value, _NAMED) and is_importable(value):
+    if issubclass(kind, _NAMED) and is_importable(value):
         return None
     if space is None:
         space = vars(sys.modules["__main__"])

@@ -22,6 +22,7 @@ from safepool.transport.descriptors import (
     are_beyond,
     registered,
 )
+from safepool.transport.exceptions import ExceptionPickler
 from safepool.transport.frames import Missing
 from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
@@ -46,6 +47,9 @@ __all__ = [
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
+
+# In the pickle of an ``object()``, which programs compare by identity.
+_SENTINEL = b"\x8c\x06object\x94\x93\x94)\x81"
 
 _main_uses = 0
 _values_sent = 0
@@ -134,8 +138,9 @@ def _by_reference(
         segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
     except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
         return None
-    right = _is_right(segments[0], into_main=into_main) and CONNECTION not in segments[0]
-    return segments if right else None
+    pickled = segments[0]
+    right = CONNECTION not in pickled and _SENTINEL not in pickled
+    return segments if right and _is_right(pickled, into_main=into_main) else None
 
 
 def _is_right(pickled: bytes | memoryview, *, into_main: bool) -> bool:
@@ -219,25 +224,27 @@ def _standard_dumps(
     known: Registered | None = None,
 ) -> bytes:
     arrays = "numpy" in sys.modules
-    if not (reducers or arrays or known):
+    special = isinstance(value, BaseException)
+    if not (reducers or arrays or known or special):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
-    kind: Any = _table_pickler(known, arrays)
+    kind: Any = _table_pickler(known, arrays, special)
     if reducers:
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
         # Of the class, where the C pickler looks for it.
-        kind = type("PicklerOnce", (pickle.Pickler,), {"dispatch_table": table})
+        kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     file = io.BytesIO()
     kind(file, protocol=5, buffer_callback=in_band).dump(value)
     return file.getvalue()
 
 
-@functools.lru_cache(maxsize=4)
-def _table_pickler(known: Registered | None, numpy_imported: bool) -> Any:
+@functools.lru_cache(maxsize=8)
+def _table_pickler(known: Registered | None, numpy_imported: bool, exceptions: bool) -> Any:
     table = Reducers(arrays=numpy_imported)
     if known is not None:
         table.update(known.reducers)
     # Of the class: to set it on each pickler costs a microsecond.
-    return type("TablePickler", (pickle.Pickler,), {"dispatch_table": table})
+    kind = ExceptionPickler if exceptions else pickle.Pickler
+    return type("TablePickler", (kind,), {"dispatch_table": table})
 
 
 def _by_value_dumps(

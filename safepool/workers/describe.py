@@ -8,6 +8,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from safepool.errors import text_of
+from safepool.transport.exceptions import Sendable
 from safepool.transport.payloads import dumps, loads
 
 if TYPE_CHECKING:
@@ -51,16 +52,35 @@ def describe(error: BaseException) -> list[bytes | memoryview]:
     # Frames hold the task's arguments; the other end could not use them anyway. By the base
     # class, since a frozen dataclass forbids to set an attribute.
     BaseException.with_traceback(error, None)
-    pickled, reason = None, ""
+    pickled, reason = _pickled(error)
+    if pickled is None:
+        left: list[str] = []
+        pickled, _ = _pickled(Sendable(error, dumps, left))
+        if pickled is not None:
+            trace += "".join(f"(left in the worker: {part})\n" for part in dict.fromkeys(left))
+    return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
+
+
+def _pickled(error: BaseException | Sendable) -> tuple[list[bytes] | None, str]:
+    """Return the pickle of an exception, or why there is none."""
     try:
         segments = [bytes(segment) for segment in dumps(error)]
-        # Many exceptions can be pickled and not unpickled (an ``__init__`` with another
-        # signature): found out here, where it costs one task and not a pool.
-        loads(segments)
-        pickled = segments
+        # A class's own way to be pickled may fail at the other end: found out here, where it
+        # costs one task and not a pool.
+        arrived = loads(segments)
+        if isinstance(error, Sendable) and _speaks(error.error):
+            str(arrived)  # it may need what is left out
     except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
-        reason = f"{type(problem).__name__}: {text_of(problem)}"
-    return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
+        return None, f"{type(problem).__name__}: {text_of(problem)}"
+    return segments, ""
+
+
+def _speaks(error: BaseException) -> bool:
+    try:
+        str(error)
+    except Exception:  # noqa: BLE001 -- user code
+        return False
+    return True
 
 
 def _trace(error: BaseException, frames: TracebackType | None) -> str:

@@ -26,7 +26,6 @@ from support_processes import kill, still_alive
 from safepool import (
     PoolBrokenError,
     ProcessPool,
-    RemoteTaskError,
     TaskTimeoutError,
     WorkerDiedError,
 )
@@ -245,8 +244,8 @@ ITEMS: dict[str, tuple[object, type[BaseException]]] = {
     "an argument that cannot be unpickled": (tasks.RaisesWhenUnpickled(), ValueError),
     "a result that cannot be pickled": (tasks.return_lock, TypeError),
     "a result that cannot be unpickled": (tasks.return_raiser, ValueError),
-    "an exception that cannot be pickled": (tasks.raise_locked, RemoteTaskError),
-    "an exception that cannot be unpickled": (tasks.raise_two_arguments, RemoteTaskError),
+    "an exception that cannot be pickled": (tasks.raise_locked, ValueError),
+    "an exception that cannot be unpickled": (tasks.raise_two_arguments, tasks.TwoArguments),
 }
 
 

@@ -1,0 +1,271 @@
+"""Classes by value: what cloudpickle leaves out of a class, or makes otherwise at the other end.
+
+    ``__slots__``      given when the class is made, under the names that it has them. cloudpickle
+                       sets the attribute afterwards, and makes a class that takes any other
+    enumerations       members with the attributes and values that they have; their ``__new__``
+                       and ``__init__`` are not run again
+    named tuples       by their real bases
+    ``ctypes``         structures and unions: fields last, after what their layout depends on;
+                       pointers, arrays and function types by how they were made
+    keyword arguments  of a class statement are not kept by anybody. Where ``__init_subclass__`` or
+                       a metaclass asks for them, the class is made without running that: what
+                       it has set is among the attributes
+
+Not covered:
+    * Metaclasses of C code, other than those of ``ctypes``, that need to see the class's body.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import operator
+import sys
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+from cloudpickle import cloudpickle as _internals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["fill_class", "reduce_class"]
+
+Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
+
+# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
+_HEAP = 1 << 9
+_OWN_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+# What the interpreter makes anew.
+_MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__"})
+# What enum.EnumType makes of the members.
+_OF_MEMBERS = frozenset(
+    {
+        "_generate_next_value_",
+        "_member_names_",
+        "_member_map_",
+        "_member_type_",
+        "_value2member_map_",
+        "_hashable_values_",
+        "_unhashable_values_",
+        "_unhashable_values_map_",
+    }
+)
+# What classes of ctypes other than structures must have when they are made.
+_OF_CTYPES = frozenset({"_type_", "_length_", "_flags_", "_argtypes_", "_restype_"})
+_SET_ONCE = frozenset({"__slots__", "_fields_"})
+_OF_A_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_"})
+_ATTRIBUTES_OF_MEMBERS = "<members>"
+
+
+def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
+    """Return how to make a class again.
+
+    Returns:
+        A function, its arguments and the attributes to be set afterwards, by :func:`fill_class`;
+        of a type that another one determines, only the former.
+    """
+    derived = _reduce_derived(kind)
+    if derived is not None:
+        return derived
+    if issubclass(kind, enum.Enum):
+        return _reduce_enum(kind)
+    keywords: dict[str, Any] = {"__qualname__": kind.__qualname__}
+    if "__module__" in vars(kind):
+        keywords["__module__"] = kind.__module__
+    if isinstance(vars(kind).get("__dict__"), property):
+        keywords["__dict__"] = vars(kind)["__dict__"]
+    attributes = _attributes_of(kind)
+    if "__slots__" in vars(kind):
+        keywords["__slots__"] = _slots_of(kind)
+    bases = kind.__bases__ if _is_named_tuple(kind) else _internals._get_bases(kind)
+    bases = () if bases == (object,) else bases  # as in most class statements
+    for name in _OF_CTYPES & attributes.keys():
+        keywords[name] = attributes.pop(name)
+    resolved = types.resolve_bases(bases)
+    # The bases may bring one that has no name, as those of ctypes.
+    meta = None if types.prepare_class("", resolved)[0] is type(kind) else type(kind)
+    return _make, (meta, kind.__name__, bases, keywords), attributes
+
+
+def _attributes_of(kind: type) -> dict[str, Any]:
+    found = _internals._extract_class_dict(kind)
+    found = {
+        name: value
+        for name, value in found.items()
+        if name not in _MADE_ANEW and not _is_made_anew(kind, value)
+    }
+    if isinstance(kind, abc.ABCMeta) and found.pop("_abc_impl", None) is not None:
+        registry, *_ = abc._get_dump(kind)  # type: ignore[attr-defined]
+        found["_abc_impl"] = [one for reference in registry if (one := reference()) is not None]
+    if "_fields_" in found:  # of ctypes: it reads the others
+        found["_fields_"] = found.pop("_fields_")
+    return found
+
+
+def _is_made_anew(kind: type, value: object) -> bool:
+    if isinstance(value, _OWN_DESCRIPTORS):
+        return value.__objclass__ is kind
+    return type(value).__module__ == "_ctypes" and type(value).__name__ == "CField"
+
+
+def _slots_of(kind: type) -> tuple[str, ...]:
+    """Return its slots under the names that they have, which may be private ones."""
+    own = [name for name, value in vars(kind).items() if _is_slot(kind, value)]
+    return (*own, *(name for name in ("__dict__", "__weakref__") if name in vars(kind)))
+
+
+def _is_slot(kind: type, value: object) -> bool:
+    return isinstance(value, types.MemberDescriptorType) and value.__objclass__ is kind
+
+
+def _is_named_tuple(kind: type) -> bool:
+    return tuple in kind.__bases__ and "_fields" in vars(kind)
+
+
+def _make(meta: type | None, name: str, bases: tuple[Any, ...], keywords: dict[str, Any]) -> type:
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace.update(keywords)
+
+    try:
+        return types.new_class(name, bases, {"metaclass": meta} if meta else {}, fill)
+    except Exception:  # noqa: BLE001 -- user code, which was given a body and keywords at home
+        resolved = types.resolve_bases(bases)
+        known = meta or types.prepare_class(name, resolved)[0]
+        return _make_quietly(known, name, resolved, keywords)
+
+
+def _make_quietly(
+    meta: type, name: str, bases: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> type:
+    """Make a class without the code of its metaclass and of its bases that wants to see it."""
+    known = next(one for one in meta.__mro__ if one.__module__ in sys.stdlib_module_names)
+    lines = [one for base in bases for one in base.__mro__ if one.__flags__ & _HEAP]
+    asked = {one: vars(one)[_HOOK] for one in lines if _HOOK in vars(one)}
+    with _quiet:
+        for one in asked:
+            type.__setattr__(one, _HOOK, _be_quiet)
+        try:
+            made: type = known.__new__(meta, name, bases, dict(keywords))
+        finally:
+            for one, hook in asked.items():
+                type.__setattr__(one, _HOOK, hook)
+    return made
+
+
+_HOOK = "__init_subclass__"
+_quiet = threading.Lock()
+
+
+@classmethod  # type: ignore[misc]
+def _be_quiet(*_: object, **_words: object) -> None:
+    pass
+
+
+def _reduce_enum(kind: Any) -> Parts:
+    members = kind.__members__
+    attributes = {
+        name: value
+        for name, value in _attributes_of(kind).items()
+        if name not in _OF_MEMBERS and name not in members
+    }
+    own = {
+        name: {key: value for key, value in vars(one).items() if key not in _OF_A_MEMBER}
+        for name, one in members.items()
+        if one.name == name
+    }
+    attributes[_ATTRIBUTES_OF_MEMBERS] = own
+    values = {name: (_data_of(kind, one), one.value) for name, one in members.items()}
+    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    boundary = {"boundary": kind._boundary_} if issubclass(kind, enum.Flag) else {}
+    return (
+        _make_enum,
+        (type(kind), kind.__name__, kind.__bases__, about, values, boundary),
+        (attributes),
+    )
+
+
+def _data_of(kind: Any, member: Any) -> tuple[Any, ...]:
+    """Return what the member's plain part is made of: the text of one that is a ``str``."""
+    base = kind._member_type_
+    if base.__new__ is object.__new__:
+        return ()
+    arguments = getattr(base, "__getnewargs__", None)
+    if arguments is not None:
+        return tuple(arguments(member))
+    return member.value if isinstance(member.value, tuple) else (member.value,)
+
+
+def _make_enum(
+    meta: Any,
+    name: str,
+    bases: tuple[type, ...],
+    about: dict[str, Any],
+    values: dict[str, tuple[tuple[Any, ...], object]],
+    boundary: dict[str, Any],
+) -> type:
+    namespace = meta.__prepare__(name, bases, **boundary)
+    namespace.update(about)
+    namespace["__new__"] = _new_member
+    namespace["__init__"] = _leave_member
+    for member, made_of in values.items():
+        namespace[member] = made_of
+    made: type = meta.__new__(meta, name, bases, namespace, **boundary)
+    type.__delattr__(made, "__init__")
+    return made
+
+
+def _new_member(kind: Any, *arguments: Any) -> Any:
+    # An enumeration of tuples is given one of them.
+    data, value = arguments if len(arguments) == 2 else arguments[0]
+    base = kind._member_type_
+    member = base.__new__(kind, *data)
+    member._value_ = value
+    return member
+
+
+def _leave_member(_member: object, *_: object) -> None:
+    pass
+
+
+def _reduce_derived(kind: Any) -> tuple[Any, ...] | None:
+    """Return how ``ctypes`` makes a type of another one; ``None`` if it is another type."""
+    ctypes: Any = sys.modules.get("ctypes")
+    base = kind.__bases__[0] if ctypes is not None and len(kind.__bases__) == 1 else None
+    if base is None or (not hasattr(kind, "_type_") and not hasattr(kind, "_flags_")):
+        return None
+    if base is ctypes._Pointer and ctypes.POINTER(kind._type_) is kind:
+        return ctypes.POINTER, (kind._type_,)
+    if base is ctypes._SimpleCData:
+        native = getattr(ctypes, kind.__name__[:-3], None)
+        for order in ("__ctype_be__", "__ctype_le__"):
+            if getattr(native, order, None) is kind:  # c_ushort_be
+                return getattr, (native, order)
+    if base is ctypes.Array and kind._type_ * kind._length_ is kind:
+        return operator.mul, (kind._type_, kind._length_)
+    if base is ctypes._CFuncPtr and kind._flags_ == ctypes._FUNCFLAG_CDECL:
+        return ctypes.CFUNCTYPE, (kind._restype_, *kind._argtypes_)
+    return None
+
+
+def fill_class(kind: type, attributes: dict[str, Any]) -> None:
+    """Set the attributes of a class that has been made, without running code of its metaclass."""
+    for name, value in attributes.items():
+        if name == "_abc_impl":
+            for registered in value:
+                abc.ABCMeta.register(kind, registered)  # type: ignore[arg-type]
+        elif name == _ATTRIBUTES_OF_MEMBERS:
+            for member, own in value.items():
+                vars(kind.__members__[member]).update(own)  # type: ignore[attr-defined]
+        elif name not in _SET_ONCE or name not in vars(kind):
+            _set(kind, name, value)
+    if "__firstlineno__" in attributes:  # Python removes it when another one is set
+        _set(kind, "__firstlineno__", attributes["__firstlineno__"])
+
+
+def _set(kind: type, name: str, value: object) -> None:
+    try:
+        type.__setattr__(kind, name, value)
+    except TypeError:  # of ctypes, whose own way it must be
+        setattr(kind, name, value)

@@ -1,0 +1,237 @@
+"""Further kinds of objects that a script has at its top level, and that are sent by value.
+
+    what pickles as a name   ``NewType``, type variables and aliases, and objects whose
+                             ``__reduce__`` returns a name: the receiver's own, if its ``__main__``
+                             has one of this name, else made once for each name
+    ``object()``             made once, so that ``x is MISSING`` holds
+    modules                  of a type derived from ``ModuleType``: imported by name
+    weak dictionaries        what they hold at the moment
+
+Each is the program's own again where a result brings it back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+import typing
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.marks import MAIN_NAMES, find_in_main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["reduce_other", "table"]
+
+# Objects without a name that are known to both ends; the oldest are forgotten.
+_MOST_NUMBERED = 1024
+# Of which nothing is to be known; emptied when there are more.
+_plain: set[type] = set()
+_MOST_PLAIN = 256
+
+
+def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
+    """Return how to make an object that is neither function nor class; ``NotImplemented`` mostly.
+
+    Args:
+        obj: The object.
+        dispatch_table: The pickler's; it goes first.
+    """
+    kind: Any = type(obj)
+    if kind in _plain or kind in dispatch_table:
+        return NotImplemented
+    if issubclass(kind, types.ModuleType):
+        return _reduce_module(obj)
+    if kind is object:
+        return _reduce_object(obj)
+    plain: Any = object
+    if kind.__reduce__ is plain.__reduce__ and kind.__reduce_ex__ is plain.__reduce_ex__:
+        if len(_plain) >= _MOST_PLAIN:
+            _plain.clear()
+        _plain.add(kind)
+        return NotImplemented
+    reduced = obj.__reduce_ex__(5)
+    if isinstance(reduced, str) and not _is_in_its_module(obj, reduced) and _has(reduced, obj):
+        return _named(reduced, object.__new__, (kind,), object.__getstate__(obj))
+    return reduced
+
+
+def table() -> dict[type, Callable[[Any], Any]]:
+    """Return the reducers of types that are known, for a dispatch table."""
+    reducers: dict[type, Callable[[Any], Any]] = {
+        weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
+        weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
+        typing.NewType: _reduce_new_type,
+        typing.TypeVar: _reduce_variable,
+        typing.ParamSpec: _reduce_variable,
+        typing.TypeVarTuple: _reduce_variable,
+        typing.ParamSpecArgs: lambda args: (typing.ParamSpecArgs, (args.__origin__,)),
+        typing.ParamSpecKwargs: lambda args: (typing.ParamSpecKwargs, (args.__origin__,)),
+    }
+    if sys.version_info >= (3, 12):
+        reducers[typing.TypeAliasType] = _reduce_alias
+    return reducers
+
+
+def _reduce_new_type(new: Any) -> Any:
+    return _by_name(new, new.__qualname__, typing.NewType, (new.__name__, new.__supertype__))
+
+
+_WORDS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "__contravariant__"}
+
+
+def _reduce_variable(variable: Any) -> Any:
+    kind = type(variable)
+    words: dict[str, Any] = {}
+    if kind is not typing.TypeVarTuple:
+        words = {word: _ask(variable, name) for word, name in _WORDS.items()}
+        if getattr(variable, "__infer_variance__", False):
+            words = {"bound": words["bound"], "infer_variance": True}
+    if sys.version_info >= (3, 13) and variable.has_default():
+        words["default"] = _ask(variable, "__default__")
+    constraints = _ask(variable, "__constraints__") or ()
+    made_of = kind, (variable.__name__, *constraints), words
+    return _by_name(variable, variable.__name__, _make_variable, made_of)
+
+
+def _make_variable(kind: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> Any:
+    return kind(*arguments, **words)
+
+
+def _ask(thing: object, name: str) -> Any:
+    """Return an attribute that is evaluated when it is asked for; ``None`` if it cannot be."""
+    try:
+        return getattr(thing, name, None)
+    except Exception:  # noqa: BLE001 -- it names what only a type checker knows
+        return None
+
+
+def _reduce_alias(alias: Any) -> Any:
+    value = _ask(alias, "__value__")
+    if value is None:
+        value = typing.ForwardRef(alias.__name__)
+    made_of = alias.__name__, value, alias.__type_params__
+    return _by_name(alias, alias.__name__, _make_alias, made_of)
+
+
+def _make_alias(name: str, value: object, parameters: tuple[Any, ...]) -> Any:
+    kind: Any = typing.TypeAliasType  # type: ignore[attr-defined,unused-ignore]
+    return kind(name, value, type_params=parameters)
+
+
+def _by_name(obj: Any, name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Reduce an object that says which name it has, and in which module."""
+    if _is_in_its_module(obj, name):
+        return name
+    if _has(name, obj):
+        return _named(name, make, arguments, None)
+    return _numbered(obj, make, arguments)  # made in a function
+
+
+def _is_in_its_module(obj: Any, name: str) -> bool:
+    module = getattr(obj, "__module__", None)
+    if module in MAIN_NAMES or not isinstance(module, str):
+        return False
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is obj
+
+
+# Made of what has arrived, by the name that it has in the other end's ``__main__``.
+_named_objects: dict[str, Any] = {}
+
+
+def _has(name: str, obj: object) -> bool:
+    return find_in_main(name) is obj or _named_objects.get(name) is obj
+
+
+def _named(name: str, make: Callable[..., Any], arguments: Any, state: object) -> tuple[Any, ...]:
+    about = name, make, arguments
+    return _named_object, about, None if state is None else (name, state), None, None, _fill_named
+
+
+def _named_object(name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    known = find_in_main(name)
+    if known is None:
+        known = _named_objects.get(name)
+    if known is None:
+        known = _named_objects[name] = make(*arguments)
+        _set_module(known)
+    return known
+
+
+def _set_module(made: Any) -> None:
+    try:
+        made.__module__ = "__main__"
+    except (AttributeError, TypeError):
+        pass  # it has that of its class
+
+
+def _fill_named(obj: Any, about: tuple[str, Any]) -> None:
+    name, state = about
+    if _named_objects.get(name) is not obj:
+        return  # the receiver's own
+    attributes, slots = state if isinstance(state, tuple) else (state, None)
+    if attributes:
+        vars(obj).update(attributes)
+    for slot, value in (slots or {}).items():
+        object.__setattr__(obj, slot, value)
+
+
+# Both ways: the objects that this process has sent or made, and their numbers.
+_numbers: dict[int, str] = {}
+_numbered_objects: dict[str, Any] = {}
+
+
+def _reduce_object(obj: object) -> Any:
+    for name, value in [*_named_objects.items(), *vars(sys.modules["__main__"]).items()]:
+        if value is obj:
+            return _named(name, object, (), None)
+    return _numbered(obj, object, ())
+
+
+def _numbered(obj: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    number = _numbers.get(id(obj))
+    if number is None:
+        number = uuid.uuid4().hex
+        _remember(number, obj)
+    return _numbered_object, (number, make, arguments)
+
+
+def _numbered_object(number: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    if number not in _numbered_objects:
+        made = make(*arguments)
+        _set_module(made)
+        _remember(number, made)
+    return _numbered_objects[number]
+
+
+def _remember(number: str, obj: Any) -> None:
+    _numbers[id(obj)] = number
+    _numbered_objects[number] = obj
+    if len(_numbered_objects) > _MOST_NUMBERED:
+        oldest = next(iter(_numbered_objects))
+        del _numbers[id(_numbered_objects.pop(oldest))]
+
+
+def _reduce_module(module: types.ModuleType) -> Any:
+    # Not by the module's own way to attributes, which may import what was put off.
+    attributes = object.__getattribute__(module, "__dict__")
+    name = attributes.get("__name__")
+    found = sys.modules.get(name)
+    if found is module or (found is not None and name in sys.modules) or _can_be_found(name):
+        return importlib.import_module, (name,)
+    state = {key: value for key, value in attributes.items() if key != "__builtins__"}
+    return type(module), (name,), state
+
+
+def _can_be_found(name: Any) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return False
