@@ -4,8 +4,9 @@ Everything that runs with ``n_jobs=`` through joblib, scikit-learn above all, ru
 :class:`safepool.ProcessPool`: as many workers as fit the limits, native threads capped, one
 dead worker an error instead of a broken executor.
 
-A block has a pool of its own, which ends with it. Without one there is a pool for each
-setting in the process, kept from call to call; its workers end when they have been idle.
+There is a pool for each setting in the process, kept from call to call and from block to block;
+its workers end when they have been idle. A pool is not used again when what its workers were born
+with has changed: environment, directory, ``sys.path``, CPUs, the initializer and what it is given.
 
 Not covered:
     * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
@@ -18,7 +19,8 @@ Not covered:
       arrays of their own, as with ``"c"``, which is the default; with ``None`` nothing is placed.
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
-    * ``require="sharedmem"``: joblib runs such a call in threads of this process.
+    * Sequential calls in another thread than a block's: OpenMP's and MKL's native threads are
+      each thread's own there, and not held.
     * A call inside of a task that names a backend and a number itself, as
       ``Parallel(n_jobs=4, backend="safepool")``: it is done as asked, in each worker. One that
       does not is sequential there; one with ``n_jobs=-1`` has the worker's share.
@@ -26,10 +28,12 @@ Not covered:
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import queue
 import warnings
+import weakref
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pickle import PicklingError
@@ -44,11 +48,13 @@ from joblib._parallel_backends import (
 )
 from joblib.disk import memstr_to_bytes
 
+from safepool import joblib_blocks
 from safepool.budget import Request, parse_bytes
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
-from safepool.joblib_pools import IDLE_S, SHARED, Lease, Pools, Settings
-from safepool.joblib_progress import CallBar, SequentialWithBar
+from safepool.joblib_pools import IDLE_S, SHARED, BornWith, Lease, Pools, Settings
+from safepool.joblib_progress import CallBar
+from safepool.joblib_threads import HeldThreads, sequential
 from safepool.machine import log_once, read_budget, tell_once
 from safepool.pool.dispatch import was_not_sent
 from safepool.pool.policy import Policy, policy_of
@@ -57,7 +63,7 @@ from safepool.progress import label_of, require_tqdm
 from safepool.threads.cap import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from typing import Unpack
 
@@ -81,12 +87,23 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     progress: bool | str = False,
     mmap_mode: MmapMode | Literal["auto"] = "auto",
     max_nbytes: float | str | None = "auto",
+    prefer: Literal["processes"] | None = None,
+    idle_worker_timeout: float | None = None,
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
-    The workers are started by the first call, shared by all calls of the block, and ended
-    with it. Where only one worker fits, ``n_jobs=-1`` is sequential, in this process: then its
-    own native threads are held at ``threads_per_worker`` inside the block.
+    The workers are started by the first call, shared by all calls of the block, and kept for the
+    next block or call with equal arguments. Where only one worker fits, ``n_jobs=-1`` is
+    sequential, in this process: then its own native threads are held at ``threads_per_worker``
+    inside the block.
+
+    A call that asks for threads (``require="sharedmem"`` or ``prefer="threads"``, as forests of
+    scikit-learn do) has threads of this process, as many as workers fit, with their native pools
+    held. A mere preference gives way to ``timeout``, ``retries`` and ``initializer``, which need
+    workers.
+
+    The block holds in every thread of the process that has no setting of joblib's own, so in those
+    that are started inside.
 
     Args:
         n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
@@ -122,6 +139,10 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         max_nbytes: Bytes, or text such as ``"1M"``: a larger array is placed once for all tasks of
             a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
             otherwise.
+        prefer: ``"processes"`` has workers for calls that merely prefer threads as well: for tasks
+            that keep Python's lock to themselves all the same.
+        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, after the
+            block as well; ``None`` is joblib's 300. With 0 all end with the block.
 
     Returns:
         A context manager, which gives nothing to ``as``.
@@ -145,7 +166,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
         rounding=rounding,
-        pools=Pools(idle_s=None),
+        pools=Pools(idle_s=None) if idle_worker_timeout == 0 else None,
         timeout=timeout,
         retries=retries,
         memory_per_worker=memory_per_worker,
@@ -153,23 +174,38 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         initializer=initializer,
         initargs=initargs,
         progress=progress,
+        idle_worker_timeout=idle_worker_timeout,
     )
+    backend._takes_hints = _takes_hints(prefer)
     arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
     if max_nbytes != "auto":
         text = isinstance(max_nbytes, str)
         arrays["max_nbytes"] = memstr_to_bytes(max_nbytes) if text else max_nbytes
     one_fits = backend.effective_n_jobs(-1) == 1
+    in_threads = functools.partial(backend._of_thread, n_jobs, arrays)
+    block = joblib_blocks.Block(
+        in_threads, lambda **parameters: in_threads(**parameters)._held_threads()
+    )
     try:
         with (
             capped(threads_per_worker) if one_fits else nullcontext(),
             parallel_config(backend=backend, n_jobs=n_jobs, **arrays),
         ):
+            joblib_blocks.enter(block)
             yield
     except KeyboardInterrupt:
         backend.close(end=True)
         raise
     finally:
-        backend.close()
+        joblib_blocks.leave(block)
+        if idle_worker_timeout == 0:
+            backend.close()
+
+
+def _takes_hints(prefer: str | None) -> bool:
+    if prefer not in ("processes", None):
+        raise ValueError(f'prefer must be "processes" or None, not {prefer!r}')
+    return prefer is None
 
 
 class Words(TypedDict, total=False):
@@ -196,6 +232,8 @@ class Words(TypedDict, total=False):
 
 
 _WORDS = Words.__annotations__.keys()
+# joblib's own max_nbytes: nobody has said anything.
+_UNSAID_BYTES = 1 << 20
 # And the context of multiprocessing's start method.
 _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
 
@@ -225,11 +263,14 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     supports_retrieve_callback = True
     supports_inner_max_num_threads = True
-    supports_sharedmem = False
+    # In threads of this process.
+    supports_sharedmem = True
     uses_threads = False
     default_n_jobs = 1
     # Each Parallel object gets one of its own.
     _is_of_one = False
+    # What holds for arrays in a thread that has no setting of its own.
+    _arrays_of_block: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -240,10 +281,17 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         **words: Unpack[Words],
     ) -> None:
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        # A call that names its backend means it; joblib.parallel_config() finds out the level
+        # later.
+        self._takes_hints = nesting_level is None
+        # The one that this is a copy of, if it is.
+        self._origin = self
         if unknown := sorted(words.keys() - _WORDS):
             raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(unknown[0])}")
         self._pools = pools or SHARED
         self._lease: Lease | None = None
+        # Of its copies as well.
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
         self._max_nbytes: float | None = None
@@ -254,6 +302,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def _take(self, words: Words) -> None:
         self._words = words
+        self._born_with: list[BornWith] = []
         if words.get("threads_per_worker") is not None:
             self.inner_max_num_threads = words["threads_per_worker"]
         self._policy = Policy(timeout_s=words.get("timeout"), retries=words.get("retries", 0))
@@ -290,7 +339,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         """Return the number of workers that ``n_jobs`` stands for, at least 1."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
-        if n_jobs is None or n_jobs == 1:
+        if n_jobs is None:
+            n_jobs = self.default_n_jobs
+        if n_jobs == 1:
             return 1
         budget, _ = read_budget(self._request())
         if n_jobs < 0:
@@ -327,6 +378,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         *,
         max_nbytes: float | None = None,
         mmap_mode: str | None = None,
+        prefer: str | None = None,
+        require: str | None = None,
         **_others: Any,
     ) -> int:
         workers = self.effective_n_jobs(n_jobs)
@@ -340,7 +393,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
                     "has none: it is sequential, in this process, where nothing can end a task",
                     subject="timeout of a sequential call",
                 )
-            raise FallbackToBackend(self._sequential())
+            raise FallbackToBackend(sequential(self._label, self.nesting_level))
+        if require == "sharedmem" or (prefer == "threads" and self._may_take_threads()):
+            raise FallbackToBackend(self._held_threads())
         self.parallel = parallel
         preload = self._words.get("preload", "auto")
         idle_s = self._words.get("idle_worker_timeout")
@@ -350,12 +405,18 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             initializer=self._words.get("initializer"),
             initargs=self._words.get("initargs", ()),
             idle_s=IDLE_S if idle_s is None else idle_s,
+            born_with=self._what_workers_are_born_with(),
         )
         self._release()
         mode = mode_asked_for(mmap_mode)
+        arrays = self._arrays_of_block
+        if arrays is not None and mmap_mode == "r" and max_nbytes == _UNSAID_BYTES:
+            mode = arrays["mmap_mode"]
+            max_nbytes = arrays.get("max_nbytes", max_nbytes)
         self._max_nbytes = None if mode is None else max_nbytes
         self._read_only = mode == "r"
         self._lease = self._pools.lease(settings, workers, self)
+        self._leases.add(self._lease)
         return workers
 
     def _of_one(self, words: Words) -> SafepoolBackend:
@@ -376,10 +437,45 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             backend._take({**self._words, **others, **words})
         return backend
 
-    def _sequential(self) -> SequentialBackend:
-        if self._label is None:
-            return SequentialBackend(nesting_level=self.nesting_level)
-        return SequentialWithBar(self._label, nesting_level=self.nesting_level)
+    def _of_thread(
+        self, n_jobs: int, arrays: Mapping[str, Any], nesting_level: int | None = None
+    ) -> SafepoolBackend:
+        """Return a backend like this one for a thread that has no setting of joblib's own.
+
+        Args:
+            n_jobs: What ``n_jobs=None`` means there.
+            arrays: What the block says of arrays.
+            nesting_level: joblib's.
+        """
+        backend = SafepoolBackend.__new__(SafepoolBackend)
+        backend.__dict__.update(
+            self.__dict__,
+            default_n_jobs=n_jobs,
+            _arrays_of_block=arrays,
+            nesting_level=nesting_level,
+        )
+        return backend
+
+    def _what_workers_are_born_with(self) -> BornWith:
+        # Once for a block, whose copies have the same list.
+        if not self._born_with:
+            words = self._words
+            found = BornWith.now(words.get("initializer"), words.get("initargs", ()))
+            self._born_with.append(found)
+        return self._born_with[0]
+
+    def _may_take_threads(self) -> bool:
+        policy = self._policy
+        limits = policy.timeout_s is not None or policy.retries
+        return self._takes_hints and not (limits or self._words.get("initializer"))
+
+    def _held_threads(self) -> HeldThreads:
+        return HeldThreads(
+            self.effective_n_jobs,
+            threads=self._threads,
+            label=self._label,
+            nesting_level=self.nesting_level,
+        )
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
@@ -505,8 +601,17 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         return SequentialBackend(nesting_level=(self.nesting_level or 0) + 1), None
 
     def close(self, *, end: bool = False) -> None:
-        """End the workers; ``end=True`` does not wait for running tasks."""
-        self._pools.close(end=end)
+        """End the workers, those that other calls use left out.
+
+        Args:
+            end: Do not wait for running tasks.
+        """
+        self._pools.close(end=end, which=self._is_ours_alone)
+
+    def _is_ours_alone(self, lease: Lease) -> bool:
+        return lease in self._leases and all(
+            user._origin is self._origin for user in [*lease.users]
+        )
 
     def _release(self) -> None:
         lease, self._lease = self._lease, None

@@ -7,19 +7,26 @@ Not covered:
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import logging
 import os
+import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.executor import ProcessPool
+from safepool.threads.environment import worker_environment
+from safepool.threads.registry import revision
+from safepool.transport.payloads import dumps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Self
 
-__all__ = ["IDLE_S", "SHARED", "Lease", "Pools", "Settings"]
+__all__ = ["IDLE_S", "SHARED", "BornWith", "Lease", "Pools", "Settings"]
 
 # How long a worker waits for the next call outside of a block, as loky's do.
 IDLE_S = 300.0
@@ -28,17 +35,73 @@ _MOST_UNUSED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class BornWith:
+    """What a program may change between two calls, and a worker has from its birth.
+
+    Attributes:
+        environ: The environment, without what a worker gets of its own.
+        folder: The working directory; empty if there is none.
+        path: ``sys.path``.
+        cpus: The affinity mask; ``None`` where there is none.
+        contents: Changes with the contents of the initializer, its arguments and globals. Empty
+            if they cannot be pickled, which the pool says when it is made.
+    """
+
+    environ: Mapping[str, str]
+    folder: str
+    path: Sequence[str]
+    cpus: Collection[int] | None
+    contents: bytes
+
+    @classmethod
+    def now(cls, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> Self:
+        """Return what it is now."""
+        try:
+            folder = os.getcwd()
+        except OSError:
+            folder = ""
+        ours = _variables_of_workers(revision())
+        return cls(
+            environ={name: value for name, value in os.environ.items() if name not in ours},
+            folder=folder,
+            path=[*sys.path],
+            cpus=os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+            contents=b"" if initializer is None else _digest((initializer, initargs)),
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _variables_of_workers(_revision: int) -> frozenset[str]:
+    """Return what a worker gets of its own, and blocks of this process change meanwhile."""
+    return frozenset(worker_environment(1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What tells pools apart."""
+    """What tells pools apart.
+
+    Attributes:
+        threads: Native threads of each worker.
+        preload: As for :class:`safepool.ProcessPool`.
+        initializer: Called in each worker.
+        initargs: Its arguments.
+        idle_s: Seconds after which a worker ends that has nothing to do.
+        born_with: The rest.
+    """
 
     threads: int
     preload: str | tuple[str, ...]
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...] = field(compare=False)
     idle_s: float
+    born_with: BornWith = field(compare=False)
 
     def fit(self, other: Settings) -> bool:
         """Tell whether a pool of these settings serves for others."""
+        return self.are_like(other) and self.born_with == other.born_with
+
+    def are_like(self, other: Settings) -> bool:
+        """Tell whether they were the same when they were given."""
         return self == other and _are_same(self.initargs, other.initargs)
 
     def make(self, workers: int) -> ProcessPool:
@@ -50,6 +113,16 @@ class Settings:
             threads_per_worker=self.threads,
             preload="auto" if self.preload == "auto" else self.preload,
         )
+
+
+def _digest(value: object) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for segment in dumps(value):
+            digest.update(segment)
+    except Exception:  # noqa: BLE001 -- user code
+        return b""
+    return digest.digest()
 
 
 def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
@@ -66,6 +139,11 @@ class Lease:
     workers: int
     # One whose call was interrupted before joblib would end it goes with its object.
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+
+    def is_outdated(self, settings: Settings) -> bool:
+        """Tell whether it was made for such settings, and something has changed since."""
+        like = not self.users and settings.are_like(self.settings)
+        return like and not settings.fit(self.settings)
 
 
 class Pools:
@@ -87,6 +165,7 @@ class Pools:
         """Return a pool with so many workers, one that was used before if there is any."""
         with self._lock:
             self._leases = [lease for lease in self._leases if not lease.pool._broken]
+            self._end([lease for lease in self._leases if lease.is_outdated(settings)])
             fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
             # One of this size, which calls in several threads share; or one that is free.
             fitting.sort(key=lambda lease: lease.workers != workers)
@@ -121,17 +200,26 @@ class Pools:
                 self._initialized_here = None
                 raise
 
-    def close(self, *, end: bool) -> None:
-        """End all workers; ``end`` does not wait for running tasks."""
+    def close(self, *, end: bool, which: Callable[[Lease], bool] = lambda _: True) -> None:
+        """End workers.
+
+        Args:
+            end: Do not wait for running tasks.
+            which: Tells those of which pools.
+        """
         with self._lock:
-            leases, self._leases = self._leases, []
+            leases = [lease for lease in self._leases if which(lease)]
+            self._leases = [lease for lease in self._leases if lease not in leases]
         for lease in leases:
             lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
 
     def _end_unused(self) -> None:
         """Make room: an initializer that is made anew for each call fits no pool before it."""
         unused = [lease for lease in self._leases if not lease.users]
-        for lease in unused[: max(0, len(unused) - _MOST_UNUSED + 1)]:
+        self._end(unused[: max(0, len(unused) - _MOST_UNUSED + 1)])
+
+    def _end(self, leases: list[Lease]) -> None:
+        for lease in leases:
             self._leases.remove(lease)
             lease.pool.shutdown(wait=False)
 

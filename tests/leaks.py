@@ -197,6 +197,7 @@ def _the_session_leaves_nothing_behind() -> Iterator[None]:
     """Look for processes once more, when every fixture has ended."""
     before = frozenset(_every_pid())
     yield
+    end_kept_pools()
     end_reusable_executors()
     _fail_for(_what_stays(lambda: _new_processes(before)), "the session left behind")
 
@@ -215,6 +216,7 @@ def _the_test_leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[
     """Fail a test after which something is there that was not there before."""
     before = take_snapshot()
     yield
+    end_kept_pools()
     if request.node.get_closest_marker("foreign_pools"):
         end_reusable_executors()
     # A pool that several tests share starts and replaces workers in any of them.
@@ -260,6 +262,16 @@ def _what_stays(look: Callable[[], Iterator[Leak]]) -> list[Leak]:
 
 def _uncharged(found: Iterator[Leak]) -> list[Leak]:
     return [leak for leak in found if leak.key not in _CHARGED]
+
+
+def end_kept_pools() -> None:
+    """End the pools that our joblib backend keeps from one call, or block, to the next.
+
+    Their tasks are waited for: one that does not end is a leak all the same.
+    """
+    pools = sys.modules.get("safepool.joblib_pools")
+    if pools is not None:
+        pools.SHARED.close(end=False)
 
 
 def end_reusable_executors() -> None:

@@ -98,9 +98,7 @@ def test_an_initializer_runs_once_here_where_calls_do(where: str) -> None:
         with backends[where]():
             for _ in range(2):
                 seen = Parallel()(delayed(marked.copy)() for _ in range(2))
-    # Workers of a name are kept; those of a block are its own.
-    expected = [where] * (2 if where == "block" else 1)
-    assert seen == [expected] * 2
+    assert seen == [[where]] * 2
 
 
 def test_that_nothing_ends_a_task_here_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +131,6 @@ def test_verbose_says_how_far_the_call_is(capsys: pytest.CaptureFixture[str]) ->
     said = printed.out + printed.err
     assert "SafepoolBackend with 2 concurrent workers" in said
     assert "4 out of   4" in said
-
-
-def test_threads_that_are_merely_preferred_are_our_workers() -> None:
-    """As for every backend that the program has named."""
-    with safepool.parallel_backend(n_jobs=2):
-        pids = Parallel(prefer="threads")(delayed(tasks.pid)() for _ in range(4))
-    assert os.getpid() not in pids
 
 
 def test_more_jobs_than_fit_is_done_as_asked_and_said_once(

@@ -1,0 +1,87 @@
+"""Blocks reach every thread: joblib's own settings are those of the thread that makes them.
+
+While a block is open, joblib's default backends are the block's, for threads that have no setting
+of their own: those of a library that calls ``Parallel`` in threads (optuna's ``n_jobs=2``), and
+the one in which a call's input is computed. Of several open blocks the last to begin counts; when
+the last one ends, joblib has its own defaults again.
+
+Not covered:
+    * A thread that was there before, and has nothing to do with the block: it is reached as well.
+    * ``joblib.parallel_config(backend="safepool")``, which is joblib's.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from joblib import parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Block", "enter", "leave"]
+
+# joblib's names for its defaults, and ours in its table of backends. They stay there, as another
+# thread may be about to look them up.
+_NAMES = {
+    "DEFAULT_BACKEND": "safepool block",
+    "DEFAULT_THREAD_BACKEND": "safepool block, threads",
+}
+
+
+class Block(NamedTuple):
+    """What makes the backends of a block, by joblib's name for them.
+
+    Attributes:
+        DEFAULT_BACKEND: For calls that ask for nothing.
+        DEFAULT_THREAD_BACKEND: For those that ask for threads.
+    """
+
+    DEFAULT_BACKEND: Callable[..., Any]
+    DEFAULT_THREAD_BACKEND: Callable[..., Any]
+
+
+class _Blocks:
+    """The open blocks of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[Block] = []
+        self._before: dict[str, str] = {}
+
+    def enter(self, block: Block) -> None:
+        with self._lock:
+            if not self._open:
+                for kind, ours in _NAMES.items():
+                    self._before[kind] = getattr(parallel, kind)
+                    parallel.BACKENDS[ours] = functools.partial(self._make, kind)
+                    setattr(parallel, kind, ours)
+            self._open.append(block)
+
+    def leave(self, block: Block) -> None:
+        with self._lock:
+            # By identity: a block within one of the same arguments is another.
+            self._open = [one for one in self._open if one is not block]
+            for kind, ours in _NAMES.items():
+                # Unless somebody has set another one inside.
+                if not self._open and getattr(parallel, kind) == ours:
+                    setattr(parallel, kind, self._before[kind])
+
+    def _make(self, kind: str, **parameters: Any) -> Any:
+        with self._lock:
+            last = self._open[-1] if self._open else None
+            make = parallel.BACKENDS[self._before[kind]] if last is None else getattr(last, kind)
+        return make(**parameters)
+
+    def forked(self) -> None:
+        self._lock = threading.Lock()  # a thread that the child has not may hold it
+
+
+_blocks = _Blocks()
+enter = _blocks.enter
+leave = _blocks.leave
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_blocks.forked)
