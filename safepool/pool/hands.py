@@ -118,9 +118,11 @@ class ThreadThatStarts(threading.Thread):
         limbo[self] = self
         try:
             bootstrap: Any = self._bootstrap
-            if "_handle" in own:  # Python 3.13
+            # Python 3.14 and 3.13: without it nobody could join the thread.
+            handle = own.get("_os_thread_handle") or own.get("_handle")
+            if handle is not None:
                 start: Any = vars(_thread)["start_joinable_thread"]
-                start(bootstrap, handle=own["_handle"], daemon=True)
+                start(bootstrap, handle=handle, daemon=True)
             else:
                 _thread.start_new_thread(bootstrap, ())
         except BaseException:
