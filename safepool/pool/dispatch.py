@@ -27,11 +27,10 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
-from safepool.machine import tell_once
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
-from safepool.pool.mains import is_of_main, largest_global
 from safepool.pool.mapping import Span
+from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
@@ -41,6 +40,7 @@ from safepool.transport.descriptors import are_beyond
 from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.names import Met
 from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
+    from safepool.pool.names import Delivery
     from safepool.pool.staff import Staff
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker
@@ -83,9 +84,8 @@ _UNCHANGED: tuple[type, ...] = (
 
 # Parts of one item that are looked at.
 _MOST_PARTS = 1000
-# More is worth a word when globals bring it with every call; it takes tens of milliseconds.
-_MUCH_BYTES = 16 << 20
-_TOLD_AT = 2
+# Sets of names that a worker is known to have.
+_MOST_DELIVERED = 256
 # For a pickle that the hands make: most of them are there by then, and the order in which calls
 # came is the one in which they begin.
 _PATIENCE_S = 0.005
@@ -108,19 +108,22 @@ class Dispatch:
     Args:
         settled: Told of calls of a run that ended here, and how many.
         wake: Makes the scheduler call :meth:`send_packed`; from any thread.
-        names: What its workers have of ``__main__``.
+        main: What its workers have of the script.
     """
 
     def __init__(
         self,
         settled: Callable[[MapRun, int], None],
         wake: Callable[[], None],
-        names: MainNames | None = None,
+        main: MainNames | None = None,
     ) -> None:
-        self._names = names
-        self.functions = Functions(names)
+        self.functions = Functions()
+        self.names = Names(main)
+        # Numbers of functions that refer to names of the script.
+        self._named: set[int] = set()
+        # Names that an initializer needs.
+        self._first: Sequence[Delivery] = ()
         self._blamed: Counter[str] = Counter()
-        self._large: Counter[str] = Counter()
         self._settled = settled
         self._packer = Packer(wake)
         self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
@@ -270,15 +273,13 @@ class Dispatch:
                     return [*pieces, *_tasks(first, group)], tasks[place + 1 :]
                 continue
             assert task.pickled is not None
-            function, segments, shared, brings_globals = task.pickled
+            function, segments, shared, needs = task.pickled
             small = _small(segments)
             if small is None and worker.ledger.owed:
                 task.future.wait_again()
                 return [*pieces, *_tasks(first, group)], tasks[place:]
             task.call = None
-            pieces += self._introduce(worker, function, shared)
-            if brings_globals:
-                worker.names.clear()
+            pieces += self._introduce(worker, function, shared, needs)
             worker.ledger.give(task)
             if small is not None:
                 if not group:
@@ -301,14 +302,13 @@ class Dispatch:
         packed, span.pickled = span.pickled, None
         if not packed.segments:
             return [], [span.only(place) for place in range(span.count)]
-        _, segments, shared, brings_globals = packed
+        _, segments, shared, needs = packed
         if span.count > 1 and any(one.writable for one in shared):
             # In one payload they would be one object, and a call see what another has written.
             return [], [span.only(place) for place in range(span.count)]
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
-        pieces = self._introduce(worker, run.sent, shared)
-        if brings_globals:
-            worker.names.clear()
+        pieces = self._deliver(worker, run.needs)
+        pieces += self._introduce(worker, run.sent, shared, needs)
         worker.ledger.give(span)
         packing = Packing(worker, span, span.position, run.sent.number, segments)
         more, back = self._give_large(packing)
@@ -389,7 +389,10 @@ class Dispatch:
         """
         if imports_here() and not _is_name_in_main(task.name):
             try:
-                task.pickled = _dumps(task.call, None)
+                with Met() as met:
+                    pickled = payloads.dumps_to_send(task.call, into_main=True)
+                if not (met.names or references.known()):
+                    task.pickled = Pickled(None, pickled, (), ())
             except Exception:  # noqa: BLE001 -- user code; tried again, and told, in its turn
                 pass
 
@@ -398,13 +401,14 @@ class Dispatch:
         assert task.call is not None
         function, args, kwargs = task.call
         sent = self.functions.known(function) or self.functions.known_of_main(function)
-        if sent is None:
+        needs = None if sent is None else self.names.needed_here(sent.names)
+        if needs is None:
             return None
         try:
             require_to_pickle(args)
             if not kwargs and _PLAIN.issuperset(map(type, args)):
-                return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), brings_globals=False)
-            return _dumps_here((args, kwargs), sent)
+                return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs)
+            return _dumps_here((args, kwargs))._replace(function=sent, needs=needs)
         except (UntrustedError, MemoryError):  # the hands say why
             return None
 
@@ -416,17 +420,32 @@ class Dispatch:
         if kwargs:
             require_to_pickle(kwargs.values())
         sent = self.functions.lasting(function)
-        if sent is not None:
-            return _dumps((args, kwargs), self._names)._replace(function=sent)
-        pickled = _dumps(task.call, self._names, by_value=_is_name_in_main(task.name))
-        if is_of_main(function) and _size(pickled.segments) > _MUCH_BYTES:
-            self._advise(function, task.name)
-        return pickled
+        if sent is None:
+            return self._dumps(task.call, by_value=_is_name_in_main(task.name))
+        return self._dumps((args, kwargs), names=sent.names)._replace(function=sent)
+
+    def _dumps(
+        self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
+    ) -> Pickled:
+        """Pickle a call or a part of it.
+
+        Args:
+            value: What.
+            by_value: As of :func:`~safepool.transport.payloads.dumps`.
+            names: Those that the function needs.
+        """
+        with Met() as met, references.Collected() as shared:
+            segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value)
+        needed = self.names.needed(names | met.names if met.refs or met.uses else names)
+        return Pickled(None, segments, shared.found, needed)
 
     def _pickle_span_here(self, span: Span) -> None:
         run = span.run
         if run.sent is None:
-            run.sent = self.functions.known(run.function)
+            sent = self.functions.known(run.function) or self.functions.known_of_main(run.function)
+            needs = None if sent is None else self.names.needed_here(sent.names)
+            if needs is not None:
+                run.sent, run.needs = sent, needs
         if run.sent is not None:
             try:
                 span.pickled = _pickle_items(span, _dumps_here)
@@ -442,32 +461,19 @@ class Dispatch:
         run = span.run
         if run.sent is None:
             try:
-                run.sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
+                sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
+                run.needs = self.names.needed(sent.names)
+                run.sent = sent
             except BaseException as error:
                 self._say_what(error, run.name, run.function)
                 raise
         try:
-            span.pickled = _pickle_items(span, lambda value: _dumps(value, self._names))
+            span.pickled = _pickle_items(span, self._dumps)
         except BaseException as error:
             if span.count == 1:
                 self._say_what(error, run.name, span.items[0])
                 raise
             span.pickled = _EACH_ALONE
-
-    def _advise(self, function: types.FunctionType, name: str) -> None:
-        """Say once what makes every call of a function large, if it is a global.
-
-        With a second call: what the first one has sent was perhaps the only time.
-        """
-        self._large[name] += 1
-        if self._large[name] != _TOLD_AT:
-            return
-        large, size_bytes = largest_global(function, _size_of)
-        if size_bytes > _MUCH_BYTES:
-            tell_once(
-                f"each call of {name} sends the global {large!r} again, {size_bytes >> 20} MiB. "
-                f"Place it once for all workers: {large} = safepool.share({large})"
-            )
 
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
         """Add to a pickling error what it does not know: whose call it was, and what in it."""
@@ -502,25 +508,43 @@ class Dispatch:
         run.tell()
 
     def _introduce(
-        self, worker: Worker, function: SentFunction | None, shared: Sequence[Shared[Any]]
+        self,
+        worker: Worker,
+        function: SentFunction | None,
+        shared: Sequence[Shared[Any]],
+        needs: Sequence[Delivery],
     ) -> Pieces:
-        """Return what brings a worker the function and shared objects that it does not know."""
+        """Return what brings a worker the function, shared objects and names that it lacks."""
         pieces = self._share(worker, shared)
-        if function is None:
-            return pieces
-        stale = any(
-            worker.names.get(name, self) is not function.names[name] for name in function.names
-        )
-        if function.number in worker.functions and not stale:
+        if needs:
+            pieces += self._deliver(worker, needs)
+        if function is None or function.number in worker.functions:
             return pieces
         worker.functions.add(function.number)
-        if function.lasting:
-            worker.names.update(function.names)
-        else:
-            worker.names.clear()  # of a map: what it brings is not known
+        if function.names:
+            self._named.add(function.number)
         pieces += self._share(worker, function.shared)
         segments = worker.channel.hand_over(function.segments)
         return [*pieces, *encode(Kind.FUNCTION, function.number, segments)]
+
+    def _deliver(self, worker: Worker, needs: Sequence[Delivery]) -> Pieces:
+        """Return what brings a worker the names that it lacks in their present version."""
+        pieces: Pieces = []
+        if worker.delivered.get(id(needs)) is needs:
+            return pieces
+        if len(worker.delivered) >= _MOST_DELIVERED:
+            worker.delivered.clear()
+        worker.delivered[id(needs)] = needs
+        for delivery in needs:
+            if not delivery.lacks(worker.names):
+                continue
+            pieces += self._share(worker, delivery.shared)
+            message = worker.channel.hand_over(delivery.message(worker.names))
+            pieces += encode(Kind.NAMES, 0, message)
+        if pieces:
+            # Those that refer to a name are to find what is bound to it now.
+            worker.functions -= self._named
+        return pieces
 
     def pack_initializer(self, pack: Callable[[], None]) -> bool:
         """Pickle what new workers run first; return whether that is done."""
@@ -535,11 +559,17 @@ class Dispatch:
             self._packing = False
         return not self._packing
 
+    def need_first(self, names: frozenset[str]) -> None:
+        """Let new workers have names of the script before their initializer runs."""
+        self._first = self.names.needed(names)
+
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
         """Return what a new worker is sent first."""
-        shared = self._share(worker, inheritance.shared)
+        worker.names = self.names.born_with(forked=inheritance.itself is not None)
+        pieces = self._share(worker, inheritance.shared)
+        pieces += self._deliver(worker, self._first)
         segments = worker.channel.hand_over(inheritance.segments)
-        return [*shared, *encode(Kind.INITIALIZE, 0, segments)]
+        return [*pieces, *encode(Kind.INITIALIZE, 0, segments)]
 
     def _share(self, worker: Worker, shared: Sequence[Shared[Any]]) -> Pieces:
         pieces: Pieces = []
@@ -580,17 +610,7 @@ def _is_name_in_main(name: str) -> bool:
     return name.partition(".")[0] in MAIN_NAMES
 
 
-def _dumps(value: object, names: MainNames | None, *, by_value: bool = False) -> Pickled:
-    before = payloads.values_sent()
-    if not references.known():
-        segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value, names=names)
-        return Pickled(None, segments, (), payloads.values_sent() != before)
-    with references.Collected() as met:
-        segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value, names=names)
-    return Pickled(None, segments, met.found, payloads.values_sent() != before)
-
-
-def _dumps_here(value: object, function: SentFunction | None = None) -> Pickled:
+def _dumps_here(value: object) -> Pickled:
     """Pickle what runs no code of the program.
 
     Raises:
@@ -599,14 +619,14 @@ def _dumps_here(value: object, function: SentFunction | None = None) -> Pickled:
     if payloads.by_value_modules() or are_beyond():
         raise UntrustedError
     if not references.known():
-        return Pickled(function, trusted.dumps(value), (), brings_globals=False)
+        return Pickled(None, trusted.dumps(value), (), ())
     with references.Collected() as met:
         segments = trusted.dumps(value)
-    return Pickled(function, segments, met.found, brings_globals=False)
+    return Pickled(None, segments, met.found, ())
 
 
 # Stands for the pickle of calls that must travel one by one.
-_EACH_ALONE = Pickled(None, (), (), brings_globals=False)
+_EACH_ALONE = Pickled(None, (), (), ())
 
 
 def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
@@ -623,9 +643,8 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
 
     In one pickle what two of them refer to would be one object in the worker, and a call see
     what another has changed. So each gets a pickle of its own, unless the caller has said which
-    of them belong together, or there is nothing to change. What travels by value brings its
-    classes along, which costs a hundred times as much: it goes in one pickle if no two
-    calls have anything in common.
+    of them belong together, or there is nothing to change. cloudpickle costs more for each: what
+    needs it goes in one pickle if no two calls have anything in common.
     """
     items = span.items
     span.apart = False
@@ -635,18 +654,18 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
         return dumps(items)
     pickles: list[bytes | memoryview] = []
     shared: list[Shared[Any]] = []
-    brings_globals = False
+    needs: list[Delivery] = []
     for item in items:
-        _, segments, more, by_value = dumps(item)
+        _, segments, more, needed = dumps(item)
         if len(segments) > 1:
             return None
-        if by_value and not pickles and not _have_parts_in_common(items):
+        if needed and not pickles and not _have_parts_in_common(items):
             return dumps(items)
         pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
         shared += more
-        brings_globals = brings_globals or by_value
+        needs += needed
     span.apart = True
-    return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, brings_globals)
+    return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, needs)
 
 
 def _are_plain(items: list[Any], starred: bool) -> bool:
@@ -707,14 +726,6 @@ def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
     if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
         return None
     return pickled
-
-
-def _size_of(value: object) -> int:
-    """Return how large the pickle of a value is, 0 if it has none."""
-    try:
-        return _size(payloads.dumps_to_send(value, into_main=True))
-    except Exception:  # noqa: BLE001 -- user code
-        return 0
 
 
 def _size(segments: Sequence[Segment]) -> int:

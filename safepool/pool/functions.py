@@ -9,17 +9,18 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mains import Look, is_importable, is_of_main, look_at
+from safepool.pool.mains import Look, is_definition, is_importable, is_of_main
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
+from safepool.transport.marks import main_space
+from safepool.transport.names import Met, OfScript
 from safepool.transport.references import Collected
 from safepool.transport.trusted import is_found
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
-    from safepool.transport.main_names import MainNames
     from safepool.transport.sharing import Shared
 
 __all__ = ["Functions", "SentFunction"]
@@ -40,15 +41,14 @@ class SentFunction:
         segments: Its pickle.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
         shared: What it refers to.
-        names: Globals of ``__main__`` that come with it. Those that a worker has must be these
-            when it is called.
+        names: Names of the script that it refers to or uses.
     """
 
     number: int
     segments: Sequence[Segment] = field(repr=False)
     lasting: bool
     shared: Sequence[Shared[Any]] = field(default=(), repr=False)
-    names: Mapping[str, object] = field(default_factory=dict, repr=False)
+    names: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True, eq=False)
@@ -56,12 +56,12 @@ class _Kept:
     """A function of ``__main__`` that is kept.
 
     Attributes:
-        look: What it referred to when it was pickled.
+        look: What it was when it was pickled; ``None`` for one that workers find by its name.
         sent: The pickle.
         changes: How often it was pickled.
     """
 
-    look: Look
+    look: Look | None
     sent: SentFunction
     changes: int
 
@@ -71,13 +71,9 @@ class Functions:
 
     Used by several threads at a time, and holds no lock: a function that two of them pickle for
     the first time gets two numbers, of which one is kept.
-
-    Args:
-        names: What its workers have of ``__main__``.
     """
 
-    def __init__(self, names: MainNames | None = None) -> None:
-        self._names = names
+    def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._importable: dict[Callable[..., Any], SentFunction] = {}
         self._of_main: dict[Callable[..., Any], _Kept] = {}
@@ -97,30 +93,52 @@ class Functions:
     def known_of_main(self, function: Callable[..., Any]) -> SentFunction | None:
         """Return a function of ``__main__`` that was pickled and has not changed since."""
         kept = self._of_main.get(function) if type(function) is types.FunctionType else None
-        if kept is None or not is_of_main(function) or payloads.by_value_modules():
+        if kept is None or payloads.by_value_modules():
             return None
-        look = look_at(function)
-        return kept.sent if look is not None and kept.look.same_as(look) else None
+        if kept.look is None:
+            return kept.sent if main_space().get(function.__qualname__) is function else None
+        look = Look(function)
+        return kept.sent if not look.doubts and kept.look.same_as(look) else None
 
     def _main(self, function: Callable[..., Any]) -> SentFunction | None:
-        if not is_of_main(function) or payloads.by_value_modules():
+        if not is_definition(function) or payloads.by_value_modules():
             return None
         kept = self._of_main.get(function)
+        name = getattr(function, "__qualname__", "")
+        if main_space().get(name) is function:
+            named = kept is not None and kept.look is None
+            return kept.sent if named and kept else self._named(function, name)
+        if not is_of_main(function):
+            return None
         if kept is None and function not in self._seen:
             self._seen.add(function)  # most lambdas are called once
             return None
-        assert isinstance(function, types.FunctionType)
-        look = look_at(function)
-        if look is None or (kept is None and len(self._of_main) >= _MOST):
+        return self._unnamed(function, kept)
+
+    def _unnamed(self, function: Callable[..., Any], kept: _Kept | None) -> SentFunction | None:
+        """Return a function that only what was captured or passed on refers to."""
+        look = Look(function)
+        if look.doubts or (kept is None and len(self._of_main) >= _MOST):
             return None
-        if kept is not None and kept.look.same_as(look):
+        if kept is not None and kept.look is not None and kept.look.same_as(look):
             return kept.sent
         changes = 1 if kept is None else kept.changes + 1
         if changes > _MOST_CHANGES:
             return None
-        segments = payloads.dumps(function, into_main=True, by_value=True, names=self._names)
-        sent = SentFunction(next(self._numbers), segments, lasting=True, names=look.names)
+        with Met() as met:
+            segments = payloads.dumps(function, into_main=True, by_value=True)
+        sent = SentFunction(next(self._numbers), segments, lasting=True, names=met.names)
         self._of_main[function] = _Kept(look, sent, changes)
+        return sent
+
+    def _named(self, function: Callable[..., Any], name: str) -> SentFunction | None:
+        """Return a function that workers find in their ``__main__``."""
+        if len(self._of_main) >= _MOST:
+            return None
+        pickled = pickle.dumps(OfScript(name), protocol=5)
+        names = frozenset([name])
+        sent = SentFunction(next(self._numbers), [pickled], lasting=True, names=names)
+        self._of_main[function] = _Kept(None, sent, 1)
         return sent
 
     def importable(self, function: Callable[..., Any]) -> SentFunction | None:
@@ -145,12 +163,13 @@ class Functions:
         Raises:
             Exception: What the pickler raised.
         """
-        sent = self.importable(function)
+        sent = self.lasting(function)
         if sent is None:
-            with Collected() as met:
-                segments = payloads.dumps_to_send(
-                    function, into_main=True, by_value=of_main, names=self._names
-                )
+            with Collected() as shared, Met() as met:
+                segments = payloads.dumps_to_send(function, into_main=True, by_value=of_main)
+            stored = store_large(segments)
             number = next(self._numbers)
-            sent = SentFunction(number, store_large(segments), lasting=False, shared=met.found)
+            sent = SentFunction(
+                number, stored, lasting=False, shared=shared.found, names=met.names
+            )
         return sent

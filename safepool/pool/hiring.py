@@ -55,6 +55,7 @@ class Hiring:
 
     Attributes:
         names: What workers have of ``__main__`` under its own name.
+        need: Told the names of the script that the initializer asks for, when it is pickled.
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
@@ -83,6 +84,7 @@ class Hiring:
         self._inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
         self._not_packed: PoolBrokenError | None = None
+        self.need: Callable[[frozenset[str]], object] = frozenset
         self.names = MainNames()
         self.not_before = 0.0
         self._refused_since: float | None = None
@@ -99,7 +101,6 @@ class Hiring:
         is_asked_by(self._context, sys._getframe(1))
         if self._packed is not None or self._initialize[0] is None:
             return
-        self.names.assume()
         try:
             self._packed = self._pack()
         except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
@@ -122,9 +123,8 @@ class Hiring:
         """Pickle the initializer, in any thread. :meth:`take_packed` raises what that raised."""
         self._not_packed = None
         try:
-            # What was pickled before the server has reported may refer to what it has not.
-            holds = self.names.hold()
-            self._packed = self._packed if self._packed and holds else self._pack()
+            self._packed = self._packed or self._pack()
+            self.need(self._packed.names)
         except BaseException as error:  # noqa: BLE001 -- user code
             reason = f"the initializer cannot be pickled: {error!r}"
             if "fork context" in text_of(error):
@@ -218,7 +218,7 @@ class Hiring:
 
     def _pack(self) -> Inheritance:
         try:
-            return inheritance.pack(self._initialize, names=self.names, forked=self._forks)
+            return inheritance.pack(self._initialize, forked=self._forks)
         except Exception as error:
             if not self._may_fork or self._forks:
                 raise

@@ -1,142 +1,281 @@
-"""Functions of ``__main__``: is what was pickled for the last call still right for this one?
+"""The script's functions, classes and data: has one changed since it was pickled?
 
-They travel by value, with the globals that they refer to, and pickling that costs more than most
-short calls. So the pickle is kept, with a look at everything that went into it:
+A look at a value tells apart
 
-    of the function     its code, names, text, defaults, annotations and what it has captured
-    of its globals      each that its code names, or code inside of it
-    and of functions of ``__main__`` among those, the same
+    parts     what identity tells all about: numbers, text, ``None``, modules, functions and
+              classes that workers import, and those of the script, of which it looks further at
+              code, names, text, defaults, attributes and what they have captured
+    doubts    what may change and stay the same object: lists, instances, attributes of those.
+              They are compared by their pickles.
 
-Compared is by identity, nothing by value. A look is had only where identity tells all:
-numbers, text, ``None``, modules, functions and classes that workers import, tuples of those. A
-function that refers to anything else (a list, an instance, a class of ``__main__``), or has
-attributes, is pickled again for each call, as is one that has changed too often.
+Not covered:
+    * Annotations that are changed in place: to read them may run code.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
+import operator
 import sys
 import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES
-from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.marks import MAIN_NAMES, main_space
+from safepool.transport.names import names_of
+from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-__all__ = ["Look", "is_importable", "is_of_main", "largest_global", "look_at"]
+__all__ = [
+    "ABSENT",
+    "LRU_CACHE",
+    "Look",
+    "PlainFunction",
+    "is_definition",
+    "is_importable",
+    "is_of_main",
+    "is_plain",
+    "plain_function",
+    "uses_of",
+]
 
 _PLAIN = (
     frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range}) | LAZY_TYPES
 )
-_ABSENT = object()
+LRU_CACHE = type(functools.lru_cache(lambda: None))
+_METHODS = (staticmethod, classmethod)
+ABSENT = object()
+
+# Of a class, what changes without the program's doing, or says nothing.
+_OF_CLASSES = frozenset(
+    {
+        "__abstractmethods__",
+        "__annotate_func__",
+        "__annotations__",
+        "__dict__",
+        "__weakref__",
+        "_abc_impl",
+        "__slotnames__",  # of copyreg, set by the first pickle of an instance
+        "__static_attributes__",
+        "__firstlineno__",
+        "__annotations_cache__",
+        "__dataclass_fields__",
+        "__dataclass_params__",
+    }
+)
 
 
-class _DoubtError(Exception):
-    """What was found may change without being another object."""
+_parts_of = operator.attrgetter(
+    "__code__", "__defaults__", "__kwdefaults__", "__doc__", "__name__", "__qualname__"
+)
+
+
+class PlainFunction:
+    """A look at a function that has captured nothing and has no attributes: most have not."""
+
+    __slots__ = ("_function", "_parts")
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self._function = function
+        self._parts = _parts_of(function)
+
+    def is_still(self, value: object) -> bool:
+        """Tell whether a value is this function, unchanged."""
+        function = self._function
+        return value is function and not function.__dict__ and _parts_of(function) == self._parts
+
+
+def plain_function(value: object) -> PlainFunction | None:
+    """Return the short look at a value; ``None`` if it takes a longer one."""
+    if type(value) is not types.FunctionType:
+        return None
+    here = value.__globals__
+    if value.__closure__ or value.__kwdefaults__ or value.__dict__ or Look(value).doubts:
+        return None
+    # What cloudpickle sends along changes with what is imported.
+    packages = (hasattr(here.get(name), "__path__") for name in value.__code__.co_names)
+    return None if any(packages) else PlainFunction(value)
 
 
 class Look:
-    """What a function of ``__main__`` refers to at one moment.
+    """What some values are at one moment.
+
+    Args:
+        values: Which.
 
     Attributes:
-        names: The globals among it, by name.
+        doubts: What is to be compared by content.
     """
 
-    __slots__ = ("_functions", "_parts", "names")
+    __slots__ = ("_parts", "_seen", "doubts")
 
-    def __init__(self) -> None:
-        self._functions: set[types.FunctionType] = set()
-        self.names: dict[str, object] = {}
+    def __init__(self, *values: object) -> None:
+        self._seen: set[int] = set()
         self._parts: list[object] = []
+        self.doubts: list[object] = []
+        for value in values:
+            self._open_or_add(value)
 
     def same_as(self, other: Look) -> bool:
-        """Tell whether nothing has changed."""
+        """Tell whether nothing has changed but what is in doubt, perhaps."""
         mine, theirs = self._parts, other._parts
-        return len(mine) == len(theirs) and all(map(_is, mine, theirs))
+        same = len(mine) == len(theirs) and len(self.doubts) == len(other.doubts)
+        return same and all(map(_is, mine, theirs))
 
-    def add_function(self, function: types.FunctionType) -> None:
-        """Look at a function of ``__main__``.
+    def forget_doubts(self) -> None:
+        """Keep nothing alive that is compared by content."""
+        self.doubts = [None] * len(self.doubts)
 
-        Raises:
-            _DoubtError: It refers to something that may change unseen.
-        """
-        code = function.__code__
-        if function in self._functions:
+    def _open(self, thing: Any) -> None:
+        """Look into a function or class of the script."""
+        if id(thing) in self._seen:
             return
-        self._functions.add(function)
-        self._parts.append(function)
-        if function.__dict__:
-            raise _DoubtError
-        self._parts += [code, function.__name__, function.__qualname__, function.__doc__]
+        self._seen.add(id(thing))
+        self._parts.append(thing)
+        if type(thing) is types.FunctionType:
+            self._open_function(thing)
+        elif isinstance(thing, type):
+            self._open_class(thing)
+        else:
+            self._open_or_add(getattr(thing, "__wrapped__", None))
+
+    def _open_function(self, function: types.FunctionType) -> None:
+        parts = self._parts
+        code = function.__code__
+        parts += [code, function.__name__, function.__qualname__, function.__doc__]
         self._add_all(function.__defaults__ or ())
-        for named in (function.__kwdefaults__ or {}, function.__annotations__):
-            self._add_all(named)
-            self._add_all(named.values())
+        for named in (function.__kwdefaults__, function.__dict__):
+            if named:
+                self._add_all(named)
+                self._add_all(named.values())
+            else:
+                parts.append(ABSENT)
         for cell in function.__closure__ or ():
             try:
-                self._add(cell.cell_contents)
+                self._open_or_add(cell.cell_contents)
             except ValueError:  # nothing is in it yet
-                self._parts.append(_ABSENT)
+                parts.append(ABSENT)
         space = function.__globals__
-        for name in _names_in(code):
-            value = space.get(name, _ABSENT)
-            self._parts.append(value)
-            if value is not _ABSENT:
-                self.names[name] = value
-                self._add(value)
+        for name in code.co_names:
+            value = space.get(name)
+            if type(value) is types.ModuleType and hasattr(value, "__path__"):
+                # cloudpickle sends along which of its modules are imported by now.
+                parts.append(_interned(len(sys.modules)))
+
+    def _open_class(self, kind: type) -> None:
+        if isinstance(kind, enum.EnumMeta):
+            return  # its members are what it was made with
+        self._add_all(kind.__bases__)
+        for name, value in list(vars(kind).items()):
+            if name in _OF_CLASSES:
+                continue
+            self._parts.append(name)
+            if isinstance(value, _METHODS):
+                self._parts.append(value)
+                self._open_or_add(value.__func__)
+            elif type(value) is property:
+                self._parts.append(value)
+                for function in (value.fget, value.fset, value.fdel):
+                    self._open_or_add(function)
+            elif type(value) in (types.MemberDescriptorType, types.GetSetDescriptorType):
+                self._parts.append(value)
+            else:
+                self._open_or_add(value)
+
+    def _open_or_add(self, value: Any) -> None:
+        # What is nobody's global is looked at where it is found.
+        if is_definition(value) and not is_importable(value):
+            self._open(value)
+        else:
+            self._add(value)
 
     def _add_all(self, values: Iterable[object]) -> None:
         for value in values:
             self._add(value)
-        self._parts.append(_ABSENT)  # where they end
+        self._parts.append(ABSENT)  # where they end
 
     def _add(self, value: Any) -> None:
         kind = type(value)
-        self._parts.append(value)
         if kind in _PLAIN:
-            return
-        if kind is tuple or kind is frozenset:
+            self._parts.append(value)
+        elif kind is tuple or kind is frozenset:
             self._add_all(value)
-        elif kind is types.ModuleType:
-            if sys.modules.get(value.__name__) is not value:
-                raise _DoubtError
-            if hasattr(value, "__path__"):
-                # cloudpickle sends along which of its modules are imported by now.
-                self._parts.append(_interned(len(sys.modules)))
-        elif kind is types.FunctionType and is_of_main(value):
-            self.add_function(value)
-        elif not is_importable(value):
-            raise _DoubtError
+        elif kind is types.ModuleType and sys.modules.get(value.__name__) is value:
+            self._parts.append(value)
+        elif is_definition(value):
+            if is_importable(value):
+                self._parts.append(value)
+            else:
+                self._open(value)
+        elif kind is Shared or is_importable(value) or _is_frozen_array(value):
+            self._parts.append(value)
+        else:
+            self.doubts.append(value)
 
 
-def look_at(function: types.FunctionType) -> Look | None:
-    """Return what a function of ``__main__`` refers to; ``None`` if that may change unseen."""
-    look = Look()
-    try:
-        look.add_function(function)
-    except (_DoubtError, RecursionError):
-        return None
-    return look
+def is_definition(value: Any) -> bool:
+    """Tell whether this is a function, a class, or what the standard library makes of one."""
+    kind = type(value)
+    return (
+        kind is types.FunctionType
+        or isinstance(value, type)
+        or kind is LRU_CACHE
+        or (kind.__module__ == "safepool.decorator" and hasattr(value, "__wrapped__"))
+    )
 
 
-def largest_global(
-    function: types.FunctionType, size_of: Callable[[object], int]
-) -> tuple[str, int]:
-    """Return which global that the function names is the largest, and its size; none is 0.
+def uses_of(thing: object) -> frozenset[str]:
+    """Return the globals of the script that a function or class names, with all that is in it.
 
     Args:
-        function: Of ``__main__``. Those that it calls are not looked into.
-        size_of: Returns the size of a value.
+        thing: One that workers have, so that no pickler looks into it.
     """
-    space = function.__globals__
-    sizes = {
-        name: size_of(space[name])
-        for name in _names_in(function.__code__)
-        if name in space and not isinstance(space[name], (types.ModuleType, type))
-    }
-    return max(sizes.items(), key=lambda item: item[1], default=("", 0))
+    names: set[str] = set()
+    seen: set[int] = set()
+    todo: list[Any] = [thing]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, types.FunctionType):
+            if one.__globals__ is main_space():
+                names |= names_of(one.__code__)
+            todo += [cell.cell_contents for cell in one.__closure__ or () if _is_full(cell)]
+            todo += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+        elif isinstance(one, type):
+            if is_importable(one):
+                continue
+            todo += [*one.__bases__, type(one), *vars(one).values()]
+        elif isinstance(one, property):
+            todo += [one.fget, one.fset, one.fdel]
+        todo += [getattr(one, name, None) for name in _WRAPPED if name in dir(type(one))]
+        todo.append(getattr(one, "__wrapped__", None))
+    return frozenset(names)
+
+
+# What is called by an object that is made of a function.
+_WRAPPED = ("__func__", "func", "dispatcher")
+
+
+def _is_full(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def is_plain(value: object) -> bool:
+    """Tell whether identity tells all about a value that is no function or class."""
+    if type(value) in _PLAIN:
+        return True
+    if is_definition(value):
+        return is_importable(value)
+    return not Look(value).doubts
 
 
 def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
@@ -161,6 +300,16 @@ def is_importable(thing: Any) -> bool:
     return found is thing
 
 
+def _is_frozen_array(value: Any) -> bool:
+    """Tell whether this is an array that nobody may write to, nor to what it is a view of."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None or type(value) is not numpy.ndarray or value.dtype.hasobject:
+        return False
+    while type(value) is numpy.ndarray and not value.flags.writeable:
+        value = value.base
+    return value is None or type(value) is bytes
+
+
 _numbers: dict[int, int] = {}
 
 
@@ -171,12 +320,3 @@ def _interned(number: int) -> int:
 
 def _is(one: object, other: object) -> bool:
     return one is other
-
-
-def _names_in(code: types.CodeType) -> list[str]:
-    # More than cloudpickle looks for: names of attributes are among them.
-    found = dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            found |= dict.fromkeys(_names_in(constant))
-    return list(found)

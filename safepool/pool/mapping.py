@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from safepool.pool.functions import SentFunction
+    from safepool.pool.names import Delivery
     from safepool.pool.policy import Policy
     from safepool.pool.tasks import Pickled
 
@@ -109,6 +110,7 @@ class MapRun:
         queued: The scheduler has this run in its queue.
         most_at_once: Calls whose arguments are thought to fit one message.
         sent: The function as workers know it.
+        needs: Names of the script that they must have for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
         dropped: Nobody will take further results.
@@ -144,6 +146,7 @@ class MapRun:
         self.waiting = Waiting()
         self.queued = False
         self.sent: SentFunction | None = None
+        self.needs: Sequence[Delivery] = ()
         self._cut = 0
         # By the index of the first: values of calls that follow each other, or an error.
         self._results: dict[int, list[Any] | _Raised] = {}

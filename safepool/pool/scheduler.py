@@ -178,6 +178,7 @@ class Scheduler:
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
         self._hiring = hiring
+        hiring.need = self._dispatch.need_first
         me = self._me
         hiring.given_up = lambda: (found := me()) is None or found._is_late()
 

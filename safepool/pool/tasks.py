@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from safepool.pool.functions import SentFunction
+    from safepool.pool.names import Delivery
     from safepool.pool.policy import Policy
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
@@ -46,13 +47,13 @@ class Pickled(NamedTuple):
         function: If workers keep it; otherwise it is in the payload.
         segments: The payload.
         shared: What it refers to, by :func:`safepool.share`.
-        brings_globals: It may change globals of ``__main__`` in the worker.
+        needs: Names of the script that a worker must have.
     """
 
     function: SentFunction | None
     segments: Sequence[Segment]
     shared: Sequence[Shared[Any]]
-    brings_globals: bool
+    needs: Sequence[Delivery]
 
 
 class PoolFuture(Future[Any]):

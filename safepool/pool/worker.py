@@ -30,8 +30,8 @@ class Worker(WorkerProcess):
         done: How many calls it has finished.
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
-        names: Globals of its ``__main__`` as functions that it keeps have brought them, and
-            nothing else has changed since.
+        names: The versions of the script's names that it has.
+        delivered: By ``id()``, what was found to have been delivered to it already.
         shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.
@@ -99,7 +99,8 @@ class Worker(WorkerProcess):
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
         self.shared: set[int] = set()
-        self.names: dict[str, object] = {}
+        self.names: dict[str, int] = {}
+        self.delivered: dict[int, object] = {}
 
     @property
     def is_idle(self) -> bool:

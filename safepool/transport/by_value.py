@@ -32,19 +32,13 @@ from safepool.transport.classes import fill_class, reduce_class
 from safepool.transport.exceptions import reduce_exception
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
 from safepool.transport.lazy import reducers
-from safepool.transport.marks import (
-    MAIN_NAMES,
-    attributes_of,
-    find_in_main,
-    is_of_main,
-    main_space,
-)
-from safepool.transport.payloads import main_namespace
+from safepool.transport.marks import MAIN_NAMES, is_of_main, main_space
+from safepool.transport.names import met, names_of, of_script
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from safepool.transport.main_names import MainNames
+    from safepool.transport.names import Met
 
 __all__ = ["ByValuePickler", "reducer_table"]
 
@@ -97,18 +91,25 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     Attributes:
         to_worker: It pickles for a worker, in which ``__main__`` is what this pickler says.
-        names: What the worker has of ``__main__`` under its name.
         namespace: What stands for the globals of ``__main__``.
     """
 
     to_worker = False
-    names: MainNames | None = None
     namespace: dict[str, Any]
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.script = met()
+        # By id(): cells of functions, and the empty ones that are sent in their place.
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
 
     def _dynamic_function_reduce(self, func: types.FunctionType) -> tuple[Any, ...]:
         rebuild, fill = _internals._make_function, _internals._function_setstate
         arguments = self._function_getnewargs(func)
-        return rebuild, arguments, _state_of(func), None, None, fill
+        if func.__closure__:
+            # Two functions that share a variable go on to share it.
+            arguments = *arguments[:-1], tuple(map(self._empty_cell, func.__closure__))
+        return rebuild, arguments, _state_of(func, self.script), None, None, fill
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce classes and functions; ``NotImplemented`` leaves the rest to the table."""
@@ -128,15 +129,22 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return reduce_exception(obj)
         return kinds.reduce_other(obj, self.dispatch_table)
 
+    def _empty_cell(self, cell: types.CellType) -> types.CellType:
+        return self._cells.setdefault(id(cell), (cell, types.CellType()))[1]
+
     def _of_main(self, obj: Any) -> Any:
         """Reduce a function or class of ``__main__``; ``None`` for anything else."""
         kind = type(obj)
         if not (kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type)):
             return None
-        if not is_of_main(obj):
+        of_main = is_of_main(obj)
+        # What a decorator has made says that it is of the decorator's module.
+        if self.script is not None and (of_main or "<" in getattr(obj, "__qualname__", "")):
+            path = self.script.path_of(obj)
+            if path is not None:
+                return of_script, (path,)
+        if not of_main:
             return None
-        if self.names and self.names.has(obj):
-            return self._by_name(obj)
         # By value, also if cloudpickle would find it in ``__mp_main__``.
         if issubclass(kind, type):
             return _reduce_class(obj)
@@ -146,71 +154,6 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
             # Not always those of the module: ``runpy`` and profilers have a copy.
             self.globals_ref.setdefault(id(obj.__globals__), self.namespace)
         return self._dynamic_function_reduce(obj)
-
-    def _by_name(self, obj: Any) -> Any:
-        """Reduce what the worker has under its name, with the globals that it has not."""
-        assert self.names is not None
-        data: dict[str, Any] = {}
-        seen, new = {id(obj)}, [obj]
-        while new:
-            thing = new.pop()
-            data |= attributes_of(thing)
-            for function in _functions_of(thing):
-                space = function.__globals__
-                if space.get("__name__") not in MAIN_NAMES:
-                    continue
-                for name in _internals._extract_code_globals(function.__code__):
-                    value = space.get(name, space)
-                    if value is space or held_by_module(name, value, space):
-                        continue  # a builtin, not set yet, or the worker's own as well
-                    if not self._is_there(value):
-                        data[name] = value
-                    elif id(value) not in seen:
-                        seen.add(id(value))
-                        new.append(value)
-        changed = self.names.changed(data) if data else data
-        if changed:
-            return _named, (obj.__qualname__,), changed, None, None, _deliver
-        if main_space() is not vars(sys.modules["__main__"]):
-            return _named, (obj.__qualname__,)  # the pickler would not find it
-        return obj.__qualname__ if type(obj) is _LRU_CACHE else NotImplemented
-
-    def _is_there(self, value: Any) -> bool:
-        kind = type(value)
-        if kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type):
-            return self.names is not None and is_of_main(value) and self.names.has(value)
-        return False
-
-
-def _functions_of(obj: Any) -> Iterator[types.FunctionType]:
-    """Yield the functions that a function or class consists of."""
-    if isinstance(obj, type):
-        for part in vars(obj).values():
-            inner = getattr(part, "__func__", None) or getattr(part, "fget", None) or part
-            if isinstance(inner, types.FunctionType):
-                yield inner
-        return
-    while obj is not None:
-        if isinstance(obj, types.FunctionType):
-            yield obj
-        obj = getattr(obj, "__wrapped__", None)
-
-
-def _named(qualname: str) -> Any:
-    found = find_in_main(qualname)
-    if found is None:
-        raise AttributeError(f"the worker has no {qualname} in its __main__")
-    return found
-
-
-def _deliver(_: object, values: dict[str, Any]) -> None:
-    space = main_namespace()
-    for path, value in values.items():
-        holder, _, name = path.rpartition(".")
-        if holder:
-            setattr(_named(holder), name, value)
-        else:
-            space[name] = value
 
 
 def reducer_table(
@@ -241,11 +184,19 @@ def reducer_table(
     return table
 
 
-def _state_of(function: types.FunctionType) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what cloudpickle sets on a function that it has made, modules' objects as names."""
-    space = function.__globals__
+def _state_of(
+    function: types.FunctionType, script: Met | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what cloudpickle sets on a function that it has made, modules' objects as names.
+
+    What a function of the script finds in its globals is sent by itself (``pool.names``).
+    """
+    globals_ = function.__globals__
     names = _internals._extract_code_globals(function.__code__)
-    used = {"".join(name): space[name] for name in names if name in space}
+    used = {"".join(name): globals_[name] for name in names if name in globals_}
+    apart = script is not None and globals_ is main_space()
+    if script is not None and apart:
+        script.uses.update(names_of(function.__code__))
     cells = [_internals._get_cell_contents(cell) for cell in function.__closure__ or ()]
     slots = {
         # Copies, as cloudpickle makes them: a pickle of the same content has the same bytes.
@@ -260,7 +211,9 @@ def _state_of(function: types.FunctionType) -> tuple[dict[str, Any], dict[str, A
         "_cloudpickle_submodules": _submodules(
             function.__code__, itertools.chain(used.values(), cells)
         ),
-        "__globals__": {name: _own_of(name, value, space) for name, value in used.items()},
+        "__globals__": {}
+        if apart
+        else {name: _own_of(name, value, globals_) for name, value in used.items()},
     }
     return {"".join(name): value for name, value in vars(function).items()}, slots
 

@@ -90,6 +90,8 @@ class Kind(enum.IntEnum):
     """To a worker: tell when calls begin and end."""
     TIMES = 20
     """To the pool: when calls began and ended, whose answers may follow or have arrived."""
+    NAMES = 21
+    """To a worker: bind these values to names of ``__main__``."""
 
 
 class Frame(NamedTuple):

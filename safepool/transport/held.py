@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     import ast
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["Held", "attribute_of", "held_by_module", "is_importable", "modules_by_value"]
+__all__ = [
+    "Held",
+    "attribute_of",
+    "held_by_module",
+    "is_importable",
+    "modules_by_value",
+    "sources_of",
+]
 
 # Their identity tells nothing, or they are sent as names anyway.
 _NAMELESS = (int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
@@ -139,7 +146,7 @@ def _origins_of(space: dict[str, Any]) -> _Origins | None:
         return known
     if known is None and key in _origins:
         return None
-    texts = [*_sources(space)]
+    texts = [*sources_of(space)]
     _origins[key] = _Origins(texts, space) if texts else None
     return _origins[key]
 
@@ -151,7 +158,8 @@ def _count_of_sources(space: Mapping[str, Any]) -> int:
     return sum(map(_is_typed, linecache.cache)) or 1
 
 
-def _sources(space: Mapping[str, Any]) -> Iterator[str]:
+def sources_of(space: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the source of a script as far as it is known, in pieces."""
     cells = space.get("In")  # IPython
     if isinstance(cells, list):
         yield from map(str, cells)

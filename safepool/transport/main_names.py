@@ -26,25 +26,22 @@ def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
 class MainNames:
     """What of ``__main__`` the workers of one pool have under its name.
 
-    Until a report has arrived, everything that is found under its own name in ``__main__`` is
-    assumed to be there, and noted: see :meth:`hold`. A pool whose workers do not run the script
-    is told so by :meth:`learn` with nothing.
+    A pool whose workers do not run the script is told so by :meth:`learn` with nothing.
+
+    Attributes:
+        learned: How often something else was reported.
 
     What the program's data globals were at the end of the top level is asked for when it is
     needed: see :meth:`changed`.
     """
 
     def __init__(self) -> None:
+        self.learned = 0
         self._marks: Mapping[str, bytes] | None = {}
         # What was found to be the same, by name.
         self._same: dict[str, object] = {}
-        self._assumed: list[Any] = []
         self._ask: Callable[[list[str]], Mapping[str, bytes | None]] = _know_nothing
         self._prints: dict[str, bytes | None] = {}
-
-    def assume(self) -> None:
-        """Expect a report."""
-        self._marks = None
 
     def learn(
         self,
@@ -60,9 +57,16 @@ class MainNames:
         """
         self._ask = ask or _know_nothing
         if marks != self._marks:
+            self.learned += 1
             self._marks = marks
             self._same.clear()
             self._prints.clear()
+
+    def ask(self, names: list[str]) -> None:
+        """Ask what globals are like there, unless that is known."""
+        unknown = [name for name in names if name not in self._prints]
+        if unknown and self._marks is not None:
+            self._prints |= dict.fromkeys(unknown, UNKNOWN) | dict(self._ask(unknown))
 
     def changed(self, values: Mapping[str, object]) -> dict[str, object]:
         """Return those globals that workers do not have as the program has them now.
@@ -75,9 +79,7 @@ class MainNames:
             Those to be delivered. What is there and cannot be pickled here is not among them: it
             is the worker's own.
         """
-        unknown = [name for name in values if name not in self._prints]
-        if unknown and self._marks is not None:
-            self._prints |= dict.fromkeys(unknown, UNKNOWN) | dict(self._ask(unknown))
+        self.ask(list(values))
         found = {}
         for name, value in values.items():
             theirs = self._prints.get(name, UNKNOWN)
@@ -89,26 +91,18 @@ class MainNames:
                 found[name] = value
         return found
 
-    def hold(self) -> bool:
-        """Tell whether all that was assumed has turned out to be so, and forget it."""
-        assumed, self._assumed = self._assumed, []
-        return all(map(self.has, assumed))
-
     def __bool__(self) -> bool:
         """Whether anything may travel by name."""
-        return self._marks is None or bool(self._marks)
+        return bool(self._marks)
 
     def has(self, thing: Any) -> bool:
         """Tell whether a function or class of ``__main__`` is there under its qualified name."""
         name: str = thing.__qualname__
         if find_in_main(name) is not thing:
             return False
-        if self._marks is None:
-            self._assumed.append(thing)
-            return True
         if self._same.get(name) is thing:
             return True
-        mark = self._marks.get(name)
+        mark = None if self._marks is None else self._marks.get(name)
         if mark is None or not is_mark_of(mark, thing):
             return False
         self._same[name] = thing

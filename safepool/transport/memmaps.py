@@ -19,12 +19,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.names import met
 from safepool.transport.references import reference_to
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Reducers", "read_only_reducers", "reopen"]
+__all__ = ["Prints", "Reducers", "read_only_reducers", "reopen"]
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
@@ -40,6 +41,29 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         return copyreg.dispatch_table[kind]
+
+
+class Prints(Reducers):
+    """As :class:`Reducers`, for a pickle that is compared and never loaded.
+
+    Classes derived from arrays hand over their memory as well, instead of a copy of it.
+    """
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        numpy: Any = sys.modules.get("numpy")
+        script = met()
+        if script is None or numpy is None or not issubclass(kind, numpy.ndarray):
+            return super().__missing__(kind)
+        script.replaced = True
+        return _print_of
+
+
+def _print_of(array: Any) -> tuple[Any, ...]:
+    return _never_loaded, (type(array), array.view(_ndarray()), getattr(array, "__dict__", None))
+
+
+def _never_loaded(*parts: object) -> None:
+    raise AssertionError(parts)
 
 
 def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any], Any]]:

@@ -26,13 +26,14 @@ from safepool.transport.exceptions import ExceptionPickler
 from safepool.transport.frames import Missing
 from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
-from safepool.transport.memmaps import Reducers
+from safepool.transport.memmaps import Prints, Reducers
+from safepool.transport.names import met
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from safepool.transport.frames import Buffer, Segment
-    from safepool.transport.main_names import MainNames
+    from safepool.transport.names import Met
 
 __all__ = [
     "by_value_modules",
@@ -41,8 +42,6 @@ __all__ = [
     "dumps_to_send",
     "loads",
     "main_namespace",
-    "main_uses",
-    "values_sent",
 ]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
@@ -51,16 +50,12 @@ _OUT_OF_BAND_BYTES = 32 * 1024
 # In the pickle of an ``object()``, which programs compare by identity.
 _SENTINEL = b"\x8c\x06object\x94\x93\x94)\x81"
 
-_main_uses = 0
-_values_sent = 0
-
 
 def dumps(
     value: object,
     *,
     into_main: bool = False,
     by_value: bool = False,
-    names: MainNames | None = None,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
@@ -72,8 +67,6 @@ def dumps(
             travel together share globals of their own.
         by_value: It is known to hold something of ``__main__``: pickle it once, and not by
             reference first to find that out.
-        names: What of ``__main__`` the receiver has under its name: it travels as that. ``None``
-            for what a worker returns: the program has all that it has sent.
         reducers: Ways to pickle certain types that hold for this value only.
 
     Returns:
@@ -93,7 +86,7 @@ def dumps(
     if segments is not None:
         return segments
     way = Outgoing(allowed=False)
-    dump = functools.partial(_by_value_dumps, into_main=into_main, names=names, reducers=reducers)
+    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
     return _dumps_by(way, value, dump, into_main=into_main, by_value=by_value, reducers=reducers)
 
 
@@ -102,7 +95,6 @@ def dumps_to_send(
     *,
     into_main: bool = False,
     by_value: bool = False,
-    names: MainNames | None = None,
 ) -> list[Segment]:
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
 
@@ -111,7 +103,6 @@ def dumps_to_send(
             taught to hand over.
         into_main: As for :func:`dumps`.
         by_value: As for :func:`dumps`.
-        names: As for :func:`dumps`.
 
     Raises:
         Exception: As by :func:`dumps`.
@@ -120,7 +111,7 @@ def dumps_to_send(
     if segments is not None:
         return [*segments]
     way = Outgoing(allowed=sys.platform == "linux")
-    dump = functools.partial(_by_value_dumps, into_main=into_main, names=names, reducers=None)
+    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=None)
     segments = _dumps_by(way, value, dump, into_main=into_main, by_value=by_value)
     return [*segments, *way.segments()]
 
@@ -224,22 +215,25 @@ def _standard_dumps(
     known: Registered | None = None,
 ) -> bytes:
     arrays = "numpy" in sys.modules
-    special = isinstance(value, BaseException)
-    if not (reducers or arrays or known or special):
+    special, script = isinstance(value, BaseException), met()
+    if not (reducers or arrays or known or special or script):
         return pickle.dumps(value, protocol=5, buffer_callback=in_band)
-    kind: Any = _table_pickler(known, arrays, special)
+    prints = script is not None and script.prints
+    kind: Any = _table_pickler(known, arrays, exceptions=special, prints=prints)
     if reducers:
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
         # Of the class, where the C pickler looks for it.
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     file = io.BytesIO()
-    kind(file, protocol=5, buffer_callback=in_band).dump(value)
+    _finish(kind(file, protocol=5, buffer_callback=in_band), file, value, script)
     return file.getvalue()
 
 
 @functools.lru_cache(maxsize=8)
-def _table_pickler(known: Registered | None, numpy_imported: bool, exceptions: bool) -> Any:
-    table = Reducers(arrays=numpy_imported)
+def _table_pickler(
+    known: Registered | None, numpy_imported: bool, *, exceptions: bool, prints: bool
+) -> Any:
+    table = (Prints if prints else Reducers)(arrays=numpy_imported)
     if known is not None:
         table.update(known.reducers)
     # Of the class: to set it on each pickler costs a microsecond.
@@ -247,16 +241,23 @@ def _table_pickler(known: Registered | None, numpy_imported: bool, exceptions: b
     return type("TablePickler", (kind,), {"dispatch_table": table})
 
 
+def _finish(pickler: Any, file: io.BytesIO, value: object, script: Met | None) -> None:
+    if script is not None:
+        script.begin(pickler, file)
+    pickler.dump(value)
+    if script is not None:
+        script.end(pickler)
+
+
 def _by_value_dumps(
     value: object,
     in_band: Callable[[pickle.PickleBuffer], bool],
     *,
     into_main: bool,
-    names: MainNames | None,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
     file = io.BytesIO()
-    dump_by_value(value, file, in_band, into_main=into_main, names=names, reducers=reducers)
+    dump_by_value(value, file, in_band, into_main=into_main, reducers=reducers)
     return file.getvalue()
 
 
@@ -266,7 +267,6 @@ def dump_by_value(
     in_band: Callable[[pickle.PickleBuffer], bool] | None = None,
     *,
     into_main: bool = True,
-    names: MainNames | None = None,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> None:
     """Write the pickle of what a receiver cannot import into a file.
@@ -276,24 +276,26 @@ def dump_by_value(
         file: Where to.
         in_band: Asked of each buffer; ``None`` keeps all in the pickle.
         into_main: As for :func:`dumps`.
-        names: As for :func:`dumps`.
         reducers: As for :func:`dumps`.
     """
-    loky_imported = "loky.backend.reduction" in sys.modules
-    kind = _by_value_pickler(registered(), loky_imported, "numpy" in sys.modules)
+    script = met()
+    kind = _by_value_pickler(
+        registered(),
+        "loky.backend.reduction" in sys.modules,
+        "numpy" in sys.modules,
+        script is not None and script.prints,
+    )
     if reducers is not None:
         table = ChainMap(dict(reducers), kind.dispatch_table)
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     pickler = kind(file, protocol=5, buffer_callback=in_band)
-    pickler.to_worker, pickler.names = into_main, names
+    pickler.to_worker = into_main
     if into_main:
-        global _values_sent  # noqa: PLW0603 -- a fact about this process
-        _values_sent += 1
         # cloudpickle asks here for what stands for a function's globals.
         ours = main_namespace()
         pickler.namespace = _Main(__package__=ours.get("__package__"))
         pickler.globals_ref[id(ours)] = pickler.namespace
-    pickler.dump(value)
+    _finish(pickler, file, value, script)
 
 
 def main_namespace(package: str | None = None) -> dict[str, Any]:
@@ -303,22 +305,10 @@ def main_namespace(package: str | None = None) -> dict[str, Any]:
         package: Where the sender's ``__main__`` belongs (``python -m package``), for relative
             imports in its functions.
     """
-    global _main_uses  # noqa: PLW0603 -- a fact about this process
-    _main_uses += 1
     names = main_space()
     if package:
         names["__package__"] = package
     return names
-
-
-def values_sent() -> int:
-    """Return how many payloads may have brought globals of ``__main__`` along."""
-    return _values_sent
-
-
-def main_uses() -> int:
-    """Return how often :func:`main_namespace` was called."""
-    return _main_uses
 
 
 class _Main(dict[str, Any]):
@@ -329,8 +319,10 @@ class _Main(dict[str, Any]):
         return main_namespace, (package,) if package else ()
 
 
-@functools.lru_cache(maxsize=8)
-def _by_value_pickler(known: Registered, loky_imported: bool, numpy_imported: bool) -> Any:
+@functools.lru_cache(maxsize=16)
+def _by_value_pickler(
+    known: Registered, loky_imported: bool, numpy_imported: bool, prints: bool
+) -> Any:
     # Imported here: a worker or a program that sends only importable things never needs it.
     from safepool.transport.by_value import ByValuePickler, reducer_table  # noqa: PLC0415
 
@@ -338,6 +330,8 @@ def _by_value_pickler(known: Registered, loky_imported: bool, numpy_imported: bo
     # loky before it was imported.
     special = {**known.reducers, **Reducers(arrays=numpy_imported)}
     table = reducer_table(special, loky_imported=loky_imported)
+    if prints:
+        table.maps.insert(0, Prints(arrays=numpy_imported))
     return type("ByValuePickler", (ByValuePickler,), {"dispatch_table": table})
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
+from safepool.transport.names import Met
 from safepool.transport.references import Collected
 from safepool.transport.sharing import Shared
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
-    from safepool.transport.main_names import MainNames
 
     Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
@@ -40,23 +40,22 @@ class Inheritance:
         descriptors: What the pickle refers to. They belong to the arguments.
         itself: What a forked worker finds in its memory.
         shared: What the pickle refers to, by :func:`safepool.share`.
+        names: Names of the script that the pickle refers to, or that its functions use.
     """
 
     segments: Sequence[Segment] = field(repr=False)
     descriptors: list[int]
     itself: Initializer | None = None
     shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    names: frozenset[str] = frozenset()
 
 
-def pack(
-    initializer: Initializer, *, names: MainNames | None = None, forked: bool = False
-) -> Inheritance:
+def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
     """Make the initializer and its arguments ready for a worker that is about to start.
 
     Args:
         initializer: What is called, and the arguments.
-        names: What the worker has of ``__main__``.
-        forked: It is a fork of this process.
+        forked: The worker is a fork of this process.
 
     Raises:
         Exception: What the pickler raised.
@@ -65,25 +64,21 @@ def pack(
         function, arguments = initializer
         values = (a.value if isinstance(a, Shared) else a for a in arguments)
         return Inheritance([], [], (function, tuple(values)))
-    with Collected() as met:
-        segments, descriptors = _pickle(initializer, names)
-    return Inheritance(store_large(segments), descriptors, shared=met.found)
+    with Collected() as shared, Met() as met:
+        segments, descriptors = _pickle(initializer)
+    return Inheritance(store_large(segments), descriptors, shared=shared.found, names=met.names)
 
 
 if sys.platform == "win32":
 
-    def _pickle(
-        initializer: Initializer, names: MainNames | None
-    ) -> tuple[list[bytes | memoryview], list[int]]:
-        return payloads.dumps(initializer, into_main=True, names=names), []
+    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
+        return payloads.dumps(initializer, into_main=True), []
 
 else:
 
-    def _pickle(
-        initializer: Initializer, names: MainNames | None
-    ) -> tuple[list[bytes | memoryview], list[int]]:
+    def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
         if initializer[0] is None:
-            return payloads.dumps(initializer, into_main=True, names=names), []
+            return payloads.dumps(initializer, into_main=True), []
         from multiprocessing import context, reduction  # noqa: PLC0415 -- a pool's start, not ours
 
         starting = _Starting()
@@ -93,7 +88,7 @@ else:
         try:
             pickler: Any = reduction.ForkingPickler
             reducers = pickler._extra_reducers
-            segments = payloads.dumps(initializer, into_main=True, names=names, reducers=reducers)
+            segments = payloads.dumps(initializer, into_main=True, reducers=reducers)
         finally:
             spawning.set_spawning_popen(before)
         return segments, starting.descriptors

@@ -1,67 +1,124 @@
-"""``__main__`` inside a worker: filled by what arrives, kept by what runs there.
+"""``__main__`` inside a worker: filled by the names that arrive, kept by what runs there.
 
-A worker does not import the program's ``__main__``. Its functions arrive by value, each time
-with the globals that they refer to, and all of them get this one namespace. So a global
-that an initializer sets is there for the tasks, and one that a task sets for the next, as in
-a worker of the standard pool; what the program changes in between arrives as well.
+A worker that does not run the script has a ``__main__`` of its own. The functions, classes and
+data of the script arrive as names, each before the first call that asks for it (``pool.names``),
+and are bound there once. From then on they are the worker's: what its initializer or a task does
+to them stays, until the program's own value has changed and arrives again.
 
-Not covered:
-    * What code of a module puts into ``__main__`` before anything of the program's own
-      ``__main__`` has arrived: something of the same name that arrives takes its place.
-    * A global object that a task changes in place: the program's own arrives again with the
-      next task and takes its place. Rebind the name (``global cache``), or keep what
-      is to last in a module that is imported.
+A list, dictionary, set or bytearray that arrives again is filled anew and stays the same object,
+as it is in the program: whatever else refers to it in the worker follows.
 """
 
 from __future__ import annotations
 
+import importlib
+import pickle
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.payloads import main_namespace, main_uses
+from safepool.errors import text_of
+from safepool.transport.marks import find_attribute, main_space
+from safepool.transport.names import of_script
+from safepool.transport.payloads import loads
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Sequence
+
+    from safepool.transport.frames import Received
 
 __all__ = ["MainNamespace"]
 
 
 class MainNamespace:
-    """Hold on to the globals that code of this worker has set.
-
-    Enter it when a call has arrived and before it runs, leave it when it has run.
-    """
+    """The names of the script in this worker."""
 
     def __init__(self) -> None:
-        spec = main_namespace().get("__spec__")
+        spec = main_space().get("__spec__")
         if getattr(spec, "name", "").startswith("loky."):
             # loky's own launcher runs as ``__main__``; its names are not the program's.
             sys.modules["__main__"] = types.ModuleType("__main__")
-        self._names = main_namespace()
-        self._own: dict[str, Any] = {}
-        self._arrived: dict[str, Any] = {}
-        self._uses = main_uses()
-        self._watched = False
+        # Names that are not there, and why.
+        self._missing: dict[str, str] = {}
 
-    def __enter__(self) -> None:
-        # As long as nothing of ``__main__`` has arrived, nothing of it can be lost: to look
-        # costs a quarter of a short task (benchmarks/dispatch.py, submit).
-        self._watched = self._watched or main_uses() != self._uses
-        if not self._watched:
-            return
-        self._names.update(self._own)
-        self._arrived = self._names.copy()
+    def receive(self, segments: Sequence[Received]) -> None:
+        """Bind what a frame brings. What cannot be had is left to the calls that ask for it."""
+        head = pickle.loads(segments[0])
+        _import_all(head.get("imports", ()))
+        self._missing.update(head.get("missing", ()))
+        names: Sequence[str] = head.get("names", ())
+        try:
+            self._bind(names, head.get("kinds", ()), head["keep"], segments[1:])
+        except BaseException as error:  # noqa: BLE001 -- user code
+            reason = f"{type(error).__name__}: {text_of(error)}"
+            self._missing.update(dict.fromkeys(names, reason))
 
-    def __exit__(
+    def _bind(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        names: Sequence[str],
+        kinds: Sequence[type | None],
+        keep: Sequence[bool],
+        segments: Sequence[Received],
     ) -> None:
-        if not self._watched:
+        if not names:
             return
-        for name, value in self._names.copy().items():  # a task's thread may go on
-            if self._arrived.get(name, self) is not value:
-                self._own[name] = value
-        self._arrived = {}
+        for name, kind, kept in zip(names, kinds, keep, strict=True):
+            # Bound before it is filled: the pickle may refer to it.
+            if kind is not None and not (kept and type(_bound_to(name)) is kind):
+                _bind(name, kind())
+        try:
+            values = loads(segments)
+        except BaseException:
+            for name in names:  # not what was there before, which is out of date
+                main_space().pop(name, None)
+            raise
+        for name, kind, value in zip(names, kinds, values, strict=True):
+            if kind is None:
+                _bind(name, value)
+            else:
+                _fill(_bound_to(name), value)
+            self._missing.pop(name, None)
+
+    def explain(self, error: BaseException) -> None:
+        """Add to what a call has raised why the name that it asked for is not there."""
+        name = getattr(error, "name", None) if isinstance(error, NameError) else None
+        if isinstance(error, KeyError) and len(error.args) == 1:
+            name = error.args[0]
+        reason = self._missing.get(name) if isinstance(name, str) else None
+        if reason is not None:
+            try:
+                error.add_note(f"{name!r} of __main__ could not be had in this worker: {reason}")
+            except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
+                pass
+
+
+def _bound_to(name: str) -> Any:
+    if "." not in name:
+        return main_space().get(name)
+    return next(iter(find_attribute(name)), None)
+
+
+def _bind(name: str, value: Any) -> None:
+    """Bind a value to a name, or to an attribute of a function or class of the script."""
+    holder, _, attribute = name.rpartition(".")
+    if holder:
+        setattr(of_script(holder), attribute, value)
+    else:
+        main_space()[name] = value
+
+
+def _fill(container: Any, content: Any) -> None:
+    if isinstance(container, (list, bytearray)):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _import_all(modules: Sequence[str]) -> None:
+    """Import what the script has imported, for what it does: registers, patches, configures."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception:  # noqa: BLE001 -- a function that needs it will say so
+            pass

@@ -24,6 +24,7 @@ import importlib.util
 import io
 import os
 import sys
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,7 +173,13 @@ def _find_space() -> None:
     """
     main = sys.modules["__main__"]
     if main.__name__ == "__mp_main__":
-        return  # a child by spawn or forkserver is started by a text of the standard library's
+        # A child by spawn or forkserver is started by a text of the standard library's, which
+        # runs the script in other globals and copies them into the module.
+        for value in [*vars(main).values()]:
+            if isinstance(value, types.FunctionType) and value.__module__ == "__mp_main__":
+                use_space(value.__globals__)
+                return
+        return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":

@@ -118,7 +118,7 @@ class Runner:
                 self._initialize(segments)
             case Kind.TRACE:
                 self._be_timed()
-            case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE:
+            case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE | Kind.NAMES:
                 self._keep(kind, position, segments)
             case Kind.TASK:
                 function = self._functions.get(function_of(segments))
@@ -139,6 +139,8 @@ class Runner:
             self._functions.pop(number, None)
         elif kind is Kind.SHARE:
             references.keep(number, received(segments))
+        elif kind is Kind.NAMES:
+            self._main.receive(segments)
         else:
             references.drop(number)
 
@@ -154,10 +156,10 @@ class Runner:
         try:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
-            with self._main:
-                if initializer is not None:
-                    initializer(*arguments)
+            if initializer is not None:
+                initializer(*arguments)
         except BaseException as error:  # the pool must learn of SystemExit as well
+            self._main.explain(error)
             # Where the standard pool's workers say it, for a program that collects it there.
             logging.getLogger("concurrent.futures").critical(
                 "Exception in initializer:", exc_info=True
@@ -187,15 +189,14 @@ class Runner:
             if len(segments) > 2:
                 segments.clear()  # the buffers live on in the arrays made of them
             del pickled
-            with self._main:
-                result = function(*arguments, **keywords)
+            result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.
             del function, arguments, keywords
             kind, answer = Kind.RESULT, self._pack(result)
             del result  # a large one has been copied
         except BaseException as error:  # noqa: BLE001 -- SystemExit is delivered, as by the standard pool
             self._fork.leave(error)
-            kind, answer = Kind.EXCEPTION, describe(error)
+            kind, answer = Kind.EXCEPTION, self._described(error)
         self._answers.send(position, kind, answer)
 
     def _run_batch(self, position: int, segments: list[Received]) -> None:
@@ -218,8 +219,7 @@ class Runner:
             self._board.begin(position)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
-        with self._main:
-            self._run_items(position, function, items, starred=starred, timed=timed)
+        self._run_items(position, function, items, starred=starred, timed=timed)
 
     def _run_items(
         self,
@@ -269,7 +269,7 @@ class Runner:
             answer = self._pack(value)
         except BaseException as error:  # noqa: BLE001 -- as above
             self._fork.leave(error)
-            answers.send(position, Kind.EXCEPTION, describe(error))
+            answers.send(position, Kind.EXCEPTION, self._described(error))
         else:
             answers.send(position, Kind.RESULT, answer)
 
@@ -319,7 +319,7 @@ class Runner:
             if value is _NOTHING:
                 board.leave_lane(at)
                 answers.kept(at - 1)
-                answers.send(at, Kind.EXCEPTION, describe(error))
+                answers.send(at, Kind.EXCEPTION, self._described(error))
                 return at, False
             # The slot is too small for the number.
         fork.leave()
@@ -332,7 +332,7 @@ class Runner:
         try:
             answer = self._pack(value)
         except BaseException as error:  # noqa: BLE001 -- as above
-            answers.send(at, Kind.EXCEPTION, describe(error))
+            answers.send(at, Kind.EXCEPTION, self._described(error))
         else:
             answers.send(at, Kind.RESULT, answer)
         return at, False
@@ -351,6 +351,10 @@ class Runner:
         # What ended before goes first: the pool takes this for its turn.
         self._answers.flush()
         self._outbox.send(encode(Kind.SKIPPED, position))
+
+    def _described(self, error: BaseException) -> Segments:
+        self._main.explain(error)
+        return describe(error)
 
     def _packed(self, result: object) -> Segments:
         segments = _pickle(result)

@@ -1,0 +1,90 @@
+"""What the script has imported: a worker imports it for what its import does.
+
+Read from its source, where there is one (a file, ``-c``, the cells of a notebook), or from
+what its namespace holds.
+
+Not covered:
+    * Imports inside of functions, and under ``if __name__ == "__main__":``.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+import types
+from typing import TYPE_CHECKING
+
+from safepool.transport.held import sources_of
+from safepool.transport.marks import main_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Imports"]
+
+
+class Imports:
+    """The imports of the script as it is now.
+
+    Attributes:
+        modules: Names of the modules, in the script's order.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[str] = []
+        sources = list(sources_of(main_space()))
+        for statement in _imports(sources):
+            self._take(statement)
+        if not sources:
+            self.modules = [
+                value.__name__
+                for value in list(main_space().values())
+                if type(value) is types.ModuleType and value.__name__ in sys.modules
+            ]
+        own = {"__main__", "__future__"}
+        self.modules = [name for name in dict.fromkeys(self.modules) if name not in own]
+
+    def _take(self, statement: ast.Import | ast.ImportFrom) -> None:
+        if isinstance(statement, ast.Import):
+            self.modules += [alias.name for alias in statement.names if alias.name in sys.modules]
+            return
+        module = _absolute(statement)
+        if module not in sys.modules:
+            return
+        self.modules.append(module)
+        for alias in statement.names:
+            below = f"{module}.{alias.name}"
+            if isinstance(sys.modules.get(below), types.ModuleType):
+                self.modules.append(below)
+
+
+def _absolute(statement: ast.ImportFrom) -> str:
+    package = (main_space().get("__package__") or "").split(".")
+    up = statement.level - 1
+    base = package[: len(package) - up] if up >= 0 else []
+    return ".".join([*base, *([statement.module] if statement.module else [])])
+
+
+def _imports(sources: list[str]) -> Iterator[ast.Import | ast.ImportFrom]:
+    for source in sources:
+        try:
+            todo: list[ast.AST] = [ast.parse(source)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # a cell with the notebook's own commands
+        while todo:
+            node = todo.pop()
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                yield node
+            elif not isinstance(
+                node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.expr)
+            ) and not _is_guard(node):
+                todo += reversed([*ast.iter_child_nodes(node)])
+
+
+def _is_guard(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Compare)
+        and isinstance(node.test.left, ast.Name)
+        and node.test.left.id == "__name__"
+    )

@@ -1,0 +1,181 @@
+"""Names of the script: what stands in a pickle for what a worker's ``__main__`` holds.
+
+    program   a function or class of the script, while a pool pickles     its name, ``Met.refs``
+              the globals that a function's code names                    nothing, ``Met.uses``
+              an object that a global of the script holds (``seeds``)     its name
+    worker    the name                                                    what is bound there
+
+So whatever a pool sends can refer to the script's functions, classes and data, which it sends by
+themselves and once (``pool.names``). Everywhere else functions travel with their globals.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import struct
+import threading
+import types
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.marks import main_space
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from typing import Self
+
+__all__ = ["Met", "OfScript", "met", "of_script"]
+
+_thread = threading.local()
+_UINT = struct.Struct("<I")
+
+
+@functools.lru_cache(maxsize=4096)
+def names_of(code: types.CodeType) -> frozenset[str]:
+    """Return the globals that code names; ``globals`` among them if it may ask for any."""
+    names: set[str] = set()
+    todo = [code]
+    while todo:
+        inner = todo.pop()
+        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+        names.update(one.argval for one in dis.get_instructions(inner) if one.opname in _GLOBALS)
+        if {"modules", "__main__"}.intersection(inner.co_names):
+            names.add("globals")
+    return frozenset(names)
+
+
+_GLOBALS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"})
+
+
+def met() -> Met | None:
+    """Return what gathers names in this thread; ``None`` where functions bring their globals."""
+    return getattr(_thread, "met", None)
+
+
+class Met:
+    """Gathers the names that a pickler of this thread meets, inside a ``with`` block.
+
+    Args:
+        own: Names whose functions and classes are pickled themselves.
+        seeds: Objects of the script that are pickled as their names.
+        prints: The pickle is compared and never loaded.
+
+    Attributes:
+        refs: Names that the pickle refers to: needed to load it.
+        uses: Names that its functions may ask for when they are called.
+        memo: What the last pickler has met, by ``id()``; kept if ``keeps_memo`` is set.
+    """
+
+    __slots__ = (
+        "_aliases",
+        "_before",
+        "keeps_memo",
+        "memo",
+        "own",
+        "prints",
+        "refs",
+        "replaced",
+        "seeds",
+        "uses",
+    )
+
+    def __init__(
+        self,
+        own: Collection[str] = (),
+        seeds: Mapping[str, object] | None = None,
+        *,
+        prints: bool = False,
+        keeps_memo: bool = False,
+    ) -> None:
+        self.own = own
+        self.seeds = seeds or {}
+        self.prints = prints
+        self.keeps_memo = keeps_memo
+        self.replaced = False
+        self.refs: set[str] = set()
+        self.uses: set[str] = set()
+        self.memo: Mapping[int, tuple[int, object]] = {}
+        self._aliases: dict[int, str] | None = None
+
+    def __enter__(self) -> Self:
+        self._before = met()
+        _thread.met = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _thread.met = self._before
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name that a worker needs."""
+        return frozenset(self.refs | self.uses)
+
+    def path_of(self, thing: Any) -> str | None:
+        """Return the dotted name by which the script has a function or class.
+
+        Returns:
+            ``None`` if it has none, or this one is to be pickled itself.
+        """
+        here = main_space()
+        path = getattr(thing, "__qualname__", "")
+        root, _, rest = path.partition(".")
+        found = here.get(root)
+        for part in rest.split(".") if rest else ():
+            found = getattr(found, part, None)
+        if found is not thing:
+            if self._aliases is None:
+                self._aliases = {id(value): name for name, value in list(here.items())}
+            path = root = self._aliases.get(id(thing), "")
+            if here.get(root) is not thing:
+                return None
+        if root in self.own:
+            return None
+        self.refs.add(root)
+        return path
+
+    def begin(self, pickler: Any, file: Any) -> None:
+        """Prepare a pickler that has not pickled anything."""
+        if not self.seeds:
+            return
+        # A pickle may begin with opcodes that fill the memo: what the pickler believes to have
+        # pickled already is looked up by the receiver. No callback for each object, as a
+        # persistent id is.
+        file.write(b"\x80\x05")
+        for place, name in enumerate(self.seeds):
+            text = name.encode()
+            file.write(b"c" + f"{__name__}\n{of_script.__name__}\n".encode())
+            file.write(b"(X" + _UINT.pack(len(text)) + text + b"tR")
+            file.write(b"r" + _UINT.pack(place) + b"0")
+        seeds = enumerate(self.seeds.values())
+        pickler.memo = {id(value): (place, value) for place, value in seeds}
+
+    def end(self, pickler: Any) -> None:
+        """Take from a pickler that is done what it has met."""
+        if self.keeps_memo:
+            self.memo = pickler.memo.copy()
+
+
+def of_script(path: str) -> Any:
+    """Return what the script's ``__main__`` has under a dotted name; what a pickle calls.
+
+    Raises:
+        NameError: There is nothing.
+    """
+    root, _, rest = path.partition(".")
+    try:
+        found = main_space()[root]
+    except KeyError:
+        raise NameError(f"name {root!r} is not defined in __main__", name=root) from None
+    for part in rest.split(".") if rest else ():
+        found = getattr(found, part)
+    return found
+
+
+class OfScript:
+    """What the script's ``__main__`` has under a name, on its way to what a worker has there."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return of_script, (self._name,)
