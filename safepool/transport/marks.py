@@ -49,7 +49,9 @@ def main_space() -> dict[str, Any]:
 
 
 def use_space(space: dict[str, Any]) -> None:
-    """Take other globals for those of ``__main__``, in a profiler or tracer that runs the script.
+    """Take other globals for those of ``__main__``.
+
+    In a profiler or tracer that runs the script, and in a child of ``multiprocessing``.
 
     Args:
         space: In which the script's top level runs.
@@ -57,8 +59,10 @@ def use_space(space: dict[str, Any]) -> None:
     global _space  # noqa: PLW0603 -- a fact about this process
     if space is main_space():
         return
-    _space = None if space is vars(sys.modules["__main__"]) else space
-    alias_main()
+    main = sys.modules["__main__"]
+    _space = None if space is vars(main) else space
+    if main.__name__ == "__main__":
+        alias_main()
 
 
 def find_in_main(qualname: str) -> object:

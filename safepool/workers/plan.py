@@ -173,12 +173,14 @@ def _find_space() -> None:
     """
     main = sys.modules["__main__"]
     if main.__name__ == "__mp_main__":
-        # A child by spawn or forkserver is started by a text of the standard library's, which
-        # runs the script in other globals and copies them into the module.
+        # A child by spawn or forkserver, whose first frame is the standard library's. It has run
+        # the script by ``runpy``, and the module has a copy of what that has made.
         for value in [*vars(main).values()]:
             if isinstance(value, types.FunctionType) and value.__module__ == "__mp_main__":
-                use_space(value.__globals__)
-                return
+                space = value.__globals__
+                if space.get("__name__") == "__mp_main__":
+                    use_space(space)
+                    return
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
