@@ -27,10 +27,11 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
+from safepool.machine import tell_once
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
-from safepool.pool.names import Names
+from safepool.pool.names import Names, Needs
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
@@ -124,6 +125,8 @@ class Dispatch:
         # Names that an initializer needs.
         self._first: Sequence[Delivery] = ()
         self._blamed: Counter[str] = Counter()
+        # Which worker was the first to have a generator of the script.
+        self._generators: dict[str, int] = {}
         self._settled = settled
         self._packer = Packer(wake)
         self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
@@ -530,12 +533,16 @@ class Dispatch:
     def _deliver(self, worker: Worker, needs: Sequence[Delivery]) -> Pieces:
         """Return what brings a worker the names that it lacks in their present version."""
         pieces: Pieces = []
-        if worker.delivered.get(id(needs)) is needs:
+        number = needs.number if isinstance(needs, Needs) else 0
+        if number in worker.delivered:
             return pieces
-        if len(worker.delivered) >= _MOST_DELIVERED:
-            worker.delivered.clear()
-        worker.delivered[id(needs)] = needs
+        if number:
+            if len(worker.delivered) >= _MOST_DELIVERED:
+                worker.delivered.clear()
+            worker.delivered.add(number)
         for delivery in needs:
+            if delivery.draws:
+                self._note_generator(worker, delivery)
             if not delivery.lacks(worker.names):
                 continue
             pieces += self._share(worker, delivery.shared)
@@ -545,6 +552,17 @@ class Dispatch:
             # Those that refer to a name are to find what is bound to it now.
             worker.functions -= self._named
         return pieces
+
+    def _note_generator(self, worker: Worker, delivery: Delivery) -> None:
+        """Say once that workers draw the same random numbers: a second one gets a copy."""
+        name = delivery.names[0]
+        if self._generators.setdefault(name, worker.pid) != worker.pid:
+            tell_once(
+                f"several workers draw the same random numbers from the global {name} of the "
+                "script: each has a copy of the generator. Pass a seed with each task, as "
+                "numpy.random.SeedSequence(seed).spawn(tasks) makes them, or make the generator "
+                "in ProcessPool(initializer=)"
+            )
 
     def pack_initializer(self, pack: Callable[[], None]) -> bool:
         """Pickle what new workers run first; return whether that is done."""

@@ -26,13 +26,17 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import random
 import sys
 import threading
+import time
 import types
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
+from safepool.machine import tell_once
 from safepool.pool.circles import components
 from safepool.pool.imports import Imports
 from safepool.pool.mains import (
@@ -65,6 +69,8 @@ __all__ = ["Delivery", "Names"]
 
 # Objects in a pickle. In a larger one nobody looks for what two values have in common.
 _MOST_MET = 200_000
+# Sets of names that calls have asked for.
+_MOST_CLOSURES = 1024
 # A function or class that nothing names is sent in case it is asked for, unless it is larger.
 _QUIET_BYTES = 1 << 20
 # They stay the same object in a worker when what they hold has changed.
@@ -73,6 +79,11 @@ _CONTAINERS = frozenset({dict, list, set, bytearray})
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # Of the worker's own module.
 _OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__", "__loader__"})
+# More is worth a word when it is sent again and again; it takes tens of milliseconds.
+_MUCH_BYTES = 16 << 20
+_TOLD_AT = 3
+# So is more time than this, of the program, to find out whether data has changed.
+_MUCH_S = 1.0
 # What stands for a name where there is none.
 _IMPORTS, _MISSING = "import", "del"
 
@@ -89,6 +100,7 @@ class Delivery:
         head: What workers are told about the names.
         segments: The pickle of the values.
         shared: What the values refer to, by :func:`safepool.share`.
+        draws: A generator of random numbers is among the values.
     """
 
     version: int
@@ -97,6 +109,7 @@ class Delivery:
     head: Mapping[str, Any] = field(default_factory=dict, repr=False)
     segments: Sequence[Segment] = field(default=(), repr=False)
     shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    draws: bool = False
 
     def message(self, has: dict[str, int]) -> list[Segment]:
         """Return what a worker is sent, and note that it has it.
@@ -137,6 +150,8 @@ class _Known:
         short: The look at a function, if a short one will do.
         pickled_again: Only the pickle of the whole tells whether it has changed.
         unsteady: Its pickle is another one each time: only identity tells.
+        spent_s: What it has taken to find out whether it has changed, in CPU time.
+        asked: How often that was asked.
     """
 
     names: tuple[str, ...]
@@ -148,11 +163,13 @@ class _Known:
     uses: frozenset[str]
     stamp: tuple[int, ...]
     ids: tuple[int, ...]
-    plain: object = ABSENT
-    attributes: frozenset[str] | None = None
-    short: PlainFunction | None = None
-    pickled_again: bool = False
+    plain: object
+    attributes: frozenset[str] | None
+    short: PlainFunction | None
+    pickled_again: bool
     unsteady: bool = False
+    spent_s: float = 0.0
+    asked: int = 0
 
     def is_unchanged(self, *, here: bool = False) -> bool:
         """Tell whether the program's values are what was pickled; ``False`` if in doubt.
@@ -172,6 +189,27 @@ class _Known:
         return same or (self.unsteady and tuple(map(id, values)) == self.ids)
 
     def _is_print_of(self, doubts: list[object], *, here: bool) -> bool:
+        before = time.thread_time()
+        same = self._has_print_of(doubts, here=here)
+        self.spent_s += time.thread_time() - before
+        self.asked += same or not here  # else it is asked again, in another thread
+        if self.spent_s > _MUCH_S:
+            self._tell_of_time()
+        return same
+
+    def _tell_of_time(self) -> None:
+        name = self.names[0]
+        tell_once(
+            f"to find out whether the global {name} of the script has changed has taken "
+            f"{self.spent_s:.1f} s in {self.asked} calls of submit() and map(), which ask it once "
+            "each. Give map() more items at once, make arrays read-only "
+            f"({name}.flags.writeable = False), or place what never changes once for all workers: "
+            f"{name} = safepool.share({name})",
+            subject=f"time for {name}",
+        )
+        self.spent_s = float("-inf")
+
+    def _has_print_of(self, doubts: list[object], *, here: bool) -> bool:
         assert self.doubts is not None
         try:
             if here:
@@ -192,7 +230,9 @@ class _Pickled:
         kinds: By name the type of a container, of which what it holds is pickled; else ``None``.
         by_identity: Workers have an object of their own: only another one is a change.
         there: Workers have it by themselves, as it is.
+        draws: As of :class:`Delivery`.
         attributes: As of :class:`_Known`.
+        looked: What they were just before.
         held: By ``id()``, objects that another name may hold as well. Those that were made
             for the pickle are kept, so that no other gets their number.
     """
@@ -206,7 +246,9 @@ class _Pickled:
     held: dict[int, object]
     by_identity: bool = False
     there: bool = False
+    draws: bool = False
     attributes: frozenset[str] | None = None
+    looked: _Looked | None = None
 
 
 @dataclass(slots=True)
@@ -215,7 +257,22 @@ class _Closure:
 
     known: list[_Known]
     absent: frozenset[str]
-    deliveries: tuple[Delivery, ...]
+    deliveries: Needs
+
+
+_needs = itertools.count(1)
+
+
+class Needs(list[Delivery]):
+    """What a call needs, in the order in which it is sent.
+
+    Attributes:
+        number: Its own. A worker that has had all of it once needs no further look.
+    """
+
+    def __init__(self, deliveries: Iterable[Delivery]) -> None:
+        super().__init__(deliveries)
+        self.number = next(_needs)
 
 
 class _Inherited(dict[str, int]):
@@ -286,8 +343,24 @@ class Names:
             self._forget_other_script()
             closure = self._closures.get(roots)
             if closure is None or not self._is_fresh(closure):
-                closure = self._closures[roots] = self._close(roots)
+                closure = self._close(roots)
+                if len(self._closures) >= _MOST_CLOSURES:
+                    self._closures.clear()
+                self._closures[roots] = closure
             return closure.deliveries
+
+    def keep(self, known: _Known) -> None:
+        """Make names known."""
+        for name in known.names:
+            self._known[name] = known
+            self._first.setdefault(name, known.delivery.version)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Keep nothing alive that has got another version."""
+        gone = {id(self._known[name]) for name in names if name in self._known}
+        for roots, closure in [*self._closures.items()]:
+            if any(id(known) in gone for known in closure.known):
+                del self._closures[roots]
 
     def _forget_other_script(self) -> None:
         """Begin anew if workers have something else of the script than was thought."""
@@ -343,7 +416,7 @@ class Names:
         walk.finish()
         known = self._in_order(walk.reached)
         deliveries = (*self._beside, *(one.delivery for one in known))
-        return _Closure(known, frozenset(walk.absent), tuple(dict.fromkeys(deliveries)))
+        return _Closure(known, frozenset(walk.absent), Needs(dict.fromkeys(deliveries)))
 
     def _look_beside(self) -> None:
         """Look at the namespace as a whole: it has other names than at the last look."""
@@ -550,7 +623,10 @@ class _Walk:
             return _Pickled((name,), (None,), segments, nothing, nothing, (), {}, True)
         if self._by_id is None:
             self._by_id = _data_by_id()
+        # First: what is changed meanwhile, by another thread, is noticed with the next call.
+        looked = _looked_at([value])
         one = _pickle((name,), {})
+        one.looked = looked
         others = {self._by_id[number] for number in one.held if number in self._by_id}
         one.refs |= others - {name}
         for number in self._by_id.keys() & one.held.keys():
@@ -571,8 +647,10 @@ class _Walk:
         one = pickled[group[0]]
         there = all(pickled[name].there for name in group)
         if len(group) > 1 or seeds:
+            looked = one.looked if len(group) == 1 else _looked_at(values)
             one = _pickle(group, seeds)
             one.refs |= frozenset(seeds)
+            one.looked = looked
         before = table._known.get(group[0])
         if before is not None and before.names != group:
             before = None
@@ -580,56 +658,98 @@ class _Walk:
         if before is not None and before.stamp == stamp and before.print.is_of(one.segments):
             delivery, whole = before.delivery, before.print
         else:
+            since = self._born(group, values, before)
+            segments = () if there else placed(one.segments)
+            head = {"names": group, "kinds": one.kinds}
             version = next(table._versions)
-            before_ids = (0,) * len(group) if before is None else before.ids
-            # What the script has made in a worker is filled there, whatever refers to it.
-            made = 0 if table.main else version
-            born = tuple(
-                version
-                if not _stays(value)
-                else table._born(name)
-                if was == id(value)
-                else made
-                if name not in table._known
-                else version
-                for name, value, was in zip(group, values, before_ids, strict=True)
-            )
-            delivery = Delivery(
-                version,
-                group,
-                born,
-                {"names": group, "kinds": one.kinds},
-                () if there else placed(one.segments),
-                one.shared,
-            )
-            whole = Print(one.segments, delivery.segments or None)
+            born = tuple(version if known is None else known for known in since)
+            delivery = Delivery(version, group, born, head, segments, one.shared, one.draws)
+            whole = Print(one.segments, segments or None)
+            table.drop(group)
             if there:
                 table._there.update(dict.fromkeys(group, version))
-        doubts, plain = None, ABSENT
-        look = Look()
-        if len(group) == 1 and (one.by_identity or is_plain(values[0])):
-            plain = values[0]
-        else:
-            look = Look(*values)
-        again = False
-        if look.doubts:
-            try:
-                printed, replaced = print_of(look.doubts)
-            except Exception:  # noqa: BLE001 -- it has been pickled in other company, above
-                again = True
+            elif before is not None:
+                _tell_of_large(delivery)
+        looked = one.looked or _looked_at(values)
+        table.keep(
+            _Known(
+                group,
+                looked.look,
+                looked.print_beside(one.segments, () if there else delivery.segments),
+                whole,
+                delivery,
+                one.refs,
+                one.uses,
+                stamp,
+                ids,
+                values[0] if len(group) == 1 and (one.by_identity or looked.plain) else ABSENT,
+                one.attributes,
+                plain_function(values[0]) if len(group) == 1 else None,
+                looked.failed,
+            )
+        )
+
+    def _born(
+        self, group: tuple[str, ...], values: Sequence[object], before: _Known | None
+    ) -> list[int | None]:
+        """Return since which version workers have each object; ``None`` is the next one."""
+        table, born = self._names, list[int | None]()
+        before_ids = (0,) * len(group) if before is None else before.ids
+        for name, value, was in zip(group, values, before_ids, strict=True):
+            if not _stays(value):
+                born.append(None)
+            elif was == id(value):
+                born.append(table._born(name))
             else:
-                same = [*map(length, printed[1:])] == [*map(length, one.segments[1:])]
-                reused = same and not (replaced or there)
-                doubts = Print(printed, delivery.segments if reused else None)
-        look.forget_doubts()
-        refs, uses = one.refs, one.uses
-        known = _Known(group, look, doubts, whole, delivery, refs, uses, stamp, ids, plain)
-        known.short = plain_function(values[0]) if len(group) == 1 else None
-        known.pickled_again = again
-        known.attributes = one.attributes
-        for name in group:
-            table._known[name] = known
-            table._first.setdefault(name, delivery.version)
+                # What the script has made in a worker is filled there, whatever refers to it.
+                born.append(0 if table.main and name not in table._known else None)
+        return born
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What values were just before they were pickled.
+
+    Attributes:
+        look: What identity tells.
+        printed: The pickle of what is in doubt; ``None`` if there is nothing.
+        replaced: That pickle is for comparing only.
+        failed: It cannot be made, as it was pickled in other company.
+        plain: There is one value, and identity tells all.
+    """
+
+    look: Look
+    printed: list[bytes | memoryview] | None = None
+    replaced: bool = False
+    failed: bool = False
+    plain: bool = False
+
+    def print_beside(
+        self, pickled: Sequence[bytes | memoryview], stored: Sequence[Segment]
+    ) -> Print | None:
+        """Return the print of what is in doubt.
+
+        Args:
+            pickled: The pickle of the values themselves.
+            stored: The same as it is kept for workers: its buffers are not kept twice.
+        """
+        if self.printed is None:
+            return None
+        same = [*map(length, self.printed[1:])] == [*map(length, pickled[1:])]
+        return Print(self.printed, stored if stored and same and not self.replaced else None)
+
+
+def _looked_at(values: Sequence[object]) -> _Looked:
+    if len(values) == 1 and is_plain(values[0]):
+        return _Looked(Look(), plain=True)
+    looked = _Looked(Look(*values))
+    if looked.look.doubts:
+        try:
+            looked.printed, looked.replaced = print_of(looked.look.doubts)
+        except Exception:  # noqa: BLE001 -- user code; the pickle of the whole tells, or raises
+            looked.failed = True
+    looked.look.forget_doubts()
+    return looked
 
 
 def _pickle(group: tuple[str, ...], seeds: Mapping[str, object]) -> _Pickled:
@@ -659,12 +779,16 @@ def _pickle(group: tuple[str, ...], seeds: Mapping[str, object]) -> _Pickled:
         with Met(group, {**own, **seeds}, keeps_memo=True) as met, Collected() as shared:
             segments = payloads.dumps(tuple(values), into_main=True, by_value=by_value)
         held: dict[int, object] = {}
+        draws = any(map(_is_generator, values))
         if len(met.memo) < _MOST_MET:
-            kept = (value for _, value in met.memo.values())
-            held = {id(value): value for value in kept if _can_be_shared(value)}
+            found = [value for _, value in met.memo.values()]
+            held = {id(value): value for value in found if _can_be_shared(value)}
+            draws = draws or any(map(_is_generator, found))
         met.refs.difference_update(group)
         refs, uses = frozenset(met.refs), frozenset(met.uses)
-        return _Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held)
+        one = _Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held)
+        one.draws = draws
+        return one
 
     return steadily(attempt)
 
@@ -732,6 +856,44 @@ def _can_be_shared(value: object) -> bool:
     return bool(getattr(value, "__dict__", None)) or (
         numpy is not None and isinstance(value, numpy.ndarray)
     )
+
+
+# By module and name, so that nothing is imported to find out.
+_GENERATORS = frozenset(
+    {
+        ("numpy.random._generator", "Generator"),
+        ("numpy.random.mtrand", "RandomState"),
+        ("torch._C", "Generator"),
+    }
+)
+
+
+def _is_generator(value: object) -> bool:
+    """Tell whether this draws random numbers, and a copy of it draws the same."""
+    kind = type(value)
+    if kind is random.Random or (kind.__module__, kind.__qualname__) in _GENERATORS:
+        return True
+    return issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom)
+
+
+# How often a large global has changed.
+_changes: Counter[tuple[str, ...]] = Counter()
+
+
+def _tell_of_large(delivery: Delivery) -> None:
+    """Say once that a large global is sent again and again."""
+    if delivery.size_bytes < _MUCH_BYTES:
+        return
+    names = ", ".join(delivery.names)
+    _changes[delivery.names] += 1
+    if _changes[delivery.names] == _TOLD_AT:
+        tell_once(
+            f"the global {names} of the script ({delivery.size_bytes >> 20} MiB) is changed "
+            f"between calls and sent to every worker again, {_TOLD_AT} times by now. Only a "
+            "global that has changed is sent: keep what changes in one of its own, or pass it as "
+            "an argument",
+            subject=f"{names} is sent again",
+        )
 
 
 def _stays(value: object) -> bool:

@@ -31,7 +31,7 @@ class Worker(WorkerProcess):
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         functions: Numbers of the functions that it keeps.
         names: The versions of the script's names that it has.
-        delivered: By ``id()``, what was found to have been delivered to it already.
+        delivered: Numbers of the needs that it was found to have.
         shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.
@@ -100,7 +100,7 @@ class Worker(WorkerProcess):
         self.functions: set[int] = set()
         self.shared: set[int] = set()
         self.names: dict[str, int] = {}
-        self.delivered: dict[int, object] = {}
+        self.delivered: set[int] = set()
 
     @property
     def is_idle(self) -> bool:

@@ -50,12 +50,19 @@ class Prints(Reducers):
     """
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
-        numpy: Any = sys.modules.get("numpy")
         script = met()
-        if script is None or numpy is None or not issubclass(kind, numpy.ndarray):
+        if script is None or not _is_kind_of_array(kind):
             return super().__missing__(kind)
         script.replaced = True
         return _print_of
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or _is_kind_of_array(kind)
+
+
+def _is_kind_of_array(kind: object) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    return numpy is not None and isinstance(kind, type) and issubclass(kind, numpy.ndarray)
 
 
 def _print_of(array: Any) -> tuple[Any, ...]:

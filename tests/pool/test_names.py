@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support_processes import run_python
+from support_processes import run_python, run_script
 
 from safepool.pool.circles import components
 
@@ -435,3 +435,238 @@ def test_circles_are_found() -> None:
     found = components(edges)
 
     assert [sorted(circle) for circle in found] == [["e"], ["d"], ["a", "b", "c"], ["f"]]
+
+
+def run(text: str, folder: Path) -> tuple[str, str]:
+    """Run a script without a guard; return what it printed, and its warnings."""
+    done = run_script(text, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_large_array_is_pickled_once_however_it_is_wrapped(tmp_path: Path) -> None:
+    """Also of a class that copies it into its pickle: a sampler calls ``map`` once a step."""
+    text = """
+    import numpy, safepool
+    class Counted(numpy.ndarray):
+        pickled = 0
+        def __reduce_ex__(self, protocol):
+            Counted.pickled += 1
+            return super().__reduce_ex__(protocol)
+    data = numpy.ones(1 << 18).view(Counted)
+    def use(x):
+        return float(data[0]) * x
+    class Wrapped:
+        def __init__(self, function):
+            self.function = function
+        def __call__(self, x):
+            return self.function(x)
+    with safepool.ProcessPool(2) as pool:
+        found = [list(pool.map(Wrapped(use), [1.0, 2.0])) for _ in range(20)]
+        few = Counted.pickled < 5
+        data[0] = 3
+        print(few, found[-1], list(pool.map(Wrapped(use), [1.0])))
+    """
+    assert run(text, tmp_path) == ("True [1.0, 2.0] [3.0]", "")
+
+
+# One row per way to hold a generator of random numbers.
+GENERATORS: dict[str, str] = {
+    "of NumPy": "import numpy; source = numpy.random.default_rng(5)",
+    "of the standard library": "import random; source = random.Random(5)",
+    "in an instance": """
+    import random
+    class Source:
+        def __init__(self):
+            self.dice = random.Random(5)
+        def random(self):
+            return self.dice.random()
+    source = Source()
+    """,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_that_several_workers_use_is_told_of_once(
+    kind: str, workers: int, tmp_path: Path
+) -> None:
+    """Draws repeat between workers, and never within one."""
+    made = textwrap.indent(textwrap.dedent(GENERATORS[kind]).strip(), "    ")
+    text = f"""
+{made}
+    import os, safepool, time
+    def draw(_):
+        time.sleep(0.01)
+        return os.getpid(), source.random()
+    with safepool.ProcessPool({workers}) as pool:
+        drawn = []
+        while len({{pid for pid, _ in drawn}}) < {workers}:
+            drawn += pool.map(draw, range(4))
+        print(len(drawn) == len(set(drawn)))
+    """
+    out, warned = run(text, tmp_path)
+
+    assert out == "True"
+    assert warned.count("draw the same random numbers from the global source") == workers - 1
+
+
+def test_a_large_global_that_changes_is_told_of_once(tmp_path: Path) -> None:
+    text = """
+    import numpy, safepool
+    data = numpy.zeros(3 << 20)
+    def first(_=None):
+        return float(data[0])
+    with safepool.ProcessPool(1) as pool:
+        for step in range(6):
+            data[0] = step
+            assert pool.submit(first).result() == step
+            assert [*pool.map(first, [0])] == [step]
+    """
+    _, warned = run(text, tmp_path)
+
+    assert warned.count("the global data of the script (24 MiB) is changed between") == 1
+
+
+def test_finding_out_that_takes_long_is_told_of_once(tmp_path: Path) -> None:
+    text = """
+    import safepool
+    from safepool.pool import names
+    names._MUCH_S = 0.0
+    table = {"a": 1}
+    def look_up():
+        return table["a"]
+    with safepool.ProcessPool(1) as pool:
+        print([pool.submit(look_up).result() for _ in range(3)])
+    """
+    out, warned = run(text, tmp_path)
+
+    assert out == "[1, 1, 1]"
+    assert warned.count("table = safepool.share(table)") == 1
+
+
+def test_what_cannot_be_pickled_fails_the_calls_that_need_it(tmp_path: Path) -> None:
+    """And is told where code asks for it that nobody could foresee."""
+    text = """
+    import safepool, threading
+    lock = threading.Lock()
+    def locked():
+        with lock:
+            return 1
+    class Holder:
+        own = threading.Lock()
+    def free():
+        return 2
+    def ask_for(name):
+        return globals()[name]
+    def name_it():
+        return eval("Holder")
+    with safepool.ProcessPool(1) as pool:
+        print(pool.submit(free).result())
+        for call in ((locked,), (ask_for, "Holder"), (name_it,)):
+            try:
+                pool.submit(*call).result()
+            except Exception as error:
+                print(type(error).__name__, error.__notes__)
+        print(pool.submit(free).result())
+    """
+    out, warned = run(text, tmp_path)
+
+    first, needed, asked, named, last = out.splitlines()
+    assert (first, last, warned) == ("2", "2", "")
+    assert needed.startswith("TypeError")
+    assert "global 'lock' of __main__.locked" in needed
+    for told in (asked, named):
+        assert "'Holder' of __main__ could not be had in this worker: TypeError" in told
+
+
+def test_new_workers_get_the_present_values(tmp_path: Path) -> None:
+    text = """
+    import safepool
+    level = 0
+    seen = {}
+    def look(_=None):
+        seen["calls"] = seen.get("calls", 0) + 1
+        return level, seen["calls"]
+    with safepool.ProcessPool(1, initializer=look, max_tasks_per_child=2) as pool:
+        found = [pool.submit(look).result() for _ in range(3)]
+        level = 1
+        found += [pool.submit(look).result() for _ in range(3)]
+        print(found)
+    """
+    out, _ = run(text, tmp_path)
+
+    assert out == str([(0, 2), (0, 3), (0, 2), (1, 3), (1, 2), (1, 3)])
+
+
+def test_a_thread_may_change_what_is_pickled(tmp_path: Path) -> None:
+    text = """
+    import safepool, threading
+    table = {n: object for n in range(20_000)}
+    done = threading.Event()
+    def change():
+        n = 0
+        while not done.is_set():
+            n += 1
+            table[f"key {n % 50_000}"] = n
+            table.pop(n % 20_000, None)
+    def size():
+        return len(table) > 0
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        with safepool.ProcessPool(1) as pool:
+            print({pool.submit(size).result() for _ in range(20)})
+    finally:
+        done.set()
+    """
+    assert run(text, tmp_path) == ("{True}", "")
+
+
+def test_a_changed_array_does_not_keep_the_former_ones(tmp_path: Path) -> None:
+    """Neither memory nor descriptors are kept of what nobody will be sent."""
+    text = """
+    import numpy, os, safepool
+    data = numpy.zeros(1 << 20)
+    def first(_=None):
+        return float(data[0])
+    with safepool.ProcessPool(1) as pool:
+        counts = []
+        for step in range(12):
+            data[0] = step
+            pool.submit(first).result()
+            list(pool.map(lambda _: data[0], [0]))
+            counts.append(len(os.listdir("/proc/self/fd")))
+        print(counts[-1] - counts[3] < 3)
+    """
+    if sys.platform == "linux":
+        assert run(text, tmp_path)[0] == "True"
+
+
+def test_imports_for_their_effect_happen_in_workers(tmp_path: Path) -> None:
+    """In the script's order, of modules that no function names; a failing one costs nothing."""
+    (tmp_path / "registry.py").write_text("known = []\n")
+    (tmp_path / "plugin_b.py").write_text("import registry; registry.known.append('b')\n")
+    (tmp_path / "plugin_a.py").write_text("import registry; registry.known.append('a')\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "inner.py").write_text("import registry; registry.known.append('p')\n")
+    (tmp_path / "once.py").write_text(
+        "import os\nif os.environ.setdefault('ONCE', str(os.getpid())) != str(os.getpid()):\n"
+        "    raise RuntimeError\n"
+    )
+    text = """
+    import os, registry, safepool
+    import plugin_b
+    import once
+    try:
+        import plugin_a, nowhere
+    except ImportError:
+        pass
+    from package import inner
+    def known():
+        return registry.known
+    with safepool.ProcessPool(1) as pool:
+        print(pool.submit(known).result())
+    """
+    assert run(text, tmp_path) == ("['b', 'a', 'p']", "")
