@@ -54,7 +54,7 @@ class Imports:
         self.modules.append(module)
         for alias in statement.names:
             below = f"{module}.{alias.name}"
-            if isinstance(sys.modules.get(below), types.ModuleType):
+            if issubclass(type(sys.modules.get(below)), types.ModuleType):
                 self.modules.append(below)
 
 

@@ -96,7 +96,9 @@ def plain_function(value: object) -> PlainFunction | None:
     if value.__closure__ or value.__kwdefaults__ or value.__dict__ or Look(value).doubts:
         return None
     # What cloudpickle sends along changes with what is imported.
-    packages = (hasattr(here.get(name), "__path__") for name in value.__code__.co_names)
+    modules = (here.get(name) for name in value.__code__.co_names)
+    # By its type: one that imports something late does so when it is asked.
+    packages = (type(one) is types.ModuleType and hasattr(one, "__path__") for one in modules)
     return None if any(packages) else PlainFunction(value)
 
 
@@ -203,7 +205,7 @@ class Look:
             self._parts.append(value)
         elif kind is tuple or kind is frozenset:
             self._add_all(value)
-        elif kind is types.ModuleType and sys.modules.get(value.__name__) is value:
+        elif issubclass(kind, types.ModuleType) and _is_imported(value):
             self._parts.append(value)
         elif is_definition(value):
             if is_importable(value):
@@ -216,12 +218,17 @@ class Look:
             self.doubts.append(value)
 
 
+def _is_imported(module: types.ModuleType) -> bool:
+    # Not by its own way to attributes, which may import what was put off.
+    return sys.modules.get(object.__getattribute__(module, "__name__")) is module
+
+
 def is_definition(value: Any) -> bool:
     """Tell whether this is a function, a class, or what the standard library makes of one."""
     kind = type(value)
     return (
         kind is types.FunctionType
-        or isinstance(value, type)
+        or issubclass(kind, type)
         or kind is LRU_CACHE
         or (kind.__module__ == "safepool.decorator" and hasattr(value, "__wrapped__"))
     )
@@ -289,7 +296,7 @@ def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
 
 def is_importable(thing: Any) -> bool:
     """Tell whether a function or class is found under its own name in a module."""
-    if not isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, type)):
+    if not issubclass(type(thing), (types.FunctionType, types.BuiltinFunctionType, type)):
         return False
     module, name = getattr(thing, "__module__", None), thing.__qualname__
     if module is None or module in MAIN_NAMES:

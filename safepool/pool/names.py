@@ -75,6 +75,8 @@ _MOST_CLOSURES = 1024
 _QUIET_BYTES = 1 << 20
 # They stay the same object in a worker when what they hold has changed.
 _CONTAINERS = frozenset({dict, list, set, bytearray})
+# Py_TPFLAGS_HEAPTYPE.
+_HEAP = 1 << 9
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # Of the worker's own module.
@@ -850,12 +852,12 @@ def _can_be_shared(value: object) -> bool:
     kind = type(value)
     if kind in _CONTAINERS or kind is types.CellType:
         return True
-    if is_definition(value) or kind is types.ModuleType:
+    # By its type: an object that imports something late does so when it is asked for more.
+    if issubclass(kind, types.ModuleType) or is_definition(value):
         return False
     numpy: Any = sys.modules.get("numpy")
-    return bool(getattr(value, "__dict__", None)) or (
-        numpy is not None and isinstance(value, numpy.ndarray)
-    )
+    # Of any class that Python code has made: it may be a sentinel.
+    return bool(kind.__flags__ & _HEAP) or (numpy is not None and isinstance(value, numpy.ndarray))
 
 
 # By module and name, so that nothing is imported to find out.
@@ -898,8 +900,10 @@ def _tell_of_large(delivery: Delivery) -> None:
 
 def _stays(value: object) -> bool:
     """Tell whether a worker has the same object when what it holds arrives anew."""
-    return type(value) in _CONTAINERS or isinstance(value, (type, LRU_CACHE))
+    return type(value) in _CONTAINERS or issubclass(type(value), (type, LRU_CACHE))
 
 
 def _is_of_script(value: object) -> bool:
+    if issubclass(type(value), types.ModuleType):
+        return True  # the standard pickler would ask it for more, and may so import it
     return is_definition(value) and not is_importable(value)

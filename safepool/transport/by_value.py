@@ -28,6 +28,7 @@ import cloudpickle
 from cloudpickle import cloudpickle as _internals
 
 from safepool.transport import kinds
+from safepool.transport.annotations import annotations_of, closure_of, global_names
 from safepool.transport.classes import fill_class, reduce_class
 from safepool.transport.exceptions import reduce_exception
 from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
@@ -192,7 +193,7 @@ def _state_of(
     What a function of the script finds in its globals is sent by itself (``pool.names``).
     """
     globals_ = function.__globals__
-    names = _internals._extract_code_globals(function.__code__)
+    names = global_names(function.__code__)
     used = {"".join(name): globals_[name] for name in names if name in globals_}
     apart = script is not None and globals_ is main_space()
     if script is not None and apart:
@@ -202,12 +203,12 @@ def _state_of(
         # Copies, as cloudpickle makes them: a pickle of the same content has the same bytes.
         "__name__": "".join(function.__name__),
         "__qualname__": "".join(function.__qualname__),
-        "__annotations__": function.__annotations__,
+        **annotations_of(function),
         "__kwdefaults__": function.__kwdefaults__,
         "__defaults__": function.__defaults__,
         "__module__": function.__module__,
         "__doc__": function.__doc__,
-        "__closure__": function.__closure__,
+        "__closure__": closure_of(function),
         "_cloudpickle_submodules": _submodules(
             function.__code__, itertools.chain(used.values(), cells)
         ),

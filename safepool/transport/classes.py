@@ -38,7 +38,7 @@ Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 _HEAP = 1 << 9
 _OWN_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 # What the interpreter makes anew.
-_MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__"})
+_MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__", "__annotations_cache__"})
 # What enum.EnumType makes of the members.
 _OF_MEMBERS = frozenset(
     {
@@ -96,6 +96,8 @@ def _attributes_of(kind: type) -> dict[str, Any]:
         for name, value in found.items()
         if name not in _MADE_ANEW and not _is_made_anew(kind, value)
     }
+    if callable(vars(kind).get("__annotate_func__")):
+        found["__annotate__"] = vars(kind)["__annotate_func__"]
     if isinstance(kind, abc.ABCMeta) and found.pop("_abc_impl", None) is not None:
         registry, *_ = abc._get_dump(kind)  # type: ignore[attr-defined]
         found["_abc_impl"] = [one for reference in registry if (one := reference()) is not None]
@@ -107,7 +109,7 @@ def _attributes_of(kind: type) -> dict[str, Any]:
 def _is_made_anew(kind: type, value: object) -> bool:
     if isinstance(value, _OWN_DESCRIPTORS):
         return value.__objclass__ is kind
-    return type(value).__module__ == "_ctypes" and type(value).__name__ == "CField"
+    return type(value).__name__ == "CField" and type(value).__module__ in ("ctypes", "_ctypes")
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:

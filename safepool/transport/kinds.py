@@ -12,6 +12,7 @@ Each is the program's own again where a result brings it back.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import types
@@ -70,11 +71,25 @@ def table() -> dict[type, Callable[[Any], Any]]:
         typing.ParamSpec: _reduce_variable,
         typing.TypeVarTuple: _reduce_variable,
         typing.ParamSpecArgs: lambda args: (typing.ParamSpecArgs, (args.__origin__,)),
+        functools.partialmethod: _reduce_partial_method,
         typing.ParamSpecKwargs: lambda args: (typing.ParamSpecKwargs, (args.__origin__,)),
     }
+    if sys.version_info >= (3, 14):
+        reducers[typing.ForwardRef] = _reduce_forward
     if sys.version_info >= (3, 12):
         reducers[typing.TypeAliasType] = _reduce_alias
     return reducers
+
+
+def _reduce_partial_method(method: functools.partialmethod[Any]) -> Any:
+    about = method.func, method.args, method.keywords
+    return _partial_method, about, vars(method)
+
+
+def _partial_method(
+    function: Any, arguments: tuple[Any, ...], words: dict[str, Any]
+) -> functools.partialmethod[Any]:
+    return functools.partialmethod(function, *arguments, **words)
 
 
 def _reduce_new_type(new: Any) -> Any:
@@ -110,17 +125,51 @@ def _ask(thing: object, name: str) -> Any:
         return None
 
 
+def _reduce_forward(forward: Any) -> Any:
+    words = {
+        "module": forward.__forward_module__,
+        "owner": forward.__owner__,
+        "is_argument": forward.__forward_is_argument__,
+        "is_class": forward.__forward_is_class__,
+    }
+    return _make_variable, (typing.ForwardRef, (forward.__forward_arg__,), words)
+
+
 def _reduce_alias(alias: Any) -> Any:
-    value = _ask(alias, "__value__")
-    if value is None:
-        value = typing.ForwardRef(alias.__name__)
-    made_of = alias.__name__, value, alias.__type_params__
-    return _by_name(alias, alias.__name__, _make_alias, made_of)
+    name = alias.__name__
+    if alias.__type_params__:
+        made_of = name, _ask(alias, "__value__"), alias.__type_params__
+        return _by_name(alias, name, _make_generic_alias, made_of)
+    reduced = _by_name(alias, name, _make_alias, (name, key := uuid.uuid4().hex))
+    # Not evaluated where it does not have to be. As a state: an alias may name itself.
+    evaluate = getattr(alias, "evaluate_value", None)
+    value = evaluate or _ask(alias, "__value__")
+    state = key, evaluate is not None, value
+    return reduced if isinstance(reduced, str) else (*reduced[:2], state, None, None, _fill_alias)
 
 
-def _make_alias(name: str, value: object, parameters: tuple[Any, ...]) -> Any:
+def _make_generic_alias(name: str, value: object, parameters: tuple[Any, ...]) -> Any:
     kind: Any = typing.TypeAliasType  # type: ignore[attr-defined,unused-ignore]
     return kind(name, value, type_params=parameters)
+
+
+_alias_values: dict[str, tuple[bool, Any]] = {}
+
+
+def _make_alias(name: str, key: str) -> Any:
+    names = {"_value_of": _value_of, "__name__": "__main__"}
+    exec(f"type {name} = _value_of({key!r})", names)  # syntax of Python 3.12
+    return names[name]
+
+
+def _value_of(key: str) -> Any:
+    is_function, value = _alias_values[key]
+    return value(1) if is_function else value
+
+
+def _fill_alias(_alias: object, state: tuple[str, bool, Any]) -> None:
+    key, *value = state
+    _alias_values[key] = value[0], value[1]
 
 
 def _by_name(obj: Any, name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

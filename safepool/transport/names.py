@@ -44,7 +44,10 @@ def names_of(code: types.CodeType) -> frozenset[str]:
     return frozenset(names)
 
 
-_GLOBALS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"})
+# The last is of an annotation in a class's body, from Python 3.14 on.
+_GLOBALS = frozenset(
+    {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
+)
 
 
 def met() -> Met | None:

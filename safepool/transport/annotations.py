@@ -1,0 +1,81 @@
+"""Annotations travel as Python keeps them; from Python 3.14 on, as the function that makes them.
+
+They are never evaluated in order to be sent: what they name may be imported for a type checker
+only (``if TYPE_CHECKING:``), and would raise ``NameError``.
+
+Source: PEP 649 and PEP 749.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+from typing import Any
+
+from cloudpickle import cloudpickle as _internals
+
+__all__ = ["annotations_of", "closure_of", "global_names"]
+
+# The variable by which an annotation in a class's body finds what else is there.
+_CLASS_SPACE = "__classdict__"
+
+
+def global_names(code: types.CodeType) -> dict[str, None]:
+    """Return the names of globals that code may read or write, in order.
+
+    An annotation in a class's body asks the class first, by instructions that cloudpickle does
+    not know.
+    """
+    names: dict[str, None] = dict(_internals._extract_code_globals(code))
+    if _CLASS_SPACE in code.co_freevars:
+        names |= dict.fromkeys(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= global_names(constant)
+    return names
+
+
+def annotations_of(thing: Any) -> dict[str, Any]:
+    """Return what is to be set on a copy of a function, so that it has the same annotations."""
+    found: dict[str, Any] = {}
+    if sys.version_info >= (3, 14) and thing.__annotate__ is not None:
+        found["__annotate__"] = thing.__annotate__
+    else:
+        found["__annotations__"] = thing.__annotations__
+    if getattr(thing, "__type_params__", ()):
+        found["__type_params__"] = thing.__type_params__
+    return found
+
+
+def closure_of(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
+    """Return a function's variables of functions around it, the body of a class as that class."""
+    cells = function.__closure__
+    names = function.__code__.co_freevars
+    if cells is None or _CLASS_SPACE not in names:
+        return cells
+    return tuple(
+        types.CellType(_Space(cell.cell_contents)) if name == _CLASS_SPACE else cell
+        for name, cell in zip(names, cells, strict=True)
+    )
+
+
+class _Space:
+    """Stands for the attributes of a class, and arrives as those of the class there."""
+
+    def __init__(self, space: Any) -> None:
+        self._space = space
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        kind = _class_with(self._space)
+        return (dict, ()) if kind is None else (vars, (kind,))
+
+
+def _class_with(space: Any) -> type | None:
+    """Return the class that has these attributes; ``None`` if it is gone."""
+    for value in [*space.values()]:
+        if isinstance(value, (types.GetSetDescriptorType, types.MemberDescriptorType)):
+            return value.__objclass__
+    # One without slots or a dictionary of its own, of which nothing says whose it is.
+    kinds = (one for one in gc.get_referrers(space) if isinstance(one, type))
+    return next(kinds, None)
