@@ -107,7 +107,7 @@ class _Pickler(pickle.Pickler):
         elif _is_importable(obj):
             return NotImplemented
         if isinstance(obj, type):
-            return str, (name,)
+            return tuple, ((name, mark_of(obj)),)
         if isinstance(obj, _LRU_CACHE):
             return tuple, ((name, obj.__wrapped__),)
         if hasattr(obj, "registry") and hasattr(obj, "__wrapped__"):  # of singledispatch

@@ -187,19 +187,14 @@ def _attributes_of(value: object) -> Mapping[str, Any]:
 def mark_of(thing: Any) -> bytes:
     """Return what tells a function or class from another one of the same name.
 
-    A class is known by where its functions stand: its attributes may be set at any time.
+    A class is known by its functions: its attributes may be set at any time.
     """
     if isinstance(thing, type):
-        return b"class" + b"".join(b",%d" % line for line in _lines_of_class(thing))
-    mark = hashlib.blake2b(digest_size=16)
+        return b"class" + b"".join(b"," + part for part in sorted(_parts_of_class(thing)))
     code = getattr(thing, "__code__", None) or getattr(
         getattr(thing, "__wrapped__", None), "__code__", None
     )
-    if code is not None:
-        about = code.co_firstlineno, code.co_name, code.co_names, code.co_varnames
-        mark.update(repr(about).encode())
-        mark.update(code.co_code)
-    return mark.digest()
+    return b"" if code is None else _mark_of_code(code)
 
 
 def is_mark_of(mark: bytes, thing: Any) -> bool:
@@ -211,20 +206,35 @@ def is_mark_of(mark: bytes, thing: Any) -> bool:
     return mine == mark or (isinstance(thing, type) and {*mine.split(b",")} <= {*mark.split(b",")})
 
 
-def _lines_of_class(kind: type) -> list[int]:
-    """Return where a class begins, or before Python 3.13 where its functions do."""
-    line: int = vars(kind).get("__firstlineno__", 0)
-    if line:
-        return [line]
-    lines = []
-    for name, part in vars(kind).items():
-        inner = getattr(part, "__func__", part)
+def _mark_of_code(code: types.CodeType) -> bytes:
+    mark = hashlib.blake2b(digest_size=8)
+    todo = [code]
+    while todo:
+        one = todo.pop()
+        constants = []
+        for constant in one.co_consts:
+            if isinstance(constant, types.CodeType):
+                todo.append(constant)
+            elif isinstance(constant, frozenset):  # in another order in each process
+                constants.append(repr(sorted(map(repr, constant))))
+            else:
+                constants.append(repr(constant))
+        about = one.co_firstlineno, one.co_name, one.co_names, one.co_varnames, constants
+        mark.update(repr(about).encode("utf-8", "surrogatepass"))
+        mark.update(one.co_code)
+    return mark.hexdigest().encode()
+
+
+def _parts_of_class(kind: type) -> Iterator[bytes]:
+    """Yield what marks a class: where it begins, from Python 3.13 on, and its functions."""
+    yield b"%d" % vars(kind).get("__firstlineno__", 0)
+    for name, part in [*vars(kind).items()]:
+        inner = getattr(part, "__func__", None) or getattr(part, "fget", None) or part
         code = getattr(inner, "__code__", None)
         # What dataclasses and named tuples have made stands in no file.
         if (
-            code is not None
+            isinstance(code, types.CodeType)
             and code.co_filename[:1] != "<"
             and getattr(inner, "__qualname__", "") == f"{kind.__qualname__}.{name}"
         ):
-            lines.append(code.co_firstlineno)
-    return sorted(lines)
+            yield _mark_of_code(code)

@@ -4,7 +4,8 @@
              --- life-line (a pipe) ---->          ----------->
 
 A server is born with the caps in its environment, imports what its workers will need
-(``server``, ``preload``), and forks one in milliseconds. There is one for each distinct setting,
+(``server``, ``preload``), runs the program's script if that is the plan (``plan``, ``script``),
+and forks a worker in milliseconds. There is one for each distinct setting,
 shared by the pools of this process and kept for the next ones; it ends with the program.
 
 What goes wrong, and what is done:
@@ -426,10 +427,8 @@ class _Server:
         found = b""
         told, tell = os.pipe()
         try:
-            with self._lock:
-                if self._marks is None:
-                    return {}
-                self._send(("prints", names), [tell])
+            if not self._alone(lambda: self._ask_prints(names, tell), given_up):
+                return {}
             os.close(tell)
             tell = -1
             while True:
@@ -446,6 +445,12 @@ class _Server:
             os.close(told)
             if tell >= 0:
                 os.close(tell)
+
+    def _ask_prints(self, names: list[str], tell: int) -> bool:
+        if self._marks is None:
+            return False  # it has ended
+        self._send(("prints", names), [tell])
+        return True
 
     def _alone(self, deed: Callable[[], _T], given_up: Callable[[], bool]) -> _T:
         while not self._lock.acquire(timeout=_LOOK_S):  # another pool waits for an import

@@ -1,7 +1,8 @@
-"""The fork server's own program: import, check, fork, report. It never runs an operation.
+"""The fork server's own program: import, run the script, check, fork, report. It runs no task.
 
-One thread, one socket to the program that started it. It imports what it is asked to, forks
-a worker on request, and reports how each ended. It ends with the program: when the
+One thread, one socket to the program that started it. It imports what it is asked to, runs the
+top level of the program's script if that is asked for (``script``), forks a worker on request,
+and reports how each ended. It ends with the program: when the
 socket closes or, should it be in the middle of a long import, by the life-line.
 
     to the server     ("preload", [names])        from it    ("importing", name) before each

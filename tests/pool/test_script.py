@@ -483,6 +483,31 @@ def test_ctrl_c_while_the_script_is_run(tmp_path: Path) -> None:
     assert still_alive(servers, after_s=5) == []
 
 
+def test_a_script_whose_file_is_changed_while_it_runs(tmp_path: Path) -> None:
+    """Another server has other functions than the program: these are sent by value."""
+    program = """
+    class Point:
+        def get(self):
+            return "old"
+    def work():
+        return Point().get(), Point
+    if __name__ == "__main__":
+        from safepool.workers import forkserver
+        for text in ("old", "new"):
+            with safepool.ProcessPool(1) as pool:
+                got, kind = pool.submit(work).result()
+                print(got, kind is Point, pool._mp_context.plan.mode)
+            with open(__file__) as file:
+                lines = file.read().replace('"' + 'old"', '"' + 'new"')
+            with open(__file__, "w") as file:
+                file.write("#\\n" + lines)
+            forkserver.stop_all()
+    """
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("old True run\n" * 2, "")
+
+
 # One row per thing that a top level does to its process, and what a worker finds of it.
 DEEDS: dict[str, tuple[str, str, str]] = {
     "clears the environment": (
