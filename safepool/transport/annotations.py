@@ -11,9 +11,12 @@ from __future__ import annotations
 import gc
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloudpickle import cloudpickle as _internals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["annotations_of", "closure_of", "global_names"]
 
@@ -48,16 +51,35 @@ def annotations_of(thing: Any) -> dict[str, Any]:
     return found
 
 
-def closure_of(function: types.FunctionType) -> tuple[types.CellType, ...] | None:
-    """Return a function's variables of functions around it, the body of a class as that class."""
+def closure_of(
+    function: types.FunctionType, stand_in: Callable[[object, dict[str, Any]], object]
+) -> tuple[types.CellType, ...] | None:
+    """Return a function's variables of functions around it, as they are sent.
+
+    Args:
+        function: The function.
+        stand_in: Returns what is sent in the place of a value, by the function's globals.
+    """
     cells = function.__closure__
+    if cells is None:
+        return None
     names = function.__code__.co_freevars
-    if cells is None or _CLASS_SPACE not in names:
-        return cells
     return tuple(
-        types.CellType(_Space(cell.cell_contents)) if name == _CLASS_SPACE else cell
+        _cell_of(name, cell, lambda value: stand_in(value, function.__globals__))
         for name, cell in zip(names, cells, strict=True)
     )
+
+
+def _cell_of(
+    name: str, cell: types.CellType, stand_in: Callable[[object], object]
+) -> types.CellType:
+    try:
+        value = cell.cell_contents
+    except ValueError:
+        return cell  # nothing is in it yet
+    # The body of a class is sent as that class.
+    instead = _Space(value) if name == _CLASS_SPACE else stand_in(value)
+    return cell if instead is value else types.CellType(instead)
 
 
 class _Space:

@@ -31,7 +31,13 @@ from safepool.transport import kinds
 from safepool.transport.annotations import annotations_of, closure_of, global_names
 from safepool.transport.classes import fill_class, reduce_class
 from safepool.transport.exceptions import reduce_exception
-from safepool.transport.held import Held, held_by_module, is_importable, modules_by_value
+from safepool.transport.held import (
+    Held,
+    held_by_module,
+    held_value,
+    is_importable,
+    modules_by_value,
+)
 from safepool.transport.lazy import reducers
 from safepool.transport.marks import MAIN_NAMES, is_of_main, main_space
 from safepool.transport.names import met, names_of, of_script
@@ -199,16 +205,17 @@ def _state_of(
     if script is not None and apart:
         script.uses.update(names_of(function.__code__))
     cells = [_internals._get_cell_contents(cell) for cell in function.__closure__ or ()]
+    defaults = function.__defaults__
     slots = {
         # Copies, as cloudpickle makes them: a pickle of the same content has the same bytes.
         "__name__": "".join(function.__name__),
         "__qualname__": "".join(function.__qualname__),
         **annotations_of(function),
-        "__kwdefaults__": function.__kwdefaults__,
-        "__defaults__": function.__defaults__,
+        "__kwdefaults__": _held_in(function.__kwdefaults__, globals_),
+        "__defaults__": defaults and tuple(held_or_itself(one, globals_) for one in defaults),
         "__module__": function.__module__,
         "__doc__": function.__doc__,
-        "__closure__": closure_of(function),
+        "__closure__": closure_of(function, held_or_itself),
         "_cloudpickle_submodules": _submodules(
             function.__code__, itertools.chain(used.values(), cells)
         ),
@@ -217,6 +224,16 @@ def _state_of(
         else {name: _own_of(name, value, globals_) for name, value in used.items()},
     }
     return {"".join(name): value for name, value in vars(function).items()}, slots
+
+
+def _held_in(values: dict[str, Any] | None, space: dict[str, Any]) -> dict[str, Any] | None:
+    return values and {name: held_or_itself(value, space) for name, value in values.items()}
+
+
+def held_or_itself(value: object, space: dict[str, Any]) -> object:
+    """Return what stands for an object of a module, or the object."""
+    place = held_value(value, space)
+    return value if place is None else Held(place, value)
 
 
 def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
@@ -265,6 +282,8 @@ def _reduce_class(kind: type) -> Any:
         return parts
     number = _internals._get_or_create_tracker_id(kind)
     make, arguments, attributes = parts
+    if kind.__module__ in MAIN_NAMES:
+        attributes = _held_in(attributes, main_space())
     return _class_of, (number, make, arguments), attributes, None, None, _fill_class
 
 

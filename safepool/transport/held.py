@@ -33,6 +33,7 @@ __all__ = [
     "Held",
     "attribute_of",
     "held_by_module",
+    "held_value",
     "is_importable",
     "modules_by_value",
     "sources_of",
@@ -135,6 +136,22 @@ def held_by_module(
     for module, attribute in [*places, *((star, name) for star in origins.stars)]:
         if _is_there(module, attribute, value):
             return module, attribute
+    return None
+
+
+def held_value(value: object, space: dict[str, Any]) -> tuple[str, str] | None:
+    """Tell the same of an object that code of a script holds under no name: a default, a variable.
+
+    Args:
+        value: The object.
+        space: The script's globals, which have it under some name.
+    """
+    if issubclass(type(value), (*_NAMELESS, *_NAMED, types.ModuleType)):
+        return None
+    origins = _origins_of(space)
+    for name in origins.names if origins is not None else ():
+        if space.get(name) is value:
+            return held_by_module(name, value, space)
     return None
 
 

@@ -82,6 +82,29 @@ WAYS: dict[str, tuple[str, str, str]] = {
         "[True] * 3",
     ),
     "a stream": ("from sys import stdout", "stdout is __import__('sys').stdout", "[True] * 3"),
+    "a default": (
+        (
+            "from app import counters, hit\ndef ask(seen=counters, *, more=counters):\n"
+            "    return seen['hits'] if seen is more else None"
+        ),
+        "hit() or ask()",
+        "[1, 2, 3]",
+    ),
+    "a variable of a decorator": (
+        (
+            "from app import guard\nimport app\ndef locked(lock):\n    def around(function):\n"
+            "        def inner(x):\n            with lock:\n                return function(x)\n"
+            "        return inner\n    return around\n"
+            "@locked(guard)\ndef ask(x): return app.guard.locked()"
+        ),
+        "ask(x)",
+        "[True] * 3",
+    ),
+    "an attribute of a class": (
+        "from app import guard as lock\nimport app\nclass Account:\n    lock = lock",
+        "Account.lock is app.guard",
+        "[True] * 3",
+    ),
     "a constant": ("from app import LIMIT", "LIMIT + x", "[5, 6, 7]"),
     "its own object of the same name": (
         "from app import counters\ncounters = {'hits': 7}",
@@ -115,6 +138,9 @@ print("right")
 
 # Another name, or a part of an object: what is found by the name alone does not help.
 NEEDS_SOURCE = {
+    "a variable of a decorator",
+    "an attribute of a class",
+    "a default",
     "from, renamed",
     "an attribute of an attribute",
     "given to a module by the script",
