@@ -7,6 +7,7 @@ change while a program runs.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from safepool.limits import Limit, QuotaWatch, read_limits
 from safepool.limits.waiting import WaitWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from safepool.budget import Budget
     from safepool.limits import Limits
@@ -156,6 +157,29 @@ class BudgetWatch:
 
 
 _told: set[str] = set()
+_thread = threading.local()
+
+
+def handlers_by(run: Callable[[Callable[[], None]], None]) -> None:
+    """Let handlers of warnings and of log records not run in this thread, but by ``run``.
+
+    They are the program's, and may wait for what this thread does.
+    """
+    _thread.run = run
+
+
+def has_handlers_elsewhere() -> bool:
+    """Tell whether :func:`handlers_by` was called in this thread."""
+    return getattr(_thread, "run", None) is not None
+
+
+def call_handlers(call: Callable[[], None]) -> None:
+    """Make a call that runs such handlers: here, or where :func:`handlers_by` has said."""
+    run = getattr(_thread, "run", None)
+    if run is None:
+        call()
+    else:
+        run(call)
 
 
 def tell_once(text: str, *, subject: str | None = None) -> None:
@@ -169,8 +193,15 @@ def tell_once(text: str, *, subject: str | None = None) -> None:
     if subject in _told:
         return
     _told.add(subject)
+    if has_handlers_elsewhere():
+        call_handlers(lambda: _warn(text))
+    else:
+        _warn(text)
+
+
+def _warn(text: str) -> None:
     try:
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
     except RuntimeWarning:
         # Filtered to an error. What is wrong with the machine must not cost a pool.
         _log.warning("%s", text)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.mapping import Item
 
+
 __all__ = ["Backlog"]
 
 # Entries whose calls are counted; a look at more would hold up whoever submits.
@@ -76,9 +77,9 @@ class Backlog:
         """Queue a task."""
         self._entries.append(task)
 
-    def add_items(self, run: MapRun, items: list[Item]) -> None:
-        """Queue further calls of a run."""
-        run.waiting.add(items)
+    def add_items(self, run: MapRun, items: list[Item], *, last: bool = False) -> None:
+        """Queue further calls of a run; ``last``: there will be no more."""
+        run.add(items, last=last)
         if run.waiting and not run.queued:
             run.queued = True
             self._entries.append(run)

@@ -65,7 +65,7 @@ class CountedRun(MapRun):
 
     def _look(self, progress: Progress) -> bool:
         if progress.total is None and self.fed:
-            progress.total = self._cut + len(self.waiting)
+            progress.total = self.count
         progress.failed = self.failed
         progress.done = self.done
         all_ended = progress.total is not None and progress.done >= progress.total

@@ -399,6 +399,16 @@ class Dispatch:
             except Exception:  # noqa: BLE001 -- user code; tried again, and told, in its turn
                 pass
 
+    def pickle_function_now(self, run: MapRun) -> None:
+        """Pickle the function of a run, as :meth:`pickle_now`."""
+        if imports_here() and not _is_name_in_main(run.name):
+            try:
+                sent = self.functions.once(run.function, of_main=False)
+                run.needs = self.names.needed(sent.names)
+                run.sent = sent
+            except Exception:  # noqa: BLE001 -- as above
+                pass
+
     def _pickle_here(self, task: Task) -> Pickled | None:
         """Return a task's pickle, if to make it runs no code of the program."""
         assert task.call is not None

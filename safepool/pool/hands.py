@@ -33,7 +33,7 @@ from safepool.workers.contained import ContainedLogger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Hands", "Latch", "Teller", "ThreadThatStarts"]
+__all__ = ["Hands", "Teller", "ThreadThatStarts"]
 
 _log = ContainedLogger()
 
@@ -45,51 +45,6 @@ _HELD_UP_S = 0.5
 _BRIEF_S = 0.001
 # A thread of a closed pool ends at once, unless the program's code keeps it.
 _ENDING_S = 1.0
-
-
-class Latch:
-    """Opens once. Unlike ``threading.Event``, nobody who opens it or waits holds a lock.
-
-    So a signal's handler may run at any moment of either, and wait for the pool.
-
-    Example:
-        >>> latch = Latch()
-        >>> latch.wait(0.0)
-        False
-        >>> latch.open()
-        >>> latch.wait()
-        True
-    """
-
-    __slots__ = ("_waiting", "is_open")
-
-    def __init__(self) -> None:
-        self.is_open = False
-        self._waiting: deque[Any] = deque()
-
-    def open(self) -> None:
-        """Let everybody who waits go on. Twice is once."""
-        self.is_open = True
-        while self._waiting:
-            try:
-                self._waiting.popleft().release()
-            except IndexError:
-                return  # another thread opens it too
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Return whether it is open by then; ``None`` waits for ever."""
-        if self.is_open:
-            return True
-        mine = _thread.allocate_lock()
-        mine.acquire()
-        # First this, then the look: whoever opens it does the two the other way round.
-        self._waiting.append(mine)
-        if not self.is_open:
-            if timeout_s is None:
-                mine.acquire()
-            elif timeout_s > 0:
-                mine.acquire(True, timeout_s)
-        return self.is_open
 
 
 class ThreadThatStarts(threading.Thread):
@@ -318,42 +273,77 @@ def _is_stuck(job: _Job, now: float) -> bool:
     return now - job.begun_s > _STUCK_S
 
 
-def _nothing() -> None:
-    pass
+class _Turn:
+    """Something that a teller runs in its turn."""
+
+    __slots__ = ("ended", "lock", "run")
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run: Callable[[], None] | None = run
+        self.ended = False
+        self.lock = _thread.allocate_lock()
+        self.lock.acquire()
+
+    def do(self) -> None:
+        run, self.run = self.run, None
+        assert run is not None
+        try:
+            run()
+        except BaseException:  # noqa: BLE001 -- a callback's SystemExit must not cost others
+            _log.exception("a callback of a future raised")
+        del run
+        self.ended = True
+        self.lock.release()
 
 
 class Teller:
-    """Runs jobs one after the other, in the order in which they come, in one thread.
+    """Runs what it is given one after the other, in that order, in one thread.
 
     Args:
-        name: Of the thread, which is started with the first job.
+        name: Of the thread, which is started with the first.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._last: _Job | None = None
+        self._given: queue.SimpleQueue[_Turn | None] = queue.SimpleQueue()
+        self._last: _Turn | None = None
+        self._behind = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many are waiting for their turn."""
+        return self._given.qsize()
 
     def is_in(self, thread: threading.Thread) -> bool:
         """Tell whether this is its thread. From any thread."""
         return thread is self._thread
 
     def do(self, run: Callable[[], None], patience_s: float = 0.0) -> None:
-        """Run a job soon; wait for it for a while, unless one before it is late."""
-        last, job = self._last, _Job(run, _nothing)
+        """Run something soon, and wait for it for a while, as :meth:`catch_up`."""
+        turn = _Turn(run)
         if self._thread is None:
             thread = ThreadThatStarts(self._run, self._name)
             try:
                 thread.start()
             except RuntimeError:  # the interpreter shuts down, or there are too many
-                job.do()
+                turn.do()
                 return
             self._thread = thread
-        self._last = job
-        self._given.put(job)
-        if patience_s and (last is None or last.ended):
-            job.await_end(patience_s)
+        if self._last is None or self._last.ended:
+            self._behind = False
+        self._last = turn
+        self._given.put(turn)
+        if patience_s:
+            self.catch_up(patience_s)
+
+    def catch_up(self, patience_s: float) -> None:
+        """Wait until all was done; after a time in vain not again before it was."""
+        last = self._last
+        if last is None or last.ended:
+            self._behind = False
+        elif not self._behind:
+            self._behind = not last.lock.acquire(True, patience_s)
 
     def close(self) -> None:
         """End the thread, after what was given to it. Waits for nothing."""
@@ -362,16 +352,10 @@ class Teller:
     def join(self) -> None:
         """Wait until everything was done, unless this is its own thread."""
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
-            return
-        last = self._last
-        while thread.is_alive():
-            thread.join(_ENDING_S)
-            if last is not None and last.ended:
-                return
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def _run(self) -> None:
-        while (job := self._given.get()) is not None:
-            if job.do():
-                job.lock.release()
-            del job
+        while (turn := self._given.get()) is not None:
+            turn.do()
+            del turn

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import tell_once
 from safepool.pool.exits import working
+from safepool.pool.latch import Latch
 from safepool.pool.worker import Worker
 from safepool.transport.main_names import MainNames
 from safepool.workers import inheritance
@@ -88,8 +88,8 @@ class Hiring:
         self.names = MainNames()
         self.not_before = 0.0
         self._refused_since: float | None = None
-        self.started = threading.Event()
-        self.hired = threading.Event()
+        self.started = Latch()
+        self.hired = Latch()
         self.given_up: Callable[[], bool] = bool
 
     def pack_ahead(self) -> None:
@@ -113,9 +113,9 @@ class Hiring:
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
-        if not self.started.is_set() and prepare(self._context, self._environment):
+        if not self.started.is_open and prepare(self._context, self._environment):
             # submit() need not wait for imports: what comes needs no new process.
-            self.started.set()
+            self.started.open()
         marks = run_script(self._context, self._environment, self._threads, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
 
@@ -157,15 +157,15 @@ class Hiring:
         try:
             worker = self._start()
         except ScriptLostError:
-            if self.hired.is_set():
+            if self.hired.is_open:
                 raise
             self.prepare()  # nothing was sent by name yet
             self.pack()
             self.take_packed()
             worker = self._start()
         self._refused_since = None
-        self.started.set()
-        self.hired.set()
+        self.started.open()
+        self.hired.open()
         return worker
 
     def _start(self) -> Worker:
@@ -199,7 +199,7 @@ class Hiring:
         if self._refused_since is None:
             self._refused_since = now
         lasts = now - self._refused_since > _RETRYING_S
-        if alone and (lasts or not self.hired.is_set() or not isinstance(error, OSError)):
+        if alone and (lasts or not self.hired.is_open or not isinstance(error, OSError)):
             return PoolBrokenError(f"no worker could be started: {error}")
         _log.warning("no further worker could be started: %s", error)
         self.not_before = now + _RETRY_S
@@ -210,8 +210,8 @@ class Hiring:
         # A lock of multiprocessing among them is to be freed with the program's last one.
         self._initialize, self._inheritance = (None, ()), Inheritance([], [])
         self._packed = None
-        self.started.set()
-        self.hired.set()
+        self.started.open()
+        self.hired.open()
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
         return prints(self._context, self._environment, names, self.given_up)

@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from safepool.pool.latch import Waiters
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
@@ -106,13 +107,14 @@ class MapRun:
         starred: An item is the tuple of a call's arguments; else it is the only one.
 
     Attributes:
-        waiting: What no worker has, in order; the scheduler's, under its lock.
+        waiting: What no worker has, in order; the scheduler's thread alone looks there.
         queued: The scheduler has this run in its queue.
         most_at_once: Calls whose arguments are thought to fit one message.
         sent: The function as workers know it.
         needs: Names of the script that they must have for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
+        count: How many calls were queued.
         dropped: Nobody will take further results.
         held: No further calls are sent, as too much waits to be taken.
         reader: Who takes results; once it is gone nobody can.
@@ -145,12 +147,13 @@ class MapRun:
         self._put_bytes = self._taken_bytes = self._most_held_bytes = 0
         self.waiting = Waiting()
         self.queued = False
+        self.count = 0
         self.sent: SentFunction | None = None
         self.needs: Sequence[Delivery] = ()
         self._cut = 0
         # By the index of the first: values of calls that follow each other, or an error.
         self._results: dict[int, list[Any] | _Raised] = {}
-        self._arrived = threading.Condition()
+        self._waiters = Waiters()
         # Nothing arrives from this index on: the run was stopped there.
         self._stopped: tuple[int, Callable[[], BaseException]] | None = None
 
@@ -158,6 +161,17 @@ class MapRun:
     def stopped(self) -> bool:
         """Whether nobody wants, or nobody will compute, the rest."""
         return self._stopped is not None
+
+    def add(self, items: list[Item], *, last: bool) -> None:
+        """Take further calls from the thread that iterates."""
+        self.waiting.add(items)
+        self.unsettled += len(items)
+        self.count += len(items)
+        self.fed = self.fed or last
+
+    def has_run_out(self, fed: int) -> bool:
+        """Tell whether nothing waits of so many calls that were queued. From any thread."""
+        return self._cut >= fed
 
     def cut(self, count: int) -> Span:
         """Take the next calls, at most ``count``, from those that wait."""
@@ -211,8 +225,7 @@ class MapRun:
 
     def tell(self) -> None:
         """Let whoever waits look again."""
-        with self._arrived:
-            self._arrived.notify_all()
+        self._waiters.wake()
 
     def stop(self, error: Callable[[], BaseException]) -> None:
         """Give the rest up: calls that no worker has raise ``error()``."""
@@ -251,16 +264,21 @@ class MapRun:
         return results
 
     def _wait_for(self, index: int, deadline: float | None) -> list[Any] | _Raised:
-        with self._arrived:
-            while index not in self._results:
-                if self._stopped is not None and index >= self._stopped[0]:
-                    error = self._stopped[1]()
-                    raise error
-                left_s = None if deadline is None else deadline - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise TimeoutError
-                self._arrived.wait(left_s)
+        def is_over() -> bool:
+            return index in self._results or self._is_stopped_at(index)
+
+        while index not in self._results:
+            if self._stopped is not None and self._is_stopped_at(index):
+                error = self._stopped[1]()
+                raise error
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                raise TimeoutError
+            self._waiters.wait(is_over, left_s)
         return self._results.pop(index)
+
+    def _is_stopped_at(self, index: int) -> bool:
+        return self._stopped is not None and index >= self._stopped[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -360,6 +378,13 @@ class Feed(Protocol):
     def wake(self) -> None:
         """Look again at runs that were held."""
 
+    def check_may_wait(self) -> None:
+        """Refuse that the scheduler's own thread waits for a result.
+
+        Raises:
+            RuntimeError: It would wait for itself.
+        """
+
 
 class Results:
     """Takes items from the caller's iterators, and results in their order.
@@ -402,6 +427,11 @@ class Results:
             self._pull()
         if self._grows and self._error is not None:
             raise self._error
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether all items were taken."""
+        return self._items is None
 
     def iterate(self, keep: object) -> Generator[Any]:
         """Yield the results; leaving early drops what has not begun.
@@ -450,8 +480,11 @@ class Results:
                 if self._taken == self._fed:
                     return []
         run, index = self._run, self._taken
-        if self._grows and self._items is not None and not (run.waiting or run.has(index)):
+        grows = self._grows and self._items is not None
+        if grows and run.has_run_out(self._fed) and not run.has(index):
             self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
+        if not run.has(index):
+            self._feed.check_may_wait()
         results = run.take(index, self._deadline)
         if run.held and not run.is_full:
             self._feed.wake()

@@ -1,32 +1,73 @@
 """Log records in the program: those of its workers, and the pool's own.
 
-Both are handled in the scheduler's thread, by handlers that the program has chosen. Whatever
-those raise is reported as :mod:`logging` does it, on stderr, and costs neither pool nor task
-(``workers.contained``).
+Both are handled by handlers that the program has chosen, in a thread of their own: they may be
+slow, and wait for the pool. Whatever those raise is reported as :mod:`logging` does it, on stderr,
+and costs neither pool nor task (``workers.contained``).
 
-Not covered:
-    * A handler that is slow: the scheduler's thread runs it, and the pool is as slow.
-      ``logging.handlers.QueueHandler`` is the remedy.
-    * A handler that waits for a task of the same pool: it waits for its own thread.
+What a call has logged is handled before its result is there, unless that takes long. When handlers
+are slow a thousand records wait; further ones are dropped, and counted.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 from typing import TYPE_CHECKING
 
+from safepool.pool.hands import Teller
 from safepool.progress import beside_bars
-from safepool.workers.contained import report
+from safepool.workers.contained import ContainedLogger, report
 from safepool.workers.logs import unpack_record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["handle_record"]
+__all__ = ["Records"]
+
+_log = ContainedLogger()
+
+# For handlers to come to an end, before a call's result is told.
+_PATIENCE_S = 0.05
+# With more records the scheduler lets the handlers catch up, if they are as fast as that; and no
+# more wait.
+_MANY_WAITING, _MOST_WAITING = 100, 1000
 
 
-def handle_record(segments: Sequence[bytes | bytearray | memoryview]) -> None:
+class Records:
+    """The records of one pool, on their way to their handlers. For the scheduler's thread."""
+
+    def __init__(self) -> None:
+        self.teller = Teller("safepool-handlers")
+        self._dropped = 0
+
+    def handle(self, segments: Sequence[bytes | bytearray | memoryview]) -> None:
+        """Handle a worker's record soon."""
+        waiting = self.teller.waiting
+        if waiting >= _MANY_WAITING:
+            self.teller.catch_up(_PATIENCE_S)
+        if waiting >= _MOST_WAITING:
+            self._dropped += 1
+            return
+        self._report()
+        self.teller.do(functools.partial(_handle, segments))
+
+    def call(self, run: Callable[[], None]) -> None:
+        """Run handlers for what this thread itself has to say, and wait for a moment."""
+        self.teller.do(run, _PATIENCE_S)
+
+    def catch_up(self) -> None:
+        """Wait for a moment until all was handled."""
+        self._report()
+        self.teller.catch_up(_PATIENCE_S)
+
+    def _report(self) -> None:
+        count, self._dropped = self._dropped, 0
+        if count:
+            _log.warning("handlers of log records are slow: %d records were dropped", count)
+
+
+def _handle(segments: Sequence[bytes | bytearray | memoryview]) -> None:
     """Handle a worker's record as if it had been logged in this process.
 
     The level that its logger has here and now decides whether it is wanted; a worker knows the

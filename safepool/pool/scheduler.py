@@ -54,21 +54,24 @@ import time
 import weakref
 from collections import deque
 from concurrent.futures import CancelledError, Future
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
+from safepool.machine import handlers_by
 from safepool.pool import reclaim
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
+from safepool.pool.hands import Teller, ThreadThatStarts
+from safepool.pool.latch import Latch
 from safepool.pool.losses import Losses
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
-from safepool.pool.records import handle_record
+from safepool.pool.records import Records
 from safepool.pool.settling import Settling
 from safepool.pool.staff import Ended, Staff
-from safepool.pool.tasks import PoolFuture, Task, begin, cancel, fail, fresh, rebuild
+from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
 from safepool.transport.frames import CorruptFrameError, Frame, Kind
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
@@ -98,6 +101,22 @@ _FOLLOW_S = 1.0
 _MOST_LOST = 2
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
+
+
+# From the end of the scheduler's work to that of its thread.
+_ENDING_S = 1.0
+
+
+# In the place of the thread of a pool that was closed before it had one.
+_NOBODY = object()
+
+
+class _Items(NamedTuple):
+    """Further calls of a map, from the thread that iterates."""
+
+    run: MapRun
+    items: list[Item]
+    last: bool
 
 
 Ending = Literal["", "ask", "terminate", "kill"]
@@ -130,37 +149,45 @@ class Scheduler:
         follow: Callable[[list[int]], int] | None = None,
         trace: Trace | None = None,
     ) -> None:
-        self._size = workers
+        # As many as fit, and what was said by hand.
+        self._fitting = workers
+        self._by_hand: int | None = None
         self._trace = trace
         self._follow = follow
         self._follow_at = 0.0
         self._break_on_death = break_on_death
         self._idle_s: float | None = None
 
-        # Shared with callers, under the lock.
-        # Reentrant: the collector may run a __del__ that submits, in the middle of a submit().
-        self._lock = threading.RLock()
-        self._backlog = Backlog()
-        self._to_kill: list[PoolFuture] = []
-        self._ended_runs: list[MapRun] = []
+        # What callers bring: tasks, further calls of a map, futures whose task is to be ended.
+        # Appended in one step, and no lock is held: a signal's handler may submit, or wait for
+        # this pool, in the middle of a submit().
+        self._inbox: deque[Task | PoolFuture | _Items] = deque()
         self._dropped_runs: deque[MapRun] = deque()
-        self._news = False
+        # Flags, which callers only ever raise.
         self._closing = False
         self._cancelling = False
-        self._ending: Ending = ""
         self._exiting = False
+        self._asked: list[Ending] = []
         self._broken: PoolBrokenError | None = None
+        self._begun = False
         self._thread: threading.Thread | None = None
+        self._over = False
+        self._ended_latch = Latch()
         self._pid = os.getpid()
         # By which a future knows whose it is, without holding on to it.
         self._me = weakref.ref(self)
         # Maps whose items have not all been taken from the caller's iterators.
         self._open: dict[weakref.ref[Any], Results] = {}
-        # Set by the scheduler's thread before it waits, cleared by whoever wakes it.
-        self._asleep = False
+        # Filled by the scheduler's thread before it waits; emptied by whoever has woken it.
+        self._bed: list[bool] = []
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
+        self._backlog = Backlog()
+        self._to_kill: list[PoolFuture] = []
+        self._ended_runs: list[MapRun] = []
+        self._callers = Teller("safepool-callbacks")
+        self._records = Records()
         self._task: type[Task] = Task
         if trace is None:
             self._dispatch = Dispatch(self._settled, self.wake, hiring.names)
@@ -170,6 +197,7 @@ class Scheduler:
         self._settling = Settling(
             self._pace,
             self._settled,
+            self.wake,
             tasks_per_worker=tasks_per_worker,
             memory_per_worker=memory_per_worker,
             trace=trace,
@@ -195,13 +223,21 @@ class Scheduler:
 
     def wait_for_a_worker(self) -> None:
         """Return when one has been started, or none will be; at once if nothing was submitted."""
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._begun and self._thread is not threading.current_thread():
             self._hiring.hired.wait()
 
     @property
     def size(self) -> int:
         """The most workers at a time."""
         return self._size
+
+    @property
+    def _size(self) -> int:
+        return self._by_hand or self._fitting
+
+    @property
+    def _ending(self) -> Ending:
+        return max(self._asked, key=_SHARPER.index) if self._asked else ""
 
     def resize(self, workers: int, *, level: int = logging.INFO) -> None:
         """Keep at most so many workers from now on, and follow the limits no more.
@@ -210,10 +246,7 @@ class Scheduler:
             workers: At least 1.
             level: Of the line in the log.
         """
-        with self._lock:
-            self._follow = None
-            before, self._size = self._size, workers
-            self._news = True
+        before, self._by_hand = self._size, workers
         if before != workers:
             _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
             if self._trace is not None:
@@ -244,15 +277,27 @@ class Scheduler:
         future = PoolFuture(self._me)
         task = self._task(future, (function, args, kwargs), name, policy)
         self._dispatch.pickle_now(task)
-        with self._lock:
-            self._check_open()
-            self._backlog.add(task)
-            self._news = True
-            asleep, self._asleep = self._asleep, False
-        if asleep:
-            self.wake()
+        self._check_open()
+        self._bring(task)
         self._wait_for_the_first_worker()
         return future
+
+    def _bring(self, what: Task | PoolFuture | _Items) -> None:
+        """Let the scheduler's thread have something.
+
+        Raises:
+            RuntimeError: It has ended meanwhile.
+        """
+        self._inbox.append(what)
+        # The scheduler makes its bed first, then it looks.
+        bed = self._bed
+        if bed:
+            self.wake()
+            bed.clear()
+        if self._over:
+            self._refuse_late()
+            if not (isinstance(what, _Items) and not what.items):
+                self._check_open()
 
     def map(
         self,
@@ -272,11 +317,12 @@ class Scheduler:
             keep: Held as long as there are items to take.
         """
         self._check_fork()
+        self._dispatch.pickle_function_now(run)
         results = Results(run, iter(items), self, ahead, deadline)
         # With all calls queued the pool may go: what they return arrives without it.
-        iterator = results.iterate(None if run.fed else keep)
+        iterator = results.iterate(None if results.exhausted else keep)
         run.reader = weakref.ref(iterator, self._wake_when_gone)
-        if not run.fed and ahead is None:
+        if not results.exhausted and ahead is None:
             # One that is dropped without a look is a map for the sake of what its calls do.
             self._open[weakref.ref(iterator, self._finish_unseen)] = results
         return iterator
@@ -295,28 +341,31 @@ class Scheduler:
     def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
         results = self._open.pop(iterator, None)
         # A generator's weak references are told of its end before its own finally.
-        if results is not None and not results.seen:
+        if results is None or results.seen:
+            return
+        if threading.current_thread() is self._thread:  # by the collector
+            self._callers.do(results.finish)
+        else:
             results.finish()
 
     def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls of a run; ``last``: there will be no more."""
         self._check_fork()
-        with self._lock:
-            if items:
-                self._check_open()
-            if self._trace is not None:
-                self._trace.queued(run, len(items))
-            run.unsettled += len(items)
-            run.fed = run.fed or last
-            self._backlog.add_items(run, items)
-            if run.fed and not run.unsettled:
-                self._ended_runs.append(run)
-            self._news = True
-            asleep, self._asleep = self._asleep, False
-        if asleep:
-            self.wake()
+        if items:
+            self._check_open()
+        if self._trace is not None:
+            self._trace.queued(run, len(items))
+        self._bring(_Items(run, items, last))
         if items:
             self._wait_for_the_first_worker()
+
+    def check_may_wait(self) -> None:
+        """Refuse that the scheduler's own thread waits for a result, in a finalizer."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "this thread runs the pool, and would wait for itself: a finalizer may not wait "
+                "for a result of its pool"
+            )
 
     def give_up(self, run: MapRun) -> None:
         """Drop the calls of a run that no worker has: nobody wants the rest (race E)."""
@@ -334,10 +383,9 @@ class Scheduler:
             raise ValueError("this future is not one of this pool's submit()")
         if not future.cancel_running():
             return False
-        with self._lock:
-            self._to_kill.append(future)
-            self._news = True
-        self.wake()
+        if not self._over:
+            self._inbox.append(future)
+            self.wake()
         return True
 
     def shut_down(self, *, wait: bool, cancel: bool = False, end: Ending = "") -> None:
@@ -350,34 +398,86 @@ class Scheduler:
                 lets them take their time, ``"terminate"`` does not for long, and ``"kill"``
                 sends ``SIGKILL``.
         """
-        if os.getpid() != self._pid:  # race G: the lock may be held for ever here
+        if os.getpid() != self._pid:  # race G
             return
         # Not in the scheduler's own thread (race D), nor in one that it waits for in the end: the
         # items may be results of this pool.
         here = threading.current_thread()
-        ours = here is self._thread or self._dispatch.is_in(here)
+        ours = (
+            here is self._thread
+            or self._dispatch.is_in(here)
+            or self._settling.is_in(here)
+            or self._callers.is_in(here)
+            or self._records.teller.is_in(here)
+        )
         if not (cancel or end or ours or self._closing):
             # What the standard pool has taken from its iterators by now.
             for results in [*self._open.values()]:
                 results.finish()
-        with self._lock:
-            self._closing = self._news = True
-            self._cancelling |= cancel or bool(end)
-            self._ending = max(end, self._ending, key=_SHARPER.index)
-            thread = self._thread
-        if thread is None:
-            if self._trace is not None:
-                self._trace.close()
+        if cancel or end:
+            self._cancelling = True
+        if end:
+            self._asked.append(end)
+        self._closing = True
+        if not self._begun and self._close_unused():
             return
         self.wake()
-        if not wait or ours:  # race D
-            return
+        if wait and not ours:  # race D
+            self._await_the_end()
+
+    def _await_the_end(self) -> None:
         try:
-            thread.join()
+            self._ended_latch.wait()
         except KeyboardInterrupt:
-            # Someone waits at the terminal; a second interrupt in the join below is theirs.
+            # Someone waits at the terminal; a second interrupt in here is theirs.
             self.shut_down(wait=True, end="terminate")
             raise
+        if self._thread is not None:
+            self._thread.join(_ENDING_S)
+        self._callers.join()
+        self._records.teller.join()
+
+    def _close_unused(self) -> bool:
+        """Close a pool that has no thread, and never will; ``False`` if it has one."""
+        # All of it may be done twice: a signal's handler may close the pool in the middle.
+        if vars(self).setdefault("_owner", _NOBODY) is not _NOBODY:
+            return False
+        self._end()
+        self._drop_staff()
+        return True
+
+    def _drop_staff(self) -> None:
+        """Close what was prepared for a thread that is not to run."""
+        self._staff = None
+        staff = vars(self).pop("_first_staff", None)
+        if staff is not None:
+            staff.close()
+
+    def _end(self) -> None:
+        self._hiring.close()
+        if self._trace is not None:
+            self._trace.close()
+        self._over = True
+        self._refuse_late()
+        self._ended_latch.open()
+
+    def _refuse_late(self) -> None:
+        """End what was brought when the scheduler's thread had ended. From any thread."""
+        while self._inbox:
+            try:
+                late = self._inbox.popleft()
+            except IndexError:
+                return
+            if isinstance(late, Task):
+                if begin(late.future):
+                    fail(late.future, self._refusal())
+            elif isinstance(late, _Items):
+                late.run.stop(self._refusal)
+
+    def _refusal(self) -> BaseException:
+        if self._broken is not None:
+            return fresh(self._broken)
+        return RuntimeError("cannot schedule new futures after shutdown")
 
     def exit(self) -> None:
         """Finish before the interpreter ends, as the standard pool does."""
@@ -388,16 +488,14 @@ class Scheduler:
         if not interrupted:
             for results in [*self._open.values()]:
                 results.finish()
-        with self._lock:
-            self._exiting = True
+        self._exiting = True
         self.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def abandon(self) -> None:
         """Finish without anybody waiting: nobody holds the pool any more (race E)."""
         self._closing = True
-        if self._thread is None and self._trace is not None:
-            self._trace.close()
-        self.wake()
+        if self._begun or not self._close_unused():
+            self.wake()
 
     def wake(self) -> None:
         """Make the scheduler's thread look at what is shared. Never blocks, takes no lock."""
@@ -406,28 +504,28 @@ class Scheduler:
             staff.wake()
 
     def _check_fork(self) -> None:
-        # Race G; before the lock, which may be held for ever here.
+        # Race G.
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"this pool belongs to process {self._pid}, and this is its fork "
                 f"{os.getpid()}: make a pool of its own here"
             )
-        if self._thread is None:
+        if not self._begun:
             self._hiring.pack_ahead()
 
     def _check_open(self) -> None:
         if self._broken is not None:
             raise fresh(self._broken)
         # Until its own exit() a pool that runs can take what is left of its maps.
-        if self._exiting or (self._thread is None and has_exited()):
+        if self._exiting or (not self._begun and has_exited()):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
-        if self._thread is None:
+        if not self._begun:
             self._start()
 
     def _wait_for_the_first_worker(self) -> None:
-        if not self._hiring.started.is_set() and threading.current_thread() is not self._thread:
+        if not self._hiring.started.is_open and threading.current_thread() is not self._thread:
             self._hiring.started.wait()
 
     # The scheduler's thread.
@@ -435,21 +533,30 @@ class Scheduler:
     def _start(self) -> None:
         check_no_import()
         finish_at_exit(self)
-        staff = Staff(self._hiring.start)
-        # A daemon, so that a second interrupt at exit is not answered by another join.
-        thread = threading.Thread(
-            target=self._run, args=(staff,), name="safepool-scheduler", daemon=True
-        )
-        # Before it starts: an interrupt inside start() leaves a thread that runs.
-        self._staff, self._thread = staff, thread
-        try:
-            thread.start()
-        except RuntimeError:  # no thread could be started
-            self._staff = self._thread = None
-            staff.close()
-            raise
+        if self._staff is None:
+            staff = Staff(self._hiring.start)
+            if vars(self).setdefault("_first_staff", staff) is not staff:
+                staff.close()  # a signal's handler, or another thread, was faster
+            self._staff = vars(self).get("_first_staff", staff)
+        # A daemon, so that a second interrupt at exit is not answered by another join. Whoever is
+        # interrupted in here leaves a thread that runs, or that to the next.
+        ThreadThatStarts(self._run, "safepool-scheduler").start()
+        if not self._over:
+            self._begun = True
 
-    def _run(self, staff: Staff) -> None:
+    def _run(self) -> None:
+        # Whose the pool is, is decided in one step: several threads may have been started.
+        here = threading.current_thread()
+        owner = vars(self).setdefault("_owner", here)
+        if owner is not here:
+            if owner is _NOBODY:  # closed while this thread was started
+                self._drop_staff()
+            return
+        self._thread = here
+        self._begun = True
+        staff: Staff = vars(self)["_first_staff"]
+        handlers_by(self._records.call)
+        callbacks_by(self._callers.do, self._me)
         try:
             if self._trace is not None:
                 self._trace.start(self._look)
@@ -463,28 +570,34 @@ class Scheduler:
             self._break(staff, PoolBrokenError(f"the scheduler failed: {error!r}"), error)
         finally:
             self._staff = None
+            vars(self).pop("_first_staff")
             self._dispatch.close()
+            self._settling.close()
             staff.close()
-            self._hiring.close()
-            if self._trace is not None:
-                self._trace.close()
+            self._callers.close()
+            self._records.catch_up()
+            self._records.teller.close()
+            self._end()
 
     def _look(self) -> tuple[int, int, int]:
         """Return how many calls wait, and how many workers run something and are there."""
         owed = [worker.ledger.owed for worker in self._staff or ()]
-        with self._lock:
-            waiting = self._backlog.waiting() + len(self._dispatch.aside)
+        waiting = len(self._dispatch.aside) + len(self._inbox)
+        try:
+            waiting += self._backlog.waiting()
+        except RuntimeError:  # it has just been changed
+            pass
         running = sum(map(bool, owed))
         return waiting + sum(owed) - running, running, len(owed)
 
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
-        with self._lock:
-            self._news = False
-            closing, ending = self._closing, self._ending
-            self._backlog.holds = not closing
-            to_kill, self._to_kill = self._to_kill, []
-            ended_runs, self._ended_runs = self._ended_runs, []
+        # Before the look at what was brought: nothing is brought after it.
+        closing, ending = self._closing, self._ending
+        self._take_in()
+        self._backlog.holds = not closing
+        to_kill, self._to_kill = self._to_kill, []
+        ended_runs, self._ended_runs = self._ended_runs, []
         if ending:
             for worker in staff:
                 self._take_back(staff, worker)  # it has not begun, so it is cancelled
@@ -493,8 +606,7 @@ class Scheduler:
             return False
         while self._dropped_runs:
             run = self._dropped_runs.popleft()
-            with self._lock:
-                run.drop()
+            run.drop()
             ended_runs.append(run)
         self._send_packed(staff)
         for run in ended_runs:
@@ -507,7 +619,7 @@ class Scheduler:
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
-            return bool(self._dispatch.aside) or not (closing or self._ending)
+            return self._is_awaited or not (closing or self._ending)
         self._oom.look()
         self._follow_the_limits(staff)
         self._retire_strangers(staff)
@@ -520,13 +632,38 @@ class Scheduler:
             return False
         return (
             not closing
-            or bool(self._backlog or self._dispatch.aside)
+            or bool(self._backlog)
+            or self._is_awaited
             or any(worker.ledger.owed for worker in staff)
         )
+
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether something is being pickled or unpickled."""
+        return bool(self._dispatch.aside) or self._settling.waits
+
+    def _take_in(self) -> None:
+        """Take what callers have brought."""
+        while self._inbox:
+            try:
+                brought = self._inbox.popleft()
+            except IndexError:
+                return
+            if isinstance(brought, _Items):
+                run = brought.run
+                self._backlog.add_items(run, brought.items, last=brought.last)
+                if run.fed and not run.unsettled:
+                    self._ended_runs.append(run)
+            elif isinstance(brought, Task):
+                self._backlog.add(brought)
+            else:
+                self._to_kill.append(brought)
 
     def _send_packed(self, staff: Staff) -> None:
         self._dispatch.unshare(staff)
         back = self._dispatch.send_packed(staff.send)
+        if self._settling.waits:
+            self._settling.come_back()
         if self._dispatch.waits:
             more = not len(staff) or any(worker.is_idle for worker in staff)
             back += self._dispatch.come_back(more=more)
@@ -536,24 +673,26 @@ class Scheduler:
     def _cancel_waiting(self) -> None:
         if not self._cancelling:
             return
-        with self._lock:
-            waiting = self._backlog.clear()
+        self._take_in()
+        waiting = self._backlog.clear()
         for entry in [*waiting, *self._dispatch.take_aside()]:
             _cancel(entry)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
-        with self._lock:
-            if self._news:
-                timeout_s = 0.0
-            else:
-                self._asleep = True
+        self._bed = [True]
+        if self._inbox or self._ended_runs or self._to_kill:
+            timeout_s = 0.0
         for worker, news in staff.listen(timeout_s, self._awake):
             if isinstance(news, Ended):
                 self._ended(staff, worker, news.exitcode)
                 continue
             if news.kind is Kind.LOG:
-                handle_record(news.segments)
+                worker.logged = True
+                self._records.handle(news.segments)
                 continue
+            if worker.logged:
+                worker.logged = False
+                self._records.catch_up()
             if worker.condemned is not None:  # race I
                 continue
             try:
@@ -562,7 +701,7 @@ class Scheduler:
                 staff.distrust(worker, error)
 
     def _awake(self) -> None:
-        self._asleep = False
+        self._bed = []
 
     def _patience(self, staff: Staff) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
@@ -572,13 +711,12 @@ class Scheduler:
         if self._idle_s is not None:
             idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
             times += [since + self._idle_s for since in idle_since]
-        if self._dispatch.waits and (look_at := self._dispatch.next_look()) is not None:
-            times.append(look_at)
+        times += self._next_looks()
         if not (busy or self._backlog):
             return max(0.0, min(times) - now) if times else None
         if self._backlog and self._hiring.not_before > now:
             times.append(self._hiring.not_before)
-        if self._follow is not None:
+        if self._follow is not None and self._by_hand is None:
             times.append(self._follow_at)
         if (look_at := self._oom.next_look) is not None:
             times.append(look_at)
@@ -588,6 +726,15 @@ class Scheduler:
             if due_s is not None:
                 times.append(now + due_s)
         return max(0.0, min(times) - now) if times else None
+
+    def _next_looks(self) -> list[float]:
+        """Return when to look after what is pickled and unpickled, by the monotonic clock."""
+        looks = []
+        if self._dispatch.waits:
+            looks.append(self._dispatch.next_look())
+        if self._settling.waits:
+            looks.append(self._settling.next_look())
+        return [look for look in looks if look is not None]
 
     def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
         now = time.monotonic()
@@ -602,7 +749,7 @@ class Scheduler:
 
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
-        if follow is None or now < self._follow_at:
+        if follow is None or self._by_hand is not None or now < self._follow_at:
             return
         busy = [worker.pid for worker in staff if worker.ledger.owed]
         if not (busy or self._backlog):
@@ -614,10 +761,9 @@ class Scheduler:
             _log.exception("the limits could not be read again; the pool keeps its size")
             self._follow = None
             return
-        with self._lock:
-            if self._follow is None or size == self._size:  # resized by hand meanwhile
-                return
-            before, self._size = self._size, size
+        before, self._fitting = self._fitting, size
+        if before == size or self._by_hand is not None:
+            return
         _log.info("the limits have changed: %d workers instead of %d", size, before)
         if self._trace is not None:
             self._trace.resized(before, size, "limits")
@@ -684,8 +830,7 @@ class Scheduler:
                 return int(idle)
             return self._pace.room(name, ledger.expected_ns + more_ns, idle=idle)
 
-        with self._lock:
-            taken = self._backlog.take(room, self._pace.expected_ns, among, left)
+        taken = self._backlog.take(room, self._pace.expected_ns, among, left)
         back: Sequence[Task | Span]
         if isinstance(taken, Span):
             pieces, back = self._dispatch.pack_span(worker, taken)
@@ -694,8 +839,7 @@ class Scheduler:
         else:
             return False
         if back:
-            with self._lock:
-                self._backlog.put_back(back)
+            self._backlog.put_back(back)
         if pieces:
             worker.sent_ns = time.monotonic_ns()
             if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
@@ -711,12 +855,11 @@ class Scheduler:
         if most <= 0 or fails or time.monotonic() < self._hiring.not_before:
             return
         starting = sum(not worker.ready for worker in staying)
-        with self._lock:
-            # Whatever nobody wants is dropped here: without a worker nobody would take it, and
-            # a pool that has something waiting does not end.
-            if not self._backlog.is_wanted():
-                return
-            wanted = min(most, self._backlog.at_most(self._size) - starting)
+        # Whatever nobody wants is dropped here: without a worker nobody would take it, and
+        # a pool that has something waiting does not end.
+        if not self._backlog.is_wanted():
+            return
+        wanted = min(most, self._backlog.at_most(self._size) - starting)
         if wanted <= 0:
             return
         # As many may take their time to end as stay: if none ends by itself, all would pile up.
@@ -749,8 +892,11 @@ class Scheduler:
         """Tell whether a worker that is being started comes too late for anybody."""
         if self._ending or self._cancelling:
             return True
-        with self._lock:
-            return self._closing and not (self._backlog.is_wanted() or self._dispatch.aside)
+        # The hands ask as well, and only this thread looks into the queue.
+        if not self._closing or threading.current_thread() is not self._thread:
+            return False
+        self._take_in()
+        return not (self._backlog.is_wanted() or self._dispatch.aside)
 
     # Tasks back from workers.
 
@@ -780,8 +926,7 @@ class Scheduler:
         for work in works:
             if isinstance(work, Task):
                 work.future.wait_again()
-        with self._lock:
-            self._backlog.put_back(works)
+        self._backlog.put_back(works)
 
     def _receive(self, staff: Staff, worker: Worker, frame: Frame) -> None:
         """Act on what a worker says.
@@ -842,11 +987,9 @@ class Scheduler:
         self._wait_again([head.only(place) for place in range(head.count)])
 
     def _settled(self, run: MapRun, count: int) -> None:
-        with self._lock:  # the caller's thread may be queueing further calls
-            run.unsettled -= count
-            if run.fed and not run.unsettled:
-                self._ended_runs.append(run)
-                self._news = True
+        run.unsettled -= count
+        if run.fed and not run.unsettled:
+            self._ended_runs.append(run)
 
     def _forget(self, staff: Staff, run: MapRun) -> None:
         """Let the workers drop the function of a run that has ended."""
@@ -889,8 +1032,7 @@ class Scheduler:
                     elif any(owed is work for owed in [*worker.ledger][1:]):
                         # What was before it has ended, and its answers are on their way:
                         # only then is it sure that the signal meets this task.
-                        with self._lock:
-                            self._to_kill.append(future)
+                        self._to_kill.append(future)
                     return
 
     def _condemn(
@@ -959,11 +1101,11 @@ class Scheduler:
     ) -> None:
         """Give up as a whole: every task fails, every worker ends."""
         error.__cause__ = cause
-        with self._lock:
-            self._broken = self._broken or error
-            self._closing = True
-            self._ending = max("terminate", self._ending, key=_SHARPER.index)
-            failed: list[Task | Span | MapRun] = self._backlog.clear()
+        self._broken = self._broken or error
+        self._closing = True
+        self._asked.append("terminate")
+        self._take_in()
+        failed: list[Task | Span | MapRun] = self._backlog.clear()
         failed += self._dispatch.take_aside()
         if self._trace is not None:
             self._trace.gave_up(str(error))

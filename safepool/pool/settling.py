@@ -7,15 +7,18 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail, finish, rebuild
-from safepool.transport import payloads
+from safepool.transport import payloads, trusted
 from safepool.transport.files import require_to_load
 from safepool.transport.frames import CorruptFrameError, Kind
+from safepool.transport.trusted import UntrustedError
 from safepool.workers.board import records_of
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Sequence
 
     from safepool.pool.mapping import MapRun
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from safepool.pool.worker import Worker
     from safepool.workers.board import Left
 
+    _Segments = Sequence[bytes | bytearray | memoryview]
+
 __all__ = ["Settling"]
 
 _log = ContainedLogger()
@@ -33,8 +38,60 @@ _log = ContainedLogger()
 _ROUNDING = 1e-6
 # A larger result counts for what its map may have to be taken.
 _SMALL_BYTES = 64 * 1024
+# For what the hands unpickle: most of it is there by then. And how much of it at a time.
+_PATIENCE_S = 0.005
+_MOST_READ = 16
 # Between two looks at the memory of a worker that has a limit for it.
 _MEMORY_LOOK_NS = 200_000_000
+
+
+class _Answer:
+    """What a worker has answered to one call, on its way to an object.
+
+    Attributes:
+        value: What the call returned or raised, when it was read.
+        failed: It raised.
+        index: Of a map's call.
+    """
+
+    __slots__ = ("_kind", "failed", "index", "place", "segments", "value", "work")
+
+    def __init__(self, work: Task | Span, place: int, kind: int, segments: _Segments) -> None:
+        self.work = work
+        self.place = place
+        self.index = work.start + place if isinstance(work, Span) else 0
+        self._kind = kind
+        self.segments = segments
+        self.value: Any = None
+        self.failed = False
+
+    def read_here(self) -> bool:
+        """Unpickle it, if that runs no code of the program; ``False`` if it may."""
+        try:
+            return self._read(trusted.loads)
+        except UntrustedError:
+            return False
+
+    def read(self) -> None:
+        """Unpickle it. In any thread."""
+        self._read(payloads.loads)
+
+    def _read(self, loads: Callable[[_Segments], Any]) -> bool:
+        try:
+            if self._kind == Kind.EXCEPTION:
+                self.value, self.failed = rebuild(self.segments, loads), True
+            else:
+                if len(self.segments[0]) > _SMALL_BYTES:
+                    require_to_load(self.segments[0])
+                self.value = loads(self.segments)
+        except UntrustedError:
+            raise
+        except MemoryError as error:
+            # What the frames refer to would be kept as long as the error.
+            self.value, self.failed = error.with_traceback(None), True
+        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
+            self.value, self.failed = error, True
+        return True
 
 
 class Settling:
@@ -43,6 +100,7 @@ class Settling:
     Args:
         pace: Told how long calls took.
         settled: Told of calls of a run that have ended, and how many.
+        wake: Makes the scheduler call :meth:`come_back`; from any thread.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         trace: Told of calls that were answered.
@@ -55,6 +113,7 @@ class Settling:
         self,
         pace: Pace,
         settled: Callable[[MapRun, int], None],
+        wake: Callable[[], None],
         *,
         tasks_per_worker: int | None,
         memory_per_worker: int | None,
@@ -66,6 +125,31 @@ class Settling:
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
         self.useless_starts = 0
+        self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
+        # Answers that are being unpickled.
+        self._unread: list[_Answer] = []
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is being unpickled."""
+        return bool(self._unread)
+
+    def come_back(self) -> None:
+        """End calls whose answers were unpickled meanwhile."""
+        self._hands.come_back()
+        self._hands.pump()
+
+    def next_look(self) -> float | None:
+        """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
+        return self._hands.next_pump()
+
+    def is_in(self, thread: threading.Thread) -> bool:
+        """Tell whether this thread unpickles for this pool. From any thread."""
+        return self._hands.has(thread)
+
+    def close(self) -> None:
+        """End the threads. What is still being unpickled ends its call by itself."""
+        self._hands.close()
 
     def settle_left(self, staff: Staff, worker: Worker, left: Left) -> None:
         """End calls whose answers a worker has left on its board, and not sent yet.
@@ -141,32 +225,42 @@ class Settling:
             return None  # read from the board before, or given up
         work, place = settled
         self._count(staff, worker, work, 1)
-        failed = False
-        value: Any
-        try:
-            if kind == Kind.EXCEPTION:
-                value, failed = rebuild(segments), True
-            else:
-                if len(segments[0]) > _SMALL_BYTES:
-                    require_to_load(segments[0])
-                value = payloads.loads(segments)
-        except MemoryError as error:
-            # What the frames refer to would be kept as long as the error.
-            value, failed = error.with_traceback(None), True
-        except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
-            value, failed = error, True
-        if self._trace is not None:
-            self._trace.settled(worker, work, place, 1, value if failed else None)
+        answer = _Answer(work, place, kind, segments)
         if isinstance(work, Task):
             work.pickled = None
+        if answer.read_here():
+            return self._end(worker, answer)
+
+        def finish() -> None:
+            if answer not in self._unread:
+                return
+            self._unread.remove(answer)
+            run = self._end(None, answer)
+            if run is not None:
+                run.tell()
+
+        self._unread.append(answer)
+        if self._hands.do(answer.read, finish, _PATIENCE_S):
+            self._unread.remove(answer)
+            return self._end(worker, answer)
+        if self._trace is not None:
+            late = Exception() if kind == Kind.EXCEPTION else None
+            self._trace.settled(worker, work, place, 1, late)
+        return None
+
+    def _end(self, worker: Worker | None, answer: _Answer) -> MapRun | None:
+        work, value, failed = answer.work, answer.value, answer.failed
+        if self._trace is not None and worker is not None:
+            self._trace.settled(worker, work, answer.place, 1, value if failed else None)
+        if isinstance(work, Task):
             (fail if failed else finish)(work.future, value)
             return None
         run = work.run
         if failed:
-            run.put_error(work.start + place, value)
+            run.put_error(answer.index, value)
         else:
-            size = sum(map(len, segments))
-            run.put(work.start + place, [value], size if size > _SMALL_BYTES else 0)
+            size = sum(map(len, answer.segments))
+            run.put(answer.index, [value], size if size > _SMALL_BYTES else 0)
         self._settled(run, 1)
         return run
 

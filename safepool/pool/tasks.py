@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
-import sys
-from concurrent.futures import Future, InvalidStateError, _base
+import queue
+import threading
+import types
+from collections import deque
+from concurrent.futures import CancelledError, Future, InvalidStateError, _base
 from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
+from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.latch import Latch
 from safepool.transport import payloads
+from safepool.transport.trusted import UntrustedError
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
@@ -29,6 +35,7 @@ __all__ = [
     "PoolFuture",
     "Task",
     "begin",
+    "callbacks_by",
     "cancel",
     "fail",
     "finish",
@@ -56,11 +63,30 @@ class Pickled(NamedTuple):
     needs: Sequence[Delivery]
 
 
-class PoolFuture(Future[Any]):
-    """A future that may have to wait again, and raises exceptions whatever their truth value.
+# How a future stands: who has claimed it, and what it has ended with.
+_RUN, _CANCEL = "run", "cancel"
+_Verdict = tuple[str, Any, "BaseException | None"]
+_CANCELLED: _Verdict = (_base.CANCELLED_AND_NOTIFIED, None, None)
+# For those who look at many futures at once, and hold their locks: microseconds, unless a signal's
+# handler runs meanwhile.
+_MOMENT_S = 0.02
 
-    ``concurrent.futures.Future`` before Python 3.14 asks ``if self._exception:`` and so
-    returns ``None`` for an exception with ``__bool__`` or an empty ``__len__`` (gh-132063).
+
+class PoolFuture(Future[Any]):
+    """A future that nobody holds a lock of while a signal's handler may run.
+
+    So a handler may wait for any call, above whatever it has interrupted. That of the base holds a
+    condition in ``result()`` and ``cancel()``, and the thread that ends it needs the same.
+
+        claim     _RUN or _CANCEL: one of them, by ``dict.setdefault``, in one step
+        verdict   state, result and exception: the first one counts, by the same
+        told      the state for ``wait()`` and ``as_completed()``, which look at ``_state``
+                  under ``_condition``
+
+    ``_condition`` and the like are made when somebody asks for them. It may have to wait again,
+    and raises exceptions whatever their truth value: ``concurrent.futures.Future`` before
+    Python 3.14 asks ``if self._exception:`` and so returns ``None`` for an exception with
+    ``__bool__`` or an empty ``__len__`` (gh-132063).
     """
 
     def __init__(self, owner: object = None) -> None:
@@ -69,52 +95,305 @@ class PoolFuture(Future[Any]):
         Args:
             owner: Whoever ends it.
         """
-        super().__init__()
+        # Not the base's: the condition that it makes costs as much as the pickling of a call.
         self.owner = owner
+
+    def __getattr__(self, name: str) -> Any:
+        make = _MADE_WHEN_ASKED.get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.__dict__.setdefault(name, make())
+
+    # What the functions of concurrent.futures, and repr(), look at.
+
+    @property
+    def _state(self) -> str:  # type: ignore[override]
+        facts = self.__dict__
+        told: str | None = facts.get("_told")
+        if told is None and "_verdict" in facts:
+            told = self._tell_now()
+        if told is not None:
+            return told
+        claim = facts.get("_claim")
+        if claim is None:
+            return _base.PENDING
+        return _base.RUNNING if claim is _RUN else _base.CANCELLED
+
+    @property
+    def _result(self) -> Any:  # type: ignore[override]
+        return self.__dict__.get("_verdict", _CANCELLED)[1]
+
+    @property
+    def _exception(self) -> BaseException | None:  # type: ignore[override]
+        error: BaseException | None = self.__dict__.get("_verdict", _CANCELLED)[2]
+        return error
+
+    # What callers use.
+
+    def cancel(self) -> bool:
+        """Cancel the call, unless it runs or has ended."""
+        facts = self.__dict__
+        if "_verdict" in facts or facts.setdefault("_claim", _CANCEL) is _RUN:
+            return self.cancelled()
+        self._announce()
+        return True
+
+    def cancelled(self) -> bool:
+        """Return whether it was cancelled."""
+        verdict = self._outcome()
+        return verdict is not None and verdict[0] == _base.CANCELLED_AND_NOTIFIED
+
+    def running(self) -> bool:
+        """Return whether a worker has it."""
+        return self.__dict__.get("_claim") is _RUN and "_verdict" not in self.__dict__
+
+    def done(self) -> bool:
+        """Return whether it has ended, or was cancelled."""
+        return self._outcome() is not None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Return what the call returned, or raise what it raised; wait for that."""
+        verdict: _Verdict | None = self._wait(timeout)
+        assert verdict is not None
+        state, result, error = verdict
+        if error is None and state == _base.FINISHED:
+            return result
+        try:
+            raise CancelledError if error is None else error
+        finally:
+            # Else the exception's traceback would hold this frame, and it this future.
+            del self, verdict, error
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the call raised; wait for that."""
+        state, _, error = self._wait(timeout)
+        if state != _base.FINISHED:
+            raise CancelledError
+        return error
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        """Call ``fn`` with this future when it has ended; at once if it has."""
+        if getattr(fn, "__module__", None) == "asyncio.futures":
+            fn = functools.partial(_end_awaiting, fn)
+        entry = [fn]
+        callbacks: deque[list[Callable[[Future[Any]], object]]] = self._done_callbacks
+        callbacks.append(entry)
+        # First this, then the look: who ends it does the two the other way round.
+        if self.done():
+            self._call(entry)
+
+    # What the scheduler's thread uses; by name also what the base promises its heirs.
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """Become running; ``False`` if it was cancelled."""
+        if self.__dict__.get("_claim") is _RUN:
+            raise InvalidStateError(f"future in unexpected state: {self._state}")
+        return self.begin()
+
+    def set_result(self, result: Any) -> None:
+        """End with a result."""
+        self._end((_base.FINISHED, result, None))
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        """End with an exception."""
+        self._end((_base.FINISHED, None, exception))
 
     def begin(self) -> bool:
         """Become running; ``False`` if it was cancelled, or has ended otherwise."""
-        with self._condition:
-            # Asked first: what that call raises for other states, it logs as well.
-            return (
-                self._state in (_base.PENDING, _base.CANCELLED)
-                and self.set_running_or_notify_cancel()
-            )
-
-    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
-        """Call a function when this has ended, as the base does."""
-        if getattr(fn, "__module__", None) == "asyncio.futures":
-            fn = functools.partial(_end_awaiting, fn)
-        super().add_done_callback(fn)
+        facts = self.__dict__
+        if facts.get("_claim") is _RUN:
+            return False
+        if facts.setdefault("_claim", _RUN) is _RUN and "_verdict" not in facts:
+            return True
+        if "_told" not in facts:
+            self.tell()
+        return False
 
     def wait_again(self) -> None:
         """Stop being marked as running: the worker that had it never began."""
-        with self._condition:
-            if self._state == _base.RUNNING:
-                self._state = _base.PENDING
+        if self.running():
+            del self.__dict__["_claim"]
 
     def cancel_running(self) -> bool:
         """Become cancelled though a worker may run it; ``False`` if it has ended otherwise."""
-        with self._condition:
-            if self._state not in (_base.PENDING, _base.RUNNING):
-                return self.cancelled()
-            self._state = _base.CANCELLED
-            # In the same breath: the scheduler's thread may ask the same question.
-            self.set_running_or_notify_cancel()
-            self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        if (
+            not self.cancel()
+            and self.__dict__.setdefault("_verdict", _CANCELLED) is not _CANCELLED
+        ):
+            return False
+        self.tell()
         return True
 
-    if sys.version_info < (3, 14):
-
-        def _Future__get_result(self) -> Any:  # noqa: N802 -- the mangled name of the method replaced
-            if self._exception is None:
-                return self._result
+    def tell(self) -> None:
+        """Let those know who wait for several futures, and for this one. Twice is once."""
+        condition = self._condition
+        if condition.acquire(timeout=_MOMENT_S):
             try:
-                raise self._exception
+                self._tell()
             finally:
-                # Else the exception's traceback would hold this frame, and it this future.
-                self = None  # type: ignore[assignment]  # noqa: PLW0642
+                condition.release()
+        else:
+            self._tell_later()
+        self._announce()
+
+    def _end(self, verdict: _Verdict) -> None:
+        facts = self.__dict__
+        mine = threading.RLock()
+        mine.acquire()
+        # Nobody has asked for the condition: now who does waits for the end of this.
+        condition = facts.setdefault("_condition", mine)
+        held = condition is mine or condition.acquire(timeout=_MOMENT_S)
+        try:
+            claimed = facts.setdefault("_claim", _RUN) is _RUN
+            first = claimed and facts.setdefault("_verdict", verdict) is verdict
+            if held and claimed:
+                self._tell()  # also for who was interrupted before it had
+            if not first:
+                # Not repr(): it waits for the condition.
+                raise InvalidStateError(f"future at {id(self):#x} has ended, or was cancelled")
+        finally:
+            if held:
+                condition.release()
+        if not held:
+            self._tell_later()
+        self._announce()
+
+    def _tell(self) -> None:
+        """Become what it is for those who hold the condition; it is held here."""
+        facts = self.__dict__
+        verdict = self._outcome()
+        if verdict is None or "_told" in facts:
+            return
+        facts["_told"] = verdict[0]
+        for waiter in facts.get("_waiters", ()):
+            if verdict[0] != _base.FINISHED:
+                notify = waiter.add_cancelled
+            else:
+                notify = waiter.add_result if verdict[2] is None else waiter.add_exception
+            if _is_free(waiter):
+                notify(self)
+            else:
+                _in_a_thread(functools.partial(notify, self))
+
+    def _tell_now(self) -> str | None:
+        """Do it for who looks before the scheduler could; ``None`` if another thread must."""
+        condition: Any = self._condition
+        # Nor for who holds it, and counts on nothing to change meanwhile.
+        if condition._is_owned() or not condition.acquire(blocking=False):
+            return None
+        try:
+            self._tell()
+        finally:
+            condition.release()
+        told: str | None = self.__dict__.get("_told")
+        return told
+
+    def _tell_later(self) -> None:
+        condition = self._condition
+
+        def tell() -> None:
+            with condition:
+                self._tell()
+
+        _in_a_thread(tell)
+
+    def _announce(self) -> None:
+        """Wake who waits for this one, and call who wants to be called."""
+        facts = self.__dict__
+        latch: Latch | None = facts.get("_latch")
+        if latch is not None:
+            latch.open()
+        callbacks: deque[list[Callable[[Future[Any]], object]]] | None
+        callbacks = facts.get("_done_callbacks")
+        while callbacks:
+            try:
+                entry = callbacks.popleft()
+            except IndexError:
+                return
+            elsewhere = getattr(_callers, "call", None)
+            if elsewhere is None or not entry or _is_ours(entry[0]):
+                self._call(entry)
+            else:
+                elsewhere(functools.partial(self._call, entry))
+
+    def _call(self, entry: list[Callable[[Future[Any]], object]]) -> None:
+        try:
+            function = entry.pop()
+        except IndexError:
+            return  # by another thread
+        try:
+            function(self)
+        except Exception:  # noqa: BLE001 -- user code; the words of concurrent.futures
+            _base.LOGGER.exception("exception calling callback for %r", self)
+
+    def _outcome(self) -> _Verdict | None:
+        facts = self.__dict__
+        verdict: _Verdict | None = facts.get("_verdict")
+        if verdict is None and facts.get("_claim") is _CANCEL:
+            return _CANCELLED
+        return verdict
+
+    def _wait(self, timeout_s: float | None) -> _Verdict:
+        verdict = self._outcome()
+        if verdict is None:
+            if getattr(_callers, "owner", self) is self.owner:
+                raise RuntimeError(
+                    "this thread runs the pool, and would wait for itself: a finalizer may not "
+                    "wait for a call of its pool"
+                )
+            latch: Latch = self._latch
+            # First this, then the look.
+            verdict = self._outcome()
+            if verdict is None:
+                latch.wait(timeout_s)
+                verdict = self._outcome()
+            if verdict is None:
+                raise TimeoutError
+        return verdict
+
+
+_MADE_WHEN_ASKED: dict[str, Callable[[], Any]] = {
+    "_condition": threading.Condition,
+    "_waiters": list,
+    "_done_callbacks": deque,
+    "_latch": Latch,
+}
+
+# Of a scheduler's thread: its pool, and who calls the callbacks of its futures.
+_callers = threading.local()
+
+
+def callbacks_by(call: Callable[[Callable[[], None]], None], owner: object) -> None:
+    """Let callbacks of futures that this thread ends be called by ``call``.
+
+    Args:
+        call: Runs what it is given, in order, in another thread.
+        owner: Of the futures that this thread ends: it must not wait for one of them.
+    """
+    _callers.call, _callers.owner = call, owner
+
+
+def _is_ours(function: object) -> bool:
+    """Tell whether a callback is known to wait for nothing."""
+    if type(function) is types.BuiltinMethodType:
+        return type(function.__self__) in (set, list, deque, queue.SimpleQueue)
+    # It hands over to the event loop.
+    return type(function) is functools.partial and function.func is _end_awaiting
+
+
+def _is_free(waiter: Any) -> bool:
+    """Tell whether no thread holds a lock of what waits for several futures."""
+    condition = getattr(getattr(waiter, "event", None), "_cond", None)
+    locks = getattr(waiter, "lock", None), getattr(condition, "_lock", None)
+    return not any(lock is not None and lock.locked() for lock in locks)
+
+
+def _in_a_thread(run: Callable[[], None]) -> None:
+    """Do what must wait for a lock that a signal's handler may keep."""
+    try:
+        ThreadThatStarts(run, "safepool-late").start()
+    except RuntimeError:  # no thread can be started
+        run()
 
 
 def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> None:
@@ -229,13 +508,26 @@ def fresh(error: PoolBrokenError) -> PoolBrokenError:
     return copy
 
 
-def rebuild(segments: Sequence[bytes | bytearray | memoryview]) -> BaseException:
-    """Return the exception that a worker described, its remote traceback as the cause."""
+def rebuild(
+    segments: Sequence[bytes | bytearray | memoryview],
+    loads: Callable[[Sequence[bytes | bytearray | memoryview]], Any] = payloads.loads,
+) -> BaseException:
+    """Return the exception that a worker described, its remote traceback as the cause.
+
+    Args:
+        segments: The description.
+        loads: Unpickles the exception.
+
+    Raises:
+        UntrustedError: As ``loads``.
+    """
     pickled, name, text, trace, reason = payloads.loads(segments)
     error: BaseException | None = None
     if pickled is not None:
         try:
-            error = payloads.loads(pickled)
+            error = loads(pickled)
+        except UntrustedError:
+            raise
         except BaseException as problem:  # noqa: BLE001 -- user code
             reason = f"{type(problem).__name__}: {text_of(problem)}"
     if not isinstance(error, BaseException):

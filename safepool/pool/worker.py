@@ -39,6 +39,7 @@ class Worker(WorkerProcess):
         sent_ns: When it was last sent something, by the monotonic clock.
         condemned: Why the pool ends it in the middle of a task.
         retiring: It gets no more tasks, and is told to stop when it has finished.
+        logged: It has sent a log record, and nothing else since.
         idle_since: Since when it was seen to have nothing to do, by the monotonic clock; only
             of a pool that lets such workers go.
         overdue: The position whose time was over at the last look.
@@ -72,6 +73,7 @@ class Worker(WorkerProcess):
     sent_ns: int = 0
     condemned: BaseException | None = None
     retiring: bool = False
+    logged: bool = False
     idle_since: float | None = None
     overdue: int = 0
     memory_look_ns: int = 0

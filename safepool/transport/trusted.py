@@ -160,9 +160,11 @@ class _Unpickler(pickle.Unpickler):
             found = vars(found).get(name)
         trusted = global_name in _MAKERS.get(module_name, ())
         if not trusted:
-            trusted = _is_tame(found) if isinstance(found, type) else _is_library(module_name)
-        # One that looks up attributes is harmless only with what is harmless itself.
-        if not trusted or found is None or found is getattr:
+            a_class = isinstance(found, type)
+            trusted = _is_tame(found) if a_class else _is_library(module_name)
+        # Not eval() and the like, nor what makes a class.
+        built_in = module_name == "builtins" and type(found) is not type
+        if not trusted or found is None or found is type or built_in:
             raise UntrustedError
         return found
 

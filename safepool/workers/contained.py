@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+
+from safepool.machine import call_handlers, has_handlers_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +33,42 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
     def log(self, level: int, msg: object, *args: object, **keywords: Any) -> None:
         """Log, and contain what handlers and filters raise."""
         try:
-            if self.isEnabledFor(level):
+            if has_handlers_elsewhere():
+                self._log_elsewhere(level, msg, args, keywords)
+            elif self.isEnabledFor(level):
                 with around():
                     # The caller of the caller: this frame is ours, and not what the record is
                     # about.
                     super().log(level, msg, *args, stacklevel=2, **keywords)
         except Exception:  # noqa: BLE001 -- user code
             report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
+
+    def _log_elsewhere(
+        self, level: int, msg: object, args: tuple[object, ...], keywords: dict[str, Any]
+    ) -> None:
+        # Whether a level is wanted is mostly known, and else asked for under a lock of logging's.
+        wanted: dict[int, bool] = getattr(self.logger, "_cache", {})
+        if wanted.get(level) is False:
+            return
+        frame: Any = sys._getframe(2)
+        while frame.f_globals.get("__name__") == "logging":
+            frame = frame.f_back
+        place = frame.f_code.co_filename, frame.f_lineno
+        function, trace = frame.f_code.co_name, keywords.get("exc_info")
+        trace = sys.exc_info() if trace is True else trace
+
+        def handle() -> None:
+            try:
+                if self.isEnabledFor(level):
+                    record = self.logger.makeRecord(
+                        self.logger.name, level, *place, msg, args, trace, function
+                    )
+                    with around():
+                        self.logger.handle(record)
+            except Exception:  # noqa: BLE001 -- user code
+                report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
+
+        call_handlers(handle)
 
 
 def report(record: logging.LogRecord) -> None:

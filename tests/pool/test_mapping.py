@@ -40,6 +40,8 @@ class Feed:
         self.most_waiting = 0
         self.last = self.given_up = self.closed = False
 
+    def check_may_wait(self) -> None: ...
+
     def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         if items and self.closed:
             raise RuntimeError("cannot schedule new futures after shutdown")

@@ -83,6 +83,9 @@ def staff_fully(pool: ProcessPool, size: int) -> set[int]:
 class Gate:
     """A callback that keeps the scheduler's thread until it is opened."""
 
+    # Else it is called by another thread: asyncio's are known to wait for nothing.
+    __module__ = "asyncio.futures"
+
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.open = threading.Event()

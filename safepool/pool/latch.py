@@ -1,0 +1,94 @@
+"""Waiting without a lock that a signal's handler could meet.
+
+Python's own primitives let whoever waits hold a lock for some moments. A signal's handler that
+runs in such a moment, and waits for the pool, waits for a thread that needs that lock: for ever.
+So nothing of the pool that callers wait for is a ``Condition`` or an ``Event``.
+"""
+
+from __future__ import annotations
+
+import _thread
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Latch", "Waiters"]
+
+
+class Waiters:
+    """Threads that wait for something to become true. Each has a lock of its own.
+
+    Example:
+        >>> waiters, there = Waiters(), []
+        >>> waiters.wait(lambda: bool(there), 0.0)
+        False
+        >>> there.append(1)
+        >>> waiters.wake()
+        >>> waiters.wait(lambda: bool(there))
+        True
+    """
+
+    __slots__ = ("_locks",)
+
+    def __init__(self) -> None:
+        self._locks: deque[_thread.LockType] = deque()
+
+    def wake(self) -> None:
+        """Let everybody who waits look again. From any thread, never blocks."""
+        while self._locks:
+            try:
+                self._locks.popleft().release()
+            except IndexError:
+                return  # another thread does the same
+
+    def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Wait once: return when woken, or after that time; return what is true then."""
+        mine = _thread.allocate_lock()
+        mine.acquire()
+        # First this, then the look: who makes it true does the two the other way round.
+        self._locks.append(mine)
+        if is_true():
+            return True
+        if timeout_s is None:
+            mine.acquire()
+        elif not (timeout_s > 0 and mine.acquire(True, timeout_s)):
+            try:
+                self._locks.remove(mine)
+            except ValueError:
+                pass  # just woken
+        return is_true()
+
+
+class Latch:
+    """Opens once. Unlike ``threading.Event``, nobody who opens it or waits holds a lock.
+
+    So a signal's handler may run at any moment of either, and wait for the pool.
+
+    Example:
+        >>> latch = Latch()
+        >>> latch.wait(0.0)
+        False
+        >>> latch.open()
+        >>> latch.wait()
+        True
+    """
+
+    __slots__ = ("_waiters", "is_open")
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._waiters = Waiters()
+
+    def open(self) -> None:
+        """Let everybody who waits go on. Twice is once."""
+        self.is_open = True
+        self._waiters.wake()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Return whether it is open by then; ``None`` waits for ever."""
+        return self.is_open or self._waiters.wait(self._is_open, timeout_s)
+
+    def _is_open(self) -> bool:
+        return self.is_open

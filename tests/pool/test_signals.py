@@ -1,0 +1,317 @@
+"""Signals' handlers that raise, or wait for the pool, above any call: no call hangs by them.
+
+A trace function stands for the handler. It is called before every instruction of a call, so in
+turn at each place where the interpreter may run one. After each the pool must work.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import support_tasks as tasks
+
+import safepool
+from safepool import ProcessPool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+
+# Not what the interpreter calls in between, nor what loses a descriptor in its middle by itself
+# (``socket.socketpair``).
+OURS = (
+    str(Path(safepool.__file__).parent),
+    str(Path(concurrent.futures.__file__).parent),
+    threading.__file__,
+)
+
+
+class Interrupt(BaseException):
+    """What a handler raises."""
+
+
+def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[], object]) -> bool:
+    """Call, and call the handler before this instruction; ``False`` if there are not so many."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event in ("opcode", "call") and count < place:
+            count += 1
+            if count == place:
+                sys.settrace(None)
+                handler()
+        return trace if count < place else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count == place
+
+
+def places(step: int) -> Iterator[int]:
+    # Not always the same ones where not all are tried.
+    at = random.Random(os.getpid()).randint(1, step)
+    while True:
+        yield at
+        at += step
+
+
+def raise_it(_: ProcessPool, __: Any) -> None:
+    raise Interrupt
+
+
+def wait_for_another(pool: ProcessPool, _: Any) -> None:
+    assert pool.submit(abs, -5).result(timeout=30) == 5
+
+
+def wait_for_all(pool: ProcessPool, future: Any) -> None:
+    wait_for_another(pool, future)
+    if not isinstance(future, concurrent.futures.Future):
+        return
+    try:
+        future.exception(timeout=30)
+    except concurrent.futures.CancelledError:
+        pass
+
+
+def cancel_it(pool: ProcessPool, future: Any) -> None:
+    if isinstance(future, concurrent.futures.Future):
+        future.cancel()
+    wait_for_another(pool, future)
+
+
+HANDLERS: dict[str, Callable[[ProcessPool, Any], object]] = {
+    "raises": raise_it,
+    "waits for another call": wait_for_another,
+    "waits for all": wait_for_all,
+    "cancels and waits": cancel_it,
+}
+
+
+def result_or_none(future: concurrent.futures.Future[Any]) -> object:
+    try:
+        return future.result(timeout=30)
+    except concurrent.futures.CancelledError:
+        return None
+
+
+# One row per call: what is there before, what is called, and which part of its places is tried.
+CALLS: dict[str, tuple[Callable[[ProcessPool], Any], Callable[[ProcessPool, Any], object], int]]
+CALLS = {
+    "submit": (lambda _: None, lambda pool, _: pool.submit(abs, -1), 3),
+    "result": (lambda pool: pool.submit(abs, -1), lambda _, it: result_or_none(it), 2),
+    "cancel": (lambda pool: pool.submit(abs, -1), lambda _, it: it.cancel(), 1),
+    "exception": (lambda pool: pool.submit(abs, "a"), lambda _, it: _exception(it), 3),
+    "wait": (
+        lambda pool: pool.submit(abs, -1),
+        lambda _, it: concurrent.futures.wait([it], timeout=30),
+        5,
+    ),
+    "as_completed": (
+        lambda pool: pool.submit(abs, -1),
+        lambda _, it: [*concurrent.futures.as_completed([it], timeout=30)],
+        5,
+    ),
+    "map": (lambda _: None, lambda pool, _: [*pool.map(abs, [-1, -2])], 13),
+    "cancel by kill": (
+        lambda pool: pool.submit(time.sleep, 0.001),
+        lambda pool, it: pool.cancel(it, kill=True),
+        23,
+    ),
+    "workers": (lambda _: None, lambda pool, _: pool.workers(), 29),
+}
+
+
+def _exception(future: concurrent.futures.Future[Any]) -> object:
+    try:
+        return future.exception(timeout=30)
+    except concurrent.futures.CancelledError:
+        return None
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_handler_may_come_at_any_moment_of_a_call(call: str, handler: str) -> None:
+    make, act, step = CALLS[call]
+    handle = HANDLERS[handler]
+    if call in ("wait", "as_completed") and handler in ("raises", "waits for all"):
+        pytest.skip("these functions of concurrent.futures hold locks of their own")
+    with ProcessPool(1) as pool:
+        pool.submit(abs, -1).result(timeout=30)
+        for place in places(step):
+            made = make(pool)
+            reached = interrupted_at(
+                place, lambda made=made: act(pool, made), lambda made=made: handle(pool, made)
+            )
+            assert pool.submit(abs, -3).result(timeout=30) == 3
+            if made is not None:
+                assert not concurrent.futures.wait([made], timeout=30).not_done
+            if not reached:
+                break
+
+
+# A socket that was made and not yet kept.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("handler", ["raises", "waits for another call"])
+def test_a_handler_may_come_at_any_moment_of_the_first_call(handler: str) -> None:
+    """Threads are started, and the first worker: nothing of it is left half done."""
+    handle = HANDLERS[handler]
+    for place in places(31):
+        with ProcessPool(1) as pool:
+            reached = interrupted_at(
+                place,
+                lambda pool=pool: pool.submit(abs, -1).result(timeout=30),
+                lambda pool=pool: handle(pool, None),
+            )
+            assert pool.submit(abs, -3).result(timeout=30) == 3
+        if not reached:
+            break
+
+
+# One row per call above which a handler shuts the pool down.
+SHUT: dict[str, Callable[[ProcessPool], object]] = {
+    "submit": lambda pool: pool.submit(abs, -1),
+    "result": lambda pool: result_or_none(pool.submit(abs, -1)),
+    "cancel": lambda pool: pool.submit(abs, -1).cancel(),
+    "map": lambda pool: [*pool.map(abs, [-1, -2])],
+    "shutdown": lambda pool: pool.shutdown(),
+}
+
+
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize("call", SHUT)
+def test_a_handler_may_shut_the_pool_down_at_any_moment(call: str, used: bool) -> None:
+    for place in places(41):
+        pool = ProcessPool(1)
+        if used:
+            pool.submit(abs, -1).result(timeout=30)
+        try:
+            reached = interrupted_at(
+                place,
+                lambda pool=pool: SHUT[call](pool),
+                lambda pool=pool: pool.shutdown(cancel_futures=True),
+            )
+        except (RuntimeError, concurrent.futures.CancelledError):
+            reached = True  # the call was refused, or cancelled
+        pool.shutdown()
+        if not reached:
+            break
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGALRM")
+def test_real_signals_at_random_moments() -> None:
+    """Handlers that raise, as a time limit of the program's own does."""
+    rng, ended = random.Random(1), 0
+
+    def ring(*_: object) -> None:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with ProcessPool(2) as pool:
+            futures: list[concurrent.futures.Future[int]] = []
+            for _ in range(300):
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00005, 0.004))
+                try:
+                    while True:
+                        futures.append(pool.submit(tasks.square, 3))
+                        futures[-1].result()
+                except Interrupt:
+                    ended += 1
+                if len(futures) > 100:
+                    del futures[:-100]
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert [future.result(timeout=30) for future in futures] == [9] * len(futures)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ended == 300
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM for another process")
+@pytest.mark.parametrize(
+    "end", ["shutdown(wait=True, cancel_futures=True)", "__exit__(*[None] * 3)"]
+)
+def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, end: str) -> None:
+    script = tmp_path / "service.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import signal, sys, safepool
+
+            class Stop(Exception): pass
+
+            def stop(*_):
+                pool.{end}
+                raise Stop
+
+            if __name__ == "__main__":
+                pool = safepool.ProcessPool(2)
+                pool.submit(abs, 1).result()
+                signal.signal(signal.SIGTERM, stop)
+                print("ready", flush=True)
+                try:
+                    while True:
+                        pool.submit(abs, 1)
+                except Stop:
+                    print("stopped", flush=True)
+            """
+        )
+    )
+    for attempt in range(4):
+        with subprocess.Popen(
+            [sys.executable, str(script)],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.03 * attempt)
+            process.send_signal(signal.SIGTERM)
+            try:
+                told, _ = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            assert (told, process.returncode) == ("stopped\n", 0)
+
+
+def test_a_finalizer_may_not_wait_for_the_thread_that_runs_it() -> None:
+    """The collector may run it in the scheduler's thread: an error there, and no hang."""
+    raised: list[BaseException] = []
+    with ProcessPool(1) as pool:
+        first, second = pool.submit(time.sleep, 0.2), pool.submit(abs, -2)
+
+        def wait(_: object) -> None:
+            try:
+                second.result(timeout=30)
+            except RuntimeError as error:
+                raised.append(error)
+
+        # By the scheduler's own thread, as a finalizer would be.
+        wait.__module__ = "asyncio.futures"
+        first.add_done_callback(wait)
+        assert second.result(timeout=30) == 2
+    assert "would wait for itself" in str(raised[0])
