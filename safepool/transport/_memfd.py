@@ -567,4 +567,6 @@ def accept(sock: socket.socket) -> Side | None:
     numbers = [number for _, _, packed in rights for (number,) in struct.iter_unpack("i", packed)]
     if data != _INVITATION or not numbers:
         return None
-    return Side(socket.socket(fileno=numbers[0]), waits=True)
+    side = socket.socket(fileno=numbers[0])
+    side.setblocking(True)  # whatever socket.setdefaulttimeout() was told
+    return Side(side, waits=True)

@@ -103,6 +103,7 @@ def be_worker(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _do_nothing)
     _unblock_interrupt()
+    sock.setblocking(True)  # whatever socket.setdefaulttimeout() was told
     try:
         channel = Channel(sock, accept(sock))
     except OSError:

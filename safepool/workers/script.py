@@ -229,8 +229,12 @@ def _exits_kept(module: types.ModuleType) -> Iterator[None]:
 
     And what its objects do at the exit, whoever made them: temporary folders remove themselves.
     """
+    from multiprocessing import util  # noqa: PLC0415 -- for the time of a run
+
     registry: Any = vars(weakref.finalize)["_registry"]
+    of_util: Any = util
     before, register = {*registry}, atexit.register
+    of_util_before = {*of_util._finalizer_registry}
 
     def keep(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         if sys._getframe(1).f_globals is not vars(module):
@@ -247,6 +251,9 @@ def _exits_kept(module: types.ModuleType) -> Iterator[None]:
             if finalizer not in before and finalizer.atexit:
                 finalizer.atexit = False
                 _at_exit.append(finalizer)
+        # Locks and queues of multiprocessing; they look themselves whose process it is.
+        if not of_util_before.issuperset(of_util._finalizer_registry):
+            _at_exit.append(of_util._run_finalizers)
 
 
 @contextmanager
