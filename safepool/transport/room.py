@@ -24,7 +24,7 @@ from safepool.errors import MemoryLimitError
 assert sys.platform == "linux"
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from safepool.limits.left import MemoryLeft, MemoryWatch
     from safepool.transport.frames import Buffer
@@ -53,6 +53,9 @@ _OBJECTS = 4
 _FRAME = 0x95
 _LENGTHS = {_FRAME: 8, 0x42: 4, 0x58: 4, 0x8D: 8, 0x8E: 8, 0x96: 8}
 _LEAST_FRAMED = 4
+# Frames that are looked into, of 64 KiB each; and text or bytes that take little more than there.
+_MOST_LOOKED_AT = 8
+_SHORT = 100
 
 
 class _Room:
@@ -127,22 +130,48 @@ def require_to_load(pickled: Buffer) -> None:
         MemoryLimitError: As :func:`require`.
     """
     size_bytes = len(pickled)
-    require(size_bytes if size_bytes < _LARGE_BYTES else _size_when_loaded(pickled))
+    if size_bytes < _LARGE_BYTES:
+        require(size_bytes)
+        return
+    frames = _frames(pickled)
+    objects = (_OBJECTS - 1) * sum(map(len, frames))
+    try:
+        require(size_bytes + objects)
+    except MemoryLimitError:
+        # It takes milliseconds to look into them.
+        require(size_bytes + int(objects * _part_of_objects(frames)))
 
 
-def _size_when_loaded(pickled: Buffer) -> int:
-    """Estimate how many bytes the objects of a pickle take, at the least."""
-    size, objects, at, unknown = len(pickled), 0, 2, 0
-    while at < size and unknown <= _LEAST_FRAMED:
-        code = pickled[at]
-        end = at + 1 + _LENGTHS.get(code, 0)
-        length = int.from_bytes(pickled[at + 1 : end], "little")
-        if code in _LENGTHS and end + length <= size:
-            objects += length if code == _FRAME else 0
-            at, unknown = end + length, 0
+def _frames(pickled: Buffer) -> list[memoryview]:
+    """Return the frames of a pickle, as far as they can be found."""
+    found, view, at, unknown = [], memoryview(pickled), 2, 0
+    while at < len(view) and unknown <= _LEAST_FRAMED:
+        code = view[at]
+        begin = at + 1 + _LENGTHS.get(code, 0)
+        end = begin + int.from_bytes(view[at + 1 : begin], "little")
+        if code in _LENGTHS and end <= len(view):
+            if code == _FRAME:
+                found.append(view[begin:end])
+            at, unknown = end, 0
         else:
             at, unknown = at + 1, unknown + 1
-    return size + (_OBJECTS - 1) * objects
+    return found
+
+
+def _part_of_objects(frames: Sequence[memoryview]) -> float:
+    """Return, from some of them, what part of the frames is no text or bytes of some length."""
+    import pickletools  # noqa: PLC0415 -- seldom
+
+    whole = flat = 0
+    for frame in frames[:: len(frames) // _MOST_LOOKED_AT + 1]:
+        whole += len(frame)
+        try:
+            for _, argument, _ in pickletools.genops(bytes(frame)):
+                if isinstance(argument, (bytes, bytearray, str)) and len(argument) > _SHORT:
+                    flat += len(argument)
+        except ValueError:  # the end of a frame is none of the pickle
+            pass
+    return 1 - flat / whole if whole else 0.0
 
 
 def held_at_most(most_bytes: int) -> int:

@@ -27,6 +27,10 @@ def blob(mib):
     return b"x" * (mib << 20)
 def floats(count):
     return [float(number) for number in range(count)]
+def fail(mib):
+    raise ValueError(ones(mib))
+def small_arrays(count):
+    return [np.ones(1000) for _ in range(count)]
 def size(value):
     return len(value)
 def hog():
@@ -91,6 +95,17 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
     assert kinds.count("NoneType") >= 5, kinds
 """,
         None,
+    ),
+    "exceptions that hold much": (
+        """
+    errors = [future.exception(60) for future in [pool.submit(fail, 30) for _ in range(20)]]
+    assert {type(error) for error in errors} <= {ValueError, MemoryLimitError, WorkerDiedError}
+""",
+        None,
+    ),
+    "many small arrays that fit": (
+        "\n    print(len(pool.submit(small_arrays, 10_000).result(60)))",
+        "10000",
     ),
     "small results that nobody has taken": (
         """

@@ -167,6 +167,12 @@ LOADED: dict[str, tuple[Any, float, float]] = {
     "several in a list": ([bytes(2 * MIB), "y" * (3 * MIB), bytearray(MIB)], 0.99, 1.01),
     "numbers": ([float(number) for number in range(500_000)], 0.8, 1.5),
     "numbers beside bytes": ([bytes(4 * MIB), *map(float, range(300_000))], 0.8, 1.5),
+    "small pieces of bytes": ([os.urandom(8000) for _ in range(1000)], 0.99, 1.05),
+    "numbers beside small pieces": (
+        [bytes(8000) + bytes([n % 256]) for n in range(400)] + [float(n) for n in range(150_000)],
+        0.7,
+        1.5,
+    ),
     "a tuple of both": ((bytes(4 * MIB), list(map(float, range(300_000)))), 0.8, 1.5),
 }
 
