@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 from safepool.machine import tell_once
+from safepool.pool.deliveries import Needs
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
-from safepool.pool.names import Names, Needs
+from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
+    from safepool.pool.deliveries import Delivery
     from safepool.pool.mapping import MapRun
-    from safepool.pool.names import Delivery
     from safepool.pool.staff import Staff
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker

@@ -120,17 +120,21 @@ class ProcessPool(_Standard):
             effect where workers are not forked from a server.
         main: How the program's ``__main__`` gets into the workers that are forked from a server.
             ``"run"``: the server runs the script once, as ``__mp_main__``, before it forks
-            workers. They have what its top level imports, sets and computes; functions and
-            classes travel by name. ``"value"``: nothing is run, and functions bring along the
-            globals that they use. ``"auto"`` runs a script or module that has
-            ``if __name__ == "__main__":`` at its top level, and is otherwise ``"value"``: for a
-            script without that guard, a prompt, a notebook, ``-c``. A top level that cannot be run
-            there is told once by the logger ``safepool``, and is ``"value"`` then. The same as
-            ``"run"`` is ``"__main__"`` in ``preload``.
+            workers. They have what its top level imports, sets and computes; functions and classes
+            travel by name. ``"value"``: nothing is run, and functions, classes and data of the
+            script are sent, each before the first call that uses it. ``"auto"`` runs a script or
+            module that has ``if __name__ == "__main__":`` at its top level, and is otherwise
+            ``"value"``: for a script without that guard, a prompt, a notebook, ``-c``. A top level
+            that cannot be run there is told once by the logger ``safepool``, and is ``"value"``
+            then. The same as ``"run"`` is ``"__main__"`` in ``preload``.
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
             become is told in ``safepool/pool/trace_events.py``.
+
+    A global of the script is the worker's own once it was there: what the initializer or a task
+    does to it stays in that worker. When the program changes it, also in place, it is delivered
+    again with the next call that uses it, and takes the place of the worker's.
 
     A pool that is sized from the limits follows them: while it has work it reads them again
     once a second, starts workers when they grow, and lets workers end after their task when

@@ -21,8 +21,8 @@ from safepool.transport.files import held_at_most
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
-    from safepool.pool.names import Delivery
     from safepool.pool.policy import Policy
     from safepool.pool.tasks import Pickled
 

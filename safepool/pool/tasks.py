@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
+    from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
-    from safepool.pool.names import Delivery
     from safepool.pool.policy import Policy
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared

@@ -46,8 +46,14 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 class Prints(Reducers):
     """As :class:`Reducers`, for a pickle that is compared and never loaded.
 
-    Classes derived from arrays hand over their memory as well, instead of a copy of it.
+    Classes derived from arrays hand over their memory as well, instead of a copy of it; and
+    arrays with gaps a copy that is as large as its items.
     """
+
+    def __init__(self, *, arrays: bool = True) -> None:
+        super().__init__(arrays=arrays)
+        if arrays:
+            self[_ndarray()] = _print_of_array
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
         script = met()
@@ -63,6 +69,15 @@ class Prints(Reducers):
 def _is_kind_of_array(kind: object) -> bool:
     numpy: Any = sys.modules.get("numpy")
     return numpy is not None and isinstance(kind, type) and issubclass(kind, numpy.ndarray)
+
+
+def _print_of_array(array: Any) -> Any:
+    if array.flags.forc or array.dtype.hasobject:
+        return _reduce(array)
+    script = met()
+    if script is not None:
+        script.replaced = True
+    return _never_loaded, (array.copy(), array.strides)
 
 
 def _print_of(array: Any) -> tuple[Any, ...]:

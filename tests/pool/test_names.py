@@ -329,6 +329,32 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(add); ask(add); reset(); ask(add); ask(add)",
         [1.0, 2.0, 6.0, 7.0],
     ),
+    "memory that is no array": (
+        """
+        import array as arrays
+        raw, numbers = bytearray(100_000), arrays.array("d", [0.0]) * 20_000
+        gaps = numpy.zeros((1000, 100))[:, ::2]
+        text_items = numpy.array(["a", "b"], dtype=object)
+        def touch():
+            raw[5] += 1
+            numbers[7] += 1
+            gaps[3, 3] += 1
+            text_items[1] += "b"
+            return raw[5], numbers[7], float(gaps[3, 3]), text_items[1]
+        def set_all():
+            raw[5] = 10
+            numbers[7] = 20
+            gaps[3, 3] = 30
+            text_items[1] = "c"
+        """,
+        "ask(touch); ask(touch); set_all(); ask(touch); ask(touch)",
+        [
+            (1, 1.0, 1.0, "bb"),
+            (2, 2.0, 2.0, "bbb"),
+            (11, 21.0, 31.0, "cb"),
+            (12, 22.0, 32.0, "cbb"),
+        ],
+    ),
     "a generator of random numbers": (
         """
         import random
@@ -531,8 +557,8 @@ def test_a_large_global_that_changes_is_told_of_once(tmp_path: Path) -> None:
 def test_finding_out_that_takes_long_is_told_of_once(tmp_path: Path) -> None:
     text = """
     import safepool
-    from safepool.pool import names
-    names._MUCH_S = 0.0
+    from safepool.pool import known
+    known._MUCH_S = 0.0
     table = {"a": 1}
     def look_up():
         return table["a"]

@@ -1,0 +1,103 @@
+"""Names of the script with their values, on the way to workers, and which of them a worker has."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.channel import size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
+
+__all__ = ["Delivery", "Needs", "Versions"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delivery:
+    """Names with their values, on the way to workers.
+
+    Attributes:
+        version: Higher than that of any that was made before.
+        names: In the order of the values.
+        born: By name, the version with which its present object was delivered first. Workers
+            keep a container or class when what it holds has changed.
+        head: What workers are told about the names.
+        segments: The pickle of the values.
+        shared: What the values refer to, by :func:`safepool.share`.
+        draws: A generator of random numbers is among the values.
+    """
+
+    version: int
+    names: tuple[str, ...]
+    born: tuple[int, ...] = ()
+    head: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    segments: Sequence[Segment] = field(default=(), repr=False)
+    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    draws: bool = False
+
+    def message(self, has: dict[str, int]) -> list[Segment]:
+        """Return what a worker is sent, and note that it has it.
+
+        Args:
+            has: Versions of the names that the worker has.
+        """
+        keep = tuple(has.get(n, 0) >= v for n, v in zip(self.names, self.born, strict=True))
+        has.update(dict.fromkeys(self.names, self.version))
+        return [pickle.dumps({**self.head, "keep": keep}, protocol=5), *self.segments]
+
+    def lacks(self, has: Mapping[str, int]) -> bool:
+        """Tell whether a worker with these versions is to be sent this one."""
+        return any(has.get(name, 0) < self.version for name in self.names)
+
+    @property
+    def size_bytes(self) -> int:
+        """How large it is."""
+        return sum(map(size_of, self.segments))
+
+
+_needs = itertools.count(1)
+
+
+class Needs(list[Delivery]):
+    """What a call needs, in the order in which it is sent.
+
+    Attributes:
+        number: Its own. A worker that has had all of it once needs no further look.
+    """
+
+    def __init__(self, deliveries: Iterable[Delivery]) -> None:
+        super().__init__(deliveries)
+        self.number = next(_needs)
+
+
+class Versions(dict[str, int]):
+    """Versions of the names that a worker has, some of which it was born with.
+
+    Args:
+        known: Those of names that were known by then.
+        first: Versions in which it has others.
+        names: Which others; ``None`` is all that ``first`` tells of.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[str, int],
+        first: Mapping[str, int],
+        names: frozenset[str] | None = None,
+    ) -> None:
+        super().__init__(known)
+        self._first = first
+        self._names = names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the version of a name."""
+        version = super().get(name)
+        if version is None and (self._names is None or name in self._names):
+            version = self._first.get(name)
+        return default if version is None else version

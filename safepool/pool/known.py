@@ -1,0 +1,114 @@
+"""Names of the script that were pickled, and whether they are still what they were."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.machine import tell_once
+from safepool.pool.mains import Look, PlainFunction
+from safepool.pool.prints import Print, exposed, print_of
+from safepool.pool.values import value_of
+from safepool.transport import trusted
+
+if TYPE_CHECKING:
+    from safepool.pool.deliveries import Delivery
+
+__all__ = ["Known"]
+
+# More time than this, of the program, to find out whether data has changed is worth a word.
+_MUCH_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Known:
+    """Names that were pickled together.
+
+    Attributes:
+        names: Which.
+        look: The values as they were.
+        doubts: The print of what is in doubt.
+        print: That of the whole pickle.
+        delivery: What is sent.
+        refs: Names that it refers to.
+        uses: Names that its functions use.
+        stamp: The versions of the objects that it refers to.
+        ids: Of the values.
+        plain: The value, if identity tells all about it.
+        attributes: Of a function or class that workers have: paths to what was set on it.
+        short: The look at a function, if a short one will do.
+        pickled_again: Only the pickle of the whole tells whether it has changed.
+        is_large: To find that out takes too long for the scheduler's thread.
+        unsteady: Its pickle is another one each time: only identity tells.
+        spent_s: What it has taken to find out whether it has changed, in CPU time.
+        asked: How often that was asked.
+    """
+
+    names: tuple[str, ...]
+    look: Look
+    doubts: Print | None
+    print: Print
+    delivery: Delivery
+    refs: frozenset[str]
+    uses: frozenset[str]
+    stamp: tuple[int, ...]
+    ids: tuple[int, ...]
+    plain: object
+    attributes: frozenset[str] | None
+    short: PlainFunction | None
+    pickled_again: bool
+    is_large: bool
+    unsteady: bool = False
+    spent_s: float = 0.0
+    asked: int = 0
+
+    def is_unchanged(self, *, here: bool = False) -> bool:
+        """Tell whether the program's values are what was pickled; ``False`` if in doubt.
+
+        Args:
+            here: Run no code of the program.
+        """
+        if self.short is not None:
+            return self.short.is_still(value_of(self.names[0]))
+        values = [*map(value_of, self.names)]
+        look = Look(*values)
+        if self.pickled_again or (here and self.is_large) or not look.same_as(self.look):
+            return False
+        same = self.doubts is None or (
+            not self.unsteady and self._is_print_of(look.doubts, here=here)
+        )
+        return same or (self.unsteady and tuple(map(id, values)) == self.ids)
+
+    def _is_print_of(self, doubts: list[object], *, here: bool) -> bool:
+        before = time.thread_time()
+        same = self._has_print_of(doubts, here=here)
+        self.spent_s += time.thread_time() - before
+        self.asked += same or not here  # else it is asked again, in another thread
+        if self.spent_s > _MUCH_S:
+            self._tell_of_time()
+        return same
+
+    def _tell_of_time(self) -> None:
+        name = self.names[0]
+        tell_once(
+            f"to find out whether the global {name} of the script has changed has taken "
+            f"{self.spent_s:.1f} s in {self.asked} calls of submit() and map(), which ask it once "
+            "each. Give map() more items at once, make arrays read-only "
+            f"({name}.flags.writeable = False), or place what never changes once for all workers: "
+            f"{name} = safepool.share({name})",
+            subject=f"time for {name}",
+        )
+        self.spent_s = float("-inf")
+
+    def _has_print_of(self, doubts: list[object], *, here: bool) -> bool:
+        assert self.doubts is not None
+        try:
+            if here:
+                return self.doubts.is_of(trusted.dumps(exposed(doubts)))
+            if self.doubts.is_of(print_of(doubts)[0]):
+                return True
+            self.unsteady = print_of(doubts)[0][0] != print_of(doubts)[0][0]
+        except Exception:  # noqa: BLE001 -- user code; it is pickled again, and raises there
+            pass
+        return False

@@ -1,0 +1,250 @@
+"""What the script has under its names, pickled alone or with what shares objects with it."""
+
+from __future__ import annotations
+
+import enum
+import random
+import sys
+import types
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.mains import ABSENT, Look, is_definition, is_importable, is_plain
+from safepool.pool.prints import Print, length, print_of, steadily
+from safepool.transport import payloads
+from safepool.transport.marks import find_attribute, main_space
+from safepool.transport.names import Met
+from safepool.transport.references import Collected
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from safepool.transport.frames import Segment
+    from safepool.transport.sharing import Shared
+
+__all__ = [
+    "OF_ANY_MODULE",
+    "Looked",
+    "Pickled",
+    "can_be_shared",
+    "data_by_id",
+    "definitions",
+    "look_at",
+    "pickle_names",
+    "value_of",
+]
+
+# Objects in a pickle. In a larger one nobody looks for what two values have in common.
+_MOST_MET = 200_000
+# A pickle that the scheduler's thread does not make.
+_LARGE_BYTES = 16 * 1024
+# They stay the same object in a worker when what they hold has changed.
+CONTAINERS = frozenset({dict, list, set, bytearray})
+# Py_TPFLAGS_HEAPTYPE.
+_HEAP = 1 << 9
+# Of the worker's own module.
+OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__", "__loader__"})
+
+
+@dataclass(slots=True)
+class Pickled:
+    """Names as they are pickled now.
+
+    Attributes:
+        kinds: By name the type of a container, of which what it holds is pickled; else ``None``.
+        by_identity: Workers have an object of their own: only another one is a change.
+        there: Workers have it by themselves, as it is.
+        draws: As of :class:`Delivery`.
+        attributes: As of :class:`Known`.
+        looked: What they were just before.
+        held: By ``id()``, objects that another name may hold as well. Those that were made
+            for the pickle are kept, so that no other gets their number.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[type | None, ...]
+    segments: list[bytes | memoryview]
+    refs: frozenset[str]
+    uses: frozenset[str]
+    shared: Sequence[Shared[Any]]
+    held: dict[int, object]
+    by_identity: bool = False
+    there: bool = False
+    draws: bool = False
+    attributes: frozenset[str] | None = None
+    looked: Looked | None = None
+
+
+@dataclass(slots=True)
+class Looked:
+    """What values were just before they were pickled.
+
+    Attributes:
+        look: What identity tells.
+        printed: The pickle of what is in doubt; ``None`` if there is nothing.
+        replaced: That pickle is for comparing only.
+        failed: It cannot be made, as it was pickled in other company.
+        plain: There is one value, and identity tells all.
+    """
+
+    look: Look
+    printed: list[bytes | memoryview] | None = None
+    replaced: bool = False
+    failed: bool = False
+    plain: bool = False
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what is in doubt is large."""
+        printed = self.printed
+        return printed is not None and (len(printed) > 1 or len(printed[0]) > _LARGE_BYTES)
+
+    def print_beside(
+        self, pickled: Sequence[bytes | memoryview], stored: Sequence[Segment]
+    ) -> Print | None:
+        """Return the print of what is in doubt.
+
+        Args:
+            pickled: The pickle of the values themselves.
+            stored: The same as it is kept for workers: its buffers are not kept twice.
+        """
+        if self.printed is None:
+            return None
+        same = [*map(length, self.printed[1:])] == [*map(length, pickled[1:])]
+        return Print(self.printed, stored if stored and same and not self.replaced else None)
+
+
+def look_at(values: Sequence[object]) -> Looked:
+    """Look at values that are about to be pickled."""
+    if len(values) == 1 and is_plain(values[0]):
+        return Looked(Look(), plain=True)
+    looked = Looked(Look(*values))
+    if looked.look.doubts:
+        try:
+            looked.printed, looked.replaced = print_of(looked.look.doubts)
+        except Exception:  # noqa: BLE001 -- user code; the pickle of the whole tells, or raises
+            looked.failed = True
+    looked.look.forget_doubts()
+    return looked
+
+
+def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled:
+    """Pickle the values of some names together.
+
+    Args:
+        group: The names.
+        seeds: What is referred to by its name, because workers have it.
+    """
+
+    def attempt() -> Pickled:
+        values: list[object] = []
+        kinds: list[type | None] = []
+        own: dict[str, object] = {}
+        for name in group:
+            value: Any = value_of(name)
+            kind = type(value)
+            elsewhere = [*own.values(), *seeds.values()]
+            if kind in CONTAINERS and not any(value is other for other in elsewhere):
+                own[name] = value
+                kinds.append(kind)
+                values.append(kind(value))
+            else:
+                kinds.append(None)
+                values.append(value)
+        by_value = any(map(_is_of_script, values))
+        with Met(group, {**own, **seeds}, keeps_memo=True) as met, Collected() as shared:
+            segments = payloads.dumps(tuple(values), into_main=True, by_value=by_value)
+        held: dict[int, object] = {}
+        draws = any(map(_is_generator, values))
+        if len(met.memo) < _MOST_MET:
+            found = [value for _, value in met.memo.values()]
+            held = {id(value): value for value in found if can_be_shared(value)}
+            draws = draws or any(map(_is_generator, found))
+        met.refs.difference_update(group)
+        refs, uses = frozenset(met.refs), frozenset(met.uses)
+        one = Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held)
+        one.draws = draws
+        return one
+
+    return steadily(attempt)
+
+
+def value_of(name: str) -> Any:
+    """Return what the script has under a name, or a function or class of it under a path."""
+    if "." not in name:
+        return main_space().get(name, ABSENT)
+    found = find_attribute(name)
+    return found[0] if found else ABSENT
+
+
+def definitions() -> list[str]:
+    """Return the names of the script's functions and classes."""
+    return [
+        name
+        for name, value in list(main_space().items())
+        if is_definition(value) and not is_importable(value) and not name.startswith("__")
+    ]
+
+
+def data_by_id() -> dict[int, str]:
+    """Return by ``id()`` what may change and is held by a global."""
+    return {
+        id(value): name
+        for name, value in reversed(list(main_space().items()))
+        if can_be_shared(value) and name not in OF_ANY_MODULE
+    }
+
+
+def can_be_shared(value: object) -> bool:
+    """Tell whether it matters that two names hold this very object."""
+    kind = type(value)
+    if kind in CONTAINERS or kind is types.CellType:
+        return True
+    # By its type: an object that imports something late does so when it is asked for more.
+    if issubclass(kind, (types.ModuleType, enum.Enum)) or is_definition(value):
+        return False
+    home = kind.__module__.partition(".")[0]
+    if home == "numpy":
+        return isinstance(value, sys.modules["numpy"].ndarray)  # not their types
+    # Of any class that Python code has made: it may be a sentinel.
+    return bool(kind.__flags__ & _HEAP) and home not in _UNCHANGED
+
+
+# Whose objects never change, or are pickled as names.
+_UNCHANGED = frozenset(
+    {
+        "datetime",
+        "decimal",
+        "fractions",
+        "ipaddress",
+        "logging",
+        "pathlib",
+        "re",
+        "uuid",
+        "zoneinfo",
+    }
+)
+
+
+# By module and name, so that nothing is imported to find out.
+_GENERATORS = frozenset(
+    {
+        ("numpy.random._generator", "Generator"),
+        ("numpy.random.mtrand", "RandomState"),
+        ("torch._C", "Generator"),
+    }
+)
+
+
+def _is_generator(value: object) -> bool:
+    """Tell whether this draws random numbers, and a copy of it draws the same."""
+    kind = type(value)
+    if kind is random.Random or (kind.__module__, kind.__qualname__) in _GENERATORS:
+        return True
+    return issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom)
+
+
+def _is_of_script(value: object) -> bool:
+    if issubclass(type(value), types.ModuleType):
+        return True  # the standard pickler would ask it for more, and may so import it
+    return is_definition(value) and not is_importable(value)

@@ -1,0 +1,334 @@
+"""From the names that a call asks for to all that they lead to: pickled as far as it is new."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from safepool.errors import text_of
+from safepool.machine import tell_once
+from safepool.pool.circles import components
+from safepool.pool.deliveries import Delivery
+from safepool.pool.known import Known
+from safepool.pool.mains import (
+    ABSENT,
+    LRU_CACHE,
+    is_definition,
+    is_importable,
+    plain_function,
+    uses_of,
+)
+from safepool.pool.prints import Print, length, placed
+from safepool.pool.values import (
+    CONTAINERS,
+    OF_ANY_MODULE,
+    Pickled,
+    can_be_shared,
+    data_by_id,
+    definitions,
+    look_at,
+    pickle_names,
+    value_of,
+)
+from safepool.transport.held import Held, held_by_module
+from safepool.transport.marks import attributes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from safepool.pool.names import Names
+
+__all__ = ["QUIET_BYTES", "Walk"]
+
+QUIET_BYTES = 1 << 20
+"""A function or class that nothing names is sent in case it is asked for, unless it is larger."""
+
+# Code that names one of these may ask for any name of the script.
+_REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
+# A global is worth a word when it is sent again and again; it takes tens of milliseconds.
+_MUCH_BYTES = 16 << 20
+_TOLD_AT = 3
+
+
+class Walk:
+    """From some names to all that they lead to.
+
+    Args:
+        names: The pool's.
+        quiet: Leave out what cannot be pickled, and do not follow what functions use.
+
+    Attributes:
+        reached: The names that there are.
+        absent: Those that there are not.
+        missing: Those that could not be pickled, and why.
+    """
+
+    def __init__(self, names: Names, *, quiet: bool = False) -> None:
+        self._names = names
+        self._quiet = quiet
+        self._pickled: dict[str, Pickled] = {}
+        self._by_id: dict[int, str] | None = None
+        self.reached: dict[str, None] = {}
+        self.absent: list[str] = []
+        self.missing: dict[str, str] = {}
+
+    def go(self, roots: Iterable[str]) -> None:
+        """Look at the names, and pickle those that have changed or are new.
+
+        Raises:
+            Exception: What the pickler raised.
+        """
+        if self._names.main:
+            self._ask_ahead(roots)
+        todo = sorted(roots, reverse=True)
+        while todo:
+            name = todo.pop()
+            if name in self.reached or name in self.absent or name in OF_ANY_MODULE:
+                continue
+            if value_of(name) is ABSENT:
+                self.absent.append(name)
+                continue
+            known = self._names.known.get(name)
+            if known is not None and self._names.is_unchanged(known):
+                self.reached.update(dict.fromkeys(known.names))
+                todo += self._leads_on(name, known)
+                continue
+            try:
+                one = self._pickled[name] = self._there(name) or self._alone(name)
+            except Exception as error:
+                if not self._quiet:
+                    raise
+                self.missing[name] = f"{type(error).__name__}: {text_of(error)}"
+                continue
+            if self._quiet and sum(map(length, one.segments)) > QUIET_BYTES:
+                del self._pickled[name]
+                self.missing[name] = "no function that was called names it, and it is large"
+                continue
+            self.reached[name] = None
+            todo += self._leads_on(name, one)
+            todo += known.names if known is not None else ()
+
+    def _ask_ahead(self, roots: Iterable[str]) -> None:
+        """Ask what data is like where the script was run: for all of it at once."""
+        known, main = self._names.known, self._names.main
+        assert main is not None
+        data: list[str] = []
+        seen: set[str] = set()
+        todo = list(roots)
+        while todo:
+            name = todo.pop()
+            value = value_of(name)
+            if name in seen or name in known or value is ABSENT or name in OF_ANY_MODULE:
+                continue
+            seen.add(name)
+            if not is_definition(value):
+                data.append(name)
+            elif not (is_importable(value) or self._quiet):
+                todo += uses_of(value)
+                todo += attributes_of(value)
+        main.ask(data)
+
+    def _leads_on(self, name: str, one: Known | Pickled) -> Iterable[str]:
+        if self._quiet and not isinstance(value_of(name), type):
+            return one.refs
+        # Code of a class may run when it is made.
+        return one.refs | one.uses | frozenset(one.names)
+
+    def finish(self) -> None:
+        """Make known what was pickled."""
+        if not self._quiet and not _REACHES_ALL.isdisjoint(self.absent):
+            everything = Walk(self._names, quiet=True)
+            everything.go(definitions())
+            everything.finish()
+            uses = {
+                used
+                for name in everything.reached
+                if (known := self._names.known.get(name)) is not None
+                for used in known.uses
+            }
+            for used in uses:
+                self._try(used)
+        while self._pickled:
+            for group in _together(self._pickled):
+                self._make_known(group)
+            # What refers to an object that workers get anew is to refer to that one.
+            behind = [name for name in self.reached if self._is_behind(name)]
+            if not behind:
+                return
+            # Beside those: in case they refer to each other now.
+            self._pickled |= {name: self._alone(name) for name in behind}
+
+    def _is_behind(self, name: str) -> bool:
+        known = self._names.known.get(name)
+        return known is not None and known.stamp != self._names.stamp(known.refs)
+
+    def _try(self, name: str) -> None:
+        try:
+            self.go([name])
+        except Exception:  # noqa: BLE001 -- perhaps nobody asks for it
+            self._pickled.pop(name, None)
+
+    def _there(self, name: str) -> Pickled | None:
+        """Return a name that workers have by themselves; ``None`` if it is to be sent."""
+        main, value = self._names.main, value_of(name)
+        if not main or name in self._names.known:
+            return None
+        nothing: frozenset[str] = frozenset()
+        if is_definition(value) and getattr(value, "__qualname__", "") == name and main.has(value):
+            attributes = frozenset(attributes_of(value))
+            uses = uses_of(value) | attributes
+            one = Pickled((name,), (None,), [b""], nothing, uses, (), {}, True, True)
+            one.attributes = attributes
+            return one
+        if main.changed({name: value}):
+            return None
+        try:
+            one = self._alone(name)
+        except Exception:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
+            one = Pickled((name,), (None,), [b""], nothing, nothing, (), {}, True)
+        one.there = True
+        return one
+
+    def _alone(self, name: str) -> Pickled:
+        value = value_of(name)
+        place = held_by_module(name, value)
+        if place is not None:
+            segments: list[bytes | memoryview] = [pickle.dumps((Held(place, value),), protocol=5)]
+            nothing: frozenset[str] = frozenset()
+            return Pickled((name,), (None,), segments, nothing, nothing, (), {}, True)
+        if self._by_id is None:
+            self._by_id = data_by_id()
+        # First: what is changed meanwhile, by another thread, is noticed with the next call.
+        looked = look_at([value])
+        one = pickle_names((name,), {})
+        one.looked = looked
+        others = {self._by_id[number] for number in one.held if number in self._by_id}
+        one.refs |= others - {name}
+        for number in self._by_id.keys() & one.held.keys():
+            del one.held[number]
+        if can_be_shared(value):
+            one.held[id(value)] = value  # which another name may hold as well
+        return one
+
+    def _make_known(self, group: tuple[str, ...]) -> None:
+        table, pickled = self._names, self._pickled
+        values = [*map(value_of, group)]
+        seeds = {
+            name: value_of(name)
+            for member in group
+            for name in pickled[member].refs
+            if name not in group and can_be_shared(value_of(name))
+        }
+        one = pickled[group[0]]
+        there = all(pickled[name].there for name in group)
+        if len(group) > 1 or seeds:
+            looked = one.looked if len(group) == 1 else look_at(values)
+            one = pickle_names(group, seeds)
+            one.refs |= frozenset(seeds)
+            one.looked = looked
+        before = table.known.get(group[0])
+        if before is not None and before.names != group:
+            before = None
+        ids, stamp = tuple(map(id, values)), table.stamp(one.refs)
+        if before is not None and before.stamp == stamp and before.print.is_of(one.segments):
+            delivery, whole = before.delivery, before.print
+        else:
+            since = self._born(group, values, before)
+            segments = () if there else placed(one.segments)
+            head = {"names": group, "kinds": one.kinds}
+            version = next(table.versions)
+            born = tuple(version if known is None else known for known in since)
+            delivery = Delivery(version, group, born, head, segments, one.shared, one.draws)
+            whole = Print(one.segments, segments or None)
+            table.drop(group)
+            if there:
+                table.there.update(dict.fromkeys(group, version))
+            elif before is not None:
+                _tell_of_large(delivery)
+        looked = one.looked or look_at(values)
+        table.keep(
+            Known(
+                group,
+                looked.look,
+                looked.print_beside(one.segments, () if there else delivery.segments),
+                whole,
+                delivery,
+                one.refs,
+                one.uses,
+                stamp,
+                ids,
+                values[0] if len(group) == 1 and (one.by_identity or looked.plain) else ABSENT,
+                one.attributes,
+                plain_function(values[0]) if len(group) == 1 else None,
+                looked.failed,
+                looked.is_large,
+            )
+        )
+
+    def _born(
+        self, group: tuple[str, ...], values: Sequence[object], before: Known | None
+    ) -> list[int | None]:
+        """Return since which version workers have each object; ``None`` is the next one."""
+        table, born = self._names, list[int | None]()
+        before_ids = (0,) * len(group) if before is None else before.ids
+        for name, value, was in zip(group, values, before_ids, strict=True):
+            if not stays(value):
+                born.append(None)
+            elif was == id(value):
+                born.append(table.born(name))
+            else:
+                # What the script has made in a worker is filled there, whatever refers to it.
+                born.append(0 if table.main and name not in table.known else None)
+        return born
+
+
+def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
+    """Return which names are to be pickled together, what is referred to first."""
+    parents = {name: name for name in pickled}
+
+    def root(name: str) -> str:
+        while parents[name] != name:
+            name = parents[name]
+        return name
+
+    # What two of them hold is to be one object.
+    holders: dict[int, str] = {}
+    for name, one in pickled.items():
+        for held in one.held:
+            other = holders.setdefault(held, name)
+            parents[root(name)] = root(other)
+    # And so are those that refer to each other in a circle.
+    edges: dict[str, list[str]] = {root(name): [] for name in pickled}
+    for name, one in pickled.items():
+        edges[root(name)] += [root(ref) for ref in sorted(one.refs) if ref in pickled]
+    groups: dict[str, list[str]] = {top: [] for top in edges}
+    for name in pickled:
+        groups[root(name)].append(name)
+    circles = components(edges)
+    return [tuple(sorted(name for top in circle for name in groups[top])) for circle in circles]
+
+
+# How often a large global has changed.
+_changes: Counter[tuple[str, ...]] = Counter()
+
+
+def _tell_of_large(delivery: Delivery) -> None:
+    """Say once that a large global is sent again and again."""
+    if delivery.size_bytes < _MUCH_BYTES:
+        return
+    names = ", ".join(delivery.names)
+    _changes[delivery.names] += 1
+    if _changes[delivery.names] == _TOLD_AT:
+        tell_once(
+            f"the global {names} of the script ({delivery.size_bytes >> 20} MiB) is changed "
+            f"between calls and sent to every worker again, {_TOLD_AT} times by now. Only a "
+            "global that has changed is sent: keep what changes in one of its own, or pass it as "
+            "an argument",
+            subject=f"{names} is sent again",
+        )
+
+
+def stays(value: object) -> bool:
+    """Tell whether a worker has the same object when what it holds arrives anew."""
+    return type(value) in CONTAINERS or issubclass(type(value), (type, LRU_CACHE))
