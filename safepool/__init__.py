@@ -5,6 +5,7 @@
     worker              a decorator: native threads capped in any pool, a timeout, retries
     limit_threads       the native threads of this process itself
     share               an object that many tasks use, placed once
+    register_setting    a setting of a library's that workers are to have as the program has it
     cpu_limit, cpu_count, read_limits
                         what this process may use, and which file says so
     threads             the native thread pools that are loaded, and the variables that rule them
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
     from safepool.transport.sharing import share
+    from safepool.workers.settings import register_setting, unregister_setting
 
 __version__ = "0.1.0"
 
@@ -77,7 +79,9 @@ __all__ = [
     "limit_threads",
     "parallel_backend",
     "read_limits",
+    "register_setting",
     "share",
+    "unregister_setting",
     "worker",
 ]
 
@@ -103,7 +107,9 @@ _HOMES = {
     "limit_threads": "safepool.own_threads",
     "parallel_backend": "safepool.joblib_backend",
     "read_limits": "safepool.limits",
+    "register_setting": "safepool.workers.settings",
     "share": "safepool.transport.sharing",
+    "unregister_setting": "safepool.workers.settings",
     "worker": "safepool.decorator",
 }
 

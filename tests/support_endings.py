@@ -137,7 +137,6 @@ def spawn_a_holder(path: str) -> int:
     # Without a fork in Python: such a child belongs to the worker's own code.
     child = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"],
-        close_fds=False,
         pass_fds=[int(name) for name in os.listdir("/proc/self/fd") if _is_open(int(name))],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

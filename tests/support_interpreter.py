@@ -57,7 +57,7 @@ def _imports() -> dict[str, Any]:
     standard = sys.stdlib_module_names
     tops = {name.partition(".")[0] for name in sys.modules}
     return {
-        "sys.meta_path": [_name(finder) for finder in sys.meta_path],
+        "sys.meta_path": [*dict.fromkeys(_name(finder) for finder in sys.meta_path)],
         "sys.path_hooks": [_name(hook) for hook in sys.path_hooks],
         "modules of others": sorted(
             top
@@ -108,7 +108,6 @@ def _settings() -> dict[str, Any]:
         "csv": csv.field_size_limit() if csv else 0,
         "random is seeded": random is None or random.getstate() != random.Random(0).getstate(),
         "tempfile": repr(getattr(sys.modules.get("tempfile"), "tempdir", None)),
-        "thread stacks": threading.stack_size(),
         "start method": repr(
             getattr(sys.modules.get("multiprocessing.context"), "_default_context", None)
             and sys.modules["multiprocessing"].get_start_method(allow_none=True)

@@ -34,6 +34,7 @@ from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
 from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
+from safepool.pool.settings import Settings
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
 from safepool.transport.blame import find_unpicklable
@@ -45,6 +46,7 @@ from safepool.transport.marks import MAIN_NAMES
 from safepool.transport.names import Met
 from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
+from safepool.workers.settings import settings_frame
 
 if TYPE_CHECKING:
     import threading
@@ -121,6 +123,7 @@ class Dispatch:
     ) -> None:
         self.functions = Functions()
         self.names = Names(main)
+        self.settings = Settings()
         # Numbers of functions that refer to names of the script.
         self._named: set[int] = set()
         # Names that an initializer needs.
@@ -592,10 +595,20 @@ class Dispatch:
         """Let new workers have names of the script before their initializer runs."""
         self._first = self.names.needed(names)
 
+    def bring_settings(self, worker: Worker) -> Pieces:
+        """Return what brings a worker what the program has set since it was last told."""
+        if worker.told is self.settings.state:
+            return []
+        changed = self.settings.bring(worker)
+        names = frozenset(itertools.chain.from_iterable(one.names for one in changed))
+        pieces = self._deliver(worker, self.names.needed(names)) if names else []
+        return [*pieces, *settings_frame(changed)]
+
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
         """Return what a new worker is sent first."""
         worker.names = self.names.born_with(forked=inheritance.itself is not None)
-        pieces = self._share(worker, inheritance.shared)
+        pieces = self.bring_settings(worker)
+        pieces += self._share(worker, inheritance.shared)
         pieces += self._deliver(worker, self._first)
         segments = worker.channel.hand_over(inheritance.segments)
         return [*pieces, *encode(Kind.INITIALIZE, 0, segments)]

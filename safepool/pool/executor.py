@@ -140,6 +140,14 @@ class ProcessPool(_Standard):
     once a second, starts workers when they grow, and lets workers end after their task when
     they shrink.
 
+    Workers have the settings of the program, such as warning filters, decimal's context or
+    options of pandas, as they are when a call is submitted: :func:`safepool.register_setting`
+    says more, and adds others. A setting that each thread has for itself is that of the thread
+    which made the pool.
+
+    Workers are numbered by ``multiprocessing.current_process()._identity`` and its name as those
+    of the standard pools: from 1, all pools of the program together, and no number is used again.
+
     Raises:
         ValueError: A number is out of its range; there is no such context, rounding or size;
             ``main`` is ``"run"``, and there is no script.

@@ -72,11 +72,10 @@ from safepool.pool.records import Records
 from safepool.pool.settling import Settling
 from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
-from safepool.transport.frames import CorruptFrameError, Frame, Kind
+from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
 from safepool.workers.loading import check_no_import
-from safepool.workers.logs import levels_frame
 from safepool.workers.messages import read_values
 
 if TYPE_CHECKING:
@@ -193,6 +192,7 @@ class Scheduler:
             self._dispatch = Dispatch(self._settled, self.wake, hiring.names)
         else:
             self._task, self._dispatch = trace.measured(self._settled, self.wake, hiring.names)
+        self._settings = self._dispatch.settings
         self._pace = Pace()
         self._settling = Settling(
             self._pace,
@@ -276,6 +276,7 @@ class Scheduler:
         self._check_fork()
         future = PoolFuture(self._me)
         task = self._task(future, (function, args, kwargs), name, policy)
+        self._settings.look_before(future)
         self._dispatch.pickle_now(task)
         self._check_open()
         self._bring(task)
@@ -317,6 +318,7 @@ class Scheduler:
             keep: Held as long as there are items to take.
         """
         self._check_fork()
+        self._settings.look()
         self._dispatch.pickle_function_now(run)
         results = Results(run, iter(items), self, ahead, deadline)
         # With all calls queued the pool may go: what they return arrives without it.
@@ -831,13 +833,14 @@ class Scheduler:
             return self._pace.room(name, ledger.expected_ns + more_ns, idle=idle)
 
         taken = self._backlog.take(room, self._pace.expected_ns, among, left)
+        if not taken:
+            return False
+        self._bring_settings(staff, worker)
         back: Sequence[Task | Span]
         if isinstance(taken, Span):
             pieces, back = self._dispatch.pack_span(worker, taken)
-        elif taken:
-            pieces, back = self._dispatch.pack_tasks(worker, taken)
         else:
-            return False
+            pieces, back = self._dispatch.pack_tasks(worker, taken)
         if back:
             self._backlog.put_back(back)
         if pieces:
@@ -845,6 +848,10 @@ class Scheduler:
             if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
                 return False
         return not (back and ledger.owed)
+
+    def _bring_settings(self, staff: Staff, worker: Worker) -> None:
+        if worker.told is not self._settings.state:
+            staff.send(worker, self._dispatch.bring_settings(worker))
 
     def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""
@@ -882,7 +889,7 @@ class Scheduler:
     def _hire_one(self, staff: Staff) -> None:
         worker = staff.hire()
         try:
-            staff.send(worker, levels_frame())
+            staff.send(worker, encode(Kind.LOG, 0))
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
         except BaseException:  # no memory for the initializer; without it nothing may run there
             staff.end(worker, at_once=True)

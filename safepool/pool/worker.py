@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safepool.pool.mapping import Span
     from safepool.pool.packing import Packing
     from safepool.pool.tasks import Task
+    from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
 
 __all__ = ["Worker"]
@@ -32,6 +33,8 @@ class Worker(WorkerProcess):
         functions: Numbers of the functions that it keeps.
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
+        settings: Those of the program that it was sent last, by name.
+        told: The state of the program's settings at that time.
         shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.
@@ -65,6 +68,7 @@ class Worker(WorkerProcess):
     """
 
     ready: bool = False
+    told: object = None
     done: int = 0
     tasks_done: float = 0.0
     exclusive: bool = False
@@ -101,6 +105,7 @@ class Worker(WorkerProcess):
         self.ledger: Ledger[Task | Span] = Ledger()
         self.functions: set[int] = set()
         self.shared: set[int] = set()
+        self.settings: dict[str, Packed] = {}
         self.names: dict[str, int] = {}
         self.delivered: set[int] = set()
 

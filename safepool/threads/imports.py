@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
-    from types import ModuleType
+    from types import FrameType, ModuleType
 
-__all__ = ["AfterImport", "imported"]
+__all__ = ["AfterImport", "imported", "is_importing"]
 
 
 def imported(name: str) -> ModuleType | None:
@@ -31,6 +31,17 @@ def imported(name: str) -> ModuleType | None:
     # Another thread may be in the middle of it.
     spec = getattr(module, "__spec__", None)
     return None if getattr(spec, "_initializing", False) else module
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Tell whether this frame, or one that has called it, is a module that is being imported."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>":
+            spec = frame.f_globals.get("__spec__")
+            if getattr(spec, "_initializing", False):
+                return True
+        frame = frame.f_back
+    return False
 
 
 class AfterImport:

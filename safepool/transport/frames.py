@@ -79,7 +79,7 @@ class Kind(enum.IntEnum):
     SKIPPED = 14
     """To the pool: this call was taken back when it was about to begin."""
     LOG = 15
-    """To the pool: a log record. To a worker: which records are wanted."""
+    """To the pool: a log record. To a worker: send them."""
     VALUES = 16
     """To the pool: several calls that follow each other returned these plain values."""
     SHARE = 17
@@ -92,6 +92,8 @@ class Kind(enum.IntEnum):
     """To the pool: when calls began and ended, whose answers may follow or have arrived."""
     NAMES = 21
     """To a worker: bind these values to names of ``__main__``."""
+    SETTINGS = 22
+    """To a worker: what the program has set, as far as it has changed."""
 
 
 class Frame(NamedTuple):

@@ -17,11 +17,12 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from safepool.threads.imports import is_importing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import FrameType
 
-__all__ = ["Levels", "levels_of_the_program"]
+__all__ = ["Levels", "apply_levels", "glance_at_levels", "levels_of_the_program"]
 
 
 def levels_of_the_program() -> tuple[int, dict[str, int]]:
@@ -36,6 +37,17 @@ def levels_of_the_program() -> tuple[int, dict[str, int]]:
     if "__main__" in levels:  # the script's own, by the name that it has in workers
         levels["__mp_main__"] = levels["__main__"]
     return root.manager.disable, {"": root.level, **levels}
+
+
+def glance_at_levels(_logging: Any) -> object:
+    """Return an object that is another one as soon as a level has been set, or a logger made.
+
+    Each of these clears what every logger remembers of its level; Python 3.7 and later.
+    """
+    remembered: Any = getattr(logging.root, "_cache", None)
+    if remembered is None:
+        return None
+    return remembered.setdefault("safepool", object())
 
 
 class Levels:
@@ -85,7 +97,7 @@ class Levels:
             return logger
 
         def set_level_unless_imported(self_: logging.Logger, level: int | str) -> None:
-            if self_.name in self._came_later and _is_imported(sys._getframe(1)):
+            if self_.name in self._came_later and is_importing(sys._getframe(1)):
                 return
             set_level(self_, level)
 
@@ -107,12 +119,5 @@ class Levels:
         kind.getEffectiveLevel = get_effective_level
 
 
-def _is_imported(frame: FrameType | None) -> bool:
-    """Tell whether a module that is being imported has called."""
-    while frame is not None:
-        if frame.f_code.co_name == "<module>":
-            spec = frame.f_globals.get("__spec__")
-            if getattr(spec, "_initializing", False):
-                return True
-        frame = frame.f_back
-    return False
+apply_levels = Levels().apply
+"""Of this process."""

@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import text_of
 from safepool.transport.channel import ChannelClosedError
 from safepool.transport.frames import Kind, encode
-from safepool.workers.levels import Levels, levels_of_the_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from safepool.transport.channel import Channel
     from safepool.transport.frames import Segment
 
-__all__ = ["Outbox", "forward_records", "levels_frame", "pack_record", "unpack_record"]
+__all__ = ["Outbox", "forward_records", "pack_record", "unpack_record"]
 
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
@@ -54,7 +53,6 @@ _WAITING_BYTES = 1024 * 1024
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
 _formatter = logging.Formatter()
-_levels = Levels()
 
 
 class Outbox:
@@ -170,7 +168,7 @@ class Outbox:
         return b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
 
 
-def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> None:
+def forward_records(outbox: Outbox) -> None:
     """Hand over to the pool what no handler of this process takes, from now on.
 
     Handlers that are here already were set up for the program, not for its worker (a fork
@@ -179,14 +177,12 @@ def forward_records(outbox: Outbox, levels: bytes | bytearray | memoryview) -> N
 
     Args:
         outbox: Where records go.
-        levels: What :func:`levels_frame` made.
     """
     manager = logging.root.manager
     for logger in [logging.root, *manager.loggerDict.values()]:
         if isinstance(logger, logging.Logger):
             logger.handlers.clear()
             logger.propagate = True
-    _levels.apply(*pickle.loads(levels))
     # Of the class: a logger that is made later has it as well. Whatever somebody else has put
     # there (Sentry's SDK does) goes on to be called for what stays in this process.
     logging.Logger.callHandlers = _forwarding(  # type: ignore[assignment, method-assign]
@@ -232,11 +228,6 @@ def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
                 return True
         at = at.parent if at.propagate else None
     return False
-
-
-def levels_frame() -> list[bytes | memoryview]:
-    """Return the frame that tells a worker which records its program wants."""
-    return encode(Kind.LOG, 0, [pickle.dumps(levels_of_the_program(), protocol=5)])
 
 
 def pack_record(record: logging.LogRecord) -> bytes:

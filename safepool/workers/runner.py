@@ -23,6 +23,7 @@ from safepool.workers.fork import Fork
 from safepool.workers.logs import Outbox, forward_records
 from safepool.workers.messages import function_of, read_batch, read_tasks
 from safepool.workers.namespace import MainNamespace
+from safepool.workers.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,6 +82,7 @@ class Runner:
         self._fork = Fork(self._outbox.close)
         self._answers = Answers(self._outbox, board, self._fork)
         self._main = MainNamespace()
+        self._settings = WorkerSettings()
         # Timed in a pool that is traced.
         self._loads: Callable[[Sequence[Received]], Any] = loads
         self._pack: Callable[[object], Segments] = self._packed
@@ -113,7 +115,9 @@ class Runner:
         kind, position, segments = frame
         match kind:
             case Kind.LOG:
-                forward_records(self._outbox, segments[0])
+                forward_records(self._outbox)
+            case Kind.SETTINGS:
+                self._settings.apply(segments[0])
             case Kind.INITIALIZE:
                 self._initialize(segments)
             case Kind.TRACE:

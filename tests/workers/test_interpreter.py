@@ -34,9 +34,9 @@ if __name__ == "__main__":
 DIFFERENCES: dict[str, tuple[str, list[str], list[str]]] = {
     "sys.argv": ("the test's own argument", ["itself"], ["METHOD"]),
     "sys.meta_path": (
-        "one tells when a library with threads was imported, one when joblib was",
+        "they tell when a library with threads was imported, or one whose settings wait for it",
         [],
-        ["safepool.threads.imports.AfterImport", "safepool.threads.imports.AfterImport"],
+        ["safepool.threads.imports.AfterImport"],
     ),
     "modules of others": ("the worker's own program", [], ["safepool"]),
     "faulthandler": ("a crash in native code is told with its stack", ["False"], ["True"]),

@@ -1,0 +1,157 @@
+"""What the program has set, looked at for its workers, and what has changed since.
+
+Looked at, and pickled, by the threads that call the pool: some settings are each thread's own.
+
+What a look costs is bounded. A pool that is made and each ``map`` look at everything. A ``submit``
+looks if the one before has ended, as nothing else is going on then: two microseconds beside the
+hundred that a call takes there and back. In a burst of submits it looks so seldom that it takes a
+fiftieth of the time, and so it always does at the rows that seldom change or take long to read
+(benchmarks/dispatch.py, submit).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers.contained import ContainedLogger
+from safepool.workers.settings import (
+    Packed,
+    module_of,
+    pack_setting,
+    revision,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+    from types import ModuleType
+
+    from safepool.pool.worker import Worker
+    from safepool.workers.settings_table import Setting
+
+__all__ = ["Settings"]
+
+_log = ContainedLogger()
+
+# Between two looks, in times of what the last one has taken.
+_PAUSE = 50
+
+
+class _Seen:
+    """A row, the module that holds it, and what it was at the last look."""
+
+    __slots__ = ("glance", "known", "module", "of_thread", "read", "row", "seen", "value")
+
+    def __init__(self, row: Setting, module: ModuleType) -> None:
+        self.row, self.module = row, module
+        self.read, self.glance, self.of_thread = row.read, row.glance, row.of_thread
+        self.known = False
+        self.seen: object = None
+        self.value: object = None
+
+
+class Settings:
+    """The settings of the program as one pool has read them.
+
+    No lock is held: a signal's handler may submit in the middle of a look.
+
+    Attributes:
+        state: Another object after each change. A worker that was told at this one needs nothing.
+    """
+
+    def __init__(self) -> None:
+        self.state = object()
+        self._thread = threading.get_ident()
+        self._packed: dict[str, Packed] = {}
+        self._seen: dict[str, _Seen] = {}
+        # Those whose module is there, and when that was found.
+        self._often: list[_Seen] = []
+        self._seldom: list[_Seen] = []
+        self._made_of = (0, 0)
+        self._often_not_before_ns = self._seldom_not_before_ns = 0
+        self._last: weakref.ref[Future[Any]] | None = None
+        self.look()
+
+    def look_before(self, future: Future[Any]) -> None:
+        """Look before a call is queued, if it is time to."""
+        before, self._last = self._last, weakref.ref(future)
+        now_ns = time.monotonic_ns()
+        if now_ns < self._often_not_before_ns:
+            last = None if before is None else before()
+            if last is not None and not last.done():
+                return
+        self._look(now_ns, seldom=now_ns >= self._seldom_not_before_ns)
+
+    def look(self) -> None:
+        """Look at everything."""
+        self._look(time.monotonic_ns(), seldom=True)
+
+    def _look(self, begun_ns: int, *, seldom: bool) -> None:
+        if self._made_of != (len(sys.modules), revision()):
+            self._find()
+        ours = threading.get_ident() == self._thread
+        self._look_at(self._often, ours)
+        if seldom:
+            self._look_at(self._seldom, ours)
+        ended_ns = time.monotonic_ns()
+        self._often_not_before_ns = ended_ns + _PAUSE * (ended_ns - begun_ns)
+        if seldom:
+            self._seldom_not_before_ns = self._often_not_before_ns
+
+    def _find(self) -> None:
+        # Nobody but a test takes a module away in the moment in which another one comes.
+        self._made_of = (len(sys.modules), revision())
+        found = []
+        for row in settings():
+            module = module_of(row)
+            if module is not None:
+                seen = self._seen.get(row.name)
+                if seen is None or seen.row is not row or seen.module is not module:
+                    seen = self._seen[row.name] = _Seen(row, module)
+                found.append(seen)
+        self._often = [one for one in found if not one.row.seldom]
+        self._seldom = [one for one in found if one.row.seldom]
+
+    def _look_at(self, rows: list[_Seen], ours: bool) -> None:
+        for one in rows:
+            if one.of_thread and not ours:
+                continue
+            try:
+                if one.glance is not None:
+                    seen = one.glance(one.module)
+                    if seen is not None and seen is one.seen:
+                        continue
+                    one.seen = seen
+                value = one.read(one.module)
+                if one.known and one.value == value:
+                    continue
+            except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
+                _log.debug("the setting %s cannot be read: %r", one.row.name, error)
+                continue
+            one.known, one.value = True, value
+            packed = self._pack(one.row, value)
+            if packed is not None:
+                self._packed[one.row.name] = packed
+                self.state = object()  # after that: who reads begins with it
+
+    def _pack(self, row: Setting, value: object) -> Packed | None:
+        try:
+            return pack_setting(row, value)
+        except Exception as error:  # noqa: BLE001 -- user code; workers do without
+            _log.warning("workers do not have the program's %s: %r", row.name, error)
+            return None
+
+    def bring(self, worker: Worker) -> list[Packed]:
+        """Return the settings that have changed since a worker was last told."""
+        worker.told = self.state
+        changed = {
+            name: packed
+            for name, packed in self._packed.copy().items()
+            if worker.settings.get(name) is not packed
+        }
+        worker.settings |= changed
+        return [*changed.values()]

@@ -1,0 +1,307 @@
+"""Settings of the program, in its workers: which there are, and how a worker takes them.
+
+The pool reads what the program has set (``pool.settings``) and sends what has changed. Here it is
+set: at once where its module is there, otherwise when somebody has imported that. Nothing is ever
+imported in order to set it, nor for what a value refers to, such as the class of a warning that
+a library defines: it waits as well.
+
+What an initializer or a task sets is the worker's own from then on, until the program changes its
+own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safepool.threads.imports import AfterImport, imported
+from safepool.transport import payloads
+from safepool.transport.frames import Kind, encode
+from safepool.transport.names import Met
+from safepool.workers.settings_table import SETTINGS, Setting, filters_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+
+    from safepool.transport.frames import Buffer
+
+__all__ = [
+    "Packed",
+    "WorkerSettings",
+    "module_of",
+    "pack_setting",
+    "register_setting",
+    "revision",
+    "settings",
+    "settings_frame",
+    "unregister_setting",
+]
+
+_FILTERS = "warnings.filters"
+_added: dict[str, Setting] = {}
+_revision = 0
+
+
+def revision() -> int:
+    """Return how often rows were added or taken back."""
+    return _revision
+
+
+def settings() -> tuple[Setting, ...]:
+    """Return every row: the table's first, then those added, in their order."""
+    return (*SETTINGS, *_added.values())
+
+
+def register_setting(
+    name: str,
+    *,
+    module: str,
+    read: Callable[[ModuleType], object],
+    write: Callable[[ModuleType, Any], object],
+    of_thread: bool = False,
+) -> None:
+    """Let the workers of this program have a setting that this package does not know.
+
+    A library does so when it is imported, a program before its pools. From then on a call that is
+    given to a pool finds out whether the setting has changed, and the next calls find it in
+    their worker.
+
+    Args:
+        name: Of the setting. One of the same name that was registered before is replaced.
+        module: The module that holds it, by its full name. It is never imported: a worker
+            sets it when something has imported that.
+        read: Given the module, returns a copy of the setting as it is now, which can be compared
+            by ``==`` and pickled. It takes microseconds: it is called for most calls of a pool.
+        write: Given the module and what ``read`` has returned, sets it. Workers call it: a
+            function of a module, or one of the script.
+        of_thread: Each thread has its own; that of the thread which has made the pool counts.
+
+    Raises:
+        ValueError: The table has a row of this name already.
+
+    Example:
+        >>> register_setting(
+        ...     "mylib.digits",
+        ...     module="mylib",
+        ...     read=lambda mylib: mylib.digits,
+        ...     write=lambda mylib, value: setattr(mylib, "digits", value),
+        ... )
+        >>> unregister_setting("mylib.digits")
+    """
+    if any(row.name == name for row in SETTINGS):
+        raise ValueError(f"the table has a row {name!r} already")
+    _added[name] = Setting(
+        name=name, module=module, read=read, write=write, of_thread=of_thread, source=""
+    )
+    _changed()
+
+
+def unregister_setting(name: str) -> None:
+    """Take back what was registered under ``name``; nothing happens if nothing was."""
+    _added.pop(name, None)
+    _changed()
+
+
+def _changed() -> None:
+    global _revision  # noqa: PLW0603 -- a fact about this process
+    _revision += 1
+
+
+def module_of(row: Setting) -> ModuleType | None:
+    """Return the module that holds a setting, if it has been imported to its end."""
+    return imported(row.module)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A setting on its way to a worker.
+
+    Attributes:
+        name: Of the row.
+        module: Its module.
+        values: A payload for each part of the value. Only warning filters have several: each
+            may wait for another module.
+        write: A payload of the function that sets it; ``None`` for a row of the table.
+        names: Names of the script that the payloads refer to.
+    """
+
+    name: str
+    module: str
+    values: list[list[bytes]]
+    write: list[bytes] | None
+    names: frozenset[str] = frozenset()
+
+
+def pack_setting(row: Setting, value: Any) -> Packed:
+    """Pickle what was read.
+
+    Args:
+        row: The setting.
+        value: What ``read`` has returned.
+
+    Raises:
+        Exception: What the pickler raised.
+    """
+    with Met() as met:
+        write = None if row.name not in _added else _dumps(row.write)
+        parts = [_dumps(value)] if row.name != _FILTERS else _dumps_filters(value)
+    return Packed(row.name, row.module, parts, write, met.names)
+
+
+def _dumps_filters(value: list[Any]) -> list[list[bytes]]:
+    parts = []
+    for one in value:
+        try:
+            # Most filters name modules, "__main__" among them, and none holds anything of it.
+            of_main = one[2].__module__ in ("__main__", "__mp_main__")
+            parts.append(_dumps(one) if of_main else [pickle.dumps(one, protocol=5)])
+        except Exception as error:  # noqa: BLE001 -- user code; the other filters hold
+            _warn("workers do not have the warning filter %r: %r", one, error)
+    return parts
+
+
+def settings_frame(packed: Sequence[Packed]) -> list[bytes | memoryview]:
+    """Return the frame that brings settings to a worker."""
+    told = [(one.name, one.module, one.values, one.write) for one in packed]
+    return encode(Kind.SETTINGS, 0, [pickle.dumps(told, protocol=5)])
+
+
+def _warn(message: str, *arguments: object) -> None:
+    from safepool.workers.contained import ContainedLogger  # noqa: PLC0415 -- it makes a logger
+
+    ContainedLogger().warning(message, *arguments)
+
+
+def _dumps(value: object) -> list[bytes]:
+    return [bytes(part) for part in payloads.dumps(value, into_main=True)]
+
+
+class _NotThereError(Exception):
+    """A value refers to a module that this process has not imported."""
+
+
+# What is part of Python or of this package may be imported for a value, and the script is there.
+_OURS = {*sys.stdlib_module_names, "__main__", "__mp_main__", "cloudpickle", "loky", "safepool"}
+
+
+class _Reader(pickle.Unpickler):
+    """Reads a value without importing anything of the user's.
+
+    Args:
+        segments: What :func:`_dumps` made.
+        there: Returns a module that has been imported.
+    """
+
+    def __init__(
+        self, segments: Sequence[bytes], there: Callable[[str], ModuleType | None]
+    ) -> None:
+        super().__init__(io.BytesIO(segments[0]), buffers=segments[1:])
+        self._there = there
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] not in _OURS and self._there(module) is None:
+            raise _NotThereError(module)
+        return super().find_class(module, name)
+
+
+class WorkerSettings:
+    """The settings that this worker was sent, and those that wait for their module."""
+
+    def __init__(self) -> None:
+        self._rows = {row.name: row for row in SETTINGS}
+        # By the module that they wait for, then by name.
+        self._waiting: dict[str, dict[str, Packed]] = {}
+        self._imports = AfterImport(self._imported)
+        # One that has run to its end, and whose import has not returned yet.
+        self._just: ModuleType | None = None
+        # The filters that were sent last, and those of them that could be read.
+        self._found: tuple[Packed | None, list[Any]] = (None, [])
+
+    def apply(self, frame: Buffer) -> None:
+        """Set what a frame of :func:`settings_frame` brings."""
+        for told in pickle.loads(frame):
+            packed = Packed(*told)
+            for others in self._waiting.values():
+                others.pop(packed.name, None)
+            self._set(packed)
+        self._watch()
+
+    def _watch(self) -> None:
+        names = frozenset(name for name, packed in self._waiting.items() if packed)
+        if names:
+            self._imports.start(names)
+        else:
+            self._imports.stop()
+
+    def _imported(self, name: str, module: ModuleType) -> None:
+        before, self._just = self._just, module
+        try:
+            for packed in self._waiting.pop(name, {}).values():
+                self._set(packed)
+        finally:
+            self._just = before
+        self._watch()
+
+    def _there(self, name: str) -> ModuleType | None:
+        just = self._just
+        return just if just is not None and just.__name__ == name else imported(name)
+
+    def _set(self, packed: Packed) -> None:
+        module = self._there(packed.module)
+        if module is None and packed.module in sys.builtin_module_names:
+            module = importlib.import_module(packed.module)
+        if module is None:
+            self._wait(packed, packed.module)
+            return
+        try:
+            row = self._rows.get(packed.name)
+            values = self._load(packed)
+            if packed.write is not None:
+                self._read(packed.write)(module, values[0])
+            elif row is not None:
+                value = self._filters(packed, values) if row.name == _FILTERS else values[0]
+                if row.read(module) != value:
+                    row.write(module, value)
+        except _NotThereError as error:
+            self._wait(packed, str(error))
+        except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
+            _warn("the setting %s of the program is not set: %r", packed.name, error)
+
+    def _load(self, packed: Packed) -> list[Any]:
+        if packed.name != _FILTERS:
+            return [self._read(part) for part in packed.values]
+        found = []
+        for part in packed.values:
+            try:
+                found.append(self._read(part))
+            except _NotThereError as error:
+                # Until then there is no such warning. All are set anew then, in their order.
+                self._wait(packed, str(error))
+        return found
+
+    def _filters(self, packed: Packed, values: list[Any]) -> list[Any]:
+        """Return the warning filters to be set: all, or with those that have waited."""
+        (before, known), self._found = self._found, (packed, values)
+        if before is not packed:
+            return values
+        # What the worker has changed by itself meanwhile stays. What the import has just added is
+        # among those that have waited, if the program has imported it too.
+        new = [one for one in values if one not in known]
+        found = [one for one in filters_of(warnings) if one not in new]
+        for place in reversed(range(len(values))):
+            if values[place] in new:
+                behind = (found.index(one) for one in values[place + 1 :] if one in found)
+                found.insert(next(behind, len(found)), values[place])
+        return found
+
+    def _read(self, segments: Sequence[bytes]) -> Any:
+        return _Reader(segments, self._there).load()
+
+    def _wait(self, packed: Packed, module: str) -> None:
+        self._waiting.setdefault(module, {})[packed.name] = packed

@@ -1,0 +1,408 @@
+"""What programs set for the whole process, and their workers are given. Knowledge, no code.
+
+A forked pool inherits it. Anything else gets it only if the statement is at the top level of a
+script that workers run, and loses it silently if not: warnings come back, numbers have fewer
+digits, arrays another type.
+
+Left out on purpose:
+    * The state of random generators: each worker draws numbers of its own, as in no forked pool.
+      Give each task its seed.
+    * ``faulthandler``: a worker's writes the stack of a crash where the pool reads it.
+    * ``gc.disable()``: ``timeit`` and its like do that for a moment.
+    * ``tracemalloc``, tracers and profilers: they measure a process, and slow it down.
+    * Native threads, and the number of CPUs: the cap's (``safepool.threads``).
+    * ``threading.stack_size()``: to ask for it resets it.
+    * What registers a thing (``csv.register_dialect``, ``copyreg.pickle``, ``codecs.register``):
+      it belongs at the top level of a script or into a module, and is there then.
+    * Environment, directory, umask, limits, priority, path and ``sys.argv``: a worker is born with
+      them (``birth``).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safepool.threads.imports import is_importing
+from safepool.workers.levels import apply_levels, glance_at_levels, levels_of_the_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["SETTINGS", "Setting", "filters_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting of a process.
+
+    Attributes:
+        name: Its name.
+        module: The module that holds it, by the full name that is imported. Where that is not
+            there, there is nothing to read; and in a worker it is set when it has been imported,
+            at once if it is built into the interpreter.
+        read: Given the module, returns what it is now: a copy, which ``==`` compares and which can
+            be pickled.
+        write: Given the module and what ``read`` returned, sets it.
+        of_thread: Each thread has its own: that of the thread which made the pool counts.
+        glance: Given the module, returns an object that is another one as soon as the setting has
+            changed, or ``None`` if that cannot be told; where ``read`` takes longer.
+        seldom: It seldom changes while a program runs, or takes long to read: it is read less
+            often.
+        source: Where this is documented.
+    """
+
+    name: str
+    module: str
+    read: Callable[[Any], object]
+    write: Callable[[Any, Any], object]
+    of_thread: bool = False
+    glance: Callable[[Any], object] | None = None
+    seldom: bool = False
+    source: str
+
+
+# The standard library's.
+
+
+def filters_of(warnings: Any) -> list[Any]:
+    """Return the list of warning filters that counts here."""
+    # Python 3.14: those of the context, where there are such.
+    find = getattr(warnings, "_get_filters", None)
+    return warnings.filters if find is None else find()  # type: ignore[no-any-return]
+
+
+def _write_filters(warnings: Any, value: list[Any]) -> None:
+    # It also lets the C code know of the change.
+    warnings.resetwarnings()
+    ours = filters_of(warnings)
+    ours[:] = value
+    for name in ("filterwarnings", "simplefilter"):
+        function = getattr(warnings, name)
+        setattr(
+            warnings, name, _in_order(warnings, getattr(function, "__wrapped__", function), ours)
+        )
+
+
+def _in_order(warnings: Any, add: Callable[..., None], ours: list[Any]) -> Callable[..., None]:
+    """Let a library that is imported here put no filter of its own above the program's."""
+
+    @functools.wraps(add)
+    def add_filter(*arguments: Any, **keywords: Any) -> None:
+        before = [*ours]
+        add(*arguments, **keywords)
+        # The program has imported it too, and said later what is to hold. In a block of
+        # catch_warnings() there is another list.
+        only_moved = len(before) == len(ours) and filters_of(warnings) is ours
+        if only_moved and is_importing(sys._getframe(1)):
+            ours[:] = before
+
+    return add_filter
+
+
+def _context(context: Any) -> tuple[Any, ...]:
+    prec, rounding, e_min, e_max, capitals, clamp, _, traps = context.__reduce__()[1]
+    return (prec, rounding, e_min, e_max, capitals, clamp), [*traps]
+
+
+def _write_context(decimal: Any, value: Any) -> None:
+    decimal.setcontext(decimal.Context(*value[0], [], value[1]))
+
+
+def _write_default_context(decimal: Any, value: Any) -> None:
+    default, new = decimal.DefaultContext, decimal.Context(*value[0], [], value[1])
+    for name in ("prec", "rounding", "Emin", "Emax", "capitals", "clamp", "traps"):
+        setattr(default, name, getattr(new, name))
+
+
+def _write_level_names(logging: Any, value: dict[int, str]) -> None:
+    for level, name in value.items():
+        if logging.getLevelName(level) != name:
+            logging.addLevelName(level, name)
+
+
+def _write_authkey(process: Any, value: bytes) -> None:
+    process.current_process().authkey = value
+
+
+# Of libraries.
+
+
+def _glance_at_errors(_numpy: Any) -> object:
+    # NumPy 2: an object in a context variable, which is replaced by each change.
+    umath = sys.modules.get("numpy._core.umath")
+    variable = getattr(umath, "_extobj_contextvar", None)
+    return None if variable is None else variable.get(variable)
+
+
+def _glance_at_printing(_numpy: Any) -> object:
+    options = getattr(sys.modules.get("numpy._core.printoptions"), "format_options", None)
+    return None if options is None else options.get(options)
+
+
+_parameters: dict[str, object] = {}
+
+
+def _glance_at_matplotlib(matplotlib: Any) -> object:
+    global _parameters  # noqa: PLW0603 -- as they were at the last glance
+    if not dict.__eq__(matplotlib.rcParams, _parameters):
+        _parameters = dict(dict.items(matplotlib.rcParams))
+    return _parameters
+
+
+def _read_matplotlib(matplotlib: Any) -> dict[str, object]:
+    default = matplotlib.rcParamsDefault
+    # dict's own: to ask for the backend chooses one.
+    return {
+        name: value
+        for name, value in dict.items(matplotlib.rcParams)
+        if value != dict.get(default, name) and not (name == "backend" and type(value) is not str)
+    }
+
+
+def _write_matplotlib(matplotlib: Any, value: dict[str, object]) -> None:
+    now, default = _read_matplotlib(matplotlib), matplotlib.rcParamsDefault
+    for name in now.keys() - value.keys():
+        matplotlib.rcParams[name] = dict.get(default, name)
+    matplotlib.rcParams.update(
+        {name: one for name, one in value.items() if name not in now or now[name] != one}
+    )
+
+
+def _read_pandas(pandas: Any) -> dict[str, object]:
+    found: dict[str, object] = {}
+    _collect(pandas.options.d, "", found)
+    return found
+
+
+def _collect(options: dict[str, Any], prefix: str, found: dict[str, object]) -> None:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            _collect(value, f"{prefix}{name}.", found)
+        else:
+            found[prefix + name] = value
+
+
+def _write_pandas(pandas: Any, value: dict[str, object]) -> None:
+    now = _read_pandas(pandas)
+    for name, one in value.items():
+        if name in now and now[name] != one:
+            pandas.set_option(name, one)
+
+
+def _read_torch(torch: Any) -> tuple[object, ...]:
+    cudnn = torch.backends.cudnn
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+    )
+
+
+def _write_torch(torch: Any, value: tuple[Any, ...]) -> None:
+    dtype, deterministic, warn_only, precision, cudnn, benchmark = value
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.deterministic = cudnn
+    torch.backends.cudnn.benchmark = benchmark
+
+
+_JAX = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_debug_nans",
+    "jax_numpy_rank_promotion",
+)
+
+
+def _read_jax(jax: Any) -> dict[str, object]:
+    return {name: getattr(jax.config, name) for name in _JAX if hasattr(jax.config, name)}
+
+
+def _write_jax(jax: Any, value: dict[str, object]) -> None:
+    for name, one in value.items():
+        jax.config.update(name, one)
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        name="warnings.filters",
+        module="warnings",
+        read=lambda warnings: [*filters_of(warnings)],
+        write=_write_filters,
+        source="Python, warnings, The Warnings Filter",
+    ),
+    Setting(
+        name="logging.captureWarnings()",
+        module="logging",
+        read=lambda logging: logging._warnings_showwarning is not None,
+        write=lambda logging, value: logging.captureWarnings(value),
+        seldom=True,
+        source="Python, logging.captureWarnings",
+    ),
+    Setting(
+        name="levels of loggers",
+        module="logging",
+        read=lambda _: levels_of_the_program(),
+        write=lambda _, value: apply_levels(*value),
+        glance=glance_at_levels,
+        source="Python, logging.Logger.setLevel, logging.disable",
+    ),
+    Setting(
+        name="logging.addLevelName()",
+        module="logging",
+        read=lambda logging: {**logging._levelToName},
+        write=_write_level_names,
+        seldom=True,
+        source="Python, logging.addLevelName",
+    ),
+    Setting(
+        name="decimal.getcontext()",
+        module="decimal",
+        read=lambda decimal: _context(decimal.getcontext()),
+        write=_write_context,
+        of_thread=True,
+        source="Python, decimal, Context objects",
+    ),
+    Setting(
+        name="decimal.DefaultContext",
+        module="decimal",
+        read=lambda decimal: _context(decimal.DefaultContext),
+        write=_write_default_context,
+        seldom=True,
+        source="Python, decimal.DefaultContext",
+    ),
+    Setting(
+        name="sys.set_int_max_str_digits()",
+        module="sys",
+        read=lambda sys: sys.get_int_max_str_digits(),
+        write=lambda sys, value: sys.set_int_max_str_digits(value),
+        source="Python, Integer string conversion length limitation",
+    ),
+    Setting(
+        name="sys.setrecursionlimit()",
+        module="sys",
+        read=lambda sys: sys.getrecursionlimit(),
+        write=lambda sys, value: sys.setrecursionlimit(value),
+        seldom=True,
+        source="Python, sys.setrecursionlimit",
+    ),
+    Setting(
+        name="sys.setswitchinterval()",
+        module="sys",
+        read=lambda sys: sys.getswitchinterval(),
+        write=lambda sys, value: sys.setswitchinterval(value),
+        seldom=True,
+        source="Python, sys.setswitchinterval",
+    ),
+    Setting(
+        name="gc.set_threshold()",
+        module="gc",
+        read=lambda gc: gc.get_threshold(),
+        write=lambda gc, value: gc.set_threshold(*value),
+        seldom=True,
+        source="Python, gc.set_threshold",
+    ),
+    Setting(
+        name="csv.field_size_limit()",
+        module="csv",
+        read=lambda csv: csv.field_size_limit(),
+        write=lambda csv, value: csv.field_size_limit(value),
+        source="Python, csv.field_size_limit",
+    ),
+    Setting(
+        name="socket.setdefaulttimeout()",
+        module="socket",
+        read=lambda socket: socket.getdefaulttimeout(),
+        write=lambda socket, value: socket.setdefaulttimeout(value),
+        source="Python, socket.setdefaulttimeout",
+    ),
+    Setting(
+        name="locale.setlocale()",
+        module="_locale",  # what locale builds on, in the interpreter itself
+        read=lambda locale: locale.setlocale(locale.LC_ALL),
+        write=lambda locale, value: locale.setlocale(locale.LC_ALL, value),
+        seldom=True,
+        source="Python, locale.setlocale",
+    ),
+    Setting(
+        name="authkey of multiprocessing",
+        module="multiprocessing.process",
+        read=lambda process: bytes(process.current_process().authkey),
+        write=_write_authkey,
+        seldom=True,
+        source="Python, multiprocessing.Process.authkey",
+    ),
+    Setting(
+        name="numpy.seterr()",
+        module="numpy",
+        read=lambda numpy: numpy.geterr(),
+        write=lambda numpy, value: numpy.seterr(**value),
+        of_thread=True,
+        glance=_glance_at_errors,
+        source="NumPy, numpy.seterr",
+    ),
+    Setting(
+        name="numpy.seterrcall()",
+        module="numpy",
+        read=lambda numpy: numpy.geterrcall(),
+        write=lambda numpy, value: numpy.seterrcall(value),
+        of_thread=True,
+        glance=_glance_at_errors,
+        source="NumPy, numpy.seterrcall",
+    ),
+    Setting(
+        name="numpy.set_printoptions()",
+        module="numpy",
+        read=lambda numpy: numpy.get_printoptions(),
+        write=lambda numpy, value: numpy.set_printoptions(**value),
+        of_thread=True,
+        glance=_glance_at_printing,
+        source="NumPy, numpy.set_printoptions",
+    ),
+    Setting(
+        name="sklearn.set_config()",
+        module="sklearn",
+        read=lambda sklearn: sklearn.get_config(),
+        write=lambda sklearn, value: sklearn.set_config(**value),
+        of_thread=True,
+        source="scikit-learn, sklearn.set_config",
+    ),
+    Setting(
+        name="matplotlib.rcParams",
+        module="matplotlib",
+        read=_read_matplotlib,
+        write=_write_matplotlib,
+        glance=_glance_at_matplotlib,
+        seldom=True,
+        source="Matplotlib, matplotlib.rcParams",
+    ),
+    Setting(
+        name="pandas.options",
+        module="pandas",
+        read=_read_pandas,
+        write=_write_pandas,
+        seldom=True,
+        source="pandas, Options and settings",
+    ),
+    Setting(
+        name="torch's default type and determinism",
+        module="torch",
+        read=_read_torch,
+        write=_write_torch,
+        source="PyTorch, torch.set_default_dtype; Reproducibility",
+    ),
+    Setting(
+        name="jax.config",
+        module="jax",
+        read=_read_jax,
+        write=_write_jax,
+        source="JAX, Configuration options",
+    ),
+)
