@@ -83,6 +83,8 @@ _FORK_S = 5.0
 _RUN_S = 600.0
 # A top level that takes longer is worth a word: each server waits for it.
 _LONG_RUN_S = 2.0
+# One that has not ended by then may never: it may wait for what the program holds.
+_WAITING_S = 10.0
 # From the end of its socket to that of the process.
 _ENDING_S = 1.0
 # Between two looks whether an import is still waited for: Ctrl-C must not have to.
@@ -215,7 +217,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
                 self._marks = server.run_script(modules, given_up, strict=strict)
                 return self._marks
         except _CannotRunError as error:
-            self._send_by_value(plan, str(error))
+            self._send_by_value(plan, error)
             return {}
 
     def prints(
@@ -240,11 +242,14 @@ class ServerContext(multiprocessing.context.SpawnContext):
         with _server_for(changes, plan) as server:
             return server.prints(names, given_up)
 
-    def _send_by_value(self, plan: MainPlan, problem: str) -> None:
+    def _send_by_value(self, plan: MainPlan, error: _CannotRunError) -> None:
+        problem = str(error)
         self.plan, self._marks = plan.without(problem), None
         if plan.key not in _not_runnable:
             _not_runnable[plan.key] = problem
-            _log.warning(
+            # What is no fault of the script's is told when its workers are started afresh.
+            _log.log(
+                logging.INFO if isinstance(error, _NoServerError) else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move what is not for workers below if __name__ == "__main__":, or pass '
                 'main="value"',
@@ -305,7 +310,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
                 return server.fork_worker(modules, details, files, given_up, strict=strict)
         except _CannotRunError as error:
             assert plan is not None
-            self._send_by_value(plan, str(error))
+            self._send_by_value(plan, error)
             raise ScriptLostError(
                 f"{plan.name or plan.path} was run in the fork server and cannot be run there "
                 f"again: {error}"
@@ -330,6 +335,10 @@ class _CannotForkError(Exception):
 
 class _CannotRunError(Exception):
     """The script's top level cannot be run in a server, for a reason of its own."""
+
+
+class _NoServerError(_CannotRunError):
+    """There is no server to run it in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,7 +424,7 @@ class _Server:
                 try:
                     self._in_a_server(lambda: None, modules, given_up, strict=strict)
                 except _CannotForkError as error:
-                    raise _CannotRunError(str(error)) from None
+                    raise _NoServerError(str(error)) from None
             marks = self._marks
             assert marks is not None
             return marks
@@ -476,7 +485,7 @@ class _Server:
                 )
             except _CannotForkError as error:
                 if self._plan is not None:
-                    raise _CannotRunError(str(error)) from None
+                    raise _NoServerError(str(error)) from None
                 self._afresh = True
                 _log_once(
                     "each worker is started afresh, as no fork server can be used "
@@ -661,7 +670,7 @@ class _Server:
         finally:
             os.close(folder)
         try:
-            (what, report), _ = self._receive(_RUN_S, given_up)
+            (what, report), _ = self._report_of(plan, given_up)
         except TimeoutError:
             raise _CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
         except (_LostError, ConnectionError):
@@ -682,6 +691,20 @@ class _Server:
         self._exits = report["exits"]
         marks: Mapping[str, bytes] = report["marks"]
         return marks
+
+    def _report_of(self, plan: MainPlan, given_up: Callable[[], bool]) -> tuple[Any, list[int]]:
+        try:
+            return self._receive(_WAITING_S, given_up)
+        except TimeoutError:
+            _log.warning(
+                "the top level of %s has been running in the fork server for %.0f s, and tasks "
+                "wait for its end. If it waits for something that the program holds, such as a "
+                'lock or a terminal, move that below if __name__ == "__main__":, or pass '
+                'main="value"',
+                plan.name or plan.path,
+                _WAITING_S,
+            )
+        return self._receive(_RUN_S - _WAITING_S, given_up)
 
     def _fork(
         self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]

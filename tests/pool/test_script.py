@@ -434,6 +434,57 @@ def test_a_long_top_level_is_told_with_its_seconds_and_the_remedy(tmp_path: Path
     assert 'Move work that workers do not need below if __name__ == "__main__":' in out
 
 
+def test_a_top_level_that_waits_for_the_program_is_told_of_and_given_up(tmp_path: Path) -> None:
+    program = """
+    import fcntl, logging
+    lock = open(os.path.join(os.environ["FOLDER"], "lock"), "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    def work():
+        return 3
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        from safepool.workers import forkserver
+        forkserver._WAITING_S, forkserver._RUN_S = 0.0, 0.3
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(work).result())
+    """
+    out, _ = run(program, tmp_path)
+    waits, given_up, result = out.splitlines()
+
+    assert "has been running in the fork server for 0 s" in waits
+    assert "is not run in the fork server: its top level takes longer than" in given_up
+    assert result == "3"
+
+
+def test_where_no_server_can_be_used_nothing_is_said_of_the_script(tmp_path: Path) -> None:
+    """An agent has threads in every interpreter: no fault of the script's, and no remedy there."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True, name='agent').start()\n"
+    )
+    program = """
+    import logging
+    factor = 2
+    def work(x):
+        return factor * x
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+        factor = 3
+        for _ in range(2):
+            with safepool.ProcessPool(1) as pool:
+                print(pool.submit(work, 2).result())
+    """
+    start = (
+        "import os, sys; os.environ['PYTHONPATH'] = os.environ['FOLDER'];"
+        "os.execv(sys.executable, [sys.executable, 'program.py'])"
+    )
+    out, _ = run(program, tmp_path, "-c", start)
+    told, *results = out.splitlines()
+
+    assert told.startswith("each worker is started afresh")
+    assert results == ["6", "6"]
+
+
 # One row per way to give up a pool while its server runs a top level that never ends: what the
 # program does then, and what it prints.
 ENDLESS = """
