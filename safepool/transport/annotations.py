@@ -24,19 +24,24 @@ __all__ = ["annotations_of", "closure_of", "global_names"]
 _CLASS_SPACE = "__classdict__"
 
 
-def global_names(code: types.CodeType) -> dict[str, None]:
-    """Return the names of globals that code may read or write, in order.
+if sys.version_info >= (3, 14):
 
-    An annotation in a class's body asks the class first, by instructions that cloudpickle does
-    not know.
-    """
-    names: dict[str, None] = dict(_internals._extract_code_globals(code))
-    if _CLASS_SPACE in code.co_freevars:
-        names |= dict.fromkeys(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= global_names(constant)
-    return names
+    def global_names(code: types.CodeType) -> dict[str, None]:
+        """Return the names of globals that code may read or write, in order.
+
+        An annotation in a class's body asks the class first, by instructions that cloudpickle
+        does not know.
+        """
+        names: dict[str, None] = dict(_internals._extract_code_globals(code))
+        if _CLASS_SPACE in code.co_freevars:
+            names |= dict.fromkeys(code.co_names)
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                names |= global_names(constant)
+        return names
+
+else:
+    global_names = _internals._extract_code_globals
 
 
 def annotations_of(thing: Any) -> dict[str, Any]:

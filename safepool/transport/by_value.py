@@ -204,7 +204,7 @@ def _state_of(
     apart = script is not None and globals_ is main_space()
     if script is not None and apart:
         script.uses.update(names_of(function.__code__))
-    cells = [_internals._get_cell_contents(cell) for cell in function.__closure__ or ()]
+    cells = [*map(_internals._get_cell_contents, function.__closure__ or ())]
     defaults = function.__defaults__
     slots = {
         # Copies, as cloudpickle makes them: a pickle of the same content has the same bytes.
@@ -223,7 +223,8 @@ def _state_of(
         if apart
         else {name: _own_of(name, value, globals_) for name, value in used.items()},
     }
-    return {"".join(name): value for name, value in vars(function).items()}, slots
+    own = vars(function)
+    return {"".join(name): value for name, value in own.items()} if own else {}, slots
 
 
 def _held_in(values: dict[str, Any] | None, space: dict[str, Any]) -> dict[str, Any] | None:
@@ -243,9 +244,8 @@ def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
 
 def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
     # Not of one that imports something when it is asked for an attribute.
-    plain: Any = types.ModuleType.__getattribute__
-    safe = [one for one in values if type(one).__getattribute__ is plain]
-    return _internals._find_imported_submodules(code, safe)  # type: ignore[no-any-return]
+    safe = [one for one in values if type(one) is types.ModuleType]
+    return _internals._find_imported_submodules(code, safe) if safe else []
 
 
 def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:

@@ -107,6 +107,8 @@ def _attributes_of(kind: type) -> dict[str, Any]:
 
 
 def _is_made_anew(kind: type, value: object) -> bool:
+    if isinstance(value, types.FunctionType):
+        return False
     if isinstance(value, _OWN_DESCRIPTORS):
         return value.__objclass__ is kind
     return type(value).__name__ == "CField" and type(value).__module__ in ("ctypes", "_ctypes")

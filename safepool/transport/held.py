@@ -42,6 +42,10 @@ __all__ = [
 # Their identity tells nothing, or they are sent as names anyway.
 _NAMELESS = (int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, type)
+# Most of what code holds; the others follow from it.
+_NO_OBJECTS = frozenset(
+    {*_NAMELESS, *_NAMED, types.ModuleType, property, classmethod, staticmethod}
+)
 _NOT_IMPORTED = frozenset({"__main__", "__mp_main__", "builtins"})
 # A copy for workers whose module has something else under the name; a larger one is not sent.
 _MOST_COPIED_BYTES = 64 * 1024
@@ -146,7 +150,8 @@ def held_value(value: object, space: dict[str, Any]) -> tuple[str, str] | None:
         value: The object.
         space: The script's globals, which have it under some name.
     """
-    if issubclass(type(value), (*_NAMELESS, *_NAMED, types.ModuleType)):
+    kind = type(value)
+    if kind in _NO_OBJECTS or issubclass(kind, (*_NAMELESS, *_NAMED, types.ModuleType)):
         return None
     origins = _origins_of(space)
     for name in origins.names if origins is not None else ():
