@@ -6,13 +6,17 @@ Each figure is from a fresh interpreter that has imported NumPy and SciPy itself
 take turns. Measured is what is the default of each pool; a pool that preloads what the
 caller has imported starts with it, the others let every worker import it.
 
-Below that, a script with a guard that imports a library which nobody knows to be worth a preload:
-its first and its second pool of one worker, with the script run in the fork server and by value.
+The second table is of a library that the caller has *not* imported, and each task does: the time
+until every worker has run one, in the first pool and in the second, and the workers' memory there.
+
+Below that, a script with a guard that imports the library itself: its first and its second pool of
+one worker, with the script run in the fork server and by value.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -28,6 +32,8 @@ import tasks
 CALLS_PER_WORKER = 4
 MEASURED = ("stdlib forkserver", "stdlib spawn", "loky", "multiprocessing", contenders.OURS)
 FIELDS = ("first_s", "second_s", "pss_mb", "cpu_s")
+LATE_FIELDS = ("first_s", "second_s", "pss_mb")
+HEADS = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
 
 
 def measure(name: str, workers: int) -> dict[str, float]:
@@ -54,6 +60,40 @@ def measure(name: str, workers: int) -> dict[str, float]:
                 found["cpu_s"] = contenders.cpu_s(contenders.descendants()) - before
                 found["pss_mb"] = contenders.pss_kb(pids) / 1024
     return found
+
+
+def measure_late(name: str, workers: int, library: str) -> dict[str, float]:
+    """Open the pool twice; each task imports the library, which this process has not.
+
+    Returns:
+        Seconds until all workers have it, the first and the second time; MiB of the workers
+        together, the second time.
+    """
+    contender = next(c for c in contenders.CONTENDERS if c.name == name)
+    found: dict[str, float] = {}
+    for which in ("first", "second"):
+        begun = time.perf_counter()
+        with contender.open(workers) as pool:
+            assert pool.submit is not None
+            pids: set[int] = set()
+            while len(pids) < workers:
+                calls = [
+                    pool.submit(import_and_tell, library)
+                    for _ in range(CALLS_PER_WORKER * workers)
+                ]
+                pids |= {
+                    call.result() if hasattr(call, "result") else call.get() for call in calls
+                }
+            found[f"{which}_s"] = time.perf_counter() - begun
+            found["pss_mb"] = contenders.pss_kb(pids) / 1024
+    return found
+
+
+def import_and_tell(library: str) -> int:
+    """Import a library, and return the id of this process."""
+    importlib.import_module(library)
+    time.sleep(0.01)
+    return os.getpid()
 
 
 def _fill(pool: contenders.Opened, workers: int) -> set[int]:
@@ -116,39 +156,52 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
-    parser.add_argument("--library", default="matplotlib.pyplot", help="which a script imports")
-    parser.add_argument("--only-script", action="store_true", help="print the second table alone")
+    parser.add_argument("--library", default="matplotlib.pyplot", help="of the last two tables")
+    parser.add_argument("--only-script", action="store_true", help="print the last table alone")
+    parser.add_argument("--imports", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_script:
         print_script_rows(options.library, options.rounds)
         return
     if options.child:
-        print(json.dumps(measure(options.child, options.workers)))
+        if options.imports:
+            found = measure_late(options.child, options.workers, options.library)
+        else:
+            found = measure(options.child, options.workers)
+        print(json.dumps(found))
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURED}
-    for _ in range(options.rounds):
-        for name in MEASURED:
-            arguments = ["--child", name, "--workers", str(options.workers)]
-            done = subprocess.run(
-                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True
-            )
-            runs[name].append(json.loads(done.stdout))
-    medians = {
-        name: {field: statistics.median(run[field] for run in found) for field in FIELDS}
-        for name, found in runs.items()
-    }
-    ours = medians[contenders.OURS]
     print(
         f"Python {sys.version.split()[0]}, {options.workers} workers, {os.cpu_count()} CPUs, ",
         end="",
     )
     print(f"load {os.getloadavg()[0]:.1f}, median of {options.rounds} rounds; / is to ours")
-    heads = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
-    print(" " * 20 + "".join(f"{heads[field]:>12}{'/ ours':>9}" for field in FIELDS))
-    for name, row in medians.items():
-        shown = "".join(f"{row[f]:>12.3f}{row[f] / ours[f]:>9.2f}" for f in FIELDS)
-        print(f"{name:20}{shown}")
+    _table("NumPy and SciPy, which the program has imported", options, [], FIELDS)
+    late = ["--imports", "--library", options.library]
+    _table(f"late imports: {options.library}, which tasks import", options, late, LATE_FIELDS)
     print_script_rows(options.library, options.rounds)
+
+
+def _table(
+    title: str, options: argparse.Namespace, more: list[str], fields: tuple[str, ...]
+) -> None:
+    """Measure all of them in turns and print one row for each."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURED}
+    for _ in range(options.rounds):
+        for name in MEASURED:
+            arguments = ["--child", name, "--workers", str(options.workers), *more]
+            done = subprocess.run(
+                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True
+            )
+            runs[name].append(json.loads(done.stdout))
+    medians = {
+        name: {field: statistics.median(run[field] for run in found) for field in fields}
+        for name, found in runs.items()
+    }
+    ours = medians[contenders.OURS]
+    print(f"{title}\n" + " " * 20 + "".join(f"{HEADS[f]:>12}{'/ ours':>9}" for f in fields))
+    for name, row in medians.items():
+        shown = "".join(f"{row[f]:>12.3f}{row[f] / ours[f]:>9.2f}" for f in fields)
+        print(f"{name:20}{shown}")
 
 
 if __name__ == "__main__":

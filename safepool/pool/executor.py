@@ -112,12 +112,12 @@ class ProcessPool(_Standard):
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
             as the standard pool does, when a task is lost that has no retries left.
         preload: Modules that are imported once, ahead of the workers, which then share their
-            memory: ``"auto"`` is what this process has imported of the large libraries that
-            are known to bear it (NumPy, SciPy, pandas, PyTorch, ...), with more than one
-            thread per worker none of them; a list names others, to which the same must apply:
-            importing them starts no thread and opens nothing that two processes must not
-            share. ``[]`` is nothing. One whose import raises is left to the tasks. Without
-            effect where workers are not forked from a server.
+            memory: ``"auto"`` is what the program, and tasks of earlier workers, have imported of
+            installed libraries, as long as their import leaves no thread, open file or child
+            process; with more than one thread per worker none of them. A list names others, to
+            which the same must apply. ``[]`` is nothing.
+            One whose import raises is left to the tasks. Without effect where workers are not
+            forked from a server.
         main: How the program's ``__main__`` gets into the workers that are forked from a server.
             ``"run"``: the server runs the script once, as ``__mp_main__``, before it forks
             workers. They have what its top level imports, sets and computes; functions and classes

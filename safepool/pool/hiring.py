@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import tell_once
-from safepool.pool.exits import working
+from safepool.pool.exits import has_exited, working
 from safepool.pool.latch import Latch
 from safepool.pool.worker import Worker
 from safepool.transport.main_names import MainNames
@@ -19,6 +19,7 @@ from safepool.workers.inheritance import Inheritance
 from safepool.workers.plan import ScriptLostError
 from safepool.workers.process import (
     find_context,
+    finish,
     is_asked_by,
     prepare,
     prints,
@@ -212,6 +213,8 @@ class Hiring:
         self._packed = None
         self.started.open()
         self.hired.open()
+        if not has_exited():
+            finish(self._context, self._environment)
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
         return prints(self._context, self._environment, names, self.given_up)

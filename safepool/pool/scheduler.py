@@ -77,6 +77,7 @@ from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
 from safepool.workers.loading import check_no_import
 from safepool.workers.messages import read_values
+from safepool.workers.preload import learn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -691,6 +692,9 @@ class Scheduler:
             if news.kind is Kind.LOG:
                 worker.logged = True
                 self._records.handle(news.segments)
+                continue
+            if news.kind is Kind.IMPORTED:
+                learn(b"".join(news.segments))
                 continue
             if worker.logged:
                 worker.logged = False

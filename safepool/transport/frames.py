@@ -94,6 +94,8 @@ class Kind(enum.IntEnum):
     """To a worker: bind these values to names of ``__main__``."""
     SETTINGS = 22
     """To a worker: what the program has set, as far as it has changed."""
+    IMPORTED = 23
+    """To the pool: what tasks have imported, by name."""
 
 
 class Frame(NamedTuple):

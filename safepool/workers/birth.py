@@ -112,6 +112,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
             details["changes"],
             details["threads"],
             inherited=more,
+            learns=details["learns"],
         )
     except SystemExit as error:
         code = _exit_code(error)

@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,10 +59,10 @@ from safepool.workers import birth, forked, script
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import place, rights
 from safepool.workers.plan import ScriptLostError
-from safepool.workers.preload import modules_to_preload
+from safepool.workers.preload import modules_learned, modules_of_the_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from types import FrameType
 
     from safepool.workers.plan import MainPlan
@@ -132,7 +132,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
     Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
 
     Args:
-        preload: What the server imports ahead, as :func:`modules_to_preload`.
+        preload: What the server imports ahead: ``"auto"``, or names of modules.
         plan: How ``__main__`` gets into the workers; ``None`` is by value.
 
     Attributes:
@@ -147,7 +147,8 @@ class ServerContext(multiprocessing.context.SpawnContext):
         super().__init__()
         self.preload = preload
         self.plan = plan
-        self._modules: list[str] | None = None
+        self._learns = False
+        self._imported: list[str] | None = None
         self._marks: Mapping[str, bytes] | None = None
 
     def prepare(self, changes: Mapping[str, str | None]) -> bool:
@@ -190,6 +191,16 @@ class ServerContext(multiprocessing.context.SpawnContext):
             if line:
                 problem = f"line {line} of its top level asks for the pool, outside of a guard"
                 self.plan = self.plan.without(problem)
+
+    def preload_ahead(self, changes: Mapping[str, str | None]) -> None:
+        """Let the server import what tasks of a pool that ends have imported: for the next pool.
+
+        Args:
+            changes: As for :meth:`fork_worker`.
+        """
+        if self._learns:
+            with _server_for(changes, self._plan_now()) as server:
+                server.preload_ahead(self._known())
 
     def run_script(
         self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
@@ -259,12 +270,17 @@ class ServerContext(multiprocessing.context.SpawnContext):
 
     def _to_preload(self, threads: int) -> tuple[list[str], bool]:
         """Return what the server imports ahead, and whether it was asked for by name."""
-        asked = self.preload != "auto"
-        if self._modules is None:  # what is there when the pool begins its work
-            # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
-            wanted = self.preload if asked or threads == 1 else []
-            self._modules = modules_to_preload(wanted)
-        return self._modules, asked
+        if self.preload != "auto":
+            return list(self.preload), True
+        # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
+        self._learns = threads == 1
+        return (self._known() if self._learns else []), False
+
+    def _known(self) -> list[str]:
+        """Return what the program and its tasks have imported."""
+        if self._imported is None:  # what is there when the pool begins its work
+            self._imported = modules_of_the_program()
+        return [*dict.fromkeys([*self._imported, *modules_learned()])]
 
     def fork_worker(
         self,
@@ -295,7 +311,11 @@ class ServerContext(multiprocessing.context.SpawnContext):
         """
         modules, strict = self._to_preload(threads)
         files = [channel, *inherited] if board is None else [channel, board, *inherited]
-        details: dict[str, Any] = {"threads": threads, "board": board is not None}
+        details: dict[str, Any] = {
+            "threads": threads,
+            "board": board is not None,
+            "learns": self._learns,
+        }
         if cpus:
             details["affinity"] = set(cpus)
         plan = self._plan_now()
@@ -351,6 +371,8 @@ class _Setting:
     identity: tuple[str, ...]
     # Of the script that it has run: nothing of it may be in another pool's workers.
     script: tuple[str, ...]
+    # Of a server whose imports have read another environment: it has no new workers.
+    outdated: int = 0
 
 
 class _Server:
@@ -370,8 +392,10 @@ class _Server:
         self._answers = False  # until then it may still be starting
         # Each worker is an interpreter of its own from now on.
         self._afresh = False
-        # Libraries that cannot be preloaded, by the first part of their name.
-        self._left_out: set[str] = set()
+        # Answers to what was asked for ahead are still to come.
+        self._ahead = False
+        # Variables that its imports have read, as they were in the program.
+        self._read: dict[str, str | None] = {}
         self._workers: list[forked.ForkedProcess] = []
         # Pools that use it at the moment; under the lock of the servers' table.
         self.users = 0
@@ -507,10 +531,13 @@ class _Server:
             if self._process is None:
                 self._start()
             try:
-                if attempt < 2:
+                if strict and attempt < 2:
                     self._preload(modules, given_up, strict=strict)
                 if self._plan is not None and self._marks is None:
                     self._marks = self._run_script(self._plan, given_up)
+                # After the script, which imports in its own order and sets before what it wants.
+                if not strict and attempt < 2:
+                    self._preload(modules, given_up, strict=strict)
                 return deed()
             except (_LostError, ConnectionError, TimeoutError) as error:
                 why = self._lose(error, attempt)
@@ -572,6 +599,8 @@ class _Server:
         self._marks = None
         self._exits = False
         self._asked = set()
+        self._ahead = False
+        self._read = {}
         self._answers = False
         _log.debug("fork server %d started", self._process.pid)
 
@@ -610,16 +639,41 @@ class _Server:
     def _preload(
         self, modules: Sequence[str], given_up: Callable[[], bool], *, strict: bool
     ) -> None:
+        if self._ahead:
+            self._ahead = False
+            self._hear_of_imports(given_up, strict=False, imported=True)
+        before = bool(self._asked)
+        if self._ask_for(modules, strict=strict):
+            self._hear_of_imports(given_up, strict=strict, imported=before)
+
+    def preload_ahead(self, modules: Sequence[str]) -> None:
+        """Ask for what is new, and do not wait for it."""
+        if not self._lock.acquire(blocking=False):
+            return  # whoever uses it asks by himself
+        try:
+            runs = self._plan is None or self._marks is not None
+            if self._process is not None and runs and not (self._afresh or self._ahead):
+                self._ahead = self._ask_for(modules, strict=False)
+        except OSError:
+            pass  # it is gone: found out by whoever wants a worker
+        finally:
+            self._lock.release()
+
+    def _ask_for(self, modules: Sequence[str], *, strict: bool) -> bool:
         new = [
             name
             for name in modules
-            if name not in self._asked and name.partition(".")[0] not in self._left_out
+            if name not in self._asked and (name.partition(".")[0], strict) not in _left_out
         ]
         if not new:
-            return
-        before = bool(self._asked)
+            return False
         self._asked.update(new)
-        self._send(("preload", new))
+        self._send(("preload", {"names": new, "strict": strict}))
+        return True
+
+    def _hear_of_imports(
+        self, given_up: Callable[[], bool], *, strict: bool, imported: bool
+    ) -> None:
         importing = ""
         while True:
             try:
@@ -631,17 +685,26 @@ class _Server:
             if what == "preloaded":
                 break
             if what == "threads":
-                raise self._useless(told, imported=before)
+                raise self._useless(told, imported=imported)
             importing = told
-        failed, started = told
-        for name, reason in failed.items():
+        for name, reason in told["failed"].items():
             level = logging.WARNING if strict else logging.DEBUG
             _log.log(level, "%s could not be preloaded: %s", name, reason)
-        for name, threads in started.items():
-            _log.info("%s is not preloaded: its import starts %s", name, ", ".join(threads))
-            self._left_out.add(name.partition(".")[0])
-        if started:
-            raise _StartedThreadsError(", ".join(sorted(started)))
+        for name, why in told["culprits"].items():
+            _log.info("%s is not preloaded: its import %s", name, why)
+            _leave_out([name], [strict])
+        if told["culprits"]:
+            raise _StartedThreadsError(", ".join(sorted(told["culprits"])))
+        self._read |= {name: self._value(name) for name in told["read"]}
+
+    def _value(self, name: str) -> str | None:
+        return self._changes[name] if name in self._changes else os.environ.get(name)
+
+    def has_read_otherwise(self) -> bool:
+        """Return whether its imports have read a variable that is another by now."""
+        if self._plan is not None:  # the script has read what it wanted, when it was run
+            return False
+        return any(self._value(name) != value for name, value in [*self._read.items()])
 
     def _leave_out(self, importing: str, error: Exception) -> None:
         if isinstance(error, TimeoutError):
@@ -649,7 +712,7 @@ class _Server:
         else:
             why = f"while it was imported, the fork server {self._await_the_end()}"
         _log.warning("%s is not preloaded: %s", importing, why)
-        self._left_out.add(importing.partition(".")[0])
+        _leave_out([importing])
 
     def _run_script(self, plan: MainPlan, given_up: Callable[[], bool]) -> Mapping[str, bytes]:
         known: Any = multiprocessing.process
@@ -730,7 +793,7 @@ class _Server:
         if not imported:
             return _CannotForkError(_HAD_THREADS.format(told))
         _log.warning("nothing is preloaded: the fork server has threads: %s", told)
-        self._left_out.update(name.partition(".")[0] for name in self._asked)
+        _leave_out(self._asked)
         return _StartedThreadsError(told)
 
     def _start_afresh(
@@ -880,6 +943,9 @@ class _Server:
 
 
 _servers: dict[_Setting, _Server] = {}
+# What cannot be preloaded in this program: the first part of its name, and whether it was asked
+# for by name, which overrules what else than threads an import leaves.
+_left_out: set[tuple[str, bool]] = set()
 # By key of a plan, why its script cannot be run in a server.
 _not_runnable: dict[tuple[str, ...], str] = {}
 _servers_lock = threading.Lock()
@@ -897,6 +963,9 @@ def _server_for(
     setting = _Setting(tuple(sorted(changes.items())), (*rights(), *place()), key)
     with _servers_lock:
         found = _servers.get(setting)
+        if found is not None and found.has_read_otherwise():
+            _servers[replace(setting, outdated=id(found))] = _servers.pop(setting)
+            found = None
         if found is None:
             idle = [one for one, other in _servers.items() if other.is_idle()]
             for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
@@ -945,6 +1014,10 @@ def _forget_all() -> None:
 
 os.register_at_fork(after_in_child=_forget_all)
 atexit.register(stop_all)
+
+
+def _leave_out(names: Iterable[str], wanted: Sequence[bool] = (True, False)) -> None:
+    _left_out.update((name.partition(".")[0], strict) for name in names for strict in wanted)
 
 
 def _let_in(ours: list[int]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
+from safepool.workers.preload import Imports
 from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def be_worker(
     *,
     inherited: Sequence[int] = (),
     initializer: Initializer | None = None,
+    learns: bool = False,
 ) -> None:
     """Serve one pool over one channel until it says stop or is gone.
 
@@ -90,6 +92,7 @@ def be_worker(
         threads: Threads for each native pool.
         inherited: Descriptors that the initializer's arguments refer to.
         initializer: What a forked worker has inherited, instead of a pickle of it.
+        learns: Tell the pool which libraries tasks import: its fork server may have them ahead.
     """
     _be_taken_first()
     change_environment(environment)
@@ -112,7 +115,7 @@ def be_worker(
     load_own()
     get_ready()
     try:
-        Runner(channel, shared, cap, initializer).serve()
+        Runner(channel, shared, cap, initializer, Imports() if learns else None).serve()
     except ChannelClosedError:
         pass  # the pool is gone, so is the reason to be here
     finally:

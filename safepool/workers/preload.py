@@ -1,58 +1,67 @@
-"""What a fork server may import ahead of the tasks: libraries that can be forked after that.
+"""What a fork server imports ahead of the tasks: the program's libraries, and those of its tasks.
 
-Each was measured: imported, and nothing more, in a server whose environment caps native threads;
-then the server was forked and its child computed with it, hundreds of times. One whose import
-starts threads that a fork would lose is not here; nor does a module of the program's own
-get here by itself, for importing it runs the program's code.
+Only installed modules are, those of the standard library and of ``site-packages``: to import one
+of the program's own, from its folder or an editable install, runs the program's code. Of the
+installed ones it is
+
+* what the program has imported. Behind a front end (a notebook, IPython, pytest), which has
+  imported a thousand modules that no task needs, it is what the program's own modules refer to:
+  modules, functions and classes among the globals of ``__main__`` and of whatever else is not
+  installed;
+* what tasks have imported, as their workers tell (``Imports``): the next worker has it.
+
+The server looks at what each import leaves beside its modules (``traces``). One that leaves
+threads, descriptors, children or another state that workers must not have from it is left out from
+then on, and the server is started again without it. The tables here are the exceptions.
+
+Not covered:
+    * A generator of random numbers that a library makes when it is imported, other than
+      Python's and NumPy's own: every worker draws the same numbers from it, as under ``fork``.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
+from itertools import islice
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 from safepool.transport.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["BACKGROUND_THREADS", "PRELOADABLE", "modules_to_preload"]
+__all__ = [
+    "BACKGROUND_THREADS",
+    "NOT_PRELOADED",
+    "Imports",
+    "learn",
+    "modules_learned",
+    "modules_of_the_program",
+]
 
-PRELOADABLE = frozenset(
-    {
-        "av",
-        "blosc2",
-        "catboost",
-        "cloudpickle",
-        "cv2",
-        "dask",
-        "datafusion",
-        "deltalake",
-        "duckdb",
-        "faiss",
-        "implicit",
-        "jax",
-        "joblib",
-        "lightgbm",
-        "numba",
-        "numcodecs",
-        "numexpr",
-        "numpy",
-        "pandas",
-        "polars",
-        "pyarrow",
-        "pyvips",
-        "scipy",
-        "SimpleITK",
-        "sklearn",
-        "tensorstore",
-        "threadpoolctl",
-        "tokenizers",
-        "torch",
-        "xgboost",
-        "zarr",
-    }
-)
+NOT_PRELOADED = {
+    "safepool": "in the server as far as it is needed there",
+    # Of the interpreter, and of whoever sits in front of it.
+    "sitecustomize": "run by each interpreter itself",
+    "usercustomize": "run by each interpreter itself",
+    "readline": "sets up the terminal",
+    "rlcompleter": "sets up the terminal",
+    "IPython": "a front end",
+    "ipykernel": "a front end",
+    "debugpy": "a debugger, which is asked for by the program",
+    "pydevd": "a debugger, which is asked for by the program",
+    "antigravity": "opens a browser",
+    "this": "prints",
+    # Threads by their import alone, without a name that tells whose they are (measured).
+    "onnxruntime": "starts a thread",
+    "openvino": "starts a thread",
+}
+"""Installed packages that are not imported ahead unless asked for by name, and why not."""
+
+_FRONT_ENDS = frozenset({"IPython", "_pytest", "bpython", "ipykernel", "ptpython"})
 
 BACKGROUND_THREADS = frozenset(
     {
@@ -67,23 +76,129 @@ BACKGROUND_THREADS = frozenset(
 """Names of threads that a fork may lose, as in ``/proc/PID/task/TID/comm`` (15 characters)."""
 
 
-def modules_to_preload(wanted: str | Sequence[str]) -> list[str]:
-    """Return the modules that a fork server imports for a pool that is started now.
+# What tasks have imported in workers, in their order. Kept for the life of the process.
+_learned: dict[str, None] = {}
+_MOST_LEARNED = 20_000
 
-    Args:
-        wanted: ``"auto"`` is what this process has imported of the libraries in the table,
-            with their public subpackages; otherwise the names themselves.
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
-    Example:
-        >>> modules_to_preload(["json", "csv"])
-        ['json', 'csv']
-    """
-    if wanted != "auto":
-        return list(wanted)
-    found = []
-    # What it imports lazily it would have imported, and the server has it in time.
-    for name in [*(name for name, module in list(sys.modules.items()) if module), *lazy_names()]:
-        top, _, rest = name.partition(".")
-        if top in PRELOADABLE and "." not in rest and rest[:1] != "_":
-            found.append(name)
+
+def modules_of_the_program() -> list[str]:
+    """Return the installed modules that the program has imported, or refers to, by now."""
+    modules = dict(sys.modules)
+    if _FRONT_ENDS.isdisjoint(modules):
+        found = [n for n, module in modules.items() if _may_be_preloaded(n) and _is_there(module)]
+    else:
+        found = [*_referred_to(modules)]
+    return [*dict.fromkeys([*found, *_lazy()])]
+
+
+def modules_learned() -> list[str]:
+    """Return the installed modules that tasks have imported."""
+    return [*_learned]
+
+
+def learn(told: bytes) -> None:
+    """Remember what a task has imported: what a worker tells by :meth:`Imports.new`."""
+    names = told.decode(errors="replace").split("\n")
+    if len(_learned) < _MOST_LEARNED:
+        _learned.update((name, None) for name in names if name and _may_be_preloaded(name))
+
+
+class Imports:
+    """The installed modules that this process imports, from now on."""
+
+    def __init__(self) -> None:
+        self._count = len(sys.modules)
+
+    def __bool__(self) -> bool:
+        return len(sys.modules) != self._count
+
+    def new(self) -> bytes:
+        """Return those since the last look, in their order, for :func:`learn`; it may be none."""
+        # The newest are the last of the table. If others were removed, some are told again.
+        begin, self._count = self._count, len(sys.modules)
+        recent = [*islice(sys.modules.items(), min(begin, self._count), None)]
+        names = [name for name, module in recent if _may_be_preloaded(name) and _is_there(module)]
+        return "\n".join(names).encode(errors="replace")
+
+
+def _may_be_preloaded(name: str) -> bool:
+    return name.partition(".")[0] not in NOT_PRELOADED
+
+
+def _is_there(module: object) -> bool:
+    """Tell whether a module is installed, and was not made by the program."""
+    spec = getattr(_namespace(module), "get", lambda _: None)("__spec__")
+    return _is_installed(getattr(spec, "origin", None))
+
+
+def _is_installed(origin: object) -> bool:
+    return isinstance(origin, str) and (
+        origin.startswith(_STANDARD_LIBRARY) or any(part in origin for part in _PACKAGES)
+    )
+
+
+def _namespace(module: object) -> dict[str, object] | None:
+    # Not by its own attributes: one that is loaded at the first look (LazyLoader) would be.
+    if not issubclass(type(module), ModuleType):
+        return None
+    found: dict[str, object] = object.__getattribute__(module, "__dict__")
     return found
+
+
+def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
+    """Yield the installed modules that modules of the program refer to."""
+    tops: set[str] = set()
+    for name, module in modules.items():
+        if name != "__main__" and (not _may_be_preloaded(name) or not _is_own(module)):
+            continue
+        for value in [*(_namespace(module) or {}).values()]:
+            found = _module_of(value)
+            if found in modules and _may_be_preloaded(found) and _is_there(modules[found]):
+                yield found
+                if issubclass(type(value), ModuleType):
+                    tops.add(found)
+    # "import a.b" leaves but "a" among the globals. What "a" has imported itself costs nothing.
+    for name, module in modules.items():
+        top, _, rest = name.partition(".")
+        public = not rest.startswith("_") and "._" not in rest
+        if rest and top in tops and public and _is_there(module):
+            yield name
+
+
+def _lazy() -> Iterator[str]:
+    """Yield what the program imports lazily: it would have, and the server has it in time."""
+    for name in lazy_names():
+        top = name.partition(".")[0]
+        spec = None if top in sys.builtin_module_names else _find_spec(top)
+        if _may_be_preloaded(name) and _is_installed(getattr(spec, "origin", None)):
+            yield name
+
+
+def _is_own(module: object) -> bool:
+    spec = (_namespace(module) or {}).get("__spec__")
+    origin = getattr(spec, "origin", None)
+    return isinstance(origin, str) and os.sep in origin and not _is_installed(origin)
+
+
+def _module_of(value: object) -> str:
+    kind = type(value)
+    if issubclass(kind, ModuleType):
+        found: object = (_namespace(value) or {}).get("__name__")
+    elif kind in (FunctionType, BuiltinFunctionType) or issubclass(kind, type):
+        try:
+            found = value.__module__
+        except Exception:  # noqa: BLE001 -- user code
+            found = None
+    else:
+        found = None
+    return found if isinstance(found, str) else ""
+
+
+def _find_spec(top: str) -> object:
+    try:
+        return importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None

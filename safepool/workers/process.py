@@ -35,7 +35,15 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["WorkerProcess", "find_context", "is_asked_by", "prepare", "prints", "run_script"]
+__all__ = [
+    "WorkerProcess",
+    "find_context",
+    "finish",
+    "is_asked_by",
+    "prepare",
+    "prints",
+    "run_script",
+]
 
 
 # Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
@@ -172,6 +180,18 @@ def prepare(context: BaseContext, environment: Mapping[str, str | None]) -> bool
     own: Any = context
     forks: bool = own.prepare(environment)
     return forks
+
+
+def finish(context: BaseContext, environment: Mapping[str, str | None]) -> None:
+    """Do what makes the start of the next pool faster, without waiting for it.
+
+    Args:
+        context: From :func:`find_context`.
+        environment: Of the workers.
+    """
+    if context.get_start_method() == "safepool":
+        own: Any = context
+        own.preload_ahead(environment)
 
 
 class WorkerProcess:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Frame, Received, Segment
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Initializer
+    from safepool.workers.preload import Imports
 
     Segments = Sequence[Segment]
 
@@ -64,6 +65,7 @@ class Runner:
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
         cap: Checked again before each call.
         initializer: What a forked worker has inherited, instead of a pickle of it.
+        imports: What tasks import is told to the pool; ``None`` is not.
     """
 
     def __init__(
@@ -72,9 +74,11 @@ class Runner:
         board: Board | None,
         cap: WorkerCap,
         initializer: Initializer | None = None,
+        imports: Imports | None = None,
     ) -> None:
         references.restart()
         self._initializer = initializer
+        self._imports = imports
         self._channel = channel
         self._outbox = Outbox(channel)
         self._board = board
@@ -101,6 +105,7 @@ class Runner:
             for frame in self._channel.receive():
                 if frame.kind is Kind.STOP:
                     self._answers.flush()
+                    self._tell_imports()
                     self._outbox.close(flush=True)
                     return
                 self._answers.begin()
@@ -110,6 +115,11 @@ class Runner:
                 if self._answers.are_due(time.monotonic_ns()):
                     self._answers.flush()
             self._answers.flush()
+            self._tell_imports()  # when nobody waits for this worker
+
+    def _tell_imports(self) -> None:
+        if self._imports and (names := self._imports.new()):
+            self._outbox.send(encode(Kind.IMPORTED, 0, [names]))
 
     def _handle(self, frame: Frame) -> None:
         kind, position, segments = frame

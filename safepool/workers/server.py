@@ -5,8 +5,8 @@ top level of the program's script if that is asked for (``script``), forks a wor
 and reports how each ended. It ends with the program: when the
 socket closes or, should it be in the middle of a long import, by the life-line.
 
-    to the server     ("preload", [names])        from it    ("importing", name) before each
-                                                             ("preloaded", (failed, threads)), or
+    to the server     ("preload", details)        from it    ("importing", name) before each
+                                                             ("preloaded", report), or
                                                              ("threads", names) at once
                       ("script", details) + files  from it    ("ran", report), or
                                                              ("threads", names)
@@ -42,7 +42,7 @@ from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import birth, lifeline, script
+from safepool.workers import birth, lifeline, script, traces
 from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
@@ -104,6 +104,8 @@ class _Server:
         self._mask: set[int] = set()
         # By process id, where to tell how it ended.
         self._workers: dict[int, int] = {}
+        # Variables that imports have set.
+        self._made: dict[str, str] = {}
         self._reaping = self._ending = False
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -146,32 +148,43 @@ class _Server:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         self._reap()
 
-    def _preload(self, names: list[str]) -> None:
+    def _preload(self, details: dict[str, Any]) -> None:
         if threads := _foreign_threads():  # nothing was imported yet: nobody could fork this
             letters.send(self._sock, ("threads", threads))
             return
+        strict: bool = details["strict"]
         failed: dict[str, str] = {}
-        started: dict[str, list[str]] = {}
+        culprits: dict[str, str] = {}
+        variables = dict(os.environ)
         # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
         # long import (benchmarks/joblib_backend.py, first calls).
         gc.disable()
-        with _silence(), eager_imports():
-            for name in names:
+        with _silence(), eager_imports(), traces.recorded_environment() as read:
+            before = traces.Traces.look()
+            for name in details["names"]:
+                if name in sys.modules and not strict:
+                    continue
                 letters.send(self._sock, ("importing", name))
-                before = _thread_count()
+                count = _thread_count()
                 try:
                     importlib.import_module(name)
                 except BaseException as error:  # noqa: BLE001 -- user code; a worker may do without
                     failed[name] = f"{type(error).__name__}: {error}"
+                left = "" if strict else before.new()
                 self._hear_of_endings()
-                if _thread_count() > before and (threads := _foreign_threads()):
-                    started[name] = threads
+                if _thread_count() > count and (threads := _foreign_threads()):
+                    culprits[name] = f"starts {', '.join(threads)}"
+                elif left:
+                    culprits[name] = left
+                    before = traces.Traces.look()
+        self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
         find_ahead()
         # What is there now is there for good; a collection in a worker would write to, and
         # so copy, every page of it.
         gc.freeze()
         gc.enable()
-        letters.send(self._sock, ("preloaded", (failed, started)))
+        report = {"failed": failed, "culprits": culprits, "read": read}
+        letters.send(self._sock, ("preloaded", report))
 
     def _run_script(self, details: dict[str, Any], descriptors: list[int]) -> None:
         threads = _foreign_threads()
@@ -325,6 +338,7 @@ class _Server:
                 lifeline.hold(gate)
             except OSError:
                 os.close(gate)
+            details["environ"] = self._made | details["environ"]
             code = birth.be_born(details, self._line, own)
         except BaseException:  # noqa: BLE001 -- whatever it is, this process is not a server
             sys.excepthook(*sys.exc_info())
@@ -378,6 +392,8 @@ def _silence() -> Iterator[None]:
         os.dup2(nothing, 2)
         yield
     finally:
+        # Or each worker would write it once more.
+        sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(kept, 2)
         _close_all([kept, nothing])

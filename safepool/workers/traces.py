@@ -1,0 +1,127 @@
+"""What an import leaves in a process beside its modules, and what it has read to do so.
+
+A worker that is forked afterwards has it as well. Threads it would lose, descriptors and children
+it would share with all others; and some states are set anew in each worker, as they are in the
+program (``birth``): there the import's own change is lost. So such a module is imported
+by the tasks, in each worker.
+
+The environment is that of the program at the time of the import. Which variables were read is
+recorded: when one of them has changed in the program, the server is of no more use.
+
+Not covered:
+    * Variables that native code reads by getenv(3); those that bound threads are the server's.
+    * Threads: ``server`` counts them before each fork as well.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+assert sys.platform == "linux"
+
+__all__ = ["Traces", "recorded_environment"]
+
+
+# Signals 32 and 33: handled as soon as there has been a thread (nptl(7)).
+_OF_THE_C_LIBRARY = 3 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What is there at one moment.
+
+    Attributes:
+        files: What each open descriptor refers to.
+        children: The numbers of this process's children.
+        signals: The masks of signals that are blocked, ignored and handled.
+        states: What each worker is given anew.
+    """
+
+    files: dict[str, str]
+    children: frozenset[str]
+    signals: tuple[int, ...]
+    states: tuple[object, ...]
+
+    @classmethod
+    def look(cls) -> Traces:
+        """Return what is there now."""
+        return cls(
+            files=_files(),
+            children=frozenset(_read("/proc/thread-self/children").split()),
+            signals=tuple(
+                int(line.split()[1], 16) & ~_OF_THE_C_LIBRARY
+                for line in _read("/proc/thread-self/status").splitlines()
+                if line.startswith(("SigBlk:", "SigIgn:", "SigCgt:"))
+            ),
+            states=(tuple(sys.path), sys.getrecursionlimit(), _directory()),
+        )
+
+    def new(self) -> str:
+        """Return what has changed since then, as the end of a sentence; empty if nothing."""
+        now = Traces.look()
+        if now.files.items() - self.files.items():
+            gc.collect()  # what was forgotten to be closed, and is closed with its object
+            now = Traces.look()
+        files = now.files.items() - self.files.items()
+        if files:
+            return f"opens {', '.join(sorted(target for _, target in files))}"
+        if now.children - self.children:
+            return "starts a process"
+        if now.signals != self.signals:
+            return "changes what signals do"
+        if now.states != self.states:
+            return "changes the path, the recursion limit or the directory"
+        return ""
+
+
+@contextmanager
+def recorded_environment() -> Iterator[set[str]]:
+    """Record the names of variables that are read inside the block."""
+    read: set[str] = set()
+    kind = type(os.environ)
+
+    class Recording(kind):  # type: ignore[valid-type, misc]
+        def __getitem__(self, key: str) -> str:
+            if isinstance(key, str):  # else it is an error, which some libraries expect
+                read.add(key)
+            value: str = super().__getitem__(key)
+            return value
+
+    os.environ.__class__ = Recording
+    try:
+        yield read
+    finally:
+        os.environ.__class__ = kind
+
+
+def _files() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            pass  # the listing's own
+    return found
+
+
+def _directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""  # a kernel without it (CONFIG_PROC_CHILDREN)
