@@ -1,6 +1,6 @@
 """A bar for each ``Parallel`` call: joblib counts, a bar's thread looks at its numbers.
 
-In workers::
+In workers, and in threads that a call has asked for::
 
     start_call() -> CallBar         n_completed_tasks, n_dispatched_tasks     stop_call() -> closed
 
@@ -9,7 +9,7 @@ One after the other in this process, where joblib asks a backend for nothing::
     configure() -> CallBar          the same                     print_progress() -> closed
 
 Not covered:
-    * ``require="sharedmem"``: joblib runs such a call with another backend.
+    * ``require="sharedmem"`` in ``joblib.parallel_config(...)`` of another backend than ours.
     * How many calls of a batch had ended when one of them raised: that one is counted.
 """
 

@@ -6,7 +6,8 @@ of coordinate descent. What they would send to workers and back takes longer tha
 (``benchmarks/joblib_backend.py``, boruta).
 
 Not covered:
-    * A call that ends early: its tasks run on to their end, as nothing can end a thread.
+    * A call that ends early: its tasks run on to their end, as nothing can end a thread. So a
+      function's own ``timeout=`` and ``retries=`` (:func:`safepool.worker`) do not hold here.
 """
 
 from __future__ import annotations
