@@ -7,15 +7,22 @@ that people already have.
 
 from __future__ import annotations
 
+import errno
 import signal
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
     "PoolBrokenError",
+    "RefusedCallError",
     "RemoteTaskError",
     "SafepoolError",
     "TaskTimeoutError",
@@ -23,6 +30,7 @@ __all__ = [
     "UnreadableLimitError",
     "WorkerDiedError",
     "describe_exit",
+    "naming",
     "text_of",
 ]
 
@@ -326,6 +334,42 @@ class TraceFileError(SafepoolError, OSError):
             f"cannot write a trace to {self.filename}: {self.strerror}. Pass trace= a file that "
             "can be written and that no other running pool writes, in a folder that exists"
         )
+
+
+class RefusedCallError(SafepoolError, OSError):
+    """The system refuses a call that a pool needs.
+
+    Attributes:
+        errno: The system's number for it.
+        strerror: Its words.
+        filename: The call, such as ``"socketpair()"``.
+
+    Example:
+        >>> error = RefusedCallError(1, "Operation not permitted", "socketpair()")
+        >>> str(error).partition(".")[0]
+        'the system refuses socketpair(): Operation not permitted'
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"the system refuses {self.filename}: {self.strerror}. A pool needs this call to talk "
+            "to its workers. Often a seccomp filter of the container or the service forbids it: "
+            "allow it there"
+        )
+
+
+_REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
+
+
+@contextmanager
+def naming(call: str) -> Iterator[None]:
+    """Raise :class:`RefusedCallError` where the system refuses ``call``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise RefusedCallError(error.errno, error.strerror, call) from error
 
 
 class MissingExtraError(SafepoolError, ImportError):

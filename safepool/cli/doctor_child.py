@@ -52,7 +52,8 @@ def main(arguments: list[str]) -> None:
         faulthandler.enable()
         inspect()  # imports what looks, before anything is counted
         if safe_path == "0":
-            sys.path.insert(0, "")
+            # Last, so that a file of the current folder is not run in the place of a library.
+            sys.path.append("")
         for name in names:
             _tell(told, {"begin": name})
             _tell(told, _import(name, float(limit_s)))

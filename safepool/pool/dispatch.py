@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.deliveries import Delivery
+    from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff
     from safepool.pool.tasks import Task
@@ -578,16 +579,19 @@ class Dispatch:
                 "in ProcessPool(initializer=)"
             )
 
-    def pack_initializer(self, pack: Callable[[], None]) -> bool:
+    def pack_initializer(self, hiring: Hiring) -> bool:
         """Pickle what new workers run first; return whether that is done."""
         if self._packing:
             return False
+        if hiring.packs_at_once:
+            hiring.pack()
+            return True
 
         def finish() -> None:
             self._packing = False
 
         self._packing = True
-        if self._hands.do(pack, finish, _PATIENCE_S):
+        if self._hands.do(hiring.pack, finish, _PATIENCE_S):
             self._packing = False
         return not self._packing
 

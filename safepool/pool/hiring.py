@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import tell_once
+from safepool.pool import refusals
 from safepool.pool.exits import has_exited, working
 from safepool.pool.latch import Latch
 from safepool.pool.worker import Worker
@@ -120,6 +121,11 @@ class Hiring:
         marks = run_script(self._context, self._environment, self._threads, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
 
+    @property
+    def packs_at_once(self) -> bool:
+        """Whether :meth:`pack` runs no code of the program."""
+        return self._initialize[0] is None
+
     def pack(self) -> None:
         """Pickle the initializer, in any thread. :meth:`take_packed` raises what that raised."""
         self._not_packed = None
@@ -201,10 +207,14 @@ class Hiring:
             self._refused_since = now
         lasts = now - self._refused_since > _RETRYING_S
         if alone and (lasts or not self.hired.is_open or not isinstance(error, OSError)):
-            return PoolBrokenError(f"no worker could be started: {error}")
-        _log.warning("no further worker could be started: %s", error)
+            return PoolBrokenError(f"no worker could be started: {refusals.describe(error)}")
+        _log.warning("no further worker could be started: %s", refusals.describe(error))
         self.not_before = now + _RETRY_S
         return None
+
+    def pause(self, pause_s: float) -> None:
+        """Start none for so long."""
+        self.not_before = max(self.not_before, time.monotonic() + pause_s)
 
     def close(self) -> None:
         """Start no more, keep nothing of the caller's."""

@@ -41,8 +41,27 @@ _MOST_AHEAD = 65536
 # Small ones, which travel many at a time, are not counted.
 _MOST_HELD_BYTES = 256 << 20
 
+# Items whose size is looked at together, at the most; and what is worth counting then.
+_MOST_PORTION = 256
+_LARGE_BYTES = 1 << 20
+_SMALL = frozenset({int, float, complex, bool, type(None)})
+
 # The arguments of a call, or the only one.
 Item = Any
+
+
+def _size_of(items: list[Item], *, starred: bool) -> int:
+    """Return about how many bytes items hold that are in one piece."""
+    parts: list[Any] = [*itertools.chain.from_iterable(items)] if starred else items
+    if _SMALL.issuperset(map(type, parts)):
+        return 0
+    return sum(
+        # Of a view of an array the one is little, of an array of any other library the other.
+        max(sys.getsizeof(part, 0), getattr(part, "nbytes", 0))
+        if type(part).__module__ == "numpy"
+        else sys.getsizeof(part, 0)
+        for part in parts
+    )
 
 
 class _Raised:
@@ -415,6 +434,10 @@ class Results:
         self._ahead = _FIRST_PORTION if ahead is None else ahead
         self._deadline = deadline
         self._error: BaseException | None = None
+        # Large items that were taken and whose results were not: their end, and their bytes.
+        self._sizes: deque[tuple[int, int]] = deque()
+        self._bytes = self._most_bytes = 0
+        self._portion = 1
         self._fed = 0
         self._taken = 0
         self.seen = False
@@ -423,6 +446,8 @@ class Results:
         self._pulls = False
         self._pull()
         while self._grows and self._items is not None and self._ahead < _AT_ONCE:
+            if self._is_full:
+                break
             self._ahead *= 2
             self._pull()
         if self._grows and self._error is not None:
@@ -515,17 +540,48 @@ class Results:
             finally:
                 self._pulls = False
 
+    def _take(self, items: Iterator[Item], many: int | None, batch: list[Item]) -> bool:
+        """Take items, not more bytes than may be under way; return whether these were the last."""
+        if many is None or not self._grows:
+            batch.extend(itertools.islice(items, many))
+            return many is None or len(batch) < many
+        chunk = self._run.at_once or 1
+        while len(batch) < many and not (self._is_full and self._fed + len(batch) > self._taken):
+            wanted = min(many - len(batch), self._portion // chunk * chunk or chunk)
+            taken = list(itertools.islice(items, wanted))
+            batch += taken
+            if len(taken) < wanted:
+                return True
+            size = _size_of(taken, starred=self._run.starred)
+            if size <= _LARGE_BYTES:
+                self._portion = min(2 * self._portion, _MOST_PORTION)
+                continue
+            self._portion = 1
+            self._most_bytes = self._most_bytes or held_at_most(_MOST_HELD_BYTES)
+            # Their results give that back when they are taken.
+            self._sizes.append((self._fed + len(batch), size))
+            self._bytes += size
+        return False
+
+    @property
+    def _is_full(self) -> bool:
+        while self._sizes and self._sizes[0][0] <= self._taken:
+            self._bytes -= self._sizes.popleft()[1]
+        return self._bytes > self._most_bytes
+
     def _queue(self, items: Iterator[Item], many: int | None) -> None:
         batch: list[Item] = []
         error: BaseException | None = None
         try:
-            batch.extend(itertools.islice(items, many))
+            ended = self._take(items, many, batch)
         except BaseException as problem:
             if not self._fed:
                 raise
-            error = problem
-        if error is not None or many is None or len(batch) < many:
+            error, ended = problem, True
+        if ended:
             self._items = None
+        elif not batch:
+            return
         try:
             self._feed.add_items(self._run, batch, last=self._items is None)
         except RuntimeError as problem:  # the pool was shut down, or is broken

@@ -58,7 +58,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
 from safepool.machine import handlers_by
-from safepool.pool import reclaim
+from safepool.pool import reclaim, refusals
 from safepool.pool.backlog import Backlog
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
@@ -92,9 +92,6 @@ __all__ = ["Scheduler"]
 
 _log = ContainedLogger()
 
-# One worker killed while it starts is bad luck; so many in a row are a cause, such as an
-# initializer that crashes, and would go on for ever.
-_MOST_FAILED_STARTS = 3
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
 # Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
@@ -543,7 +540,10 @@ class Scheduler:
             self._staff = vars(self).get("_first_staff", staff)
         # A daemon, so that a second interrupt at exit is not answered by another join. Whoever is
         # interrupted in here leaves a thread that runs, or that to the next.
-        ThreadThatStarts(self._run, "safepool-scheduler").start()
+        try:
+            ThreadThatStarts(self._run, "safepool-scheduler").start()
+        except RuntimeError as error:
+            raise RuntimeError(refusals.describe(error)) from error
         if not self._over:
             self._begun = True
 
@@ -877,7 +877,7 @@ class Scheduler:
         staff.hurry(len(staff) + wanted - 2 * self._size)
         try:
             self._hiring.prepare()
-            if not self._dispatch.pack_initializer(self._hiring.pack):
+            if not self._dispatch.pack_initializer(self._hiring):
                 return
             self._hiring.take_packed()
             for _ in range(wanted):
@@ -1081,12 +1081,15 @@ class Scheduler:
                 f"running or pending: worker {worker.pid} {worker.ending(exitcode)}"
             )
             self._break(staff, problem)
-        self._tell_of_the_end(staff, worker, worker.ending(exitcode), lost=bool(lost))
+        self._tell_of_the_end(staff, worker, exitcode, lost=bool(lost))
 
-    def _tell_of_the_end(self, staff: Staff, worker: Worker, how: str, *, lost: bool) -> None:
+    def _tell_of_the_end(
+        self, staff: Staff, worker: Worker, exitcode: int | None, *, lost: bool
+    ) -> None:
         """Log it, and give up if workers end in a row that were of no use."""
+        how = worker.ending(exitcode)
         if lost or worker.choked_on is not None:
-            self._settling.useless_starts = 0
+            self._settling.patience.was_of_use()
         if lost or worker.dismissed or worker.condemned is not None:
             _log.debug("worker %d %s", worker.pid, how)
         elif worker.choked_on is not None:
@@ -1098,11 +1101,12 @@ class Scheduler:
             before = "it began a task" if worker.ready else "it was initialized"
             ending = f"{worker.pid} {how} before {before}"
             _log.warning("worker %s", ending)
-            self._settling.useless_starts += 1
-            if self._settling.useless_starts == _MOST_FAILED_STARTS:
-                reason = (
-                    f"{_MOST_FAILED_STARTS} workers in a row were of no use; the last, {ending}"
-                )
+            patience = self._settling.patience
+            pause_s = patience.after(exitcode, ours=worker.was_ours(exitcode))
+            if pause_s is not None:
+                self._hiring.pause(pause_s)
+            else:
+                reason = f"{patience.in_a_row} workers in a row were of no use; the last, {ending}"
                 if worker.oom is not None:
                     reason += f": {worker.oom}"
                 self._break(staff, PoolBrokenError(reason))

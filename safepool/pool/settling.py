@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
+from safepool.pool.patience import Patience
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
 from safepool.transport.files import require_to_load
@@ -106,7 +107,7 @@ class Settling:
         trace: Told of calls that were answered.
 
     Attributes:
-        useless_starts: Workers in a row that ended before they answered anything.
+        patience: Counts workers that ended before they answered anything.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class Settling:
         self._settled = settled
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
-        self.useless_starts = 0
+        self.patience = Patience()
         self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []
@@ -322,7 +323,7 @@ class Settling:
         worker.exclusive = False
         worker.done += calls
         worker.tasks_done += work.tasks_in(calls)
-        self.useless_starts = 0
+        self.patience.was_of_use()
         if not worker.retiring:
             full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
             worker.retiring = full or self._is_too_large(worker)

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safepool.errors import naming
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
@@ -83,7 +84,8 @@ class Staff:
         self._start = start
         self._all: tuple[Worker, ...] = ()
         self._lost: tuple[Worker, ...] = ()
-        self._wake_receiver, self._wake_sender = socket.socketpair()
+        with naming("socketpair()"):
+            self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
         except OSError:

@@ -19,6 +19,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux
+from safepool.errors import naming
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,7 +63,11 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
         )
     pickled = pickle.dumps(message, protocol=5)
     data = memoryview(_HEADER.pack(len(pickled)) + pickled)
-    sent = socket.send_fds(sock, [data], descriptors) if descriptors else sock.send(data)
+    if descriptors:
+        with naming("sendmsg()"):
+            sent = socket.send_fds(sock, [data], descriptors)
+    else:
+        sent = sock.send(data)
     sock.sendall(data[sent:])
 
 

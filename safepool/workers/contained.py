@@ -48,7 +48,7 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
     ) -> None:
         # Whether a level is wanted is mostly known, and else asked for under a lock of logging's.
         wanted: dict[int, bool] = getattr(self.logger, "_cache", {})
-        if wanted.get(level) is False:
+        if wanted.get(level) is False or not _is_heard(self.logger):
             return
         frame: Any = sys._getframe(2)
         while frame.f_globals.get("__name__") == "logging":
@@ -69,6 +69,18 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
                 report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
 
         call_handlers(handle)
+
+
+def _is_heard(logger: logging.Logger) -> bool:
+    """Tell whether any handler may take what is logged: else no thread is needed for it."""
+    if not logger.handlers:
+        return True  # logging's last resort
+    heard: logging.Logger | None = logger
+    while heard is not None:
+        if any(type(handler) is not logging.NullHandler for handler in heard.handlers):
+            return True
+        heard = heard.parent if heard.propagate else None
+    return False
 
 
 def report(record: logging.LogRecord) -> None:

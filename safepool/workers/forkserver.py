@@ -53,7 +53,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool import linux
-from safepool.errors import describe_exit
+from safepool.errors import describe_exit, naming
 from safepool.transport import letters
 from safepool.workers import birth, forked, script
 from safepool.workers.contained import ContainedLogger
@@ -573,7 +573,8 @@ class _Server:
         return not self._afresh
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
+        with naming("socketpair()"):
+            ours, theirs = socket.socketpair()
         # Above the standard streams, which the child gets others for; a program may have closed
         # its own.
         handed = [_above_streams(theirs.fileno()), _above_streams(_line[0])]

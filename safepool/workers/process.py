@@ -21,6 +21,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from safepool.errors import naming
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
 from safepool.workers.begin import BEGIN, facts_for
@@ -238,7 +239,8 @@ class WorkerProcess:
         self.board = board
         self.cpus = cpus
         try:
-            ours, theirs = socket.socketpair()
+            with naming("socketpair()"):
+                ours, theirs = socket.socketpair()
         except OSError:
             if board is not None:
                 board.close()

@@ -1,0 +1,66 @@
+"""What it means that workers end in a row before they were of use. Computes; no clock, no process.
+
+A crash has a cause that will be there again: an initializer, a broken library. A kill from outside
+(``SIGKILL`` and ``SIGTERM``, as the out-of-memory killer and service managers send them) meets
+whoever is there, on a busy host several newborn workers in a row.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+__all__ = ["Patience"]
+
+_MOST_CRASHED = 3
+# With the pauses between them a quarter of a minute.
+_MOST_KILLED = 20
+_FIRST_PAUSE_S = 0.05
+_MOST_PAUSE_S = 1.0
+_FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
+
+
+@dataclass(slots=True)
+class Patience:
+    """Counts the workers of one pool that were of no use.
+
+    Attributes:
+        crashed: How many ended by themselves since one was of use.
+        killed: How many were killed from outside since then.
+
+    Example:
+        >>> patience = Patience()
+        >>> patience.after(-11, ours=False), patience.after(-9, ours=False)
+        (0.0, 0.05)
+        >>> patience.after(-11, ours=False), patience.after(-11, ours=False)
+        (0.0, None)
+    """
+
+    crashed: int = 0
+    killed: int = 0
+
+    def was_of_use(self) -> None:
+        """Begin to count anew."""
+        self.crashed = self.killed = 0
+
+    def after(self, exitcode: int | None, *, ours: bool) -> float | None:
+        """Count one that ended.
+
+        Args:
+            exitcode: As ``multiprocessing.Process.exitcode``.
+            ours: The pool has sent the signal.
+
+        Returns:
+            Seconds before another is started; ``None`` if none is to be.
+        """
+        if exitcode in _FROM_OUTSIDE and not ours:
+            self.killed += 1
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (self.killed - 1), _MOST_PAUSE_S)
+            return pause_s if self.killed < _MOST_KILLED else None
+        self.crashed += 1
+        return 0.0 if self.crashed < _MOST_CRASHED else None
+
+    @property
+    def in_a_row(self) -> int:
+        """How many there were."""
+        return self.crashed + self.killed

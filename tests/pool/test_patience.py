@@ -1,0 +1,306 @@
+"""Workers that are killed in a row, limits that are met, calls that are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import support_tasks as tasks
+from support_cgroups import control_group
+
+from safepool import PoolBrokenError, ProcessPool, RefusedCallError
+from safepool.limits import Limits, read_limits
+from safepool.limits._types import OpenFilesLimit, PidsLimit
+from safepool.pool import mapping
+from safepool.pool.hiring import Hiring
+from safepool.pool.patience import Patience
+from safepool.pool.refusals import limit_met
+from safepool.pool.staff import Staff
+from safepool.pool.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+
+# One row per series of endings, and how many of them a pool bears.
+SERIES: dict[str, tuple[list[tuple[int | None, bool]], int]] = {
+    "crashes": ([(-11, False)] * 5, 2),
+    "exit codes": ([(3, False)] * 5, 2),
+    "SIGKILL from outside": ([(-9, False)] * 40, 19),
+    "SIGTERM from outside": ([(-15, False)] * 40, 19),
+    "SIGKILL by the pool": ([(-9, True)] * 5, 2),
+    "crashes among kills": ([(-9, False), (-9, False), (-11, False)] * 5, 8),
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_how_many_workers_in_a_row_may_be_of_no_use(name: str) -> None:
+    series, borne = SERIES[name]
+    patience = Patience()
+    pauses = [patience.after(exitcode, ours=ours) for exitcode, ours in series]
+    assert pauses.index(None) == borne
+    assert all(pause is None or 0 <= pause <= 1 for pause in pauses)
+
+
+@on_linux
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_newborn_workers_that_are_killed_from_outside_end_no_pool(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+    start = Hiring.start
+
+    def start_and_kill(hiring: Hiring) -> Worker:
+        worker = start(hiring)
+        if len(killed) < 6:
+            killed.append(worker.pid)
+            os.kill(worker.pid, number)
+        return worker
+
+    monkeypatch.setattr(Hiring, "start", start_and_kill)
+    with ProcessPool(1) as pool:
+        futures = [pool.submit(tasks.square, n) for n in range(200)]
+        assert [future.result(timeout=60) for future in futures] == [n * n for n in range(200)]
+    assert len(killed) == 6
+
+
+@on_linux
+def test_workers_that_take_long_to_be_freed_are_killed_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel frees a large one in hundreds of milliseconds: nothing spins meanwhile."""
+    turns, signals = Counter[str](), Counter[int]()
+    listen, end = Staff.listen, Worker.end
+
+    def counted(staff: Staff, *arguments: Any) -> Iterator[Any]:
+        turns["listen"] += 1
+        return listen(staff, *arguments)
+
+    timers: list[threading.Timer] = []
+
+    def late(worker: Worker, number: int) -> None:
+        signals[worker.pid] += 1
+        timers.append(threading.Timer(0.5, end, (worker, number)))
+        timers[-1].start()
+
+    with caplog.at_level(logging.INFO, logger="safepool"):
+        pool = ProcessPool(2)
+        running = [pool.submit(time.sleep, 60) for _ in range(2)]
+        while sum(worker.state == "busy" for worker in pool.workers()) < 2:
+            time.sleep(0.005)
+        monkeypatch.setattr(Staff, "listen", counted)
+        monkeypatch.setattr(Worker, "end", late)
+        pool.kill_workers()
+        pool.shutdown()
+    for timer in timers:
+        timer.join()
+    assert all(future.done() for future in running)
+    assert turns["listen"] < 20
+    assert max(signals.values()) <= 2
+    assert max(Counter(caplog.messages).values(), default=0) <= 2
+
+
+def test_a_map_takes_no_more_bytes_ahead_than_may_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a generator; a few large items, as many small ones as ever."""
+    monkeypatch.setattr(mapping, "_MOST_HELD_BYTES", 16 << 20)
+    taken: list[int] = []
+
+    def items(count: int, size: int) -> Iterator[bytes]:
+        for number in range(count):
+            taken.append(number)
+            yield bytes(size)
+
+    with ProcessPool(1) as pool:
+        results = pool.map(len, items(40, 4 << 20))
+        assert len(taken) <= 8
+        assert [*results] == [4 << 20] * 40
+        assert len(taken) == 40
+        taken.clear()
+        small = pool.map(len, items(20_000, 1))
+        assert len(taken) >= 16_384
+        assert [*small] == [1] * 20_000
+        taken.clear()
+        chunked = pool.map(len, items(10, 4 << 20), chunksize=3)
+        assert len(taken) <= 9
+        assert [*chunked] == [4 << 20] * 10
+
+
+EAGAIN, EMFILE = 11, 24
+GROUP = PidsLimit(name="pids.max", tasks=20, used_tasks=20, source="/g/pids.max", raw="20")
+WIDE = PidsLimit(name="pids.max", tasks=900, used_tasks=20, source="/pids.max", raw="900")
+USER = PidsLimit(name="RLIMIT_NPROC", tasks=50, used_tasks=None, source="getrlimit", raw="50")
+FILES = OpenFilesLimit(
+    name="RLIMIT_NOFILE", files=64, used_files=63, source="/proc/self/limits", raw="64"
+)
+
+
+def limits(*pids: PidsLimit, files: OpenFilesLimit | None = None) -> Limits:
+    return replace(read_limits(), pids=pids, open_files=files)
+
+
+# One row per error and machine: what is said of the limit.
+MET: dict[str, tuple[int, Limits, str]] = {
+    "a full group": (
+        EAGAIN,
+        limits(WIDE, GROUP, USER),
+        "limit met: pids.max allows 20 processes and threads, 20 exist (/g/pids.max)",
+    ),
+    "a user's": (
+        EAGAIN,
+        limits(USER),
+        "possible limits: RLIMIT_NPROC allows 50 processes and threads, ? exist (getrlimit)",
+    ),
+    "no ceiling": (EAGAIN, limits(), ""),
+    "files": (
+        EMFILE,
+        limits(files=FILES),
+        "limit met: RLIMIT_NOFILE allows this process 64 open files, 63 are open",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MET)
+def test_the_limit_that_was_met_is_named(name: str) -> None:
+    number, limits, expected = MET[name]
+    assert limit_met(number, limits) == expected
+
+
+def run(program: str, *, prepare: Any, folder: Path) -> str:
+    """Run a program after ``prepare`` in its process; return what it prints."""
+    script = folder / "program.py"
+    script.write_text(textwrap.dedent(program))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        preexec_fn=prepare,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
+    )
+    return done.stdout + done.stderr
+
+
+@on_linux
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.parametrize("tasks_allowed", [1, 2])
+def test_a_users_limit_on_processes_is_named(tasks_allowed: int, tmp_path: Path) -> None:
+    """The first thread, or the first process, is refused."""
+    told = run(
+        f"""
+        import os, resource, safepool
+        from safepool.workers import forkserver
+        pool = safepool.ProcessPool(1)
+        resource.setrlimit(resource.RLIMIT_NPROC, ({tasks_allowed}, {tasks_allowed}))
+        os.setgroups([])
+        os.setgid(61234)
+        os.setuid(61234)
+        try:
+            print(pool.submit(abs, -1).result())
+        except Exception as error:
+            print(type(error).__name__, error)
+        pool.shutdown()
+        """,
+        prepare=None,
+        folder=tmp_path,
+    )
+    assert f"RLIMIT_NPROC allows {tasks_allowed} processes and threads" in told, told
+
+
+@on_linux
+@pytest.mark.parametrize("tasks_allowed", [1, 2])
+def test_a_groups_limit_on_processes_is_named(tasks_allowed: int) -> None:
+    with control_group(tasks=tasks_allowed) as group:
+        told = group.run(
+            textwrap.dedent(
+                """
+                import safepool
+                pool = safepool.ProcessPool(1)
+                try:
+                    print(pool.submit(abs, -1).result())
+                except Exception as error:
+                    print(type(error).__name__, error)
+                pool.shutdown()
+                """
+            )
+        )
+    count = f"{tasks_allowed} processes and threads, {tasks_allowed} exist"
+    assert f"limit met: pids.max allows {count}" in told, told
+
+
+# x86-64 and AArch64: include/uapi/asm-generic/unistd.h, arch/x86/entry/syscalls.
+NUMBERS = {
+    "x86_64": {"socketpair": 53, "sendmsg": 46},
+    "aarch64": {"socketpair": 199, "sendmsg": 211},
+}
+
+
+def refuse(call: str) -> None:
+    """Let the kernel refuse a call to this process: seccomp(2), a filter of four instructions."""
+    number = NUMBERS[os.uname().machine][call]
+    load, equal, give = 0x20, 0x15, 0x06
+    program = [
+        (load, 0, 0, 0),
+        (equal, 0, 1, number),
+        (give, 0, 0, 0x50001),
+        (give, 0, 0, 0x7FFF0000),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+    header = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, ctypes.create_string_buffer(header), 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+
+@on_linux
+@pytest.mark.parametrize("call", ["socketpair", "sendmsg"])
+def test_a_call_that_a_filter_refuses_is_named(call: str, tmp_path: Path) -> None:
+    if os.uname().machine not in NUMBERS:
+        pytest.skip("no numbers of calls for this machine")
+    told = run(
+        """
+        import safepool
+        try:
+            with safepool.ProcessPool(1) as pool:
+                print(pool.submit(abs, -1).result())
+        except safepool.SafepoolError as error:
+            print(type(error).__name__, error)
+        """,
+        prepare=lambda: refuse(call),
+        folder=tmp_path,
+    )
+    assert f"the system refuses {call}(): Operation not permitted" in told, told
+
+
+def test_what_is_refused_survives_a_pipe() -> None:
+    import pickle
+
+    error = RefusedCallError(1, "Operation not permitted", "socketpair()")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.errno) == (str(error), 1)
+    assert isinstance(again, OSError)
+
+
+def test_an_initializer_that_crashes_ends_the_pool_soon() -> None:
+    with (
+        contextlib.suppress(PoolBrokenError),
+        ProcessPool(1, initializer=os.abort) as pool,
+        pytest.raises(PoolBrokenError, match="3 workers in a row"),
+    ):
+        pool.submit(abs, -1).result(timeout=60)
