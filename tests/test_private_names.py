@@ -45,6 +45,8 @@ NAMES: dict[str, list[str]] = {
     "ctypes:CDLL(None)": ["_handle"],
     "importlib._bootstrap": ["_module_locks"],
     "importlib._bootstrap:_load_unlocked": ["_initializing"],
+    "logging": ["_levelToName", "_warnings_showwarning"],
+    "logging:root": ["_cache"],
     "multiprocessing.context:get_spawning_popen": [],
     "multiprocessing.forkserver:ForkServer()": [
         "_forkserver_alive_fd",
@@ -114,6 +116,8 @@ NAMES: dict[str, list[str]] = {
 
 # Names that are no other package's, or that the code does without where they are missing.
 ELSEWHERE = {
+    "_extobj_contextvar",  # NumPy 2: its errors are read at each look without it
+    "_get_filters",  # warnings, from Python 3.14 on
     "_is_initialized",  # numba
     "_make",  # a named tuple's
     "_mmap",  # NumPy: what an array of another class has not either

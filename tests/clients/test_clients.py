@@ -102,6 +102,38 @@ def fit_line(seed: int) -> Any:
     return Table({"mean": [fitted.mean.value] * units.m}), fitted
 
 
+def _loggers() -> list[tuple[str, int]]:
+    import logging
+
+    import absl.logging
+    import astropy
+
+    assert absl.logging.get_absl_logger() is logging.getLogger("absl")
+    assert astropy.log is logging.getLogger("astropy")
+    return [(type(one).__name__, one.level) for one in map(logging.getLogger, ("astropy", "absl"))]
+
+
+@pytest.mark.parametrize("method", ["safepool", "loky", "spawn", "fork"])
+def test_libraries_with_loggers_of_their_own(method: str) -> None:
+    """Each makes its logger, of its class, when a worker imports it; the program's levels hold."""
+    import logging
+
+    pytest.importorskip("astropy")
+    pytest.importorskip("absl.logging")
+    here = _loggers()
+    loggers = [logging.getLogger(name) for name in ("astropy", "absl")]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with ProcessPool(1, mp_context=method) as pool:
+            there = pool.submit(_loggers).result(timeout=100)
+    finally:
+        for logger, (_, level) in zip(loggers, here, strict=True):
+            logger.setLevel(level)
+
+    assert there == [("AstropyLogger", logging.ERROR), ("ABSLLogger", logging.ERROR)]
+
+
 def test_astropy(pool: ProcessPool) -> None:
     """Its own logger, quantities, tables and models, imported in the worker first."""
     pytest.importorskip("astropy.modeling")
