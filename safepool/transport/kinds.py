@@ -5,6 +5,7 @@
                              has one of this name, else made once for each name
     ``object()``             made once, so that ``x is MISSING`` holds
     modules                  of a type derived from ``ModuleType``: imported by name
+    context variables        made once, with their default and no value
     weak dictionaries        what they hold at the moment
 
 Each is the program's own again where a result brings it back.
@@ -12,6 +13,7 @@ Each is the program's own again where a result brings it back.
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib.util
 import sys
@@ -66,6 +68,7 @@ def table() -> dict[type, Callable[[Any], Any]]:
     reducers: dict[type, Callable[[Any], Any]] = {
         weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
         weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
+        contextvars.ContextVar: _reduce_context_variable,
         typing.NewType: _reduce_new_type,
         typing.TypeVar: _reduce_variable,
         typing.ParamSpec: _reduce_variable,
@@ -90,6 +93,21 @@ def _partial_method(
     function: Any, arguments: tuple[Any, ...], words: dict[str, Any]
 ) -> functools.partialmethod[Any]:
     return functools.partialmethod(function, *arguments, **words)
+
+
+def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Any:
+    try:
+        # What it was set to is the context's own.
+        default: tuple[Any, ...] = (contextvars.Context().run(variable.get),)
+    except LookupError:
+        default = ()
+    return _numbered(variable, _make_context_variable, (variable.name, default))
+
+
+def _make_context_variable(name: str, default: tuple[Any, ...]) -> contextvars.ContextVar[Any]:
+    if default:
+        return contextvars.ContextVar(name, default=default[0])
+    return contextvars.ContextVar(name)
 
 
 def _reduce_new_type(new: Any) -> Any:

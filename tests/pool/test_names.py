@@ -316,6 +316,19 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(stamp); ask(stamp)",
         [1, 2],
     ),
+    "a context variable": (
+        """
+        import contextvars
+        request = contextvars.ContextVar("request", default=3)
+        unset = contextvars.ContextVar("unset")
+        def context():
+            before = request.get()
+            request.set(before + 1)
+            return before, unset.get("nothing")
+        """,
+        "ask(context); ask(context)",
+        [(3, "nothing"), (4, "nothing")],
+    ),
     "an array": (
         """
         import numpy
