@@ -790,7 +790,7 @@ class _Server:
 
     def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
         """Leave out what may have started threads, and return what the server is given up for."""
-        told = ", ".join(threads)
+        told = ", ".join(dict.fromkeys(threads))
         if not imported:
             return _CannotForkError(_HAD_THREADS.format(told))
         _log.warning("nothing is preloaded: the fork server has threads: %s", told)

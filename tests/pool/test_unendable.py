@@ -363,3 +363,70 @@ def test_a_timeout_in_the_middle_of_a_fork_leaves_nothing(forking: str, tmp_path
     done = run_python("script.py", cwd=tmp_path)
 
     assert done.stdout == "0\n", done.stdout + done.stderr
+
+
+FIRST_OF_A_CONTAINER = """
+    import os, signal, subprocess, sys, time
+    import safepool
+    from safepool.workers import forkserver
+
+    def hang():
+        subprocess.Popen(["sh", "-c", "sleep 300 & sleep 300 & wait"])
+        time.sleep(300)
+
+    def die_and_leave():
+        subprocess.Popen(["sleep", "0.2"])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def left_to(server):
+        with open(f"/proc/{server}/task/{server}/children") as file:
+            return {*map(int, file.read().split())}
+
+    def ended_children():
+        found = set()
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    state, parent = file.read().rpartition(")")[2].split()[:2]
+            except OSError:
+                continue
+            if (state, parent) == ("Z", "1"):
+                found.add(int(name))
+        return found
+
+    if __name__ == "__main__":
+        assert os.getpid() == 1
+        own = subprocess.Popen(["true"])
+        with safepool.ProcessPool(2) as pool:
+            for _ in range(3):
+                error = pool.submit(safepool.worker(hang, timeout=0.3)).exception()
+                assert isinstance(error, safepool.TaskTimeoutError), error
+                assert isinstance(pool.submit(die_and_leave).exception(), safepool.WorkerDiedError)
+            for server in forkserver.running():
+                while left_to(server) - {worker.pid for worker in pool.workers()}:
+                    time.sleep(0.02)
+                os.kill(server, signal.SIGKILL)  # its workers become children of this program
+            assert isinstance(pool.submit(os._exit, 3).exception(), safepool.WorkerDiedError)
+            assert pool.submit(abs, -1).result() == 1
+        while ended_children() != {own.pid}:
+            time.sleep(0.02)
+        print("own", own.wait())
+"""
+
+
+def test_the_first_process_of_a_container_waits_for_nobody_elses_children(tmp_path: Path) -> None:
+    """What tasks have left is waited for by the server, the program's own by the program."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
+        pytest.skip("only root can be the first process of a name space")
+    (tmp_path / "script.py").write_text(textwrap.dedent(FIRST_OF_A_CONTAINER))
+    done = subprocess.run(
+        [*apart, sys.executable, "script.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.stdout == "own 0\n", done.stderr
