@@ -353,3 +353,36 @@ def note_order(number: int) -> int:
 
 def order() -> list[int]:
     return _order
+
+
+class Returned:
+    """Arrives where it was asked for as what a function makes of a value."""
+
+    def __init__(self, make: Any, value: Any) -> None:
+        self.make, self.value = make, value
+
+    def __reduce__(self) -> Any:
+        return self.make, (self.value,)
+
+
+class ReturnedError(Exception):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def __reduce__(self) -> Any:
+        return _returned_error, (Returned(self.make, 1),)
+
+
+def _returned_error(_: Any) -> Exception:
+    return ValueError("arrived")
+
+
+def raise_returned(make: Any) -> None:
+    raise ReturnedError(make)
+
+
+def log_warning(logger: str, text: str) -> None:
+    import logging
+
+    logging.getLogger(logger).warning(text)

@@ -10,9 +10,17 @@ Data goes one way: what is submitted waits in the backlog (``backlog``), is take
 scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
 (``pace``), belongs to exactly one worker until it is settled (``ledger``) or taken back
 (``reclaim``), and ends (``settling``) by its future or among its map's results (``mapping``), or
-with its worker (``losses``). Callers only add to the
-backlog or raise a flag, under ``_lock`` (but race E), and then wake the thread up. The lock is
-never held across input, output, pickling or a future's callbacks.
+with its worker (``losses``). Callers only append to the inbox or raise a flag, and then wake the
+thread up. No lock is shared with them: a signal's handler may wait for the pool above any call.
+
+Code of the program that may be slow, or wait, runs in other threads (``hands``):
+
+    what                                             where
+    pickling of arguments, functions, initializers   the dispatch's hands, if not ``trusted``
+    unpickling of results and exceptions             the settling's hands, if not ``trusted``
+    callbacks of futures                             one thread, in order (asyncio's: this one)
+    handlers of log records and warnings             one thread, in order (``records``)
+    items of a ``map`` that nobody looked at         the callbacks' thread
 
 The workers themselves are the staff's (``staff``): started (``hiring``), listened to, seen to
 their end. What a task is, and what its loss means, is decided here.
@@ -22,8 +30,9 @@ by the board that it shares with the pool (``workers.board``): when another work
 one task turns out to be long, when a task's time is over, when the worker dies.
 
 Races, each handled where its letter stands below (A to C: ``staff``):
-    D  A callback of a future submits to, shuts down or breaks this pool: no lock is held,
-       and the scheduler's thread never waits for itself.
+    D  A callback of a future submits to, shuts down or breaks this pool: nobody waits for
+       the thread that it runs in. A finalizer that the collector runs in the scheduler's thread
+       and that waits for a call of the pool gets an error.
     E  The pool object is dropped by the garbage collector in any thread, under any lock:
        the weak reference's callback sets a flag and wakes the thread, nothing more. (That of
        the iterator of a ``map`` which nobody looked at takes what is left of its items.)
@@ -41,6 +50,8 @@ Races, each handled where its letter stands below (A to C: ``staff``):
        (``SKIPPED``), and the task waits again.
 
 Not covered:
+    * What the collector runs in the scheduler's thread and waits for something else than the
+      pool; functions that ``os.register_at_fork`` was given, with ``mp_context="fork"``.
     * Where there is no board (elsewhere than on Linux) a worker holds one task at a time, or
       as many calls of a map as its ``chunksize`` says.
 """

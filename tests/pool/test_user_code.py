@@ -5,6 +5,7 @@ Each test lets such code block for real, and makes another call meanwhile.
 
 from __future__ import annotations
 
+import logging
 import queue
 import subprocess
 import sys
@@ -292,3 +293,181 @@ def test_what_the_schedulers_thread_pickles_itself(name: str) -> None:
     if name != "a function of a module":  # which might be called to make something
         arrived = trusted.loads(segments)
     assert repr(arrived) == repr(make()) or arrived == make()
+
+
+# What comes back: classes by value, so that this process runs what they say.
+_reached, _open = threading.Event(), threading.Event()
+
+
+def _wait_here(value: int) -> int:
+    """Wait in the program; in a worker nothing sets the events, nor waits for them."""
+    if threading.current_thread().name.startswith("safepool-unpickler"):
+        _reached.set()
+        _open.wait(30)
+    return value
+
+
+@pytest.fixture
+def door() -> Iterator[threading.Event]:
+    _reached.clear()
+    _open.clear()
+    yield _open
+    _open.set()
+
+
+def test_a_result_whose_unpickling_waits_delays_its_own_call(door: threading.Event) -> None:
+    with ProcessPool(1) as pool:
+        waiting = pool.submit(tasks.Returned, _wait_here, 7)
+        assert _reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        assert list(pool.map(abs, [-1, -2], timeout=30)) == [1, 2]
+        assert not waiting.done()
+        door.set()
+        assert waiting.result(timeout=30) == 7
+
+
+def test_results_of_a_map_may_wait_as_well(door: threading.Event) -> None:
+    with ProcessPool(2) as pool:
+        results = pool.map(tasks.Returned, [_wait_here] * 2, [3, 4])
+        assert _reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        door.set()
+        assert list(results) == [3, 4]
+
+
+def test_an_exception_whose_unpickling_waits_delays_its_own_call(door: threading.Event) -> None:
+    with ProcessPool(1) as pool:
+        waiting = pool.submit(tasks.raise_returned, _wait_here)
+        assert _reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        door.set()
+        assert waiting.exception(timeout=30) is not None
+
+
+def test_a_pool_that_is_killed_leaves_no_result_behind(door: threading.Event) -> None:
+    """What is being unpickled when the pool ends, ends its call all the same."""
+    pool = ProcessPool(1)
+    waiting = pool.submit(tasks.Returned, _wait_here, 7)
+    assert _reached.wait(30)
+    pool.kill_workers()
+    pool.shutdown()
+    door.set()
+    assert waiting.result(timeout=30) == 7
+    wait_until(lambda: not any("safepool" in one.name for one in threading.enumerate()))
+
+
+def test_a_callback_that_waits_delays_no_call_and_keeps_the_order(gate: Gate) -> None:
+    called: list[int] = []
+    with ProcessPool(1) as pool:
+
+        def wait(_: object) -> None:
+            gate.reached.set()
+            called.append(pool.submit(abs, -5).result(timeout=30))
+            gate.event.wait(30)
+
+        first = pool.submit(time.sleep, 0.1)
+        first.add_done_callback(wait)
+        for number in range(3):
+            pool.submit(abs, -number).add_done_callback(
+                lambda future: called.append(future.result())
+            )
+        assert gate.reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        gate.open()
+    # All of them have been called when the pool has ended.
+    assert called == [5, 0, 1, 2]
+
+
+def test_a_callback_may_shut_the_pool_down() -> None:
+    pool = ProcessPool(1)
+    ended = threading.Event()
+    future = pool.submit(time.sleep, 0.1)
+    future.add_done_callback(lambda _: (pool.shutdown(), ended.set()))
+    assert ended.wait(30)
+    pool.shutdown()
+
+
+class WaitingHandler(logging.Handler):
+    """Asks the pool, and waits, for each record."""
+
+    def __init__(self, pool: ProcessPool, gate: Gate) -> None:
+        super().__init__()
+        self.pool, self.gate, self.said = pool, gate, []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append((record.getMessage(), self.pool.submit(abs, -5).result(timeout=30)))
+        self.gate.reached.set()
+        self.gate.event.wait(30)
+
+
+def test_a_handler_of_log_records_that_waits_delays_no_call(gate: Gate) -> None:
+    logger = logging.getLogger("support.waiting")
+    with ProcessPool(1) as pool:
+        handler = WaitingHandler(pool, gate)
+        logger.addHandler(handler)
+        try:
+            assert pool.submit(tasks.log_warning, "support.waiting", "hello").result(30) is None
+            assert gate.reached.wait(30)
+            assert pool.submit(abs, -1).result(timeout=30) == 1
+            gate.open()
+        finally:
+            logger.removeHandler(handler)
+    assert handler.said == [("hello", 5)]
+
+
+def test_the_pools_own_words_wait_for_no_handler(gate: Gate) -> None:
+    logger = logging.getLogger("safepool")
+    with ProcessPool(1) as pool:
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        handler = WaitingHandler(pool, gate)
+        handler.setLevel(logging.WARNING)
+        logger.addHandler(handler)
+        try:
+            lost = pool.submit(tasks.be_killed)
+            assert lost.exception(timeout=30) is not None
+            assert gate.reached.wait(30)
+            assert pool.submit(abs, -2).result(timeout=30) == 2
+            gate.open()
+        finally:
+            logger.removeHandler(handler)
+    assert "SIGKILL" in handler.said[0][0]
+
+
+class Dropped:
+    """Waits when it is dropped."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (2,)
+
+    def __del__(self) -> None:
+        self.gate.reached.set()
+        self.gate.event.wait(30)
+
+
+def test_a_finalizer_of_an_argument_that_waits_delays_no_call(gate: Gate) -> None:
+    with ProcessPool(1) as pool:
+        future = pool.submit(abs, Dropped(gate))
+        assert gate.reached.wait(30)
+        assert pool.submit(abs, -1).result(timeout=30) == 1
+        gate.open()
+        assert future.result(timeout=30) == 2
+
+
+def test_the_command_runs_no_file_of_the_current_folder(tmp_path: Path) -> None:
+    """Neither in the place of a module of Python's nor of an installed library."""
+    for name in ("logging", "random", "json", "pytest"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    for command in (["-m", "safepool", "--version"], ["-m", "safepool", "doctor", "pytest"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "the wrong one" not in done.stdout + done.stderr
+        assert done.returncode == 0, done.stderr
