@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,19 @@ def die_at_first(marker: str, sock: socket.socket) -> None:
     sock.sendall(b"again")
 
 
+def wait_for(path: str, mark: str) -> None:
+    with open(mark, "w", encoding="utf-8"):
+        pass
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def wait_and_say(path: str, sock: socket.socket) -> None:
+    wait_for(path, f"{path}.begun")
+    sock.sendall(b"said")
+    sock.close()
+
+
 def raise_with(sock: socket.socket) -> None:
     raise ConnectionError("refused", sock.family)
 
@@ -74,14 +88,14 @@ def open_descriptors() -> set[int]:
     return found
 
 
-def threads_and_listeners() -> tuple[int, int]:
-    """Return how many threads there are, and sockets that listen."""
+def sharers_and_listeners() -> tuple[int, int]:
+    """Return how many threads there are of the standard library's, and sockets that listen."""
     listening = 0
     for number in open_descriptors():
         if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
             with socket.socket(fileno=os.dup(number)) as sock:
                 listening += sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    return threading.active_count(), listening
+    return sum("_serve" in thread.name for thread in threading.enumerate()), listening
 
 
 class Own:

@@ -12,6 +12,7 @@ from safepool.pool import refusals
 from safepool.pool.exits import has_exited, working
 from safepool.pool.latch import Latch
 from safepool.pool.worker import Worker
+from safepool.transport.descriptors import under_way
 from safepool.transport.main_names import MainNames
 from safepool.workers import inheritance
 from safepool.workers.board import Board
@@ -246,6 +247,7 @@ class Hiring:
 def _descriptors_of_all_pools() -> Iterable[int]:
     for pool in working():
         yield from pool.descriptors()
+    yield from under_way()
 
 
 def _taken_cpus() -> Iterable[tuple[int, ...]]:

@@ -26,6 +26,7 @@ import os
 import pickle
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ __all__ = [
     "Outgoing",
     "Registered",
     "registered",
+    "under_way",
 ]
 
 # SCM_MAX_FD, unix(7).
@@ -87,27 +89,42 @@ class Handed(Filed):
         numbers: At most 253, owned by this object from now on.
     """
 
-    __slots__ = ("_numbers",)
+    __slots__ = ("__weakref__", "_numbers", "_pid")
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)
+        self._pid = os.getpid()
         self.lengths = (0,) * len(self._numbers)
+        _under_way.add(self)
 
     def filenos(self) -> list[int]:
         """Return them."""
         return self._numbers
 
-    def close(self, close: Callable[[int], None] = os.close) -> None:
+    def close(
+        self,
+        close: Callable[[int], None] = os.close,
+        getpid: Callable[[], int] = os.getpid,
+    ) -> None:
         """Close them. May be called again.
 
         Args:
             close: Known here when the interpreter has cleared this module.
+            getpid: The same. A forked worker has closed them when it began (``under_way``).
         """
-        while self._numbers:
+        while self._numbers and getpid() == self._pid:
             close(self._numbers.pop())
 
     def __del__(self) -> None:
         self.close()
+
+
+_under_way: weakref.WeakSet[Handed] = weakref.WeakSet()
+
+
+def under_way() -> list[int]:
+    """Return the descriptors of this process that are on their way to others."""
+    return [number for handed in [*_under_way] for number in handed.filenos()]
 
 
 class Descriptor(bytearray):

@@ -10,6 +10,7 @@ import pickle
 import resource
 import socket
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
@@ -150,17 +151,40 @@ def test_a_call_that_is_run_again_has_a_duplicate_of_its_own(tmp_path: Path) -> 
         assert here.recv(100) == b""  # nobody has the other end any more
 
 
+def test_a_forked_worker_keeps_none_that_goes_to_another(tmp_path: Path) -> None:
+    """Forked while a call is kept to be run again; the socket is closed with its own worker."""
+    with ProcessPool(1, mp_context="fork", retries=1) as pool:
+        pool.submit(there.back, 1).result(timeout=60)  # forked before there is a socket
+        here, other = socket.socketpair()
+        first = pool.submit(there.wait_and_say, str(tmp_path / "go"), other)
+        wait_until((tmp_path / "go.begun").exists)
+        other.close()
+        with ProcessPool(1, mp_context="fork") as second:
+            second.submit(there.back, 1).result(timeout=60)
+            (tmp_path / "go").touch()
+            first.result(timeout=60)
+            with here:
+                here.settimeout(20)
+                assert [here.recv(100), here.recv(100)] == [b"said", b""]
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_no_thread_is_started_and_nothing_listens(pool: ProcessPool) -> None:
     """As the standard library's resource sharer does."""
     pool.submit(there.back, 1).result(timeout=60)
     here, other = socket.socketpair()
-    before = there.threads_and_listeners()
     with here, other:
         pool.submit(there.say, other).result(timeout=60)
         ends = pool.submit(there.back, other).result(timeout=60)
         ends.close()
-        assert there.threads_and_listeners() == before
-        assert pool.submit(there.threads_and_listeners).result(timeout=60)[1] == 0
+        assert there.sharers_and_listeners() == (0, 0)
+        assert pool.submit(there.sharers_and_listeners).result(timeout=60) == (0, 0)
 
 
 # One row per kind of pool: the reducers that a program registers hold in all of them.
