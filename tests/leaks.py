@@ -493,6 +493,12 @@ def _is_someone_elses(name: Path) -> bool:
         process = sys.modules.get("multiprocessing.process")
         config = getattr(getattr(process, "_current_process", None), "_config", {})
         return str(name) == config.get("tempdir")
+    # tqdm keeps one lock for the program. Its semaphore has a name until exit where
+    # multiprocessing does not fork (Python 3.14).
+    kept = getattr(sys.modules.get("tqdm.std"), "TqdmDefaultWriteLock", None)
+    semaphore = getattr(getattr(kept, "mp_lock", None), "_semlock", None)
+    if semaphore is not None and name.name == f"sem.{str(semaphore.name).lstrip('/')}":
+        return True
     # joblib and loky write the maker's process id into the name.
     numbers = {int(number) for number in re.findall(r"(?<=[-_])\d+(?=[-_])", name.name)}
     alive = {number for number in numbers if _read_process(number) is not None}
