@@ -183,6 +183,7 @@ def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
         pool.shutdown(wait=False, cancel_futures=True)
         monkeypatch.setattr(reclaim, "_LONG_WHILE_IDLE_NS", 1)
         gate.open.set()
+        pool._scheduler.wake()  # it looks again, though it may have looked just before
         wait_until(lambda: sum(one.ledger.owed for one in pool._scheduler.workers()) == 1)
         first.touch()
 
