@@ -32,6 +32,7 @@ THREAD_HANDLE = (
 # One row per object: where it is found, and the names that are read, set or called on it. What its
 # instances have alone is looked for in the code of a class.
 NAMES: dict[str, list[str]] = {
+    "abc": ["_get_dump"],
     "atexit": ["_run_exitfuncs"],
     "concurrent.futures._base": [
         "LOGGER",
@@ -42,6 +43,7 @@ NAMES: dict[str, list[str]] = {
     ],
     "concurrent.futures.process": ["_RemoteTraceback"],
     "copyreg": ["_extension_registry"],
+    "ctypes": ["_CFuncPtr", "_FUNCFLAG_CDECL", "_Pointer", "_SimpleCData"],
     "ctypes:CDLL(None)": ["_handle"],
     "importlib._bootstrap": ["_module_locks"],
     "importlib._bootstrap:_load_unlocked": ["_initializing"],
@@ -78,6 +80,13 @@ NAMES: dict[str, list[str]] = {
     "threading:Thread": ["_bootstrap", THREAD_HANDLE],
     "threading:RLock()": ["_at_fork_reinit"],
     "cloudpickle.cloudpickle": [
+        "_BUILTIN_TYPE_NAMES",
+        "_class_reduce",
+        "_extract_class_dict",
+        "_get_bases",
+        "_get_or_create_tracker_id",
+        "_lookup_class_or_track",
+        "_should_pickle_by_reference",
         "_DYNAMIC_CLASS_TRACKER_BY_ID",
         "_class_setstate",
         "_dynamic_class_reduce",
@@ -118,6 +127,8 @@ NAMES: dict[str, list[str]] = {
 ELSEWHERE = {
     "_extobj_contextvar",  # NumPy 2: its errors are read at each look without it
     "_get_filters",  # warnings, from Python 3.14 on
+    *("_argtypes_", "_flags_", "_length_", "_restype_", "_type_"),  # documented: of ctypes
+    *("_boundary_", "_member_type_", "_value_"),  # of enums
     "_is_initialized",  # numba
     "_make",  # a named tuple's
     "_mmap",  # NumPy: what an array of another class has not either
