@@ -51,7 +51,7 @@ class Excluded:
     Attributes:
         module: Where it is.
         why: The difference.
-        since: The first Python that has it.
+        since: The first Python that has it in each of its releases.
         with_break: It passes with ``on_worker_death="break"``, and is run so.
     """
 
@@ -71,6 +71,9 @@ _MOCKS = "mocks a method of the standard pool's own"
 
 EXCLUDED = {
     "test_killed_child": Excluded("test_process_pool", _DEATH, with_break=True),
+    "test_broken_process_pool_traceback": Excluded(
+        "test_process_pool", _DEATH, (3, 14), with_break=True
+    ),
     "test_error_at_task_unpickle": Excluded("test_deadlock", _OWN_ERROR),
     "test_exit_at_task_unpickle": Excluded("test_deadlock", _OWN_ERROR),
     "test_error_during_result_unpickle_in_result_handler": Excluded("test_deadlock", _OWN_ERROR),
@@ -155,12 +158,17 @@ def test_the_suite_passes(context: str) -> None:
     assert not wrong, "\n".join(f"{name}: {how}" for name, how in wrong.items())
     assert sum(how == "ok" for how in ended.values()) >= 40
     existing = {name for name in excluded if sys.version_info >= EXCLUDED[name].since}
-    assert existing == {name for name, how in ended.items() if how == "excluded"}
+    # Patch releases of older versions get some of them, too.
+    assert existing <= {name for name, how in ended.items() if how == "excluded"}
 
 
 def test_a_pool_that_breaks_on_death_is_like_the_standard_one() -> None:
     """What is excluded for the difference that we want passes without it."""
-    rows = {name: row for name, row in EXCLUDED.items() if row.with_break}
+    rows = {
+        name: row
+        for name, row in EXCLUDED.items()
+        if row.with_break and sys.version_info >= row.since
+    }
     for name, row in rows.items():
         ended = run(row.module, "default", "break", ["--only", name])
 
