@@ -344,6 +344,8 @@ def test_a_dead_worker_does_not_end_a_program_that_dies_of_sigpipe() -> None:
         "with safepool.ProcessPool(1) as pool:\n"
         "    pid = pool.submit(os.getpid).result()\n"
         "    os.kill(pid, signal.SIGSTOP)\n"
+        "    while os.path.exists('/proc') and ' T ' not in open(f'/proc/{pid}/stat').read():\n"
+        "        time.sleep(0.01)\n"
         "    future = pool.submit(len, bytes(20_000_000))\n"
         "    time.sleep(0.3)\n"
         "    os.kill(pid, signal.SIGKILL)\n"

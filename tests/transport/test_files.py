@@ -152,6 +152,7 @@ def test_what_is_not_the_file_is_refused(ends: tuple[Channel, Channel], case: st
     assert arrays.files_here() == (0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_fork_of_the_program_keeps_its_locks(ends: tuple[Channel, Channel]) -> None:
     """Another thread may hold the lock of the spare descriptor when the program forks."""
     with _memfd._spare:
