@@ -164,17 +164,17 @@ class ServerContext(multiprocessing.context.SpawnContext):
             OSError: The system has no room for a process or a descriptor.
             RuntimeError: The interpreter shuts down, or there is none to start.
         """
-        with _server_for(changes, self._plan_now()) as server:
+        with _server_for(changes, self._plan_now(changes)) as server:
             return server.start()
 
-    def _plan_now(self) -> MainPlan | None:
+    def _plan_now(self, changes: Mapping[str, str | None]) -> MainPlan | None:
         """Return the plan that is carried out; ``None`` where nothing is run."""
         plan = self.plan
         if plan is None or plan.mode == "value":
             return None
         if self._marks is not None:  # the pool's calls refer to it by now
             return plan
-        problem = _not_runnable.get(plan.key)
+        problem = _not_runnable.get(_attempt(plan, changes))
         if problem is not None:
             self.plan = plan.without(problem)
             return None
@@ -199,7 +199,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             changes: As for :meth:`fork_worker`.
         """
         if self._learns:
-            with _server_for(changes, self._plan_now()) as server:
+            with _server_for(changes, self._plan_now(changes)) as server:
                 server.preload_ahead(self._known())
 
     def run_script(
@@ -219,7 +219,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             OSError: As :meth:`fork_worker`.
             InterruptedError: It was given up.
         """
-        plan = self._plan_now()
+        plan = self._plan_now(changes)
         if plan is None:
             return {}
         modules, strict = self._to_preload(threads)
@@ -228,7 +228,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
                 self._marks = server.run_script(modules, given_up, strict=strict)
                 return self._marks
         except _CannotRunError as error:
-            self._send_by_value(plan, error)
+            self._send_by_value(plan, error, changes, threads)
             return {}
 
     def prints(
@@ -247,20 +247,29 @@ class ServerContext(multiprocessing.context.SpawnContext):
         Returns:
             By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
         """
-        plan = self._plan_now()
+        plan = self._plan_now(changes)
         if plan is None:
             return {}
         with _server_for(changes, plan) as server:
             return server.prints(names, given_up)
 
-    def _send_by_value(self, plan: MainPlan, error: _CannotRunError) -> None:
+    def _send_by_value(
+        self,
+        plan: MainPlan,
+        error: _CannotRunError,
+        changes: Mapping[str, str | None],
+        threads: int,
+    ) -> None:
         problem = str(error)
         self.plan, self._marks = plan.without(problem), None
-        if plan.key not in _not_runnable:
-            _not_runnable[plan.key] = problem
-            # What is no fault of the script's is told when its workers are started afresh.
+        attempt = _attempt(plan, changes)
+        if attempt not in _not_runnable:
+            _not_runnable[attempt] = problem
+            # No fault of the script's: where no server can be used, that is told when workers are
+            # started afresh; and with more threads a BLAS starts them when it is imported.
+            quiet = isinstance(error, _NoServerError) or threads > 1
             _log.log(
-                logging.INFO if isinstance(error, _NoServerError) else logging.WARNING,
+                logging.INFO if quiet else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move what is not for workers below if __name__ == "__main__":, or pass '
                 'main="value"',
@@ -318,7 +327,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         }
         if cpus:
             details["affinity"] = set(cpus)
-        plan = self._plan_now()
+        plan = self._plan_now(changes)
         try:
             with _server_for(changes, plan) as server:
                 marks = server.run_script(modules, given_up, strict=strict) if plan else None
@@ -330,7 +339,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
                 return server.fork_worker(modules, details, files, given_up, strict=strict)
         except _CannotRunError as error:
             assert plan is not None
-            self._send_by_value(plan, error)
+            self._send_by_value(plan, error, changes, threads)
             raise ScriptLostError(
                 f"{plan.name or plan.path} was run in the fork server and cannot be run there "
                 f"again: {error}"
@@ -947,12 +956,17 @@ _servers: dict[_Setting, _Server] = {}
 # What cannot be preloaded in this program: the first part of its name, and whether it was asked
 # for by name, which overrules what else than threads an import leaves.
 _left_out: set[tuple[str, bool]] = set()
-# By key of a plan, why its script cannot be run in a server.
-_not_runnable: dict[tuple[str, ...], str] = {}
+# By attempt, why a script cannot be run in a server.
+_not_runnable: dict[tuple[str | None, ...], str] = {}
 _servers_lock = threading.Lock()
 # The life-line: reading and writing end. One for the process, never closed: the workers of a
 # server that was killed still hold it.
 _line: list[int] = []
+
+
+def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | None, ...]:
+    """Return what tells attempts to run a script apart: with more threads it may start some."""
+    return (*plan.key, changes.get("OMP_NUM_THREADS"))
 
 
 @contextmanager

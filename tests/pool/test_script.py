@@ -485,6 +485,26 @@ def test_where_no_server_can_be_used_nothing_is_said_of_the_script(tmp_path: Pat
     assert results == ["6", "6"]
 
 
+def test_threads_that_a_pool_asks_for_are_no_fault_of_the_script(tmp_path: Path) -> None:
+    """A BLAS starts them when the script imports it. Another pool runs the script all the same."""
+    pytest.importorskip("numpy")
+    program = """
+    import logging
+    import numpy
+    def look():
+        return numpy.__name__
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+        for threads in (2, 1):
+            with safepool.ProcessPool(1, threads_per_worker=threads) as pool:
+                print(pool.submit(look).result())
+        print(pool._mp_context.plan.mode)
+    """
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("numpy\nnumpy\nrun\n", "")
+
+
 # One row per way to give up a pool while its server runs a top level that never ends: what the
 # program does then, and what it prints.
 ENDLESS = """
