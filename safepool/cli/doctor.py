@@ -329,7 +329,7 @@ class _Child:
         # Files, not pipes: a process that an import has left behind may hold a pipe open.
         with _file() as told, _file() as noise:
             start = [sys.executable, "-P", "-c", _BOOTSTRAP, _FOLDER, _MODULE]
-            command = [*start, f"{limit_s:g}", f"{sys.flags.safe_path:d}", *names]
+            command = [*start, f"{limit_s:g}", *names]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -1,7 +1,8 @@
 """Floor 7: the process that the doctor imports libraries in: this module, run by ``python -P``.
 
-Arguments: seconds for each import; 1 to find no library in the folder it is started in, else 0;
-then the libraries. On standard output, one line of JSON for each step, as ``doctor`` reads it:
+Arguments: seconds for each import, then the libraries. The current folder is not searched: a file
+there, numpy.py for one, is no library. On standard output, one line of JSON for each step, as
+``doctor`` reads it:
 
     {"begin": NAME}                   the import begins
     {"name": NAME, ...}               it has ended: the fields of ``doctor.Library``
@@ -46,14 +47,11 @@ _GONE_WITHIN_S = 1.0
 
 def main(arguments: list[str]) -> None:
     """Import one library after the other, say what each brought, and end the process."""
-    limit_s, safe_path, *names = arguments
+    limit_s, *names = arguments
     with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
         os.dup2(2, 1)
         faulthandler.enable()
         inspect()  # imports what looks, before anything is counted
-        if safe_path == "0":
-            # Last, so that a file of the current folder is not run in the place of a library.
-            sys.path.append("")
         for name in names:
             _tell(told, {"begin": name})
             _tell(told, _import(name, float(limit_s)))
@@ -163,9 +161,13 @@ def _version(name: str) -> str:
 
 
 def _hint(name: str, problem: BaseException) -> str:
-    """Return the names to import where ``name`` is one to install."""
-    if not isinstance(problem, ModuleNotFoundError) or problem.name != name.partition(".")[0]:
+    """Return the names to import where ``name`` is one to install, or is in this folder."""
+    top = name.partition(".")[0]
+    if not isinstance(problem, ModuleNotFoundError) or problem.name != top:
         return ""
+    for file in (f"{top}.py", top):
+        if os.path.exists(file):
+            return f" (./{file} is not run; PYTHONPATH=. makes Python look in this folder)"
     modules = sorted(
         module
         for module, packages in packages_distributions().items()

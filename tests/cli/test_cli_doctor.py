@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -253,8 +254,7 @@ def libraries(folder: Path, monkeypatch: pytest.MonkeyPatch, **sources: str) -> 
     """Write modules that the process that imports will find."""
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def test_numpy_and_scipy_bring_an_openblas_each(
@@ -436,20 +436,24 @@ def test_a_process_that_an_import_leaves_behind_is_ended(
     assert time.monotonic() - begun < 300
 
 
-def test_a_file_of_the_users_is_not_taken_for_the_standard_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["numpy", "no_such_library"])
+def test_no_file_of_the_current_folder_is_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = dict.fromkeys(["random", "inspect", "json", "csv", "safepool"], "raise RuntimeError")
-    libraries(tmp_path, monkeypatch, mine="", **wrong)
+    """Be the library installed or not, and beside files with names of the standard library's."""
+    for file in (name, "random", "inspect", "json", "csv"):
+        (tmp_path / f"{file}.py").write_text("open('run', 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
 
-    code, found, err = told(capsys, "mine")
-
-    assert (code, err, list(found)) == (0, "", ["mine"])
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    command = [sys.executable, "-m", "safepool", "doctor", "mine"]
+    code, _, err = told(capsys, name)
+    command = [sys.executable, "-m", "safepool", "doctor", name]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "No module named 'mine'" in ended.stderr
+
+    installed = importlib.util.find_spec(name) is not None
+    assert (code, ended.returncode) == ((0, 0) if installed else (1, 1))
+    for text in (err, ended.stderr):
+        assert (f"(./{name}.py is not run; PYTHONPATH=. makes" in text) is not installed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells the number of threads")
