@@ -29,7 +29,7 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport import kinds
 from safepool.transport.annotations import annotations_of, closure_of, global_names
-from safepool.transport.classes import fill_class, reduce_class
+from safepool.transport.classes import arrived, fill_class, reduce_class
 from safepool.transport.exceptions import reduce_exception
 from safepool.transport.held import (
     Held,
@@ -72,8 +72,6 @@ _HANDED = frozenset({"socket", "multiprocessing.connection"})
 
 # cloudpickle keeps the classes that it has sent or made by a number of its own.
 _classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
-# Made here of what another process has sent.
-_arrived_classes: weakref.WeakSet[type] = weakref.WeakSet()
 
 # A program's own class or cache is sent with every call that uses it. It is kept in between, the
 # last of each name, as it would be by a module that was imported: the class would be made
@@ -82,13 +80,13 @@ _kept: dict[tuple[str, str], Any] = {}
 _MOST_KEPT = 1024
 
 
-def _keep(arrived: Any) -> None:
-    name = str(getattr(arrived, "__qualname__", "<locals>"))
+def _keep(made: Any) -> None:
+    name = str(getattr(made, "__qualname__", "<locals>"))
     if "<" in name:
         return
-    key = str(arrived.__module__), name
+    key = str(made.__module__), name
     _kept.pop(key, None)
-    _kept[key] = arrived
+    _kept[key] = made
     if len(_kept) > _MOST_KEPT:
         del _kept[next(iter(_kept))]
 
@@ -291,7 +289,7 @@ def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]
     known = _classes_by_number.get(number)
     if known is None:
         known = _internals._lookup_class_or_track(number, make(*arguments))
-        _arrived_classes.add(known)
+        arrived.add(known)
         _keep(known)
     return known
 
@@ -299,7 +297,7 @@ def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]
 def _fill_class(kind: type, attributes: dict[str, Any]) -> None:
     # What was defined here stays as it is: its functions have this process's globals. What
     # was made of what the program sent follows the program, which may have changed it.
-    if kind in _arrived_classes:
+    if kind in arrived:
         fill_class(kind, attributes)
 
 

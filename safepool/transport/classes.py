@@ -18,19 +18,21 @@ Not covered:
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import operator
 import sys
 import threading
 import types
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from cloudpickle import cloudpickle as _internals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["fill_class", "reduce_class"]
+__all__ = ["arrived", "fill_class", "reduce_class"]
 
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 
@@ -129,37 +131,59 @@ def _is_named_tuple(kind: type) -> bool:
 
 
 def _make(meta: type | None, name: str, bases: tuple[Any, ...], keywords: dict[str, Any]) -> type:
-    def fill(namespace: dict[str, Any]) -> None:
-        namespace.update(keywords)
-
+    resolved = types.resolve_bases(bases)
+    meta = types.prepare_class(name, resolved, {"metaclass": meta} if meta else {})[0]
+    first = _first(meta, lambda one: one not in arrived)
     try:
-        return types.new_class(name, bases, {"metaclass": meta} if meta else {}, fill)
+        namespace: dict[str, Any] = first.__prepare__(name, resolved)
+        namespace.update(keywords)
+        if resolved is not bases:
+            namespace["__orig_bases__"] = bases
+        with _other_hooks(resolved, lambda one: _pass_on(one) if one in arrived else None):
+            made: type = first.__new__(meta, name, resolved, namespace)
+        first.__init__(made, name, resolved, namespace)
     except Exception:  # noqa: BLE001 -- user code, which was given a body and keywords at home
-        resolved = types.resolve_bases(bases)
-        known = meta or types.prepare_class(name, resolved)[0]
-        return _make_quietly(known, name, resolved, keywords)
-
-
-def _make_quietly(
-    meta: type, name: str, bases: tuple[Any, ...], keywords: Mapping[str, Any]
-) -> type:
-    """Make a class without the code of its metaclass and of its bases that wants to see it."""
-    known = next(one for one in meta.__mro__ if one.__module__ in sys.stdlib_module_names)
-    lines = [one for base in bases for one in base.__mro__ if one.__flags__ & _HEAP]
-    asked = {one: vars(one)[_HOOK] for one in lines if _HOOK in vars(one)}
-    with _quiet:
-        for one in asked:
-            type.__setattr__(one, _HOOK, _be_quiet)
-        try:
-            made: type = known.__new__(meta, name, bases, dict(keywords))
-        finally:
-            for one, hook in asked.items():
-                type.__setattr__(one, _HOOK, hook)
+        first = _first(meta, lambda one: one.__module__ in sys.stdlib_module_names)
+        with _other_hooks(resolved, lambda _: _be_quiet):
+            made = first.__new__(meta, name, resolved, dict(keywords))
     return made
 
 
+def _first(meta: Any, is_wanted: Callable[[type], bool]) -> Any:
+    """Return what makes a class without the code of a metaclass that is not wanted."""
+    return next(one for one in meta.__mro__ if is_wanted(one))
+
+
+# Made here of what another process has sent, and filled with what they have there.
+arrived: weakref.WeakSet[type] = weakref.WeakSet()
 _HOOK = "__init_subclass__"
-_quiet = threading.Lock()
+_hooking = threading.RLock()
+
+
+@contextlib.contextmanager
+def _other_hooks(bases: Iterable[type], other: Callable[[type], object]) -> Iterator[None]:
+    """Let bases have another ``__init_subclass__``, or their own where ``other`` returns none."""
+    lines = [one for base in bases for one in base.__mro__ if one.__flags__ & _HEAP]
+    others = {one: hook for one in lines if _HOOK in vars(one) and (hook := other(one))}
+    if not others:
+        yield
+        return
+    with _hooking:
+        own = {one: vars(one)[_HOOK] for one in others}
+        try:
+            for one, hook in others.items():
+                type.__setattr__(one, _HOOK, hook)
+            yield
+        finally:
+            for one, hook in own.items():
+                type.__setattr__(one, _HOOK, hook)
+
+
+def _pass_on(owner: Any) -> object:
+    def pass_on(kind: Any, /, **words: Any) -> None:
+        super(owner, kind).__init_subclass__(**words)
+
+    return classmethod(pass_on)
 
 
 @classmethod  # type: ignore[misc]
@@ -209,14 +233,17 @@ def _make_enum(
     values: dict[str, tuple[tuple[Any, ...], object]],
     boundary: dict[str, Any],
 ) -> type:
-    namespace = meta.__prepare__(name, bases, **boundary)
+    first = _first(meta, lambda one: one not in arrived)
+    namespace = first.__prepare__(name, bases, **boundary)
     namespace.update(about)
     namespace["__new__"] = _new_member
     namespace["__init__"] = _leave_member
     for member, made_of in values.items():
         namespace[member] = made_of
-    made: type = meta.__new__(meta, name, bases, namespace, **boundary)
-    type.__delattr__(made, "__init__")
+    with _other_hooks(bases, lambda one: _pass_on(one) if one in arrived else None):
+        made: type = first.__new__(meta, name, bases, namespace, **boundary)
+    for own in ("__init__", "__new_member__"):  # else enumerations derived from it had them
+        type.__delattr__(made, own)
     return made
 
 

@@ -8,7 +8,8 @@ So a counter, a cache or a setting of a module is the module's own in a worker, 
 the standard pool, and an object that cannot be pickled (a lock, a client) does not have to be.
 
 The script's source tells which module a name came from. Where there is none (standard input), it
-is the module that has the same object under the same name.
+is the module that has the same object under the same name; or, for what cannot be pickled and for
+small containers, under another one.
 
 Not covered:
     * Objects that the script got by a call (``get_settings()``): they travel as copies.
@@ -49,6 +50,8 @@ _NO_OBJECTS = frozenset(
 _NOT_IMPORTED = frozenset({"__main__", "__mp_main__", "builtins"})
 # A copy for workers whose module has something else under the name; a larger one is not sent.
 _MOST_COPIED_BYTES = 64 * 1024
+# A larger container is data, which the program may have given to a module.
+_MOST_ITEMS = 1024
 
 
 class _Origins:
@@ -216,14 +219,54 @@ def _absolute(module: str, level: int, space: Mapping[str, Any]) -> str:
 
 
 def _found_by_name(name: str, value: object) -> tuple[str, str] | None:
-    for module, found in sys.modules.copy().items():
-        try:
-            names = object.__getattribute__(found, "__dict__")
-        except AttributeError:
-            continue
+    for module, names in _namespaces():
         if names.get(name) is value and _is_there(module, name, value):
             return module, name
-    return None
+    return _found_under_another_name(value)
+
+
+def _namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
+    for module, found in sys.modules.copy().items():
+        if module in _NOT_IMPORTED:
+            continue
+        try:
+            yield module, object.__getattribute__(found, "__dict__")
+        except AttributeError:
+            continue
+
+
+# By id(): where modules have objects, as far as there were modules at the last look.
+_places: dict[int, tuple[str, str]] = {}
+_looked_at: set[str] = set()
+
+
+def _found_under_another_name(value: object) -> tuple[str, str] | None:
+    if _looked_at != sys.modules.keys():
+        _looked_at.clear()
+        _looked_at.update(sys.modules)
+        _places.clear()
+        for module, names in _namespaces():
+            for name, one in names.copy().items():
+                if type(one) not in _NO_OBJECTS and not name.startswith("__"):
+                    _places.setdefault(id(one), (module, name))
+    place = _places.get(id(value))
+    if place is None or not _is_there(*place, value):
+        return None
+    if type(value) in (dict, list, set):
+        return place if 0 < len(value) <= _MOST_ITEMS else None  # type: ignore[arg-type]
+    own = getattr(value, "__dict__", None)
+    parts = [*own.values()][:_MOST_ITEMS] if type(own) is dict else []
+    return place if any(map(_cannot_be_pickled, [value, *parts])) else None
+
+
+def _cannot_be_pickled(value: Any) -> bool:
+    if type(value) in _NO_OBJECTS:
+        return False
+    try:
+        value.__reduce_ex__(5)
+    except Exception:  # noqa: BLE001 -- a TypeError mostly; some types have code of their own
+        return True
+    return False
 
 
 def _is_there(module: str, attribute: str, value: object) -> bool:

@@ -308,25 +308,108 @@ def test_what_a_worker_changes_of_a_class_stays_there(tmp_path: Path) -> None:
 
 def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_path: Path) -> None:
     """It follows the program, whose class it is; nothing is run again for that."""
+    (tmp_path / "counting.py").write_text(
+        "made = []\nclass Base:\n"
+        "    def __init_subclass__(cls):\n        made.append(cls.__name__)\n"
+    )
     body = """
-        import sys
-        class Base:
-            def __init_subclass__(cls):
-                vars(sys).setdefault("made", []).append(cls.__name__)
-        class Child(Base):
+        import counting
+        class Child(counting.Base):
             shared = 1
         def look(x):
             import gc
             gc.collect()  # what nothing holds between two tasks is gone
-            return sys.made, x.shared
+            return counting.made, x.shared
         def after(value):
             Child.shared = value
             return Child()
     """
-    asked = "[ask(look, Child()), ask(look, Child()), ask(look, after(5)), sys.made]"
+    asked = "[ask(look, Child()), ask(look, Child()), ask(look, after(5)), counting.made]"
 
     once = ["Child"]
     assert run(body, asked, tmp_path) == [[once, 1], [once, 1], [once, 5], once]
+
+
+# One row per code of the script that runs when a class is made: what fills a list ``made``.
+HOOKS: dict[str, str] = {
+    "__init_subclass__": """
+        class Base:
+            made = []
+            def __init_subclass__(cls, **words):
+                super().__init_subclass__(**words)
+                Base.made.append(cls.__name__)
+        made = Base.made
+    """,
+    "__init_subclass__, a global": """
+        made = []
+        class Base:
+            def __init_subclass__(cls):
+                made.append(cls.__name__)
+    """,
+    "a metaclass": """
+        class Meta(type):
+            made = []
+            def __new__(meta, name, bases, namespace):
+                kind = super().__new__(meta, name, bases, namespace)
+                if bases:
+                    meta.made.append(name)
+                return kind
+        class Base(metaclass=Meta):
+            pass
+        made = Meta.made
+    """,
+    "a metaclass's __init__": """
+        class Meta(type):
+            def __init__(cls, name, bases, namespace):
+                super().__init__(name, bases, namespace)
+                if bases:
+                    cls.made.append(name)
+                else:
+                    cls.made = []
+        class Base(metaclass=Meta):
+            pass
+        made = Base.made
+    """,
+    "a metaclass of an abstract class": """
+        import abc
+        made = []
+        class Meta(abc.ABCMeta):
+            def __new__(meta, name, bases, namespace):
+                made.extend([name] if bases else [])
+                return super().__new__(meta, name, bases, namespace)
+        class Base(metaclass=Meta):
+            pass
+    """,
+    "enumerations": """
+        import enum
+        made = []
+        class Base(enum.Enum):
+            def __init_subclass__(cls):
+                made.append(cls.__name__)
+    """,
+}
+
+
+@pytest.mark.parametrize("main", ["value", "run"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_what_classes_have_filled_when_they_were_made_is_there_once(
+    hook: str, main: str, tmp_path: Path
+) -> None:
+    body = f"""
+{textwrap.dedent(HOOKS[hook])}
+class One(Base):
+    X = 1
+class Two(Base):
+    X = 2
+def look():
+    class Three(Base):
+        X = 3
+    return made, [kind.__name__ for kind in (One, Two)]
+"""
+    asked = "[ask(look), made]"
+
+    told = [[["One", "Two", "Three"], ["One", "Two"]], ["One", "Two"]]
+    assert run(body, asked, tmp_path, main=main) == told
 
 
 # One row per place where something hides that no pickler can send: the call, and where the

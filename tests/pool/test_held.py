@@ -49,6 +49,16 @@ WAYS: dict[str, tuple[str, str, str]] = {
         "hit() or seen['hits']",
         "[1, 2, 3]",
     ),
+    "from, renamed, what cannot be pickled": (
+        "from app import guard as lock\nimport app",
+        "lock is app.guard",
+        "[True] * 3",
+    ),
+    "from, renamed, what holds such": (
+        "from app import state as of_app\nimport app",
+        "of_app is app.state",
+        "[True] * 3",
+    ),
     "everything": ("from app import *", "hit() or counters['hits']", "[1, 2, 3]"),
     "an assignment": (
         "import app\ncounters = app.counters",
@@ -141,7 +151,6 @@ NEEDS_SOURCE = {
     "a variable of a decorator",
     "an attribute of a class",
     "a default",
-    "from, renamed",
     "an attribute of an attribute",
     "given to a module by the script",
     "of a package",
