@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "FROM_OUTSIDE",
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
@@ -33,6 +34,10 @@ __all__ = [
     "naming",
     "text_of",
 ]
+
+FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
+"""Exit codes of processes that may have met this by chance: the out-of-memory killer's, and what
+service managers send. It says nothing about what they ran."""
 
 
 class SafepoolError(Exception):

@@ -7,8 +7,9 @@ whoever is there, on a busy host several newborn workers in a row.
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
+
+from safepool.errors import FROM_OUTSIDE
 
 __all__ = ["Patience"]
 
@@ -17,7 +18,6 @@ _MOST_CRASHED = 3
 _MOST_KILLED = 20
 _FIRST_PAUSE_S = 0.05
 _MOST_PAUSE_S = 1.0
-_FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Patience:
         Returns:
             Seconds before another is started; ``None`` if none is to be.
         """
-        if exitcode in _FROM_OUTSIDE and not ours:
+        if exitcode in FROM_OUTSIDE and not ours:
             self.killed += 1
             pause_s = min(_FIRST_PAUSE_S * 2 ** (self.killed - 1), _MOST_PAUSE_S)
             return pause_s if self.killed < _MOST_KILLED else None

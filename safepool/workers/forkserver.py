@@ -9,7 +9,8 @@ and forks a worker in milliseconds. There is one for each distinct setting,
 shared by the pools of this process and kept for the next ones; it ends with the program.
 
 What goes wrong, and what is done:
-    It is killed            its workers live on; another is started when one is needed.
+    It is killed            its workers live on; another is started when one is needed. The script
+                            is run again; it is not to blame before the third in a row.
     The script cannot be    the pool has another server, which has not run it, and its functions
     run there               travel by value; told once.
     An import crashes or    another is started without that library; one that started threads
@@ -53,7 +54,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool import linux
-from safepool.errors import describe_exit, naming
+from safepool.errors import FROM_OUTSIDE, describe_exit, naming
 from safepool.transport import letters
 from safepool.workers import birth, forked, script
 from safepool.workers.contained import ContainedLogger
@@ -543,7 +544,7 @@ class _Server:
                 if strict and attempt < 2:
                     self._preload(modules, given_up, strict=strict)
                 if self._plan is not None and self._marks is None:
-                    self._marks = self._run_script(self._plan, given_up)
+                    self._marks = self._run_script(self._plan, given_up, again=attempt < 2)
                 # After the script, which imports in its own order and sets before what it wants.
                 if not strict and attempt < 2:
                     self._preload(modules, given_up, strict=strict)
@@ -564,11 +565,12 @@ class _Server:
         Raises:
             _NoInterpreterError: None has ever said a word.
         """
-        silent = not self._answers
-        if not isinstance(error, TimeoutError):
+        silent, late, process = not self._answers, isinstance(error, TimeoutError), self._process
+        assert process is not None
+        if not late:
             self._await_the_end()
         ending = self._stop()
-        if silent and (attempt or isinstance(error, TimeoutError)):
+        if silent and (late or (attempt and process.returncode not in FROM_OUTSIDE)):
             raise _no_interpreter(f"was started as an interpreter, and {ending}")
         _log.info("a fork server was lost and is started again: it %s", ending)
         return ending
@@ -724,7 +726,9 @@ class _Server:
         _log.warning("%s is not preloaded: %s", importing, why)
         _leave_out([importing])
 
-    def _run_script(self, plan: MainPlan, given_up: Callable[[], bool]) -> Mapping[str, bytes]:
+    def _run_script(
+        self, plan: MainPlan, given_up: Callable[[], bool], *, again: bool
+    ) -> Mapping[str, bytes]:
         known: Any = multiprocessing.process
         details = {
             **self._details(),
@@ -748,6 +752,8 @@ class _Server:
             raise _CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
         except (_LostError, ConnectionError):
             ending = self._await_the_end()
+            if again and self._process is not None and self._process.returncode in FROM_OUTSIDE:
+                raise  # no fault of the script's
             raise _CannotRunError(f"while it was run, the fork server {ending}") from None
         if what == "threads":
             raise self._useless(report, imported=bool(self._asked))

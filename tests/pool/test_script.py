@@ -102,6 +102,36 @@ def test_the_top_level_is_run_once_for_all_workers(way: str, tmp_path: Path) -> 
     assert runs(tmp_path) == "PS"
 
 
+@pytest.mark.parametrize("when", ["first", "again"])
+def test_a_server_that_is_killed_while_it_runs_the_script_is_no_fault_of_it(
+    when: str, tmp_path: Path
+) -> None:
+    """Neither before the pool has a worker nor when it needs another: the script is run again."""
+    program = """
+    import signal
+    if __name__ != "__main__" and os.path.exists("kill"):
+        os.unlink("kill")
+        os.kill(os.getpid(), signal.SIGKILL)
+    def look():
+        return __name__, os.getppid()
+    if __name__ == "__main__":
+        with open("kill", "w"):
+            pass
+        with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
+            name, server = pool.submit(look).result()
+            if sys.argv[1:] == ["again"]:
+                with open("kill", "w"):
+                    pass
+                os.kill(server, signal.SIGKILL)
+            print(name, *{pool.submit(look).result()[0] for _ in range(3)})
+    """
+    out, err = run(program, tmp_path, "program.py", *[when][when == "first" :])
+
+    assert out == "__mp_main__ __mp_main__\n", err
+    assert "by value" not in err
+    assert runs(tmp_path) == ("PSS" if when == "first" else "PSSSS")
+
+
 def test_two_pools_share_the_run_and_one_by_value_has_none(tmp_path: Path) -> None:
     program = """
     def look():

@@ -87,6 +87,25 @@ def test_a_killed_server_costs_nobody_and_is_started_again(
     assert "a fork server was lost" in caplog.text
 
 
+def test_newborn_servers_that_are_killed_say_nothing_about_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a busy host; the pool has its workers from a server all the same."""
+    start = forkserver._Server._start
+    killed: list[int | None] = []
+
+    def start_and_kill(server: Any) -> None:
+        start(server)
+        if len(killed) < 3:
+            killed.append(server.pid)
+            os.kill(server.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(forkserver._Server, "_start", start_and_kill)
+    with ProcessPool(1, env={"SAFEPOOL_TEST_SETTING": "killed"}) as pool:
+        assert pool.submit(os.getppid).result(timeout=60) in forkserver.running()
+    assert len(killed) == 3
+
+
 def test_how_a_server_ended_is_told_also_if_its_socket_ended_first(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
