@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import os
 import queue
 import threading
 import time
@@ -29,6 +30,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.fork import leave_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +58,21 @@ class ThreadThatStarts(threading.Thread):
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
         super().__init__(target=target, name=name, daemon=True)
+        self._runs = False
+
+    def run(self) -> None:
+        """Run the target, in the thread."""
+        self._runs = True
+        super().run()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, also if it has only been started: the base would raise."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._runs:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            time.sleep(_BRIEF_S)
+        super().join(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def start(self) -> None:
         """Start it.
@@ -85,6 +102,19 @@ class ThreadThatStarts(threading.Thread):
             raise
 
 
+def _contain(run: Callable[[], None], failed: str) -> None:
+    """Run the program's code: what it raises costs no other, and a fork of it ends with it."""
+    here = os.getpid()
+    try:
+        run()
+    except BaseException as error:  # noqa: BLE001 -- a callback's SystemExit too
+        if os.getpid() != here:
+            leave_fork(error)
+        _log.exception(failed)
+    if os.getpid() != here:
+        leave_fork()
+
+
 class _Job:
     """Something that one thread runs, and the scheduler may wait for."""
 
@@ -104,10 +134,7 @@ class _Job:
         """Run it, and return whether the scheduler still waits."""
         run, self.run = self.run, None
         assert run is not None
-        try:
-            run()
-        except BaseException:  # noqa: BLE001 -- a job contains what the program's code raises
-            _log.exception("a job of the pool's own failed")
+        _contain(run, "a job of the pool's own failed")
         del run  # what it refers to is dropped here, whatever a finalizer does
         self.ended = True
         return self._decide()
@@ -287,10 +314,7 @@ class _Turn:
     def do(self) -> None:
         run, self.run = self.run, None
         assert run is not None
-        try:
-            run()
-        except BaseException:  # noqa: BLE001 -- a callback's SystemExit must not cost others
-            _log.exception("a callback of a future raised")
+        _contain(run, "a callback of a future raised")
         del run
         self.ended = True
         self.lock.release()

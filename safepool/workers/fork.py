@@ -1,4 +1,4 @@
-"""A task that forks: its child is no worker."""
+"""Code of the user's that forks: its child goes on with none of ours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
-__all__ = ["Fork"]
+__all__ = ["Fork", "leave_fork"]
 
 
 class Fork:
@@ -40,17 +41,25 @@ class Fork:
         Args:
             error: What the task raised here.
         """
-        if not self.here:
-            return
-        code = 0
-        if isinstance(error, SystemExit):
-            code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-        elif error is not None:
-            sys.excepthook(type(error), error, error.__traceback__)
-            code = 1
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (AttributeError, OSError, ValueError):
-                pass
-        os._exit(code & 0xFF)
+        if self.here:
+            leave_fork(error)
+
+
+def leave_fork(error: BaseException | None = None) -> NoReturn:
+    """End this process, as a fork of any program ends.
+
+    Args:
+        error: What was raised in it.
+    """
+    code = 0
+    if isinstance(error, SystemExit):
+        code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
+    elif error is not None:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
+    os._exit(code & 0xFF)

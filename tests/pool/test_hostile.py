@@ -18,6 +18,7 @@ from support_processes import run_python, still_alive, wait_until
 
 import safepool
 from safepool import ProcessPool
+from safepool.pool.hands import ThreadThatStarts
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -201,6 +202,58 @@ def test_a_task_that_forks_and_returns_answers_once() -> None:
         after = [pool.submit(tasks.square, n) for n in range(5)]
         assert future.result(timeout=30) > 0
         assert [f.result(timeout=30) for f in after] == [0, 1, 4, 9, 16]
+
+
+class Forks:
+    """Forks when it is pickled, waits for the child, and arrives as 7."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        child = os.fork()
+        if not child:
+            sys.exit()
+        os.waitpid(child, 0)
+        return int, (7,)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("code", [None, 3])
+def test_a_fork_that_a_callback_makes_ends_with_it(code: int | None) -> None:
+    """Also one that pickling makes: as where the program's own thread forks."""
+    codes: list[int] = []
+
+    def fork(_future: object) -> None:
+        child = os.fork()
+        if child:
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        elif code is not None:
+            sys.exit(code)
+
+    with ProcessPool(1) as pool:
+        first = pool.submit(tasks.square, 2)
+        first.add_done_callback(fork)
+        assert pool.submit(abs, Forks()).result(timeout=30) == 7
+        assert first.result(timeout=30) == 4
+    assert codes == [code or 0]
+
+
+def test_a_thread_may_be_joined_before_it_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool is shut down right after its first callback."""
+    begins, ran = threading.Event(), threading.Event()
+    bootstrap = vars(threading.Thread)["_bootstrap"]
+
+    def begin_late(thread: threading.Thread) -> None:
+        begins.wait(30)
+        bootstrap(thread)
+
+    monkeypatch.setattr(ThreadThatStarts, "_bootstrap", begin_late, raising=False)
+    thread = ThreadThatStarts(ran.set, "late")
+    thread.start()
+    thread.join(0.01)
+    assert not ran.is_set()
+    begins.set()
+    thread.join()
+    assert ran.is_set()
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, RuntimeError])
