@@ -8,7 +8,9 @@ that people already have.
 from __future__ import annotations
 
 import errno
+import functools
 import signal
+import threading
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ __all__ = [
     "UnreadableLimitError",
     "WorkerDiedError",
     "describe_exit",
+    "let_handlers_pass",
     "naming",
     "text_of",
 ]
@@ -443,6 +446,38 @@ def text_of(error: BaseException) -> str:
         return str.__str__(str(error))  # a plain one: a subclass of str may not travel
     except BaseException:  # noqa: BLE001 -- user code
         return "(its text cannot be had)"
+
+
+def let_handlers_pass(error: Exception) -> None:
+    """Raise an exception again if a signal's handler has raised it in the middle of something.
+
+    For whoever goes on after any exception, in a thread of the program's: what is done there has
+    not failed, and the program waits for what its handler raises.
+
+    Args:
+        error: The exception that was caught.
+
+    Raises:
+        Exception: It is a handler's.
+    """
+    trace = error.__traceback__
+    if trace is None or threading.current_thread() is not threading.main_thread():
+        return  # handlers run in the main thread (Python, signal, "Execution of handlers")
+    codes = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    while trace is not None:
+        if trace.tb_frame.f_code in codes:
+            raise error
+        trace = trace.tb_next
+
+
+def _code_of(handler: object) -> object:
+    """Return the code that a call of this runs first; ``None`` if that is no Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    function = getattr(handler, "__func__", handler)
+    if not hasattr(function, "__code__"):
+        function = vars(type(handler)).get("__call__")
+    return getattr(function, "__code__", None)
 
 
 def _signal_name(number: int) -> str:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import PoolBrokenError, text_of
+from safepool.errors import PoolBrokenError, let_handlers_pass, text_of
 from safepool.machine import tell_once
 from safepool.pool import refusals
 from safepool.pool.exits import has_exited, working
@@ -106,8 +106,8 @@ class Hiring:
             return
         try:
             self._packed = self._pack()
-        except Exception:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
-            pass
+        except Exception as error:  # noqa: BLE001 -- user code; told to every task when a worker is wanted
+            let_handlers_pass(error)
 
     def prepare(self) -> None:
         """Do what must be done before one or more workers are started, and before :meth:`pack`.

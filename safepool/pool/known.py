@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safepool.errors import let_handlers_pass
 from safepool.machine import tell_once
 from safepool.pool.mains import Look, PlainFunction
 from safepool.pool.prints import Print, exposed, print_of
@@ -109,6 +110,6 @@ class Known:
             if self.doubts.is_of(print_of(doubts)[0]):
                 return True
             self.unsteady = print_of(doubts)[0][0] != print_of(doubts)[0][0]
-        except Exception:  # noqa: BLE001 -- user code; it is pickled again, and raises there
-            pass
+        except Exception as error:  # noqa: BLE001 -- user code; it is pickled again, and raises there
+            let_handlers_pass(error)
         return False

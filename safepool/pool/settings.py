@@ -17,6 +17,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.settings import (
     Packed,
@@ -121,27 +122,29 @@ class Settings:
             if one.of_thread and not ours:
                 continue
             try:
-                if one.glance is not None:
-                    seen = one.glance(one.module)
-                    if seen is not None and seen is one.seen:
-                        continue
-                    one.seen = seen
+                seen = None if one.glance is None else one.glance(one.module)
+                if seen is not None and seen is one.seen:
+                    continue
                 value = one.read(one.module)
                 if one.known and one.value == value:
+                    one.seen = seen
                     continue
             except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
+                let_handlers_pass(error)
                 _log.debug("the setting %s cannot be read: %r", one.row.name, error)
                 continue
-            one.known, one.value = True, value
             packed = self._pack(one.row, value)
             if packed is not None:
                 self._packed[one.row.name] = packed
                 self.state = object()  # after that: who reads begins with it
+            # Last: whatever a signal's handler interrupts is done by the next look.
+            one.known, one.value, one.seen = True, value, seen
 
     def _pack(self, row: Setting, value: object) -> Packed | None:
         try:
             return pack_setting(row, value)
         except Exception as error:  # noqa: BLE001 -- user code; workers do without
+            let_handlers_pass(error)
             _log.warning("workers do not have the program's %s: %r", row.name, error)
             return None
 

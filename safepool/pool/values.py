@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.pool.mains import ABSENT, Look, is_definition, is_importable, is_plain
 from safepool.pool.prints import Print, length, print_of, steadily
 from safepool.transport import payloads
@@ -122,7 +123,8 @@ def look_at(values: Sequence[object]) -> Looked:
     if looked.look.doubts:
         try:
             looked.printed, looked.replaced = print_of(looked.look.doubts)
-        except Exception:  # noqa: BLE001 -- user code; the pickle of the whole tells, or raises
+        except Exception as error:  # noqa: BLE001 -- user code; the pickle of the whole tells, or raises
+            let_handlers_pass(error)
             looked.failed = True
     looked.look.forget_doubts()
     return looked

@@ -6,7 +6,7 @@ import pickle
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from safepool.errors import text_of
+from safepool.errors import let_handlers_pass, text_of
 from safepool.machine import tell_once
 from safepool.pool.circles import components
 from safepool.pool.deliveries import Delivery
@@ -99,6 +99,7 @@ class Walk:
             except Exception as error:
                 if not self._quiet:
                     raise
+                let_handlers_pass(error)
                 self.missing[name] = f"{type(error).__name__}: {text_of(error)}"
                 continue
             if self._quiet and sum(map(length, one.segments)) > QUIET_BYTES:
@@ -166,7 +167,8 @@ class Walk:
     def _try(self, name: str) -> None:
         try:
             self.go([name])
-        except Exception:  # noqa: BLE001 -- perhaps nobody asks for it
+        except Exception as error:  # noqa: BLE001 -- perhaps nobody asks for it
+            let_handlers_pass(error)
             self._pickled.pop(name, None)
 
     def _there(self, name: str) -> Pickled | None:
@@ -185,7 +187,8 @@ class Walk:
             return None
         try:
             one = self._alone(name)
-        except Exception:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
+        except Exception as error:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
+            let_handlers_pass(error)
             one = Pickled((name,), (None,), [b""], nothing, nothing, (), {}, True)
         one.there = True
         return one

@@ -12,6 +12,8 @@ import time
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -59,7 +61,8 @@ def find_unpicklable(value: object, dumps: Callable[[object], object]) -> str:
 def _fails(part: object, dumps: Callable[[object], object]) -> bool:
     try:
         dumps(part)
-    except Exception:  # noqa: BLE001 -- user code is run by pickling
+    except Exception as error:  # noqa: BLE001 -- user code is run by pickling
+        let_handlers_pass(error)
         return True
     return False
 

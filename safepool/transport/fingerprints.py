@@ -15,6 +15,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.transport.marks import is_of_main, mark_of
 from safepool.transport.sharing import Shared
 
@@ -60,7 +61,8 @@ def fingerprint(value: object) -> bytes | None:
         _Pickler(sink, protocol=5, buffer_callback=sink.add_buffer).dump(value)
     except _TooLargeError:
         return UNKNOWN
-    except Exception:  # noqa: BLE001 -- user code; a pickler may raise anything
+    except Exception as error:  # noqa: BLE001 -- user code; a pickler may raise anything
+        let_handlers_pass(error)
         return None
     return sink.hash.digest()
 

@@ -26,6 +26,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
+
 if TYPE_CHECKING:
     import ast
     from collections.abc import Iterator, Mapping, Sequence
@@ -264,7 +266,8 @@ def _cannot_be_pickled(value: Any) -> bool:
         return False
     try:
         value.__reduce_ex__(5)
-    except Exception:  # noqa: BLE001 -- a TypeError mostly; some types have code of their own
+    except Exception as error:  # noqa: BLE001 -- a TypeError mostly; some types have code of their own
+        let_handlers_pass(error)
         return True
     return False
 
@@ -277,7 +280,8 @@ def _is_there(module: str, attribute: str, value: object) -> bool:
         if getattr(found, "__spec__", None) is None:
             return False  # made by the program: nobody else can import it
         return _get(found, attribute) is value
-    except Exception:  # noqa: BLE001 -- a module's own __getattr__
+    except Exception as error:  # noqa: BLE001 -- a module's own __getattr__
+        let_handlers_pass(error)
         return False
 
 
@@ -380,6 +384,7 @@ def _copy_of(value: object) -> bytes | None:
     file = _Short()
     try:
         dump_by_value(value, file)
-    except Exception:  # noqa: BLE001 -- user code
+    except Exception as error:  # noqa: BLE001 -- user code
+        let_handlers_pass(error)
         return None
     return file.getvalue()

@@ -14,6 +14,7 @@ import sys
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.transport.descriptors import (
     CONNECTION,
     Incoming,
@@ -127,7 +128,8 @@ def _by_reference(
         return None
     try:
         segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
-    except Exception:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+    except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+        let_handlers_pass(error)
         return None
     pickled = segments[0]
     right = CONNECTION not in pickled and _SENTINEL not in pickled
@@ -155,8 +157,8 @@ def _dumps_by(
             dump = functools.partial(_standard_dumps, reducers=reducers, known=known)
             try:
                 segments = _dumps(value, dump)
-            except Exception:  # noqa: BLE001 -- as above
-                pass
+            except Exception as error:  # noqa: BLE001 -- as above
+                let_handlers_pass(error)
             else:
                 if _is_right(segments[0], into_main=into_main):
                     return segments

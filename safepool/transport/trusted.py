@@ -23,6 +23,7 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.transport.frames import Missing
 from safepool.transport.marks import MAIN_NAMES
 from safepool.transport.memmaps import Reducers
@@ -109,7 +110,8 @@ def dumps(value: object) -> list[bytes | memoryview]:
     kind = _array_pickler() if "numpy" in sys.modules else _Pickler
     try:
         kind(file, protocol=5, buffer_callback=in_band).dump(value)
-    except Exception:  # noqa: BLE001 -- UntrustedError, or what the other pickler says better
+    except Exception as error:  # noqa: BLE001 -- UntrustedError, or what the other pickler says better
+        let_handlers_pass(error)
         raise UntrustedError from None
     return [file.getvalue(), *buffers]
 

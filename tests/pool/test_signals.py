@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ import support_tasks as tasks
 
 import safepool
 from safepool import ProcessPool
+from safepool.errors import let_handlers_pass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -171,6 +173,59 @@ def test_a_handler_may_come_at_any_moment_of_a_call(call: str, handler: str) -> 
                 break
 
 
+class StopError(Exception):
+    """An error that a handler raises, as those of time limits do."""
+
+
+class Stopping:
+    """A handler that is no function."""
+
+    def __call__(self, *_: object) -> None:
+        raise StopError
+
+
+def stop(*_: object) -> None:
+    raise StopError
+
+
+@pytest.mark.parametrize("handler", [stop, Stopping(), Stopping().__call__, partial(stop, 1)])
+def test_an_error_of_a_handlers_is_known_as_such(handler: Any) -> None:
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(StopError) as raised:
+            signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(StopError):
+            let_handlers_pass(raised.value)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    let_handlers_pass(raised.value)  # nobody's any more
+    let_handlers_pass(StopError())
+
+
+# Here the handler is a real one: its errors are told from others by that.
+@pytest.mark.parametrize("value", [-1, Path("a"), Stopping()], ids=["plain", "library", "own"])
+def test_no_error_of_a_handlers_is_lost_in_a_submit(value: object) -> None:
+    """What goes on after any error, of a library or a class of the program, lets this one pass."""
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with ProcessPool(1) as pool:
+            pool.submit(repr, value).result(timeout=30)
+            for place in places(3):
+                try:
+                    reached = interrupted_at(
+                        place,
+                        lambda: pool.submit(repr, value),
+                        lambda: signal.raise_signal(signal.SIGUSR1),
+                    )
+                except StopError:
+                    continue
+                assert not reached
+                break
+            assert pool.submit(abs, -3).result(timeout=30) == 3
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # A socket that was made and not yet kept.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("handler", ["raises", "waits for another call"])
@@ -260,11 +315,11 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
             f"""
             import signal, sys, safepool
 
-            class Stop(Exception): pass
+            class StopError(Exception): pass
 
             def stop(*_):
                 pool.{end}
-                raise Stop
+                raise StopError
 
             if __name__ == "__main__":
                 pool = safepool.ProcessPool(2)
@@ -274,7 +329,7 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
                 try:
                     while True:
                         pool.submit(abs, 1)
-                except Stop:
+                except StopError:
                     print("stopped", flush=True)
             """
         )
