@@ -184,7 +184,7 @@ def definitions() -> list[str]:
     return [
         name
         for name, value in list(main_space().items())
-        if is_definition(value) and not is_importable(value) and not name.startswith("__")
+        if is_definition(value) and not is_importable(value) and name not in OF_ANY_MODULE
     ]
 
 

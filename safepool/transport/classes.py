@@ -18,6 +18,7 @@ Not covered:
 from __future__ import annotations
 
 import abc
+import collections.abc
 import contextlib
 import enum
 import operator
@@ -28,6 +29,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from cloudpickle import cloudpickle as _internals
+
+from safepool.transport.held import is_importable
+from safepool.transport.marks import MAIN_NAMES, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +63,7 @@ _OF_CTYPES = frozenset({"_type_", "_length_", "_flags_", "_argtypes_", "_restype
 _SET_ONCE = frozenset({"__slots__", "_fields_"})
 _OF_A_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_"})
 _ATTRIBUTES_OF_MEMBERS = "<members>"
+_REGISTERED_WITH = "<registered>"
 
 
 def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
@@ -101,11 +106,28 @@ def _attributes_of(kind: type) -> dict[str, Any]:
     if callable(vars(kind).get("__annotate_func__")):
         found["__annotate__"] = vars(kind)["__annotate_func__"]
     if isinstance(kind, abc.ABCMeta) and found.pop("_abc_impl", None) is not None:
-        registry, *_ = abc._get_dump(kind)  # type: ignore[attr-defined]
-        found["_abc_impl"] = [one for reference in registry if (one := reference()) is not None]
+        found["_abc_impl"] = _registered(kind)
+    if kind.__module__ in MAIN_NAMES and (abstract := _registered_with(kind)):
+        found[_REGISTERED_WITH] = abstract
     if "_fields_" in found:  # of ctypes: it reads the others
         found["_fields_"] = found.pop("_fields_")
     return found
+
+
+def _registered(abstract: type) -> list[type]:
+    registry, *_ = abc._get_dump(abstract)  # type: ignore[attr-defined]
+    return [one for reference in registry if (one := reference()) is not None]
+
+
+def _registered_with(kind: type) -> list[type]:
+    spaces = vars(collections.abc), vars(sys.modules.get("numbers", abc)), main_space()
+    found = {
+        id(one): one
+        for space in spaces
+        for one in [*space.values()]
+        if issubclass(type(one), abc.ABCMeta) and is_importable(one)
+    }
+    return [one for one in found.values() if any(kind is other for other in _registered(one))]
 
 
 def _is_made_anew(kind: type, value: object) -> bool:
@@ -286,6 +308,9 @@ def fill_class(kind: type, attributes: dict[str, Any]) -> None:
         if name == "_abc_impl":
             for registered in value:
                 abc.ABCMeta.register(kind, registered)  # type: ignore[arg-type]
+        elif name == _REGISTERED_WITH:
+            for abstract in value:
+                abc.ABCMeta.register(abstract, kind)
         elif name == _ATTRIBUTES_OF_MEMBERS:
             for member, own in value.items():
                 vars(kind.__members__[member]).update(own)  # type: ignore[attr-defined]

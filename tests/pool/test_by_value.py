@@ -330,6 +330,28 @@ def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_pat
     assert run(body, asked, tmp_path) == [[once, 1], [once, 1], [once, 5], once]
 
 
+def test_a_class_is_registered_with_abstract_classes_of_modules(tmp_path: Path) -> None:
+    """Those of the standard library, and those that the script has by name."""
+    (tmp_path / "shapes.py").write_text("import abc\nclass Shape(abc.ABC):\n    pass\n")
+    body = """
+        import collections.abc, numbers
+        from shapes import Shape as Abstract
+        @Abstract.register
+        @collections.abc.Sequence.register
+        class Registered:
+            pass
+        class Other:
+            pass
+        numbers.Number.register(Other)
+        def ask_all(*things):
+            kinds = Abstract, collections.abc.Sequence, numbers.Number
+            return [[isinstance(thing, kind) for kind in kinds] for thing in things]
+    """
+
+    told = [[True, True, False], [False, False, True]]
+    assert run(body, "ask(ask_all, Registered(), Other())", tmp_path) == told
+
+
 # One row per code of the script that runs when a class is made: what fills a list ``made``.
 HOOKS: dict[str, str] = {
     "__init_subclass__": """

@@ -157,6 +157,20 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(call_by_name, 'registered')",
         [(True, True)],
     ),
+    "the module's own __getattr__": (
+        """
+        import sys
+        __all__ = ["late"]
+        def __getattr__(name):
+            if name == "late":
+                return 5
+            raise AttributeError(name)
+        def ask_main(name):
+            return getattr(sys.modules["__main__"], name, None)
+        """,
+        "ask(ask_main, 'late'); ask(ask_main, 'never')",
+        [5, None],
+    ),
     "classes that register themselves": (
         """
         class Base:
