@@ -297,7 +297,8 @@ def _reduce_derived(kind: Any) -> tuple[Any, ...] | None:
                 return getattr, (native, order)
     if base is ctypes.Array and kind._type_ * kind._length_ is kind:
         return operator.mul, (kind._type_, kind._length_)
-    if base is ctypes._CFuncPtr and kind._flags_ == ctypes._FUNCFLAG_CDECL:
+    is_prototype = hasattr(kind, "_argtypes_")
+    if base is ctypes._CFuncPtr and is_prototype and kind._flags_ == ctypes._FUNCFLAG_CDECL:
         return ctypes.CFUNCTYPE, (kind._restype_, *kind._argtypes_)
     return None
 

@@ -7,6 +7,8 @@
     modules                  of a type derived from ``ModuleType``: imported by name
     context variables        made once, with their default and no value
     weak dictionaries        what they hold at the moment
+    libraries of ``ctypes``  loaded by name, and their functions, with the types that they were
+                             given: an address is good in one process only
 
 Each is the program's own again where a result brings it back.
 """
@@ -49,8 +51,9 @@ def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
         return NotImplemented
     if issubclass(kind, types.ModuleType):
         return _reduce_module(obj)
-    if kind is object:
-        return _reduce_object(obj)
+    special = _reduce_object(obj) if kind is object else _reduce_c(obj, kind)
+    if special is not None:
+        return special
     plain: Any = object
     if kind.__reduce__ is plain.__reduce__ and kind.__reduce_ex__ is plain.__reduce_ex__:
         if len(_plain) >= _MOST_PLAIN:
@@ -61,6 +64,53 @@ def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
     if isinstance(reduced, str) and not _is_in_its_module(obj, reduced) and _has(reduced, obj):
         return _named(reduced, object.__new__, (kind,), object.__getstate__(obj))
     return reduced
+
+
+def _reduce_c(obj: Any, kind: Any) -> Any:
+    """Reduce a library that ``ctypes`` has loaded, or a function of one; else return ``None``."""
+    ctypes: Any = sys.modules.get("ctypes")
+    if ctypes is None:
+        return None
+    if kind in (ctypes.CDLL, ctypes.PyDLL):
+        functions = {
+            name: (one.__name__, about)
+            for name, one in vars(obj).items()
+            if issubclass(type(one), obj._FuncPtr) and (about := _about_function(one))
+        }
+        with_errno = bool(obj._FuncPtr._flags_ & ctypes._FUNCFLAG_USE_ERRNO)
+        made_of = kind, obj._name, with_errno
+        return _load_library, made_of, functions, None, None, _fill_library
+    if issubclass(kind, ctypes._CFuncPtr):
+        library: Any = (obj._objects or {}).get("0")
+        if type(library) in (ctypes.CDLL, ctypes.PyDLL) and kind is library._FuncPtr:
+            return _function_of, (library, obj.__name__, _about_function(obj))
+    return None
+
+
+def _about_function(function: Any) -> dict[str, Any]:
+    fresh = type(function)
+    about = {
+        "argtypes": function.argtypes,
+        "restype": None if function.restype is fresh._restype_ else (function.restype,),
+        "errcheck": function.errcheck,
+    }
+    return {name: value for name, value in about.items() if value is not None}
+
+
+def _load_library(kind: Any, name: str | None, with_errno: bool) -> Any:
+    return kind(name, use_errno=with_errno)
+
+
+def _fill_library(library: Any, functions: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    for name, made_of in functions.items():
+        setattr(library, name, _function_of(library, *made_of))
+
+
+def _function_of(library: Any, name: str, about: dict[str, Any]) -> Any:
+    function = library[name]
+    for key, value in about.items():
+        setattr(function, key, value[0] if key == "restype" else value)
+    return function
 
 
 def table() -> dict[type, Callable[[Any], Any]]:

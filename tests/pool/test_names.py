@@ -157,6 +157,23 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(call_by_name, 'registered')",
         [(True, True)],
     ),
+    "a library of C, and its functions": (
+        """
+        import ctypes
+        library = ctypes.CDLL(None, use_errno=True)
+        library.labs.argtypes = [ctypes.c_long]
+        library.labs.restype = ctypes.c_long
+        to_number = library.atoi
+        to_number.argtypes = [ctypes.c_char_p]
+        def call(x):
+            library.labs.errcheck = lambda got, *_: got + x
+            return library.labs(-(2**40)) - 2**40, to_number(b"12"), library.abs(-3)
+        def types():
+            return library.labs.restype is ctypes.c_long, to_number.argtypes[0] is ctypes.c_char_p
+        """,
+        "ask(types); ask(call, 1); ask(call, 2)",
+        [(True, True), (1, 12, 3), (2, 12, 3)],
+    ),
     "the module's own __getattr__": (
         """
         import sys
