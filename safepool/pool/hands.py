@@ -87,19 +87,21 @@ class ThreadThatStarts(threading.Thread):
             return
         if "_context" in own and own["_context"] is None:  # Python 3.14
             own["_context"] = contextvars.Context()
-        limbo[self] = self
-        try:
-            bootstrap: Any = self._bootstrap
-            # Python 3.14 and 3.13: without it nobody could join the thread.
-            handle = own.get("_os_thread_handle") or own.get("_handle")
-            if handle is not None:
-                start: Any = vars(_thread)["start_joinable_thread"]
-                start(bootstrap, handle=handle, daemon=True)
-            else:
-                _thread.start_new_thread(bootstrap, ())
-        except BaseException:
-            limbo.pop(self, None)
-            raise
+        bootstrap: Any = self._bootstrap
+
+        def begin() -> None:
+            # Here, and taken back by nobody: what a signal's handler raises in start() may come
+            # before the thread was started, or after.
+            limbo[self] = self
+            bootstrap()
+
+        # Python 3.14 and 3.13: without it nobody could join the thread.
+        handle = own.get("_os_thread_handle") or own.get("_handle")
+        if handle is not None:
+            start: Any = vars(_thread)["start_joinable_thread"]
+            start(begin, handle=handle, daemon=True)
+        else:
+            _thread.start_new_thread(begin, ())
 
 
 def _contain(run: Callable[[], None], failed: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import os
 import signal
@@ -254,6 +255,32 @@ def test_a_thread_may_be_joined_before_it_has_begun(monkeypatch: pytest.MonkeyPa
     thread.join()
     assert ran.is_set()
     assert not thread.is_alive()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="threads are started by another call")
+def test_a_thread_that_an_error_after_its_start_hides_runs(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What a signal's handler raises in ``start`` may come when the thread is there already."""
+    start, begins, ran = _thread.start_new_thread, threading.Event(), threading.Event()
+
+    def start_and_raise(function: Any, arguments: tuple[()]) -> int:
+        def wait_and_begin() -> None:
+            begins.wait(30)
+            function(*arguments)
+
+        start(wait_and_begin, ())
+        raise KeyboardInterrupt
+
+    thread = ThreadThatStarts(ran.set, "hidden")
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", start_and_raise)
+        with pytest.raises(KeyboardInterrupt):
+            thread.start()
+    begins.set()
+    thread.join(30)
+    assert ran.is_set()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, RuntimeError])
