@@ -152,6 +152,8 @@ def _exception(future: concurrent.futures.Future[Any]) -> object:
         return None
 
 
+# A file that is dropped between open() and the block of its with closes itself, and says so.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.parametrize("handler", HANDLERS)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_handler_may_come_at_any_moment_of_a_call(call: str, handler: str) -> None:
