@@ -7,6 +7,8 @@
     modules                  of a type derived from ``ModuleType``: imported by name
     context variables        made once, with their default and no value
     weak dictionaries        what they hold at the moment
+    ``dataclasses.MISSING``  the receiver's own, with which a field's default is compared
+    ``struct.Struct``        by its format
     libraries of ``ctypes``  loaded by name, and their functions, with the types that they were
                              given: an address is good in one process only
 
@@ -16,8 +18,10 @@ Each is the program's own again where a result brings it back.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import functools
 import importlib.util
+import struct
 import sys
 import types
 import typing
@@ -119,6 +123,9 @@ def table() -> dict[type, Callable[[Any], Any]]:
         weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
         weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
         contextvars.ContextVar: _reduce_context_variable,
+        type(dataclasses.MISSING): lambda _: "MISSING",
+        type(dataclasses.KW_ONLY): lambda _: "KW_ONLY",
+        struct.Struct: lambda layout: (struct.Struct, (layout.format,)),
         typing.NewType: _reduce_new_type,
         typing.TypeVar: _reduce_variable,
         typing.ParamSpec: _reduce_variable,

@@ -55,6 +55,34 @@ def run(body: str, asked: str, cwd: Path, method: str = "safepool", main: str = 
 # One row per thing that cloudpickle alone cannot send, or sends as something else: the
 # program, what it asks, and what it gets.
 THINGS: dict[str, tuple[str, str, Any]] = {
+    "a dataclass that another one is derived from": (
+        """
+        import dataclasses
+        @dataclasses.dataclass
+        class Base:
+            needed: int
+        def derive(kind):
+            @dataclasses.dataclass
+            class Child(kind):
+                more: int = 2
+            try:
+                Child()
+            except TypeError:
+                return dataclasses.fields(kind)[0].default is dataclasses.MISSING
+        """,
+        "ask(derive, Base)",
+        True,
+    ),
+    "struct.Struct": (
+        """
+        import struct
+        LAYOUT = struct.Struct("<hh")
+        def unpack(layout, data):
+            return LAYOUT.size, layout.unpack(data.encode())
+        """,
+        "ask(unpack, LAYOUT, chr(97) + chr(0) + chr(98) + chr(0))",
+        [4, [97, 98]],
+    ),
     "lru_cache": (
         """
         import functools
