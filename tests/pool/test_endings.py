@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -187,7 +188,8 @@ def test_an_initializer_that_ends_its_worker_starts_no_storm(how: str, tmp_path:
     assert all(isinstance(error, PoolBrokenError) for error in errors)
     assert len({id(error) for error in errors}) == 50
     assert INITIALIZERS[how] in str(errors[0])
-    assert 1 <= len(endings.lines(path)) <= 4
+    # SIGKILL may have come from outside, and is met with pauses.
+    assert 1 <= len(endings.lines(path)) <= (21 if how == "SIGKILL" else 4)
     causes = {"sys.exit": SystemExit, "raise": RuntimeError}
     if how in causes:
         assert isinstance(errors[0].__cause__ if errors[0] else None, causes[how])
@@ -621,12 +623,18 @@ print(*sorted(told), sep="\\n")
 @linux
 def test_whatever_number_of_descriptors_is_left(tmp_path: Path) -> None:
     """The pool works or says what it lacks, leaks none, and the next one works."""
-    assert program(WITHOUT_DESCRIPTORS, cwd=tmp_path).splitlines() == [
+    told = program(WITHOUT_DESCRIPTORS, cwd=tmp_path)
+
+    # Where a descriptor is left to find that out, they are counted.
+    assert ", 60 are open)" in told
+    met = "(limit met: RLIMIT_NOFILE allows this process 64 open files)"
+    broken = "PoolBrokenError: no worker could be started: [Errno 24] Too many open files"
+    assert {*re.sub(r", \d+ are open", "", told).splitlines()} == {
         "OSError: [Errno 24] Too many open files",
-        "PoolBrokenError: no worker could be started: [Errno 24] Too many open files",
-        "PoolBrokenError: no worker could be started: [Errno 24] Too many open files: '.'",
+        f"{broken} {met}",
+        f"{broken}: '.' {met}",
         "[0, 1, 2]",
-    ]
+    }
 
 
 # One row per way in which the program's descriptors are used up while its only worker dies: how
