@@ -155,13 +155,13 @@ def _is_named_tuple(kind: type) -> bool:
 def _make(meta: type | None, name: str, bases: tuple[Any, ...], keywords: dict[str, Any]) -> type:
     resolved = types.resolve_bases(bases)
     meta = types.prepare_class(name, resolved, {"metaclass": meta} if meta else {})[0]
-    first = _first(meta, lambda one: one not in arrived)
+    first = _first(meta, lambda one: not _is_as_sent(one))
     try:
         namespace: dict[str, Any] = first.__prepare__(name, resolved)
         namespace.update(keywords)
         if resolved is not bases:
             namespace["__orig_bases__"] = bases
-        with _other_hooks(resolved, lambda one: _pass_on(one) if one in arrived else None):
+        with _other_hooks(resolved, _pass_on_if_as_sent):
             made: type = first.__new__(meta, name, resolved, namespace)
         first.__init__(made, name, resolved, namespace)
     except Exception:  # noqa: BLE001 -- user code, which was given a body and keywords at home
@@ -201,7 +201,15 @@ def _other_hooks(bases: Iterable[type], other: Callable[[type], object]) -> Iter
                 type.__setattr__(one, _HOOK, hook)
 
 
-def _pass_on(owner: Any) -> object:
+def _is_as_sent(kind: type) -> bool:
+    """Tell whether a class is as the program has it: what its hooks have filled is sent too."""
+    return kind in arrived or kind.__module__ == "__mp_main__"
+
+
+def _pass_on_if_as_sent(owner: Any) -> object:
+    if not _is_as_sent(owner):
+        return None
+
     def pass_on(kind: Any, /, **words: Any) -> None:
         super(owner, kind).__init_subclass__(**words)
 
@@ -255,14 +263,14 @@ def _make_enum(
     values: dict[str, tuple[tuple[Any, ...], object]],
     boundary: dict[str, Any],
 ) -> type:
-    first = _first(meta, lambda one: one not in arrived)
+    first = _first(meta, lambda one: not _is_as_sent(one))
     namespace = first.__prepare__(name, bases, **boundary)
     namespace.update(about)
     namespace["__new__"] = _new_member
     namespace["__init__"] = _leave_member
     for member, made_of in values.items():
         namespace[member] = made_of
-    with _other_hooks(bases, lambda one: _pass_on(one) if one in arrived else None):
+    with _other_hooks(bases, _pass_on_if_as_sent):
         made: type = first.__new__(meta, name, bases, namespace, **boundary)
     for own in ("__init__", "__new_member__"):  # else enumerations derived from it had them
         type.__delattr__(made, own)

@@ -358,6 +358,28 @@ def test_a_worker_makes_a_class_once_and_learns_what_the_program_changes(tmp_pat
     assert run(body, asked, tmp_path) == [[once, 1], [once, 1], [once, 5], once]
 
 
+@pytest.mark.parametrize("main", ["value", "run"])
+def test_a_class_that_is_made_later_is_filled_in_once(main: str, tmp_path: Path) -> None:
+    """Also where the worker has the base class by running the script."""
+    body = """
+        class Base:
+            made = []
+            def __init_subclass__(cls):
+                Base.made.append(cls.__name__)
+        class One(Base):
+            pass
+        def look(*instances):
+            return list(Base.made)
+        def later():
+            class Local(Base):
+                pass
+            return Local()
+    """
+
+    told = [["One"], ["One", "Local"]]
+    assert run(body, "[ask(look), ask(look, later())]", tmp_path, main=main) == told
+
+
 def test_a_class_is_registered_with_abstract_classes_of_modules(tmp_path: Path) -> None:
     """Those of the standard library, and those that the script has by name."""
     (tmp_path / "shapes.py").write_text("import abc\nclass Shape(abc.ABC):\n    pass\n")
