@@ -89,6 +89,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     max_nbytes: float | str | None = "auto",
     prefer: Literal["processes"] | None = None,
     idle_worker_timeout: float | None = None,
+    end_subprocesses: bool = False,
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
@@ -143,6 +144,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             that keep Python's lock to themselves all the same.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, after the
             block as well; ``None`` is joblib's 300. With 0 all end with the block.
+        end_subprocesses: As for :class:`safepool.ProcessPool`: what tasks have started ends with
+            the program. Without effect on what calls start that run in this process.
 
     Returns:
         A context manager, which gives nothing to ``as``.
@@ -175,6 +178,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         initargs=initargs,
         progress=progress,
         idle_worker_timeout=idle_worker_timeout,
+        end_subprocesses=end_subprocesses,
     )
     backend._takes_hints = _takes_hints(prefer)
     arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
@@ -213,7 +217,7 @@ class Words(TypedDict, total=False):
 
     Attributes:
         threads_per_worker, rounding, retries, memory_per_worker, preload, initializer, initargs,
-            progress: As for :func:`parallel_backend`.
+            progress, end_subprocesses: As for :func:`parallel_backend`.
         timeout: As there. ``Parallel(timeout=)`` is joblib's own.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend; ``None`` is its 300.
@@ -229,6 +233,7 @@ class Words(TypedDict, total=False):
     initargs: tuple[Any, ...]
     progress: bool | str
     idle_worker_timeout: float | None
+    end_subprocesses: bool
 
 
 _WORDS = Words.__annotations__.keys()
@@ -405,6 +410,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             initializer=self._words.get("initializer"),
             initargs=self._words.get("initargs", ()),
             idle_s=IDLE_S if idle_s is None else idle_s,
+            end_subprocesses=self._words.get("end_subprocesses", False),
             born_with=self._what_workers_are_born_with(),
         )
         self._release()

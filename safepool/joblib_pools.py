@@ -86,6 +86,7 @@ class Settings:
         initializer: Called in each worker.
         initargs: Its arguments.
         idle_s: Seconds after which a worker ends that has nothing to do.
+        end_subprocesses: As for :class:`safepool.ProcessPool`.
         born_with: The rest.
     """
 
@@ -94,6 +95,7 @@ class Settings:
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...] = field(compare=False)
     idle_s: float
+    end_subprocesses: bool
     born_with: BornWith = field(compare=False)
 
     def fit(self, other: Settings) -> bool:
@@ -112,6 +114,7 @@ class Settings:
             initargs=self.initargs,
             threads_per_worker=self.threads,
             preload="auto" if self.preload == "auto" else self.preload,
+            end_subprocesses=self.end_subprocesses,
         )
 
 

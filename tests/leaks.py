@@ -407,6 +407,7 @@ def _helpers() -> tuple[set[int], set[int]]:
         servers = sys.modules.get(name)
         if servers is not None:
             pids.update(servers.running())
+            pids.update(getattr(servers, "keepers", list)())
             descriptors.update(servers.descriptors())
     for row in HELPERS:
         holder = getattr(sys.modules.get(row.module), row.holder, None)

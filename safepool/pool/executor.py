@@ -131,6 +131,14 @@ class ProcessPool(_Standard):
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
             become is told in ``safepool/pool/trace_events.py``.
+        end_subprocesses: Whether what tasks have started, and what that has started, ends with
+            the program, a second later at most: also a daemon, and also after ``kill -9`` of the
+            program, of a worker or of the server. Until then it goes on, after the end of its
+            task and of the pool as well. The workers' server then has a small process above it
+            that waits for this. ``False`` lets a program that no task has waited for go on, as
+            with any pool; either way a timeout, or the end of a running task by force, ends what
+            that task has started. Only for workers that are forked from a server: where each
+            has to be started afresh, the log says once that it does not hold.
 
     A global of the script is the worker's own once it was there: what the initializer or a task
     does to it stays in that worker. When the program changes it, also in place, it is delivered
@@ -150,10 +158,11 @@ class ProcessPool(_Standard):
 
     Raises:
         ValueError: A number is out of its range; there is no such context, rounding or size;
-            ``main`` is ``"run"``, and there is no script.
+            ``main`` is ``"run"``, and there is no script; ``end_subprocesses`` is ``True``, and
+            the workers are not forked from a server.
         TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
         TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
-            integer, ``env`` holds something else than text.
+            integer, ``end_subprocesses`` no ``bool``, ``env`` holds something else than text.
         ModuleNotFoundError: ``preload`` names a module that is not there.
 
     Source:
@@ -186,8 +195,11 @@ class ProcessPool(_Standard):
         preload: Literal["auto"] | Sequence[str] = "auto",
         main: Literal["auto", "run", "value"] = "auto",
         trace: str | os.PathLike[str] | None = None,
+        end_subprocesses: bool = False,
     ) -> None:
         _check(initializer, max_tasks_per_child, on_worker_death)
+        if not isinstance(end_subprocesses, bool):
+            raise TypeError(f"end_subprocesses must be True or False, not {end_subprocesses!r}")
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
         request = Request(
             max_workers=max_workers,
@@ -201,7 +213,7 @@ class ProcessPool(_Standard):
         self._budget, limits = read_budget(request)
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names, main = _names(preload, main)
-        self._mp_context = find_context(mp_context, names, main)
+        self._mp_context = find_context(mp_context, names, main, end_subprocesses=end_subprocesses)
         if main == "run" and self._mp_context.get_start_method() == "loky":
             tell_once(
                 'main="run" has no effect on workers that loky starts: functions of the script '
@@ -234,7 +246,12 @@ class ProcessPool(_Standard):
             initializer=initializer,
             initargs=initargs,
             placement=placement,
-            may_fork=mp_context is None and max_tasks_per_child is None and _stands_for_forks(),
+            may_fork=(
+                mp_context is None
+                and max_tasks_per_child is None
+                and not end_subprocesses
+                and _stands_for_forks()
+            ),
         )
         self._scheduler = Scheduler(
             workers=min(self._budget.workers, _MOST_WORKERS),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["be_born", "become_child", "circumstances"]
+__all__ = ["be_born", "become_child", "circumstances", "end_with"]
 
 _LIMITS = (
     "RLIMIT_AS",
@@ -95,7 +95,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     try:
         line = lifeline.hold(line)
     except OSError:
-        _end_with(server)
+        end_with(server)  # which ends with the program
     _set_streams(out, err)
     _inherit(details, folder)
     if not details["script"]:
@@ -142,13 +142,13 @@ def become_child(details: dict[str, Any], line: int, folder: int, tracker: int) 
     _be_a_child(details, line, tracker)
 
 
-def _end_with(server: int) -> None:
-    """End with the server, where there is no life-line to end with the program."""
+def end_with(parent: int) -> None:
+    """End with the parent, which has one thread and starts no other program."""
     import ctypes  # noqa: PLC0415
 
-    # prctl(2), PR_SET_PDEATHSIG = 1. The server is one thread, so its death is the server's.
+    # prctl(2), PR_SET_PDEATHSIG = 1: of the thread, which is all that the parent has.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != server:
+    if os.getppid() != parent:
         os._exit(0)
 
 

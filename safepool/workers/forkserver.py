@@ -20,6 +20,8 @@ What goes wrong, and what is done:
                             itself. An agent or a debugger has threads in every interpreter, or
                             something refuses the fork. The reason is logged once.
     It never says a word    an error names the executable: it is no Python interpreter.
+    Tasks leave programs    they go on, as with any pool; if the pool asks for it, its server is
+                            below a keeper, which ends them with the program (``keeper``).
     The program forks       the child gives up its copies: it would keep the server alive. What
                             a start needs is imported here, in the thread that makes the pool: a
                             child could never import what another thread was importing.
@@ -56,7 +58,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safepool import linux
 from safepool.errors import FROM_OUTSIDE, describe_exit, naming
 from safepool.transport import letters
-from safepool.workers import birth, forked, script
+from safepool.workers import birth, forked, kept, script
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import place, rights
 from safepool.workers.plan import ScriptLostError
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["ServerContext", "descriptors", "running", "stop_all"]
+__all__ = ["ServerContext", "descriptors", "keepers", "running", "stop_all"]
 
 _log = ContainedLogger()
 
@@ -116,8 +118,14 @@ def take(count):
         taken += part
     return taken
 sys.path[:] = marshal.loads(take(int.from_bytes(take(8), "little")))
+"""
+_SERVE = """
 from safepool.workers.server import serve
-serve({0}, {1}, greets={2})
+serve({}, {}, greets={}, kept={})
+"""
+_KEEP = """
+from safepool.workers.keeper import keep
+keep({}, {}, {!r}, {})
 """
 _HAD_THREADS = "it had threads from its start, as an agent or a debugger brings them: {}"
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
@@ -135,6 +143,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
     Args:
         preload: What the server imports ahead: ``"auto"``, or names of modules.
         plan: How ``__main__`` gets into the workers; ``None`` is by value.
+        kept: What tasks have started does not outlive the program.
 
     Attributes:
         plan: The same, or what has become of it: a script that cannot be run is sent by value.
@@ -143,11 +152,16 @@ class ServerContext(multiprocessing.context.SpawnContext):
     _name = "safepool"
 
     def __init__(
-        self, preload: str | Sequence[str] = "auto", plan: MainPlan | None = None
+        self,
+        preload: str | Sequence[str] = "auto",
+        plan: MainPlan | None = None,
+        *,
+        kept: bool = False,
     ) -> None:
         super().__init__()
         self.preload = preload
         self.plan = plan
+        self._kept = kept
         self._learns = False
         self._imported: list[str] | None = None
         self._marks: Mapping[str, bytes] | None = None
@@ -165,7 +179,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             OSError: The system has no room for a process or a descriptor.
             RuntimeError: The interpreter shuts down, or there is none to start.
         """
-        with _server_for(changes, self._plan_now(changes)) as server:
+        with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
             return server.start()
 
     def _plan_now(self, changes: Mapping[str, str | None]) -> MainPlan | None:
@@ -200,7 +214,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             changes: As for :meth:`fork_worker`.
         """
         if self._learns:
-            with _server_for(changes, self._plan_now(changes)) as server:
+            with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
                 server.preload_ahead(self._known())
 
     def run_script(
@@ -225,7 +239,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             return {}
         modules, strict = self._to_preload(threads)
         try:
-            with _server_for(changes, plan) as server:
+            with _server_for(changes, plan, kept=self._kept) as server:
                 self._marks = server.run_script(modules, given_up, strict=strict)
                 return self._marks
         except _CannotRunError as error:
@@ -251,7 +265,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         plan = self._plan_now(changes)
         if plan is None:
             return {}
-        with _server_for(changes, plan) as server:
+        with _server_for(changes, plan, kept=self._kept) as server:
             return server.prints(names, given_up)
 
     def _send_by_value(
@@ -330,7 +344,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             details["affinity"] = set(cpus)
         plan = self._plan_now(changes)
         try:
-            with _server_for(changes, plan) as server:
+            with _server_for(changes, plan, kept=self._kept) as server:
                 marks = server.run_script(modules, given_up, strict=strict) if plan else None
                 if marks != self._marks:
                     raise _CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
@@ -381,6 +395,8 @@ class _Setting:
     identity: tuple[str, ...]
     # Of the script that it has run: nothing of it may be in another pool's workers.
     script: tuple[str, ...]
+    # It is below a keeper.
+    kept: bool
     # Of a server whose imports have read another environment: it has no new workers.
     outdated: int = 0
 
@@ -388,15 +404,22 @@ class _Setting:
 class _Server:
     """One fork server, started when it is needed."""
 
-    def __init__(self, changes: Mapping[str, str | None], plan: MainPlan | None) -> None:
+    def __init__(
+        self,
+        changes: Mapping[str, str | None],
+        plan: MainPlan | None = None,
+        *,
+        is_kept: bool = False,
+    ) -> None:
         self._changes = dict(changes)
         self._plan = plan
+        self._kept = is_kept
         # What the script has made in the server that runs; ``None`` before it was run.
         self._marks: Mapping[str, bytes] | None = None
         # It has something to do at its end.
         self._exits = False
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | kept.KeptServer | None = None
         self._sock: socket.socket | None = None
         self._asked: set[str] = set()
         self._answers = False  # until then it may still be starting
@@ -413,7 +436,8 @@ class _Server:
     @property
     def pid(self) -> int | None:
         """Its process id; ``None`` while none runs."""
-        return None if self._process is None else self._process.pid
+        process = self._process
+        return None if process is None else process.pid or None
 
     def descriptors(self) -> list[int]:
         """Return what it holds in this process."""
@@ -525,6 +549,11 @@ class _Server:
                     "each worker is started afresh, as no fork server can be used "
                     f"(a start takes longer, and no memory is shared): {error}"
                 )
+                if self._kept:
+                    _log_once(
+                        "end_subprocesses=True does not hold for workers that are started "
+                        "afresh: what their tasks start may outlive this program"
+                    )
         return self._start_afresh(modules if strict else (), details, files)
 
     def _in_a_server(
@@ -592,7 +621,7 @@ class _Server:
         # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._process = self._execute(_BOOTSTRAP.format(*handed, not self._afresh), handed)
+            self._process = self._begin(handed)
         except BaseException:
             ours.close()
             raise
@@ -601,12 +630,7 @@ class _Server:
             theirs.close()
             for descriptor in handed:
                 os.close(descriptor)
-        path = marshal.dumps([entry for entry in sys.path if isinstance(entry, str)], 2)
-        try:
-            ours.settimeout(_IMPORT_S)
-            ours.sendall(len(path).to_bytes(8, "little") + path)
-        except OSError:
-            pass  # it has ended, which is found out by whoever asks it for something
+        _send_path(ours)
         self._sock = ours
         self._marks = None
         self._exits = False
@@ -614,14 +638,41 @@ class _Server:
         self._ahead = False
         self._read = {}
         self._answers = False
-        _log.debug("fork server %d started", self._process.pid)
+        _log.debug("a fork server was started")
 
-    def _execute(self, code: str, handed: Sequence[int]) -> subprocess.Popen[bytes]:
+    def _begin(self, handed: Sequence[int]) -> subprocess.Popen[bytes] | kept.KeptServer:
+        is_kept = self._kept and not self._afresh
+        serve = _SERVE.format(*handed, not self._afresh, is_kept)
+        command = [_executable(), *_interpreter_flags(), "-c"]
+        server = [*command, _BOOTSTRAP.format(handed[0]) + serve]
+        if not is_kept:
+            return self._execute(server, handed)
+        with naming("socketpair()"):
+            ours, theirs = socket.socketpair()
+        number = -1
+        try:
+            number = _above_streams(theirs.fileno())
+            code = _BOOTSTRAP.format(number) + _KEEP.format(number, os.getpid(), server, handed)
+            # Nothing that a site brings along: it may be threads.
+            keeper = self._execute([*command[:-1], "-S", "-P", "-c", code], [*handed, number])
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            if number >= 0:
+                os.close(number)
+        found = kept.KeptServer(keeper, ours)
+        _kept.append(found)
+        _send_path(ours)
+        return found
+
+    def _execute(self, command: Sequence[str], handed: Sequence[int]) -> subprocess.Popen[bytes]:
         environment = self._environment()
         while True:
             try:
                 return subprocess.Popen(
-                    [_executable(), *_interpreter_flags(), "-c", code],
+                    command,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=None if _is_stream(2) else subprocess.DEVNULL,
@@ -818,7 +869,7 @@ class _Server:
         """Start a server that becomes a worker, by the pool's thread: it may end with that."""
         self._start()
         process = self._process
-        assert process is not None
+        assert isinstance(process, subprocess.Popen)
         try:
             with self._handing(more, files) as (details, given, ours):
                 self._send(("become", {**details, "modules": modules}), given)
@@ -906,6 +957,8 @@ class _Server:
             raise _LostError
         if not self._answers:  # what it says first is that it is there
             self._answers = True
+            if isinstance(self._process, kept.KeptServer):
+                self._process.pid = received[0][1]
             return self._receive(timeout_s, given_up)
         return received
 
@@ -968,6 +1021,8 @@ _servers_lock = threading.Lock()
 # The life-line: reading and writing end. One for the process, never closed: the workers of a
 # server that was killed still hold it.
 _line: list[int] = []
+# Those below a keeper, until that has ended: after the server, if tasks have left something.
+_kept: list[kept.KeptServer] = []
 
 
 def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | None, ...]:
@@ -977,12 +1032,13 @@ def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | N
 
 @contextmanager
 def _server_for(
-    changes: Mapping[str, str | None], plan: MainPlan | None = None
+    changes: Mapping[str, str | None], plan: MainPlan | None = None, *, kept: bool = False
 ) -> Iterator[_Server]:
     """Give the server of a setting, which nobody ends meanwhile."""
     key = () if plan is None else plan.key
-    setting = _Setting(tuple(sorted(changes.items())), (*rights(), *place()), key)
+    setting = _Setting(tuple(sorted(changes.items())), (*rights(), *place()), key, kept)
     with _servers_lock:
+        _forget_ended()
         found = _servers.get(setting)
         if found is not None and found.has_read_otherwise():
             _servers[replace(setting, outdated=id(found))] = _servers.pop(setting)
@@ -991,7 +1047,7 @@ def _server_for(
             idle = [one for one, other in _servers.items() if other.is_idle()]
             for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
                 _servers.pop(one).stop()
-            found = _servers[setting] = _Server(changes, plan)
+            found = _servers[setting] = _Server(changes, plan, is_kept=kept)
         found.users += 1
         if not _line:
             _line[:] = os.pipe()
@@ -1007,9 +1063,18 @@ def running() -> list[int]:
     return [pid for one in [*_servers.values()] if (pid := one.pid) is not None]
 
 
+def keepers() -> list[int]:
+    """Return the process id of each keeper that this process has started."""
+    with _servers_lock:
+        _forget_ended()
+        return [one.keeper for one in _kept]
+
+
 def descriptors() -> list[int]:
     """Return what this process keeps open for its servers and their workers."""
-    return [*_line, *(number for one in [*_servers.values()] for number in one.descriptors())]
+    socks = [one.fileno() for one in [*_kept]]
+    of_servers = (number for one in [*_servers.values()] for number in one.descriptors())
+    return [*_line, *socks, *of_servers]
 
 
 def stop_all() -> None:
@@ -1018,6 +1083,14 @@ def stop_all() -> None:
         for one in _servers.values():
             one.stop()
         _servers.clear()
+        _forget_ended()
+
+
+def _forget_ended() -> None:
+    for one in [*_kept]:
+        if one.has_ended():
+            _kept.remove(one)
+            one.close()
 
 
 def _forget_all() -> None:
@@ -1029,12 +1102,24 @@ def _forget_all() -> None:
     for one in _servers.values():
         one.forget()
     _servers.clear()
+    for one_kept in _kept:
+        one_kept.close()
+    _kept.clear()
     while _line:
         os.close(_line.pop())
 
 
 os.register_at_fork(after_in_child=_forget_all)
 atexit.register(stop_all)
+
+
+def _send_path(sock: socket.socket) -> None:
+    path = marshal.dumps([entry for entry in sys.path if isinstance(entry, str)], 2)
+    try:
+        sock.settimeout(_IMPORT_S)
+        sock.sendall(len(path).to_bytes(8, "little") + path)
+    except OSError:
+        pass  # it has ended, which is found out by whoever asks it for something
 
 
 def _leave_out(names: Iterable[str], wanted: Sequence[bool] = (True, False)) -> None:

@@ -56,6 +56,8 @@ def find_context(
     wanted: BaseContext | str | None,
     preload: str | Sequence[str] = "auto",
     main: Literal["auto", "run", "value"] = "value",
+    *,
+    end_subprocesses: bool = False,
 ) -> BaseContext:
     """Return the context that starts workers.
 
@@ -65,13 +67,14 @@ def find_context(
             ``multiprocessing``'s. ``None`` is the first of these that works here.
         preload: What the server imports ahead.
         main: How the program's ``__main__`` gets into workers, as :func:`plan_main`.
+        end_subprocesses: What tasks have started does not outlive the program.
 
     Raises:
         ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
-            script that could be run.
+            script that could be run; or it cannot see to it that ``end_subprocesses`` holds.
     """
     if wanted is None or wanted == "safepool":
-        ours = _server_context(preload, main)
+        ours = _server_context(preload, main, end_subprocesses)
         if ours is not None:
             return ours
         if wanted is not None:
@@ -79,6 +82,11 @@ def find_context(
                 'mp_context="safepool" forks workers from a server of its own, which needs Linux '
                 "with /proc, and a program that is not frozen into one file"
             )
+    if end_subprocesses:
+        raise ValueError(
+            "end_subprocesses=True needs workers that safepool forks from a server of its own: on "
+            'Linux with /proc, and with mp_context=None or "safepool"'
+        )
     if wanted is None or wanted == "loky":
         from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
 
@@ -90,18 +98,20 @@ def find_context(
 if sys.platform == "linux":
     from safepool import linux
 
-    def _server_context(preload: str | Sequence[str], main: str) -> BaseContext | None:
+    def _server_context(preload: str | Sequence[str], main: str, kept: bool) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
         # The server counts its threads there before each fork.
         if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
             return None
         from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
 
-        return ServerContext(preload, plan_main(main))
+        return ServerContext(preload, plan_main(main), kept=kept)
 
 else:
 
-    def _server_context(_preload: str | Sequence[str], _main: str) -> BaseContext | None:
+    def _server_context(
+        _preload: str | Sequence[str], _main: str, _kept: bool
+    ) -> BaseContext | None:
         return None
 
 

@@ -42,7 +42,7 @@ from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import birth, lifeline, script, traces
+from safepool.workers import birth, keeper, lifeline, script, traces
 from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
@@ -58,11 +58,11 @@ EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
 _TASKS = "/proc/self/task"
-# prctl(2), PR_SET_CHILD_SUBREAPER, Linux 3.4.
-_SET_CHILD_SUBREAPER = 36
 
 
-def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> None:
+def serve(
+    sock_descriptor: int, lifeline_descriptor: int, *, greets: bool, kept: bool = False
+) -> None:
     """Serve the program at the other end of the socket until it is gone.
 
     Args:
@@ -70,7 +70,10 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
         lifeline_descriptor: The reading end of a pipe whose writing end is the program's alone.
         greets: Say that it is up. One that is to become a worker must not: a socket that is closed
             with something unread fails at its other end (unix(7)).
+        kept: Its parent is a keeper (``keeper``), with which it ends.
     """
+    if kept:
+        birth.end_with(os.getppid())
     os.set_inheritable(sock_descriptor, False)
     os.set_inheritable(lifeline_descriptor, False)
     # Modules that are imported here ask for the number of CPUs, or keep the function that does.
@@ -87,7 +90,8 @@ def serve(sock_descriptor: int, lifeline_descriptor: int, *, greets: bool) -> No
     sock = socket.socket(fileno=sock_descriptor)
     try:
         if greets:
-            _adopt_orphans()
+            # The program knows nothing of them, and would keep them as zombies.
+            keeper.adopt_orphans()
             letters.send(sock, ("up", os.getpid()))
         _Server(sock, line).run()
     except ConnectionError:
@@ -344,16 +348,6 @@ class _Server:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(code)
-
-
-def _adopt_orphans() -> None:
-    """Let what a worker leaves behind come to this process, and not to the first of the container.
-
-    That may be the program itself, which knows nothing of it and would keep it as a zombie.
-    """
-    import ctypes  # noqa: PLC0415
-
-    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _thread_count() -> int:

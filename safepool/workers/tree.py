@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from safepool.workers.process import WorkerProcess
 
-__all__ = ["Descendant", "TreeEnd", "descendants"]
+__all__ = ["Descendant", "TreeEnd", "descendants", "signal_all"]
 
 # For all of them to stop: a fork that is under way in the kernel is finished first, which takes
 # tens of milliseconds for each gigabyte.
@@ -63,12 +63,12 @@ class TreeEnd:
             stopped = all(_states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.
             new = descendants(worker.pid) - self._found
-            _signal_all(new, _STOP)
+            signal_all(new, _STOP)
             self._found |= new
             if (new or not stopped) and elapsed_s < _STOPPING_S:
                 return False
             worker.end(_KILL)
-        _signal_all(self._found, _KILL)
+        signal_all(self._found, _KILL)
         return True
 
 
@@ -105,7 +105,8 @@ def descendants(pid: int) -> set[Descendant]:
     return found
 
 
-def _signal_all(processes: Iterable[Descendant], number: int) -> None:
+def signal_all(processes: Iterable[Descendant], number: int) -> None:
+    """Send a signal to each that is still the process it was."""
     for pid, started in processes:
         read = _parent_and_start(pid)
         if read is None or read[1] != started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -247,6 +248,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "another initializer": {"initializer": float},
     "initargs": {"initializer": int, "initargs": ("7",)},
     "idle_worker_timeout": {"idle_worker_timeout": 60},
+    **({"end_subprocesses": {"end_subprocesses": True}} if sys.platform == "linux" else {}),
 }
 
 

@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_an_error(where: str, word: str) -> None:
 def test_a_word_that_a_block_does_not_know_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"no argument 'retires' \(did you mean 'retries'\?\)"):
         joblib.parallel_config("safepool", retires=1)
-    with pytest.raises(TypeError, match=r"no argument 'colour' \(it has idle_worker_timeout, "):
+    with pytest.raises(TypeError, match=r"no argument 'colour' \(it has end_subprocesses, "):
         joblib.parallel_config("safepool", colour="red")
 
 

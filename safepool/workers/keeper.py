@@ -1,0 +1,174 @@
+"""The keeper's own program: the parent of a fork server, which ends what tasks have started.
+
+A program that a task starts and does not wait for is nobody's when its worker has ended, and a
+daemon has left its parent by itself. With ``end_subprocesses=True`` a fork server is the child of
+a small process that adopts all of them (prctl(2), ``PR_SET_CHILD_SUBREAPER``), so each is its
+descendant for as long as it lives, whatever happens to the server:
+
+    program  --- unnamed socket pair --->  keeper  --- posix_spawn --->  server  --- fork --->  ...
+
+    to the keeper     one byte: end the server       from it    SERVER_END, when it has ended
+                      its end: the program is gone
+
+It runs until the program is gone, and then kills its descendants until there is none; or until
+the server and all that has come from it have ended. It imports next to nothing, holds nothing of
+the program's but its end of the socket, and no signal ends it that is sent to a whole group.
+
+Not covered:
+    * A keeper that is killed. The server ends with it, so the next workers have another.
+    * A process of another user, whom the program may not signal.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from safepool import linux
+from safepool.workers.tree import descendants, signal_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+    from safepool.workers.tree import Descendant
+
+assert sys.platform == "linux"
+
+__all__ = ["SERVER_END", "adopt_orphans", "keep"]
+
+SERVER_END = struct.Struct("!i?")
+"""How the server ended, and whether something is left that has come from it."""
+
+# prctl(2), PR_SET_CHILD_SUBREAPER, Linux 3.4.
+_SET_CHILD_SUBREAPER = 36
+# For all of them to end: one may be in a system call that nothing ends, or another user's.
+_ENDING_S = 10.0
+_LOOK_S = 0.005
+# Python has made these two ignored, and a child would inherit that.
+_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
+
+
+def keep(
+    sock_descriptor: int, program: int, command: Sequence[str], handed: Sequence[int]
+) -> None:
+    """Start the server, and see to it that nothing of it outlives the program.
+
+    Args:
+        sock_descriptor: This end of an unnamed stream socket pair.
+        program: The process id of the program, which is this process's parent.
+        command: Starts the server.
+        handed: Descriptors that the server inherits, and this process closes.
+    """
+    # Ctrl-C, a hang-up and the end of a session are sent to the whole group.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+    os.set_inheritable(sock_descriptor, False)
+    sock = socket.socket(fileno=sock_descriptor)
+    adopt_orphans()
+    woken, wake = socket.socketpair()
+    woken.setblocking(False)
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    server = os.posix_spawnp(
+        command[0], [*command], os.environ, setsigmask=mask, setsigdef=_IGNORED
+    )
+    _let_go(handed)
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    poll.register(woken, select.POLLIN)
+    _watch(program, poll)
+    _Keeper(sock, woken, server).run(poll)
+    os._exit(0)
+
+
+class _Keeper:
+    def __init__(self, sock: socket.socket, woken: socket.socket, server: int) -> None:
+        self._sock = sock
+        self._woken = woken
+        # Its process id; 0 when it has ended.
+        self._server = server
+
+    def run(self, poll: select.poll) -> None:
+        while self._reap():
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._woken.fileno() in ready:
+                self._woken.recv(4096)
+                ready.remove(self._woken.fileno())
+            if ready == {self._sock.fileno()} and self._is_asked():
+                if self._server:
+                    os.kill(self._server, signal.SIGKILL)
+            elif ready:
+                self._end_all()
+
+    def _is_asked(self) -> bool:
+        try:
+            return self._sock.recv(1) != b""
+        except OSError:
+            return False
+
+    def _reap(self) -> bool:
+        """Wait for those who have ended; return whether anybody is left."""
+        ended = None
+        left = True
+        try:
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                if found[0] == self._server:
+                    self._server, ended = 0, os.waitstatus_to_exitcode(found[1])
+        except ChildProcessError:
+            left = False
+        if ended is not None:
+            try:
+                self._sock.send(SERVER_END.pack(ended, left))
+            except OSError:
+                pass  # the program is gone
+        return left
+
+    def _end_all(self) -> NoReturn:
+        """Stop all that there are, so that none starts another meanwhile; then kill them."""
+        begun = time.monotonic()
+        while self._reap() and time.monotonic() - begun < _ENDING_S:
+            found: set[Descendant] = set()
+            while new := descendants(os.getpid()) - found:
+                signal_all(new, signal.SIGSTOP)
+                found |= new
+            signal_all(found, signal.SIGKILL)
+            time.sleep(_LOOK_S)
+        os._exit(0)
+
+
+def adopt_orphans() -> None:
+    """Let what a descendant leaves behind come to this process, not to the container's first."""
+    import ctypes  # noqa: PLC0415
+
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _let_go(handed: Sequence[int]) -> None:
+    """Hold nothing that somebody waits for: the end of a pipe, a folder to be unmounted."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(nothing, number)
+    for descriptor in {nothing, *handed} - {0, 1, 2}:
+        os.close(descriptor)
+    os.chdir("/")
+
+
+def _watch(program: int, poll: select.poll) -> None:
+    """Hear of the program's end also when a fork of it has kept its end of the socket."""
+    try:
+        pidfd = linux.pidfd_open(program)
+    except OSError:  # before Linux 5.3, or it is gone: the socket tells
+        return
+    # In a name space of its own the number is another process's, or nobody's.
+    if os.getppid() == program:
+        poll.register(pidfd, select.POLLIN)
+    else:
+        os.close(pidfd)
