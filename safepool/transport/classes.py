@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
-from safepool.transport.marks import MAIN_NAMES, main_space
+from safepool.transport.marks import find_in_main, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -107,7 +107,8 @@ def _attributes_of(kind: type) -> dict[str, Any]:
         found["__annotate__"] = vars(kind)["__annotate_func__"]
     if isinstance(kind, abc.ABCMeta) and found.pop("_abc_impl", None) is not None:
         found["_abc_impl"] = _registered(kind)
-    if kind.__module__ in MAIN_NAMES and (abstract := _registered_with(kind)):
+    # Not for one of a function, which is sent with each call: it takes as long as all the rest.
+    if find_in_main(kind.__qualname__) is kind and (abstract := _registered_with(kind)):
         found[_REGISTERED_WITH] = abstract
     if "_fields_" in found:  # of ctypes: it reads the others
         found["_fields_"] = found.pop("_fields_")
