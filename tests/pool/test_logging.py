@@ -457,7 +457,7 @@ EVENTS: dict[str, tuple[Callable[[ProcessPool], None], list[tuple[str, str]]]] =
     ),
     "workers cannot be initialized": (
         _cannot_be_initialized,
-        [("WARNING", "worker N was killed by SIGKILL")] * 3,
+        [("WARNING", "worker N was killed by SIGKILL")] * 20,
     ),
 }
 

@@ -89,7 +89,7 @@ with safepool.ProcessPool(1, timeout=0.5) as pool:
         """
 with safepool.ProcessPool(1, initializer=eat) as pool:
     error = str(pool.submit(abs, -1).exception(90))
-print(type(error).__name__, "3 workers in a row" in error, "limit of 300 MiB" in error)
+print(type(error).__name__, "20 workers in a row" in error, "limit of 300 MiB" in error)
 """,
         "str True True",
     ),
