@@ -46,11 +46,11 @@ from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 assert sys.platform == "linux"
 
-__all__ = ["be_worker", "finish", "read_prints", "run_script", "tell_prints"]
+__all__ = ["be_worker", "end_children", "finish", "read_prints", "run_script", "tell_prints"]
 
 _TASKS = "/proc/self/task"
 # For what the script's own classes do when they are pickled.
@@ -101,7 +101,7 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         problem = f"it starts a process that stays ({', '.join(children.values())})"
     marks: dict[str, bytes] = {}
     if problem:
-        _end(list(children))
+        end_children(children)
         sys.modules.update({key: found for key, found in before.items() if found is not None})
     else:
         marks = marks_of(module)
@@ -316,8 +316,8 @@ def _children() -> dict[int, str]:
     return found
 
 
-def _end(children: list[int]) -> None:
-    """End what the script has started: nobody else knows of it."""
+def end_children(children: Collection[int]) -> None:
+    """End what the script, or an import, has started: nobody else knows of it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in children:
             try:

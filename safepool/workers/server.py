@@ -180,6 +180,7 @@ class _Server:
                     culprits[name] = f"starts {', '.join(threads)}"
                 elif left:
                     culprits[name] = left
+                    script.end_children(before.new_children())
                     before = traces.Traces.look()
         self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
         find_ahead()

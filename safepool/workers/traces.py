@@ -64,6 +64,10 @@ class Traces:
             states=(tuple(sys.path), sys.getrecursionlimit(), _directory()),
         )
 
+    def new_children(self) -> list[int]:
+        """Return the numbers of the processes that were started since then."""
+        return [int(pid) for pid in Traces.look().children - self.children]
+
     def new(self) -> str:
         """Return what has changed since then, as the end of a sentence; empty if nothing."""
         now = Traces.look()

@@ -185,7 +185,7 @@ CULPRITS: dict[str, tuple[str, str]] = {
     "a file": ("file = open(__file__)", "opens /"),
     "a socket": ("import socket\npair = socket.socketpair()", "opens socket:["),
     "a child": (
-        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])",
+        "import subprocess\nchild = subprocess.Popen(['sleep', '5'])",
         "starts a process",
     ),
     "a handler of a signal": (
