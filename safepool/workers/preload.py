@@ -53,6 +53,7 @@ NOT_PRELOADED = {
     "ipykernel": "a front end",
     "debugpy": "a debugger, which is asked for by the program",
     "pydevd": "a debugger, which is asked for by the program",
+    "pdb": "a debugger, which sets up the terminal",
     "antigravity": "opens a browser",
     "this": "prints",
     # Threads by their import alone, without a name that tells whose they are (measured).
