@@ -5,24 +5,27 @@ on fails there, or makes another text. An exception is no more than its class, `
 attributes, so these are sent, and the constructor of the class is not run. A class that says
 itself how it is pickled (``__reduce__`` and the like) is asked first.
 
+It holds wherever the exception is: raised, in a result, in an argument, in another exception.
+
 Not covered:
-    * ``__traceback__``, ``__cause__`` and ``__context__``: they travel as text.
+    * ``__traceback__``, ``__cause__`` and ``__context__``: of what is raised they travel as text,
+      else not at all, as by pickle.
     * ``AttributeError.obj``, which pickle leaves out as well.
 """
 
 from __future__ import annotations
 
 import copyreg
-import pickle
+import operator
 import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["ExceptionPickler", "Sendable", "Unsent", "reduce_exception"]
+__all__ = ["Sendable", "StandardTable", "Unsent", "reduce_exception"]
 
 _WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__")
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
@@ -32,12 +35,41 @@ _NOT_SENT = frozenset({"obj"})
 _UNSET: Any = object()
 
 
-class ExceptionPickler(pickle.Pickler):
-    """The standard pickler, with exceptions as above."""
+# Types that a table remembers; the others are looked up each time.
+_MOST_KINDS = 256
+_reduce_by_itself = operator.methodcaller("__reduce_ex__", 5)
 
-    def reducer_override(self, obj: Any) -> Any:
-        """Reduce an exception; ``NotImplemented`` for anything else."""
-        return reduce_exception(obj) if isinstance(obj, BaseException) else NotImplemented
+
+class StandardTable(dict[type, "Callable[[Any], Any]"]):
+    """The table of the standard pickler, with exceptions as above.
+
+    All other types are entered with what the pickler does without an entry: C code that finds
+    one is faster than a miss, and than a method of the pickler that is asked for each object.
+
+    Args:
+        special: Other reducers. It may answer for a type that it does not hold.
+    """
+
+    def __init__(self, special: Mapping[type, Callable[[Any], Any]]) -> None:
+        super().__init__(special)
+        self._special = special
+
+    def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        try:
+            return self._special[kind]
+        except KeyError:
+            if issubclass(kind, type):  # a class, which is pickled as a name
+                raise
+        is_error = issubclass(kind, BaseException)
+        reduce: Callable[[Any], Any] = _reduce_error if is_error else _reduce_by_itself
+        if len(self) < _MOST_KINDS:
+            self[kind] = reduce
+        return reduce
+
+
+def _reduce_error(error: BaseException) -> Any:
+    reduced = reduce_exception(error)
+    return _reduce_by_itself(error) if reduced is NotImplemented else reduced
 
 
 def reduce_exception(error: BaseException) -> Any:

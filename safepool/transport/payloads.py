@@ -7,6 +7,7 @@ travels by value, through cloudpickle with the reducers that were registered wit
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import pickle
@@ -23,7 +24,7 @@ from safepool.transport.descriptors import (
     are_beyond,
     registered,
 )
-from safepool.transport.exceptions import ExceptionPickler
+from safepool.transport.exceptions import StandardTable
 from safepool.transport.frames import Missing
 from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
@@ -216,12 +217,11 @@ def _standard_dumps(
     reducers: Mapping[type, Callable[[Any], Any]] | None,
     known: Registered | None = None,
 ) -> bytes:
-    arrays = "numpy" in sys.modules
-    special, script = isinstance(value, BaseException), met()
-    if not (reducers or arrays or known or special or script):
-        return pickle.dumps(value, protocol=5, buffer_callback=in_band)
+    script = met()
     prints = script is not None and script.prints
-    kind: Any = _table_pickler(known, arrays, exceptions=special, prints=prints)
+    # A later registration makes another table.
+    entries = len(copyreg.dispatch_table)
+    kind: Any = _table_pickler(known, entries, arrays="numpy" in sys.modules, prints=prints)
     if reducers:
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
         # Of the class, where the C pickler looks for it.
@@ -232,15 +232,12 @@ def _standard_dumps(
 
 
 @functools.lru_cache(maxsize=8)
-def _table_pickler(
-    known: Registered | None, numpy_imported: bool, *, exceptions: bool, prints: bool
-) -> Any:
-    table = (Prints if prints else Reducers)(arrays=numpy_imported)
+def _table_pickler(known: Registered | None, _entries: int, *, arrays: bool, prints: bool) -> Any:
+    special = (Prints if prints else Reducers)(arrays=arrays)
     if known is not None:
-        table.update(known.reducers)
+        special.update(known.reducers)
     # Of the class: to set it on each pickler costs a microsecond.
-    kind = ExceptionPickler if exceptions else pickle.Pickler
-    return type("TablePickler", (kind,), {"dispatch_table": table})
+    return type("TablePickler", (pickle.Pickler,), {"dispatch_table": StandardTable(special)})
 
 
 def _finish(pickler: Any, file: io.BytesIO, value: object, script: Met | None) -> None:

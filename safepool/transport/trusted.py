@@ -69,6 +69,7 @@ _MAKERS = {
     "functools": ("partial",),
     "_codecs": ("encode",),
     "copyreg": ("_reconstructor", "__newobj__"),
+    "safepool.transport.exceptions": ("_make", "_fill"),
     "safepool.transport.memmaps": ("reopen", "_read_only"),
     "safepool.transport.references": ("attach", "_view_of"),
 }

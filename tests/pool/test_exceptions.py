@@ -39,6 +39,24 @@ def test_it_arrives_as_itself(kind: str, pool: ProcessPool) -> None:
     assert getattr(error, "itself", error) is error
 
 
+def test_it_does_so_inside_of_what_travels(pool: ProcessPool) -> None:
+    """In a result and in an argument, in whatever holds it."""
+    made = {kind: make() for kind, make in there.MADE.items() if kind != "a broken __reduce__"}
+
+    sent = there.Holder(made, [ExceptionGroup("all", [there.KeywordError(field="g")])])
+    back = pool.submit(there.pass_on, sent, [*made.values()]).result(timeout=60)
+
+    (errors, held), listed = back
+    assert {kind: type(error) for kind, error in errors.items()} == {
+        kind: type(error) for kind, error in made.items()
+    }
+    assert {kind: there.facts(error) for kind, error in errors.items()} == {
+        kind: there.facts(error) for kind, error in made.items()
+    }
+    assert all(one is two for one, two in zip(errors.values(), listed, strict=True))
+    assert there.facts(held[0]) == there.facts(sent.more[0])
+
+
 def test_it_does_so_from_a_script(tmp_path: Path) -> None:
     """Its classes are the script's own: its ``except`` clauses catch them."""
     text = Path(there.__file__).read_text(encoding="utf-8")
@@ -53,8 +71,12 @@ with ProcessPool(1) as pool:
         assert facts(error) == facts(expected), (name, facts(error), facts(expected))
         if name == "a broken __reduce__":
             continue
-        (given,) = pool.submit(give, name).result(timeout=60)
-        if type(given).__module__ == "__main__":
+        for given, in (
+            pool.submit(give, name).result(timeout=60),
+            pool.submit(pass_on, Holder({}, [expected]), []).result(timeout=60)[0][1:],
+        ):
+            given = given[0] if isinstance(given, list) else given
+            assert type(given) is type(expected), (name, type(given))
             assert facts(given) == facts(expected), (name, facts(given), facts(expected))
 print("right")
 """
