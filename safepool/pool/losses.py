@@ -5,12 +5,11 @@ Letters name the scheduler's races.
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from safepool.errors import TaskTimeoutError, WorkerDiedError
+from safepool.pool.ending import Ending, Lost, Stage
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail
 from safepool.workers.contained import ContainedLogger
@@ -18,12 +17,13 @@ from safepool.workers.contained import ContainedLogger
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from safepool.errors import OutOfMemory
     from safepool.pool.mapping import MapRun
     from safepool.pool.settling import Settling
     from safepool.pool.staff import Staff
     from safepool.pool.worker import Worker
 
-__all__ = ["Losses", "Lost"]
+__all__ = ["Losses"]
 
 _log = ContainedLogger()
 
@@ -31,20 +31,6 @@ _log = ContainedLogger()
 _CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL}
 if sys.platform != "win32":
     _CRASHES.add(signal.SIGBUS)
-
-
-class Lost(NamedTuple):
-    """A call that a worker has taken along.
-
-    Attributes:
-        work: What it is, or is a part of.
-        place: Its place there.
-        for_good: It has failed; else it is run again.
-    """
-
-    work: Task | Span
-    place: int
-    for_good: bool
 
 
 class Losses:
@@ -67,50 +53,72 @@ class Losses:
         self._wait_again = wait_again
 
     def of(
-        self, staff: Staff, worker: Worker, exitcode: int | None, *, ending: bool
-    ) -> list[Lost]:
-        """Settle what one worker has left, and return what it has taken along.
+        self,
+        staff: Staff,
+        worker: Worker,
+        exitcode: int | None,
+        oom: OutOfMemory | None,
+        *,
+        pool_ends: bool,
+    ) -> Ending:
+        """Settle what one worker has left, and return how it has ended.
 
         Args:
             staff: The worker's.
             worker: Which.
             exitcode: As ``multiprocessing.Process.exitcode``.
-            ending: The pool ends all of them; nothing is run again.
+            oom: What the kernel has counted, if its out-of-memory killer ended it.
+            pool_ends: The pool ends all of them; nothing is run again.
         """
         ledger = worker.ledger
-        back = self._have_back(staff, worker)
-        fault = _stack_of(worker, exitcode)
+        back, choked_on = self._have_back(staff, worker)
+        stack = _stack_of(worker, exitcode)
         lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]
         # One that was large was not kept: what it refers to may have changed since.
         lost += [(work, 0, False) for work in back if not _can_wait_again(work)]  # race H
         self._wait_again([work for work in back if _can_wait_again(work)])
-        found = []
-        for work, place, begun in lost:
-            again = None if worker.condemned is not None or ending else _again(work, place)
-            if again is None:
-                error = _error_of(worker, work, exitcode, fault, begun=begun)
-                quiet = ending or worker.condemned is not None
-                _log.log(logging.DEBUG if quiet else logging.WARNING, "%s", error)
-                self._fail(work, place, error)
-            else:
-                how = worker.ending(exitcode)
-                _log.warning(
-                    "worker %d %s while it ran %s, which is run again", worker.pid, how, work.name
-                )
-                self._wait_again([again])
-            found.append(Lost(work, place, for_good=again is None))
-        return found
+        is_last = worker.condemned is not None or pool_ends
+        ending = Ending(
+            pid=worker.pid,
+            exitcode=exitcode,
+            by_pool=worker.was_ours(exitcode),
+            oom=oom,
+            stage=_stage_of(worker, choked_on),
+            reading="" if choked_on is None else choked_on.name,
+            dismissed=worker.dismissed,
+            pool_ends=pool_ends,
+            condemned=worker.condemned,
+            fault=worker.fault,
+            stack=stack,
+            lost=tuple(
+                Lost(work, place, begun, None if is_last else _again(work, place))
+                for work, place, begun in lost
+            ),
+        )
+        for one in ending.lost:
+            error = None if one.again is not None else ending.error_of(one)
+            level, text = ending.line_of(one, error)
+            _log.log(level, "%s", text)
+            if error is not None:
+                self._fail(one.work, one.place, error)
+            elif one.again is not None:
+                self._wait_again([one.again])
+        return ending
 
-    def _have_back(self, staff: Staff, worker: Worker) -> list[Task | Span]:
-        """Take what a worker that has ended had not begun, and the results that it left."""
+    def _have_back(self, staff: Staff, worker: Worker) -> tuple[list[Task | Span], Span | None]:
+        """Take what a worker that has ended had not begun, and the results that it left.
+
+        Returns:
+            The former, and the calls whose arguments it read, all at once, when it ended.
+        """
         ledger, board = worker.ledger, worker.board
         if board is None:
             if ledger.head is None:
-                return []
+                return [], None
             # It answers each call before it begins the next; this one it may have begun.
-            return ledger.take_back(ledger.head.position + ledger.head.done)
+            return ledger.take_back(ledger.head.position + ledger.head.done), None
         if worker.condemned is not None:  # race I
-            return ledger.take_back(board.claimed)  # begun, also if it was still reading
+            return ledger.take_back(board.claimed), None  # begun, also if it was still reading
         try:
             self._settling.settle_left(staff, worker, board.left())
         except ValueError as error:
@@ -119,9 +127,9 @@ class Losses:
         if back and back[0].position == board.claimed and isinstance(back[0], Span):
             # It died of what it read for several calls: which one's is found out by sending
             # each alone.
-            worker.choked_on = back[0]
-            return [*(back[0].only(place) for place in range(back[0].count)), *back[1:]]
-        return back
+            alone = [back[0].only(place) for place in range(back[0].count)]
+            return [*alone, *back[1:]], back[0]
+        return back, None
 
     def _fail(self, work: Task | Span, place: int, error: BaseException) -> None:
         if isinstance(work, Task):
@@ -132,16 +140,12 @@ class Losses:
         work.run.tell()
 
 
-def _error_of(
-    worker: Worker, work: Task | Span, exitcode: int | None, fault: str, *, begun: bool
-) -> BaseException:
-    said = worker.condemned
-    if isinstance(said, TaskTimeoutError):
-        return TaskTimeoutError(said.pid, said.timeout_s, said.task, fault)
-    ours = worker.was_ours(exitcode)
-    error = WorkerDiedError(worker.pid, exitcode, work.name, fault, worker.oom, ours, begun)
-    error.__cause__ = worker.fault
-    return error
+def _stage_of(worker: Worker, choked_on: Span | None) -> Stage:
+    if choked_on is not None:
+        return Stage.READING
+    if worker.done:
+        return Stage.USED
+    return Stage.READY if worker.ready else Stage.STARTING
 
 
 def _stack_of(worker: Worker, exitcode: int | None) -> str:

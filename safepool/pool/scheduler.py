@@ -93,6 +93,7 @@ from safepool.workers.preload import learn
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
 
+    from safepool.pool.ending import Ending
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item
     from safepool.pool.policy import Policy
@@ -127,8 +128,8 @@ class _Items(NamedTuple):
     last: bool
 
 
-Ending = Literal["", "ask", "terminate", "kill"]
-_SHARPER: tuple[Ending, ...] = ("", "ask", "terminate", "kill")
+Force = Literal["", "ask", "terminate", "kill"]
+_SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
 
 
 class Scheduler:
@@ -175,7 +176,7 @@ class Scheduler:
         self._closing = False
         self._cancelling = False
         self._exiting = False
-        self._asked: list[Ending] = []
+        self._asked: list[Force] = []
         self._broken: PoolBrokenError | None = None
         self._begun = False
         self._thread: threading.Thread | None = None
@@ -245,7 +246,7 @@ class Scheduler:
         return self._by_hand or self._fitting
 
     @property
-    def _ending(self) -> Ending:
+    def _forced(self) -> Force:
         return max(self._asked, key=_SHARPER.index) if self._asked else ""
 
     def resize(self, workers: int, *, level: int = logging.INFO) -> None:
@@ -399,7 +400,7 @@ class Scheduler:
             self.wake()
         return True
 
-    def shut_down(self, *, wait: bool, cancel: bool = False, end: Ending = "") -> None:
+    def shut_down(self, *, wait: bool, cancel: bool = False, end: Force = "") -> None:
         """Take no more tasks; finish those that were submitted, and end the workers.
 
         Args:
@@ -607,7 +608,7 @@ class Scheduler:
     def _step(self, staff: Staff) -> bool:
         """Act on what is shared; return whether there is more to do."""
         # Before the look at what was brought: nothing is brought after it.
-        closing, ending = self._closing, self._ending
+        closing, ending = self._closing, self._forced
         self._take_in()
         self._backlog.holds = not closing
         to_kill, self._to_kill = self._to_kill, []
@@ -633,7 +634,7 @@ class Scheduler:
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
-            return self._is_awaited or not (closing or self._ending)
+            return self._is_awaited or not (closing or self._forced)
         self._oom.look()
         self._follow_the_limits(staff)
         self._retire_strangers(staff)
@@ -642,7 +643,7 @@ class Scheduler:
         self._take_back_from_the_slow(staff)
         self._cancel_waiting()  # what was taken back above is not to be sent again
         self._hand_out(staff)
-        if self._ending:  # broken meanwhile
+        if self._forced:  # broken meanwhile
             return False
         return (
             not closing
@@ -896,7 +897,7 @@ class Scheduler:
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
-            if not (self._ending or isinstance(error, InterruptedError)):  # it was given up
+            if not (self._forced or isinstance(error, InterruptedError)):  # it was given up
                 broken = self._hiring.refused(error, alone=not len(staff))
                 if broken is not None:
                     self._break(staff, broken, error)
@@ -912,7 +913,7 @@ class Scheduler:
 
     def _is_late(self) -> bool:
         """Tell whether a worker that is being started comes too late for anybody."""
-        if self._ending or self._cancelling:
+        if self._forced or self._cancelling:
             return True
         # The hands ask as well, and only this thread looks into the queue.
         if not self._closing or threading.current_thread() is not self._thread:
@@ -1072,11 +1073,11 @@ class Scheduler:
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        if exitcode == _KILLED and not worker.was_ours(exitcode):
-            worker.oom = self._oom.explain()
-        lost = self._losses.of(staff, worker, exitcode, ending=bool(self._ending))
+        from_outside = exitcode == _KILLED and not worker.was_ours(exitcode)
+        oom = self._oom.explain() if from_outside else None
+        ending = self._losses.of(staff, worker, exitcode, oom, pool_ends=bool(self._forced))
         if self._trace is not None:
-            self._trace.ended(worker, exitcode, lost, ending=bool(self._ending))
+            self._trace.ended(worker, ending)
         if worker.failure is not None:
             raised = f"{type(worker.failure).__name__}: {text_of(worker.failure)}"
             problem = PoolBrokenError(f"a worker's initializer failed: {raised}")
@@ -1084,43 +1085,30 @@ class Scheduler:
         if staff.lost > _MOST_LOST * self._size:
             problem = PoolBrokenError(f"{staff.lost} workers could not be ended by SIGKILL")
             self._break(staff, problem)
-        by_itself = not (self._ending or worker.condemned)
-        costs = any(one.for_good for one in lost) or not (lost or worker.dismissed)
-        if self._break_on_death and by_itself and costs:
+        if self._break_on_death and ending.breaks:
             problem = PoolBrokenError(
                 "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {worker.pid} {worker.ending(exitcode)}"
+                f"running or pending: worker {ending.pid} {ending.how}"
             )
             self._break(staff, problem)
-        self._tell_of_the_end(staff, worker, exitcode, lost=bool(lost))
-
-    def _tell_of_the_end(
-        self, staff: Staff, worker: Worker, exitcode: int | None, *, lost: bool
-    ) -> None:
-        """Log it, and give up if workers end in a row that were of no use."""
-        how = worker.ending(exitcode)
-        if lost or worker.choked_on is not None:
+        level, text = ending.line
+        _log.log(level, "%s", text)
+        if ending.was_of_use:
             self._settling.patience.was_of_use()
-        if lost or worker.dismissed or worker.condemned is not None:
-            _log.debug("worker %d %s", worker.pid, how)
-        elif worker.choked_on is not None:
-            name = worker.choked_on.name
-            _log.warning("worker %d %s while it read arguments of %s", worker.pid, how, name)
-        elif worker.done:
-            _log.warning("worker %d %s while it ran nothing", worker.pid, how)
-        else:
-            before = "it began a task" if worker.ready else "it was initialized"
-            ending = f"{worker.pid} {how} before {before}"
-            _log.warning("worker %s", ending)
-            patience = self._settling.patience
-            pause_s = patience.after(exitcode, ours=worker.was_ours(exitcode))
-            if pause_s is not None:
-                self._hiring.pause(pause_s)
-            else:
-                reason = f"{patience.in_a_row} workers in a row were of no use; the last, {ending}"
-                if worker.oom is not None:
-                    reason += f": {worker.oom}"
-                self._break(staff, PoolBrokenError(reason))
+        elif ending.was_for_nothing:
+            self._bear(staff, ending)
+
+    def _bear(self, staff: Staff, ending: Ending) -> None:
+        """Wait before the next start, or give up if workers end in a row that were of no use."""
+        patience = self._settling.patience
+        pause_s = patience.after(ending.exitcode, ours=ending.by_pool)
+        if pause_s is not None:
+            self._hiring.pause(pause_s)
+            return
+        reason = f"{patience.in_a_row} workers in a row were of no use; the last, {ending.unasked}"
+        if ending.oom is not None:
+            reason += f": {ending.oom}"
+        self._break(staff, PoolBrokenError(reason))
 
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None
@@ -1151,14 +1139,14 @@ class Scheduler:
 
     def _stop_all(self, staff: Staff) -> None:
         for worker in staff:
-            if not (worker.dismissed or self._ending):
+            if not (worker.dismissed or self._forced):
                 staff.stop(worker)
         while len(staff):
             for worker in staff:
-                if self._ending == "ask":
+                if self._forced == "ask":
                     staff.ask(worker)
-                elif self._ending:  # from the beginning, or while the workers stop
-                    staff.end(worker, at_once=self._ending == "kill")
+                elif self._forced:  # from the beginning, or while the workers stop
+                    staff.end(worker, at_once=self._forced == "kill")
             self._listen(staff, None)
             self._cancel_waiting()  # what was sent ahead to a worker that was ended
 

@@ -18,9 +18,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from safepool.errors import TaskTimeoutError
 from safepool.limits import read_throttling
-from safepool.pool.losses import Lost
+from safepool.pool.ending import Lost
 from safepool.pool.mapping import Span
 from safepool.pool.trace_dispatch import TracedDispatch, TracedTask, note_queued
 from safepool.pool.trace_events import Events
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from safepool.limits import Throttling
     from safepool.pool.dispatch import Dispatch
+    from safepool.pool.ending import Ending
     from safepool.pool.mapping import MapRun
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker
@@ -157,38 +157,23 @@ class Trace:
         if worker.board is None or worker.board.claimed >= work.position + work.done:
             self._rows[worker].given_up = (work, work.done)
 
-    def ended(
-        self,
-        worker: Worker,
-        exitcode: int | None,
-        lost: Sequence[Lost],
-        *,
-        ending: bool,
-    ) -> None:
-        """A worker's process has ended.
-
-        Args:
-            worker: Which.
-            exitcode: As ``multiprocessing.Process.exitcode``.
-            lost: The calls that it took along.
-            ending: The pool ends all of them.
-        """
+    def ended(self, worker: Worker, ending: Ending) -> None:
+        """A worker's process has ended."""
         # What it began last; of the shortest calls it says so seldom.
         since = worker.sent_ns if worker.board is None else worker.board.since_ns
+        lost: Sequence[Lost] = ending.lost
         with self._lock:
             row = self._rows.pop(worker)
             if row.given_up is not None:
-                lost = [Lost(*row.given_up, for_good=True)]
+                lost = [Lost(*row.given_up, begun=True, again=None)]
             told = []
-            for work, place, for_good in lost:
-                outcome = _outcome(worker, ending=ending, for_good=for_good)
-                attempt = work.attempts + (for_good or isinstance(work, Span))
-                told.append((work, place, outcome, attempt))
+            for one in lost:
+                attempt = one.work.attempts + (one.again is None or isinstance(one.work, Span))
+                told.append((one.work, one.place, ending.outcome_of(one), attempt))
             row.end(since, time.monotonic_ns(), told)
             self._free.append(row.number)
-        died = bool(lost) or not worker.dismissed
-        how = worker.ending(exitcode)
-        self._events.of_worker("death" if died else "end", row.number, pid=worker.pid, how=how)
+        kind = "death" if lost or ending.died else "end"
+        self._events.of_worker(kind, row.number, pid=worker.pid, how=ending.how)
 
     # Counters, in the thread that writes.
 
@@ -236,13 +221,3 @@ class Trace:
 
         def _count_cpu(self, _now: int) -> None:
             pass
-
-
-def _outcome(worker: Worker, *, ending: bool, for_good: bool) -> str:
-    if isinstance(worker.condemned, TaskTimeoutError):
-        return "timed out"
-    if worker.condemned is not None:
-        return "cancelled"
-    if not for_good:
-        return "retried"
-    return "ended" if ending else "died"

@@ -7,12 +7,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import describe_exit
 from safepool.pool.ledger import Ledger
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
-    from safepool.errors import OutOfMemory
     from safepool.pool.mapping import Span
     from safepool.pool.packing import Packing
     from safepool.pool.tasks import Task
@@ -56,8 +54,6 @@ class Worker(WorkerProcess):
         signals: What the pool has sent it.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
         failure: What its initializer raised.
-        choked_on: Calls whose arguments it read, all at once, when it ended.
-        oom: What the kernel has counted, if its out-of-memory killer ended it.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
             sent.
         events: What the selector watches its channel for.
@@ -89,8 +85,6 @@ class Worker(WorkerProcess):
     tree: TreeEnd | None = None
     fault: BaseException | None = None
     failure: BaseException | None = None
-    choked_on: Span | None = None
-    oom: OutOfMemory | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
     stack_begin: int | None = None
@@ -156,10 +150,6 @@ class Worker(WorkerProcess):
     def was_ours(self, exitcode: int | None) -> bool:
         """Tell whether it was ended by a signal that the pool has sent it."""
         return self.unkillable if exitcode is None else -exitcode in self.signals
-
-    def ending(self, exitcode: int | None) -> str:
-        """Say how it ended, as the second half of a sentence."""
-        return describe_exit(exitcode, self.oom, by_pool=self.was_ours(exitcode))
 
     def can_be_at(self, position: int) -> bool:
         """Tell whether it can still be at this position, if what follows was taken back.

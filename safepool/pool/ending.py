@@ -1,0 +1,160 @@
+"""How a worker ended: put together once, read by all who tell of it or decide by it.
+
+    who reads it          what
+    the futures' errors   `error_of`
+    the log               `line`, `line_of`
+    the trace             `how`, `died`, `outcome_of`
+    the pool              `was_of_use`, `was_for_nothing`, `unasked`, `breaks`
+
+Computes; no process, no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
+
+if TYPE_CHECKING:
+    from safepool.errors import OutOfMemory
+    from safepool.pool.mapping import Span
+    from safepool.pool.tasks import Task
+
+__all__ = ["Ending", "Lost", "Stage"]
+
+
+class Lost(NamedTuple):
+    """A call that a worker has taken along.
+
+    Attributes:
+        work: What it is, or is a part of.
+        place: Its place there.
+        begun: The worker may have begun it; else it was on its way, and was not kept.
+        again: What is queued for it; ``None`` if it has failed.
+    """
+
+    work: Task | Span
+    place: int
+    begun: bool
+    again: Task | Span | None
+
+
+class Stage(enum.Enum):
+    """How far a worker came. The value says when it ended, if it ran no call then."""
+
+    STARTING = "before it was initialized"
+    READY = "before it began a task"
+    READING = "while it read arguments of"
+    USED = "while it ran nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What is known of a worker that has ended.
+
+    Attributes:
+        pid: Its process id.
+        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
+        by_pool: The pool has sent the signal that ended it.
+        oom: What the kernel has counted, if its out-of-memory killer ended it.
+        stage: How far it came.
+        reading: The name of the function whose arguments it read.
+        dismissed: It was told to stop, or was ended by the pool.
+        pool_ends: The pool ends all of them.
+        condemned: Why the pool ended it in the middle of a task.
+        fault: Why no more could come of it, if the pool ended it for that.
+        stack: The Python stack in which it was.
+        lost: The calls that it has taken along.
+    """
+
+    pid: int
+    exitcode: int | None
+    by_pool: bool
+    oom: OutOfMemory | None
+    stage: Stage
+    reading: str
+    dismissed: bool
+    pool_ends: bool
+    condemned: BaseException | None
+    fault: BaseException | None
+    stack: str
+    lost: tuple[Lost, ...]
+
+    @property
+    def how(self) -> str:
+        """How it ended, as the second half of a sentence."""
+        return describe_exit(self.exitcode, self.oom, by_pool=self.by_pool)
+
+    @property
+    def died(self) -> bool:
+        """Whether it ended when it should not have."""
+        return bool(self.lost) or not self.dismissed
+
+    @property
+    def was_of_use(self) -> bool:
+        """Whether it came as far as to a call."""
+        return bool(self.lost) or self.stage is Stage.READING
+
+    @property
+    def was_for_nothing(self) -> bool:
+        """Whether it ended by itself before it did anything."""
+        idle = self.stage in (Stage.STARTING, Stage.READY)
+        return idle and not (self.lost or self.dismissed or self.condemned)
+
+    @property
+    def breaks(self) -> bool:
+        """Whether it ends a pool that one death ends, as it does the standard pool."""
+        costs = any(one.again is None for one in self.lost) or not (self.lost or self.dismissed)
+        return costs and not (self.pool_ends or self.condemned)
+
+    def error_of(self, lost: Lost) -> BaseException:
+        """Return a new error for a call that has failed."""
+        said = self.condemned
+        if isinstance(said, TaskTimeoutError):
+            return TaskTimeoutError(said.pid, said.timeout_s, said.task, self.stack)
+        name = lost.work.name
+        error = WorkerDiedError(
+            self.pid, self.exitcode, name, self.stack, self.oom, self.by_pool, lost.begun
+        )
+        error.__cause__ = self.fault
+        return error
+
+    def outcome_of(self, lost: Lost) -> str:
+        """Say in one word of the trace what came of a call."""
+        if isinstance(self.condemned, TaskTimeoutError):
+            return "timed out"
+        if self.condemned is not None:
+            return "cancelled"
+        if lost.again is not None:
+            return "retried"
+        return "ended" if self.pool_ends else "died"
+
+    @property
+    def line(self) -> tuple[int, str]:
+        """The line for the log that tells of the worker alone, with its level."""
+        if self.lost or self.dismissed or self.condemned is not None:
+            return logging.DEBUG, f"worker {self.pid} {self.how}"
+        return logging.WARNING, f"worker {self.unasked}"
+
+    @property
+    def unasked(self) -> str:
+        """Who ended, how, and when, as words after "worker"."""
+        return f"{self.pid} {self.how} {self.stage.value} {self.reading}".rstrip()
+
+    def line_of(self, lost: Lost, error: BaseException | None) -> tuple[int, str]:
+        """Return the line for the log that tells of a call, with its level.
+
+        Args:
+            lost: Which.
+            error: Its own; ``None`` if it is run again.
+        """
+        if error is None:
+            text = (
+                f"worker {self.pid} {self.how} while it ran {lost.work.name}, which is run again"
+            )
+            return logging.WARNING, text
+        quiet = self.pool_ends or self.condemned is not None
+        return logging.DEBUG if quiet else logging.WARNING, f"{error}"
