@@ -5,6 +5,8 @@
   that hangs in CI tells nothing, and an orphan that holds the output pipe hangs the CI too.
 * After each test, whatever process, thread, descriptor, memory file or name is new fails it
   (``leaks.py``).
+* Two processes may share a run (``pytest -n 2`` of pytest-xdist). Each is then a session of its
+  own for the two above, and a test that is marked ``alone`` waits until the other one pauses.
 
 Test files are imported with ``--import-mode=importlib``: two folders may have a
 ``test_errors.py`` each, and no folder needs an ``__init__.py``. The price is that a test
@@ -26,10 +28,13 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import leaks
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 TESTS = Path(__file__).parent
 
@@ -67,6 +72,11 @@ class Harness:
         # pytest does not capture yet: this one leads to where the user looks.
         self._stderr = os.dup(2)
         self._timers: dict[pytest.Item, threading.Timer] = {}
+        # pytest-xdist's word for one of the processes that share the run.
+        self._shares = hasattr(config, "workerinput")
+        self._leads = bool(getattr(config.option, "numprocesses", None))
+        # In the temporary folder of the process that leads the run.
+        self._turns = Turns(Path(tempfile.gettempdir(), "turns")) if self._shares else None
         self._tempdir = tempfile.mkdtemp(prefix="safepool-")
         # At exit, not after the last test: multiprocessing's exit handler still looks there.
         atexit.register(shutil.rmtree, self._tempdir, ignore_errors=True)
@@ -74,7 +84,13 @@ class Harness:
         self._set_environment()
 
     def _set_environment(self) -> None:
-        self._patch.setenv(leaks.MARK_VARIABLE, leaks.MARK, prepend=" ")
+        marks = os.environ.get(leaks.MARK_VARIABLE, "").split()
+        if self._shares:
+            # What the other process of the run starts is not ours: another mark than the run's,
+            # and another process group.
+            del marks[0]
+            os.setpgid(0, 0)
+        self._patch.setenv(leaks.MARK_VARIABLE, " ".join([leaks.MARK, *marks]))
         for name in SCREEN_VARIABLES:
             self._patch.delenv(name, raising=False)
         # A Python process that hangs prints its stacks when it is sent SIGABRT.
@@ -90,6 +106,26 @@ class Harness:
         """Undo the changes, and see to it that the exit ends too."""
         self._patch.undo()
         faulthandler.dump_traceback_later(EXIT_LIMIT_S, exit=True, file=self._stderr)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Wait for the turn, before the test's time begins to count."""
+        if self._turns is None:
+            return (yield)
+        with self._turns.take(alone=item.get_closest_marker("alone") is not None):
+            return (yield)
+
+    def pytest_sessionstart(self) -> None:
+        """Look at the names in shared memory, if others run the tests."""
+        self._names = leaks.shared_names() if self._leads else frozenset()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Look again: which of two processes has left a name is not to be told from the name."""
+        left = leaks.names_since(self._names) if self._leads else []
+        if left:
+            self._print("\nthe run left behind:" + "".join(f"\n  {leak.what}" for leak in left))
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
@@ -163,8 +199,35 @@ class Harness:
         return "".join(manager.read_global_capture())
 
 
+class Turns:
+    """Lets the processes of one run test at the same time, apart from tests that must be alone.
+
+    Record locks: they end with their process, and no child inherits them. The first is held by
+    whoever waits for the second: one that wants to be alone is not overtaken for ever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b")
+
+    @contextlib.contextmanager
+    def take(self, *, alone: bool) -> Generator[None, None, None]:
+        """Hold the turn, together with others or alone."""
+        import fcntl
+
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, 0)
+        fcntl.lockf(self._file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, 1, 1)
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 0)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, 1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make hooks and fixtures hold for the package's doctests too, outside this folder."""
+    if getattr(config.option, "numprocesses", None):
+        # A process that ends has printed why, see above: the run ends too.
+        config.option.maxworkerrestart = 0
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell's job in the background. Programs that are to see Ctrl-C would inherit it.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """The harness itself: what it must notice, what it must leave alone, and how a hang ends.
 
-Each test is a pytest run of its own, on a file written here with this project's conftest.
+Most tests are a pytest run of their own, on a file written here with this project's conftest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import leaks
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 TESTS = Path(leaks.__file__).parent
 
@@ -52,7 +56,7 @@ LEAKS: dict[str, tuple[str, str]] = {
     "worker of the standard pool": (
         """
         kept.append(concurrent.futures.ProcessPoolExecutor(1))
-        kept[0].submit(int).result()
+        kept[-1].submit(int).result()
         """,
         r"process \d+ .*: .*pytest",
     ),
@@ -60,7 +64,7 @@ LEAKS: dict[str, tuple[str, str]] = {
         """
         context = multiprocessing.get_context('forkserver')
         kept.append(context.Process(target=time.sleep, args=(1004,), daemon=True))
-        kept[0].start()
+        kept[-1].start()
         """,
         r"process \d+ .*forkserver",
     ),
@@ -173,6 +177,9 @@ kept = []
 """
 
 
+# Two processes, as README.md's command has them.
+SHARED = ("-n", "2", "--dist", "worksteal")
+
 # What neither uses it nor shall wait for its import.
 WITHOUT_HYPOTHESIS = ("-p", "no:hypothesispytest")
 
@@ -195,7 +202,8 @@ def run_pytest(
         conftest.write(f"\nleaks.GRACE_S = {grace_s}\nWATCHDOG_MARGIN_S = {margin_s}\n")
     (folder / "pytest.ini").write_text(
         f"[pytest]\npythonpath = {TESTS}\naddopts = --import-mode=importlib\n"
-        "timeout_method = thread\nmarkers =\n    foreign_pools: as in the project\n"
+        "timeout_method = thread\nmarkers =\n    alone: as in the project\n"
+        "    foreign_pools: as in the project\n"
     )
     (folder / "test_it.py").write_text(HEAD + textwrap.dedent(source))
     # In CI pytest repeats whole messages in its summary; here the text is the same everywhere.
@@ -213,31 +221,51 @@ def run_pytest(
     )
 
 
-def a_test(body: str, mark: str = "") -> str:
+def a_test(body: str, mark: str = "", name: str = "test_it") -> str:
     """Write a test whose body is ``body``."""
-    return f"{mark}\ndef test_it():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+    return f"{mark}\ndef {name}():\n{textwrap.indent(textwrap.dedent(body), '    ')}\n"
+
+
+def a_test_each(bodies: Mapping[str, str]) -> str:
+    """Write one test per row: so many in one run take hardly longer than one."""
+    return "".join(
+        a_test(body, name=f"test_{number}") for number, body in enumerate(bodies.values())
+    )
+
+
+def part_of(output: str, number: int) -> str:
+    """Return what pytest says of the end of that one's test."""
+    return output.partition(f" ERROR at teardown of test_{number} ")[2].partition("\n____")[0]
+
+
+@pytest.fixture(scope="module")
+def leaking(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    source = a_test_each({leak: body for leak, (body, _) in LEAKS.items()})
+    return run_pytest(tmp_path_factory.mktemp("leaking"), source)
 
 
 @linux_only
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_leak_fails_its_test_and_is_named(leak: str, tmp_path: Path) -> None:
+def test_a_leak_fails_its_test_and_is_named(
+    leak: str, leaking: subprocess.CompletedProcess[str]
+) -> None:
     """Whatever stays behind is named, and ends with the run."""
-    body, expected = LEAKS[leak]
+    _, expected = LEAKS[leak]
 
-    run = run_pytest(tmp_path, a_test(body))
+    said = part_of(leaking.stdout, list(LEAKS).index(leak))
 
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", run.stdout), run.stdout
-    assert "1 error" in run.stdout
+    assert leaking.returncode == 1, leaking.stdout + leaking.stderr
+    assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", said), leaking.stdout
+    assert f"{len(LEAKS)} passed, {len(LEAKS)} errors" in leaking.stdout
 
 
 @linux_only
-@pytest.mark.parametrize("harmless", HARMLESS)
-def test_what_is_no_leak_passes(harmless: str, tmp_path: Path) -> None:
+def test_what_is_no_leak_passes(tmp_path: Path) -> None:
     """Garbage, stragglers, the libraries' own helpers and other programs are no leak."""
-    run = run_pytest(tmp_path, a_test(HARMLESS[harmless]), grace_s=20)
+    run = run_pytest(tmp_path, a_test_each(HARMLESS), grace_s=20)
 
     assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{len(HARMLESS)} passed" in run.stdout
 
 
 # A program that leaves a name in shared memory behind.
@@ -415,6 +443,88 @@ def test_a_hang_in_c_code_that_holds_the_interpreter_ends(tmp_path: Path) -> Non
         shutil.rmtree(folder)
     assert run.returncode == 1
     assert "in test_it" in run.stderr, run.stderr
+
+
+BESIDE_EACH_OTHER = """
+    here = os.path.dirname(__file__)
+
+    def beside(name, number):
+        with open(os.path.join(here, f"{name}-{number}"), "x") as file:
+            time.sleep(0.01)
+            others = [found for found in os.listdir(here) if found.startswith(("some-", "alone-"))]
+            os.unlink(file.name)
+        return len(others) - 1
+
+    @pytest.mark.parametrize("number", range(60))
+    def test_some(number):
+        beside("some", number)
+
+    @pytest.mark.alone
+    @pytest.mark.parametrize("number", range(6))
+    def test_alone(number):
+        assert [beside("alone", number) for _ in range(5)] == [0] * 5
+
+    @pytest.mark.parametrize("number", range(60, 120))
+    def test_more(number):
+        beside("some", number)
+
+    @pytest.mark.parametrize("number", range(2))
+    def test_orphan_by_fork(number):
+        child = os.fork()
+        if child == 0:
+            os.fork() or time.sleep(1012)
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.5)
+
+    def test_name():
+        command = [sys.executable, "-c", {leave_a_name!r}]
+        pid = int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        open(os.path.join(here, "pid"), "w").write(str(pid))
+"""
+
+
+@linux_only
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    """What is to be alone is, each accuses its own tests, and the run accuses for both."""
+    pytest.importorskip("xdist")
+
+    run = run_pytest(
+        tmp_path, BESIDE_EACH_OTHER.replace("{leave_a_name!r}", repr(LEAVE_A_NAME)), *SHARED
+    )
+    name = Path(f"/dev/shm/loky-{(tmp_path / 'pid').read_text()}-test")
+    name.unlink()
+
+    assert "129 passed, 2 errors" in run.stdout, run.stdout
+    assert len(re.findall(r"the test left behind:\n  process \d+ .*\n(?!  )", run.stdout)) == 2
+    if not leaks._another_session_runs():
+        assert f"the run left behind:\n  name {name}" in run.stderr
+    assert run.returncode == 1
+
+
+@linux_only
+def test_a_hang_in_one_of_two_processes_ends_the_run(tmp_path: Path) -> None:
+    """With its stacks, and with the children of that process."""
+    pytest.importorskip("xdist")
+    source = """
+        @pytest.mark.timeout(1)
+        def test_hangs():
+            kept.append(subprocess.Popen(["sleep", "1013"]))
+            threading.Event().wait()
+
+        def test_passes():
+            pass
+    """
+    before = leaks.take_snapshot()
+
+    run = run_pytest(tmp_path, source, *SHARED)
+
+    assert "test_it.py::test_hangs exceeded its time limit of 1.0 s" in run.stderr
+    assert "in test_hangs" in run.stderr
+    assert re.search(r"process \d+ .*: sleep 1013", run.stderr)
+    assert "crashed while running 'test_it.py::test_hangs'" in run.stdout
+    assert run.returncode == 1
+    assert [leak for leak in leaks.left_since(before) if leak.process] == []
 
 
 def test_an_example_of_hypothesis_may_take_long(tmp_path: Path) -> None:
