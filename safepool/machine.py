@@ -6,7 +6,9 @@ change while a program runs.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import threading
 import warnings
 from dataclasses import replace
@@ -31,6 +33,8 @@ _NOTABLE_CPUS = 0.25
 # Samples in a row, a second apart, before the pool says that it is held back: one or two
 # are a neighbour's burst.
 _SAMPLES_HELD_BACK = 3
+# Why a limit is not read by a program that has used up its descriptors, or its machine's.
+_NO_DESCRIPTOR = {os.strerror(errno.EMFILE), os.strerror(errno.ENFILE)}
 
 
 def cpu_limit() -> float:
@@ -110,14 +114,17 @@ class BudgetWatch:
     def __init__(self, request: Request, limits: Limits) -> None:
         self._request = request
         self._limits = limits
+        self._budget = fit(limits, request)
         self._quotas = QuotaWatch()
         self._waiting = WaitWatch()
         self._held_back = 0
 
     def read(self) -> Budget:
-        """Return the budget as the limits are now."""
+        """Return the budget as the limits are now, as far as they can be read."""
         now = self._quotas.read()
-        return fit(
+        if any(skipped.reason in _NO_DESCRIPTOR for skipped in now.skipped):
+            return self._budget  # a limit that cannot be read is not gone
+        self._budget = fit(
             replace(
                 self._limits,
                 affinity=now.affinity,
@@ -127,6 +134,7 @@ class BudgetWatch:
             ),
             self._request,
         )
+        return self._budget
 
     def look_for_hidden_limit(self, pids: Iterable[int], budget: Budget) -> None:
         """Say once if the workers fit what can be seen and are held back all the same.

@@ -214,8 +214,11 @@ class ServerContext(multiprocessing.context.SpawnContext):
             changes: As for :meth:`fork_worker`.
         """
         if self._learns:
-            with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
-                server.preload_ahead(self._known())
+            try:
+                with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
+                    server.preload_ahead(self._known())
+            except OSError:
+                pass  # no descriptor is left: the next pool asks by itself
 
     def run_script(
         self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
@@ -265,8 +268,11 @@ class ServerContext(multiprocessing.context.SpawnContext):
         plan = self._plan_now(changes)
         if plan is None:
             return {}
-        with _server_for(changes, plan, kept=self._kept) as server:
-            return server.prints(names, given_up)
+        try:
+            with _server_for(changes, plan, kept=self._kept) as server:
+                return server.prints(names, given_up)
+        except OSError:  # no descriptor is left
+            return {}
 
     def _send_by_value(
         self,
@@ -617,10 +623,12 @@ class _Server:
             ours, theirs = socket.socketpair()
         # Above the standard streams, which the child gets others for; a program may have closed
         # its own.
-        handed = [_above_streams(theirs.fileno()), _above_streams(_line[0])]
+        handed: list[int] = []
         # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
+            handed.append(_above_streams(theirs.fileno()))
+            handed.append(_above_streams(_line[0]))
             self._process = self._begin(handed)
         except BaseException:
             ours.close()

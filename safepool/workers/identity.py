@@ -8,6 +8,7 @@ Not covered:
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -15,24 +16,36 @@ import time
 __all__ = ["RightsWatch", "place", "rights"]
 
 _RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
+# What cannot be read without a descriptor is what it was: it has not changed for that.
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 # Between two readings of all of it: a file of /proc, some 50 us. The effective user and group are
 # asked for each time, which takes less than one.
 _LOOK_S = 1.0
 
 
 def rights() -> tuple[str, ...]:
-    """Return what this process may do; elsewhere than on Linux its effective user and group."""
+    """Return what this process may do; elsewhere than on Linux its effective user and group.
+
+    Raises:
+        OSError: No descriptor is left to look with.
+    """
     found = []
     try:
         with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             found += [line for line in file if line.startswith(_RIGHTS)]
-    except OSError:
-        pass  # not Linux, or not shown
+    except OSError as error:
+        if error.errno in _NO_DESCRIPTOR:
+            raise
+        # Else it is not Linux, or not shown.
     return (*found, repr(_users()))
 
 
 def place() -> tuple[str, ...]:
-    """Return where this process is: control groups, name spaces, root directory."""
+    """Return where this process is: control groups, name spaces, root directory.
+
+    Raises:
+        OSError: No descriptor is left to look with.
+    """
     found = []
     try:
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
@@ -40,8 +53,10 @@ def place() -> tuple[str, ...]:
         names = sorted(os.listdir("/proc/self/ns"))
         found += [os.readlink(f"/proc/self/ns/{name}") for name in names]
         found.append(os.readlink("/proc/self/root"))
-    except OSError:
-        pass  # not Linux, or not shown; what was read still counts
+    except OSError as error:
+        if error.errno in _NO_DESCRIPTOR:
+            raise
+        # Else it is not Linux, or not shown; what was read still counts.
     return tuple(found)
 
 
@@ -49,17 +64,27 @@ class RightsWatch:
     """Tells when this process has other rights than before."""
 
     def __init__(self) -> None:
-        self._users, self._rights = _users(), rights()
+        self._users, self._rights = _users(), _rights_now()
         self._look_at = time.monotonic() + _LOOK_S
 
     def have_changed(self) -> bool:
         """Return whether they have changed since this was last asked; user and group at once."""
         users, now = _users(), time.monotonic()
-        if users == self._users and now < self._look_at:
+        other_user = users != self._users
+        if not other_user and now < self._look_at:
             return False
         self._look_at = now + _LOOK_S
-        before, self._users, self._rights = self._rights, users, rights()
-        return self._rights != before
+        before, found = self._rights, _rights_now()
+        self._users, self._rights = users, found or before
+        return other_user or bool(before and found and before != found)
+
+
+def _rights_now() -> tuple[str, ...]:
+    """Return :func:`rights`; nothing without a descriptor to look with."""
+    try:
+        return rights()
+    except OSError:
+        return ()
 
 
 if sys.platform == "win32":

@@ -195,20 +195,30 @@ def _decline(sock: Any) -> None:
     sock.send(b"\x00")
 
 
-def test_a_program_without_descriptors_sends_and_gets_arrays(pool: ProcessPool) -> None:
-    """At EMFILE arguments go by the stream; results come by the one descriptor kept for them."""
+def test_a_program_without_descriptors_sends_and_gets_arrays(
+    pool: ProcessPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At EMFILE arguments go by the stream; results come by the one descriptor kept for them.
+
+    The worker stays: rights and limits that cannot be read have not changed.
+    """
+    monkeypatch.setattr("safepool.workers.identity._LOOK_S", 0.0)
+    monkeypatch.setattr("safepool.pool.scheduler._FOLLOW_S", 0.0)
+    pid = pool.submit(tasks.pid).result(timeout=60)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 512), limits[1]))
     taken = arrays.use_up_descriptors()
     try:
         for _ in range(3):
             got = pool.submit(arrays.itself, LARGE).result(timeout=60)
-            np.testing.assert_array_equal(got, LARGE)
+            assert np.array_equal(got, LARGE)
         assert pool.submit(arrays.ones, 3 << 20).result(timeout=60).sum() == 3 << 20
+        assert pool.submit(tasks.pid).result(timeout=60) == pid
     finally:
         for descriptor in taken:
             os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert pool.submit(tasks.pid).result(timeout=60) == pid
 
 
 def test_a_worker_without_descriptors_gets_and_sends_arrays(pool: ProcessPool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import subprocess
 import sys
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 import pytest
 import support_tasks as tasks
@@ -15,7 +17,12 @@ from support_cgroups import ControlGroup, control_group
 from support_processes import wait_until
 
 from safepool import ProcessPool, machine
+from safepool.budget import Request
+from safepool.limits import QuotaWatch, read_limits
 from safepool.limits.waiting import parse_idle
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Runs tasks without end and prints the number of workers whenever it changes.
 REPORTER = """
@@ -313,3 +320,28 @@ def test_a_pool_under_a_limit_on_processes_works() -> None:
     )
     with control_group(tasks=10) as group:
         assert group.run(code, timeout_s=90) == "4950 True"
+
+
+def test_a_limit_that_cannot_be_read_for_lack_of_descriptors_still_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a pool within a quota would grow to the CPUs of the host."""
+    for name, text in {
+        "proc/self/cgroup": "0::/\n",
+        "proc/self/mountinfo": "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
+        "sys/fs/cgroup/cpu.max": "100000 100000\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "QuotaWatch", lambda: QuotaWatch(tmp_path))
+    watch = machine.BudgetWatch(Request(), read_limits(tmp_path))
+    quota = watch.read().because
+
+    open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, open_files[1]))
+    try:
+        unreadable = watch.read().because
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
+
+    assert (quota.name, unreadable) == ("cpu.max", quota)

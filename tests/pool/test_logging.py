@@ -485,6 +485,8 @@ def _without_numbers(text: str) -> str:
 def test_starts_and_ends_are_there_for_who_asks(
     kept: support.Kept, levels: Callable[[str, int], None]
 ) -> None:
+    with ProcessPool(1) as pool:  # it has the fork server started, if none runs
+        pool.submit(tasks.pid).result(timeout=30)
     levels("safepool", logging.DEBUG)
     with ProcessPool(1) as pool:
         pool.submit(tasks.pid).result(timeout=30)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from safepool import ProcessPool, WorkerDiedError
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
-from safepool.workers import forked, forkserver
+from safepool.workers import forked, forkserver, identity
 
 # More settings than idle servers are kept.
 MANY = 6
@@ -115,3 +117,45 @@ def test_the_table_takes_no_exit_code_from_the_pool_that_waits_for_it(
         make_others()
     assert asked
     assert threading.get_ident() not in asked
+
+
+def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever descriptor is the one too many."""
+    copy = forkserver._above_streams
+    forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "before"})  # the life-line is kept
+    open_before = os.listdir("/proc/self/fd")
+    for given in range(2):
+        left = [copy] * given
+
+        def refuse(number: int, left: list[Any] = left) -> int:
+            if not left:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            copied: int = left.pop()(number)
+            return copied
+
+        monkeypatch.setattr(forkserver, "_above_streams", refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
+
+        assert os.listdir("/proc/self/fd") == open_before
+
+
+def test_without_descriptors_nothing_that_cannot_be_read_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool would part with its workers, which have the very rights of the program."""
+    monkeypatch.setattr(identity, "_LOOK_S", 0.0)
+    watch = identity.RightsWatch()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        blind = identity.RightsWatch()
+        changed = [watch.have_changed(), blind.have_changed()]
+        with pytest.raises(OSError, match="Too many open files"):
+            identity.rights()
+        with pytest.raises(OSError, match="Too many open files"):
+            identity.place()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+    assert [*changed, watch.have_changed(), blind.have_changed()] == [False] * 4
