@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FROM_OUTSIDE",
+    "REFUSALS",
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
@@ -350,7 +351,7 @@ class RefusedCallError(SafepoolError, OSError):
     Attributes:
         errno: The system's number for it.
         strerror: Its words.
-        filename: The call, such as ``"socketpair()"``.
+        filename: The call, such as ``"socketpair()"``, or several.
 
     Example:
         >>> error = RefusedCallError(1, "Operation not permitted", "socketpair()")
@@ -360,13 +361,13 @@ class RefusedCallError(SafepoolError, OSError):
 
     def __str__(self) -> str:
         return (
-            f"the system refuses {self.filename}: {self.strerror}. A pool needs this call to talk "
-            "to its workers. Often a seccomp filter of the container or the service forbids it: "
-            "allow it there"
+            f"the system refuses {self.filename}: {self.strerror}. A pool needs this call. Often "
+            "a seccomp filter of the container or the service forbids it: allow it there"
         )
 
 
-_REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
+REFUSALS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
+"""What a system says that knows a call and does not allow it (a seccomp filter, mostly)."""
 
 
 @contextmanager
@@ -375,7 +376,7 @@ def naming(call: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         raise RefusedCallError(error.errno, error.strerror, call) from error
 
@@ -495,4 +496,5 @@ def _mebibytes(number: int) -> str:
 _SIGNAL_HINTS = {
     9: " (often the kernel's out-of-memory killer: see memory.events)",
     11: " (a crash in native code)",
+    getattr(signal, "SIGSYS", -1): " (a seccomp filter forbids a system call that it made)",
 }

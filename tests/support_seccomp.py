@@ -11,10 +11,8 @@ import errno
 import os
 import struct
 
-# The name of a call: its number on x86_64, and on aarch64.
-NUMBERS = {
-    "sendmsg": (46, 211),
-    "socketpair": (53, 199),
+# The name of a call: its number on x86_64, and on aarch64. A pool can do without these.
+OPTIONAL = {
     "getpriority": (140, 141),
     "setpriority": (141, 140),
     "prctl": (157, 167),
@@ -27,6 +25,37 @@ NUMBERS = {
     "pidfd_send_signal": (424, 424),
     "pidfd_open": (434, 434),
 }
+# And not without these; the fork server's way or the others can do without some.
+NEEDED = {
+    "socketpair": (53, 199),
+    "sendmsg": (46, 211),
+    "recvmsg": (47, 212),
+    "sendto": (44, 206),
+    "recvfrom": (45, 207),
+    "getsockname": (51, 204),
+    "getsockopt": (55, 209),
+    "poll": (7, 73),  # ppoll
+    "epoll_create1": (291, 20),
+    "epoll_ctl": (233, 21),
+    "epoll_wait": (232, 22),  # epoll_pwait
+    "pipe2": (293, 59),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
+    "dup": (32, 23),
+    "dup2": (33, 24),  # dup3
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "ftruncate": (77, 46),
+    "lseek": (8, 62),
+    "getdents64": (217, 61),
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "clone3": (435, 435),
+    "clone": (56, 220),
+    "execve": (59, 221),
+    "wait4": (61, 260),
+}
+NUMBERS = OPTIONAL | NEEDED
 
 _MACHINES = {"x86_64": 0, "aarch64": 1}
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
@@ -52,7 +81,11 @@ def refuse(*names: str, error: int = errno.EPERM) -> None:
         error: With which error.
     """
     column = _MACHINES[os.uname().machine]
-    numbers = [NUMBERS[name][column] for name in names]
+    refuse_number(*(NUMBERS[name][column] for name in names), error=error)
+
+
+def refuse_number(*numbers: int, error: int = errno.EPERM) -> None:
+    """Do the same by the numbers of the calls."""
     lines = [(_LOAD, 0, 0, 0)]  # seccomp_data.nr
     lines += [(_JUMP_IF_EQUAL, len(numbers) - at, 0, n) for at, n in enumerate(numbers)]
     lines += [(_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE | error)]

@@ -10,7 +10,7 @@ cgroup-v1/cpuacct.rst.
 
 Not covered:
     * What only its owner and root may read of it: noted as skipped.
-    * ``RLIMIT_NPROC``, which counts the tasks of a user, not of a process.
+    * ``RLIMIT_NPROC`` of a process: it counts the tasks of a user (``tasks_of_user``).
 """
 
 from __future__ import annotations
@@ -31,10 +31,13 @@ if sys.platform == "linux":
 
 assert sys.platform == "linux"
 
-__all__ = ["ProcessView"]
+__all__ = ["ProcessView", "tasks_of_user"]
 
 _OWN_FOLDERS = ("/proc/self/", "/proc/thread-self/")
 _OPEN_FILES = re.compile(r"^Max open files +([0-9]+|unlimited) ", re.ASCII | re.MULTILINE)
+_OWNER = re.compile(
+    r"^Uid:\t([0-9]+)\t.*^Threads:\t([0-9]+)$", re.ASCII | re.MULTILINE | re.DOTALL
+)
 _USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)
 
 
@@ -164,6 +167,30 @@ class ProcessView:
             source=f"/proc/{self.pid}/limits",
             raw=match[1],
         )
+
+
+def tasks_of_user(user: int) -> int | None:
+    """Count the processes and threads that ``RLIMIT_NPROC`` counts: those of one real user.
+
+    Those that cannot be seen from here are left out, such as another container's.
+
+    Args:
+        user: Number of the real user.
+
+    Returns:
+        ``None`` where nothing tells.
+
+    Example:
+        >>> (tasks_of_user(os.getuid()) or 0) >= 1
+        True
+    """
+    try:
+        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:
+        return None
+    machine = Machine()
+    owners = (_OWNER.search(machine.read(f"/proc/{name}/status") or "") for name in processes)
+    return sum(int(one[2]) for one in owners if one and int(one[1]) == user)
 
 
 class _ProcessMachine(Machine):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, let_handlers_pass, text_of
 from safepool.machine import tell_once
-from safepool.pool import refusals
 from safepool.pool.exits import has_exited, working
 from safepool.pool.latch import Latch
 from safepool.pool.worker import Worker
@@ -193,11 +192,11 @@ class Hiring:
         """What a new worker is sent first."""
         return self._inheritance
 
-    def refused(self, error: Exception, *, alone: bool) -> PoolBrokenError | None:
+    def refused(self, error: BaseException, *, alone: bool) -> PoolBrokenError | None:
         """Decide what a start that failed means.
 
         Args:
-            error: Why.
+            error: Why, as ``refusals.explain`` returns it.
             alone: The pool has no worker.
 
         Returns:
@@ -208,8 +207,8 @@ class Hiring:
             self._refused_since = now
         lasts = now - self._refused_since > _RETRYING_S
         if alone and (lasts or not self.hired.is_open or not isinstance(error, OSError)):
-            return PoolBrokenError(f"no worker could be started: {refusals.describe(error)}")
-        _log.warning("no further worker could be started: %s", refusals.describe(error))
+            return PoolBrokenError(f"no worker could be started: {text_of(error)}")
+        _log.warning("no further worker could be started: %s", text_of(error))
         self.not_before = now + _RETRY_S
         return None
 

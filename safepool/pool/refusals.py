@@ -1,64 +1,158 @@
-"""Which limit was met when the system gives no process, thread or descriptor: with its figures."""
+"""Why the system gives no process, thread or descriptor: a limit is met, or a call is refused."""
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from safepool.errors import text_of
+from safepool.errors import REFUSALS, text_of
 from safepool.limits import read_limits
+from safepool.pool.refused_calls import refused_call
 
 if TYPE_CHECKING:
-    from safepool.limits import Limits
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["describe", "limit_met"]
+    from safepool.limits import Limits
+    from safepool.limits._types import PidsLimit
+
+__all__ = ["explain", "explained", "limit_met"]
 
 # Of what is in use a part may have ended since.
 _NEARLY = 0.9
+# What a thread's stack, or a process's first pages, may need.
+_LITTLE_BYTES = 64 << 20
+_LIMITED = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_REMEDY = "Raise it, or use fewer workers"
 
 
-def describe(error: BaseException) -> str:
-    """Return what was raised when a worker was to be started, with the limit that was met."""
-    text = text_of(error)
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, RuntimeError) and "start new thread" in text:
-        number = errno.EAGAIN
-    if number not in (errno.EAGAIN, errno.EMFILE):
-        return text
+def explain(error: BaseException) -> BaseException:
+    """Return an error that says which limit was met or which call is refused; else the same.
+
+    Args:
+        error: What was raised by a start. Its kind stays: an ``OSError`` with the same number,
+            a ``RuntimeError`` if no thread was started.
+    """
     try:
-        met = limit_met(number, read_limits())
+        return _explain(error) or error
     except Exception:  # noqa: BLE001 -- what cannot be read must not hide the error
-        met = ""
-    return f"{text} ({met})" if met else text
+        return error
 
 
-def limit_met(number: int, limits: Limits) -> str:
+def _explain(error: BaseException) -> BaseException | None:
+    number = error.errno if isinstance(error, OSError) else None
+    thread = isinstance(error, RuntimeError) and "start new thread" in text_of(error)
+    if thread or number is None or number in REFUSALS:
+        refused = refused_call()
+        if refused is not None:
+            refused.__cause__ = error
+            return refused
+    met = limit_met(errno.EAGAIN if thread else number or 0)
+    if not met:
+        return None
+    found: BaseException
+    if thread:
+        found = RuntimeError(f"{text_of(error)} ({met})")
+    else:
+        assert isinstance(error, OSError)
+        found = OSError(number, f"{error.strerror} ({met})")
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise what is raised in the block as :func:`explain` returns it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        told = explain(error)
+        if told is error:
+            raise
+        raise told from error
+
+
+def limit_met(number: int, limits: Limits | None = None) -> str:
     """Return which limit an error number stands for, as words; empty if none that is known.
 
     Args:
-        number: ``EAGAIN`` of fork(2) and clone(2), or ``EMFILE``.
-        limits: As they are now.
+        number: ``EAGAIN`` of fork(2) and clone(2), ``EMFILE``, ``ENFILE`` or ``ENOMEM``.
+        limits: ``None`` reads them.
     """
-    if number == errno.EMFILE:
-        files = limits.open_files
-        if files is None or files.files is None:
-            return ""
-        used = "" if files.used_files is None else f", {files.used_files} are open"
-        return f"limit met: {files.name} allows this process {files.files} open files{used}"
-    tight = [
-        limit
-        for limit in limits.pids
-        if limit.tasks is not None
-        and limit.used_tasks is not None
-        and limit.used_tasks >= _NEARLY * limit.tasks
-    ]
-    known = tight or [limit for limit in limits.pids if limit.tasks is not None]
-    if not known:
+    if number == errno.ENFILE:
+        return "limit met: /proc/sys/fs/file-max, the open files of the whole machine"
+    if number not in _LIMITED:
         return ""
-    words = [
-        f"{limit.name} allows {limit.tasks} processes and threads, "
-        f"{'?' if limit.used_tasks is None else limit.used_tasks} exist "
-        f"({limit.source})"
-        for limit in known
+    limits = limits or read_limits()
+    if number == errno.EMFILE:
+        return _files_met(limits)
+    memory = [*_memory_met()]
+    tasks = [limit for limit in limits.pids if limit.tasks is not None]
+    counted = [(limit, _used(limit)) for limit in tasks]
+    tight = [
+        _of_tasks(limit, used)
+        for limit, used in counted
+        if limit.tasks is not None and used is not None and used >= _NEARLY * limit.tasks
     ]
-    return f"{'limit met' if tight else 'possible limits'}: {'; '.join(words)}"
+    # A thread's stack that does not fit is EAGAIN as well (pthread_create(3)).
+    met = memory if number == errno.ENOMEM else tight or memory
+    if met:
+        return f"limit met: {'; '.join(met)}. {_REMEDY}"
+    if number == errno.ENOMEM or not counted:
+        return ""
+    return f"possible limits: {'; '.join(_of_tasks(*one) for one in counted)}. {_REMEDY}"
+
+
+def _files_met(limits: Limits) -> str:
+    files = limits.open_files
+    if files is None or files.files is None:
+        return ""
+    used = "all" if files.used_files is None else str(files.used_files)
+    allowed = f"{files.name} allows this process {files.files} open files"
+    return f"limit met: {allowed}, {used} are open. Raise it (ulimit -n), or use fewer workers"
+
+
+def _of_tasks(limit: PidsLimit, used: int | None) -> str:
+    told = "" if used is None else f", {used} exist"
+    return f"{limit.name} allows {limit.tasks} processes and threads{told} ({limit.source})"
+
+
+if sys.platform == "linux":
+    import resource
+
+    from safepool.limits.left import MemoryWatch
+    from safepool.limits.process import tasks_of_user
+
+    # Ceiling, and the field of /proc/self/status that counts for it (getrlimit(2)).
+    _ADDRESSES = (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:"))
+
+    def _used(limit: PidsLimit) -> int | None:
+        if limit.name != "RLIMIT_NPROC" or limit.used_tasks is not None:
+            return limit.used_tasks
+        return tasks_of_user(os.getuid())
+
+    def _memory_met() -> Iterable[str]:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            fields = dict(line.split(None, 1) for line in file if " kB" in line)
+        for name, field in _ADDRESSES:
+            limit, _ = resource.getrlimit(getattr(resource, name))
+            used = int(fields.get(field, "0").split()[0]) << 10
+            if limit != resource.RLIM_INFINITY and used + _LITTLE_BYTES > limit:
+                yield (
+                    f"{name} allows this process {limit >> 20:,} MiB of addresses, "
+                    f"{used >> 20:,} MiB are in use"
+                )
+        left = MemoryWatch().read()
+        if left is not None and left.bytes < _LITTLE_BYTES:
+            told = f"{left.bytes >> 20:,} MiB are left of {left.limit_bytes >> 20:,} MiB"
+            yield f"memory: {told} ({left.source})"
+
+else:
+
+    def _used(limit: PidsLimit) -> int | None:
+        return limit.used_tasks
+
+    def _memory_met() -> Iterable[str]:
+        return ()

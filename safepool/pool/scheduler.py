@@ -80,6 +80,7 @@ from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.pace import Pace
 from safepool.pool.records import Records
+from safepool.pool.refused_calls import refused_call
 from safepool.pool.settling import Settling
 from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
@@ -545,17 +546,15 @@ class Scheduler:
     def _start(self) -> None:
         check_no_import()
         finish_at_exit(self)
-        if self._staff is None:
-            staff = Staff(self._hiring.start)
-            if vars(self).setdefault("_first_staff", staff) is not staff:
-                staff.close()  # a signal's handler, or another thread, was faster
-            self._staff = vars(self).get("_first_staff", staff)
-        # A daemon, so that a second interrupt at exit is not answered by another join. Whoever is
-        # interrupted in here leaves a thread that runs, or that to the next.
-        try:
+        with refusals.explained():
+            if self._staff is None:
+                staff = Staff(self._hiring.start)
+                if vars(self).setdefault("_first_staff", staff) is not staff:
+                    staff.close()  # a signal's handler, or another thread, was faster
+                self._staff = vars(self).get("_first_staff", staff)
+            # A daemon, so that a second interrupt at exit is not answered by another join. Whoever
+            # is interrupted in here leaves a thread that runs, or that to the next.
             ThreadThatStarts(self._run, "safepool-scheduler").start()
-        except RuntimeError as error:
-            raise RuntimeError(refusals.describe(error)) from error
         if not self._over:
             self._begun = True
 
@@ -582,7 +581,9 @@ class Scheduler:
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
             _log.critical("the scheduler of a pool failed", exc_info=True)
-            self._break(staff, PoolBrokenError(f"the scheduler failed: {error!r}"), error)
+            cause = refusals.explain(error)
+            told = repr(error) if cause is error else text_of(cause)
+            self._break(staff, PoolBrokenError(f"the scheduler failed: {told}"), cause)
         finally:
             self._staff = None
             vars(self).pop("_first_staff")
@@ -898,9 +899,10 @@ class Scheduler:
             self._break(staff, error, error.__cause__)
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
             if not (self._forced or isinstance(error, InterruptedError)):  # it was given up
-                broken = self._hiring.refused(error, alone=not len(staff))
+                why = refusals.explain(error)
+                broken = self._hiring.refused(why, alone=not len(staff))
                 if broken is not None:
-                    self._break(staff, broken, error)
+                    self._break(staff, broken, why)
 
     def _hire_one(self, staff: Staff) -> None:
         worker = staff.hire()
@@ -1106,9 +1108,13 @@ class Scheduler:
             self._hiring.pause(pause_s)
             return
         reason = f"{patience.in_a_row} workers in a row were of no use; the last, {ending.unasked}"
+        refused = None
         if ending.oom is not None:
             reason += f": {ending.oom}"
-        self._break(staff, PoolBrokenError(reason))
+        elif ending.exitcode is None or ending.exitcode >= 0:  # else to try a call might kill
+            refused = refused_call()
+            reason += f": {refused}" if refused else ""
+        self._break(staff, PoolBrokenError(reason), refused)
 
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None

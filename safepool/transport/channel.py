@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import REFUSALS
 from safepool.transport.descriptors import Handed
 from safepool.transport.files import FILE_BYTES, Stored, require, store
 from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
@@ -238,7 +239,12 @@ class Channel:
             if len(self._unsent) == 1:
                 return self._sock.send(self._unsent[0], NO_SIGPIPE | flags)
             pieces = [self._unsent[i] for i in range(min(len(self._unsent), _PIECES))]
-            return self._sock.sendmsg(pieces, (), NO_SIGPIPE | flags)
+            try:
+                return self._sock.sendmsg(pieces, (), NO_SIGPIPE | flags)
+            except OSError as error:
+                if error.errno not in REFUSALS:
+                    raise
+                return self._sock.send(pieces[0], NO_SIGPIPE | flags)
 
 
 def size_of(segment: Segment) -> int:

@@ -43,7 +43,6 @@ Not covered:
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import signal
@@ -53,6 +52,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import REFUSALS
 from safepool.workers.fence import barrier, has_barrier
 
 if TYPE_CHECKING:
@@ -168,8 +168,10 @@ class Board:
             os.ftruncate(descriptor, _BYTES)
             os.lseek(descriptor, _BYTES, os.SEEK_SET)  # where faulthandler begins to write
             board = cls(descriptor)
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError) and error.errno in REFUSALS:
+                return None
             raise
         board._cells[_MARK] = int.from_bytes(os.urandom(8), sys.byteorder)
         return board
@@ -416,14 +418,11 @@ def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryv
 if sys.platform == "linux":
     from safepool import linux
 
-    # What a system that knows the call and does not allow it says (a seccomp filter, mostly).
-    _REFUSED = (errno.ENOSYS, errno.EPERM, errno.EACCES)
-
     def _create_file() -> int | None:
         try:
             return linux.memfd_create("safepool-board", linux.MFD_CLOEXEC)
         except OSError as error:
-            if error.errno in _REFUSED:
+            if error.errno in REFUSALS:
                 return None
             raise
 

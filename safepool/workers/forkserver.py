@@ -56,7 +56,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool import linux
-from safepool.errors import FROM_OUTSIDE, describe_exit, naming
+from safepool.errors import FROM_OUTSIDE, REFUSALS, describe_exit, naming
 from safepool.transport import letters
 from safepool.workers import birth, forked, kept, script
 from safepool.workers.contained import ContainedLogger
@@ -855,6 +855,8 @@ class _Server:
                 pidfd = descriptors[0] if descriptors else None
                 return forked.ForkedProcess(details["name"], answer, pidfd, *_let_in(ours))
         if what == "refused":
+            if answer in REFUSALS:
+                raise _CannotForkError(f"the system refuses its fork: {os.strerror(answer)}")
             raise OSError(answer, os.strerror(answer))
         if what == "unforkable":
             raise _CannotForkError(f"its fork raised {answer}")

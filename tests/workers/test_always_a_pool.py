@@ -325,7 +325,7 @@ REFUSALS = [
     ("memfd_create",),
     ("membarrier",),
     ("prctl",),
-    tuple(name for name in support_seccomp.NUMBERS if name not in {"sendmsg", "socketpair"}),
+    tuple(support_seccomp.OPTIONAL),
 ]
 
 
