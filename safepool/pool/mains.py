@@ -27,7 +27,7 @@ from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = [
     "ABSENT",
@@ -234,11 +234,14 @@ def is_definition(value: Any) -> bool:
     )
 
 
-def uses_of(thing: object) -> frozenset[str]:
+def uses_of(
+    thing: object, named_by: Callable[[types.CodeType], frozenset[str]] = names_of
+) -> frozenset[str]:
     """Return the globals of the script that a function or class names, with all that is in it.
 
     Args:
-        thing: One that workers have, so that no pickler looks into it.
+        thing: One into which no pickler looks.
+        named_by: Returns what code names.
     """
     names: set[str] = set()
     seen: set[int] = set()
@@ -250,7 +253,7 @@ def uses_of(thing: object) -> frozenset[str]:
         seen.add(id(one))
         if isinstance(one, types.FunctionType):
             if one.__globals__ is main_space():
-                names |= names_of(one.__code__)
+                names |= named_by(one.__code__)
             todo += [cell.cell_contents for cell in one.__closure__ or () if _is_full(cell)]
             todo += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
         elif isinstance(one, type):

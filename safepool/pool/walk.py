@@ -32,7 +32,8 @@ from safepool.pool.values import (
     value_of,
 )
 from safepool.transport.held import Held, held_by_module
-from safepool.transport.marks import attributes_of
+from safepool.transport.marks import attributes_of, main_space
+from safepool.transport.names import mentioned_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -148,7 +149,9 @@ class Walk:
                 if (known := self._names.known.get(name)) is not None
                 for used in known.uses
             }
-            for used in uses:
+            for name in everything.reached:
+                uses |= uses_of(value_of(name), mentioned_in) & main_space().keys()
+            for used in sorted(uses):
                 self._try(used)
         while self._pickled:
             for group in _together(self._pickled):

@@ -282,7 +282,53 @@ def _reduce_class(kind: type) -> Any:
     make, arguments, attributes = parts
     if kind.__module__ in MAIN_NAMES:
         attributes = _held_in(attributes, main_space())
+    code = {name: value for name, value in attributes.items() if type(value) in _CODE}
+    if code and any(map(_may_ask_its_class, attributes.values())):
+        data = {name: value for name, value in attributes.items() if name not in code}
+        attributes = {_METHODS_FIRST: _Methods(kind, code), **data}
+        if _NEW in code:
+            attributes[_NEW] = code[_NEW]
     return _class_of, (number, make, arguments), attributes, None, None, _fill_class
+
+
+_CODE = frozenset({types.FunctionType, classmethod, staticmethod, property})
+_SAYS_ALL = _CODE | {int, float, bool, str, bytes, type(None)}
+_METHODS_FIRST = "<methods>"
+_NEW = "__new__"
+# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
+_HEAP = 1 << 9
+
+
+def _may_ask_its_class(value: object) -> bool:
+    if type(value) is tuple:
+        return any(map(_may_ask_its_class, value))
+    return type(value) not in _SAYS_ALL
+
+
+class _Methods:
+    """Methods of a class, set while its attributes are read.
+
+    An attribute may be an instance of the class, or a dictionary that has one for a key: to make
+    it may take the class's ``__hash__`` or ``__setstate__``. Its own ``__new__`` comes last: it
+    may ask for attributes that are not there yet.
+    """
+
+    def __init__(self, kind: type, methods: dict[str, Any]) -> None:
+        self._about = kind, methods
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _set_methods, self._about
+
+
+def _set_methods(kind: type, methods: dict[str, Any]) -> None:
+    if _NEW in methods:
+        methods[_NEW] = staticmethod(_new_by_base)
+    _fill_class(kind, methods)
+
+
+def _new_by_base(kind: Any, *arguments: Any, **_words: Any) -> Any:
+    base = next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
+    return base.__new__(kind) if base is object else base.__new__(kind, *arguments)
 
 
 def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:
@@ -298,6 +344,7 @@ def _fill_class(kind: type, attributes: dict[str, Any]) -> None:
     # What was defined here stays as it is: its functions have this process's globals. What
     # was made of what the program sent follows the program, which may have changed it.
     if kind in arrived:
+        attributes.pop(_METHODS_FIRST, None)
         fill_class(kind, attributes)
 
 

@@ -8,14 +8,17 @@ values; unequal ones may be equal values too (a set of strings has another order
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import pickle
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from collections import ChainMap
+from typing import TYPE_CHECKING, Any, cast
 
 from safepool.errors import let_handlers_pass
+from safepool.transport import weak
 from safepool.transport.marks import is_of_main, mark_of
 from safepool.transport.sharing import Shared
 
@@ -95,6 +98,10 @@ class _Sink:
 
 class _Pickler(pickle.Pickler):
     """Also takes what travels by value; nobody ever reads what it writes."""
+
+    dispatch_table = ChainMap(  # noqa: RUF012 -- the C pickler reads it from the class
+        weak.containers(), cast("dict[type, Any]", copyreg.dispatch_table)
+    )
 
     def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
         if isinstance(obj, types.ModuleType):

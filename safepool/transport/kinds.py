@@ -6,7 +6,8 @@
     ``object()``             made once, so that ``x is MISSING`` holds
     modules                  of a type derived from ``ModuleType``: imported by name
     context variables        made once, with their default and no value
-    weak dictionaries        what they hold at the moment
+    weak containers          with what they hold (``weak``)
+    ``threading.local``      made once, empty: what a thread has there stays with the thread
     ``dataclasses.MISSING``  the receiver's own, with which a field's default is compared
     ``struct.Struct``        by its format
     libraries of ``ctypes``  loaded by name, and their functions, with the types that they were
@@ -23,12 +24,13 @@ import functools
 import importlib.util
 import struct
 import sys
+import threading
 import types
 import typing
 import uuid
-import weakref
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport import weak
 from safepool.transport.marks import MAIN_NAMES, find_in_main
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
         return NotImplemented
     if issubclass(kind, types.ModuleType):
         return _reduce_module(obj)
-    special = _reduce_object(obj) if kind is object else _reduce_c(obj, kind)
+    special = _reduce_special(obj, kind)
     if special is not None:
         return special
     plain: Any = object
@@ -68,6 +70,22 @@ def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
     if isinstance(reduced, str) and not _is_in_its_module(obj, reduced) and _has(reduced, obj):
         return _named(reduced, object.__new__, (kind,), object.__getstate__(obj))
     return reduced
+
+
+def _reduce_special(obj: Any, kind: Any) -> Any:
+    if kind is object:
+        return _reduce_object(obj)
+    if issubclass(kind, threading.local) and kind.__reduce__ is threading.local.__reduce__:
+        return _numbered(obj, kind, ())
+    if issubclass(kind, weak.KINDS) and _only_adds(kind):
+        return weak.reduce_container(obj)
+    return _reduce_c(obj, kind)
+
+
+def _only_adds(kind: Any) -> bool:
+    """Tell whether a class leaves to the standard library's what a weak container is made of."""
+    base = next(one for one in weak.KINDS if issubclass(kind, one))
+    return all(getattr(kind, name) is getattr(base, name) for name in ("__init__", "__reduce__"))
 
 
 def _reduce_c(obj: Any, kind: Any) -> Any:
@@ -120,8 +138,8 @@ def _function_of(library: Any, name: str, about: dict[str, Any]) -> Any:
 def table() -> dict[type, Callable[[Any], Any]]:
     """Return the reducers of types that are known, for a dispatch table."""
     reducers: dict[type, Callable[[Any], Any]] = {
-        weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
-        weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
+        **weak.containers(),
+        **weak.references(),
         contextvars.ContextVar: _reduce_context_variable,
         type(dataclasses.MISSING): lambda _: "MISSING",
         type(dataclasses.KW_ONLY): lambda _: "KW_ONLY",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from typing import Self
 
-__all__ = ["Met", "OfScript", "met", "of_script"]
+__all__ = ["Met", "OfScript", "mentioned_in", "met", "names_of", "of_script"]
 
 _thread = threading.local()
 _UINT = struct.Struct("<I")
@@ -39,8 +39,20 @@ def names_of(code: types.CodeType) -> frozenset[str]:
         inner = todo.pop()
         todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
         names.update(one.argval for one in dis.get_instructions(inner) if one.opname in _GLOBALS)
-        if {"modules", "__main__"}.intersection(inner.co_names):
+        if {"modules", "__main__"}.intersection(inner.co_names) or "__main__" in inner.co_consts:
             names.add("globals")
+    return frozenset(names)
+
+
+@functools.lru_cache(maxsize=4096)
+def mentioned_in(code: types.CodeType) -> frozenset[str]:
+    """Return what code names as an attribute or has as a text: names that it may look up."""
+    names: set[str] = set()
+    todo = [code]
+    while todo:
+        inner = todo.pop()
+        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+        names.update(inner.co_names, (one for one in inner.co_consts if type(one) is str))
     return frozenset(names)
 
 

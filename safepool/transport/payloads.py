@@ -16,6 +16,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
+from safepool.transport import weak
 from safepool.transport.descriptors import (
     CONNECTION,
     Incoming,
@@ -234,6 +235,7 @@ def _standard_dumps(
 @functools.lru_cache(maxsize=8)
 def _table_pickler(known: Registered | None, _entries: int, *, arrays: bool, prints: bool) -> Any:
     special = (Prints if prints else Reducers)(arrays=arrays)
+    special.update(weak.containers())
     if known is not None:
         special.update(known.reducers)
     # Of the class: to set it on each pickler costs a microsecond.

@@ -995,7 +995,177 @@ def told(pool):
     return "right"
 """
 
-PROGRAMS = {"classes": CLASSES, "names": NAMES, "modules": FACADES}
+# What holds its objects weakly, beside what keeps them alive.
+WEAK = """
+import dataclasses, gc, sys, threading, weakref
+
+
+class Item:
+    alive = weakref.WeakSet()
+
+    def __init__(self, n):
+        self.n = n
+        Item.alive.add(self)
+
+
+class Plugin:
+    all = weakref.WeakSet()
+
+    def __init_subclass__(cls):
+        Plugin.all.add(cls)
+
+
+class One(Plugin):
+    pass
+
+
+class Fly:
+    cache = weakref.WeakValueDictionary()
+    table = {}
+
+    def __new__(cls, n):
+        known = cls.cache.get(n)
+        if known is None:
+            known = cls.cache[n] = super().__new__(cls)
+            known.n = n
+        return known
+
+    def __getnewargs__(self):
+        return (self.n,)
+
+    def __hash__(self):
+        return hash(self.n)
+
+    def __eq__(self, other):
+        return self.n == other.n
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    n: str
+
+
+class Registry(weakref.WeakValueDictionary):
+    def names(self):
+        return sorted(self)
+
+
+class Node:
+    def __init__(self, name, parent=None):
+        self.name, self.children = name, []
+        self.parent = parent and weakref.ref(parent)
+        if parent:
+            parent.children.append(self)
+
+    def call(self):
+        return self.name
+
+
+class Subject:
+    def __init__(self):
+        self.observers = weakref.WeakSet()
+
+
+class Local(threading.local):
+    n = 0
+
+
+class Keeper:
+    pass
+
+
+items = [Item(1), Item(2)]
+keeper = Keeper()
+keeper.state = {"deep": (Item(3),)}
+fly = Fly("f")
+Fly.table[fly] = "f"
+keys = [Key("a"), Key("b")]
+meta = weakref.WeakKeyDictionary({key: key.n for key in keys})
+registry = Registry({"x": items[0], "y": items[1]})
+registry.level = 5
+root = Node("root")
+leaf = Node("leaf", Node("mid", root))
+callbacks = [weakref.WeakMethod(leaf.call), weakref.ref(leaf)]
+dead = weakref.ref(Keeper())
+local = Local()
+answer, table_of_x = 42, {"x": 1}
+
+
+def alive():
+    return sorted(one.n for one in Item.alive)
+
+
+def same():
+    return all(one in Item.alive for one in [*items, *keeper.state["deep"]])
+
+
+def drop():
+    items.pop()
+    gc.collect()
+    return alive(), registry.names()
+
+
+def classes():
+    return [one.__name__ for one in Plugin.all]
+
+
+def flies():
+    return Fly("f") is fly, len(Fly.cache), Fly.table[Fly("f")]
+
+
+def others():
+    return [meta[Key(n)] for n in "ab"], registry.names(), registry.level, dead()
+
+
+def refs():
+    up = leaf.parent().parent()
+    return up is root, up.name, [one() for one in callbacks][0](), callbacks[1]() is leaf
+
+
+def count():
+    local.n += 1
+    return local.n
+
+
+def observers(subject, held):
+    return len(subject.observers), all(one in subject.observers for one in held)
+
+
+def by_name():
+    main = sys.modules["__main__"]
+    return main.answer, globals()["table_of_x"], callable(getattr(main, "count"))
+
+
+def back():
+    return weakref.WeakValueDictionary(root=root), weakref.WeakSet([root])
+
+
+def told(pool):
+    def ask(function, *args):
+        return pool.submit(function, *args).result(timeout=60)
+
+    local_ones = [Item(4)]
+    assert ask(alive) == [1, 2, 3, 4], ask(alive)
+    assert ask(same)
+    items.append(Item(5))
+    assert ask(alive) == [1, 2, 3, 4, 5], ask(alive)
+    assert ask(same)
+    assert ask(drop) == ([1, 2, 3, 4], ["x", "y"])
+    assert ask(classes) == ["One"]
+    assert ask(flies) == flies(), ask(flies)
+    assert ask(others) == others(), ask(others)
+    assert ask(refs) == refs(), ask(refs)
+    assert [ask(count), ask(count)] == [1, 2]
+    subject = Subject()
+    subject.observers |= {subject, root, leaf}
+    assert ask(observers, subject, [subject]) == (3, True)
+    assert ask(by_name) == by_name()
+    mapping, group = ask(back)
+    assert (mapping["root"].name, len(group)) == ("root", 1)
+    return "right"
+"""
+
+PROGRAMS = {"classes": CLASSES, "names": NAMES, "modules": FACADES, "weak": WEAK}
 END = """
 from safepool import ProcessPool
 with ProcessPool(1) as pool:

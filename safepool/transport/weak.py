@@ -1,0 +1,150 @@
+"""Weak containers and references: they arrive with what they hold.
+
+    what a container holds         sent with it
+    a global that keeps it alive   sent with it too, so that it is one object: then the container
+                                   holds it weakly, as in the program
+    kept alive by anything else    kept by the container that arrives, for as long as that lives
+
+A reference (``weakref.ref``, ``WeakMethod``) keeps nothing: it arrives dead if nobody has what it
+refers to.
+
+Not covered:
+    * Callbacks of references.
+    * One object with a global that was delivered before the container was needed.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import types
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.marks import main_space
+from safepool.transport.names import met
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["KINDS", "containers", "reduce_container", "references"]
+
+KINDS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
+"""Containers of the standard library."""
+
+_KEPT = "_kept_by_safepool"
+_INTERNAL = {kind: frozenset({*vars(kind()), _KEPT}) for kind in KINDS}
+# How deep in what globals hold, and into how many objects, is looked for what keeps one alive.
+_MOST_DEEP = 3
+_MOST_LOOKED_AT = 20_000
+
+
+def containers() -> dict[type, Callable[[Any], Any]]:
+    """Return the reducers of containers."""
+    return dict.fromkeys(KINDS, reduce_container)
+
+
+def references() -> dict[type, Callable[[Any], Any]]:
+    """Return the reducers of references."""
+    return {weakref.ref: _reduce_reference, weakref.WeakMethod: _reduce_reference}
+
+
+def reduce_container(weak: Any) -> tuple[Any, ...]:
+    """Return how to make a container again.
+
+    Args:
+        weak: Of one of :data:`KINDS`, or of a class that adds methods or attributes to it.
+    """
+    base = next(kind for kind in KINDS if isinstance(weak, kind))
+    content: Any = list(weak) if base is weakref.WeakSet else dict(weak.items())
+    items = content.values() if base is weakref.WeakValueDictionary else content
+    kept = _not_held(items)
+    own = {name: value for name, value in vars(weak).items() if name not in _INTERNAL[base]}
+    # As a state: what it holds may refer to the container.
+    return _make, (type(weak), base), (content, kept, own), None, None, _fill
+
+
+def _make(kind: Any, base: Any) -> Any:
+    made = kind.__new__(kind)
+    base.__init__(made)
+    return made
+
+
+def _fill(weak: Any, state: tuple[Any, list[object], dict[str, object]]) -> None:
+    content, kept, own = state
+    vars(weak).update(own)
+    if kept:
+        vars(weak)[_KEPT] = kept
+    weak.update(content)
+
+
+def _reduce_reference(reference: Any) -> tuple[Any, ...]:
+    target = reference()
+    if target is None:
+        return _dead, (type(reference),)
+    _not_held([getattr(target, "__self__", target)])
+    return type(reference), (target,)
+
+
+class _Gone:
+    def method(self) -> None:
+        """Nothing: the reference is to be dead."""
+
+
+def _dead(kind: Any) -> Any:
+    gone = _Gone()
+    return kind(gone.method if kind is weakref.WeakMethod else gone)
+
+
+def _not_held(things: Iterable[object]) -> list[object]:
+    """Return what no global keeps alive that is pickled now, and ask for those that would."""
+    script = met()
+    if script is None or not script.own:
+        return [*things]
+    names = _holders(things)
+    script.refs.update({*names.values()} - {*script.own})
+    by_name = {*map(id, script.seeds.values())}
+    return [one for one in things if not (names.get(id(one)) in script.own or id(one) in by_name)]
+
+
+def _holders(things: Iterable[object]) -> dict[int, str]:
+    """Return by ``id()`` the name of a global that keeps a thing alive, as far as there is one."""
+    wanted = {*map(id, things)}
+    found: dict[int, str] = {}
+    level = [(name, value) for name, value in main_space().copy().items() if name[:2] != "__"]
+    seen: set[int] = set()
+    for _ in range(_MOST_DEEP + 1):
+        below: list[tuple[str, object]] = []
+        for name, value in level:
+            if id(value) in wanted:
+                found.setdefault(id(value), name)
+            if id(value) not in seen:
+                seen.add(id(value))
+                room = _MOST_LOOKED_AT - len(seen) - len(below)
+                below += ((name, part) for part in itertools.islice(_held_by(value), max(room, 0)))
+        level = below
+        if not level or len(found) == len(wanted):
+            break
+    return found
+
+
+def _held_by(value: Any) -> Iterator[object]:
+    kind = type(value)
+    if issubclass(kind, (types.ModuleType, *KINDS)) or kind in _HOLD_NOTHING:
+        return
+    if kind in (list, tuple, set, frozenset, collections.deque):
+        yield from value.copy() if hasattr(value, "copy") else value
+    elif kind in (dict, collections.defaultdict, collections.OrderedDict):
+        yield from value.copy().keys()
+        yield from value.copy().values()
+    elif issubclass(kind, type) or kind.__flags__ & _HEAP:
+        try:
+            own = object.__getattribute__(value, "__dict__")
+        except AttributeError:
+            return
+        yield from [*own.values()]
+
+
+# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
+_HEAP = 1 << 9
+_HOLD_NOTHING = frozenset({int, float, complex, bool, str, bytes, type(None), types.FunctionType})
