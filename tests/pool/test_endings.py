@@ -30,6 +30,7 @@ from safepool import (
     TaskTimeoutError,
     WorkerDiedError,
 )
+from safepool.pool import patience
 from safepool.pool.policy import Policy
 from safepool.pool.scheduler import Scheduler
 from safepool.workers.board import Board
@@ -174,8 +175,11 @@ INITIALIZERS = {
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize("how", INITIALIZERS)
-def test_an_initializer_that_ends_its_worker_starts_no_storm(how: str, tmp_path: Path) -> None:
+def test_an_initializer_that_ends_its_worker_starts_no_storm(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A few starts, then all tasks fail with the reason; whatever was queued."""
+    monkeypatch.setattr(patience, "_MOST_PAUSE_S", 0.05)
     path, gate = str(tmp_path / "starts"), tmp_path / "gate"
     arguments = (path, how, str(gate))
     with ProcessPool(2, initializer=endings.note_and_end, initargs=arguments) as pool:
@@ -423,7 +427,7 @@ def test_a_timeout_ends_what_the_task_has_started(tmp_path: Path) -> None:
     """Also a grandchild, and also if they ignore SIGTERM."""
     path = str(tmp_path / "family")
     with ProcessPool(1) as pool:
-        function = limited(endings.sleep_with_a_stubborn_family, 6)
+        function = limited(endings.sleep_with_a_stubborn_family, 3)
         error = pool.submit(function, path).exception(timeout=60)
         family = [int(pid) for pid in endings.lines(path)]
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
@@ -469,8 +473,8 @@ def test_timeouts_never_strike_the_next_task() -> None:
 
 
 def test_the_time_that_a_task_waits_does_not_count() -> None:
-    with ProcessPool(1, timeout=2.5) as pool:
-        first = pool.submit(limited(tasks.sleep_and_return, 60), 3.0)
+    with ProcessPool(1, timeout=1.5) as pool:
+        first = pool.submit(limited(tasks.sleep_and_return, 60), 1.8)
         others = [pool.submit(tasks.square, n) for n in range(8)]
         assert [future.result(timeout=30) for future in others] == [n * n for n in range(8)]
         assert first.done()
@@ -723,6 +727,8 @@ ROOM: dict[int, str] = {
 IN_A_FULL_GROUP = """
 import os, sys, time
 import safepool
+from safepool.pool import hiring
+hiring._RETRY_S = 0.1
 with safepool.ProcessPool(1) as pool:  # starts what a start method keeps for the program
     pool.submit(abs, 1).result(30)
 before = len(os.listdir("/proc/self/fd"))
@@ -741,12 +747,12 @@ def give(room):
 give(int(sys.argv[2]))
 try:
     with safepool.ProcessPool(3) as pool:
-        futures = [pool.submit(time.sleep, 0.5) for _ in range(5)]
+        futures = [pool.submit(time.sleep, 0.1) for _ in range(5)]
         for future in futures:
             future.result(30)
         workers = len(pool._processes)
         give(None)
-        futures = [pool.submit(time.sleep, 2) for _ in range(3)]
+        futures = [pool.submit(time.sleep, 1.5) for _ in range(3)]
         assert [future.exception(30) for future in futures] == [None] * 3
         assert len(pool._processes) == 3
     print(workers, "worker" if workers == 1 else "workers")

@@ -19,37 +19,36 @@ METHODS = ["safepool", "loky", "spawn", "forkserver", "fork"]
 # multiprocessing keeps the memory file of its first value for the next ones.
 _first_value = multiprocessing.get_context("spawn").Value("i", 0)
 
-_given: Any = None
+_given: dict[str, Any] = {}
 
 
-def keep(*things: Any) -> None:
-    global _given  # noqa: PLW0603 -- what initializers do
-    _given = things
+def keep(things: dict[str, Any]) -> None:
+    _given.update(things)
 
 
 def hold_lock(_: int) -> bool:
-    with _given[0]:
+    with _given["Lock"]:
         return True
 
 
 def count_up(_: int) -> bool:
-    with _given[0].get_lock():
-        _given[0].value += 1
+    with _given["Value"].get_lock():
+        _given["Value"].value += 1
     return True
 
 
 def put(number: int) -> bool:
-    _given[0].put(number)
+    _given["SimpleQueue"].put(number)
     return True
 
 
 def set_event(_: int) -> bool:
-    _given[0].set()
+    _given["Event"].set()
     return True
 
 
 def send(number: int) -> bool:
-    _given[0].send(number)
+    _given["Pipe"].send(number)
     return True
 
 
@@ -94,33 +93,37 @@ THINGS: dict[str, tuple[Callable[[BaseContext], tuple[Any, Callable[[], bool]]],
 }
 
 
+# One worker where writers would otherwise have to share the end of a pipe.
+POOLS: dict[int, list[str]] = {2: ["Lock", "Value", "SimpleQueue", "Event"], 1: ["Pipe"]}
+
+
+@pytest.mark.parametrize("workers", POOLS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("thing", THINGS)
-def test_the_initializer_gets_what_multiprocessing_shares(thing: str, method: str) -> None:
+def test_the_initializer_gets_what_multiprocessing_shares(method: str, workers: int) -> None:
     """One lock, one value, one queue for all workers and the program."""
-    make, use = THINGS[thing]
     context = multiprocessing.get_context("fork" if method == "fork" else "spawn")
-    shared, holds = make(context)
-    # One worker where writers would otherwise have to share the end of a pipe.
-    workers = 1 if thing == "Pipe" else 2
+    made = {thing: THINGS[thing][0](context) for thing in POOLS[workers]}
+    shared = {thing: one for thing, (one, _) in made.items()}
     with ProcessPool(workers, method, initializer=keep, initargs=(shared,)) as pool:
-        assert all(pool.map(use, range(20)))
-    assert holds()
-    if hasattr(shared, "close"):
-        shared.close()
+        for thing in made:
+            assert all(pool.map(THINGS[thing][1], range(20))), thing
+    assert [thing for thing, (_, holds) in made.items() if not holds()] == []
+    for one in shared.values():
+        if hasattr(one, "close"):
+            one.close()
 
 
 def test_a_forked_worker_takes_what_cannot_be_pickled() -> None:
     lock = threading.Lock()
 
-    with ProcessPool(1, "fork", initializer=keep, initargs=(lock,)) as pool:
+    with ProcessPool(1, "fork", initializer=keep, initargs=({"Lock": lock},)) as pool:
         assert pool.submit(hold_lock, 0).result(timeout=30)
 
 
 @pytest.mark.parametrize("method", ["safepool", "spawn"])
 def test_what_cannot_travel_breaks_the_pool_and_is_named(method: str) -> None:
     with (
-        ProcessPool(1, method, initializer=keep, initargs=(threading.Lock(),)) as pool,
+        ProcessPool(1, method, initializer=keep, initargs=({"Lock": threading.Lock()},)) as pool,
         pytest.raises(PoolBrokenError, match=r"initializer cannot be pickled.*lock"),
     ):
         pool.submit(hold_lock, 0).result(timeout=30)

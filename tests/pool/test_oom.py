@@ -18,7 +18,7 @@ from safepool.pool import oom
 from safepool.pool.oom import OutOfMemoryWatch
 
 real = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
-LIMIT_BYTES = 300 << 20
+LIMIT_BYTES = 160 << 20
 
 EAT = """
 import os, pickle, re, signal, time, safepool
@@ -38,7 +38,7 @@ LOSSES: dict[str, tuple[str, str]] = {
         """
 with safepool.ProcessPool(1) as pool:
     error = pool.submit(eat).exception(60)
-    print(told(error), error.oom.limit_bytes, error.oom.used_bytes > 250 << 20)
+    print(told(error), error.oom.limit_bytes, error.oom.used_bytes > 130 << 20)
     assert pool.submit(abs, -1).result(60) == 1
 """,
         f"(-9, 1) {LIMIT_BYTES} True",
@@ -87,9 +87,11 @@ with safepool.ProcessPool(1, timeout=0.5) as pool:
     ),
     "in the initializer": (
         """
+from safepool.pool import patience
+patience._MOST_PAUSE_S = 0.05
 with safepool.ProcessPool(1, initializer=eat) as pool:
     error = str(pool.submit(abs, -1).exception(90))
-print(type(error).__name__, "20 workers in a row" in error, "limit of 300 MiB" in error)
+print(type(error).__name__, "20 workers in a row" in error, "limit of 160 MiB" in error)
 """,
         "str True True",
     ),
@@ -126,7 +128,7 @@ with safepool.ProcessPool(1) as pool:
     ):
         text = group.run(EAT + code, timeout_s=110)
 
-    assert f"the limit of 300 MiB in {outer.directories['memory']} was used up" in text
+    assert f"the limit of 160 MiB in {outer.directories['memory']} was used up" in text
     assert f"oom_kill 0 -> 1 in {group.directories['memory']}/memory." in text
     assert "__main__.eat" in text
 

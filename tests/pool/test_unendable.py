@@ -36,6 +36,7 @@ NOBODY = 65534
 def _no_signal_has_an_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a system call that waits for a broken disk."""
     monkeypatch.setattr(staff, "_DYING_S", 0.1)
+    monkeypatch.setattr(staff, "_STOPPING_S", 0.2)
     monkeypatch.setattr(WorkerProcess, "end", lambda *_: None)
 
 
@@ -351,7 +352,7 @@ def test_a_timeout_in_the_middle_of_a_fork_leaves_nothing(forking: str, tmp_path
         if __name__ == "__main__":
             with safepool.ProcessPool(1) as pool:
                 for n in range(12):
-                    future = pool.submit(safepool.worker(task, timeout=0.25 + 0.003 * n))
+                    future = pool.submit(safepool.worker(task, timeout=0.12 + 0.003 * n))
                     assert isinstance(future.exception(), safepool.TaskTimeoutError)
                 time.sleep(0.1)
                 workers = {{worker.pid for worker in pool.workers()}}
