@@ -71,14 +71,16 @@ def _array(rows: int, columns: int) -> Any:
 
 
 def _numpy() -> None:
-    a = _array(600, 600)
+    a = _array(400, 400)
     _ = a @ a
 
 
 def _scipy() -> None:
-    import scipy.linalg
+    # One call of its OpenBLAS: of a decomposition's many, each waits for 48 threads on few CPUs.
+    from scipy.linalg import blas
 
-    scipy.linalg.svd(_array(200, 200))
+    a = _array(400, 400)
+    blas.dgemm(1.0, a, a)
 
 
 def _scikit_learn() -> None:
