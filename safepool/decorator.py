@@ -100,7 +100,7 @@ def worker(
 
 
 def worker(
-    function: Callable[..., Any] | classmethod[Any, ..., Any] | None = None,
+    function: Callable[..., Any] | classmethod[Any, Any, Any] | None = None,
     /,
     *,
     threads: int = 1,

@@ -308,12 +308,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
     def _take(self, words: Words) -> None:
         self._words = words
         self._born_with: list[BornWith] = []
-        if words.get("threads_per_worker") is not None:
-            self.inner_max_num_threads = words["threads_per_worker"]
+        threads = words.get("threads_per_worker")
+        if threads is not None:
+            self.inner_max_num_threads = threads
         self._policy = Policy(timeout_s=words.get("timeout"), retries=words.get("retries", 0))
         memory = words.get("memory_per_worker")
         self._memory = None if memory is None else parse_bytes(memory)
-        self._rounding = words.get("rounding", "nearest")
+        self._rounding: Rounding = words.get("rounding", "nearest")
         # What is out of its range is said here, not by the first call.
         self._request()
         self._label = label_of(words.get("progress", False))
@@ -434,8 +435,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         Args:
             words: What the object says itself.
         """
-        backend = SafepoolBackend.__new__(SafepoolBackend)
-        backend.__dict__.update(self.__dict__, _is_of_one=True, _lease=None, _futures=set())
+        backend = self._like(_is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
         if words:
             # An initializer is not given the arguments of another.
@@ -453,13 +453,14 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             arrays: What the block says of arrays.
             nesting_level: joblib's.
         """
-        backend = SafepoolBackend.__new__(SafepoolBackend)
-        backend.__dict__.update(
-            self.__dict__,
-            default_n_jobs=n_jobs,
-            _arrays_of_block=arrays,
-            nesting_level=nesting_level,
+        return self._like(
+            default_n_jobs=n_jobs, _arrays_of_block=arrays, nesting_level=nesting_level
         )
+
+    def _like(self, **attributes: Any) -> SafepoolBackend:
+        backend = SafepoolBackend.__new__(SafepoolBackend)
+        own: dict[str, Any] = backend.__dict__  # pyright: ignore[reportAssignmentType]
+        own.update(self.__dict__, **attributes)
         return backend
 
     def _what_workers_are_born_with(self) -> BornWith:

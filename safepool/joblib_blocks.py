@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,5 +84,5 @@ class _Blocks:
 _blocks = _Blocks()
 enter = _blocks.enter
 leave = _blocks.leave
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_blocks.forked)

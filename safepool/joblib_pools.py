@@ -61,11 +61,12 @@ class BornWith:
         except OSError:
             folder = ""
         ours = _variables_of_workers(revision())
+        affinity: Any = getattr(os, "sched_getaffinity", None)
         return cls(
             environ={name: value for name, value in os.environ.items() if name not in ours},
             folder=folder,
             path=[*sys.path],
-            cpus=os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+            cpus=None if affinity is None else affinity(0),
             contents=b"" if initializer is None else _digest((initializer, initargs)),
         )
 
@@ -239,6 +240,6 @@ def _forget_all() -> None:
 
 
 _made: weakref.WeakSet[Pools] = weakref.WeakSet()
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_all)
 SHARED = Pools(IDLE_S)

@@ -75,7 +75,7 @@ def _main(name: str, tasks: int, points: int, results_file: str) -> None:
 
 def _tell_workers(pool: Executor, *, known: list[int]) -> list[int]:
     # Both pools keep their processes under the name that the standard library gave it.
-    pids = list(getattr(pool, "_processes", None) or ())
+    pids: list[int] = list(getattr(pool, "_processes", None) or ())
     if pids != known:
         _tell(event="workers", pids=pids)
     return pids

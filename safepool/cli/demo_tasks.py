@@ -55,5 +55,6 @@ def interpolate_and_solve(seed: int, points: int) -> NDArray[np.float64]:
             np.linalg.solve(system, measured)[:_KEPT],
             np.linalg.eigvalsh(system)[:_KEPT],
             np.linalg.svd(matrix, compute_uv=False)[:_KEPT],
-        ]
+        ],
+        dtype=np.float64,
     )

@@ -42,9 +42,11 @@ class View(Protocol):
 
     def environ(self) -> dict[str, str]:
         """Return the environment that it was started with."""
+        ...
 
     def read_limits(self) -> Limits:
         """Read every limit that holds for it."""
+        ...
 
     def read_throttling(self) -> Throttling | None:
         """Read its group's counters."""
@@ -54,9 +56,11 @@ class View(Protocol):
 
     def threads(self) -> int:
         """Count its threads; 0 when it has ended."""
+        ...
 
     def libraries(self) -> tuple[str, ...]:
         """Return the files that it runs code from."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

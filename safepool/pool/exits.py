@@ -23,9 +23,11 @@ class Exiting(Protocol):
 
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked meanwhile must not keep."""
+        ...
 
     def workers(self) -> list[Worker]:
         """Return the live workers."""
+        ...
 
 
 _working: weakref.WeakSet[Exiting] = weakref.WeakSet()

@@ -87,7 +87,7 @@ class ThreadThatStarts(threading.Thread):
             return
         if "_context" in own and own["_context"] is None:  # Python 3.14
             own["_context"] = contextvars.Context()
-        bootstrap: Any = self._bootstrap
+        bootstrap: Any = getattr(self, "_bootstrap")  # noqa: B009 -- no checker knows it
 
         def begin() -> None:
             # Here, and taken back by nobody: what a signal's handler raises in start() may come

@@ -138,7 +138,9 @@ def is_equal(one: bytes | memoryview, other: bytes | memoryview) -> bool:
     if len(mine) != len(theirs):
         return False
     numpy: Any = sys.modules.get("numpy")
-    whole = len(mine) // 8 * 8 if numpy is not None else 0
+    if numpy is None:
+        return mine == theirs
+    whole = len(mine) // 8 * 8
     for begin in range(0, whole, _STEP_BYTES):
         end = min(begin + _STEP_BYTES, whole)
         part = numpy.frombuffer(mine[begin:end], "u8")

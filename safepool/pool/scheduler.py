@@ -635,7 +635,7 @@ class Scheduler:
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
-            return self._is_awaited or not (closing or self._forced)
+            return self._is_awaited if closing or self._forced else True
         self._oom.look()
         self._follow_the_limits(staff)
         self._retire_strangers(staff)

@@ -219,21 +219,21 @@ class Walk:
 
     def _make_known(self, group: tuple[str, ...]) -> None:
         table, pickled = self._names, self._pickled
-        values = [*map(value_of, group)]
+        first, values = group[0], [*map(value_of, group)]
         seeds = {
             name: value_of(name)
             for member in group
             for name in pickled[member].refs
             if name not in group and can_be_shared(value_of(name))
         }
-        one = pickled[group[0]]
+        one = pickled[first]
         there = all(pickled[name].there for name in group)
         if len(group) > 1 or seeds:
             looked = one.looked if len(group) == 1 else look_at(values)
             one = pickle_names(group, seeds)
             one.refs |= frozenset(seeds)
             one.looked = looked
-        before = table.known.get(group[0])
+        before = table.known.get(first)
         if before is not None and before.names != group:
             before = None
         ids, stamp = tuple(map(id, values)), table.stamp(one.refs)

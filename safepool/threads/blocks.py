@@ -356,5 +356,5 @@ def _forked() -> None:
     _blocks.forked()
 
 
-if hasattr(os, "register_at_fork"):
+if sys.platform != "win32":
     os.register_at_fork(before=_fork_begins, after_in_parent=_fork_ended, after_in_child=_forked)

@@ -252,7 +252,7 @@ def pretend(count: int) -> None:
         # Pickle finds the builtin function there.
         sys.modules[os.name].cpu_count = cpu_count  # type: ignore[attr-defined]
         if sys.version_info >= (3, 13):
-            os.process_cpu_count = process_cpu_count
+            os.process_cpu_count = process_cpu_count  # type: ignore[assignment,unused-ignore]
 
 
 # Modules keep them by ``from os import cpu_count``, in a fork server as well: so they look.

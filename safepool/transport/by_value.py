@@ -180,7 +180,8 @@ def reducer_table(
         **special,
     }
     # Its maps and not itself: one within another is twice as slow (benchmarks/by_value.py).
-    table = ChainMap(own, *cloudpickle.Pickler.dispatch_table.maps)
+    theirs: Any = cloudpickle.Pickler.dispatch_table
+    table = ChainMap(own, *theirs.maps)
     if loky_imported:
         # loky's is live, so later registrations hold. Its own for sockets and connections are a
         # copy of the standard library's, which open a listening socket.
@@ -251,7 +252,8 @@ def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
 
     cloudpickle 3.1.3 and later leave it out, and with it the lines of every traceback.
     """
-    rebuild, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    reduced: Any = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    rebuild, arguments = reduced
     # Texts alone are compared with text: "python -bb" makes an error of bytes beside one.
     kept = (
         code.co_filename if isinstance(item, str) and item == "<dynamic-code>" else item

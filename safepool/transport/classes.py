@@ -237,7 +237,7 @@ def _reduce_enum(kind: Any) -> Parts:
     attributes[_ATTRIBUTES_OF_MEMBERS] = own
     values = {name: (_data_of(kind, one), one.value) for name, one in members.items()}
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    boundary = {"boundary": kind._boundary_} if issubclass(kind, enum.Flag) else {}
+    boundary = {"boundary": vars(kind)["_boundary_"]} if issubclass(kind, enum.Flag) else {}
     return (
         _make_enum,
         (type(kind), kind.__name__, kind.__bases__, about, values, boundary),
@@ -294,9 +294,9 @@ def _leave_member(_member: object, *_: object) -> None:
 def _reduce_derived(kind: Any) -> tuple[Any, ...] | None:
     """Return how ``ctypes`` makes a type of another one; ``None`` if it is another type."""
     ctypes: Any = sys.modules.get("ctypes")
-    base = kind.__bases__[0] if ctypes is not None and len(kind.__bases__) == 1 else None
-    if base is None or (not hasattr(kind, "_type_") and not hasattr(kind, "_flags_")):
+    if ctypes is None or not (hasattr(kind, "_type_") or hasattr(kind, "_flags_")):
         return None
+    base = kind.__bases__[0] if len(kind.__bases__) == 1 else None
     if base is ctypes._Pointer and ctypes.POINTER(kind._type_) is kind:
         return ctypes.POINTER, (kind._type_,)
     if base is ctypes._SimpleCData:

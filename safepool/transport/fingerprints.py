@@ -31,6 +31,8 @@ UNKNOWN: Final = b""
 """Of a value that is too large to be looked at, or shared: it may be the same or not."""
 
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
+# Decorators have put attributes on them that no type checker knows.
+_LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, _LRU_CACHE)
 ABSENT: Final = b"absent"
 """What is said of a name that is not there."""
 
@@ -108,7 +110,7 @@ class _Pickler(pickle.Pickler):
             return str, (obj.__name__,)
         if isinstance(obj, Shared):
             raise _TooLargeError  # the program's own, whatever it holds
-        if not isinstance(obj, (type, types.FunctionType, _LRU_CACHE)):
+        if not isinstance(obj, _LOOKED_INTO):
             return NotImplemented
         name = f"{obj.__module__}.{obj.__qualname__}"
         if is_of_main(obj):

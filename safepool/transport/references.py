@@ -105,7 +105,9 @@ def reference_to(array: Any) -> tuple[Any, ...] | None:
     if shared is not None:
         return reduce(shared)
     base = array.base
-    shared = None if base is None else _shared_array(base)
+    if base is None:
+        return None
+    shared = _shared_array(base)
     if shared is None or array.dtype.hasobject:
         return None
     begin = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import importlib
+import importlib._bootstrap
 import io
 import pickle
 import sys

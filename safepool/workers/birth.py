@@ -116,8 +116,8 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
         )
     except SystemExit as error:
         code = _exit_code(error)
-    except BaseException:  # noqa: BLE001 -- as the interpreter itself reports it
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # noqa: BLE001 -- as the interpreter itself reports it
+        sys.excepthook(type(error), error, error.__traceback__)
         code = 1
     else:
         code = 0
@@ -239,8 +239,8 @@ def _finish() -> None:
     for step in (known._shutdown, getattr(atexit, "_run_exitfuncs")):  # noqa: B009 -- not in the stubs
         try:
             step()
-        except BaseException:  # noqa: BLE001 -- the rest is to be done as well
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 -- the rest is to be done as well
+            sys.excepthook(type(error), error, error.__traceback__)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -15,10 +15,10 @@ Not covered:
 
 from __future__ import annotations
 
+import multiprocessing.context
 import os
 import sys
 import threading
-from multiprocessing import context
 from typing import TYPE_CHECKING, Any
 
 from safepool.workers.begin import BEGIN, facts_for, popen_with
@@ -50,7 +50,7 @@ _servers: dict[tuple[Any, ...], _Server] = {}
 _lock = threading.Lock()
 
 
-class CappedProcess(context.ForkServerProcess):
+class CappedProcess(multiprocessing.context.ForkServerProcess):
     """A process of ``multiprocessing`` that the server of its environment forks.
 
     Args:

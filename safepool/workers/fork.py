@@ -26,7 +26,7 @@ class Fork:
     def __init__(self, forked: Callable[[], object]) -> None:
         self.here = False
         self._told = forked
-        if hasattr(os, "register_at_fork"):
+        if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._forked)
 
     def _forked(self) -> None:

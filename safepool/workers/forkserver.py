@@ -42,6 +42,7 @@ import logging
 import marshal
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.process
 import multiprocessing.spawn  # the tracker's start imports it: see below
 import os
 import signal

@@ -79,10 +79,10 @@ else:
     def _pickle(initializer: Initializer) -> tuple[list[bytes | memoryview], list[int]]:
         if initializer[0] is None:
             return payloads.dumps(initializer, into_main=True), []
-        from multiprocessing import context, reduction  # noqa: PLC0415 -- a pool's start, not ours
+        from multiprocessing import reduction  # noqa: PLC0415 -- a pool's start, not ours
 
         starting = _Starting()
-        spawning: Any = context
+        spawning: Any = sys.modules["multiprocessing.context"]
         before = spawning.get_spawning_popen()
         spawning.set_spawning_popen(starting)
         try:

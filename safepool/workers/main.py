@@ -43,7 +43,7 @@ def worker_main(
     environment: Mapping[str, str | None],
     threads: int,
     foreign_descriptors: Sequence[int],
-    inherited: Sequence[Connection] | Initializer,
+    inherited: list[Connection] | Initializer,
     cpus: Sequence[int] = (),
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.

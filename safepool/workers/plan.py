@@ -124,9 +124,12 @@ def plan_main(wanted: str) -> MainPlan:
     what = name or path
     source = _source_of(name, path)
     lines = () if source is None else guarded_lines(source)
-    if not lines and wanted != "run":
+    if wanted == "run":
+        because = 'main="run"'
+    elif lines:
+        because = f"{what} has a guard in line {lines[0][0]}"
+    else:
         return MainPlan(mode="value", because=f'{what} has no if __name__ == "__main__":')
-    because = 'main="run"' if wanted == "run" else f"{what} has a guard in line {lines[0][0]}"
     alias_main()  # results say that their classes are of __mp_main__
     return MainPlan(
         mode="run",

@@ -13,6 +13,7 @@ import io
 import itertools
 import mmap
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import socket

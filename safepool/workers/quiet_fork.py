@@ -7,10 +7,10 @@ A pool has told what to tell before (:class:`safepool.ProcessPool`, ``mp_context
 
 from __future__ import annotations
 
+import multiprocessing.context
 import os
 import sys
 import warnings
-from multiprocessing import context
 from typing import Any
 
 from safepool.workers.begin import popen_with
@@ -20,7 +20,7 @@ assert sys.platform != "win32"
 __all__ = ["QuietProcess"]
 
 
-class QuietProcess(context.ForkProcess):
+class QuietProcess(multiprocessing.context.ForkProcess):
     """A process of ``multiprocessing`` whose fork does not raise a warning."""
 
     @staticmethod

@@ -203,7 +203,7 @@ class Runner:
             if len(segments) > 2:
                 segments.clear()  # the buffers live on in the arrays made of them
             del pickled
-            result = function(*arguments, **keywords)
+            result = function(*arguments, **keywords)  # pyright: ignore[reportOptionalCall]
             # Before it is pickled: what only the result refers to is to go first.
             del function, arguments, keywords
             kind, answer = Kind.RESULT, self._pack(result)
@@ -385,9 +385,10 @@ def _load_function(
     except BaseException as error:  # noqa: BLE001 -- user code; every call of it raises this
         problem = error
 
-        def function(*_args: object, **_keywords: object) -> Any:
+        def fail(*_args: object, **_keywords: object) -> Any:
             raise problem.with_traceback(None)
 
+        return fail
     return function
 
 

@@ -119,8 +119,8 @@ def finish() -> None:
     while _at_exit:
         try:
             _at_exit.pop()()
-        except BaseException:  # noqa: BLE001 -- user code; the rest is to be done as well
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 -- user code; the rest is to be done as well
+            sys.excepthook(type(error), error, error.__traceback__)
 
 
 def tell_prints(names: list[str], pipe: int) -> None:
@@ -169,8 +169,9 @@ def _prepared(module: types.ModuleType, name: str, path: str) -> types.CodeType:
         else:
             # Not by find_spec(): ``__main__`` of a folder or a zip file is also what runs here.
             spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
-        code = None if spec is None or spec.loader is None else spec.loader.get_code(name)
-        if code is None:
+        loader = None if spec is None else spec.loader
+        code = None if loader is None else loader.get_code(name)
+        if spec is None or code is None:
             raise ImportError(f"no code of {name} is found")
         file = spec.origin
     else:

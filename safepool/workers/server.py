@@ -294,6 +294,7 @@ class _Server:
             self._reaping = False
 
     def _report(self, pid: int, status: int) -> None:
+        ended = 0
         try:
             ended, code = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -345,8 +346,8 @@ class _Server:
                 os.close(gate)
             details["environ"] = self._made | details["environ"]
             code = birth.be_born(details, self._line, own)
-        except BaseException:  # noqa: BLE001 -- whatever it is, this process is not a server
-            sys.excepthook(*sys.exc_info())
+        except BaseException as error:  # noqa: BLE001 -- whatever it is, this process is not a server
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             os._exit(code)
 

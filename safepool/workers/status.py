@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Status", "obstacle", "parse_status", "read_status", "threads_that_block"]
 
@@ -69,7 +70,8 @@ def obstacle(pid: int) -> str:
     """Say why a process may still be there that was sent ``SIGKILL``."""
     fields = dict(line.split(":", 1) for line in (_read(f"/proc/{pid}/status") or "").splitlines())
     users = fields.get("Uid", "").split()
-    mine = str(os.geteuid()) if hasattr(os, "geteuid") else ""
+    geteuid: Any = getattr(os, "geteuid", None)  # Windows has none
+    mine = "" if geteuid is None else str(geteuid())
     if users and mine not in {"0", *users[:3:2]}:
         return f"it belongs to user {users[0]}, whose processes user {mine} may not signal"
     state = fields.get("State", "an unknown state").strip()
