@@ -281,9 +281,10 @@ def _reduce_class(kind: type) -> Any:
     if len(parts) == 2:
         return parts
     number = _internals._get_or_create_tracker_id(kind)
-    make, arguments, attributes = parts
+    make, arguments = parts[:2]
+    attributes: dict[str, Any] = parts[2]
     if kind.__module__ in MAIN_NAMES:
-        attributes = _held_in(attributes, main_space())
+        attributes = _held_in(attributes, main_space()) or {}
     code = {name: value for name, value in attributes.items() if type(value) in _CODE}
     if code and any(map(_may_ask_its_class, attributes.values())):
         data = {name: value for name, value in attributes.items() if name not in code}

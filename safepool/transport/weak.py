@@ -56,7 +56,10 @@ def reduce_container(weak: Any) -> tuple[Any, ...]:
         weak: Of one of :data:`KINDS`, or of a class that adds methods or attributes to it.
     """
     base = next(kind for kind in KINDS if isinstance(weak, kind))
-    content: Any = list(weak) if base is weakref.WeakSet else dict(weak.items())
+    if base is weakref.WeakSet:
+        content: Any = list(weak)
+    else:
+        content = dict(weak.items())  # pyright: ignore[reportAttributeAccessIssue]
     items = content.values() if base is weakref.WeakValueDictionary else content
     kept = _not_held(items)
     own = {name: value for name, value in vars(weak).items() if name not in _INTERNAL[base]}

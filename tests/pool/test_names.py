@@ -330,6 +330,18 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(kind_of_odd); ask(kind_of_odd)",
         [True, True],
     ),
+    "a counter of numbers in a class": (
+        """
+        import itertools
+        class Job:
+            numbers = itertools.count(3)
+        steps = itertools.count(1.5, 0.5)
+        def number():
+            return next(Job.numbers), next(steps)
+        """,
+        "ask(number); ask(number)",
+        [(3, 1.5), (4, 2.0)],
+    ),
     "an object whose pickle is another one each time": (
         """
         import itertools

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,7 +38,10 @@ def end_a_worker_of(server: _Server) -> int:
     """Return the pipe that tells how it ended, which nobody has been told of yet."""
     reader, writer = os.pipe()
     gate, opener = os.pipe()
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # pytest-timeout's thread is beside this one.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         os.read(gate, 1)
         os._exit(7)
