@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from safepool.transport.channel import size_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
-__all__ = ["Delivery", "Needs", "Versions"]
+__all__ = ["Delivery", "Needs", "Versions", "versions"]
+
+versions = itertools.count(1)
+"""Of deliveries: each is higher than the one before."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,14 +84,14 @@ class Versions(dict[str, int]):
 
     Args:
         known: Those of names that were known by then.
-        first: Versions in which it has others.
+        first: Returns versions in which it has others.
         names: Which others; ``None`` is all that ``first`` tells of.
     """
 
     def __init__(
         self,
         known: Mapping[str, int],
-        first: Mapping[str, int],
+        first: Callable[[], Mapping[str, int]],
         names: frozenset[str] | None = None,
     ) -> None:
         super().__init__(known)
@@ -99,5 +102,5 @@ class Versions(dict[str, int]):
         """Return the version of a name."""
         version = super().get(name)
         if version is None and (self._names is None or name in self._names):
-            version = self._first.get(name)
+            version = self._first().get(name)
         return default if version is None else version

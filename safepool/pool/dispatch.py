@@ -34,7 +34,7 @@ from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
 from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
-from safepool.pool.settings import Settings
+from safepool.pool.settings import Settings, Telling
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
 from safepool.transport.blame import find_unpicklable
@@ -125,6 +125,8 @@ class Dispatch:
         self.functions = Functions()
         self.names = Names(main)
         self.settings = Settings()
+        self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
+        self.telling = Telling(self.settings, self.names, self._hands)
         # Numbers of functions that refer to names of the script.
         self._named: set[int] = set()
         # Names that an initializer needs.
@@ -134,7 +136,6 @@ class Dispatch:
         self._generators: dict[str, int] = {}
         self._settled = settled
         self._packer = Packer(wake)
-        self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
         # What is being pickled, or waits for it, and is in no queue.
         self.aside: dict[Task | Span, None] = {}
         self._back: list[Task | Span] = []
@@ -162,7 +163,7 @@ class Dispatch:
     @property
     def waits(self) -> bool:
         """Whether something is being pickled, or about to be, beside the scheduler's thread."""
-        return bool(self.aside) or self._packing
+        return bool(self.aside) or self._packing or self.telling.waits
 
     @property
     def is_full(self) -> bool:
@@ -174,7 +175,8 @@ class Dispatch:
 
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
-        return self._hands.next_pump()
+        looks = self._hands.next_pump(), self.telling.next_look()
+        return min((look for look in looks if look is not None), default=None)
 
     def come_back(self, *, more: bool) -> list[Task | Span]:
         """Return what was pickled meanwhile and is to be queued again; fail what could not be.
@@ -580,8 +582,8 @@ class Dispatch:
             )
 
     def pack_initializer(self, hiring: Hiring) -> bool:
-        """Pickle what new workers run first; return whether that is done."""
-        if self._packing:
+        """Pickle what new workers run and are told first; return whether that is done."""
+        if self._packing or not self.telling.may_be_told():
             return False
         if hiring.packs_at_once:
             hiring.pack()
@@ -601,12 +603,11 @@ class Dispatch:
 
     def bring_settings(self, worker: Worker) -> Pieces:
         """Return what brings a worker what the program has set since it was last told."""
-        if worker.told is self.settings.state:
-            return []
-        changed = self.settings.bring(worker)
-        names = frozenset(itertools.chain.from_iterable(one.names for one in changed))
-        pieces = self._deliver(worker, self.names.needed(names)) if names else []
-        return [*pieces, *settings_frame(changed)]
+        changed = self.telling.changed_for(worker)
+        pieces: Pieces = []
+        for _, needs in changed:
+            pieces += self._deliver(worker, needs)
+        return [*pieces, *settings_frame([packed for packed, _ in changed])] if changed else []
 
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
         """Return what a new worker is sent first."""

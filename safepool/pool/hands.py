@@ -27,22 +27,25 @@ import queue
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from safepool.pool.latch import Latch
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.fork import leave_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Hands", "Teller", "ThreadThatStarts"]
+__all__ = ["HELD_UP_S", "Hands", "LateError", "Teller", "ThreadThatStarts", "within"]
+
+_T = TypeVar("_T")
 
 _log = ContainedLogger()
 
 # A job that runs for so long may wait for something: it no longer counts as one of the most.
 _STUCK_S = 0.05
-# And after so long nothing waits for its turn behind it. An import may take that long.
-_HELD_UP_S = 0.5
+HELD_UP_S = 0.5
+"""After so long nothing waits for its turn behind a job. An import may take that long."""
 # Behind one that is late, the next ones are waited for as long as a thread takes to be woken.
 _BRIEF_S = 0.001
 # A thread of a closed pool ends at once, unless the program's code keeps it.
@@ -117,6 +120,46 @@ def _contain(run: Callable[[], None], failed: str) -> None:
         leave_fork()
 
 
+class LateError(Exception):
+    """It takes longer than there is time."""
+
+
+def within(patience_s: float, run: Callable[[], _T]) -> _T:
+    """Return what the program's code returns, run in a thread of its own.
+
+    Raises:
+        LateError: It takes longer. The thread goes on, and nobody waits for it.
+        BaseException: What it has raised.
+
+    Example:
+        >>> within(30.0, lambda: 3)
+        3
+    """
+    done: list[tuple[bool, Any]] = []
+    ended = Latch()
+
+    def note() -> None:
+        try:
+            done.append((True, run()))
+        except BaseException as error:  # noqa: BLE001 -- raised again by who waits
+            done.append((False, error))
+        ended.open()
+
+    thread = ThreadThatStarts(
+        lambda: _contain(note, "a job of the pool's own failed"), "safepool-pickler"
+    )
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter shuts down, or there are too many
+        return run()
+    if not ended.wait(patience_s):
+        raise LateError
+    succeeded, found = done.pop()
+    if not succeeded:
+        raise found
+    return found  # type: ignore[no-any-return]
+
+
 class _Job:
     """Something that one thread runs, and the scheduler may wait for."""
 
@@ -185,7 +228,7 @@ class Hands:
         """Whether a job is late and none is late for long: what came after it waits."""
         now = time.monotonic()
         ages = [now - job.begun_s for job in self._active if not job.ended]
-        return bool(ages) and max(ages) < _HELD_UP_S
+        return bool(ages) and max(ages) < HELD_UP_S
 
     def has(self, thread: threading.Thread) -> bool:
         """Tell whether this is one of the threads. From any thread."""
@@ -238,7 +281,7 @@ class Hands:
         begun = [job.begun_s for job in self._active if not job.ended]
         times = []
         if self.holds_up:
-            times.append(min(begun, default=now) + _HELD_UP_S)
+            times.append(min(begun, default=now) + HELD_UP_S)
         if self._waiting:
             fresh = [since for since in begun if now - since <= _STUCK_S]
             times.append(min(fresh, default=now) + _STUCK_S)

@@ -22,7 +22,7 @@ import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES
-from safepool.transport.marks import MAIN_NAMES, main_space
+from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
 from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
 
@@ -34,11 +34,13 @@ __all__ = [
     "LRU_CACHE",
     "Look",
     "PlainFunction",
+    "is_data",
     "is_definition",
     "is_importable",
     "is_of_main",
     "is_plain",
     "plain_function",
+    "runs_no_code",
     "uses_of",
 ]
 
@@ -46,6 +48,9 @@ _PLAIN = (
     frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range}) | LAZY_TYPES
 )
 LRU_CACHE = type(functools.lru_cache(lambda: None))
+# Of annotations; pickled as names.
+_BUILT_IN = _PLAIN | {tuple, list, dict, set, frozenset, bytearray, object, type}
+_MOST_PARTS = 100
 _METHODS = (staticmethod, classmethod)
 ABSENT = object()
 
@@ -85,7 +90,11 @@ class PlainFunction:
     def is_still(self, value: object) -> bool:
         """Tell whether a value is this function, unchanged."""
         function = self._function
-        return value is function and not function.__dict__ and _parts_of(function) == self._parts
+        if value is not function or function.__dict__:
+            return False
+        parts, before = _parts_of(function), self._parts
+        # Others may have an __eq__ of the program's.
+        return parts[1] is before[1] and parts[3] is before[3] and bool(parts == before)
 
 
 def plain_function(value: object) -> PlainFunction | None:
@@ -100,6 +109,42 @@ def plain_function(value: object) -> PlainFunction | None:
     # By its type: one that imports something late does so when it is asked.
     packages = (type(one) is types.ModuleType and hasattr(one, "__path__") for one in modules)
     return None if any(packages) else PlainFunction(value)
+
+
+def runs_no_code(value: object) -> bool:
+    """Tell whether this is a function of the script whose pickling runs no code of the program.
+
+    So it is if all that it holds is of built-in types.
+    """
+    if type(value) is not types.FunctionType or value.__globals__ is not main_space():
+        return False
+    # The pickler looks up what the script has under its name.
+    root = main_space().get(value.__qualname__.partition(".")[0])
+    if type(root) not in (types.FunctionType, type, type(None)) or value.__dict__:
+        return False
+    cells = (cell.cell_contents for cell in value.__closure__ or () if _is_full(cell))
+    if getattr(value, "__annotate__", None) or getattr(value, "__type_params__", ()):
+        return False  # from Python 3.14 and 3.12 on: code, and objects with such
+    named = value.__kwdefaults__ or {}, value.__annotations__
+    return is_data([*(value.__defaults__ or ()), *cells, *named])
+
+
+def is_data(value: object) -> bool:
+    """Tell whether a value, of not many parts, is of built-in types through and through."""
+    todo: list[Any] = [value]
+    for _ in range(_MOST_PARTS):
+        if not todo:
+            return True
+        one = todo.pop()
+        kind = type(one)
+        if kind is tuple or kind is list or kind is set or kind is frozenset:
+            todo += one
+        elif kind is dict:
+            todo += one
+            todo += one.values()
+        elif not (kind in _PLAIN or (kind is type and one in _BUILT_IN)):
+            return False
+    return False
 
 
 class Look:
@@ -139,7 +184,7 @@ class Look:
         self._parts.append(thing)
         if type(thing) is types.FunctionType:
             self._open_function(thing)
-        elif isinstance(thing, type):
+        elif issubclass(type(thing), type):
             self._open_class(thing)
         else:
             self._open_or_add(getattr(thing, "__wrapped__", None))
@@ -168,14 +213,14 @@ class Look:
                 parts.append(_interned(len(sys.modules)))
 
     def _open_class(self, kind: type) -> None:
-        if isinstance(kind, enum.EnumMeta):
+        if issubclass(type(kind), enum.EnumMeta):
             return  # its members are what it was made with
-        self._add_all(kind.__bases__)
-        for name, value in list(vars(kind).items()):
+        self._add_all(type.__getattribute__(kind, "__bases__"))
+        for name, value in list(space_of(kind).items()):
             if name in _OF_CLASSES:
                 continue
             self._parts.append(name)
-            if isinstance(value, _METHODS):
+            if issubclass(type(value), _METHODS):
                 self._parts.append(value)
                 self._open_or_add(value.__func__)
             elif type(value) is property:
@@ -226,12 +271,10 @@ def _is_imported(module: types.ModuleType) -> bool:
 def is_definition(value: Any) -> bool:
     """Tell whether this is a function, a class, or what the standard library makes of one."""
     kind = type(value)
-    return (
-        kind is types.FunctionType
-        or issubclass(kind, type)
-        or kind is LRU_CACHE
-        or (kind.__module__ == "safepool.decorator" and hasattr(value, "__wrapped__"))
-    )
+    if kind is types.FunctionType or issubclass(kind, type) or kind is LRU_CACHE:
+        return True
+    home = type.__getattribute__(kind, "__module__")
+    return type(home) is str and home == "safepool.decorator" and hasattr(value, "__wrapped__")
 
 
 def uses_of(
@@ -251,24 +294,34 @@ def uses_of(
         if id(one) in seen:
             continue
         seen.add(id(one))
-        if isinstance(one, types.FunctionType):
+        if type(one) is types.FunctionType:
             if one.__globals__ is main_space():
                 names |= named_by(one.__code__)
             todo += [cell.cell_contents for cell in one.__closure__ or () if _is_full(cell)]
             todo += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
-        elif isinstance(one, type):
+        elif issubclass(type(one), type):
             if is_importable(one):
                 continue
-            todo += [*one.__bases__, type(one), *vars(one).values()]
-        elif isinstance(one, property):
-            todo += [one.fget, one.fset, one.fdel]
-        todo += [getattr(one, name, None) for name in _WRAPPED if name in dir(type(one))]
-        todo.append(getattr(one, "__wrapped__", None))
+            bases = type.__getattribute__(one, "__bases__")
+            todo += [*bases, type(one), *space_of(one).values()]
+        else:
+            todo += [_part_of(one, name) for name in _PARTS]
+        todo.append(space_of(one).get("__wrapped__"))
     return frozenset(names)
 
 
-# What is called by an object that is made of a function.
-_WRAPPED = ("__func__", "func", "dispatcher")
+# Functions that an object is made of, and calls.
+_PARTS = ("__func__", "func", "dispatcher", "fget", "fset", "fdel", "__wrapped__")
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+def _part_of(thing: object, name: str) -> Any:
+    """Return an attribute that is simply there; ``None`` if code would have to be asked."""
+    for kind in type.__getattribute__(type(thing), "__mro__"):
+        found = space_of(kind).get(name)
+        if found is not None:
+            return found.__get__(thing) if type(found) in _SLOTS else None
+    return space_of(thing).get(name)
 
 
 def _is_full(cell: types.CellType) -> bool:
@@ -298,15 +351,21 @@ def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
 
 
 def is_importable(thing: Any) -> bool:
-    """Tell whether a function or class is found under its own name in a module."""
+    """Tell whether a function or class is found under its own name in a module.
+
+    A module or metaclass that makes attributes when it is asked is asked for what it has not.
+    """
     if not issubclass(type(thing), (types.FunctionType, types.BuiltinFunctionType, type)):
         return False
-    module, name = getattr(thing, "__module__", None), thing.__qualname__
-    if module is None or module in MAIN_NAMES:
+    module, name = attribute_of(thing, "__module__"), attribute_of(thing, "__qualname__")
+    if type(module) is not str or module in MAIN_NAMES:
         return False
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
+        space = space_of(found)
+        found = space[part] if part in space else getattr(found, part, None)
+        if type(found) is staticmethod:
+            found = found.__func__
     return found is thing
 
 

@@ -821,6 +821,8 @@ class Scheduler:
         if not self._backlog:
             return
         staying = [worker for worker in staff if not worker.leaving]
+        if staying and not self._dispatch.telling.may_be_told():
+            return
         hungry = [worker for worker in staying if worker.ready and not worker.silent]
         # Who has nothing first, so that it does not wait while others are sent ahead.
         hungry.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
@@ -867,8 +869,9 @@ class Scheduler:
         return not (back and ledger.owed)
 
     def _bring_settings(self, staff: Staff, worker: Worker) -> None:
-        if worker.told is not self._settings.state:
-            staff.send(worker, self._dispatch.bring_settings(worker))
+        pieces = self._dispatch.bring_settings(worker)
+        if pieces:
+            staff.send(worker, pieces)
 
     def _hire(self, staff: Staff, staying: list[Worker]) -> None:
         """Start workers while tasks wait that no starting worker will take."""

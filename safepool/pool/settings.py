@@ -11,6 +11,7 @@ fiftieth of the time, and so it always does at the rows that seldom change or ta
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
+from safepool.pool.hands import HELD_UP_S
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.settings import (
     Packed,
@@ -28,18 +30,24 @@ from safepool.workers.settings import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
     from types import ModuleType
 
+    from safepool.pool.deliveries import Delivery
+    from safepool.pool.hands import Hands
+    from safepool.pool.names import Names
     from safepool.pool.worker import Worker
     from safepool.workers.settings_table import Setting
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "Telling"]
 
 _log = ContainedLogger()
 
 # Between two looks, in times of what the last one has taken.
 _PAUSE = 50
+# As for the pickle of a call (``dispatch``).
+_PATIENCE_S = 0.005
 
 
 class _Seen:
@@ -61,7 +69,7 @@ class Settings:
     No lock is held: a signal's handler may submit in the middle of a look.
 
     Attributes:
-        state: Another object after each change. A worker that was told at this one needs nothing.
+        state: Another object after each change.
     """
 
     def __init__(self) -> None:
@@ -148,13 +156,101 @@ class Settings:
             _log.warning("workers do not have the program's %s: %r", row.name, error)
             return None
 
-    def bring(self, worker: Worker) -> list[Packed]:
+    def packed(self) -> list[Packed]:
+        """Return all that workers are told. From any thread."""
+        return [*self._packed.copy().values()]
+
+
+class Telling:
+    """What workers are told of the settings, each with what it needs of the script.
+
+    For the scheduler's thread: what a setting refers to is found out by the hands, as that may
+    run code of the program. Calls wait for it for half a second at the most, and begin without
+    that setting then.
+
+    Args:
+        settings: Of the program.
+        names: Of its script.
+        hands: The pool's.
+    """
+
+    def __init__(self, settings: Settings, names: Names, hands: Hands) -> None:
+        self._settings, self._names, self._hands = settings, names, hands
+        # By name; another object after each change.
+        self._ready: dict[str, tuple[Packed, Sequence[Delivery]]] = {}
+        self._known: object = None
+        self._learned = 0
+        # What the hands have found out; ``None`` if it cannot be pickled.
+        self._found: dict[str, tuple[Packed, Sequence[Delivery] | None]] = {}
+        self._asked_at: float | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the hands find something out."""
+        return self._asked_at is not None
+
+    def next_look(self) -> float | None:
+        """Return when calls wait no longer, by the monotonic clock."""
+        until = None if self._asked_at is None else self._asked_at + HELD_UP_S
+        return until if until is not None and time.monotonic() < until else None
+
+    def may_be_told(self) -> bool:
+        """Tell whether the settings are ready for workers, or would keep calls for too long."""
+        state, learned = self._settings.state, self._names.learned
+        if state is self._known and learned == self._learned:
+            return True
+        if learned != self._learned:
+            self._learned = learned
+            self._found.clear()
+        if self._asked_at is None:
+            asked = self._look()
+            if asked:
+                self._asked_at = time.monotonic()
+                run = functools.partial(self._ask, asked)
+                if self._hands.do(run, self._come_back, _PATIENCE_S):
+                    self._come_back()
+                    self._look()
+            if self._asked_at is None:
+                self._known = state
+                return True
+        return self.next_look() is None
+
+    def _look(self) -> list[Packed]:
+        """Make ready what can be; return what is to be found out."""
+        ready, asked = {}, []
+        for one in self._settings.packed():
+            before, needs = self._found.get(one.name, (None, None))
+            if before is not one:
+                needs = self._names.needed_here(one.names)
+                if needs is None:
+                    asked.append(one)
+            if needs is not None:
+                ready[one.name] = (one, needs)
+        self._ready = ready
+        return asked
+
+    def _ask(self, asked: list[Packed]) -> None:
+        """Find out what settings need. In any thread."""
+        for one in asked:
+            try:
+                self._found[one.name] = (one, self._names.needed(one.names))
+            except Exception as error:  # noqa: BLE001 -- user code; workers do without
+                let_handlers_pass(error)
+                self._found[one.name] = (one, None)
+                _log.warning("workers do not have the program's %s: %r", one.name, error)
+
+    def _come_back(self) -> None:
+        self._asked_at = None
+
+    def changed_for(self, worker: Worker) -> list[tuple[Packed, Sequence[Delivery]]]:
         """Return the settings that have changed since a worker was last told."""
-        worker.told = self.state
+        if worker.told is self._ready:
+            return []
+        worker.told = self._ready
         changed = {
-            name: packed
-            for name, packed in self._packed.copy().items()
-            if worker.settings.get(name) is not packed
+            name: one
+            for name, one in self._ready.items()
+            if worker.settings.get(name) is not one[0]
         }
-        worker.settings |= changed
+        worker.settings |= {name: packed for name, (packed, _) in changed.items()}
         return [*changed.values()]

@@ -115,9 +115,14 @@ class Looked:
         return Print(self.printed, stored if stored and same and not self.replaced else None)
 
 
-def look_at(values: Sequence[object]) -> Looked:
-    """Look at values that are about to be pickled."""
-    if len(values) == 1 and is_plain(values[0]):
+def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
+    """Look at values that are about to be pickled.
+
+    Args:
+        values: Which.
+        by_identity: Identity tells all, whatever they are.
+    """
+    if by_identity or (len(values) == 1 and is_plain(values[0])):
         return Looked(Look(), plain=True)
     looked = Looked(Look(*values))
     if looked.look.doubts:

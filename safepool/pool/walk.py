@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import pickle
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass, text_of
 from safepool.machine import tell_once
 from safepool.pool.circles import components
-from safepool.pool.deliveries import Delivery
+from safepool.pool.deliveries import Delivery, versions
+from safepool.pool.hands import LateError, within
 from safepool.pool.known import Known
 from safepool.pool.mains import (
     ABSENT,
     LRU_CACHE,
+    is_data,
     is_definition,
     is_importable,
     plain_function,
+    runs_no_code,
     uses_of,
 )
 from safepool.pool.prints import Print, length, placed
@@ -32,19 +36,24 @@ from safepool.pool.values import (
     value_of,
 )
 from safepool.transport.held import Held, held_by_module
-from safepool.transport.marks import attributes_of, main_space
+from safepool.transport.marks import attribute_of, attributes_of, main_space
 from safepool.transport.names import mentioned_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from safepool.pool.names import Names
+    from safepool.pool.table import Table
 
 __all__ = ["QUIET_BYTES", "Walk"]
 
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
 
+# So long the pickling of what nothing names may take, all in all.
+_UNASKED_S = 1.0
+_TOO_LONG = (
+    f"no function that was called names it, and to pickle it takes longer than {_UNASKED_S} s"
+)
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # A global is worth a word when it is sent again and again; it takes tens of milliseconds.
@@ -56,7 +65,7 @@ class Walk:
     """From some names to all that they lead to.
 
     Args:
-        names: The pool's.
+        table: A draft, which gets what is new.
         quiet: Leave out what cannot be pickled, and do not follow what functions use.
 
     Attributes:
@@ -65,9 +74,12 @@ class Walk:
         missing: Those that could not be pickled, and why.
     """
 
-    def __init__(self, names: Names, *, quiet: bool = False) -> None:
-        self._names = names
+    def __init__(self, table: Table, *, quiet: bool = False) -> None:
+        self._table = table
         self._quiet = quiet
+        # Nobody has asked for what is being pickled: it is only in case somebody does.
+        self._unasked = quiet
+        self._until_s = time.monotonic() + _UNASKED_S
         self._pickled: dict[str, Pickled] = {}
         self._by_id: dict[int, str] | None = None
         self.reached: dict[str, None] = {}
@@ -80,7 +92,7 @@ class Walk:
         Raises:
             Exception: What the pickler raised.
         """
-        if self._names.main:
+        if self._table.main:
             self._ask_ahead(roots)
         todo = sorted(roots, reverse=True)
         while todo:
@@ -90,13 +102,13 @@ class Walk:
             if value_of(name) is ABSENT:
                 self.absent.append(name)
                 continue
-            known = self._names.known.get(name)
-            if known is not None and self._names.is_unchanged(known):
+            known = self._table.known.get(name)
+            if known is not None and self._table.is_unchanged(known):
                 self.reached.update(dict.fromkeys(known.names))
                 todo += self._leads_on(name, known)
                 continue
             try:
-                one = self._pickled[name] = self._there(name) or self._alone(name)
+                one = self._pickled[name] = self._own(name) or self._made(name)
             except Exception as error:
                 if not self._quiet:
                     raise
@@ -113,7 +125,7 @@ class Walk:
 
     def _ask_ahead(self, roots: Iterable[str]) -> None:
         """Ask what data is like where the script was run: for all of it at once."""
-        known, main = self._names.known, self._names.main
+        known, main = self._table.known, self._table.main
         assert main is not None
         data: list[str] = []
         seen: set[str] = set()
@@ -140,13 +152,13 @@ class Walk:
     def finish(self) -> None:
         """Make known what was pickled."""
         if not self._quiet and not _REACHES_ALL.isdisjoint(self.absent):
-            everything = Walk(self._names, quiet=True)
+            everything = Walk(self._table, quiet=True)
             everything.go(definitions())
             everything.finish()
             uses = {
                 used
                 for name in everything.reached
-                if (known := self._names.known.get(name)) is not None
+                if (known := self._table.known.get(name)) is not None
                 for used in known.uses
             }
             for name in everything.reached:
@@ -164,34 +176,56 @@ class Walk:
             self._pickled |= {name: self._alone(name) for name in behind}
 
     def _is_behind(self, name: str) -> bool:
-        known = self._names.known.get(name)
-        return known is not None and known.stamp != self._names.stamp(known.refs)
+        known = self._table.known.get(name)
+        return known is not None and known.stamp != self._table.stamp(known.refs)
 
     def _try(self, name: str) -> None:
+        self._unasked, self._until_s = True, time.monotonic() + _UNASKED_S
         try:
             self.go([name])
         except Exception as error:  # noqa: BLE001 -- perhaps nobody asks for it
             let_handlers_pass(error)
             self._pickled.pop(name, None)
+        self._unasked = self._quiet
+
+    def _made(self, name: str) -> Pickled:
+        """Return a name as it is pickled, by the program's code."""
+        value, slow = value_of(name), self._table.slow
+        if not self._unasked or runs_no_code(value) or is_data(value):
+            return self._there(name) or self._alone(name)
+        # What waits in there is not to keep the call.
+        if slow.get(name, ABSENT) is value:
+            raise TimeoutError(_TOO_LONG)
+        try:
+            left_s = max(_UNASKED_S / 20, self._until_s - time.monotonic())
+            return within(left_s, lambda: self._there(name) or self._alone(name))
+        except LateError:
+            slow[name] = value
+            raise TimeoutError(_TOO_LONG) from None
+
+    def _own(self, name: str) -> Pickled | None:
+        """Return a function or class that workers have by themselves, by the script's name."""
+        main, value = self._table.main, value_of(name)
+        if not main or name in self._table.known or not is_definition(value):
+            return None
+        if attribute_of(value, "__qualname__") != name or not main.has(value):
+            return None
+        attributes = frozenset(attributes_of(value))
+        uses = uses_of(value) | attributes
+        one = Pickled((name,), (None,), [b""], frozenset(), uses, (), {}, True, True)
+        one.attributes = attributes
+        return one
 
     def _there(self, name: str) -> Pickled | None:
         """Return a name that workers have by themselves; ``None`` if it is to be sent."""
-        main, value = self._names.main, value_of(name)
-        if not main or name in self._names.known:
-            return None
-        nothing: frozenset[str] = frozenset()
-        if is_definition(value) and getattr(value, "__qualname__", "") == name and main.has(value):
-            attributes = frozenset(attributes_of(value))
-            uses = uses_of(value) | attributes
-            one = Pickled((name,), (None,), [b""], nothing, uses, (), {}, True, True)
-            one.attributes = attributes
-            return one
-        if main.changed({name: value}):
+        main, value = self._table.main, value_of(name)
+        if not main or name in self._table.known or main.changed({name: value}):
             return None
         try:
             one = self._alone(name)
         except Exception as error:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
             let_handlers_pass(error)
+            nothing: frozenset[str] = frozenset()
             one = Pickled((name,), (None,), [b""], nothing, nothing, (), {}, True)
         one.there = True
         return one
@@ -218,7 +252,7 @@ class Walk:
         return one
 
     def _make_known(self, group: tuple[str, ...]) -> None:
-        table, pickled = self._names, self._pickled
+        table, pickled = self._table, self._pickled
         first, values = group[0], [*map(value_of, group)]
         seeds = {
             name: value_of(name)
@@ -243,16 +277,13 @@ class Walk:
             since = self._born(group, values, before)
             segments = () if there else placed(one.segments)
             head = {"names": group, "kinds": one.kinds}
-            version = next(table.versions)
+            version = next(versions)
             born = tuple(version if known is None else known for known in since)
             delivery = Delivery(version, group, born, head, segments, one.shared, one.draws)
             whole = Print(one.segments, segments or None)
-            table.drop(group)
-            if there:
-                table.there.update(dict.fromkeys(group, version))
-            elif before is not None:
+            if before is not None and not there:
                 _tell_of_large(delivery)
-        looked = one.looked or look_at(values)
+        looked = one.looked or look_at(values, by_identity=one.by_identity)
         table.keep(
             Known(
                 group,
@@ -276,7 +307,7 @@ class Walk:
         self, group: tuple[str, ...], values: Sequence[object], before: Known | None
     ) -> list[int | None]:
         """Return since which version workers have each object; ``None`` is the next one."""
-        table, born = self._names, list[int | None]()
+        table, born = self._table, list[int | None]()
         before_ids = (0,) * len(group) if before is None else before.ids
         for name, value, was in zip(group, values, before_ids, strict=True):
             if not stays(value):

@@ -32,7 +32,7 @@ class Worker(WorkerProcess):
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
         settings: Those of the program that it was sent last, by name.
-        told: The state of the program's settings at that time.
+        told: What it was told of the settings, all in all.
         shared: Numbers of the shared objects that it keeps.
         exclusive: What it holds must not be followed by anything.
         packing: What is being copied for it; nothing else is sent meanwhile.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAIN_NAMES",
     "alias_main",
+    "attribute_of",
     "attributes_of",
     "find_attribute",
     "find_in_main",
@@ -24,6 +25,7 @@ __all__ = [
     "main_space",
     "mark_of",
     "marks_of",
+    "space_of",
     "use_space",
 ]
 
@@ -104,21 +106,59 @@ def attributes_of(thing: Any) -> dict[str, Any]:
         Values that were set on it at any time. Not what it was defined with: functions, classes
         and descriptors under their own names, and what the interpreter keeps there.
     """
-    path: str = thing.__qualname__
+    path: str = attribute_of(thing, "__qualname__")
     found = {}
-    for name, value in _attributes(thing).items():
-        inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-        own = getattr(inner, "__qualname__", "") == f"{path}.{name}"
-        if not (own or name in _OF_INTERPRETER or (name[:2] == "__" == name[-2:])):
-            found[f"{path}.{name}"] = value
+    for name, value in [*space_of(thing).items()]:
+        if name in _OF_INTERPRETER or (name[:2] == "__" == name[-2:]):
+            continue
+        where = f"{path}.{name}"
+        if _qualname_in(value) != where:
+            found[where] = value
     return found
 
 
-def _attributes(thing: object) -> dict[str, Any]:
+# To ask one of these for what it has runs no code of the program.
+_WITHOUT_CODE = frozenset({types.FunctionType, type})
+
+
+def attribute_of(thing: Any, name: str) -> Any:
+    """Return an attribute; ``None`` if it has none. No code of the program is asked for it."""
+    if type(thing) in _WITHOUT_CODE:
+        return getattr(thing, name, None)
+    get: Any = type if issubclass(type(thing), type) else object
     try:
-        return dict(vars(thing))
-    except TypeError:
-        return {}
+        return get.__getattribute__(thing, name)
+    except AttributeError:
+        return None
+
+
+def space_of(thing: object) -> Mapping[str, Any]:
+    """Return the names in a class, function or module, as :func:`attribute_of`."""
+    if type(thing) in _WITHOUT_CODE or type(thing) is types.ModuleType:
+        return vars(thing)
+    found = attribute_of(thing, "__dict__")
+    return found if type(found) in (dict, types.MappingProxyType) else {}
+
+
+def _qualname_in(value: object) -> object:
+    """Return the qualified name of a function or class, or of the function in a descriptor."""
+    if type(value) is types.FunctionType:
+        return value.__qualname__
+    if type(value) in _NAMELESS:
+        return None
+    name = attribute_of(_function_in(value), "__qualname__")
+    return name if type(name) is str else None
+
+
+def _function_in(value: object) -> object:
+    """Return the function in a descriptor of the standard library's, or the value itself."""
+    kind = type(value)
+    if issubclass(kind, (staticmethod, classmethod)):
+        return object.__getattribute__(value, "__func__")
+    return object.__getattribute__(value, "fget") if issubclass(kind, property) else value
+
+
+_NAMELESS = frozenset({int, float, str, bool, type(None), tuple, list, dict, set})
 
 
 # abc.ABCMeta, functools.update_wrapper.
@@ -131,12 +171,12 @@ def find_attribute(path: str) -> tuple[Any, ...]:
     No descriptor and no ``__getattr__`` is asked.
     """
     found: Any = None
-    here = main_space()
+    here: Mapping[str, Any] = main_space()
     for part in path.split("."):
         if part not in here:
             return ()
         found = here[part]
-        here = _attributes(found)
+        here = space_of(found)
     return (found,)
 
 
@@ -155,13 +195,13 @@ def marks_of(module: types.ModuleType) -> dict[str, bytes]:
 
 def _named(value: Any, path: str) -> Iterator[Any]:
     """Yield the functions and classes under a name whose own name that is, and those inside."""
-    if isinstance(value, (type, types.FunctionType)):
+    if issubclass(type(value), (type, types.FunctionType)):
         if value.__qualname__ == path and is_of_main(value):
             yield value
-            if isinstance(value, type):
-                for name, part in [*vars(value).items()]:
-                    inner = getattr(part, "__func__", part)  # of a class or static method
-                    if isinstance(inner, (type, types.FunctionType)):
+            if issubclass(type(value), type):
+                for name, part in [*space_of(value).items()]:
+                    inner = part if issubclass(type(part), property) else _function_in(part)
+                    if issubclass(type(inner), (type, types.FunctionType)):
                         yield from _named(inner, f"{path}.{name}")
     elif getattr(type(value), "__module__", "").partition(".")[0] in _WRAPPERS:
         attributes = _attributes_of(value)
@@ -227,14 +267,14 @@ def _mark_of_code(code: types.CodeType) -> bytes:
 
 def _parts_of_class(kind: type) -> Iterator[bytes]:
     """Yield what marks a class: where it begins, from Python 3.13 on, and its functions."""
-    yield b"%d" % vars(kind).get("__firstlineno__", 0)
-    for name, part in [*vars(kind).items()]:
-        inner = getattr(part, "__func__", None) or getattr(part, "fget", None) or part
-        code = getattr(inner, "__code__", None)
+    yield b"%d" % space_of(kind).get("__firstlineno__", 0)
+    for name, part in [*space_of(kind).items()]:
+        inner = _function_in(part)
+        code = attribute_of(inner, "__code__")
         # What dataclasses and named tuples have made stands in no file.
         if (
-            isinstance(code, types.CodeType)
+            type(code) is types.CodeType
             and code.co_filename[:1] != "<"
-            and getattr(inner, "__qualname__", "") == f"{kind.__qualname__}.{name}"
+            and attribute_of(inner, "__qualname__") == f"{kind.__qualname__}.{name}"
         ):
             yield _mark_of_code(code)

@@ -20,7 +20,8 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool
-from safepool.transport import trusted
+from safepool.pool.names import Names
+from safepool.transport import marks, trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -242,6 +243,162 @@ def test_a_module_may_call_a_pool_while_it_is_imported(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.stdout, done.returncode) == ("8\n", 0), done.stderr
+
+
+# A program in which each row's code waits where a name of the script is found out, and other calls
+# are made meanwhile.
+WAITING_NAMES = """
+import csv, gc, os, sys, threading, warnings
+import safepool
+
+here = os.getpid() if __name__ == "__main__" else None
+reached, opened = threading.Event(), threading.Event()
+
+def wait():
+    if os.getpid() == here and threading.current_thread() is not threading.main_thread():
+        reached.set()
+        opened.wait(60)
+
+class Waits:
+    def __reduce__(self):
+        wait()
+        return int, (7,)
+
+class Lazy:
+    def __getattr__(self, name):
+        wait()
+        raise AttributeError(name)
+    @property
+    def __class__(self):
+        wait()
+        return int
+    def __reduce__(self):
+        wait()
+        return int, (7,)
+
+class Meta(type):
+    def __getattribute__(cls, name):
+        if name == "attribute":
+            wait()
+        return super().__getattribute__(name)
+    def __eq__(cls, other):
+        wait()
+        return cls is other
+    def __hash__(cls):
+        wait()
+        return 5
+
+class OfMeta(metaclass=Meta):
+    attribute = Lazy() if here else None
+
+class Dropped:
+    def __reduce__(self):
+        circle = Circle()
+        del circle
+        gc.collect()
+        return int, (8,)
+
+class Circle:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        if os.getpid() == here:
+            dropped.append(pool.submit(number).result(30))
+
+class Category(UserWarning):
+    sends = Waits() if here else None
+
+dropped, value, data, pool = [], None, {"a": 1}, None
+
+def number(): return 3
+def of_data(): return data["a"]
+def of_data_again(_): return data["a"]
+def get_value(): return value
+def get_attribute(): return OfMeta.__name__
+def with_default(x=Waits() if here else None): return 1
+def any_global(): return globals()["data"]["a"]
+
+def others():
+    data["a"] += 1
+    asked = [pool.submit(f).result(30) for f in (number, of_data, any_global, lambda: data["a"])]
+    return len({*asked[1:], *pool.map(of_data_again, [1, 2], timeout=30)}) == 1
+
+def attempt(function, *, waits=True):
+    global pool
+    reached.clear(), opened.clear()
+    with safepool.ProcessPool(2, main=sys.argv[1]) as pool:
+        waiting = pool.submit(function)
+        assert not waits or reached.wait(60)
+        assert others() and others()
+        assert waits != waiting.done()
+        opened.set()
+        return waiting.result(30)
+
+def main():
+    global value
+    assert attempt(with_default, waits=sys.argv[1] == "value") == 1
+    value = [Waits()]
+    assert attempt(get_value) == [7]
+    value = None
+    if sys.argv[1] == "run":
+        assert attempt(get_attribute) == "OfMeta"
+    value = Dropped()
+    assert attempt(get_value, waits=False) == 8
+    assert dropped and {*dropped} == {3}
+    value = None
+    warnings.simplefilter("ignore", Category)
+    assert attempt(number, waits=False) == 3
+    print("all")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize("way", ["run", "value"])
+def test_a_name_of_the_script_that_waits_delays_its_own_call(tmp_path: Path, way: str) -> None:
+    """A global, a default, a class that nothing names, a finalizer, the class of a setting."""
+    (tmp_path / "script.py").write_text(WAITING_NAMES)
+    done = subprocess.run(
+        [sys.executable, "script.py", way],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("all\n", 0), done.stderr
+
+
+class WaitsOnce(Waits):
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.gate.reached.is_set():
+            return int, (7,)
+        return super().__reduce__()
+
+
+def test_what_two_threads_find_out_at_once_has_one_version(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one takes over what the other has found, and keeps what is new in its own."""
+    space = {"first": [1], "waits": WaitsOnce(gate, "an event"), "third": [3]}
+    monkeypatch.setattr(marks, "_space", space)
+    names = Names()
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(names.needed(frozenset(["first", "waits"])))
+    )
+    thread.start()
+    assert gate.reached.wait(30)
+    quick = [*names.needed(frozenset(["first", "third"]))]
+    gate.open()
+    thread.join(30)
+    versions = {one.names: one.version for one in quick}
+    later = {one.names: one.version for one in found}
+    assert later[("first",)] == versions[("first",)]
+    assert later.keys() | versions.keys() >= {("first",), ("waits",), ("third",)}
+    both = names.needed(frozenset(space))
+    assert {one.names: one.version for one in both} == later | versions
 
 
 Point = namedtuple("Point", "x y")  # noqa: PYI024 -- as programs have it

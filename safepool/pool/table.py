@@ -1,0 +1,211 @@
+"""What is known of the script's names at one time, and how more of it is found out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.pool.circles import components
+from safepool.pool.deliveries import Delivery, Needs, versions
+from safepool.pool.imports import Imports
+from safepool.pool.mains import ABSENT
+from safepool.pool.values import definitions, value_of
+from safepool.pool.walk import QUIET_BYTES, Walk
+from safepool.transport.marks import attributes_of, main_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.pool.known import Known
+    from safepool.transport.main_names import MainNames
+
+__all__ = ["Closure", "Table"]
+
+# What stands for a name where there is none.
+_IMPORTS, _MISSING = "import", "del"
+
+
+@dataclass(slots=True)
+class Closure:
+    """All that some names lead to.
+
+    Attributes:
+        known: The names that there are.
+        absent: Those that there are not.
+        beside: As of the table.
+        deliveries: What a worker is sent.
+    """
+
+    known: list[Known]
+    absent: frozenset[str]
+    beside: tuple[Delivery, ...]
+    deliveries: Needs
+
+
+class Table:
+    """What is known of the names. One thread changes its own draft; what is published stays.
+
+    Args:
+        main: What workers have that run the script; ``None`` if none do.
+
+    Attributes:
+        known: What was pickled last, by name.
+        made: What of that is new since the table before.
+        first: Versions in which names were pickled first.
+        there: Versions in which a worker that has run the script has names by itself.
+        slow: What took too long to be pickled, in case that it is asked for.
+        beside: What comes with any names: the imports, and those that nothing names.
+        heir: The table that was published after this one, by the key 0.
+    """
+
+    def __init__(self, main: MainNames | None = None) -> None:
+        self.main = main
+        self._learned = 0 if main is None else main.learned
+        self.known: dict[str, Known] = {}
+        self.made: list[Known] = []
+        self.first: dict[str, int] = {}
+        self.there: dict[str, int] = {}
+        self.slow: dict[str, object] = {}
+        self._imports: Imports | None = None
+        self.beside: tuple[Delivery, ...] = ()
+        self._look_at = -1
+        self.heir: dict[int, Table] = {}
+
+    def draft(self) -> Table:
+        """Return a copy; one of nothing if workers have something else of the script by now."""
+        new = Table(self.main)
+        new.slow = self.slow
+        if new._learned == self._learned:
+            new.known, new.first, new.there = {**self.known}, {**self.first}, {**self.there}
+            new._imports, new.beside, new._look_at = self._imports, self.beside, self._look_at
+        return new
+
+    def on(self, after: Table, base: Table) -> tuple[Table, bool]:
+        """Return a draft of this one's news on another table.
+
+        Args:
+            after: The other one.
+            base: What this one is a draft of.
+
+        Returns:
+            The draft, and whether all news is in it: not what is about names of which the other
+            one has something new as well.
+        """
+        new = after.draft()
+        if new._learned != self._learned:
+            return new, False
+        known = [
+            one
+            for one in self.made
+            if all(after.known.get(name) is base.known.get(name) for name in one.names)
+        ]
+        for one in known:
+            new.keep(one)
+        whole = len(known) == len(self.made)
+        if self.beside is not base.beside:
+            whole = whole and after.beside is base.beside
+            if after.beside is base.beside:
+                new._imports, new.beside, new._look_at = self._imports, self.beside, self._look_at
+        return new, whole
+
+    def keep(self, known: Known) -> None:
+        """Make names known."""
+        version = known.delivery.version
+        self.made.append(known)
+        for name in known.names:
+            self.known[name] = known
+            self.first.setdefault(name, version)
+            if not known.delivery.segments:
+                self.there[name] = version
+
+    def is_fresh(self, closure: Closure, *, here: bool = False) -> bool:
+        """Tell whether that is what names lead to now; ``False`` if in doubt.
+
+        Args:
+            closure: What they led to.
+            here: Run no code of the program.
+        """
+        space, present = main_space(), self.known
+        if len(space) != self._look_at or not closure.absent.isdisjoint(space):
+            return False
+        if closure.beside is not self.beside or (self.main and self.main.learned != self._learned):
+            return False
+        for known in closure.known:
+            if present.get(known.names[0]) is not known or not self.is_unchanged(known, here=here):
+                return False
+        return True
+
+    def close(self, roots: frozenset[str]) -> Closure:
+        """Find out what names lead to.
+
+        Raises:
+            Exception: What the pickler raised for one of them.
+        """
+        if self._imports is None or len(main_space()) != self._look_at:
+            self._look_beside()
+        walk = Walk(self)
+        walk.go(roots)
+        walk.finish()
+        known = self._in_order(walk.reached)
+        deliveries = (*self.beside, *(one.delivery for one in known))
+        needs = Needs(dict.fromkeys(deliveries))
+        return Closure(known, frozenset(walk.absent), self.beside, needs)
+
+    def _look_beside(self) -> None:
+        """Look at the namespace as a whole: it has other names than at the last look."""
+        size = len(main_space())
+        before, self._imports = self._imports, Imports()
+        beside: list[Delivery] = []
+        if not self.main:
+            same = before is not None and before.modules == self._imports.modules
+            head = {"imports": self._imports.modules}
+            new = Delivery(next(versions), (_IMPORTS,), (0,), head)
+            beside.append(self.beside[0] if same else new)
+        walk = Walk(self, quiet=True)
+        walk.go(definitions())
+        walk.finish()
+        known = self._in_order(walk.reached)
+        beside += [one.delivery for one in known if one.delivery.size_bytes < QUIET_BYTES]
+        if walk.missing:
+            told = {"missing": walk.missing}
+            beside.append(Delivery(next(versions), (_MISSING,), (0,), told))
+        self.beside = tuple(beside)
+        self._look_at = size
+
+    def _in_order(self, reached: Iterable[str]) -> list[Known]:
+        """Return what some names are pickled in, what others need to be loaded before those.
+
+        That is what they refer to, and if possible what their functions use: a class may run
+        code when it is made.
+        """
+        known = {self.known[name]: None for name in reached if name in self.known}
+
+        def leads(one: Known, names: frozenset[str]) -> list[Known]:
+            others = (self.known.get(name) for name in sorted(names))
+            return [other for other in others if other in known and other is not one]
+
+        ordered: list[Known] = []
+        for circle in components({one: leads(one, one.refs | one.uses) for one in known}):
+            within = {
+                one: [other for other in leads(one, one.refs) if other in circle] for one in circle
+            }
+            ordered += [one for (one,) in components(within)]
+        return ordered
+
+    def is_unchanged(self, known: Known, *, here: bool = False) -> bool:
+        """Tell whether names are what they were when they were pickled; ``False`` if in doubt."""
+        if known.plain is not ABSENT:
+            return value_of(known.names[0]) is known.plain and (
+                known.attributes is None or attributes_of(known.plain).keys() == known.attributes
+            )
+        refs = known.refs
+        return (not refs or known.stamp == self.stamp(refs)) and known.is_unchanged(here=here)
+
+    def stamp(self, refs: frozenset[str]) -> tuple[int, ...]:
+        """Return the versions of the objects that these names hold."""
+        return tuple(self.born(name) for name in sorted(refs))
+
+    def born(self, name: str) -> int:
+        """Return the version with which the object that a name holds was delivered first."""
+        known = self.known.get(name)
+        return 0 if known is None else known.delivery.born[known.names.index(name)]
