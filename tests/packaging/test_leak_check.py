@@ -5,6 +5,7 @@ Most tests are a pytest run of their own, on a file written here with this proje
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -238,25 +239,25 @@ def part_of(output: str, number: int) -> str:
     return output.partition(f" ERROR at teardown of test_{number} ")[2].partition("\n____")[0]
 
 
-@pytest.fixture(scope="module")
-def leaking(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+@functools.cache
+def leaking() -> subprocess.CompletedProcess[str]:
     source = a_test_each({leak: body for leak, (body, _) in LEAKS.items()})
-    return run_pytest(tmp_path_factory.mktemp("leaking"), source)
+    with tempfile.TemporaryDirectory() as folder:
+        return run_pytest(Path(folder), source)
 
 
 @linux_only
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_leak_fails_its_test_and_is_named(
-    leak: str, leaking: subprocess.CompletedProcess[str]
-) -> None:
+def test_a_leak_fails_its_test_and_is_named(leak: str) -> None:
     """Whatever stays behind is named, and ends with the run."""
     _, expected = LEAKS[leak]
 
-    said = part_of(leaking.stdout, list(LEAKS).index(leak))
+    run = leaking()
 
-    assert leaking.returncode == 1, leaking.stdout + leaking.stderr
-    assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", said), leaking.stdout
-    assert f"{len(LEAKS)} passed, {len(LEAKS)} errors" in leaking.stdout
+    said = part_of(run.stdout, list(LEAKS).index(leak))
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert re.search(rf"the test left behind:(\n  .*)*\n  {expected}", said), run.stdout
+    assert f"{len(LEAKS)} passed, {len(LEAKS)} errors" in run.stdout
 
 
 @linux_only
@@ -436,7 +437,7 @@ def test_a_hang_in_c_code_that_holds_the_interpreter_ends(tmp_path: Path) -> Non
         ctypes.PyDLL(None).sleep(1008)
     """
 
-    run = run_pytest(tmp_path, a_test(body), "--timeout=1", margin_s=5)
+    run = run_pytest(tmp_path, a_test(body), "--timeout=1", margin_s=2)
 
     # The watchdog cannot clean up.
     for folder in Path(tempfile.gettempdir()).glob("safepool-*"):

@@ -22,7 +22,7 @@ from support_cgroups import control_group
 from safepool import PoolBrokenError, ProcessPool, RefusedCallError
 from safepool.limits import Limits, read_limits
 from safepool.limits._types import OpenFilesLimit, PidsLimit
-from safepool.pool import mapping, refusals
+from safepool.pool import mapping, patience, refusals
 from safepool.pool.hiring import Hiring
 from safepool.pool.patience import Patience
 from safepool.pool.refusals import limit_met
@@ -72,6 +72,7 @@ def test_newborn_workers_that_are_killed_from_outside_end_no_pool(
         return worker
 
     monkeypatch.setattr(Hiring, "start", start_and_kill)
+    monkeypatch.setattr(patience, "_MOST_PAUSE_S", 0.1)
     with ProcessPool(1) as pool:
         futures = [pool.submit(tasks.square, n) for n in range(200)]
         assert [future.result(timeout=60) for future in futures] == [n * n for n in range(200)]
