@@ -8,7 +8,8 @@
     context variables        made once, with their default and no value
     weak containers          with what they hold (``weak``)
     ``threading.local``      made once, empty: what a thread has there stays with the thread
-    ``dataclasses.MISSING``  the receiver's own, with which a field's default is compared
+    ``dataclasses.MISSING``  the receiver's own, with which a field's default is compared;
+                             and whatever ``sentinel()`` makes (Python 3.15)
     ``struct.Struct``        by its format
     ``itertools.count``      with its next number, an int or a float (Python 3.14 pickles none)
     libraries of ``ctypes``  loaded by name, and their functions, with the types that they were
@@ -143,8 +144,6 @@ def table() -> dict[type, Callable[[Any], Any]]:
         **weak.containers(),
         **weak.references(),
         contextvars.ContextVar: _reduce_context_variable,
-        type(dataclasses.MISSING): lambda _: "MISSING",
-        type(dataclasses.KW_ONLY): lambda _: "KW_ONLY",
         struct.Struct: lambda layout: (struct.Struct, (layout.format,)),
         typing.NewType: _reduce_new_type,
         typing.TypeVar: _reduce_variable,
@@ -154,6 +153,11 @@ def table() -> dict[type, Callable[[Any], Any]]:
         functools.partialmethod: _reduce_partial_method,
         typing.ParamSpecKwargs: lambda args: (typing.ParamSpecKwargs, (args.__origin__,)),
     }
+    if sys.version_info >= (3, 15):
+        reducers[type(dataclasses.MISSING)] = _reduce_sentinel  # builtins.sentinel
+    else:
+        reducers[type(dataclasses.MISSING)] = lambda _: "MISSING"
+        reducers[type(dataclasses.KW_ONLY)] = lambda _: "KW_ONLY"
     if sys.version_info >= (3, 14):
         reducers[typing.ForwardRef] = _reduce_forward
         reducers[itertools.count] = _reduce_count
@@ -171,6 +175,11 @@ def _reduce_count(counter: itertools.count[Any]) -> Any:
     except ValueError:  # of fractions, say
         raise TypeError("cannot pickle 'itertools.count' object") from None
     return itertools.count, found if isinstance(found, tuple) else (found,)
+
+
+def _reduce_sentinel(one: Any) -> Any:
+    made_of = type(one), (one.__name__,), {"repr": repr(one)}
+    return _by_name(one, one.__name__, _make_variable, made_of)
 
 
 def _reduce_partial_method(method: functools.partialmethod[Any]) -> Any:

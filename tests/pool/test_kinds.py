@@ -567,7 +567,8 @@ def told(pool):
 
 # Functions, their arguments, and the objects that they know each other by.
 NAMES = """
-import sys, typing, functools, contextlib, asyncio, types, dataclasses, weakref, threading
+import asyncio, builtins, contextlib, dataclasses, functools
+import sys, threading, types, typing, weakref
 from typing import (
     NewType,
     TypeVar,
@@ -865,6 +866,24 @@ def f_data():
     )
 
 
+# Python 3.15's own; before it any object.
+sentinel = getattr(builtins, "sentinel", lambda name, repr=None: object())
+NAMED = sentinel("NAMED")
+SHOWN = sentinel("shown", repr="<shown>")
+
+
+class HasSentinel:
+    NOTHING = sentinel("HasSentinel.NOTHING")
+
+
+def f_sentinels(x=NAMED, y=SHOWN, z=(lambda one: one)(HasSentinel.NOTHING)):
+    return x is NAMED, y is SHOWN, z is HasSentinel.NOTHING
+
+
+def f_sentinels_back():
+    return NAMED, SHOWN, HasSentinel.NOTHING, dataclasses.MISSING, dataclasses.KW_ONLY
+
+
 def f_hints():
     return typing.get_type_hints(f_annot), f_annot.__annotations__["x"] is UserId
 
@@ -899,6 +918,7 @@ CASES = [
     ("f_weak", ()),
     ("f_data", ()),
     ("f_hints", ()),
+    ("f_sentinels", ()),
 ]
 
 
@@ -912,6 +932,9 @@ def told(pool):
                 assert repr(there) == repr(here), (name, there, here)
     assert pool.submit(f_back).result() is MISSING
     assert pool.submit(f_sentback).result() is SENT
+    back, here = pool.submit(f_sentinels_back).result(), f_sentinels_back()
+    assert all(one is other for one, other in zip(back, here, strict=True)), back
+    assert [repr(one) for one in back] == [repr(one) for one in here]
     return "right"
 
 
