@@ -21,7 +21,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from safepool.transport.lazy import LAZY_TYPES
+from safepool.transport.lazy import LAZY_TYPES, loaded
 from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
 from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
@@ -371,7 +371,7 @@ def is_importable(thing: Any) -> bool:
 
 def _is_frozen_array(value: Any) -> bool:
     """Tell whether this is an array that nobody may write to, nor to what it is a view of."""
-    numpy: Any = sys.modules.get("numpy")
+    numpy = loaded("numpy", "ndarray")
     if numpy is None or type(value) is not numpy.ndarray or value.dtype.hasobject:
         return False
     while type(value) is numpy.ndarray and not value.flags.writeable:

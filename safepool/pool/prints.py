@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool.errors import text_of
@@ -17,6 +16,7 @@ from safepool.transport import payloads
 from safepool.transport.channel import store_large
 from safepool.transport.files import Stored
 from safepool.transport.frames import Filed
+from safepool.transport.lazy import loaded
 from safepool.transport.names import Met
 from safepool.transport.references import Collected
 
@@ -137,7 +137,7 @@ def is_equal(one: bytes | memoryview, other: bytes | memoryview) -> bool:
     mine, theirs = memoryview(one).cast("B"), memoryview(other).cast("B")
     if len(mine) != len(theirs):
         return False
-    numpy: Any = sys.modules.get("numpy")
+    numpy = loaded("numpy", "frombuffer")
     if numpy is None:
         return mine == theirs
     whole = len(mine) // 8 * 8

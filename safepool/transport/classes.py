@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
+from safepool.transport.lazy import loaded
 from safepool.transport.marks import find_in_main, main_space
 
 if TYPE_CHECKING:
@@ -293,7 +294,7 @@ def _leave_member(_member: object, *_: object) -> None:
 
 def _reduce_derived(kind: Any) -> tuple[Any, ...] | None:
     """Return how ``ctypes`` makes a type of another one; ``None`` if it is another type."""
-    ctypes: Any = sys.modules.get("ctypes")
+    ctypes = loaded("ctypes", "PyDLL")
     if ctypes is None or not (hasattr(kind, "_type_") or hasattr(kind, "_flags_")):
         return None
     base = kind.__bases__[0] if len(kind.__bases__) == 1 else None

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Filed
+from safepool.transport.lazy import loaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -295,7 +296,7 @@ def are_beyond() -> bool:
 
     With each task: a second registration for the same type is seen by :func:`registered` only.
     """
-    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    reduction = loaded("multiprocessing.reduction", "ForkingPickler")
     if reduction is None:
         return False
     if len(reduction.ForkingPickler._extra_reducers) != len(_seen):
@@ -306,7 +307,7 @@ def are_beyond() -> bool:
 def registered() -> Registered:
     """Return the reducers registered with ``multiprocessing``; the same until one is new."""
     global _registered  # noqa: PLW0603 -- a fact about this process
-    reduction: Any = sys.modules.get("multiprocessing.reduction")
+    reduction = loaded("multiprocessing.reduction", "ForkingPickler")
     if reduction is None:
         return _registered
     extra: dict[type, Callable[[Any], Any]] = reduction.ForkingPickler._extra_reducers

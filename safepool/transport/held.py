@@ -27,6 +27,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
+from safepool.transport.lazy import loaded
 
 if TYPE_CHECKING:
     import ast
@@ -299,7 +300,7 @@ def _name_of(module: types.ModuleType) -> str:
 
 def modules_by_value() -> set[str]:
     """Return the modules that the program asked cloudpickle to send by value."""
-    cloudpickle: Any = sys.modules.get("cloudpickle")
+    cloudpickle = loaded("cloudpickle", "list_registry_pickle_by_value")
     found: set[str] = cloudpickle.list_registry_pickle_by_value() if cloudpickle else set()
     return found
 

@@ -34,6 +34,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import weak
+from safepool.transport.lazy import loaded
 from safepool.transport.marks import MAIN_NAMES, find_in_main
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _only_adds(kind: Any) -> bool:
 
 def _reduce_c(obj: Any, kind: Any) -> Any:
     """Reduce a library that ``ctypes`` has loaded, or a function of one; else return ``None``."""
-    ctypes: Any = sys.modules.get("ctypes")
+    ctypes = loaded("ctypes", "PyDLL")
     if ctypes is None:
         return None
     if kind in (ctypes.CDLL, ctypes.PyDLL):

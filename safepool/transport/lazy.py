@@ -18,13 +18,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["LAZY_TYPES", "eager_imports", "lazy_names", "load_own", "reducers"]
+__all__ = ["LAZY_TYPES", "eager_imports", "lazy_names", "load_own", "loaded", "reducers"]
 
 _LazyImport: Any = getattr(types, "LazyImportType", None)
 LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})
 """Types of an import that has not been done; none before Python 3.15."""
 
 _REPR = "<lazy_import '", "'>"
+
+
+def loaded(name: str, attribute: str) -> Any:
+    """Return a module; ``None`` if it is not imported, or another thread is about to import it.
+
+    Args:
+        name: Of the module.
+        attribute: The last of those that are asked for: an import makes them one after the other.
+
+    Example:
+        >>> loaded("sys", "path") is sys
+        True
+        >>> loaded("sys", "not_yet"), loaded("not.imported", "path")
+        (None, None)
+    """
+    module = sys.modules.get(name)
+    return module if hasattr(module, attribute) else None
 
 
 def lazy_names() -> list[str]:

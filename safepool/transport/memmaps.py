@@ -19,6 +19,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from safepool.transport.lazy import loaded
 from safepool.transport.names import met
 from safepool.transport.references import reference_to
 
@@ -67,7 +68,7 @@ class Prints(Reducers):
 
 
 def _is_kind_of_array(kind: object) -> bool:
-    numpy: Any = sys.modules.get("numpy")
+    numpy = loaded("numpy", "ndarray")
     return numpy is not None and isinstance(kind, type) and issubclass(kind, numpy.ndarray)
 
 
@@ -95,7 +96,7 @@ def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any]
         more_than_bytes: It holds for those that are larger. What is shared already, or mapped from
             a file, has a mode of its own.
     """
-    numpy = sys.modules.get("numpy")
+    numpy = loaded("numpy", "ndarray")
     if numpy is None:
         return {}
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["be_born", "become_child", "circumstances", "end_with"]
+__all__ = ["be_born", "circumstances", "end_with", "run_script"]
 
 _LIMITS = (
     "RLIMIT_AS",
@@ -96,6 +96,11 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
         line = lifeline.hold(line)
     except OSError:
         end_with(server)  # which ends with the program
+    run = details.get("run")
+    if run:
+        problem = run_script({**details, **run}, line, os.dup(folder), tracker)["problem"]
+        if problem:
+            raise RuntimeError(f"the script cannot be run in this worker: {problem}")
     _set_streams(out, err)
     _inherit(details, folder)
     if not details["script"]:
@@ -122,17 +127,22 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     else:
         code = 0
     _finish()
+    if run:
+        script.finish()
     return code
 
 
-def become_child(details: dict[str, Any], line: int, folder: int, tracker: int) -> None:
-    """Let the server be what the program's script finds in a child, before it is run there.
+def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) -> dict[str, Any]:
+    """Run the program's script in this process, which is what it finds in a child.
 
     Args:
-        details: As for :func:`be_born`.
+        details: As for :func:`be_born`, and what is run.
         line: The reading end of the life-line.
         folder: The program's working directory.
         tracker: The pipe to multiprocessing's resource tracker.
+
+    Returns:
+        As :func:`~safepool.workers.script.run_script`.
     """
     from multiprocessing import process  # noqa: PLC0415
 
@@ -140,6 +150,9 @@ def become_child(details: dict[str, Any], line: int, folder: int, tracker: int) 
     known.ORIGINAL_DIR = details["original_dir"]
     _go(details, folder)
     _be_a_child(details, line, tracker)
+    name, path, held = details["module"], details["file"], details["changes"]
+    with script.silence():
+        return script.run_script(name, path, held, details["code"])
 
 
 def end_with(parent: int) -> None:

@@ -17,8 +17,9 @@ What goes wrong, and what is done:
     starts threads          would make every fork unsafe.
     It does not answer      it is killed, and another is started.
     It cannot fork          each worker is started afresh: a server that becomes the worker
-                            itself. An agent or a debugger has threads in every interpreter, or
-                            something refuses the fork. The reason is logged once.
+                            itself, and runs the script as the server has run it. An agent or a
+                            debugger has threads in every interpreter, or something refuses the
+                            fork. The reason is logged once.
     It never says a word    an error names the executable: it is no Python interpreter.
     Tasks leave programs    they go on, as with any pool; if the pool asks for it, its server is
                             below a keeper, which ends them with the program (``keeper``).
@@ -287,11 +288,9 @@ class ServerContext(multiprocessing.context.SpawnContext):
         attempt = _attempt(plan, changes)
         if attempt not in _not_runnable:
             _not_runnable[attempt] = problem
-            # No fault of the script's: where no server can be used, that is told when workers are
-            # started afresh; and with more threads a BLAS starts them when it is imported.
-            quiet = isinstance(error, _NoServerError) or threads > 1
             _log.log(
-                logging.INFO if quiet else logging.WARNING,
+                # With more threads a BLAS starts some when the script imports it.
+                logging.INFO if threads > 1 else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move what is not for workers below if __name__ == "__main__":, or pass '
                 'main="value"',
@@ -356,7 +355,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
                 if marks != self._marks:
                     raise _CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
                         "run again in another server, its top level gave other functions and "
-                        "classes (has the file been changed?)"
+                        "classes"
                     )
                 return server.fork_worker(modules, details, files, given_up, strict=strict)
         except _CannotRunError as error:
@@ -386,10 +385,6 @@ class _CannotForkError(Exception):
 
 class _CannotRunError(Exception):
     """The script's top level cannot be run in a server, for a reason of its own."""
-
-
-class _NoServerError(_CannotRunError):
-    """There is no server to run it in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,9 +482,12 @@ class _Server:
         def run() -> Mapping[str, bytes]:
             if self._process is None or self._marks is None:
                 try:
-                    self._in_a_server(lambda: None, modules, given_up, strict=strict)
+                    if not self._afresh:
+                        self._in_a_server(lambda: None, modules, given_up, strict=strict)
                 except _CannotForkError as error:
-                    raise _NoServerError(str(error)) from None
+                    self._be_afresh(error)
+                if self._afresh:
+                    self._run_script_for_all(given_up)
             marks = self._marks
             assert marks is not None
             return marks
@@ -549,19 +547,37 @@ class _Server:
                     lambda: self._fork(details, files, given_up), modules, given_up, strict=strict
                 )
             except _CannotForkError as error:
-                if self._plan is not None:
-                    raise _NoServerError(str(error)) from None
-                self._afresh = True
-                _log_once(
-                    "each worker is started afresh, as no fork server can be used "
-                    f"(a start takes longer, and no memory is shared): {error}"
-                )
-                if self._kept:
-                    _log_once(
-                        "end_subprocesses=True does not hold for workers that are started "
-                        "afresh: what their tasks start may outlive this program"
-                    )
+                self._be_afresh(error)
+                self._run_script_for_all(given_up)
         return self._start_afresh(modules if strict else (), details, files)
+
+    def _be_afresh(self, error: _CannotForkError) -> None:
+        self._afresh = True
+        _log_once(
+            "each worker is started afresh, as no fork server can be used "
+            f"(a start takes longer, and no memory is shared): {error}"
+        )
+        if self._kept:
+            _log_once(
+                "end_subprocesses=True does not hold for workers that are started "
+                "afresh: what their tasks start may outlive this program"
+            )
+
+    def _run_script_for_all(self, given_up: Callable[[], bool]) -> None:
+        """Run the script in a server that forks no worker: it tells what each of them has.
+
+        Raises:
+            _CannotRunError: It cannot be run.
+        """
+        if self._plan is None:
+            return
+        try:
+            self._start()
+            self._marks = self._run_script(self._plan, given_up, again=False)
+        except BaseException:
+            if self._process is not None:
+                self._stop()
+            raise
 
     def _in_a_server(
         self,
@@ -620,6 +636,19 @@ class _Server:
         return not self._afresh
 
     def _start(self) -> None:
+        self._process, self._sock = self._launch(becomes=False)
+        self._marks = None
+        self._exits = False
+        self._asked = set()
+        self._ahead = False
+        self._read = {}
+        self._answers = False
+        _log.debug("a fork server was started")
+
+    def _launch(
+        self, *, becomes: bool
+    ) -> tuple[subprocess.Popen[bytes] | kept.KeptServer, socket.socket]:
+        """Start an interpreter that serves, or becomes a worker itself."""
         with naming("socketpair()"):
             ours, theirs = socket.socketpair()
         # Above the standard streams, which the child gets others for; a program may have closed
@@ -630,7 +659,7 @@ class _Server:
         try:
             handed.append(_above_streams(theirs.fileno()))
             handed.append(_above_streams(_line[0]))
-            self._process = self._begin(handed)
+            process = self._begin(handed, becomes=becomes)
         except BaseException:
             ours.close()
             raise
@@ -640,18 +669,13 @@ class _Server:
             for descriptor in handed:
                 os.close(descriptor)
         _send_path(ours)
-        self._sock = ours
-        self._marks = None
-        self._exits = False
-        self._asked = set()
-        self._ahead = False
-        self._read = {}
-        self._answers = False
-        _log.debug("a fork server was started")
+        return process, ours
 
-    def _begin(self, handed: Sequence[int]) -> subprocess.Popen[bytes] | kept.KeptServer:
+    def _begin(
+        self, handed: Sequence[int], *, becomes: bool
+    ) -> subprocess.Popen[bytes] | kept.KeptServer:
         is_kept = self._kept and not self._afresh
-        serve = _SERVE.format(*handed, not self._afresh, is_kept)
+        serve = _SERVE.format(*handed, not becomes, is_kept)
         command = [_executable(), *_interpreter_flags(), "-c"]
         server = [*command, _BOOTSTRAP.format(handed[0]) + serve]
         if not is_kept:
@@ -789,15 +813,12 @@ class _Server:
     def _run_script(
         self, plan: MainPlan, given_up: Callable[[], bool], *, again: bool
     ) -> Mapping[str, bytes]:
-        known: Any = multiprocessing.process
         details = {
             **self._details(),
+            **_to_run(plan),
             "name": "safepool-server",
             "identity": (),
-            "argv": list(plan.argv),
-            "module": plan.name,
-            "file": plan.path,
-            "original_dir": known.ORIGINAL_DIR,
+            "forks": not self._afresh,
         }
         folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
         try:
@@ -828,6 +849,7 @@ class _Server:
                 report["seconds"],
             )
         self._exits = report["exits"]
+        _codes.setdefault((plan.name, plan.path), report["code"])
         marks: Mapping[str, bytes] = report["marks"]
         return marks
 
@@ -878,12 +900,13 @@ class _Server:
         self, modules: Sequence[str], more: Mapping[str, Any], files: Sequence[int]
     ) -> forked.ForkedProcess:
         """Start a server that becomes a worker, by the pool's thread: it may end with that."""
-        self._start()
-        process = self._process
+        process, sock = self._launch(becomes=True)
         assert isinstance(process, subprocess.Popen)
+        run = None if self._plan is None else _to_run(self._plan)
         try:
             with self._handing(more, files) as (details, given, ours):
-                self._send(("become", {**details, "modules": modules}), given)
+                sock.settimeout(_FORK_S)
+                letters.send(sock, ("become", {**details, "modules": modules, "run": run}), given)
                 # Not waited for: several can start at the same time.
                 return forked.ChildProcess(details["name"], process, *_let_in(ours))
         except BaseException:
@@ -891,8 +914,6 @@ class _Server:
             process.wait()
             raise
         finally:
-            sock, self._process, self._sock = self._sock, None, None
-            assert sock is not None
             sock.close()
 
     def _details(self) -> dict[str, Any]:
@@ -1026,6 +1047,8 @@ _servers: dict[_Setting, _Server] = {}
 # What cannot be preloaded in this program: the first part of its name, and whether it was asked
 # for by name, which overrules what else than threads an import leaves.
 _left_out: set[tuple[str, bool]] = set()
+# The script's code as it was run first: its file may be changed while the program runs.
+_codes: dict[tuple[str, str], bytes] = {}
 # By attempt, why a script cannot be run in a server.
 _not_runnable: dict[tuple[str | None, ...], str] = {}
 _servers_lock = threading.Lock()
@@ -1034,6 +1057,18 @@ _servers_lock = threading.Lock()
 _line: list[int] = []
 # Those below a keeper, until that has ended: after the server, if tasks have left something.
 _kept: list[kept.KeptServer] = []
+
+
+def _to_run(plan: MainPlan) -> dict[str, Any]:
+    """Return what a process is told that runs the script."""
+    known: Any = multiprocessing.process
+    return {
+        "argv": list(plan.argv),
+        "module": plan.name,
+        "file": plan.path,
+        "original_dir": known.ORIGINAL_DIR,
+        "code": _codes.get((plan.name, plan.path), b""),
+    }
 
 
 def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | None, ...]:

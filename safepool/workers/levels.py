@@ -34,7 +34,7 @@ def levels_of_the_program() -> tuple[int, dict[str, int]]:
         for name, logger in loggers
         if isinstance(logger, logging.Logger) and logger.level
     }
-    if "__main__" in levels:  # the script's own, by the name that it has in workers
+    if "__main__" in levels:  # the script's own, by the name that it has under ``spawn``
         levels["__mp_main__"] = levels["__main__"]
     return root.manager.disable, {"": root.level, **levels}
 

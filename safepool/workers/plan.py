@@ -193,6 +193,7 @@ def _find_space() -> None:
         frame = frame.f_back
 
 
+@functools.lru_cache(maxsize=8)  # the file may be changed while the program runs
 def _source_of(name: str, path: str) -> str | None:
     """Return the text of a script; ``None`` where there is none (a ``.pyc``, an extension)."""
     try:

@@ -29,6 +29,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import io
+import logging
 import marshal
 import os
 import pickle
@@ -50,7 +51,15 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["be_worker", "end_children", "finish", "read_prints", "run_script", "tell_prints"]
+__all__ = [
+    "be_worker",
+    "end_children",
+    "finish",
+    "read_prints",
+    "run_script",
+    "silence",
+    "tell_prints",
+]
 
 _TASKS = "/proc/self/task"
 # For what the script's own classes do when they are pickled.
@@ -65,7 +74,9 @@ _at_exit: list[Callable[[], object]] = []
 _handlers: dict[signal.Signals, Any] = {}
 
 
-def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str, Any]:
+def run_script(
+    name: str, path: str, held: Mapping[str, str | None], code: bytes = b""
+) -> dict[str, Any]:
     """Run the program's script in this process, and say what became of it.
 
     Directory, environment, path and arguments are those of the program by now.
@@ -74,20 +85,25 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         name: The module, as for ``python -m``; ``""`` if it is a file.
         path: The file.
         held: Variables that the script cannot change: the caps on native threads.
+        code: What was ``code`` when it was run first; the file may have been changed since.
 
     Returns:
         ``problem``, in words, empty if there is none; ``seconds`` of its run; ``exits``, whether
-        there is anything to do for :func:`finish`; and ``marks``, as
-        :func:`~safepool.transport.marks.marks_of`.
+        there is anything to do for :func:`finish`; ``marks``, as
+        :func:`~safepool.transport.marks.marks_of`; and ``code``, its code object in bytes.
     """
     server = os.getpid()
     module = types.ModuleType("__mp_main__")
     problem, begin = "", time.monotonic()
     before = {key: sys.modules.get(key) for key in ("__main__", "__mp_main__")}
+    others = _children()  # of whatever starts some in every interpreter
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
+    _share_loggers()
     with _as_imported(), _held(held), _exits_kept(module):
         try:
-            exec(_prepared(module, name, path), vars(module))
+            prepared = _prepared(module, name, path, code)
+            code = marshal.dumps(prepared)
+            exec(prepared, vars(module))
         except BaseException as error:  # noqa: BLE001 -- user code; SystemExit too
             problem = _described(error, path or str(getattr(module, "__file__", "")))
     if os.getpid() != server:  # a fork of the script's own has come to its end
@@ -96,7 +112,7 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
     seconds = time.monotonic() - begin
     _flush()
     problem = loading.asked_for or problem
-    children = _children()
+    children = {pid: told for pid, told in _children().items() if pid not in others}
     if children and not problem:
         problem = f"it starts a process that stays ({', '.join(children.values())})"
     marks: dict[str, bytes] = {}
@@ -105,7 +121,13 @@ def run_script(name: str, path: str, held: Mapping[str, str | None]) -> dict[str
         sys.modules.update({key: found for key, found in before.items() if found is not None})
     else:
         marks = marks_of(module)
-    return {"problem": problem, "seconds": seconds, "marks": marks, "exits": bool(_at_exit)}
+    return {
+        "problem": problem,
+        "seconds": seconds,
+        "marks": marks,
+        "exits": bool(_at_exit),
+        "code": code,
+    }
 
 
 def be_worker() -> None:
@@ -124,7 +146,7 @@ def finish() -> None:
 
 
 def tell_prints(names: list[str], pipe: int) -> None:
-    """Write what globals of the script are like, in a process that is there for this alone.
+    """Write what globals of the script are like, in a process that is there for such alone.
 
     Args:
         names: Of the globals, and paths to attributes of its functions and classes.
@@ -138,6 +160,7 @@ def tell_prints(names: list[str], pipe: int) -> None:
             found = find_attribute(name)
             print_ = fingerprint(*found) if found else ABSENT
             file.write(pickle.dumps((name, print_), protocol=5))
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def read_prints(data: bytes) -> dict[str, bytes | None]:
@@ -152,8 +175,8 @@ def read_prints(data: bytes) -> dict[str, bytes | None]:
         return found
 
 
-def _prepared(module: types.ModuleType, name: str, path: str) -> types.CodeType:
-    """Return the script's code, with the module ready for it.
+def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> types.CodeType:
+    """Return the script's code, unless it is known, with the module ready for it.
 
     Raises:
         ImportError: There is no such module, or it has no code.
@@ -170,12 +193,12 @@ def _prepared(module: types.ModuleType, name: str, path: str) -> types.CodeType:
             # Not by find_spec(): ``__main__`` of a folder or a zip file is also what runs here.
             spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
         loader = None if spec is None else spec.loader
-        code = None if loader is None else loader.get_code(name)
+        code = marshal.loads(known) if known else loader and loader.get_code(name)
         if spec is None or code is None:
             raise ImportError(f"no code of {name} is found")
         file = spec.origin
     else:
-        code, file = _code_of(path), path
+        code, file = marshal.loads(known) if known else _code_of(path), path
     vars(module).update(
         __file__=file,
         __spec__=spec,
@@ -195,6 +218,24 @@ def _code_of(path: str) -> types.CodeType:
         code: types.CodeType = marshal.loads(data[16:])  # importlib/_bootstrap_external.py
         return code
     return compile(data, path, "exec", dont_inherit=True)
+
+
+def _share_loggers() -> None:
+    """Let ``getLogger(__name__)`` of the script be the logger that the program has so.
+
+    What the program sets for it holds here by its name, which is ``__main__``, and handlers and
+    filters see that name in its records.
+    """
+    manager: Any = logging.root.manager
+    get_logger = manager.getLogger
+
+    def get(name: str) -> logging.Logger:
+        if isinstance(name, str) and name.partition(".")[0] == "__mp_main__":
+            name = name.replace("__mp_main__", "__main__", 1)
+        found: logging.Logger = get_logger(name)
+        return found
+
+    manager.getLogger = get
 
 
 @contextmanager
@@ -328,6 +369,21 @@ def end_children(children: Collection[int]) -> None:
         end = time.monotonic() + _ENDING_S
         while _children().keys() & set(children) and time.monotonic() < end:
             time.sleep(0.01)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Let what is imported print nothing: it has said it in the program already."""
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        _flush()  # or each worker would write it once more
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _flush() -> None:

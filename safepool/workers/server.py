@@ -34,7 +34,6 @@ import struct
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux
@@ -47,7 +46,7 @@ from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
     from typing import NoReturn
 
 assert sys.platform == "linux"
@@ -111,6 +110,8 @@ class _Server:
         # Variables that imports have set.
         self._made: dict[str, str] = {}
         self._reaping = self._ending = False
+        # Or it is there to tell what the script has made.
+        self._forks = True
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
@@ -163,7 +164,7 @@ class _Server:
         # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
         # long import (benchmarks/joblib_backend.py, first calls).
         gc.disable()
-        with _silence(), eager_imports(), traces.recorded_environment() as read:
+        with script.silence(), eager_imports(), traces.recorded_environment() as read:
             before = traces.Traces.look()
             for name in details["names"]:
                 if name in sys.modules and not strict:
@@ -192,26 +193,28 @@ class _Server:
         letters.send(self._sock, ("preloaded", report))
 
     def _run_script(self, details: dict[str, Any], descriptors: list[int]) -> None:
-        threads = _foreign_threads()
+        threads = _foreign_threads() if details["forks"] else []
         if threads:  # of whatever starts some in every interpreter: not the script's
             _close_all(descriptors)
             letters.send(self._sock, ("threads", threads))
             return
-        birth.become_child(details, self._line, *descriptors)
         gc.disable()
-        with _silence():
-            report = script.run_script(details["module"], details["file"], details["changes"])
+        report = birth.run_script(details, self._line, *descriptors)
         self._hear_of_endings()
-        threads = _foreign_threads()
+        threads = _foreign_threads() if details["forks"] else []
         if threads and not report["problem"]:
             report["problem"] = f"it starts threads that stay ({', '.join(threads)})"
         find_ahead()
         gc.freeze()
         gc.enable()
+        self._forks = details["forks"]
         letters.send(self._sock, ("ran", report))
 
     def _tell_prints(self, names: list[str], pipe: int) -> None:
         """Write what the script's globals are like, in a child: pickling runs the user's code."""
+        if not self._forks:  # it has threads, and is there for nothing else
+            script.tell_prints(names, pipe)
+            return
         try:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 pid = os.fork()
@@ -269,7 +272,7 @@ class _Server:
         """Be a worker without a fork: there are threads that it would lose, or it is refused."""
         if len(descriptors) < details["files"]:
             os._exit(1)
-        with _silence():
+        with script.silence():
             for name in details["modules"]:
                 try:
                     importlib.import_module(name)
@@ -377,22 +380,6 @@ def _foreign_threads() -> list[str]:
         # A thread that an import has started and joined may still be on its way out.
         time.sleep(0.01 * attempt)
     return foreign
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Let what is imported print nothing: it has said it in the program already."""
-    kept = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        yield
-    finally:
-        # Or each worker would write it once more.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept, 2)
-        _close_all([kept, nothing])
 
 
 def _close_all(descriptors: Iterable[int]) -> None:

@@ -486,12 +486,61 @@ def test_a_top_level_that_waits_for_the_program_is_told_of_and_given_up(tmp_path
     assert result == "3"
 
 
-def test_where_no_server_can_be_used_nothing_is_said_of_the_script(tmp_path: Path) -> None:
-    """An agent has threads in every interpreter: no fault of the script's, and no remedy there."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import threading\n"
-        "threading.Thread(target=threading.Event().wait, daemon=True, name='agent').start()\n"
-    )
+# An agent has threads in every interpreter, so that no server can be forked.
+AGENT = """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True, name="agent").start()
+"""
+UNDER_THE_AGENT = (
+    "import os, sys; os.environ['PYTHONPATH'] = os.environ['FOLDER'];"
+    "os.execv(sys.executable, [sys.executable, 'program.py'])"
+)
+
+
+def test_a_worker_that_is_started_afresh_runs_the_script_itself(tmp_path: Path) -> None:
+    """As a standard worker does by spawn: once, and with the code that the program has."""
+    (tmp_path / "sitecustomize.py").write_text(AGENT)
+    program = """
+    import collections, logging, tempfile
+    folder = tempfile.TemporaryDirectory(dir=os.environ["FOLDER"], prefix="made-")
+    log = logging.getLogger(__name__)
+    class Point:
+        pass
+    class Client:
+        def __reduce__(self):
+            raise TypeError("cannot be pickled")
+    collections.MINE = Point
+    client, factor, table = Client(), 2, {}
+    def begin():
+        table["begun"] = os.getpid()
+    def work(point):
+        known = type(point) is Point is collections.MINE and type(client) is Client
+        same = log is logging.getLogger(__name__) is logging.getLogger("__main__")
+        return __name__, known, same, table["begun"] == os.getpid(), os.path.isdir(folder.name)
+    def multiply(x):
+        return factor * x
+    if __name__ == "__main__":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+        factor = 3
+        for _ in range(2):
+            with safepool.ProcessPool(1, initializer=begin) as pool:
+                print(pool.submit(work, Point()).result(), pool.submit(multiply, 2).result())
+            with open(__file__, "w") as file:
+                file.write("no Python")
+    """
+    out, err = run(program, tmp_path, "-c", UNDER_THE_AGENT)
+    told, *results = out.splitlines()
+
+    assert (err, told[:30]) == ("", "each worker is started afresh,")
+    assert results == ["('__mp_main__', True, True, True, True) 6"] * 2
+    assert runs(tmp_path) == "PSSS"  # one that tells what workers have, and two workers
+    assert not [*tmp_path.glob("made-*")]
+
+
+def test_a_script_that_cannot_be_run_afresh_is_told_once_and_sent_by_value(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(AGENT)
     program = """
     import logging
     factor = 2
@@ -503,16 +552,16 @@ def test_where_no_server_can_be_used_nothing_is_said_of_the_script(tmp_path: Pat
         for _ in range(2):
             with safepool.ProcessPool(1) as pool:
                 print(pool.submit(work, 2).result())
+    else:
+        raise RuntimeError("not here")
     """
-    start = (
-        "import os, sys; os.environ['PYTHONPATH'] = os.environ['FOLDER'];"
-        "os.execv(sys.executable, [sys.executable, 'program.py'])"
-    )
-    out, _ = run(program, tmp_path, "-c", start)
-    told, *results = out.splitlines()
+    out, _ = run(program, tmp_path, "-c", UNDER_THE_AGENT)
+    afresh, told, *results = out.splitlines()
 
-    assert told.startswith("each worker is started afresh")
+    assert afresh.startswith("each worker is started afresh")
+    assert "top level raises RuntimeError: not here. Its functions travel" in told
     assert results == ["6", "6"]
+    assert runs(tmp_path) == "PS"
 
 
 def test_threads_that_a_pool_asks_for_are_no_fault_of_the_script(tmp_path: Path) -> None:
@@ -585,7 +634,7 @@ def test_ctrl_c_while_the_script_is_run(tmp_path: Path) -> None:
 
 
 def test_a_script_whose_file_is_changed_while_it_runs(tmp_path: Path) -> None:
-    """Another server has other functions than the program: these are sent by value."""
+    """Another server runs the code that the first one has run, with the guard where it was."""
     program = """
     class Point:
         def get(self):
@@ -601,12 +650,13 @@ def test_a_script_whose_file_is_changed_while_it_runs(tmp_path: Path) -> None:
             with open(__file__) as file:
                 lines = file.read().replace('"' + 'old"', '"' + 'new"')
             with open(__file__, "w") as file:
-                file.write("#\\n" + lines)
+                file.write("TOP = 'changed'\\n" * 30 + lines)
             forkserver.stop_all()
     """
     out, err = run(program, tmp_path)
 
     assert (out, err) == ("old True run\n" * 2, "")
+    assert runs(tmp_path) == "PSS"
 
 
 # One row per thing that a top level does to its process, and what a worker finds of it.
@@ -706,23 +756,38 @@ if __name__ == "__main__":
     assert (out, err) == ("True run\n", "")
 
 
-def test_the_logger_of_the_script_has_the_name_that_the_program_knows(tmp_path: Path) -> None:
+def test_the_logger_of_the_script_is_the_one_that_the_program_knows(tmp_path: Path) -> None:
+    """Its level, its own name in a filter of the worker, and those of the loggers below it."""
     program = """
     import logging
     log = logging.getLogger(__name__)
     below = logging.getLogger(f"{__name__}.below")
+    seen = []
+    def begin():
+        log.addFilter(lambda record: seen.append(record.name) or True)
     def work():
         log.debug("wanted")
         below.debug("wanted")
+        logging.getLogger(__name__).getChild("late").debug("wanted")
+        known = log is logging.getLogger(__name__) is logging.getLogger("__main__")
+        return known, below is log.getChild("below"), log.level, seen
     if __name__ == "__main__":
         logging.basicConfig(format="%(name)s %(message)s", stream=sys.stdout)
         logging.getLogger("__main__").setLevel(logging.DEBUG)
-        with safepool.ProcessPool(1) as pool:
-            pool.submit(work).result()
+        with safepool.ProcessPool(1, initializer=begin) as pool:
+            print(pool.submit(work).result())
     """
     out, err = run(program, tmp_path)
 
-    assert (out, err) == ("__main__ wanted\n__main__.below wanted\n", "")
+    assert (out.splitlines(), err) == (
+        [
+            "__main__ wanted",
+            "__main__.below wanted",
+            "__main__.late wanted",
+            "(True, True, 10, ['__main__'])",
+        ],
+        "",
+    )
 
 
 def test_run_is_told_where_it_has_no_effect(tmp_path: Path) -> None:
