@@ -905,7 +905,7 @@ class _Server:
         run = None if self._plan is None else _to_run(self._plan)
         try:
             with self._handing(more, files) as (details, given, ours):
-                sock.settimeout(_FORK_S)
+                sock.settimeout(_IMPORT_S)
                 letters.send(sock, ("become", {**details, "modules": modules, "run": run}), given)
                 # Not waited for: several can start at the same time.
                 return forked.ChildProcess(details["name"], process, *_let_in(ours))
@@ -971,7 +971,8 @@ class _Server:
 
     def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
         assert self._sock is not None
-        self._sock.settimeout(_FORK_S)
+        # One that still starts reads nothing, and a long path does not fit into the socket.
+        self._sock.settimeout(_FORK_S if self._answers else _IMPORT_S)
         letters.send(self._sock, message, descriptors)
 
     def _receive(
