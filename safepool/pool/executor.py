@@ -126,7 +126,9 @@ class ProcessPool(_Standard):
             module that has ``if __name__ == "__main__":`` at its top level, and is otherwise
             ``"value"``: for a script without that guard, a prompt, a notebook, ``-c``. A top level
             that cannot be run there is told once by the logger ``safepool``, and is ``"value"``
-            then. The same as ``"run"`` is ``"__main__"`` in ``preload``.
+            then. The same as ``"run"`` is ``"__main__"`` in ``preload``. Workers of ``"spawn"``
+            and ``"forkserver"`` run such a script by themselves, as the standard pool's;
+            ``"value"`` sends them what they need beside it.
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
@@ -246,6 +248,7 @@ class ProcessPool(_Standard):
             initializer=initializer,
             initargs=initargs,
             placement=placement,
+            main=main,
             may_fork=(
                 mp_context is None
                 and max_tasks_per_child is None

@@ -25,6 +25,7 @@ from safepool.workers.process import (
     prepare,
     prints,
     run_script,
+    script_context,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Hiring:
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         may_fork: Where the initializer cannot be pickled, workers are forks of this process.
+        main: How the script gets into workers.
 
     Attributes:
         names: What workers have of ``__main__`` under its own name.
@@ -75,8 +77,10 @@ class Hiring:
         initargs: tuple[Any, ...],
         placement: Placement | None = None,
         may_fork: bool = False,
+        main: str = "value",
     ) -> None:
         self._context = context
+        self._script = script_context(context, main)
         self._forks = context.get_start_method() == "fork"
         self._environment = environment
         self._threads = threads
@@ -100,7 +104,7 @@ class Hiring:
         It may be of a module that this thread is importing: another one would wait for the
         import's end, and the import for the first worker.
         """
-        is_asked_by(self._context, sys._getframe(1))
+        is_asked_by(self._script, sys._getframe(1))
         if self._packed is not None or self._initialize[0] is None:
             return
         try:
@@ -118,7 +122,7 @@ class Hiring:
         if not self.started.is_open and prepare(self._context, self._environment):
             # submit() need not wait for imports: what comes needs no new process.
             self.started.open()
-        marks = run_script(self._context, self._environment, self._threads, self.given_up)
+        marks = run_script(self._script, self._environment, self._threads, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
 
     @property
@@ -185,6 +189,7 @@ class Hiring:
             given_up=self.given_up,
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             board=Board.create(),
+            by_name=bool(self.names),
         )
 
     @property
@@ -227,7 +232,7 @@ class Hiring:
             finish(self._context, self._environment)
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
-        return prints(self._context, self._environment, names, self.given_up)
+        return prints(self._script, self._environment, names, self.given_up)
 
     def _pack(self) -> Inheritance:
         try:
@@ -239,7 +244,8 @@ class Hiring:
                 "workers are forked from this process, because nothing else can give them their "
                 f"initializer and its arguments: {text_of(error)}"
             )
-        self._context, self._forks = find_context("fork"), True
+        self._context = self._script = find_context("fork")
+        self._forks = True
         return self._pack()
 
 

@@ -68,6 +68,7 @@ from safepool.workers.preload import modules_learned, modules_of_the_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from types import FrameType
 
     from safepool.workers.plan import MainPlan
@@ -146,6 +147,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
         preload: What the server imports ahead: ``"auto"``, or names of modules.
         plan: How ``__main__`` gets into the workers; ``None`` is by value.
         kept: What tasks have started does not outlive the program.
+        asked_only: Nothing is forked. It tells what workers have that run the script themselves.
 
     Attributes:
         plan: The same, or what has become of it: a script that cannot be run is sent by value.
@@ -159,11 +161,13 @@ class ServerContext(multiprocessing.context.SpawnContext):
         plan: MainPlan | None = None,
         *,
         kept: bool = False,
+        asked_only: bool = False,
     ) -> None:
         super().__init__()
         self.preload = preload
         self.plan = plan
         self._kept = kept
+        self._asked_only = asked_only
         self._learns = False
         self._imported: list[str] | None = None
         self._marks: Mapping[str, bytes] | None = None
@@ -244,7 +248,7 @@ class ServerContext(multiprocessing.context.SpawnContext):
             return {}
         modules, strict = self._to_preload(threads)
         try:
-            with _server_for(changes, plan, kept=self._kept) as server:
+            with self._server(changes, plan) as server:
                 self._marks = server.run_script(modules, given_up, strict=strict)
                 return self._marks
         except _CannotRunError as error:
@@ -271,10 +275,15 @@ class ServerContext(multiprocessing.context.SpawnContext):
         if plan is None:
             return {}
         try:
-            with _server_for(changes, plan, kept=self._kept) as server:
+            with self._server(changes, plan) as server:
                 return server.prints(names, given_up)
         except OSError:  # no descriptor is left
             return {}
+
+    def _server(
+        self, changes: Mapping[str, str | None], plan: MainPlan
+    ) -> AbstractContextManager[_Server]:
+        return _server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
 
     def _send_by_value(
         self,
@@ -290,7 +299,8 @@ class ServerContext(multiprocessing.context.SpawnContext):
             _not_runnable[attempt] = problem
             _log.log(
                 # With more threads a BLAS starts some when the script imports it.
-                logging.INFO if threads > 1 else logging.WARNING,
+                # And who asks for the standard library's way learns it from that.
+                logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move what is not for workers below if __name__ == "__main__":, or pass '
                 'main="value"',
@@ -399,6 +409,8 @@ class _Setting:
     script: tuple[str, ...]
     # It is below a keeper.
     kept: bool
+    # It forks nothing.
+    asked_only: bool
     # Of a server whose imports have read another environment: it has no new workers.
     outdated: int = 0
 
@@ -412,6 +424,7 @@ class _Server:
         plan: MainPlan | None = None,
         *,
         is_kept: bool = False,
+        asked_only: bool = False,
     ) -> None:
         self._changes = dict(changes)
         self._plan = plan
@@ -426,7 +439,7 @@ class _Server:
         self._asked: set[str] = set()
         self._answers = False  # until then it may still be starting
         # Each worker is an interpreter of its own from now on.
-        self._afresh = False
+        self._afresh = asked_only
         # Answers to what was asked for ahead are still to come.
         self._ahead = False
         # Variables that its imports have read, as they were in the program.
@@ -1079,11 +1092,16 @@ def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | N
 
 @contextmanager
 def _server_for(
-    changes: Mapping[str, str | None], plan: MainPlan | None = None, *, kept: bool = False
+    changes: Mapping[str, str | None],
+    plan: MainPlan | None = None,
+    *,
+    kept: bool = False,
+    asked_only: bool = False,
 ) -> Iterator[_Server]:
     """Give the server of a setting, which nobody ends meanwhile."""
     key = () if plan is None else plan.key
-    setting = _Setting(tuple(sorted(changes.items())), (*rights(), *place()), key, kept)
+    identity = (*rights(), *place())
+    setting = _Setting(tuple(sorted(changes.items())), identity, key, kept, asked_only)
     with _servers_lock:
         _forget_ended()
         found = _servers.get(setting)
@@ -1094,7 +1112,7 @@ def _server_for(
             idle = [one for one, other in _servers.items() if other.is_idle()]
             for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
                 _servers.pop(one).stop()
-            found = _servers[setting] = _Server(changes, plan, is_kept=kept)
+            found = _servers[setting] = _Server(changes, plan, is_kept=kept, asked_only=asked_only)
         found.users += 1
         if not _line:
             _line[:] = os.pipe()

@@ -25,6 +25,7 @@ from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
+from safepool.workers.plan import find_space
 from safepool.workers.preload import Imports
 from safepool.workers.runner import Runner
 
@@ -45,6 +46,7 @@ def worker_main(
     foreign_descriptors: Sequence[int],
     inherited: list[Connection] | Initializer,
     cpus: Sequence[int] = (),
+    by_name: bool = False,
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.
 
@@ -58,10 +60,13 @@ def worker_main(
         inherited: What its initializer finds beside the pickle; in a forked worker the
             initializer itself.
         cpus: What this process is bound to; empty if to nothing.
+        by_name: What is sent names functions of the script, which this process has run.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
     bind(cpus)
+    if by_name:
+        find_space()
     sock = _adopt(end)
     _end_with_the_parent(sock)
     if isinstance(inherited, tuple):

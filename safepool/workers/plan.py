@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType
 
-__all__ = ["MAINS", "MainPlan", "ScriptLostError", "guarded_lines", "plan_main"]
+__all__ = [
+    "MAINS",
+    "MainPlan",
+    "ScriptLostError",
+    "find_space",
+    "guarded_lines",
+    "plan_main",
+]
 
 MAINS = ("auto", "run", "value")
 """What the argument ``main=`` of a pool may be."""
@@ -110,7 +117,7 @@ def plan_main(wanted: str) -> MainPlan:
     """
     if wanted not in MAINS:
         raise ValueError(f'main must be "auto", "run" or "value", not {wanted!r}')
-    _find_space()
+    find_space()
     if wanted == "value":
         return MainPlan(mode="value", because='main="value"')
     name, path, why_not = _find_script()
@@ -168,7 +175,7 @@ def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each rea
     return "", path, ""
 
 
-def _find_space() -> None:
+def find_space() -> None:
     """Find out whether the program's top level has other globals than ``__main__``.
 
     ``python -m cProfile`` before Python 3.12, for one. What is found in ``__main__`` under a name

@@ -45,6 +45,7 @@ __all__ = [
     "prepare",
     "prints",
     "run_script",
+    "script_context",
 ]
 
 
@@ -108,12 +109,37 @@ if sys.platform == "linux":
 
         return ServerContext(preload, plan_main(main), kept=kept)
 
+    def _script_context(main: str) -> BaseContext:
+        from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
+
+        plan = plan_main(main)
+        if plan.name.rpartition(".")[2] == "__main__":  # spawn runs no such module
+            plan = plan.without("it is a package")
+        return ServerContext([], plan, asked_only=True)
+
 else:
 
     def _server_context(
         _preload: str | Sequence[str], _main: str, _kept: bool
     ) -> BaseContext | None:
         return None
+
+    def _script_context(main: str) -> BaseContext:
+        raise NotImplementedError(main)
+
+
+def script_context(context: BaseContext, main: str) -> BaseContext:
+    """Return what tells which names of the script workers have.
+
+    Args:
+        context: From :func:`find_context`: itself, but where the standard library runs the script
+            in each worker and says nothing of it.
+        main: As for :func:`find_context`.
+    """
+    standard = context.get_start_method() in ("spawn", "forkserver")
+    if standard and main != "value" and os.path.isdir("/proc/self/task"):
+        return _script_context("auto")
+    return context
 
 
 def is_asked_by(context: BaseContext, frame: FrameType | None) -> None:
@@ -231,6 +257,7 @@ class WorkerProcess:
         board: Board | None = None,
         given_up: Callable[[], bool] = bool,
         cpus: tuple[int, ...] = (),
+        by_name: bool = False,
     ) -> None:
         """Start a worker process.
 
@@ -243,6 +270,7 @@ class WorkerProcess:
             given_up: Asked while the start takes its time: nobody wants it any more.
             board: To be shared with it; closed with this object, also if it cannot start.
             cpus: Bind it to these CPUs, before it imports anything of the caller's.
+            by_name: Functions of the script are sent as names.
 
         Raises:
             OSError: The system gave no process or no descriptor.
@@ -284,7 +312,7 @@ class WorkerProcess:
             else:
                 more = (*foreign_descriptors, *self.channel.descriptors())
                 self.process = _launch(
-                    context, theirs, board, environment, threads, more, inheritance, cpus
+                    context, theirs, board, environment, threads, more, inheritance, cpus, by_name
                 )
                 self._pidfd = _open_pidfd(self.process.pid)
         except BaseException:
@@ -374,6 +402,7 @@ def _launch(
     foreign_descriptors: Sequence[int],
     inheritance: Inheritance,
     cpus: tuple[int, ...],
+    by_name: bool,
 ) -> Any:
     """Start a worker by a context of ``multiprocessing`` or loky."""
     handles = [_handle(theirs)]
@@ -397,6 +426,7 @@ def _launch(
             foreign,
             inheritance.itself or inherited,
             cpus,
+            by_name,
         )
         process = _create(context, arguments, environment, threads, cpus)
         _check_descriptors(handles[0].fileno())

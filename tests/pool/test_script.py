@@ -564,6 +564,31 @@ def test_a_script_that_cannot_be_run_afresh_is_told_once_and_sent_by_value(
     assert runs(tmp_path) == "PS"
 
 
+def test_workers_of_the_standard_library_have_the_script_by_name(tmp_path: Path) -> None:
+    """They run it themselves: what it has registered is what tasks find there."""
+    program = """
+    import collections, threading
+    class Point:
+        pass
+    collections.MINE, lock, table, factor = Point, threading.Lock(), {}, None
+    def begin():
+        table["begun"] = os.getpid()
+    def work(point):
+        with lock:
+            known = type(point) is Point is collections.MINE
+            return known, table["begun"] == os.getpid(), factor, Point()
+    if __name__ == "__main__":
+        factor = 3
+        for method in ("spawn", "forkserver"):
+            with safepool.ProcessPool(1, method, initializer=begin) as pool:
+                *known, point = pool.submit(work, Point()).result()
+                print(*known, type(point) is Point, pool.submit(lambda: factor + 1).result())
+    """
+    out, err = run(program, tmp_path)
+
+    assert (out, err) == ("True True 3 True 4\n" * 2, "")
+
+
 def test_threads_that_a_pool_asks_for_are_no_fault_of_the_script(tmp_path: Path) -> None:
     """A BLAS starts them when the script imports it. Another pool runs the script all the same."""
     pytest.importorskip("numpy")
