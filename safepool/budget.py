@@ -94,6 +94,7 @@ class Budget:
         because: The limit that decided.
 
     Example:
+        >>> from safepool.budget import fit
         >>> from safepool import read_limits
         >>> budget = fit(read_limits())
         >>> budget.workers >= 1 and budget.because.source != ""

@@ -1,20 +1,30 @@
 """README.md is run: its Python blocks here, its two commands by ``.ci/run``.
 
+And all of them together, with the examples of the public docstrings, in each way to start a
+program.
+
 A fenced ``python`` block is a script of its own, started in a fresh interpreter. One that
 cannot be run says why, in the line above it: ``<!-- not run: needs a Dask cluster -->``.
 """
 
 from __future__ import annotations
 
+import ast
+import doctest
+import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+import safepool
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -95,6 +105,97 @@ def test_an_example_runs(place: str, tmp_path: Path) -> None:
     )
 
     assert run.returncode == 0, f"README.md, {place}:\n{run.stdout}"
+
+
+# Both kinds of initializer: a function of the program, and what a module has.
+INITIALIZERS = """
+import json
+settings = {}
+def begin(number):
+    settings["number"] = number
+def look(x):
+    return settings["number"] + x
+with safepool.ProcessPool(2, initializer=begin, initargs=(3,)) as pool:
+    assert list(pool.map(look, range(3))) == [3, 4, 5]
+with safepool.ProcessPool(1, initializer=json.loads, initargs=("{}",)) as pool:
+    assert pool.submit(abs, -1).result() == 1
+print("the end")
+"""
+
+
+def documented() -> str:
+    """Return one program of all that README.md and the public docstrings show, without guards."""
+    texts = [block.text for block in EXAMPLES.values() if "__main__" not in block.text]
+    for name in safepool.__all__:
+        if name == "PoolBrokenError":
+            continue  # its initializer prints a traceback, which is looked for here
+        for found in doctest.DocTestFinder(exclude_empty=True).find(getattr(safepool, name), name):
+            shown = [example.source for example in found.examples if not example.exc_msg]
+            texts.append("import safepool\nfrom safepool import *\n" + "".join(shown))
+    return "\n".join([*texts, INITIALIZERS])
+
+
+def typed(program: str) -> str:
+    """Return what somebody types at a prompt, where an empty line ends a statement."""
+    lines: list[str] = []
+    for statement in ast.parse(program).body:
+        inner = [line for line in ast.unparse(statement).splitlines() if line.strip()]
+        lines += inner if len(inner) == 1 else [*inner, ""]
+    return "\n".join(lines) + "\n"
+
+
+# One row per way to start a program: the command, and the standard input; {} is its text.
+WAYS: dict[str, tuple[list[str], str]] = {
+    "script": (["program.py"], ""),
+    "guarded script": (["guarded.py"], ""),
+    "-c": (["-c", "{}"], ""),
+    "standard input": (["-"], "{}"),
+    "-m": (["-m", "program"], ""),
+    "zip": (["app.zip"], ""),
+    "cProfile": (["-m", "cProfile", "-o", "profile", "program.py"], ""),
+    "prompt": (["-i", "-q"], "typed"),
+    "IPython": (["-m", "IPython", "--simple-prompt", "--colors=NoColor"], "typed"),
+    "Jupyter": (
+        ["-m", "nbconvert", "--to", "notebook", "--execute", "--stdout", "program.ipynb"],
+        "",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_all_that_is_documented_runs_in_each_way_to_start_a_program(
+    way: str, tmp_path: Path
+) -> None:
+    """A prompt and a notebook have no script, and a guarded one is run in the server as well."""
+    for name in {"IPython": ["IPython"], "Jupyter": ["nbconvert", "ipykernel"]}.get(way, []):
+        pytest.importorskip(name)
+    program = documented()
+    (tmp_path / "program.py").write_text(program)
+    guarded = 'if __name__ == "__main__":\n' + textwrap.indent(program, "    ")
+    (tmp_path / "guarded.py").write_text(guarded)
+    with zipfile.ZipFile(tmp_path / "app.zip", "w") as app:
+        app.writestr("__main__.py", program)
+    cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cells = [cell | {"source": program}]
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    (tmp_path / "program.ipynb").write_text(json.dumps(notebook))
+    command, stdin = WAYS[way]
+
+    run = subprocess.run(
+        [sys.executable, *(program if part == "{}" else part for part in command)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)},
+        input={"{}": program, "typed": typed(program)}.get(stdin, ""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=10 * EXAMPLE_LIMIT_S,
+        check=False,
+    )
+
+    assert (run.returncode, "the end" in run.stdout) == (0, True), run.stdout
+    assert way == "Jupyter" or "Traceback" not in run.stdout, run.stdout
 
 
 def test_readme_has_examples() -> None:

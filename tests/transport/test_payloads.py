@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import types
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -16,6 +17,9 @@ import pytest
 import support_tasks
 
 from safepool import ProcessPool
+from safepool.pool.mains import is_plain
+from safepool.transport.descriptors import are_beyond
+from safepool.transport.held import modules_by_value
 from safepool.transport.payloads import dumps, loads
 
 if TYPE_CHECKING:
@@ -34,6 +38,17 @@ def round_trip(value: object) -> Any:
 )
 def test_plain_values_arrive_equal(value: object) -> None:
     assert round_trip(value) == value
+
+
+def test_what_another_thread_is_about_to_import_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its module is there, and empty yet: the scheduler's thread looks at it with each task."""
+    for name in ("cloudpickle", "numpy", "ctypes", "multiprocessing.reduction"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    assert (modules_by_value(), are_beyond(), is_plain([1])) == (set(), False, False)
+    assert round_trip({"a": [1, 2]}) == {"a": [1, 2]}
 
 
 def test_what_is_known_to_travel_by_value_is_pickled_once() -> None:
