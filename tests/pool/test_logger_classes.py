@@ -78,42 +78,48 @@ LIBRARIES = {
 
 PROGRAM = """
 import json, logging, sys, warnings
+from importlib import import_module
 import safepool
-import library
 
-def look(_):
-    import library
-    log = logging.getLogger("library")
+METHOD, *NAMES = sys.argv[1:]
+
+def look(name):
+    library = import_module(name)
+    log = logging.getLogger(name)
     assert log is library.log
-    return [type(log).__name__, log.level, logging.getLogger("library.x").getEffectiveLevel()]
+    return [type(log).__name__, log.level, logging.getLogger(f"{name}.x").getEffectiveLevel()]
 
-def change(_):
-    logging.getLogger("library").setLevel(logging.CRITICAL)
+def change(name):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    found = []
+    libraries = {name: import_module(name) for name in NAMES}
+    found = {name: [] for name in NAMES}
     for level in (logging.DEBUG, logging.ERROR):
-        library.log.setLevel(level)
-        with safepool.ProcessPool(1, mp_context=sys.argv[1]) as pool:
-            found += pool.map(look, range(1))
-            pool.submit(change, 0).result(60)
-            found += pool.map(look, range(1))
+        for library in libraries.values():
+            library.log.setLevel(level)
+        with safepool.ProcessPool(1, mp_context=METHOD) as pool:
+            for name in NAMES:
+                found[name] += pool.map(look, [name])
+                pool.submit(change, name).result(60)
+                found[name] += pool.map(look, [name])
     print(json.dumps(found))
 """
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_makes_its_own_logger_in_a_worker(
-    library: str, method: str, tmp_path: Path
-) -> None:
-    """It has the library's class, and the level that the program has set or the task has."""
-    (tmp_path / "library.py").write_text(LIBRARIES[library], encoding="utf-8")
+def test_libraries_make_their_own_loggers_in_a_worker(method: str, tmp_path: Path) -> None:
+    """They have the library's class, and the level that the program has set or the task has."""
+    names = {f"library_{number}": way for number, way in enumerate(LIBRARIES)}
+    for name, way in names.items():
+        text = LIBRARIES[way].replace('"library', f'"{name}')
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
 
-    found = natives.run(PROGRAM, cpus=None, folder=tmp_path, arguments=(method,))
+    found = natives.run(PROGRAM, cpus=None, folder=tmp_path, arguments=(method, *names))
 
-    assert found == [["OwnLogger", level, level] for level in (10, 50, 40, 50)]
+    expected = [["OwnLogger", level, level] for level in (10, 50, 40, 50)]
+    assert {names[name]: one for name, one in found.items()} == dict.fromkeys(LIBRARIES, expected)
 
 
 NOBODY_MAKES = """

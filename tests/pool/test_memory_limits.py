@@ -90,7 +90,7 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
     ),
     "lists that nobody has taken": (
         """
-    futures = [pool.submit(floats, 1_000_000) for _ in range(40)]
+    futures = [pool.submit(floats, 1_000_000) for _ in range(25)]
     kinds = [refused(future) for future in futures]
     assert kinds.count("NoneType") >= 5, kinds
 """,

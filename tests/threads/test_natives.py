@@ -62,8 +62,22 @@ def skip_if_missing(name: str) -> None:
         pytest.skip(f"{module} is not installed")
 
 
-@pytest.mark.parametrize("method", natives.METHODS)
-@pytest.mark.parametrize("name", LIBRARIES)
+# scikit-learn takes a second to import, four times each. Where a worker is started afresh, NumPy
+# and SciPy show the same in every run.
+ROWS = [
+    pytest.param(
+        name,
+        method,
+        marks=[pytest.mark.slow]
+        if name == "scikit-learn" and method not in {"safepool", "fork"}
+        else [],
+    )
+    for name in LIBRARIES
+    for method in natives.METHODS
+]
+
+
+@pytest.mark.parametrize(("name", "method"), ROWS)
 def test_a_library_has_the_workers_threads(name: str, method: str, tmp_path: Path) -> None:
     """By its own account, by threadpoolctl's, and by the kernel's list of threads.
 
