@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from safepool.pool.staff import Staff
+
 OWNER = os.getpid()
 
 
@@ -159,11 +161,15 @@ def _text(error: BaseException | None) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
-def test_a_worker_that_ends_after_its_last_task_costs_nobody(tmp_path: Path) -> None:
+def test_a_worker_that_ends_after_its_last_task_costs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It answers and dies, and the pool wants to tell it to stop."""
-    first, second, gone = tmp_path / "first", tmp_path / "second", []
+    first, second, there = tmp_path / "first", tmp_path / "second", tmp_path / "there"
+    gone: list[int] = []
 
     def answer_and_die(x: int) -> int:
+        there.touch()
         tasks.wait_for(str(second))
 
         def watch(frame: Any, event: str, _argument: object) -> None:
@@ -174,17 +180,21 @@ def test_a_worker_that_ends_after_its_last_task_costs_nobody(tmp_path: Path) -> 
         sys.setprofile(watch)
         return x
 
-    def wait_until_it_has_gone(_future: object) -> None:
-        """Keep the scheduler's thread busy so long."""
-        second.touch()
-        pids = [worker.pid for worker in pool._scheduler.workers() if worker.ledger.owed]
-        wait_until(lambda: not still_alive(pids, after_s=0))
-        gone.extend(pids)
-
     with ProcessPool(2, max_tasks_per_child=1) as pool:
-        pool.submit(tasks.wait_for, str(first)).add_done_callback(wait_until_it_has_gone)
+        begun = pool.submit(tasks.wait_for, str(first))
+        step = pool._scheduler._step
+
+        def step_when_it_has_gone(staff: Staff) -> bool:
+            """Keep the scheduler's thread busy so long."""
+            if begun.done() and not gone:
+                gone.extend(worker.pid for worker in staff if worker.ledger.owed)
+                second.touch()
+                wait_until(lambda: not still_alive(gone, after_s=0))
+            return step(staff)
+
+        monkeypatch.setattr(pool._scheduler, "_step", step_when_it_has_gone)
         last = pool.submit(answer_and_die, 1)
-        wait_until(last.running)
+        wait_until(there.exists)
         first.touch()
         rest = [pool.submit(tasks.square, n) for n in range(5)]
         assert [future.result(timeout=30) for future in rest] == [0, 1, 4, 9, 16]

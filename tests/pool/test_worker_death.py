@@ -134,9 +134,10 @@ def test_a_large_task_that_was_on_its_way_is_not_said_to_have_run(retries: int) 
         pid = pool.submit(os.getpid).result(timeout=30)
         os.kill(pid, signal.SIGSTOP)
         large = pool.submit(len, bytes(20_000_000))
-        while not large.running():
-            time.sleep(0.001)
-        time.sleep(0.1)
+        (worker,) = pool._scheduler.workers()
+        # Its copy was made and handed over, and its pickle is kept for a retry alone.
+        wait_until(lambda: worker.ledger.owed and worker.packing is None)
+        wait_until(lambda: retries or getattr(worker.ledger.head, "pickled", 0) is None)
         os.kill(pid, signal.SIGKILL)
         error = large.exception(timeout=30)
 
