@@ -248,8 +248,7 @@ def _let_hypothesis_take_its_time() -> None:
 
 def _end_family() -> None:
     """Ask every process of the session for its stacks, then kill them all."""
-    asked = leaks.family()
-    for process in asked:
+    for process in _alive():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(process.pid, signal.SIGABRT)
     deadline = time.monotonic() + LAST_WORDS_S
@@ -265,4 +264,10 @@ def _end_family() -> None:
 
 
 def _alive() -> list[leaks.Process]:
-    return [process for process in leaks.family() if process.state != "Z"]
+    # Not what removes the names of shared memory that the others leave, and then ends by itself:
+    # loky's and multiprocessing's.
+    return [
+        process
+        for process in leaks.family()
+        if process.state != "Z" and "resource_tracker import main" not in process.command
+    ]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import leaks
 import pytest
+from support_processes import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -386,6 +387,8 @@ def test_a_shared_fixture_that_cleans_up_passes(tmp_path: Path) -> None:
 def test_a_hang_prints_every_stack_and_ends_every_process(tmp_path: Path) -> None:
     """Threads, children, their stacks, captured output: all that is needed to explain it."""
     source = """
+        from multiprocessing import shared_memory
+
         def wait_here():
             time.sleep(1007)
 
@@ -409,6 +412,8 @@ def test_a_hang_prints_every_stack_and_ends_every_process(tmp_path: Path) -> Non
 
         @pytest.mark.timeout(2, func_only=True)
         def test_hangs(all_running):
+            shared = shared_memory.SharedMemory(create=True, size=1)
+            sys.stderr.write(f"it has made {shared.name}\\n")
             go_on.set()
             child_goes_on.wait()
             threading.Lock().acquire() and threading.Event().wait()
@@ -426,6 +431,10 @@ def test_a_hang_prints_every_stack_and_ends_every_process(tmp_path: Path) -> Non
     assert "the child runs" in run.stderr
     assert "in child_waits_here" in run.stderr
     assert re.search(r"process \d+ .*: sleep 1007", run.stderr)
+    made = re.search(r"it has made (\w+)", run.stderr)
+    assert made is not None
+    # By the standard library's own process, which ends when all others have.
+    wait_until(lambda: not (leaks.SHARED_MEMORY / made[1]).exists())
     assert [leak for leak in leaks.left_since(before) if leak.process] == []
 
 
