@@ -30,6 +30,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import imports_ahead
 import leaks
 import pytest
 
@@ -233,6 +234,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Harness(config), "time-limit")
     config.pluginmanager.register(leaks, "leaks")
+    config.pluginmanager.register(imports_ahead, "imports-ahead")
     if config.pluginmanager.hasplugin("hypothesispytest"):
         _let_hypothesis_take_its_time()
 

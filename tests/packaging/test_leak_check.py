@@ -110,11 +110,11 @@ LEAKS: dict[str, tuple[str, str]] = {
         # With the maker's process id, so that another session of these tests does not take it
         # for its own.
         """
-        name = f'/dev/shm/safepool-{os.getpid()}-test'
+        name = f'/dev/shm/joblib-{os.getpid()}-test'
         open(name, 'x').close()
         atexit.register(os.unlink, name)
         """,
-        r"name /dev/shm/safepool-\d+-test",
+        r"name /dev/shm/joblib-\d+-test",
     ),
     "temporary file": ("tempfile.mkstemp(suffix='.mine')[0]", r"name /\S+\.mine"),
     "temporary folder": ("tempfile.mkdtemp(prefix='loky-')", r"name /\S+/loky-"),

@@ -139,6 +139,7 @@ def test_resize_refuses_what_makes_no_sense(number: int) -> None:
         pool.resize(number)
 
 
+@pytest.mark.alone
 def test_an_idle_pool_uses_no_cpu() -> None:
     """No polling: a pool that has nothing to do sleeps, its workers and its thread."""
     code = (
@@ -170,6 +171,7 @@ def test_an_idle_pool_uses_no_cpu() -> None:
     assert int(done.stdout) <= 2
 
 
+@pytest.mark.alone
 def test_a_quota_that_cannot_be_seen_is_suspected_once() -> None:
     """Half a CPU is granted outside of what the process can see, which shows two.
 
@@ -201,6 +203,7 @@ def test_a_quota_that_cannot_be_seen_is_suspected_once() -> None:
     assert warned.count("fit the visible limit") == 1
 
 
+@pytest.mark.alone
 def test_a_limit_that_can_be_seen_is_not_suspected() -> None:
     """One worker is the minimum: under half a CPU it is frozen, and everybody knows why."""
     code = (
