@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from safepool.limits._types import Skipped
 
 if TYPE_CHECKING:
+    from io import FileIO
+
     from safepool.errors import UnreadableLimitError
 
 __all__ = ["Machine"]
@@ -26,9 +28,6 @@ _READ_MAX_BYTES = 16 << 20
 
 # The kernel's own number of symbolic links in one path (path_resolution(7)).
 _LINKS_MAX = 40
-
-# Non-blocking, so that a named pipe in a captured folder cannot hang the reader.
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 class Machine:
@@ -60,14 +59,14 @@ class Machine:
             ``None`` if there is no such file or it cannot be read; the latter is noted.
         """
         try:
-            descriptor = os.open(self._actual(path), _OPEN_FLAGS)
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    self.note(path, "not a regular file")
-                    return None
-                data = _read_all(descriptor)
-            finally:
-                os.close(descriptor)
+            actual = self._actual(path)
+            # Before it is opened: a named pipe in a captured folder would be waited for.
+            if not stat.S_ISREG(os.stat(actual).st_mode):
+                self.note(path, "not a regular file")
+                return None
+            # Closes itself when a signal's handler raises between here and there.
+            with open(actual, "rb", buffering=0) as file:
+                data = _read_all(file)
         except FileNotFoundError as error:
             if expected:
                 self.note(path, error.strerror or str(error))
@@ -137,13 +136,13 @@ class Machine:
         return "/".join((self.root, *done))
 
 
-def _read_all(descriptor: int) -> bytes:
+def _read_all(file: FileIO) -> bytes:
     # Files under /proc and /sys/fs/cgroup have no size to ask for; a short read is not
     # the end of them.
     parts: list[bytes] = []
     size = 0
     while size < _READ_MAX_BYTES:
-        part = os.read(descriptor, 1 << 16)
+        part = file.read(1 << 16)
         if not part:
             break
         parts.append(part)

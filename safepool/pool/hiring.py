@@ -229,7 +229,10 @@ class Hiring:
         self.started.open()
         self.hired.open()
         if not has_exited():
-            finish(self._context, self._environment)
+            try:
+                finish(self._context, self._environment)
+            except Exception:  # noqa: BLE001 -- it looks at modules of the program
+                _log.exception("the next pool's server could not be told what to import ahead")
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
         return prints(self._script, self._environment, names, self.given_up)

@@ -65,6 +65,7 @@ import time
 import weakref
 from collections import deque
 from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
@@ -467,12 +468,14 @@ class Scheduler:
             staff.close()
 
     def _end(self) -> None:
-        self._hiring.close()
-        if self._trace is not None:
-            self._trace.close()
-        self._over = True
-        self._refuse_late()
-        self._ended_latch.open()
+        try:
+            self._hiring.close()
+            if self._trace is not None:
+                self._trace.close()
+        finally:
+            self._over = True
+            self._refuse_late()
+            self._ended_latch.open()
 
     def _refuse_late(self) -> None:
         """End what was brought when the scheduler's thread had ended. From any thread."""
@@ -587,13 +590,16 @@ class Scheduler:
         finally:
             self._staff = None
             vars(self).pop("_first_staff")
-            self._dispatch.close()
-            self._settling.close()
-            staff.close()
-            self._callers.close()
-            self._records.catch_up()
-            self._records.teller.close()
-            self._end()
+            # From the last to the first, each whatever another has raised: somebody waits for the
+            # end.
+            with ExitStack() as endings:
+                endings.callback(self._records.teller.close)
+                endings.callback(self._end)
+                endings.callback(self._records.catch_up)
+                endings.callback(self._callers.close)
+                endings.callback(staff.close)
+                endings.callback(self._settling.close)
+                endings.callback(self._dispatch.close)
 
     def _look(self) -> tuple[int, int, int]:
         """Return how many calls wait, and how many workers run something and are there."""

@@ -183,7 +183,8 @@ class Outgoing:
                 f"over as an argument or a result of a task, and not in an exception, "
                 f"safepool.share() or a copy"
             )
-        self._numbers.append(os.dup(descriptor))
+        # In one step: a signal's handler that raises between two would lose the duplicate.
+        self._numbers.extend(map(os.dup, (descriptor,)))
         return _Place(len(self._numbers) - 1)
 
     def segments(self) -> list[Handed]:

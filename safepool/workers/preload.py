@@ -125,18 +125,26 @@ class Imports:
         return "\n".join(names).encode(errors="replace")
 
 
-def _may_be_preloaded(name: str) -> bool:
-    return name.partition(".")[0] not in NOT_PRELOADED
+def _may_be_preloaded(name: object) -> bool:
+    # A program may have put anything there.
+    return type(name) is str and name.partition(".")[0] not in NOT_PRELOADED
 
 
 def _is_there(module: object) -> bool:
     """Tell whether a module is installed, and was not made by the program."""
-    spec = getattr(_namespace(module), "get", lambda _: None)("__spec__")
-    return _is_installed(getattr(spec, "origin", None))
+    return _is_installed(_origin_of((_namespace(module) or {}).get("__spec__")))
 
 
-def _is_installed(origin: object) -> bool:
-    return isinstance(origin, str) and (
+def _origin_of(spec: object) -> str | None:
+    try:
+        origin = getattr(spec, "origin", None)
+    except Exception:  # noqa: BLE001 -- user code
+        return None
+    return origin if type(origin) is str else None
+
+
+def _is_installed(origin: str | None) -> bool:
+    return origin is not None and (
         origin.startswith(_STANDARD_LIBRARY) or any(part in origin for part in _PACKAGES)
     )
 
@@ -163,6 +171,8 @@ def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
                     tops.add(found)
     # "import a.b" leaves but "a" among the globals. What "a" has imported itself costs nothing.
     for name, module in modules.items():
+        if not _may_be_preloaded(name):
+            continue
         top, _, rest = name.partition(".")
         public = not rest.startswith("_") and "._" not in rest
         if rest and top in tops and public and _is_there(module):
@@ -174,14 +184,13 @@ def _lazy() -> Iterator[str]:
     for name in lazy_names():
         top = name.partition(".")[0]
         spec = None if top in sys.builtin_module_names else _find_spec(top)
-        if _may_be_preloaded(name) and _is_installed(getattr(spec, "origin", None)):
+        if _may_be_preloaded(name) and _is_installed(_origin_of(spec)):
             yield name
 
 
 def _is_own(module: object) -> bool:
-    spec = (_namespace(module) or {}).get("__spec__")
-    origin = getattr(spec, "origin", None)
-    return isinstance(origin, str) and os.sep in origin and not _is_installed(origin)
+    origin = _origin_of((_namespace(module) or {}).get("__spec__"))
+    return origin is not None and os.sep in origin and not _is_installed(origin)
 
 
 def _module_of(value: object) -> str:
@@ -195,11 +204,11 @@ def _module_of(value: object) -> str:
             found = None
     else:
         found = None
-    return found if isinstance(found, str) else ""
+    return found if type(found) is str else ""
 
 
 def _find_spec(top: str) -> object:
     try:
         return importlib.util.find_spec(top)
-    except (ImportError, ValueError):
+    except Exception:  # noqa: BLE001 -- a finder of the program
         return None

@@ -100,13 +100,15 @@ def find_context(
 if sys.platform == "linux":
     from safepool import linux
 
+    # Not where it is used: a signal's handler that makes a pool above that import would find half
+    # a module.
+    from safepool.workers.forkserver import ServerContext
+
     def _server_context(preload: str | Sequence[str], main: str, kept: bool) -> BaseContext | None:
         # A frozen program would be started again instead of an interpreter.
         # The server counts its threads there before each fork.
         if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
             return None
-        from safepool.workers.forkserver import ServerContext  # noqa: PLC0415 -- Linux only
-
         return ServerContext(preload, plan_main(main), kept=kept)
 
     def _script_context(main: str) -> BaseContext:

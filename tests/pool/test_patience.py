@@ -293,3 +293,50 @@ def test_an_initializer_that_crashes_ends_the_pool_soon() -> None:
         pytest.raises(PoolBrokenError, match="3 workers in a row"),
     ):
         pool.submit(abs, -1).result(timeout=60)
+
+
+@on_linux
+@pytest.mark.parametrize("way", ["safepool", "loky"])
+def test_a_program_without_descriptors_is_told_the_limit(way: str, tmp_path: Path) -> None:
+    """Whichever call of a start meets it; nothing that was opened before is left open."""
+    told = run(
+        f"""
+        import gc, os, resource, warnings, safepool
+        warnings.simplefilter("error", ResourceWarning)
+        if __name__ == "__main__":
+            with safepool.ProcessPool(1, mp_context={way!r}) as pool:
+                pool.submit(abs, -1).result()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+            held = []
+            try:
+                while True:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                pass
+            for left in range(10):
+                try:
+                    with safepool.ProcessPool(1, mp_context={way!r}) as pool:
+                        pool.submit(abs, -1).result()
+                    print(left, "started")
+                except Exception as error:
+                    if "RLIMIT_NOFILE allows this process 128 open files, " not in str(error):
+                        print(left, repr(error))
+                del pool
+                gc.collect()
+                free = 0
+                try:
+                    while True:
+                        held.append(os.open("/dev/null", os.O_RDONLY))
+                        free += 1
+                except OSError:
+                    pass
+                if free != left:
+                    print(left, "before,", free, "afterwards")
+                for _ in range(free + 1):
+                    os.close(held.pop())
+            print("done")
+        """,
+        prepare=None,
+        folder=tmp_path,
+    )
+    assert told == "done\n"

@@ -7,6 +7,7 @@ turn at each place where the interpreter may run one. After each the pool must w
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,8 @@ import support_tasks as tasks
 import safepool
 from safepool import ProcessPool
 from safepool.errors import let_handlers_pass
+from safepool.limits.files import Machine
+from safepool.transport.descriptors import Outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -372,3 +376,54 @@ def test_a_finalizer_may_not_wait_for_the_thread_that_runs_it() -> None:
         first.add_done_callback(wait)
         assert second.result(timeout=30) == 2
     assert "would wait for itself" in str(raised[0])
+
+
+def test_no_descriptor_is_lost_that_a_handler_strikes_at_its_opening(tmp_path: Path) -> None:
+    """What a handler raises right after the call comes before anybody has kept its result."""
+    if sys.platform == "win32":
+        pytest.skip("files have no numbers there")
+    file = tmp_path / "file"
+    file.write_text("1")
+
+    def strike(function: object) -> Callable[..., None]:
+        def strike_at(_frame: object, event: str, what: object) -> None:
+            if event == "c_return" and what is function:
+                sys.setprofile(None)
+                raise StopError
+
+        return strike_at
+
+    outgoing = Outgoing(allowed=True)
+    rows = [(open, lambda: Machine().read(str(file))), (os.dup, lambda: outgoing.take(1))]
+    for function, act in rows:
+        before = os.listdir("/dev/fd")
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            sys.setprofile(strike(function))
+            try:
+                act()
+            except StopError:
+                pass
+            finally:
+                sys.setprofile(None)
+            outgoing.drop()
+            gc.collect()
+        assert os.listdir("/dev/fd") == before, function
+
+
+def test_a_pool_imports_nothing_of_ours_later_than_its_class(tmp_path: Path) -> None:
+    """A handler above an import, that makes a pool itself, would find half a module."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from safepool import ProcessPool\n"
+        "before = set(sys.modules)\n"
+        "if __name__ == '__main__':\n"
+        "    with ProcessPool(1) as pool:\n"
+        "        assert pool.submit(abs, -1).result() == 1\n"
+        "        assert [*pool.map(abs, [-1])] == [1]\n"
+        "    print([name for name in sys.modules if name not in before and 'safepool' in name])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"

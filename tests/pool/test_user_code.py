@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections import namedtuple
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,8 +21,10 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool
+from safepool.pool.dispatch import Dispatch
 from safepool.pool.names import Names
 from safepool.transport import marks, trusted
+from safepool.workers import preload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -628,3 +631,65 @@ def test_the_command_runs_no_file_of_the_current_folder(tmp_path: Path) -> None:
         )
         assert "the wrong one" not in done.stdout + done.stderr
         assert done.returncode == 0, done.stderr
+
+
+class Odd:
+    """What a program may put among its modules: every look at it raises."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise TypeError(name)
+
+
+class OddFinder:
+    """A finder that does not keep to its contract."""
+
+    @staticmethod
+    def find_spec(*_: object) -> None:
+        raise TypeError("a finder")
+
+
+def test_odd_modules_of_the_program_cost_no_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("odd")
+    module.__spec__ = Odd()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "odd", module)
+    monkeypatch.setitem(sys.modules, 7, module)  # type: ignore[misc]
+    with ProcessPool(1) as pool:
+        assert pool.submit(tasks.square, 2).result(timeout=60) == 4
+    # The rest looks for what is imported lazily.
+    monkeypatch.setattr(preload, "lazy_names", lambda: ["nowhere"])
+    monkeypatch.setattr(sys, "meta_path", [OddFinder])
+    assert {"odd", "nowhere"}.isdisjoint(preload.modules_of_the_program())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fork server is Linux's")
+def test_what_fails_at_the_end_of_a_pool_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safepool.workers.forkserver import ServerContext
+
+    def fail(*_: object) -> None:
+        raise TypeError("a hook")
+
+    monkeypatch.setattr(ServerContext, "preload_ahead", fail)
+    pool = ProcessPool(1)
+    assert pool.submit(tasks.square, 2).result(timeout=60) == 4
+    pool.shutdown()
+    assert "could not be told what to import ahead" in caplog.text
+
+
+def test_each_part_of_a_pool_is_closed_whatever_another_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    close = Dispatch.close
+
+    def fail(dispatch: Dispatch) -> None:
+        close(dispatch)
+        raise TypeError("a part")
+
+    monkeypatch.setattr(Dispatch, "close", fail)
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_value))
+    pool = ProcessPool(1)
+    assert pool.submit(tasks.square, 2).result(timeout=60) == 4
+    pool.shutdown()
+    assert [str(error) for error in told] == ["a part"]
