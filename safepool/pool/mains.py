@@ -358,7 +358,8 @@ def is_importable(thing: Any) -> bool:
     if not issubclass(type(thing), (types.FunctionType, types.BuiltinFunctionType, type)):
         return False
     module, name = attribute_of(thing, "__module__"), attribute_of(thing, "__qualname__")
-    if type(module) is not str or module in MAIN_NAMES:
+    # What functools.wraps() has made of a function of the script has another one's name.
+    if type(module) is not str or module in MAIN_NAMES or _is_defined_by_script(thing):
         return False
     found: Any = sys.modules.get(module)
     for part in name.split("."):
@@ -367,6 +368,10 @@ def is_importable(thing: Any) -> bool:
         if type(found) is staticmethod:
             found = found.__func__
     return found is thing
+
+
+def _is_defined_by_script(thing: Any) -> bool:
+    return type(thing) is types.FunctionType and thing.__globals__ is main_space()
 
 
 def _is_frozen_array(value: Any) -> bool:

@@ -13,6 +13,9 @@ stays. A name gets a new version only when the program's own value has changed:
 Names that hold each other, or something in common, are pickled together, so that it is one object
 in the worker as well. What a worker has already is referred to by its name.
 
+What the script has put into modules follows last (``transport.additions``), also where a call asks
+for no name. It is looked for again when the script has got more names.
+
 Not covered:
     * An object that two globals have in common, and that is no global itself, if one of them was
       delivered before the other was needed: each has its own.
@@ -30,11 +33,12 @@ that what is large is pickled once.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from safepool.pool.deliveries import Versions
 from safepool.pool.latch import Latch
-from safepool.pool.table import Closure, Table
+from safepool.pool.table import ADDED, Closure, Table, find_additions
 from safepool.transport.marks import main_space
 
 if TYPE_CHECKING:
@@ -63,6 +67,9 @@ class Names:
         self._last = Table(main)
         self._closures: dict[frozenset[str], Closure] = {}
         self._turns: dict[frozenset[str], Latch] = {}
+        # Where nothing was found that the script has put into modules, and among how many names.
+        self._space = main_space()
+        self._nothing_at = -1
 
     @property
     def learned(self) -> int:
@@ -90,9 +97,15 @@ class Names:
         Raises:
             Exception: What the pickler raised for one of them.
         """
-        if not roots:
+        if not roots and self._adds_nothing():
             return ()
         closure = self._fresh(roots)
+        if closure is None and not roots:
+            self._space = main_space()
+            size = len(self._space)
+            if not find_additions():
+                self._nothing_at = size
+                return ()
         if closure is None:
             turn = self._take_turn(roots)
             try:
@@ -110,7 +123,7 @@ class Names:
         Returns:
             ``None`` if it may.
         """
-        if not roots:
+        if not roots and self._adds_nothing():
             return ()
         closure = self._fresh(roots, here=True)
         return None if closure is None else closure.deliveries
@@ -124,7 +137,12 @@ class Names:
         if not forked:
             return Versions({}, lambda: self.table.there)
         known = {name: one.delivery.version for name, one in self.table.known.items()}
+        known[ADDED] = sys.maxsize  # its modules are the program's
         return Versions(known, lambda: self.table.first, frozenset(main_space()))
+
+    def _adds_nothing(self) -> bool:
+        """Tell whether it is known that workers lack nothing that the script put into modules."""
+        return len(self._space) == self._nothing_at or bool(self._main)
 
     def _fresh(self, roots: frozenset[str], *, here: bool = False) -> Closure | None:
         closure = self._closures.get(roots)

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.pool.circles import components
 from safepool.pool.deliveries import Delivery, Needs, versions
+from safepool.pool.hands import within
 from safepool.pool.imports import Imports
 from safepool.pool.mains import ABSENT
-from safepool.pool.values import definitions, value_of
-from safepool.pool.walk import QUIET_BYTES, Walk
+from safepool.pool.values import definitions, pickle_additions, value_of
+from safepool.pool.walk import QUIET_BYTES, UNASKED_S, Walk
+from safepool.transport.additions import additions_to, homes
 from safepool.transport.marks import attributes_of, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.pool.known import Known
+    from safepool.transport.additions import Addition
     from safepool.transport.main_names import MainNames
 
-__all__ = ["Closure", "Table"]
+__all__ = ["ADDED", "Closure", "Table", "find_additions"]
 
 # What stands for a name where there is none.
 _IMPORTS, _MISSING = "import", "del"
+ADDED = "with"
+"""The same, of what the script has put into modules."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """What the script has put into modules.
+
+    Attributes:
+        what: The additions. A worker makes each once, by its number.
+        numbers: Those, by the places of additions.
+        names: Names that they ask for.
+        delivery: What is sent.
+    """
+
+    what: tuple[Addition, ...]
+    numbers: dict[tuple[Any, ...], int]
+    names: frozenset[str]
+    delivery: Delivery
 
 
 @dataclass(slots=True)
@@ -55,6 +78,7 @@ class Table:
         there: Versions in which a worker that has run the script has names by itself.
         slow: What took too long to be pickled, in case that it is asked for.
         beside: What comes with any names: the imports, and those that nothing names.
+        added: What comes last; ``None`` if there is nothing.
         heir: The table that was published after this one, by the key 0.
     """
 
@@ -68,6 +92,7 @@ class Table:
         self.slow: dict[str, object] = {}
         self._imports: Imports | None = None
         self.beside: tuple[Delivery, ...] = ()
+        self.added: _Added | None = None
         self._look_at = -1
         self.heir: dict[int, Table] = {}
 
@@ -77,8 +102,12 @@ class Table:
         new.slow = self.slow
         if new._learned == self._learned:
             new.known, new.first, new.there = {**self.known}, {**self.first}, {**self.there}
-            new._imports, new.beside, new._look_at = self._imports, self.beside, self._look_at
+            new._take_beside(self)
         return new
+
+    def _take_beside(self, other: Table) -> None:
+        self._imports, self.beside = other._imports, other.beside
+        self.added, self._look_at = other.added, other._look_at
 
     def on(self, after: Table, base: Table) -> tuple[Table, bool]:
         """Return a draft of this one's news on another table.
@@ -105,7 +134,7 @@ class Table:
         if self.beside is not base.beside:
             whole = whole and after.beside is base.beside
             if after.beside is base.beside:
-                new._imports, new.beside, new._look_at = self._imports, self.beside, self._look_at
+                new._take_beside(self)
         return new, whole
 
     def keep(self, known: Known) -> None:
@@ -145,9 +174,13 @@ class Table:
             self._look_beside()
         walk = Walk(self)
         walk.go(roots)
+        if self.added is not None:
+            walk.go_if_possible(self.added.names)
         walk.finish()
         known = self._in_order(walk.reached)
-        deliveries = (*self.beside, *(one.delivery for one in known))
+        deliveries = [*self.beside, *(one.delivery for one in known)]
+        if self.added is not None:
+            deliveries.append(self.added.delivery)
         needs = Needs(dict.fromkeys(deliveries))
         return Closure(known, frozenset(walk.absent), self.beside, needs)
 
@@ -170,7 +203,25 @@ class Table:
             told = {"missing": walk.missing}
             beside.append(Delivery(next(versions), (_MISSING,), (0,), told))
         self.beside = tuple(beside)
+        if not self.main:
+            self._look_for_additions(self._imports)
         self._look_at = size
+
+    def _look_for_additions(self, imports: Imports) -> None:
+        found = {one.place: one for one in additions_to(homes(imports.modules))}
+        before = {} if self.added is None else self.added.numbers
+        if found.keys() == before.keys():
+            return
+        self.added = None
+        numbers = {place: before.get(place) or next(versions) for place in found}
+        what = {numbers[place]: one for place, one in found.items()}
+        try:
+            pickled, names, shared = within(UNASKED_S, lambda: pickle_additions(what))
+        except Exception as error:  # noqa: BLE001 -- it takes too long
+            let_handlers_pass(error)
+            return
+        delivery = Delivery(next(versions), (ADDED,), (0,), {"added": True}, [pickled], shared)
+        self.added = _Added((*found.values(),), numbers, names, delivery) if found else None
 
     def _in_order(self, reached: Iterable[str]) -> list[Known]:
         """Return what some names are pickled in, what others need to be loaded before those.
@@ -209,3 +260,8 @@ class Table:
         """Return the version with which the object that a name holds was delivered first."""
         known = self.known.get(name)
         return 0 if known is None else known.delivery.born[known.names.index(name)]
+
+
+def find_additions() -> bool:
+    """Tell whether the script has put something into modules."""
+    return bool(additions_to(homes(Imports().modules)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import pickle
 import random
 import sys
 import types
@@ -20,6 +21,7 @@ from safepool.transport.references import Collected
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from safepool.transport.additions import Addition
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
@@ -31,6 +33,7 @@ __all__ = [
     "data_by_id",
     "definitions",
     "look_at",
+    "pickle_additions",
     "pickle_names",
     "value_of",
 ]
@@ -174,6 +177,35 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
         return one
 
     return steadily(attempt)
+
+
+def pickle_additions(
+    additions: Mapping[int, Addition],
+) -> tuple[bytes, frozenset[str], Sequence[Shared[Any]]]:
+    """Pickle what the script has put into modules, each alone: what cannot be is left out.
+
+    Args:
+        additions: By a number, so that a worker makes each once.
+
+    Returns:
+        The pickle, the names that it asks for, and what it shares.
+    """
+    named = data_by_id()
+    pickles: dict[int, list[bytes]] = {}
+    names: set[str] = set()
+    with Collected() as shared:
+        for number, one in additions.items():
+            name = named.get(id(one.value))
+            seeds = {} if name is None else {name: one.value}
+            try:
+                with Met(seeds=seeds) as met:
+                    made = payloads.dumps(tuple(one), into_main=True, by_value=True)
+            except Exception as error:  # noqa: BLE001 -- user code
+                let_handlers_pass(error)
+                continue
+            pickles[number] = [*map(bytes, made)]
+            names |= met.names | seeds.keys()
+    return pickle.dumps(pickles, protocol=5), frozenset(names), shared.found
 
 
 def value_of(name: str) -> Any:

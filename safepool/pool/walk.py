@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
     from safepool.pool.table import Table
 
-__all__ = ["QUIET_BYTES", "Walk"]
+__all__ = ["QUIET_BYTES", "UNASKED_S", "Walk"]
 
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
 
 # So long the pickling of what nothing names may take, all in all.
-_UNASKED_S = 1.0
+UNASKED_S = 1.0
 _TOO_LONG = (
-    f"no function that was called names it, and to pickle it takes longer than {_UNASKED_S} s"
+    f"no function that was called names it, and to pickle it takes longer than {UNASKED_S} s"
 )
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
@@ -79,7 +79,7 @@ class Walk:
         self._quiet = quiet
         # Nobody has asked for what is being pickled: it is only in case somebody does.
         self._unasked = quiet
-        self._until_s = time.monotonic() + _UNASKED_S
+        self._until_s = time.monotonic() + UNASKED_S
         self._pickled: dict[str, Pickled] = {}
         self._by_id: dict[int, str] | None = None
         self.reached: dict[str, None] = {}
@@ -163,8 +163,7 @@ class Walk:
             }
             for name in everything.reached:
                 uses |= uses_of(value_of(name), mentioned_in) & main_space().keys()
-            for used in sorted(uses):
-                self._try(used)
+            self.go_if_possible(uses)
         while self._pickled:
             for group in _together(self._pickled):
                 self._make_known(group)
@@ -179,14 +178,16 @@ class Walk:
         known = self._table.known.get(name)
         return known is not None and known.stamp != self._table.stamp(known.refs)
 
-    def _try(self, name: str) -> None:
-        self._unasked, self._until_s = True, time.monotonic() + _UNASKED_S
-        try:
-            self.go([name])
-        except Exception as error:  # noqa: BLE001 -- perhaps nobody asks for it
-            let_handlers_pass(error)
-            self._pickled.pop(name, None)
-        self._unasked = self._quiet
+    def go_if_possible(self, names: Iterable[str]) -> None:
+        """Look at names that perhaps nobody asks for."""
+        for name in sorted(names):
+            self._unasked, self._until_s = True, time.monotonic() + UNASKED_S
+            try:
+                self.go([name])
+            except Exception as error:  # noqa: BLE001 -- user code
+                let_handlers_pass(error)
+                self._pickled.pop(name, None)
+            self._unasked = self._quiet
 
     def _made(self, name: str) -> Pickled:
         """Return a name as it is pickled, by the program's code."""
@@ -197,7 +198,7 @@ class Walk:
         if slow.get(name, ABSENT) is value:
             raise TimeoutError(_TOO_LONG)
         try:
-            left_s = max(_UNASKED_S / 20, self._until_s - time.monotonic())
+            left_s = max(UNASKED_S / 20, self._until_s - time.monotonic())
             return within(left_s, lambda: self._there(name) or self._alone(name))
         except LateError:
             slow[name] = value

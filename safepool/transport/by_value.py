@@ -142,7 +142,9 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         kind = type(obj)
         if not (kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type)):
             return None
-        of_main = is_of_main(obj)
+        of_main = is_of_main(obj) or (
+            kind is types.FunctionType and obj.__globals__ is main_space()
+        )
         # What a decorator has made says that it is of the decorator's module.
         if self.script is not None and (of_main or "<" in getattr(obj, "__qualname__", "")):
             path = self.script.path_of(obj)

@@ -18,12 +18,13 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
+from safepool.transport.additions import Addition, add
 from safepool.transport.marks import find_attribute, main_space
 from safepool.transport.names import of_script
 from safepool.transport.payloads import loads
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from safepool.transport.frames import Received
 
@@ -40,18 +41,30 @@ class MainNamespace:
             sys.modules["__main__"] = types.ModuleType("__main__")
         # Names that are not there, and why.
         self._missing: dict[str, str] = {}
+        # Numbers of what the script has put into modules.
+        self._added: set[int] = set()
 
     def receive(self, segments: Sequence[Received]) -> None:
         """Bind what a frame brings. What cannot be had is left to the calls that ask for it."""
         head = pickle.loads(segments[0])
         _import_all(head.get("imports", ()))
         self._missing.update(head.get("missing", ()))
+        if "added" in head:
+            self._put_into_modules(pickle.loads(segments[1]))
         names: Sequence[str] = head.get("names", ())
         try:
             self._bind(names, head.get("kinds", ()), head["keep"], segments[1:])
         except BaseException as error:  # noqa: BLE001 -- user code
             reason = f"{type(error).__name__}: {text_of(error)}"
             self._missing.update(dict.fromkeys(names, reason))
+
+    def _put_into_modules(self, pickles: Mapping[int, Sequence[bytes]]) -> None:
+        for number in sorted(pickles.keys() - self._added):
+            self._added.add(number)
+            try:
+                add(Addition(*loads(pickles[number])))
+            except Exception:  # noqa: BLE001 -- user code; the module is another one here, perhaps
+                pass
 
     def _bind(
         self,

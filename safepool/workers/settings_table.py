@@ -12,8 +12,9 @@ Left out on purpose:
     * ``tracemalloc``, tracers and profilers: they measure a process, and slow it down.
     * Native threads, and the number of CPUs: the cap's (``safepool.threads``).
     * ``threading.stack_size()``: to ask for it resets it.
-    * What registers a thing (``csv.register_dialect``, ``copyreg.pickle``, ``codecs.register``):
-      it belongs at the top level of a script or into a module, and is there then.
+    * What registers a thing (``csv.register_dialect``, ``codecs.register``): it belongs at the top
+      level of a guarded script or into a module, and is there then. Of a script without the guard
+      see also ``transport.additions``.
     * Environment, directory, umask, limits, priority, path and ``sys.argv``: a worker is born with
       them (``birth``).
 """

@@ -1018,6 +1018,214 @@ def told(pool):
     return "right"
 """
 
+MODULES |= {
+    "plugs/__init__.py": """
+from plugs.core import HOOKS, NESTED, Base, app, called, register, run, show
+
+KINDS = set()
+
+
+def func():
+    return "own"
+
+
+def call():
+    return func()
+
+
+class Model:
+    checks = []
+
+    def describe(self):
+        return "own"
+
+    def check(self):
+        return [one(self) for one in self.checks]
+
+
+def describe():
+    return Model().describe(), Model().check()
+""",
+    "plugs/core.py": """
+import abc, functools
+
+REGISTRY = {"length": len}
+HOOKS = [lambda x: ("own", x)]
+NESTED = {"io": {}}
+
+
+class Entry:
+    def __init__(self, function):
+        self.function = function
+
+
+class App:
+    def __init__(self):
+        self.tasks = {}
+        self.default = None
+
+    def task(self, function):
+        @functools.wraps(function)
+        def inner(*arguments):
+            return function(*arguments)
+
+        self.tasks[function.__name__] = Entry(inner)
+        return inner
+
+
+app = App()
+
+
+class Base(abc.ABC):
+    @abc.abstractmethod
+    def go(self): ...
+
+
+@functools.singledispatch
+def show(x):
+    return "other"
+
+
+def register(function):
+    REGISTRY[function.__name__] = function
+    return function
+
+
+def run(name, *arguments):
+    return REGISTRY[name](*arguments)
+
+
+def called(name, *arguments):
+    return app.tasks[name].function(*arguments), app.default(*arguments)
+""",
+}
+
+# What the script puts into modules at its top, and nobody asks it for by a name of its own.
+ADDED = """
+import copyreg, functools, json, pickle, sqlite3, threading, time, warnings
+import plugs
+from plugs import app, register
+
+OFFSET = 2
+lock = threading.Lock()
+
+
+@register
+def mine(x):
+    return x + OFFSET
+
+
+@register
+def locked(x):
+    with lock:
+        return x
+
+
+class Adder:
+    def __init__(self, n):
+        self.n = n
+
+    def __call__(self, x):
+        return x + self.n
+
+
+class C:
+    pass
+
+
+adder = Adder(5)
+plugs.core.REGISTRY["adder"] = adder
+plugs.core.REGISTRY["bound"] = adder.__call__
+plugs.core.REGISTRY["partial"] = functools.partial(mine)
+plugs.core.REGISTRY["length"] = lambda x: -len(x)
+plugs.HOOKS.insert(0, lambda x: ("first", x))
+plugs.HOOKS.append(lambda x: ("last", x))
+plugs.NESTED["io"]["inc"] = lambda x: x + 1
+plugs.KINDS.add(C)
+plugs.Base.register(C)
+own = plugs.func
+
+
+@functools.wraps(own)
+def wrapped():
+    return "wrapped " + own()
+
+
+plugs.func = wrapped
+plugs.Model.describe = lambda self: "patched"
+plugs.Model.checks.append(lambda self: "checked")
+
+
+@plugs.show.register
+def _show(x: C):
+    return "C"
+
+
+@app.task
+def double(x):
+    return 2 * x
+
+
+app.default = double
+json.JSONEncoder.default = lambda self, o: type(o).__name__
+sqlite3.register_adapter(C, lambda c: "adapted")
+time.time_ns = lambda: "patched"
+
+
+class Odd:
+    def __init__(self, how):
+        self.how = how
+
+
+copyreg.pickle(Odd, lambda odd: (Odd, ("reduced",)))
+
+
+def adapted():
+    with sqlite3.connect(":memory:") as connection:
+        got = connection.execute("select ?", (C(),)).fetchone()
+    connection.close()
+    return got
+
+
+def others(c):
+    return {
+        "identity": plugs.core.REGISTRY["adder"] is adder,
+        "hooks": [hook(1) for hook in plugs.HOOKS],
+        "nested": plugs.NESTED["io"]["inc"](1),
+        "set": len(plugs.KINDS),
+        "abstract": isinstance(c, plugs.Base),
+        "dispatched": [plugs.show(c), plugs.show(1)],
+        "json": json.dumps([c]),
+        "sqlite3": adapted(),
+        "time": time.time_ns(),
+        "copyreg": pickle.loads(pickle.dumps(Odd("made"))).how,
+        "missing": sorted(plugs.core.REGISTRY),
+    }
+
+
+def told(pool):
+    for function, *arguments in (
+        (plugs.run, "mine", 1),  # which names nothing of the script
+        (functools.partial(plugs.run, "adder"), 1),
+        (plugs.run, "bound", 1),
+        (plugs.run, "partial", 1),
+        (plugs.run, "length", "abc"),
+        (plugs.call,),
+        (plugs.describe,),
+        (plugs.called, "double", 4),
+        (others, C()),
+    ):
+        here, there = function(*arguments), pool.submit(function, *arguments).result(timeout=60)
+        assert here == there, (function, here, there)
+    globals()["later"] = later = lambda x: x * 10
+    plugs.core.REGISTRY["later"] = later
+    plugs.HOOKS.append(lambda x: ("later", x))
+    assert pool.submit(plugs.run, "later", 1).result(timeout=60) == 10
+    # What was there before is not there twice.
+    assert pool.submit(others, C()).result(timeout=60) == others(C())
+    return "right"
+"""
+
 # What holds its objects weakly, beside what keeps them alive.
 WEAK = """
 import dataclasses, gc, sys, threading, weakref
@@ -1188,7 +1396,7 @@ def told(pool):
     return "right"
 """
 
-PROGRAMS = {"classes": CLASSES, "names": NAMES, "modules": FACADES, "weak": WEAK}
+PROGRAMS = {"classes": CLASSES, "names": NAMES, "modules": FACADES, "weak": WEAK, "added": ADDED}
 END = """
 from safepool import ProcessPool
 with ProcessPool(1) as pool:
@@ -1199,6 +1407,7 @@ with ProcessPool(1) as pool:
 @pytest.mark.parametrize("start", ["script.py", "-c"])
 @pytest.mark.parametrize("kinds", PROGRAMS)
 def test_it_works_in_a_worker_and_comes_back(kinds: str, start: str, tmp_path: Path) -> None:
+    (tmp_path / "plugs").mkdir()
     for name, text in MODULES.items():
         (tmp_path / name).write_text(text)
     text = PROGRAMS[kinds] + END
