@@ -282,7 +282,8 @@ def dump_by_value(
     script = met()
     kind = _by_value_pickler(
         registered(),
-        "loky.backend.reduction" in sys.modules,
+        # Another thread may be importing it.
+        hasattr(sys.modules.get("loky.backend.reduction"), "_dispatch_table"),
         "numpy" in sys.modules,
         script is not None and script.prints,
     )
