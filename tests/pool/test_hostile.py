@@ -436,8 +436,10 @@ def test_a_dead_worker_does_not_end_a_program_that_dies_of_sigpipe() -> None:
         "    os.kill(pid, signal.SIGSTOP)\n"
         "    while os.path.exists('/proc') and ' T ' not in open(f'/proc/{pid}/stat').read():\n"
         "        time.sleep(0.01)\n"
+        "    (worker,) = pool._scheduler.workers()\n"
         "    future = pool.submit(len, bytes(20_000_000))\n"
-        "    time.sleep(0.3)\n"
+        "    while getattr(worker.ledger.head, 'pickled', 0) is not None:  # handed over\n"
+        "        time.sleep(0.01)\n"
         "    os.kill(pid, signal.SIGKILL)\n"
         "    print(type(future.exception(30)).__name__, pool.submit(abs, -1).result(30))\n"
     )
