@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support_cgroups import control_group
+from support_processes import wait_until
 
 from safepool import OutOfMemory, ProcessPool, WorkerDiedError
 from safepool.limits import OutOfMemoryCount
@@ -223,13 +224,13 @@ def test_the_kernel_is_not_named_for_what_it_took_long_before(
     monkeypatch.setattr(oom, "_CLAIM_S", 0.1)
     groups = Groups()
     with ProcessPool(1) as pool:
-        pool._scheduler._oom = OutOfMemoryWatch(groups.read)
+        pool._scheduler._oom = watch = OutOfMemoryWatch(groups.read)
         pool.submit(abs, -1).result(timeout=30)
         future = pool.submit(time.sleep, 60)
         while not (future.running() and pool.workers()[0].task):
             time.sleep(0.01)
         groups.own["kills"] += 1
-        time.sleep(0.5)
+        wait_until(lambda: watch._latest and time.monotonic() - watch._seen_at > oom._CLAIM_S)
         os.kill(pool.workers()[0].pid, signal.SIGKILL)
         error = future.exception(timeout=30)
 
