@@ -992,8 +992,10 @@ class _Server:
         self, timeout_s: float, given_up: Callable[[], bool] | None = None
     ) -> tuple[Any, list[int]]:
         assert self._sock is not None
-        self._sock.settimeout(timeout_s)
-        deadline = time.monotonic() + timeout_s
+        # What it says first is that it is there: until then it does not do what it was asked for.
+        limit_s = timeout_s if self._answers else max(timeout_s, _IMPORT_S)
+        self._sock.settimeout(limit_s)
+        deadline = time.monotonic() + limit_s
         while given_up is not None and not forked.is_readable(self._sock.fileno(), _LOOK_S):
             _check(given_up)
             if time.monotonic() > deadline:
@@ -1001,7 +1003,7 @@ class _Server:
         received = letters.receive(self._sock)
         if received is None:
             raise _LostError
-        if not self._answers:  # what it says first is that it is there
+        if not self._answers:
             self._answers = True
             if isinstance(self._process, kept.KeptServer):
                 self._process.pid = received[0][1]
