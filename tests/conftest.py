@@ -94,6 +94,8 @@ class Harness:
         self._patch.setenv(leaks.MARK_VARIABLE, " ".join([leaks.MARK, *marks]))
         for name in SCREEN_VARIABLES:
             self._patch.delenv(name, raising=False)
+        # A thousand programs would compile the whole package, each for itself.
+        self._patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         # A Python process that hangs prints its stacks when it is sent SIGABRT.
         self._patch.setenv("PYTHONFAULTHANDLER", "1")
         # A temporary folder of its own: a name that is new there is this session's doing,
