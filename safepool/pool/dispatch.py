@@ -340,7 +340,7 @@ class Dispatch:
                 task.call = None
             except BaseException as problem:  # noqa: BLE001 -- user code; the task fails, not the pool
                 self._say_what(problem, task.name, _whole(task))
-                error.append(problem)
+                error.append(_without_frames(problem))
 
         def finish() -> None:
             if task not in self.aside:
@@ -372,7 +372,7 @@ class Dispatch:
             try:
                 self._pickle_span(span)
             except BaseException as problem:  # noqa: BLE001 -- user code; one of the calls fails
-                error.append(problem)
+                error.append(_without_frames(problem))
 
         def finish() -> None:
             if span not in self.aside:
@@ -426,7 +426,9 @@ class Dispatch:
             return None
         try:
             require_to_pickle(args)
-            if not kwargs and _PLAIN.issuperset(map(type, args)):
+            if kwargs:
+                require_to_pickle(kwargs.values())
+            elif _PLAIN.issuperset(map(type, args)):
                 return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs)
             return _dumps_here((args, kwargs))._replace(function=sent, needs=needs)
         except (UntrustedError, MemoryError):  # the hands say why
@@ -437,8 +439,7 @@ class Dispatch:
         assert task.call is not None
         function, args, kwargs = task.call
         require_to_pickle(args)
-        if kwargs:
-            require_to_pickle(kwargs.values())
+        require_to_pickle(kwargs.values())
         sent = self.functions.lasting(function)
         if sent is None:
             return self._dumps(task.call, by_value=_is_name_in_main(task.name))
@@ -741,6 +742,11 @@ def _have_parts_in_common(items: list[Any]) -> bool:
                 return True  # perhaps: to find out would take longer than to send them apart
         seen |= mine
     return False
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """Return an error, which must not keep what there was no memory for."""
+    return error.with_traceback(None) if isinstance(error, MemoryError) else error
 
 
 def was_not_sent(error: BaseException) -> bool:

@@ -132,7 +132,8 @@ class Hiring:
 
     def pack(self) -> None:
         """Pickle the initializer, in any thread. :meth:`take_packed` raises what that raised."""
-        self._not_packed = None
+        if self._not_packed is not None:
+            return  # it took longer than the scheduler waits for, and failed
         try:
             self._packed = self._packed or self._pack()
             self.need(self._packed.names)
@@ -144,7 +145,10 @@ class Hiring:
                     'workers that are no forks of this process, or pass mp_context="fork"'
                 )
             self._not_packed = PoolBrokenError(reason)
-            self._not_packed.__cause__ = error
+            # Frames hold what there was no memory for.
+            self._not_packed.__cause__ = (
+                error.with_traceback(None) if isinstance(error, MemoryError) else error
+            )
 
     def take_packed(self) -> None:
         """Let workers that are started from now on get what was pickled.
@@ -152,8 +156,12 @@ class Hiring:
         Raises:
             PoolBrokenError: The initializer cannot be pickled.
         """
-        if self._not_packed is not None:
-            raise self._not_packed
+        error, self._not_packed = self._not_packed, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # which holds this frame
         packed, self._packed = self._packed, None
         if packed is not None:
             self._inheritance = packed

@@ -36,10 +36,13 @@ _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
-# Of large results that are there and that nobody has taken: with more, or with a part of what the
-# memory limits had left with the first of them, no further call of that map is sent to a worker.
-# Small ones, which travel many at a time, are not counted.
+# Of results that are there and that nobody has taken: with more, or with a part of what the memory
+# limits had left with the first of them, no further call of that map is sent to a worker. Less is
+# never too much.
 _MOST_HELD_BYTES = 256 << 20
+_LITTLE_BYTES = 1 << 20
+# Each of a larger size is counted, the others by their mean.
+_COUNTED_BYTES = 64 * 1024
 
 # Items whose size is looked at together, at the most; and what is worth counting then.
 _MOST_PORTION = 256
@@ -161,9 +164,11 @@ class MapRun:
         self.unsettled = 0
         self.fed = self.dropped = self.held = False
         self.reader: Callable[[], object] = object
-        # Bytes of results, by the index of the first; put and taken so far, by different threads.
+        # Bytes of large results, by the index of the first; put and taken so far, by different
+        # threads. And of all the others that were put, with the index of the next to be taken.
         self._sizes: dict[int, int] = {}
         self._put_bytes = self._taken_bytes = self._most_held_bytes = 0
+        self._small_bytes = self._taken = 0
         self.waiting = Waiting()
         self.queued = False
         self.count = 0
@@ -206,10 +211,14 @@ class MapRun:
     @property
     def is_full(self) -> bool:
         """Whether as much waits to be taken as may, and somebody can take it."""
+        settled = self.count - self.unsettled
         held_bytes = self._put_bytes - self._taken_bytes
-        # None is more than nothing: a reader that has taken all waits for the next.
-        full = held_bytes > self._most_held_bytes
-        return full and not self.dropped and self.reader() is not None
+        held_bytes += self._small_bytes * max(0, settled - self._taken) // max(1, settled)
+        # None is too much: a reader that has taken all waits for the next.
+        if held_bytes <= _LITTLE_BYTES or self.dropped or self.reader() is None:
+            return False
+        self._most_held_bytes = self._most_held_bytes or held_at_most(_MOST_HELD_BYTES)
+        return held_bytes > self._most_held_bytes
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down that follow each other; :meth:`tell` when these are all for now.
@@ -217,15 +226,15 @@ class MapRun:
         Args:
             index: Of the first.
             results: In order.
-            size_bytes: Of a large one; 0 is little, and not counted.
+            size_bytes: Of all of them.
         """
         if self.dropped:
             return
-        if size_bytes:
-            if self.reader() is None:
-                return
-            if not self._most_held_bytes:
-                self._most_held_bytes = max(1, held_at_most(_MOST_HELD_BYTES))
+        if size_bytes <= _COUNTED_BYTES:
+            self._small_bytes += size_bytes
+        elif self.reader() is None:
+            return
+        else:
             self._sizes[index] = size_bytes
             self._put_bytes += size_bytes
         self._results[index] = results
@@ -275,6 +284,7 @@ class MapRun:
         if results is None:
             results = self._wait_for(index, deadline)
         self._taken_bytes += self._sizes.pop(index, 0)
+        self._taken = index + len(results) if type(results) is list else index + 1
         if isinstance(results, _Raised):
             try:
                 raise results.error

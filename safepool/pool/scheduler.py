@@ -974,7 +974,9 @@ class Scheduler:
             case Kind.RESULTS:
                 self._settling.settle_records(staff, worker, b"".join(segments))
             case Kind.VALUES:
-                self._settling.settle_values(staff, worker, position, *read_values(segments))
+                size_bytes = sum(map(len, segments))
+                values = read_values(segments)
+                self._settling.settle_values(staff, worker, position, *values, size_bytes)
             case Kind.RESULT | Kind.EXCEPTION:
                 run = self._settling.settle(staff, worker, position, kind, segments)
                 if run is not None:

@@ -7,13 +7,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import MemoryLimitError
 from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
 from safepool.pool.patience import Patience
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
-from safepool.transport.files import require_to_load
+from safepool.transport.files import require
 from safepool.transport.frames import CorruptFrameError, Kind
+from safepool.transport.growing import OBJECTS, loaded_bytes
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.board import records_of
 from safepool.workers.contained import ContainedLogger
@@ -37,8 +39,14 @@ _log = ContainedLogger()
 
 # Sixths of a task may add up to a little less than one.
 _ROUNDING = 1e-6
-# A larger result counts for what its map may have to be taken.
+# A larger result counts by itself for what its map may have to be taken.
 _SMALL_BYTES = 64 * 1024
+# Pickles of small results that arrive between two looks at the memory that is left.
+_ARRIVED_BYTES = 256 * 1024
+# A smaller result takes less than the error in its place.
+_LEAST_REFUSED_BYTES = 128
+# What a refusal holds for: at the limit, a look at each of many would take most of the time.
+_REFUSED_S = 0.02
 # For what the hands unpickle: most of it is there by then. And how much of it at a time.
 _PATIENCE_S = 0.005
 _MOST_READ = 16
@@ -82,8 +90,6 @@ class _Answer:
             if self._kind == Kind.EXCEPTION:
                 self.value, self.failed = rebuild(self.segments, loads), True
             else:
-                if len(self.segments[0]) > _SMALL_BYTES:
-                    require_to_load(self.segments[0])
                 self.value = loads(self.segments)
         except UntrustedError:
             raise
@@ -129,6 +135,9 @@ class Settling:
         self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []
+        self._arrived_bytes = 0
+        self._refused: tuple[Any, ...] = ()
+        self._refused_until = 0.0
 
     @property
     def waits(self) -> bool:
@@ -162,7 +171,8 @@ class Settling:
         head = worker.ledger.head
         # As for records, below.
         if left.numbers and head is not None and left.first <= head.position + head.done:
-            self.settle_values(staff, worker, left.first, None, left.numbers)
+            size_bytes = 8 * len(left.numbers)
+            self.settle_values(staff, worker, left.first, None, left.numbers, size_bytes)
 
     def tasks_left(self, worker: Worker) -> int:
         """Return how many more tasks a worker may be sent before it is replaced."""
@@ -229,7 +239,9 @@ class Settling:
         answer = _Answer(work, place, kind, segments)
         if isinstance(work, Task):
             work.pickled = None
-        if answer.read_here():
+        answer.value = self._refuse(len(segments[0]))
+        answer.failed = answer.value is not None
+        if answer.failed or answer.read_here():
             return self._end(worker, answer)
 
         def finish() -> None:
@@ -249,6 +261,28 @@ class Settling:
             self._trace.settled(worker, work, place, 1, late)
         return None
 
+    def _refuse(self, size_bytes: int) -> MemoryError | None:
+        """Return why there is no room for what is unpickled; ``None`` if there is.
+
+        Each result may be small, and the program keep all of them.
+
+        Args:
+            size_bytes: Of its pickle.
+        """
+        self._arrived_bytes += size_bytes
+        if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
+            return None
+        self._arrived_bytes = _ARRIVED_BYTES  # if it is refused, the next is looked at as well
+        if time.monotonic() < self._refused_until:
+            return MemoryLimitError(*self._refused)
+        try:
+            require(OBJECTS * _ARRIVED_BYTES)
+        except MemoryLimitError as error:
+            self._refused, self._refused_until = error.args, time.monotonic() + _REFUSED_S
+            return error.with_traceback(None)
+        self._arrived_bytes = 0
+        return None
+
     def _end(self, worker: Worker | None, answer: _Answer) -> MapRun | None:
         work, value, failed = answer.work, answer.value, answer.failed
         if self._trace is not None and worker is not None:
@@ -260,8 +294,9 @@ class Settling:
         if failed:
             run.put_error(answer.index, value)
         else:
-            size = sum(map(len, answer.segments))
-            run.put(answer.index, [value], size if size > _SMALL_BYTES else 0)
+            head, *buffers = answer.segments
+            size = OBJECTS * len(head) if len(head) < _SMALL_BYTES else loaded_bytes(head)
+            run.put(answer.index, [value], size + sum(map(len, buffers)))
         self._settled(run, 1)
         return run
 
@@ -272,6 +307,7 @@ class Settling:
         position: int,
         microseconds: int | None,
         values: list[Any],
+        size_bytes: int,
     ) -> None:
         """End several calls of runs, which returned plain values.
 
@@ -281,11 +317,13 @@ class Settling:
             position: The first one's.
             microseconds: What they took together; ``None`` if that is not known yet.
             values: What they returned.
+            size_bytes: Of what they were read from.
 
         Raises:
             ValueError: They were not sent.
         """
         ledger, at = worker.ledger, 0
+        refusal, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         while at < len(values):
             work = ledger.head
             known = 0 if work is None else work.position + work.done - position - at
@@ -300,8 +338,12 @@ class Settling:
             if not isinstance(work, Span):
                 raise CorruptFrameError(f"values at {position}, where a task was sent")
             if self._trace is not None:
-                self._trace.settled(worker, work, place, count)
-            work.run.put(work.start + place, values[at : at + count])
+                self._trace.settled(worker, work, place, count, refusal)
+            if refusal is None:
+                work.run.put(work.start + place, values[at : at + count], count * each)
+            else:
+                for index in range(work.start + place, work.start + place + count):
+                    work.run.put_error(index, refusal)
             self._settled(work.run, count)
             work.run.tell()
             if microseconds is not None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from safepool.transport.descriptors import Handed
-    from safepool.transport.frames import Buffer, Segment
+    from safepool.transport.frames import Segment
 
 __all__ = [
     "Side",
@@ -20,7 +20,6 @@ __all__ = [
     "held_at_most",
     "invite",
     "require",
-    "require_to_load",
     "require_to_pickle",
     "store",
 ]
@@ -78,11 +77,7 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
     """Return: what is left is not known here."""
 
 
-def require_to_pickle(values: Iterable[object]) -> None:
-    """Return: what is left is not known here."""
-
-
-def require_to_load(pickled: Buffer) -> None:
+def require_to_pickle(values: Iterable[Any]) -> None:
     """Return: what is left is not known here."""
 
 

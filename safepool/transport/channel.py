@@ -52,8 +52,10 @@ class Channel:
     def __init__(self, sock: socket.socket, side: Side | None = None) -> None:
         self._sock = sock
         self._side = side
-        self._rounds = 1 if sock.getblocking() else _ROUNDS
-        self._reader = FrameReader(self._fetch)
+        waits = sock.getblocking()
+        self._rounds = 1 if waits else _ROUNDS
+        # Out of memory, a worker may be ended instead.
+        self._reader = FrameReader(self._fetch, None if waits else require)
         self._unsent: deque[memoryview] = deque()
 
     def fileno(self) -> int:

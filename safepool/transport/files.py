@@ -23,7 +23,7 @@ import sys
 
 if sys.platform == "linux":
     from safepool.transport._memfd import Side, Stored, accept, invite, store
-    from safepool.transport.room import held_at_most, require, require_to_load, require_to_pickle
+    from safepool.transport.room import held_at_most, require, require_to_pickle
 else:
     from safepool.transport._no_files import (
         Side,
@@ -32,7 +32,6 @@ else:
         held_at_most,
         invite,
         require,
-        require_to_load,
         require_to_pickle,
         store,
     )
@@ -45,7 +44,6 @@ __all__ = [
     "held_at_most",
     "invite",
     "require",
-    "require_to_load",
     "require_to_pickle",
     "store",
 ]

@@ -41,6 +41,10 @@ _SCRATCH_BYTES = 64 * 1024
 _DIRECT_BYTES = _SCRATCH_BYTES // 4
 # A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
 _JOINED_BYTES = 4 * 1024
+# Of an answer: with fewer bytes it is not asked whether there is room. And in how many pieces it
+# is dropped otherwise.
+_HELD_BYTES = 1 << 20
+_MOST_PIECES = 1 << 10
 _IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
 # Of one segment: what a process has addresses for.
 _MOST_BYTES = 1 << 47
@@ -144,6 +148,7 @@ class Missing(bytearray):
 
 
 _KINDS = frozenset(Kind)
+_ANSWERS = frozenset({Kind.RESULT, Kind.EXCEPTION})
 _KIND_OF = {int(kind): kind for kind in Kind}
 
 
@@ -206,6 +211,8 @@ class FrameReader:
     Args:
         fetch: Asked for the segments of a file, by the frame's kind and their lengths, when the
             frame is complete.
+        hold: Told how many bytes an answer will take here. If it raises `MemoryError`, the answer
+            is read and dropped, and that error stands for each of its segments.
     """
 
     __slots__ = (
@@ -214,6 +221,8 @@ class FrameReader:
         "_files",
         "_filled",
         "_head",
+        "_hold",
+        "_missing",
         "_parts",
         "_scratch",
         "_start",
@@ -224,8 +233,10 @@ class FrameReader:
     def __init__(
         self,
         fetch: Callable[[Kind, tuple[int, ...]], list[Received]] = _fetch_nothing,
+        hold: Callable[[int], None] | None = None,
     ) -> None:
         self._fetch = fetch
+        self._hold = hold
         self._scratch = bytearray(_SCRATCH_BYTES)
         self._view = memoryview(self._scratch)
         self._start = 0
@@ -236,6 +247,8 @@ class FrameReader:
         self._table: bytearray | None = None
         self._parts: list[bytearray] = []
         self._filled: tuple[int, int] = (0, 0)
+        # Of an answer that there is no room for.
+        self._missing: list[Received] = []
         # The segments in files: how many of the parts go before each file, and the lengths in it.
         self._files: list[tuple[int, list[int]]] = []
 
@@ -308,11 +321,11 @@ class FrameReader:
 
     def _take(self) -> Frame:
         assert self._head is not None
-        segments: list[Received] = [*self._parts]
+        segments: list[Received] = self._missing or [*self._parts]
         for place, lengths in reversed([*self._fetched(self._head[0])]):
             segments[place:place] = lengths
         frame = Frame(*self._head, segments)
-        self._head, self._parts, self._filled = None, [], (0, 0)
+        self._head, self._parts, self._filled, self._missing = None, [], (0, 0), []
         return frame
 
     def _fetched(self, kind: Kind) -> Iterator[tuple[int, list[Received]]]:
@@ -348,8 +361,21 @@ class FrameReader:
                 self._files[-1][1].append(inside)
             else:
                 raise CorruptFrameError(f"a segment of length {length:#x} is announced")
-        self._parts = [bytearray(length) for length in in_stream]
+        self._parts = self._memory_for(in_stream)
         self._filled = (0, 0)
+
+    def _memory_for(self, lengths: list[int]) -> list[bytearray]:
+        whole = sum(lengths)
+        assert self._head is not None
+        if self._hold is not None and whole >= _HELD_BYTES and self._head[0] in _ANSWERS:
+            try:
+                self._hold(whole)
+            except MemoryError as error:
+                # What arrives goes to one small piece of memory, again and again.
+                self._missing = [Missing(error.with_traceback(None)) for _ in lengths]
+                piece = bytearray(max(_HELD_BYTES, whole // _MOST_PIECES))
+                return [piece] * (whole // len(piece)) + [bytearray(whole % len(piece))]
+        return [bytearray(length) for length in lengths]
 
     def _goes_on(self, place: int) -> bool:
         """Tell whether there is a file that nothing has come behind."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import io
 import pickle
 import sys
 from collections import ChainMap
@@ -27,6 +26,7 @@ from safepool.transport.descriptors import (
 )
 from safepool.transport.exceptions import StandardTable
 from safepool.transport.frames import Missing
+from safepool.transport.growing import Sink, load
 from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Prints, Reducers
@@ -34,6 +34,7 @@ from safepool.transport.names import met
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from io import BytesIO
 
     from safepool.transport.frames import Buffer, Segment
     from safepool.transport.names import Met
@@ -130,6 +131,8 @@ def _by_reference(
         return None
     try:
         segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
         let_handlers_pass(error)
         return None
@@ -159,6 +162,8 @@ def _dumps_by(
             dump = functools.partial(_standard_dumps, reducers=reducers, known=known)
             try:
                 segments = _dumps(value, dump)
+            except MemoryError:
+                raise
             except Exception as error:  # noqa: BLE001 -- as above
                 let_handlers_pass(error)
             else:
@@ -189,8 +194,8 @@ def loads(segments: Sequence[Buffer]) -> Any:
         descriptors = [part for part in buffers if not len(part)]
         if descriptors:
             with Incoming(descriptors):
-                return pickle.loads(segments[0], buffers=buffers[: -len(descriptors)])
-    return pickle.loads(segments[0], buffers=buffers)
+                return load(segments[0], buffers[: -len(descriptors)])
+    return load(segments[0], buffers)
 
 
 def _dumps(
@@ -227,7 +232,7 @@ def _standard_dumps(
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
         # Of the class, where the C pickler looks for it.
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
-    file = io.BytesIO()
+    file = Sink()
     _finish(kind(file, protocol=5, buffer_callback=in_band), file, value, script)
     return file.getvalue()
 
@@ -242,7 +247,7 @@ def _table_pickler(known: Registered | None, _entries: int, *, arrays: bool, pri
     return type("TablePickler", (pickle.Pickler,), {"dispatch_table": StandardTable(special)})
 
 
-def _finish(pickler: Any, file: io.BytesIO, value: object, script: Met | None) -> None:
+def _finish(pickler: Any, file: BytesIO, value: object, script: Met | None) -> None:
     if script is not None:
         script.begin(pickler, file)
     pickler.dump(value)
@@ -257,14 +262,14 @@ def _by_value_dumps(
     into_main: bool,
     reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> bytes:
-    file = io.BytesIO()
+    file = Sink()
     dump_by_value(value, file, in_band, into_main=into_main, reducers=reducers)
     return file.getvalue()
 
 
 def dump_by_value(
     value: object,
-    file: io.BytesIO,
+    file: BytesIO,
     in_band: Callable[[pickle.PickleBuffer], bool] | None = None,
     *,
     into_main: bool = True,

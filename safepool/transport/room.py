@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safepool.errors import MemoryLimitError
 
 assert sys.platform == "linux"
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from safepool.limits.left import MemoryLeft, MemoryWatch
-    from safepool.transport.frames import Buffer
 
-__all__ = ["held_at_most", "require", "require_to_load", "require_to_pickle"]
+__all__ = ["held_at_most", "require", "require_to_pickle"]
 
 # Copied without a look: in the beginning, and of what was left after one.
 _FIRST_BYTES = 4 << 20
@@ -38,24 +37,19 @@ _LOOK_S = 1.0
 # Kept free: for the page tables, and the objects that a result is made of.
 _PART_KEPT = 32
 _MOST_KEPT_BYTES = 64 << 20
+# Pauses between two attempts to give memory back, as long as the first has taken.
+_PAUSES = 20
 # Of what is left, for results that are there and that nobody has taken.
 _PART_HELD = 4
 # What is pickled in one piece: as much again.
 _FLAT = frozenset({bytes, bytearray, str})
 # Worth a look at each.
 _LARGE_BYTES = 1 << 20
-# Objects take so many times as much as their pickle, at the least: 3.6 times a list of floats,
-# 10 times one of small dictionaries.
-_OBJECTS = 4
-# Opcodes of pickle's protocols 4 and 5 that a length follows, of so many bytes: objects are in
-# frames, and beside them is what is large in one piece. Less than 4 bytes have no frame.
-# Source: Python, Lib/pickletools.py and Modules/_pickle.c, FRAME_SIZE_MIN.
-_FRAME = 0x95
-_LENGTHS = {_FRAME: 8, 0x42: 4, 0x58: 4, 0x8D: 8, 0x8E: 8, 0x96: 8}
-_LEAST_FRAMED = 4
-# Frames that are looked into, of 64 KiB each; and text or bytes that take little more than there.
-_MOST_LOOKED_AT = 8
-_SHORT = 100
+# Characters of a text, to tell how many bytes each takes.
+_SAMPLE = 1 << 12
+# Where it is looked for: in containers of so few entries.
+_MOST_ENTRIES = 16
+_CONTAINERS = frozenset({tuple, list, dict})
 
 
 class _Room:
@@ -63,6 +57,7 @@ class _Room:
         self._watch: MemoryWatch | None = None
         self._unlooked = _FIRST_BYTES
         self._until = float("inf")
+        self._full_until = 0.0
 
     def require(self, size_bytes: int, done_bytes: int, whole_bytes: int) -> None:
         if whole_bytes - done_bytes > self._unlooked or time.monotonic() >= self._until:
@@ -72,15 +67,26 @@ class _Room:
 
     def _check(self, done_bytes: int, whole_bytes: int) -> int:
         """Return how much may be copied without another look."""
-        found = self.look()
+        found, wanted = self.look(), whole_bytes - done_bytes
+        if found is not None and wanted > _usable(found) and self._gives_back():
+            found = self.look()
         if found is None:
             return sys.maxsize
-        kept = min(found.limit_bytes // _PART_KEPT, _MOST_KEPT_BYTES)
-        left = max(0, found.bytes - kept)
-        if whole_bytes - done_bytes > left:
+        left = _usable(found)
+        if wanted > left:
             before = left + done_bytes
             raise MemoryLimitError(whole_bytes, before, found.limit_bytes, found.source)
         return left // _PART_WITHOUT_LOOK
+
+    def _gives_back(self) -> bool:
+        """Give back what can be, if it was not just tried: it takes long where much is in use."""
+        began = time.monotonic()
+        if began < self._full_until:
+            return False
+        _give_back()
+        now = time.monotonic()
+        self._full_until = now + _PAUSES * (now - began)
+        return True
 
     def look(self) -> MemoryLeft | None:
         """Return what is left; ``None`` where that cannot be told."""
@@ -110,68 +116,33 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
     _room.require(size_bytes, done_bytes, whole_bytes or size_bytes)
 
 
-def require_to_pickle(values: Iterable[object]) -> None:
+def require_to_pickle(values: Iterable[Any]) -> None:
     """Return if there is room for the pickle of values of which some are large in one piece.
+
+    They may be in a small container.
 
     Raises:
         MemoryLimitError: As :func:`require`.
     """
     for value in values:
-        if type(value) in _FLAT:
-            size_bytes = len(value)  # type: ignore[arg-type]
-            if size_bytes > _LARGE_BYTES:
-                require(size_bytes)
+        kind = type(value)
+        if kind in _FLAT:
+            if len(value) > _LARGE_BYTES:
+                require(_needed_to_pickle(value))
+        elif kind in _CONTAINERS and len(value) <= _MOST_ENTRIES:
+            parts = value.values() if kind is dict else value
+            if not _FLAT.isdisjoint(map(type, parts)):
+                require_to_pickle([part for part in parts if type(part) in _FLAT])
 
 
-def require_to_load(pickled: Buffer) -> None:
-    """Return if there is room for what a pickle is unpickled to.
-
-    Raises:
-        MemoryLimitError: As :func:`require`.
-    """
-    size_bytes = len(pickled)
-    if size_bytes < _LARGE_BYTES:
-        require(size_bytes)
-        return
-    frames = _frames(pickled)
-    objects = (_OBJECTS - 1) * sum(map(len, frames))
-    try:
-        require(size_bytes + objects)
-    except MemoryLimitError:
-        # It takes milliseconds to look into them.
-        require(size_bytes + int(objects * _part_of_objects(frames)))
-
-
-def _frames(pickled: Buffer) -> list[memoryview]:
-    """Return the frames of a pickle, as far as they can be found."""
-    found, view, at, unknown = [], memoryview(pickled), 2, 0
-    while at < len(view) and unknown <= _LEAST_FRAMED:
-        code = view[at]
-        begin = at + 1 + _LENGTHS.get(code, 0)
-        end = begin + int.from_bytes(view[at + 1 : begin], "little")
-        if code in _LENGTHS and end <= len(view):
-            if code == _FRAME:
-                found.append(view[begin:end])
-            at, unknown = end, 0
-        else:
-            at, unknown = at + 1, unknown + 1
-    return found
-
-
-def _part_of_objects(frames: Sequence[memoryview]) -> float:
-    """Return, from some of them, what part of the frames is no text or bytes of some length."""
-    import pickletools  # noqa: PLC0415 -- seldom
-
-    whole = flat = 0
-    for frame in frames[:: len(frames) // _MOST_LOOKED_AT + 1]:
-        whole += len(frame)
-        try:
-            for _, argument, _ in pickletools.genops(bytes(frame)):
-                if isinstance(argument, (bytes, bytearray, str)) and len(argument) > _SHORT:
-                    flat += len(argument)
-        except ValueError:  # the end of a frame is none of the pickle
-            pass
-    return 1 - flat / whole if whole else 0.0
+def _needed_to_pickle(flat: Any) -> int:
+    if type(flat) is not str:
+        return len(flat)
+    # Text is copied once more on its way. Beside ASCII it keeps a copy, in UTF-8, as well.
+    if flat.isascii():
+        return 2 * len(flat)
+    sample = flat[:: len(flat) // _SAMPLE]
+    return 3 * len(flat) * len(sample.encode(errors="surrogatepass")) // len(sample)
 
 
 def held_at_most(most_bytes: int) -> int:
@@ -182,6 +153,20 @@ def held_at_most(most_bytes: int) -> int:
     """
     found = _room.look()
     return most_bytes if found is None else min(most_bytes, found.bytes // _PART_HELD)
+
+
+def _usable(found: MemoryLeft) -> int:
+    kept = min(found.limit_bytes // _PART_KEPT, _MOST_KEPT_BYTES)
+    return max(0, found.bytes - kept)
+
+
+def _give_back() -> None:
+    """Give the system what this process has freed: glibc keeps it between what is in use."""
+    import ctypes  # noqa: PLC0415 -- seldom
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 _room = _Room()

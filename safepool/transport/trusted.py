@@ -17,6 +17,7 @@ import functools
 import importlib._bootstrap
 import io
 import pickle
+import re
 import sys
 import threading
 import types
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.frames import Missing
+from safepool.transport.growing import STEP_BYTES, Sink, Source, load
 from safepool.transport.marks import MAIN_NAMES
 from safepool.transport.memmaps import Reducers
 from safepool.transport.sharing import Shared
@@ -73,6 +75,8 @@ _MAKERS = {
     "safepool.transport.memmaps": ("reopen", "_read_only"),
     "safepool.transport.references": ("attach", "_view_of"),
 }
+# STACK_GLOBAL, in what may be large and is not to be copied.
+_NAME = re.compile(b"\x93")
 # Their special methods and makers run nothing of the program's.
 _LIBRARIES = frozenset({"builtins", "collections", "datetime", "decimal", "fractions", "numpy"})
 
@@ -107,10 +111,12 @@ def dumps(value: object) -> list[bytes | memoryview]:
         buffers.append(raw)
         return False
 
-    file = io.BytesIO()
+    file = Sink()
     kind = _array_pickler() if "numpy" in sys.modules else _Pickler
     try:
         kind(file, protocol=5, buffer_callback=in_band).dump(value)
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 -- UntrustedError, or what the other pickler says better
         let_handlers_pass(error)
         raise UntrustedError from None
@@ -129,11 +135,12 @@ def loads(segments: Sequence[Buffer]) -> Any:
         if isinstance(segment, Missing):
             raise segment.error
     assert not isinstance(head, Missing)
-    data = bytes(head) if isinstance(head, memoryview) else head
     # No name in it (STACK_GLOBAL), nor a number for one: the usual result.
-    if b"\x93" not in data and not copyreg._extension_registry:  # type: ignore[attr-defined]
-        return pickle.loads(data, buffers=buffers)
-    return _Unpickler(io.BytesIO(data), buffers=buffers).load()
+    named = _NAME.search(head) if isinstance(head, memoryview) else b"\x93" in head
+    if not named and not copyreg._extension_registry:  # type: ignore[attr-defined]
+        return load(head, buffers)
+    file = io.BytesIO(head) if len(head) < STEP_BYTES else Source(head)
+    return _Unpickler(file, buffers=buffers).load()
 
 
 class _Pickler(pickle.Pickler):

@@ -226,15 +226,156 @@ def test_the_program_survives(program: str, tmp_path: Path) -> None:
         assert printed == f"{expected}\nsurvived"
 
 
+SHAPES = """
+import dataclasses, itertools, os
+@dataclasses.dataclass
+class Holder:
+    data: object
+class Thing:
+    def __init__(self, number):
+        self.number, self.text, self.parts = number, str(number), [number]
+M = 1 << 20
+# Each takes some 50 MiB, of the 70 that are left, and its pickle does not fit beside it.
+MAKERS = {
+    "bytes": lambda: bytes(50 * M),
+    "bytearray": lambda: bytearray(50 * M),
+    "text": lambda: "x" * (50 * M),
+    "wide text": lambda: chr(0x20AC) * (25 * M),
+    "text in a dict": lambda: {"text": chr(0x20AC) * (25 * M)},
+    "bytes in a list": lambda: [os.urandom(M) for _ in range(50)],
+    "large bytes in a dict": lambda: {name: bytes(10 * M) for name in "abcde"},
+    "bytes in dataclasses": lambda: Holder(Holder([bytes(50 * M)])),
+    "small bytes": lambda: [os.urandom(8000) for _ in range(6000)],
+    "nested arrays": lambda: {"a": [np.ones(M // 8) for _ in range(50)]},
+    "small arrays": lambda: [np.ones(100) for _ in range(40_000)],
+    "floats": lambda: [float(number) for number in range(1_400_000)],
+    "array of objects": lambda: np.array([str(n) * 3 for n in range(400_000)], dtype=object),
+    # The last: the interpreter keeps much of what these have taken.
+    "objects": lambda: {number: Thing(number) for number in range(100_000)},
+}
+def make(name):
+    return MAKERS[name]()
+def fail_with(name):
+    raise ValueError(make(name))
+"""
+
+# What is left of this with a pool in it is some 70 MiB.
+SMALL_LIMIT_BYTES = 160 << 20
+
+
+def run_small(code: str) -> str:
+    code = f"{START}{SHAPES}\n{code}"
+    with control_group(memory_bytes=SMALL_LIMIT_BYTES) as group:
+        return group.run(code, timeout_s=110)
+
+
+def test_arguments_of_many_shapes_do_not_end_the_program() -> None:
+    """By position, by keyword, in a map, as what a function refers to."""
+    assert run_small("""
+with safepool.ProcessPool(1) as pool:
+    pool.submit(abs, -1).result(60)
+    for name in MAKERS:
+        value = make(name)
+        ways = [
+            lambda: pool.submit(size, value).result(60),
+            lambda: pool.submit(size, value=value).result(60),
+            lambda: next(pool.map(size, [value])),
+        ]
+        for number, way in enumerate(ways):
+            try:
+                way()
+            except (MemoryLimitError, WorkerDiedError) as error:
+                # Some are refused by the worker, or end it, when it makes them again.
+                assert isinstance(error, MemoryLimitError) or error.oom, (name, number, error)
+            except TypeError as error:  # a Holder has no len()
+                assert name == "bytes in dataclasses", error
+            error = None
+            assert pool.submit(abs, -3).result(60) == 3
+        value = None
+    print("survived")
+""").endswith("survived")
+
+
+def test_results_of_many_shapes_do_not_end_the_program() -> None:
+    """The call fails alone; the error says that it is memory, and how much."""
+    assert run_small("""
+with safepool.ProcessPool(1) as pool:
+    for name in MAKERS:
+        for function in (make, fail_with) if name in ("bytes", "bytes in a list") else (make,):
+            future, others = pool.submit(function, name), [pool.submit(abs, -n) for n in range(4)]
+            error = future.exception(60)
+            if isinstance(error, WorkerDiedError):
+                assert error.oom, (name, error)
+            elif isinstance(error, MemoryLimitError):
+                assert error.wanted_bytes > error.left_bytes, (name, error)
+            else:
+                assert error is None or function is fail_with, (name, error)
+            future = error = None
+            assert [other.result(60) for other in others] == [0, 1, 2, 3], name
+    print("survived")
+""").endswith("survived")
+
+
+def test_many_small_results_that_are_kept_do_not_end_the_program() -> None:
+    """Refused from the one on that does not fit, by submit and by map; tiny ones never."""
+    printed = run_small("""
+def text(number): return b"%d" % number + b"x" * 10_000
+def parts(number): return [(number, n, str(n)) for n in range(100)]
+with safepool.ProcessPool(1) as pool:
+    for function, count in ((text, 12_000), (parts, 12_000)):
+        kept, error = [], None
+        try:
+            for result in pool.map(function, range(count)):
+                kept.append(result)
+        except MemoryLimitError as problem:
+            error = problem
+        assert error is not None and 500 < len(kept) < count, (function, error, len(kept))
+        assert error.wanted_bytes > error.left_bytes and error.limit_bytes == 160 * M
+        assert kept[7] == function(7)
+        kept = result = error = None
+        futures = [pool.submit(function, number) for number in range(count)]
+        kinds = [type(future.exception(60)).__name__ for future in futures]
+        assert kinds.count("NoneType") > 500 and kinds.count("MemoryLimitError") > 500, kinds[-1]
+        assert futures[7].result() == function(7)
+        # A number takes less than the error in its place.
+        assert pool.submit(abs, -3).result(60) == 3
+        futures = None
+    print("survived")
+""")
+    assert printed == "survived"
+
+
+def test_small_results_that_wait_for_their_reader_are_not_computed_ahead_of_it() -> None:
+    """And all come. Each of the two takes more than the group has."""
+    printed = run_small("""
+def text(number): return b"%d" % number + b"x" * 10_000
+def parts(number): return [(number, n, str(n)) for n in range(100)]
+with safepool.ProcessPool(2) as pool:
+    for function, items in ((text, range(16_000)), (parts, iter(range(16_000)))):
+        results = pool.map(function, items)
+        assert next(results) == function(0)
+        scheduler = pool._scheduler
+        while not scheduler._backlog._held or any(not one.is_idle for one in scheduler.workers()):
+            time.sleep(0.01)
+        assert sum(1 for result in results) == 15_999
+    print("survived")
+""")
+    assert printed == "survived"
+
+
 def test_an_initializer_that_does_not_fit_breaks_the_pool_alone() -> None:
+    """An array, what is pickled in one piece, and what the pickler finds bit by bit."""
     code = """
-array = ones(300)
-with safepool.ProcessPool(2, initializer=size, initargs=(array,)) as pool:
-    error = pool.submit(abs, -1).exception(60)
-    print(type(error).__name__, type(error.__cause__).__name__)
+for make in (lambda: ones(300), lambda: [blob(1) for _ in range(260)]):
+    value = make()
+    with safepool.ProcessPool(2, initializer=size, initargs=(value,)) as pool:
+        error = pool.submit(abs, -1).exception(60)
+        print(type(error).__name__, type(error.__cause__).__name__)
+    del value, error
 """
     with control_group(memory_bytes=LIMIT_BYTES) as group:
-        assert group.run(START + code, timeout_s=110) == "PoolBrokenError MemoryLimitError"
+        printed = group.run(START + code, timeout_s=110)
+        assert printed.split("\n") == ["PoolBrokenError MemoryLimitError"] * 2
 
 
 def scores(_: object) -> tuple[int, int]:

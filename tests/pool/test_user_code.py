@@ -194,6 +194,25 @@ def test_an_initializer_whose_pickling_waits_keeps_no_worker_that_is_there(gate:
         assert [future.result(timeout=30) for future in long] == [None] * 4
 
 
+def test_an_initializer_whose_pickling_takes_a_moment_and_fails_breaks_the_pool() -> None:
+    """It is not pickled again and again: by submit, then by the scheduler's hands, each twice."""
+
+    class Fails:
+        times = 0
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            Fails.times += 1
+            time.sleep(0.02)  # longer than the scheduler waits for it
+            raise ValueError("no")
+
+    with ProcessPool(1, initializer=abs, initargs=(Fails(),)) as pool:
+        error = pool.submit(abs, -1).exception(timeout=30)
+
+    assert type(error).__name__ == "PoolBrokenError"
+    assert isinstance(error.__cause__, ValueError)
+    assert Fails.times == 4
+
+
 def test_calls_begin_in_their_order_also_when_pickling_takes_a_moment() -> None:
     class Slow:
         def __init__(self, number: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -15,8 +15,12 @@ from safepool.transport.frames import (
     Frame,
     FrameReader,
     Kind,
+    Missing,
     encode,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class InFile(Filed):
@@ -30,9 +34,9 @@ def fetch(kind: Kind, lengths: tuple[int, ...]) -> list[Any]:
     return [bytearray(f"{kind} {length} of {lengths}", "ascii") for length in lengths]
 
 
-def read(stream: bytes, cuts: list[int]) -> list[Frame]:
+def read(stream: bytes, cuts: list[int], hold: Callable[[int], None] | None = None) -> list[Frame]:
     """Feed a stream to a reader in pieces that end at the given places."""
-    reader = FrameReader(fetch)
+    reader = FrameReader(fetch, hold)
     frames: list[Frame] = []
     position = 0
     for end in [*sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]:
@@ -170,3 +174,34 @@ def test_a_file_where_there_are_none_is_refused() -> None:
     reader.buffer()[: len(stream)] = stream
     with pytest.raises(CorruptFrameError, match="in a file"):
         list(reader.received(len(stream)))
+
+
+def test_an_answer_that_there_is_no_room_for_is_read_and_dropped() -> None:
+    """What comes behind it is read as ever; what is small, or no answer, is not asked about."""
+    asked: list[int] = []
+
+    def hold(size_bytes: int) -> None:
+        asked.append(size_bytes)
+        if size_bytes > 3 << 20:
+            raise MemoryError("no room")
+
+    large, filed = bytes(5 << 20), InFile((7,))
+    sent: list[tuple[Kind, int, list[Any]]] = [
+        (Kind.RESULT, 1, [large, filed, b"abc"]),
+        (Kind.RESULT, 2, [b"abc"]),
+        (Kind.EXCEPTION, 3, [large]),
+        (Kind.RESULT, 4, [large[: 2 << 20], b"de"]),
+        (Kind.LOG, 5, [large]),
+        (Kind.RESULT, 6, [b"fg"]),
+    ]
+    stream = b"".join(piece for message in sent for piece in encode(*message))
+    for cuts in ([], [10, 100_000, 3 << 20], [*range(0, len(stream), 300_001)]):
+        asked.clear()
+        frames = read(stream, cuts, hold)
+        assert asked == [len(large) + 3, len(large), (2 << 20) + 2]
+        assert [frame.task for frame in frames] == [1, 2, 3, 4, 5, 6]
+        first, _, third, *others = frames
+        missing = [*first.segments[:1], *first.segments[2:], *third.segments]
+        assert [str(one.error) for one in missing if isinstance(one, Missing)] == ["no room"] * 3
+        assert first.segments[1] == fetch(Kind.RESULT, (7,))[0]
+        assert [bytes(frame.segments[0]) for frame in others] == [large[: 2 << 20], large, b"fg"]

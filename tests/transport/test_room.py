@@ -103,7 +103,9 @@ def test_small_copies_look_seldom_and_are_counted(watch: Watch) -> None:
         files.require(1)
     watch.left = 160 * MIB
     files.require(MIB)
-    assert watch.asked == 4
+    assert (
+        watch.asked == 6
+    )  # twice where it is refused: once more when freed memory was given back
 
 
 def test_a_look_holds_for_a_second(watch: Watch) -> None:
@@ -136,20 +138,25 @@ def test_results_that_wait_may_hold_a_part_of_what_is_left(watch: Watch) -> None
     assert files.held_at_most(256 * MIB) == 256 * MIB
 
 
-# One row per argument that is pickled in one piece, and whether it is large.
-ARGUMENTS: dict[str, tuple[object, bool]] = {
-    "bytes": (bytes(8 * MIB), True),
-    "bytearray": (bytearray(8 * MIB), True),
-    "text": ("x" * (8 * MIB), True),
-    "little": (b"x", False),
-    "a number": (10**9, False),
-    "a list": ([0] * 10, False),
+WIDE = "\u20ac" * (2 * MIB) + "x" * (2 * MIB)
+
+# One row per argument, and how much its pickle takes on its way, in MiB.
+ARGUMENTS: dict[str, tuple[object, int]] = {
+    "bytes": (bytes(8 * MIB), 8),
+    "bytearray": (bytearray(8 * MIB), 8),
+    "text": ("x" * (8 * MIB), 16),
+    "text that is encoded, and kept so": (WIDE, 3 * 8),
+    "text in a dict": ({"text": WIDE, "n": 1}, 3 * 8),
+    "bytes in a tuple": ((1, bytes(8 * MIB)), 8),
+    "little": (b"x", 0),
+    "a number": (10**9, 0),
+    "a list": ([0] * 10, 0),
 }
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_a_pickle_in_one_piece_needs_as_much_again(argument: str, watch: Watch) -> None:
-    value, large = ARGUMENTS[argument]
+    value, size_mib = ARGUMENTS[argument]
     watch.left = MIB
     try:
         files.require_to_pickle([1, value])
@@ -157,49 +164,7 @@ def test_a_pickle_in_one_piece_needs_as_much_again(argument: str, watch: Watch) 
         refused = error.wanted_bytes
     else:
         refused = 0
-    assert refused == (8 * MIB if large else 0)
-
-
-# One row per object: of what its parts take, the least and the most that its pickle is taken for.
-LOADED: dict[str, tuple[Any, float, float]] = {
-    "bytes": (bytes(4 * MIB), 0.99, 1.01),
-    "text": ("x" * (4 * MIB), 0.99, 1.01),
-    "several in a list": ([bytes(2 * MIB), "y" * (3 * MIB), bytearray(MIB)], 0.99, 1.01),
-    "numbers": ([float(number) for number in range(500_000)], 0.8, 1.5),
-    "numbers beside bytes": ([bytes(4 * MIB), *map(float, range(300_000))], 0.8, 1.5),
-    "small pieces of bytes": ([os.urandom(8000) for _ in range(1000)], 0.99, 1.05),
-    "numbers beside small pieces": (
-        [bytes(8000) + bytes([n % 256]) for n in range(400)] + [float(n) for n in range(150_000)],
-        0.7,
-        1.5,
-    ),
-    "a tuple of both": ((bytes(4 * MIB), list(map(float, range(300_000)))), 0.8, 1.5),
-}
-
-
-def size_of(value: Any) -> int:
-    parts = value if isinstance(value, (list, tuple)) else ()
-    return sys.getsizeof(value) + sum(map(size_of, parts))
-
-
-@pytest.mark.parametrize("kind", LOADED)
-def test_what_a_pickle_becomes_is_estimated(kind: str, watch: Watch) -> None:
-    """Floats take four times as much as in their pickle, bytes the same."""
-    value, least, most = LOADED[kind]
-    pickled = pickle.dumps(value, protocol=5)
-    watch.be_full()
-    with pytest.raises(MemoryLimitError) as raised:
-        files.require_to_load(pickled)
-
-    assert least <= raised.value.wanted_bytes / size_of(value) <= most
-
-
-def test_a_pickle_that_is_none_is_taken_for_its_size(watch: Watch) -> None:
-    watch.be_full()
-    for noise in (os.urandom(2 * MIB), b"\x80\x05\x95" + b"\xff" * (2 * MIB)):
-        with pytest.raises(MemoryLimitError) as raised:
-            files.require_to_load(noise)
-        assert raised.value.wanted_bytes >= len(noise)
+    assert round(refused / MIB) == size_mib
 
 
 def test_what_was_copied_is_freed_when_the_rest_is_refused(watch: Watch) -> None:
