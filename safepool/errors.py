@@ -11,7 +11,7 @@ import errno
 import functools
 import signal
 import threading
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -177,6 +177,9 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         begun: bool = True,
     ) -> None:
         super().__init__(pid, exitcode, task, stack, oom, by_pool, begun)
+        # In the words of the standard pool from Python 3.15 on.
+        told = f"\n'''\nProcess {pid} terminated abruptly with exit code {exitcode}'''"
+        self.__cause__ = _RemoteTraceback(told)  # type: ignore[arg-type]
         self.pid = pid
         self.exitcode = exitcode
         self.task = task

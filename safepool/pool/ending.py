@@ -119,7 +119,8 @@ class Ending:
         error = WorkerDiedError(
             self.pid, self.exitcode, name, self.stack, self.oom, self.by_pool, lost.begun
         )
-        error.__cause__ = self.fault
+        if self.fault is not None:
+            error.__cause__ = self.fault
         return error
 
     def outcome_of(self, lost: Lost) -> str:

@@ -37,11 +37,13 @@ class Waiters:
 
     def wake(self) -> None:
         """Let everybody who waits look again. From any thread, never blocks."""
-        while self._locks:
+        # popleft() rather than a look at the length, which may be of before the other thread's
+        # append() where there is no GIL.
+        while True:
             try:
                 self._locks.popleft().release()
             except IndexError:
-                return  # another thread does the same
+                return
 
     def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait once: return when woken, or after that time; return what is true then."""

@@ -305,7 +305,7 @@ class PoolFuture(Future[Any]):
             latch.open()
         callbacks: deque[list[Callable[[Future[Any]], object]]] | None
         callbacks = facts.get("_done_callbacks")
-        while callbacks:
+        while callbacks is not None:
             try:
                 entry = callbacks.popleft()
             except IndexError:

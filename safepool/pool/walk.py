@@ -162,7 +162,8 @@ class Walk:
                 for used in known.uses
             }
             for name in everything.reached:
-                uses |= uses_of(value_of(name), mentioned_in) & main_space().keys()
+                named = uses_of(value_of(name), mentioned_in)
+                uses |= {one for one in named if one in main_space()}
             self.go_if_possible(uses)
         while self._pickled:
             for group in _together(self._pickled):

@@ -36,7 +36,7 @@ def revision() -> int:
 
 def runtimes() -> tuple[NativeRuntime, ...]:
     """Return every row: the table's first, then those added, in their order."""
-    return (*RUNTIMES, *(row for row, _ in _added.values()))
+    return (*RUNTIMES, *(row for row, _ in [*_added.values()]))
 
 
 def call_of(row: NativeRuntime) -> Call | None:

@@ -112,7 +112,7 @@ class Outbox:
         frame = b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
         self.logged = True
         # A copy: other threads add and take.
-        waiting_bytes = sum(map(len, list(self._waiting)))
+        waiting_bytes = sum(map(len, self._waiting.copy()))
         if waiting_bytes and waiting_bytes + len(frame) > _WAITING_BYTES:
             self._dropped += 1
             frame = b""

@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from itertools import islice
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
@@ -120,7 +119,8 @@ class Imports:
         """Return those since the last look, in their order, for :func:`learn`; it may be none."""
         # The newest are the last of the table. If others were removed, some are told again.
         begin, self._count = self._count, len(sys.modules)
-        recent = [*islice(sys.modules.items(), min(begin, self._count), None)]
+        # A list of all: another thread may import meanwhile.
+        recent = [*sys.modules.items()][min(begin, self._count) :]
         names = [name for name, module in recent if _may_be_preloaded(name) and _is_there(module)]
         return "\n".join(names).encode(errors="replace")
 

@@ -91,9 +91,6 @@ EXCLUDED = {
     ),
     "test_processes_terminate": Excluded("test_shutdown", _COUNTS),
     "test_saturation": Excluded("test_process_pool", _COUNTS),
-    "test_traceback_when_child_process_terminates_abruptly": Excluded(
-        "test_process_pool", "the exit code is an attribute and in the text", since=(3, 15)
-    ),
     "test_shutdown_no_wait_max_tasks_gh119592": Excluded(
         "test_process_pool", "wants a dropped pool to fail its tasks; ours runs them", (3, 15)
     ),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import sys
 import sysconfig
 import threading
+import warnings
 from concurrent.futures import CancelledError, wait
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
@@ -20,6 +24,11 @@ if TYPE_CHECKING:
 
 THREADS = 16
 ROUNDS = 40
+SCRIPT = """
+factor, table = 3, {}
+def scaled(x):
+    return factor * x if table is not None else 0
+"""
 
 
 def in_threads(do: Callable[[int], None]) -> None:
@@ -127,6 +136,41 @@ def test_a_pool_is_shut_down_while_others_submit() -> None:
 
     in_threads(use)
     pool.shutdown()
+
+
+def test_the_script_changes_while_its_calls_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names, variables, settings and modules come and go in some threads; others submit."""
+    script: Any = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    exec(SCRIPT, vars(script))
+    monkeypatch.setattr(warnings, "filters", [*warnings.filters])
+    names = [f"many_threads_{number}" for number in range(4)]
+
+    def change(number: int) -> None:
+        name = f"many_threads_{number}"
+        for turn in range(ROUNDS * 5):
+            setattr(script, f"extra_{number}_{turn}", turn)
+            script.table[name] = turn
+            os.environ[name] = str(turn)
+            sys.modules[f"{name}.{turn}"] = ModuleType(f"{name}.{turn}")
+            logging.getLogger(f"{name}.{turn % 7}").setLevel(turn % 50)
+            warnings.filterwarnings("ignore", message=f"{name} {turn}")
+            sys.path.append(f"/{name}")
+            delattr(script, f"extra_{number}_{turn}")
+            sys.path.remove(f"/{name}")
+            del sys.modules[f"{name}.{turn}"], os.environ[name]
+
+    def use(number: int) -> None:
+        if number < len(names):
+            change(number)
+            return
+        for turn in range(ROUNDS // 4):
+            assert pool.submit(script.scaled, turn).result(60) == 3 * turn
+            assert pool.submit(lambda x, base=turn: base + x, 2).result(60) == turn + 2
+            assert list(pool.map(script.scaled, range(5))) == [0, 3, 6, 9, 12]
+
+    with ProcessPool(2) as pool:
+        in_threads(use)
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="there is the GIL")

@@ -73,6 +73,12 @@ def has_begun(pool: ProcessPool) -> bool:
     return any(board is not None and board.began > 0 for board in boards)
 
 
+def has_begun_what_it_owes(pool: ProcessPool, count: int) -> bool:
+    """Tell whether a worker has begun the first of so many calls."""
+    owing = [worker for worker in pool._scheduler.workers() if worker.ledger.owed == count]
+    return any(worker.board.began > worker.ledger.last - count for worker in owing if worker.board)
+
+
 def staff_fully(pool: ProcessPool, size: int) -> set[int]:
     """Return the ids of this many workers, all ready."""
     while sum(worker.ready for worker in pool._scheduler.workers()) < size:
@@ -114,6 +120,8 @@ def test_an_answer_under_way_is_read_when_the_next_task_meets_a_dead_worker(
         pool.submit(tasks.wait_for, str(first)).add_done_callback(gate)
         # 20 KB: too large for the board, so it goes as a frame of its own.
         answered = pool.submit(tasks.wait_for, str(second), bytes(20_000))
+        # The scheduler may read the first answer before it sends this call.
+        wait_until(answered.running)
         first.touch()
         assert gate.reached.wait(30)
         (busy,) = (worker for worker in pool._scheduler.workers() if worker.ledger.owed)
@@ -177,6 +185,9 @@ def test_calls_taken_back_in_the_moment_of_a_cancellation_are_cancelled(
     with ProcessPool(2) as pool:
         staff_fully(pool, 2)
         results = pool.map(tasks.wait_for, [str(first), *[str(tmp_path)] * 9], chunksize=10)
+        # Else all ten are taken back, and cancelled: the worker may read them later than the
+        # scheduler learns of the other one's end.
+        wait_until(lambda: has_begun_what_it_owes(pool, 10))
         pool.submit(tasks.wait_for, str(other)).add_done_callback(gate)
         other.touch()
         assert gate.reached.wait(30)
