@@ -23,6 +23,9 @@ What goes wrong, and what is done:
     It never says a word    an error names the executable: it is no Python interpreter.
     Tasks leave programs    they go on, as with any pool; if the pool asks for it, its server is
                             below a keeper, which ends them with the program (``keeper``).
+    The program gives up    another is started with its new rights. Where the new user cannot start
+    root                    one (an interpreter below /root), the one that runs gives up the same,
+                            and has no use if it then has other rights than the program.
     The program forks       the child gives up its copies: it would keep the server alive. What
                             a start needs is imported here, in the thread that makes the pool: a
                             child could never import what another thread was importing.
@@ -60,9 +63,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safepool import linux
 from safepool.errors import FROM_OUTSIDE, REFUSALS, describe_exit, naming
 from safepool.transport import letters
-from safepool.workers import birth, forked, kept, script
+from safepool.workers import birth, forked, identity, kept, script
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.identity import place, rights
+from safepool.workers.identity import can_start, place, rights
 from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import modules_learned, modules_of_the_program
 
@@ -445,6 +448,8 @@ class _Server:
         # Variables that its imports have read, as they were in the program.
         self._read: dict[str, str | None] = {}
         self._workers: list[forked.ForkedProcess] = []
+        # It has the rights that the program had before, and is to take those of now.
+        self.takes_rights = False
         # Pools that use it at the moment; under the lock of the servers' table.
         self.users = 0
 
@@ -453,6 +458,11 @@ class _Server:
         """Its process id; ``None`` while none runs."""
         process = self._process
         return None if process is None else process.pid or None
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether it runs, as far as is known, and forks workers."""
+        return self._process is not None and not self._afresh
 
     def descriptors(self) -> list[int]:
         """Return what it holds in this process."""
@@ -606,6 +616,8 @@ class _Server:
             if self._process is None:
                 self._start()
             try:
+                if self.takes_rights:
+                    self._take_rights(given_up)
                 if strict and attempt < 2:
                     self._preload(modules, given_up, strict=strict)
                 if self._plan is not None and self._marks is None:
@@ -623,6 +635,18 @@ class _Server:
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
         raise _CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
+
+    def _take_rights(self, given_up: Callable[[], bool]) -> None:
+        self.takes_rights = False
+        self._hear_of_what_was_asked_ahead(given_up)
+        self._send(("rights", identity.users()))
+        (_, told), _ = self._receive(_FORK_S, given_up)
+        if told != (rights(), place()):
+            self._stop()
+            raise _no_interpreter(
+                f"cannot be started by user {os.geteuid()}, and the fork server that runs cannot "
+                "get the rights that this program has now"
+            )
 
     def _lose(self, error: Exception, attempt: int) -> str:
         """End a server that was lost, and say how it ended.
@@ -730,7 +754,8 @@ class _Server:
                 )
             except OSError as error:
                 if error.errno in _NOT_EXECUTABLE:
-                    raise _no_interpreter(f"cannot be started: {error}") from error
+                    who = f"cannot be started by user {os.geteuid()}"
+                    raise _no_interpreter(f"{who}: {error}") from error
                 if error.errno != errno.E2BIG:
                     raise
                 # execve(2): 128 KiB for a variable, a quarter of the stack for all. Workers get
@@ -748,12 +773,15 @@ class _Server:
     def _preload(
         self, modules: Sequence[str], given_up: Callable[[], bool], *, strict: bool
     ) -> None:
-        if self._ahead:
-            self._ahead = False
-            self._hear_of_imports(given_up, strict=False, imported=True)
+        self._hear_of_what_was_asked_ahead(given_up)
         before = bool(self._asked)
         if self._ask_for(modules, strict=strict):
             self._hear_of_imports(given_up, strict=strict, imported=before)
+
+    def _hear_of_what_was_asked_ahead(self, given_up: Callable[[], bool]) -> None:
+        if self._ahead:
+            self._ahead = False
+            self._hear_of_imports(given_up, strict=False, imported=True)
 
     def preload_ahead(self, modules: Sequence[str]) -> None:
         """Ask for what is new, and do not wait for it."""
@@ -833,7 +861,7 @@ class _Server:
             "identity": (),
             "forks": not self._afresh,
         }
-        folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
+        folder = _open_directory()
         try:
             tracker = resource_tracker.getfd()
             assert tracker is not None
@@ -970,7 +998,7 @@ class _Server:
             gate, key = os.pipe()
             ours.append(key)
             opened.append(gate)
-            folder = os.open(".", os.O_RDONLY | getattr(os, "O_PATH", 0))
+            folder = _open_directory()
             opened.append(folder)
             streams = [_stream(number, opened) for number in (1, 2)]
             # Shared, so that shared memory is not unlinked by the worker's own at its end.
@@ -1111,6 +1139,8 @@ def _server_for(
             _servers[replace(setting, outdated=id(found))] = _servers.pop(setting)
             found = None
         if found is None:
+            found = _with_rights_of_before(setting)
+        if found is None:
             idle = [one for one, other in _servers.items() if other.is_idle()]
             for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
                 _servers.pop(one).stop()
@@ -1123,6 +1153,19 @@ def _server_for(
     finally:
         with _servers_lock:
             found.users -= 1
+
+
+def _with_rights_of_before(setting: _Setting) -> _Server | None:
+    """Return a server that can take the rights of now, where this user can start no other."""
+    if can_start(_executable(), os.__file__, __file__):
+        return None
+    for one, server in _servers.items():
+        if replace(one, identity=setting.identity) == setting and server.can_fork:
+            # Under its new name alone: it has no way back.
+            _servers[setting] = _servers.pop(one)
+            server.takes_rights = True
+            return server
+    return None
 
 
 def running() -> list[int]:
@@ -1265,6 +1308,14 @@ def _is_stream(number: int) -> bool:
         return os.get_inheritable(number)
     except OSError:
         return False
+
+
+def _open_directory() -> int:
+    flags = os.O_RDONLY | getattr(os, "O_PATH", 0)
+    try:
+        return os.open(".", flags)
+    except PermissionError:  # a program that has given up root in a directory of root's
+        return os.open("/", flags)
 
 
 def _has_directory() -> bool:

@@ -12,8 +12,9 @@ import errno
 import os
 import sys
 import time
+from typing import Any
 
-__all__ = ["RightsWatch", "place", "rights"]
+__all__ = ["RightsWatch", "can_start", "place", "rights", "take", "users"]
 
 _RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
 # What cannot be read without a descriptor is what it was: it has not changed for that.
@@ -60,6 +61,13 @@ def place() -> tuple[str, ...]:
     return tuple(found)
 
 
+def can_start(*files: str) -> bool:
+    """Tell whether this user may read files that a new interpreter needs, and run the first."""
+    needed = [(files[0], os.X_OK), *((file, os.R_OK) for file in files)]
+    effective = os.access in os.supports_effective_ids
+    return all(os.access(file, how, effective_ids=effective) for file, how in needed)
+
+
 class RightsWatch:
     """Tells when this process has other rights than before."""
 
@@ -85,6 +93,27 @@ def _rights_now() -> tuple[str, ...]:
         return rights()
     except OSError:
         return ()
+
+
+if sys.platform == "linux":
+
+    def users() -> tuple[Any, ...]:
+        """Return the users and groups of this process, for :func:`take`."""
+        return os.getgroups(), os.getresgid(), os.getresuid()
+
+    def take(wanted: tuple[Any, ...]) -> None:
+        """Become these users and groups.
+
+        Args:
+            wanted: From :func:`users` of another process.
+
+        Raises:
+            OSError: This process may not.
+        """
+        groups, group, user = wanted
+        os.setgroups(groups)
+        os.setresgid(*group)
+        os.setresuid(*user)
 
 
 if sys.platform == "win32":

@@ -140,10 +140,11 @@ def _be_taken_first() -> None:
         proc_pid_oom_score_adj(5); Linux, mm/oom_kill.c, ``oom_badness``.
     """
     try:
-        with open(_OOM_SCORE, encoding="ascii") as file:
+        # As bytes: a codec may have to be imported, which this user may not be able to read.
+        with open(_OOM_SCORE, "rb") as file:
             score = int(file.read())
-        with open(_OOM_SCORE, "w", encoding="ascii") as file:
-            file.write(str(min(score + 1000, 1000)))
+        with open(_OOM_SCORE, "wb") as file:
+            file.write(b"%d" % min(score + 1000, 1000))
     except (OSError, ValueError):
         pass  # another system, or no /proc; or it may not be written here
 

@@ -41,7 +41,7 @@ from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import birth, keeper, lifeline, script, traces
+from safepool.workers import birth, identity, keeper, lifeline, script, traces
 from safepool.workers.describe import get_ready
 from safepool.workers.preload import BACKGROUND_THREADS
 
@@ -57,6 +57,8 @@ EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
 _TASKS = "/proc/self/task"
+# What calls of any kind bring along, and a worker imports with the first.
+_NEEDED = ("safepool.decorator", "safepool.transport.by_value")
 
 
 def serve(
@@ -139,6 +141,8 @@ class _Server:
                     self._become(details, descriptors)
                 elif what == "script":
                     self._run_script(details, descriptors)
+                elif what == "rights":
+                    self._take_rights(details)
                 elif what == "prints":
                     self._tell_prints(details, *descriptors)
                 else:
@@ -209,6 +213,17 @@ class _Server:
         gc.enable()
         self._forks = details["forks"]
         letters.send(self._sock, ("ran", report))
+
+    def _take_rights(self, users: tuple[Any, ...]) -> None:
+        """Give up the rights that the program has given up: its user can start no other server."""
+        # What workers may need of ours, as long as it may be read.
+        for name in _NEEDED:
+            importlib.import_module(name)
+        try:
+            identity.take(users)
+        except OSError:
+            pass  # the program compares
+        letters.send(self._sock, ("rights", (identity.rights(), identity.place())))
 
     def _tell_prints(self, names: list[str], pipe: int) -> None:
         """Write what the script's globals are like, in a child: pickling runs the user's code."""

@@ -287,24 +287,67 @@ def test_a_program_that_gives_up_root_is_rid_of_its_old_workers(
     assert done.stderr == ""
 
 
-def test_a_new_user_who_may_not_start_the_interpreter_is_told_so(tmp_path: Path) -> None:
+# What a program does when it gives up root and the new user may not start the interpreter, and
+# what it prints.
+UNREADABLE: dict[str, tuple[str, str]] = {
+    "a server runs": (
+        """
+        print(pool.submit(os.getuid).result(60), servers())
+        GIVE_UP
+        print(pool.submit(os.getuid).result(60), servers())
+        print(pool.submit(lambda: os.getgid()).result(60))
+        slow = pool.submit(safepool.worker(time.sleep, timeout=1), 60)
+        print(type(slow.exception(60)).__name__)
+        """,
+        f"0 [0]\n{NOBODY} [{NOBODY}]\n{NOBODY}\nTaskTimeoutError\n",
+    ),
+    "it cannot have all of the program's rights": (
+        """
+        print(pool.submit(os.getuid).result(60))
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+        GIVE_UP
+        error = str(pool.submit(os.getuid).exception(60))
+        print(f"cannot be started by user {os.getuid()}" in error or error)
+        """,
+        "0\nTrue\n",
+    ),
+    "no server runs": (
+        """
+        GIVE_UP
+        error = str(pool.submit(os.getuid).exception(60))
+        print(f"cannot be started by user {os.getuid()}: [Errno 13]" in error or error)
+        """,
+        "True\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_a_new_user_who_may_not_start_the_interpreter_has_workers(
+    case: str, tmp_path: Path
+) -> None:
     if os.getuid() != 0:
         pytest.skip("only root can give up root")
     secret = tmp_path / "python"
     secret.symlink_to(sys.executable)
-    script = f"""
-        import multiprocessing, os, safepool
+    head = f"""
+        import ctypes, multiprocessing, os, time, safepool
+        from safepool.workers import forkserver
         multiprocessing.set_executable({str(secret)!r})
-        with safepool.ProcessPool(1) as pool:
-            print(pool.submit(os.getuid).result())
-            os.chmod({str(tmp_path)!r}, 0o700)
-            {GIVE_UP}
-            print(pool.submit(os.getuid).exception(60))
+        # What the program itself could not import any more, where the package is below /root.
+        import safepool.transport.by_value
+        safepool.worker
+        os.chmod({str(tmp_path)!r}, 0o700)
+        def servers():
+            texts = [open(f"/proc/{{pid}}/status").read() for pid in forkserver.running()]
+            return [int(text.partition("Uid:")[2].split()[0]) for text in texts]
+        pool = safepool.ProcessPool(1)
     """
-    done = run_python("-c", textwrap.dedent(script), cwd=tmp_path)
+    text, printed = UNREADABLE[case]
+    script = textwrap.dedent(head) + textwrap.dedent(text).replace("GIVE_UP", GIVE_UP)
+    done = run_python("-c", script + "pool.shutdown()\n", cwd=tmp_path)
 
-    assert done.stdout.startswith("0\nno worker could be started: the interpreter"), done.stderr
-    assert "Permission denied" in done.stdout
+    assert done.stdout == printed, done.stderr
 
 
 # What a task does when its time is over: it forks, in one way or another, again and again.
