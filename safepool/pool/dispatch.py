@@ -20,6 +20,7 @@ import gc
 import itertools
 import os
 import pickle
+import sys
 import time
 import types
 import weakref
@@ -31,6 +32,7 @@ from safepool.machine import tell_once
 from safepool.pool.deliveries import Needs
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
+from safepool.pool.mains import is_data, runs_no_code
 from safepool.pool.mapping import Span
 from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
@@ -43,7 +45,7 @@ from safepool.transport.descriptors import are_beyond
 from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.marks import MAIN_NAMES
-from safepool.transport.names import Met
+from safepool.transport.names import Met, names_of
 from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, task_frame, tasks_frame
 from safepool.workers.settings import settings_frame
@@ -421,7 +423,10 @@ class Dispatch:
         assert task.call is not None
         function, args, kwargs = task.call
         sent = self.functions.known(function) or self.functions.known_of_main(function)
-        needs = None if sent is None else self.names.needed_here(sent.names)
+        if sent is None:
+            bare = not kwargs and runs_no_code(function) and is_data(args)
+            return self._pickle_bare(task) if bare else None
+        needs = self.names.needed_here(sent.names)
         if needs is None:
             return None
         try:
@@ -433,6 +438,23 @@ class Dispatch:
             return _dumps_here((args, kwargs))._replace(function=sent, needs=needs)
         except (UntrustedError, MemoryError):  # the hands say why
             return None
+
+    def _pickle_bare(self, task: Task) -> Pickled | None:
+        """Return the pickle of a function by value that holds data alone: most lambdas."""
+        assert task.call is not None
+        function, args, kwargs = task.call
+        names = names_of(function.__code__)
+        needs = self.names.needed_here(names)
+        by_value = sys.modules.get("safepool.transport.by_value")
+        if needs is None or by_value is None or not trusted.is_settled(by_value):
+            return None
+        sent = self.functions.lasting(function)
+        if sent is not None:
+            same = sent.names == names
+            return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs) if same else None
+        with Met() as met:
+            segments = payloads.dumps(task.call, into_main=True, by_value=True)
+        return Pickled(None, segments, (), needs) if met.names == names else None
 
     def _pickle(self, task: Task) -> Pickled:
         """Return a task's pickle. In any thread."""

@@ -134,7 +134,7 @@ class Settings:
                 if seen is not None and seen is one.seen:
                     continue
                 value = one.read(one.module)
-                if one.known and one.value == value:
+                if one.known and _is_equal(one.value, value):
                     one.seen = seen
                     continue
             except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
@@ -159,6 +159,14 @@ class Settings:
     def packed(self) -> list[Packed]:
         """Return all that workers are told. From any thread."""
         return [*self._packed.copy().values()]
+
+
+def _is_equal(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except Exception as error:  # noqa: BLE001 -- arrays, and user code
+        let_handlers_pass(error)
+        return False
 
 
 class Telling:

@@ -82,8 +82,8 @@ class Met:
     """
 
     __slots__ = (
-        "_aliases",
         "_before",
+        "_held",
         "keeps_memo",
         "memo",
         "own",
@@ -110,7 +110,7 @@ class Met:
         self.refs: set[str] = set()
         self.uses: set[str] = set()
         self.memo: Mapping[int, tuple[int, object]] = {}
-        self._aliases: dict[int, str] | None = None
+        self._held: frozenset[int] | None = None
 
     def __enter__(self) -> Self:
         self._before = met()
@@ -138,10 +138,13 @@ class Met:
         for part in rest.split(".") if rest else ():
             found = getattr(found, part, None)
         if found is not thing:
-            if self._aliases is None:
-                self._aliases = {id(value): name for name, value in list(here.items())}
-            path = root = self._aliases.get(id(thing), "")
-            if here.get(root) is not thing:
+            if self._held is None:
+                self._held = frozenset(map(id, list(here.values())))
+            if id(thing) not in self._held:  # most lambdas, and what a function has made
+                return None
+            others = (name for name, value in reversed(list(here.items())) if value is thing)
+            path = root = next(others, "")
+            if not root:
                 return None
         if root in self.own:
             return None

@@ -22,6 +22,7 @@ Left out on purpose:
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,11 +69,38 @@ class Setting:
 # The standard library's.
 
 
+def _by_functions(
+    module: str, get: str, put: str, *, seldom: bool = False, source: str = ""
+) -> Setting:
+    """Return the row of a setting that one function of a module returns, and another one sets."""
+    return Setting(
+        name=f"{module}.{put}()",
+        module=module,
+        read=operator.methodcaller(get),
+        write=lambda found, value: getattr(found, put)(value),
+        seldom=seldom,
+        source=source or f"Python, {module}.{put}",
+    )
+
+
 def filters_of(warnings: Any) -> list[Any]:
     """Return the list of warning filters that counts here."""
-    # Python 3.14: those of the context, where there are such.
-    find = getattr(warnings, "_get_filters", None)
-    return warnings.filters if find is None else find()  # type: ignore[no-any-return]
+    if sys.version_info >= (3, 14):  # those of the context, where there are such
+        find = getattr(warnings, "_get_filters", None)
+        if find is not None:
+            return find()  # type: ignore[no-any-return]
+    return warnings.filters  # type: ignore[no-any-return]
+
+
+_filters: list[Any] = []
+
+
+def _glance_at_filters(warnings: Any) -> object:
+    global _filters  # noqa: PLW0603 -- as they were at the last glance
+    now = filters_of(warnings)
+    if now != _filters:
+        _filters = [*now]
+    return _filters
 
 
 def _write_filters(warnings: Any, value: list[Any]) -> None:
@@ -237,6 +265,7 @@ SETTINGS: tuple[Setting, ...] = (
         module="warnings",
         read=lambda warnings: [*filters_of(warnings)],
         write=_write_filters,
+        glance=_glance_at_filters,
         source="Python, warnings, The Warnings Filter",
     ),
     Setting(
@@ -279,29 +308,14 @@ SETTINGS: tuple[Setting, ...] = (
         seldom=True,
         source="Python, decimal.DefaultContext",
     ),
-    Setting(
-        name="sys.set_int_max_str_digits()",
-        module="sys",
-        read=lambda sys: sys.get_int_max_str_digits(),
-        write=lambda sys, value: sys.set_int_max_str_digits(value),
+    _by_functions(
+        "sys",
+        "get_int_max_str_digits",
+        "set_int_max_str_digits",
         source="Python, Integer string conversion length limitation",
     ),
-    Setting(
-        name="sys.setrecursionlimit()",
-        module="sys",
-        read=lambda sys: sys.getrecursionlimit(),
-        write=lambda sys, value: sys.setrecursionlimit(value),
-        seldom=True,
-        source="Python, sys.setrecursionlimit",
-    ),
-    Setting(
-        name="sys.setswitchinterval()",
-        module="sys",
-        read=lambda sys: sys.getswitchinterval(),
-        write=lambda sys, value: sys.setswitchinterval(value),
-        seldom=True,
-        source="Python, sys.setswitchinterval",
-    ),
+    _by_functions("sys", "getrecursionlimit", "setrecursionlimit", seldom=True),
+    _by_functions("sys", "getswitchinterval", "setswitchinterval", seldom=True),
     Setting(
         name="gc.set_threshold()",
         module="gc",
@@ -310,20 +324,8 @@ SETTINGS: tuple[Setting, ...] = (
         seldom=True,
         source="Python, gc.set_threshold",
     ),
-    Setting(
-        name="csv.field_size_limit()",
-        module="csv",
-        read=lambda csv: csv.field_size_limit(),
-        write=lambda csv, value: csv.field_size_limit(value),
-        source="Python, csv.field_size_limit",
-    ),
-    Setting(
-        name="socket.setdefaulttimeout()",
-        module="socket",
-        read=lambda socket: socket.getdefaulttimeout(),
-        write=lambda socket, value: socket.setdefaulttimeout(value),
-        source="Python, socket.setdefaulttimeout",
-    ),
+    _by_functions("csv", "field_size_limit", "field_size_limit"),
+    _by_functions("socket", "getdefaulttimeout", "setdefaulttimeout"),
     Setting(
         name="locale.setlocale()",
         module="_locale",  # what locale builds on, in the interpreter itself

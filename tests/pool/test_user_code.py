@@ -22,6 +22,7 @@ from support_processes import wait_until
 
 from safepool import ProcessPool
 from safepool.pool.dispatch import Dispatch
+from safepool.pool.mains import runs_no_code
 from safepool.pool.names import Names
 from safepool.transport import marks, trusted
 from safepool.workers import preload
@@ -472,6 +473,32 @@ def test_what_the_schedulers_thread_pickles_itself(name: str) -> None:
     if name != "a function of a module":  # which might be called to make something
         arrived = trusted.loads(segments)
     assert repr(arrived) == repr(make()) or arrived == make()
+
+
+def _holding(value: object) -> Callable[[], object]:
+    return lambda: value
+
+
+# One row per function by value, and whether its pickling runs nothing of the program's.
+FUNCTIONS: dict[str, tuple[Callable[[], object], bool]] = {
+    "a lambda": (lambda: VALUES, True),
+    "one that holds data": (_holding({"a": [1, (2.5, None)]}), True),
+    "one that holds an object": (_holding(Plain(1)), False),
+    "one that holds an object deeper": (_holding([{"a": (Plain(1),)}]), False),
+    "one that holds a class of the script's": (_holding(Plain), False),
+    "one with a default": (lambda x=Waits: x, False),
+    "a function of a module": (tasks.square, False),
+    "an instance": (Plain(1), False),  # type: ignore[dict-item]
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_which_functions_the_schedulers_thread_pickles(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks, "_space", globals())
+    function, expected = FUNCTIONS[name]
+    assert runs_no_code(function) == expected
 
 
 # What comes back: classes by value, so that this process runs what they say.
