@@ -175,6 +175,10 @@ class Dispatch:
         """
         return bool(self.aside) and (self._hands.holds_up or self._hands.waiting >= _MOST_ASIDE)
 
+    def rests_since(self) -> float:
+        """Return since when no pickling goes on, as :meth:`Hands.rests_since`."""
+        return self._hands.rests_since()
+
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
         looks = self._hands.next_pump(), self.telling.next_look()

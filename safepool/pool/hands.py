@@ -48,6 +48,8 @@ HELD_UP_S = 0.5
 """After so long nothing waits for its turn behind a job. An import may take that long."""
 # Behind one that is late, the next ones are waited for as long as a thread takes to be woken.
 _BRIEF_S = 0.001
+# Less time of a processor is taken by one that only looks whether it may go on.
+_MOVES_NS = 50_000_000
 # A thread of a closed pool ends at once, unless the program's code keeps it.
 _ENDING_S = 1.0
 
@@ -163,12 +165,14 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
 class _Job:
     """Something that one thread runs, and the scheduler may wait for."""
 
-    __slots__ = ("begun_s", "ended", "finish", "lock", "run", "turn")
+    __slots__ = ("begun_s", "clock", "ended", "finish", "lock", "run", "turn")
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
         self.finish = finish
         self.begun_s = 0.0
+        # Of the processor's time that its thread has taken; 0 where there is none.
+        self.clock = 0
         self.ended = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
         self.turn = [True]
@@ -179,6 +183,7 @@ class _Job:
         """Run it, and return whether the scheduler still waits."""
         run, self.run = self.run, None
         assert run is not None
+        self.clock = _clock_of(threading.get_ident())
         _contain(run, "a job of the pool's own failed")
         del run  # what it refers to is dropped here, whatever a finalizer does
         self.ended = True
@@ -194,6 +199,12 @@ class _Job:
         except IndexError:
             return False
         return True
+
+
+# By its clock, the time of its processor that a thread has used.
+_used_ns: Any = getattr(time, "clock_gettime_ns", None)
+# A thread's clock, by its ident; neither on Windows nor on macOS.
+_clock_of: Any = getattr(time, "pthread_getcpuclockid", lambda _: 0)
 
 
 class Hands:
@@ -217,6 +228,7 @@ class Hands:
         self._late: deque[_Job] = deque()
         self._threads: list[threading.Thread] = []
         self._closed = False
+        self._rests = (0, 0.0)
 
     @property
     def waiting(self) -> int:
@@ -229,6 +241,25 @@ class Hands:
         now = time.monotonic()
         ages = [now - job.begun_s for job in self._active if not job.ended]
         return bool(ages) and max(ages) < HELD_UP_S
+
+    def rests_since(self) -> float:
+        """Return since when no job goes on, by the monotonic clock, as far as it was asked.
+
+        One that waits for something takes no time of its processor. Where that cannot be told,
+        each goes on.
+        """
+        now, used = time.monotonic(), 0
+        jobs = [job for job in self._active if not job.ended]
+        for job in jobs:
+            if not job.clock:
+                return now
+            try:
+                used += 1 + _used_ns(job.clock) // _MOVES_NS
+            except OSError:  # it has just ended
+                return now
+        if jobs and used != self._rests[0]:
+            self._rests = (used, now)
+        return self._rests[1]
 
     def has(self, thread: threading.Thread) -> bool:
         """Tell whether this is one of the threads. From any thread."""

@@ -66,6 +66,7 @@ import weakref
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
+from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
@@ -120,6 +121,13 @@ _ENDING_S = 1.0
 
 # In the place of the thread of a pool that was closed before it had one.
 _NOBODY = object()
+
+# A closed pool waits for pickling and unpickling as long as that goes on, and then for so long.
+_REST_S = 30.0
+_RESTED = (
+    f"the pool was closed, and pickling this call has waited for something for {_REST_S:.0f} s: a "
+    "lock, an import, a connection. It is given up"
+)
 
 
 class _Items(NamedTuple):
@@ -580,6 +588,8 @@ class Scheduler:
             while self._step(staff):
                 self._listen(staff, self._patience(staff))
             self._cancel_waiting()  # the pool may have been ended in the middle of a step
+            for entry in self._dispatch.take_aside():
+                _fail(entry, lambda: PicklingError(_RESTED))
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
@@ -661,8 +671,13 @@ class Scheduler:
 
     @property
     def _is_awaited(self) -> bool:
-        """Whether something is being pickled or unpickled."""
-        return bool(self._dispatch.aside) or self._settling.waits
+        """Whether something is being pickled or unpickled, or may be when the pool is closed."""
+        if not (self._dispatch.aside or self._settling.waits):
+            return False
+        if not self._closing:
+            return True
+        since = max(self._dispatch.rests_since(), self._settling.rests_since())
+        return time.monotonic() - since < _REST_S
 
     def _take_in(self) -> None:
         """Take what callers have brought."""
@@ -759,6 +774,8 @@ class Scheduler:
             looks.append(self._dispatch.next_look())
         if self._settling.waits:
             looks.append(self._settling.next_look())
+        if self._closing and (self._dispatch.aside or self._settling.waits):
+            looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
     def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
@@ -1147,12 +1164,7 @@ class Scheduler:
                 work, place = worker.ledger.strike()
                 failed.append(work.only(place) if isinstance(work, Span) else work)
         for entry in failed:
-            if isinstance(entry, MapRun):
-                entry.stop(lambda: fresh(error))
-            elif isinstance(entry, Span):
-                entry.give_up(lambda: fresh(error))
-            elif entry.future.running() or begin(entry.future):
-                fail(entry.future, fresh(error))
+            _fail(entry, lambda: fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:
         for worker in staff:
@@ -1172,6 +1184,15 @@ class Scheduler:
         staff = self._staff
         traced = [] if self._trace is None else self._trace.descriptors()
         return traced if staff is None else [*staff.descriptors(), *traced]
+
+
+def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> None:
+    if isinstance(entry, MapRun):
+        entry.stop(error)
+    elif isinstance(entry, Span):
+        entry.give_up(error)
+    elif entry.future.running() or begin(entry.future):
+        fail(entry.future, error())
 
 
 def _cancel(entry: Task | Span | MapRun) -> None:

@@ -144,6 +144,10 @@ class Settling:
         """Whether something is being unpickled."""
         return bool(self._unread)
 
+    def rests_since(self) -> float:
+        """Return since when no unpickling goes on, as :meth:`Hands.rests_since`."""
+        return self._hands.rests_since()
+
     def come_back(self) -> None:
         """End calls whose answers were unpickled meanwhile."""
         self._hands.come_back()

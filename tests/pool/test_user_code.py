@@ -6,6 +6,7 @@ Each test lets such code block for real, and makes another call meanwhile.
 from __future__ import annotations
 
 import logging
+import pickle
 import queue
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool
+from safepool.pool import hands, scheduler
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.mains import runs_no_code
 from safepool.pool.names import Names
@@ -143,6 +145,42 @@ def test_a_pool_ends_while_an_argument_waits(gate: Gate, end: str) -> None:
     assert waiting.cancelled()
     gate.open()
     wait_until(lambda: not any("safepool" in one.name for one in threading.enumerate()))
+
+
+@pytest.mark.parametrize("kind", ["submit", "map"])
+def test_a_closed_pool_gives_up_what_never_goes_on(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(scheduler, "_REST_S", 0.2)
+    with ProcessPool(1) as pool:
+        argument = Waits(gate, "an event")
+        if kind == "submit":
+            waiting = pool.submit(abs, argument)
+        else:
+            results = pool.map(abs, [argument])
+        assert gate.reached.wait(30)
+        last = pool.submit(abs, -1)
+    assert last.result(timeout=30) == 1
+    with pytest.raises(pickle.PicklingError, match="given up"):
+        waiting.result(timeout=30) if kind == "submit" else next(results)
+
+
+def test_a_job_that_uses_its_processor_goes_on(gate: Gate) -> None:
+    working = hands.Hands("safepool-test", lambda: None, 2)
+    assert not working.do(lambda: gate.event.wait(30) and None, lambda: None, 0.0)
+    wait_until(lambda: working.rests_since() == working.rests_since() > 0)
+    ended = threading.Event()
+
+    def spin() -> None:
+        while not ended.is_set():
+            pass
+
+    assert not working.do(spin, lambda: None, 0.0)
+    since = working.rests_since()
+    wait_until(lambda: working.rests_since() > since)
+    ended.set()
+    gate.open()
+    working.close()
 
 
 class AsksThePool:
