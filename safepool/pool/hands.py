@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import math
 import os
 import queue
 import threading
@@ -122,15 +123,24 @@ def _contain(run: Callable[[], None], failed: str) -> None:
         leave_fork()
 
 
+def _busy_for(clock: int) -> float:
+    """Return how long a thread has used its processor, in milliseconds; 0 if nobody knows."""
+    try:
+        return float(_used_ns(clock) // 1_000_000) if clock else 0.0
+    except OSError:  # it has just ended
+        return math.nan
+
+
 class LateError(Exception):
-    """It takes longer than there is time."""
+    """It waits for longer than there is time."""
 
 
 def within(patience_s: float, run: Callable[[], _T]) -> _T:
     """Return what the program's code returns, run in a thread of its own.
 
     Raises:
-        LateError: It takes longer. The thread goes on, and nobody waits for it.
+        LateError: It has waited for so long, and not used its processor. The thread goes on, and
+            nobody waits for it.
         BaseException: What it has raised.
 
     Example:
@@ -138,9 +148,10 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
         3
     """
     done: list[tuple[bool, Any]] = []
-    ended = Latch()
+    ended, clocks = Latch(), list[int]()
 
     def note() -> None:
+        clocks.append(_clock_of(threading.get_ident()))
         try:
             done.append((True, run()))
         except BaseException as error:  # noqa: BLE001 -- raised again by who waits
@@ -154,8 +165,11 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
         thread.start()
     except RuntimeError:  # the interpreter shuts down, or there are too many
         return run()
-    if not ended.wait(patience_s):
-        raise LateError
+    used = math.nan  # which equals nothing
+    while not ended.wait(patience_s / 2):
+        # One that has not begun only shows how busy the processors are.
+        if clocks and used == (used := _busy_for(clocks[0])):
+            raise LateError
     succeeded, found = done.pop()
     if not succeeded:
         raise found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -49,11 +48,9 @@ __all__ = ["QUIET_BYTES", "UNASKED_S", "Walk"]
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
 
-# So long the pickling of what nothing names may take, all in all.
+# So long the pickling of what nothing names may wait for something.
 UNASKED_S = 1.0
-_TOO_LONG = (
-    f"no function that was called names it, and to pickle it takes longer than {UNASKED_S} s"
-)
+_TOO_LONG = "no function that was called names it, and its pickling waits for something"
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # A global is worth a word when it is sent again and again; it takes tens of milliseconds.
@@ -79,7 +76,7 @@ class Walk:
         self._quiet = quiet
         # Nobody has asked for what is being pickled: it is only in case somebody does.
         self._unasked = quiet
-        self._until_s = time.monotonic() + UNASKED_S
+        self._patience_s = UNASKED_S
         self._pickled: dict[str, Pickled] = {}
         self._by_id: dict[int, str] | None = None
         self.reached: dict[str, None] = {}
@@ -182,7 +179,7 @@ class Walk:
     def go_if_possible(self, names: Iterable[str]) -> None:
         """Look at names that perhaps nobody asks for."""
         for name in sorted(names):
-            self._unasked, self._until_s = True, time.monotonic() + UNASKED_S
+            self._unasked = True
             try:
                 self.go([name])
             except Exception as error:  # noqa: BLE001 -- user code
@@ -199,9 +196,9 @@ class Walk:
         if slow.get(name, ABSENT) is value:
             raise TimeoutError(_TOO_LONG)
         try:
-            left_s = max(UNASKED_S / 20, self._until_s - time.monotonic())
-            return within(left_s, lambda: self._there(name) or self._alone(name))
+            return within(self._patience_s, lambda: self._there(name) or self._alone(name))
         except LateError:
+            self._patience_s = UNASKED_S / 10  # one second in all, more or less
             slow[name] = value
             raise TimeoutError(_TOO_LONG) from None
 
