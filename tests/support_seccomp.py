@@ -24,6 +24,7 @@ OPTIONAL = {
     "membarrier": (324, 283),
     "pidfd_send_signal": (424, 424),
     "pidfd_open": (434, 434),
+    "umask": (95, 166),
 }
 # And not without these; the fork server's way or the others can do without some.
 NEEDED = {
@@ -47,6 +48,8 @@ NEEDED = {
     "chdir": (80, 49),
     "ftruncate": (77, 46),
     "lseek": (8, 62),
+    "pread64": (17, 67),
+    "sigaltstack": (131, 132),
     "getdents64": (217, 61),
     "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135),

@@ -66,10 +66,12 @@ _CALLS = (
     _Call("write", 1, 64),
     _Call("close", 3, 57),
     _Call("lseek", 8, 62),
+    _Call("pread64", 17, 67),
     _Call("mmap", 9, 222),
     _Call("mprotect", 10, 226),
     _Call("rt_sigaction", 13, 134),
     _Call("rt_sigprocmask", 14, 135),
+    _Call("sigaltstack", 131, 132),
     _Call("arch_prctl", 158, -1),
     _Call("clone3", 435, 435),
     _Call("clone", 56, 220),
@@ -120,10 +122,10 @@ if sys.platform == "linux":
 
         Without a filter nothing is tried.
         """
-        column = _COLUMNS.get(os.uname().machine)
-        if column is None or not _has_filter():
-            return None
         try:
+            column = _COLUMNS.get(os.uname().machine)
+            if column is None or not _has_filter():
+                return None
             import ctypes  # noqa: PLC0415 -- seldom
 
             libc = ctypes.CDLL(None, use_errno=True)

@@ -1139,7 +1139,7 @@ class Scheduler:
         refused = None
         if ending.oom is not None:
             reason += f": {ending.oom}"
-        elif ending.exitcode is None or ending.exitcode >= 0:  # else to try a call might kill
+        elif ending.by_pool or (ending.exitcode or 0) >= 0:  # else to try a call might kill
             refused = refused_call()
             reason += f": {refused}" if refused else ""
         self._break(staff, PoolBrokenError(reason), refused)

@@ -204,7 +204,7 @@ def _go(details: dict[str, Any], folder: int) -> None:
     sys.argv[:] = details["argv"]
     sys.setrecursionlimit(details["recursion"])
     if details["umask"] is not None:
-        os.umask(details["umask"])
+        _try(os.umask, details["umask"])
 
 
 def _draw_other_numbers() -> None:
