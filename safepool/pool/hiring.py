@@ -170,18 +170,16 @@ class Hiring:
         """Start one.
 
         Raises:
+            ScriptLostError: From :meth:`prepare` on is to be done again.
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
         try:
             worker = self._start()
-        except ScriptLostError:
-            if self.hired.is_open:
+        except ScriptLostError as error:
+            if not self.hired.is_open:
                 raise
-            self.prepare()  # nothing was sent by name yet
-            self.pack()
-            self.take_packed()
-            worker = self._start()
+            raise OSError(text_of(error)) from None
         self._refused_since = None
         self.started.open()
         self.hired.open()

@@ -91,6 +91,7 @@ from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
 from safepool.workers.loading import check_no_import
 from safepool.workers.messages import read_values
+from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import learn
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ _NOBODY = object()
 # A closed pool waits for pickling and unpickling as long as that goes on, and then for so long.
 _REST_S = 30.0
 _RESTED = (
-    f"the pool was closed, and pickling this call has waited for something for {_REST_S:.0f} s: a "
+    f"the pool was closed, and pickling {{}} has waited for something for {_REST_S:.0f} s: a "
     "lock, an import, a connection. It is given up"
 )
 
@@ -589,7 +590,7 @@ class Scheduler:
                 self._listen(staff, self._patience(staff))
             self._cancel_waiting()  # the pool may have been ended in the middle of a step
             for entry in self._dispatch.take_aside():
-                _fail(entry, lambda: PicklingError(_RESTED))
+                _fail(entry, lambda: PicklingError(_RESTED.format("this call")))
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
@@ -674,10 +675,13 @@ class Scheduler:
         """Whether something is being pickled or unpickled, or may be when the pool is closed."""
         if not (self._dispatch.aside or self._settling.waits):
             return False
-        if not self._closing:
-            return True
+        return not (self._closing and self._rests)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether no pickling and unpickling goes on, and has not for long."""
         since = max(self._dispatch.rests_since(), self._settling.rests_since())
-        return time.monotonic() - since < _REST_S
+        return time.monotonic() - since >= _REST_S
 
     def _take_in(self) -> None:
         """Take what callers have brought."""
@@ -774,7 +778,7 @@ class Scheduler:
             looks.append(self._dispatch.next_look())
         if self._settling.waits:
             looks.append(self._settling.next_look())
-        if self._closing and (self._dispatch.aside or self._settling.waits):
+        if self._closing and (self._dispatch.waits or self._settling.waits):
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
@@ -914,15 +918,21 @@ class Scheduler:
             return
         # As many may take their time to end as stay: if none ends by itself, all would pile up.
         staff.hurry(len(staff) + wanted - 2 * self._size)
+        self._start_workers(staff, wanted)
+
+    def _start_workers(self, staff: Staff, count: int) -> None:
         try:
             self._hiring.prepare()
-            if not self._dispatch.pack_initializer(self._hiring):
-                return
-            self._hiring.take_packed()
-            for _ in range(wanted):
-                self._hire_one(staff)
+            if self._dispatch.pack_initializer(self._hiring):
+                self._hiring.take_packed()
+                for _ in range(count):
+                    self._hire_one(staff)
+            elif self._closing and self._rests:
+                self._break(staff, PoolBrokenError(_RESTED.format("the initializer")))
         except PoolBrokenError as error:
             self._break(staff, error, error.__cause__)
+        except ScriptLostError:  # nothing was sent by name yet, and nothing will be
+            self.wake()
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
             if not (self._forced or isinstance(error, InterruptedError)):  # it was given up
                 why = refusals.explain(error)

@@ -165,6 +165,42 @@ def test_a_closed_pool_gives_up_what_never_goes_on(
         waiting.result(timeout=30) if kind == "submit" else next(results)
 
 
+INITIALIZER = """
+    import threading
+    from safepool import ProcessPool
+    from safepool.pool import scheduler
+
+
+    class Waits:
+        def __reduce__(self):
+            threading.Event().wait()
+
+
+    def start():
+        return WAITS
+
+
+    WAITS = Waits()
+    scheduler._REST_S = 0.2
+    with ProcessPool(1, initializer=start) as pool:
+        future = pool.submit(abs, -1)
+    print(repr(future.exception()))
+"""
+
+
+def test_a_closed_pool_gives_up_an_initializer_that_never_goes_on() -> None:
+    """What waits is a global of the script that it names."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(INITIALIZER)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout.startswith("PoolBrokenError('the pool was closed, and pickling the init")
+    assert (done.stderr, done.returncode) == ("", 0)
+
+
 def test_a_job_that_uses_its_processor_goes_on(gate: Gate) -> None:
     working = hands.Hands("safepool-test", lambda: None, 2)
     assert not working.do(lambda: gate.event.wait(30) and None, lambda: None, 0.0)
