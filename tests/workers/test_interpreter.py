@@ -70,7 +70,13 @@ STREAM = (["utf-8 surrogateescape TextIOWrapper"], ["utf-8 strict TextIOWrapper"
 
 # What the start method itself changes, as the standard pool's workers have it too.
 OF_THE_METHOD: dict[str, dict[str, tuple[str, list[str], list[str]]]] = {
-    "safepool": {},
+    "safepool": {
+        "manager": (
+            "getLogger(__name__) of a script that was run is the logger that the program has so",
+            [],
+            ["getLogger"],
+        ),
+    },
     "spawn": {
         "start method": ("multiprocessing tells its children", ["None"], ["'spawn'"]),
         "streams": ("its standard input is closed", *STREAM),
