@@ -25,13 +25,14 @@ from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.status import obstacle
-from safepool.workers.tree import TreeEnd
+from safepool.workers.tree import TreeEnd, bury
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from safepool.pool.worker import Worker
     from safepool.transport.frames import Frame
+    from safepool.workers.tree import Descendant
 
 __all__ = ["Ended", "Staff"]
 
@@ -49,6 +50,8 @@ _TERMINATING_S = 0.4
 _DYING_S = 5.0
 # Between two looks whether what is to be killed has stopped.
 _STOP_LOOK_S = 0.001
+# Between two looks whether what was killed has ended.
+_ORPHANS_LOOK_S = 0.05
 # For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
 # on a machine that is frozen by its quota a tenth of a second.
 _STACK_S = 0.15
@@ -84,6 +87,8 @@ class Staff:
         self._start = start
         self._all: tuple[Worker, ...] = ()
         self._lost: tuple[Worker, ...] = ()
+        # What condemned workers had started, and has come to this program when they ended.
+        self._orphans: set[Descendant] = set()
         with naming("socketpair()"):
             self._wake_receiver, self._wake_sender = socket.socketpair()
         try:
@@ -169,6 +174,9 @@ class Staff:
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
             timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        if self._orphans:
+            self._orphans = bury(self._orphans)
+            timeout_s = _ORPHANS_LOOK_S if timeout_s is None else min(timeout_s, _ORPHANS_LOOK_S)
         events = self._selector.select(timeout_s)
         awake()
         for key, _ in events:
@@ -267,6 +275,10 @@ class Staff:
                 _log.exception("worker %d could not be ended", worker.pid)
         for worker in self._lost:
             worker.close()
+        until = time.monotonic() + _ENDING_S
+        while (left := bury(self._orphans)) and time.monotonic() < until:
+            self._orphans = left
+            time.sleep(_STOP_LOOK_S)
         self._selector.close()
         self._wake_sender.close()
         self._wake_receiver.close()
@@ -301,6 +313,8 @@ class Staff:
             yield worker, Ended(exitcode)
         finally:
             worker.close()  # only now: its board was to be read
+            if worker.tree is not None:
+                self._orphans |= worker.tree.found
 
     def _disconnect(self, worker: Worker) -> None:
         """The channel is of no more use; how the worker ends is still to come (race A)."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from safepool.workers.process import WorkerProcess
 
-__all__ = ["Descendant", "TreeEnd", "descendants", "signal_all"]
+__all__ = ["Descendant", "TreeEnd", "bury", "descendants", "signal_all"]
 
 # For all of them to stop: a fork that is under way in the kernel is finished first, which takes
 # tens of milliseconds for each gigabyte.
@@ -45,11 +45,14 @@ class TreeEnd:
 
     Args:
         worker: Which.
+
+    Attributes:
+        found: What descends from it, as far as it was seen.
     """
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker
-        self._found: set[Descendant] = set()
+        self.found: set[Descendant] = set()
         self._begun = time.monotonic()
         worker.end(_STOP)
 
@@ -59,16 +62,16 @@ class TreeEnd:
         elapsed_s = time.monotonic() - self._begun
         at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
         if worker.process.is_alive():  # else its number may be somebody else's by now
-            pids = [worker.pid, *(one.pid for one in self._found)]
+            pids = [worker.pid, *(one.pid for one in self.found)]
             stopped = all(_states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.
-            new = descendants(worker.pid) - self._found
+            new = descendants(worker.pid) - self.found
             signal_all(new, _STOP)
-            self._found |= new
+            self.found |= new
             if (new or not stopped) and elapsed_s < _STOPPING_S:
                 return False
             worker.end(_KILL)
-        signal_all(self._found, _KILL)
+        signal_all(self.found, _KILL)
         return True
 
 
@@ -115,6 +118,25 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
             os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
             pass
+
+
+def bury(processes: Iterable[Descendant]) -> set[Descendant]:
+    """Take the exit status of those that have come to this process, which has not started them.
+
+    So they do to the first process of a container. Never waits.
+
+    Returns:
+        Those that have not ended yet.
+    """
+    left = set()
+    for one in processes:
+        if _parent_and_start(one.pid) == (os.getpid(), one.started):
+            try:
+                if os.waitpid(one.pid, os.WNOHANG)[0] == 0:
+                    left.add(one)
+            except ChildProcessError:
+                pass
+    return left
 
 
 def _parent_and_start(pid: int) -> tuple[int, int] | None:

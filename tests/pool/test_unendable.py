@@ -458,14 +458,41 @@ FIRST_OF_A_CONTAINER = """
 """
 
 
-def test_the_first_process_of_a_container_waits_for_nobody_elses_children(tmp_path: Path) -> None:
+# The same, where no server stands between the program and its workers.
+FIRST_WITHOUT_SERVER = (
+    FIRST_OF_A_CONTAINER.partition("    if __name__")[0]
+    + """
+    if __name__ == "__main__":
+        own = subprocess.Popen(["true"])
+        for method in sys.argv[1:]:
+            with safepool.ProcessPool(1, mp_context=method) as pool:
+                error = pool.submit(safepool.worker(hang, timeout=0.3)).exception()
+                assert isinstance(error, safepool.TaskTimeoutError), error
+                while ended_children() != {own.pid}:
+                    time.sleep(0.02)
+                assert pool.submit(abs, -1).result() == 1
+                error = pool.submit(safepool.worker(hang, timeout=0.3)).exception()
+            assert ended_children() == {own.pid}
+        print("own", own.wait())
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "methods"),
+    [(FIRST_OF_A_CONTAINER, []), (FIRST_WITHOUT_SERVER, ["loky", "spawn"])],
+    ids=["server", "without"],
+)
+def test_the_first_process_of_a_container_waits_for_nobody_elses_children(
+    program: str, methods: list[str], tmp_path: Path
+) -> None:
     """What tasks have left is waited for by the server, the program's own by the program."""
     apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if shutil.which("unshare") is None or subprocess.run([*apart, "true"], check=False).returncode:
         pytest.skip("only root can be the first process of a name space")
-    (tmp_path / "script.py").write_text(textwrap.dedent(FIRST_OF_A_CONTAINER))
+    (tmp_path / "script.py").write_text(textwrap.dedent(program))
     done = subprocess.run(
-        [*apart, sys.executable, "script.py"],
+        [*apart, sys.executable, "script.py", *methods],
         cwd=tmp_path,
         capture_output=True,
         text=True,
