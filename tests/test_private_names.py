@@ -138,7 +138,7 @@ ELSEWHERE = {
     "_extobj_contextvar",  # NumPy 2: its errors are read at each look without it
     "_get_filters",  # warnings, from Python 3.14 on
     *("_argtypes_", "_flags_", "_length_", "_restype_", "_type_"),  # documented: of ctypes
-    *("_boundary_", "_member_type_", "_value_"),  # of enums
+    *("_boundary_", "_member_type_", "_name_", "_value_"),  # of enums
     "_is_initialized",  # numba
     "_make",  # a named tuple's
     "_mmap",  # NumPy: what an array of another class has not either

@@ -36,6 +36,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from safepool.errors import let_handlers_pass
 from safepool.pool.deliveries import Versions
 from safepool.pool.latch import Latch
 from safepool.pool.table import ADDED, Closure, Table, find_additions
@@ -67,9 +68,9 @@ class Names:
         self._last = Table(main)
         self._closures: dict[frozenset[str], Closure] = {}
         self._turns: dict[frozenset[str], Latch] = {}
-        # Where nothing was found that the script has put into modules, and among how many names.
-        self._space = main_space()
-        self._nothing_at = -1
+        # Whether the script has put something into modules, and how many names it had then.
+        self._adds = False
+        self._looked_at = -1
 
     @property
     def learned(self) -> int:
@@ -97,15 +98,11 @@ class Names:
         Raises:
             Exception: What the pickler raised for one of them.
         """
-        if not roots and self._adds_nothing():
-            return ()
-        closure = self._fresh(roots)
-        if closure is None and not roots:
-            self._space = main_space()
-            size = len(self._space)
-            if not find_additions():
-                self._nothing_at = size
+        if not roots:
+            self.look()
+            if not self._adds:
                 return ()
+        closure = self._fresh(roots)
         if closure is None:
             turn = self._take_turn(roots)
             try:
@@ -123,7 +120,7 @@ class Names:
         Returns:
             ``None`` if it may.
         """
-        if not roots and self._adds_nothing():
+        if not (roots or self._adds or self._is_to_look()):
             return ()
         closure = self._fresh(roots, here=True)
         return None if closure is None else closure.deliveries
@@ -140,9 +137,21 @@ class Names:
         known[ADDED] = sys.maxsize  # its modules are the program's
         return Versions(known, lambda: self.table.first, frozenset(main_space()))
 
-    def _adds_nothing(self) -> bool:
-        """Tell whether it is known that workers lack nothing that the script put into modules."""
-        return len(self._space) == self._nothing_at or bool(self._main)
+    def look(self) -> None:
+        """Find out whether the script has put something into modules, if it has got more names.
+
+        In the caller's thread, which need not wait for another one then.
+        """
+        try:
+            if self._is_to_look():
+                size = len(main_space())
+                self._adds = find_additions()
+                self._looked_at = size
+        except Exception as error:  # noqa: BLE001 -- a metaclass's, or there is no __main__ any more
+            let_handlers_pass(error)
+
+    def _is_to_look(self) -> bool:
+        return not self._main and len(main_space()) != self._looked_at
 
     def _fresh(self, roots: frozenset[str], *, here: bool = False) -> Closure | None:
         closure = self._closures.get(roots)

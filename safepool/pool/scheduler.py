@@ -298,6 +298,7 @@ class Scheduler:
         future = PoolFuture(self._me)
         task = self._task(future, (function, args, kwargs), name, policy)
         self._settings.look_before(future)
+        self._dispatch.names.look()
         self._dispatch.pickle_now(task)
         self._check_open()
         self._bring(task)
@@ -340,6 +341,7 @@ class Scheduler:
         """
         self._check_fork()
         self._settings.look()
+        self._dispatch.names.look()
         self._dispatch.pickle_function_now(run)
         results = Results(run, iter(items), self, ahead, deadline)
         # With all calls queued the pool may go: what they return arrives without it.

@@ -123,11 +123,12 @@ CALLERS = dict.fromkeys(REMOVED, "7")
 # With spawn and forkserver the worker imports this program before anything of ours runs.
 BORN = """
 import json, os, sys
-AT_IMPORT = {n: os.environ.get(n) for n in json.loads(sys.argv[2])} if len(sys.argv) > 2 else {}
+# Not a global: there the program's own value would win.
+sys.at_import = {name: os.environ.get(name) for name in json.loads(sys.argv[2])}
 import multiprocessing, safepool
 
 def look():
-    return dict(os.environ), getattr(sys.modules.get("__mp_main__"), "AT_IMPORT", None)
+    return dict(os.environ), getattr(sys, "at_import", None)
 
 if __name__ == "__main__":
     before = dict(os.environ)
