@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from safepool.workers.process import WorkerProcess
 
@@ -120,7 +120,7 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
             pass
 
 
-def bury(processes: Iterable[Descendant]) -> set[Descendant]:
+def bury(processes: Collection[Descendant]) -> set[Descendant]:
     """Take the exit status of those that have come to this process, which has not started them.
 
     So they do to the first process of a container. Never waits.
@@ -129,8 +129,14 @@ def bury(processes: Iterable[Descendant]) -> set[Descendant]:
         Those that have not ended yet.
     """
     left = set()
+    pids = {one.pid for one in processes}
     for one in processes:
-        if _parent_and_start(one.pid) == (os.getpid(), one.started):
+        parent, started = _parent_and_start(one.pid) or (0, 0)
+        if started != one.started:
+            continue  # somebody else has waited for it
+        if parent in pids:
+            left.add(one)  # it comes to this process when that one ends
+        elif parent == os.getpid():
             try:
                 if os.waitpid(one.pid, os.WNOHANG)[0] == 0:
                     left.add(one)

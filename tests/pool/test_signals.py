@@ -42,6 +42,8 @@ OURS = (
     str(Path(concurrent.futures.__file__).parent),
     threading.__file__,
 )
+# They only look at what modules hold, for thousands of instructions.
+NOT_OURS = ("additions.py", "imports.py")
 
 
 class Interrupt(BaseException):
@@ -54,7 +56,8 @@ def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[],
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count
-        if not frame.f_code.co_filename.startswith(OURS):
+        name = frame.f_code.co_filename
+        if not name.startswith(OURS) or name.endswith(NOT_OURS):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event in ("opcode", "call") and count < place:
