@@ -334,8 +334,8 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
                 pool = safepool.ProcessPool(2)
                 pool.submit(abs, 1).result()
                 signal.signal(signal.SIGTERM, stop)
-                print("ready", flush=True)
                 try:
+                    print("ready", flush=True)
                     while True:
                         pool.submit(abs, 1)
                 except StopError:
