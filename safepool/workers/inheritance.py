@@ -11,12 +11,16 @@ Not covered:
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
+from safepool.transport.marks import main_space
 from safepool.transport.names import Met
 from safepool.transport.references import Collected
 from safepool.transport.sharing import Shared
@@ -64,9 +68,32 @@ def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
         function, arguments = initializer
         values = (a.value if isinstance(a, Shared) else a for a in arguments)
         return Inheritance([], [], (function, tuple(values)))
-    with Collected() as shared, Met() as met:
+    owner = _owner(initializer[0])
+    with Collected() as shared, Met(seeds=owner) as met:
         segments, descriptors = _pickle(initializer)
-    return Inheritance(store_large(segments), descriptors, shared=shared.found, names=met.names)
+    names = met.names | frozenset(owner)
+    return Inheritance(store_large(segments), descriptors, shared=shared.found, names=names)
+
+
+def _owner(initializer: object) -> dict[str, object]:
+    """Return the global of the script whose method this is (``CACHE.update``), by its name.
+
+    It is the worker's own global that is to be changed, as in a fork, and not a copy of it.
+    """
+    while isinstance(initializer, functools.partial):
+        initializer = initializer.func
+    owner = getattr(initializer, "__self__", None)
+    if owner is None or isinstance(owner, (type, types.ModuleType)):
+        return {}
+    for name, value in [*main_space().items()]:
+        if value is owner:
+            try:
+                payloads.dumps(owner, into_main=True)
+            except Exception as error:  # noqa: BLE001 -- it holds what only a start may pickle
+                let_handlers_pass(error)
+                return {}
+            return {name: owner}
+    return {}
 
 
 if sys.platform == "win32":

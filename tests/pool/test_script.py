@@ -147,6 +147,33 @@ def test_two_pools_share_the_run_and_one_by_value_has_none(tmp_path: Path) -> No
     assert runs(tmp_path) == "PS"
 
 
+def test_a_method_of_a_global_as_initializer_changes_the_workers_own(tmp_path: Path) -> None:
+    """As in a fork: not a copy that nothing else knows."""
+    program = """
+    import functools
+    class Settings:
+        def __init__(self):
+            self.values = {}
+        def load(self, name):
+            self.values[name] = 1
+    cache, seen, settings = {}, [], Settings()
+    def look():
+        return cache, seen, settings.values
+    if __name__ == "__main__":
+        for main in ("run", "value"):
+            for initializer in (
+                functools.partial(cache.update, a=1),
+                functools.partial(seen.append, 2),
+                functools.partial(settings.load, "b"),
+            ):
+                with safepool.ProcessPool(1, main=main, initializer=initializer) as pool:
+                    print(*pool.submit(look).result())
+    """
+    out, err = run(program, tmp_path)
+
+    assert out.splitlines() == 2 * ["{'a': 1} [] {}", "{} [2] {}", "{} [] {'b': 1}"], err
+
+
 # One row per top level that cannot be run in the server: its text, and the reason that is told.
 NOT_RUN: dict[str, tuple[str, str]] = {
     "raises": (
