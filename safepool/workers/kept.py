@@ -48,6 +48,10 @@ class KeptServer:
         self._has_ended = False
         process.returncode = 0  # waited for here
 
+    def __del__(self) -> None:
+        # At the program's end: one that its keeper outlives is never closed by anybody else.
+        self._sock.close()
+
     def fileno(self) -> int:
         """Return the descriptor of the socket."""
         return self._sock.fileno()

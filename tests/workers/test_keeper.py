@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ if sys.platform != "linux":
     pytest.skip("a keeper is Linux's", allow_module_level=True)
 
 from safepool.workers import forkserver
+from safepool.workers.kept import KeptServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,6 +167,17 @@ def test_bytes_are_not_mixed_up_with_text_on_the_way_to_it(tmp_path: Path) -> No
 
     assert still_alive(pids, after_s=1) == []
     assert (program.returncode, (tmp_path / "errors").read_text()) == (0, "")
+
+
+def test_one_that_is_dropped_at_the_programs_end_closes_its_socket() -> None:
+    """Else a program that makes errors of warnings is told of it, now and then."""
+    ours, theirs = socket.socketpair()
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    found = KeptServer(process, ours)
+    os.waitpid(process.pid, 0)
+    del found, ours
+    with theirs:
+        assert theirs.recv(1) == b""
 
 
 @pytest.fixture
