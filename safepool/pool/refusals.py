@@ -44,7 +44,8 @@ def explain(error: BaseException) -> BaseException:
 def _explain(error: BaseException) -> BaseException | None:
     number = error.errno if isinstance(error, OSError) else None
     thread = isinstance(error, RuntimeError) and "start new thread" in text_of(error)
-    if thread or number is None or number in REFUSALS:
+    # A process that dies at its start breaks the pipe by which it is told what to do.
+    if thread or number is None or number in REFUSALS or number == errno.EPIPE:
         refused = refused_call()
         if refused is not None:
             refused.__cause__ = error
