@@ -32,8 +32,10 @@ _UNINTERRUPTIBLE_S = 0.05
 
 if sys.platform == "win32":
     _STOP = _KILL = signal.SIGTERM  # TerminateProcess; there are no descendants to be found
+    _AT_ONCE = 0
 else:
     _STOP, _KILL = signal.SIGSTOP, signal.SIGKILL
+    _AT_ONCE = os.WNOHANG
 
 
 class TreeEnd:
@@ -128,8 +130,6 @@ def bury(processes: Collection[Descendant]) -> set[Descendant]:
     Returns:
         Those that have not ended yet.
     """
-    if sys.platform == "win32":
-        return set()
     left = set()
     pids = {one.pid for one in processes}
     for one in processes:
@@ -140,7 +140,7 @@ def bury(processes: Collection[Descendant]) -> set[Descendant]:
             left.add(one)  # it comes to this process when that one ends
         elif parent == os.getpid():
             try:
-                if os.waitpid(one.pid, os.WNOHANG)[0] == 0:
+                if os.waitpid(one.pid, _AT_ONCE)[0] == 0:
                     left.add(one)
             except ChildProcessError:
                 pass
