@@ -99,10 +99,17 @@ class _Space:
 
 
 def _class_with(space: Any) -> type | None:
-    """Return the class that has these attributes; ``None`` if it is gone."""
-    for value in [*space.values()]:
-        if isinstance(value, (types.GetSetDescriptorType, types.MemberDescriptorType)):
-            return value.__objclass__
-    # One without slots or a dictionary of its own, of which nothing says whose it is.
-    kinds = (one for one in gc.get_referrers(space) if isinstance(one, type))
-    return next(kinds, None)
+    """Return the class that has these attributes; ``None`` if it is gone.
+
+    Looked for among all classes: the collector does not find who refers to it after gc.freeze().
+    """
+    rest: list[type] = [object]
+    seen: set[type] = set()
+    while rest:
+        kind = rest.pop()
+        if kind not in seen:
+            seen.add(kind)
+            if any(one is space for one in gc.get_referents(vars(kind))):
+                return kind
+            rest += type.__subclasses__(kind)
+    return None

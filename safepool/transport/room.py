@@ -37,8 +37,10 @@ _LOOK_S = 1.0
 # Kept free: for the page tables, and the objects that a result is made of.
 _PART_KEPT = 32
 _MOST_KEPT_BYTES = 64 << 20
-# Pauses between two attempts to give memory back, as long as the first has taken.
+# Pauses between two attempts to give memory back, as long as the first has taken; and how many
+# blocks that Python has freed since end the pause.
 _PAUSES = 20
+_FREED_BLOCKS = 100
 # Of what is left, for results that are there and that nobody has taken.
 _PART_HELD = 4
 # What is pickled in one piece: as much again.
@@ -58,6 +60,7 @@ class _Room:
         self._unlooked = _FIRST_BYTES
         self._until = float("inf")
         self._full_until = 0.0
+        self._blocks = 0
 
     def require(self, size_bytes: int, done_bytes: int, whole_bytes: int) -> None:
         if whole_bytes - done_bytes > self._unlooked or time.monotonic() >= self._until:
@@ -79,13 +82,17 @@ class _Room:
         return left // _PART_WITHOUT_LOOK
 
     def _gives_back(self) -> bool:
-        """Give back what can be, if it was not just tried: it takes long where much is in use."""
+        """Give back what can be, if it was not just tried, or if something was freed since.
+
+        It takes long where much is in use.
+        """
         began = time.monotonic()
-        if began < self._full_until:
+        if began < self._full_until and self._blocks - sys.getallocatedblocks() < _FREED_BLOCKS:
             return False
         _give_back()
         now = time.monotonic()
         self._full_until = now + _PAUSES * (now - began)
+        self._blocks = sys.getallocatedblocks()
         return True
 
     def look(self) -> MemoryLeft | None:

@@ -93,7 +93,9 @@ def told(pool):
 # The version that each needs.
 PROGRAMS = {"unknown": ((3, 14), UNKNOWN), "aliases": ((3, 12), ALIASES)}
 END = """
+import gc
 from safepool import ProcessPool
+gc.freeze()
 with ProcessPool(1) as pool:
     told(pool)
 print("right")

@@ -187,3 +187,23 @@ def test_what_was_copied_is_freed_when_the_rest_is_refused(watch: Watch) -> None
         kept.append(raised.value)
     assert len(os.listdir("/proc/self/fd")) == before
     assert all(error.wanted_bytes in (72 * MIB, 24 * MIB) for error in kept)
+
+
+def test_what_was_freed_meanwhile_is_given_back_at_once(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the last attempt has taken."""
+    attempts: list[float] = []
+
+    def give_back() -> None:
+        attempts.append(watch.now_s)
+        watch.now_s += 10
+
+    monkeypatch.setattr(room, "_give_back", give_back)
+    results = [bytes(1000) for _ in range(1000)]
+    watch.be_full()
+    watch.be_full()
+    assert len(attempts) == 1
+    del results
+    watch.be_full()
+    assert len(attempts) == 2
