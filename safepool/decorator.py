@@ -37,7 +37,7 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
-from safepool.pool.policy import NO_POLICY, Policy, policy_of
+from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 from safepool.threads.cap import capped, is_capped
 
 if TYPE_CHECKING:

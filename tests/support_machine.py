@@ -11,7 +11,7 @@ from typing import Any
 
 from support_tasks import RaisesWhenUnpickled, append_line
 
-from safepool.pool.policy import Policy
+from safepool.pool.core.policy import Policy
 
 __all__ = ["ENDINGS", "fail_first", "overtime", "run", "runs_of"]
 

@@ -528,7 +528,7 @@ def test_a_copy_is_as_good() -> None:
 
 def test_what_is_said_twice() -> None:
     """The outer decorator's word, and the inner one's where that is silent."""
-    from safepool.pool.policy import NO_POLICY, Policy, policy_of
+    from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 
     inner = safepool.worker(plain, timeout=5, retries=2)
     outer = safepool.worker(inner, timeout=7)

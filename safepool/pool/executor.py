@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from safepool.budget import Request, parse_bytes
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
+from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
 from safepool.pool.mapping import MapRun
-from safepool.pool.policy import Policy, policy_of
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.pool.watch import Stacks, look_at

@@ -9,7 +9,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from safepool.pool.ending import Ending, Lost, Stage
+from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail
 from safepool.workers.contained import ContainedLogger

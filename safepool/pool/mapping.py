@@ -12,19 +12,18 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
+from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
-    from safepool.pool.policy import Policy
-    from safepool.pool.tasks import Pickled
 
 __all__ = ["Feed", "MapRun", "Results", "Span"]
 
@@ -255,6 +254,12 @@ class MapRun:
         """Let whoever waits look again."""
         self._waiters.wake()
 
+    def give_up(self, span: Span, error: Callable[[], BaseException]) -> None:
+        """Let the calls of a span raise ``error()``, and those that follow."""
+        for place in range(span.done, span.count):
+            self.put_error(span.start + place, error())
+        self.stop(error)
+
     def stop(self, error: Callable[[], BaseException]) -> None:
         """Give the rest up: calls that no worker has raise ``error()``."""
         self.waiting.clear()
@@ -308,91 +313,6 @@ class MapRun:
 
     def _is_stopped_at(self, index: int) -> bool:
         return self._stopped is not None and index >= self._stopped[0]
-
-
-@dataclass(slots=True, eq=False)
-class Span:
-    """Calls of one run that follow each other: sent together, or taken back.
-
-    Attributes:
-        run: Theirs.
-        start: The index of the first.
-        items: The arguments of each.
-        attempts: How often the first was begun and lost with its worker.
-        alone: It holds one call that must not travel with others.
-        apart: Each item was pickled by itself.
-        bound: A chunk whose calls have something in common that one of them could change: it
-            is not divided, so that the others see that, as in the standard pool.
-        pickled: The pickle of its items, if it was made before a worker had room. It then stays in
-            one piece.
-        pickled_ns: How long each took to be pickled, in a pool that is traced.
-    """
-
-    run: MapRun
-    start: int
-    items: list[Item] = field(repr=False)
-    attempts: int = 0
-    alone: bool = False
-    apart: bool = False
-    bound: bool = False
-    position: int = 0
-    done: int = 0
-    expected_ns: int = 0
-    pickled: Pickled | None = field(default=None, repr=False)
-    pickled_ns: int = 0
-
-    @property
-    def count(self) -> int:
-        """How many calls."""
-        return len(self.items)
-
-    @property
-    def name(self) -> str:
-        """What an error calls each."""
-        return self.run.name
-
-    @property
-    def policy(self) -> Policy:
-        """What holds for each."""
-        return self.run.policy
-
-    def tasks_in(self, calls: int) -> float:
-        """Tell how many tasks so many calls are: a part, if the caller said what makes one."""
-        return calls / (self.run.at_once or 1)
-
-    def is_followed_by(self, other: Span) -> bool:
-        """Tell whether both can be one: none of their calls has begun or must travel alone.
-
-        Nor may they be of two chunks, which have nothing in common in a worker.
-        """
-        at_once = self.run.at_once
-        return (
-            self.run is other.run
-            and self.start + len(self.items) == other.start
-            and (at_once is None or self.start // at_once == other.start // at_once)
-            and not (self.alone or other.alone or self.done or other.done or other.attempts)
-            and self.pickled is other.pickled is None
-        )
-
-    def split(self, at: int) -> Self:
-        """Keep the calls before ``at``, return the others."""
-        rest = type(self)(self.run, self.start + at, self.items[at:])
-        rest.expected_ns = self.expected_ns
-        rest.bound = self.bound
-        del self.items[at:]
-        return rest
-
-    def give_up(self, error: Callable[[], BaseException]) -> None:
-        """Let every call raise ``error()``, and those of the run that follow."""
-        for place in range(self.done, self.count):
-            self.run.put_error(self.start + place, error())
-        self.run.stop(error)
-
-    def only(self, place: int) -> Self:
-        """Return the call at this place as a span that travels alone."""
-        span = type(self)(self.run, self.start + place, [self.items[place]], alone=True)
-        span.attempts = self.attempts if place == 0 else 0
-        return span
 
 
 class Feed(Protocol):

@@ -72,7 +72,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
 from safepool.machine import handlers_by
 from safepool.pool import reclaim, refusals
-from safepool.pool.backlog import Backlog
+from safepool.pool.core.backlog import Backlog
+from safepool.pool.core.pace import Pace
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.hands import Teller, ThreadThatStarts
@@ -80,7 +81,6 @@ from safepool.pool.latch import Latch
 from safepool.pool.losses import Losses
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
-from safepool.pool.pace import Pace
 from safepool.pool.records import Records
 from safepool.pool.refused_calls import refused_call
 from safepool.pool.settling import Settling
@@ -97,10 +97,10 @@ from safepool.workers.preload import learn
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
 
-    from safepool.pool.ending import Ending
+    from safepool.pool.core.ending import Ending
+    from safepool.pool.core.policy import Policy
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item
-    from safepool.pool.policy import Policy
     from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
 
@@ -1202,7 +1202,7 @@ def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> No
     if isinstance(entry, MapRun):
         entry.stop(error)
     elif isinstance(entry, Span):
-        entry.give_up(error)
+        entry.run.give_up(entry, error)
     elif entry.future.running() or begin(entry.future):
         fail(entry.future, error())
 
@@ -1211,6 +1211,6 @@ def _cancel(entry: Task | Span | MapRun) -> None:
     if isinstance(entry, Task):
         cancel(entry.future)
     elif isinstance(entry, Span):
-        entry.give_up(CancelledError)
+        entry.run.give_up(entry, CancelledError)
     else:
         entry.stop(CancelledError)

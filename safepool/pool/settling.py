@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import MemoryLimitError
+from safepool.pool.core.patience import Patience
 from safepool.pool.hands import Hands
 from safepool.pool.mapping import Span
-from safepool.pool.patience import Patience
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
 from safepool.transport.files import require
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
+    from safepool.pool.core.pace import Pace
     from safepool.pool.mapping import MapRun
-    from safepool.pool.pace import Pace
     from safepool.pool.staff import Staff
     from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
@@ -294,7 +294,7 @@ class Settling:
         if isinstance(work, Task):
             (fail if failed else finish)(work.future, value)
             return None
-        run = work.run
+        run: MapRun = work.run
         if failed:
             run.put_error(answer.index, value)
         else:

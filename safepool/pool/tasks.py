@@ -12,6 +12,7 @@ from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
+from safepool.pool.core.work import Call
 from safepool.pool.hands import ThreadThatStarts
 from safepool.pool.latch import Latch
 from safepool.transport import payloads
@@ -20,15 +21,14 @@ from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Self
 
+    from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
-    from safepool.pool.policy import Policy
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
-    Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+    Parts = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 __all__ = [
     "Pickled",
@@ -411,51 +411,29 @@ def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> 
     end(future)
 
 
-class Task:
-    """A call that waits for a worker, or that one has.
+class Task(Call):
+    """A call with a future.
 
     Attributes:
         future: Where its result goes.
         call: Function, positional and keyword arguments; ``None`` once they were sent, so
             that the pool keeps nothing alive.
-        name: What an error calls it.
-        policy: What holds for it.
-        pickled: What was sent, kept while it may have to be sent again: the function, the
-            segments, and the shared objects that they refer to.
-        attempts: How often it was begun and lost with its worker.
-        position, done, count, expected_ns, bound: As of any :class:`~safepool.pool.ledger.Work`.
+        pickled: As of the base: the function, the segments, and the shared objects that they
+            refer to.
     """
 
-    __slots__ = (
-        "attempts",
-        "call",
-        "done",
-        "expected_ns",
-        "future",
-        "name",
-        "pickled",
-        "policy",
-        "position",
-    )
+    __slots__ = ("call", "future")
 
-    count = 1
-    bound = False
+    pickled: Pickled | None
 
-    def __init__(self, future: PoolFuture, call: Call, name: str, policy: Policy) -> None:
+    def __init__(self, future: PoolFuture, call: Parts, name: str, policy: Policy) -> None:
+        super().__init__(name, policy)
         self.future = future
-        self.call: Call | None = call
-        self.name = name
-        self.policy = policy
-        self.pickled: Pickled | None = None
-        self.attempts = self.position = self.done = self.expected_ns = 0
+        self.call: Parts | None = call
 
-    def tasks_in(self, calls: int) -> float:
-        """Tell how many tasks so many calls are."""
-        return calls
-
-    def split(self, at: int) -> Self:
-        """Never asked for: there is one call."""
-        raise ValueError(at)
+    def is_wanted(self) -> bool:
+        """Whether it was not cancelled; who waits for the future is told so."""
+        return not self.future.cancelled() or begin(self.future)
 
 
 def name_of(function: Callable[..., Any]) -> str:

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from safepool.limits import read_throttling
-from safepool.pool.ending import Lost
+from safepool.pool.core.ending import Lost
 from safepool.pool.mapping import Span
 from safepool.pool.trace_dispatch import TracedDispatch, TracedTask, note_queued
 from safepool.pool.trace_events import Events
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from safepool.limits import Throttling
+    from safepool.pool.core.ending import Ending
     from safepool.pool.dispatch import Dispatch
-    from safepool.pool.ending import Ending
     from safepool.pool.mapping import MapRun
     from safepool.pool.tasks import Task
     from safepool.pool.worker import Worker

@@ -19,10 +19,10 @@ from safepool.transport.frames import Kind, encode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from safepool.pool.core.policy import Policy
     from safepool.pool.dispatch import Pieces
     from safepool.pool.mapping import MapRun
-    from safepool.pool.policy import Policy
-    from safepool.pool.tasks import Call, Pickled, PoolFuture
+    from safepool.pool.tasks import Parts, Pickled, PoolFuture
     from safepool.pool.worker import Worker
     from safepool.transport.main_names import MainNames
     from safepool.workers.inheritance import Inheritance
@@ -43,7 +43,7 @@ class TracedTask(Task):
 
     __slots__ = ("pickled_ns", "queued_ns")
 
-    def __init__(self, future: PoolFuture, call: Call, name: str, policy: Policy) -> None:
+    def __init__(self, future: PoolFuture, call: Parts, name: str, policy: Policy) -> None:
         super().__init__(future, call, name, policy)
         self.queued_ns = time.monotonic_ns()
         self.pickled_ns = 0
@@ -111,7 +111,7 @@ def queued_ns(work: Task | Span, place: int) -> int | None:
     if isinstance(work, TracedTask):
         return work.queued_ns
     if isinstance(work, Span) and work.run.added:
-        added = work.run.added
+        added: deque[tuple[int, int]] = work.run.added
         # The first portion that ends behind the call.
         at = bisect.bisect_right(added, work.start + place, key=lambda portion: portion[0])
         return added[min(at, len(added) - 1)][1]

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.ledger import Ledger
+from safepool.pool.core.ledger import Ledger
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safepool.pool.backlog import Backlog
+from safepool.pool.core.backlog import Backlog
+from safepool.pool.core.pace import Pace
+from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.mapping import MapRun, Span
-from safepool.pool.pace import Pace
-from safepool.pool.policy import NO_POLICY
 from safepool.pool.tasks import PoolFuture, Task
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from safepool import TaskTimeoutError, WorkerDiedError
-from safepool.pool.ending import Ending, Lost, Stage
-from safepool.pool.policy import Policy
+from safepool.pool.core.ending import Ending, Lost, Stage
+from safepool.pool.core.policy import Policy
 from safepool.pool.tasks import PoolFuture, Task
 
 OVER = TaskTimeoutError(7, 1.5, "module.f", "")

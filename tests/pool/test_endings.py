@@ -30,8 +30,8 @@ from safepool import (
     TaskTimeoutError,
     WorkerDiedError,
 )
-from safepool.pool import patience
-from safepool.pool.policy import Policy
+from safepool.pool.core import patience
+from safepool.pool.core.policy import Policy
 from safepool.pool.scheduler import Scheduler
 from safepool.workers.board import Board
 

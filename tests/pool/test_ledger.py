@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safepool.pool.ledger import Ledger
+from safepool.pool.core.ledger import Ledger
 
 
 class Calls:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from support_processes import wait_until
 
 from safepool import ProcessPool
+from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.mapping import MapRun, Results, Span
-from safepool.pool.policy import NO_POLICY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_ends_where_no_worker_has_its_calls() -> None:
 def test_a_span_that_is_given_up_has_an_error_for_each_call() -> None:
     run = new_run()
     run.waiting.add([(n,) for n in range(3)])
-    run.cut(2).give_up(lambda: ValueError("gone"))
+    run.give_up(run.cut(2), lambda: ValueError("gone"))
 
     for index in range(3):
         with pytest.raises(ValueError, match="gone"):

@@ -22,9 +22,10 @@ from support_cgroups import control_group
 from safepool import PoolBrokenError, ProcessPool, RefusedCallError
 from safepool.limits import Limits, read_limits
 from safepool.limits._types import OpenFilesLimit, PidsLimit
-from safepool.pool import mapping, patience, refusals
+from safepool.pool import mapping, refusals
+from safepool.pool.core import patience
+from safepool.pool.core.patience import Patience
 from safepool.pool.hiring import Hiring
-from safepool.pool.patience import Patience
 from safepool.pool.refusals import limit_met
 from safepool.pool.staff import Staff
 from safepool.pool.worker import Worker

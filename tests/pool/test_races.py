@@ -22,12 +22,12 @@ from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool import hiring, reclaim
+from safepool.pool.core.ledger import Ledger
+from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
-from safepool.pool.ledger import Ledger
 from safepool.pool.mapping import MapRun
 from safepool.pool.packing import Packing
-from safepool.pool.policy import NO_POLICY
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
 from safepool.pool.worker import Worker

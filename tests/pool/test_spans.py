@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import support_tasks
 
-from safepool.pool.backlog import Backlog
+from safepool.pool.core.backlog import Backlog
+from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.mapping import MapRun, Span
-from safepool.pool.policy import NO_POLICY
 
 
 def run_of(count: int, at_once: int | None = None) -> tuple[Backlog, MapRun]:

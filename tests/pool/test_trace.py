@@ -20,7 +20,7 @@ from support_tasks import touch_and_sleep
 import safepool
 from safepool.cli import report
 from safepool.pool import staff, trace_events, trace_file
-from safepool.pool.policy import Policy
+from safepool.pool.core.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,7 +18,7 @@ from support_processes import wait_until
 import safepool
 from safepool import ProcessPool, TaskTimeoutError, WorkerDiedError
 from safepool.pool import watch
-from safepool.pool.ledger import Ledger
+from safepool.pool.core.ledger import Ledger
 from safepool.pool.worker import Worker
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.status import Status, parse_status

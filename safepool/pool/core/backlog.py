@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mapping import MapRun, Span
-from safepool.pool.tasks import Task, begin
+from safepool.pool.core.work import Call, Span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safepool.pool.mapping import Item
-
+    from safepool.pool.core.work import Run
 
 __all__ = ["Backlog"]
 
@@ -22,16 +20,16 @@ _MOST_COUNTED = 1000
 
 
 class Backlog:
-    """Tasks, runs with calls that wait, and spans that were taken back.
+    """Calls, runs with calls that wait, and spans that were taken back.
 
     Attributes:
         holds: Runs wait whose results are not taken; not while the pool ends.
     """
 
     def __init__(self) -> None:
-        self._entries: deque[Task | Span | MapRun] = deque()
+        self._entries: deque[Call | Span | Run] = deque()
         # Runs whose results are not taken as fast as they come.
-        self._held: list[MapRun] = []
+        self._held: list[Run] = []
         self.holds = True
 
     def __bool__(self) -> bool:
@@ -60,9 +58,8 @@ class Backlog:
         entries = self._entries
         while entries:
             head = entries[0]
-            if isinstance(head, Task):
-                # Who waits for the future is told that it will never run.
-                dead = head.future.cancelled() and not begin(head.future)
+            if isinstance(head, Call):
+                dead = not head.is_wanted()
             elif isinstance(head, Span):
                 dead = head.run.dropped
             else:
@@ -73,18 +70,18 @@ class Backlog:
             entries.popleft()
         return False
 
-    def add(self, task: Task) -> None:
+    def add(self, task: Call) -> None:
         """Queue a task."""
         self._entries.append(task)
 
-    def add_items(self, run: MapRun, items: list[Item], *, last: bool = False) -> None:
+    def add_items(self, run: Run, items: list[Any], *, last: bool = False) -> None:
         """Queue further calls of a run; ``last``: there will be no more."""
         run.add(items, last=last)
         if run.waiting and not run.queued:
             run.queued = True
             self._entries.append(run)
 
-    def put_back(self, works: Sequence[Task | Span]) -> None:
+    def put_back(self, works: Sequence[Call | Span]) -> None:
         """Queue what was taken before, in its order, ahead of everything else."""
         entries = self._entries
         for work in reversed(works):
@@ -100,13 +97,13 @@ class Backlog:
                     continue
             entries.appendleft(work)
 
-    def clear(self) -> list[Task | Span | MapRun]:
+    def clear(self) -> list[Any]:
         """Empty it, and return what was there."""
         found = [*self._held, *self._entries]
         self._entries.clear()
         self._held.clear()
         for entry in found:
-            if isinstance(entry, MapRun):
+            if not isinstance(entry, Call | Span):
                 entry.queued = False
         return found
 
@@ -116,7 +113,7 @@ class Backlog:
         expected_ns: Callable[[str], int],
         among: int,
         most: int,
-    ) -> Span | list[Task]:
+    ) -> Span | list[Any]:
         """Take what one worker gets in one message.
 
         Args:
@@ -132,7 +129,7 @@ class Backlog:
             self._let_go()
         while self._entries and most > 0:
             head = self._entries[0]
-            if isinstance(head, Task):
+            if isinstance(head, Call):
                 return self._take_tasks(room, expected_ns, among, most)
             if isinstance(head, Span):
                 if head.run.dropped:
@@ -148,7 +145,7 @@ class Backlog:
             return self._cut(head, room, expected_ns, among, most)
         return []
 
-    def _hold(self, run: MapRun) -> bool:
+    def _hold(self, run: Run) -> bool:
         """Let the first run wait if it is full."""
         # Said before it is looked at: whoever takes a result does it the other way round.
         run.held = True
@@ -172,12 +169,12 @@ class Backlog:
         expected_ns: Callable[[str], int],
         among: int,
         most: int,
-    ) -> list[Task]:
+    ) -> list[Call]:
         entries = self._entries
-        taken: list[Task] = []
+        taken: list[Any] = []
         left = min(most, -(-len(entries) // among))
         name, fit, each, held = "", 0, 0, 0
-        while left and entries and isinstance(entries[0], Task):
+        while left and entries and isinstance(entries[0], Call):
             task = entries[0]
             if task.name != name:
                 name = task.name
@@ -199,7 +196,7 @@ class Backlog:
         expected_ns: Callable[[str], int],
         among: int,
         most: int,
-    ) -> Span | list[Task]:
+    ) -> Span | list[Any]:
         # Divided when little is left behind it as well: halves of halves would be many messages.
         waiting = self.at_most(span.count * among)
         many = min(room(span.name, 0), -(-waiting // among))
@@ -216,12 +213,12 @@ class Backlog:
 
     def _cut(
         self,
-        run: MapRun,
+        run: Run,
         room: Callable[[str, int], int],
         expected_ns: Callable[[str], int],
         among: int,
         most: int,
-    ) -> Span | list[Task]:
+    ) -> Span | list[Any]:
         many = room(run.name, 0)
         if many <= 0:
             return []
@@ -237,5 +234,5 @@ class Backlog:
         return span
 
 
-def _size(entry: Task | Span | MapRun) -> int:
-    return len(entry.waiting) if isinstance(entry, MapRun) else entry.count
+def _size(entry: Call | Span | Run) -> int:
+    return entry.count if isinstance(entry, Call | Span) else len(entry.waiting)

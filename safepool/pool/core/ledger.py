@@ -10,39 +10,17 @@ Positions in, work out: no process, no message, no clock.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Ledger", "Work"]
+    from safepool.pool.core.work import Work
+
+__all__ = ["Ledger"]
 
 
-class Work(Protocol):
-    """A call, or several that travel together.
-
-    Attributes:
-        position: The first one's, while a worker has it.
-        count: How many calls, at least 1.
-        done: How many of them are settled.
-        expected_ns: How long each is thought to take.
-        bound: They stay together, whatever waits meanwhile.
-    """
-
-    position: int
-    done: int
-    expected_ns: int
-    bound: bool
-
-    @property
-    def count(self) -> int: ...  # noqa: D102 -- an attribute above
-
-    def split(self, at: int) -> Self:
-        """Keep the calls before ``at``, return the others; 0 < ``at`` < count."""
-        ...
-
-
-_W = TypeVar("_W", bound=Work)
+_W = TypeVar("_W", bound="Work")
 
 
 class Ledger(Generic[_W]):

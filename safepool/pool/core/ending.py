@@ -12,7 +12,6 @@ Computes; no process, no clock.
 from __future__ import annotations
 
 import enum
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,10 +19,12 @@ from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
 
 if TYPE_CHECKING:
     from safepool.errors import OutOfMemory
-    from safepool.pool.mapping import Span
-    from safepool.pool.tasks import Task
+    from safepool.pool.core.work import Given
 
 __all__ = ["Ending", "Lost", "Stage"]
+
+# Levels of the log's, which is not imported here.
+_DEBUG, _WARNING = 10, 30
 
 
 class Lost(NamedTuple):
@@ -36,10 +37,10 @@ class Lost(NamedTuple):
         again: What is queued for it; ``None`` if it has failed.
     """
 
-    work: Task | Span
+    work: Given
     place: int
     begun: bool
-    again: Task | Span | None
+    again: Given | None
 
 
 class Stage(enum.Enum):
@@ -137,8 +138,8 @@ class Ending:
     def line(self) -> tuple[int, str]:
         """The line for the log that tells of the worker alone, with its level."""
         if self.lost or self.dismissed or self.condemned is not None:
-            return logging.DEBUG, f"worker {self.pid} {self.how}"
-        return logging.WARNING, f"worker {self.unasked}"
+            return _DEBUG, f"worker {self.pid} {self.how}"
+        return _WARNING, f"worker {self.unasked}"
 
     @property
     def unasked(self) -> str:
@@ -156,6 +157,6 @@ class Ending:
             text = (
                 f"worker {self.pid} {self.how} while it ran {lost.work.name}, which is run again"
             )
-            return logging.WARNING, text
+            return _WARNING, text
         quiet = self.pool_ends or self.condemned is not None
-        return logging.DEBUG if quiet else logging.WARNING, f"{error}"
+        return _DEBUG if quiet else _WARNING, f"{error}"

@@ -1,0 +1,201 @@
+"""What workers are given: a call of its own, or calls of a map that travel together.
+
+Whoever hands it over adds what is to be sent, and where the result goes (``tasks``, ``mapping``);
+nothing here looks at that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sized
+
+    from safepool.pool.core.policy import Policy
+
+__all__ = ["Call", "Given", "Run", "Span", "Work"]
+
+# A call or a span, with what its owner has added: its type is the owner's.
+Given = Any
+
+
+class Work(Protocol):
+    """A call, or several that travel together.
+
+    Attributes:
+        position: The first one's, while a worker has it.
+        count: How many calls, at least 1.
+        done: How many of them are settled.
+        expected_ns: How long each is thought to take.
+        bound: They stay together, whatever waits meanwhile.
+    """
+
+    position: int
+    done: int
+    expected_ns: int
+    bound: bool
+
+    @property
+    def count(self) -> int: ...  # noqa: D102 -- an attribute above
+
+    def split(self, at: int) -> Self:
+        """Keep the calls before ``at``, return the others; 0 < ``at`` < count."""
+        ...
+
+
+class Run(Protocol):
+    """A map, as far as its calls wait for workers.
+
+    Attributes:
+        name: What an error calls each.
+        policy: Holds for each.
+        at_once: Calls that travel together; ``None`` is as many as their time allows.
+        most_at_once: Calls whose arguments are thought to fit one message.
+        waiting: What no worker has, in order.
+        stopped: Nobody wants, or nobody will compute, the rest.
+        dropped: Nobody will take further results.
+        queued: It is in the backlog.
+        held: No further calls are sent, as too much waits to be taken.
+        is_full: Whether as much does, and somebody can take it.
+    """
+
+    at_once: int | None
+    most_at_once: int
+    dropped: bool
+    queued: bool
+    held: bool
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 -- attributes above
+    @property
+    def policy(self) -> Policy: ...  # noqa: D102
+    @property
+    def waiting(self) -> Sized: ...  # noqa: D102
+    @property
+    def stopped(self) -> bool: ...  # noqa: D102
+    @property
+    def is_full(self) -> bool: ...  # noqa: D102
+
+    def add(self, items: list[Any], *, last: bool) -> None:
+        """Let further calls wait; ``last``: there will be no more."""
+
+    def cut(self, count: int) -> Span:
+        """Take the next calls, at most ``count``, from those that wait."""
+        ...
+
+
+class Call:
+    """A call that travels alone.
+
+    Attributes:
+        name: What an error calls it.
+        policy: What holds for it.
+        attempts: How often it was begun and lost with its worker.
+        pickled: What was sent, kept while it may have to be sent again.
+        position, done, count, expected_ns, bound: As of any :class:`Work`.
+    """
+
+    __slots__ = ("attempts", "done", "expected_ns", "name", "pickled", "policy", "position")
+
+    count = 1
+    bound = False
+
+    def __init__(self, name: str, policy: Policy) -> None:
+        self.name = name
+        self.policy = policy
+        self.pickled: Any = None
+        self.attempts = self.position = self.done = self.expected_ns = 0
+
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for its result."""
+        return True
+
+    def tasks_in(self, calls: int) -> float:
+        """Tell how many tasks so many calls are."""
+        return calls
+
+    def split(self, at: int) -> Self:
+        """Never asked for: there is one call."""
+        raise ValueError(at)
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Calls of one run that follow each other: sent together, or taken back.
+
+    Attributes:
+        run: Theirs, the :class:`Run` of whoever hands it over.
+        start: The index of the first.
+        items: The arguments of each.
+        attempts: How often the first was begun and lost with its worker.
+        alone: It holds one call that must not travel with others.
+        apart: Each item was pickled by itself.
+        bound: A chunk whose calls have something in common that one of them could change: it
+            is not divided, so that the others see that, as in the standard pool.
+        pickled: The pickle of its items, if it was made before a worker had room: nothing looks
+            into it here. The span then stays in one piece.
+        pickled_ns: How long each took to be pickled, in a pool that is traced.
+    """
+
+    run: Any
+    start: int
+    items: list[Any] = field(repr=False)
+    attempts: int = 0
+    alone: bool = False
+    apart: bool = False
+    bound: bool = False
+    position: int = 0
+    done: int = 0
+    expected_ns: int = 0
+    pickled: Any = field(default=None, repr=False)
+    pickled_ns: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many calls."""
+        return len(self.items)
+
+    @property
+    def name(self) -> str:
+        """What an error calls each."""
+        name: str = self.run.name
+        return name
+
+    @property
+    def policy(self) -> Policy:
+        """What holds for each."""
+        policy: Policy = self.run.policy
+        return policy
+
+    def tasks_in(self, calls: int) -> float:
+        """Tell how many tasks so many calls are: a part, if the caller said what makes one."""
+        return calls / (self.run.at_once or 1)
+
+    def is_followed_by(self, other: Span) -> bool:
+        """Tell whether both can be one: none of their calls has begun or must travel alone.
+
+        Nor may they be of two chunks, which have nothing in common in a worker.
+        """
+        at_once = self.run.at_once
+        return (
+            self.run is other.run
+            and self.start + len(self.items) == other.start
+            and (at_once is None or self.start // at_once == other.start // at_once)
+            and not (self.alone or other.alone or self.done or other.done or other.attempts)
+            and self.pickled is other.pickled is None
+        )
+
+    def split(self, at: int) -> Self:
+        """Keep the calls before ``at``, return the others."""
+        rest = type(self)(self.run, self.start + at, self.items[at:])
+        rest.expected_ns = self.expected_ns
+        rest.bound = self.bound
+        del self.items[at:]
+        return rest
+
+    def only(self, place: int) -> Self:
+        """Return the call at this place as a span that travels alone."""
+        span = type(self)(self.run, self.start + place, [self.items[place]], alone=True)
+        span.attempts = self.attempts if place == 0 else 0
+        return span
