@@ -37,9 +37,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
+from safepool.pool.closures import ADDED, close, find_additions
 from safepool.pool.deliveries import Versions
 from safepool.pool.latch import Latch
-from safepool.pool.table import ADDED, Closure, Table, find_additions
+from safepool.pool.table import Closure, Table
 from safepool.transport.marks import main_space
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Names:
         base = self.table
         draft = base.draft()
         try:
-            closure = draft.close(roots)
+            closure = close(draft, roots)
         except BaseException:
             self._publish(base, draft)  # what is beside, and takes long as well
             raise

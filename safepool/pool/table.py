@@ -1,38 +1,26 @@
-"""What is known of the script's names at one time, and how more of it is found out."""
+"""What is known of the script's names at one time. How it is found out: ``closures``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import let_handlers_pass
-from safepool.pool.circles import components
-from safepool.pool.deliveries import Delivery, Needs, versions
-from safepool.pool.hands import within
-from safepool.pool.imports import Imports
 from safepool.pool.mains import ABSENT
-from safepool.pool.values import definitions, pickle_additions, value_of
-from safepool.pool.walk import QUIET_BYTES, UNASKED_S, Walk
-from safepool.transport.additions import additions_to, homes
+from safepool.pool.values import value_of
 from safepool.transport.marks import attributes_of, main_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
+    from safepool.pool.deliveries import Delivery, Needs
+    from safepool.pool.imports import Imports
     from safepool.pool.known import Known
     from safepool.transport.additions import Addition
     from safepool.transport.main_names import MainNames
 
-__all__ = ["ADDED", "Closure", "Table", "find_additions"]
-
-# What stands for a name where there is none.
-_IMPORTS, _MISSING = "import", "del"
-ADDED = "with"
-"""The same, of what the script has put into modules."""
+__all__ = ["Added", "Closure", "Table"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Added:
+class Added:
     """What the script has put into modules.
 
     Attributes:
@@ -79,6 +67,8 @@ class Table:
         slow: What took too long to be pickled, in case that it is asked for.
         beside: What comes with any names: the imports, and those that nothing names.
         added: What comes last; ``None`` if there is nothing.
+        imports: The modules that the script had at the last look.
+        look_at: How many names the script had at the last look.
         heir: The table that was published after this one, by the key 0.
     """
 
@@ -90,10 +80,10 @@ class Table:
         self.first: dict[str, int] = {}
         self.there: dict[str, int] = {}
         self.slow: dict[str, object] = {}
-        self._imports: Imports | None = None
+        self.imports: Imports | None = None
         self.beside: tuple[Delivery, ...] = ()
-        self.added: _Added | None = None
-        self._look_at = -1
+        self.added: Added | None = None
+        self.look_at = -1
         self.heir: dict[int, Table] = {}
 
     def draft(self) -> Table:
@@ -106,8 +96,8 @@ class Table:
         return new
 
     def _take_beside(self, other: Table) -> None:
-        self._imports, self.beside = other._imports, other.beside
-        self.added, self._look_at = other.added, other._look_at
+        self.imports, self.beside = other.imports, other.beside
+        self.added, self.look_at = other.added, other.look_at
 
     def on(self, after: Table, base: Table) -> tuple[Table, bool]:
         """Return a draft of this one's news on another table.
@@ -155,7 +145,7 @@ class Table:
             here: Run no code of the program.
         """
         space, present = main_space(), self.known
-        if len(space) != self._look_at or not closure.absent.isdisjoint(space):
+        if len(space) != self.look_at or not closure.absent.isdisjoint(space):
             return False
         if closure.beside is not self.beside or (self.main and self.main.learned != self._learned):
             return False
@@ -163,85 +153,6 @@ class Table:
             if present.get(known.names[0]) is not known or not self.is_unchanged(known, here=here):
                 return False
         return True
-
-    def close(self, roots: frozenset[str]) -> Closure:
-        """Find out what names lead to.
-
-        Raises:
-            Exception: What the pickler raised for one of them.
-        """
-        if self._imports is None or len(main_space()) != self._look_at:
-            self._look_beside()
-        walk = Walk(self)
-        walk.go(roots)
-        if self.added is not None:
-            walk.go_if_possible(self.added.names)
-        walk.finish()
-        known = self._in_order(walk.reached)
-        deliveries = [*self.beside, *(one.delivery for one in known)]
-        if self.added is not None:
-            deliveries.append(self.added.delivery)
-        needs = Needs(dict.fromkeys(deliveries))
-        return Closure(known, frozenset(walk.absent), self.beside, needs)
-
-    def _look_beside(self) -> None:
-        """Look at the namespace as a whole: it has other names than at the last look."""
-        size = len(main_space())
-        before, self._imports = self._imports, Imports()
-        beside: list[Delivery] = []
-        if not self.main:
-            same = before is not None and before.modules == self._imports.modules
-            head = {"imports": self._imports.modules}
-            new = Delivery(next(versions), (_IMPORTS,), (0,), head)
-            beside.append(self.beside[0] if same else new)
-        walk = Walk(self, quiet=True)
-        walk.go(definitions())
-        walk.finish()
-        known = self._in_order(walk.reached)
-        beside += [one.delivery for one in known if one.delivery.size_bytes < QUIET_BYTES]
-        if walk.missing:
-            told = {"missing": walk.missing}
-            beside.append(Delivery(next(versions), (_MISSING,), (0,), told))
-        self.beside = tuple(beside)
-        if not self.main:
-            self._look_for_additions(self._imports)
-        self._look_at = size
-
-    def _look_for_additions(self, imports: Imports) -> None:
-        found = {one.place: one for one in additions_to(homes(imports.modules))}
-        before = {} if self.added is None else self.added.numbers
-        if found.keys() == before.keys():
-            return
-        self.added = None
-        numbers = {place: before.get(place) or next(versions) for place in found}
-        what = {numbers[place]: one for place, one in found.items()}
-        try:
-            pickled, names, shared = within(UNASKED_S, lambda: pickle_additions(what))
-        except Exception as error:  # noqa: BLE001 -- it takes too long
-            let_handlers_pass(error)
-            return
-        delivery = Delivery(next(versions), (ADDED,), (0,), {"added": True}, [pickled], shared)
-        self.added = _Added((*found.values(),), numbers, names, delivery) if found else None
-
-    def _in_order(self, reached: Iterable[str]) -> list[Known]:
-        """Return what some names are pickled in, what others need to be loaded before those.
-
-        That is what they refer to, and if possible what their functions use: a class may run
-        code when it is made.
-        """
-        known = {self.known[name]: None for name in reached if name in self.known}
-
-        def leads(one: Known, names: frozenset[str]) -> list[Known]:
-            others = (self.known.get(name) for name in sorted(names))
-            return [other for other in others if other in known and other is not one]
-
-        ordered: list[Known] = []
-        for circle in components({one: leads(one, one.refs | one.uses) for one in known}):
-            within = {
-                one: [other for other in leads(one, one.refs) if other in circle] for one in circle
-            }
-            ordered += [one for (one,) in components(within)]
-        return ordered
 
     def is_unchanged(self, known: Known, *, here: bool = False) -> bool:
         """Tell whether names are what they were when they were pickled; ``False`` if in doubt."""
@@ -260,8 +171,3 @@ class Table:
         """Return the version with which the object that a name holds was delivered first."""
         known = self.known.get(name)
         return 0 if known is None else known.delivery.born[known.names.index(name)]
-
-
-def find_additions() -> bool:
-    """Tell whether the script has put something into modules."""
-    return bool(additions_to(homes(Imports().modules)))

@@ -5,17 +5,22 @@ from __future__ import annotations
 import selectors
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.pool.core.ledger import Ledger
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from safepool.pool.mapping import Span
-    from safepool.pool.packing import Packing
     from safepool.pool.tasks import Task
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
+
+    class Unsent(Protocol):
+        """What is being copied for a worker: a :class:`~safepool.pool.packing.Packing`."""
+
+        position: int
+
 
 __all__ = ["Worker"]
 
@@ -68,7 +73,7 @@ class Worker(WorkerProcess):
     done: int = 0
     tasks_done: float = 0.0
     exclusive: bool = False
-    packing: Packing | None = None
+    packing: Unsent | None = None
     awaited: int = 0
     sent_ns: int = 0
     condemned: BaseException | None = None

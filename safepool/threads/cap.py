@@ -27,7 +27,7 @@ from safepool.threads.calls import attempt
 from safepool.threads.environment import runtime_threads, worker_environment
 from safepool.threads.imports import AfterImport
 from safepool.threads.native import NativeLibraries
-from safepool.threads.registry import brought_by, imported_runtimes, modules_to_cap
+from safepool.threads.registry import brought_by, imported_runtimes, modules_to_cap, when_added
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WorkerCap",
-    "apply_again",
     "cap_worker",
     "capped",
     "find_ahead",
@@ -134,13 +133,8 @@ def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None
         environment = worker_environment(threads)
     _worker_cap = WorkerCap(threads, environment)
     _worker_cap.apply()
+    when_added(_worker_cap.apply)
     return _worker_cap
-
-
-def apply_again() -> None:
-    """Cap what is loaded once more, if this process is a worker: a row was added."""
-    if _worker_cap is not None:
-        _worker_cap.apply()
 
 
 def worker_threads() -> int | None:

@@ -23,10 +23,18 @@ __all__ = [
     "revision",
     "runtimes",
     "unregister",
+    "when_added",
 ]
 
 _added: dict[str, tuple[NativeRuntime, Call | None]] = {}
 _revision = 0
+# Called when a row was added.
+_told: list[Callable[[], object]] = []
+
+
+def when_added(tell: Callable[[], object]) -> None:
+    """Have a function called each time that a row was added, and no other any more."""
+    _told[:] = [tell]
 
 
 def revision() -> int:
@@ -117,9 +125,8 @@ def register(
     call = None if write is None else Call(read=read, write=write, undone=read is not None)
     _added[runtime.name] = (runtime, call)
     _changed()
-    from safepool.threads import cap  # noqa: PLC0415 -- it builds on this module
-
-    cap.apply_again()
+    for tell in _told:
+        tell()
 
 
 def unregister(name: str) -> None:

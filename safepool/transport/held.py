@@ -22,16 +22,18 @@ import importlib
 import importlib.util
 import io
 import linecache
+import pickle
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
+from safepool.transport.growing import load
 from safepool.transport.lazy import loaded
 
 if TYPE_CHECKING:
     import ast
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = [
     "Held",
@@ -361,9 +363,7 @@ def attribute_of(module: str, attribute: str, kind: str, copy: bytes | None) -> 
             f"{_kind_of(value)} in this worker. The program sets it at run time, and it cannot be "
             f"pickled: set it in the workers too, by ProcessPool(initializer=)"
         )
-    from safepool.transport.payloads import loads  # noqa: PLC0415 -- which imports this module
-
-    return loads([copy])
+    return load(copy)
 
 
 def _kind_of(value: object) -> str:
@@ -379,12 +379,14 @@ class _Short(io.BytesIO):
         return super().write(data)
 
 
-def _copy_of(value: object) -> bytes | None:
-    from safepool.transport.payloads import dump_by_value  # noqa: PLC0415 -- as above
+write_copy: Callable[[object, io.BytesIO], object] = pickle.dump
+"""Pickles an object by value. Set by ``payloads``, whose pickler asks this module what is held."""
 
+
+def _copy_of(value: object) -> bytes | None:
     file = _Short()
     try:
-        dump_by_value(value, file)
+        write_copy(value, file)
     except Exception as error:  # noqa: BLE001 -- user code
         let_handlers_pass(error)
         return None

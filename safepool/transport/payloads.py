@@ -15,7 +15,7 @@ from collections import ChainMap
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
-from safepool.transport import weak
+from safepool.transport import held, weak
 from safepool.transport.descriptors import (
     CONNECTION,
     Incoming,
@@ -27,7 +27,6 @@ from safepool.transport.descriptors import (
 from safepool.transport.exceptions import StandardTable
 from safepool.transport.frames import Missing
 from safepool.transport.growing import Sink, load
-from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Prints, Reducers
 from safepool.transport.names import met
@@ -305,6 +304,9 @@ def dump_by_value(
     _finish(pickler, file, value, script)
 
 
+held.write_copy = dump_by_value
+
+
 def main_namespace(package: str | None = None) -> dict[str, Any]:
     """Return the globals of this process's ``__main__``; what arrives by value asks for them.
 
@@ -344,4 +346,4 @@ def _by_value_pickler(
 
 def by_value_modules() -> bool:
     """Tell whether the program asked cloudpickle to send some module by value."""
-    return bool(modules_by_value())
+    return bool(held.modules_by_value())

@@ -14,9 +14,17 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Protocol, Self
 
-    from safepool.transport.sharing import Shared
+    class Handle(Protocol):
+        """As much of :class:`~safepool.transport.sharing.Shared` as is used here."""
+
+        number: int
+
+        @property
+        def value(self) -> Any:
+            """The object."""
+
 
 __all__ = [
     "Collected",
@@ -34,11 +42,11 @@ __all__ = [
 
 _thread = threading.local()
 # What was shared by this process and is alive, by number.
-_made: weakref.WeakValueDictionary[int, Shared[Any]] = weakref.WeakValueDictionary()
+_made: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 # What a pool has sent to this worker, by the pool's number.
-_kept: dict[int, Shared[Any]] = {}
+_kept: dict[int, Handle] = {}
 # The arrays that are the values of both, by id(): to be recognized when they are sent on.
-_arrays: dict[int, weakref.ref[Shared[Any]]] = {}
+_arrays: dict[int, weakref.ref[Handle]] = {}
 
 
 class Collected:
@@ -47,14 +55,14 @@ class Collected:
     __slots__ = ("_before", "_by_number")
 
     def __init__(self) -> None:
-        self._by_number: dict[int, Shared[Any]] = {}
+        self._by_number: dict[int, Handle] = {}
 
     @property
-    def found(self) -> tuple[Shared[Any], ...]:
+    def found(self) -> tuple[Any, ...]:
         """What was met."""
         return tuple(self._by_number.values())
 
-    def add(self, shared: Shared[Any]) -> None:
+    def add(self, shared: Handle) -> None:
         """Note one."""
         self._by_number[shared.number] = shared
 
@@ -67,7 +75,7 @@ class Collected:
         _thread.collected = self._before
 
 
-def made(shared: Shared[Any]) -> None:
+def made(shared: Handle) -> None:
     """Note what this process has shared."""
     _made[shared.number] = shared
 
@@ -77,7 +85,7 @@ def known() -> bool:
     return bool(_made)
 
 
-def value_of(shared: Shared[Any], value: object) -> None:
+def value_of(shared: Handle, value: object) -> None:
     """Note the object that is shared, so that it is known where it is met."""
     if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
         _arrays[id(value)] = weakref.ref(shared)
@@ -88,7 +96,7 @@ def value_of(shared: Shared[Any], value: object) -> None:
 value_gone = _arrays.pop
 
 
-def reduce(shared: Shared[Any]) -> tuple[Any, ...]:
+def reduce(shared: Handle) -> tuple[Any, ...]:
     """Return what is pickled in the place of a shared object."""
     collected: Collected | None = getattr(_thread, "collected", None)
     if collected is None:
@@ -114,7 +122,7 @@ def reference_to(array: Any) -> tuple[Any, ...] | None:
     return _view_of, (shared, begin, array.dtype, array.shape, array.strides)
 
 
-def _shared_array(array: object) -> Shared[Any] | None:
+def _shared_array(array: object) -> Handle | None:
     reference = _arrays.get(id(array))
     return None if reference is None else reference()
 
@@ -141,7 +149,7 @@ def _view_of(array: Any, begin: int, dtype: Any, shape: Any, strides: Any) -> An
     return view
 
 
-def keep(number: int, shared: Shared[Any]) -> None:
+def keep(number: int, shared: Handle) -> None:
     """Keep in a worker what its pool has sent."""
     _kept[number] = shared
 

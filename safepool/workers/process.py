@@ -344,6 +344,11 @@ class WorkerProcess:
         except (OSError, ValueError, IndexError):
             return None
 
+    def is_alive(self) -> bool:
+        """Return whether the process has not ended."""
+        alive: bool = self.process.is_alive()
+        return alive
+
     def end(self, number: int) -> None:
         """Send the signal ``number`` to the process, if it is still the one we started."""
         if hasattr(self.process, "send_signal"):

@@ -13,12 +13,22 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from safepool.workers.process import WorkerProcess
+    class Root(Protocol):
+        """A process that has started others."""
+
+        pid: int
+
+        def is_alive(self) -> bool:
+            """Return whether it has not ended."""
+
+        def end(self, number: int) -> None:
+            """Send it a signal."""
+
 
 __all__ = ["Descendant", "TreeEnd", "bury", "descendants", "signal_all"]
 
@@ -52,7 +62,7 @@ class TreeEnd:
         found: What descends from it, as far as it was seen.
     """
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    def __init__(self, worker: Root) -> None:
         self._worker = worker
         self.found: set[Descendant] = set()
         self._begun = time.monotonic()
@@ -63,7 +73,7 @@ class TreeEnd:
         worker = self._worker
         elapsed_s = time.monotonic() - self._begun
         at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
-        if worker.process.is_alive():  # else its number may be somebody else's by now
+        if worker.is_alive():  # else its number may be somebody else's by now
             pids = [worker.pid, *(one.pid for one in self.found)]
             stopped = all(_states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.

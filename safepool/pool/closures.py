@@ -1,0 +1,121 @@
+"""What names of the script lead to, as workers are sent it: looked for, pickled, in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safepool.errors import let_handlers_pass
+from safepool.pool.circles import components
+from safepool.pool.deliveries import Delivery, Needs, versions
+from safepool.pool.hands import within
+from safepool.pool.imports import Imports
+from safepool.pool.table import Added, Closure
+from safepool.pool.values import definitions, pickle_additions
+from safepool.pool.walk import QUIET_BYTES, UNASKED_S, Walk
+from safepool.transport.additions import additions_to, homes
+from safepool.transport.marks import main_space
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from safepool.pool.known import Known
+    from safepool.pool.table import Table
+
+__all__ = ["ADDED", "close", "find_additions"]
+
+# What stands for a name where there is none.
+_IMPORTS, _MISSING = "import", "del"
+ADDED = "with"
+"""The same, of what the script has put into modules."""
+
+
+def close(table: Table, roots: frozenset[str]) -> Closure:
+    """Find out what names lead to.
+
+    Args:
+        table: A draft, which gets what is new.
+        roots: The names.
+
+    Raises:
+        Exception: What the pickler raised for one of them.
+    """
+    if table.imports is None or len(main_space()) != table.look_at:
+        _look_beside(table)
+    walk = Walk(table)
+    walk.go(roots)
+    if table.added is not None:
+        walk.go_if_possible(table.added.names)
+    walk.finish()
+    known = _in_order(table, walk.reached)
+    deliveries = [*table.beside, *(one.delivery for one in known)]
+    if table.added is not None:
+        deliveries.append(table.added.delivery)
+    needs = Needs(dict.fromkeys(deliveries))
+    return Closure(known, frozenset(walk.absent), table.beside, needs)
+
+
+def _look_beside(table: Table) -> None:
+    """Look at the namespace as a whole: it has other names than at the last look."""
+    size = len(main_space())
+    before, table.imports = table.imports, Imports()
+    beside: list[Delivery] = []
+    if not table.main:
+        same = before is not None and before.modules == table.imports.modules
+        head = {"imports": table.imports.modules}
+        new = Delivery(next(versions), (_IMPORTS,), (0,), head)
+        beside.append(table.beside[0] if same else new)
+    walk = Walk(table, quiet=True)
+    walk.go(definitions())
+    walk.finish()
+    known = _in_order(table, walk.reached)
+    beside += [one.delivery for one in known if one.delivery.size_bytes < QUIET_BYTES]
+    if walk.missing:
+        told = {"missing": walk.missing}
+        beside.append(Delivery(next(versions), (_MISSING,), (0,), told))
+    table.beside = tuple(beside)
+    if not table.main:
+        _look_for_additions(table, table.imports)
+    table.look_at = size
+
+
+def _look_for_additions(table: Table, imports: Imports) -> None:
+    found = {one.place: one for one in additions_to(homes(imports.modules))}
+    before = {} if table.added is None else table.added.numbers
+    if found.keys() == before.keys():
+        return
+    table.added = None
+    numbers = {place: before.get(place) or next(versions) for place in found}
+    what = {numbers[place]: one for place, one in found.items()}
+    try:
+        pickled, names, shared = within(UNASKED_S, lambda: pickle_additions(what))
+    except Exception as error:  # noqa: BLE001 -- it takes too long
+        let_handlers_pass(error)
+        return
+    delivery = Delivery(next(versions), (ADDED,), (0,), {"added": True}, [pickled], shared)
+    table.added = Added((*found.values(),), numbers, names, delivery) if found else None
+
+
+def _in_order(table: Table, reached: Iterable[str]) -> list[Known]:
+    """Return what some names are pickled in, what others need to be loaded before those.
+
+    That is what they refer to, and if possible what their functions use: a class may run
+    code when it is made.
+    """
+    known = {table.known[name]: None for name in reached if name in table.known}
+
+    def leads(one: Known, names: frozenset[str]) -> list[Known]:
+        others = (table.known.get(name) for name in sorted(names))
+        return [other for other in others if other in known and other is not one]
+
+    ordered: list[Known] = []
+    for circle in components({one: leads(one, one.refs | one.uses) for one in known}):
+        within = {
+            one: [other for other in leads(one, one.refs) if other in circle] for one in circle
+        }
+        ordered += [one for (one,) in components(within)]
+    return ordered
+
+
+def find_additions() -> bool:
+    """Tell whether the script has put something into modules."""
+    return bool(additions_to(homes(Imports().modules)))
