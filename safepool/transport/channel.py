@@ -28,6 +28,8 @@ __all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_larg
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
 _PIECES = 256
+# What is read at a time outside the frame reader, as much as that takes at once.
+_RAW_BYTES = 64 * 1024
 # Reads of at most a socket buffer each before another worker has its turn.
 _ROUNDS = 64
 # A program may have given SIGPIPE its default meaning, and a dead worker must not end it.
@@ -53,10 +55,13 @@ class Channel:
         self._sock = sock
         self._side = side
         waits = sock.getblocking()
+        self._waits = waits
         self._rounds = 1 if waits else _ROUNDS
         # Out of memory, a worker may be ended instead.
         self._reader = FrameReader(self._fetch, None if waits else require)
         self._unsent: deque[memoryview] = deque()
+        # Read outside the frame reader, and to be cut by it.
+        self._fed = b""
 
     def fileno(self) -> int:
         """Return the socket's descriptor, -1 once closed."""
@@ -129,9 +134,8 @@ class Channel:
                 sent = 0
             except OSError as error:
                 raise ChannelClosedError from error
-            rest = memoryview(pieces[0]).cast("B")[sent:]
-            if rest:
-                self._unsent.append(rest)
+            if sent < len(pieces[0]):
+                self._unsent.append(memoryview(pieces[0]).cast("B")[sent:])
         else:
             self._unsent.extend(memoryview(piece).cast("B") for piece in pieces)
         if self._unsent:
@@ -184,6 +188,31 @@ class Channel:
         """Forget what waits for the other end: it reads no more."""
         self._unsent.clear()
 
+    def receive_raw(self) -> bytes:
+        """Wait for the first bytes of a frame, and return what there is of it and behind it.
+
+        What is no message that the caller knows by sight goes to :meth:`feed`.
+
+        Returns:
+            Nothing, at once, if a part of a frame is here: :meth:`receive` is to be called.
+
+        Raises:
+            ChannelClosedError: The other end is gone.
+        """
+        if self._fed or not self._reader.is_empty:
+            return b""
+        try:
+            data = self._sock.recv(_RAW_BYTES)
+        except OSError as error:
+            raise ChannelClosedError from error
+        if not data:
+            raise ChannelClosedError
+        return data
+
+    def feed(self, data: bytes) -> None:
+        """Let :meth:`receive` begin with bytes that were read outside it."""
+        self._fed += data
+
     def receive(self, *, everything: bool = False) -> Iterator[Frame]:
         """Yield frames that have arrived, or on a blocking socket wait for some.
 
@@ -196,6 +225,10 @@ class Channel:
             ChannelClosedError: The other end is gone and everything it sent was yielded.
             CorruptFrameError: What it sent is not a frame.
         """
+        if self._fed:
+            yield from self._cut_fed()
+            if self._waits:
+                return
         for _ in itertools.count() if everything else range(self._rounds):
             buffer = self._reader.buffer()
             room = len(buffer)
@@ -213,6 +246,14 @@ class Channel:
                 # That was all: to be told so by another call would cost as much as the first
                 # (benchmarks/dispatch.py, round-trip).
                 return
+
+    def _cut_fed(self) -> Iterator[Frame]:
+        while self._fed:
+            buffer = self._reader.buffer()
+            count = min(len(buffer), len(self._fed))
+            buffer[:count], self._fed = self._fed[:count], self._fed[count:]
+            del buffer
+            yield from self._reader.received(count)
 
     def close(self) -> None:
         """Close the socket; what is unsent is dropped. May be called again."""

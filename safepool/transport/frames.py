@@ -252,6 +252,11 @@ class FrameReader:
         # The segments in files: how many of the parts go before each file, and the lengths in it.
         self._files: list[tuple[int, list[int]]] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no part of a frame is there."""
+        return self._head is None and self._start == self._end
+
     def buffer(self) -> memoryview:
         """Return the memory that the next bytes are to be received into, never empty."""
         direct = self._direct()

@@ -1,8 +1,8 @@
 """Answers of a worker to its pool: left on the board, and sent together.
 
-At once when nothing else is here to do, else after a millisecond. So a result costs no system
-call, and is not lost when the next call kills the process. That of a call that has logged is
-sent at once: the pool is to see it after what was logged.
+When nothing else is here to do, else after a millisecond. So a result costs no system
+call, and is not lost when the next call kills the process. That of a call that has logged, or has
+arrived alone, is sent at once: the pool is to see it after what was logged, or waits for it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Filed, Kind, encode
-from safepool.workers.board import LANE_CALLS, record_of
+from safepool.workers.board import LANE_CALLS
 from safepool.workers.describe import describe
-from safepool.workers.messages import numbers_frame, values_frame
+from safepool.workers.messages import answer_frame, numbers_frame, values_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,10 +60,16 @@ class Answers:
         self._slots: memoryview[Any] = memoryview(b"")
         self._values: list[object] = []
         self._others = False
+        self._alone = False
 
-    def begin(self) -> None:
-        """Count the time of what comes from now on."""
+    def begin(self, *, alone: bool = False) -> None:
+        """Count the time of what comes from now on.
+
+        Args:
+            alone: It is one call, and nothing else is here.
+        """
         self._mark_ns = time.monotonic_ns()
+        self._alone = alone
 
     def are_due(self, now_ns: int) -> bool:
         """Tell whether they have waited long enough."""
@@ -88,11 +94,10 @@ class Answers:
         now = time.monotonic_ns()
         microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
         self._mark_ns = now
-        if outbox.logged:
+        if outbox.logged or self._alone:
             self.flush()
             outbox.logged = False
-            record = record_of(position, microseconds, kind, head)
-            self._send(encode(Kind.RESULTS, 0, [record]))
+            self._send([answer_frame(position, microseconds, kind, head)])
             return
         if not board.publish(position, microseconds, kind, head):
             self.flush()

@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from safepool.transport.frames import CorruptFrameError, Kind, encode
-from safepool.workers.board import numbers_of
+from safepool.workers.board import numbers_of, record_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Segment
 
 __all__ = [
+    "answer_frame",
     "batch_frame",
+    "call_frame",
     "function_of",
     "numbers_frame",
     "read_batch",
+    "read_call",
     "read_tasks",
     "read_values",
     "task_frame",
@@ -38,6 +41,13 @@ _CALL = struct.Struct("<II")
 _BATCH = struct.Struct("<I???")
 # Of values: the microseconds that they took, and in which kind of lane they were, 0 for none.
 _VALUES = struct.Struct("<IB")
+# The whole head of a frame of one call, and of one record, as `encode` makes them: that of any
+# frame up to its position, the position, and the lengths of the segments.
+_CALL_HEAD = struct.Struct("!8sQQQ")
+_CALL_BEGIN = encode(Kind.TASKS, 0, [b"", b""])[0][:8]
+_CALL_BYTES = _CALL_HEAD.size + _CALL.size
+_ANSWER_HEAD = struct.Struct("!8sQQ")
+_ANSWER_BEGIN = encode(Kind.RESULTS, 0, [b""])[0][:8]
 
 Pieces = list[bytes | memoryview]
 
@@ -56,6 +66,46 @@ def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) 
     """
     table = b"".join([_CALL.pack(function, len(pickled)) for function, pickled in calls])
     return encode(Kind.TASKS, position, [table, b"".join([pickled for _, pickled in calls])])
+
+
+def call_frame(position: int, function: int, pickled: bytes | memoryview) -> bytes:
+    """Return the frame of :func:`tasks_frame` for one call, in one piece.
+
+    Example:
+        >>> call_frame(7, 1, b"abc") == tasks_frame(7, [(1, b"abc")])[0]
+        True
+    """
+    head = _CALL_HEAD.pack(_CALL_BEGIN, position, _CALL.size, len(pickled))
+    return b"".join((head, _CALL.pack(function, len(pickled)), pickled))
+
+
+def read_call(data: bytes) -> tuple[int, int, memoryview] | None:
+    """Return position, function and pickle of one call; ``None`` if these bytes are another thing.
+
+    Args:
+        data: All that has arrived.
+
+    Example:
+        >>> position, function, pickled = read_call(call_frame(7, 1, b"abc"))
+        >>> position, function, bytes(pickled)
+        (7, 1, b'abc')
+        >>> read_call(call_frame(7, 1, b"abc")[:-1])
+    """
+    if len(data) < _CALL_BYTES:
+        return None
+    begin, position, table, length = _CALL_HEAD.unpack_from(data)
+    if begin != _CALL_BEGIN or table != _CALL.size or length != len(data) - _CALL_BYTES:
+        return None
+    function, size = _CALL.unpack_from(data, _CALL_HEAD.size)
+    return (position, function, memoryview(data)[_CALL_BYTES:]) if size == length else None
+
+
+def answer_frame(
+    position: int, microseconds: int, kind: int, pickled: bytes | memoryview
+) -> bytes:
+    """Return the frame of one record, in one piece, as of what a worker leaves on its board."""
+    record = record_of(position, microseconds, kind, pickled)
+    return _ANSWER_HEAD.pack(_ANSWER_BEGIN, 0, len(record)) + record
 
 
 def batch_frame(

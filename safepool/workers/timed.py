@@ -105,9 +105,9 @@ class TimedAnswers(Answers):
 
         return counted
 
-    def begin(self) -> None:
+    def begin(self, *, alone: bool = False) -> None:
         """Count the time of what comes from now on."""
-        super().begin()
+        super().begin(alone=alone)
         self._joins = False
         # What was read may be the function that the next call needs.
         apart_ns = self._mark_ns - self._since_ns - self._loaded_ns

@@ -13,8 +13,15 @@ from safepool.pool.tasks import rebuild
 from safepool.transport import payloads
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
-from safepool.workers.board import Board, records_of
-from safepool.workers.messages import batch_frame, read_values, tasks_frame
+from safepool.workers.board import Board, record_of, records_of
+from safepool.workers.messages import (
+    answer_frame,
+    batch_frame,
+    call_frame,
+    read_call,
+    read_values,
+    tasks_frame,
+)
 from safepool.workers.runner import Runner
 
 if TYPE_CHECKING:
@@ -100,6 +107,57 @@ def test_what_ended_is_said_before_what_was_taken_back_of_tasks(desk: Desk) -> N
     positions = [p for frame in results for p, *_ in records_of(frame.segments[0])]
     assert positions == [1, 2]
     assert [(f.kind, f.task) for f in (third, fourth)] == [(Kind.SKIPPED, 3), (Kind.SKIPPED, 4)]
+
+
+def test_a_call_that_arrives_alone_is_answered_at_once_without_the_board(desk: Desk) -> None:
+    """Nothing is left there, and what follows finds the frame reader in order."""
+    left: list[bytes] = []
+    desk.keep(1, lambda n: n)
+    desk.keep(2, lambda: left.append(desk.board.published()))
+    desk.pool.send([call_frame(1, 1, payloads.dumps((([7],), {}))[0])])
+    assert desk.runner._run_alone()
+    answer = desk.pool.receive_raw()
+    desk.pool.send([call_frame(2, 2, payloads.dumps(((), {}))[0])])
+
+    desk.pool.feed(answer)
+    frames = desk.serve()
+
+    records = [record for frame in frames for record in records_of(frame.segments[0])]
+    assert [(at, kind, payloads.loads([p])) for at, _, kind, p in records] == [
+        (1, Kind.RESULT, [7]),
+        (2, Kind.RESULT, None),
+    ]
+    assert left == [b""]
+
+
+def test_a_frame_that_comes_in_pieces_is_no_lone_call(desk: Desk) -> None:
+    """Its first bytes go to the frame reader, which gets the others as well."""
+    frame = call_frame(1, 1, payloads.dumps(((b"x" * 3000,), {}))[0])
+    desk.keep(1, len)
+    desk.pool.send([frame[:1000]])
+    assert not desk.runner._run_alone()
+    assert list(desk.worker.receive()) == []
+    desk.pool.send([frame[1000:]])
+
+    (answer,) = desk.serve()
+
+    assert [payloads.loads([p]) for _, _, _, p in records_of(answer.segments[0])] == [3000]
+
+
+def test_frames_in_one_piece_are_what_the_others_are() -> None:
+    """The two ways to make a frame, and to read it, must not part."""
+    pickled = b"abc"
+    (usual,) = tasks_frame(7, [(3, pickled)])
+
+    assert call_frame(7, 3, pickled) == usual
+    assert (
+        answer_frame(7, 5, 6, pickled) == encode(Kind.RESULTS, 0, [record_of(7, 5, 6, pickled)])[0]
+    )
+    two = tasks_frame(7, [(3, pickled), (3, pickled)])[0]
+    assert isinstance(two, bytes)
+    for other in (usual[:-1], usual + b"\0", usual + usual, two, b""):
+        assert isinstance(other, bytes)
+        assert read_call(other) is None
 
 
 def values_of(frames: list[Frame]) -> dict[int, Any]:
