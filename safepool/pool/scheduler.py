@@ -66,6 +66,7 @@ import weakref
 from collections import deque
 from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
+from functools import partial
 from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -120,8 +121,23 @@ _KILLED = -9
 _ENDING_S = 1.0
 
 
-# In the place of the thread of a pool that was closed before it had one.
-_NOBODY = object()
+class _Opening(Latch):
+    """One start of the scheduler's thread. Opens when the pool has its thread, or cannot have one.
+
+    Attributes:
+        error: Why it has none.
+    """
+
+    __slots__ = ("error",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: BaseException | None = None
+
+
+# In the place of the opening of a pool that was closed before it had a thread.
+_NOBODY = _Opening()
+_NOBODY.open()
 
 # A closed pool waits for pickling and unpickling as long as that goes on, and then for so long.
 _REST_S = 30.0
@@ -468,15 +484,7 @@ class Scheduler:
         if vars(self).setdefault("_owner", _NOBODY) is not _NOBODY:
             return False
         self._end()
-        self._drop_staff()
         return True
-
-    def _drop_staff(self) -> None:
-        """Close what was prepared for a thread that is not to run."""
-        self._staff = None
-        staff = vars(self).pop("_first_staff", None)
-        if staff is not None:
-            staff.close()
 
     def _end(self) -> None:
         try:
@@ -560,29 +568,40 @@ class Scheduler:
     def _start(self) -> None:
         check_no_import()
         finish_at_exit(self)
-        with refusals.explained():
-            if self._staff is None:
-                staff = Staff(self._hiring.start)
-                if vars(self).setdefault("_first_staff", staff) is not staff:
-                    staff.close()  # a signal's handler, or another thread, was faster
-                self._staff = vars(self).get("_first_staff", staff)
-            # A daemon, so that a second interrupt at exit is not answered by another join. Whoever
-            # is interrupted in here leaves a thread that runs, or that to the next.
-            ThreadThatStarts(self._run, "safepool-scheduler").start()
-        if not self._over:
-            self._begun = True
+        opening = _Opening()
+        try:
+            with refusals.explained():
+                # A daemon, so that a second interrupt at exit is not answered by another join.
+                # Whoever is interrupted in here leaves a thread that runs, or that to the next.
+                ThreadThatStarts(partial(self._own, opening), "safepool-scheduler").start()
+                opening.wait()
+                if opening.error is not None:
+                    raise opening.error
+        finally:
+            del opening  # whose error holds this frame
 
-    def _run(self) -> None:
-        # Whose the pool is, is decided in one step: several threads may have been started.
-        here = threading.current_thread()
-        owner = vars(self).setdefault("_owner", here)
-        if owner is not here:
-            if owner is _NOBODY:  # closed while this thread was started
-                self._drop_staff()
+    def _own(self, opening: _Opening) -> None:
+        try:
+            # Whose the pool is, is decided in one step: several threads may have been started.
+            while (owner := vars(self).setdefault("_owner", opening)) is not opening:
+                owner.wait()
+                if owner.error is None:
+                    return
+            # Here no signal's handler runs: one that raised would lose what is being made.
+            self._staff = staff = Staff(self._hiring.start)
+            self._thread = threading.current_thread()
+            self._begun = True
+        except BaseException as error:  # noqa: BLE001 -- raised to the caller of submit()
+            opening.error = error.with_traceback(None)
+            del vars(self)["_owner"]  # the next submit() tries again
+            if self._closing:  # by a thread that has seen an owner, and waits for the end
+                self._close_unused()
             return
-        self._thread = here
-        self._begun = True
-        staff: Staff = vars(self)["_first_staff"]
+        finally:
+            opening.open()
+        self._run(staff)
+
+    def _run(self, staff: Staff) -> None:
         handlers_by(self._records.call)
         callbacks_by(self._callers.do, self._me)
         try:
@@ -602,7 +621,6 @@ class Scheduler:
             self._break(staff, PoolBrokenError(f"the scheduler failed: {told}"), cause)
         finally:
             self._staff = None
-            vars(self).pop("_first_staff")
             # From the last to the first, each whatever another has raised: somebody waits for the
             # end.
             with ExitStack() as endings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -21,7 +22,7 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import hiring, reclaim
+from safepool.pool import hiring, reclaim, scheduler
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.dispatch import Dispatch
@@ -467,3 +468,43 @@ def test_a_worker_that_passed_over_what_was_taken_back_is_not_waited_for() -> No
 
     assert not Worker.silent.fget(worker)
     assert scheduler._backlog.at_most(9) == 3
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_pool_whose_thread_cannot_be_had_while_others_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch, *, closed: bool
+) -> None:
+    """Each submit() gets the error, a shutdown() returns, and else the next submit() works."""
+    reached, refuse = threading.Event(), threading.Event()
+
+    def no_staff(_: object) -> None:
+        reached.set()
+        refuse.wait(30)
+        raise OSError(errno.EMFILE, "no descriptor")
+
+    errors: list[BaseException] = []
+
+    def submit(pool: ProcessPool) -> None:
+        try:
+            pool.submit(abs, -1)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    with ProcessPool(1) as pool:
+        with monkeypatch.context() as patched:
+            patched.setattr(scheduler, "Staff", no_staff)
+            waiting = [threading.Thread(target=submit, args=(pool,)) for _ in range(2)]
+            waiting += [threading.Thread(target=pool.shutdown)] if closed else []
+            waiting[0].start()
+            assert reached.wait(30)
+            for thread in waiting[1:]:
+                thread.start()
+            wait_until(lambda: pool._scheduler._closing is closed)
+            refuse.set()
+            for thread in waiting:
+                thread.join(30)
+                assert not thread.is_alive()
+        assert len(errors) == 2
+        assert any(isinstance(error, OSError) for error in errors)
+        if not closed:
+            assert pool.submit(abs, -3).result(timeout=30) == 3

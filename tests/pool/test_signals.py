@@ -11,6 +11,7 @@ import gc
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-# Not what the interpreter calls in between, nor what loses a descriptor in its middle by itself
-# (``socket.socketpair``).
+# Not what the interpreter calls in between.
 OURS = (
     str(Path(safepool.__file__).parent),
     str(Path(concurrent.futures.__file__).parent),
     threading.__file__,
+    socket.__file__,
 )
 # They only look at what modules hold, for thousands of instructions.
 NOT_OURS = ("additions.py", "imports.py")
@@ -235,8 +236,6 @@ def test_no_error_of_a_handlers_is_lost_in_a_submit(value: object) -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-# A socket that was made and not yet kept.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("handler", ["raises", "waits for another call"])
 def test_a_handler_may_come_at_any_moment_of_the_first_call(handler: str) -> None:
     """Threads are started, and the first worker: nothing of it is left half done."""
@@ -283,8 +282,6 @@ def test_a_handler_may_shut_the_pool_down_at_any_moment(call: str, used: bool) -
             break
 
 
-# A pair of sockets that a handler strikes at its making is closed by its own end, with a warning.
-@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGALRM")
 def test_real_signals_at_random_moments() -> None:
     """Handlers that raise, as a time limit of the program's own does."""
