@@ -15,8 +15,8 @@ has to tell otherwise goes to the logger ``safepool``.
 
 Data flows one way through the modules, and each one imports only from its left:
 
-    errors -> linux -> limits -> budget -> machine -> threads -> transport -> workers -> pool
-           -> decorator, joblib_backend, own_threads -> cli
+    errors, arguments -> linux -> limits -> budget -> machine -> threads -> transport -> workers
+           -> pool -> decorator, joblib_backend, own_threads -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib
 needs to find the backend of its name.

@@ -7,11 +7,10 @@ wants to know what the machine says asks ``safepool.limits`` and hands the answe
 from __future__ import annotations
 
 import math
-import operator
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from safepool.arguments import check
 from safepool.limits import Limit, MemoryLimit, OpenFilesLimit, PidsLimit
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from safepool.limits import Limits
     from safepool.limits.waiting import WaitSample
 
-__all__ = ["AnyLimit", "Budget", "Request", "Rounding", "fit", "is_held_back", "parse_bytes"]
+__all__ = ["AnyLimit", "Budget", "Request", "Rounding", "fit", "is_held_back"]
 
 AnyLimit = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 Rounding = Literal["floor", "nearest", "ceil"]
@@ -63,23 +62,11 @@ class Request:
     memory_per_worker: int | None = None
 
     def __post_init__(self) -> None:
-        # index(): a float that counts workers is a mistake of the caller's, said here.
-        if self.max_workers is not None and operator.index(self.max_workers) < 1:
-            raise ValueError("max_workers must be greater than 0")
-        if self.threads_per_worker != "auto" and not (
-            isinstance(self.threads_per_worker, int) and self.threads_per_worker >= 1
-        ):
-            raise ValueError(
-                f'threads_per_worker must be at least 1 or "auto", not {self.threads_per_worker!r}'
-            )
-        if self.rounding not in _ROUND:
-            raise ValueError(
-                f"rounding must be one of {', '.join(map(repr, _ROUND))}, not {self.rounding!r}"
-            )
-        if not 0 <= self.reserve < math.inf:
-            raise ValueError(f"reserve must be a number of CPUs from 0 up, not {self.reserve!r}")
-        if self.memory_per_worker is not None and self.memory_per_worker < 1:
-            raise ValueError(f"memory_per_worker must be above 0, not {self.memory_per_worker}")
+        check("max_workers", self.max_workers, optional=True)
+        check("threads_per_worker", self.threads_per_worker)
+        check("rounding", self.rounding)
+        check("reserve", self.reserve)
+        check("memory_per_worker", self.memory_per_worker, optional=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,51 +177,6 @@ def is_held_back(sample: WaitSample) -> bool:
     """
     wanted_s = sample.ran_s + sample.waited_s
     return sample.waited_s > 0.25 * wanted_s and sample.idle_s >= 0.5 * sample.waited_s
-
-
-_UNITS = {"": 1, "B": 1} | {
-    unit: factor**power
-    for power, prefix in enumerate("kMGTP", start=1)
-    for unit, factor in (
-        (f"{prefix}B", 1000),
-        (f"{prefix}iB", 1024),
-        (prefix, 1000),
-        (f"{prefix}i", 1024),
-    )
-}
-_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
-
-
-def parse_bytes(size: float | str) -> int:
-    """Return a size in bytes.
-
-    Args:
-        size: A number of bytes, or a number with a unit: ``kB``, ``MB``, ``GB`` are powers of
-            1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
-
-    Raises:
-        ValueError: It is neither, or not above 0.
-
-    Source:
-        IEC 80000-13; Kubernetes, "Resource units".
-
-    Example:
-        >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
-        (2147483648, 1500000000, 4096)
-    """
-    if isinstance(size, (int, float)):
-        found = int(size) if math.isfinite(size) else 0
-    else:
-        match = _BYTES.fullmatch(size)
-        unit = match[2] if match else ""
-        # Only the k of kilo is written small, and nobody means anything else by K.
-        unit = f"k{unit[1:]}" if unit.startswith("K") else unit
-        if match is None or unit not in _UNITS:
-            raise ValueError(f'a size is a number of bytes or text like "2GiB", not {size!r}')
-        found = int(float(match[1]) * _UNITS[unit])
-    if found < 1:
-        raise ValueError(f"a size must be above 0, not {size!r}")
-    return found
 
 
 def _exact(limits: Limits, request: Request) -> tuple[int, Limit] | None:

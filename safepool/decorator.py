@@ -31,12 +31,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
+from safepool.arguments import check, checked
 from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 from safepool.threads.cap import capped, is_capped
 
@@ -99,6 +99,7 @@ def worker(
 ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
 
 
+@checked("worker")
 def worker(
     function: Callable[..., Any] | classmethod[Any, Any, Any] | None = None,
     /,
@@ -149,32 +150,22 @@ def worker(
         >>> slow(1), worker(abs, timeout=5)(-2)
         (-1, 2)
     """
-    try:
-        threads = operator.index(threads)
-    except TypeError:
-        raise TypeError(f"threads must be an integer, not {threads!r}") from None
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
     terms = _Terms(threads=threads, timeout_s=timeout, retries=retries)
     return terms.decorate if function is None else terms.decorate(function)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Terms:
-    """What ``worker()`` was asked for, checked and able to travel."""
+    """What ``worker()`` was asked for, able to travel."""
 
     threads: int
     timeout_s: float | None
     retries: int | None
 
-    def __post_init__(self) -> None:
-        Policy(timeout_s=self.timeout_s, retries=self.retries)  # says what is wrong with them
-
     def decorate(self, function: Any) -> Any:
         if isinstance(function, (classmethod, staticmethod)):
             return type(function)(self.decorate(function.__func__))
-        if not callable(function):
-            raise TypeError(f"worker() takes something that can be called, not {function!r}")
+        check("function", function)
         if not isinstance(function, types.FunctionType) or _is_found_by_name(function):
             return WorkerCall(function, self)
         run = _capped_like(function, self.threads)

@@ -43,14 +43,10 @@ def mode_of_block(mmap_mode: str | None) -> str | None:
 
     Args:
         mmap_mode: ``"auto"`` is what holds around it, if anything was said there.
-
-    Raises:
-        ValueError: It is none of joblib's.
     """
     if mmap_mode == "auto":
         around = _mode_of_context()
         return "c" if around is _UNSET else around
-    _check(mmap_mode)
     return mmap_mode
 
 
@@ -62,7 +58,8 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
     Raises:
         ValueError: It is none of joblib's.
     """
-    _check(mmap_mode)
+    if mmap_mode not in _MODES:
+        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
     if mmap_mode == "r" and _mode_of_context() is _UNSET:
         return "c"
     if mmap_mode in ("r+", "w+"):
@@ -71,11 +68,6 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
             "others see, give it a numpy.memmap"
         )
     return mmap_mode
-
-
-def _check(mmap_mode: str | None) -> None:
-    if mmap_mode not in _MODES:
-        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
 
 
 def _mode_of_context() -> Any:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import operator
 import queue
 import warnings
 import weakref
@@ -49,7 +48,8 @@ from joblib._parallel_backends import (
 from joblib.disk import memstr_to_bytes
 
 from safepool import joblib_blocks
-from safepool.budget import Request, parse_bytes
+from safepool.arguments import RULES, check, checked, parse_bytes, what_was_meant
+from safepool.budget import Request
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
 from safepool.joblib_pools import IDLE_S, SHARED, BornWith, Lease, Pools, Settings
@@ -71,7 +71,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SafepoolBackend", "parallel_backend"]
 
+# ProcessPool alone knows what "auto" is: it knows its number of workers.
+_THREADS = RULES["threads"]
 
+
+@checked("parallel_backend", threads_per_worker=_THREADS)
 @contextmanager
 def parallel_backend(  # noqa: PLR0913 -- each by its name
     n_jobs: int = -1,
@@ -163,8 +167,6 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         ...     Parallel(n_jobs=-1)(delayed(pow)(n, 2) for n in range(4))
         [0, 1, 4, 9]
     """
-    if n_jobs == 0:
-        raise ValueError("n_jobs == 0 has no meaning: -1 is every CPU that fits, 1 is sequential")
     backend = SafepoolBackend(
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
@@ -180,7 +182,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         idle_worker_timeout=idle_worker_timeout,
         end_subprocesses=end_subprocesses,
     )
-    backend._takes_hints = _takes_hints(prefer)
+    backend._takes_hints = prefer is None
     arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
     if max_nbytes != "auto":
         text = isinstance(max_nbytes, str)
@@ -204,12 +206,6 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         joblib_blocks.leave(block)
         if idle_worker_timeout == 0:
             backend.close()
-
-
-def _takes_hints(prefer: str | None) -> bool:
-    if prefer not in ("processes", None):
-        raise ValueError(f'prefer must be "processes" or None, not {prefer!r}')
-    return prefer is None
 
 
 class Words(TypedDict, total=False):
@@ -243,12 +239,10 @@ _UNSAID_BYTES = 1 << 20
 _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
 
 
-def _meant(word: str) -> str:
-    import difflib  # noqa: PLC0415 -- of use to an error alone
-
-    close = difflib.get_close_matches(word, _WORDS, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(_WORDS))}"
-    return f"{word!r} ({hint})"
+# What a word says that is None: the same as without it.
+_MAY_BE_NONE = frozenset(
+    {"idle_worker_timeout", "initializer", "memory_per_worker", "threads_per_worker", "timeout"}
+)
 
 
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
@@ -292,7 +286,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         # The one that this is a copy of, if it is.
         self._origin = self
         if unknown := sorted(words.keys() - _WORDS):
-            raise TypeError(f"the joblib backend 'safepool' has no argument {_meant(unknown[0])}")
+            hint = what_was_meant(unknown[0], _WORDS)
+            raise TypeError(f"the joblib backend 'safepool' has no argument {unknown[0]!r}{hint}")
         self._pools = pools or SHARED
         self._lease: Lease | None = None
         # Of its copies as well.
@@ -306,6 +301,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
         self._take(words)
 
     def _take(self, words: Words) -> None:
+        for word, value in words.items():
+            rule = _THREADS if word == "threads_per_worker" else None
+            check(word, value, rule, optional=word in _MAY_BE_NONE)
         self._words = words
         self._born_with: list[BornWith] = []
         threads = words.get("threads_per_worker")
@@ -327,16 +325,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
 
     def _request(self) -> Request:
         # Made anew: joblib sets inner_max_num_threads later as well.
-        try:
-            threads = operator.index(self._threads)
-        except TypeError:  # "auto" is ProcessPool's, which knows its number of workers
-            threads = 0
-        if threads < 1:
-            raise ValueError(
-                f"threads_per_worker must be an integer of at least 1, not {self._threads!r}"
-            )
+        check("threads_per_worker", self._threads, _THREADS)
         return Request(
-            threads_per_worker=threads,
+            threads_per_worker=self._threads,
             rounding=self._rounding,
             memory_per_worker=self._memory,
         )
@@ -369,8 +360,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[m
             return self._configure(n_jobs, parallel, **options)
         for word in sorted(options.keys() - _WORDS - _WORDS_OF_JOBLIB):
             # joblib's own backends ignore such words, so a library may use one: no error.
-            text = f"Parallel(...) of the joblib backend 'safepool' has no argument {_meant(word)}"
-            warnings.warn(f"{text}; it is without effect", RuntimeWarning, stacklevel=2)
+            text = f"Parallel(...) of the joblib backend 'safepool' ignores the argument {word!r}"
+            hint = what_was_meant(word, _WORDS)
+            warnings.warn(f"{text}{hint}", RuntimeWarning, stacklevel=2)
         own = {word: options[word] for word in options.keys() & _WORDS}
         backend = self._of_one(cast("Words", own))
         # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.

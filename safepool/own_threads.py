@@ -15,6 +15,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Literal, Self
 
+from safepool.arguments import checked
 from safepool.machine import cpu_count, tell_once
 from safepool.threads import blocks
 from safepool.threads.cap import worker_threads
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ThreadLimit", "limit_threads"]
 
 
+@checked("limit_threads")
 def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
     """Bring this process's own native thread pools down to ``n`` threads, now and from now on.
 
@@ -60,16 +62,7 @@ def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
         ...     limit.threads >= 1
         True
     """
-    if n == "auto":
-        threads = worker_threads() or cpu_count()
-    else:
-        try:
-            threads = operator.index(n)
-        except TypeError:
-            raise TypeError(f'n must be an integer or "auto", not {n!r}') from None
-        if threads < 1:
-            raise ValueError(f'n must be at least 1 or "auto", not {n!r}')
-    return ThreadLimit(threads)
+    return ThreadLimit(worker_threads() or cpu_count() if n == "auto" else operator.index(n))
 
 
 class ThreadLimit:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safepool.budget import Request, fit, is_held_back, parse_bytes
+from safepool.arguments import parse_bytes
+from safepool.budget import Request, fit, is_held_back
 from safepool.limits import Limit, Limits, MemoryLimit, OpenFilesLimit, PidsLimit
 from safepool.limits.waiting import WaitSample
 
@@ -171,7 +172,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "max_workers": {"max_workers": 0},
     "threads_per_worker": {"threads_per_worker": 0},
     "threads_per_worker must be": {"threads_per_worker": "many"},
-    "rounding must be one of 'floor', 'nearest', 'ceil'": {"rounding": "up"},
+    'rounding must be "floor", "nearest" or "ceil"': {"rounding": "up"},
     "reserve": {"reserve": -0.1},
     "reserve must": {"reserve": float("nan")},
     "memory_per_worker": {"memory_per_worker": 0},

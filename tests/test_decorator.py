@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "no time": ({"timeout": 0}, ValueError),
     "an endless time": ({"timeout": float("inf")}, ValueError),
     "negative retries": ({"retries": -1}, ValueError),
-    "retries in words": ({"retries": "many"}, ValueError),
+    "retries in words": ({"retries": "many"}, TypeError),
     "no threads": ({"threads": 0}, ValueError),
     "half a thread": ({"threads": 0.5}, TypeError),
 }

@@ -319,7 +319,7 @@ WRONG: dict[str, tuple[Any, type[Exception]]] = {
     "none": (0, ValueError),
     "negative": (-1, ValueError),
     "half": (1.5, TypeError),
-    "another word": ("all", TypeError),
+    "another word": ("all", ValueError),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import operator
 import sys
 import threading
 import time
@@ -13,7 +12,8 @@ from collections.abc import Sized
 from concurrent.futures import Future, process
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from safepool.budget import Request, parse_bytes
+from safepool.arguments import MOST_WORKERS, TIME_TO_WAIT, checked, parse_bytes
+from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
@@ -44,10 +44,6 @@ __all__ = ["ProcessPool"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-# WaitForMultipleObjects takes 63 handles, and the standard pool allows this many. Elsewhere
-# the number is the caller's business.
-_MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 
 if TYPE_CHECKING:
@@ -159,12 +155,10 @@ class ProcessPool(_Standard):
     of the standard pools: from 1, all pools of the program together, and no number is used again.
 
     Raises:
-        ValueError: A number is out of its range; there is no such context, rounding or size;
-            ``main`` is ``"run"``, and there is no script; ``end_subprocesses`` is ``True``, and
-            the workers are not forked from a server.
+        ValueError: A value is out of its range; ``main`` is ``"run"``, and there is no script;
+            ``end_subprocesses`` is ``True``, and the workers are not forked from a server.
         TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
-        TypeError: ``initializer`` cannot be called, a number of workers or tasks is no
-            integer, ``end_subprocesses`` no ``bool``, ``env`` holds something else than text.
+        TypeError: A value has a wrong type, or there is no argument of a name.
         ModuleNotFoundError: ``preload`` names a module that is not there.
 
     Source:
@@ -176,6 +170,7 @@ class ProcessPool(_Standard):
         [1, 4, 9]
     """
 
+    @checked("ProcessPool")
     def __init__(  # noqa: PLR0913 -- the standard pool's arguments, and ours by name
         self,
         max_workers: int | None = None,
@@ -199,9 +194,6 @@ class ProcessPool(_Standard):
         trace: str | os.PathLike[str] | None = None,
         end_subprocesses: bool = False,
     ) -> None:
-        _check(initializer, max_tasks_per_child, on_worker_death)
-        if not isinstance(end_subprocesses, bool):
-            raise TypeError(f"end_subprocesses must be True or False, not {end_subprocesses!r}")
         memory = None if memory_per_worker is None else parse_bytes(memory_per_worker)
         request = Request(
             max_workers=max_workers,
@@ -210,8 +202,6 @@ class ProcessPool(_Standard):
             reserve=reserve,
             memory_per_worker=memory,
         )
-        if max_workers is not None and max_workers > _MOST_WORKERS:
-            raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._budget, limits = read_budget(request)
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names, main = _names(preload, main)
@@ -230,11 +220,6 @@ class ProcessPool(_Standard):
                 )
             _warn_of_threads()
         threads = self._budget.threads_per_worker
-        for name, value in (env or {}).items():
-            if not (isinstance(name, str) and isinstance(value, str)):
-                raise TypeError(f"env must map text to text, not {name!r} to {value!r}")
-            if not name or "=" in name or "\0" in name + value:
-                raise ValueError(f"env has what no variable can be: {name!r} with {value!r}")
         for override in overridden(threads, env or {}):
             log_once(
                 f"{override.variable}={override.value} for workers takes the place of the cap "
@@ -246,7 +231,7 @@ class ProcessPool(_Standard):
             environment=worker_environment(threads, overrides=env),
             threads=threads,
             initializer=initializer,
-            initargs=initargs,
+            initargs=initargs or (),
             placement=placement,
             main=main,
             may_fork=(
@@ -257,7 +242,7 @@ class ProcessPool(_Standard):
             ),
         )
         self._scheduler = Scheduler(
-            workers=min(self._budget.workers, _MOST_WORKERS),
+            workers=min(self._budget.workers, MOST_WORKERS),
             hiring=hiring,
             tasks_per_worker=max_tasks_per_child,
             memory_per_worker=(
@@ -335,6 +320,7 @@ class ProcessPool(_Standard):
         policy = policy_of(fn, self._policy)
         return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
+    @checked("map", timeout=TIME_TO_WAIT)
     def map(
         self,
         fn: Callable[..., _T],
@@ -375,13 +361,6 @@ class ProcessPool(_Standard):
             ...     list(pool.map(pow, [2, 3], [5, 2], chunksize=2))
             [32, 9]
         """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None:
-            if not isinstance(buffersize, int):
-                raise TypeError("buffersize must be an integer or None")
-            if buffersize < 1:
-                raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else timeout + time.monotonic()
         # In items; a list is taken whole.
         ahead = None if buffersize is None else buffersize * chunksize
@@ -465,6 +444,7 @@ class ProcessPool(_Standard):
         """
         self._scheduler.shut_down(wait=False, end="kill")
 
+    @checked("resize")
     def resize(self, max_workers: int) -> None:
         """Keep at most this many workers from now on, whatever the limits say.
 
@@ -483,10 +463,6 @@ class ProcessPool(_Standard):
             ...     sorted(pool.map(abs, [-1, -2]))
             [1, 2]
         """
-        if operator.index(max_workers) < 1:
-            raise ValueError("max_workers must be greater than 0")
-        if max_workers > _MOST_WORKERS:
-            raise ValueError(f"max_workers must be <= {_MOST_WORKERS}")
         self._scheduler.resize(max_workers)
 
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -575,29 +551,12 @@ class ProcessPool(_Standard):
         return f"<ProcessPool of at most {most}, {first}{how}>"
 
 
-def _check(initializer: object, max_tasks_per_child: object, on_worker_death: str) -> None:
-    # In the standard pool's words, where it has some.
-    if initializer is not None and not callable(initializer):
-        raise TypeError("initializer must be a callable")
-    if max_tasks_per_child is not None:
-        if not isinstance(max_tasks_per_child, int):
-            raise TypeError("max_tasks_per_child must be an integer")
-        if max_tasks_per_child < 1:
-            raise ValueError("max_tasks_per_child must be >= 1")
-    if on_worker_death not in ("replace", "break"):
-        raise ValueError(f"on_worker_death must be 'replace' or 'break', not {on_worker_death!r}")
-
-
 def _names(
     preload: str | Sequence[str], main: Literal["auto", "run", "value"]
 ) -> tuple[str | list[str], Literal["auto", "run", "value"]]:
     """Return what is preloaded, and how ``__main__`` gets into workers."""
-    if main not in ("auto", "run", "value"):
-        raise ValueError(f'main must be "auto", "run" or "value", not {main!r}')
     if preload == "auto":
         return "auto", main
-    if isinstance(preload, str) or not all(isinstance(name, str) for name in preload):
-        raise TypeError(f'preload must be "auto" or a list of module names, not {preload!r}')
     names = [name for name in preload if name != "__main__"]
     if len(names) < len(preload):
         if main == "value":
@@ -664,4 +623,4 @@ class _Follower:
         # One that is bound may wait for its own CPU beside idle ones, without any limit.
         if self._free_to_move:
             self._watch.look_for_hidden_limit(busy, budget)
-        return min(budget.workers, _MOST_WORKERS)
+        return min(budget.workers, MOST_WORKERS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from safepool.arguments import checked
 from safepool.transport import references
 from safepool.transport.files import Stored, store
 from safepool.transport.frames import Filed, Missing
@@ -27,6 +28,7 @@ _T = TypeVar("_T")
 _numbers = itertools.count(1)
 
 
+@checked("share")
 def share(obj: Any, *, writable: bool = False) -> Any:
     """Place an object once for all workers of all pools, instead of sending it with each task.
 

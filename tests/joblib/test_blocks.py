@@ -146,9 +146,9 @@ def test_a_block_that_ends_with_an_error_leaves_joblib_as_it_was() -> None:
     with pytest.raises(ZeroDivisionError), safepool.parallel_backend(n_jobs=2):
         in_a_thread(lambda: 1 / 0)
     with pytest.raises(ValueError, match="prefer must be"):
-        safepool.parallel_backend(prefer="threads").__enter__()  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="none of"):
-        safepool.parallel_backend(mmap_mode="x").__enter__()  # type: ignore[arg-type]
+        safepool.parallel_backend(prefer="threads")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="mmap_mode must be"):
+        safepool.parallel_backend(mmap_mode="x")  # type: ignore[arg-type]
     assert before == (joblib.parallel.DEFAULT_BACKEND, joblib.parallel.DEFAULT_THREAD_BACKEND)
 
 

@@ -280,7 +280,10 @@ def test_a_pool_that_the_top_level_itself_asks_for_runs_nothing_twice(tmp_path: 
 
 # One row per wrong value: how the pool is made, and what the error says.
 WRONG: dict[str, tuple[str, str]] = {
-    "no such value": ("main='spawn'", 'main must be "auto", "run" or "value", not \'spawn\''),
+    "no such value": (
+        "main='spawn'",
+        'main must be "auto", "run" or "value", not \'spawn\'. Leave it out for "auto"',
+    ),
     "both": (
         "main='value', preload=['__main__']",
         'preload names "__main__", which is main="run", and main="value" is the opposite',

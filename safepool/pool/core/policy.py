@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,6 @@ class Policy:
 
     timeout_s: float | None = None
     retries: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.timeout_s is not None and not (
-            isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s < math.inf
-        ):
-            raise ValueError(
-                f"timeout must be a number of seconds above 0, not {self.timeout_s!r}"
-            )
-        if self.retries is not None and (not isinstance(self.retries, int) or self.retries < 0):
-            raise ValueError(f"retries must be an integer of at least 0, not {self.retries!r}")
 
     def otherwise(self, other: Policy) -> Policy:
         """Return this policy, and ``other``'s where this one says nothing."""

@@ -1,0 +1,534 @@
+"""Floor 0: what each parameter takes, in one table, and the errors of all the others.
+
+A parameter means the same wherever it stands, so there is one row for each name. A front-end is
+decorated by :func:`checked`, which compares what it is given with the rows, once, before its body
+runs: the code below relies on that. A value that is the parameter's default is never compared.
+
+Not covered:
+    * Missing and surplus positional arguments: Python names them.
+    * What only the machine can tell, such as a module that is not there: said where it is found.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = [
+    "MOST_WORKERS",
+    "RULES",
+    "TIME_TO_WAIT",
+    "Rule",
+    "check",
+    "checked",
+    "parse_bytes",
+    "what_was_meant",
+]
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+
+# WaitForMultipleObjects takes 63 handles, and the standard pool allows this many. Elsewhere
+# the number is the caller's business.
+MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """What a parameter takes beside its default.
+
+    Attributes:
+        kind: What it takes, in words: "an integer of at least 1".
+        is_kind: Whether a value has the right type. A wrong type is a ``TypeError``.
+        lacks: What a value of the right type is not, in words, or ``""``. A ``ValueError``.
+        remedy: A sentence that says what to pass instead.
+        choices: Words that it takes, of which the caller may have meant one.
+        optional: Whether ``None`` is taken where it is not the default.
+    """
+
+    kind: str
+    is_kind: Callable[[Any], bool]
+    lacks: Callable[[Any], str] = lambda _: ""
+    remedy: str
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+
+def check(name: str, value: object, rule: Rule | None = None, *, optional: bool = False) -> None:
+    """Compare one argument with what its parameter takes.
+
+    Args:
+        name: Of the parameter.
+        value: The argument.
+        rule: The row; ``None`` is that of the name.
+        optional: Whether ``None`` is taken, whatever the row says.
+
+    Raises:
+        TypeError: It has the wrong type.
+        ValueError: It is out of range.
+
+    Example:
+        >>> check("retries", "2")
+        Traceback (most recent call last):
+            ...
+        TypeError: retries must be an integer of at least 0, not '2' (str). Did you mean retries=2?
+    """
+    rule = RULES[name] if rule is None else rule
+    optional = optional or rule.optional
+    if value is None and optional:
+        return
+    is_kind = rule.is_kind(value)
+    words = rule.lacks(value) if is_kind else rule.kind
+    if not words:
+        return
+    found = _shown(value) if is_kind else f"{_shown(value)} ({type(value).__name__})"
+    if optional and "None" not in words:
+        words += ", or None"
+    text = f"{name} must be {words}, not {found}"
+    fits = (one for one in _meant(value, rule) if rule.is_kind(one) and not rule.lacks(one))
+    near = next(fits, None)
+    hint = rule.remedy if near is None else f"Did you mean {name}={near!r}?"
+    raise (ValueError if is_kind else TypeError)(f"{text}. {hint}")
+
+
+def checked(called: str, **rules: Rule) -> Callable[[_F], _F]:
+    """Make a decorator that compares the arguments of each call with what parameters take.
+
+    Args:
+        called: What errors call the function.
+        **rules: Rows of parameters that differ from the table's row of this name.
+    """
+
+    def decorate(function: _F) -> _F:
+        inner: Any = getattr(function, "__wrapped__", function)
+        code, keyword_defaults = inner.__code__, inner.__kwdefaults__ or {}
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        by_position = names[: code.co_argcount]
+        defaults = dict(
+            zip(reversed(by_position), reversed(inner.__defaults__ or ()), strict=False)
+        )
+        defaults |= keyword_defaults
+        rows = {name: rules.get(name) or RULES.get(name) for name in names}
+
+        @functools.wraps(function)
+        def check_first(*args: Any, **kwargs: Any) -> Any:
+            for name, value in (*zip(by_position, args, strict=False), *kwargs.items()):
+                if name not in rows:
+                    hint = what_was_meant(name, names[code.co_posonlyargcount :])
+                    raise TypeError(
+                        f"{called}() got an unexpected keyword argument {name!r}{hint}"
+                    )
+                row = rows[name]
+                if row is not None and value is not defaults.get(name, row):
+                    check(name, value, row, optional=defaults.get(name, row) is None)
+            return function(*args, **kwargs)
+
+        return check_first  # type: ignore[return-value]
+
+    return decorate
+
+
+def what_was_meant(word: str, names: Iterable[str]) -> str:
+    """Return the end of a sentence about a keyword that is not among the names.
+
+    Args:
+        word: The keyword.
+        names: Those that there are.
+
+    Example:
+        >>> what_was_meant("n_jobs", ["max_workers", "timeout"])
+        ': did you mean max_workers=?'
+        >>> what_was_meant("colour", ["max_workers", "timeout"])
+        '. There are max_workers, timeout'
+    """
+    import difflib  # noqa: PLC0415 -- of use to an error alone
+
+    names = [name for name in names if name != "self"]
+    lines = [line.split() for line in _SAME.splitlines()]
+    same = [name for line in lines if word in line for name in names if name in line]
+    near = [*same, *difflib.get_close_matches(word, names, n=1)]
+    return f": did you mean {near[0]}=?" if near else f". There are {', '.join(sorted(names))}"
+
+
+# A line for what other pools call the same: multiprocessing.Pool, joblib, loky, dask, mpire,
+# pebble, torch's DataLoader, datasets. An unknown keyword means the one of its line that there is.
+_SAME = """
+max_workers processes n_jobs workers num_workers n_workers nworkers num_processes n_processes \
+max_processes num_proc nproc nprocs n_procs jobs cpus n_cpus num_cpus ncpus cores n_cores size
+max_tasks_per_child maxtasksperchild max_tasks worker_lifespan
+mp_context context start_method method ctx mp_start_method
+initializer init worker_init worker_init_fn init_fn
+initargs init_args initializer_args args
+threads_per_worker threads n n_threads num_threads nthreads limits inner_max_num_threads
+memory_per_worker memory mem
+max_memory_per_worker memory_limit max_memory
+env environ environment env_vars
+timeout task_timeout timeout_s time_limit max_time
+retries max_retries retry n_retries num_retries attempts max_attempts
+pin_workers pin cpu_ids affinity
+preload imports modules
+progress progress_bar verbose tqdm
+chunksize chunk_size batch_size
+buffersize buffer_size prefetch
+writable writeable mutable
+end_subprocesses kill_subprocesses kill_children
+idle_worker_timeout idle_timeout
+"""
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 -- user code; the error is about the argument
+        text = object.__repr__(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:76]}...{text[-1]}"
+
+
+def _meant(value: object, rule: Rule) -> Iterator[object]:
+    """Yield what the caller may have meant by a value that is wrong."""
+    if isinstance(value, str):
+        import difflib  # noqa: PLC0415 -- of use to an error alone
+
+        yield from difflib.get_close_matches(value.lower(), rule.choices, n=1)
+    if isinstance(value, (str, float)):
+        for kind in (int, float):
+            try:
+                number = kind(value)
+            except (ValueError, OverflowError):
+                continue
+            if isinstance(value, str) or number == value:
+                yield number
+    if isinstance(value, int) and value in (0, 1):
+        yield bool(value)
+    if isinstance(value, (str, bytes, int, float)):
+        yield (value,)
+
+
+def _is_index(value: object) -> bool:
+    try:
+        operator.index(value)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        return False
+    return True
+
+
+def _is_integer(value: object) -> bool:
+    return _is_index(value) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    import numbers  # noqa: PLC0415 -- NumPy's scalars; of use to few
+
+    return isinstance(value, numbers.Real)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, str) or _is_number(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, str) or (
+        _is_sequence(value) and all(isinstance(name, str) for name in value)  # type: ignore[attr-defined]
+    )
+
+
+def _is_environment(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(text, str) for name, text in value.items()
+    )
+
+
+def _is_context(value: object) -> bool:
+    return isinstance(value, str) or hasattr(value, "get_start_method")
+
+
+def _unless(is_it: Callable[[Any], bool], words: str) -> Callable[[Any], str]:
+    return lambda value: "" if is_it(value) else words
+
+
+def _integer(least: int, remedy: str, **others: Any) -> Rule:
+    words = f"an integer of at least {least}"
+    lacks = _unless(lambda value: value >= least, f"at least {least}")
+    return replace(Rule(kind=words, is_kind=_is_integer, lacks=lacks, remedy=remedy), **others)
+
+
+def _integer_or_auto(remedy: str) -> Rule:
+    words = 'an integer of at least 1, or "auto"'
+    return Rule(
+        kind=words,
+        is_kind=lambda value: isinstance(value, str) or _is_integer(value),
+        lacks=_unless(
+            lambda value: value == "auto" if isinstance(value, str) else value >= 1, words
+        ),
+        remedy=remedy,
+        choices=("auto",),
+    )
+
+
+def _number(words: str, is_it: Callable[[Any], bool], remedy: str) -> Rule:
+    return Rule(kind=words, is_kind=_is_number, lacks=_unless(is_it, words), remedy=remedy)
+
+
+def _either(choices: Sequence[str]) -> str:
+    *most, last = (f'"{choice}"' for choice in choices)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _one_of(*choices: str, remedy: str, optional: bool = False) -> Rule:
+    words = _either(choices)
+    lacks = _unless(lambda value: value in choices, words)
+    return Rule(
+        kind=words,
+        is_kind=_is_text,
+        lacks=lacks,
+        remedy=remedy,
+        choices=choices,
+        optional=optional,
+    )
+
+
+def _flag(remedy: str) -> Rule:
+    return Rule(kind="True or False", is_kind=lambda value: isinstance(value, bool), remedy=remedy)
+
+
+def _lacks_as_number_of_workers(value: int) -> str:
+    # In the standard pool's words.
+    if value < 1:
+        return "greater than 0"
+    return "" if value <= MOST_WORKERS else f"<= {MOST_WORKERS}"
+
+
+_UNITS = {"": 1, "B": 1} | {
+    unit: factor**power
+    for power, prefix in enumerate("kMGTP", start=1)
+    for unit, factor in (
+        (f"{prefix}B", 1000),
+        (f"{prefix}iB", 1024),
+        (prefix, 1000),
+        (f"{prefix}i", 1024),
+    )
+}
+_BYTES = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_bytes(size: float | str) -> int:
+    """Return a size in bytes.
+
+    Args:
+        size: A number of bytes, or a number with a unit: ``kB``, ``MB``, ``GB`` are powers of
+            1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
+
+    Raises:
+        ValueError: It is neither, or not above 0.
+
+    Source:
+        IEC 80000-13; Kubernetes, "Resource units".
+
+    Example:
+        >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
+        (2147483648, 1500000000, 4096)
+    """
+    if not isinstance(size, str):
+        found = int(size) if math.isfinite(size) else 0
+    else:
+        match = _BYTES.fullmatch(size)
+        unit = match[2] if match else ""
+        # Only the k of kilo is written small, and nobody means anything else by K.
+        unit = f"k{unit[1:]}" if unit.startswith("K") else unit
+        if match is None or unit not in _UNITS:
+            raise ValueError(f"a size must be {_SIZE}, not {size!r}")
+        found = int(float(match[1]) * _UNITS[unit])
+    if found < 1:
+        raise ValueError(f"a size must be above 0, not {size!r}")
+    return found
+
+
+_SIZE = 'a number of bytes above 0, or text such as "2GiB"'
+
+
+def _lacks_as_size(value: Any) -> str:
+    try:
+        parse_bytes(value)
+    except ValueError:
+        return _SIZE
+    return ""
+
+
+def _lacks_as_context(value: Any) -> str:
+    if not isinstance(value, str) or value in ("safepool", "loky"):
+        return ""
+    import multiprocessing  # noqa: PLC0415 -- a pool's start, not our import
+
+    try:
+        multiprocessing.get_context(value)
+    except ValueError:
+        return _either(("safepool", "loky", *multiprocessing.get_all_start_methods()))
+    return ""
+
+
+def _lacks_as_environment(value: Any) -> str:
+    for name, text in value.items():
+        if not name or "=" in name or "\0" in name + text:
+            return f'without a variable such as {name!r}: a name is not empty, without "=" or NUL'
+    return ""
+
+
+def _lacks_as_size_for_joblib(value: Any) -> str:
+    # joblib, memstr_to_bytes().
+    number, unit = (value[:-1], value[-1:]) if isinstance(value, str) else (value, "K")
+    try:
+        fits = value == "auto" or (unit in ("K", "M", "G") and float(number) >= 0)
+    except ValueError:
+        fits = False
+    return "" if fits else _MAX_NBYTES
+
+
+def _size(remedy: str) -> Rule:
+    units = "Units of a size are kB, MB, GB (powers of 1000) and KiB, MiB, GiB (powers of 1024)"
+    return Rule(kind=_SIZE, is_kind=_is_size, lacks=_lacks_as_size, remedy=f"{units}. {remedy}")
+
+
+_THREADS = "It is what each native thread pool of a worker may have"
+_MAX_NBYTES = 'a number of bytes from 0 up, text such as "1M", "auto" or None'
+
+RULES: dict[str, Rule] = {
+    "buffersize": _integer(
+        1,
+        "It counts the tasks that are taken ahead of the results",
+        kind="an integer or None",  # here and below: the standard pool's words
+        lacks=_unless(lambda value: value > 0, "None or > 0"),
+    ),
+    "chunksize": _integer(
+        1, "It counts the items of a task", lacks=_unless(lambda value: value >= 1, ">= 1.")
+    ),
+    "end_subprocesses": _flag("True ends what tasks have started with the program"),
+    "env": Rule(
+        kind="a mapping of text to text",
+        is_kind=_is_environment,
+        lacks=_lacks_as_environment,
+        remedy='Numbers are text as well: {"OMP_NUM_THREADS": "2"}',
+    ),
+    "function": Rule(
+        kind="something that can be called",
+        is_kind=lambda value: callable(value) or isinstance(value, (classmethod, staticmethod)),
+        remedy="Pass threads=, timeout= and retries= by name",
+    ),
+    "idle_worker_timeout": _number(
+        "a number of seconds from 0 up",
+        lambda value: 0 <= value < math.inf,
+        "Leave it out for 300 s",
+    ),
+    "initargs": Rule(
+        kind="a tuple",
+        is_kind=_is_sequence,
+        remedy="A tuple of one argument is written (argument,)",
+        optional=True,  # as the standard pool without an initializer
+    ),
+    "initializer": Rule(
+        kind="a callable", is_kind=callable, remedy="Its arguments are those of initargs="
+    ),
+    "main": _one_of("auto", "run", "value", remedy='Leave it out for "auto"'),
+    "max_memory_per_worker": _size("None replaces no worker for its size"),
+    "max_nbytes": Rule(
+        kind=_MAX_NBYTES,
+        is_kind=_is_size,
+        lacks=_lacks_as_size_for_joblib,
+        remedy="Units of a size are K, M and G (powers of 1024). None places no array",
+        optional=True,
+    ),
+    "max_tasks_per_child": Rule(
+        kind="an integer",
+        is_kind=_is_index,
+        lacks=_unless(lambda value: value >= 1, ">= 1"),
+        remedy="None never replaces a worker for its tasks",
+    ),
+    "max_workers": Rule(
+        kind="an integer of at least 1",
+        is_kind=_is_index,  # True is 1 for the standard pool
+        lacks=_lacks_as_number_of_workers,
+        remedy="Leave it out for as many as the limits allow",
+    ),
+    "memory_per_worker": _size("None does not look at memory"),
+    "mmap_mode": _one_of(
+        "auto", "r", "r+", "w+", "c", remedy='"c" lets each task write for itself', optional=True
+    ),
+    "mp_context": Rule(
+        kind="a context of multiprocessing, or the name of a start method",
+        is_kind=_is_context,
+        lacks=_lacks_as_context,
+        remedy="Leave it out for the best that works here. The function is initializer=",
+        choices=("safepool", "loky", "spawn", "fork", "forkserver"),
+    ),
+    "n": _integer_or_auto('"auto" is the number of CPUs that the limits grant'),
+    "n_jobs": _integer(
+        1,
+        "n_jobs == 0 has no meaning: -1 is as many workers as the limits allow, 1 is sequential",
+        kind="an integer other than 0",
+        lacks=_unless(lambda value: value != 0, "other than 0"),
+        optional=True,
+    ),
+    "on_worker_death": _one_of("replace", "break", remedy='"break" is the standard pool\'s way'),
+    "pin_workers": _flag("True binds each worker to CPUs of its own"),
+    "prefer": _one_of("processes", remedy="Leave it out to have threads where calls prefer them"),
+    "preload": Rule(
+        kind='"auto" or a list of module names',
+        is_kind=_is_names,
+        lacks=_unless(
+            lambda value: not isinstance(value, str) or value == "auto",
+            '"auto" or a list of module names',
+        ),
+        remedy="[] imports nothing ahead",
+        choices=("auto",),
+    ),
+    "progress": Rule(
+        kind="True, False or a label",
+        is_kind=lambda value: isinstance(value, (bool, str)),
+        remedy="True shows a bar",
+        optional=True,
+    ),
+    "reserve": _number(
+        "a number of CPUs from 0 up",
+        lambda value: 0 <= value < math.inf,
+        "It is what the workers leave to this process, such as 0.5",
+    ),
+    "retries": _integer(0, "0 runs no call again"),
+    "rounding": _one_of(
+        "floor", "nearest", "ceil", remedy='"floor" leaves a fraction of a CPU to this process'
+    ),
+    "threads": _integer(1, _THREADS),
+    "threads_per_worker": _integer_or_auto(_THREADS),
+    "timeout": _number(
+        "a number of seconds above 0", lambda value: 0 < value < math.inf, "None does not limit"
+    ),
+    "trace": Rule(
+        kind="the path of a file",
+        is_kind=lambda value: isinstance(value, str) or hasattr(value, "__fspath__"),
+        remedy='Write it as trace="run.json"',
+    ),
+    "writable": _flag("True lets each task write into a view of its own"),
+}
+"""What each parameter takes, by its name. Those of :func:`checked` come first."""
+
+TIME_TO_WAIT = _number(
+    "a number of seconds", lambda value: not math.isnan(value), "None waits for ever"
+)
+"""A ``timeout`` of whoever waits: below 0 is no time at all, as in the standard library."""
