@@ -73,13 +73,15 @@ def wait_until(is_so: Callable[[], object], *, within_s: float = 60) -> None:
 def still_alive(pids: list[int], *, after_s: float) -> list[int]:
     """Return the processes that live on after so many seconds; a zombie does not live.
 
-    What counts is the time for which this process has slept: one that was kept from running,
-    with the whole machine or for others' sake, says nothing of those that it looks at.
+    The seconds are those of a machine with nothing else to do. Only the time counts for which this
+    process has slept: one that was kept from running, with the whole machine or for others' sake,
+    says nothing of those that it looks at. And of that only the part which each process gets that
+    wants to run.
     """
     left_s = after_s
     while (alive := [pid for pid in pids if _is_alive(pid)]) and left_s > 0:
         time.sleep(0.01)
-        left_s -= 0.01
+        left_s -= 0.01 * _share_of_a_cpu()
     return alive
 
 
@@ -88,8 +90,17 @@ def ends(program: subprocess.Popen[Any], *, within_s: float) -> bool:
     left_s = within_s
     while program.poll() is None and left_s > 0:
         time.sleep(0.01)
-        left_s -= 0.01
+        left_s -= 0.01 * _share_of_a_cpu()
     return program.poll() is not None
+
+
+def _share_of_a_cpu() -> float:
+    """Return the part of a CPU for each thread of the machine that wants to run: 0.1 to 1."""
+    try:
+        running, _, _ = Path("/proc/loadavg").read_text().split()[3].partition("/")
+    except OSError:
+        return 1.0
+    return max(0.1, min(1.0, cpus() / max(1, int(running))))
 
 
 def has_ended(pid: int) -> bool:

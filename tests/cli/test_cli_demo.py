@@ -318,7 +318,7 @@ def test_an_ended_demo_leaves_no_process_and_no_group(ending: str) -> None:
         running.communicate()
 
     assert (running.returncode, stderr) == (exitcode, "")
-    assert still_alive([process.pid for process in family], after_s=20) == []
+    assert still_alive([process.pid for process in family], after_s=5) == []
     assert bool(in_group) == (REASON is None)
     assert groups_of(running.pid) == []
 

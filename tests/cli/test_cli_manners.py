@@ -394,7 +394,7 @@ def test_ctrl_c_is_silent_and_leaves_no_process(what: str, tmp_path: Path) -> No
         process.communicate()
 
     assert (process.returncode, err) == (code, "")
-    assert still_alive([child.pid for child in family], after_s=20) == []
+    assert still_alive([child.pid for child in family], after_s=5) == []
 
 
 def wait_until_busy(process: subprocess.Popen[str], imported: Path) -> None:

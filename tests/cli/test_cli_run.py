@@ -493,4 +493,4 @@ def test_calls_of_joblib_share_workers_that_end_with_the_program() -> None:
     assert ended.stderr == ""
     pids = [int(pid) for pid in ended.stdout.split()]
     assert 1 <= len(pids) <= 2
-    assert still_alive(pids, after_s=20) == []
+    assert still_alive(pids, after_s=5) == []

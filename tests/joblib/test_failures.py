@@ -173,7 +173,7 @@ def test_an_ended_program_leaves_nothing(ending: str, place: str, tmp_path: Path
         # The program's own traceback, and none of a worker's.
         assert said.count("Traceback (most recent call last)") == 1
         assert said.rstrip().endswith("KeyboardInterrupt")
-    assert still_alive(pids, after_s=20) == []
+    assert still_alive(pids, after_s=5) == []
     assert list(temporary.iterdir()) == []
     assert [path for path in Path("/dev/shm").iterdir() if f"_{program.pid}_" in path.name] == []
 

@@ -142,7 +142,7 @@ def test_a_task_may_leave_a_program_behind_that_holds_its_descriptors(tmp_path: 
         assert isinstance(error, WorkerDiedError)
     finally:
         kill([int(pid) for pid in endings.lines(path)])
-        assert still_alive([int(pid) for pid in endings.lines(path)], after_s=10) == []
+        assert still_alive([int(pid) for pid in endings.lines(path)], after_s=5) == []
 
 
 @linux
@@ -425,16 +425,19 @@ def test_a_timeout_ends_exactly_its_task_with_its_stack() -> None:
 @linux
 def test_a_timeout_ends_what_the_task_has_started(tmp_path: Path) -> None:
     """Also a grandchild, and also if they ignore SIGTERM."""
-    path = str(tmp_path / "family")
-    with ProcessPool(1) as pool:
-        function = limited(endings.sleep_with_a_stubborn_family, 3)
-        error = pool.submit(function, path).exception(timeout=60)
-        family = [int(pid) for pid in endings.lines(path)]
-        assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+    for limit_s in (3, 9, 27):
+        path = str(tmp_path / f"family within {limit_s} s")
+        with ProcessPool(1) as pool:
+            function = limited(endings.sleep_with_a_stubborn_family, limit_s)
+            error = pool.submit(function, path).exception(timeout=60)
+            family = [int(pid) for pid in endings.lines(path)]
+            assert pool.submit(tasks.square, 3).result(timeout=30) == 9
+        if len(family) == 2:  # else the machine was too slow to start both
+            break
 
     assert isinstance(error, TaskTimeoutError)
     assert len(family) == 2
-    assert still_alive(family, after_s=10) == []
+    assert still_alive(family, after_s=5) == []
 
 
 @linux
@@ -753,9 +756,9 @@ try:
             future.result(30)
         workers = len(pool._processes)
         give(None)
-        futures = [pool.submit(time.sleep, 1.5) for _ in range(3)]
-        assert [future.exception(30) for future in futures] == [None] * 3
-        assert len(pool._processes) == 3
+        while len(pool._processes) < 3:
+            futures = [pool.submit(time.sleep, 0.1) for _ in range(6)]
+            assert [future.exception(30) for future in futures] == [None] * 6
     print(workers, "worker" if workers == 1 else "workers")
 except (RuntimeError, safepool.PoolBrokenError) as error:
     print(f"{type(error).__name__}: {error}")

@@ -113,7 +113,7 @@ def test_how_a_server_ended_is_told_also_if_its_socket_ended_first(
     with ProcessPool(1) as pool, caplog.at_level(logging.INFO, logger="safepool"):
         server = server_of(pool.submit(tasks.pid).result())
         os.kill(server, signal.SIGSEGV)
-        assert not still_alive([server], after_s=30)
+        assert not still_alive([server], after_s=5)
         monkeypatch.setattr(subprocess.Popen, "poll", lambda self: self.returncode)
         pool.resize(2)
         list(pool.map(time.sleep, [0.3] * 4))
