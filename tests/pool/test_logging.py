@@ -15,7 +15,7 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import patience
+from safepool.pool.core import patience
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

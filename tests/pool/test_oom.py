@@ -88,7 +88,7 @@ with safepool.ProcessPool(1, timeout=0.5) as pool:
     ),
     "in the initializer": (
         """
-from safepool.pool import patience
+from safepool.pool.core import patience
 patience._MOST_PAUSE_S = 0.05
 with safepool.ProcessPool(1, initializer=eat) as pool:
     error = str(pool.submit(abs, -1).exception(90))
