@@ -34,6 +34,7 @@ ROUND_TRIPS = 200
 MAPPED = 2000
 # For those that send them in chunks: enough for several of them.
 MAPPED_IN_CHUNKS = 40_000
+UNORDERED = 20_000
 CHUNKED = {OURS, "multiprocessing", "joblib", "mpire"}
 SHORT_TASKS, SHORT_US, LONG_US = 2000, 100, 1_000_000
 
@@ -86,6 +87,24 @@ def map_many(name: str, pool: Opened) -> int | None:
     many = MAPPED_IN_CHUNKS if name in CHUNKED else MAPPED
     pool.map(tasks.nothing, range(many))
     return many
+
+
+def unordered(rounds: int) -> None:
+    """``map`` in the order of the items, and in that in which calls end, in turns."""
+    import safepool
+
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    with safepool.ProcessPool(WORKERS) as pool:
+        for how in (True, False):  # the workers are there, and the pace is known
+            list(pool.map(tasks.nothing, range(MAPPED), ordered=how))
+        pids = descendants()
+        for ordered in [True, False] * rounds:
+            cpu, begun = cpu_s(pids), time.perf_counter()
+            count = sum(1 for _ in pool.map(tasks.nothing, range(UNORDERED), ordered=ordered))
+            took, used = time.perf_counter() - begun, cpu_s(pids) - cpu
+            name = OURS if ordered else "ordered=False"
+            rows.setdefault(name, []).append((took / count * 1e6, used / count * 1e6))
+    table(f"{UNORDERED:,} tasks that do nothing, by map, each", "us", rows)
 
 
 def fairness(pools: dict[str, Opened], rounds: int) -> None:
@@ -266,6 +285,7 @@ COMPARED: dict[str, Callable[[dict[str, Opened], int], None]] = {
     "map": lambda pools, rounds: compare(
         pools, rounds, "tasks that do nothing, by map at its defaults, each", map_many
     ),
+    "unordered": lambda _, rounds: unordered(rounds),
     "fairness": lambda pools, rounds: fairness(pools, max(1, rounds // 2)),
 }
 ALONE: dict[str, Callable[[], None]] = {

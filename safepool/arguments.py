@@ -487,6 +487,7 @@ RULES: dict[str, Rule] = {
         optional=True,
     ),
     "on_worker_death": _one_of("replace", "break", remedy='"break" is the standard pool\'s way'),
+    "ordered": _flag("False yields each result when its call has ended"),
     "pin_workers": _flag("True binds each worker to CPUs of its own"),
     "prefer": _one_of("processes", remedy="Leave it out to have threads where calls prefer them"),
     "preload": Rule(
@@ -511,6 +512,7 @@ RULES: dict[str, Rule] = {
         "It is what the workers leave to this process, such as 0.5",
     ),
     "retries": _integer(0, "0 runs no call again"),
+    "return_exceptions": _flag("True yields a call's exception in the place of its result"),
     "rounding": _one_of(
         "floor", "nearest", "ceil", remedy='"floor" leaves a fraction of a CPU to this process'
     ),

@@ -74,6 +74,8 @@ class Progress:
         self.total = total
         self._look = look
         self._ended = threading.Event()
+        # Reentrant: a signal's handler may ask for a result of the same map.
+        self._drawing = threading.RLock()
         self._shown_failed = 0
         # Without tqdm's monitor for this one: a thread that never ends, and ours looks often
         # enough. The program's own bars keep it.
@@ -103,18 +105,28 @@ class Progress:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def draw_now(self) -> None:
+        """Draw the numbers of this moment, also if tqdm has drawn just before."""
+        with self._drawing:
+            if self in _open:
+                self._draw_once()
+                self._bar.refresh()
+
     def _draw(self) -> None:
         try:
-            while not self._ended.wait(_LOOK_S):
-                if self._look is not None and not self._look(self):
-                    break
-                self._show()
-            if self._look is not None:
-                self._look(self)
-            self._show()
+            while not self._ended.wait(_LOOK_S) and self._draw_once():
+                pass
+            self._draw_once()
         finally:
             _open.discard(self)
             self._end()
+
+    def _draw_once(self) -> bool:
+        """Look and draw; return whether there may be more to draw."""
+        with self._drawing:
+            more = self._look is None or self._look(self)
+            self._show()
+            return more
 
     def _end(self) -> None:
         bar = self._bar

@@ -75,6 +75,8 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "chunksize": ("2", 0),
         "buffersize": (2.5, 0),
         "progress": (1, NOTHING),
+        "ordered": ("no", NOTHING),
+        "return_exceptions": (ValueError, NOTHING),
     },
 }
 

@@ -14,7 +14,9 @@ from safepool.pool.mapping import MapRun
 from safepool.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safepool.pool.mapping import ResultIterator
 
 __all__ = ["CountedRun", "total_of"]
 
@@ -24,7 +26,8 @@ class CountedRun(MapRun):
 
     done = 0
     failed = 0
-    _shown: weakref.ref[Generator[Any]] | None = None
+    _shown: weakref.ref[ResultIterator] | None = None
+    _bar: weakref.ref[Progress] | None = None
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down and count them."""
@@ -37,6 +40,16 @@ class CountedRun(MapRun):
         self.failed += 1
         super().put_error(index, error)
 
+    def take(self, index: int, deadline: float | None) -> list[Any]:
+        """Return the next results; with an error it is seen how many calls had ended."""
+        try:
+            return super().take(index, deadline)
+        except BaseException:
+            bar = None if self._bar is None else self._bar()
+            if bar is not None:
+                bar.draw_now()
+            raise
+
     def bar(self, label: str, total: int | None) -> Progress:
         """Return the bar of this run, before anything is queued: tqdm may be missing.
 
@@ -46,7 +59,7 @@ class CountedRun(MapRun):
         """
         return Progress(label, total, look=self._look)
 
-    def shown(self, bar: Progress, start: Callable[[], Generator[Any]]) -> Generator[Any]:
+    def shown(self, bar: Progress, start: Callable[[], ResultIterator]) -> ResultIterator:
         """Return the results, beside which the bar stands until they end or are dropped.
 
         Args:
@@ -55,13 +68,14 @@ class CountedRun(MapRun):
         """
         try:
             results = start()
-            shown = _beside(results, bar)
         except BaseException:
             bar.close()
             raise
         # The drawing thread must not keep what the caller has dropped.
-        self._shown = weakref.ref(shown)
-        return shown
+        self._shown = weakref.ref(results)
+        self._bar = weakref.ref(bar)
+        results.at_end = bar.close
+        return results
 
     def _look(self, progress: Progress) -> bool:
         if progress.total is None and self.fed:
@@ -83,10 +97,3 @@ def total_of(iterables: Sequence[Iterable[Any]]) -> int | None:
     if not iterables or not all(isinstance(items, Sized) for items in iterables):
         return None
     return min(len(items) for items in iterables if isinstance(items, Sized))
-
-
-def _beside(results: Generator[Any], progress: Progress) -> Generator[Any]:
-    try:
-        yield from results
-    finally:
-        progress.close()

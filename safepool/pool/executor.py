@@ -10,14 +10,14 @@ import time
 import weakref
 from collections.abc import Sized
 from concurrent.futures import Future, process
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
 from safepool.arguments import MOST_WORKERS, TIME_TO_WAIT, checked, parse_bytes
 from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
-from safepool.pool.mapping import MapRun
+from safepool.pool.mapping import MapRun, end_failed
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.pool.watch import Stacks, look_at
@@ -44,6 +44,7 @@ __all__ = ["ProcessPool"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_Run = TypeVar("_Run", bound=MapRun)
 
 
 if TYPE_CHECKING:
@@ -320,6 +321,32 @@ class ProcessPool(_Standard):
         policy = policy_of(fn, self._policy)
         return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: bool,
+    ) -> Iterator[_T | BaseException]: ...
+
     @checked("map", timeout=TIME_TO_WAIT)
     def map(
         self,
@@ -329,8 +356,10 @@ class ProcessPool(_Standard):
         chunksize: int = 1,
         buffersize: int | None = None,
         progress: bool | str = False,
-    ) -> Iterator[_T]:
-        """Return an iterator over ``fn`` applied to the items, in order.
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> Iterator[_T | BaseException]:
+        """Return an iterator over ``fn`` applied to the items, in order or as calls end.
 
         Args:
             fn: Called with one item of each iterable.
@@ -344,10 +373,16 @@ class ProcessPool(_Standard):
                 results are taken: it may have no end.
             progress: Show a bar on standard error, with this label if it is one. It counts
                 calls that have ended, in whatever order. Needs ``safepool[progress]``.
+            ordered: Results come in the order of the items. ``False`` yields each when its call
+                has ended: one that takes long keeps no other waiting.
+            return_exceptions: An exception of a call is yielded in the place of its result,
+                :class:`safepool.WorkerDiedError` and the like as well.
 
         Returns:
-            The results. It raises what a call raised when its turn comes; leaving it
-            early cancels what has not begun. While more than 256 MiB of results of at least
+            The results. It raises what a call raised when its turn comes, and goes on with
+            the next when it is asked again. Leaving it early, or the pool's ``with`` block by
+            such an error, cancels what has not begun. A ``TimeoutError`` of ``timeout`` is its
+            end. While more than 256 MiB of results of at least
             64 KiB are there and not taken, or a quarter of what the memory limits left with the
             first of them, no further call is sent to a worker.
 
@@ -359,26 +394,38 @@ class ProcessPool(_Standard):
         Example:
             >>> with ProcessPool(1) as pool:
             ...     list(pool.map(pow, [2, 3], [5, 2], chunksize=2))
+            ...     sorted(pool.map(abs, [-3, -1, -2], ordered=False))
+            ...     list(pool.map(int, ["1", "x", "3"], return_exceptions=True))
             [32, 9]
+            [1, 2, 3]
+            [1, ValueError("invalid literal for int() with base 10: 'x'"), 3]
         """
         deadline = None if timeout is None else timeout + time.monotonic()
         # In items; a list is taken whole.
         ahead = None if buffersize is None else buffersize * chunksize
         if ahead is None and all(isinstance(items, Sized) for items in iterables):
             ahead = sys.maxsize
-        at_once = None if chunksize == 1 else chunksize
         starred = len(iterables) != 1
-        policy = policy_of(fn, self._policy)
         items = zip(*iterables, strict=False) if starred else iterables[0]
+
+        def make(kind: type[_Run]) -> _Run:
+            return kind(
+                fn,
+                name_of(fn),
+                policy_of(fn, self._policy),
+                None if chunksize == 1 else chunksize,
+                starred=starred,
+                ordered=ordered,
+                returns_errors=return_exceptions,
+            )
+
         if progress is False or progress is None:
-            run = MapRun(fn, name_of(fn), policy, at_once, starred=starred)
-            return self._scheduler.map(run, items, ahead, deadline, keep=self)
+            return self._scheduler.map(make(MapRun), items, ahead, deadline, keep=self)
         from safepool.pool.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
-        label = label_of(progress) or ""
-        counted = CountedRun(fn, name_of(fn), policy, at_once, starred=starred)
-        bar = counted.bar(label, total_of(iterables))
+        counted = make(CountedRun)
+        bar = counted.bar(label_of(progress) or "", total_of(iterables))
         return counted.shown(
             bar, lambda: self._scheduler.map(counted, items, ahead, deadline, keep=self)
         )
@@ -540,6 +587,8 @@ class ProcessPool(_Standard):
     ) -> None:
         # Someone at the terminal wants the prompt back: running tasks are not waited for.
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if kind is not None:
+            end_failed(self._scheduler)
         self._scheduler.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def __repr__(self) -> str:

@@ -1,7 +1,10 @@
-"""``map``: many calls of one function, their results handed over in order.
+"""``map``: many calls of one function, their results handed over in order, or as they come.
 
 The calls have no future each: a result is put down by the scheduler's thread under its index,
 and taken up by whoever iterates. What is sent together, taken back or lost is a span of them.
+
+    Results         items in, results out: how many items are taken ahead of the results
+    ResultIterator  what the caller holds; an error of a call does not end it
 """
 
 from __future__ import annotations
@@ -10,22 +13,23 @@ import itertools
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
 
-__all__ = ["Feed", "MapRun", "Results", "Span"]
+__all__ = ["Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
 
 # Items taken from an iterator that does not say its length: so many at once, as the standard
 # pool takes all of them (what they are read from may be closed when ``map`` has returned), in
@@ -126,6 +130,8 @@ class MapRun:
         policy: Holds for each call.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         starred: An item is the tuple of a call's arguments; else it is the only one.
+        ordered: Results are taken in the order of their calls; else in that of their arrival.
+        returns_errors: What a call raised is its result.
 
     Attributes:
         waiting: What no worker has, in order; the scheduler's thread alone looks there.
@@ -138,6 +144,7 @@ class MapRun:
         count: How many calls were queued.
         dropped: Nobody will take further results.
         held: No further calls are sent, as too much waits to be taken.
+        taken: How many results were taken.
         reader: Who takes results; once it is gone nobody can.
         added: Of a pool that is traced: the index of the first call of each portion, and when
             it was queued.
@@ -153,8 +160,11 @@ class MapRun:
         at_once: int | None,
         *,
         starred: bool = True,
+        ordered: bool = True,
+        returns_errors: bool = False,
     ) -> None:
         self.starred = starred
+        self.returns_errors = returns_errors
         self.function = function
         self.name = name
         self.policy = policy
@@ -167,7 +177,7 @@ class MapRun:
         # threads. And of all the others that were put, with the index of the next to be taken.
         self._sizes: dict[int, int] = {}
         self._put_bytes = self._taken_bytes = self._most_held_bytes = 0
-        self._small_bytes = self._taken = 0
+        self._small_bytes = self.taken = 0
         self.waiting = Waiting()
         self.queued = False
         self.count = 0
@@ -176,6 +186,8 @@ class MapRun:
         self._cut = 0
         # By the index of the first: values of calls that follow each other, or an error.
         self._results: dict[int, list[Any] | _Raised] = {}
+        # The keys of that in the order of their arrival, if that is the one to take them in.
+        self._arrived: deque[int] | None = None if ordered else deque()
         self._waiters = Waiters()
         # Nothing arrives from this index on: the run was stopped there.
         self._stopped: tuple[int, Callable[[], BaseException]] | None = None
@@ -212,7 +224,7 @@ class MapRun:
         """Whether as much waits to be taken as may, and somebody can take it."""
         settled = self.count - self.unsettled
         held_bytes = self._put_bytes - self._taken_bytes
-        held_bytes += self._small_bytes * max(0, settled - self._taken) // max(1, settled)
+        held_bytes += self._small_bytes * max(0, settled - self.taken) // max(1, settled)
         # None is too much: a reader that has taken all waits for the next.
         if held_bytes <= _LITTLE_BYTES or self.dropped or self.reader() is None:
             return False
@@ -237,11 +249,15 @@ class MapRun:
             self._sizes[index] = size_bytes
             self._put_bytes += size_bytes
         self._results[index] = results
+        if self._arrived is not None:
+            self._arrived.append(index)
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Put down what a call raised."""
         if not self.dropped:
-            self._results[index] = _Raised(error)
+            self._results[index] = [error] if self.returns_errors else _Raised(error)
+            if self._arrived is not None:
+                self._arrived.append(index)
 
     def drop(self) -> None:
         """Keep nothing more: nobody takes it."""
@@ -268,51 +284,61 @@ class MapRun:
         self.tell()
 
     def has(self, index: int) -> bool:
-        """Tell whether the result is there."""
-        return index in self._results
+        """Tell whether the result is there that is taken when so many were."""
+        return index in self._results if self._arrived is None else bool(self._arrived)
 
     def take(self, index: int, deadline: float | None) -> list[Any]:
-        """Return results from this index on, and keep them no longer; wait until ``deadline``.
+        """Return the next results, and keep them no longer; wait until ``deadline``.
 
         Args:
-            index: Of the first that nobody has taken.
+            index: How many were taken before, so the index of the first if they are in order.
             deadline: By the monotonic clock.
 
         Returns:
             At least one, in order.
 
         Raises:
-            TimeoutError: It is not there by then.
-            BaseException: What the call raised.
+            TimeoutError: None is there by then. ``taken`` is as before.
+            BaseException: What the call raised. It counts as taken.
         """
-        results = self._results.pop(index, None)
+        results = self._pop(index)
         if results is None:
             results = self._wait_for(index, deadline)
-        self._taken_bytes += self._sizes.pop(index, 0)
-        self._taken = index + len(results) if type(results) is list else index + 1
         if isinstance(results, _Raised):
+            self.taken = index + 1
             try:
                 raise results.error
             finally:
                 del results
+        self.taken = index + len(results)
+        return results
+
+    def _pop(self, index: int) -> list[Any] | _Raised | None:
+        if self._arrived is not None:
+            if not self._arrived:
+                return None
+            index = self._arrived.popleft()
+        results = self._results.pop(index, None)
+        if results is not None:
+            self._taken_bytes += self._sizes.pop(index, 0)
         return results
 
     def _wait_for(self, index: int, deadline: float | None) -> list[Any] | _Raised:
         def is_over() -> bool:
-            return index in self._results or self._is_stopped_at(index)
+            return self.has(index) or self._is_stopped_at(index)
 
-        while index not in self._results:
+        while (results := self._pop(index)) is None:
             if self._stopped is not None and self._is_stopped_at(index):
                 error = self._stopped[1]()
-                raise error
+                return [error] if self.returns_errors else _Raised(error)
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 raise TimeoutError
             self._waiters.wait(is_over, left_s)
-        return self._results.pop(index)
+        return results
 
     def _is_stopped_at(self, index: int) -> bool:
-        return self._stopped is not None and index >= self._stopped[0]
+        return self._stopped is not None and (index >= self._stopped[0] or self.dropped)
 
 
 class Feed(Protocol):
@@ -364,13 +390,16 @@ class Results:
         self._ahead = _FIRST_PORTION if ahead is None else ahead
         self._deadline = deadline
         self._error: BaseException | None = None
+        # Results of which each lets a further item be taken, in reverse order.
+        self._rest: list[Any] = []
         # Large items that were taken and whose results were not: their end, and their bytes.
         self._sizes: deque[tuple[int, int]] = deque()
         self._bytes = self._most_bytes = 0
         self._portion = 1
         self._fed = 0
+        # Those that are still in `_rest` are not.
         self._taken = 0
-        self.seen = False
+        self.seen = self._over = False
         # Whoever shuts the pool down takes items beside the thread that iterates.
         self._pulling = threading.RLock()
         self._pulls = False
@@ -388,35 +417,74 @@ class Results:
         """Whether all items were taken."""
         return self._items is None
 
-    def iterate(self, keep: object) -> Generator[Any]:
-        """Yield the results; leaving early drops what has not begun.
+    def iterate(self, keep: object) -> ResultIterator:
+        """Return the iterator over the results.
 
         Args:
             keep: Held until the end: a pool that nobody else holds goes on as long.
         """
+        return ResultIterator(self, keep)
+
+    def is_of(self, feed: object) -> bool:
+        """Tell whether this pool runs the calls."""
+        return self._feed is feed
+
+    def advance(self) -> list[Any] | _Raised:
+        """Return the next results in reverse order, none at the end; or what a call raised.
+
+        Raises:
+            TimeoutError: None is there in time.
+            BaseException: What the iterator of the items raised, or what kept the pool from
+                taking them, after the last result.
+        """
         self.seen = True
+        here = object()
         try:
-            while results := self._next():
-                # From the end of a reversed list, so that nothing here keeps a result
-                # that the caller has dropped.
-                results.reverse()
-                # Counted before: whoever takes one may ask for the next item first.
-                if self._items is None or self._grows:
-                    self._taken += len(results)
-                    while results:
-                        yield results.pop()
-                while results:
-                    self._taken += 1
-                    yield results.pop()
-                    self._refill()
+            if vars(self).setdefault("_inside", here) is not here:
+                return _Raised(ValueError("another thread waits for the next result of this map"))
+            return self._advance()
         finally:
-            del keep
-            early = self._items is not None or self._taken < self._fed
-            self._items = None
-            if early:
-                self._feed.give_up(self._run)
-        if self._error is not None:
-            raise self._error
+            # Not that of another thread.
+            if vars(self).get("_inside") is here:
+                del vars(self)["_inside"]
+
+    def _advance(self) -> list[Any] | _Raised:
+        if self._over:
+            return []
+        if not self._rest:
+            before = self._run.taken
+            try:
+                results = self._next()
+            except BaseException as error:
+                if self._run.taken == before:
+                    raise
+                self._taken = self._run.taken
+                return _Raised(error.with_traceback(None))
+            if not results and self._error is not None:
+                late, self._error = self._error, None
+                raise late
+            # Taken from the end, so that nothing here keeps a result that the caller has dropped.
+            results.reverse()
+            # Counted before: whoever takes one may ask for the next item first.
+            if self._items is None or self._grows:
+                self._taken = self._run.taken
+                return results
+            self._rest = results
+        else:
+            self._refill()
+        self._taken += bool(self._rest)
+        return [self._rest.pop()] if self._rest else []
+
+    def close(self) -> None:
+        """Drop what has not begun, if a result was asked for and not all were taken."""
+        if not self.seen or self._over:
+            return
+        self._over = True
+        early = self._items is not None or self._run.taken < self._fed or bool(self._rest)
+        self._items = None
+        self._rest = []
+        if early:
+            self._feed.give_up(self._run)
 
     def finish(self) -> None:
         """Queue calls for all items that are left, as the standard pool does at first.
@@ -430,11 +498,11 @@ class Results:
         """Return the next results, none at the end."""
         if self._items is not None:
             self._refill()
-        if self._taken == self._fed:
+        run, index = self._run, self._run.taken
+        if index == self._fed:
             with self._pulling:  # another thread may be queueing the last ones
-                if self._taken == self._fed:
+                if index == self._fed:
                     return []
-        run, index = self._run, self._taken
         grows = self._grows and self._items is not None
         if grows and run.has_run_out(self._fed) and not run.has(index):
             self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
@@ -521,3 +589,108 @@ class Results:
         else:
             self._fed += len(batch)
         self._error = error
+
+
+# Whose last result was an error, which nobody has come back for.
+_failed: weakref.WeakSet[ResultIterator] = weakref.WeakSet()
+
+
+class ResultIterator:
+    """The results of a map, as its caller holds them.
+
+    An error that a call raised is raised in its turn, and the next results follow when they are
+    asked for. What else is raised ends it: the time is over, the pool takes no more items, a
+    signal's handler has raised.
+
+    Args:
+        results: Where they come from.
+        keep: Held until the end.
+
+    Attributes:
+        at_end: Called when no more results will be taken.
+    """
+
+    __slots__ = ("__weakref__", "_failed", "_here", "_keep", "_results", "at_end")
+
+    def __init__(self, results: Results, keep: object) -> None:
+        self._results = results
+        self._keep = keep
+        self._here: list[Any] = []
+        self._failed = False
+        self.at_end: Callable[[], object] | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self._here.pop()
+        except IndexError:
+            pass
+        except BaseException:  # a handler's, in this moment
+            self.close()
+            raise
+        found: list[Any] | _Raised | None = None
+        try:
+            if self._failed:
+                self._failed = False
+                _failed.discard(self)
+            found = self._results.advance()
+            if isinstance(found, _Raised):
+                self._failed = True
+                _failed.add(self)
+                raise _as_of_a_generator(found.error)  # noqa: TRY301
+            self._here = found
+            if found:
+                return found.pop()
+            raise StopIteration  # noqa: TRY301
+        except BaseException:
+            if not isinstance(found, _Raised):
+                self.close()
+            raise
+        finally:
+            # An error that is kept would keep the frame, and this the calls.
+            del self, found
+
+    def close(self) -> None:
+        """Take no more results; cancel what has not begun, if one was asked for."""
+        self._here = []
+        self._keep = None
+        self._results.close()
+        at_end, self.at_end = self.at_end, None
+        if at_end is not None:
+            at_end()
+
+    def __del__(self) -> None:
+        if self._results.seen:
+            self.close()
+
+    @property
+    def results(self) -> Results:
+        """Where they come from."""
+        return self._results
+
+
+def _as_of_a_generator(error: BaseException) -> BaseException:
+    """Return an error as a generator raises it, and so the standard pool (PEP 479)."""
+    if not isinstance(error, StopIteration):
+        return error
+    stopped = RuntimeError("generator raised StopIteration")
+    stopped.__cause__ = error
+    return stopped
+
+
+def end_failed(feed: Feed) -> None:
+    """Drop what is left of the maps of a pool that have raised an error nobody has gone on after.
+
+    For a pool that is left by an error: the rest would run to its end first, for nobody.
+    """
+    while True:
+        try:
+            found = [*_failed]
+            break
+        except RuntimeError:  # another map has just failed
+            continue
+    for iterator in found:
+        if iterator.results.is_of(feed):
+            iterator.close()

@@ -96,12 +96,12 @@ from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import learn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from safepool.pool.core.ending import Ending
     from safepool.pool.core.policy import Policy
     from safepool.pool.hiring import Hiring
-    from safepool.pool.mapping import Item
+    from safepool.pool.mapping import Item, ResultIterator
     from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
 
@@ -345,7 +345,7 @@ class Scheduler:
         ahead: int | None,
         deadline: float | None,
         keep: object,
-    ) -> Generator[Any]:
+    ) -> ResultIterator:
         """Queue the calls of a run, as :meth:`submit`, and return the iterator over its results.
 
         Args:
@@ -381,7 +381,7 @@ class Scheduler:
 
     def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
         results = self._open.pop(iterator, None)
-        # A generator's weak references are told of its end before its own finally.
+        # Weak references may be told of an iterator's end before the iterator itself.
         if results is None or results.seen:
             return
         if threading.current_thread() is self._thread:  # by the collector

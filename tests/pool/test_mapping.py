@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import random
 import threading
 import time
 from concurrent.futures import CancelledError
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,11 @@ from support_processes import wait_until
 
 from safepool import ProcessPool
 from safepool.pool.core.policy import NO_POLICY
-from safepool.pool.mapping import MapRun, Results, Span
+from safepool.pool.mapping import MapRun, Results, Span, end_failed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from safepool.pool.mapping import Item
 
@@ -77,6 +80,18 @@ class Feed:
         run.drop()
 
 
+def outcomes_of(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield values, and in the place of an error that was raised or returned its index."""
+    while True:
+        try:
+            value = next(iterator)
+        except StopIteration:
+            return
+        except ValueError as error:
+            value = error
+        yield ("wrong", *value.args) if isinstance(value, ValueError) else value
+
+
 @given(
     st.integers(0, 2000),
     st.none() | st.integers(1, 40),
@@ -84,17 +99,22 @@ class Feed:
     st.frozensets(st.integers(0, 2000), max_size=2),
     st.none() | st.integers(0, 2000),
     st.none() | st.integers(0, 2000),
+    st.booleans(),
+    st.booleans(),
 )
-def test_results_come_in_order_up_to_the_first_error(
+def test_all_results_come_and_errors_in_their_place(
     count: int,
     ahead: int | None,
     number: int,
     wrong: frozenset[int],
     stop_at: int | None,
     finish_at: int | None,
+    ordered: bool,
+    returned: bool,
 ) -> None:
     """Also when somebody takes the rest of the items in between, or leaves early."""
-    feed, run = Feed(number, wrong), new_run()
+    feed = Feed(number, wrong)
+    run = MapRun(abs, "abs", NO_POLICY, None, ordered=ordered, returns_errors=returned)
     taken = 0
 
     def items() -> Iterator[Item]:
@@ -105,25 +125,91 @@ def test_results_come_in_order_up_to_the_first_error(
 
     results = Results(run, items(), feed, ahead, None)
     iterator = results.iterate(None)
-    found, raised = [], None
-    right = min([index for index in wrong if index < count], default=count)
-    try:
-        while stop_at is None or len(found) < stop_at:
-            found.append(next(iterator))
-            assert ahead is None or taken <= len(found) + ahead
-            if len(found) == finish_at:
-                results.finish()
-                assert ahead is not None or taken == count
-    except StopIteration:
-        assert right == count
-    except ValueError as error:
-        raised = error.args
+    found: list[Any] = []
+    for outcome in outcomes_of(iterator):
+        found.append(outcome)
+        assert ahead is None or taken <= len(found) + ahead
+        if len(found) == finish_at:
+            results.finish()
+            assert ahead is not None or taken == count
+        if len(found) == stop_at:
+            break
     iterator.close()
+    assert next(iterator, None) is None
 
-    assert found == [*range(right)][:stop_at]
-    assert raised in (None, (right,))
+    expected = [("wrong", n) if n in wrong else n for n in range(count)]
+    if ordered:
+        assert found == expected[: len(found)]
+    assert len(set(found)) == len(found) == min(count, stop_at or count)
+    assert set(found) <= set(expected)
     everything = len(found) == count and feed.last
     assert feed.given_up == (not everything and results.seen)
+
+
+def test_an_error_of_a_call_is_not_the_end_and_one_of_the_iterator_is() -> None:
+    def items() -> Iterator[Item]:
+        yield from [(0,), (1,), (2,)]
+        raise OSError("no more items")
+
+    feed = Feed(1, frozenset({0, 2}))
+    iterator = Results(new_run(), items(), feed, 1, None).iterate(None)
+    for expected in [ValueError, None, ValueError, OSError]:
+        if expected is None:
+            assert next(iterator) == 1
+            continue
+        with pytest.raises(expected):
+            next(iterator)
+    assert list(iterator) == []
+
+
+def test_an_error_that_is_kept_does_not_keep_the_map() -> None:
+    """Else a ``with`` block that it leaves would wait for calls whose results nobody takes."""
+    feed = Feed(1, frozenset({0}))
+    kept = None
+    try:
+        list(Results(new_run(), iter([(0,), (1,)]), feed, 1, None).iterate(None))
+    except ValueError as error:
+        kept = error
+    assert kept is not None
+    assert feed.given_up
+
+
+def test_leaving_a_pool_by_an_error_of_a_map_ends_that_map() -> None:
+    class Shared(Feed):
+        def give_up(self, run: MapRun) -> None:
+            run.drop()
+
+    left, other = Shared(1, frozenset({0})), Shared(1, frozenset({0}))
+    held = [
+        Results(new_run(), iter([(0,), (1,), (2,)]), feed, 1, None).iterate(None)
+        for feed in (left, left, other)
+    ]
+    for iterator in held:
+        with pytest.raises(ValueError, match="0"):
+            next(iterator)
+    assert next(held[1]) == 1  # somebody goes on after the error
+    end_failed(left)
+    assert [next(iterator, None) for iterator in held] == [None, 2, 1]
+
+
+def test_two_threads_that_ask_one_iterator_do_not_take_it_apart() -> None:
+    """As with a generator: the one that comes second is told, and the first gets its result."""
+
+    class Late(Feed):
+        def work(self, run: MapRun, span: Span) -> None: ...
+
+    run = new_run()
+    iterator = Results(run, iter([(5,)]), Late(1), None, None).iterate(None)
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.extend(iterator))
+    reader.start()
+    wait_until(lambda: bool(run._waiters._locks))
+    with pytest.raises(ValueError, match="another thread"):
+        next(iterator)
+    run.put(0, [5])
+    run.tell()
+    reader.join(30)
+    assert found == [5]
 
 
 def test_an_iterator_that_raises_does_so_when_its_turn_comes() -> None:
@@ -136,6 +222,7 @@ def test_an_iterator_that_raises_does_so_when_its_turn_comes() -> None:
     assert [next(iterator), next(iterator)] == [0, 1]
     with pytest.raises(OSError, match="no more items"):
         next(iterator)
+    assert list(iterator) == []
 
 
 def test_an_iterator_that_raises_at_once_does_so_in_the_call() -> None:
@@ -308,3 +395,74 @@ def test_a_chunk_whose_calls_have_something_in_common_is_not_divided(resized: bo
         if resized:
             pool.resize(1)
         assert [first, *results] == [1, 2, 3, 4] * 3
+
+
+def wait_for(path: Path, number: int) -> int:
+    """Return the number; the first when there is a file at the path."""
+    while number == 0 and not path.exists():
+        time.sleep(0.005)
+    return number
+
+
+# One row per way in which the items come.
+UNORDERED: dict[str, tuple[Callable[[], Iterable[int]], dict[str, int]]] = {
+    "a list": (lambda: [*range(300)], {}),
+    "a generator": (lambda: (n for n in range(300)), {}),
+    "a few ahead": (lambda: (n for n in range(300)), {"buffersize": 3}),
+    "chunks": (lambda: [*range(300)], {"chunksize": 2}),
+}
+
+
+def test_no_result_waits_for_a_slow_first_call(tmp_path: Path) -> None:
+    with ProcessPool(2) as pool:
+        for number, (items, options) in enumerate(UNORDERED.values()):
+            go_on = tmp_path / str(number)
+            call = partial(wait_for, go_on)
+            results = pool.map(call, items(), ordered=False, timeout=60, **options)  # type: ignore[call-overload]
+            try:
+                found = {next(results) for _ in range(299)}
+            finally:
+                go_on.touch()
+            assert found == {*range(1, 300)}
+            assert list(results) == [0]
+
+
+def end_or_fail(number: int) -> int:
+    if number == 1:
+        raise ValueError(number)
+    if number == 3:
+        os._exit(3)
+    if number == 5:
+        raise SystemExit(5)
+    return number
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_exceptions_are_results_if_asked_for(ordered: bool) -> None:
+    with ProcessPool(2) as pool:
+        for progress in (False, "a bar"):
+            results = list(
+                pool.map(
+                    end_or_fail,
+                    (n for n in range(8)),
+                    ordered=ordered,
+                    return_exceptions=True,
+                    progress=progress,
+                )
+            )
+            names = [
+                type(one).__name__ if isinstance(one, BaseException) else str(one)
+                for one in results
+            ]
+            expected = ["0", "ValueError", "2", "WorkerDiedError", "4", "SystemExit", "6", "7"]
+            assert sorted(names) == sorted(expected)
+            assert not ordered or names == expected
+
+
+def test_calls_that_were_cancelled_are_exceptions_in_their_place() -> None:
+    with ProcessPool(1) as pool:
+        results = pool.map(time.sleep, [60] * 5, return_exceptions=True)
+        pool.kill_workers()
+        names = [type(one).__name__ for one in results]
+    assert set(names) <= {"CancelledError", "WorkerDiedError"}
+    assert len(names) == 5
