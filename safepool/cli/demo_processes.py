@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safepool import procfs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -43,11 +45,7 @@ def count_threads(pids: Iterable[int]) -> dict[int, int] | None:
     """
     if platform.system() != "Linux":
         return None
-    counts = {}
-    for pid in pids:
-        with suppress(OSError):
-            counts[pid] = len(os.listdir(_PROC / str(pid) / "task"))
-    return counts
+    return {pid: count for pid in pids if (count := len(procfs.threads(pid)))}
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:
@@ -107,11 +105,9 @@ def undisturbed() -> Iterator[None]:
 def _descendants(pid: int) -> list[int]:
     """Return every process below this one; none where there is no ``/proc``."""
     children: dict[int, list[int]] = {}
-    for stat in _PROC.glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError, IndexError):
-            # The command stands in parentheses and may hold blanks and parentheses itself.
-            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    for number in procfs.processes():
+        if (stat := procfs.read_stat(number)) is not None:
+            children.setdefault(stat.parent, []).append(number)
     found: list[int] = []
     reached = [pid]
     while reached:
@@ -128,9 +124,6 @@ def _wait_until_gone(pids: list[int]) -> None:
 
 
 def _runs(pid: int) -> bool:
-    try:
-        stat = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return False
+    stat = procfs.read_stat(pid)
     # Zombies have ended; only their parent, or init, can take them off the list.
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    return stat is not None and stat.state not in "ZX"

@@ -26,6 +26,7 @@ from dataclasses import asdict
 from importlib.metadata import packages_distributions
 from typing import TYPE_CHECKING, TextIO
 
+from safepool import procfs
 from safepool.errors import text_of
 from safepool.threads import inspect
 from safepool.threads.imports import imported
@@ -73,10 +74,10 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     # A stack that the parent can show, just before it loses its patience. It takes a thread,
     # so not while threads are counted.
     me = os.getpid()
-    before = _tasks()
+    before = set(procfs.threads())
     with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then
         faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
-    watcher = _tasks() - before
+    watcher = set(procfs.threads()) - before
     try:
         importlib.import_module(name)
     except BaseException as problem:  # noqa: BLE001 -- whatever a library raises is its report
@@ -108,34 +109,17 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     }
 
 
-def _tasks() -> set[str]:
-    try:
-        return set(os.listdir("/proc/self/task"))
-    except OSError:
-        return set()
-
-
-def _wait_for_the_end_of(threads: set[str]) -> None:
+def _wait_for_the_end_of(ended: set[int]) -> None:
     # Joined by a lock that it gives back, a thread is counted until the kernel has ended it.
     deadline = time.monotonic() + _GONE_WITHIN_S
-    while threads & _tasks() and time.monotonic() < deadline:
+    while ended.intersection(procfs.threads()) and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
 def _os_threads() -> int | None:
-    """Return the number of threads that the kernel counts in this process.
-
-    Returns:
-        ``None`` where the system has no ``/proc/self/status``.
-
-    Source: proc_pid_status(5), ``Threads``.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            lines = file.read().split("\n")
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("Threads:")), None)
+    """Return the number of threads that the kernel counts in this process, if it tells."""
+    told = procfs.fields().get("Threads")
+    return None if told is None else int(told)
 
 
 def _by_key(pools: Iterable[NativePool]) -> dict[_Key, NativePool]:

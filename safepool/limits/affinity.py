@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import UnreadableLimitError
 from safepool.limits._types import Limit
+from safepool.procfs import parse_fields
 
 if TYPE_CHECKING:
     from safepool.limits.files import Machine
@@ -20,7 +21,6 @@ __all__ = ["AFFINITY", "parse_cpu_list", "read_captured_affinity"]
 
 AFFINITY = "affinity"
 
-_FIELD = "Cpus_allowed_list"
 _STATUS_FILES = ("/proc/thread-self/status", "/proc/self/status")
 _RANGE = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", re.ASCII)
 
@@ -63,15 +63,13 @@ def parse_cpu_list(text: str, *, source: str) -> int:
 def read_captured_affinity(machine: Machine) -> Limit:
     """Read the affinity of the process whose ``/proc/self/status`` was captured."""
     for path in _STATUS_FILES:
-        text = machine.read(path)
-        for line in (text or "").split("\n"):
-            name, _, value = line.partition(":")
-            if name != _FIELD:
-                continue
-            try:
-                cpus = parse_cpu_list(value, source=path)
-            except UnreadableLimitError as error:
-                machine.note_unreadable(error)
-                continue
-            return Limit(name=AFFINITY, cpus=float(cpus), source=path, raw=value.strip())
+        value = parse_fields(machine.read(path) or "").get("Cpus_allowed_list")
+        if value is None:
+            continue
+        try:
+            cpus = parse_cpu_list(value, source=path)
+        except UnreadableLimitError as error:
+            machine.note_unreadable(error)
+            continue
+        return Limit(name=AFFINITY, cpus=float(cpus), source=path, raw=value)
     return Limit(name=AFFINITY, cpus=None, source=_STATUS_FILES[-1], raw="")

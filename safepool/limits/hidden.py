@@ -15,6 +15,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from safepool.procfs import parse_fields
+
 if TYPE_CHECKING:
     from safepool.limits.files import Machine
 
@@ -76,8 +78,4 @@ def _lists(machine: Machine, directory: str, version: int, own: str) -> bool:
 def _own_number(machine: Machine) -> str | None:
     if machine.is_this_one:
         return str(threading.get_native_id())
-    for line in (machine.read("/proc/self/status") or "").split("\n"):
-        name, _, value = line.partition(":")
-        if name == "Pid":
-            return value.strip()
-    return None
+    return parse_fields(machine.read("/proc/self/status") or "").get("Pid")

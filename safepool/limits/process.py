@@ -20,6 +20,7 @@ import re
 import sys
 from dataclasses import replace
 
+from safepool import procfs
 from safepool.limits import memory, pids, quota
 from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, Throttling
 from safepool.limits.cgroup import find_levels
@@ -35,9 +36,6 @@ __all__ = ["ProcessView", "tasks_of_user"]
 
 _OWN_FOLDERS = ("/proc/self/", "/proc/thread-self/")
 _OPEN_FILES = re.compile(r"^Max open files +([0-9]+|unlimited) ", re.ASCII | re.MULTILINE)
-_OWNER = re.compile(
-    r"^Uid:\t([0-9]+)\t.*^Threads:\t([0-9]+)$", re.ASCII | re.MULTILINE | re.DOTALL
-)
 _USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)
 
 
@@ -130,22 +128,15 @@ class ProcessView:
         return len(self._running())
 
     def _running(self) -> list[int]:
-        try:
-            tasks = [int(name) for name in os.listdir(f"/proc/{self.pid}/task")]
-        except OSError:
-            return []
+        tasks = procfs.threads(self.pid)
         # The first one stays until the parent asks how the process has ended.
         if self.pid in tasks and self._first_has_ended():
             tasks.remove(self.pid)
         return tasks
 
     def _first_has_ended(self) -> bool:
-        try:
-            with open(f"/proc/{self.pid}/stat", "rb") as file:
-                # The name before it is in brackets, and may hold some.
-                return file.read().rpartition(b")")[2].split()[0] in {b"Z", b"X"}
-        except OSError:
-            return True
+        stat = procfs.read_stat(self.pid)
+        return stat is None or stat.state in "ZX"
 
     def libraries(self) -> tuple[str, ...]:
         """Return the files that it has mapped to run code from, each once, sorted."""
@@ -184,13 +175,9 @@ def tasks_of_user(user: int) -> int | None:
         >>> (tasks_of_user(os.getuid()) or 0) >= 1
         True
     """
-    try:
-        processes = [name for name in os.listdir("/proc") if name.isdecimal()]
-    except OSError:
-        return None
-    machine = Machine()
-    owners = (_OWNER.search(machine.read(f"/proc/{name}/status") or "") for name in processes)
-    return sum(int(one[2]) for one in owners if one and int(one[1]) == user)
+    found = [procfs.fields(number) for number in procfs.processes()]
+    mine = [one for one in found if one.get("Uid", "").split()[:1] == [str(user)]]
+    return sum(int(one["Threads"]) for one in mine) if found else None
 
 
 class _ProcessMachine(Machine):

@@ -21,8 +21,8 @@ from safepool.pool.mapping import MapRun, end_failed
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.pool.watch import Stacks, look_at
+from safepool.procfs import named_threads
 from safepool.threads.environment import overridden, worker_environment
-from safepool.threads.kernel import native_threads
 from safepool.threads.placement import Placement, why_not_bound
 from safepool.transport.lazy import load_own
 from safepool.workers.process import find_context
@@ -626,7 +626,7 @@ def _warn_of_threads() -> None:
     ours = threading.current_thread()
     names = [thread.name for thread in threading.enumerate() if thread is not ours]
     known = {thread.native_id for thread in threading.enumerate()}
-    names += [f"{name} (native)" for task, name in native_threads() if task not in known]
+    names += [f"{name} (native)" for task, name in named_threads() if task not in known]
     if names:
         tell_once(
             f'mp_context="fork" copies a process with {len(names)} more threads: '

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safepool.errors import REFUSALS, text_of
 from safepool.limits import read_limits
 from safepool.pool.refused_calls import refused_call
+from safepool.procfs import fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -127,7 +128,7 @@ if sys.platform == "linux":
     from safepool.limits.process import tasks_of_user
 
     # Ceiling, and the field of /proc/self/status that counts for it (getrlimit(2)).
-    _ADDRESSES = (("RLIMIT_AS", "VmSize:"), ("RLIMIT_DATA", "VmData:"))
+    _ADDRESSES = (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"))
 
     def _used(limit: PidsLimit) -> int | None:
         if limit.name != "RLIMIT_NPROC" or limit.used_tasks is not None:
@@ -135,11 +136,10 @@ if sys.platform == "linux":
         return tasks_of_user(os.getuid())
 
     def _memory_met() -> Iterable[str]:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            fields = dict(line.split(None, 1) for line in file if " kB" in line)
+        status = fields()
         for name, field in _ADDRESSES:
             limit, _ = resource.getrlimit(getattr(resource, name))
-            used = int(fields.get(field, "0").split()[0]) << 10
+            used = int(status.get(field, "0").split()[0]) << 10
             if limit != resource.RLIM_INFINITY and used + _LITTLE_BYTES > limit:
                 yield (
                     f"{name} allows this process {limit >> 20:,} MiB of addresses, "

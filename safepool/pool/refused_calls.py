@@ -22,6 +22,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import REFUSALS, RefusedCallError
+from safepool.procfs import fields
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,11 +109,8 @@ def _first_of(refused: Sequence[tuple[str, int]]) -> RefusedCallError | None:
 
 
 def _has_filter() -> bool:
-    try:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            return any(line.split() == ["Seccomp:", "2"] for line in file)
-    except OSError:
-        return True  # hidden, or refused
+    found = fields()
+    return found.get("Seccomp") == "2" or not found  # hidden, or refused
 
 
 if sys.platform == "linux":

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safepool.errors import naming
+from safepool.procfs import obstacle
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.board import STACK_SIGNAL
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.status import obstacle
 from safepool.workers.tree import TreeEnd, bury
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from safepool.procfs import Status, read_status, threads_that_block
 from safepool.workers.board import STACK_SIGNAL
-from safepool.workers.status import Status, read_status, threads_that_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -164,7 +164,7 @@ class _Request:
         self.worker = worker
         self._text = ""
         self._begin = 0
-        self._blocking: frozenset[str] = frozenset()
+        self._blocking: frozenset[int] = frozenset()
         with worker.guard:
             status = None if worker.closed else read_status(worker.pid)
             self._text = self._why_not(status)

@@ -11,7 +11,6 @@
     native        what threadpoolctl caps
     blocks        a number that holds for a while, and what was before
     cap           the three layers of a worker, and the block around a function
-    kernel        what the kernel says of threads and loaded files
     pools         what is loaded now
 
 It never measures limits: the number of threads is given. It never imports a library in

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safepool import procfs
 from safepool.threads.imports import imported
-from safepool.threads.kernel import loaded_files, native_threads
 from safepool.threads.registry import call_of, runtimes
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def inspect() -> tuple[NativePool, ...]:
         )
         for info in threadpool_info()
     ]
-    files = loaded_files()
-    names = [name for _, name in native_threads()]
+    files = procfs.mapped_files()
+    names = [name for _, name in procfs.named_threads()]
     for row in runtimes():
         if row.through is None:
             found += _pools_of(row, files, names)

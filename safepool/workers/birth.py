@@ -20,6 +20,7 @@ import time
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool import procfs
 from safepool.transport import marks
 from safepool.workers import lifeline, script
 from safepool.workers.main import be_worker
@@ -71,12 +72,9 @@ def _limit(name: str) -> tuple[int, int] | None:
 
 
 def _umask() -> int | None:
-    # umask(2) can only be asked by setting it, for all threads. proc_pid_status(5), Linux 4.7.
-    try:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            return next((int(line.split()[1], 8) for line in file if line[:6] == "Umask:"), None)
-    except OSError:
-        return None
+    # umask(2) can only be asked by setting it, for all threads. Linux 4.7.
+    told = procfs.fields().get("Umask")
+    return None if told is None else int(told, 8)
 
 
 def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import io
 import itertools
-import mmap
 import multiprocessing
 import multiprocessing.context
 import os
@@ -22,6 +21,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from safepool import procfs
 from safepool.errors import naming
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
@@ -334,15 +334,8 @@ class WorkerProcess:
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def resident_bytes(self) -> int | None:
-        """Return the memory that the process holds; ``None`` where the system does not tell.
-
-        Source: proc_pid_statm(5), second field.
-        """
-        try:
-            with open(f"/proc/{self.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * mmap.PAGESIZE
-        except (OSError, ValueError, IndexError):
-            return None
+        """Return the memory that the process holds; ``None`` where the system does not tell."""
+        return procfs.resident_bytes(self.pid)
 
     def is_alive(self) -> bool:
         """Return whether the process has not ended."""

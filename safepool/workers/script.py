@@ -41,6 +41,7 @@ import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from safepool import procfs
 from safepool.errors import text_of
 from safepool.transport.fingerprints import ABSENT, fingerprint
 from safepool.transport.marks import find_attribute, marks_of
@@ -61,7 +62,6 @@ __all__ = [
     "tell_prints",
 ]
 
-_TASKS = "/proc/self/task"
 # For what the script's own classes do when they are pickled.
 _PRINTS_S = 30.0
 # For processes that it has started, between SIGTERM and SIGKILL.
@@ -338,24 +338,10 @@ def _described(error: BaseException, path: str) -> str:
 
 
 def _children() -> dict[int, str]:
-    """Return the processes that this one has started and that run: by their number, in words.
-
-    Source: proc_tid_children(5).
-    """
-    found = {}
-    for task in os.listdir(_TASKS):
-        try:
-            with open(f"{_TASKS}/{task}/children", encoding="ascii") as file:
-                pids = file.read().split()
-            for pid in pids:
-                with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-                    stat = file.read()
-                name, state = stat.partition("(")[2].rpartition(")")[::2]
-                if state.split()[0] != "Z":
-                    found[int(pid)] = f"{name} {pid}"
-        except OSError:
-            pass  # it has ended, or the kernel keeps no such file
-    return found
+    """Return the processes that this one has started and that run: by their number, in words."""
+    pids = [pid for one in procfs.threads() for pid in procfs.children(f"self/task/{one}")]
+    found = {pid: procfs.read_stat(pid) for pid in pids}
+    return {pid: f"{stat.name} {pid}" for pid, stat in found.items() if stat and stat.state != "Z"}
 
 
 def end_children(children: Collection[int]) -> None:

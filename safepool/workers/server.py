@@ -36,7 +36,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from safepool import linux
+from safepool import linux, procfs
 from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
@@ -56,7 +56,6 @@ __all__ = ["EXIT_CODE", "serve"]
 EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
-_TASKS = "/proc/self/task"
 # What calls of any kind bring along, and a worker imports with the first.
 _NEEDED = ("safepool.decorator", "safepool.transport.by_value")
 
@@ -372,7 +371,7 @@ class _Server:
 
 def _thread_count() -> int:
     # proc(5): a directory's links are its entries and two more.
-    return os.stat(_TASKS).st_nlink - 2
+    return os.stat("/proc/self/task").st_nlink - 2
 
 
 def _foreign_threads() -> list[str]:
@@ -381,15 +380,11 @@ def _foreign_threads() -> list[str]:
     for attempt in range(5):
         if _thread_count() == 1:
             return []
-        foreign = []
-        for task in os.listdir(_TASKS):
-            try:
-                with open(f"{_TASKS}/{task}/comm", encoding="utf-8", errors="replace") as file:
-                    name = file.read().strip()
-            except OSError:
-                continue  # it has ended
-            if int(task) != os.getpid() and name not in BACKGROUND_THREADS:
-                foreign.append(name)
+        foreign = [
+            name
+            for thread, name in procfs.named_threads()
+            if thread != os.getpid() and name not in BACKGROUND_THREADS
+        ]
         if not foreign:
             return []
         # A thread that an import has started and joined may still be on its way out.

@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from safepool import procfs
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -46,27 +48,27 @@ class Traces:
     """
 
     files: dict[str, str]
-    children: frozenset[str]
+    children: frozenset[int]
     signals: tuple[int, ...]
     states: tuple[object, ...]
 
     @classmethod
     def look(cls) -> Traces:
         """Return what is there now."""
+        status = procfs.fields("thread-self")
         return cls(
             files=_files(),
-            children=frozenset(_read("/proc/thread-self/children").split()),
+            children=frozenset(procfs.children("thread-self")),
             signals=tuple(
-                int(line.split()[1], 16) & ~_OF_THE_C_LIBRARY
-                for line in _read("/proc/thread-self/status").splitlines()
-                if line.startswith(("SigBlk:", "SigIgn:", "SigCgt:"))
+                int(status.get(name, "0"), 16) & ~_OF_THE_C_LIBRARY
+                for name in ("SigBlk", "SigIgn", "SigCgt")
             ),
             states=(tuple(sys.path), sys.getrecursionlimit(), _directory()),
         )
 
     def new_children(self) -> list[int]:
         """Return the numbers of the processes that were started since then."""
-        return [int(pid) for pid in Traces.look().children - self.children]
+        return [*(Traces.look().children - self.children)]
 
     def new(self) -> str:
         """Return what has changed since then, as the end of a sentence; empty if nothing."""
@@ -121,11 +123,3 @@ def _directory() -> str:
         return os.getcwd()
     except OSError:
         return ""
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""  # a kernel without it (CONFIG_PROC_CHILDREN)

@@ -1,6 +1,6 @@
 """A process and what it has started, ended together.
 
-Source: proc_pid_stat(5), fields 4 and 22. Off Linux only the process itself is ended.
+Off Linux only the process itself is ended.
 
 Not covered:
     * A process that its parent has left behind (a daemon): nothing says whose it was.
@@ -14,6 +14,8 @@ import signal
 import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from safepool import procfs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -75,7 +77,7 @@ class TreeEnd:
         at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
         if worker.is_alive():  # else its number may be somebody else's by now
             pids = [worker.pid, *(one.pid for one in self.found)]
-            stopped = all(_states(pid).issubset(at_rest) for pid in pids)
+            stopped = all(procfs.states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.
             new = descendants(worker.pid) - self.found
             signal_all(new, _STOP)
@@ -102,14 +104,9 @@ class Descendant(NamedTuple):
 def descendants(pid: int) -> set[Descendant]:
     """Return children, their children, and so on; empty off Linux."""
     children: dict[int, list[Descendant]] = {}
-    try:
-        names = os.listdir("/proc")
-    except OSError:
-        return set()
-    for name in names:
-        if name.isdecimal() and (read := _parent_and_start(int(name))) is not None:
-            parent, started = read
-            children.setdefault(parent, []).append(Descendant(int(name), started))
+    for number in procfs.processes():
+        if (stat := procfs.read_stat(number)) is not None:
+            children.setdefault(stat.parent, []).append(Descendant(number, stat.started))
     found: set[Descendant] = set()
     look_at = [pid]
     while look_at:
@@ -123,8 +120,8 @@ def descendants(pid: int) -> set[Descendant]:
 def signal_all(processes: Iterable[Descendant], number: int) -> None:
     """Send a signal to each that is still the process it was."""
     for pid, started in processes:
-        read = _parent_and_start(pid)
-        if read is None or read[1] != started:
+        stat = procfs.read_stat(pid)
+        if stat is None or stat.started != started:
             continue  # it has ended, and this one is nobody's business
         try:
             os.kill(pid, number)
@@ -143,37 +140,15 @@ def bury(processes: Collection[Descendant]) -> set[Descendant]:
     left = set()
     pids = {one.pid for one in processes}
     for one in processes:
-        parent, started = _parent_and_start(one.pid) or (0, 0)
-        if started != one.started:
+        stat = procfs.read_stat(one.pid)
+        if stat is None or stat.started != one.started:
             continue  # somebody else has waited for it
-        if parent in pids:
+        if stat.parent in pids:
             left.add(one)  # it comes to this process when that one ends
-        elif parent == os.getpid():
+        elif stat.parent == os.getpid():
             try:
                 if os.waitpid(one.pid, _AT_ONCE)[0] == 0:
                     left.add(one)
             except ChildProcessError:
                 pass
     return left
-
-
-def _parent_and_start(pid: int) -> tuple[int, int] | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The command in parentheses may hold anything, parentheses and blanks too.
-            fields = file.read().rpartition(b")")[2].split()
-        return int(fields[1]), int(fields[19])
-    except (OSError, IndexError, ValueError):
-        return None
-
-
-def _states(pid: int) -> set[str]:
-    """Return the states of a process's threads; none where the system does not tell."""
-    found = set()
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/stat", "rb") as file:
-                found.add(file.read().rpartition(b")")[2].split()[0].decode())
-    except (OSError, IndexError):
-        pass  # it has ended, or a thread of it
-    return found

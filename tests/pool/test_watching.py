@@ -21,7 +21,6 @@ from safepool.pool import watch
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.worker import Worker
 from safepool.workers.board import STACK_SIGNAL, Board
-from safepool.workers.status import Status, parse_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -473,37 +472,3 @@ def test_a_worker_whose_handler_is_gone_is_not_signalled() -> None:
         pool.submit(support.take_the_handler_away, STACK_SIGNAL).result(timeout=30)
         assert pool.dump_tracebacks()[pid] == "(it cannot be asked: it handles no such signal)"
         assert pool.submit(tasks.pid).result(timeout=30) == pid
-
-
-STATUS = """\
-Name:\tpython: it
-State:\tT (stopped)
-Threads:\t5
-SigPnd:\t0000000000000001
-ShdPnd:\t1000000000000000
-SigCgt:\t1000000000000002
-"""
-# One row per text of /proc/pid/status: what it says, and nothing for what is not whole.
-STATUSES: dict[str, tuple[str, Status | None]] = {
-    "whole": (
-        STATUS,
-        Status(state="T", threads=5, caught=1 << 60 | 2, pending=1 << 60 | 1),
-    ),
-    "empty": ("", None),
-    "cut off": (STATUS[:60], None),
-    "not a number": (STATUS.replace("Threads:\t5", "Threads:\tx"), None),
-    "no state": (STATUS.replace("T (stopped)", ""), None),
-}
-
-
-@pytest.mark.parametrize("case", STATUSES)
-def test_a_status_is_read_or_not(case: str) -> None:
-    text, expected = STATUSES[case]
-    assert parse_status(text) == expected
-
-
-def test_bits_of_a_status_are_signals() -> None:
-    status = parse_status(STATUS)
-    assert status is not None
-    assert [n for n in range(1, 65) if status.catches(n)] == [2, 61]
-    assert [n for n in range(1, 65) if status.awaits(n)] == [1, 61]

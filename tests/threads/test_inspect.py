@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 import types
 from typing import TYPE_CHECKING
 
 import pytest
 import support_natives as natives
 
-from safepool.threads import NativeRuntime, inspect, kernel, pools, register, unregister
+from safepool.threads import NativeRuntime, inspect, pools, register, unregister
 from safepool.threads.table import RUNTIMES, THREAD_VARIABLES, ThreadVariable
 
 if TYPE_CHECKING:
@@ -165,16 +163,6 @@ def test_a_pool_is_known_by_its_library_or_by_the_names_of_its_threads() -> None
     ]
 
     assert found == [("tbb", "/opt/x/libtbb.so.12", None), ("tokio", "", 2)]
-
-
-def test_the_kernel_names_threads_and_files() -> None:
-    if sys.platform != "linux":
-        assert (kernel.native_threads(), kernel.loaded_files()) == ([], [])
-        return
-    assert threading.get_native_id() in dict(kernel.native_threads())
-    files = kernel.loaded_files()
-    assert len(set(files)) == len(files)
-    assert os.path.realpath(sys.executable) in files or any("libpython" in f for f in files)
 
 
 def test_a_registered_runtime_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
