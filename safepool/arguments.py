@@ -388,7 +388,7 @@ def _lacks_as_context(value: Any) -> str:
 def _lacks_as_environment(value: Any) -> str:
     for name, text in value.items():
         if not name or "=" in name or "\0" in name + text:
-            return f'without a variable such as {name!r}: a name is not empty, without "=" or NUL'
+            return 'a mapping of variables (a name is not empty and has no "=", neither has a NUL)'
     return ""
 
 

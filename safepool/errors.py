@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import signal
 import threading
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import CodeType, TracebackType
 
 __all__ = [
     "FROM_OUTSIDE",
@@ -37,6 +39,7 @@ __all__ = [
     "let_handlers_pass",
     "naming",
     "text_of",
+    "users_frames",
 ]
 
 FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
@@ -450,6 +453,32 @@ def text_of(error: BaseException) -> str:
         return str.__str__(str(error))  # a plain one: a subclass of str may not travel
     except BaseException:  # noqa: BLE001 -- user code
         return "(its text cannot be had)"
+
+
+def users_frames(
+    trace: TracebackType | None, *, at_least_one: bool = True
+) -> TracebackType | None:
+    """Return a traceback from the first frame on that is the program's own.
+
+    Args:
+        trace: Of an exception that has come through this package.
+        at_least_one: If all frames are of this package and of its pickler, return the last.
+    """
+    while trace is not None and _is_ours(trace.tb_frame.f_code):
+        if trace.tb_next is None and at_least_one:
+            break
+        trace = trace.tb_next
+    return trace
+
+
+_OURS = (
+    f"{os.path.dirname(__file__)}{os.sep}",
+    f"{os.sep}cloudpickle{os.sep}cloudpickle.py",
+)
+
+
+def _is_ours(code: CodeType) -> bool:
+    return code.co_filename.startswith(_OURS[0]) or code.co_filename.endswith(_OURS[1])
 
 
 def let_handlers_pass(error: Exception) -> None:

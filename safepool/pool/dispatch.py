@@ -27,7 +27,7 @@ import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import text_of
+from safepool.errors import text_of, users_frames
 from safepool.machine import tell_once
 from safepool.pool.deliveries import Needs
 from safepool.pool.functions import Functions, SentFunction
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff
-    from safepool.pool.tasks import Task
+    from safepool.pool.tasks import Parts, Task
     from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
     from safepool.transport.main_names import MainNames
@@ -345,7 +345,7 @@ class Dispatch:
                 # Dropped here: a finalizer may wait as well.
                 task.call = None
             except BaseException as problem:  # noqa: BLE001 -- user code; the task fails, not the pool
-                self._say_what(problem, task.name, _whole(task))
+                self._say_what(problem, task.name, _whole(task.call))
                 error.append(_without_frames(problem))
 
         def finish() -> None:
@@ -518,7 +518,8 @@ class Dispatch:
             span.pickled = _pickle_items(span, self._dumps)
         except BaseException as error:
             if span.count == 1:
-                self._say_what(error, run.name, span.items[0])
+                items = run.arguments_of(span.items[0])
+                self._say_what(error, run.name, _whole((run.function, items, {})))
                 raise
             span.pickled = _EACH_ALONE
 
@@ -771,8 +772,10 @@ def _have_parts_in_common(items: list[Any]) -> bool:
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """Return an error, which must not keep what there was no memory for."""
-    return error.with_traceback(None) if isinstance(error, MemoryError) else error
+    """Return an error without our frames, and without what there was no memory for."""
+    frames = None if isinstance(error, MemoryError) else users_frames(error.__traceback__)
+    # By the base class: a frozen dataclass forbids to set an attribute.
+    return BaseException.with_traceback(error, frames)
 
 
 def was_not_sent(error: BaseException) -> bool:
@@ -780,11 +783,11 @@ def was_not_sent(error: BaseException) -> bool:
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
 
 
-def _whole(task: Task) -> object:
-    """Return a task's call in one piece, for words about its parts."""
-    if task.call is None or not callable(task.call[0]):
-        return task.call
-    function, args, kwargs = task.call
+def _whole(call: Parts | None) -> object:
+    """Return a call in one piece, for words about its parts."""
+    if call is None or not callable(call[0]):
+        return call
+    function, args, kwargs = call
     return functools.partial(function, *args, **kwargs)
 
 

@@ -18,6 +18,7 @@ from collections import deque
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from safepool.errors import let_handlers_pass, users_frames
 from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
 from safepool.transport.files import held_at_most
@@ -77,6 +78,22 @@ class _Raised:
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool | None:
+    """Tell whether a function takes so many arguments; ``None`` if it does not say."""
+    import inspect  # noqa: PLC0415 -- of use to an error alone
+
+    try:
+        signature = inspect.signature(function)
+    except Exception as error:  # noqa: BLE001 -- user code; builtins have none
+        let_handlers_pass(error)
+        return None
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 class Waiting:
@@ -151,6 +168,8 @@ class MapRun:
     """
 
     added: deque[tuple[int, int]] | None = None
+    # Of the first item, if it is a tuple or list and the only argument of its call: its length.
+    _width = 0
 
     def __init__(
         self,
@@ -199,6 +218,8 @@ class MapRun:
 
     def add(self, items: list[Item], *, last: bool) -> None:
         """Take further calls from the thread that iterates."""
+        if not self.count and items and not self.starred and type(items[0]) in (tuple, list):
+            self._width = len(items[0])
         self.waiting.add(items)
         self.unsettled += len(items)
         self.count += len(items)
@@ -258,6 +279,17 @@ class MapRun:
             self._results[index] = [error] if self.returns_errors else _Raised(error)
             if self._arrived is not None:
                 self._arrived.append(index)
+
+    def hint(self, error: BaseException) -> None:
+        """Add to an error that the items seem to be the arguments of calls, if they do."""
+        if self._width < 2 or not isinstance(error, TypeError):
+            return
+        if _takes(self.function, 1) is False and _takes(self.function, self._width):
+            error.add_note(
+                f"map() calls {self.name} with each item as the only argument, and the first item "
+                f"holds {self._width}. To call it with {self._width} arguments give map() an "
+                "iterable for each of them: map(function, *zip(*items))"
+            )
 
     def drop(self) -> None:
         """Keep nothing more: nobody takes it."""
@@ -459,7 +491,9 @@ class Results:
                 if self._run.taken == before:
                     raise
                 self._taken = self._run.taken
-                return _Raised(error.with_traceback(None))
+                self._run.hint(error)
+                frames = users_frames(error.__traceback__, at_least_one=False)
+                return _Raised(BaseException.with_traceback(error, frames))
             if not results and self._error is not None:
                 late, self._error = self._error, None
                 raise late

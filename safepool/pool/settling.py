@@ -88,7 +88,7 @@ class _Answer:
     def _read(self, loads: Callable[[_Segments], Any]) -> bool:
         try:
             if self._kind == Kind.EXCEPTION:
-                self.value, self.failed = rebuild(self.segments, loads), True
+                self.value, self.failed = rebuild(self.segments, loads, self.work.name), True
             else:
                 self.value = loads(self.segments)
         except UntrustedError:

@@ -18,6 +18,7 @@ from safepool.pool.latch import Latch
 from safepool.transport import payloads
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.contained import ContainedLogger
+from safepool.workers.describe import UNSENT_RESULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -489,17 +490,21 @@ def fresh(error: PoolBrokenError) -> PoolBrokenError:
 def rebuild(
     segments: Sequence[bytes | bytearray | memoryview],
     loads: Callable[[Sequence[bytes | bytearray | memoryview]], Any] = payloads.loads,
+    call: str = "the call",
 ) -> BaseException:
     """Return the exception that a worker described, its remote traceback as the cause.
 
     Args:
         segments: The description.
         loads: Unpickles the exception.
+        call: What an error calls the call that raised it.
 
     Raises:
         UntrustedError: As ``loads``.
     """
     pickled, name, text, trace, reason = payloads.loads(segments)
+    told = f"while the result of {call} was pickled"
+    trace = trace.replace(UNSENT_RESULT, told)
     error: BaseException | None = None
     if pickled is not None:
         try:
@@ -510,6 +515,11 @@ def rebuild(
             reason = f"{type(problem).__name__}: {text_of(problem)}"
     if not isinstance(error, BaseException):
         error = RemoteTaskError(name, text, reason)
+    notes: object = getattr(error, "__notes__", None)
+    if isinstance(notes, list):
+        notes[:] = [
+            note.replace(UNSENT_RESULT, told) if isinstance(note, str) else note for note in notes
+        ]
     # Not by the exception's own __setattr__: a frozen dataclass forbids it.
     BaseException.__setattr__(error, "__cause__", _RemoteTraceback(trace))
     return error

@@ -7,14 +7,18 @@ import pickle
 import traceback
 from typing import TYPE_CHECKING
 
-from safepool.errors import text_of
+from safepool.errors import text_of, users_frames
+from safepool.transport.blame import find_unpicklable
 from safepool.transport.exceptions import Sendable
-from safepool.transport.payloads import dumps, loads
+from safepool.transport.payloads import dumps, dumps_to_send, loads
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["describe", "get_ready"]
+__all__ = ["UNSENT_RESULT", "describe", "get_ready", "say_what"]
+
+# The pool puts the name of the call in the place of "the call".
+UNSENT_RESULT = "while the result of the call was pickled"
 
 
 def get_ready() -> None:
@@ -42,11 +46,24 @@ _IMPORTED_WITHIN = (
 )
 
 
+def say_what(error: Exception, result: object, *, look: bool) -> None:
+    """Add to a pickling error that it was a result, and what in it.
+
+    Args:
+        error: What the pickler raised.
+        result: What it was given.
+        look: Whether to look for what could not be pickled, which pickles parts of it again.
+    """
+    culprit = find_unpicklable(result, dumps_to_send) if look else ""
+    try:
+        error.add_note(f"{UNSENT_RESULT}. It is {culprit}" if culprit else UNSENT_RESULT)
+    except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
+        pass
+
+
 def describe(error: BaseException) -> list[bytes | memoryview]:
     """Return segments of (pickled exception or None, type, text, traceback, reason)."""
-    # Without the frame of this module that made the call, if there is one below it.
-    inner = error.__traceback__.tb_next if error.__traceback__ else None
-    trace = _trace(error, inner or error.__traceback__)
+    trace = _trace(error, users_frames(error.__traceback__))
     text = text_of(error)
     name = _name(type(error))
     # Frames hold the task's arguments; the other end could not use them anyway. By the base

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
@@ -18,7 +19,7 @@ from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
-from safepool.workers.describe import describe
+from safepool.workers.describe import describe, say_what
 from safepool.workers.fork import Fork
 from safepool.workers.logs import Outbox, forward_records
 from safepool.workers.messages import function_of, read_batch, read_call, read_tasks
@@ -53,6 +54,8 @@ _AT_ONCE_NS = 20_000
 # Calls of a batch whose results did not go to the lane, until it is given up for the rest.
 _MOST_MISSES = 3
 _NOTHING = object()
+# Results of a type of which it is found out what in them cannot be pickled. Not of each of many.
+_MOST_BLAMED = 3
 
 _dumps = pickle.dumps
 
@@ -91,6 +94,8 @@ class Runner:
         self._loads: Callable[[Sequence[Received]], Any] = loads
         self._pack: Callable[[object], Segments] = self._packed
         self._functions: dict[int, Callable[..., Any]] = {}
+        # Results that could not be pickled, by their type.
+        self._unsent: Counter[str] = Counter()
         # What the last result of a batch was: the next will be alike.
         self._lane: type = object
 
@@ -393,7 +398,15 @@ class Runner:
         return describe(error)
 
     def _packed(self, result: object) -> Segments:
-        segments = _pickle(result)
+        try:
+            segments = _pickle(result)
+        except MemoryError:
+            raise
+        except Exception as error:
+            kind = type(result).__qualname__
+            self._unsent[kind] += 1
+            say_what(error, result, look=self._unsent[kind] <= _MOST_BLAMED)
+            raise
         if len(segments) > 1 or len(segments[0]) > SMALL_BYTES:
             return self._channel.store(segments)
         return segments

@@ -62,7 +62,7 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
     error = pool.submit(ones, 300).exception(60)
     print(error.wanted_bytes >> 20, 100 < error.left_bytes >> 20 < 220, error.limit_bytes >> 20)
     print("300 MiB" in str(error) and error.source in str(error))
-    assert "in _packed" in str(error.__cause__)
+    assert "a copy of 300 MiB" in str(error.__cause__)
 """,
         "300 True 512\nTrue",
     ),
