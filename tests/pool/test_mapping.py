@@ -142,7 +142,7 @@ def test_all_results_come_and_errors_in_their_place(
         assert found == expected[: len(found)]
     assert len(set(found)) == len(found) == min(count, stop_at or count)
     assert set(found) <= set(expected)
-    everything = len(found) == count and feed.last
+    everything = run.taken == count and feed.last
     assert feed.given_up == (not everything and results.seen)
 
 
