@@ -9,13 +9,18 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import pkgutil
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import safepool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PACKAGE = Path(safepool.__file__).parent
 
@@ -32,7 +37,11 @@ THREAD_HANDLE = (
 # One row per object: where it is found, and the names that are read, set or called on it. What its
 # instances have alone is looked for in the code of a class.
 NAMES: dict[str, list[str]] = {
+    "_codecs": ["encode"],
+    "_locale": ["setlocale"],
+    "_thread": ["start_joinable_thread" if sys.version_info >= (3, 13) else "start_new_thread"],
     "abc": ["_get_dump"],
+    "abc:ABC": ["_abc_impl"],
     "atexit": ["_run_exitfuncs"],
     "concurrent.futures._base": [
         "LOGGER",
@@ -41,8 +50,21 @@ NAMES: dict[str, list[str]] = {
         "PENDING",
         "RUNNING",
     ],
+    "concurrent.futures:Future()": [
+        "_condition",
+        "_done_callbacks",
+        "_result",
+        "_state",
+        "_waiters",
+    ],
+    "concurrent.futures:ProcessPoolExecutor": [
+        "_broken",
+        "_max_workers",
+        "_mp_context",
+        "_processes",
+    ],
     "concurrent.futures.process": ["_RemoteTraceback"],
-    "copyreg": ["_extension_registry"],
+    "copyreg": ["_extension_registry", "_reconstructor"],
     "ctypes": [
         "_CFuncPtr",
         "_FUNCFLAG_CDECL",
@@ -52,10 +74,18 @@ NAMES: dict[str, list[str]] = {
     ],
     "ctypes:CDLL(None)": ["_FuncPtr", "_handle"],
     "ctypes:CDLL(None).free": ["_objects"],
+    "os:environ": ["_data"],
+    "enum:Flag": ["_member_map_", "_member_names_", "_value2member_map_"],
+    "enum:Flag('Kind', 'ONE').ONE": ["_sort_order_"],
+    "functools:singledispatch(abs)": ["_clear_cache"],
+    "importlib.util": ["_LazyModule"],
     "importlib._bootstrap": ["_module_locks"],
     "importlib._bootstrap:_load_unlocked": ["_initializing"],
     "logging": ["_levelToName", "_warnings_showwarning"],
     "logging:root": ["_cache"],
+    "multiprocessing.context:ForkProcess": ["_Popen"],
+    "multiprocessing.context:ForkServerProcess": ["_Popen"],
+    "multiprocessing.context:SpawnContext": ["_name"],
     "multiprocessing.context:get_spawning_popen": [],
     "multiprocessing.forkserver:ForkServer()": [
         "_forkserver_alive_fd",
@@ -76,19 +106,34 @@ NAMES: dict[str, list[str]] = {
     ],
     "multiprocessing.process:BaseProcess": ["_bootstrap"],
     "multiprocessing.process:current_process()": ["_config", "_identity", "_parent_pid", "_popen"],
+    "multiprocessing.reduction": [
+        "_reduce_method",
+        "_reduce_method_descriptor",
+        "_reduce_partial",
+        "_reduce_socket",
+    ],
     "multiprocessing.reduction:ForkingPickler": ["_extra_reducers"],
     "multiprocessing.resource_tracker:_resource_tracker": ["_fd", "_lock"],
+    "multiprocessing.sharedctypes:rebuild_ctype": ["_wrapper"],
     "multiprocessing.spawn:_main": ["_inheriting"],
     "multiprocessing.spawn:get_preparation_data('')['sys_path']": [],
     "multiprocessing.util": ["_finalizer_registry", "_run_finalizers"],
     "os": ["_exit"],
+    "shutil": ["_ARCHIVE_FORMATS", "_UNPACK_FORMATS"],
     "subprocess": ["_args_from_interpreter_flags"],
     "sys": ["_getframe", "_xoptions"],
     "threading": ["_limbo", "_register_atexit", "_shutdown"],
-    "threading:Thread": ["_bootstrap", THREAD_HANDLE],
+    "threading:Thread": [
+        "_bootstrap",
+        THREAD_HANDLE,
+        *(["_context"] if sys.version_info >= (3, 14) else []),
+    ],
     "threading:Condition()": ["_is_owned"],
     "threading:Event()": ["_cond"],
     "threading:RLock()": ["_at_fork_reinit"],
+    "weakref:finalize": ["_registry"],
+    "cloudpickle:Pickler": ["_dynamic_function_reduce", "_function_getnewargs"],
+    "cloudpickle.cloudpickle:_function_getstate": ["_cloudpickle_submodules"],
     "cloudpickle.cloudpickle": [
         "_BUILTIN_TYPE_NAMES",
         "_class_reduce",
@@ -137,14 +182,26 @@ NAMES: dict[str, list[str]] = {
 ELSEWHERE = {
     "_extobj_contextvar",  # NumPy 2: its errors are read at each look without it
     "_get_filters",  # warnings, from Python 3.14 on
-    *("_argtypes_", "_flags_", "_length_", "_restype_", "_type_"),  # documented: of ctypes
-    *("_boundary_", "_member_type_", "_name_", "_value_"),  # of enums
+    *("_colorize", "_suggestions"),  # modules of newer Pythons
+    *("_handle", "_os_thread_handle"),  # THREAD_HANDLE
+    *(
+        "_argtypes_",
+        "_fields_",
+        "_flags_",
+        "_length_",
+        "_restype_",
+        "_type_",
+    ),  # documented: ctypes
+    "_ctypes",  # a module that some classes say they are of
+    *("_boundary_", "_generate_next_value_", "_member_type_", "_name_", "_value_"),  # of enums
+    *("_hashable_values_", "_unhashable_values_", "_unhashable_values_map_"),  # of some versions'
     "_is_initialized",  # numba
-    "_make",  # a named tuple's
+    *("_fields", "_make", "_replace"),  # a named tuple's
     "_mmap",  # NumPy: what an array of another class has not either
     "_psplatform",  # psutil
-    "_replace",
-    "_safepool_replaces",  # our own, on modules of others
+    "_pytest",  # the module, that runs a program
+    # Our own, on modules of others or in the dictionary of an object.
+    *("_kept_by_safepool", "_latch", "_safepool_replaces", "_verdict"),
 }
 
 
@@ -161,37 +218,95 @@ def test_the_names_of_other_packages_are_there(place: str) -> None:
 
 def test_every_private_name_that_is_used_is_in_the_table() -> None:
     """A use of another package's private name comes with its row."""
-    known = {name for names in NAMES.values() for name in names} | ELSEWHERE
-    known |= _own()
-    known |= {part for place in NAMES for part in place.replace(":", ".").split(".")}
+    known = _known() | _own()
 
     assert {name: users for name, users in _users().items() if name not in known} == {}
 
 
+def test_a_private_name_of_a_base_class_is_in_the_table() -> None:
+    """Ours by its definition, and another package's too: what it overrides, reads or sets."""
+    found = pkgutil.walk_packages(safepool.__path__, "safepool.")
+    names = {
+        one.name for one in found if not one.name.endswith(("_darwin", "_windows", "__main__"))
+    }
+    kinds = {
+        kind
+        for name in names
+        for kind in vars(importlib.import_module(name)).values()
+        if isinstance(kind, type) and kind.__module__ in names
+    }
+    shared = {
+        name: kind
+        for kind in kinds
+        for base in kind.__mro__[1:-1]
+        # What those give to a class belongs to its kind.
+        if base.__module__ not in (*names, "enum", "typing")
+        for name in _names_in(base) & _names_in(kind)
+        if _is_private(name)
+    }
+
+    assert len(kinds) > 100
+    assert {name: kind for name, kind in shared.items() if name not in _known()} == {}
+
+
+def _known() -> set[str]:
+    parts = {part for place in NAMES for part in place.replace(":", ".").split(".")}
+    return {name for names in NAMES.values() for name in names} | ELSEWHERE | parts
+
+
 def _has(thing: Any, name: str) -> bool:
-    functions = vars(thing).values() if isinstance(thing, type) else [thing]
-    codes = (getattr(function, "__code__", None) for function in functions)
-    return hasattr(thing, name) or any(name in code.co_names for code in codes if code)
+    return hasattr(thing, name) or name in _names_in(thing)
+
+
+def _names_in(thing: Any) -> set[str]:
+    """Return the names of a class, and those in the code of its functions, or of a function."""
+    names = {*vars(thing)} if isinstance(thing, type) else set()
+    for function in vars(thing).values() if isinstance(thing, type) else [thing]:
+        # The way to a property's or a class method's function, too.
+        for part in (function, *(getattr(function, name, None) for name in ("fget", "__func__"))):
+            code = getattr(part, "__code__", None)
+            if code is not None:
+                names.update(code.co_names)
+                for constant in code.co_consts:
+                    names.update(constant if isinstance(constant, tuple) else [constant])
+    return names
+
+
+def _is_private(name: object) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"_[A-Za-z0-9]\w*", name) is not None
 
 
 @functools.cache
 def _users() -> dict[str, set[str]]:
-    """Return each private name that is taken from an object, and the modules that do it."""
+    """Return each private name in the package's code and its strings, and where it is.
+
+    A name that is merely read from a global or a variable is the package's own, or imported.
+    """
     used: dict[str, set[str]] = {}
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            match node:
-                case ast.Attribute(value=ast.Name(id="self" | "cls")):
-                    continue
-                case ast.Attribute(attr=name):
-                    pass
-                case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=name), *_]):
-                    pass
-                case _:
-                    continue
-            if isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
+        for name in _names_taken(ast.parse(path.read_text(encoding="utf-8"))):
+            if _is_private(name):
                 used.setdefault(name, set()).add(path.name)
     return used
+
+
+def _names_taken(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name):
+                yield name
+            case ast.ImportFrom(module=str(module), names=names):
+                if module.partition(".")[0] != "safepool":
+                    yield from (*module.split("."), *(one.name for one in names))
+            case ast.Import(names=names):
+                yield from (part for one in names for part in one.name.split("."))
+            case ast.Constant(value=str(text)) if text.isidentifier():
+                yield text
+            case ast.Constant(value=str(text)) if "import " in text:
+                try:
+                    yield from _names_taken(ast.parse(text))  # for another process
+                except SyntaxError:
+                    pass
 
 
 def _own() -> set[str]:
@@ -203,6 +318,13 @@ def _own() -> set[str]:
                 case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                     found.add(name)
                 case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    found.add(name)
+                case ast.Call(
+                    func=ast.Attribute(
+                        value=ast.Call(func=ast.Name(id="vars")), attr="setdefault"
+                    ),
+                    args=[ast.Constant(value=str(name)), *_],
+                ):
                     found.add(name)
                 case ast.AnnAssign(target=ast.Name(id=name)) | ast.Name(id=name, ctx=ast.Store()):
                     found.add(name)
