@@ -38,9 +38,9 @@ from safepool.transport.held import (
     is_importable,
     modules_by_value,
 )
-from safepool.transport.lazy import reducers
+from safepool.transport.lazy import arrived_lazily, reducers
 from safepool.transport.marks import MAIN_NAMES, is_of_main, main_space
-from safepool.transport.names import met, names_of, of_script
+from safepool.transport.names import met, names_of, of_script, reduce_by_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -118,10 +118,9 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         """Reduce classes and functions; ``NotImplemented`` leaves the rest to the table."""
-        if self.to_worker:
-            reduced = self._of_main(obj)
-            if reduced is not None:
-                return reduced
+        reduced = self._of_main(obj) if self.to_worker else reduce_by_program(obj)
+        if reduced is not None:
+            return reduced
         kind = type(obj)  # not isinstance(), which asks the object for its class: it may be lazy
         if kind is types.FunctionType:
             reduced = super().reducer_override(obj)
@@ -240,12 +239,12 @@ def held_or_itself(value: object, space: dict[str, Any]) -> object:
 
 def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
     place = held_by_module(name, value, space)
-    return value if place is None else Held(place, value)
+    return (arrived_lazily(value) or value) if place is None else Held(place, value)
 
 
 def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
     # Not of one that imports something when it is asked for an attribute.
-    safe = [one for one in values if type(one) is types.ModuleType]
+    safe = [one for one in values if type(one) is types.ModuleType and not arrived_lazily(one)]
     return _internals._find_imported_submodules(code, safe) if safe else []
 
 

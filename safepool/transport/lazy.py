@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["LAZY_TYPES", "eager_imports", "lazy_names", "load_own", "loaded", "reducers"]
+__all__ = [
+    "LAZY_TYPES",
+    "arrived_lazily",
+    "eager_imports",
+    "lazy_names",
+    "load_own",
+    "loaded",
+    "reducers",
+]
 
 _LazyImport: Any = getattr(types, "LazyImportType", None)
 LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})
@@ -67,10 +75,44 @@ def _reduce(lazy: object) -> tuple[Any, ...]:
     return _import_lazily, ("\n".join(f"lazy import {one}" for one in [*others, name]), top)
 
 
+# Lazy imports that have arrived in this process: statements, and the name that they bind.
+_arrived: dict[tuple[str, str], None] = {}
+
+
 def _import_lazily(statements: str, name: str) -> object:
+    _arrived[statements, name] = None
     names: dict[str, object] = {"__name__": "__main__"}
     exec(statements, names)
     return names[name]
+
+
+class _Lazily:
+    """A lazy import that has been done here, on its way back to where it may not have been."""
+
+    def __init__(self, statements: str, name: str) -> None:
+        self._about = statements, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _import_lazily, self._about
+
+
+def arrived_lazily(value: object) -> object:
+    """Return what is sent for a module, function or class that has arrived as a lazy import.
+
+    Returns:
+        ``None`` for anything else.
+    """
+    if _arrived and issubclass(type(value), _IMPORTED):
+        for statements, name in _arrived:
+            # "lazy import a.b", which binds "a", or "lazy from a import b".
+            base = statements.split()[-3] if " from " in statements else ""
+            found = getattr(sys.modules.get(base), "__dict__", sys.modules).get(name)
+            if found is value:
+                return _Lazily(statements, name)
+    return None
+
+
+_IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 
 
 @contextmanager

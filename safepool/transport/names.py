@@ -5,6 +5,8 @@
               an object that a global of the script holds (``seeds``)     its name
     worker    the name                                                    what is bound there
 
+A worker that was forked from the program sends the same names back for what both have.
+
 So whatever a pool sends can refer to the script's functions, classes and data, which it sends by
 themselves and once (``pool.names``). Everywhere else functions travel with their globals.
 """
@@ -18,13 +20,22 @@ import threading
 import types
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.marks import main_space
+from safepool.transport.marks import is_of_main, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from typing import Self
 
-__all__ = ["Met", "OfScript", "mentioned_in", "met", "names_of", "of_script"]
+__all__ = [
+    "Met",
+    "OfScript",
+    "be_fork",
+    "mentioned_in",
+    "met",
+    "names_of",
+    "of_script",
+    "reduce_by_program",
+]
 
 _thread = threading.local()
 _UINT = struct.Struct("<I")
@@ -187,6 +198,30 @@ def of_script(path: str) -> Any:
     for part in rest.split(".") if rest else ():
         found = getattr(found, part)
     return found
+
+
+# Functions and classes that this process has from the program it was forked from.
+_born_with: dict[str, Any] = {}
+
+
+def be_fork() -> None:
+    """Send by its name from now on what the program has in its script, too."""
+    kinds = types.FunctionType, type
+    here = main_space().items()
+    _born_with.update({name: value for name, value in here if issubclass(type(value), kinds)})
+
+
+def reduce_by_program(thing: Any) -> tuple[Any, ...] | None:
+    """Reduce a function or class that the program has under its name, too; else ``None``."""
+    kind = type(thing)
+    if not _born_with or not issubclass(kind, (types.FunctionType, type)) or not is_of_main(thing):
+        return None
+    path: str = thing.__qualname__
+    root, *rest = path.split(".")
+    found = _born_with.get(root)
+    for part in rest:
+        found = getattr(found, part, None)
+    return (of_script, (path,)) if found is thing else None
 
 
 class OfScript:

@@ -21,6 +21,7 @@ from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.files import accept
 from safepool.transport.lazy import load_own
+from safepool.transport.names import be_fork
 from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
@@ -47,6 +48,7 @@ def worker_main(
     inherited: list[Connection] | Initializer,
     cpus: Sequence[int] = (),
     by_name: bool = False,
+    forked: bool = False,
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.
 
@@ -61,12 +63,15 @@ def worker_main(
             initializer itself.
         cpus: What this process is bound to; empty if to nothing.
         by_name: What is sent names functions of the script, which this process has run.
+        forked: This process has all that the program had when it was started.
     """
     for descriptor in foreign_descriptors:
         _close(descriptor)
     bind(cpus)
     if by_name:
         find_space()
+    if forked:
+        be_fork()
     sock = _adopt(end)
     _end_with_the_parent(sock)
     if isinstance(inherited, tuple):

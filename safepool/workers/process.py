@@ -25,6 +25,7 @@ from safepool import procfs
 from safepool.errors import naming
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
+from safepool.transport.lazy import eager_imports
 from safepool.workers.begin import BEGIN, facts_for
 from safepool.workers.main import worker_main
 from safepool.workers.plan import plan_main
@@ -90,7 +91,9 @@ def find_context(
             'Linux with /proc, and with mp_context=None or "safepool"'
         )
     if wanted is None or wanted == "loky":
-        from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
+        # Its reducers are registered by imports, which -X lazy_imports=all would put off.
+        with eager_imports():
+            from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
 
         context: BaseContext = get_context("loky")
         return context
@@ -414,7 +417,8 @@ def _launch(
         inherited = [_handle_of(os.dup(number)) for number in inheritance.descriptors]
         handles += inherited
         foreign: list[int] = []
-        if context.get_start_method() == "fork":
+        forked = context.get_start_method() == "fork"
+        if forked:
             # What was another pool's a moment ago may be closed there and open here.
             own = {handle.fileno() for handle in handles}
             foreign = [number for number in foreign_descriptors if number not in own]
@@ -427,6 +431,7 @@ def _launch(
             inheritance.itself or inherited,
             cpus,
             by_name,
+            forked,
         )
         process = _create(context, arguments, environment, threads, cpus)
         _check_descriptors(handles[0].fileno())

@@ -48,11 +48,17 @@ class Named:
     def __call__(self):
         return names()
 
+def returned():
+    made = Named()
+    made.now = made()
+    return made
+
 with safepool.ProcessPool(1, initializer=names) as pool:
     found = {{pool.submit(names).result(60) for _ in range(3)}}
     found |= {{*pool.map(names, range(3))}}
     found.add(pool.submit(lambda: names()).result(60))
     found.add(pool.submit(Named()).result(60))
+    found.add(pool.submit(returned).result(60).now)
     print(*found)
 print(sorted({{"wave", "xml", "colorsys"}} & set(sys.modules)))
 """
@@ -111,8 +117,9 @@ def test_all_lazily_and_no_descriptor_left(tmp_path: Path) -> None:
     """What our own modules need is imported when a worker starts, not under a task."""
     program = """
 import safepool, support_errors
-with safepool.ProcessPool(1) as pool:
-    error = pool.submit(support_errors.fail_without_descriptors, "no descriptor").exception(60)
-    print(type(error).__name__, error.errno, pool.submit(abs, -3).result(60))
+for method in None, "loky":
+    with safepool.ProcessPool(1, method) as pool:
+        error = pool.submit(support_errors.fail_without_descriptors, "no descriptor").exception(60)
+        print(type(error).__name__, error.errno, pool.submit(abs, -3).result(60))
 """
-    assert run(program, "-X", "lazy_imports=all", cwd=tmp_path) == ("OSError 24 3\n", "")
+    assert run(program, "-X", "lazy_imports=all", cwd=tmp_path) == ("OSError 24 3\n" * 2, "")

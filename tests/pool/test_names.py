@@ -56,6 +56,17 @@ ROWS: dict[str, tuple[str, str, list[Any]]] = {
         "ask(level); ask(level)",
         [("high", 1), ("high", 2)],
     ),
+    "classes that a task returns, themselves or an object": (
+        """
+        class Returned:
+            class Inner:
+                pass
+        def back(one):
+            return one
+        """,
+        "len({Returned, ask(back, Returned), Returned.Inner, type(ask(back, Returned.Inner()))})",
+        [2],
+    ),
     "data that is loaded below the guard": (
         """
         data = None
