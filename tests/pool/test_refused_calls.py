@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_refused_calls_are_found_by_trying(error: int) -> None:
     for call in refused_calls._CALLS:
         if call[column] < 0:  # type: ignore[operator]
             continue
-        pid = os.fork()
+        with warnings.catch_warnings(action="ignore"):  # threads of the test's own runner
+            pid = os.fork()
         if pid == 0:
             code = 1
             try:
