@@ -217,6 +217,18 @@ _WORDS = {"bound": "__bound__", "covariant": "__covariant__", "contravariant": "
 
 
 def _reduce_variable(variable: Any) -> Any:
+    about = _about_variable(variable)
+    if "infer_variance" not in about[2]:
+        return _by_name(variable, variable.__name__, _make_variable, about)
+    # Of "class Node[T: Node]": the class that it is of may be what it is bound to.
+    key = uuid.uuid4().hex
+    made_of = key, _declared(*about, f"{key!r}, 0")
+    reduced = _by_name(variable, variable.__name__, _make_declared, made_of)
+    return _with_state(reduced, (key, False, None, [about[1:]]))
+
+
+def _about_variable(variable: Any) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
+    """Return the kind of a type variable, its name and constraints, and what else it says."""
     kind = type(variable)
     words: dict[str, Any] = {}
     if kind is not typing.TypeVarTuple:
@@ -226,8 +238,7 @@ def _reduce_variable(variable: Any) -> Any:
     if sys.version_info >= (3, 13) and variable.has_default():
         words["default"] = _ask(variable, "__default__")
     constraints = _ask(variable, "__constraints__") or ()
-    made_of = kind, (variable.__name__, *constraints), words
-    return _by_name(variable, variable.__name__, _make_variable, made_of)
+    return kind, (variable.__name__, *constraints), words
 
 
 def _make_variable(kind: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> Any:
@@ -253,40 +264,72 @@ def _reduce_forward(forward: Any) -> Any:
 
 
 def _reduce_alias(alias: Any) -> Any:
-    name = alias.__name__
-    if alias.__type_params__:
-        made_of = name, _ask(alias, "__value__"), alias.__type_params__
-        return _by_name(alias, name, _make_generic_alias, made_of)
-    reduced = _by_name(alias, name, _make_alias, (name, key := uuid.uuid4().hex))
+    name, key = alias.__name__, uuid.uuid4().hex
+    about = [_about_variable(one) for one in alias.__type_params__]
+    declared = ", ".join(_declared(*one, f"{key!r}, {place}") for place, one in enumerate(about))
+    numbers = [_number_of(one) for one in alias.__type_params__]
+    reduced = _by_name(alias, name, _make_alias, (name, key, declared, numbers))
     # Not evaluated where it does not have to be. As a state: an alias may name itself.
     evaluate = getattr(alias, "evaluate_value", None)
     value = evaluate or _ask(alias, "__value__")
-    state = key, evaluate is not None, value
-    return reduced if isinstance(reduced, str) else (*reduced[:2], state, None, None, _fill_alias)
+    return _with_state(reduced, (key, evaluate is not None, value, [one[1:] for one in about]))
 
 
-def _make_generic_alias(name: str, value: object, parameters: tuple[Any, ...]) -> Any:
-    kind: Any = typing.TypeAliasType  # type: ignore[attr-defined,unused-ignore]
-    return kind(name, value, type_params=parameters)
+def _with_state(reduced: Any, state: tuple[str, bool, Any, list[Any]]) -> Any:
+    return reduced if isinstance(reduced, str) else (*reduced[:2], state, None, None, _fill_later)
 
 
-_alias_values: dict[str, tuple[bool, Any]] = {}
+def _declared(kind: type, arguments: tuple[Any, ...], words: dict[str, Any], where: str) -> str:
+    """Return a type variable in the syntax of a generic alias, evaluated when it is asked for."""
+    stars = {"ParamSpec": "**", "TypeVarTuple": "*"}.get(kind.__name__, "")
+    name, *constraints = arguments
+    text = f"{stars}{name}"
+    if constraints:
+        text += f": ({''.join(f'_part_of({where})[0][{n}], ' for n in range(1, len(arguments)))})"
+    elif words.get("bound") is not None and not stars:
+        text += f": _part_of({where})[1]['bound']"
+    if "default" in words:
+        text += f" = _part_of({where})[1]['default']"
+    return text
 
 
-def _make_alias(name: str, key: str) -> Any:
-    names = {"_value_of": _value_of, "__name__": "__main__"}
-    exec(f"type {name} = _value_of({key!r})", names)  # syntax of Python 3.12
+# Of what has been made here, by key: whether it is a function that evaluates, the value, and what
+# its type variables say.
+_evaluated: dict[str, tuple[bool, Any, list[Any]]] = {}
+
+
+def _make_alias(name: str, key: str, declared: str, numbers: list[str]) -> Any:
+    made = _make_by(f"type {name}{declared and f'[{declared}]'} = _value_of({key!r})", name, key)
+    # Its value names the same ones.
+    for number, variable in zip(numbers, made.__type_params__, strict=True):
+        _remember(number, variable)
+    return made
+
+
+def _make_declared(key: str, declared: str) -> Any:
+    return _make_by(f"def of[{declared}](): ...", "of", key).__type_params__[0]
+
+
+def _make_by(statement: str, name: str, key: str) -> Any:
+    names = {"_value_of": _value_of, "_part_of": _part_of, "__name__": "__main__"}
+    exec(statement, names)  # syntax of Python 3.12
+    _evaluated[key] = False, None, []
     return names[name]
 
 
 def _value_of(key: str) -> Any:
-    is_function, value = _alias_values[key]
+    is_function, value, _ = _evaluated[key]
     return value(1) if is_function else value
 
 
-def _fill_alias(_alias: object, state: tuple[str, bool, Any]) -> None:
-    key, *value = state
-    _alias_values[key] = value[0], value[1]
+def _part_of(key: str, place: int) -> Any:
+    return _evaluated[key][2][place]
+
+
+def _fill_later(_made: object, state: tuple[str, bool, Any, list[Any]]) -> None:
+    key, is_function, value, parts = state
+    if key in _evaluated:
+        _evaluated[key] = is_function, value, parts
 
 
 def _by_name(obj: Any, name: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -362,11 +405,15 @@ def _reduce_object(obj: object) -> Any:
 
 
 def _numbered(obj: Any, make: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _numbered_object, (_number_of(obj), make, arguments)
+
+
+def _number_of(obj: Any) -> str:
     number = _numbers.get(id(obj))
     if number is None:
         number = uuid.uuid4().hex
         _remember(number, obj)
-    return _numbered_object, (number, make, arguments)
+    return number
 
 
 def _numbered_object(number: str, make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

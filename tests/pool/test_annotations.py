@@ -69,12 +69,21 @@ type Vec = list[int]
 type Tree = dict[str, Tree | None]
 type Pairs[T] = list[tuple[T, T]]
 type Late = NotYet
+type Nested[T] = T | list[Nested[T]]
+type One[T: (int, str)] = list[Two[T]]
+type Two[T] = dict[str, One[T]]
+class Node[T: Node]:
+    def get(self, x: T) -> Two[T]: return Node.__type_params__[0].__bound__ is Node
 class Box[T]:
     def put(self, x: T) -> Vec: return [x]
 def total(numbers: Vec, more: Tree | None = None) -> int: return sum(numbers)
 def values(): return Vec.__value__, Tree.__value__, Pairs.__value__, Pairs[int], Vec.__name__
 def is_own(vec=Vec): return vec is Vec
 def back(): return Vec, Tree, Pairs
+def nested(x: Nested[int], y: One[int]):
+    number, more = Nested.__value__.__args__
+    assert number is Nested.__type_params__[0] is more.__args__[0].__args__[0]
+    return repr(One.__value__), One.__type_params__[0].__constraints__, Two.__name__
 def late(x: Late) -> Late: return x
 def inside():
     type Own = set[int]
@@ -86,6 +95,8 @@ def told(pool):
     assert pool.submit(is_own).result()
     assert [one is two for one, two in zip(pool.submit(back).result(), back())] == [True] * 3
     assert pool.submit(late, 1).result() == 1
+    assert pool.submit(nested, 1, 2).result() == nested(1, 2)
+    assert pool.submit(Node().get, 1).result()
     assert pool.submit(inside(), 1).result() == "set[int]"
     assert pool.submit(Box().put, 1).result() == [1]
 """
