@@ -218,14 +218,18 @@ def _the_module_leaves_nothing_behind() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _the_test_leaves_nothing_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test after which something is there that was not there before."""
-    before = take_snapshot()
+    # The look after the last test is the one before this one, if nothing but tests came between.
+    before = _LAST_LOOK.pop(request.node.parent, None) or take_snapshot()
+    _LAST_LOOK.clear()
     yield
     end_kept_pools()
     if request.node.get_closest_marker("foreign_pools"):
         end_reusable_executors()
     # A pool that several tests share starts and replaces workers in any of them.
     if not _SHARED_FIXTURES:
-        _fail_for(left_since(before), "the test left behind")
+        left, after = compare(before)
+        _fail_for(left, "the test left behind")
+        _LAST_LOOK[request.node.parent] = after
 
 
 def _fail_for(left: list[Leak], title: str) -> None:
@@ -248,7 +252,19 @@ def take_snapshot() -> Snapshot:
 
 def left_since(before: Snapshot) -> list[Leak]:
     """Name what is new since ``before`` and stays, once garbage and stragglers are gone."""
-    return _what_stays(lambda: _new_since(before))
+    return compare(before)[0]
+
+
+def compare(before: Snapshot) -> tuple[list[Leak], Snapshot]:
+    """Do the same, and return the last look too."""
+    after = before
+
+    def look() -> Iterator[Leak]:
+        nonlocal after
+        after = take_snapshot()
+        return _new_since(before, after)
+
+    return _what_stays(look), after
 
 
 def shared_names() -> frozenset[Path]:
@@ -376,20 +392,20 @@ def describe(process: Process) -> str:
     return f"process {process.pid} ({state}, parent {process.parent}): {process.command}"
 
 
-def _new_since(before: Snapshot) -> Iterator[Leak]:
+def _new_since(before: Snapshot, after: Snapshot) -> Iterator[Leak]:
     yield from _new_processes(before.pids)
     yield from _new_threads(before)
 
     _, helper_descriptors = _helpers()
-    for number, target in _descriptors().items():
+    for number, target in after.descriptors.items():
         known = before.descriptors.get(number) == target or number in helper_descriptors
         if not known and not KEPT_FILE.search(target):
             yield Leak(what=f"file descriptor {number}: {target}")
 
-    for mapping in _memory_files() - before.memory_files:
+    for mapping in after.memory_files - before.memory_files:
         yield Leak(what=f"mapped memory file {mapping}")
 
-    for name in set(_names()) - before.names:
+    for name in after.names - before.names:
         if not _is_someone_elses(name):
             yield Leak(what=f"name {name}")
 
@@ -541,6 +557,9 @@ _CHARGED: set[str] = set()
 
 # Fixtures that are set up, and belong to more than one test.
 _SHARED_FIXTURES: set[pytest.FixtureDef[object]] = set()
+
+# What there was after the last test, by the module or class whose tests it is between.
+_LAST_LOOK: dict[object, Snapshot] = {}
 
 # That of a session around this one, if any: what is forked here shows it.
 _OWN_INITIAL_MARK = _initial_mark(os.getpid())

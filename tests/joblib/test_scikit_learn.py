@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
 TESTS = Path(__file__).parent.parent
 
 MODULES = (
@@ -52,6 +50,8 @@ LIMIT_S = 900 if IN_FULL else 240
 @pytest.mark.timeout(LIMIT_S + 20)
 def test_its_tests_pass() -> None:
     """And their calls did come to ours, or nothing would be said by that."""
+    # Here, not at the top: every run would pay for the import, and hardly one runs this test.
+    sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     modules = MODULES + SLOW_MODULES if IN_FULL else MODULES
     home = Path(sklearn.__file__).parent
     options = ["-q", "-p", "support_sklearn_suite", "-p", "no:cacheprovider", "--pyargs"]
