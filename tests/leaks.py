@@ -103,6 +103,13 @@ HELPERS = (
         descriptors=("_fd",),
         why="joblib carries a copy of loky, which has a tracker of its own",
     ),
+    Helper(
+        module="support_programs",
+        holder="ZYGOTE",
+        pid="pid",
+        descriptors=("fd",),
+        why="ours: what the tests' programs are forked from, until exit",
+    ),
 )
 
 # How conftest.py names the thread that waits for a test's time limit; it ends with the test,

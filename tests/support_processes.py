@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from support_programs import run_program
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -31,16 +33,8 @@ def run_python(
     *arguments: str, cwd: Path, stdin: str = "", timeout_s: float = 90
 ) -> subprocess.CompletedProcess[str]:
     """Run a program as a user would, with the tests' own modules on its path."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        input=stdin,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    return run_program(*arguments, cwd=cwd, stdin=stdin, timeout_s=timeout_s, env=environment)
 
 
 def run_script(

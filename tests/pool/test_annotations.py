@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support_programs import run_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,13 +122,5 @@ print("right")
 )
 def test_they_arrive(program: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PROGRAMS[program][1] + END)
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    done = run_program("script.py", cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("right\n", "")

@@ -23,6 +23,7 @@ import support_endings as endings
 import support_tasks as tasks
 from support_cgroups import control_group
 from support_processes import kill, still_alive
+from support_programs import run_program
 
 from safepool import (
     PoolBrokenError,
@@ -869,14 +870,6 @@ def program(code: str, *, cwd: Path) -> str:
     import textwrap
 
     (cwd / "script.py").write_text(textwrap.dedent(code))
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
+    done = run_program("script.py", cwd=cwd, env={**os.environ, "PYTHONPATH": str(TESTS)})
     assert (done.stderr, done.returncode) == ("", 0), done.stdout
     return done.stdout

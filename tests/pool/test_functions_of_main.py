@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import textwrap
 import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support_programs import run_program
 
 from safepool.pool.mains import Look, is_importable, plain_function
 
@@ -45,14 +44,7 @@ def run(tmp_path: Path, text: str, said: str = "") -> str:
         """)
         + textwrap.dedent(text)
     )
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_program("script.py", cwd=tmp_path)
     assert said in done.stderr
     assert done.stderr.count("Warning:") == (said != "")
     assert said or done.stderr == ""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from typing import TYPE_CHECKING
 
 import pytest
+from support_programs import run_program
 
 if TYPE_CHECKING:
+    import subprocess
     from pathlib import Path
 
 # What a script can import: objects that cannot be pickled, and objects that are changed.
@@ -193,12 +193,5 @@ def run(folder: Path, text: str, start: str) -> subprocess.CompletedProcess[str]
     (package / "__init__.py").write_text("from .module import counters\n")
     (package / "module.py").write_text(APP)
     (folder / "script.py").write_text(text)
-    return subprocess.run(
-        [sys.executable, "-c", text] if start == "-c" else [sys.executable, start],
-        cwd=folder,
-        input=text if start == "-" else "",
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    how = ["-c", text] if start == "-c" else [start]
+    return run_program(*how, cwd=folder, stdin=text if start == "-" else "")

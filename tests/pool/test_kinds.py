@@ -5,11 +5,10 @@ The program asks itself what is right: it does the same in its own process.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from support_programs import run_program
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -1413,14 +1412,6 @@ def test_it_works_in_a_worker_and_comes_back(kinds: str, start: str, tmp_path: P
     text = PROGRAMS[kinds] + END
     (tmp_path / "script.py").write_text(text)
 
-    done = subprocess.run(
-        [sys.executable, "-c", text] if start == "-c" else [sys.executable, start],
-        cwd=tmp_path,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_program(*(["-c", text] if start == "-c" else [start]), cwd=tmp_path)
 
     assert (done.stdout, done.stderr) == ("right\n", "")
