@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support_programs import run_program
 
 TESTS = Path(__file__).parent.parent
 
-# What a program of this file begins and ends with.
+# What a program of this file begins and ends with. Each question has a pool of its own.
 FRAME = """
 import json
 import safepool
@@ -25,52 +26,57 @@ import safepool
 {body}
 
 if __name__ == "__main__":
-    with safepool.ProcessPool(1, mp_context={method!r}, main={main!r}) as pool:
-        def ask(function, *arguments):
-            return pool.submit(function, *arguments).result(timeout=60)
-        print(json.dumps({asked}))
+    def ask(function, *arguments):
+        return pool.submit(function, *arguments).result(timeout=60)
+    told = {{}}
+    for row, asked in {asked!r}.items():
+        with safepool.ProcessPool(1, mp_context={method!r}, main={main!r}) as pool:
+            told[row] = eval(asked)
+    print(json.dumps(told))
 """
 
 
 def run(body: str, asked: str, cwd: Path, method: str = "safepool", main: str = "value") -> Any:
-    """Run a program; return what its last expression gave, by way of JSON."""
+    """Run a program; return what an expression gave, by way of JSON."""
+    return run_each(body, {"": asked}, cwd, method, main)[""]
+
+
+def run_each(
+    body: str,
+    asked: dict[str, str],
+    cwd: Path,
+    method: str = "safepool",
+    main: str = "value",
+) -> dict[str, Any]:
+    """Run a program; return what each of its expressions gave."""
     program = cwd / "program.py"
     program.write_text(
         FRAME.format(body=textwrap.dedent(body), asked=asked, method=method, main=main)
     )
-    done = subprocess.run(
-        [sys.executable, program],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        check=False,
-    )
+    done = run_program(program, cwd=cwd, env={**os.environ, "PYTHONPATH": str(TESTS)})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-# One row per thing that cloudpickle alone cannot send, or sends as something else: the
-# program, what it asks, and what it gets.
+# One row per thing that cloudpickle alone cannot send, or sends as something else: its part of
+# the program, what that asks, and what it gets. They share a program, so each name is one row's.
 THINGS: dict[str, tuple[str, str, Any]] = {
     "a dataclass that another one is derived from": (
         """
         import dataclasses
         @dataclasses.dataclass
-        class Base:
+        class Needed:
             needed: int
         def derive(kind):
             @dataclasses.dataclass
-            class Child(kind):
+            class More(kind):
                 more: int = 2
             try:
-                Child()
+                More()
             except TypeError:
                 return dataclasses.fields(kind)[0].default is dataclasses.MISSING
         """,
-        "ask(derive, Base)",
+        "ask(derive, Needed)",
         True,
     ),
     "struct.Struct": (
@@ -87,14 +93,14 @@ THINGS: dict[str, tuple[str, str, Any]] = {
         """
         import functools
         @functools.lru_cache(maxsize=7, typed=True)
-        def double(x):
+        def typed(x):
             return 2 * x
-        double.extra = "kept"
-        def look():
-            return double.cache_parameters(), double.extra, double.__name__
+        typed.extra = "kept"
+        def look_at_typed():
+            return typed.cache_parameters(), typed.extra, typed.__name__
         """,
-        "[ask(double, 2), ask(look)]",
-        [4, [{"maxsize": 7, "typed": True}, "kept", "double"]],
+        "[ask(typed, 2), ask(look_at_typed)]",
+        [4, [{"maxsize": 7, "typed": True}, "kept", "typed"]],
     ),
     "a cache lasts as long as the worker": (
         """
@@ -104,11 +110,11 @@ THINGS: dict[str, tuple[str, str, Any]] = {
             calls.append(x)
             return len(calls)
         calls = []
-        def use(x):
+        def use_noisy(x):
             return noisy(x), noisy.cache_info().hits
         """,
-        "[ask(noisy, 1), ask(noisy, 1), ask(use, 1), ask(use, 1), list(pool.map(noisy, [1, 1]))]",
-        [1, 1, [1, 2], [1, 3], [1, 1]],
+        "[ask(noisy, 1), ask(noisy, 1), ask(use_noisy, 1), list(pool.map(noisy, [1, 1]))]",
+        [1, 1, [1, 2], [1, 1]],
     ),
     "a recursive cache": (
         """
@@ -129,38 +135,38 @@ THINGS: dict[str, tuple[str, str, Any]] = {
                 return factor * x
             return times
         times = cached(2)
-        def use(x):
+        def use_times(x):
             return times(x)
         def again():
             global times
             times = cached(3)
-            return ask(use, 1)
+            return ask(use_times, 1)
         """,
-        "[ask(use, 1), (globals().update(ask=ask), again())[1]]",
+        "[ask(use_times, 1), (globals().update(ask=ask), again())[1]]",
         [2, 3],
     ),
     "a cache in a partial, of a lambda, decorated": (
         """
         import functools
-        double = functools.lru_cache(lambda x: 2 * x)
+        of_lambda = functools.lru_cache(lambda x: 2 * x)
         @safepool.worker
         @functools.lru_cache
         def capped(x):
             return 2 * x
         """,
-        "[ask(functools.partial(double, 2)), ask(capped, 2), list(pool.map(capped, [3]))]",
+        "[ask(functools.partial(of_lambda, 2)), ask(capped, 2), list(pool.map(capped, [3]))]",
         [4, 4, [6]],
     ),
     "a cache comes back as itself": (
         """
         import functools
         @functools.cache
-        def double(x):
+        def twice(x):
             return 2 * x
         def back(x):
             return x
         """,
-        "[ask(back, double) is double, ask(back, [double])[0] is double]",
+        "[ask(back, twice) is twice, ask(back, [twice])[0] is twice]",
         [True, True],
     ),
     "singledispatch": (
@@ -180,10 +186,10 @@ THINGS: dict[str, tuple[str, str, Any]] = {
         def _(x):
             return len(x)
         size.extra = "kept"
-        def use(x):
+        def use_size(x):
             return size(x), size.extra, size.dispatch(bool)(True)
         """,
-        "[ask(size, [1, 'ab', b'abc', None, [True]]), ask(use, 'abc')]",
+        "[ask(size, [1, 'ab', b'abc', None, [True]]), ask(use_size, 'abc')]",
         [[1, 2, 3, "?", [True]], [3, "kept", True]],
     ),
     "singledispatch registers in the worker": (
@@ -197,11 +203,11 @@ THINGS: dict[str, tuple[str, str, Any]] = {
         @name.register
         def _(x: Own):
             return "own"
-        def use(x):
+        def use_name(x):
             name.register(float, lambda x: "float")
             return name(x), name(1.5), name(1)
         """,
-        "[ask(name, Own()), ask(use, Own())]",
+        "[ask(name, Own()), ask(use_name, Own())]",
         ["own", ["own", "float", "object"]],
     ),
     "a class with all of them": (
@@ -223,10 +229,10 @@ THINGS: dict[str, tuple[str, str, Any]] = {
             def _(self, x: int):
                 return "int"
             four = functools.partialmethod(plus, 4)
-        def use(tool):
+        def use_tool(tool):
             return tool.double, vars(tool), tool.plus(1), tool.kind(1), tool.kind(""), tool.four()
         """,
-        "[ask(use, Tool()), ask(Tool().plus, 2)]",
+        "[ask(use_tool, Tool()), ask(Tool().plus, 2)]",
         [[6, {"n": 3, "double": 6}, 4, "int", "object", 7], 5],
     ),
 }
@@ -235,12 +241,12 @@ THINGS: dict[str, tuple[str, str, Any]] = {
 @pytest.mark.parametrize(
     ("method", "main"), [("safepool", "value"), ("safepool", "run"), ("spawn", "auto")]
 )
-@pytest.mark.parametrize("thing", THINGS)
-def test_it_works_in_a_worker_as_in_the_program(
-    thing: str, method: str, main: str, tmp_path: Path
-) -> None:
-    body, asked, expected = THINGS[thing]
-    assert run(body, asked, tmp_path, method, main) == expected
+def test_they_work_in_a_worker_as_in_the_program(method: str, main: str, tmp_path: Path) -> None:
+    body = "".join(textwrap.dedent(part) for part, _, _ in THINGS.values())
+
+    told = run_each(body, {thing: THINGS[thing][1] for thing in THINGS}, tmp_path, method, main)
+
+    assert told == {thing: expected for thing, (_, _, expected) in THINGS.items()}
 
 
 # A class that counts how often it is made, in the process that asks.
@@ -309,22 +315,25 @@ WAYS: dict[str, tuple[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_instance_comes_back_as_one_of_the_programs_own_class(way: str, tmp_path: Path) -> None:
+def test_an_instance_comes_back_as_one_of_the_programs_own_class(tmp_path: Path) -> None:
     """The class is as it was: not made again, with the methods and attributes it had."""
-    asked, expected = WAYS[way]
     before = (
         COUNTED
         + "    functions = Child.get, Child.__init__, Data.__init__\n    before = list(made)\n"
     )
-    whole = f"""[
-        {asked},
-        [one for one in made[len(before):] if not one.endswith("Local")],
-        functions == (Child.get, Child.__init__, Data.__init__),
-        Child(1).get() is made,
-    ]"""
+    asked = {
+        way: f"""[
+            {asked},
+            [one for one in made[len(before):] if not one.endswith("Local")],
+            functions == (Child.get, Child.__init__, Data.__init__),
+            Child(1).get() is made,
+        ]"""
+        for way, (asked, _) in WAYS.items()
+    }
 
-    assert run(before, whole, tmp_path) == [expected, [], True, True]
+    told = run_each(before, asked, tmp_path)
+
+    assert told == {way: [expected, [], True, True] for way, (_, expected) in WAYS.items()}
 
 
 def test_what_a_worker_changes_of_a_class_stays_there(tmp_path: Path) -> None:
@@ -509,8 +518,7 @@ HIDDEN: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("place", HIDDEN)
-def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) -> None:
+def test_an_error_says_where_in_the_program_it_is(tmp_path: Path) -> None:
     body = """
         import functools, threading, traceback
         lock = threading.Lock()
@@ -536,7 +544,7 @@ def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) ->
         @functools.cache
         def cached(x):
             return lock, x
-        def told(pool, *call):
+        def errors_of(pool, *call):
             errors = [pool.submit(*call).exception(timeout=60)]
             if len(call) > 1:
                 try:
@@ -545,14 +553,14 @@ def test_an_error_says_where_in_the_program_it_is(place: str, tmp_path: Path) ->
                     errors.append(error)
             return ["".join(traceback.format_exception_only(error)) for error in errors]
     """
-    call, words = HIDDEN[place]
+    calls = {place: f"errors_of(pool, {call})" for place, (call, _) in HIDDEN.items()}
 
-    first, *others = run(body, f"told(pool, {call})", tmp_path)
-
-    assert "cannot pickle '_thread.lock' object" in first
-    assert words in first
-    # In map the function and each item are pickled by themselves: another end of the way.
-    assert all(words.split(" of argument")[0] in other for other in others)
+    for place, (first, *others) in run_each(body, calls, tmp_path).items():
+        words = HIDDEN[place][1]
+        assert "cannot pickle '_thread.lock' object" in first, place
+        assert words in first, place
+        # In map the function and each item are pickled by themselves: another end of the way.
+        assert all(words.split(" of argument")[0] in other for other in others), place
 
 
 def test_a_shared_object_is_a_global_under_its_own_name(tmp_path: Path) -> None:
@@ -585,7 +593,7 @@ def test_a_function_of_a_package_that_is_run_imports_from_it(method: str, tmp_pa
     body = "def late(x):\n    from .beside import value\n    return value + x\n"
     asked = "[ask(late, 1), list(pool.map(late, [2]))]"
     (package / "__main__.py").write_text(
-        FRAME.format(body=body, asked=asked, method=method, main="auto")
+        FRAME.format(body=body, asked={"": asked}, method=method, main="auto")
     )
 
     done = subprocess.run(
@@ -599,24 +607,24 @@ def test_a_function_of_a_package_that_is_run_imports_from_it(method: str, tmp_pa
     )
 
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [8, [9]]
+    assert json.loads(done.stdout) == {"": [8, [9]]}
 
 
-@pytest.mark.parametrize("made", ["Lock()", 'Value("i")', "Queue()", "Event()"])
-def test_an_error_says_how_workers_get_what_multiprocessing_has_made(
-    made: str, tmp_path: Path
-) -> None:
+def test_an_error_says_how_workers_get_what_multiprocessing_has_made(tmp_path: Path) -> None:
     """A global lock is there in a forked worker of the standard pool; here it is handed over."""
-    body = f"""
+    body = """
         import multiprocessing
-        shared = multiprocessing.{made}
         def use(x):
             return shared, x
-        def told(pool):
+        def notes(made):
+            global shared
+            shared = made
             return pool.submit(use, 1).exception(timeout=60).__notes__
     """
+    kinds = ["Lock()", 'Value("i")', "Queue()", "Event()"]
+    asked = {made: f"notes(multiprocessing.{made})" for made in kinds}
 
-    note = "\n".join(run(body, "told(pool)", tmp_path))  # from Python 3.14 on beside pickle's own
-
-    assert "global 'shared' of __main__.use" in note
-    assert "initargs=" in note
+    for made, notes in run_each(body, asked, tmp_path).items():
+        note = "\n".join(notes)  # from Python 3.14 on beside pickle's own
+        assert "global 'shared' of __main__.use" in note, made
+        assert "initargs=" in note, made
