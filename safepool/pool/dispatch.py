@@ -175,6 +175,10 @@ class Dispatch:
         """
         return bool(self.aside) and (self._hands.holds_up or self._hands.waiting >= _MOST_ASIDE)
 
+    def let_go(self) -> bool:
+        """End the threads that pickle, as :meth:`Hands.let_go`."""
+        return self._hands.let_go()
+
     def rests_since(self) -> float:
         """Return since when no pickling goes on, as :meth:`Hands.rests_since`."""
         return self._hands.rests_since()

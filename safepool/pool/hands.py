@@ -30,6 +30,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safepool import procfs
 from safepool.pool.latch import Latch
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.fork import leave_fork
@@ -359,6 +360,23 @@ class Hands:
                 if busy and sum(one.is_alive() for one in self._threads) <= busy:
                     return
                 thread.join(_BRIEF_S)
+
+    def let_go(self) -> bool:
+        """End the threads if none has anything to do; return whether there were some."""
+        if not self._threads or self._waiting or any(not job.ended for job in self._active):
+            return False
+        left, self._threads = self._threads, []
+        for _ in left:
+            self._given.put(None)
+        for thread in left:
+            thread.join(_ENDING_S)
+        # A thread is counted for some moments longer than it can be waited for.
+        deadline = time.monotonic() + _ENDING_S
+        while {thread.native_id for thread in left} & {*procfs.threads()}:
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(_BRIEF_S)
+        return True
 
     def _count(self, now: float) -> int:
         return sum(not (job.ended or _is_stuck(job, now)) for job in self._active)

@@ -961,7 +961,12 @@ class Scheduler:
                     self._break(staff, broken, why)
 
     def _hire_one(self, staff: Staff) -> None:
-        worker = staff.hire()
+        try:
+            worker = staff.hire()
+        except OSError:
+            if not self._dispatch.let_go():
+                raise
+            worker = staff.hire()  # a thread that had nothing to do has made room
         try:
             staff.send(worker, encode(Kind.LOG, 0))
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))

@@ -751,7 +751,7 @@ def give(room):
         file.write("max" if room is None else str(used + room))
 give(int(sys.argv[2]))
 try:
-    with safepool.ProcessPool(3) as pool:
+    with safepool.ProcessPool(3, initializer=abs, initargs=(1,)) as pool:
         futures = [pool.submit(time.sleep, 0.1) for _ in range(5)]
         for future in futures:
             future.result(30)
@@ -773,7 +773,10 @@ assert len(os.listdir("/proc/self/fd")) <= before
 @linux
 @pytest.mark.parametrize("room", ROOM)
 def test_where_no_process_can_be_started(room: int) -> None:
-    """It goes on with the workers that there are, and gets the others as soon as it may."""
+    """It goes on with the workers that there are, and gets the others as soon as it may.
+
+    The thread that pickles an initializer makes room for a worker.
+    """
     with control_group() as group:
         if "pids" not in group.directories:
             pytest.skip("no pids controller here")
