@@ -5,8 +5,8 @@
   that hangs in CI tells nothing, and an orphan that holds the output pipe hangs the CI too.
 * After each test, whatever process, thread, descriptor, memory file or name is new fails it
   (``leaks.py``).
-* Two processes may share a run (``pytest -n 2`` of pytest-xdist). Each is then a session of its
-  own for the two above, and a test that is marked ``alone`` waits until the other one pauses.
+* Processes may share a run (``pytest -n 3`` of pytest-xdist). Each is then a session of its own
+  for the two above, and a test that is marked ``alone`` waits until the others pause.
 
 Test files are imported with ``--import-mode=importlib``: two folders may have a
 ``test_errors.py`` each, and no folder needs an ``__init__.py``. The price is that a test
@@ -87,7 +87,7 @@ class Harness:
     def _set_environment(self) -> None:
         marks = os.environ.get(leaks.MARK_VARIABLE, "").split()
         if self._shares:
-            # What the other process of the run starts is not ours: another mark than the run's,
+            # What another process of the run starts is not ours: another mark than the run's,
             # and another process group.
             del marks[0]
             os.setpgid(0, 0)
@@ -124,7 +124,7 @@ class Harness:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Look again: which of two processes has left a name is not to be told from the name."""
+        """Look again: which of the processes has left a name is not to be told from the name."""
         left = leaks.names_since(self._names) if self._leads else []
         if left:
             self._print("\nthe run left behind:" + "".join(f"\n  {leak.what}" for leak in left))
