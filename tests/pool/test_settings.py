@@ -249,7 +249,12 @@ def test_what_is_not_installed_is_told() -> None:
         pytest.skip(f"not installed, so not checked: {', '.join(absent)}")
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Each imports all that is installed, four seconds of a processor. "loky" starts a worker afresh,
+# as "spawn" does.
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(one, marks=[pytest.mark.slow] if one == "loky" else []) for one in METHODS],
+)
 def test_a_worker_has_what_the_program_has_set(method: str, tmp_path: Path) -> None:
     """After the top level, before its first call and between two; its own stays its own."""
     (tmp_path / "torch.py").write_text(TORCH, encoding="utf-8")

@@ -63,13 +63,13 @@ def skip_if_missing(name: str) -> None:
 
 
 # scikit-learn takes a second to import, four times each. Where a worker is started afresh, NumPy
-# and SciPy show the same in every run.
+# shows the same in every run, and SciPy has the same library.
 ROWS = [
     pytest.param(
         name,
         method,
         marks=[pytest.mark.slow]
-        if name == "scikit-learn" and method not in {"safepool", "fork"}
+        if name in {"scikit-learn", "scipy"} and method not in {"safepool", "fork"}
         else [],
     )
     for name in LIBRARIES

@@ -227,7 +227,8 @@ def test_a_worker_has_the_options_of_its_program(option: str, tmp_path: Path) ->
 # fault: a Bazel or PEX program has a thousand entries on its path.
 SIZES: dict[str, str] = {
     "a path of 400 KB": "sys.path += [f'/nowhere/{n:0200d}' for n in range(2000)]",
-    "a path of 4 MB": "sys.path += [f'/nowhere/{n:0200d}' for n in range(20000)]",
+    # Few and long: each import looks into every one of them.
+    "a path of 4 MB": "sys.path += [f'/nowhere/{n:02000d}' for n in range(2000)]",
     "arguments of 1 MB": "sys.argv += ['x' * 1000] * 1000",
     "a variable of 1 MB": "os.environ['LARGE'] = 'x' * 1_000_000",
     "variables of 4 MB": "os.environ.update({f'N{n}': 'x' * 100_000 for n in range(40)})",
@@ -329,10 +330,24 @@ REFUSALS = [
 ]
 
 
+# In every run each call with each error, and with each way to start workers; in the long run each
+# with all.
+REFUSED = [
+    pytest.param(
+        names,
+        error,
+        afresh,
+        id=f"{'-'.join(names)}-{error}-{afresh}",
+        marks=[pytest.mark.slow] * ((number + (error == "EPERM") + afresh) % 2),
+    )
+    for number, names in enumerate(REFUSALS)
+    for error in ("EPERM", "ENOSYS")
+    for afresh in (False, True)
+]
+
+
 @pytest.mark.skipif(not support_seccomp.can_refuse(), reason="unknown numbers of system calls")
-@pytest.mark.parametrize("afresh", [False, True])
-@pytest.mark.parametrize("error", ["EPERM", "ENOSYS"])
-@pytest.mark.parametrize("names", REFUSALS, ids="-".join)
+@pytest.mark.parametrize(("names", "error", "afresh"), REFUSED)
 def test_a_refused_system_call_is_a_limit_that_could_not_be_read(
     names: tuple[str, ...], error: str, afresh: bool, tmp_path: Path
 ) -> None:
