@@ -76,7 +76,7 @@ def _become(
     sys.argv[:] = arguments
     if arguments[0] == "-":
         return compile(sys.stdin.read(), "<stdin>", "exec", dont_inherit=True), space
-    path = arguments[0]
+    path = os.path.join(cwd, arguments[0])
     sys.path[0] = os.path.dirname(os.path.abspath(path))
     space.update(__file__=path, __cached__=None)
     with open(path, "rb") as file:

@@ -450,7 +450,8 @@ def test_what_is_to_be_done_at_the_exit_is_done_once_and_by_no_worker(tmp_path: 
         with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
             print([pool.submit(look).result() for _ in range(3)])
     """
-    out, err = run(program, tmp_path)
+    # An interpreter of its own: what is registered first is done last.
+    out, err = run(program, tmp_path, "-u", "program.py")
 
     assert (out, err) == ("[True, True, True]\n", "")
     assert (tmp_path / "ends").read_text() == "SP"
