@@ -104,7 +104,7 @@ class OurMixin:
     ctx = ""  # to the suite's scripts: make the pool without a context
 
     def get_context(self) -> Any:
-        from safepool.workers.process import find_context
+        from safepool.workers.methods import find_context
 
         return find_context(None)
 

@@ -25,7 +25,8 @@ from safepool.procfs import named_threads
 from safepool.threads.environment import overridden, worker_environment
 from safepool.threads.placement import Placement, why_not_bound
 from safepool.transport.lazy import load_own
-from safepool.workers.process import find_context
+from safepool.workers.methods import find_context, method_of
+from safepool.workers.start import WorkerStart
 
 if TYPE_CHECKING:
     import os
@@ -207,13 +208,14 @@ class ProcessPool(_Standard):
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names, main = _names(preload, main)
         self._mp_context = find_context(mp_context, names, main, end_subprocesses=end_subprocesses)
-        if main == "run" and self._mp_context.get_start_method() == "loky":
+        method = method_of(self._mp_context)
+        if main == "run" and method.by_value:
             tell_once(
                 'main="run" has no effect on workers that loky starts: functions of the script '
                 "travel by value there"
             )
         load_own()
-        if self._mp_context.get_start_method() == "fork":
+        if method.is_fork:
             if max_tasks_per_child is not None:
                 raise ValueError(
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start "
@@ -228,9 +230,8 @@ class ProcessPool(_Standard):
             )
         placement = _placement(threads) if pin_workers else None
         hiring = Hiring(
-            self._mp_context,
-            environment=worker_environment(threads, overrides=env),
-            threads=threads,
+            method,
+            WorkerStart(environment=worker_environment(threads, overrides=env), threads=threads),
             initializer=initializer,
             initargs=initargs or (),
             placement=placement,

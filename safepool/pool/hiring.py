@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, let_handlers_pass, text_of
@@ -17,22 +18,14 @@ from safepool.workers import inheritance
 from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
+from safepool.workers.methods import find_context, method_of, script_method
 from safepool.workers.plan import ScriptLostError
-from safepool.workers.process import (
-    find_context,
-    finish,
-    is_asked_by,
-    prepare,
-    prints,
-    run_script,
-    script_context,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from multiprocessing.context import BaseContext
 
     from safepool.threads.placement import Placement
+    from safepool.workers.start import StartMethod, WorkerStart
 
 __all__ = ["Hiring"]
 
@@ -48,9 +41,8 @@ class Hiring:
     """Starts workers.
 
     Args:
-        context: How.
-        environment: Variables they are born with.
-        threads: Threads for each of their native pools.
+        method: How.
+        told: What each of them is told.
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
@@ -69,21 +61,18 @@ class Hiring:
 
     def __init__(
         self,
-        context: BaseContext,
+        method: StartMethod,
+        told: WorkerStart,
         *,
-        environment: Mapping[str, str | None],
-        threads: int,
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
         placement: Placement | None = None,
         may_fork: bool = False,
         main: str = "value",
     ) -> None:
-        self._context = context
-        self._script = script_context(context, main)
-        self._forks = context.get_start_method() == "fork"
-        self._environment = environment
-        self._threads = threads
+        self._method = method
+        self._script = script_method(method, main)
+        self._told = told
         self._initialize = (initializer, initargs)
         self._placement = placement
         self._may_fork = may_fork
@@ -104,7 +93,7 @@ class Hiring:
         It may be of a module that this thread is importing: another one would wait for the
         import's end, and the import for the first worker.
         """
-        is_asked_by(self._script, sys._getframe(1))
+        self._script.is_asked_by(sys._getframe(1))
         if self._packed is not None or self._initialize[0] is None:
             return
         try:
@@ -119,10 +108,11 @@ class Hiring:
             OSError: The system has no room for it.
             RuntimeError: The interpreter shuts down.
         """
-        if not self.started.is_open and prepare(self._context, self._environment):
+        if not self.started.is_open and self._method.prepare(self._told.environment):
             # submit() need not wait for imports: what comes needs no new process.
             self.started.open()
-        marks = run_script(self._script, self._environment, self._threads, self.given_up)
+        told = self._told
+        marks = self._script.run_script(told.environment, told.threads, self.given_up)
         self.names.learn(marks, self._prints if marks else None)
 
     @property
@@ -186,17 +176,15 @@ class Hiring:
         return worker
 
     def _start(self) -> Worker:
-        return Worker(
-            self._context,
-            environment=self._environment,
-            threads=self._threads,
-            foreign_descriptors=list(_descriptors_of_all_pools()),
-            inheritance=self._inheritance,
-            given_up=self.given_up,
+        told = replace(
+            self._told,
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
-            board=Board.create(),
             by_name=bool(self.names),
+            descriptors=tuple(self._inheritance.descriptors),
+            initializer=self._inheritance.itself,
+            foreign=tuple(_descriptors_of_all_pools()),
         )
+        return Worker(self._method, told, board=Board.create(), given_up=self.given_up)
 
     @property
     def inheritance(self) -> Inheritance:
@@ -236,25 +224,24 @@ class Hiring:
         self.hired.open()
         if not has_exited():
             try:
-                finish(self._context, self._environment)
+                self._method.finish(self._told.environment)
             except Exception:  # noqa: BLE001 -- it looks at modules of the program
                 _log.exception("the next pool's server could not be told what to import ahead")
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
-        return prints(self._script, self._environment, names, self.given_up)
+        return self._script.prints(self._told.environment, names, self.given_up)
 
     def _pack(self) -> Inheritance:
         try:
-            return inheritance.pack(self._initialize, forked=self._forks)
+            return inheritance.pack(self._initialize, forked=self._method.is_fork)
         except Exception as error:
-            if not self._may_fork or self._forks:
+            if not self._may_fork or self._method.is_fork:
                 raise
             tell_once(
                 "workers are forked from this process, because nothing else can give them their "
                 f"initializer and its arguments: {text_of(error)}"
             )
-        self._context = self._script = find_context("fork")
-        self._forks = True
+        self._method = self._script = method_of(find_context("fork"))
         return self._pack()
 
 

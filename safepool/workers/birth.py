@@ -109,14 +109,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     _be_a_child(details, line, tracker)
     script.be_worker()
     try:
-        be_worker(
-            socket.socket(fileno=channel),
-            board,
-            details["changes"],
-            details["threads"],
-            inherited=more,
-            learns=details["learns"],
-        )
+        be_worker(socket.socket(fileno=channel), board, details["told"], more)
     except SystemExit as error:
         code = _exit_code(error)
     except BaseException as error:  # noqa: BLE001 -- as the interpreter itself reports it
@@ -179,7 +172,7 @@ def _inherit(details: dict[str, Any], folder: int) -> None:
     for name, limit in details["limits"].items():
         if limit is not None and _limit(name) != limit:
             _try(resource.setrlimit, getattr(resource, name), limit)
-    nice, cpus = details["nice"], details["affinity"]
+    nice, cpus = details["nice"], set(details["told"].cpus) or details["affinity"]
     if nice is not None and _asked(os.getpriority, os.PRIO_PROCESS, 0) != nice:
         _try(os.setpriority, os.PRIO_PROCESS, 0, nice)
     if cpus is not None and _asked(os.sched_getaffinity, 0) != cpus:

@@ -56,6 +56,11 @@ class ForkedProcess:
         self.sentinel = status if pidfd is None else pidfd
 
     @property
+    def process(self) -> ForkedProcess:
+        """Itself: it has the words of both."""
+        return self
+
+    @property
     def ident(self) -> int:
         """The process id."""
         return self.pid
@@ -116,13 +121,13 @@ class ForkedProcess:
 
     def terminate(self) -> None:
         """Ask it to end, by ``SIGTERM``."""
-        self.send_signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it, by ``SIGKILL``."""
-        self.send_signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
 
-    def send_signal(self, number: int) -> None:
+    def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
         with self._lock:
             if number == signal.SIGKILL:

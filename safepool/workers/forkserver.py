@@ -66,19 +66,25 @@ from safepool.transport import letters
 from safepool.workers import birth, forked, identity, kept, script
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import can_start, place, rights
-from safepool.workers.plan import ScriptLostError
-from safepool.workers.preload import modules_learned, modules_of_the_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from types import FrameType
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from safepool.workers.plan import MainPlan
 
 assert sys.platform == "linux"
 
-__all__ = ["ServerContext", "descriptors", "keepers", "running", "stop_all"]
+__all__ = [
+    "CannotRunError",
+    "Server",
+    "attempt_of",
+    "descriptors",
+    "keepers",
+    "not_runnable",
+    "running",
+    "server_for",
+    "stop_all",
+]
 
 _log = ContainedLogger()
 
@@ -141,245 +147,6 @@ _MOST_STARTS = 4
 _MOST_IDLE = 3
 
 
-class ServerContext(multiprocessing.context.SpawnContext):
-    """How workers are started by default: forked from a server that has no threads.
-
-    Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
-
-    Args:
-        preload: What the server imports ahead: ``"auto"``, or names of modules.
-        plan: How ``__main__`` gets into the workers; ``None`` is by value.
-        kept: What tasks have started does not outlive the program.
-        asked_only: Nothing is forked. It tells what workers have that run the script themselves.
-
-    Attributes:
-        plan: The same, or what has become of it: a script that cannot be run is sent by value.
-    """
-
-    _name = "safepool"
-
-    def __init__(
-        self,
-        preload: str | Sequence[str] = "auto",
-        plan: MainPlan | None = None,
-        *,
-        kept: bool = False,
-        asked_only: bool = False,
-    ) -> None:
-        super().__init__()
-        self.preload = preload
-        self.plan = plan
-        self._kept = kept
-        self._asked_only = asked_only
-        self._learns = False
-        self._imported: list[str] | None = None
-        self._marks: Mapping[str, bytes] | None = None
-
-    def prepare(self, changes: Mapping[str, str | None]) -> bool:
-        """Start the server, if none runs: from then on a worker costs this process no process.
-
-        Args:
-            changes: As for :meth:`fork_worker`.
-
-        Returns:
-            Whether that is so: ``False`` if each worker is started afresh.
-
-        Raises:
-            OSError: The system has no room for a process or a descriptor.
-            RuntimeError: The interpreter shuts down, or there is none to start.
-        """
-        with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
-            return server.start()
-
-    def _plan_now(self, changes: Mapping[str, str | None]) -> MainPlan | None:
-        """Return the plan that is carried out; ``None`` where nothing is run."""
-        plan = self.plan
-        if plan is None or plan.mode == "value":
-            return None
-        if self._marks is not None:  # the pool's calls refer to it by now
-            return plan
-        problem = _not_runnable.get(_attempt(plan, changes))
-        if problem is not None:
-            self.plan = plan.without(problem)
-            return None
-        return plan
-
-    def is_asked_by(self, frame: FrameType | None) -> None:
-        """Take note of the caller that the first worker is for, before it is started.
-
-        Args:
-            frame: Of the caller. The script is not run if its top level itself asks.
-        """
-        if self.plan is not None and self.plan.mode == "run":
-            line = self.plan.asked_at_top_level(frame)
-            if line:
-                problem = f"line {line} of its top level asks for the pool, outside of a guard"
-                self.plan = self.plan.without(problem)
-
-    def preload_ahead(self, changes: Mapping[str, str | None]) -> None:
-        """Let the server import what tasks of a pool that ends have imported: for the next pool.
-
-        Args:
-            changes: As for :meth:`fork_worker`.
-        """
-        if self._learns:
-            try:
-                with _server_for(changes, self._plan_now(changes), kept=self._kept) as server:
-                    server.preload_ahead(self._known())
-            except OSError:
-                pass  # no descriptor is left: the next pool asks by itself
-
-    def run_script(
-        self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
-    ) -> Mapping[str, bytes]:
-        """Run the script in the server, if that is the plan, and return what it has there.
-
-        Args:
-            changes: As for :meth:`fork_worker`.
-            threads: As there.
-            given_up: As there.
-
-        Returns:
-            What :func:`~safepool.transport.marks.marks_of` says; nothing if it is by value.
-
-        Raises:
-            OSError: As :meth:`fork_worker`.
-            InterruptedError: It was given up.
-        """
-        plan = self._plan_now(changes)
-        if plan is None:
-            return {}
-        modules, strict = self._to_preload(threads)
-        try:
-            with self._server(changes, plan) as server:
-                self._marks = server.run_script(modules, given_up, strict=strict)
-                return self._marks
-        except _CannotRunError as error:
-            self._send_by_value(plan, error, changes, threads)
-            return {}
-
-    def prints(
-        self,
-        changes: Mapping[str, str | None],
-        names: list[str],
-        given_up: Callable[[], bool],
-    ) -> Mapping[str, bytes | None]:
-        """Return what the script's globals are like in the server, as far as that can be told.
-
-        Args:
-            changes: As for :meth:`fork_worker`.
-            names: Of the globals.
-            given_up: As there.
-
-        Returns:
-            By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
-        """
-        plan = self._plan_now(changes)
-        if plan is None:
-            return {}
-        try:
-            with self._server(changes, plan) as server:
-                return server.prints(names, given_up)
-        except OSError:  # no descriptor is left
-            return {}
-
-    def _server(
-        self, changes: Mapping[str, str | None], plan: MainPlan
-    ) -> AbstractContextManager[_Server]:
-        return _server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
-
-    def _send_by_value(
-        self,
-        plan: MainPlan,
-        error: _CannotRunError,
-        changes: Mapping[str, str | None],
-        threads: int,
-    ) -> None:
-        problem = str(error)
-        self.plan, self._marks = plan.without(problem), None
-        attempt = _attempt(plan, changes)
-        if attempt not in _not_runnable:
-            _not_runnable[attempt] = problem
-            _log.log(
-                # With more threads a BLAS starts some when the script imports it.
-                # And who asks for the standard library's way learns it from that.
-                logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
-                "%s is not run in the fork server: %s. Its functions travel to workers by value. "
-                'Move what is not for workers below if __name__ == "__main__":, or pass '
-                'main="value"',
-                plan.name or plan.path,
-                problem,
-            )
-
-    def _to_preload(self, threads: int) -> tuple[list[str], bool]:
-        """Return what the server imports ahead, and whether it was asked for by name."""
-        if self.preload != "auto":
-            return list(self.preload), True
-        # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
-        self._learns = threads == 1
-        return (self._known() if self._learns else []), False
-
-    def _known(self) -> list[str]:
-        """Return what the program and its tasks have imported."""
-        if self._imported is None:  # what is there when the pool begins its work
-            self._imported = modules_of_the_program()
-        return [*dict.fromkeys([*self._imported, *modules_learned()])]
-
-    def fork_worker(
-        self,
-        changes: Mapping[str, str | None],
-        threads: int,
-        channel: int,
-        board: int | None,
-        inherited: Sequence[int],
-        given_up: Callable[[], bool],
-        cpus: Collection[int] = (),
-    ) -> forked.ForkedProcess:
-        """Start a worker.
-
-        Args:
-            changes: To the environment: the caps, and what the user sets.
-            threads: Threads for each of its native pools.
-            channel: Its end of the channel, which stays open here too.
-            board: Its board.
-            inherited: Descriptors for its initializer.
-            given_up: Asked now and then: nobody wants the worker any more.
-            cpus: What it is bound to; none is where this program may run.
-
-        Raises:
-            OSError: The system has no room for a process or a descriptor, or no server
-                could be kept running.
-            ScriptLostError: The script, which was run for this pool, cannot be run again.
-            InterruptedError: It was given up.
-        """
-        modules, strict = self._to_preload(threads)
-        files = [channel, *inherited] if board is None else [channel, board, *inherited]
-        details: dict[str, Any] = {
-            "threads": threads,
-            "board": board is not None,
-            "learns": self._learns,
-        }
-        if cpus:
-            details["affinity"] = set(cpus)
-        plan = self._plan_now(changes)
-        try:
-            with _server_for(changes, plan, kept=self._kept) as server:
-                marks = server.run_script(modules, given_up, strict=strict) if plan else None
-                if marks != self._marks:
-                    raise _CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
-                        "run again in another server, its top level gave other functions and "
-                        "classes"
-                    )
-                return server.fork_worker(modules, details, files, given_up, strict=strict)
-        except _CannotRunError as error:
-            assert plan is not None
-            self._send_by_value(plan, error, changes, threads)
-            raise ScriptLostError(
-                f"{plan.name or plan.path} was run in the fork server and cannot be run there "
-                f"again: {error}"
-            ) from None
-
-
 class _LostError(Exception):
     """The server has ended, or does not answer."""
 
@@ -396,7 +163,7 @@ class _CannotForkError(Exception):
     """No server can be forked, whatever is left out."""
 
 
-class _CannotRunError(Exception):
+class CannotRunError(Exception):
     """The script's top level cannot be run in a server, for a reason of its own."""
 
 
@@ -418,7 +185,7 @@ class _Setting:
     outdated: int = 0
 
 
-class _Server:
+class Server:
     """One fork server, started when it is needed."""
 
     def __init__(
@@ -499,7 +266,7 @@ class _Server:
         """Run the script of the plan, unless this server has run it, and return what it has made.
 
         Raises:
-            _CannotRunError: It cannot be run here. The server has ended.
+            CannotRunError: It cannot be run here. The server has ended.
         """
 
         def run() -> Mapping[str, bytes]:
@@ -590,7 +357,7 @@ class _Server:
         """Run the script in a server that forks no worker: it tells what each of them has.
 
         Raises:
-            _CannotRunError: It cannot be run.
+            CannotRunError: It cannot be run.
         """
         if self._plan is None:
             return
@@ -631,7 +398,7 @@ class _Server:
             except _StartedThreadsError as error:
                 self._stop()
                 why = f"had threads: {error}"
-            except (_CannotForkError, _CannotRunError, InterruptedError):
+            except (_CannotForkError, CannotRunError, InterruptedError):
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
         raise _CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
@@ -871,16 +638,16 @@ class _Server:
         try:
             (what, report), _ = self._report_of(plan, given_up)
         except TimeoutError:
-            raise _CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
+            raise CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
         except (_LostError, ConnectionError):
             ending = self._await_the_end()
             if again and self._process is not None and self._process.returncode in FROM_OUTSIDE:
                 raise  # no fault of the script's
-            raise _CannotRunError(f"while it was run, the fork server {ending}") from None
+            raise CannotRunError(f"while it was run, the fork server {ending}") from None
         if what == "threads":
             raise self._useless(report, imported=bool(self._asked))
         if report["problem"]:
-            raise _CannotRunError(report["problem"])
+            raise CannotRunError(report["problem"])
         if report["seconds"] > _LONG_RUN_S:
             _log.warning(
                 "the top level of %s took %.1f s in the fork server, imports included, before "
@@ -925,7 +692,7 @@ class _Server:
         if what == "unforkable":
             raise _CannotForkError(f"its fork raised {answer}")
         if self._plan is not None:
-            raise _CannotRunError(f"it starts threads that stay ({', '.join(answer)})")
+            raise CannotRunError(f"it starts threads that stay ({', '.join(answer)})")
         raise self._useless(answer, imported=bool(self._asked))
 
     def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
@@ -1087,14 +854,14 @@ class _Server:
         self._process, self._sock, self._workers = None, None, []
 
 
-_servers: dict[_Setting, _Server] = {}
+_servers: dict[_Setting, Server] = {}
 # What cannot be preloaded in this program: the first part of its name, and whether it was asked
 # for by name, which overrules what else than threads an import leaves.
 _left_out: set[tuple[str, bool]] = set()
 # The script's code as it was run first: its file may be changed while the program runs.
 _codes: dict[tuple[str, str], bytes] = {}
 # By attempt, why a script cannot be run in a server.
-_not_runnable: dict[tuple[str | None, ...], str] = {}
+not_runnable: dict[tuple[str | None, ...], str] = {}
 _servers_lock = threading.Lock()
 # The life-line: reading and writing end. One for the process, never closed: the workers of a
 # server that was killed still hold it.
@@ -1115,19 +882,19 @@ def _to_run(plan: MainPlan) -> dict[str, Any]:
     }
 
 
-def _attempt(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | None, ...]:
+def attempt_of(plan: MainPlan, changes: Mapping[str, str | None]) -> tuple[str | None, ...]:
     """Return what tells attempts to run a script apart: with more threads it may start some."""
     return (*plan.key, changes.get("OMP_NUM_THREADS"))
 
 
 @contextmanager
-def _server_for(
+def server_for(
     changes: Mapping[str, str | None],
     plan: MainPlan | None = None,
     *,
     kept: bool = False,
     asked_only: bool = False,
-) -> Iterator[_Server]:
+) -> Iterator[Server]:
     """Give the server of a setting, which nobody ends meanwhile."""
     key = () if plan is None else plan.key
     identity = (*rights(), *place())
@@ -1144,7 +911,7 @@ def _server_for(
             idle = [one for one, other in _servers.items() if other.is_idle()]
             for one in idle[: max(0, len(idle) - _MOST_IDLE + 1)]:
                 _servers.pop(one).stop()
-            found = _servers[setting] = _Server(changes, plan, is_kept=kept, asked_only=asked_only)
+            found = _servers[setting] = Server(changes, plan, is_kept=kept, asked_only=asked_only)
         found.users += 1
         if not _line:
             _line[:] = os.pipe()
@@ -1155,7 +922,7 @@ def _server_for(
             found.users -= 1
 
 
-def _with_rights_of_before(setting: _Setting) -> _Server | None:
+def _with_rights_of_before(setting: _Setting) -> Server | None:
     """Return a server that can take the rights of now, where this user can start no other."""
     if can_start(_executable(), os.__file__, __file__):
         return None

@@ -30,85 +30,64 @@ from safepool.workers.plan import find_space
 from safepool.workers.preload import Imports
 from safepool.workers.runner import Runner
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from multiprocessing.connection import Connection
+# In a fork server, which unpickles it when its user may not be able to read files any more.
+from safepool.workers.start import WorkerStart  # noqa: TC001
 
-    from safepool.workers.inheritance import Initializer
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from multiprocessing.connection import Connection
 
 __all__ = ["be_worker", "worker_main"]
 
 
 def worker_main(
     end: Connection | socket.socket,
-    board: Connection | int | None,
-    environment: Mapping[str, str | None],
-    threads: int,
-    foreign_descriptors: Sequence[int],
-    inherited: list[Connection] | Initializer,
-    cpus: Sequence[int] = (),
-    by_name: bool = False,
-    forked: bool = False,
+    board: Connection | None,
+    told: WorkerStart,
+    inherited: Sequence[Connection] = (),
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started.
 
     Args:
         end: This worker's end of the channel.
         board: The board's descriptor; ``None`` if there is none.
-        environment: As for :func:`be_worker`.
-        threads: As for :func:`be_worker`.
-        foreign_descriptors: The pool's own descriptors, which a forked worker inherits
-            and must not keep: another worker's channel would never be seen closed.
-        inherited: What its initializer finds beside the pickle; in a forked worker the
-            initializer itself.
-        cpus: What this process is bound to; empty if to nothing.
-        by_name: What is sent names functions of the script, which this process has run.
-        forked: This process has all that the program had when it was started.
+        told: What the pool has to tell it.
+        inherited: What its initializer finds beside the pickle.
     """
-    for descriptor in foreign_descriptors:
+    for descriptor in told.foreign:
         _close(descriptor)
-    bind(cpus)
-    if by_name:
+    bind(told.cpus)
+    if told.by_name:
         find_space()
-    if forked:
+    if told.forked:
         be_fork()
     sock = _adopt(end)
     _end_with_the_parent(sock)
-    if isinstance(inherited, tuple):
-        be_worker(sock, board, environment, threads, initializer=inherited)
-        return
-    numbers = [_take(handle) for handle in inherited]
-    be_worker(sock, board, environment, threads, inherited=numbers)
+    be_worker(sock, board, told, [_take(handle) for handle in inherited])
 
 
 def be_worker(
     sock: socket.socket,
     board: Connection | int | None,
-    environment: Mapping[str, str | None],
-    threads: int,
-    *,
+    told: WorkerStart,
     inherited: Sequence[int] = (),
-    initializer: Initializer | None = None,
-    learns: bool = False,
 ) -> None:
     """Serve one pool over one channel until it says stop or is gone.
+
+    Most start methods have set the variables before anything of ours runs; in a forked worker this
+    is the earliest place.
 
     Args:
         sock: This worker's end of the channel.
         board: The board's descriptor; ``None`` if there is none.
-        environment: Variables that bound native threads, ``None`` for those to remove.
-            Most start methods have set them before anything of ours runs; in a forked
-            worker this is the earliest place.
-        threads: Threads for each native pool.
+        told: What the pool has to tell it.
         inherited: Descriptors that the initializer's arguments refer to.
-        initializer: What a forked worker has inherited, instead of a pickle of it.
-        learns: Tell the pool which libraries tasks import: its fork server may have them ahead.
     """
     _be_taken_first()
-    change_environment(environment)
-    pretend(threads)
+    change_environment(told.environment)
+    pretend(told.threads)
     shared = _open_board(board)
-    cap = cap_worker(threads, environment)
+    cap = cap_worker(told.threads, told.environment)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
     # decision. A handler that does nothing rather than SIG_IGN, which programs started by
     # a task would inherit. The pool starts workers with the signal blocked, so that it
@@ -125,7 +104,7 @@ def be_worker(
     load_own()
     get_ready()
     try:
-        Runner(channel, shared, cap, initializer, Imports() if learns else None).serve()
+        Runner(channel, shared, cap, told.initializer, Imports() if told.learns else None).serve()
     except ChannelClosedError:
         pass  # the pool is gone, so is the reason to be here
     finally:

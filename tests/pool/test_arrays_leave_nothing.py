@@ -18,7 +18,7 @@ import support_tasks as tasks
 from support_processes import kill, wait_until
 
 from safepool import ProcessPool, WorkerDiedError, share
-from safepool.workers.process import find_context
+from safepool.workers.methods import find_context
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 

@@ -32,7 +32,8 @@ from safepool.pool.packing import Packing
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import PoolFuture, Task, begin, name_of
 from safepool.pool.worker import Worker
-from safepool.workers.process import find_context
+from safepool.workers.methods import find_context, method_of
+from safepool.workers.start import WorkerStart
 
 if sys.platform != "win32":
     import fcntl
@@ -325,7 +326,12 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
 
 
 def new_scheduler() -> Scheduler:
-    hiring = Hiring(find_context(None), environment={}, threads=1, initializer=None, initargs=())
+    hiring = Hiring(
+        method_of(find_context(None)),
+        WorkerStart(environment={}, threads=1),
+        initializer=None,
+        initargs=(),
+    )
     return Scheduler(workers=1, hiring=hiring, tasks_per_worker=None)
 
 

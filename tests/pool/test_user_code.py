@@ -785,12 +785,12 @@ def test_odd_modules_of_the_program_cost_no_pool(monkeypatch: pytest.MonkeyPatch
 def test_what_fails_at_the_end_of_a_pool_keeps_nobody_waiting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from safepool.workers.forkserver import ServerContext
+    from safepool.workers.context import ServerContext
 
     def fail(*_: object) -> None:
         raise TypeError("a hook")
 
-    monkeypatch.setattr(ServerContext, "preload_ahead", fail)
+    monkeypatch.setattr(ServerContext, "finish", fail)
     pool = ProcessPool(1)
     assert pool.submit(tasks.square, 2).result(timeout=60) == 4
     pool.shutdown()

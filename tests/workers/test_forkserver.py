@@ -91,7 +91,7 @@ def test_newborn_servers_that_are_killed_say_nothing_about_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a busy host; the pool has its workers from a server all the same."""
-    start = forkserver._Server._start
+    start = forkserver.Server._start
     killed: list[int | None] = []
 
     def start_and_kill(server: Any) -> None:
@@ -100,7 +100,7 @@ def test_newborn_servers_that_are_killed_say_nothing_about_the_interpreter(
             killed.append(server.pid)
             os.kill(server.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(forkserver._Server, "_start", start_and_kill)
+    monkeypatch.setattr(forkserver.Server, "_start", start_and_kill)
     with ProcessPool(1, env={"SAFEPOOL_TEST_SETTING": "killed"}) as pool:
         assert pool.submit(os.getppid).result(timeout=60) in forkserver.running()
     assert len(killed) == 3
@@ -136,14 +136,14 @@ def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() ->
 
 def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers nothing; the pool waits for a while, and then starts another."""
-    receive = forkserver._Server._receive
+    receive = forkserver.Server._receive
     with ProcessPool(1) as pool:
         stopped = server_of(pool.submit(tasks.pid).result())
 
         def give_up_soon(server: Any, timeout_s: float, given_up: Any = None) -> Any:
             return receive(server, 0.3 if server.pid == stopped else timeout_s, given_up)
 
-        monkeypatch.setattr(forkserver._Server, "_receive", give_up_soon)
+        monkeypatch.setattr(forkserver.Server, "_receive", give_up_soon)
         os.kill(stopped, signal.SIGSTOP)
         with pytest.raises(WorkerDiedError):
             pool.submit(tasks.be_killed).result(timeout=30)
@@ -666,7 +666,7 @@ def test_a_worker_that_was_forked_for_an_answer_too_late_never_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two workers on one channel would both run tasks, and the pool would know of one."""
-    receive = forkserver._Server._receive
+    receive = forkserver.Server._receive
     answers = 0
 
     def lose_the_first(server: Any, timeout_s: float, given_up: Any = None) -> Any:
@@ -680,7 +680,7 @@ def test_a_worker_that_was_forked_for_an_answer_too_late_never_serves(
                 raise TimeoutError
         return answer
 
-    monkeypatch.setattr(forkserver._Server, "_receive", lose_the_first)
+    monkeypatch.setattr(forkserver.Server, "_receive", lose_the_first)
     with ProcessPool(1) as pool:
         pids = {pool.submit(tasks.pid).result(timeout=60) for _ in range(20)}
         assert pids == {*pool._processes}

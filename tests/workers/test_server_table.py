@@ -19,6 +19,7 @@ if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
 from safepool.workers import forked, forkserver, identity
+from safepool.workers.context import ServerContext
 
 # More settings than idle servers are kept.
 MANY = 6
@@ -27,7 +28,7 @@ MANY = 6
 def make_others() -> None:
     """Ask for servers of ever new settings."""
     for number in range(MANY):
-        forkserver.ServerContext().prepare({"SAFEPOOL_TEST_OTHER": str(number)})
+        ServerContext().prepare({"SAFEPOOL_TEST_OTHER": str(number)})
 
 
 @pytest.fixture(autouse=True)
@@ -39,14 +40,14 @@ def _end_servers() -> Any:
 
 def test_a_server_that_a_pool_uses_is_not_given_up() -> None:
     """The pool may be in the middle of a long import, its first worker yet to come."""
-    with forkserver._server_for({"SAFEPOOL_TEST": "used"}) as used:
+    with forkserver.server_for({"SAFEPOOL_TEST": "used"}) as used:
         used.start()
         make_others()
         assert used.pid in forkserver.running()
         make_others()
         assert used.pid in forkserver.running()
     make_others()
-    forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "last"})
+    ServerContext().prepare({"SAFEPOOL_TEST": "last"})
     assert used.pid not in forkserver.running()
 
 
@@ -63,7 +64,7 @@ def test_a_server_whose_worker_lives_is_not_given_up() -> None:
 
 def test_servers_that_nobody_uses_do_not_pile_up() -> None:
     for number in range(3 * MANY):
-        forkserver.ServerContext().prepare({"SAFEPOOL_TEST": str(number)})
+        ServerContext().prepare({"SAFEPOOL_TEST": str(number)})
         assert len(forkserver.running()) <= forkserver._MOST_IDLE + 1
 
 
@@ -84,7 +85,7 @@ def test_threads_that_prepare_one_setting_at_once_get_one_server(
 
     def prepare() -> None:
         at_once.wait()
-        with forkserver._server_for({"SAFEPOOL_TEST": "at once"}) as server:
+        with forkserver.server_for({"SAFEPOOL_TEST": "at once"}) as server:
             server.start()
             seen.append(server.pid)
 
@@ -122,7 +123,7 @@ def test_the_table_takes_no_exit_code_from_the_pool_that_waits_for_it(
 def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever descriptor is the one too many."""
     copy = forkserver._above_streams
-    forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "before"})  # the life-line is kept
+    ServerContext().prepare({"SAFEPOOL_TEST": "before"})  # the life-line is kept
     open_before = os.listdir("/proc/self/fd")
     for given in range(2):
         left = [copy] * given
@@ -135,7 +136,7 @@ def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(forkserver, "_above_streams", refuse)
         with pytest.raises(OSError, match="Too many open files"):
-            forkserver.ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
+            ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
 
         assert os.listdir("/proc/self/fd") == open_before
 

@@ -92,7 +92,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         """
         import logging
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
-        receive, importing = forkserver._Server._receive, [""]
+        receive, importing = forkserver.Server._receive, [""]
         def give_up_soon(server, limit_s, given_up=None):
             # This import alone: the start of a server, and its other imports, have their time.
             limit_s = 1.0 if importing.pop() == "endless" else limit_s
@@ -100,7 +100,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
             answer = receive(server, limit_s, given_up)
             importing[0] = answer[0][1]
             return answer
-        forkserver._Server._receive = give_up_soon
+        forkserver.Server._receive = give_up_soon
         with safepool.ProcessPool(1, preload=["endless", "colorsys"]) as pool:
             print(pool.submit(lambda: "colorsys" in sys.modules).result())
         """,

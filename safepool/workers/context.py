@@ -1,0 +1,216 @@
+"""How workers are started by default: forked from a server that has no threads (``forkserver``).
+
+One `ServerContext` is one pool's: what its server preloads, and how ``__main__`` gets there. It
+decides what becomes of a script that cannot be run in a server: its functions travel by value.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.context
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from safepool.workers import forkserver
+from safepool.workers.contained import ContainedLogger
+from safepool.workers.plan import ScriptLostError
+from safepool.workers.preload import modules_learned, modules_of_the_program
+from safepool.workers.start import StartMethod
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from types import FrameType
+
+    from safepool.workers import forked
+    from safepool.workers.board import Board
+    from safepool.workers.plan import MainPlan
+    from safepool.workers.start import WorkerStart
+
+assert sys.platform == "linux"
+
+__all__ = ["ServerContext"]
+
+_log = ContainedLogger()
+
+
+class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
+    """How workers are started by default: forked from a server that has no threads.
+
+    Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
+
+    Args:
+        preload: What the server imports ahead: ``"auto"``, or names of modules.
+        plan: How ``__main__`` gets into the workers; ``None`` is by value.
+        kept: What tasks have started does not outlive the program.
+        asked_only: Nothing is forked. It tells what workers have that run the script themselves.
+
+    Attributes:
+        plan: The same, or what has become of it: a script that cannot be run is sent by value.
+    """
+
+    _name = "safepool"
+
+    def __init__(
+        self,
+        preload: str | Sequence[str] = "auto",
+        plan: MainPlan | None = None,
+        *,
+        kept: bool = False,
+        asked_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.preload = preload
+        self.plan = plan
+        self._kept = kept
+        self._asked_only = asked_only
+        self._learns = False
+        self._imported: list[str] | None = None
+        self._marks: Mapping[str, bytes] | None = None
+
+    def prepare(self, changes: Mapping[str, str | None]) -> bool:
+        """Start the server, if none runs; ``False`` if each worker is to be started afresh."""
+        with self._server(changes, self._plan_now(changes)) as server:
+            return server.start()
+
+    def _plan_now(self, changes: Mapping[str, str | None]) -> MainPlan | None:
+        """Return the plan that is carried out; ``None`` where nothing is run."""
+        plan = self.plan
+        if plan is None or plan.mode == "value":
+            return None
+        if self._marks is not None:  # the pool's calls refer to it by now
+            return plan
+        problem = forkserver.not_runnable.get(forkserver.attempt_of(plan, changes))
+        if problem is not None:
+            self.plan = plan.without(problem)
+            return None
+        return plan
+
+    def is_asked_by(self, frame: FrameType | None) -> None:
+        """Take note of the caller: the script is not run if its top level itself asks."""
+        if self.plan is not None and self.plan.mode == "run":
+            line = self.plan.asked_at_top_level(frame)
+            if line:
+                problem = f"line {line} of its top level asks for the pool, outside of a guard"
+                self.plan = self.plan.without(problem)
+
+    def finish(self, changes: Mapping[str, str | None]) -> None:
+        """Let the server import what this pool's tasks have imported."""
+        if self._learns:
+            try:
+                with self._server(changes, self._plan_now(changes)) as server:
+                    server.preload_ahead(self._known())
+            except OSError:
+                pass  # no descriptor is left: the next pool asks by itself
+
+    def run_script(
+        self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
+    ) -> Mapping[str, bytes]:
+        """Run the script in the server; if it cannot be run there, functions travel by value."""
+        plan = self._plan_now(changes)
+        if plan is None:
+            return {}
+        modules, strict = self._to_preload(threads)
+        try:
+            with self._server(changes, plan) as server:
+                self._marks = server.run_script(modules, given_up, strict=strict)
+                return self._marks
+        except forkserver.CannotRunError as error:
+            self._send_by_value(plan, error, changes, threads)
+            return {}
+
+    def prints(
+        self,
+        changes: Mapping[str, str | None],
+        names: list[str],
+        given_up: Callable[[], bool],
+    ) -> Mapping[str, bytes | None]:
+        """Return what globals of the script are like in the server."""
+        plan = self._plan_now(changes)
+        if plan is None:
+            return {}
+        try:
+            with self._server(changes, plan) as server:
+                return server.prints(names, given_up)
+        except OSError:  # no descriptor is left
+            return {}
+
+    def _server(
+        self, changes: Mapping[str, str | None], plan: MainPlan | None
+    ) -> AbstractContextManager[forkserver.Server]:
+        return forkserver.server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
+
+    def _send_by_value(
+        self,
+        plan: MainPlan,
+        error: forkserver.CannotRunError,
+        changes: Mapping[str, str | None],
+        threads: int,
+    ) -> None:
+        problem = str(error)
+        self.plan, self._marks = plan.without(problem), None
+        attempt = forkserver.attempt_of(plan, changes)
+        if attempt not in forkserver.not_runnable:
+            forkserver.not_runnable[attempt] = problem
+            _log.log(
+                # With more threads a BLAS starts some when the script imports it.
+                # And who asks for the standard library's way learns it from that.
+                logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
+                "%s is not run in the fork server: %s. Its functions travel to workers by value. "
+                'Move what is not for workers below if __name__ == "__main__":, or pass '
+                'main="value"',
+                plan.name or plan.path,
+                problem,
+            )
+
+    def _to_preload(self, threads: int) -> tuple[list[str], bool]:
+        """Return what the server imports ahead, and whether it was asked for by name."""
+        if self.preload != "auto":
+            return list(self.preload), True
+        # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
+        self._learns = threads == 1
+        return (self._known() if self._learns else []), False
+
+    def _known(self) -> list[str]:
+        """Return what the program and its tasks have imported."""
+        if self._imported is None:  # what is there when the pool begins its work
+            self._imported = modules_of_the_program()
+        return [*dict.fromkeys([*self._imported, *modules_learned()])]
+
+    def start(
+        self,
+        told: WorkerStart,
+        end: socket.socket,
+        board: Board | None,
+        given_up: Callable[[], bool],
+    ) -> forked.ForkedProcess:
+        """Fork a worker from the server.
+
+        Raises:
+            OSError: Also if no server could be kept running.
+            ScriptLostError: The script, which was run for this pool, cannot be run again.
+        """
+        changes = told.environment
+        modules, strict = self._to_preload(told.threads)
+        files = [end.fileno(), *([] if board is None else [board.fileno()]), *told.descriptors]
+        told = replace(told, learns=self._learns, descriptors=(), foreign=())
+        details = {"told": told, "board": board is not None}
+        plan = self._plan_now(changes)
+        try:
+            with self._server(changes, plan) as server:
+                marks = server.run_script(modules, given_up, strict=strict) if plan else None
+                if marks != self._marks:
+                    raise forkserver.CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
+                        "run again in another server, its top level gave other functions and "
+                        "classes"
+                    )
+                return server.fork_worker(modules, details, files, given_up, strict=strict)
+        except forkserver.CannotRunError as error:
+            assert plan is not None
+            self._send_by_value(plan, error, changes, told.threads)
+            raise ScriptLostError(
+                f"{plan.name or plan.path} was run in the fork server and cannot be run there "
+                f"again: {error}"
+            ) from None

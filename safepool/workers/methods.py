@@ -1,0 +1,119 @@
+"""Which start method a pool gets.
+
+safepool      forked from a server that has no threads (``context``); Linux, by default
+loky          a fresh interpreter each, ``__main__`` never imported; the default elsewhere
+spawn, forkserver, fork    ``multiprocessing``'s own, if the caller asks for one
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from safepool.transport.lazy import eager_imports
+from safepool.workers.plan import plan_main
+from safepool.workers.standard import METHODS, Standard
+from safepool.workers.start import StartMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from multiprocessing.context import BaseContext
+
+__all__ = ["find_context", "method_of", "script_method"]
+
+
+def find_context(
+    wanted: BaseContext | str | None,
+    preload: str | Sequence[str] = "auto",
+    main: Literal["auto", "run", "value"] = "value",
+    *,
+    end_subprocesses: bool = False,
+) -> BaseContext:
+    """Return the context that starts workers.
+
+    Args:
+        wanted: A context, or the name of one: ``"safepool"`` (forked from a server, Linux only),
+            ``"loky"`` (each worker a fresh interpreter, started by exec), or one of
+            ``multiprocessing``'s. ``None`` is the first of these that works here.
+        preload: What the server imports ahead.
+        main: How the program's ``__main__`` gets into workers, as :func:`plan_main`.
+        end_subprocesses: What tasks have started does not outlive the program.
+
+    Raises:
+        ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
+            script that could be run; or it cannot see to it that ``end_subprocesses`` holds.
+    """
+    if wanted is None or wanted == "safepool":
+        ours = _server_context(preload, main, end_subprocesses)
+        if ours is not None:
+            return ours
+        if wanted is not None:
+            raise ValueError(
+                'mp_context="safepool" forks workers from a server of its own, which needs Linux '
+                "with /proc, and a program that is not frozen into one file"
+            )
+    if end_subprocesses:
+        raise ValueError(
+            "end_subprocesses=True needs workers that safepool forks from a server of its own: on "
+            'Linux with /proc, and with mp_context=None or "safepool"'
+        )
+    if wanted is None or wanted == "loky":
+        # Its reducers are registered by imports, which -X lazy_imports=all would put off.
+        with eager_imports():
+            from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
+
+        context: BaseContext = get_context("loky")
+        return context
+    return multiprocessing.get_context(wanted) if isinstance(wanted, str) else wanted
+
+
+def method_of(context: BaseContext) -> StartMethod:
+    """Return how a context starts workers.
+
+    Args:
+        context: From :func:`find_context`.
+    """
+    if isinstance(context, StartMethod):
+        return context
+    return METHODS.get(context.get_start_method(), Standard)(context)
+
+
+if sys.platform == "linux":
+    # Not where it is used: a signal's handler that makes a pool above that import would find half
+    # a module.
+    from safepool.workers.context import ServerContext
+
+    def _server_context(preload: str | Sequence[str], main: str, kept: bool) -> BaseContext | None:
+        # A frozen program would be started again instead of an interpreter.
+        # The server counts its threads there before each fork.
+        if hasattr(sys, "frozen") or not os.path.isdir("/proc/self/task"):
+            return None
+        return ServerContext(preload, plan_main(main), kept=kept)
+
+    def script_method(method: StartMethod, main: str) -> StartMethod:
+        """Return what tells which names of the script workers have.
+
+        Args:
+            method: How they are started: itself, but where each worker runs the script and says
+                nothing of it.
+            main: As for :func:`find_context`.
+        """
+        if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):
+            return method
+        plan = plan_main("auto")
+        if plan.name.rpartition(".")[2] == "__main__":  # spawn runs no such module
+            plan = plan.without("it is a package")
+        return ServerContext([], plan, asked_only=True)
+
+else:
+
+    def _server_context(
+        _preload: str | Sequence[str], _main: str, _kept: bool
+    ) -> BaseContext | None:
+        return None
+
+    def script_method(method: StartMethod, _main: str) -> StartMethod:
+        """Return what tells which names of the script workers have: itself."""
+        return method

@@ -1,0 +1,371 @@
+"""Workers that a context of ``multiprocessing`` or loky starts, each in its own way.
+
+Every one is told the same (``main.worker_main``). The methods differ in what sets the caps before
+anything of the caller's is imported: loky takes an environment; ``spawn`` and ``forkserver``
+unpickle the process's name first, and ``forkserver`` has a server that is capped besides; a fork
+is capped by ``worker_main`` itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import multiprocessing.context
+import multiprocessing.process
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+from safepool.workers.begin import BEGIN, facts_for
+from safepool.workers.main import worker_main
+from safepool.workers.start import StartMethod
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from multiprocessing.context import BaseContext
+
+    from safepool.workers.board import Board
+    from safepool.workers.start import WorkerStart
+
+__all__ = ["METHODS", "Standard"]
+
+# Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
+# start method opens on the way.
+_START_DESCRIPTORS = 8
+
+
+class StandardProcess:
+    """A process of ``multiprocessing``, in the words of :class:`~safepool.workers.start.Started`.
+
+    Args:
+        process: It runs.
+
+    Attributes:
+        pid: Its process id.
+        sentinel: Turns readable when it ends. Before Linux 5.3 and elsewhere it is a pipe, which
+            the worker's own children can hold open; ``None`` on Windows, where only the channel
+            tells.
+        process: The same; ``None`` when this was closed.
+    """
+
+    def __init__(self, process: Any) -> None:
+        self.process: Any = process
+        self.pid: int = process.pid or 0
+        self._pidfd = _open_pidfd(self.pid)
+        self.sentinel = _sentinel(process, self._pidfd)
+
+    def is_alive(self) -> bool:
+        """Return whether it has not ended."""
+        return self.process is not None and bool(self.process.is_alive())
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still the process that was started."""
+        if self._pidfd is not None and sys.platform == "linux":
+            try:
+                linux.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                return  # it has ended
+            except OSError:
+                pass  # a filter refuses this call, and not kill(2)
+            else:
+                return
+        # Not yet waited for by us, so the number cannot belong to another process.
+        if self.is_alive():
+            try:
+                os.kill(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return the exit code, ``None`` if unknown."""
+        deadline = time.monotonic() + timeout_s
+        # Not by join(): that waits for multiprocessing's pipe, which a child of the worker
+        # may hold open. And a fork server passes the code on a moment after the end.
+        exitcode: int | None
+        while (exitcode := self.process.exitcode) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        if exitcode is not None:
+            self.process.join()  # returns at once, and takes it off multiprocessing's list
+        return exitcode
+
+    def close(self) -> None:
+        """Give back every descriptor of ours."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        # multiprocessing's is not closed: who holds it from _processes may still join() it, or
+        # ask how it ended. Its descriptors go with the last reference.
+        self.process = None
+
+
+class Standard(StartMethod):
+    """Starts workers by any context that is like ``multiprocessing``'s.
+
+    Args:
+        context: The context.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self.context: Any = context
+
+    def start(
+        self,
+        told: WorkerStart,
+        end: socket.socket,
+        board: Board | None,
+        given_up: Callable[[], bool],
+    ) -> StandardProcess:
+        """Start a worker, whatever ``given_up`` says."""
+        del given_up
+        handles = [_handle(end)]
+        try:
+            shared = None
+            if board is not None:
+                shared = _handle_of(os.dup(board.fileno()))
+                handles.append(shared)
+            inherited = [_handle_of(os.dup(number)) for number in told.descriptors]
+            handles += inherited
+            # What was another pool's a moment ago may be closed there and open here.
+            own = {handle.fileno() for handle in handles if self.is_fork}
+            foreign = tuple(one for one in told.foreign if self.is_fork and one not in own)
+            told = replace(told, descriptors=(), foreign=foreign, forked=self.is_fork)
+            process = self.create(told, (handles[0], shared, told, inherited))
+            _check_descriptors(handles[0].fileno())
+            self.begin(process)
+            # The pool sees to its end. multiprocessing would join it at the exit of the program,
+            # and at that of a fork of the program, where that fails with a traceback.
+            multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+        finally:
+            for handle in handles:
+                handle.close()
+        return StandardProcess(process)
+
+    def create(self, told: WorkerStart, arguments: tuple[Any, ...]) -> Any:
+        """Return a process that is not started yet."""
+        process = self.kind(told)(target=worker_main, args=arguments)
+        # spawn imports the caller's ``__main__`` before anything of ours runs; the process's
+        # name is what it unpickles before that.
+        process.name = _NameWithCaps(
+            f"safepool-{process.name}",
+            {**facts_for(told.environment, told.threads), "cpus": told.cpus},
+        )
+        return process
+
+    def kind(self, told: WorkerStart) -> Callable[..., Any]:
+        """Return what makes a process."""
+        del told
+        create: Callable[..., Any] = self.context.Process
+        return create
+
+    if sys.platform == "win32":
+
+        def begin(self, process: Any) -> None:
+            """Start it."""
+            process.start()
+
+    else:
+
+        def begin(self, process: Any) -> None:
+            """Start it, with ``SIGINT`` blocked until it is ready for that.
+
+            An interrupt can neither end a worker that still imports, nor make it print a
+            traceback.
+            """
+            self.start_trackers()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                with _no_missing_streams():
+                    process.start()
+            except OSError as error:
+                _close_lost_pipe(error)
+                raise
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        def start_trackers(self) -> None:
+            """Start the resource trackers that come with exec'ing start methods.
+
+            They unblock the signal in the thread that first needs one.
+            """
+            from multiprocessing import resource_tracker  # noqa: PLC0415
+
+            resource_tracker.ensure_running()
+
+
+class _Spawn(Standard):
+    runs_script = True
+
+
+class _Loky(Standard):
+    def create(self, told: WorkerStart, arguments: tuple[Any, ...]) -> Any:
+        """Return a process that is born with the variables."""
+        # loky's can only set. What is to be removed is removed by worker_main, before
+        # anything that reads it is imported.
+        given = {name: value for name, value in told.environment.items() if value is not None}
+        process = self.context.Process(target=worker_main, args=arguments, env=given)
+        process.name = f"safepool-{process.name}"
+        return process
+
+    if sys.platform != "win32":
+
+        def start_trackers(self) -> None:
+            """Start loky's as well."""
+            super().start_trackers()
+            from loky.backend import resource_tracker  # noqa: PLC0415
+
+            resource_tracker.ensure_running()
+
+
+class _LokyByValue(_Loky):
+    by_value = True
+
+
+METHODS: dict[str, type[Standard]] = {
+    "spawn": _Spawn,
+    "loky": _LokyByValue,
+    "loky_init_main": _Loky,
+}
+"""By the name of a context's start method; any other is a :class:`Standard`."""
+
+
+def _check_descriptors(existing: int) -> None:
+    """Raise now what would be raised in the middle of a start, which then leaks its pipes.
+
+    Args:
+        existing: A descriptor, of which copies are made.
+
+    Raises:
+        OSError: There are fewer descriptors left than a start method opens.
+    """
+    spare: list[int] = []
+    try:
+        while len(spare) < _START_DESCRIPTORS:
+            spare.append(os.dup(existing))
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
+
+
+# A fork server may have fewer CPUs by itself: then worker_main() asks the system.
+_BEGIN = f"""
+import os
+if cpus and os.sched_getaffinity(0).issuperset(cpus):
+    os.sched_setaffinity(0, cpus)
+{BEGIN}"""
+
+
+class _NameWithCaps(str):
+    """A process name that binds and caps the interpreter that unpickles it."""
+
+    __slots__ = ("facts",)
+
+    facts: dict[str, Any]
+
+    def __new__(cls, name: str, facts: dict[str, Any]) -> Self:
+        self = super().__new__(cls, name)
+        self.facts = facts
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Builtins only: the child has no sys.path yet to find a function of ours on.
+        own_name = str(self)
+        return eval, (f"(exec({_BEGIN!r}), {own_name!r})[1]", self.facts)
+
+
+@contextlib.contextmanager
+def _no_missing_streams() -> Iterator[None]:
+    """Give loky something to flush where a program has no stdout or stderr (``>&-``)."""
+    missing = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    for name in missing:
+        setattr(sys, name, io.StringIO())
+    try:
+        yield
+    finally:
+        for name in missing:
+            setattr(sys, name, None)
+
+
+def _close_lost_pipe(error: OSError) -> None:
+    """Close the pipe that loky leaves open when the system has no process to give.
+
+    A pool that tries again every second would be out of descriptors some day. Source: loky
+    3.7.0, backend/popen_loky_posix.py, ``_launch``.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame, inner in itertools.pairwise(frames):
+        if (frame.f_code.co_name, inner.f_code.co_name) == ("_launch", "fork_exec"):
+            os.close(frame.f_locals["parent_w"])
+
+
+if sys.platform == "win32":
+
+    def _handle(sock: socket.socket) -> Any:
+        return sock
+
+    def _handle_of(descriptor: int) -> Any:
+        raise OSError(f"there is no board on Windows, and no descriptor {descriptor} of it")
+
+    def _sentinel(_process: Any, _pidfd: int | None) -> int | None:
+        return None
+
+else:
+
+    class _ForkServer(_Spawn):
+        def kind(self, told: WorkerStart) -> Callable[..., Any]:
+            create = super().kind(told)
+            if create is not multiprocessing.context.ForkServerProcess:
+                return create
+            from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom
+
+            return lambda **more: CappedProcess(told.environment, told.threads, **more)
+
+    class _Fork(Standard):
+        is_fork = True
+
+        def kind(self, told: WorkerStart) -> Callable[..., Any]:
+            create = super().kind(told)
+            if create is not multiprocessing.context.ForkProcess:
+                return create
+            from safepool.workers.quiet_fork import QuietProcess  # noqa: PLC0415 -- seldom
+
+            return QuietProcess
+
+        def start_trackers(self) -> None:
+            """Start none: nothing is executed."""
+
+    METHODS |= {"forkserver": _ForkServer, "fork": _Fork}
+
+    def _handle(sock: socket.socket) -> Any:
+        return _handle_of(sock.detach())
+
+    def _handle_of(descriptor: int) -> Any:
+        # Every start method knows how to hand a Connection over.
+        from multiprocessing.connection import Connection  # noqa: PLC0415
+
+        return Connection(descriptor)
+
+    def _sentinel(process: Any, pidfd: int | None) -> int | None:
+        return pidfd if pidfd is not None else int(process.sentinel)
+
+
+if sys.platform == "linux":
+    from safepool import linux
+
+    def _open_pidfd(pid: int) -> int | None:
+        # The standard sentinel is a pipe that a task's own children can hold open; a pidfd
+        # tells about this process alone (pidfd_open(2), Linux 5.3).
+        try:
+            return linux.pidfd_open(pid)
+        except OSError:
+            return None
+
+else:
+
+    def _open_pidfd(_pid: int) -> int | None:
+        return None

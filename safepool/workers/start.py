@@ -1,0 +1,171 @@
+"""What a new worker is told, and what can start one.
+
+A new option of workers is a field of `WorkerStart`, and what ``main`` does with it. A new way to
+start them is a `StartMethod`, and its row in ``methods``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping
+    from types import FrameType
+
+    from safepool.workers.board import Board
+    from safepool.workers.inheritance import Initializer
+
+__all__ = ["StartMethod", "Started", "WorkerStart"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStart:
+    """Everything that a new worker is told.
+
+    Attributes:
+        environment: Variables it is born with, ``None`` for those it is born without.
+        threads: Threads for each of its native pools.
+        cpus: Bound to these, before it imports anything of the caller's; to none if empty.
+        by_name: Functions of the script are sent as names; the worker has run the script.
+        learns: It tells the pool which libraries tasks import.
+        descriptors: The program's, to which the initializer's arguments refer.
+        forked: It is a fork of the program, and has all that this had when it was started.
+        initializer: For a fork of the program, instead of a pickle of it.
+        foreign: The program's, which a fork of it must close: another worker's channel would
+            never be seen closed.
+    """
+
+    environment: Mapping[str, str | None]
+    threads: int
+    cpus: tuple[int, ...] = ()
+    by_name: bool = False
+    learns: bool = False
+    descriptors: tuple[int, ...] = ()
+    forked: bool = False
+    initializer: Initializer | None = field(default=None, repr=False)
+    foreign: tuple[int, ...] = ()
+
+
+class Started(Protocol):
+    """A worker process that was started.
+
+    Attributes:
+        pid: Its process id.
+        sentinel: Turns readable when it has ended; ``None`` where nothing does.
+        process: In the words of ``multiprocessing.Process``.
+    """
+
+    pid: int
+
+    @property
+    def sentinel(self) -> int | None:
+        """A descriptor."""
+
+    @property
+    def process(self) -> Any:
+        """In the words of ``multiprocessing.Process``."""
+
+    def is_alive(self) -> bool:
+        """Return whether it has not ended."""
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it is still the process that was started."""
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
+
+    def close(self) -> None:
+        """Give back every descriptor. The process has ended or is left to itself."""
+
+
+class StartMethod:
+    """One way to start workers. What it does not say holds for most of them.
+
+    Attributes:
+        is_fork: A worker is a copy of this process.
+        by_value: Functions of the script always travel by value.
+        runs_script: Each worker runs the script itself, and says nothing of what that made.
+    """
+
+    is_fork = False
+    by_value = False
+    runs_script = False
+
+    def start(
+        self,
+        told: WorkerStart,
+        end: socket.socket,
+        board: Board | None,
+        given_up: Callable[[], bool],
+    ) -> Started:
+        """Start a worker.
+
+        Args:
+            told: All that it is told.
+            end: Its end of the channel. It is closed here by whoever calls.
+            board: To be shared with it.
+            given_up: Asked while the start takes its time: nobody wants it any more.
+
+        Raises:
+            OSError: The system gave no process or no descriptor.
+            InterruptedError: It was given up.
+        """
+        raise NotImplementedError
+
+    def is_asked_by(self, frame: FrameType | None) -> None:
+        """Take note of the caller that the first worker is for, before it is started."""
+
+    def prepare(self, environment: Mapping[str, str | None]) -> bool:
+        """Do what is done before the first worker; return whether others need no new process.
+
+        Raises:
+            OSError: The system has no room for it.
+            RuntimeError: The interpreter shuts down, or there is none to start.
+        """
+        del environment
+        return False
+
+    def run_script(
+        self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
+    ) -> Mapping[str, bytes]:
+        """Run the program's script where workers come from, if that is the plan.
+
+        Args:
+            environment: Of the workers.
+            threads: Threads for each of their native pools.
+            given_up: As for :meth:`start`.
+
+        Returns:
+            What workers have under its own name in ``__main__``, as
+            :func:`~safepool.transport.marks.marks_of` says; nothing if it is not run.
+
+        Raises:
+            OSError: The system has no room for a process or a descriptor.
+            InterruptedError: It was given up.
+        """
+        del environment, threads, given_up
+        return {}
+
+    def prints(
+        self,
+        environment: Mapping[str, str | None],
+        names: list[str],
+        given_up: Callable[[], bool],
+    ) -> Mapping[str, bytes | None]:
+        """Return what globals of the script are like where it was run, as far as that can be told.
+
+        Args:
+            environment: Of the workers.
+            names: Of the globals.
+            given_up: As for :meth:`start`.
+
+        Returns:
+            By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.
+        """
+        del environment, names, given_up
+        return {}
+
+    def finish(self, environment: Mapping[str, str | None]) -> None:
+        """Do what makes the start of the next pool faster, without waiting for it."""
