@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safepool.workers import forkserver
+from safepool.workers import asking, forkserver
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.plan import ScriptLostError
 from safepool.workers.preload import modules_learned, modules_of_the_program
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import FrameType
 
-    from safepool.workers import forked
+    from safepool.workers import forked, upkeep
     from safepool.workers.board import Board
     from safepool.workers.plan import MainPlan
     from safepool.workers.start import WorkerStart
@@ -112,12 +112,12 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         plan = self._plan_now(changes)
         if plan is None:
             return {}
-        modules, strict = self._to_preload(threads)
+        wish = self._wish(threads, given_up)
         try:
             with self._server(changes, plan) as server:
-                self._marks = server.run_script(modules, given_up, strict=strict)
+                self._marks = server.run_script(wish)
                 return self._marks
-        except forkserver.CannotRunError as error:
+        except asking.CannotRunError as error:
             self._send_by_value(plan, error, changes, threads)
             return {}
 
@@ -139,13 +139,13 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
 
     def _server(
         self, changes: Mapping[str, str | None], plan: MainPlan | None
-    ) -> AbstractContextManager[forkserver.Server]:
+    ) -> AbstractContextManager[upkeep.Server]:
         return forkserver.server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
 
     def _send_by_value(
         self,
         plan: MainPlan,
-        error: forkserver.CannotRunError,
+        error: asking.CannotRunError,
         changes: Mapping[str, str | None],
         threads: int,
     ) -> None:
@@ -165,13 +165,12 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 problem,
             )
 
-    def _to_preload(self, threads: int) -> tuple[list[str], bool]:
-        """Return what the server imports ahead, and whether it was asked for by name."""
+    def _wish(self, threads: int, given_up: Callable[[], bool]) -> asking.Wish:
         if self.preload != "auto":
-            return list(self.preload), True
+            return asking.Wish(list(self.preload), True, given_up)
         # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
         self._learns = threads == 1
-        return (self._known() if self._learns else []), False
+        return asking.Wish(self._known() if self._learns else [], False, given_up)
 
     def _known(self) -> list[str]:
         """Return what the program and its tasks have imported."""
@@ -193,21 +192,21 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             ScriptLostError: The script, which was run for this pool, cannot be run again.
         """
         changes = told.environment
-        modules, strict = self._to_preload(told.threads)
+        wish = self._wish(told.threads, given_up)
         files = [end.fileno(), *([] if board is None else [board.fileno()]), *told.descriptors]
         told = replace(told, learns=self._learns, descriptors=(), foreign=())
         details = {"told": told, "board": board is not None}
         plan = self._plan_now(changes)
         try:
             with self._server(changes, plan) as server:
-                marks = server.run_script(modules, given_up, strict=strict) if plan else None
+                marks = server.run_script(wish) if plan else None
                 if marks != self._marks:
-                    raise forkserver.CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
+                    raise asking.CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
                         "run again in another server, its top level gave other functions and "
                         "classes"
                     )
-                return server.fork_worker(modules, details, files, given_up, strict=strict)
-        except forkserver.CannotRunError as error:
+                return server.fork_worker(details, files, wish)
+        except asking.CannotRunError as error:
             assert plan is not None
             self._send_by_value(plan, error, changes, told.threads)
             raise ScriptLostError(

@@ -482,8 +482,8 @@ def test_a_long_top_level_is_told_with_its_seconds_and_the_remedy(tmp_path: Path
     import logging
     if __name__ == "__main__":
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
-        from safepool.workers import forkserver
-        forkserver._LONG_RUN_S = 0.0
+        from safepool.workers import asking
+        asking._LONG_RUN_S = 0.0
         with safepool.ProcessPool(1) as pool:
             pool.submit(int).result()
     """
@@ -502,8 +502,8 @@ def test_a_top_level_that_waits_for_the_program_is_told_of_and_given_up(tmp_path
         return 3
     if __name__ == "__main__":
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
-        from safepool.workers import forkserver
-        forkserver._WAITING_S, forkserver._RUN_S = 0.0, 0.3
+        from safepool.workers import asking
+        asking._WAITING_S, asking._RUN_S = 0.0, 0.3
         with safepool.ProcessPool(1) as pool:
             print(pool.submit(work).result())
     """

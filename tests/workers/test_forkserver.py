@@ -22,7 +22,7 @@ from safepool import ProcessPool, WorkerDiedError
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
-from safepool.workers import forkserver
+from safepool.workers import asking, forkserver, upkeep
 
 TESTS = Path(__file__).parent.parent
 
@@ -91,16 +91,17 @@ def test_newborn_servers_that_are_killed_say_nothing_about_the_interpreter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As on a busy host; the pool has its workers from a server all the same."""
-    start = forkserver.Server._start
+    start = upkeep.Server._start
     killed: list[int | None] = []
 
-    def start_and_kill(server: Any) -> None:
-        start(server)
+    def start_and_kill(server: Any) -> Any:
+        started = start(server)
         if len(killed) < 3:
             killed.append(server.pid)
             os.kill(server.pid, signal.SIGKILL)
+        return started
 
-    monkeypatch.setattr(forkserver.Server, "_start", start_and_kill)
+    monkeypatch.setattr(upkeep.Server, "_start", start_and_kill)
     with ProcessPool(1, env={"SAFEPOOL_TEST_SETTING": "killed"}) as pool:
         assert pool.submit(os.getppid).result(timeout=60) in forkserver.running()
     assert len(killed) == 3
@@ -136,14 +137,14 @@ def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() ->
 
 def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers nothing; the pool waits for a while, and then starts another."""
-    receive = forkserver.Server._receive
+    receive = asking.RunningServer._receive
     with ProcessPool(1) as pool:
         stopped = server_of(pool.submit(tasks.pid).result())
 
         def give_up_soon(server: Any, timeout_s: float, given_up: Any = None) -> Any:
             return receive(server, 0.3 if server.pid == stopped else timeout_s, given_up)
 
-        monkeypatch.setattr(forkserver.Server, "_receive", give_up_soon)
+        monkeypatch.setattr(asking.RunningServer, "_receive", give_up_soon)
         os.kill(stopped, signal.SIGSTOP)
         with pytest.raises(WorkerDiedError):
             pool.submit(tasks.be_killed).result(timeout=30)
@@ -490,7 +491,7 @@ def test_server_and_workers_end_with_a_killed_program(
         textwrap.dedent(
             f"""
             import os, sys, time, safepool
-            from safepool.workers import forkserver
+            from safepool.workers import asking, forkserver, upkeep
             pool = safepool.ProcessPool(2)
             for _ in range(2):
                 pool.submit(sum, range(10**11))
@@ -666,7 +667,7 @@ def test_a_worker_that_was_forked_for_an_answer_too_late_never_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two workers on one channel would both run tasks, and the pool would know of one."""
-    receive = forkserver.Server._receive
+    receive = asking.RunningServer._receive
     answers = 0
 
     def lose_the_first(server: Any, timeout_s: float, given_up: Any = None) -> Any:
@@ -680,7 +681,7 @@ def test_a_worker_that_was_forked_for_an_answer_too_late_never_serves(
                 raise TimeoutError
         return answer
 
-    monkeypatch.setattr(forkserver.Server, "_receive", lose_the_first)
+    monkeypatch.setattr(asking.RunningServer, "_receive", lose_the_first)
     with ProcessPool(1) as pool:
         pids = {pool.submit(tasks.pid).result(timeout=60) for _ in range(20)}
         assert pids == {*pool._processes}

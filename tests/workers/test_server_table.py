@@ -18,7 +18,7 @@ from safepool import ProcessPool, WorkerDiedError
 if sys.platform != "linux":
     pytest.skip("there is a fork server on Linux only", allow_module_level=True)
 
-from safepool.workers import forked, forkserver, identity
+from safepool.workers import forked, forkserver, identity, launch
 from safepool.workers.context import ServerContext
 
 # More settings than idle servers are kept.
@@ -122,7 +122,7 @@ def test_the_table_takes_no_exit_code_from_the_pool_that_waits_for_it(
 
 def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever descriptor is the one too many."""
-    copy = forkserver._above_streams
+    copy = launch._above_streams
     ServerContext().prepare({"SAFEPOOL_TEST": "before"})  # the life-line is kept
     open_before = os.listdir("/proc/self/fd")
     for given in range(2):
@@ -134,7 +134,7 @@ def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyP
             copied: int = left.pop()(number)
             return copied
 
-        monkeypatch.setattr(forkserver, "_above_streams", refuse)
+        monkeypatch.setattr(launch, "_above_streams", refuse)
         with pytest.raises(OSError, match="Too many open files"):
             ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
 

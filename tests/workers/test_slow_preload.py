@@ -31,7 +31,7 @@ Path("endless.py").write_text(
 )
 sys.path.insert(0, os.getcwd())
 import safepool
-from safepool.workers import forkserver
+from safepool.workers import asking, forkserver
 def wait_for_the_import():
     while not os.path.exists("begun"):
         time.sleep(0.01)
@@ -92,7 +92,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         """
         import logging
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
-        receive, importing = forkserver.Server._receive, [""]
+        receive, importing = asking.RunningServer._receive, [""]
         def give_up_soon(server, limit_s, given_up=None):
             # This import alone: the start of a server, and its other imports, have their time.
             limit_s = 1.0 if importing.pop() == "endless" else limit_s
@@ -100,7 +100,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
             answer = receive(server, limit_s, given_up)
             importing[0] = answer[0][1]
             return answer
-        forkserver.Server._receive = give_up_soon
+        asking.RunningServer._receive = give_up_soon
         with safepool.ProcessPool(1, preload=["endless", "colorsys"]) as pool:
             print(pool.submit(lambda: "colorsys" in sys.modules).result())
         """,

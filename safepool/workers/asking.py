@@ -1,0 +1,424 @@
+"""One fork server that runs: what it is asked, and what its answers mean.
+
+The letters are those of ``server``. A server that does not answer, or has something that makes it
+useless, is for ``upkeep``, which starts another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing import process as known
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import FROM_OUTSIDE, REFUSALS, describe_exit
+from safepool.transport import letters
+from safepool.workers import forked, handing, identity, kept, launch
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from safepool.workers.plan import MainPlan
+
+assert sys.platform == "linux"
+
+__all__ = [
+    "LOOK_S",
+    "CannotForkError",
+    "CannotRunError",
+    "LostError",
+    "RunningServer",
+    "StartedThreadsError",
+    "Wish",
+    "check",
+    "to_run",
+    "value_of",
+]
+
+_log = ContainedLogger()
+
+# Seconds for one fork: of a few hundred megabytes it takes milliseconds.
+_FORK_S = 5.0
+# For the script's top level: whoever computes there for longer has a reason to be told.
+_RUN_S = 600.0
+# A top level that takes longer is worth a word: each server waits for it.
+_LONG_RUN_S = 2.0
+# One that has not ended by then may never: it may wait for what the program holds.
+_WAITING_S = 10.0
+# From the end of its socket to that of the process.
+_ENDING_S = 1.0
+LOOK_S = 0.1
+"""Between two looks whether an import is still waited for: Ctrl-C must not have to."""
+
+_HAD_THREADS = "it had threads from its start, as an agent or a debugger brings them: {}"
+
+# What cannot be preloaded in this program: the first part of its name, and whether it was asked
+# for by name, which overrules what else than threads an import leaves.
+_left_out: set[tuple[str, bool]] = set()
+# The script's code as it was run first: its file may be changed while the program runs.
+_codes: dict[tuple[str, str], bytes] = {}
+
+
+class LostError(Exception):
+    """The server has ended, or does not answer."""
+
+
+class StartedThreadsError(Exception):
+    """The server has threads that a fork would lose."""
+
+
+class CannotForkError(Exception):
+    """No server can be forked, whatever is left out."""
+
+
+class CannotRunError(Exception):
+    """The script's top level cannot be run in a server, for a reason of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a pool wants a server to have imported.
+
+    Attributes:
+        modules: Their names.
+        strict: They were asked for by name.
+        given_up: Tells that nobody wants it any more.
+    """
+
+    modules: Sequence[str]
+    strict: bool
+    given_up: Callable[[], bool]
+
+
+class RunningServer:
+    """A fork server's process, and this end of its socket.
+
+    Args:
+        changes: To its environment.
+        plan: The script that it is to run.
+        forks: Or each worker is an interpreter of its own, and it is there to be asked.
+        is_kept: It is below a keeper.
+
+    Attributes:
+        marks: What the script has made; ``None`` before it was run.
+        answers: It has said a word; until then it may still be starting.
+
+    Raises:
+        OSError: The system has no room for it.
+        NoInterpreterError: There is nothing to be started.
+    """
+
+    def __init__(
+        self,
+        changes: Mapping[str, str | None],
+        plan: MainPlan | None,
+        *,
+        forks: bool,
+        is_kept: bool,
+    ) -> None:
+        self._changes = changes
+        self._plan = plan
+        self._forks = forks
+        self._process, self._sock = launch.launch(changes, becomes=False, is_kept=is_kept)
+        self.marks: Mapping[str, bytes] | None = None
+        self.answers = False
+        # It has something to do at its end.
+        self._exits = False
+        self._asked: set[str] = set()
+        # Answers to what was asked for ahead are still to come.
+        self._ahead = False
+        # Variables that its imports have read, as they were in the program.
+        self._read: dict[str, str | None] = {}
+        _log.debug("a fork server was started")
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; ``None`` while it is not known."""
+        return self._process.pid or None
+
+    def fileno(self) -> int:
+        """Return the descriptor of the socket."""
+        return self._sock.fileno()
+
+    @property
+    def was_ended_from_outside(self) -> bool:
+        """Whether it was killed by somebody: no fault of its own."""
+        return self._process.returncode in FROM_OUTSIDE
+
+    def has_read_otherwise(self) -> bool:
+        """Return whether its imports have read a variable that is another by now."""
+        if self._plan is not None:  # the script has read what it wanted, when it was run
+            return False
+        return any(value_of(name, self._changes) != value for name, value in [*self._read.items()])
+
+    def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
+        # One that still starts reads nothing, and a long path does not fit into the socket.
+        self._sock.settimeout(_FORK_S if self.answers else launch.IMPORT_S)
+        letters.send(self._sock, message, descriptors)
+
+    def _receive(
+        self, timeout_s: float, given_up: Callable[[], bool] | None = None
+    ) -> tuple[Any, list[int]]:
+        # What it says first is that it is there: until then it does not do what it was asked for.
+        limit_s = timeout_s if self.answers else max(timeout_s, launch.IMPORT_S)
+        self._sock.settimeout(limit_s)
+        deadline = time.monotonic() + limit_s
+        while given_up is not None and not forked.is_readable(self._sock.fileno(), LOOK_S):
+            check(given_up)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+        received = letters.receive(self._sock)
+        if received is None:
+            raise LostError
+        if not self.answers:
+            self.answers = True
+            if isinstance(self._process, kept.KeptServer):
+                self._process.pid = received[0][1]
+            return self._receive(timeout_s, given_up)
+        return received
+
+    def take_rights(self, given_up: Callable[[], bool]) -> bool:
+        """Let it take the program's rights of now; return whether it has them then."""
+        self._hear_of_what_was_asked_ahead(given_up)
+        self._send(("rights", identity.users()))
+        (_, told), _ = self._receive(_FORK_S, given_up)
+        return bool(told == (identity.rights(), identity.place()))
+
+    def preload(self, wish: Wish) -> None:
+        """Let it import what is new.
+
+        Raises:
+            StartedThreadsError: It is useless now. What has made it so is left out from now on.
+            CannotForkError: It has been useless from its start.
+        """
+        self._hear_of_what_was_asked_ahead(wish.given_up)
+        before = bool(self._asked)
+        if self._ask_for(wish.modules, strict=wish.strict):
+            self._hear_of_imports(wish.given_up, strict=wish.strict, imported=before)
+
+    def preload_ahead(self, modules: Sequence[str]) -> None:
+        """Ask for what is new, and do not wait for it."""
+        if not self._ahead and (self._plan is None or self.marks is not None):
+            self._ahead = self._ask_for(modules, strict=False)
+
+    def _hear_of_what_was_asked_ahead(self, given_up: Callable[[], bool]) -> None:
+        if self._ahead:
+            self._ahead = False
+            self._hear_of_imports(given_up, strict=False, imported=True)
+
+    def _ask_for(self, modules: Sequence[str], *, strict: bool) -> bool:
+        new = [
+            name
+            for name in modules
+            if name not in self._asked and (name.partition(".")[0], strict) not in _left_out
+        ]
+        if not new:
+            return False
+        self._asked.update(new)
+        self._send(("preload", {"names": new, "strict": strict}))
+        return True
+
+    def _hear_of_imports(
+        self, given_up: Callable[[], bool], *, strict: bool, imported: bool
+    ) -> None:
+        importing = ""
+        while True:
+            try:
+                (what, told), _ = self._receive(launch.IMPORT_S, given_up)
+            except (LostError, ConnectionError, TimeoutError) as error:
+                if importing:
+                    if isinstance(error, TimeoutError):
+                        why = "the fork server's import takes too long"
+                    else:
+                        why = f"while it was imported, the fork server {self.await_the_end()}"
+                    _log.warning("%s is not preloaded: %s", importing, why)
+                    _leave_out([importing])
+                raise
+            if what == "preloaded":
+                break
+            if what == "threads":
+                raise self._useless(told, imported=imported)
+            importing = told
+        for name, reason in told["failed"].items():
+            level = logging.WARNING if strict else logging.DEBUG
+            _log.log(level, "%s could not be preloaded: %s", name, reason)
+        for name, why in told["culprits"].items():
+            _log.info("%s is not preloaded: its import %s", name, why)
+            _leave_out([name], [strict])
+        if told["culprits"]:
+            raise StartedThreadsError(", ".join(sorted(told["culprits"])))
+        self._read |= {name: value_of(name, self._changes) for name in told["read"]}
+
+    def run_script(self, given_up: Callable[[], bool], *, again: bool) -> Mapping[str, bytes]:
+        """Run the script of the plan, and return what it has made.
+
+        Args:
+            given_up: Tells that nobody wants it any more.
+            again: A server that is killed from outside may be started again.
+
+        Raises:
+            CannotRunError: It cannot be run.
+        """
+        plan = self._plan
+        assert plan is not None
+        details = {
+            **handing.details_of(self._changes, script=True),
+            **to_run(plan),
+            "name": "safepool-server",
+            "identity": (),
+            "forks": self._forks,
+        }
+        folder = handing.open_directory()
+        try:
+            self._send(("script", details), [folder, handing.tracker()])
+        finally:
+            os.close(folder)
+        try:
+            (what, report), _ = self._report_of(plan, given_up)
+        except TimeoutError:
+            raise CannotRunError(f"its top level takes longer than {_RUN_S:.0f} s") from None
+        except (LostError, ConnectionError):
+            ending = self.await_the_end()
+            if again and self.was_ended_from_outside:
+                raise  # no fault of the script's
+            raise CannotRunError(f"while it was run, the fork server {ending}") from None
+        if what == "threads":
+            raise self._useless(report, imported=bool(self._asked))
+        if report["problem"]:
+            raise CannotRunError(report["problem"])
+        if report["seconds"] > _LONG_RUN_S:
+            _log.warning(
+                "the top level of %s took %.1f s in the fork server, imports included, before "
+                "the first worker was forked. Move work that workers do not need below "
+                'if __name__ == "__main__":',
+                plan.name or plan.path,
+                report["seconds"],
+            )
+        self._exits = report["exits"]
+        _codes.setdefault((plan.name, plan.path), report["code"])
+        marks: Mapping[str, bytes] = report["marks"]
+        self.marks = marks
+        return marks
+
+    def _report_of(self, plan: MainPlan, given_up: Callable[[], bool]) -> tuple[Any, list[int]]:
+        try:
+            return self._receive(_WAITING_S, given_up)
+        except TimeoutError:
+            _log.warning(
+                "the top level of %s has been running in the fork server for %.0f s, and tasks "
+                "wait for its end. If it waits for something that the program holds, such as a "
+                'lock or a terminal, move that below if __name__ == "__main__":, or pass '
+                'main="value"',
+                plan.name or plan.path,
+                _WAITING_S,
+            )
+        return self._receive(_RUN_S - _WAITING_S, given_up)
+
+    def ask_prints(self, names: list[str], tell: int) -> bool:
+        """Ask what globals of the script are like, to be told through a pipe."""
+        if self.marks is None:
+            return False
+        self._send(("prints", names), [tell])
+        return True
+
+    def fork(
+        self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
+    ) -> forked.ForkedProcess:
+        """Fork a worker.
+
+        Raises:
+            OSError: The system has no room for it.
+            CannotForkError: It never will.
+            CannotRunError: The script has left threads.
+            StartedThreadsError: Something else has.
+        """
+        details = {**handing.details_of(self._changes, script=self._plan is not None), **more}
+        with handing.handing(details, files) as (told, given, ours):
+            self._send(("fork", told), given)
+            limit_s = _FORK_S if self.answers else launch.IMPORT_S
+            (what, answer), descriptors = self._receive(limit_s, given_up)
+            if what == "forked":
+                pidfd = descriptors[0] if descriptors else None
+                return forked.ForkedProcess(told["name"], answer, pidfd, *handing.let_in(ours))
+        if what == "refused":
+            if answer in REFUSALS:
+                raise CannotForkError(f"the system refuses its fork: {os.strerror(answer)}")
+            raise OSError(answer, os.strerror(answer))
+        if what == "unforkable":
+            raise CannotForkError(f"its fork raised {answer}")
+        if self._plan is not None:
+            raise CannotRunError(f"it starts threads that stay ({', '.join(answer)})")
+        raise self._useless(answer, imported=bool(self._asked))
+
+    def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
+        """Leave out what may have started threads, and return what the server is given up for."""
+        told = ", ".join(dict.fromkeys(threads))
+        if not imported:
+            return CannotForkError(_HAD_THREADS.format(told))
+        _log.warning("nothing is preloaded: the fork server has threads: %s", told)
+        _leave_out(self._asked)
+        return StartedThreadsError(told)
+
+    def await_the_end(self) -> str:
+        """Say how it ended, whose end of the socket is closed: that is a moment before."""
+        try:
+            return describe_exit(self._process.wait(_ENDING_S))
+        except subprocess.TimeoutExpired:
+            return "closed its socket"
+
+    def stop(self) -> str:
+        """End what is left of it, and say how it ended."""
+        process = self._process
+        self._sock.close()
+        if self._exits and process.poll() is None:
+            try:
+                process.wait(_ENDING_S)
+            except subprocess.TimeoutExpired:
+                pass
+        if process.poll() is None:
+            try:
+                process.kill()
+                process.wait(_ENDING_S)
+            except (PermissionError, subprocess.TimeoutExpired):
+                # Another user's by now: it ends by itself, as its socket was closed. Or it is in a
+                # system call that nothing ends.
+                process.returncode = 0
+            return "did not answer and was ended"
+        return describe_exit(process.returncode)
+
+    def forget(self) -> None:
+        """Give up the copies that a fork of the program has made."""
+        self._process.returncode = 0  # not this process's child
+        self._sock.close()
+
+
+def to_run(plan: MainPlan) -> dict[str, Any]:
+    """Return what a process is told that runs the script."""
+    process: Any = known
+    return {
+        "argv": list(plan.argv),
+        "module": plan.name,
+        "file": plan.path,
+        "original_dir": process.ORIGINAL_DIR,
+        "code": _codes.get((plan.name, plan.path), b""),
+    }
+
+
+def value_of(name: str, changes: Mapping[str, str | None]) -> str | None:
+    """Return the value of a variable in a server that would be started now."""
+    return changes[name] if name in changes else os.environ.get(name)
+
+
+def _leave_out(names: Iterable[str], wanted: Sequence[bool] = (True, False)) -> None:
+    _left_out.update((name.partition(".")[0], strict) for name in names for strict in wanted)
+
+
+def check(given_up: Callable[[], bool]) -> None:
+    """Raise ``InterruptedError`` if nobody wants the server any more."""
+    if given_up():
+        raise InterruptedError("the pool was shut down while the server imported")

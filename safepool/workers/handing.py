@@ -1,0 +1,115 @@
+"""What a worker is given by this program, which is not its parent: facts and descriptors."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import sys
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any
+
+from safepool.workers import birth, launch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+assert sys.platform == "linux"
+
+__all__ = ["details_of", "handing", "let_in", "open_directory", "tracker"]
+
+
+def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
+    """Return what a child of this process has, besides descriptors.
+
+    Args:
+        changes: To the environment.
+        script: It has run the script.
+    """
+    me = multiprocessing.current_process()
+    return {
+        **birth.circumstances(),
+        "environ": launch.environment_of(changes),
+        "changes": changes,
+        "parent": os.getpid(),
+        "parent_name": me.name,
+        "authkey": bytes(me.authkey),
+        "script": script,
+    }
+
+
+@contextmanager
+def handing(
+    details: Mapping[str, Any], files: Sequence[int]
+) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
+    """Open what a worker is given, for as long as it is handed over.
+
+    Args:
+        details: From :func:`details_of`, and more.
+        files: What it is given besides.
+
+    Yields:
+        What it is told, what it is given, and this side of it: for :func:`let_in`.
+    """
+    me: Any = multiprocessing.current_process()
+    # As multiprocessing numbers the children of a process, all its pools together: nobody
+    # gets the number of one that has ended.
+    number = next(multiprocessing.process._process_counter)  # type: ignore[attr-defined]
+    identity = (*me._identity, number)
+    name = f"safepool-{':'.join(map(str, identity))}"
+    opened: list[int] = []
+    ours: list[int] = []
+    try:
+        status, told = os.pipe()
+        ours.append(status)
+        opened.append(told)
+        os.set_blocking(status, False)
+        # The worker waits here until it is known: a server that answers too late, or
+        # never, may have forked one all the same, and another would share its channel.
+        gate, key = os.pipe()
+        ours.append(key)
+        opened.append(gate)
+        folder = open_directory()
+        opened.append(folder)
+        streams = [_stream(number, opened) for number in (1, 2)]
+        given = [told, gate, folder, *streams, tracker(), *files]
+        yield {**details, "name": name, "identity": identity, "files": len(given)}, given, ours
+    finally:
+        for descriptor in (*opened, *ours):
+            os.close(descriptor)
+
+
+def let_in(ours: list[int]) -> tuple[int, int]:
+    """Let a worker begin that is known now, and take over where its end is told, and its line."""
+    status, key = ours
+    os.write(key, b"\0")
+    ours.clear()
+    return status, key
+
+
+def tracker() -> int:
+    """Return the pipe to the resource tracker.
+
+    Shared, so that shared memory is not unlinked by the worker's own at its end.
+    """
+    found = resource_tracker.getfd()
+    assert found is not None
+    return found
+
+
+def open_directory() -> int:
+    """Open the working directory."""
+    flags = os.O_RDONLY | getattr(os, "O_PATH", 0)
+    try:
+        return os.open(".", flags)
+    except PermissionError:  # a program that has given up root in a directory of root's
+        return os.open("/", flags)
+
+
+def _stream(number: int, opened: list[int]) -> int:
+    """Return the standard stream of that number, or a substitute where the program has none."""
+    if not launch.is_stream(number):
+        number = os.open(os.devnull, os.O_WRONLY)
+        opened.append(number)
+    return number

@@ -1,0 +1,336 @@
+"""One fork server for as long as pools want it: started when it is needed, and again when lost.
+
+A server that runs is a `RunningServer` (``asking``); what goes wrong with it, and what is done,
+is the table of ``forkserver``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from safepool.transport import letters
+from safepool.workers import asking, forked, handing, launch, script
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from safepool.workers.plan import MainPlan
+
+assert sys.platform == "linux"
+
+__all__ = ["Server"]
+
+_log = ContainedLogger()
+
+_T = TypeVar("_T")
+
+# With offenders left out, then with nothing preloaded, then once more for bad luck.
+_MOST_STARTS = 4
+
+
+class Server:
+    """One fork server, started when it is needed.
+
+    Args:
+        changes: To its environment.
+        plan: The script that it runs.
+        is_kept: It is below a keeper.
+        asked_only: It forks nothing.
+
+    Attributes:
+        running: The one that runs, as far as is known.
+        takes_rights: It has the rights that the program had before, and is to take those of now.
+        users: Pools that use it at the moment; under the lock of the servers' table.
+    """
+
+    def __init__(
+        self,
+        changes: Mapping[str, str | None],
+        plan: MainPlan | None = None,
+        *,
+        is_kept: bool = False,
+        asked_only: bool = False,
+    ) -> None:
+        self._changes = dict(changes)
+        self._plan = plan
+        self._kept = is_kept
+        # Each worker is an interpreter of its own from now on.
+        self._afresh = asked_only
+        self._lock = threading.Lock()
+        self.running: asking.RunningServer | None = None
+        self._workers: list[forked.ForkedProcess] = []
+        self.takes_rights = False
+        self.users = 0
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; ``None`` while none runs."""
+        running = self.running
+        return None if running is None else running.pid
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether it runs, as far as is known, and forks workers."""
+        return self.running is not None and not self._afresh
+
+    def is_idle(self) -> bool:
+        """Return whether nobody uses it and no pool has a worker of it."""
+        # Not whether they live: their exit codes are read once, by the threads of their pools.
+        return not self.users and all(worker.closed for worker in self._workers)
+
+    def fork_worker(
+        self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
+    ) -> forked.ForkedProcess:
+        """Preload what is new and fork a worker; start the server first, or again.
+
+        Args:
+            more: What it is told besides what each child of the program is.
+            files: What it is given besides.
+            wish: What is preloaded.
+
+        Raises:
+            CannotRunError: The script cannot be run.
+        """
+
+        def start() -> forked.ForkedProcess:
+            process = self._start_one(more, files, wish)
+            self._workers = [worker for worker in self._workers if not worker.closed]
+            self._workers.append(process)
+            return process
+
+        return self._alone(start, wish.given_up)
+
+    def run_script(self, wish: asking.Wish) -> Mapping[str, bytes]:
+        """Run the script of the plan, unless this server has run it, and return what it has made.
+
+        Raises:
+            CannotRunError: It cannot be run here. The server has ended.
+        """
+
+        def run() -> Mapping[str, bytes]:
+            if self.running is None or self.running.marks is None:
+                try:
+                    if not self._afresh:
+                        self._in_a_server(lambda _: None, wish)
+                except asking.CannotForkError as error:
+                    self._be_afresh(error)
+                if self._afresh:
+                    self._run_script_for_all(wish)
+            assert self.running is not None
+            assert self.running.marks is not None
+            return self.running.marks
+
+        return self._alone(run, wish.given_up)
+
+    def prints(self, names: list[str], given_up: Callable[[], bool]) -> Mapping[str, bytes | None]:
+        """Return what globals of the script are like, as far as that can be told."""
+
+        def ask() -> bool:
+            return self.running is not None and self.running.ask_prints(names, tell)
+
+        found = b""
+        told, tell = os.pipe()
+        try:
+            if not self._alone(ask, given_up):
+                return {}  # it has ended
+            os.close(tell)
+            tell = -1
+            while True:
+                while not forked.is_readable(told, asking.LOOK_S):
+                    if given_up():
+                        return {}
+                data = os.read(told, 1 << 16)
+                if not data:
+                    return script.read_prints(found)
+                found += data
+        except OSError:
+            return {}  # it is gone; the next worker's server is another
+        finally:
+            os.close(told)
+            if tell >= 0:
+                os.close(tell)
+
+    def preload_ahead(self, modules: Sequence[str]) -> None:
+        """Ask for what is new, and do not wait for it."""
+        if not self._lock.acquire(blocking=False):
+            return  # whoever uses it asks by himself
+        try:
+            if self.running is not None and not self._afresh:
+                self.running.preload_ahead(modules)
+        except OSError:
+            pass  # it is gone: found out by whoever wants a worker
+        finally:
+            self._lock.release()
+
+    def start(self) -> bool:
+        """Start it, if it does not run; return whether it forks the workers."""
+        if self.running is None:  # or somebody starts it now, who would not be waited for
+            with self._lock:
+                if self.running is None and not self._afresh:
+                    self._start()
+        return not self._afresh
+
+    def stop(self) -> None:
+        """End it; its workers live on."""
+        with self._lock:
+            self._stop()
+
+    def forget(self) -> None:
+        """Give up the copies that a fork of the program has made."""
+        self._lock = threading.Lock()
+        if self.running is not None:
+            self.running.forget()
+        for worker in self._workers:
+            worker.drop_line()
+        self.running, self._workers = None, []
+
+    def _alone(self, deed: Callable[[], _T], given_up: Callable[[], bool]) -> _T:
+        while not self._lock.acquire(timeout=asking.LOOK_S):  # another pool waits for an import
+            asking.check(given_up)
+        try:
+            return deed()
+        finally:
+            self._lock.release()
+
+    def _start(self) -> asking.RunningServer:
+        self.running = asking.RunningServer(
+            self._changes,
+            self._plan,
+            forks=not self._afresh,
+            is_kept=self._kept and not self._afresh,
+        )
+        return self.running
+
+    def _stop(self) -> str:
+        running, self.running = self.running, None
+        return "" if running is None else running.stop()
+
+    def _start_one(
+        self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
+    ) -> forked.ForkedProcess:
+        if not self._afresh:
+            try:
+                return self._in_a_server(
+                    lambda running: running.fork(more, files, wish.given_up), wish
+                )
+            except asking.CannotForkError as error:
+                self._be_afresh(error)
+                self._run_script_for_all(wish)
+        return self._start_afresh(wish.modules if wish.strict else (), more, files)
+
+    def _be_afresh(self, error: asking.CannotForkError) -> None:
+        self._afresh = True
+        _log_once(
+            "each worker is started afresh, as no fork server can be used "
+            f"(a start takes longer, and no memory is shared): {error}"
+        )
+        if self._kept:
+            _log_once(
+                "end_subprocesses=True does not hold for workers that are started "
+                "afresh: what their tasks start may outlive this program"
+            )
+
+    def _run_script_for_all(self, wish: asking.Wish) -> None:
+        """Run the script in a server that forks no worker: it tells what each of them has.
+
+        Raises:
+            CannotRunError: It cannot be run.
+        """
+        if self._plan is None:
+            return
+        try:
+            self._start().run_script(wish.given_up, again=False)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _in_a_server(self, deed: Callable[[asking.RunningServer], _T], wish: asking.Wish) -> _T:
+        """Do something with a server that has preloaded what is new and run the script."""
+        why = ""
+        for attempt in range(_MOST_STARTS):
+            running = self.running or self._start()
+            try:
+                if self.takes_rights:
+                    self._let_take_rights(running, wish.given_up)
+                if wish.strict and attempt < 2:
+                    running.preload(wish)
+                if self._plan is not None and running.marks is None:
+                    running.run_script(wish.given_up, again=attempt < 2)
+                # After the script, which imports in its own order and sets before what it wants.
+                if not wish.strict and attempt < 2:
+                    running.preload(wish)
+                return deed(running)
+            except (asking.LostError, ConnectionError, TimeoutError) as error:
+                why = self._lose(running, error, attempt)
+            except asking.StartedThreadsError as error:
+                self._stop()
+                why = f"had threads: {error}"
+            except (asking.CannotForkError, asking.CannotRunError, InterruptedError):
+                self._stop()  # it may be in the middle of an import, or have run half a script
+                raise
+        raise asking.CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
+
+    def _let_take_rights(
+        self, running: asking.RunningServer, given_up: Callable[[], bool]
+    ) -> None:
+        self.takes_rights = False
+        if not running.take_rights(given_up):
+            self._stop()
+            raise launch.no_interpreter(
+                f"cannot be started by user {os.geteuid()}, and the fork server that runs cannot "
+                "get the rights that this program has now"
+            )
+
+    def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
+        """End a server that was lost, and say how it ended.
+
+        Raises:
+            NoInterpreterError: None has ever said a word.
+        """
+        late = isinstance(error, TimeoutError)
+        if not late:
+            running.await_the_end()
+        ending = self._stop()
+        if not running.answers and (late or (attempt and not running.was_ended_from_outside)):
+            raise launch.no_interpreter(f"was started as an interpreter, and {ending}")
+        _log.info("a fork server was lost and is started again: it %s", ending)
+        return ending
+
+    def _start_afresh(
+        self, modules: Sequence[str], more: Mapping[str, Any], files: Sequence[int]
+    ) -> forked.ForkedProcess:
+        """Start a server that becomes a worker, by the pool's thread: it may end with that."""
+        process, sock = launch.launch(self._changes, becomes=True, is_kept=False)
+        assert isinstance(process, subprocess.Popen)
+        details = {
+            **handing.details_of(self._changes, script=self._plan is not None),
+            **more,
+            "modules": modules,
+            "run": None if self._plan is None else asking.to_run(self._plan),
+        }
+        try:
+            with handing.handing(details, files) as (told, given, ours):
+                sock.settimeout(launch.IMPORT_S)
+                letters.send(sock, ("become", told), given)
+                # Not waited for: several can start at the same time.
+                return forked.ChildProcess(told["name"], process, *handing.let_in(ours))
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            sock.close()
+
+
+_logged: set[str] = set()
+
+
+def _log_once(text: str) -> None:
+    if text not in _logged:
+        _logged.add(text)
+        _log.warning("%s", text)
