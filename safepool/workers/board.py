@@ -284,11 +284,6 @@ class Board:
         self._cells[REVOKED] = position
 
     @property
-    def revoked(self) -> int:
-        """The last position that was taken back."""
-        return self._cells[REVOKED]
-
-    @property
     def claimed(self) -> int:
         """The last position that the worker has claimed: begun, or found revoked."""
         # The lane first: the cell has its last position before the lane is closed. In the other

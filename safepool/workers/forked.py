@@ -103,9 +103,13 @@ class ForkedProcess:
         deadline = time.monotonic() + timeout_s
         while self.exitcode is None and not self._lost:
             left_s = deadline - time.monotonic()
-            if left_s <= 0 or not is_readable(self._status, left_s):
+            if left_s <= 0 or not self._hear(left_s):
                 break
         return self._exitcode
+
+    def _hear(self, timeout_s: float) -> bool:
+        """Wait until its exit code may be known."""
+        return is_readable(self._status, timeout_s)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for its end."""
@@ -205,15 +209,11 @@ class ChildProcess(ForkedProcess):
         if ended:
             self._exitcode = os.waitstatus_to_exitcode(code)
 
-    def wait(self, timeout_s: float) -> int | None:
-        """Wait for its end and return the exit code, ``None`` if it is not known by then."""
-        deadline = time.monotonic() + timeout_s
-        while self.exitcode is None and not self._lost:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0 or not is_readable(self.sentinel, left_s):
-                break
-            time.sleep(0.001)  # a pipe is at its end a moment before the process
-        return self._exitcode
+    def _hear(self, timeout_s: float) -> bool:
+        if not is_readable(self.sentinel, timeout_s):
+            return False
+        time.sleep(0.001)  # a pipe is at its end a moment before the process
+        return True
 
 
 def is_readable(descriptor: int, timeout_s: float | None) -> bool:

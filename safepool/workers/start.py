@@ -69,6 +69,7 @@ class Started(Protocol):
 
     def is_alive(self) -> bool:
         """Return whether it has not ended."""
+        raise NotImplementedError
 
     def signal(self, number: int) -> None:
         """Send it a signal, if it is still the process that was started."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
         def is_alive(self) -> bool:
             """Return whether it has not ended."""
+            raise NotImplementedError
 
         def end(self, number: int) -> None:
             """Send it a signal."""
