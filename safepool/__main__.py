@@ -9,7 +9,7 @@ if __name__ == "__main__":
     # ``-m`` puts the current folder first: a file there, logging.py for one, would be run in the
     # place of a library. The command does not, nor does this; but where safepool itself comes
     # from, its processes look for it.
-    here = os.getcwd()
+    here: str = os.getcwd()
     if not sys.flags.safe_path and sys.path[:1] in ([here], [""]):
         del sys.path[0]
         if os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:

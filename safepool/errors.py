@@ -182,7 +182,8 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         super().__init__(pid, exitcode, task, stack, oom, by_pool, begun)
         # In the words of the standard pool from Python 3.15 on.
         told = f"\n'''\nProcess {pid} terminated abruptly with exit code {exitcode}'''"
-        self.__cause__ = _RemoteTraceback(told)  # type: ignore[arg-type]
+        cause = _RemoteTraceback(told)  # type: ignore[arg-type]
+        BaseException.__setattr__(self, "__cause__", cause)
         self.pid = pid
         self.exitcode = exitcode
         self.task = task

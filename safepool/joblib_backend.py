@@ -39,12 +39,7 @@ from pickle import PicklingError
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from joblib import Parallel, parallel_config
-from joblib._parallel_backends import (
-    AutoBatchingMixin,
-    FallbackToBackend,
-    ParallelBackendBase,
-    SequentialBackend,
-)
+from joblib._parallel_backends import FallbackToBackend, SequentialBackend
 from joblib.disk import memstr_to_bytes
 
 from safepool import joblib_blocks
@@ -68,6 +63,10 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from safepool.budget import Rounding
+    from safepool.untyped import Untyped as ParallelBackendBase
+    from safepool.untyped import UntypedMixin as AutoBatchingMixin
+else:
+    from joblib._parallel_backends import AutoBatchingMixin, ParallelBackendBase
 
 __all__ = ["SafepoolBackend", "parallel_backend"]
 
@@ -245,7 +244,7 @@ _MAY_BE_NONE = frozenset(
 )
 
 
-class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # joblib is untyped
+class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     """joblib's backend interface on a pool that is kept between calls.
 
     Args:

@@ -82,7 +82,7 @@ class _Blocks:
 
 
 _blocks = _Blocks()
-enter = _blocks.enter
-leave = _blocks.leave
+enter: Callable[[Block], None] = _blocks.enter
+leave: Callable[[Block], None] = _blocks.leave
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_blocks.forked)

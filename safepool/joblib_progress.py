@@ -20,12 +20,14 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
-from joblib._parallel_backends import SequentialBackend
-
 from safepool.progress import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from safepool.untyped import Untyped as SequentialBackend
+else:
+    from joblib._parallel_backends import SequentialBackend
 
 __all__ = ["CallBar", "SequentialWithBar"]
 
@@ -47,7 +49,7 @@ class CallBar:
 
     def __init__(self, parallel: Any, label: str) -> None:
         self.begun = False
-        self.failed = 0
+        self.failed: int = 0
         # The drawing thread must not keep what the caller has dropped.
         self._parallel = weakref.ref(parallel)
         self._progress = Progress(label, parallel.n_tasks, look=self._look)
@@ -84,7 +86,7 @@ class CallBar:
         return begun and parallel._original_iterator is None
 
 
-class SequentialWithBar(SequentialBackend):  # type: ignore[misc]  # joblib is untyped
+class SequentialWithBar(SequentialBackend):
     """joblib's own, and a bar for each call.
 
     Args:

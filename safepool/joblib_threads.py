@@ -14,13 +14,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from joblib._parallel_backends import FallbackToBackend, SequentialBackend, ThreadingBackend
+from joblib._parallel_backends import FallbackToBackend
 
 from safepool.joblib_progress import CallBar, SequentialWithBar
 from safepool.threads.cap import capped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from safepool.untyped import Untyped as SequentialBackend
+    from safepool.untyped import Untyped as ThreadingBackend
+else:
+    from joblib._parallel_backends import SequentialBackend, ThreadingBackend
 
 __all__ = ["HeldThreads", "sequential"]
 
@@ -37,7 +42,7 @@ def sequential(label: str | None, nesting_level: int | None) -> SequentialBacken
     return SequentialWithBar(label, nesting_level=nesting_level)
 
 
-class HeldThreads(ThreadingBackend):  # type: ignore[misc]  # joblib is untyped
+class HeldThreads(ThreadingBackend):
     """joblib's own, with as many threads as workers fit, and their native pools held.
 
     Args:

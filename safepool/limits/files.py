@@ -42,8 +42,8 @@ class Machine:
     __slots__ = ("is_this_one", "root", "skipped")
 
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
-        self.root = os.path.abspath(os.fsdecode(root))
-        self.is_this_one = self.root == "/"
+        self.root: str = os.path.abspath(os.fsdecode(root))
+        self.is_this_one: bool = self.root == "/"
         self.skipped: list[Skipped] = []
 
     def read(self, path: str, *, expected: bool = False) -> str | None:

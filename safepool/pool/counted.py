@@ -24,8 +24,8 @@ __all__ = ["CountedRun", "total_of"]
 class CountedRun(MapRun):
     """As its base, and counts what is put down."""
 
-    done = 0
-    failed = 0
+    done: int = 0
+    failed: int = 0
     _shown: weakref.ref[ResultIterator] | None = None
     _bar: weakref.ref[Progress] | None = None
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Delivery", "Needs", "Versions", "versions"]
 
-versions = itertools.count(1)
+versions: itertools.count[int] = itertools.count(1)
 """Of deliveries: each is higher than the one before."""
 
 
@@ -76,7 +76,7 @@ class Needs(list[Delivery]):
 
     def __init__(self, deliveries: Iterable[Delivery]) -> None:
         super().__init__(deliveries)
-        self.number = next(_needs)
+        self.number: int = next(_needs)
 
 
 class Versions(dict[str, int]):

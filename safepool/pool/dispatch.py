@@ -124,11 +124,11 @@ class Dispatch:
         wake: Callable[[], None],
         main: MainNames | None = None,
     ) -> None:
-        self.functions = Functions()
-        self.names = Names(main)
-        self.settings = Settings()
+        self.functions: Functions = Functions()
+        self.names: Names = Names(main)
+        self.settings: Settings = Settings()
         self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
-        self.telling = Telling(self.settings, self.names, self._hands)
+        self.telling: Telling = Telling(self.settings, self.names, self._hands)
         # Numbers of functions that refer to names of the script.
         self._named: set[int] = set()
         # Names that an initializer needs.

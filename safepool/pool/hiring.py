@@ -80,11 +80,11 @@ class Hiring:
         self._packed: Inheritance | None = None
         self._not_packed: PoolBrokenError | None = None
         self.need: Callable[[frozenset[str]], object] = frozenset
-        self.names = MainNames()
-        self.not_before = 0.0
+        self.names: MainNames = MainNames()
+        self.not_before: float = 0.0
         self._refused_since: float | None = None
-        self.started = Latch()
-        self.hired = Latch()
+        self.started: Latch = Latch()
+        self.hired: Latch = Latch()
         self.given_up: Callable[[], bool] = bool
 
     def pack_ahead(self) -> None:

@@ -80,7 +80,7 @@ class Latch:
     __slots__ = ("_waiters", "is_open")
 
     def __init__(self) -> None:
-        self.is_open = False
+        self.is_open: bool = False
         self._waiters = Waiters()
 
     def open(self) -> None:

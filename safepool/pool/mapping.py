@@ -77,7 +77,7 @@ class _Raised:
     __slots__ = ("error",)
 
     def __init__(self, error: BaseException) -> None:
-        self.error = error
+        self.error: BaseException = error
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool | None:
@@ -168,6 +168,10 @@ class MapRun:
     """
 
     added: deque[tuple[int, int]] | None = None
+    taken: int
+    fed: bool
+    dropped: bool
+    held: bool
     # Of the first item, if it is a tuple or list and the only argument of its call: its length.
     _width = 0
 
@@ -188,8 +192,8 @@ class MapRun:
         self.name = name
         self.policy = policy
         self.at_once = at_once
-        self.most_at_once = sys.maxsize
-        self.unsettled = 0
+        self.most_at_once: int = sys.maxsize
+        self.unsettled: int = 0
         self.fed = self.dropped = self.held = False
         self.reader: Callable[[], object] = object
         # Bytes of large results, by the index of the first; put and taken so far, by different
@@ -197,9 +201,9 @@ class MapRun:
         self._sizes: dict[int, int] = {}
         self._put_bytes = self._taken_bytes = self._most_held_bytes = 0
         self._small_bytes = self.taken = 0
-        self.waiting = Waiting()
+        self.waiting: Waiting = Waiting()
         self.queued = False
-        self.count = 0
+        self.count: int = 0
         self.sent: SentFunction | None = None
         self.needs: Sequence[Delivery] = ()
         self._cut = 0
@@ -431,7 +435,8 @@ class Results:
         self._fed = 0
         # Those that are still in `_rest` are not.
         self._taken = 0
-        self.seen = self._over = False
+        self.seen: bool = False
+        self._over = False
         # Whoever shuts the pool down takes items beside the thread that iterates.
         self._pulling = threading.RLock()
         self._pulls = False

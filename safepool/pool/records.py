@@ -40,7 +40,7 @@ class Records:
     """The records of one pool, on their way to their handlers. For the scheduler's thread."""
 
     def __init__(self) -> None:
-        self.teller = Teller("safepool-handlers")
+        self.teller: Teller = Teller("safepool-handlers")
         self._dropped = 0
 
     def handle(self, segments: Sequence[bytes | bytearray | memoryview]) -> None:

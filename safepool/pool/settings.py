@@ -73,7 +73,7 @@ class Settings:
     """
 
     def __init__(self) -> None:
-        self.state = object()
+        self.state: object = object()
         self._thread = threading.get_ident()
         self._packed: dict[str, Packed] = {}
         self._seen: dict[str, _Seen] = {}

@@ -131,7 +131,7 @@ class Settling:
         self._settled = settled
         self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
-        self.patience = Patience()
+        self.patience: Patience = Patience()
         self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []

@@ -83,7 +83,7 @@ class Table:
         self.imports: Imports | None = None
         self.beside: tuple[Delivery, ...] = ()
         self.added: Added | None = None
-        self.look_at = -1
+        self.look_at: int = -1
         self.heir: dict[int, Table] = {}
 
     def draft(self) -> Table:

@@ -429,7 +429,7 @@ class Task(Call):
 
     def __init__(self, future: PoolFuture, call: Parts, name: str, policy: Policy) -> None:
         super().__init__(name, policy)
-        self.future = future
+        self.future: PoolFuture = future
         self.call: Parts | None = call
 
     def is_wanted(self) -> bool:

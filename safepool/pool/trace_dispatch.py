@@ -45,8 +45,8 @@ class TracedTask(Task):
 
     def __init__(self, future: PoolFuture, call: Parts, name: str, policy: Policy) -> None:
         super().__init__(future, call, name, policy)
-        self.queued_ns = time.monotonic_ns()
-        self.pickled_ns = 0
+        self.queued_ns: int = time.monotonic_ns()
+        self.pickled_ns: int = 0
 
 
 class TracedDispatch(Dispatch):

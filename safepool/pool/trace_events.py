@@ -122,7 +122,8 @@ class Events:
         self._file = TraceFile(path)
         self._pid = os.getpid()
         self._zero_ns = time.monotonic_ns()
-        self.short_ns, self._next_bytes = _SHORT_NS, _DOUBLES_BYTES
+        self.short_ns: int = _SHORT_NS
+        self._next_bytes = _DOUBLES_BYTES
         # Functions' names as they are written.
         self._quoted: dict[str, str] = {}
         self._counted: dict[str, str] = {}

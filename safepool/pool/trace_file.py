@@ -67,7 +67,8 @@ class TraceFile:
         self._pid = os.getpid()
         self._lines: deque[str] = deque()
         self._waiting_bytes = self._good_bytes = 0
-        self.written_bytes = self.dropped = 0
+        self.written_bytes: int = 0
+        self.dropped: int = 0
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._ending = False

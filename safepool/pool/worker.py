@@ -13,6 +13,7 @@ from safepool.workers.process import WorkerProcess
 if TYPE_CHECKING:
     from safepool.pool.mapping import Span
     from safepool.pool.tasks import Task
+    from safepool.workers.board import Board
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
 
@@ -94,11 +95,12 @@ class Worker(WorkerProcess):
     events: int = selectors.EVENT_READ
     stack_begin: int | None = None
     closed: bool = False
+    board: Board | None
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """Start it, as :class:`WorkerProcess` does."""
         # Before the process: its descriptors are closed if it cannot start.
-        self.guard = threading.RLock()
+        self.guard: threading.RLock = threading.RLock()
         super().__init__(*arguments, **keywords)
         self.signals: set[int] = set()
         self.ledger: Ledger[Task | Span] = Ledger()

@@ -41,7 +41,7 @@ if sys.version_info >= (3, 14):
         return names
 
 else:
-    global_names = _internals._extract_code_globals
+    global_names: Callable[[types.CodeType], dict[str, None]] = _internals._extract_code_globals
 
 
 def annotations_of(thing: Any) -> dict[str, Any]:

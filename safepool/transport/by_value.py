@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from safepool.transport.names import Met
+    from safepool.untyped import Untyped as CloudPickler
+else:
+    from cloudpickle import Pickler as CloudPickler
 
 __all__ = ["ByValuePickler", "reducer_table"]
 
@@ -91,7 +94,7 @@ def _keep(made: Any) -> None:
         del _kept[next(iter(_kept))]
 
 
-class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+class ByValuePickler(CloudPickler):
     """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`.
 
     Attributes:
@@ -104,7 +107,7 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self.script = met()
+        self.script: Met | None = met()
         # By id(): cells of functions, and the empty ones that are sent in their place.
         self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
 

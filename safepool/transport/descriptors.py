@@ -95,7 +95,7 @@ class Handed(Filed):
     def __init__(self, numbers: Sequence[int]) -> None:
         self._numbers = list(numbers)
         self._pid = os.getpid()
-        self.lengths = (0,) * len(self._numbers)
+        self.lengths: tuple[int, ...] = (0,) * len(self._numbers)
         _under_way.add(self)
 
     def filenos(self) -> list[int]:
@@ -167,7 +167,7 @@ class Outgoing:
     __slots__ = ("_before", "_numbers", "allowed")
 
     def __init__(self, *, allowed: bool) -> None:
-        self.allowed = allowed
+        self.allowed: bool = allowed
         self._numbers: list[int] = []
 
     def take(self, descriptor: int) -> _Place:

@@ -144,7 +144,7 @@ class Missing(bytearray):
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
-        self.error = error
+        self.error: Exception = error
 
 
 _KINDS = frozenset(Kind)

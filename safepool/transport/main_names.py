@@ -36,7 +36,7 @@ class MainNames:
     """
 
     def __init__(self) -> None:
-        self.learned = 0
+        self.learned: int = 0
         self._marks: Mapping[str, bytes] | None = {}
         # What was found to be the same, by name.
         self._same: dict[str, object] = {}

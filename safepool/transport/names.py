@@ -113,11 +113,11 @@ class Met:
         prints: bool = False,
         keeps_memo: bool = False,
     ) -> None:
-        self.own = own
-        self.seeds = seeds or {}
-        self.prints = prints
-        self.keeps_memo = keeps_memo
-        self.replaced = False
+        self.own: Collection[str] = own
+        self.seeds: Mapping[str, object] = seeds or {}
+        self.prints: bool = prints
+        self.keeps_memo: bool = keeps_memo
+        self.replaced: bool = False
         self.refs: set[str] = set()
         self.uses: set[str] = set()
         self.memo: Mapping[int, tuple[int, object]] = {}

@@ -14,6 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Protocol, Self
 
     class Handle(Protocol):
@@ -93,7 +94,7 @@ def value_of(shared: Handle, value: object) -> None:
 
 # Called with id() of a value that nobody can attach to any more, and None. A bound method, because
 # the last handles go when the interpreter has cleared this module.
-value_gone = _arrays.pop
+value_gone: Callable[..., object] = _arrays.pop
 
 
 def reduce(shared: Handle) -> tuple[Any, ...]:

@@ -102,7 +102,7 @@ class Shared(Generic[_T]):
     """
 
     def __init__(self, segments: Sequence[Buffer | Filed], *, writable: bool) -> None:
-        self.number = next(_numbers)
+        self.number: int = next(_numbers)
         self.writable = writable
         self._segments = segments
         self._value: _T | None = None

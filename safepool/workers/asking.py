@@ -126,7 +126,7 @@ class RunningServer:
         self._forks = forks
         self._process, self._sock = launch.launch(changes, becomes=False, is_kept=is_kept)
         self.marks: Mapping[str, bytes] | None = None
-        self.answers = False
+        self.answers: bool = False
         # It has something to do at its end.
         self._exits = False
         self._asked: set[str] = set()

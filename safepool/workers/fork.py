@@ -24,7 +24,7 @@ class Fork:
     """
 
     def __init__(self, forked: Callable[[], object]) -> None:
-        self.here = False
+        self.here: bool = False
         self._told = forked
         if sys.platform != "win32":
             os.register_at_fork(after_in_child=self._forked)

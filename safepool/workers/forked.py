@@ -53,7 +53,7 @@ class ForkedProcess:
         # Held while the descriptors are used, and while they are closed: the program may ask or
         # signal in any thread beside the pool's.
         self._lock = threading.RLock()
-        self.sentinel = status if pidfd is None else pidfd
+        self.sentinel: int = status if pidfd is None else pidfd
 
     @property
     def process(self) -> ForkedProcess:

@@ -42,7 +42,7 @@ class KeptServer:
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
         self.pid = 0
-        self.keeper = process.pid
+        self.keeper: int = process.pid
         self.returncode: int | None = None
         self._sock = sock
         self._has_ended = False

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.threads.imports import is_importing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Levels", "apply_levels", "glance_at_levels", "levels_of_the_program"]
 
@@ -119,5 +119,5 @@ class Levels:
         kind.getEffectiveLevel = get_effective_level
 
 
-apply_levels = Levels().apply
+apply_levels: Callable[..., None] = Levels().apply
 """Of this process."""

@@ -23,7 +23,7 @@ __all__ = ["AskedForPoolError", "check_no_import", "refuse"]
 script_is_run = False
 """Whether this process is a fork server that runs the script's top level at this moment."""
 
-asked_for = ""
+asked_for: str = ""
 """What the top level has asked for, in whichever thread and whatever it has caught."""
 
 

@@ -77,7 +77,7 @@ class Outbox:
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
         self._open = True
-        self.logged = False
+        self.logged: bool = False
 
     @property
     def open(self) -> bool:

@@ -42,6 +42,8 @@ class WorkerProcess:
             the channel tells.
     """
 
+    channel: Channel
+
     def __init__(
         self,
         method: StartMethod,
@@ -50,8 +52,8 @@ class WorkerProcess:
         board: Board | None = None,
         given_up: Callable[[], bool] = bool,
     ) -> None:
-        self.board = board
-        self.cpus = told.cpus
+        self.board: Board | None = board
+        self.cpus: tuple[int, ...] = told.cpus
         ours: socket.socket | Channel | None = None
         theirs: socket.socket | None = None
         try:
@@ -70,8 +72,8 @@ class WorkerProcess:
             if theirs is not None:
                 theirs.close()
         self.process: Any = self._started.process
-        self.pid = self._started.pid
-        self.sentinel = self._started.sentinel
+        self.pid: int = self._started.pid
+        self.sentinel: int | None = self._started.sentinel
 
     def descriptors(self) -> list[int]:
         """Return what belongs to this worker alone, and no other must inherit."""

@@ -58,7 +58,7 @@ class StandardProcess:
         self.process: Any = process
         self.pid: int = process.pid or 0
         self._pidfd = _open_pidfd(self.pid)
-        self.sentinel = _sentinel(process, self._pidfd)
+        self.sentinel: int | None = _sentinel(process, self._pidfd)
 
     def is_alive(self) -> bool:
         """Return whether it has not ended."""

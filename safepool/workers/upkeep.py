@@ -64,7 +64,7 @@ class Server:
         self._lock = threading.Lock()
         self.running: asking.RunningServer | None = None
         self._workers: list[forked.ForkedProcess] = []
-        self.takes_rights = False
+        self.takes_rights: bool = False
         self.users = 0
 
     @property

@@ -36,8 +36,8 @@ class Ledger(Generic[_W]):
     def __init__(self) -> None:
         self._works: deque[_W] = deque()
         self._next = 1
-        self.owed = 0
-        self.expected_ns = 0
+        self.owed: int = 0
+        self.expected_ns: int = 0
 
     def __iter__(self) -> Iterator[_W]:
         return iter(self._works)

@@ -98,12 +98,16 @@ class Call:
 
     __slots__ = ("attempts", "done", "expected_ns", "name", "pickled", "policy", "position")
 
+    attempts: int
+    done: int
+    expected_ns: int
+    position: int
     count = 1
     bound = False
 
     def __init__(self, name: str, policy: Policy) -> None:
-        self.name = name
-        self.policy = policy
+        self.name: str = name
+        self.policy: Policy = policy
         self.pickled: Any = None
         self.attempts = self.position = self.done = self.expected_ns = 0
 
