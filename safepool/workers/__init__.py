@@ -20,7 +20,7 @@ group are in the order in which one start goes through them.
     birth           from a fork of it to a worker
     keeper          the parent of a server, which ends what tasks have started
     script, loading the program's script, run where workers come from
-    quiet_fork, capped_server, begin    before the caps: fork, forkserver, spawn
+    capped_server, begin    what runs before the program is imported: forkserver, spawn
     lifeline        a pipe whose end is the end of all of them
     identity        the rights of a process, and where it is
     traces, preload    what an import leaves; what is worth importing

@@ -327,7 +327,7 @@ class RunningServer:
         return True
 
     def fork(
-        self, more: Mapping[str, Any], files: Sequence[int], given_up: Callable[[], bool]
+        self, more: Mapping[str, Any], files: Sequence[int], wish: Wish
     ) -> forked.ForkedProcess:
         """Fork a worker.
 
@@ -341,7 +341,7 @@ class RunningServer:
         with handing.handing(details, files) as (told, given, ours):
             self._send(("fork", told), given)
             limit_s = _FORK_S if self.answers else launch.IMPORT_S
-            (what, answer), descriptors = self._receive(limit_s, given_up)
+            (what, answer), descriptors = self._receive(limit_s, wish.given_up)
             if what == "forked":
                 pidfd = descriptors[0] if descriptors else None
                 return forked.ForkedProcess(told["name"], answer, pidfd, *handing.let_in(ours))

@@ -18,10 +18,11 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from safepool.workers.begin import BEGIN, facts_for
+from safepool.workers.begin import BEGIN, facts_for, popen_with
 from safepool.workers.main import worker_main
 from safepool.workers.start import StartMethod
 
@@ -332,14 +333,39 @@ else:
             create = super().kind(told)
             if create is not multiprocessing.context.ForkProcess:
                 return create
-            from safepool.workers.quiet_fork import QuietProcess  # noqa: PLC0415 -- seldom
-
-            return QuietProcess
+            return _QuietProcess
 
         def start_trackers(self) -> None:
             """Start none: nothing is executed."""
 
     METHODS |= {"forkserver": _ForkServer, "fork": _Fork}
+
+    class _QuietProcess(multiprocessing.context.ForkProcess):
+        """A process whose fork does not raise a warning, which may come too late to be one.
+
+        From Python 3.12 on ``os.fork()`` warns in a process that has threads. Where warnings are
+        errors (``-W error``), Python 3.15 raises it when there is a child already, which nobody
+        knows of then. A pool has told what to tell before (:class:`safepool.ProcessPool`).
+        """
+
+        @staticmethod
+        def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- the standard library's name
+            from multiprocessing import popen_fork  # noqa: PLC0415 -- seldom
+
+            return popen_with(popen_fork.Popen, os=_QuietOs())(process_obj)
+
+    class _QuietOs:
+        """The module ``os`` with another ``fork()``."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def fork(self) -> int:
+            # Filters belong to the whole process: they are changed where that is needed alone.
+            if not any(action == "error" for action, *_ in warnings.filters):
+                return os.fork()
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+                return os.fork()
 
     def _handle(sock: socket.socket) -> Any:
         return _handle_of(sock.detach())

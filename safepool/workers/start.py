@@ -133,14 +133,8 @@ class StartMethod:
     ) -> Mapping[str, bytes]:
         """Run the program's script where workers come from, if that is the plan.
 
-        Args:
-            environment: Of the workers.
-            threads: Threads for each of their native pools.
-            given_up: As for :meth:`start`.
-
         Returns:
-            What workers have under its own name in ``__main__``, as
-            :func:`~safepool.transport.marks.marks_of` says; nothing if it is not run.
+            What workers have of it, as :func:`~safepool.transport.marks.marks_of` says.
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
@@ -155,12 +149,7 @@ class StartMethod:
         names: list[str],
         given_up: Callable[[], bool],
     ) -> Mapping[str, bytes | None]:
-        """Return what globals of the script are like where it was run, as far as that can be told.
-
-        Args:
-            environment: Of the workers.
-            names: Of the globals.
-            given_up: As for :meth:`start`.
+        """Return what globals of the script are like where it was run, as far as that is known.
 
         Returns:
             By name what :func:`~safepool.transport.fingerprints.fingerprint` says there.

@@ -98,7 +98,15 @@ class Server:
         """
 
         def start() -> forked.ForkedProcess:
-            process = self._start_one(more, files, wish)
+            process = None
+            if not self._afresh:
+                try:
+                    process = self._in_a_server(lambda one: one.fork(more, files, wish), wish)
+                except asking.CannotForkError as error:
+                    self._be_afresh(error)
+                    self._run_script_for_all(wish)
+            if process is None:
+                process = self._start_afresh(wish.modules if wish.strict else (), more, files)
             self._workers = [worker for worker in self._workers if not worker.closed]
             self._workers.append(process)
             return process
@@ -210,19 +218,6 @@ class Server:
         running, self.running = self.running, None
         return "" if running is None else running.stop()
 
-    def _start_one(
-        self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
-    ) -> forked.ForkedProcess:
-        if not self._afresh:
-            try:
-                return self._in_a_server(
-                    lambda running: running.fork(more, files, wish.given_up), wish
-                )
-            except asking.CannotForkError as error:
-                self._be_afresh(error)
-                self._run_script_for_all(wish)
-        return self._start_afresh(wish.modules if wish.strict else (), more, files)
-
     def _be_afresh(self, error: asking.CannotForkError) -> None:
         self._afresh = True
         _log_once(
@@ -256,7 +251,13 @@ class Server:
             running = self.running or self._start()
             try:
                 if self.takes_rights:
-                    self._let_take_rights(running, wish.given_up)
+                    self.takes_rights = False
+                    if not running.take_rights(wish.given_up):
+                        self._stop()
+                        raise launch.no_interpreter(
+                            f"cannot be started by user {os.geteuid()}, and the fork server that "
+                            "runs cannot get the rights that this program has now"
+                        )
                 if wish.strict and attempt < 2:
                     running.preload(wish)
                 if self._plan is not None and running.marks is None:
@@ -274,17 +275,6 @@ class Server:
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
         raise asking.CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
-
-    def _let_take_rights(
-        self, running: asking.RunningServer, given_up: Callable[[], bool]
-    ) -> None:
-        self.takes_rights = False
-        if not running.take_rights(given_up):
-            self._stop()
-            raise launch.no_interpreter(
-                f"cannot be started by user {os.geteuid()}, and the fork server that runs cannot "
-                "get the rights that this program has now"
-            )
 
     def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
         """End a server that was lost, and say how it ended.
