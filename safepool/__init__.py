@@ -1,6 +1,7 @@
 """Process pools that fit the machine they run on.
 
     ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
+    Pool                in the place of ``multiprocessing.Pool``
     parallel_backend    joblib and scikit-learn in such a pool
     worker              a decorator: native threads capped in any pool, a timeout, retries
     limit_threads       the native threads of this process itself
@@ -16,7 +17,7 @@ has to tell otherwise goes to the logger ``safepool``.
 Data flows one way through the modules, and each one imports only from its left:
 
     errors, arguments -> linux -> limits -> budget -> machine -> threads -> transport -> workers
-           -> pool -> decorator, joblib_backend, own_threads -> cli
+           -> pool -> decorator, joblib_backend, multiprocessing_pool, own_threads -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib
 needs to find the backend of its name.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from safepool.joblib_backend import parallel_backend
     from safepool.limits import Limit, Limits, read_limits
     from safepool.machine import cpu_count, cpu_limit
+    from safepool.multiprocessing_pool import Pool
     from safepool.own_threads import ThreadLimit, limit_threads
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
@@ -65,6 +67,7 @@ __all__ = [
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
+    "Pool",
     "PoolBrokenError",
     "ProcessPool",
     "RefusedCallError",
@@ -96,6 +99,7 @@ _HOMES = {
     "OutOfMemory": "safepool.errors",
     "PoolBrokenError": "safepool.errors",
     "RefusedCallError": "safepool.errors",
+    "Pool": "safepool.multiprocessing_pool",
     "ProcessPool": "safepool.pool.executor",
     "RemoteTaskError": "safepool.errors",
     "SafepoolError": "safepool.errors",

@@ -134,7 +134,7 @@ class Outcomes(unittest.TestResult):
 
     def _note(self, test: unittest.TestCase, outcome: str) -> None:
         # Two classes may have a method of one name; a failure is kept.
-        name = test._testMethodName
+        name = getattr(test, "_testMethodName", str(test))  # or that of a class, as a whole
         if self.found.get(name, "ok") == "ok":
             self.found[name] = outcome
 

@@ -386,3 +386,9 @@ def log_warning(logger: str, text: str) -> None:
     import logging
 
     logging.getLogger(logger).warning(text)
+
+
+def fail_at_three(number: int) -> int:
+    if number == 3:
+        raise KeyError(number)
+    return number

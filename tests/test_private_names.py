@@ -95,6 +95,8 @@ NAMES: dict[str, list[str]] = {
     ],
     "multiprocessing.forkserver:_forkserver": ["_preload_modules"],
     "multiprocessing.forkserver:read_signed": [],
+    "multiprocessing.pool:MapResult": ["_chunksize", "_number_left", "_pool"],
+    "multiprocessing.pool:Pool": ["_pool", "_processes", "_state"],
     "multiprocessing.popen_fork:Popen": ["_launch"],
     "multiprocessing.popen_forkserver:Popen": ["_launch"],
     "multiprocessing.process": [

@@ -162,6 +162,8 @@ class MapRun:
         dropped: Nobody will take further results.
         held: No further calls are sent, as too much waits to be taken.
         taken: How many results were taken.
+        length: How many there will be; ``None`` if that is not known here.
+        iterator: What the caller is given.
         reader: Who takes results; once it is gone nobody can.
         added: Of a pool that is traced: the index of the first call of each portion, and when
             it was queued.
@@ -172,6 +174,8 @@ class MapRun:
     fed: bool
     dropped: bool
     held: bool
+    length: int | None = None
+    iterator: type[ResultIterator]
     # Of the first item, if it is a tuple or list and the only argument of its call: its length.
     _width = 0
 
@@ -302,6 +306,11 @@ class MapRun:
         self._results.clear()
         self._sizes.clear()
 
+    def end(self, length: int) -> None:
+        """Say how many results there will be, to a reader that may wait for one more."""
+        self.length = length
+        self.tell()
+
     def tell(self) -> None:
         """Let whoever waits look again."""
         self._waiters.wake()
@@ -331,15 +340,18 @@ class MapRun:
             deadline: By the monotonic clock.
 
         Returns:
-            At least one, in order.
+            At least one, in order; none at the end.
 
         Raises:
             TimeoutError: None is there by then. ``taken`` is as before.
             BaseException: What the call raised. It counts as taken.
         """
-        results = self._pop(index)
-        if results is None:
-            results = self._wait_for(index, deadline)
+        while (results := self._pop(index)) is None:
+            if not self.wait(index, deadline):
+                raise TimeoutError
+            if not self.has(index):
+                results = self._rest_at(index)
+                break
         if isinstance(results, _Raised):
             self.taken = index + 1
             try:
@@ -359,19 +371,25 @@ class MapRun:
             self._taken_bytes += self._sizes.pop(index, 0)
         return results
 
-    def _wait_for(self, index: int, deadline: float | None) -> list[Any] | _Raised:
-        def is_over() -> bool:
-            return self.has(index) or self._is_stopped_at(index)
+    def wait(self, index: int, deadline: float | None) -> bool:
+        """Return whether :meth:`take` has something to return, or to raise, by then."""
 
-        while (results := self._pop(index)) is None:
-            if self._stopped is not None and self._is_stopped_at(index):
-                error = self._stopped[1]()
-                return [error] if self.returns_errors else _Raised(error)
+        def is_over() -> bool:
+            return self.has(index) or index == self.length or self._is_stopped_at(index)
+
+        while not is_over():
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
-                raise TimeoutError
+                return False
             self._waiters.wait(is_over, left_s)
-        return results
+        return True
+
+    def _rest_at(self, index: int) -> list[Any] | _Raised:
+        """Return what there is in the place of a result that will not come."""
+        if self._stopped is None or index == self.length:
+            return []
+        error = self._stopped[1]()
+        return [error] if self.returns_errors else _Raised(error)
 
     def _is_stopped_at(self, index: int) -> bool:
         return self._stopped is not None and (index >= self._stopped[0] or self.dropped)
@@ -404,7 +422,8 @@ class Results:
         run: Where results are put down.
         items: The arguments of each call.
         feed: Queues calls.
-        ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy.
+        ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy,
+            0 none but by :meth:`feed`.
         deadline: When waiting ends, by the monotonic clock.
 
     Attributes:
@@ -424,6 +443,8 @@ class Results:
         self._feed = feed
         self._grows = ahead is None
         self._ahead = _FIRST_PORTION if ahead is None else ahead
+        self._is_fed = ahead == 0
+        self._room = Waiters()
         self._deadline = deadline
         self._error: BaseException | None = None
         # Results of which each lets a further item be taken, in reverse order.
@@ -440,6 +461,8 @@ class Results:
         # Whoever shuts the pool down takes items beside the thread that iterates.
         self._pulling = threading.RLock()
         self._pulls = False
+        if self._is_fed:
+            return
         self._pull()
         while self._grows and self._items is not None and self._ahead < _AT_ONCE:
             if self._is_full:
@@ -460,7 +483,41 @@ class Results:
         Args:
             keep: Held until the end: a pool that nobody else holds goes on as long.
         """
-        return ResultIterator(self, keep)
+        return self._run.iterator(self, keep)
+
+    def feed(self, chunk: int) -> None:
+        """Queue calls as their items come, until there are no more. In a thread of its own.
+
+        What is there is queued before the next item is waited for, which may be made of a result.
+        Until somebody asks for results there is no bound, so that calls run for what they do.
+
+        Args:
+            chunk: Items that are queued together.
+        """
+        items = self._items
+        try:
+            while items is not None and (batch := [*itertools.islice(items, chunk)]):
+                if self._items is None:
+                    break  # nobody wants the rest
+                self._feed.add_items(self._run, batch, last=False)
+                self._fed += len(batch)
+                while not self._has_room():
+                    self._room.wait(self._has_room)
+        except Exception as error:  # noqa: BLE001 -- user code; raised when its turn comes
+            self._error = error
+        finally:
+            self._items = None
+            self._feed.add_items(self._run, [], last=True)
+            self._run.end(self._fed)
+
+    def _has_room(self) -> bool:
+        return not self.seen or self._items is None or self._fed - self._taken < _MOST_AHEAD
+
+    def wait(self, timeout_s: float) -> bool:
+        """Return whether :meth:`advance` returns at once, by then."""
+        if self._rest or self._over or (not self._is_fed and self._run.taken == self._fed):
+            return True
+        return self._run.wait(self._run.taken, time.monotonic() + timeout_s)
 
     def is_of(self, feed: object) -> bool:
         """Tell whether this pool runs the calls."""
@@ -505,7 +562,7 @@ class Results:
             # Taken from the end, so that nothing here keeps a result that the caller has dropped.
             results.reverse()
             # Counted before: whoever takes one may ask for the next item first.
-            if self._items is None or self._grows:
+            if self._items is None or self._grows or self._is_fed:
                 self._taken = self._run.taken
                 return results
             self._rest = results
@@ -522,6 +579,7 @@ class Results:
         early = self._items is not None or self._run.taken < self._fed or bool(self._rest)
         self._items = None
         self._rest = []
+        self._room.wake()
         if early:
             self._feed.give_up(self._run)
 
@@ -538,7 +596,9 @@ class Results:
         if self._items is not None:
             self._refill()
         run, index = self._run, self._run.taken
-        if index == self._fed:
+        if self._is_fed:
+            self._room.wake()
+        elif index == self._fed:
             with self._pulling:  # another thread may be queueing the last ones
                 if index == self._fed:
                     return []
@@ -553,6 +613,8 @@ class Results:
         return results
 
     def _refill(self) -> None:
+        if self._is_fed:
+            return
         if not self._grows or 2 * (self._fed - self._taken) <= self._ahead:
             self._pull()
 
@@ -708,6 +770,9 @@ class ResultIterator:
     def results(self) -> Results:
         """Where they come from."""
         return self._results
+
+
+MapRun.iterator = ResultIterator
 
 
 def _as_of_a_generator(error: BaseException) -> BaseException:

@@ -193,6 +193,10 @@ class Scheduler:
         self._follow_at = 0.0
         self._break_on_death = break_on_death
         self._idle_s: float | None = None
+        # Whether what runs is ended when the interpreter ends, as by multiprocessing.Pool.
+        self.ends_at_exit = False
+        # Opened when all workers were started, if that was asked for.
+        self._filled: Latch | None = None
 
         # What callers bring: tasks, further calls of a map, futures whose task is to be ended.
         # Appended in one step, and no lock is held: a signal's handler may submit, or wait for
@@ -289,6 +293,20 @@ class Scheduler:
             if self._trace is not None:
                 self._trace.resized(before, workers, "by hand")
         self.wake()
+
+    def staff_up(self) -> None:
+        """Start as many workers as the pool may have, before calls need them; wait for that.
+
+        Raises:
+            BrokenProcessPool: The pool gave up as a whole.
+            RuntimeError: The pool or the interpreter shuts down.
+        """
+        self._check_fork()
+        self._check_open()
+        filled = self._filled = Latch()
+        self.wake()
+        if not self._over and self._thread is not threading.current_thread():
+            filled.wait()
 
     def let_go_after(self, idle_s: float) -> None:
         """Let workers end that have had nothing to do for so long, in seconds."""
@@ -493,6 +511,8 @@ class Scheduler:
                 self._trace.close()
         finally:
             self._over = True
+            if self._filled is not None:
+                self._filled.open()
             self._refuse_late()
             self._ended_latch.open()
 
@@ -519,12 +539,12 @@ class Scheduler:
         if os.getpid() != self._pid:
             return
         # An interrupt that nobody caught ends the program: its queued work is not wanted.
-        interrupted = isinstance(last_uncaught(), KeyboardInterrupt)
-        if not interrupted:
+        ends = self.ends_at_exit or isinstance(last_uncaught(), KeyboardInterrupt)
+        if not ends:
             for results in [*self._open.values()]:
                 results.finish()
         self._exiting = True
-        self.shut_down(wait=True, end="terminate" if interrupted else "")
+        self.shut_down(wait=True, end="terminate" if ends else "")
 
     def abandon(self) -> None:
         """Finish without anybody waiting: nobody holds the pool any more (race E)."""
@@ -668,6 +688,7 @@ class Scheduler:
             self._end_task(staff, future)
         if self._idle_s is not None:
             self._let_the_idle_go(staff, self._idle_s)
+        self._fill_up(staff)
         working = any(worker.ledger.owed or worker.retiring for worker in staff)
         if not (working or self._backlog or len(staff) > self._size):
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
@@ -939,6 +960,19 @@ class Scheduler:
         # As many may take their time to end as stay: if none ends by itself, all would pile up.
         staff.hurry(len(staff) + wanted - 2 * self._size)
         self._start_workers(staff, wanted)
+
+    def _fill_up(self, staff: Staff) -> None:
+        """Start the workers that are missing, if that was asked for."""
+        filled = self._filled
+        if filled is None:
+            return
+        missing = self._size - sum(not worker.leaving for worker in staff)
+        if missing > 0:
+            self._start_workers(staff, missing)
+            if self._dispatch.waits and not self._forced:  # for the initializer
+                return
+        self._filled = None
+        filled.open()
 
     def _start_workers(self, staff: Staff, count: int) -> None:
         try:

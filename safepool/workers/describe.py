@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import traceback
+from reprlib import Repr
 from typing import TYPE_CHECKING
 
 from safepool.errors import text_of, users_frames
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = ["UNSENT_RESULT", "describe", "get_ready", "say_what"]
+
+# Of a result that cannot be sent: its beginning, however large it is.
+_SHORT = Repr()
+_SHORT.maxother = _SHORT.maxstring = 200
 
 # The pool puts the name of the call in the place of "the call".
 UNSENT_RESULT = "while the result of the call was pickled"
@@ -57,6 +62,7 @@ def say_what(error: Exception, result: object, *, look: bool) -> None:
     culprit = find_unpicklable(result, dumps_to_send) if look else ""
     try:
         error.add_note(f"{UNSENT_RESULT}. It is {culprit}" if culprit else UNSENT_RESULT)
+        error.unsent_result = _SHORT.repr(result)  # type: ignore[attr-defined]
     except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
         pass
 

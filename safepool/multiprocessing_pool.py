@@ -1,0 +1,755 @@
+"""``Pool``: in the place of ``multiprocessing.Pool``, on the same engine as ``ProcessPool``.
+
+It translates: calls become tasks and maps of a :class:`safepool.ProcessPool`, whose rules hold for
+all of them, and what comes back becomes what ``multiprocessing.pool`` would have handed over.
+
+    apply, apply_async              submit()            -->  ApplyResult
+    map, starmap and their _async   `GatheredRun`       -->  MapResult
+    imap, imap_unordered            `_Streamed`         -->  IMapIterator
+
+Not covered:
+    * ``Pool.Process``, ``_cache`` and ``_taskqueue``, which are the standard pool's own machinery.
+    * Locks, queues and values of a "fork" context as globals of the script: a worker is no copy
+      of the program. They travel by ``initargs``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.pool
+import sys
+import types
+import warnings
+from concurrent.futures import CancelledError
+from concurrent.futures.process import _RemoteTraceback
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from safepool.arguments import what_was_meant
+from safepool.pool.core.policy import policy_of
+from safepool.pool.executor import ProcessPool
+from safepool.pool.gathering import GatheredRun
+from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.latch import Latch
+from safepool.pool.mapping import MapRun, ResultIterator
+from safepool.pool.tasks import name_of
+
+if TYPE_CHECKING:
+    import os
+    import threading
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
+    from types import TracebackType
+    from typing import Literal, NoReturn, Self, Unpack
+
+    from safepool.budget import Rounding
+    from safepool.pool.mapping import Results
+    from safepool.pool.watch import WorkerInfo
+
+    # What the standard library's types do not have, or only there as generic ones.
+    _StandardResult = multiprocessing.pool.ApplyResult
+    _StandardMapResult = multiprocessing.pool.MapResult
+    _StandardIterator = multiprocessing.pool.IMapIterator
+    _standard: Any = multiprocessing.pool
+else:
+    _standard = multiprocessing.pool
+    _StandardResult = multiprocessing.pool.ApplyResult
+    _StandardMapResult = multiprocessing.pool.MapResult
+
+    class _StandardIterator(multiprocessing.pool.IMapIterator):
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+
+__all__ = ["ApplyResult", "IMapIterator", "MapResult", "Pool"]
+
+_S = TypeVar("_S")
+_T = TypeVar("_T")
+
+INIT, RUN, CLOSE, TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
+
+# A longer sequence is not put into messages in one go, before imap() has returned.
+_MOST_AT_ONCE = 1_000_000
+# The standard pool's: so many chunks for each worker.
+_CHUNKS = 4
+
+
+class Options(TypedDict, total=False):
+    """What ``Pool`` takes beside the standard arguments, by name: as ``ProcessPool``."""
+
+    threads_per_worker: int | Literal["auto"]
+    rounding: Rounding
+    reserve: float
+    memory_per_worker: float | str | None
+    pin_workers: bool
+    env: Mapping[str, str] | None
+    timeout: float | None
+    retries: int
+    max_memory_per_worker: float | str | None
+    on_worker_death: Literal["replace", "break"]
+    preload: Literal["auto"] | Sequence[str]
+    main: Literal["auto", "run", "value"]
+    trace: str | os.PathLike[str] | None
+    end_subprocesses: bool
+
+
+_STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
+
+
+class Pool(multiprocessing.pool.Pool):
+    """A pool that fits the machine, in the place of ``multiprocessing.Pool``.
+
+    All of its methods, errors and results are there. What is different is the engine's:
+
+    ================================  ==========================================================
+    ``multiprocessing.Pool``          here
+    ================================  ==========================================================
+    ``os.cpu_count()`` workers        what the kernel grants
+    NumPy's threads in each worker    one, or ``threads_per_worker``
+    a killed worker: ``get()`` hangs  :class:`safepool.WorkerDiedError` for its call
+    forks of the program              clean processes; functions of the script, lambdas, closures
+    all workers from the start        as calls need them, if there is no ``initializer``
+    ``terminate()``: ``get()`` hangs  ``CancelledError`` for what had not ended
+    ================================  ==========================================================
+
+    Args:
+        processes: The most workers, at least 1; ``None`` is the number that fits.
+        initializer: Called once in each worker before its first call.
+        initargs: Its arguments.
+        maxtasksperchild: Replace a worker after this many tasks, at least 1. A chunk is a task.
+        context: A ``multiprocessing`` context that starts the workers, or the name of one; as
+            ``mp_context`` of :class:`safepool.ProcessPool`.
+        **options: Arguments of :class:`safepool.ProcessPool` by name: ``timeout=``, ``retries=``,
+            ``threads_per_worker=``, ``env=``, ``trace=`` and the others.
+
+    Raises:
+        ValueError: A number is out of its range.
+        TypeError: ``initializer`` cannot be called; an option does not exist.
+
+    Source:
+        Python, Doc/library/multiprocessing.rst, "multiprocessing.pool.Pool".
+
+    Example:
+        >>> with Pool(1) as pool:
+        ...     pool.map(abs, [-1, -2]), pool.starmap(pow, [(2, 3), (3, 2)])
+        ...     pool.apply_async(divmod, (7, 2)).get(timeout=60)
+        ...     sorted(pool.imap_unordered(abs, [-3, -4]))
+        ([1, 2], [8, 9])
+        (3, 1)
+        [3, 4]
+    """
+
+    _state = INIT
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        # In the standard pool's words.
+        if processes is not None and processes < 1:
+            raise ValueError("Number of processes must be at least 1")
+        if maxtasksperchild is not None and not (
+            isinstance(maxtasksperchild, int) and maxtasksperchild > 0
+        ):
+            raise ValueError("maxtasksperchild must be a positive int or None")
+        known = Options.__annotations__
+        for name in options:
+            if name not in known:
+                hint = what_was_meant(name, [*_STANDARD, *known])
+                raise TypeError(f"Pool() got an unexpected keyword argument {name!r}{hint}")
+        self._chunk_is_task = maxtasksperchild is not None
+        self._engine = ProcessPool(
+            processes,
+            context,
+            initializer,
+            tuple(initargs),
+            max_tasks_per_child=maxtasksperchild,
+            **options,
+        )
+        # Workers of the standard pool are daemons.
+        self._engine._scheduler.ends_at_exit = True
+        # They take items of imap() and imap_unordered().
+        self._feeders: list[threading.Thread] = []
+        self._state = RUN
+        if initializer is not None:
+            # It may be all that the workers are there for.
+            self._engine._scheduler.staff_up()
+
+    @property
+    def _processes(self) -> int:
+        """The most workers; programs ask the standard pool for it."""
+        return self._engine.size
+
+    @property
+    def _pool(self) -> list[Any]:
+        """The workers' processes, all of them; programs look here in the standard pool."""
+        if self._state == RUN:
+            self._engine._scheduler.staff_up()
+        return [worker.process for worker in self._engine._scheduler.workers()]
+
+    @property
+    def size(self) -> int:
+        """The most workers that the pool may have now; libraries ask a pool for it.
+
+        Example:
+            >>> with Pool(3) as pool:
+            ...     pool.size
+            3
+        """
+        return self._engine.size
+
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """Return what each worker does at this moment, as :meth:`safepool.ProcessPool.workers`.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.apply(abs, (-1,)), pool.workers()[0].tasks_done
+            (1, 1)
+        """
+        return self._engine.workers()
+
+    def apply(
+        self,
+        func: Callable[..., _T],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+    ) -> _T:
+        """Return ``func(*args, **kwds)``, called in a worker.
+
+        Args:
+            func: Any callable; lambdas, closures and functions of ``__main__`` as well.
+            args: Its arguments.
+            kwds: Its keyword arguments.
+
+        Raises:
+            ValueError: The pool is not running.
+            WorkerDiedError: The worker died.
+            MaybeEncodingError: The result could not be pickled.
+            BaseException: What ``func`` raised.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.apply(int, ("ff",), {"base": 16})
+            255
+        """
+        return self.apply_async(func, args, kwds).get()
+
+    def apply_async(
+        self,
+        func: Callable[..., _T],
+        args: Iterable[Any] = (),
+        kwds: Mapping[str, Any] = {},
+        callback: Callable[[_T], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> ApplyResult[_T]:
+        """Schedule ``func(*args, **kwds)`` and return what its result will be in.
+
+        Args:
+            func: Any callable.
+            args: Its arguments.
+            kwds: Its keyword arguments.
+            callback: Called with the result, in a thread of the pool, before ``get()`` returns.
+            error_callback: Called with the exception. Neither is called after ``terminate()``.
+
+        Raises:
+            ValueError: The pool is not running.
+
+        Example:
+            >>> found = []
+            >>> with Pool(1) as pool:
+            ...     pool.apply_async(abs, (-1,), callback=found.append).wait()
+            >>> found
+            [1]
+        """
+        self._require_running()
+        future = self._engine.submit(func, *args, **kwds)
+        return ApplyResult(self, future, callback, error_callback)
+
+    def map(
+        self, func: Callable[[_S], _T], iterable: Iterable[_S], chunksize: int | None = None
+    ) -> list[_T]:
+        """Return the list of ``func(item)`` for each item.
+
+        Args:
+            func: Any callable.
+            iterable: The items.
+            chunksize: Items that one task takes, at least 1; ``None`` leaves it to the pool.
+
+        Raises:
+            ValueError: The pool is not running, or ``chunksize`` is below 1.
+            BaseException: What the first call raised that failed, when all have ended.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.map(lambda n: n * n, range(4))
+            [0, 1, 4, 9]
+        """
+        return self.map_async(func, iterable, chunksize).get()
+
+    def map_async(
+        self,
+        func: Callable[[_S], _T],
+        iterable: Iterable[_S],
+        chunksize: int | None = None,
+        callback: Callable[[list[_T]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> MapResult[_T]:
+        """Start what :meth:`map` does; arguments as there and of :meth:`apply_async`.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.map_async(abs, [-1, -2]).get()
+            [1, 2]
+        """
+        self._require_running()
+        return self._gather(func, [*iterable], chunksize, callback, error_callback, starred=False)
+
+    def starmap(
+        self,
+        func: Callable[..., _T],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+    ) -> list[_T]:
+        """Return the list of ``func(*item)`` for each item; otherwise as :meth:`map`.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.starmap(pow, [(2, 5), (3, 2)])
+            [32, 9]
+        """
+        return self.starmap_async(func, iterable, chunksize).get()
+
+    def starmap_async(
+        self,
+        func: Callable[..., _T],
+        iterable: Iterable[Iterable[Any]],
+        chunksize: int | None = None,
+        callback: Callable[[list[_T]], object] | None = None,
+        error_callback: Callable[[BaseException], object] | None = None,
+    ) -> MapResult[_T]:
+        """Start what :meth:`starmap` does; otherwise as :meth:`map_async`.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.starmap_async(max, [(2, 5), (3, 2)]).get()
+            [5, 3]
+        """
+        self._require_running()
+        items = [tuple(item) for item in iterable]
+        return self._gather(func, items, chunksize, callback, error_callback, starred=True)
+
+    def imap(
+        self, func: Callable[[_S], _T], iterable: Iterable[_S], chunksize: int | None = 1
+    ) -> IMapIterator[_T]:
+        """Return an iterator over ``func(item)`` for each item, in order.
+
+        Args:
+            func: Any callable.
+            iterable: The items; taken as they come, in a thread of the pool. Once a result was
+                asked for, at most 65,536 are taken ahead of the results.
+            chunksize: Items that one task takes, at least 1.
+
+        Returns:
+            The results. ``next(timeout)`` raises ``multiprocessing.TimeoutError`` if none is there
+            in time. What a call raised is raised in its turn, and the next results follow.
+
+        Raises:
+            ValueError: The pool is not running, or ``chunksize`` is below 1.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     results = pool.imap(abs, iter([-1, -2]))
+            ...     next(results), results.next(timeout=60)
+            (1, 2)
+        """
+        return self._stream(func, iterable, chunksize, ordered=True)
+
+    def imap_unordered(
+        self, func: Callable[[_S], _T], iterable: Iterable[_S], chunksize: int | None = 1
+    ) -> IMapIterator[_T]:
+        """Return an iterator over the results as calls end; otherwise as :meth:`imap`.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     sorted(pool.imap_unordered(abs, [-2, -1]))
+            [1, 2]
+        """
+        return self._stream(func, iterable, chunksize, ordered=False)
+
+    def close(self) -> None:
+        """Take no more calls; workers end when all that was given has ended.
+
+        Example:
+            >>> pool = Pool(1)
+            >>> pool.close()
+            >>> pool.map(abs, [-1])
+            Traceback (most recent call last):
+                ...
+            ValueError: Pool not running
+        """
+        if self._state == RUN:
+            self._state = CLOSE
+            self._close_if_fed()
+
+    def terminate(self) -> None:
+        """End the workers at once, whatever they do.
+
+        A result that is still waited for raises ``CancelledError``, or
+        :class:`safepool.WorkerDiedError` if its call had begun.
+
+        Example:
+            >>> import time
+            >>> pool = Pool(1)
+            >>> result = pool.apply_async(time.sleep, (60,))
+            >>> pool.terminate()
+            >>> result.ready(), result.successful()
+            (True, False)
+        """
+        self._state = TERMINATE
+        self._engine._scheduler.shut_down(wait=True, end="terminate")
+
+    def join(self) -> None:
+        """Wait until the workers have ended, after :meth:`close` or :meth:`terminate`.
+
+        Raises:
+            ValueError: The pool is still running.
+
+        Example:
+            >>> pool = Pool(1)
+            >>> pool.join()
+            Traceback (most recent call last):
+                ...
+            ValueError: Pool is still running
+            >>> pool.terminate()
+            >>> pool.join()
+        """
+        if self._state == RUN:
+            raise ValueError("Pool is still running")
+        if self._state == CLOSE:
+            for feeder in [*self._feeders]:
+                feeder.join()
+        self._engine.shutdown()
+
+    def __enter__(self) -> Self:
+        self._require_running()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        self.terminate()
+
+    # As default arguments, for the interpreter's end.
+    def __del__(self, _warn: Any = warnings.warn, _run: str = RUN) -> None:
+        if self._state == _run:
+            _warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self)
+
+    def __repr__(self) -> str:
+        kind = type(self)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        return f"<{name} state={self._state} pool_size={self._engine.size}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise NotImplementedError("pool objects cannot be passed between processes or pickled")
+
+    def _require_running(self) -> None:
+        if self._state != RUN:
+            raise ValueError("Pool not running")
+
+    def _gather(
+        self,
+        func: Callable[..., Any],
+        items: list[Any],
+        chunksize: int | None,
+        callback: Callable[[Any], object] | None,
+        error_callback: Callable[[BaseException], object] | None,
+        *,
+        starred: bool,
+    ) -> MapResult[Any]:
+        chunk = -(-len(items) // (_CHUNKS * self._engine.size)) if chunksize is None else chunksize
+        if chunk < 1 and items:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
+        scheduler = self._engine._scheduler
+        run = _Gathered(
+            func,
+            name_of(func),
+            policy_of(func, self._engine._policy),
+            None if chunksize is None and not self._chunk_is_task else chunk,
+            starred=starred,
+            count=len(items),
+            owner=scheduler._me,
+        )
+        if items:
+            scheduler.map(run, items, sys.maxsize, None, keep=None)
+        else:  # nobody is told of it, as by the standard pool
+            run.future.set_result([])
+            callback = error_callback = None
+        return MapResult(self, run, chunk, callback, error_callback)
+
+    def _stream(
+        self,
+        func: Callable[[Any], _T],
+        iterable: Iterable[Any],
+        chunksize: int | None,
+        *,
+        ordered: bool,
+    ) -> IMapIterator[_T]:
+        self._require_running()
+        chunk = 1 if chunksize is None else chunksize
+        if chunk < 1:
+            raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
+        run = _Streamed(
+            func,
+            name_of(func),
+            policy_of(func, self._engine._policy),
+            None if chunk == 1 else chunk,
+            starred=False,
+            ordered=ordered,
+        )
+        # Anything else may run code of the program for each item, and wait for its results.
+        there = type(iterable) in (list, tuple, range) and len(iterable) <= _MOST_AT_ONCE  # type: ignore[arg-type]
+        scheduler = self._engine._scheduler
+        iterator: Any = scheduler.map(run, iterable, sys.maxsize if there else 0, None, keep=self)
+        if not there:
+            self._feed(iterator.results, chunk)
+        return iterator  # type: ignore[no-any-return]
+
+    def _feed(self, results: Results, chunk: int) -> None:
+        def feed() -> None:
+            try:
+                results.feed(chunk)
+            finally:
+                self._feeders.remove(thread)
+                self._close_if_fed()
+
+        thread = ThreadThatStarts(feed, "safepool-feeder")
+        self._feeders.append(thread)
+        thread.start()
+
+    def _close_if_fed(self) -> None:
+        """Close the engine when the last item was taken. Whoever comes last does it."""
+        if self._state == CLOSE and not self._feeders:
+            self._engine.shutdown(wait=False)
+
+
+def _of_the_pool(error: BaseException) -> BaseException:
+    """Return an error as ``multiprocessing.pool`` would have made it."""
+    result = getattr(error, "unsent_result", None)
+    if isinstance(result, str):
+        unsent: BaseException = _standard.MaybeEncodingError(error, _Shown(result))
+        return unsent
+    if isinstance(error, CancelledError) and not error.args:
+        return CancelledError("the pool was terminated before this call had ended")
+    cause = error.__cause__
+    if isinstance(cause, _RemoteTraceback):
+        # Not by the exception's own __setattr__: a frozen dataclass forbids it.
+        BaseException.__setattr__(error, "__cause__", _standard.RemoteTraceback(cause.tb))
+    return error
+
+
+class _Shown:
+    """Stands for a result of which only its ``repr()`` has arrived."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+class _Gathered(GatheredRun):
+    def put_error(self, index: int, error: BaseException) -> None:
+        super().put_error(index, _of_the_pool(error))
+
+    def stop(self, error: Callable[[], BaseException]) -> None:
+        super().stop(lambda: _of_the_pool(error()))
+
+
+class _Streamed(MapRun):
+    def put_error(self, index: int, error: BaseException) -> None:
+        super().put_error(index, _of_the_pool(error))
+
+    def stop(self, error: Callable[[], BaseException]) -> None:
+        super().stop(lambda: _of_the_pool(error()))
+
+
+class ApplyResult(_StandardResult[_T]):
+    """What a call of ``apply_async`` will have ended with.
+
+    Args:
+        pool: Held until then.
+        future: The engine's.
+        callback: Called with the result.
+        error_callback: Called with the exception.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        future: Future[_T],
+        callback: Callable[[_T], object] | None,
+        error_callback: Callable[[BaseException], object] | None,
+    ) -> None:
+        self._pool: Pool | None = pool
+        self._future = future
+        self._on_result = callback
+        self._on_error = error_callback
+        self._error: BaseException | None = None
+        # Who waits comes after the callback.
+        self._told: Latch | None = None
+        if callback is not None or error_callback is not None:
+            self._told = Latch()
+            future.add_done_callback(self._tell)
+
+    def ready(self) -> bool:
+        """Return whether the call has ended.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     result = pool.apply_async(abs, (-1,))
+            ...     result.wait()
+            ...     result.ready()
+            True
+        """
+        return self._future.done() if self._told is None else self._told.is_open
+
+    def successful(self) -> bool:
+        """Return whether the call has ended without an exception.
+
+        Raises:
+            ValueError: It has not ended.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     result = pool.apply_async(int, ("x",))
+            ...     result.wait()
+            ...     result.successful()
+            False
+        """
+        if not self.ready():
+            raise ValueError(f"{self!r} not ready")
+        return self._raised() is None
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the call has ended, at most so many seconds.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.apply_async(abs, (-1,)).wait(timeout=60)
+        """
+        if self._told is not None:
+            self._told.wait(timeout)
+            return
+        try:
+            self._future.exception(timeout)
+        except (TimeoutError, CancelledError):
+            pass
+
+    def get(self, timeout: float | None = None) -> _T:
+        """Return what the call returned, or raise what it raised.
+
+        Args:
+            timeout: Seconds to wait at most; ``None`` waits for ever.
+
+        Raises:
+            multiprocessing.TimeoutError: It has not ended by then.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.apply_async(abs, (-1,)).get(timeout=60)
+            1
+        """
+        self.wait(timeout)
+        if not self.ready():
+            raise multiprocessing.TimeoutError
+        self._pool = None
+        error = self._raised()
+        if error is None:
+            return self._future.result()
+        try:
+            raise error
+        finally:
+            # Else the exception's traceback would hold this frame.
+            del self, error
+
+    def _raised(self) -> BaseException | None:
+        if self._error is None:
+            try:
+                error = self._future.exception(0)
+            except CancelledError as cancelled:
+                error = cancelled
+            self._error = None if error is None else _of_the_pool(error)
+        return self._error
+
+    def _tell(self, _: object) -> None:
+        assert self._told is not None
+        try:
+            if self._pool is not None and self._pool._state == TERMINATE:
+                return
+            error = self._raised()
+            if error is not None:
+                if self._on_error is not None:
+                    self._on_error(error)
+            elif self._on_result is not None:
+                self._on_result(self._future.result())
+        finally:
+            self._told.open()
+            self._pool = None
+
+
+class MapResult(ApplyResult[list[_T]], _StandardMapResult[_T]):
+    """What the calls of ``map_async`` will have ended with: the list of results.
+
+    Args:
+        pool: Held until then.
+        run: The engine's.
+        chunksize: Items that the standard pool would put into one task.
+        callback: Called with the list.
+        error_callback: Called with the exception.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        run: GatheredRun,
+        chunksize: int,
+        callback: Callable[[list[_T]], object] | None,
+        error_callback: Callable[[BaseException], object] | None,
+    ) -> None:
+        super().__init__(pool, run.future, callback, error_callback)
+        self._run = run
+        self._chunksize = chunksize
+
+    @property
+    def _number_left(self) -> int:
+        """How many chunks have not ended; programs show it as their progress."""
+        return -(-self._run.left // max(1, self._chunksize))
+
+
+class IMapIterator(ResultIterator, _StandardIterator[_T]):  # type: ignore[misc]
+    """The results of ``imap`` and ``imap_unordered``."""
+
+    def next(self, timeout: float | None = None) -> _T:
+        """Return the next result, in at most so many seconds.
+
+        Raises:
+            multiprocessing.TimeoutError: It is not there by then. It can be asked for again.
+            StopIteration: There are no more.
+
+        Example:
+            >>> with Pool(1) as pool:
+            ...     pool.imap(abs, [-1]).next(timeout=60)
+            1
+        """
+        if timeout is not None and not (self._here or self._results.wait(timeout)):
+            raise multiprocessing.TimeoutError
+        result: _T = next(self)
+        return result
+
+
+_Streamed.iterator = IMapIterator

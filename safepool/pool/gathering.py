@@ -1,0 +1,87 @@
+"""A map whose results are wanted all at once: a list, or the first error, when all have ended.
+
+Nobody iterates, so nothing waits for a reader: results are put into the list as they come.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safepool.pool.mapping import MapRun
+from safepool.pool.tasks import PoolFuture, fail, finish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from safepool.pool.core.policy import Policy
+
+__all__ = ["GatheredRun"]
+
+
+class GatheredRun(MapRun):
+    """As its base, and ends a future.
+
+    Args:
+        function: What is called.
+        name: What an error calls it.
+        policy: Holds for each call.
+        at_once: Calls that travel together; ``None`` is as many as their time allows.
+        starred: An item is the tuple of a call's arguments; else it is the only one.
+        count: How many calls there will be, at least 1.
+        owner: Of the future.
+
+    Attributes:
+        future: Ends with the list of results, or with what the first call has raised of which
+            that is known; when all calls have ended.
+        left: How many calls have not ended.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        policy: Policy,
+        at_once: int | None,
+        *,
+        starred: bool,
+        count: int,
+        owner: object,
+    ) -> None:
+        super().__init__(function, name, policy, at_once, starred=starred)
+        self.future = PoolFuture(owner)
+        self.left = self._total = count
+        self._values: list[Any] = [None] * count
+        self._error: BaseException | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Never: nobody takes results one by one."""
+        return False
+
+    def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:  # noqa: ARG002
+        """Put results into the list."""
+        self._values[index : index + len(results)] = results
+        self._end(len(results))
+
+    def put_error(self, index: int, error: BaseException) -> None:  # noqa: ARG002
+        """Keep what a call raised, if it is the first."""
+        self._error = self._error or error
+        self._end(1)
+
+    def stop(self, error: Callable[[], BaseException]) -> None:
+        """Give the rest up: calls that no worker has raise ``error()``."""
+        missing = 0 if self.stopped else self._total - self._cut
+        super().stop(error)
+        if missing:
+            self._error = self._error or error()
+            self._end(missing)
+
+    def _end(self, count: int) -> None:
+        self.left -= count
+        if self.left:
+            return
+        values, self._values = self._values, []
+        if self._error is None:
+            finish(self.future, values)
+        else:
+            fail(self.future, self._error)
