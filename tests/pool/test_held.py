@@ -156,11 +156,19 @@ NEEDS_SOURCE = {
     "of a package",
 }
 
-# Each way, started from a file, and as text that the interpreter is given.
+# Each way, started from a file, and as text that the interpreter is given. Where the source is not
+# asked, every run has one start of the three for each way, and the long run has all.
+STARTS = ("script.py", "-c", "-")
 STARTED = [
-    (way, start)
-    for way in WAYS
-    for start in ("script.py", "-c", "-")
+    pytest.param(
+        way,
+        start,
+        marks=[]
+        if way in NEEDS_SOURCE or start == STARTS[number % len(STARTS)]
+        else [pytest.mark.slow],
+    )
+    for number, way in enumerate(WAYS)
+    for start in STARTS
     if start != "-" or way not in NEEDS_SOURCE
 ]
 
