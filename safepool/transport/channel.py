@@ -29,7 +29,7 @@ __all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_larg
 # promises 16 and every system of today takes this many.
 _PIECES = 256
 # What is read at a time outside the frame reader, as much as that takes at once.
-_RAW_BYTES = 64 * 1024
+_RAW_BYTES = 8 * 1024
 # Reads of at most a socket buffer each before another worker has its turn.
 _ROUNDS = 64
 # A program may have given SIGPIPE its default meaning, and a dead worker must not end it.
@@ -140,6 +140,22 @@ class Channel:
             self._unsent.extend(memoryview(piece).cast("B") for piece in pieces)
         if self._unsent:
             self.flush()
+
+    def send_whole(self, frame: bytes) -> None:
+        """Send a frame that is in one piece, from the end that waits.
+
+        Raises:
+            ChannelClosedError: The other end is gone.
+        """
+        if self._unsent:
+            self.send([frame])
+            return
+        try:
+            sent = self._sock.send(frame, NO_SIGPIPE)
+        except OSError as error:
+            raise ChannelClosedError from error
+        if sent < len(frame):
+            self.send([frame[sent:]])
 
     def offer(self, frame: bytes) -> bool:
         """Send a frame without waiting for the other end, whatever the socket.

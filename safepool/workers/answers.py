@@ -60,16 +60,10 @@ class Answers:
         self._slots: memoryview[Any] = memoryview(b"")
         self._values: list[object] = []
         self._others = False
-        self._alone = False
 
-    def begin(self, *, alone: bool = False) -> None:
-        """Count the time of what comes from now on.
-
-        Args:
-            alone: It is one call, and nothing else is here.
-        """
+    def begin(self) -> None:
+        """Count the time of what comes from now on."""
         self._mark_ns = time.monotonic_ns()
-        self._alone = alone
 
     def are_due(self, now_ns: int) -> bool:
         """Tell whether they have waited long enough."""
@@ -89,12 +83,12 @@ class Answers:
         ):
             self.flush()
             outbox.logged = False
-            self._send_alone(position, kind, segments)
+            self._send_large(position, kind, segments)
             return
         now = time.monotonic_ns()
         microseconds = min((now - self._mark_ns) // 1000, 0xFFFF_FFFF)
         self._mark_ns = now
-        if outbox.logged or self._alone:
+        if outbox.logged:
             self.flush()
             outbox.logged = False
             self._send([answer_frame(position, microseconds, kind, head)])
@@ -106,7 +100,33 @@ class Answers:
         if self.are_due(now):
             self.flush()
 
-    def _send_alone(self, position: int, kind: Kind, segments: Segments) -> None:
+    def send_number(self, position: int, begun_ns: int, pickled: bytes) -> None:
+        """Answer a call that has arrived alone and returned a number, or nothing.
+
+        Args:
+            position: Which.
+            begun_ns: When it began, by the monotonic clock.
+            pickled: What it has returned.
+        """
+        microseconds = min((time.monotonic_ns() - begun_ns) // 1000, 0xFFFF_FFFF)
+        outbox = self._outbox
+        outbox.send_answer(answer_frame(position, microseconds, _RESULT, pickled))
+        outbox.logged = False
+
+    def send_alone(self, position: int, begun_ns: int, kind: Kind, segments: Segments) -> None:
+        """Answer a call that has arrived alone.
+
+        Args:
+            position: Which.
+            begun_ns: When it began, by the monotonic clock.
+            kind: Of the answer.
+            segments: Its payload.
+        """
+        self._mark_ns = begun_ns
+        self._outbox.logged = True  # nothing waits for what follows
+        self.send(position, kind, segments)
+
+    def _send_large(self, position: int, kind: Kind, segments: Segments) -> None:
         try:
             segments = self._outbox.hand_over(segments)
         except MemoryError as error:  # it could not go as a file after all

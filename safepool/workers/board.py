@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LANES",
     "LANE_CALLS",
+    "RECORD",
     "REVOKED",
     "STACK_SIGNAL",
     "Board",
@@ -86,9 +87,9 @@ _CELL_MASK = (1 << 64) - 1
 # many are flushed in one message.
 _BYTES = _LANE_END + 64 * 1024
 # Before each result: position, microseconds it took, length, kind of frame.
-_RECORD = struct.Struct("<QIIB")
-_RECORD_BYTES, _RESULTS_BYTES = _RECORD.size, _BYTES - _LANE_END
-_pack = _RECORD.pack
+RECORD = struct.Struct("<QIIB")
+_RECORD_BYTES, _RESULTS_BYTES = RECORD.size, _BYTES - _LANE_END
+_pack = RECORD.pack
 
 # Kinds of lane, by the type of the results; an integer must fit 64 bits.
 _INTEGER, _FLOAT, _BOOL, _NONE = range(1, 5)
@@ -373,7 +374,7 @@ class Board:
 
 def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> bytes:
     """Return one record as :func:`records_of` reads it, for a result that is not published."""
-    return _RECORD.pack(position, microseconds, len(pickled), kind) + pickled
+    return RECORD.pack(position, microseconds, len(pickled), kind) + pickled
 
 
 def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
@@ -398,11 +399,11 @@ def records_of(data: bytes | bytearray) -> Iterator[tuple[int, int, int, memoryv
     """
     view = memoryview(data)
     at, end = 0, len(data)
-    size = _RECORD.size
+    size = RECORD.size
     while at < end:
         if end - at < size:
             raise ValueError(f"a record of {end - at} bytes")
-        position, microseconds, length, kind = _RECORD.unpack_from(data, at)
+        position, microseconds, length, kind = RECORD.unpack_from(data, at)
         at += size
         if length > end - at:
             raise ValueError(f"a record of {length} bytes, of which {end - at} are there")

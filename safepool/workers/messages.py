@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from safepool.transport.frames import CorruptFrameError, Kind, encode
-from safepool.workers.board import numbers_of, record_of
+from safepool.workers.board import RECORD, numbers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,8 +104,9 @@ def answer_frame(
     position: int, microseconds: int, kind: int, pickled: bytes | memoryview
 ) -> bytes:
     """Return the frame of one record, in one piece, as of what a worker leaves on its board."""
-    record = record_of(position, microseconds, kind, pickled)
-    return _ANSWER_HEAD.pack(_ANSWER_BEGIN, 0, len(record)) + record
+    length = len(pickled)
+    head = _ANSWER_HEAD.pack(_ANSWER_BEGIN, 0, RECORD.size + length)
+    return b"".join((head, RECORD.pack(position, microseconds, length, kind), pickled))
 
 
 def batch_frame(

@@ -43,6 +43,7 @@ __all__ = ["Runner"]
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 # A library that brings threads takes longer to load: nothing new can be there before.
 _LOADING_NS = 20_000
@@ -90,6 +91,7 @@ class Runner:
         self._answers = Answers(self._outbox, board, self._fork)
         self._main = MainNamespace()
         self._settings = WorkerSettings()
+        self._timed = False
         # Timed in a pool that is traced.
         self._loads: Callable[[Sequence[Received]], Any] = loads
         self._pack: Callable[[object], Segments] = self._packed
@@ -107,8 +109,7 @@ class Runner:
             CorruptFrameError: It sent what is no message.
         """
         while True:
-            if self._run_alone():
-                continue
+            self._run_alone()
             for frame in self._channel.receive():
                 if frame.kind is Kind.STOP:
                     self._answers.flush()
@@ -124,24 +125,50 @@ class Runner:
             self._answers.flush()
             self._tell_imports()  # when nobody waits for this worker
 
-    def _run_alone(self) -> bool:
-        """Wait for what comes next, and run it if that is one call and nothing else.
+    def _run_alone(self) -> None:
+        """Run calls that arrive one by one, until something else has come.
 
-        Neither board nor frame reader are needed for it, which cost more than a tiny call
+        They need neither board nor frame reader, which cost more than a tiny call
         (benchmarks/dispatch.py, round-trip).
+        """
+        channel, functions, imports = self._channel, self._functions, self._imports
+        while True:
+            data = channel.receive_raw()
+            call = read_call(data)
+            if call is None or call[1] not in functions or not self._run_plain(*call):
+                channel.feed(data)
+                return
+            if imports:
+                self._tell_imports()
+
+    def _run_plain(self, position: int, number: int, pickled: memoryview) -> bool:
+        """Run a call and answer it at once: :meth:`_run_pickled` without what others need.
 
         Returns:
-            ``False`` if it is left to the frame reader.
+            ``False`` if the call has not begun.
         """
-        data = self._channel.receive_raw()
-        call = read_call(data)
-        if call is None:
-            self._channel.feed(data)
+        board, fork, answers = self._board, self._fork, self._answers
+        self._cap.recheck()
+        now = time.monotonic_ns()
+        if board is None or fork.here or self._timed or not board.claim(position, now):
             return False
-        position, number, pickled = call
-        self._answers.begin(alone=True)
-        self._run_pickled(position, self._functions.get(number), [pickled], [])
-        self._tell_imports()
+        try:
+            arguments, keywords = loads([pickled])
+            result = self._functions[number](*arguments, **keywords)
+            # Before it is pickled, as below.
+            del arguments, keywords
+            if type(result) in _NUMBERS and not fork.here:
+                number_of = _dumps(result, 5)
+            else:
+                kind, packed, number_of = Kind.RESULT, self._packed(result), b""
+            del result
+        except BaseException as error:  # noqa: BLE001 -- as below
+            fork.leave(error)
+            kind, packed, number_of = Kind.EXCEPTION, self._described(error), b""
+        if number_of:
+            answers.send_number(position, now, number_of)
+        else:
+            answers.send_alone(position, now, kind, packed)
         return True
 
     def _tell_imports(self) -> None:
@@ -188,6 +215,7 @@ class Runner:
     def _be_timed(self) -> None:
         from safepool.workers.timed import TimedAnswers  # noqa: PLC0415 -- seldom
 
+        self._timed = True
         answers = TimedAnswers(self._outbox, self._board, self._fork)
         self._answers = answers
         self._loads = answers.timed_loads(loads)

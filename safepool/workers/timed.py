@@ -105,9 +105,9 @@ class TimedAnswers(Answers):
 
         return counted
 
-    def begin(self, *, alone: bool = False) -> None:
+    def begin(self) -> None:
         """Count the time of what comes from now on."""
-        super().begin(alone=alone)
+        super().begin()
         self._joins = False
         # What was read may be the function that the next call needs.
         apart_ns = self._mark_ns - self._since_ns - self._loaded_ns

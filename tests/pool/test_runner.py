@@ -109,25 +109,20 @@ def test_what_ended_is_said_before_what_was_taken_back_of_tasks(desk: Desk) -> N
     assert [(f.kind, f.task) for f in (third, fourth)] == [(Kind.SKIPPED, 3), (Kind.SKIPPED, 4)]
 
 
-def test_a_call_that_arrives_alone_is_answered_at_once_without_the_board(desk: Desk) -> None:
-    """Nothing is left there, and what follows finds the frame reader in order."""
-    left: list[bytes] = []
-    desk.keep(1, lambda n: n)
-    desk.keep(2, lambda: left.append(desk.board.published()))
-    desk.pool.send([call_frame(1, 1, payloads.dumps((([7],), {}))[0])])
-    assert desk.runner._run_alone()
-    answer = desk.pool.receive_raw()
-    desk.pool.send([call_frame(2, 2, payloads.dumps(((), {}))[0])])
+@pytest.mark.parametrize("value", [7, [7], None])
+def test_a_call_that_arrives_alone_is_answered_at_once_without_the_board(
+    desk: Desk, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is one record in a frame of its own."""
+    monkeypatch.setattr(Board, "publish", None)
+    desk.keep(1, lambda: desk.pool.send(encode(Kind.STOP, 0)) or value)
+    desk.pool.send([call_frame(1, 1, payloads.dumps(((), {}))[0])])
 
-    desk.pool.feed(answer)
-    frames = desk.serve()
+    desk.runner.serve()
 
-    records = [record for frame in frames for record in records_of(frame.segments[0])]
-    assert [(at, kind, payloads.loads([p])) for at, _, kind, p in records] == [
-        (1, Kind.RESULT, [7]),
-        (2, Kind.RESULT, None),
-    ]
-    assert left == [b""]
+    (answer,) = desk.pool.receive()
+    ((position, _, kind, pickled),) = records_of(answer.segments[0])
+    assert (position, kind, payloads.loads([pickled])) == (1, Kind.RESULT, value)
 
 
 def test_a_frame_that_comes_in_pieces_is_no_lone_call(desk: Desk) -> None:
@@ -135,7 +130,7 @@ def test_a_frame_that_comes_in_pieces_is_no_lone_call(desk: Desk) -> None:
     frame = call_frame(1, 1, payloads.dumps(((b"x" * 3000,), {}))[0])
     desk.keep(1, len)
     desk.pool.send([frame[:1000]])
-    assert not desk.runner._run_alone()
+    desk.runner._run_alone()
     assert list(desk.worker.receive()) == []
     desk.pool.send([frame[1000:]])
 

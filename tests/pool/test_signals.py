@@ -11,11 +11,9 @@ import gc
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import warnings
 from functools import partial
@@ -24,67 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
+from support_interrupts import Interrupt, interrupted_at, places
 
-import safepool
 from safepool import ProcessPool
 from safepool.errors import let_handlers_pass
 from safepool.limits.files import Machine
 from safepool.transport.descriptors import Outgoing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
-
-
-# Not what the interpreter calls in between.
-OURS = (
-    str(Path(safepool.__file__).parent),
-    str(Path(concurrent.futures.__file__).parent),
-    threading.__file__,
-    socket.__file__,
-)
-# They only look at what modules hold, for thousands of instructions.
-NOT_OURS = ("additions.py", "imports.py")
-
-
-class Interrupt(BaseException):
-    """What a handler raises."""
-
-
-def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[], object]) -> bool:
-    """Call, and call the handler before this instruction; ``False`` if there are not so many."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, _: object) -> Any:
-        nonlocal count
-        name = frame.f_code.co_filename
-        if not name.startswith(OURS) or name.endswith(NOT_OURS):
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event in ("opcode", "call") and count < place:
-            count += 1
-            if count == place:
-                sys.settrace(None)
-                handler()
-        return trace if count < place else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except Interrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return count == place
-
-
-def places(step: int) -> Iterator[int]:
-    # Not always the same ones where not all are tried.
-    at = random.Random(os.getpid()).randint(1, step)
-    while True:
-        yield at
-        at += step
+    from collections.abc import Callable
 
 
 def raise_it(_: ProcessPool, __: Any) -> None:

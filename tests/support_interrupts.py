@@ -1,0 +1,79 @@
+"""A trace function in the place of a signal's handler: before any instruction of a call."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import random
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safepool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+# Not what the interpreter calls in between.
+OURS = (
+    str(Path(safepool.__file__).parent),
+    str(Path(concurrent.futures.__file__).parent),
+    threading.__file__,
+    socket.__file__,
+)
+# They only look at what modules hold, for thousands of instructions.
+NOT_OURS = ("additions.py", "imports.py")
+
+
+class Interrupt(BaseException):
+    """What a handler raises."""
+
+
+def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[], object]) -> bool:
+    """Call, and call the handler before this instruction; ``False`` if there are not so many."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        name = frame.f_code.co_filename
+        if not name.startswith(OURS) or name.endswith(NOT_OURS):
+            return None
+        if event == "call" and is_in_a_finalizer(frame):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event in ("opcode", "call") and count < place:
+            count += 1
+            if count == place:
+                sys.settrace(None)
+                handler()
+        return trace if count < place else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count == place
+
+
+def is_in_a_finalizer(frame: FrameType | None) -> bool:
+    """Tell whether what is raised here is lost: the collector may call it, at any time."""
+    while frame is not None:
+        if frame.f_code.co_qualname in ("finalize.__call__", "ResultIterator.__del__"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def places(step: int) -> Iterator[int]:
+    # Not always the same ones where not all are tried.
+    at = random.Random(os.getpid()).randint(1, step)
+    while True:
+        yield at
+        at += step
