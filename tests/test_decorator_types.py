@@ -1,8 +1,10 @@
-"""What a type checker says: of decorated functions what it says of the functions."""
+"""What type checkers say of a program that uses the package rightly, and of its mistakes."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -100,6 +102,12 @@ PROGRAM = textwrap.dedent("""
     assert_type(safepool.worker(abs, timeout=5)(-2), int)
     assert_type(safepool.worker(functools.partial(add, 1))(), int)
 
+    def five(a: int, b: str, c: bytes, d: float, e: None) -> str:
+        return b
+
+    def look_up(table: dict[str, int], key: str) -> int:
+        return table[key]
+
     with safepool.limit_threads(2) as limit:
         assert_type(limit.threads, int)
         assert_type([pool.variable for pool in limit.kept], list[str | None])
@@ -107,6 +115,17 @@ PROGRAM = textwrap.dedent("""
 
     with safepool.ProcessPool() as pool:
         assert_type(pool.submit(add, 1, z="b").result(), int)
+        assert_type(pool.map(add, [1, 2]), Iterator[int])
+        assert_type(pool.map(add, [1], (2, 3), chunksize=2), Iterator[int])
+        assert_type(pool.map(five, [1], "a", [b""], [1.0], [None], ordered=False), Iterator[str])
+        assert_type(pool.map(abs, range(3), return_exceptions=True), Iterator[int | BaseException])
+        assert_type(list(pool.map(lambda x: x + 1, [1, 2])), list[int])
+        pool.map(functools.partial(add, y=2), [1])
+        pool.map(max, *[[1]] * 6)
+        table = safepool.share({"a": 1}, writable=True)
+        assert_type(table, dict[str, int])
+        assert_type(pool.submit(look_up, table, "a").result(), int)
+        pool.map(look_up, [table] * 2, ["a", "b"])
 
     assert_type(safepool.threads.inspect()[0].runtime, str)
     assert_type(safepool.threads.table.RUNTIMES[0].name, str)
@@ -123,31 +142,66 @@ MISTAKES = {
     "what cannot be called": ("safepool.worker(3)", "call-overload"),
     "a misspelled name": ("safepool.ProcesPool()", "attr-defined"),
     "a misspelled name of a module": ("safepool.threads.inspekt()", "attr-defined"),
+    "an item of a wrong type": ("pool.map(add, ['a'])", "arg-type|list-item|call-overload"),
+    "a second item of a wrong type": ("pool.map(add, [1], [b''])", "arg-type|list-item"),
+    "a fifth item of a wrong type": (
+        "pool.map(five, [1], 'a', [b''], [1.0], [2])",
+        "arg-type|list-item",
+    ),
+    "an iterable too many": ("pool.map(look_up, [table], ['a'], [1])", "arg-type|call-overload"),
+    "a wrong option": ("pool.map(add, [1], chunk_size=2)", "call-overload|call-arg"),
+    "what is shared for something else": (
+        "pool.submit(look_up, safepool.share([1]), 'a')",
+        "arg-type",
+    ),
+    "a keyword of another pool": ("safepool.ProcessPool(processes=2)", "call-arg"),
     "a word for a number": ('safepool.limit_threads("all")', "arg-type"),
 }
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("mypy"), reason="mypy is not installed")
-def test_a_type_checker_knows_decorated_functions(tmp_path: Path) -> None:
-    """One program without a complaint, then a line for each mistake with one."""
-    program = tmp_path / "program.py"
+def write(folder: Path) -> dict[int, str]:
+    """Write the program and the mistakes behind it; return the line and the codes of each."""
     lines = [f"{line}\n" for line, _ in MISTAKES.values()]
-    program.write_text(PROGRAM + "# mistakes\n" + "".join(lines))
-    first = program.read_text().split("\n").index("# mistakes") + 2
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--hide-error-context", program.name],
-        cwd=tmp_path,
+    text = PROGRAM + "# mistakes\n"
+    (folder / "program.py").write_text(text + "".join(lines))
+    return dict(enumerate((code for _, code in MISTAKES.values()), start=text.count("\n") + 1))
+
+
+def check(folder: Path, *command: str) -> str:
+    """Run a type checker on the program and return what it says."""
+    environment = {"MYPYPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    return subprocess.run(
+        [sys.executable, "-m", *command, "program.py"],
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=110,
         check=False,
-        env={"MYPYPATH": str(ROOT), "PATH": "", "MYPY_CACHE_DIR": str(tmp_path / "cache")},
-    )
+        env=environment | {"MYPY_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)},
+    ).stdout
 
-    told = [line for line in done.stdout.splitlines() if ": error:" in line]
-    for number, (_, code) in enumerate(MISTAKES.values(), start=first):
+
+@pytest.mark.skipif(not importlib.util.find_spec("mypy"), reason="mypy is not installed")
+def test_mypy_finds_the_mistakes_and_nothing_else(tmp_path: Path) -> None:
+    """One program without a complaint, then a line for each mistake with one."""
+    mistakes = write(tmp_path)
+    said = check(tmp_path, "mypy", "--strict", "--hide-error-context")
+
+    told = [line for line in said.splitlines() if ": error:" in line]
+    for number, code in mistakes.items():
         mine = [line for line in told if line.startswith(f"program.py:{number}:")]
-        assert any(f"[{one}]" in line for line in mine for one in code.split("|")), mine
+        assert any(f"[{one}]" in line for line in mine for one in code.split("|")), (number, mine)
         told = [line for line in told if line not in mine]
     assert told == []
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="pyright is not installed")
+def test_pyright_finds_the_mistakes_and_nothing_else(tmp_path: Path) -> None:
+    """In the lines of the mistakes, and in no other."""
+    mistakes = write(tmp_path)
+    said = json.loads(check(tmp_path, "pyright", "--outputjson"))
+
+    errors = [one for one in said["generalDiagnostics"] if one["severity"] == "error"]
+    found = {one["range"]["start"]["line"] + 1: one["message"] for one in errors}
+    assert found.keys() == mistakes.keys(), found

@@ -45,11 +45,31 @@ __all__ = ["ProcessPool"]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+_C = TypeVar("_C")
+_D = TypeVar("_D")
+_E = TypeVar("_E")
 _Run = TypeVar("_Run", bound=MapRun)
 
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor as _Standard
+    from typing import Required, TypedDict, Unpack
+
+    class _Options(TypedDict, total=False):
+        timeout: float | None
+        chunksize: int
+        buffersize: int | None
+        progress: bool | str
+        ordered: bool
+
+    class _Raising(_Options, total=False):
+        return_exceptions: Literal[False]
+
+    class _Returning(_Options):
+        return_exceptions: Required[bool]
+
 else:
     # "safepool run --patch" has put this pool in its place, and left it there.
     _Standard = vars(process).get("_safepool_replaces") or process.ProcessPoolExecutor
@@ -322,30 +342,137 @@ class ProcessPool(_Standard):
         policy = policy_of(fn, self._policy)
         return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
+    # The standard pool's takes no items as well, and does not compare them with the function.
+    @overload  # type: ignore[override]
+    def map(
+        self, fn: Callable[[_A], _T], a: Iterable[_A], /, **options: Unpack[_Raising]
+    ) -> Iterator[_T]: ...
+
     @overload
     def map(
         self,
-        fn: Callable[..., _T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        progress: bool | str = False,
-        ordered: bool = True,
-        return_exceptions: Literal[False] = False,
+        fn: Callable[[_A, _B], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D, _E], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        e: Iterable[_E],
+        /,
+        **options: Unpack[_Raising],
     ) -> Iterator[_T]: ...
 
     @overload
     def map(
         self,
         fn: Callable[..., _T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        progress: bool | str = False,
-        ordered: bool = True,
-        return_exceptions: bool,
+        a: Iterable[Any],
+        b: Iterable[Any],
+        c: Iterable[Any],
+        d: Iterable[Any],
+        e: Iterable[Any],
+        f: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self, fn: Callable[[_A], _T], a: Iterable[_A], /, **options: Unpack[_Returning]
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D, _E], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        e: Iterable[_E],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        a: Iterable[Any],
+        b: Iterable[Any],
+        c: Iterable[Any],
+        d: Iterable[Any],
+        e: Iterable[Any],
+        f: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        **options: Unpack[_Returning],
     ) -> Iterator[_T | BaseException]: ...
 
     @checked("map", timeout=TIME_TO_WAIT)

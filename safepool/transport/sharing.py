@@ -29,7 +29,7 @@ _numbers = itertools.count(1)
 
 
 @checked("share")
-def share(obj: Any, *, writable: bool = False) -> Any:
+def share(obj: _T, *, writable: bool = False) -> _T:
     """Place an object once for all workers of all pools, instead of sending it with each task.
 
     The object is copied into unnamed memory, which each worker maps when the first task comes
@@ -50,7 +50,8 @@ def share(obj: Any, *, writable: bool = False) -> Any:
     Returns:
         A handle, to be kept as long as tasks are to be given the object. ``handle.value`` is the
         object as a task gets it; an array from there, and any view of it, travels without a
-        copy as well. It is typed ``Any`` because functions are given the object, not the handle.
+        copy as well. For a type checker the handle has the type of the object, which is what
+        functions are given; ``value`` is asked of ``cast(Any, handle)``.
 
     Raises:
         MemoryError: There is no memory for the copy.
@@ -73,9 +74,10 @@ def share(obj: Any, *, writable: bool = False) -> Any:
     segments = store(dumps(obj, into_main=True, reducers=reducers))
     # Placed: what could not be stored is a view of the object's own memory.
     placed = [part if isinstance(part, (Filed, bytes)) else bytes(part) for part in segments]
-    shared = Shared[Any](placed, writable=writable)
+    shared: Any = Shared[_T](placed, writable=writable)
     references.made(shared)
-    return shared
+    handle: _T = shared
+    return handle
 
 
 def received(segments: Sequence[Buffer | Stored]) -> Shared[Any]:

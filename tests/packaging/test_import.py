@@ -81,3 +81,8 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
 def test_the_public_names_are_sorted() -> None:
     """The list is sorted and has no name twice: a merge shows as one line."""
     assert list(safepool.__all__) == sorted(set(safepool.__all__))
+
+
+def test_dir_lists_what_is_public_and_nothing_else() -> None:
+    """What an editor or a prompt proposes after ``safepool.``."""
+    assert dir(safepool) == sorted({*safepool.__all__, "limits", "threads"})
