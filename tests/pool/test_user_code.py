@@ -427,7 +427,7 @@ def attempt(function, *, waits=True):
         waiting = pool.submit(function)
         assert not waits or reached.wait(60)
         assert others() and others()
-        assert waits != waiting.done()
+        assert not waiting.done() if waits else waiting.result(30)
         opened.set()
         return waiting.result(30)
 
