@@ -1,4 +1,4 @@
-"""What a standard start method runs before it imports the program: variables, then caps.
+"""What a standard start method runs before it imports the program: CPUs, variables, then caps.
 
 ``spawn`` and ``forkserver`` import the program's script, and NumPy with it, before anything of
 ours gets its turn there. Both evaluate an expression of the program before that: the process's
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BEGIN", "facts_for", "popen_with"]
 
-# A worker that was forked from a capped server has the caps, and needs them once.
+# A worker that was forked from a capped server has the caps, and needs them once. The server may
+# have fewer CPUs than the machine: then worker_main() asks the system for the worker's own.
 BEGIN = """
 import os, sys
+if cpus and os.sched_getaffinity(0).issuperset(cpus):
+    os.sched_setaffinity(0, cpus)
 for name, value in environment.items():
     os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 if "safepool.threads.cap" not in sys.modules:
@@ -37,15 +40,18 @@ if "safepool.threads.cap" not in sys.modules:
 """Statements that begin with the names of :func:`facts_for`."""
 
 
-def facts_for(environment: Mapping[str, str | None], threads: int) -> dict[str, Any]:
+def facts_for(
+    environment: Mapping[str, str | None], threads: int, cpus: tuple[int, ...]
+) -> dict[str, Any]:
     """Return what the first statements of a worker use, all of it with a literal's text.
 
     Args:
         environment: Of the worker, ``None`` for a variable that it is born without.
         threads: For each of its native pools.
+        cpus: What it is bound to; empty if to nothing.
     """
     path = spawn.get_preparation_data("")["sys_path"]
-    return {"environment": dict(environment), "threads": threads, "path": path}
+    return {"environment": dict(environment), "threads": threads, "cpus": cpus, "path": path}
 
 
 def popen_with(kind: Any, **names: object) -> Any:

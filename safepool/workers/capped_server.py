@@ -37,10 +37,14 @@ class _Modules(list[str]):
     """What a server preloads; its text, which gets into the server's command, caps it before."""
 
     def __init__(
-        self, names: list[str], environment: Mapping[str, str | None], threads: int
+        self,
+        names: list[str],
+        environment: Mapping[str, str | None],
+        threads: int,
+        cpus: tuple[int, ...],
     ) -> None:
         super().__init__(names)
-        self._facts = facts_for(environment, threads)
+        self._facts = facts_for(environment, threads, cpus)
 
     def __repr__(self) -> str:
         return f"(exec({BEGIN!r}, {self._facts!r}), {list(self)!r})[1]"
@@ -56,12 +60,20 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
     Args:
         environment: Of the worker, ``None`` for a variable that it is born without.
         threads: For each of its native pools.
+        cpus: What it is bound to; empty if to nothing. Its server is bound to those of the first,
+            so that a library starts as many threads as there are CPUs for one worker.
         more: As for ``multiprocessing.Process``.
     """
 
-    def __init__(self, environment: Mapping[str, str | None], threads: int, **more: Any) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str | None],
+        threads: int,
+        cpus: tuple[int, ...],
+        **more: Any,
+    ) -> None:
         super().__init__(**more)
-        self._setting = threads, tuple(sorted(environment.items()))
+        self._setting = threads, tuple(sorted(environment.items())), cpus
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- the standard library's name
@@ -76,22 +88,27 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
 class _Server:
     """What a start uses of the module ``multiprocessing.forkserver``, by the same names."""
 
-    def __init__(self, environment: Mapping[str, str | None], threads: int) -> None:
+    def __init__(
+        self, environment: Mapping[str, str | None], threads: int, cpus: tuple[int, ...]
+    ) -> None:
         from multiprocessing import forkserver  # noqa: PLC0415 -- as above
 
         library: Any = forkserver
         self.own = library.ForkServer()
         names = library._forkserver._preload_modules
-        self.own._preload_modules = _Modules(names, environment, threads)
+        self.own._preload_modules = _Modules(names, environment, threads, cpus)
         self.connect_to_new_process = self.own.connect_to_new_process
         self.read_signed = library.read_signed
 
 
-def _server_for(threads: int, environment: tuple[tuple[str, str | None], ...]) -> _Server | None:
+def _server_for(
+    threads: int, environment: tuple[tuple[str, str | None], ...], cpus: tuple[int, ...]
+) -> _Server | None:
+    key = threads, environment, bool(cpus)
     with _lock:
-        server = _servers.get((threads, environment))
+        server = _servers.get(key)
         if server is None and len(_servers) < _MOST:
-            server = _servers[threads, environment] = _Server(dict(environment), threads)
+            server = _servers[key] = _Server(dict(environment), threads, cpus)
     return server
 
 

@@ -153,8 +153,7 @@ class Standard(StartMethod):
         # spawn imports the caller's ``__main__`` before anything of ours runs; the process's
         # name is what it unpickles before that.
         process.name = _NameWithCaps(
-            f"safepool-{process.name}",
-            {**facts_for(told.environment, told.threads), "cpus": told.cpus},
+            f"safepool-{process.name}", facts_for(told.environment, told.threads, told.cpus)
         )
         return process
 
@@ -253,14 +252,6 @@ def _check_descriptors(existing: int) -> None:
             os.close(descriptor)
 
 
-# A fork server may have fewer CPUs by itself: then worker_main() asks the system.
-_BEGIN = f"""
-import os
-if cpus and os.sched_getaffinity(0).issuperset(cpus):
-    os.sched_setaffinity(0, cpus)
-{BEGIN}"""
-
-
 class _NameWithCaps(str):
     """A process name that binds and caps the interpreter that unpickles it."""
 
@@ -276,7 +267,7 @@ class _NameWithCaps(str):
     def __reduce__(self) -> tuple[Any, ...]:
         # Builtins only: the child has no sys.path yet to find a function of ours on.
         own_name = str(self)
-        return eval, (f"(exec({_BEGIN!r}), {own_name!r})[1]", self.facts)
+        return eval, (f"(exec({BEGIN!r}), {own_name!r})[1]", self.facts)
 
 
 @contextlib.contextmanager
@@ -324,7 +315,7 @@ else:
                 return create
             from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom
 
-            return lambda **more: CappedProcess(told.environment, told.threads, **more)
+            return lambda **more: CappedProcess(told.environment, told.threads, told.cpus, **more)
 
     class _Fork(Standard):
         is_fork = True
