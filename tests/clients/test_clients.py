@@ -34,6 +34,13 @@ def pool() -> Iterator[ProcessPool]:
         yield made
 
 
+@pytest.fixture(params=[ProcessPool, safepool.Pool])
+def either(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A pool that is handed over: an executor, and one of multiprocessing's interface."""
+    with request.param(2) as made:
+        yield made
+
+
 @pytest.fixture(autouse=True)
 def _no_workers_but_ours() -> Iterator[None]:
     """Joblib's own backend starts none: everything of a block runs in the block's."""
@@ -55,7 +62,7 @@ def log_probability(position: Any) -> float:
     return float(-0.5 * np.sum(position**2))
 
 
-def test_emcee(pool: ProcessPool) -> None:
+def test_emcee(either: Any) -> None:
     emcee = pytest.importorskip("emcee")
     start = np.random.default_rng(0).standard_normal((8, 3))
 
@@ -65,14 +72,14 @@ def test_emcee(pool: ProcessPool) -> None:
         sampler.run_mcmc(start, 20)
         return sampler.get_chain()
 
-    np.testing.assert_array_equal(chain(pool=pool), chain())
+    np.testing.assert_array_equal(chain(pool=either), chain())
 
 
 def unit_cube(position: Any) -> Any:
     return 10 * position - 5
 
 
-def test_dynesty(pool: ProcessPool) -> None:
+def test_dynesty(either: Any) -> None:
     """It reads pool.size, to know how many points to propose at a time."""
     dynesty = pytest.importorskip("dynesty")
 
@@ -85,10 +92,31 @@ def test_dynesty(pool: ProcessPool) -> None:
 
     # As many proposals at a time: else other random numbers are drawn.
     class Serial:
-        size = pool.size
+        size = either.size
         map = staticmethod(map)
 
-    assert evidence(pool=pool) == evidence(pool=Serial())
+    assert evidence(pool=either) == evidence(pool=Serial())
+
+
+def valley(position: Any) -> float:
+    return float(np.sum((position - 0.5) ** 2))
+
+
+def test_differential_evolution(either: Any) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+
+    def lowest(workers: Any) -> Any:
+        return optimize.differential_evolution(
+            valley,
+            [(0, 1)] * 2,
+            seed=1,
+            maxiter=3,
+            polish=False,
+            workers=workers,
+            updating="deferred",
+        ).x
+
+    np.testing.assert_array_equal(lowest(either.map), lowest(map))
 
 
 def fit_line(seed: int) -> Any:
