@@ -2,6 +2,7 @@
 
     ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
     Pool                in the place of ``multiprocessing.Pool``
+    ThreadPool          in the place of ``concurrent.futures.ThreadPoolExecutor``
     parallel_backend    joblib and scikit-learn in such a pool
     worker              a decorator: native threads capped in any pool, a timeout, retries
     limit_threads       the native threads of this process itself
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from safepool.own_threads import ThreadLimit, limit_threads
     from safepool.pool.executor import ProcessPool
     from safepool.pool.watch import WorkerInfo
+    from safepool.thread_pool import ThreadPool
     from safepool.transport.sharing import share
     from safepool.workers.settings import register_setting, unregister_setting
 
@@ -75,6 +77,7 @@ __all__ = [
     "SafepoolError",
     "TaskTimeoutError",
     "ThreadLimit",
+    "ThreadPool",
     "TraceFileError",
     "UnreadableLimitError",
     "WorkerDiedError",
@@ -105,6 +108,7 @@ _HOMES = {
     "SafepoolError": "safepool.errors",
     "TaskTimeoutError": "safepool.errors",
     "ThreadLimit": "safepool.own_threads",
+    "ThreadPool": "safepool.thread_pool",
     "TraceFileError": "safepool.errors",
     "UnreadableLimitError": "safepool.errors",
     "WorkerDiedError": "safepool.errors",

@@ -516,6 +516,9 @@ RULES: dict[str, Rule] = {
     "rounding": _one_of(
         "floor", "nearest", "ceil", remedy='"floor" leaves a fraction of a CPU to this process'
     ),
+    "thread_name_prefix": Rule(
+        kind="text", is_kind=_is_text, remedy="The name of each thread begins with it"
+    ),
     "threads": _integer(1, _THREADS),
     "threads_per_worker": _integer_or_auto(_THREADS),
     "timeout": _number(

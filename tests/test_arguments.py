@@ -59,6 +59,13 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "idle_worker_timeout": ("10", -1),
         "end_subprocesses": (None, NOTHING),
     },
+    "ThreadPool": {
+        "max_workers": (2.5, 0),
+        "thread_name_prefix": (3, NOTHING),
+        "initializer": (3, NOTHING),
+        "initargs": ("abc", NOTHING),
+        "threads_per_worker": ("auto", 0),
+    },
     "worker": {
         "function": (30, NOTHING),
         "threads": ("2", 0),
@@ -96,6 +103,7 @@ NEAR: dict[str, dict[str, str]] = {
         "time_out": "timeout",
     },
     "parallel_backend": {"max_workers": "n_jobs", "inner_max_num_threads": "threads_per_worker"},
+    "ThreadPool": {"workers": "max_workers", "threads": "threads_per_worker"},
     "worker": {"threads_per_worker": "threads", "retry": "retries"},
     "share": {"writeable": "writable"},
     "limit_threads": {"threads": "n", "limits": "n"},
