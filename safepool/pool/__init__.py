@@ -9,7 +9,7 @@ What people hand over, in the order in which it goes through the modules:
     dispatch            work -> messages; `functions`, `names`, `settings`, `packing` bring what
                         a worker lacks; `hands` run the program's code beside the scheduler
     hiring, staff       workers: started, listened to, seen to their end; `worker` is one of them
-    settling, losses    answers -> results; what workers leave that have ended
+    settling            answers -> results
     records, watch      log records of workers; who wants to look at them
     trace, trace_*      a picture of the run
 

@@ -3,11 +3,11 @@
 The scheduler's thread pickles what is known to run no code of the program (``trusted``). All else
 is pickled by the hands, and the scheduler goes on when that takes longer than a moment:
 
-    pack_tasks()  a task without a pickle   --> `_prepare`: in time, it is sent at once
-                                                late, it is aside until `come_back`, then queued
-                                                first, with its pickle or its error; for half a
-                                                second nothing overtakes it
-    pack_span()   the same for calls of a map, and for its function
+    pack()  a task without a pickle   --> `_prepare_task`: in time, it is sent at once
+                                          late, it is aside until `come_back`, then queued
+                                          first, with its pickle or its error; for half a
+                                          second nothing overtakes it
+            the same for calls of a map, and for its function
 
 What a worker must be sent before (functions, shared objects) is looked up afterwards, by the
 scheduler's thread (``_introduce``): the hands know no worker.
@@ -21,19 +21,19 @@ import itertools
 import os
 import pickle
 import sys
-import time
 import types
 import weakref
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import text_of, users_frames
 from safepool.machine import tell_once
+from safepool.pool.core.events import Copied, NotSent
+from safepool.pool.core.work import Span
 from safepool.pool.deliveries import Needs
 from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
 from safepool.pool.mains import is_data, runs_no_code
-from safepool.pool.mapping import Span
 from safepool.pool.names import Names
 from safepool.pool.packing import Packer, Packing
 from safepool.pool.settings import Settings, Telling
@@ -107,6 +107,24 @@ _NOT_SENT = "while the call of "
 _INHERITED = "shared between processes through inheritance"
 
 Pieces = list["bytes | memoryview"]
+
+
+class Parcel(NamedTuple):
+    """A message for one worker.
+
+    Attributes:
+        pieces: To be sent.
+        given: The work in it, or what is being copied for it.
+        back: What the worker must not have yet.
+        exclusive: Nothing may follow until it is answered.
+        unsent: The position of what is being copied; else 0.
+    """
+
+    pieces: Pieces
+    given: Sequence[Task | Span]
+    back: Sequence[Task | Span]
+    exclusive: bool = False
+    unsent: int = 0
 
 
 class Dispatch:
@@ -200,48 +218,49 @@ class Dispatch:
         back, self._back = self._back, []
         return back
 
-    def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Task | Span]:
-        """Send what has been copied into files; return what is to be queued again."""
-        back: list[Task | Span] = []
+    def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Copied | NotSent]:
+        """Send what has been copied into files; return what the core is to know of it."""
+        events: list[Copied | NotSent] = []
         for packing in self._packer.done():
-            worker = packing.worker
-            if worker.packing is packing:
-                worker.packing = None
-            if packing.wanted:  # else taken back, or its worker has ended
-                if isinstance(packing.work, Span) and packing.work.run.dropped:
-                    # The worker was told to forget the function meanwhile.
-                    back += self._withdraw(packing)
-                    continue
+            worker, work = packing.worker, packing.work
+            if not packing.wanted:  # it was taken back, or its worker has ended
+                events.append(Copied(worker))
+            elif isinstance(work, Span) and work.run.dropped:
+                # The worker was told to forget the function meanwhile.
+                events.append(NotSent(worker, packing.position, [work]))
+            else:
                 pieces, again = self._finish(packing)
-                back += again
-                worker.sent_ns = time.monotonic_ns()
-                send(worker, pieces)
-        return back
+                if pieces:
+                    send(worker, pieces)
+                    events.append(Copied(worker))
+                else:
+                    events.append(NotSent(worker, packing.position, again))
+        return events
 
-    def _give_large(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
-        """Return the pieces of a payload that may go in files, and what is to be queued again.
-
-        There may be none yet: then it is copied first, and sent by :meth:`send_packed`.
-        """
-        channel = packing.worker.channel
-        if channel.takes_file(packing.segments):
+    def _give_large(self, packing: Packing, before: Pieces, back: Sequence[Task]) -> Parcel:
+        """Make a message of a payload that may go in files, or have it copied there first."""
+        work = packing.work
+        exclusive = not isinstance(work, Span)
+        if packing.worker.channel.takes_file(packing.segments):
             if _size(packing.segments) > _AT_ONCE_BYTES:
-                packing.worker.packing = packing
-                packing.worker.sent_ns = time.monotonic_ns()
                 self._packer.put(packing)
-                return [], []
+                return Parcel(before, [work], back, exclusive, packing.position)
             packing.store()
-        return self._finish(packing)
+        pieces, again = self._finish(packing)
+        given = [work] if pieces else []
+        return Parcel([*before, *pieces], given, [*again, *back], exclusive and bool(given))
 
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
-        """Return the pieces of a payload that was copied, or fail what it belongs to."""
+        """Return the pieces of a payload that was copied.
+
+        If there are none it failed; then what is to be queued again.
+        """
         work, error = packing.work, packing.error
         if error is None:
             try:
                 return self._frame(packing), []
             except MemoryError as problem:  # it could not go as a file after all
                 error = problem
-        self._withdraw(packing)
         if not isinstance(work, Span):
             work.pickled = None
             fail(work.future, error)
@@ -251,18 +270,13 @@ class Dispatch:
             return [], [work.only(place) for place in range(work.count)]
         return [], []
 
-    def _withdraw(self, packing: Packing) -> list[Task | Span]:
-        """Take back from the worker what it was not sent."""
-        packing.worker.exclusive = False
-        return packing.worker.ledger.take_back(packing.position - 1)
-
     def _frame(self, packing: Packing) -> Pieces:
         work, segments = packing.work, packing.worker.channel.hand_over(packing.segments)
         if isinstance(work, Span):
             if work.alone:
-                return task_frame(work.position, packing.function, segments)
+                return task_frame(packing.position, packing.function, segments)
             return batch_frame(
-                work.position,
+                packing.position,
                 packing.function,
                 segments,
                 starred=work.run.starred,
@@ -274,65 +288,60 @@ class Dispatch:
         elif work.pickled is not None:
             # The same files again.
             work.pickled = work.pickled._replace(segments=list(packing.segments))
-        return task_frame(work.position, packing.function, segments)
+        return task_frame(packing.position, packing.function, segments)
 
-    def pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, list[Task]]:
-        """Give tasks to a worker.
+    def pack(self, worker: Worker, work: Span | list[Task]) -> Parcel:
+        """Make the message that gives work to a worker."""
+        if isinstance(work, Span):
+            return self._pack_span(worker, work)
+        return self._pack_tasks(worker, work)
 
-        Returns:
-            The pieces to send, and the tasks that it must not have yet.
-        """
+    def _pack_tasks(self, worker: Worker, tasks: list[Task]) -> Parcel:
         pieces: Pieces = []
+        given: list[Task | Span] = []
         group: list[tuple[int, bytes | memoryview]] = []
-        first = 0
+        first = worker.ledger.last + 1
         for place, task in enumerate(tasks):
             if not begin(task.future):
                 continue
             if task.pickled is None and not self._prepare_task(task):
                 if self.is_full:
-                    return [*pieces, *_tasks(first, group)], tasks[place + 1 :]
+                    return Parcel([*pieces, *_tasks(first, group)], given, tasks[place + 1 :])
                 continue
             assert task.pickled is not None
             function, segments, shared, needs = task.pickled
             small = _small(segments)
-            if small is None and worker.ledger.owed:
-                task.future.wait_again()
-                return [*pieces, *_tasks(first, group)], tasks[place:]
+            if small is None and (worker.ledger.owed or given):
+                return Parcel([*pieces, *_tasks(first, group)], given, tasks[place:])
             task.call = None
             pieces += self._introduce(worker, function, shared, needs)
-            worker.ledger.give(task)
-            if small is not None:
-                if not group:
-                    first = task.position
-                group.append((function.number if function else 0, small))
-                continue
-            worker.exclusive = True
             number = function.number if function else 0
-            more, _ = self._give_large(Packing(worker, task, task.position, number, segments))
-            return [*pieces, *more], tasks[place + 1 :]
-        return [*pieces, *_tasks(first, group)], []
+            if small is None:
+                packing = Packing(worker, task, first, number, segments)
+                return self._give_large(packing, pieces, tasks[place + 1 :])
+            given.append(task)
+            group.append((number, small))
+        return Parcel([*pieces, *_tasks(first, group)], given, [])
 
-    def pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, list[Span]]:
-        """Give calls of a run to a worker; as :meth:`pack_tasks`."""
-        run = span.run
+    def _pack_span(self, worker: Worker, span: Span) -> Parcel:
+        run: MapRun = span.run
         if span.pickled is None and not self._prepare_span(span):
-            return [], []
+            return Parcel([], [], [])
         assert span.pickled is not None
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
-        if not packed.segments:
-            return [], [span.only(place) for place in range(span.count)]
         _, segments, shared, needs = packed
-        if span.count > 1 and any(one.writable for one in shared):
-            # In one payload they would be one object, and a call see what another has written.
-            return [], [span.only(place) for place in range(span.count)]
+        # In one payload what is shared and writable would be one object, and a call see what
+        # another has written.
+        if not segments or (span.count > 1 and any(one.writable for one in shared)):
+            return Parcel([], [], [span.only(place) for place in range(span.count)])
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._deliver(worker, run.needs)
         pieces += self._introduce(worker, run.sent, shared, needs)
-        worker.ledger.give(span)
-        packing = Packing(worker, span, span.position, run.sent.number, segments)
-        more, back = self._give_large(packing)
-        return [*pieces, *more], [one for one in back if isinstance(one, Span)]
+        position = worker.ledger.last + 1
+        return self._give_large(
+            Packing(worker, span, position, run.sent.number, segments), pieces, []
+        )
 
     # Pickling: what runs the program's code is done by the hands.
 

@@ -6,12 +6,12 @@
                         futures,                <------------>  ...         board each)
                         results
 
-Data goes one way: what is submitted waits in the backlog (``backlog``), is taken by the
-scheduler's thread, made into messages (``dispatch``) as far as a worker is to be sent ahead
-(``pace``), belongs to exactly one worker until it is settled (``ledger``) or taken back
-(``reclaim``), and ends (``settling``) by its future or among its map's results (``mapping``), or
-with its worker (``losses``). Callers only append to the inbox or raise a flag, and then wake the
-thread up. No lock is shared with them: a signal's handler may wait for the pool above any call.
+What happens to a call and to a worker is decided by the core (``core.machine``), which is told of
+events and returns actions; here they are brought and done (``_tell``, and the table at the end).
+What is submitted waits there, is made into messages (``dispatch``), belongs to exactly one worker
+until it is settled or taken back, and ends (``settling``) by its future or among its map's results
+(``mapping``). Callers only append to the inbox or raise a flag, and then wake the thread up. No
+lock is shared with them: a signal's handler may wait for the pool above any call.
 
 Code of the program that may be slow, or wait, runs in other threads (``hands``):
 
@@ -23,13 +23,13 @@ Code of the program that may be slow, or wait, runs in other threads (``hands``)
     items of a ``map`` that nobody looked at         the callbacks' thread
 
 The workers themselves are the staff's (``staff``): started (``hiring``), listened to, seen to
-their end. What a task is, and what its loss means, is decided here.
+their end.
 
 A worker is sent several short tasks at a time. What it has not begun can be had back at any time,
 by the board that it shares with the pool (``workers.board``): when another worker is idle, when
 one task turns out to be long, when a task's time is over, when the worker dies.
 
-Races, each handled where its letter stands below (A to C: ``staff``):
+Races, each handled where its letter stands, here or in the core (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: nobody waits for
        the thread that it runs in. A finalizer that the collector runs in the scheduler's thread
        and that waits for a call of the pool gets an error.
@@ -68,23 +68,59 @@ from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from functools import partial
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safepool.errors import PoolBrokenError, TaskTimeoutError, text_of
+from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
-from safepool.pool import reclaim, refusals
-from safepool.pool.core.backlog import Backlog
-from safepool.pool.core.pace import Pace
+from safepool.pool import refusals
+from safepool.pool.core.events import (
+    Break,
+    Bury,
+    Cancel,
+    Cancelled,
+    CancelWaiting,
+    Condemn,
+    Died,
+    Distrust,
+    End,
+    EndNow,
+    Fail,
+    Fed,
+    GiveUp,
+    HandOut,
+    Hire,
+    Hired,
+    InitFailed,
+    Look,
+    Outgrown,
+    Parted,
+    Pause,
+    Queued,
+    Ready,
+    Returned,
+    Revoke,
+    Revoked,
+    Seen,
+    Send,
+    Sent,
+    Settle,
+    Skipped,
+    Step,
+    Stop,
+    Strangers,
+    Unreadable,
+    Wait,
+)
+from safepool.pool.core.machine import Core
 from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
-from safepool.pool.losses import Losses
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.records import Records
 from safepool.pool.refused_calls import refused_call
-from safepool.pool.settling import Settling
+from safepool.pool.settling import Settling, answer_of, answers_of, left_by, values_of
 from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
@@ -98,7 +134,7 @@ from safepool.workers.preload import learn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from safepool.pool.core.ending import Ending
+    from safepool.pool.core.events import Action, Answered, Event, Force
     from safepool.pool.core.policy import Policy
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item, ResultIterator
@@ -111,8 +147,6 @@ _log = ContainedLogger()
 
 # Between two readings of the limits.
 _FOLLOW_S = 1.0
-# Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
-_MOST_LOST = 2
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
 
@@ -155,7 +189,6 @@ class _Items(NamedTuple):
     last: bool
 
 
-Force = Literal["", "ask", "terminate", "kill"]
 _SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
 
 
@@ -191,8 +224,7 @@ class Scheduler:
         self._trace = trace
         self._follow = follow
         self._follow_at = 0.0
-        self._break_on_death = break_on_death
-        self._idle_s: float | None = None
+        self._core = Core(workers, tasks_per_worker, break_on_death=break_on_death)
         # Whether what runs is ended when the interpreter ends, as by multiprocessing.Pool.
         self.ends_at_exit = False
         # Opened when all workers were started, if that was asked for.
@@ -223,9 +255,9 @@ class Scheduler:
 
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
-        self._backlog = Backlog()
-        self._to_kill: list[PoolFuture] = []
         self._ended_runs: list[MapRun] = []
+        # Futures whose task is to be ended.
+        self._unwanted: list[PoolFuture] = []
         self._callers = Teller("safepool-callbacks")
         self._records = Records()
         self._task: type[Task] = Task
@@ -234,16 +266,9 @@ class Scheduler:
         else:
             self._task, self._dispatch = trace.measured(self._settled, self.wake, hiring.names)
         self._settings = self._dispatch.settings
-        self._pace = Pace()
         self._settling = Settling(
-            self._pace,
-            self._settled,
-            self.wake,
-            tasks_per_worker=tasks_per_worker,
-            memory_per_worker=memory_per_worker,
-            trace=trace,
+            self._settled, self.wake, memory_per_worker=memory_per_worker, trace=trace
         )
-        self._losses = Losses(self._settling, self._settled, self._wait_again)
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
         self._hiring = hiring
@@ -310,7 +335,7 @@ class Scheduler:
 
     def let_go_after(self, idle_s: float) -> None:
         """Let workers end that have had nothing to do for so long, in seconds."""
-        self._idle_s = idle_s
+        self._core.idle_ns = int(idle_s * 1e9)
 
     def submit(
         self,
@@ -608,7 +633,7 @@ class Scheduler:
                 if owner.error is None:
                     return
             # Here no signal's handler runs: one that raised would lose what is being made.
-            self._staff = staff = Staff(self._hiring.start)
+            self._staff = staff = Staff(self._hiring.start, self._part)
             self._thread = threading.current_thread()
             self._begun = True
         except BaseException as error:  # noqa: BLE001 -- raised to the caller of submit()
@@ -628,8 +653,8 @@ class Scheduler:
             if self._trace is not None:
                 self._trace.start(self._look)
             while self._step(staff):
-                self._listen(staff, self._patience(staff))
-            self._cancel_waiting()  # the pool may have been ended in the middle of a step
+                self._listen(staff, self._patience())
+            self._cancel_waiting(staff)  # the pool may have been ended in the middle of a step
             for entry in self._dispatch.take_aside():
                 _fail(entry, lambda: PicklingError(_RESTED.format("this call")))
             self._stop_all(staff)
@@ -657,7 +682,7 @@ class Scheduler:
         owed = [worker.ledger.owed for worker in self._staff or ()]
         waiting = len(self._dispatch.aside) + len(self._inbox)
         try:
-            waiting += self._backlog.waiting()
+            waiting += self._core.backlog.waiting()
         except RuntimeError:  # it has just been changed
             pass
         running = sum(map(bool, owed))
@@ -667,14 +692,11 @@ class Scheduler:
         """Act on what is shared; return whether there is more to do."""
         # Before the look at what was brought: nothing is brought after it.
         closing, ending = self._closing, self._forced
-        self._take_in()
-        self._backlog.holds = not closing
-        to_kill, self._to_kill = self._to_kill, []
+        self._core.backlog.holds = not closing
+        self._take_in(staff)
+        unwanted, self._unwanted = self._unwanted, []
         ended_runs, self._ended_runs = self._ended_runs, []
-        if ending:
-            for worker in staff:
-                self._take_back(staff, worker)  # it has not begun, so it is cancelled
-        self._cancel_waiting()
+        self._cancel_waiting(staff, begun=not ending)
         if ending:
             return False
         while self._dropped_runs:
@@ -684,32 +706,25 @@ class Scheduler:
         self._send_packed(staff)
         for run in ended_runs:
             self._forget(staff, run)
-        for future in to_kill:
+        for future in unwanted:
             self._end_task(staff, future)
-        if self._idle_s is not None:
-            self._let_the_idle_go(staff, self._idle_s)
         self._fill_up(staff)
-        working = any(worker.ledger.owed or worker.retiring for worker in staff)
-        if not (working or self._backlog or len(staff) > self._size):
+        if self._core.has_work(self._size):
+            self._oom.look()
+            self._follow_the_limits(staff)
+            if self._rights.have_changed() and len(staff):
+                _log.info("this program has other rights than before: its workers are replaced")
+                self._tell(staff, Strangers())
+        elif self._core.idle_ns is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return self._is_awaited if closing or self._forced else True
-        self._oom.look()
-        self._follow_the_limits(staff)
-        self._retire_strangers(staff)
-        self._shrink(staff)
-        self._end_the_overdue(staff)
-        self._take_back_from_the_slow(staff)
-        self._cancel_waiting()  # what was taken back above is not to be sent again
+        self._tell(staff, Step(self._size, staff.lost))
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
-        return (
-            not closing
-            or bool(self._backlog)
-            or self._is_awaited
-            or any(worker.ledger.owed for worker in staff)
-        )
+        core = self._core
+        return not closing or bool(core.backlog) or self._is_awaited or core.owes
 
     @property
     def _is_awaited(self) -> bool:
@@ -724,45 +739,56 @@ class Scheduler:
         since = max(self._dispatch.rests_since(), self._settling.rests_since())
         return time.monotonic() - since >= _REST_S
 
-    def _take_in(self) -> None:
+    def _take_in(self, staff: Staff) -> None:
         """Take what callers have brought."""
+        tasks: list[Task] = []
         while self._inbox:
             try:
                 brought = self._inbox.popleft()
             except IndexError:
-                return
+                break
+            if isinstance(brought, Task):
+                tasks.append(brought)
+                continue
+            if tasks:
+                self._tell(staff, Queued(tasks))
+                tasks = []
             if isinstance(brought, _Items):
                 run = brought.run
-                self._backlog.add_items(run, brought.items, last=brought.last)
+                self._tell(staff, Fed(run, brought.items, brought.last))
                 if run.fed and not run.unsettled:
                     self._ended_runs.append(run)
-            elif isinstance(brought, Task):
-                self._backlog.add(brought)
             else:
-                self._to_kill.append(brought)
+                self._unwanted.append(brought)
+        if tasks:
+            self._tell(staff, Queued(tasks))
 
     def _send_packed(self, staff: Staff) -> None:
         self._dispatch.unshare(staff)
-        back = self._dispatch.send_packed(staff.send)
+        for event in self._dispatch.send_packed(staff.send):
+            self._tell(staff, event)
         if self._settling.waits:
             self._settling.come_back()
         if self._dispatch.waits:
             more = not len(staff) or any(worker.is_idle for worker in staff)
-            back += self._dispatch.come_back(more=more)
-        if back:
-            self._wait_again(back)
+            self._tell(staff, Returned(self._dispatch.come_back(more=more)))
 
-    def _cancel_waiting(self) -> None:
-        if not self._cancelling:
-            return
-        self._take_in()
-        waiting = self._backlog.clear()
-        for entry in [*waiting, *self._dispatch.take_aside()]:
-            _cancel(entry)
+    def _cancel_waiting(self, staff: Staff, *, begun: bool = True) -> None:
+        """Cancel what waits, if that is wanted.
+
+        Args:
+            staff: All workers.
+            begun: Leave them what they have; else they keep only what they have begun.
+        """
+        if self._cancelling:
+            self._take_in(staff)
+            self._tell(staff, CancelWaiting(all=not begun))
+            for entry in self._dispatch.take_aside():
+                _cancel(entry)
 
     def _listen(self, staff: Staff, timeout_s: float | None) -> None:
         self._bed = [True]
-        if self._inbox or self._ended_runs or self._to_kill:
+        if self._inbox or self._ended_runs or self._unwanted:
             timeout_s = 0.0
         for worker, news in staff.listen(timeout_s, self._awake):
             if isinstance(news, Ended):
@@ -778,8 +804,6 @@ class Scheduler:
             if worker.logged:
                 worker.logged = False
                 self._records.catch_up()
-            if worker.condemned is not None:  # race I
-                continue
             try:
                 self._receive(staff, worker, news)
             except (CorruptFrameError, ValueError) as error:
@@ -788,28 +812,21 @@ class Scheduler:
     def _awake(self) -> None:
         self._bed = []
 
-    def _patience(self, staff: Staff) -> float | None:
+    def _patience(self) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
-        busy = [worker for worker in staff if worker.ledger.owed]
         now = time.monotonic()
-        times = []
-        if self._idle_s is not None:
-            idle_since = [worker.idle_since for worker in staff if worker.idle_since is not None]
-            times += [since + self._idle_s for since in idle_since]
-        times += self._next_looks()
-        if not (busy or self._backlog):
-            return max(0.0, min(times) - now) if times else None
-        if self._backlog and self._hiring.not_before > now:
+        times = self._next_looks()
+        look_ns = self._core.next_look(time.monotonic_ns())
+        if look_ns is not None:
+            times.append(look_ns / 1e9)
+        waits = bool(self._core.backlog)
+        if waits and self._hiring.not_before > now:
             times.append(self._hiring.not_before)
-        if self._follow is not None and self._by_hand is None:
-            times.append(self._follow_at)
-        if (look_at := self._oom.next_look) is not None:
-            times.append(look_at)
-        times += reclaim.next_looks(staff, now)
-        for worker in busy:
-            due_s = worker.due_in_s()
-            if due_s is not None:
-                times.append(now + due_s)
+        if waits or self._core.owes:
+            if self._follow is not None and self._by_hand is None:
+                times.append(self._follow_at)
+            if (look_at := self._oom.next_look) is not None:
+                times.append(look_at)
         return max(0.0, min(times) - now) if times else None
 
     def _next_looks(self) -> list[float]:
@@ -823,23 +840,12 @@ class Scheduler:
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
-    def _let_the_idle_go(self, staff: Staff, idle_s: float) -> None:
-        now = time.monotonic()
-        for worker in staff:
-            if not worker.is_idle:
-                worker.idle_since = None
-            elif worker.idle_since is None:
-                worker.idle_since = now
-            elif now - worker.idle_since >= idle_s and not self._backlog:
-                worker.idle_since = None
-                staff.stop(worker)
-
     def _follow_the_limits(self, staff: Staff) -> None:
         follow, now = self._follow, time.monotonic()
         if follow is None or self._by_hand is not None or now < self._follow_at:
             return
         busy = [worker.pid for worker in staff if worker.ledger.owed]
-        if not (busy or self._backlog):
+        if not (busy or self._core.backlog):
             return
         self._follow_at = now + _FOLLOW_S
         try:
@@ -855,111 +861,95 @@ class Scheduler:
         if self._trace is not None:
             self._trace.resized(before, size, "limits")
 
-    def _retire_strangers(self, staff: Staff) -> None:
-        """Give nothing more to workers that have rights which this program has given up."""
-        if self._rights.have_changed() and len(staff):
-            _log.info("this program has other rights than before: its workers are replaced")
-            for worker in staff:
-                worker.retiring = True
+    # What the core is told, and wants done.
 
-    def _shrink(self, staff: Staff) -> None:
-        """Let workers go that are too many or too large: between two tasks, never in one."""
-        shrinking = (
-            len(staff) > self._size and sum(not worker.leaving for worker in staff) > self._size
-        )
-        if not (shrinking or any(worker.retiring for worker in staff)):
+    def _tell(self, staff: Staff, event: Event) -> None:
+        """Bring the core an event, do what it wants, and bring what comes of that."""
+        core = self._core
+        actions = core.handle(event, time.monotonic_ns())
+        if not actions:
             return
-        for worker in staff:
-            goes = worker.retiring or (shrinking and not worker.is_bound)
-            if not worker.leaving and goes and worker.ledger.owed > 1:
-                self._take_back(staff, worker)
-            # Nothing that it owed may have begun; then no answer brings its end.
-            if worker.retiring and worker.is_idle:
-                staff.stop(worker)
-        if not shrinking:
-            return
-        staying = [worker for worker in staff if not worker.leaving]
-        idle = [worker for worker in staying if worker.is_idle]
-        for worker in idle[: max(0, len(staying) - self._size)]:
-            staff.stop(worker)
+        todo = deque(actions)
+        while todo:
+            action = todo.popleft()
+            answer = _DO[type(action)](self, staff, action)
+            if answer is not None:
+                todo.extendleft(reversed(core.handle(answer, time.monotonic_ns())))
 
-    # Tasks to workers.
+    def _part(self, staff: Staff, worker: Worker) -> None:
+        self._tell(staff, Parted(worker))
 
     def _hand_out(self, staff: Staff) -> None:
-        if not self._backlog:
+        if not self._core.backlog and len(staff) <= self._size:
             return
-        staying = [worker for worker in staff if not worker.leaving]
-        if staying and not self._dispatch.telling.may_be_told():
-            return
-        hungry = [worker for worker in staying if worker.ready and not worker.silent]
-        # Who has nothing first, so that it does not wait while others are sent ahead.
-        hungry.sort(key=lambda worker: worker.ledger.expected_ns if worker.ledger.owed else -1)
-        among = max(1, min(self._size, len(staying)))
-        del hungry[self._size :]
-        while hungry and self._backlog:
-            # One message each, and again: the first is not to get all there is.
-            hungry = [worker for worker in hungry if self._fill(staff, worker, among)]
-        if self._backlog:
-            self._hire(staff, staying)
+        dispatch = self._dispatch
+        told = not len(staff) or dispatch.telling.may_be_told()
+        self._tell(staff, HandOut(told, dispatch.is_full))
 
-    def _fill(self, staff: Staff, worker: Worker, among: int) -> bool:
-        """Send a worker what it has room for; return whether it may have room for more."""
-        ledger = worker.ledger
-        # A large task that was taken back is nobody's any more.
-        worker.exclusive = worker.exclusive and ledger.owed > 0
-        if worker.leaving or worker.retiring or self._dispatch.is_full or not self._backlog:
-            return False
-        if not worker.takes_more or (ledger.owed and worker.board is None):
-            return False
-        left = self._settling.tasks_left(worker)
+    def _send(self, staff: Staff, action: Send) -> Sent:
+        worker: Worker = action.worker
+        settings = self._dispatch.bring_settings(worker)
+        if settings:
+            staff.send(worker, settings)
+        sent = self._dispatch.pack(worker, action.work)
+        if sent.pieces:
+            staff.send(worker, sent.pieces)  # race H: its end is at hand, and tells
+        full = self._dispatch.is_full
+        return Sent(worker, sent.given, sent.back, sent.exclusive, sent.unsent, full)
 
-        def room(name: str, more_ns: int) -> int:
-            idle = not (ledger.owed or more_ns)
-            if worker.board is None:
-                return int(idle)
-            return self._pace.room(name, ledger.expected_ns + more_ns, idle=idle)
+    def _look_at_boards(self, _: Staff, action: Look) -> Seen:
+        boards = [(worker, worker.board) for worker in action.workers]
+        return Seen([(worker, board.claimed, board.since_ns) for worker, board in boards if board])
 
-        taken = self._backlog.take(room, self._pace.expected_ns, among, left)
-        if not taken:
-            return False
-        self._bring_settings(staff, worker)
-        back: Sequence[Task | Span]
-        if isinstance(taken, Span):
-            pieces, back = self._dispatch.pack_span(worker, taken)
+    def _revoke(self, staff: Staff, action: Revoke) -> Revoked:
+        worker: Worker = action.worker
+        board = worker.board
+        assert board is not None
+        board.revoke(action.last)
+        left: Sequence[Answered] = ()
+        try:
+            left = left_by(worker, board.peek())
+        except ValueError as error:
+            staff.distrust(worker, error)
+        return Revoked(worker, board.claimed, left, action.then)
+
+    def _settle(self, _: Staff, action: Settle) -> Outgrown | None:
+        self._settling.settle(action)
+        worker: Worker = action.worker
+        return Outgrown(worker) if self._settling.has_outgrown(worker) else None
+
+    def _wait(self, _: Staff, action: Wait) -> None:
+        for task in action.works:
+            task.future.wait_again()
+
+    def _cancel(self, _: Staff, action: Cancel) -> None:
+        for entry in action.works:
+            _cancel(entry)
+
+    def _fail(self, _: Staff, action: Fail) -> None:
+        error = self._broken
+        assert error is not None
+        for entry in action.works:
+            _fail(entry, lambda: fresh(error))
+
+    def _stop(self, staff: Staff, action: Stop) -> None:
+        worker: Worker = action.worker
+        if worker.failure is not None:
+            staff.dismiss_failed(worker)
         else:
-            pieces, back = self._dispatch.pack_tasks(worker, taken)
-        if back:
-            self._backlog.put_back(back)
-        if pieces:
-            worker.sent_ns = time.monotonic_ns()
-            if not staff.send(worker, pieces):  # race H: its end is at hand, and tells
-                return False
-        return not (back and ledger.owed)
+            staff.stop(worker)
 
-    def _bring_settings(self, staff: Staff, worker: Worker) -> None:
-        pieces = self._dispatch.bring_settings(worker)
-        if pieces:
-            staff.send(worker, pieces)
+    def _condemn(self, staff: Staff, action: Condemn) -> None:
+        if action.stack:
+            staff.condemn(action.worker)
+        else:
+            staff.end_with_descendants(action.worker)
 
-    def _hire(self, staff: Staff, staying: list[Worker]) -> None:
-        """Start workers while tasks wait that no starting worker will take."""
-        # Not in the place of one that cannot be ended: the next would hang in the same way.
-        most = max(1, self._size - staff.lost) - len(staying)
-        # One that fails to start may be the pool's end.
-        fails = any(worker.fails_to_start for worker in staff)
-        if most <= 0 or fails or time.monotonic() < self._hiring.not_before:
-            return
-        starting = sum(not worker.ready for worker in staying)
-        # Whatever nobody wants is dropped here: without a worker nobody would take it, and
-        # a pool that has something waiting does not end.
-        if not self._backlog.is_wanted():
-            return
-        wanted = min(most, self._backlog.at_most(self._size) - starting)
-        if wanted <= 0:
-            return
-        # As many may take their time to end as stay: if none ends by itself, all would pile up.
-        staff.hurry(len(staff) + wanted - 2 * self._size)
-        self._start_workers(staff, wanted)
+    def _end_now(self, staff: Staff, action: EndNow) -> None:
+        if action.force == "ask":
+            staff.ask(action.worker)
+        else:
+            staff.end(action.worker, at_once=action.force == "kill")
 
     def _fill_up(self, staff: Staff) -> None:
         """Start the workers that are missing, if that was asked for."""
@@ -968,18 +958,29 @@ class Scheduler:
             return
         missing = self._size - sum(not worker.leaving for worker in staff)
         if missing > 0:
-            self._start_workers(staff, missing)
+            self._hire(staff, Hire(missing, 0))
             if self._dispatch.waits and not self._forced:  # for the initializer
                 return
         self._filled = None
         filled.open()
 
-    def _start_workers(self, staff: Staff, count: int) -> None:
+    def _distrust(self, staff: Staff, action: Distrust) -> None:
+        staff.distrust(action.worker, action.error)
+
+    def _pause(self, _: Staff, action: Pause) -> None:
+        self._hiring.pause(action.pause_s)
+
+    # New workers.
+
+    def _hire(self, staff: Staff, action: Hire) -> None:
+        if time.monotonic() < self._hiring.not_before:
+            return
+        staff.hurry(action.hurry)
         try:
             self._hiring.prepare()
             if self._dispatch.pack_initializer(self._hiring):
                 self._hiring.take_packed()
-                for _ in range(count):
+                for _ in range(action.workers):
                     self._hire_one(staff)
             elif self._closing and self._rests:
                 self._break(staff, PoolBrokenError(_RESTED.format("the initializer")))
@@ -1001,11 +1002,12 @@ class Scheduler:
             if not self._dispatch.let_go():
                 raise
             worker = staff.hire()  # a thread that had nothing to do has made room
+        self._tell(staff, Hired(worker, worker.board is not None))
         try:
             staff.send(worker, encode(Kind.LOG, 0))
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
         except BaseException:  # no memory for the initializer; without it nothing may run there
-            staff.end(worker, at_once=True)
+            self._tell(staff, End("kill", worker))
             raise
 
     def _is_late(self) -> bool:
@@ -1015,38 +1017,11 @@ class Scheduler:
         # The hands ask as well, and only this thread looks into the queue.
         if not self._closing or threading.current_thread() is not self._thread:
             return False
-        self._take_in()
-        return not (self._backlog.is_wanted() or self._dispatch.aside)
+        if (staff := self._staff) is not None:
+            self._take_in(staff)
+        return not (self._core.backlog.is_wanted() or self._dispatch.aside)
 
-    # Tasks back from workers.
-
-    def _take_back_from_the_slow(self, staff: Staff) -> None:
-        for worker in reclaim.slow_workers(staff, nothing_waits=not self._backlog):
-            self._take_back(staff, worker)
-
-    def _take_back(self, staff: Staff, worker: Worker) -> None:
-        """Read what a worker has left on its board, and have back what it has not begun."""
-        board, ledger = worker.board, worker.ledger
-        if board is None:
-            return
-        board.revoke(ledger.last)
-        try:
-            self._settling.settle_left(staff, worker, board.peek())
-        except ValueError as error:
-            staff.distrust(worker, error)
-        claimed = board.claimed
-        back = ledger.take_back(claimed)
-        unsent = worker.packing
-        if back and (unsent is None or unsent.position > claimed + 1):
-            worker.awaited = claimed + 1  # it will come to it, and say so (race J)
-        self._wait_again(back)
-
-    def _wait_again(self, works: Sequence[Task | Span]) -> None:
-        """Queue again what no worker has begun."""
-        for work in works:
-            if isinstance(work, Task):
-                work.future.wait_again()
-        self._backlog.put_back(works)
+    # News from workers.
 
     def _receive(self, staff: Staff, worker: Worker, frame: Frame) -> None:
         """Act on what a worker says.
@@ -1058,55 +1033,33 @@ class Scheduler:
         kind, position, segments = frame
         match kind:
             case Kind.RESULTS:
-                self._settling.settle_records(staff, worker, b"".join(segments))
+                self._tell(staff, answers_of(worker, b"".join(segments)))
             case Kind.VALUES:
                 size_bytes = sum(map(len, segments))
                 values = read_values(segments)
-                self._settling.settle_values(staff, worker, position, *values, size_bytes)
+                self._tell(staff, values_of(worker, position, *values, size_bytes))
             case Kind.RESULT | Kind.EXCEPTION:
-                run = self._settling.settle(staff, worker, position, kind, segments)
-                if run is not None:
-                    run.tell()
+                self._tell(staff, answer_of(worker, position, kind, segments))
             case Kind.READY:
-                self._welcome(worker, has_board=bool(segments))
+                self._welcome(staff, worker, has_board=bool(segments))
             case Kind.TIMES:
                 self._settling.time(worker, segments)
             case Kind.INITIALIZER_FAILED:
-                staff.dismiss_failed(worker, rebuild(segments))
+                worker.failure = rebuild(segments)
+                self._tell(staff, InitFailed(worker))
             case Kind.SKIPPED:  # race J
-                self._return_skipped(worker, position)
+                self._tell(staff, Skipped(worker, position))
             case Kind.UNREADABLE:
-                self._return_unreadable(worker, position)
+                self._tell(staff, Unreadable(worker, position))
             case _:
                 raise CorruptFrameError(f"{kind!r} was not asked for")
 
-    def _welcome(self, worker: Worker, *, has_board: bool) -> None:
-        worker.ready = True
+    def _welcome(self, staff: Staff, worker: Worker, *, has_board: bool) -> None:
         if not has_board:
             worker.drop_board()
+        self._tell(staff, Ready(worker, worker.board is not None))
         if self._trace is not None:
             self._trace.ready(worker)
-
-    def _return_skipped(self, worker: Worker, position: int) -> None:
-        if worker.awaited == position + 1:
-            # Taken back from one further on; but it passes over the rest of a batch unseen.
-            worker.awaited = 0
-        head = worker.ledger.head
-        if head is not None and head.position + head.done == position:
-            # It alone, with what was to follow in the same message: what was sent since then
-            # is not revoked, and may have begun.
-            self._wait_again([worker.ledger.withdraw()])
-
-    def _return_unreadable(self, worker: Worker, position: int) -> None:
-        """A batch that cannot be unpickled: find out which call it is by sending each alone."""
-        worker.awaited = 0  # it will come to nothing more of this batch
-        head = worker.ledger.head
-        if not isinstance(head, Span) or head.position != position or head.done:
-            if worker.ledger.last >= position:
-                return  # taken back meanwhile
-            raise CorruptFrameError(f"position {position} was not sent")
-        worker.ledger.withdraw()  # not what is behind it: the worker goes on with that
-        self._wait_again([head.only(place) for place in range(head.count)])
 
     def _settled(self, run: MapRun, count: int) -> None:
         run.unsettled -= count
@@ -1123,95 +1076,68 @@ class Scheduler:
 
     # Workers and tasks that end otherwise.
 
-    def _end_the_overdue(self, staff: Staff) -> None:
-        for worker in staff:
-            if worker.condemned is None and worker.due_in_s() == 0.0:
-                work = worker.ledger.head
-                assert work is not None
-                assert work.policy.timeout_s is not None
-                position = work.position + work.done
-                if worker.overdue != position:
-                    # Listened to once more: this program may have been stopped, and the
-                    # result be here in time.
-                    worker.overdue = position
-                    continue
-                self._condemn(
-                    staff,
-                    worker,
-                    work,
-                    TaskTimeoutError(worker.pid, work.policy.timeout_s, work.name, ""),
-                )
-
     def _end_task(self, staff: Staff, future: PoolFuture) -> None:
         """End the worker that runs a task whose future was cancelled."""
         for worker in staff:
             for work in worker.ledger:
                 if isinstance(work, Task) and work.future is future:
-                    self._take_back(staff, worker)
-                    if worker.ledger.head is work and worker.can_be_at(work.position):
-                        worker.condemned = worker.condemned or RuntimeError("cancelled")
-                        staff.end_with_descendants(worker)
-                    elif any(owed is work for owed in [*worker.ledger][1:]):
-                        # What was before it has ended, and its answers are on their way:
-                        # only then is it sure that the signal meets this task.
-                        self._to_kill.append(future)
+                    self._tell(staff, Cancelled(worker, work))
                     return
-
-    def _condemn(
-        self, staff: Staff, worker: Worker, work: Task | Span, why: BaseException
-    ) -> None:
-        """End a worker for what it does now, and for that alone (race I)."""
-        position = work.position + work.done
-        self._take_back(staff, worker)
-        head = worker.ledger.head
-        if head is None or head.position + head.done != position:
-            return  # it has ended meanwhile
-        if not worker.can_be_at(position):
-            return  # and so has this one, whose answer is on its way
-        staff.condemn(worker, why)
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
-        from_outside = exitcode == _KILLED and not worker.was_ours(exitcode)
-        oom = self._oom.explain() if from_outside else None
-        ending = self._losses.of(staff, worker, exitcode, oom, pool_ends=bool(self._forced))
+        by_pool, board, left = worker.was_ours(exitcode), worker.board, []
+        if board is not None:
+            try:
+                left = left_by(worker, board.left())
+            except ValueError as error:
+                worker.fault = worker.fault or error
+        self._tell(
+            staff,
+            Died(
+                worker,
+                exitcode,
+                by_pool=by_pool,
+                lost=staff.lost,
+                forced=bool(self._forced),
+                claimed=0 if board is None else board.claimed,
+                began=0 if board is None else board.began,
+                results=left,
+                oom=self._oom.explain() if exitcode == _KILLED and not by_pool else None,
+                fault=worker.fault,
+                stack=worker.stack(exitcode),
+            ),
+        )
+
+    def _bury(self, _: Staff, action: Bury) -> None:
+        ending = action.ending
+        for lost in ending.lost:
+            error = None if lost.again is not None else ending.error_of(lost)
+            level, text = ending.line_of(lost, error)
+            _log.log(level, "%s", text)
+            if error is not None:
+                self._fail_lost(lost.work, lost.place, error)
         if self._trace is not None:
-            self._trace.ended(worker, ending)
-        if worker.failure is not None:
-            raised = f"{type(worker.failure).__name__}: {text_of(worker.failure)}"
-            problem = PoolBrokenError(f"a worker's initializer failed: {raised}")
-            self._break(staff, problem, worker.failure)
-        if staff.lost > _MOST_LOST * self._size:
-            problem = PoolBrokenError(f"{staff.lost} workers could not be ended by SIGKILL")
-            self._break(staff, problem)
-        if self._break_on_death and ending.breaks:
-            problem = PoolBrokenError(
-                "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {ending.pid} {ending.how}"
-            )
-            self._break(staff, problem)
+            self._trace.ended(action.worker, ending)
         level, text = ending.line
         _log.log(level, "%s", text)
-        if ending.was_of_use:
-            self._settling.patience.was_of_use()
-        elif ending.was_for_nothing:
-            self._bear(staff, ending)
 
-    def _bear(self, staff: Staff, ending: Ending) -> None:
-        """Wait before the next start, or give up if workers end in a row that were of no use."""
-        patience = self._settling.patience
-        pause_s = patience.after(ending.exitcode, ours=ending.by_pool)
-        if pause_s is not None:
-            self._hiring.pause(pause_s)
+    def _fail_lost(self, work: Task | Span, place: int, error: BaseException) -> None:
+        if isinstance(work, Task):
+            fail(work.future, error)
             return
-        reason = f"{patience.in_a_row} workers in a row were of no use; the last, {ending.unasked}"
-        refused = None
-        if ending.oom is not None:
-            reason += f": {ending.oom}"
-        elif ending.by_pool or (ending.exitcode or 0) >= 0:  # else to try a call might kill
-            refused = refused_call()
-            reason += f": {refused}" if refused else ""
-        self._break(staff, PoolBrokenError(reason), refused)
+        work.run.put_error(work.start + place, error)
+        self._settled(work.run, 1)
+        work.run.tell()
+
+    def _give_up(self, staff: Staff, action: GiveUp) -> None:
+        worker: Worker = action.worker
+        reason, cause = action.reason, worker.failure
+        if cause is not None:
+            reason += f": {type(cause).__name__}: {text_of(cause)}"
+        elif action.ask and (cause := refused_call()) is not None:
+            reason += f": {cause}"
+        self._break(staff, PoolBrokenError(reason), cause)
 
     def _break(
         self, staff: Staff, error: PoolBrokenError, cause: BaseException | None = None
@@ -1221,32 +1147,23 @@ class Scheduler:
         self._broken = self._broken or error
         self._closing = True
         self._asked.append("terminate")
-        self._take_in()
-        failed: list[Task | Span | MapRun] = self._backlog.clear()
-        failed += self._dispatch.take_aside()
+        self._take_in(staff)
         if self._trace is not None:
             self._trace.gave_up(str(error))
-        for worker in staff:
-            if self._trace is not None:
+            for worker in staff:
                 self._trace.broken(worker)
-            while worker.ledger.owed:
-                work, place = worker.ledger.strike()
-                failed.append(work.only(place) if isinstance(work, Span) else work)
-        for entry in failed:
+        self._tell(staff, Break())
+        for entry in self._dispatch.take_aside():
             _fail(entry, lambda: fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:
-        for worker in staff:
-            if not (worker.dismissed or self._forced):
-                staff.stop(worker)
+        if not self._forced:
+            self._tell(staff, End(""))
         while len(staff):
-            for worker in staff:
-                if self._forced == "ask":
-                    staff.ask(worker)
-                elif self._forced:  # from the beginning, or while the workers stop
-                    staff.end(worker, at_once=self._forced == "kill")
+            if self._forced:  # from the beginning, or while the workers stop
+                self._tell(staff, End(self._forced))
             self._listen(staff, None)
-            self._cancel_waiting()  # what was sent ahead to a worker that was ended
+            self._cancel_waiting(staff)  # what was sent ahead to a worker that was ended
 
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked while this pool works must not keep."""
@@ -1271,3 +1188,22 @@ def _cancel(entry: Task | Span | MapRun) -> None:
         entry.run.give_up(entry, CancelledError)
     else:
         entry.stop(CancelledError)
+
+
+_DO: dict[type[Action], Callable[[Scheduler, Staff, Any], Event | None]] = {
+    Send: Scheduler._send,
+    Hire: Scheduler._hire,
+    Look: Scheduler._look_at_boards,
+    Revoke: Scheduler._revoke,
+    Settle: Scheduler._settle,
+    Wait: Scheduler._wait,
+    Cancel: Scheduler._cancel,
+    Fail: Scheduler._fail,
+    Bury: Scheduler._bury,
+    Stop: Scheduler._stop,
+    Condemn: Scheduler._condemn,
+    EndNow: Scheduler._end_now,
+    Distrust: Scheduler._distrust,
+    Pause: Scheduler._pause,
+    GiveUp: Scheduler._give_up,
+}

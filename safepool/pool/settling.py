@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import MemoryLimitError
-from safepool.pool.core.patience import Patience
+from safepool.pool.core.events import Answered
+from safepool.pool.core.work import Span
+from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
-from safepool.pool.mapping import Span
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
 from safepool.transport.files import require
@@ -24,21 +23,19 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Sequence
 
-    from safepool.pool.core.pace import Pace
+    from safepool.pool.core.events import Settle
+    from safepool.pool.core.worker import Member
     from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Staff
     from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
     from safepool.workers.board import Left
 
     _Segments = Sequence[bytes | bytearray | memoryview]
 
-__all__ = ["Settling"]
+__all__ = ["Settling", "answer_of", "answers_of", "left_by", "values_of"]
 
 _log = ContainedLogger()
 
-# Sixths of a task may add up to a little less than one.
-_ROUNDING = 1e-6
 # A larger result counts by itself for what its map may have to be taken.
 _SMALL_BYTES = 64 * 1024
 # Pickles of small results that arrive between two looks at the memory that is left.
@@ -102,36 +99,26 @@ class _Answer:
 
 
 class Settling:
-    """Ends calls, and counts what each worker has done.
+    """Ends calls.
 
     Args:
-        pace: Told how long calls took.
         settled: Told of calls of a run that have ended, and how many.
         wake: Makes the scheduler call :meth:`come_back`; from any thread.
-        tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         trace: Told of calls that were answered.
-
-    Attributes:
-        patience: Counts workers that ended before they answered anything.
     """
 
     def __init__(
         self,
-        pace: Pace,
         settled: Callable[[MapRun, int], None],
         wake: Callable[[], None],
         *,
-        tasks_per_worker: int | None,
         memory_per_worker: int | None,
         trace: Trace | None = None,
     ) -> None:
-        self._pace = pace
         self._trace = trace
         self._settled = settled
-        self._tasks_per_worker = tasks_per_worker
         self._memory_per_worker = memory_per_worker
-        self.patience: Patience = Patience()
         self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []
@@ -165,81 +152,24 @@ class Settling:
         """End the threads. What is still being unpickled ends its call by itself."""
         self._hands.close()
 
-    def settle_left(self, staff: Staff, worker: Worker, left: Left) -> None:
-        """End calls whose answers a worker has left on its board, and not sent yet.
-
-        Raises:
-            ValueError: They were not sent.
-        """
-        self.settle_records(staff, worker, left.records, peeked=True)
-        head = worker.ledger.head
-        # As for records, below.
-        if left.numbers and head is not None and left.first <= head.position + head.done:
-            size_bytes = 8 * len(left.numbers)
-            self.settle_values(staff, worker, left.first, None, left.numbers, size_bytes)
-
-    def tasks_left(self, worker: Worker) -> int:
-        """Return how many more tasks a worker may be sent before it is replaced."""
-        if self._tasks_per_worker is None:
-            return sys.maxsize
-        owed = sum(work.tasks_in(work.count - work.done) for work in worker.ledger)
-        return math.ceil(self._tasks_per_worker - worker.tasks_done - owed - _ROUNDING)
-
-    def settle_records(
-        self,
-        staff: Staff,
-        worker: Worker,
-        records: bytes | bytearray,
-        *,
-        peeked: bool = False,
-    ) -> None:
-        """End calls whose answers arrived together.
-
-        Args:
-            staff: The worker's.
-            worker: Whose.
-            records: As they were on its board.
-            peeked: They were read there; else they were sent.
-
-        Raises:
-            ValueError: They were not sent, or are cut off.
-        """
+    def settle(self, done: Settle) -> None:
+        """End calls by what was answered."""
         runs: set[MapRun] = set()
-        spent: dict[str, list[int]] = {}
-        for position, microseconds, kind, pickled in records_of(records):
-            head = worker.ledger.head
-            if peeked and (head is None or position > head.position + head.done):
-                break  # an earlier message has not been read; then it will bring these as well
-            run = self.settle(staff, worker, position, kind, [pickled])
-            if run is not None:
-                runs.add(run)
-            if head is not None:
-                times = spent.setdefault(head.name, [0, 0])
-                times[0] += microseconds
-                times[1] += 1
-        for name, (microseconds, count) in spent.items():
-            self._pace.note(name, microseconds * 1000, count)
+        if done.plain:
+            values, size_bytes = done.payload
+            self._settle_values(done, values, size_bytes)
+        else:
+            for work, place, _, at in done.settled:
+                run = self._settle_one(done.worker, work, place, *done.payload[at])
+                if run is not None:
+                    runs.add(run)
         for run in runs:
             run.tell()
 
-    def settle(
-        self,
-        staff: Staff,
-        worker: Worker,
-        position: int,
-        kind: int,
-        segments: Sequence[bytes | bytearray | memoryview],
+    def _settle_one(
+        self, worker: Worker, work: Task | Span, place: int, kind: int, segments: _Segments
     ) -> MapRun | None:
-        """End the call at this position of a worker by its answer; return its run if it has one.
-
-        Raises:
-            ValueError: It was not sent.
-        """
-        settled = worker.ledger.settle(position)
-        if settled is None:
-            return None  # read from the board before, or given up
-        work, place = settled
-        self._count(staff, worker, work, 1)
+        """End a call by its answer; return its run if it has one."""
         answer = _Answer(work, place, kind, segments)
         if isinstance(work, Task):
             work.pickled = None
@@ -304,56 +234,26 @@ class Settling:
         self._settled(run, 1)
         return run
 
-    def settle_values(
-        self,
-        staff: Staff,
-        worker: Worker,
-        position: int,
-        microseconds: int | None,
-        values: list[Any],
-        size_bytes: int,
-    ) -> None:
-        """End several calls of runs, which returned plain values.
+    def _settle_values(self, done: Settle, values: list[Any], size_bytes: int) -> None:
+        """End calls of runs, which returned plain values.
 
         Args:
-            staff: The worker's.
-            worker: Whose.
-            position: The first one's.
-            microseconds: What they took together; ``None`` if that is not known yet.
-            values: What they returned.
-            size_bytes: Of what they were read from.
-
-        Raises:
-            ValueError: They were not sent.
+            done: Which.
+            values: What all returned that were answered together.
+            size_bytes: Of what these were read from.
         """
-        ledger, at = worker.ledger, 0
         refusal, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
-        while at < len(values):
-            work = ledger.head
-            known = 0 if work is None else work.position + work.done - position - at
-            if known > 0:  # peeked at before
-                at += known
-                continue
-            count = 0 if work is None else min(work.count - work.done, len(values) - at)
-            settled = ledger.settle(position + at, count)
-            if settled is None:
-                return  # given up
-            work, place = settled
-            if not isinstance(work, Span):
-                raise CorruptFrameError(f"values at {position}, where a task was sent")
+        for work, place, count, at in done.settled:
+            run: MapRun = work.run
             if self._trace is not None:
-                self._trace.settled(worker, work, place, count, refusal)
+                self._trace.settled(done.worker, work, place, count, refusal)
             if refusal is None:
-                work.run.put(work.start + place, values[at : at + count], count * each)
+                run.put(work.start + place, values[at : at + count], count * each)
             else:
                 for index in range(work.start + place, work.start + place + count):
-                    work.run.put_error(index, refusal)
-            self._settled(work.run, count)
-            work.run.tell()
-            if microseconds is not None:
-                self._pace.note(work.name, microseconds * 1000 * count / len(values), count)
-            self._count(staff, worker, work, count)
-            at += count
+                    run.put_error(index, refusal)
+            self._settled(run, count)
+            run.tell()
 
     def time(self, worker: Worker, segments: Sequence[bytes | bytearray | memoryview]) -> None:
         """Pass on when calls began and ended.
@@ -365,21 +265,14 @@ class Settling:
             raise CorruptFrameError("times of calls were not asked for")
         self._trace.timed(worker, segments)
 
-    def _count(self, staff: Staff, worker: Worker, work: Task | Span, calls: int) -> None:
-        worker.exclusive = False
-        worker.done += calls
-        worker.tasks_done += work.tasks_in(calls)
-        self.patience.was_of_use()
-        if not worker.retiring:
-            full = worker.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING
-            worker.retiring = full or self._is_too_large(worker)
-        if worker.retiring and not worker.ledger.owed and not worker.leaving:
-            staff.stop(worker)
-
-    def _is_too_large(self, worker: Worker) -> bool:
-        limit, now = self._memory_per_worker, time.monotonic_ns()
+    def has_outgrown(self, worker: Worker) -> bool:
+        """Tell whether a worker holds more memory than it may; looked at now and then."""
+        limit = self._memory_per_worker
+        if limit is None or worker.phase is not Phase.READY:
+            return False
+        now = time.monotonic_ns()
         # One that falls idle is looked at in any case: it might hold its memory for ever.
-        if limit is None or (worker.ledger.owed and now < worker.memory_look_ns):
+        if worker.ledger.owed and now < worker.memory_look_ns:
             return False
         worker.memory_look_ns = now + _MEMORY_LOOK_NS
         held = worker.resident_bytes()
@@ -387,3 +280,56 @@ class Settling:
             return False
         _log.info("worker %d holds %d MiB and is replaced", worker.pid, held >> 20)
         return True
+
+
+def answer_of(worker: Member, position: int, kind: int, segments: _Segments) -> Answered:
+    """Return the event for an answer that arrived alone."""
+    return Answered(worker, [(position, 1, None)], [(kind, segments)])
+
+
+def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = False) -> Answered:
+    """Return the event for answers that arrived together.
+
+    Args:
+        worker: Whose.
+        records: As they were on its board.
+        peeked: They were read there; else they were sent.
+
+    Raises:
+        ValueError: They are cut off.
+    """
+    answers, payload = [], []
+    for position, microseconds, kind, pickled in records_of(records):
+        answers.append((position, 1, microseconds))
+        payload.append((kind, [pickled]))
+    return Answered(worker, answers, payload, peeked=peeked)
+
+
+def values_of(
+    worker: Member, position: int, microseconds: int | None, values: list[Any], size_bytes: int
+) -> Answered:
+    """Return the event for calls that follow each other and returned plain values.
+
+    Args:
+        worker: Whose.
+        position: The first one's.
+        microseconds: What they took together; ``None`` if that is not known yet.
+        values: What they returned.
+        size_bytes: Of what they were read from.
+    """
+    one = (position, len(values), microseconds)
+    return Answered(worker, [one], (values, size_bytes), plain=True)
+
+
+def left_by(worker: Member, left: Left) -> list[Answered]:
+    """Return the events for answers that a worker has left on its board, and not sent yet.
+
+    Raises:
+        ValueError: They are cut off.
+    """
+    found = [answers_of(worker, left.records, peeked=True)] if left.records else []
+    if left.numbers:
+        size_bytes = 8 * len(left.numbers)
+        values = values_of(worker, left.first, None, left.numbers, size_bytes)
+        found.append(values._replace(peeked=True))
+    return found

@@ -78,13 +78,17 @@ class Staff:
 
     Args:
         start: Starts a worker process.
+        parted: Told of a worker to which nothing more can be sent.
 
     Raises:
         OSError: No descriptor is left.
     """
 
-    def __init__(self, start: Callable[[], Worker]) -> None:
+    def __init__(
+        self, start: Callable[[], Worker], parted: Callable[[Staff, Worker], None]
+    ) -> None:
         self._start = start
+        self._parted = parted
         self._all: tuple[Worker, ...] = ()
         self._lost: tuple[Worker, ...] = ()
         # What condemned workers had started, and has come to this program when they ended.
@@ -195,7 +199,6 @@ class Staff:
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end when it has done what it was sent."""
-        worker.leaving = worker.dismissed = True
         worker.deadline = time.monotonic() + _STOPPING_S
         self.send(worker, encode(Kind.STOP, 0))
 
@@ -205,9 +208,8 @@ class Staff:
         for worker in ending[: max(0, count)]:
             self._expect_the_end(worker)
 
-    def dismiss_failed(self, worker: Worker, failure: BaseException) -> None:
+    def dismiss_failed(self, worker: Worker) -> None:
         """Let a worker end by itself whose initializer failed: what it logged must arrive."""
-        worker.failure = failure
         self.stop(worker)
         worker.deadline = time.monotonic() + _ENDING_S
 
@@ -225,7 +227,6 @@ class Staff:
             worker: Whom.
             at_once: Do not ask.
         """
-        worker.leaving = worker.dismissed = True
         if worker.killed:
             return
         if at_once:
@@ -239,17 +240,14 @@ class Staff:
 
     def end_with_descendants(self, worker: Worker) -> None:
         """End a worker that is condemned, with every process that its task started."""
-        worker.leaving = True
         if not worker.killed:
             worker.deadline = time.monotonic()
 
-    def condemn(self, worker: Worker, why: BaseException) -> None:
+    def condemn(self, worker: Worker) -> None:
         """End a worker in the middle of its task, with every process that the task started.
 
         It is asked for its Python stack first, which it leaves on its board.
         """
-        worker.condemned = why
-        worker.leaving = True
         pause_s = 0.0
         if worker.board is not None and STACK_SIGNAL:
             worker.stack_begin = worker.board.written
@@ -331,7 +329,7 @@ class Staff:
         self._expect_the_end(worker)
 
     def _expect_the_end(self, worker: Worker) -> None:
-        worker.leaving = True
+        self._parted(self, worker)
         if worker.killed:
             return  # nothing more can be done
         soon = time.monotonic() + _ENDING_S
@@ -396,7 +394,7 @@ class Staff:
 
     def _forget(self, worker: Worker) -> int | None:
         self._all = tuple(one for one in self._all if one is not worker)
-        worker.leaving = True  # nothing is sent to it, whatever its last results bring about
+        self._parted(self, worker)  # nothing is sent to it, whatever its last results bring about
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
         if worker.sentinel is not None:

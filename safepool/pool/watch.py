@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from safepool.pool.core.worker import Phase
 from safepool.procfs import Status, read_status, threads_that_block
 from safepool.workers.board import STACK_SIGNAL
 
@@ -87,7 +88,7 @@ def _look_at(worker: Worker) -> WorkerInfo:
             task = work.name
         waiting += max(0, end - max(begin, at + 1))
     state: Literal["starting", "idle", "busy", "leaving"]
-    if worker.leaving or worker.retiring:
+    if worker.phase >= Phase.RETIRING:
         state = "leaving"
     elif not worker.ready:
         state = "starting"

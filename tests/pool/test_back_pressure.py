@@ -41,7 +41,9 @@ def wait_until_full(pool: ProcessPool) -> None:
     """Return when the workers have nothing to do, because nobody takes what they have done."""
     scheduler = pool._scheduler
     wait_until(
-        lambda: scheduler._backlog._held and all(worker.is_idle for worker in scheduler.workers())
+        lambda: (
+            scheduler._core.backlog._held and all(worker.is_idle for worker in scheduler.workers())
+        )
     )
 
 

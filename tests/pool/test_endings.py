@@ -32,15 +32,15 @@ from safepool import (
     WorkerDiedError,
 )
 from safepool.pool.core import patience
+from safepool.pool.core.machine import Core
 from safepool.pool.core.policy import Policy
-from safepool.pool.scheduler import Scheduler
+from safepool.pool.core.worker import Phase
 from safepool.workers.board import Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safepool.pool.staff import Staff
-    from safepool.pool.worker import Worker
+    from safepool.pool.core.events import HandOut
 
 TESTS = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -225,13 +225,13 @@ def test_deaths_while_arguments_are_read_are_no_failed_starts(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Three workers that end by what they were sent first cost three calls, and not the pool."""
-    fill = Scheduler._fill
+    hand_out = Core._hand_out
 
-    def fill_all_at_once(self: Scheduler, staff: Staff, worker: Worker, among: int) -> bool:
-        starting = [one for one in staff if not (one.ready or one.leaving)]
-        return fill(self, staff, worker, among) if not starting else False
+    def hand_out_when_all_are_there(self: Core, event: HandOut) -> None:
+        starting = any(one.phase is Phase.STARTING for one in self.members)
+        hand_out(self, event._replace(full=starting))
 
-    monkeypatch.setattr(Scheduler, "_fill", fill_all_at_once)
+    monkeypatch.setattr(Core, "_hand_out", hand_out_when_all_are_there)
     with ProcessPool(3) as pool:
         results = pool.map(tasks.square, [tasks.SlowToUnpickle(os.getpid())] * 3)
         with pytest.raises(WorkerDiedError):

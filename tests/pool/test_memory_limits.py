@@ -394,8 +394,8 @@ with safepool.ProcessPool(2) as pool:
     for function, items in ((text, range(16_000)), (parts, iter(range(16_000)))):
         results = pool.map(function, items)
         assert next(results) == function(0)
-        scheduler = pool._scheduler
-        while not scheduler._backlog._held or any(not one.is_idle for one in scheduler.workers()):
+        workers, backlog = pool._scheduler.workers, pool._scheduler._core.backlog
+        while not backlog._held or any(not one.is_idle for one in workers()):
             time.sleep(0.01)
         assert sum(1 for result in results) == 15_999
     print("survived")

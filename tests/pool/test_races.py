@@ -22,18 +22,15 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import hiring, reclaim, scheduler
+from safepool.pool import hiring, scheduler
+from safepool.pool.core import reclaim
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
 from safepool.pool.mapping import MapRun
 from safepool.pool.packing import Packing
-from safepool.pool.scheduler import Scheduler
-from safepool.pool.tasks import PoolFuture, Task, begin, name_of
-from safepool.pool.worker import Worker
-from safepool.workers.methods import find_context, method_of
-from safepool.workers.start import WorkerStart
+from safepool.pool.tasks import PoolFuture, begin, name_of
 
 if sys.platform != "win32":
     import fcntl
@@ -42,6 +39,7 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from safepool.pool.worker import Worker
     from safepool.workers.inheritance import Inheritance
 
 TESTS = Path(__file__).parent.parent
@@ -66,7 +64,7 @@ def wait_for_state(pid: int, states: str) -> None:
 def make_known(pool: ProcessPool, *functions: Callable[..., Any]) -> None:
     """Let the pool think that calls of these are short, so that it sends them ahead."""
     for function in functions:
-        pool._scheduler._pace.note(name_of(function), 50_000)
+        pool._scheduler._core.pace.note(name_of(function), 50_000)
 
 
 def has_begun(pool: ProcessPool) -> bool:
@@ -325,36 +323,6 @@ def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
         assert pid not in [future.result(timeout=30) for future in others]
 
 
-def new_scheduler() -> Scheduler:
-    hiring = Hiring(
-        method_of(find_context(None)),
-        WorkerStart(environment={}, threads=1),
-        initializer=None,
-        initargs=(),
-    )
-    return Scheduler(workers=1, hiring=hiring, tasks_per_worker=None)
-
-
-def new_task() -> Task:
-    future = PoolFuture()
-    begin(future)
-    return Task(future, (tasks.square, (1,), {}), "square", NO_POLICY)
-
-
-def test_a_kill_waits_for_the_answers_before_it() -> None:
-    """While another task is the next to be answered the signal could meet that one."""
-    scheduler = new_scheduler()
-    before, wanted = new_task(), new_task()
-    worker: Any = SimpleNamespace(ledger=Ledger(), board=None)
-    worker.ledger.give(before)
-    worker.ledger.give(wanted)
-    staff: Any = [worker]
-
-    scheduler._end_task(staff, wanted.future)
-
-    assert scheduler._to_kill == [wanted.future]
-
-
 def test_a_cancelled_task_in_the_queue_is_passed_over_in_silence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -384,7 +352,7 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
     worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
 
     dispatch = Dispatch(lambda _, count: settled.append(count), wake=bool)
-    dispatch.pack_span(worker, run.cut(1))
+    dispatch.pack(worker, run.cut(1))
     while dispatch.aside:
         dispatch.come_back(more=True)
     dispatch.close()
@@ -458,24 +426,6 @@ def test_short_tasks_are_not_sent_behind_a_long_one_again_and_again() -> None:
     assert sent < 8000
 
 
-def test_a_worker_that_passed_over_what_was_taken_back_is_not_waited_for() -> None:
-    """It claimed a call in the moment of its revocation, and no other of that batch."""
-    scheduler = new_scheduler()
-    run = MapRun(tasks.square, "square", NO_POLICY, None)
-    run.waiting.add([(1,), (2,), (3,)])
-    worker: Any = SimpleNamespace(
-        ledger=Ledger(), board=SimpleNamespace(claimed=1), awaited=0, leaving=False
-    )
-    worker.ledger.give(run.cut(3))
-    scheduler._wait_again(worker.ledger.take_back(worker.board.claimed))
-    worker.awaited = worker.board.claimed + 1
-
-    scheduler._return_skipped(worker, 1)
-
-    assert not Worker.silent.fget(worker)
-    assert scheduler._backlog.at_most(9) == 3
-
-
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_pool_whose_thread_cannot_be_had_while_others_wait_for_it(
     monkeypatch: pytest.MonkeyPatch, *, closed: bool
@@ -483,7 +433,7 @@ def test_a_pool_whose_thread_cannot_be_had_while_others_wait_for_it(
     """Each submit() gets the error, a shutdown() returns, and else the next submit() works."""
     reached, refuse = threading.Event(), threading.Event()
 
-    def no_staff(_: object) -> None:
+    def no_staff(*_: object) -> None:
         reached.set()
         refuse.wait(30)
         raise OSError(errno.EMFILE, "no descriptor")

@@ -18,7 +18,7 @@ from support_processes import wait_until
 import safepool
 from safepool import ProcessPool, TaskTimeoutError, WorkerDiedError
 from safepool.pool import watch
-from safepool.pool.core.ledger import Ledger
+from safepool.pool.core.worker import Member, Phase
 from safepool.pool.worker import Worker
 from safepool.workers.board import STACK_SIGNAL, Board
 
@@ -133,17 +133,16 @@ class Work:
         raise NotImplementedError(at)
 
 
-class StoredWorker:
+class StoredWorker(Member):
     """What the scheduler knows of a worker, without one."""
 
     def __init__(self, *works: Work, **known: Any) -> None:
-        self.ledger: Ledger[Any] = Ledger()
+        super().__init__()
         for work in works:
             self.ledger.give(work)
         self.board: Any = None
         self.sent_ns = time.monotonic_ns()
-        self.pid, self.done = os.getpid(), 0
-        self.ready, self.leaving, self.retiring = True, False, False
+        self.pid, self.ready, self.phase = os.getpid(), True, Phase.READY
         vars(self).update(known)
 
     def resident_bytes(self) -> int | None:
@@ -189,14 +188,14 @@ SEEN: dict[str, tuple[Callable[[], StoredWorker], tuple[str, str | None, int]]] 
         lambda: StoredWorker(A(), board=ClosedBoard()),
         ("busy", "a", 0),
     ),
-    "starting": (lambda: StoredWorker(ready=False), ("starting", None, 0)),
+    "starting": (lambda: StoredWorker(ready=False, phase=Phase.STARTING), ("starting", None, 0)),
     "retiring in its last task": (
-        lambda: StoredWorker(A(), board=ReadBoard(1), retiring=True),
+        lambda: StoredWorker(A(), board=ReadBoard(1), phase=Phase.RETIRING),
         ("leaving", "a", 0),
     ),
-    "leaving": (lambda: StoredWorker(leaving=True), ("leaving", None, 0)),
+    "leaving": (lambda: StoredWorker(phase=Phase.STOPPING), ("leaving", None, 0)),
     "ended before it was ready": (
-        lambda: StoredWorker(ready=False, leaving=True),
+        lambda: StoredWorker(ready=False, phase=Phase.DYING),
         ("leaving", None, 0),
     ),
 }

@@ -136,7 +136,7 @@ def test_a_large_task_that_was_on_its_way_is_not_said_to_have_run(retries: int) 
         large = pool.submit(len, bytes(20_000_000))
         (worker,) = pool._scheduler.workers()
         # Its copy was made and handed over, and its pickle is kept for a retry alone.
-        wait_until(lambda: worker.ledger.owed and worker.packing is None)
+        wait_until(lambda: worker.ledger.owed and not worker.unsent)
         wait_until(lambda: retries or getattr(worker.ledger.head, "pickled", 0) is None)
         os.kill(pid, signal.SIGKILL)
         error = large.exception(timeout=30)

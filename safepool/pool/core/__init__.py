@@ -1,5 +1,9 @@
 """What the pool decides, without a process, a clock, a lock, a future or a file.
 
+events     what happens to a pool, and what is done about it: a table of each
+machine    an event in, actions out
+reclaim    from whom calls are taken back, and when to look
+worker     what is known of one worker; its phase
 work       what workers are given: calls, and spans of calls of a map
 policy     what holds for a call: its time, its retries
 backlog    what waits, in order

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.pool.core.work import Call, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from safepool.pool.core.work import Run
 
@@ -34,6 +34,9 @@ class Backlog:
 
     def __bool__(self) -> bool:
         return bool(self._entries or self._held)
+
+    def __iter__(self) -> Iterator[Call | Span | Run]:
+        return itertools.chain(self._held, self._entries)
 
     def at_most(self, limit: int) -> int:
         """Return how many calls wait, counted up to ``limit``."""

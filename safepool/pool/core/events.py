@@ -1,0 +1,464 @@
+"""What happens to a pool, as the core is told of it, and what the core wants done.
+
+event           brought when                                       by
+Hired           a worker was started                               `Hire`
+Ready           its initializer has ended well                     the worker
+InitFailed      its initializer has failed                         the worker
+Queued          calls were submitted                              a caller
+Fed             further calls of a map were queued                 a caller
+Answered        answers have arrived                               the worker
+Revoked         what it has not begun was taken back               `Revoke`
+Seen            boards were read                                   `Look`
+Skipped         it came to a call that was taken back              the worker
+Unreadable      it could not read a batch                          the worker
+Sent            it was sent work, or some of it                    `Send`
+Copied          what was being copied for it is on its way         the packer
+NotSent         what was being copied for it could not be sent     the packer
+Returned        what was pickled beside the pool may be sent       the hands
+Cancelled       a call that a worker has is not wanted             a caller
+Outgrown        it holds too much memory                           a look at it
+Strangers       workers have rights that the program gave up       a look at them
+Parted          nothing more can be sent to it                     the staff
+Died            its process has ended                              the staff
+Step            the pool looks after all of its workers            the scheduler
+HandOut         it gives them what waits                           the scheduler
+CancelWaiting   what waits is not wanted, nor what comes           a caller
+Break           the pool gives up                                  a caller, `GiveUp`
+End             all workers are to end                             the scheduler
+
+action          what is done                                       answered by
+Send            pickle work, and send it to a worker               `Sent`
+Hire            start workers                                      `Hired` for each
+Look            read boards                                        `Seen`
+Revoke          take back what a worker has not begun              `Revoked`
+Settle          end calls by their answers
+Wait            calls wait again that were marked as running
+Cancel          calls end as cancelled
+Fail            calls end as the pool breaks
+Bury            tell how a worker ended, fail what it took along
+Stop            tell a worker to end
+Condemn         end a worker in the middle of a call
+EndNow          end a worker, whatever it does
+Distrust        end a worker that sends what it should not
+Pause           start no worker for some time
+GiveUp          break the pool                                     `Break`
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from safepool.errors import OutOfMemory
+    from safepool.pool.core.ending import Ending
+    from safepool.pool.core.work import Call, Given, Run, Span
+    from safepool.pool.core.worker import Member
+
+# A member, with what its owner has added: its type is the owner's.
+Who = Any
+# How the workers of a pool are ended that does not wait for their calls.
+Force = Literal["", "ask", "terminate", "kill"]
+
+
+class Hired(NamedTuple):
+    """A worker was started."""
+
+    worker: Member
+    has_board: bool
+
+
+class Ready(NamedTuple):
+    """A worker's initializer has ended well."""
+
+    worker: Member
+    has_board: bool
+
+
+class InitFailed(NamedTuple):
+    """A worker's initializer has failed."""
+
+    worker: Member
+
+
+class Queued(NamedTuple):
+    """Calls were submitted."""
+
+    calls: Sequence[Call]
+
+
+class Fed(NamedTuple):
+    """Further calls of a map were queued; ``last``: there will be no more."""
+
+    run: Run
+    items: list[Any]
+    last: bool
+
+
+class Answered(NamedTuple):
+    """Answers have arrived, or were read from the board.
+
+    Attributes:
+        worker: Whose.
+        answers: For each: the first position, how many calls, and the microseconds that they took
+            together, if that is known.
+        payload: What they say, for `Settle`.
+        plain: They are values of calls of maps.
+        peeked: They were read from the board: an earlier message may not have been read.
+    """
+
+    worker: Member
+    answers: Sequence[tuple[int, int, int | None]]
+    payload: Any
+    plain: bool = False
+    peeked: bool = False
+
+
+class Then(NamedTuple):
+    """Why calls are taken back: what is to be decided afterwards.
+
+    Attributes:
+        overdue: The position of a call whose time is over; else 0.
+        cancelled: A call that is not wanted.
+    """
+
+    overdue: int = 0
+    cancelled: Call | None = None
+
+
+class Revoked(NamedTuple):
+    """A worker was told what is taken back.
+
+    Attributes:
+        worker: Which.
+        claimed: The last position that it had claimed then.
+        results: What it had left on its board before.
+        then: As of :class:`Revoke`.
+    """
+
+    worker: Member
+    claimed: int
+    results: Sequence[Answered]
+    then: Then
+
+
+class Seen(NamedTuple):
+    """Boards were read: who, the last position that it has claimed, and when."""
+
+    boards: Sequence[tuple[Member, int, int]]
+
+
+class Skipped(NamedTuple):
+    """A worker came to a position that was taken back in the moment in which it claimed it."""
+
+    worker: Member
+    position: int
+
+
+class Unreadable(NamedTuple):
+    """A worker could not read the arguments of a batch, of which this is the first position."""
+
+    worker: Member
+    position: int
+
+
+class Sent(NamedTuple):
+    """A worker was sent work.
+
+    Attributes:
+        worker: Which.
+        given: What it has now, or is being copied for it.
+        back: What it must not have yet.
+        exclusive: Nothing may follow until it is answered.
+        unsent: The position of what is being copied; else 0.
+        full: As of :class:`HandOut`, from now on.
+    """
+
+    worker: Member
+    given: Sequence[Given]
+    back: Sequence[Given]
+    exclusive: bool = False
+    unsent: int = 0
+    full: bool = False
+
+
+class Copied(NamedTuple):
+    """What was being copied for a worker is on its way, unless it was taken back meanwhile."""
+
+    worker: Member
+
+
+class NotSent(NamedTuple):
+    """What was being copied for a worker could not be sent; ``again`` waits in its place."""
+
+    worker: Member
+    position: int
+    again: Sequence[Given]
+
+
+class Returned(NamedTuple):
+    """Work that was aside, and may be sent now."""
+
+    works: Sequence[Given]
+
+
+class Cancelled(NamedTuple):
+    """A call that a worker has is not wanted."""
+
+    worker: Member
+    call: Call
+
+
+class Outgrown(NamedTuple):
+    """A worker holds more memory than it may."""
+
+    worker: Member
+
+
+class Strangers(NamedTuple):
+    """All workers have rights that the program has given up."""
+
+
+class Parted(NamedTuple):
+    """Nothing more can be sent to a worker."""
+
+    worker: Member
+
+
+class Died(NamedTuple):
+    """A worker's process has ended, and all that it sent was brought before.
+
+    Attributes:
+        worker: Which.
+        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
+        by_pool: The pool has sent the signal that ended it.
+        lost: How many workers could not be ended, and are still there.
+        forced: The pool ends all of them.
+        claimed: The last position that it had claimed, by its board.
+        began: The last one that it had begun.
+        results: What it has left on its board.
+        oom: What the kernel has counted, if its out-of-memory killer ended it.
+        fault: Why no more could come of it, if the pool ended it for that.
+        stack: The Python stack in which it was.
+    """
+
+    worker: Member
+    exitcode: int | None
+    by_pool: bool = False
+    lost: int = 0
+    forced: bool = False
+    claimed: int = 0
+    began: int = 0
+    results: Sequence[Answered] = ()
+    oom: OutOfMemory | None = None
+    fault: BaseException | None = None
+    stack: str = ""
+
+
+class Step(NamedTuple):
+    """The pool looks after its workers.
+
+    Attributes:
+        size: The most workers that it may have now.
+        lost: As of :class:`Died`.
+    """
+
+    size: int
+    lost: int = 0
+
+
+class HandOut(NamedTuple):
+    """The pool hands out what waits.
+
+    Attributes:
+        told: What workers must be told before is known.
+        full: Nothing is to be pickled before what is being pickled.
+    """
+
+    told: bool = True
+    full: bool = False
+
+
+class CancelWaiting(NamedTuple):
+    """What waits is not wanted, nor is what comes; ``all``: nor what no worker has begun."""
+
+    all: bool = False
+
+
+class Break(NamedTuple):
+    """The pool gives up."""
+
+
+class End(NamedTuple):
+    """Workers are to end: when they have done what they have, or by force.
+
+    Attributes:
+        force: How.
+        worker: This one alone; ``None`` is all.
+    """
+
+    force: Force
+    worker: Member | None = None
+
+
+class Send(NamedTuple):
+    """Pickle work and send it to a worker."""
+
+    worker: Who
+    work: Span | list[Any]
+
+
+class Hire(NamedTuple):
+    """Start so many workers; of those that end slowly, let so many end at once."""
+
+    workers: int
+    hurry: int
+
+
+class Look(NamedTuple):
+    """Read the boards of workers."""
+
+    workers: Sequence[Who]
+
+
+class Revoke(NamedTuple):
+    """Take back what a worker has not begun, up to what it was sent last."""
+
+    worker: Who
+    last: int
+    then: Then
+
+
+class Settle(NamedTuple):
+    """End calls by their answers.
+
+    Attributes:
+        worker: Whose answers they are.
+        settled: For each part: the work, the place there of the first call, how many calls, and
+            the place of the first answer in the payload.
+        payload: What the answers say.
+        plain: As of :class:`Answered`.
+    """
+
+    worker: Who
+    settled: Sequence[tuple[Given, int, int, int]]
+    payload: Any
+    plain: bool
+
+
+class Wait(NamedTuple):
+    """Calls wait again that were marked as running."""
+
+    works: Sequence[Given]
+
+
+class Cancel(NamedTuple):
+    """Calls, and maps, end as cancelled."""
+
+    works: Sequence[Given]
+
+
+class Fail(NamedTuple):
+    """Calls, and maps, end as the pool breaks: those that waited, and those that workers had."""
+
+    works: Sequence[Given]
+
+
+class Bury(NamedTuple):
+    """Tell how a worker ended, and fail what it took along and what is not run again."""
+
+    worker: Who
+    ending: Ending
+
+
+class Stop(NamedTuple):
+    """Tell a worker to end when it has done what it was sent."""
+
+    worker: Who
+
+
+class Condemn(NamedTuple):
+    """End a worker with all that its call has started; ``stack``: ask where it is first."""
+
+    worker: Who
+    stack: bool
+
+
+class EndNow(NamedTuple):
+    """End a worker, whatever it does."""
+
+    worker: Who
+    force: Force
+
+
+class Distrust(NamedTuple):
+    """End a worker that has sent what it should not."""
+
+    worker: Who
+    error: ValueError
+
+
+class Pause(NamedTuple):
+    """Start no worker for some seconds."""
+
+    pause_s: float
+
+
+class GiveUp(NamedTuple):
+    """Break the pool.
+
+    Attributes:
+        worker: Whose end it is for.
+        reason: In words.
+        ask: Find out whether the system refuses something to every worker, which would be why.
+    """
+
+    worker: Who
+    reason: str
+    ask: bool = False
+
+
+Event = (
+    Hired
+    | Ready
+    | InitFailed
+    | Queued
+    | Fed
+    | Answered
+    | Revoked
+    | Seen
+    | Skipped
+    | Unreadable
+    | Sent
+    | Copied
+    | NotSent
+    | Returned
+    | Cancelled
+    | Outgrown
+    | Strangers
+    | Parted
+    | Died
+    | Step
+    | HandOut
+    | CancelWaiting
+    | Break
+    | End
+)
+Action = (
+    Send
+    | Hire
+    | Look
+    | Revoke
+    | Settle
+    | Wait
+    | Cancel
+    | Fail
+    | Bury
+    | Stop
+    | Condemn
+    | EndNow
+    | Distrust
+    | Pause
+    | GiveUp
+)

@@ -1,0 +1,700 @@
+"""The pool's decisions: an event comes in, actions come out (``events`` has the tables).
+
+    what                                       decided by
+    who gets what waits                        `HandOut`, and each `Sent`
+    what a worker's answers end                `Answered`
+    what is had back, and from whom            `Step`, `Seen`, `Revoked`
+    whose time is over, whose call is dropped  `Seen`, `Cancelled`, then `Revoked`
+    what the dead leave                        `Died`: answers, calls for others, lost calls
+    who is hired, let go, given up             `HandOut`, `Step`, `Died`
+
+Actions are done in the order in which they are returned, and the events that answer one are
+brought before the next is done. Letters name the scheduler's races.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import TaskTimeoutError
+from safepool.pool.core import events as e
+from safepool.pool.core import reclaim
+from safepool.pool.core.backlog import Backlog
+from safepool.pool.core.ending import Ending, Lost, Stage
+from safepool.pool.core.pace import Pace
+from safepool.pool.core.patience import Patience
+from safepool.pool.core.work import Call, Given, Span
+from safepool.pool.core.worker import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from safepool.pool.core.worker import Member
+
+__all__ = ["Core"]
+
+# Sixths of a task may add up to a little less than one.
+_ROUNDING = 1e-6
+# Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
+_MOST_LOST = 2
+_NOTHING = e.Then()
+
+
+class Core:
+    """What one pool knows and decides.
+
+    Args:
+        size: The most workers at a time.
+        tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
+        break_on_death: One dead worker ends the pool as a whole, as the standard pool.
+
+    Attributes:
+        members: The workers that have not ended, in the order in which they were hired.
+        backlog: What waits for them.
+        pace: How long calls take.
+        idle_ns: Workers end that have had nothing to do for so long; ``None`` is never.
+    """
+
+    def __init__(
+        self, size: int, tasks_per_worker: int | None = None, *, break_on_death: bool = False
+    ) -> None:
+        self.members: tuple[Member, ...] = ()
+        self.backlog = Backlog()
+        self.pace = Pace()
+        self.idle_ns: int | None = None
+        self._size = size
+        self._lost = 0
+        self._tasks_per_worker = tasks_per_worker
+        self._break_on_death = break_on_death
+        self._patience = Patience()
+        self._cancelling = self._broken = False
+        # Calls whose worker is to be ended as soon as it is sure that this meets them.
+        self._unwanted: list[tuple[Member, Call]] = []
+        # Workers that may have room, who has nothing first.
+        self._hungry: deque[Member] = deque()
+        # Between how many what waits is divided.
+        self._among = 1
+        self._actions: list[e.Action] = []
+        self._now_ns = 0
+        self._handlers: dict[type[e.Event], Callable[[Any], None]] = {
+            e.Hired: self._hired,
+            e.Ready: self._ready,
+            e.InitFailed: self._init_failed,
+            e.Queued: self._queued,
+            e.Fed: self._fed,
+            e.Answered: self._answered,
+            e.Revoked: self._revoked,
+            e.Seen: self._seen,
+            e.Skipped: self._skipped,
+            e.Unreadable: self._unreadable,
+            e.Sent: self._sent,
+            e.Copied: self._copied,
+            e.NotSent: self._not_sent,
+            e.Returned: self._returned,
+            e.Cancelled: self._cancelled,
+            e.Outgrown: self._outgrown,
+            e.Strangers: self._strangers,
+            e.Parted: self._parted,
+            e.Died: self._died,
+            e.Step: self._step,
+            e.HandOut: self._hand_out,
+            e.CancelWaiting: self._cancel_waiting,
+            e.Break: self._break,
+            e.End: self._end,
+        }
+
+    def handle(self, event: e.Event, now_ns: int) -> list[e.Action]:
+        """Take note of an event, and return what is to be done.
+
+        Args:
+            event: What has happened.
+            now_ns: By the monotonic clock.
+        """
+        self._now_ns = now_ns
+        self._handlers[type(event)](event)
+        actions = self._actions
+        if actions:
+            self._actions = []
+        return actions
+
+    @property
+    def owes(self) -> bool:
+        """Whether a worker owes a call."""
+        # No generator here, nor below: after every lone call (benchmarks/dispatch.py, round-trip).
+        for member in self.members:  # noqa: SIM110
+            if member.ledger.owed:
+                return True
+        return False
+
+    def has_work(self, size: int) -> bool:
+        """Tell whether a call waits or is owed, or a worker is to go."""
+        members = self.members
+        if self.backlog or len(members) > size:
+            return True
+        for member in members:  # noqa: SIM110
+            if member.ledger.owed or member.phase is Phase.RETIRING:
+                return True
+        return False
+
+    def next_look(self, now_ns: int) -> int | None:
+        """Return when a `Step` is due at the latest; ``None`` if only an event brings one."""
+        members, looks = self.members, list[int]()
+        if self.idle_ns is not None:
+            idle_since = [one.idle_since_ns for one in members if one.idle_since_ns is not None]
+            looks += [since + self.idle_ns for since in idle_since]
+        if self.owes:
+            looks += reclaim.next_looks(members, now_ns)
+            for member in members:
+                if (due_ns := self._due_ns(member)) is not None:
+                    looks.append(due_ns)
+        return min(looks, default=None)
+
+    def check(self) -> None:
+        """Check what holds between any two events.
+
+        Raises:
+            AssertionError: It does not.
+        """
+        given: set[int] = set()
+        for member in self.members:
+            works = [*member.ledger]
+            assert member.phase is not Phase.ENDED, "an ended worker is kept"
+            assert member.ready or not works, "a worker that is not ready was given work"
+            assert member.has_board or len(works) <= 1, "work was sent ahead without a board"
+            assert member.ledger.owed == sum(work.count - work.done for work in works)
+            assert (member.phase is Phase.CONDEMNED) == (member.condemned is not None)
+            assert given.isdisjoint(map(id, works)), "two workers have the same work"
+            given.update(map(id, works))
+        waiting = {id(entry) for entry in self.backlog}
+        assert given.isdisjoint(waiting), "work waits that a worker has"
+
+    # Workers come, and what waits for them.
+
+    def _hired(self, event: e.Hired) -> None:
+        event.worker.has_board = event.has_board
+        self.members = (*self.members, event.worker)
+
+    def _ready(self, event: e.Ready) -> None:
+        member = event.worker
+        member.ready = True
+        member.has_board = event.has_board
+        self._move(member, Phase.READY)
+
+    def _init_failed(self, event: e.InitFailed) -> None:
+        self._move(event.worker, Phase.FAILED)
+        self._actions.append(e.Stop(event.worker))
+
+    def _queued(self, event: e.Queued) -> None:
+        for call in event.calls:
+            self.backlog.add(call)
+        self._drop_waiting()
+
+    def _fed(self, event: e.Fed) -> None:
+        self.backlog.add_items(event.run, event.items, last=event.last)
+        self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        if (self._broken or self._cancelling) and self.backlog:
+            waiting = self.backlog.clear()
+            self._actions.append(e.Fail(waiting) if self._broken else e.Cancel(waiting))
+
+    def _queue_again(self, works: Sequence[Given]) -> None:
+        """Let work wait again that no worker has begun, or that is run again."""
+        if not works:
+            return
+        calls = [work for work in works if isinstance(work, Call)]
+        if calls:
+            self._actions.append(e.Wait(calls))
+        self.backlog.put_back(works)
+        self._drop_waiting()
+
+    def _returned(self, event: e.Returned) -> None:
+        self._queue_again(event.works)
+
+    # Work to workers.
+
+    def _hand_out(self, event: e.HandOut) -> None:
+        staying = [member for member in self.members if member.phase < Phase.DYING]
+        surplus = len(staying) - self._size
+        if surplus > 0:
+            for member in [member for member in staying if member.is_idle][:surplus]:
+                self._stop(member)
+        if not (self.backlog and event.told):
+            return
+        self._among = max(1, min(self._size, len(staying)))
+        hungry = [
+            one for one in staying if one.phase is Phase.READY and one.claimed >= one.awaited
+        ]
+        # Who has nothing first, so that it does not wait while others are sent ahead.
+        hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
+        self._hungry = deque([] if event.full else hungry[: self._size])
+        self._offer()
+
+    def _offer(self) -> None:
+        """Give the next worker what it has room for, or hire if work is left."""
+        hungry, backlog = self._hungry, self.backlog
+        # One message each, and again: the first is not to get all there is.
+        while hungry and backlog:
+            member = hungry.popleft()
+            # A large call that was taken back is nobody's any more.
+            member.exclusive = member.exclusive and member.ledger.owed > 0
+            if member.phase is Phase.READY and member.takes_more:
+                work = self._take_for(member)
+                if work:
+                    self._actions.append(e.Send(member, work))
+                    return  # `Sent` goes on
+        hungry.clear()
+        if backlog:
+            self._hire()
+
+    def _take_for(self, member: Member) -> Span | list[Any]:
+        ledger, pace = member.ledger, self.pace
+
+        def room(name: str, more_ns: int) -> int:
+            idle = not (ledger.owed or more_ns)
+            if not member.has_board:
+                return int(idle)
+            return pace.room(name, ledger.expected_ns + more_ns, idle=idle)
+
+        left = self._tasks_left(member)
+        return self.backlog.take(room, pace.expected_ns, self._among, left)
+
+    def _tasks_left(self, member: Member) -> int:
+        """Return how many more tasks a worker may be sent before it is replaced."""
+        if self._tasks_per_worker is None:
+            return sys.maxsize
+        owed: float = sum(work.tasks_in(work.count - work.done) for work in member.ledger)
+        left = self._tasks_per_worker - member.tasks_done - owed
+        return math.ceil(left - _ROUNDING)
+
+    def _sent(self, event: e.Sent) -> None:
+        member = event.worker
+        for work in event.given:
+            member.ledger.give(work)
+        if event.given:
+            member.sent_ns = self._now_ns
+            member.exclusive, member.unsent = event.exclusive, event.unsent
+        if event.back:
+            self._queue_again(event.back)
+        if event.full:
+            self._hungry.clear()
+        elif not (event.back and member.ledger.owed):
+            self._hungry.append(member)
+        self._offer()
+
+    def _copied(self, event: e.Copied) -> None:
+        member = event.worker
+        member.unsent = 0
+        member.sent_ns = self._now_ns
+
+    def _not_sent(self, event: e.NotSent) -> None:
+        member = event.worker
+        member.exclusive, member.unsent = False, 0
+        member.ledger.take_back(event.position - 1)
+        self._queue_again(event.again)
+
+    def _hire(self) -> None:
+        """Start workers while calls wait that no starting worker will take."""
+        members = self.members
+        staying = [member for member in members if not member.leaving]
+        # Not in the place of one that cannot be ended: the next would hang in the same way.
+        most = max(1, self._size - self._lost) - len(staying)
+        # One that fails to start may be the pool's end. Whatever nobody wants is dropped here:
+        # without a worker nobody would take it, and a pool that has something waiting does not
+        # end.
+        if (
+            most <= 0
+            or any(member.fails_to_start for member in members)
+            or not self.backlog.is_wanted()
+        ):
+            return
+        starting = sum(not member.ready for member in staying)
+        wanted = min(most, self.backlog.at_most(self._size) - starting)
+        if wanted > 0:
+            # As many may take their time to end as stay: if none ends by itself, all would pile
+            # up.
+            hurry = len(members) + wanted - 2 * self._size
+            self._actions.append(e.Hire(wanted, hurry))
+
+    # Answers.
+
+    def _answered(self, event: e.Answered) -> None:
+        member = event.worker
+        if member.phase is Phase.CONDEMNED:  # race I
+            return
+        error = self._settle(event)
+        if error is not None:
+            self._actions.append(e.Distrust(member, error))
+        if self._unwanted:
+            self._end_unwanted(member)
+
+    def _settle(self, event: e.Answered) -> ValueError | None:
+        """Cross out what was answered; return what is wrong with it."""
+        member, error = event.worker, None
+        settled: list[tuple[Given, int, int, int]] = []
+        spent: dict[str, tuple[float, int]] = {}
+        try:
+            self._cross_out(event, settled, spent)
+        except ValueError as problem:
+            error = problem
+        for name, (microseconds, count) in spent.items():
+            self.pace.note(name, microseconds * 1000, count)
+        if settled:
+            self._actions.append(e.Settle(member, settled, event.payload, event.plain))
+            self._count(member, settled)
+        return error
+
+    def _cross_out(
+        self,
+        event: e.Answered,
+        settled: list[tuple[Given, int, int, int]],
+        spent: dict[str, tuple[float, int]],
+    ) -> None:
+        ledger, at = event.worker.ledger, 0
+        for position, count, microseconds in event.answers:
+            done = 0
+            while done < count:
+                head, here = ledger.head, position + done
+                ahead = 0 if head is None else head.position + head.done - here
+                if event.peeked and (head is None or ahead < 0):
+                    return  # an earlier message has not been read; that will bring these as well
+                if ahead > 0:  # read from the board before
+                    done += ahead
+                    continue
+                if event.plain and isinstance(head, Call):
+                    raise ValueError(f"values at {position}, where a call was sent alone")
+                many = 1 if head is None else min(head.count - head.done, count - done)
+                found = ledger.settle(here, many)
+                if found is None:
+                    break  # given up
+                work, place = found
+                settled.append((work, place, many, at + done))
+                if microseconds is not None:
+                    took, calls = spent.get(work.name, (0.0, 0))
+                    spent[work.name] = took + microseconds * many / count, calls + many
+                done += many
+            at += count
+
+    def _count(self, member: Member, settled: list[tuple[Given, int, int, int]]) -> None:
+        member.exclusive = False
+        for work, _, calls, _ in settled:
+            member.done += calls
+            member.tasks_done += work.tasks_in(calls)
+        member.claimed = max(member.claimed, member.next - 1)
+        self._patience.was_of_use()
+        if member.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING:
+            self._move(member, Phase.RETIRING)
+        if member.phase is Phase.RETIRING:
+            self._stop_the_retired(member)
+
+    def _outgrown(self, event: e.Outgrown) -> None:
+        self._move(event.worker, Phase.RETIRING)
+        self._stop_the_retired(event.worker)
+
+    def _stop_the_retired(self, member: Member) -> None:
+        if member.phase is Phase.RETIRING and not member.ledger.owed:
+            self._stop(member)
+
+    def _stop(self, member: Member) -> None:
+        self._move(member, Phase.STOPPING)
+        self._actions.append(e.Stop(member))
+
+    def _skipped(self, event: e.Skipped) -> None:  # race J
+        member, position = event.worker, event.position
+        member.claimed = max(member.claimed, position)
+        if member.awaited == position + 1:
+            # Taken back from one further on; but it passes over the rest of a batch unseen.
+            member.awaited = 0
+        if member.phase is not Phase.CONDEMNED and member.next == position:
+            # It alone, with what was to follow in the same message: what was sent since then
+            # is not revoked, and may have begun.
+            self._queue_again([member.ledger.withdraw()])
+            self._end_unwanted(member)
+
+    def _unreadable(self, event: e.Unreadable) -> None:
+        """Find out which call of a batch it is by sending each alone."""
+        member, position = event.worker, event.position
+        if member.phase is Phase.CONDEMNED:
+            return
+        member.awaited = 0  # it will come to nothing more of this batch
+        head = member.ledger.head
+        if isinstance(head, Span) and head.position == position and not head.done:
+            member.ledger.withdraw()  # not what is behind it: the worker goes on with that
+            self._queue_again([head.only(place) for place in range(head.count)])
+            self._end_unwanted(member)
+        elif member.ledger.last < position:  # else taken back meanwhile
+            self._actions.append(e.Distrust(member, ValueError(f"{position} was not sent")))
+
+    # The look at all workers: who is too many, too slow, or has had its time.
+
+    def _step(self, event: e.Step) -> None:
+        self._size, self._lost = event.size, event.lost
+        members, matters = self.members, False
+        if self.idle_ns is not None:
+            self._let_the_idle_go(self.idle_ns)
+        shrinking = len(members) > self._size and (
+            sum(not member.leaving for member in members) > self._size
+        )
+        for member in members:
+            matters = matters or member.ledger.owed > 0 or member.claimed < member.awaited
+            retires = member.phase is Phase.RETIRING
+            if not (shrinking or retires):
+                continue
+            goes = retires or not (member.is_bound or member.leaving)
+            if goes and member.ledger.owed > 1:
+                self._revoke(member)  # the rest follows in `Revoked`, and in `HandOut`
+            elif retires and member.is_idle:
+                self._stop(member)
+        if matters:
+            looked_at = [*reclaim.to_look_at(members, nothing_waits=not self.backlog)]
+            if looked_at:
+                self._actions.append(e.Look(looked_at))
+            else:
+                self._look_after()
+
+    def _let_the_idle_go(self, idle_ns: int) -> None:
+        for member in self.members:
+            if not member.is_idle:
+                member.idle_since_ns = None
+            elif member.idle_since_ns is None:
+                member.idle_since_ns = self._now_ns
+            elif self._now_ns - member.idle_since_ns >= idle_ns and not self.backlog:
+                member.idle_since_ns = None
+                self._stop(member)
+
+    def _seen(self, event: e.Seen) -> None:
+        for member, claimed, since_ns in event.boards:
+            member.claimed, member.since_ns = max(member.claimed, claimed), since_ns
+        self._look_after()
+
+    def _look_after(self) -> None:
+        for member in self.members:
+            due_ns = self._due_ns(member)
+            if due_ns is not None and due_ns <= self._now_ns:
+                if member.overdue == member.next:
+                    self._revoke(member, e.Then(overdue=member.next))
+                # Else listened to once more: this program may have been stopped, and the result
+                # be here in time.
+                member.overdue = member.next
+        for member in reclaim.slow_workers(
+            self.members, self._now_ns, nothing_waits=not self.backlog
+        ):
+            self._revoke(member)
+
+    def _due_ns(self, member: Member) -> int | None:
+        """Return when what a worker runs has had its time; ``None`` if that is not limited."""
+        head = member.ledger.head
+        if head is None or head.policy.timeout_s is None or member.phase >= Phase.CONDEMNED:
+            return None
+        since_ns = member.sent_ns
+        if member.has_board:
+            since_ns = self._now_ns if member.claimed < member.next else member.since_ns
+        return since_ns + int(head.policy.timeout_s * 1e9)
+
+    # What is had back.
+
+    def _revoke(self, member: Member, then: e.Then = _NOTHING) -> None:
+        """Have back what a worker has not begun, and go on with that."""
+        if member.has_board:
+            self._actions.append(e.Revoke(member, member.ledger.last, then))
+        else:
+            self._go_on(member, then)
+
+    def _revoked(self, event: e.Revoked) -> None:
+        member, claimed = event.worker, event.claimed
+        for results in event.results:
+            self._answered(results)
+        member.claimed = max(member.claimed, claimed)
+        back = member.ledger.take_back(claimed)
+        if back and not 0 < member.unsent <= claimed + 1:
+            member.awaited = claimed + 1  # it will come to it, and say so (race J)
+        self._queue_again(back)
+        self._go_on(member, event.then)
+        # Nothing that it owed may have begun; then no answer brings its end.
+        if member.is_idle:
+            self._stop_the_retired(member)
+
+    def _go_on(self, member: Member, then: e.Then) -> None:
+        head: Given = member.ledger.head
+        if then.overdue and member.next == then.overdue and member.can_be_at(then.overdue):
+            # Otherwise it has ended meanwhile (race I), or its answer is on its way.
+            why = TaskTimeoutError(member.pid, head.policy.timeout_s, head.name, "")
+            self._condemn(member, why, stack=True)
+        call = then.cancelled
+        if call is not None:
+            if head is call and member.can_be_at(call.position):
+                self._condemn(member, RuntimeError("cancelled"), stack=False)
+            elif head is not call and any(work is call for work in member.ledger):
+                # What was before it has ended, and its answers are on their way: only then is
+                # it sure that the signal meets this call.
+                self._unwanted.append((member, call))
+
+    def _condemn(self, member: Member, why: BaseException, *, stack: bool) -> None:
+        if member.phase < Phase.CONDEMNED:
+            member.condemned = why
+            self._move(member, Phase.CONDEMNED)
+            self._actions.append(e.Condemn(member, stack))
+
+    def _cancelled(self, event: e.Cancelled) -> None:
+        self._revoke(event.worker, e.Then(cancelled=event.call))
+
+    def _end_unwanted(self, member: Member) -> None:
+        """Look again after calls that were to be ended behind those that are answered now."""
+        if self._unwanted:
+            found = [call for one, call in self._unwanted if one is member]
+            self._unwanted = [entry for entry in self._unwanted if entry[0] is not member]
+            for call in found:
+                self._revoke(member, e.Then(cancelled=call))
+
+    # Workers go.
+
+    def _move(self, member: Member, phase: Phase) -> None:
+        member.phase = max(member.phase, phase)
+
+    def _strangers(self, _: e.Strangers) -> None:
+        for member in self.members:
+            if member.phase is Phase.STARTING:
+                self._stop(member)
+            else:
+                self._move(member, Phase.RETIRING)
+                self._stop_the_retired(member)
+
+    def _parted(self, event: e.Parted) -> None:
+        self._move(event.worker, Phase.DYING)
+
+    def _died(self, event: e.Died) -> None:
+        """Find out what a worker leaves: answers, calls for others, and calls that are lost."""
+        member, ledger = event.worker, event.worker.ledger
+        self._lost = event.lost
+        fault = event.fault
+        if member.has_board and member.phase is not Phase.CONDEMNED:  # race I
+            for results in event.results:
+                fault = fault or self._settle(results)
+        back, choked_on = self._have_back(event)
+        lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]
+        # One that was large was not kept: what it refers to may have changed since (race H).
+        lost += [(work, 0, False) for work in back if not _can_wait_again(work)]
+        self._queue_again([work for work in back if _can_wait_again(work)])
+        is_last = member.condemned is not None or event.forced
+        ending = Ending(
+            pid=member.pid,
+            exitcode=event.exitcode,
+            by_pool=event.by_pool,
+            oom=event.oom,
+            stage=_stage_of(member, choked_on),
+            reading="" if choked_on is None else choked_on.name,
+            dismissed=member.dismissed,
+            pool_ends=event.forced,
+            condemned=member.condemned,
+            fault=fault,
+            stack=event.stack,
+            lost=tuple(
+                Lost(work, place, begun, None if is_last else _again(work, place))
+                for work, place, begun in lost
+            ),
+        )
+        failed_to_start = member.phase is Phase.FAILED
+        self._move(member, Phase.ENDED)
+        self.members = tuple(one for one in self.members if one is not member)
+        self._unwanted = [entry for entry in self._unwanted if entry[0] is not member]
+        self._actions.append(e.Bury(member, ending))
+        self._queue_again([one.again for one in ending.lost if one.again is not None])
+        if failed_to_start:
+            self._actions.append(e.GiveUp(member, "a worker's initializer failed"))
+        if event.lost > _MOST_LOST * self._size:
+            why = f"{event.lost} workers could not be ended by SIGKILL"
+            self._actions.append(e.GiveUp(member, why))
+        if self._break_on_death and ending.breaks:
+            why = (
+                "A process in the process pool was terminated abruptly while the future was "
+                f"running or pending: worker {ending.pid} {ending.how}"
+            )
+            self._actions.append(e.GiveUp(member, why))
+        if ending.was_of_use:
+            self._patience.was_of_use()
+        elif ending.was_for_nothing:
+            self._bear(member, ending)
+
+    def _have_back(self, event: e.Died) -> tuple[list[Given], Span | None]:
+        """Take what a worker that has ended had not begun.
+
+        Returns:
+            That, and the calls whose arguments it read, all at once, when it ended.
+        """
+        member, ledger = event.worker, event.worker.ledger
+        if not member.has_board:
+            # It answers each call before it begins the next; this one it may have begun.
+            return ledger.take_back(member.next), None
+        if member.condemned is not None:  # race I
+            return ledger.take_back(event.claimed), None  # begun, also if it was still reading
+        back = ledger.take_back(event.began)
+        if back and back[0].position == event.claimed and isinstance(back[0], Span):
+            # It died of what it read for several calls: which one's is found out by sending
+            # each alone.
+            alone = [back[0].only(place) for place in range(back[0].count)]
+            return [*alone, *back[1:]], back[0]
+        return back, None
+
+    def _bear(self, member: Member, ending: Ending) -> None:
+        """Wait before the next start, or give up if workers end in a row that were of no use."""
+        patience = self._patience
+        pause_s = patience.after(ending.exitcode, ours=ending.by_pool)
+        if pause_s is not None:
+            self._actions.append(e.Pause(pause_s))
+            return
+        why = f"{patience.in_a_row} workers in a row were of no use; the last, {ending.unasked}"
+        why += "" if ending.oom is None else f": {ending.oom}"
+        # Of one that was killed from outside the next call that is tried might die as well.
+        ask = ending.oom is None and (ending.by_pool or (ending.exitcode or 0) >= 0)
+        self._actions.append(e.GiveUp(member, why, ask))
+
+    # The pool ends.
+
+    def _cancel_waiting(self, event: e.CancelWaiting) -> None:
+        self._cancelling = True
+        if event.all:
+            for member in self.members:
+                self._revoke(member)
+        self._drop_waiting()
+
+    def _break(self, _: e.Break) -> None:
+        self._broken = True
+        failed = self.backlog.clear()
+        for member in self.members:
+            while member.ledger.owed:
+                work, place = member.ledger.strike()
+                failed.append(work.only(place) if isinstance(work, Span) else work)
+        self._actions.append(e.Fail(failed))
+
+    def _end(self, event: e.End) -> None:
+        for member in self.members if event.worker is None else (event.worker,):
+            if event.force:
+                self._move(member, Phase.STOPPING)
+                self._actions.append(e.EndNow(member, event.force))
+            elif member.phase < Phase.STOPPING:
+                self._stop(member)
+
+
+def _stage_of(member: Member, choked_on: Span | None) -> Stage:
+    if choked_on is not None:
+        return Stage.READING
+    if member.done:
+        return Stage.USED
+    return Stage.READY if member.ready else Stage.STARTING
+
+
+def _can_wait_again(work: Given) -> bool:
+    return isinstance(work, Span) or work.pickled is not None
+
+
+def _again(work: Given, place: int) -> Given | None:
+    """Return a lost call as it is to be queued again, if it may be."""
+    retries = work.policy.retries or 0
+    again = work.only(place) if isinstance(work, Span) else work
+    if again.attempts >= retries or (again is work and work.pickled is None):
+        return None
+    again.attempts += 1
+    return again

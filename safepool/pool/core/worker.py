@@ -1,0 +1,155 @@
+"""A worker as the core knows it: what it owes, how far it was seen to come, and its phase.
+
+`Phase` only ever goes up, and only the core moves it (``machine``):
+
+    STARTING --> READY --> RETIRING --> STOPPING --> ENDED
+       any that is not leaving      --> DYING, STOPPING
+       STARTING, STOPPING           --> FAILED
+       any that owes a call         --> CONDEMNED
+       all                          --> ENDED
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from safepool.pool.core.ledger import Ledger
+
+if TYPE_CHECKING:
+    from safepool.pool.core.work import Given
+
+__all__ = ["Member", "Phase"]
+
+
+class Phase(enum.IntEnum):
+    """How far a worker has come in its life. From `DYING` on it is given nothing more."""
+
+    STARTING = 1
+    """Its initializer has not ended."""
+    READY = 2
+    """It takes calls."""
+    RETIRING = 3
+    """It is told to stop as soon as it owes nothing."""
+    DYING = 4
+    """Nothing more can be sent to it: it ends by itself, or for what it has sent."""
+    STOPPING = 5
+    """The pool has told it to stop, or ends it with all others."""
+    FAILED = 6
+    """Its initializer has failed."""
+    CONDEMNED = 7
+    """The pool ends it in the middle of a call."""
+    ENDED = 8
+    """Its process has ended, or the pool goes on without it."""
+
+
+class Member:
+    """One worker.
+
+    Attributes:
+        pid: Its process id.
+        phase: How far it has come. Written by the core alone.
+        ready: Its initializer has ended well.
+        has_board: It shares a board with the pool, so that what it has not begun can be had back.
+        ledger: What it was sent and has not answered.
+        done: How many calls it has finished.
+        tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
+        claimed: The last position that it was seen to have claimed.
+        since_ns: When it did.
+        awaited: The first position of what was taken back from it last; 0 once it came there.
+        sent_ns: When it was last sent something.
+        unsent: The position of what is being copied for it; nothing else is sent meanwhile. Or 0.
+        exclusive: What it holds must not be followed by anything.
+        overdue: The position whose time was over at the last look.
+        idle_since_ns: Since when it was seen to have nothing to do.
+        condemned: Why the pool ends it in the middle of a call.
+    """
+
+    pid: int
+    phase = Phase.STARTING
+    ready = False
+    has_board = False
+    done = 0
+    tasks_done = 0.0
+    claimed = 0
+    since_ns = 0
+    awaited = 0
+    sent_ns = 0
+    unsent = 0
+    exclusive = False
+    overdue = 0
+    idle_since_ns: int | None = None
+    condemned: BaseException | None = None
+
+    def __init__(self) -> None:
+        self.ledger: Ledger[Given] = Ledger()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it gets nothing more."""
+        return self.phase >= Phase.DYING
+
+    @property
+    def dismissed(self) -> bool:
+        """Whether its end is what the pool wants, or what a failed initializer leads to."""
+        return self.phase in (Phase.STOPPING, Phase.FAILED)
+
+    @property
+    def fails_to_start(self) -> bool:
+        """Whether its initializer has failed, or it is ending before that was through."""
+        return self.phase is Phase.FAILED or (self.phase is Phase.DYING and not self.ready)
+
+    @property
+    def next(self) -> int:
+        """The position of the call that it is to answer next; 0 if it owes none."""
+        head = self.ledger.head
+        return 0 if head is None else int(head.position + head.done)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it has not come to what was taken back from it: stopped, or in a long call."""
+        return self.claimed < self.awaited
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has nothing to do, and may be given something."""
+        return self.ready and not (
+            self.ledger.owed or self.phase >= Phase.DYING or self.claimed < self.awaited
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether it is in a chunk, or about to be, that is not to be divided."""
+        head = self.ledger.head
+        return head is not None and head.bound
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether anything may be sent to it behind what it has."""
+        tail = self.ledger.tail
+        if tail is None:
+            return not self.unsent
+        # What is behind a bound chunk could not be taken back without a part of that.
+        return self.has_board and not (self.exclusive or self.unsent or tail.bound)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it holds calls that may be had back."""
+        return self.ledger.owed > 1 and self.has_board and not self.unsent and not self.is_bound
+
+    @property
+    def may_be_unheard(self) -> bool:
+        """Whether what it is to do next may be had back if it has not come to it."""
+        return (
+            self.ledger.owed > 0
+            and self.has_board
+            and not (self.exclusive or self.unsent)
+            and self.claimed < self.next
+        )
+
+    def can_be_at(self, position: int) -> bool:
+        """Tell whether it can still be at this position, if what follows was taken back.
+
+        It is not if it has claimed the next: the answer of this one is in the channel, unread.
+        """
+        return not self.has_board or self.claimed <= position

@@ -1,0 +1,257 @@
+"""The core: every order of events for few calls and workers, and faults that this must find."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, get_args
+
+import pytest
+from support_explorer import BadStateError, Scenario, explore, walk
+
+from safepool.pool.core import events, machine
+from safepool.pool.core.machine import Core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TWO = {"a": "", "b": ""}
+THREE = {"a": "", "b": "", "c": ""}
+MAP = (("a", "b", "c"),)
+
+# What is there, and what may happen. The letters of a call are explained at `Scenario`.
+SCENARIOS: dict[str, Scenario] = {
+    "a death at every step": Scenario(TWO, retries=1, budget={"die": 1}),
+    "two deaths of one worker": Scenario(THREE, size=1, retries=1, budget={"die": 2}),
+    "no retry": Scenario(THREE, size=1, budget={"die": 1}),
+    "no boards": Scenario(TWO, boards=False, size=1, retries=1, budget={"die": 1, "drop": 1}),
+    "nothing known of the function": Scenario(TWO, known=False, budget={"die": 1}),
+    "a call hangs": Scenario({"a": "h", "b": ""}, timeout_s=1.0, budget={"tick": 1}),
+    "a call hangs before others": Scenario(
+        {"a": "h", "b": "", "c": ""}, size=1, timeout_s=1.0, budget={"tick": 1}
+    ),
+    "a call hangs, with retries": Scenario(
+        {"a": "", "b": "h"}, size=1, timeout_s=1.0, retries=1, budget={"tick": 2, "die": 1}
+    ),
+    "time passes before a call begins": Scenario(TWO, size=1, timeout_s=1.0, budget={"tick": 1}),
+    "calls are cancelled": Scenario(TWO, size=1, budget={"drop": 2, "die": 1}),
+    "a call that hangs is cancelled": Scenario({"a": "", "b": "h"}, size=1, budget={"drop": 2}),
+    "the pool shrinks and grows": Scenario(TWO, budget={"resize": 1}),
+    "the pool is closed": Scenario(THREE, size=1, budget={"close": 1, "die": 1}),
+    "what waits is cancelled": Scenario(THREE, size=1, budget={"cancel": 1, "die": 1}),
+    "the pool is ended by force": Scenario(
+        THREE, size=1, retries=1, budget={"terminate": 1, "die": 1}
+    ),
+    "an initializer fails": Scenario(TWO, budget={"fail": 1}),
+    "one death breaks the pool": Scenario(
+        TWO, size=1, break_on_death=True, retries=1, budget={"die": 2}
+    ),
+    "workers are replaced after two calls": Scenario(
+        THREE, size=1, tasks_per_worker=2, budget={"die": 1}
+    ),
+    "large calls": Scenario(
+        {"a": "l", "b": "", "c": "l"}, size=1, budget={"failed": 1, "drop": 1}
+    ),
+    "a call is pickled elsewhere": Scenario(
+        {"a": "a", "b": ""}, size=1, budget={"terminate": 1, "die": 1}
+    ),
+    "a map": Scenario(maps=MAP, size=1, retries=1, budget={"die": 2}),
+    "a map of two workers": Scenario(maps=(("a", "b"),), budget={"die": 1}),
+    "a map is ended by force": Scenario(maps=MAP, size=1, budget={"terminate": 1, "die": 1}),
+    "a call of a map hangs": Scenario(
+        {"a": "", "b": "h"}, maps=(("c",),), size=1, timeout_s=1.0, budget={"tick": 1}
+    ),
+    "chunks that stay together": Scenario(
+        maps=(("a", "b", "c", "d"),), at_once=2, bound=True, size=1, budget={"die": 1}
+    ),
+    "a map and a call": Scenario({"c": ""}, maps=(("a", "b"),), size=1, budget={"drop": 1}),
+    "arguments that cannot be read": Scenario({"z": ""}, maps=MAP, size=1, poison={"b": "u"}),
+    "arguments that kill who reads them": Scenario(maps=MAP, size=1, poison={"b": "p"}),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
+    assert explore(Core, SCENARIOS[name]) > 20
+
+
+# Too many orders for all of them.
+LARGE: dict[str, Scenario] = {
+    "calls": Scenario(
+        dict.fromkeys("abcdef", ""),
+        retries=2,
+        budget={"die": 3, "drop": 2, "resize": 3, "close": 1},
+    ),
+    "calls of all kinds": Scenario(
+        {"a": "h", "b": "l", "c": "a", "d": "", "e": "l", "f": ""},
+        timeout_s=1.0,
+        retries=1,
+        tasks_per_worker=3,
+        budget={"die": 2, "tick": 3, "failed": 1, "resize": 1},
+    ),
+    "maps": Scenario(
+        {"x": "", "y": ""},
+        maps=(("a", "b", "c", "d", "e"), ("f", "g", "h")),
+        retries=1,
+        poison={"c": "u", "g": "p"},
+        budget={"die": 2, "tick": 3, "resize": 2, "drop": 1},
+    ),
+    "the end": Scenario(
+        {"a": "", "b": "a", "c": "l", "d": ""},
+        maps=(("e", "f", "g"),),
+        at_once=2,
+        budget={"die": 2, "terminate": 1, "close": 1, "resize": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_walks_at_random_through_more(name: str) -> None:
+    for seed in range(25):
+        assert walk(Core, LARGE[name], random.Random(seed)) > 0
+
+
+# One row per fault that a user would meet: where it is found, a line of the core, and what stands
+# there instead.
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "one retry too many": (
+        "two deaths of one worker",
+        "again.attempts >= retries",
+        "again.attempts > retries",
+    ),
+    "what was not begun is lost with its worker": (
+        "no retry",
+        "back = ledger.take_back(event.began)",
+        "back = []",
+    ),
+    "what was only read is lost with its worker": (
+        "a map",
+        "back = ledger.take_back(event.began)",
+        "back = ledger.take_back(event.claimed)",
+    ),
+    "a call that was passed over is forgotten": (
+        "the pool shrinks and grows",
+        "self._queue_again([member.ledger.withdraw()])",
+        "member.ledger.withdraw()",
+    ),
+    "what was not sent is forgotten": ("large calls", "self._queue_again(event.back)", "pass"),
+    "what is taken back is forgotten": (
+        "a call hangs before others",
+        "self._queue_again(back)",
+        "pass",
+    ),
+    "a signal for one call meets the next": (
+        "calls are cancelled",
+        "if head is call and member.can_be_at(call.position):",
+        "if head is call:",
+    ),
+    "a time that is over ends the next call": (
+        "time passes before a call begins",
+        "member.next == then.overdue and member.can_be_at(then.overdue)",
+        "head is not None",
+    ),
+    "a call whose time was over is run again": (
+        "a call hangs, with retries",
+        "is_last = member.condemned is not None or event.forced",
+        "is_last = event.forced",
+    ),
+    "a cancelled call behind others runs on": (
+        "a call that hangs is cancelled",
+        "self._unwanted.append((member, call))",
+        "pass",
+    ),
+    "a call that runs is taken back": (
+        "calls are cancelled",
+        "back = member.ledger.take_back(claimed)",
+        "back = member.ledger.take_back(claimed - 1)",
+    ),
+    "a worker that has done its tasks stays": (
+        "workers are replaced after two calls",
+        "if member.tasks_done > ",
+        "if member.tasks_done - 1 > ",
+    ),
+    "an earlier message is passed over": (
+        "calls are cancelled",
+        "if event.peeked and (head is None or ahead < 0):",
+        "if False:",
+    ),
+    "calls that cannot be read together are forgotten": (
+        "arguments that cannot be read",
+        "self._queue_again([head.only(place) for place in range(head.count)])",
+        "pass",
+    ),
+    "too many workers stay": ("the pool shrinks and grows", "if surplus > 0:", "if False:"),
+    "a worker that leaves is given calls": (
+        "a death at every step",
+        "if member.phase is Phase.READY and member.takes_more:",
+        "if member.takes_more:",
+    ),
+    "lost calls are not run again": (
+        "a death at every step",
+        "self._queue_again([one.again for one in ending.lost if one.again is not None])",
+        "pass",
+    ),
+    "the dead keep what they owed": (
+        "no retry",
+        "lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]",
+        "lost = []",
+    ),
+    "what waits when the pool breaks is forgotten": (
+        "one death breaks the pool",
+        "self._actions.append(e.Fail(failed))",
+        "pass",
+    ),
+    "what waits when it is cancelled is forgotten": (
+        "what waits is cancelled",
+        "self._actions.append(e.Fail(waiting) if self._broken else e.Cancel(waiting))",
+        "pass",
+    ),
+    "the dead are counted among the workers": (
+        "no retry",
+        "self.members = tuple(one for one in self.members if one is not member)",
+        "pass",
+    ),
+}
+
+
+@pytest.fixture
+def mutants() -> Iterator[list[str]]:
+    names: list[str] = []
+    yield names
+    for name in names:
+        del sys.modules[name]
+
+
+def mutant(names: list[str], old: str, new: str) -> type[Core]:
+    """Return the core with a fault in it."""
+    path = machine.__file__
+    assert path is not None
+    source = Path(path).read_text(encoding="utf-8")
+    assert source.count(old) == 1, old
+    name = f"mutant_{len(names)}"
+    module = ModuleType(name)
+    sys.modules[name] = module
+    names.append(name)
+    exec(compile(source.replace(old, new), name, "exec"), vars(module))
+    core: type[Core] = vars(module)["Core"]
+    return core
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_core_is_found(name: str, mutants: list[str]) -> None:
+    scenario, *fault = FAULTS[name]
+    core = mutant(mutants, *fault)
+    with pytest.raises(BadStateError):
+        explore(core, SCENARIOS[scenario], 5000)
+
+
+def test_the_tables_name_every_event_and_every_action() -> None:
+    lines = [line for line in (events.__doc__ or "").splitlines() if line.startswith("    ")]
+    told = {line.split()[0] for line in lines} - {"event", "action"}
+    kinds = {kind.__name__ for kind in (*get_args(events.Event), *get_args(events.Action))}
+    assert told == kinds
+    assert kinds | {"Then"} == {
+        name for name, kind in vars(events).items() if hasattr(kind, "_fields")
+    }

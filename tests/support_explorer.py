@@ -1,0 +1,686 @@
+"""A pool without processes: the core between made-up callers, workers and a clock.
+
+`World` does the core's actions at once, as the scheduler does, and notes how often each call was
+started and how it ended. `explore` goes through every order of the steps that the others may
+take, breadth first, each state once; `walk` takes one order at random. Both check in each state
+what must hold, and in each last state that every call has ended.
+
+    step            who
+    init, read      worker k tells that it is ready; takes the next message
+    claim, look     it claims the next call of that message; sees whether that was taken back
+    begin, end      it has read the arguments of a batch; the call ends
+    flush           it sends what it has answered
+    die             it is killed, at whatever point; `slain`: by the pool
+    deliver         the pool reads the next message of worker k; `notice`: its end
+    copied, failed  a large call for worker k is on its way, or could not be copied
+    pickled         a call that was aside comes back
+    tick            time passes
+    drop            a caller cancels a call, whatever it does
+    resize, cancel, close, terminate   of the pool
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safepool.errors import TaskTimeoutError
+from safepool.pool.core import events as e
+from safepool.pool.core.policy import Policy
+from safepool.pool.core.work import Call, Span
+from safepool.pool.core.worker import Member, Phase
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterator
+
+    from safepool.pool.core.machine import Core
+
+MS = 1_000_000
+Step = tuple[Any, ...]
+
+
+class BadStateError(AssertionError):
+    """Something does not hold."""
+
+
+def must(holds: object, what: str) -> None:
+    if not holds:
+        raise BadStateError(what)
+
+
+class Given(Call):
+    """A call of its own, by its name."""
+
+    __slots__ = ("dropped", "key")
+
+    def __init__(self, key: str, policy: Policy) -> None:
+        super().__init__("f", policy)
+        self.key = key
+        self.pickled = True
+        self.dropped = False
+
+    def is_wanted(self) -> bool:
+        return not self.dropped
+
+
+@dataclass
+class FakeRun:
+    """A map, as far as the core knows it."""
+
+    keys: list[str]
+    policy: Policy
+    at_once: int | None = None
+    name: str = "f"
+    most_at_once: int = 1000
+    waiting: list[str] = field(default_factory=list)
+    stopped: bool = False
+    dropped: bool = False
+    queued: bool = False
+    held: bool = False
+    is_full: bool = False
+    sent: int = 0
+
+    def add(self, items: list[str], *, last: bool) -> None:
+        del last
+        self.waiting += items
+
+    def cut(self, count: int) -> Span:
+        taken, self.waiting = self.waiting[:count], self.waiting[count:]
+        self.sent += len(taken)
+        return Span(self, self.sent - len(taken), taken)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What there is at the beginning, and what may happen how often.
+
+    Attributes:
+        calls: Name --> its letters: l: large, so nothing follows it, and copied; h: hangs until it
+            is killed; a: aside until it was pickled; p: its worker dies of reading it.
+        maps: Names of the calls of each.
+        budget: How often each step of a caller, of the clock or of death may come.
+    """
+
+    calls: dict[str, str] = field(default_factory=dict)
+    maps: tuple[tuple[str, ...], ...] = ()
+    poison: dict[str, str] = field(default_factory=dict)
+    size: int = 2
+    retries: int = 0
+    timeout_s: float | None = None
+    boards: bool = True
+    known: bool = True
+    at_once: int | None = None
+    bound: bool = False
+    tasks_per_worker: int | None = None
+    break_on_death: bool = False
+    budget: dict[str, int] = field(default_factory=dict)
+
+
+class Worker(Member):
+    """A worker with its board and its channel."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__()
+        self.pid = pid
+        self.alive, self.exitcode, self.by_pool, self.doomed = True, 0, False, False
+        self.inbox: deque[tuple[str, list[int]]] = deque()
+        self.outbox: deque[tuple[str, list[int]]] = deque()
+        self.todo: list[int] = []
+        self.is_batch = self.is_read = False
+        self.state = "born"
+        self.at = self.b_claimed = self.b_began = self.b_revoked = self.b_since = 0
+        self.left: list[int] = []
+        self.keys: dict[int, str] = {}
+        self.condemned_for = ""
+
+
+class World:
+    """The core, and all around it."""
+
+    def __init__(self, core: type[Core], scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.core = core(
+            scenario.size, scenario.tasks_per_worker, break_on_death=scenario.break_on_death
+        )
+        if scenario.known:
+            self.core.pace.note("f", MS)
+        self.now_ns = 10_000 * MS
+        self.size = scenario.size
+        self.budget = {**scenario.budget}
+        self.workers: list[Worker] = []
+        self.hired = 0
+        self.closing, self.forced, self.stopped, self.broken = False, "", False, False
+        self.paused = False
+        self.letters = {**scenario.calls, **scenario.poison}
+        policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
+        self.aside: list[Given] = []
+        self.outcomes: dict[str, str] = {}
+        self.starts: dict[str, int] = {}
+        self.dropped: set[str] = set()
+        self.calls = {key: Given(key, policy) for key in scenario.calls}
+        for call in self.calls.values():
+            self.tell(e.Queued([call]))
+        for keys in scenario.maps:
+            for key in keys:
+                self.letters.setdefault(key, "")
+            run = FakeRun([*keys], policy, scenario.at_once)
+            self.tell(e.Fed(run, [*keys], last=True))
+        self.turn()
+
+    # The scheduler.
+
+    def tell(self, event: e.Event) -> None:
+        todo = deque(self.core.handle(event, self.now_ns))
+        while todo:
+            action = todo.popleft()
+            answer = getattr(self, f"do_{type(action).__name__.lower()}")(action)
+            if answer is not None:
+                todo.extendleft(reversed(self.core.handle(answer, self.now_ns)))
+
+    def turn(self) -> None:
+        """One turn of the scheduler's loop, and what must hold after it."""
+        core = self.core
+        core.backlog.holds = not self.closing
+        if not self.stopped:
+            if core.has_work(self.size):
+                self.tell(e.Step(self.size))
+            self.tell(e.HandOut())
+            ends = self.closing and not (core.backlog or core.owes or self.aside)
+            if ends or self.forced or self.broken:
+                self.stopped = True
+                self.tell(e.End("terminate" if self.broken else self.forced))  # type: ignore[arg-type]
+        self.check()
+
+    def check(self) -> None:
+        core = self.core
+        try:
+            core.check()
+        except AssertionError as error:
+            raise BadStateError(str(error)) from None
+        staying = [one for one in core.members if not one.leaving]
+        if core.backlog.is_wanted() and not (self.stopped or self.paused):
+            idle = [
+                one
+                for one in staying
+                if one.is_idle and one.takes_more and one.phase is Phase.READY
+            ]
+            must(not idle, f"a call waits while worker {[one.pid for one in idle]} is idle")
+            fails = any(one.fails_to_start for one in core.members)
+            must(staying or fails, "a call waits, and no worker is hired")
+        must(len(staying) <= max(self.scenario.size, self.size), "more workers than may be")
+        for key, count in self.starts.items():
+            must(count <= 1 + self.scenario.retries, f"{key} was started {count} times")
+        running = [one.keys[one.at] for one in self.workers if one.alive and one.state == "runs"]
+        must(len(running) == len({*running}), "a call runs twice at a time")
+
+    def end_call(self, key: str, outcome: str) -> None:
+        if key not in self.dropped:
+            before = self.outcomes.get(key)
+            must(before is None, f"{key} ends twice: {before}, {outcome}")
+            self.outcomes[key] = outcome
+
+    def end_entry(self, entry: Any, outcome: str) -> None:
+        if isinstance(entry, Given):
+            self.end_call(entry.key, outcome)
+            return
+        keys = entry.items[entry.done :] if isinstance(entry, Span) else entry.waiting
+        for key in keys:
+            self.end_call(key, outcome)
+        run = entry.run if isinstance(entry, Span) else entry
+        waiting, run.waiting, run.stopped = run.waiting, [], True
+        for key in waiting if run is not entry else []:
+            self.end_call(key, outcome)
+
+    # Actions.
+
+    def do_send(self, action: e.Send) -> e.Sent:
+        worker: Worker = action.worker
+        must(not worker.leaving, "work for one that leaves")
+        position, given, back = worker.ledger.last + 1, [], []
+        exclusive = unsent = 0
+        if isinstance(action.work, Span):
+            span = action.work
+            span.bound = self.scenario.bound and span.count > 1
+            given = [span]
+            names = span.items
+            worker.inbox.append(("batch", [*range(position, position + span.count)]))
+        else:
+            names = []
+            for place, call in enumerate(action.work):
+                letters = self.letters[call.key]
+                if call.key in self.dropped:
+                    continue
+                if "a" in letters:
+                    self.letters[call.key] = letters.replace("a", "")
+                    self.aside.append(call)
+                elif "l" in letters and (worker.ledger.owed or given):
+                    back = action.work[place:]
+                    break
+                else:
+                    given.append(call)
+                    names.append(call.key)
+                    if "l" in letters:
+                        back, exclusive, unsent = action.work[place + 1 :], 1, position
+                        break
+            if given and not unsent:
+                worker.inbox.append(("tasks", [*range(position, position + len(given))]))
+        worker.keys.update(zip(range(position, position + len(names)), names, strict=True))
+        if not worker.alive and given:
+            worker.inbox.clear()
+            self.tell(e.Parted(worker))
+        return e.Sent(worker, given, back, bool(exclusive), unsent)
+
+    def do_hire(self, action: e.Hire) -> None:
+        self.paused = False
+        for _ in range(action.workers):
+            self.hired += 1
+            worker = Worker(self.hired)
+            self.workers.append(worker)
+            self.tell(e.Hired(worker, self.scenario.boards))
+
+    def do_look(self, action: e.Look) -> e.Seen:
+        return e.Seen([(one, one.b_claimed, one.b_since) for one in action.workers])
+
+    def do_revoke(self, action: e.Revoke) -> e.Revoked:
+        worker: Worker = action.worker
+        worker.b_revoked = action.last
+        return e.Revoked(worker, worker.b_claimed, self.left_by(worker), action.then)
+
+    def left_by(self, worker: Worker) -> list[e.Answered]:
+        answers = [(position, 1, None) for position in worker.left]
+        payload = [worker.keys[position] for position in worker.left]
+        return [e.Answered(worker, answers, payload, peeked=True)] if answers else []
+
+    def do_settle(self, action: e.Settle) -> None:
+        for work, place, count, at in action.settled:
+            for number in range(count):
+                key = work.key if isinstance(work, Given) else work.items[place + number]
+                must(action.payload[at + number] == key, f"{key} gets another's answer")
+                self.end_call(key, "returned")
+
+    def do_wait(self, _: e.Wait) -> None:
+        pass
+
+    def do_cancel(self, action: e.Cancel) -> None:
+        for entry in action.works:
+            self.end_entry(entry, "cancelled")
+
+    def do_fail(self, action: e.Fail) -> None:
+        for entry in action.works:
+            self.end_entry(entry, "broken")
+
+    def do_bury(self, action: e.Bury) -> None:
+        worker, ending = action.worker, action.ending
+        must(not worker.ledger.owed, "the dead owe")
+        for lost in ending.lost:
+            key = lost.work.key if isinstance(lost.work, Given) else lost.work.items[lost.place]
+            if ending.condemned is None and self.scenario.boards:
+                must(self.starts.get(key) or "l" in self.letters[key], f"{key} is lost, unbegun")
+            if ending.condemned is not None:
+                must(lost.again is None, f"{key} is run again, though the pool has ended it")
+                must(key == worker.condemned_for, f"{key} is lost with another")
+            if lost.again is None:
+                late = isinstance(ending.condemned, TaskTimeoutError)
+                self.end_call(key, "timed out" if late else "lost")
+
+    def do_stop(self, action: e.Stop) -> None:
+        if action.worker.alive:
+            action.worker.inbox.append(("stop", []))
+
+    def do_condemn(self, action: e.Condemn) -> None:
+        worker: Worker = action.worker
+        worker.doomed, worker.condemned_for = True, worker.keys[worker.next]
+        begun = worker.b_claimed >= worker.next or not self.scenario.boards
+        must(begun, "a call is ended that has not begun")
+
+    def do_endnow(self, action: e.EndNow) -> None:
+        action.worker.doomed = True
+
+    def do_distrust(self, action: e.Distrust) -> None:
+        raise BadStateError(f"a worker that does no wrong is distrusted: {action.error}")
+
+    def do_pause(self, _: e.Pause) -> None:
+        self.paused = True
+
+    def do_giveup(self, _: e.GiveUp) -> None:
+        if not self.broken:
+            self.broken = True
+            self.tell(e.Break())
+            for call in self.aside:
+                self.end_entry(call, "broken")
+            self.aside.clear()
+
+    # What may happen.
+
+    def steps(self) -> Iterator[Step]:
+        """Yield what may happen next."""
+        for worker in self.workers:
+            yield from ((name, worker.pid) for name in self.steps_of(worker))
+        yield from (("pickled", number) for number in range(len(self.aside)))
+        for name, left in self.budget.items():
+            if left <= 0 or (name in ("cancel", "close", "terminate") and self.stopped):
+                continue
+            if name == "drop":
+                open_ = (key for key in self.calls if key not in self.outcomes)
+                yield from (("drop", key) for key in open_)
+            elif name == "tick":
+                yield from [(name,)] if self.may_tick() else []
+            elif name not in ("die", "fail", "failed"):
+                yield (name,)
+
+    def may_tick(self) -> bool:
+        """Whether time matters: it is not to run out before a call that hangs has begun."""
+        hangs = [key for key, letters in self.letters.items() if "h" in letters]
+        running = [
+            one.keys[one.at]
+            for one in self.workers
+            if one.state == "runs" and not (one.left or one.outbox)
+        ]
+        return not hangs or any(key in running for key in hangs)
+
+    def steps_of(self, worker: Worker) -> Iterator[str]:
+        if worker.outbox:
+            yield "deliver"
+        if worker.alive:
+            yield from self.steps_of_the_living(worker)
+        elif not worker.outbox:
+            yield "notice"
+
+    def steps_of_the_living(self, worker: Worker) -> Iterator[str]:
+        if (name := self.step_of_its_own(worker)) is not None:
+            yield name
+        if worker.state == "born" and self.budget.get("fail", 0):
+            yield "fail"
+        if worker.left:
+            yield "flush"
+        if worker.doomed:
+            yield "slain"
+        elif self.budget.get("die", 0):
+            yield "die"
+        if worker.unsent:
+            yield "copied"
+            if self.budget.get("failed", 0):
+                yield "failed"
+
+    def step_of_its_own(self, worker: Worker) -> str | None:
+        if worker.state == "idle":
+            return "claim" if worker.todo else "read" if worker.inbox else None
+        if worker.state == "runs" and "h" in self.letters[worker.keys[worker.at]]:
+            return None
+        return {"born": "init", "claims": "look", "reads": "begin", "runs": "end"}[worker.state]
+
+    def do(self, step: Step) -> None:
+        """Let something happen, and the pool act on it."""
+        name, *about = step
+        if name in self.budget:
+            self.budget[name] -= 1
+        if about and name not in ("drop", "pickled"):
+            (worker,) = (one for one in self.workers if one.pid == about[0])
+            if not getattr(self, f"on_{name}")(worker):
+                self.check()
+                return
+        else:
+            getattr(self, f"on_{name}")(*about)
+        self.turn()
+
+    def on_init(self, worker: Worker) -> None:
+        worker.state = "idle"
+        worker.outbox.append(("ready", []))
+
+    def on_fail(self, worker: Worker) -> None:
+        worker.state = "idle"
+        worker.outbox.append(("failed", []))
+
+    def on_read(self, worker: Worker) -> None:
+        kind, worker.todo = worker.inbox.popleft()
+        worker.is_batch, worker.is_read = kind == "batch", False
+        if kind == "stop":
+            self.on_flush(worker)
+            worker.alive = False
+
+    def on_claim(self, worker: Worker) -> None:
+        worker.at = worker.b_claimed = worker.todo.pop(0)
+        worker.b_since, worker.state = self.now_ns, "claims"
+
+    def on_look(self, worker: Worker) -> None:
+        if worker.b_revoked >= worker.at and self.scenario.boards:
+            self.on_flush(worker)
+            worker.outbox.append(("skipped", [worker.at]))
+            worker.state = "idle"
+            if worker.is_batch:
+                worker.todo = []
+        elif worker.is_batch and not worker.is_read:
+            worker.is_read, worker.state = True, "reads"
+        else:
+            self.on_begin(worker)
+
+    def on_begin(self, worker: Worker) -> None:
+        if worker.state == "reads" and len(worker.todo) and self.poisoned(worker):
+            if "u" in self.poisoned(worker):
+                self.on_flush(worker)
+                worker.outbox.append(("unreadable", [worker.at]))
+                worker.todo, worker.state = [], "idle"
+            else:
+                worker.alive, worker.exitcode = False, -11
+            return
+        key = worker.keys[worker.at]
+        worker.b_began, worker.state = worker.at, "runs"
+        self.starts[key] = self.starts.get(key, 0) + 1
+
+    def poisoned(self, worker: Worker) -> str:
+        keys = [worker.keys[at] for at in (worker.at, *worker.todo)]
+        return "".join(letter for key in keys for letter in self.letters[key] if letter in "pu")
+
+    def on_end(self, worker: Worker) -> None:
+        worker.left.append(worker.at)
+        worker.state = "idle"
+        if not self.scenario.boards:
+            self.on_flush(worker)
+
+    def on_flush(self, worker: Worker) -> None:
+        if worker.left:
+            worker.outbox.append(("answers", worker.left))
+            worker.left = []
+
+    def on_die(self, worker: Worker) -> None:
+        worker.alive, worker.exitcode = False, -11
+
+    def on_slain(self, worker: Worker) -> None:
+        worker.alive, worker.exitcode, worker.by_pool = False, -9, True
+
+    def on_deliver(self, worker: Worker) -> bool:
+        kind, positions = worker.outbox.popleft()
+        event: e.Event
+        if kind == "ready":
+            event = e.Ready(worker, self.scenario.boards)
+        elif kind == "failed":
+            event = e.InitFailed(worker)
+        elif kind == "skipped":
+            event = e.Skipped(worker, positions[0])
+        elif kind == "unreadable":
+            event = e.Unreadable(worker, positions[0])
+        else:
+            answers = [(position, 1, None) for position in positions]
+            event = e.Answered(worker, answers, [worker.keys[one] for one in positions])
+        self.tell(event)
+        return True
+
+    def on_notice(self, worker: Worker) -> bool:
+        self.workers.remove(worker)
+        self.tell(e.Parted(worker))
+        self.tell(
+            e.Died(
+                worker,
+                worker.exitcode,
+                by_pool=worker.by_pool,
+                forced=bool(self.forced) or self.broken,
+                claimed=worker.b_claimed,
+                began=worker.b_began,
+                results=self.left_by(worker),
+            )
+        )
+        return True
+
+    def on_copied(self, worker: Worker) -> bool:
+        if worker.ledger.owed and not worker.leaving:
+            worker.inbox.append(("tasks", [worker.unsent]))
+        self.tell(e.Copied(worker))
+        return True
+
+    def on_failed(self, worker: Worker) -> bool:
+        key = worker.keys[worker.unsent]
+        if worker.ledger.owed:
+            self.tell(e.NotSent(worker, worker.unsent, []))
+            self.end_call(key, "not sent")
+        else:
+            self.tell(e.Copied(worker))
+        return True
+
+    def on_pickled(self, number: int) -> None:
+        self.tell(e.Returned([self.aside.pop(number)]))
+
+    def on_tick(self) -> None:
+        self.now_ns += 2000 * MS
+        self.paused = False
+        self.turn()  # what is over is looked at twice
+
+    def on_drop(self, key: str) -> None:
+        if key not in self.outcomes:
+            self.outcomes[key] = "dropped"
+            self.dropped.add(key)
+            self.calls[key].dropped = True
+            for worker in self.workers:
+                for work in worker.ledger:
+                    if isinstance(work, Given) and work.key == key:
+                        self.tell(e.Cancelled(worker, work))
+                        return
+
+    def on_resize(self) -> None:
+        self.size = 1 if self.size > 1 else 2
+
+    def on_cancel(self) -> None:
+        self.closing = True
+        self.tell(e.CancelWaiting())
+        self.cancel_aside()
+
+    def cancel_aside(self) -> None:
+        for call in self.aside:
+            self.end_entry(call, "cancelled")
+        self.aside.clear()
+
+    def on_close(self) -> None:
+        self.closing = True
+
+    def on_terminate(self) -> None:
+        self.closing, self.forced = True, "terminate"
+        self.tell(e.CancelWaiting(all=True))
+        self.cancel_aside()
+
+    # States.
+
+    def key(self) -> Any:
+        """Return what tells this state from others."""
+        core = self.core
+        return (
+            tuple(
+                (
+                    one.pid, one.phase, one.ready, one.claimed, one.awaited, one.unsent,
+                    one.exclusive, one.overdue == one.next, one.tasks_done, one.alive,
+                    one.doomed, repr((one.inbox, one.outbox, one.todo)),
+                    one.is_batch, one.is_read, one.state, one.at,
+                    one.b_claimed, one.b_began, one.b_revoked, one.b_since,
+                    one.sent_ns, tuple(one.left),
+                    tuple((_name(work), work.position, work.done) for work in one.ledger),
+                )
+                for one in self.workers
+            ),
+            tuple(map(_name, core.backlog)),
+            tuple((one.pid, call.key) for one, call in vars(core)["_unwanted"]),
+            tuple(sorted(self.outcomes.items())),
+            tuple(sorted(self.starts.items())),
+            tuple(sorted(self.budget.items())),
+            tuple(call.key for call in self.aside),
+            self.size, self.closing, self.forced, self.stopped, self.broken, self.now_ns,
+            self.paused, repr(vars(core)["_patience"]),
+        )  # fmt: skip
+
+    def check_end(self) -> None:
+        """Check a state after which nothing happens."""
+        missing = [key for key in self.letters if key not in self.outcomes]
+        must(not missing, f"nothing happens any more, and {missing} have not ended")
+        must(not self.core.owes, "nothing happens any more, and a worker owes a call")
+        staying = [one for one in self.core.members if not one.leaving]
+        must(len(staying) <= self.size, "nothing happens any more, and workers are too many")
+        must(not self.stopped or not self.core.members, "the pool is closed, and has workers")
+
+
+def _name(work: Any) -> Any:
+    if isinstance(work, Given):
+        return work.key, work.attempts
+    if isinstance(work, Span):
+        return work.start, tuple(work.items), work.attempts, work.alone, work.bound
+    return tuple(work.waiting)
+
+
+def explore(core: type[Core], scenario: Scenario, most: int = 10**9) -> int:
+    """Go through every order of steps; return how many states there are.
+
+    Raises:
+        BadStateError: Something does not hold; it tells the steps that led there.
+    """
+    first = World(core, scenario)
+    seen = {first.key()}
+    queue: deque[tuple[bytes, tuple[Any, ...]]] = deque([(pickle.dumps(first, 5), ())])
+    while queue and len(seen) < most:
+        frozen, path = queue.popleft()
+        world: World = pickle.loads(frozen)
+        steps = [*world.steps()]
+        if not steps:
+            _checked(world.check_end, path)
+        for number, step in enumerate(steps):
+            if number:
+                world = pickle.loads(frozen)
+            _checked(partial(world.do, step), (path, step))
+            key = world.key()
+            if key not in seen:
+                seen.add(key)
+                queue.append((pickle.dumps(world, 5), (path, step)))
+    return len(seen)
+
+
+def walk(core: type[Core], scenario: Scenario, chance: random.Random, most: int = 400) -> int:
+    """Take steps at random until nothing can happen any more; return how many.
+
+    Two workers may take calls from each other for as long as chance lets neither begin one: then
+    it ends after `most`.
+
+    Raises:
+        BadStateError: As of `explore`.
+    """
+    world = World(core, scenario)
+    path: tuple[Any, ...] = ()
+    for count in range(most):
+        steps = [*world.steps()]
+        if not steps:
+            _checked(world.check_end, path)
+            return count
+        step = chance.choice(steps)
+        path = (path, step)
+        _checked(partial(world.do, step), path)
+    return most
+
+
+def _checked(do: Callable[[], object], path: tuple[Any, ...]) -> None:
+    try:
+        do()
+    except BadStateError as error:
+        steps = []
+        while path:
+            path, step = path
+            steps.append(step)
+        told = ", ".join(" ".join(map(str, step)) for step in reversed(steps))
+        raise BadStateError(f"{error}; after: {told}") from None
