@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safepool
+from safepool.workers import forkserver
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -95,6 +96,15 @@ def load(name: str, on_worker_death: str) -> ModuleType:
             return run(option, first + code, **environment)
 
         module.assert_python_ok = run_with_ours  # type: ignore[attr-defined]
+    # A test stops the tracker of resources, and waits for all that may use it: our servers, too.
+    tracker: Any = importlib.import_module("multiprocessing.resource_tracker")._resource_tracker
+    stop = tracker._stop
+
+    def stop_after_servers(*arguments: Any, **keywords: Any) -> None:
+        forkserver.stop_all()
+        stop(*arguments, **keywords)
+
+    tracker._stop = stop_after_servers
     return module
 
 
