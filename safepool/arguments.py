@@ -461,6 +461,14 @@ RULES: dict[str, Rule] = {
         lacks=_unless(lambda value: value >= 1, ">= 1"),
         remedy="None never replaces a worker for its tasks",
     ),
+    "maxtasksperchild": Rule(  # the words of multiprocessing.Pool, as for processes
+        kind="a positive int or None",
+        is_kind=lambda _: True,
+        lacks=_unless(
+            lambda value: isinstance(value, int) and value > 0, "a positive int or None"
+        ),
+        remedy="None never replaces a worker for its tasks",
+    ),
     "max_workers": Rule(
         kind="an integer of at least 1",
         is_kind=_is_index,  # True is 1 for the standard pool
@@ -499,6 +507,14 @@ RULES: dict[str, Rule] = {
         ),
         remedy="[] imports nothing ahead",
         choices=("auto",),
+    ),
+    "processes": Rule(
+        kind="an integer of at least 1",
+        is_kind=_is_index,
+        lacks=_unless(
+            lambda value: value >= 1, "above 0 (Number of processes must be at least 1)"
+        ),
+        remedy="Leave it out for as many as the limits allow",
     ),
     "progress": Rule(
         kind="True, False or a label",

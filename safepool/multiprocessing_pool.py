@@ -23,7 +23,7 @@ from concurrent.futures import CancelledError
 from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from safepool.arguments import what_was_meant
+from safepool.arguments import RULES, check, what_was_meant
 from safepool.pool.core.policy import policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.gathering import GatheredRun
@@ -147,13 +147,11 @@ class Pool(multiprocessing.pool.Pool):
         context: Any | None = None,
         **options: Unpack[Options],
     ) -> None:
-        # In the standard pool's words.
-        if processes is not None and processes < 1:
-            raise ValueError("Number of processes must be at least 1")
-        if maxtasksperchild is not None and not (
-            isinstance(maxtasksperchild, int) and maxtasksperchild > 0
-        ):
-            raise ValueError("maxtasksperchild must be a positive int or None")
+        check("processes", processes, optional=True)
+        check("initializer", initializer, optional=True)
+        check("initargs", initargs)
+        check("maxtasksperchild", maxtasksperchild, optional=True)
+        check("context", context, RULES["mp_context"], optional=True)
         known = Options.__annotations__
         for name in options:
             if name not in known:
@@ -164,7 +162,7 @@ class Pool(multiprocessing.pool.Pool):
             processes,
             context,
             initializer,
-            tuple(initargs),
+            tuple(initargs or ()),
             max_tasks_per_child=maxtasksperchild,
             **options,
         )

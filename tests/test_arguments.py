@@ -59,6 +59,14 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "idle_worker_timeout": ("10", -1),
         "end_subprocesses": (None, NOTHING),
     },
+    "Pool": {
+        "processes": ("4", 0),
+        "initializer": (3, NOTHING),
+        "initargs": ("abc", NOTHING),
+        "maxtasksperchild": (NOTHING, 0),
+        "context": (3, "frok"),
+        "options": (NOTHING, NOTHING),
+    },
     "ThreadPool": {
         "max_workers": (2.5, 0),
         "thread_name_prefix": (3, NOTHING),
@@ -103,6 +111,7 @@ NEAR: dict[str, dict[str, str]] = {
         "time_out": "timeout",
     },
     "parallel_backend": {"max_workers": "n_jobs", "inner_max_num_threads": "threads_per_worker"},
+    "Pool": {"max_workers": "processes", "n_jobs": "processes", "mp_context": "context"},
     "ThreadPool": {"workers": "max_workers", "threads": "threads_per_worker"},
     "worker": {"threads_per_worker": "threads", "retry": "retries"},
     "share": {"writeable": "writable"},
@@ -233,7 +242,7 @@ def test_a_value_cannot_spoil_the_error(parameter: str, value: Any) -> None:
     """Neither one without a text, nor one with too much of it."""
     if parameter in ("initargs", "preload") and isinstance(value, list):
         return
-    with pytest.raises(TypeError, match=f"{parameter} must be ") as caught:
+    with pytest.raises((TypeError, ValueError), match=f"{parameter} must be ") as caught:
         check(parameter, value)
     assert len(str(caught.value)) < 400
 
