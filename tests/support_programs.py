@@ -49,11 +49,12 @@ class Zygote:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             number = theirs.fileno()
             code = f"import support_zygote; exec(*support_zygote.serve({number}))"
+            path = filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])
             with theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", code],
                     cwd="/",
-                    env={**os.environ, "PYTHONPATH": str(TESTS)},
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
                     pass_fds=[number],
                     stdin=subprocess.DEVNULL,
                 )

@@ -64,7 +64,8 @@ def _become(
     # Nothing of this module stays: it is not the program's.
     del sys.modules[__name__]
     sys.path.remove(os.path.dirname(__file__))
-    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    asked = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [entry for entry in asked if entry and entry not in sys.path]
     sys.orig_argv[1:] = arguments
     space = vars(sys.modules["__main__"])
     kept = {"__builtins__": space["__builtins__"], "__name__": "__main__"}
