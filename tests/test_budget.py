@@ -13,6 +13,8 @@ from safepool.budget import Request, fit, is_held_back
 from safepool.limits import Limit, Limits, MemoryLimit, OpenFilesLimit, PidsLimit
 from safepool.limits.waiting import WaitSample
 
+pytestmark = pytest.mark.unit
+
 GIB = 2**30
 
 

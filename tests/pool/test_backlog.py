@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,8 @@ from safepool.pool.core.pace import Pace
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.mapping import MapRun, Span
 from safepool.pool.tasks import PoolFuture, Task
+
+pytestmark = pytest.mark.unit
 
 
 def new_task(name: int) -> Task:

@@ -17,6 +17,8 @@ from safepool.pool.core.machine import Core
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.unit
+
 TWO = {"a": "", "b": ""}
 THREE = {"a": "", "b": "", "c": ""}
 MAP = (("a", "b", "c"),)

@@ -12,6 +12,8 @@ from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.policy import Policy
 from safepool.pool.tasks import PoolFuture, Task
 
+pytestmark = pytest.mark.unit
+
 OVER = TaskTimeoutError(7, 1.5, "module.f", "")
 
 

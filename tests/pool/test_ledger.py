@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from safepool.pool.core.ledger import Ledger
 
+pytestmark = pytest.mark.unit
+
 
 class Calls:
     """Work whose calls have names, so that a test sees where each has gone."""

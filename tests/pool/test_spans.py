@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import support_tasks
 
 from safepool.pool.core.backlog import Backlog
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.mapping import MapRun, Span
+
+pytestmark = pytest.mark.unit
 
 
 def run_of(count: int, at_once: int | None = None) -> tuple[Backlog, MapRun]:
