@@ -48,8 +48,9 @@ class GatheredRun(MapRun):
         owner: object,
     ) -> None:
         super().__init__(function, name, policy, at_once, starred=starred)
-        self.future = PoolFuture(owner)
-        self.left = self._total = count
+        self.future: PoolFuture = PoolFuture(owner)
+        self.left: int = count
+        self._total = count
         self._values: list[Any] = [None] * count
         self._error: BaseException | None = None
 

@@ -62,8 +62,8 @@ class Core:
         self, size: int, tasks_per_worker: int | None = None, *, break_on_death: bool = False
     ) -> None:
         self.members: tuple[Member, ...] = ()
-        self.backlog = Backlog()
-        self.pace = Pace()
+        self.backlog: Backlog = Backlog()
+        self.pace: Pace = Pace()
         self.idle_ns: int | None = None
         self._size = size
         self._lost = 0

@@ -70,7 +70,7 @@ class Member:
     ready = False
     has_board = False
     done = 0
-    tasks_done = 0.0
+    tasks_done: float = 0.0
     claimed = 0
     since_ns = 0
     awaited = 0
