@@ -74,7 +74,7 @@ class CountedRun(MapRun):
         # The drawing thread must not keep what the caller has dropped.
         self._shown = weakref.ref(results)
         self._bar = weakref.ref(bar)
-        results.at_end = bar.close
+        results.results.at_end = bar.close
         return results
 
     def _look(self, progress: Progress) -> bool:

@@ -24,7 +24,7 @@ from safepool.pool.latch import Waiters
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
@@ -428,6 +428,7 @@ class Results:
 
     Attributes:
         seen: Somebody has asked for the first result.
+        at_end: Called when no more results will be taken.
     """
 
     def __init__(
@@ -458,6 +459,7 @@ class Results:
         self._taken = 0
         self.seen: bool = False
         self._over = False
+        self.at_end: Callable[[], object] | None = None
         # Whoever shuts the pool down takes items beside the thread that iterates.
         self._pulling = threading.RLock()
         self._pulls = False
@@ -582,6 +584,8 @@ class Results:
         self._room.wake()
         if early:
             self._feed.give_up(self._run)
+        if self.at_end is not None:
+            self.at_end()
 
     def finish(self) -> None:
         """Queue calls for all items that are left, as the standard pool does at first.
@@ -707,18 +711,18 @@ class ResultIterator:
         results: Where they come from.
         keep: Held until the end.
 
-    Attributes:
-        at_end: Called when no more results will be taken.
     """
 
-    __slots__ = ("__weakref__", "_failed", "_here", "_keep", "_results", "at_end")
+    __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "_results")
 
     def __init__(self, results: Results, keep: object) -> None:
         self._results = results
         self._keep = keep
         self._here: list[Any] = []
         self._failed = False
-        self.at_end: Callable[[], object] | None = None
+        # It closes the results if it is dropped: not __del__(), in which a signal's handler may
+        # come after the last result as well, and what that raises would be lost.
+        self._guard: Generator[None] | None = None
 
     def __iter__(self) -> Self:
         return self
@@ -736,6 +740,9 @@ class ResultIterator:
             if self._failed:
                 self._failed = False
                 _failed.discard(self)
+            if self._guard is None:
+                self._guard = _closing(self._results)
+                next(self._guard)
             found = self._results.advance()
             if isinstance(found, _Raised):
                 self._failed = True
@@ -757,14 +764,10 @@ class ResultIterator:
         """Take no more results; cancel what has not begun, if one was asked for."""
         self._here = []
         self._keep = None
-        self._results.close()
-        at_end, self.at_end = self.at_end, None
-        if at_end is not None:
-            at_end()
-
-    def __del__(self) -> None:
-        if self._results.seen:
-            self.close()
+        if self._guard is not None:
+            self._guard.close()
+            # With them goes the run's weak reference to this: nothing is called at its end.
+            self._guard, self._results = None, _OVER
 
     @property
     def results(self) -> Results:
@@ -773,6 +776,38 @@ class ResultIterator:
 
 
 MapRun.iterator = ResultIterator
+
+
+class _Over(Results):
+    """The results of a map that has ended, in the place of its own."""
+
+    def __init__(self) -> None:
+        pass
+
+    def is_of(self, feed: object) -> bool:  # noqa: ARG002
+        """Tell that no pool runs it."""
+        return False
+
+    def advance(self) -> list[Any] | _Raised:
+        """Return the end."""
+        return []
+
+    def wait(self, timeout_s: float) -> bool:  # noqa: ARG002
+        """Tell that it is there."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+_OVER = _Over()
+
+
+def _closing(results: Results) -> Generator[None]:
+    try:
+        yield
+    finally:
+        results.close()
 
 
 def _as_of_a_generator(error: BaseException) -> BaseException:
