@@ -16,12 +16,12 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "MOST_WORKERS",
@@ -245,6 +245,11 @@ def _is_sequence(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
+def _is_arguments(value: object) -> bool:
+    """As for the standard pool, which unpacks whatever can be; but no text, and no keywords."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Mapping))
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, str) or (
         _is_sequence(value) and all(isinstance(name, str) for name in value)  # type: ignore[attr-defined]
@@ -439,7 +444,7 @@ RULES: dict[str, Rule] = {
     ),
     "initargs": Rule(
         kind="a tuple",
-        is_kind=_is_sequence,
+        is_kind=_is_arguments,
         remedy="A tuple of one argument is written (argument,)",
         optional=True,  # as the standard pool without an initializer
     ),

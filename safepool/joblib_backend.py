@@ -303,6 +303,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         for word, value in words.items():
             rule = _THREADS if word == "threads_per_worker" else None
             check(word, value, rule, optional=word in _MAY_BE_NONE)
+        initargs = words.get("initargs")
+        words = {**words, "initargs": () if initargs is None else tuple(initargs)}
         self._words = words
         self._born_with: list[BornWith] = []
         threads = words.get("threads_per_worker")

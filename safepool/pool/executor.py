@@ -253,7 +253,7 @@ class ProcessPool(_Standard):
             method,
             WorkerStart(environment=worker_environment(threads, overrides=env), threads=threads),
             initializer=initializer,
-            initargs=initargs or (),
+            initargs=() if initargs is None else tuple(initargs),
             placement=placement,
             main=main,
             may_fork=(
