@@ -104,6 +104,13 @@ class Staff:
         self._wake_receiver.setblocking(False)
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        try:
+            # Where this is refused nobody would be woken, and wake() cannot say so.
+            with naming("sendto()"):
+                self._wake_sender.send(b"\0", NO_SIGPIPE)
+        except OSError:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._all)

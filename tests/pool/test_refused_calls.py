@@ -68,6 +68,7 @@ def outcome(way: str, call: str, error: str, folder: Path) -> str:
 # a worker; and what comes of it.
 ROWS: dict[tuple[str, str, str], str] = {
     ("safepool", "socketpair", "EPERM"): NAMED,
+    ("safepool", "sendto", "EPERM"): NAMED,
     ("safepool", "clone", "EPERM"): WORKS,
     ("safepool", "epoll_wait", "EPERM"): NAMED,
     ("safepool", "getsockname", "EPERM"): NAMED,
