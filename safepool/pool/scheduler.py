@@ -123,6 +123,7 @@ from safepool.pool.refused_calls import refused_call
 from safepool.pool.settling import Settling, answer_of, answers_of, left_by, values_of
 from safepool.pool.staff import Ended, Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
+from safepool.transport.files import make_room
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
@@ -888,6 +889,7 @@ class Scheduler:
 
     def _send(self, staff: Staff, action: Send) -> Sent:
         worker: Worker = action.worker
+        make_room()
         settings = self._dispatch.bring_settings(worker)
         if settings:
             staff.send(worker, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
-from safepool.transport.files import require
+from safepool.transport.files import be_full, require
 from safepool.transport.frames import CorruptFrameError, Kind
 from safepool.transport.growing import OBJECTS, loaded_bytes
 from safepool.transport.trusted import UntrustedError
@@ -42,8 +43,10 @@ _SMALL_BYTES = 64 * 1024
 _ARRIVED_BYTES = 256 * 1024
 # A smaller result takes less than the error in its place.
 _LEAST_REFUSED_BYTES = 128
-# What a refusal holds for: at the limit, a look at each of many would take most of the time.
+# What a refusal holds for: at the limit, a look at each of many would take most of the time. Not
+# when so many blocks of Python's were freed since.
 _REFUSED_S = 0.02
+_FREED_BLOCKS = 100
 # For what the hands unpickle: most of it is there by then. And how much of it at a time.
 _PATIENCE_S = 0.005
 _MOST_READ = 16
@@ -125,6 +128,7 @@ class Settling:
         self._arrived_bytes = 0
         self._refused: tuple[Any, ...] = ()
         self._refused_until = 0.0
+        self._blocks = 0
 
     @property
     def waits(self) -> bool:
@@ -207,12 +211,14 @@ class Settling:
         if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
             return None
         self._arrived_bytes = _ARRIVED_BYTES  # if it is refused, the next is looked at as well
-        if time.monotonic() < self._refused_until:
+        blocks = sys.getallocatedblocks()  # before the look: others free meanwhile
+        if time.monotonic() < self._refused_until and self._blocks - blocks < _FREED_BLOCKS:
             return MemoryLimitError(*self._refused)
         try:
             require(OBJECTS * _ARRIVED_BYTES)
         except MemoryLimitError as error:
             self._refused, self._refused_until = error.args, time.monotonic() + _REFUSED_S
+            self._blocks = blocks
             return error.with_traceback(None)
         self._arrived_bytes = 0
         return None
@@ -221,6 +227,8 @@ class Settling:
         work, value, failed = answer.work, answer.value, answer.failed
         if self._trace is not None and worker is not None:
             self._trace.settled(worker, work, answer.place, 1, value if failed else None)
+        if failed and isinstance(value, MemoryLimitError):
+            be_full()  # the worker's look, of which this process knows nothing
         if isinstance(work, Task):
             (fail if failed else finish)(work.future, value)
             return None

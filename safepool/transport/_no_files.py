@@ -17,8 +17,10 @@ __all__ = [
     "Side",
     "Stored",
     "accept",
+    "be_full",
     "held_at_most",
     "invite",
+    "make_room",
     "require",
     "require_to_pickle",
     "store",
@@ -75,6 +77,14 @@ def store(
 
 def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
     """Return: what is left is not known here."""
+
+
+def be_full() -> None:
+    """Do nothing: what is left is not known here."""
+
+
+def make_room() -> None:
+    """Do nothing: what is left is not known here."""
 
 
 def require_to_pickle(values: Iterable[Any]) -> None:

@@ -23,14 +23,22 @@ import sys
 
 if sys.platform == "linux":
     from safepool.transport._memfd import Side, Stored, accept, invite, store
-    from safepool.transport.room import held_at_most, require, require_to_pickle
+    from safepool.transport.room import (
+        be_full,
+        held_at_most,
+        make_room,
+        require,
+        require_to_pickle,
+    )
 else:
     from safepool.transport._no_files import (
         Side,
         Stored,
         accept,
+        be_full,
         held_at_most,
         invite,
+        make_room,
         require,
         require_to_pickle,
         store,
@@ -41,8 +49,10 @@ __all__ = [
     "Side",
     "Stored",
     "accept",
+    "be_full",
     "held_at_most",
     "invite",
+    "make_room",
     "require",
     "require_to_pickle",
     "store",

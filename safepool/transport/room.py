@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from safepool.limits.left import MemoryLeft, MemoryWatch
 
-__all__ = ["held_at_most", "require", "require_to_pickle"]
+__all__ = ["be_full", "held_at_most", "make_room", "require", "require_to_pickle"]
 
 # Copied without a look: in the beginning, and of what was left after one.
 _FIRST_BYTES = 4 << 20
@@ -61,6 +61,8 @@ class _Room:
         self._until = float("inf")
         self._full_until = 0.0
         self._blocks = 0
+        # Whether a copy was refused, here or in another process, and nothing was given back since.
+        self.full = False
 
     def require(self, size_bytes: int, done_bytes: int, whole_bytes: int) -> None:
         if whole_bytes - done_bytes > self._unlooked or time.monotonic() >= self._until:
@@ -78,6 +80,7 @@ class _Room:
         left = _usable(found)
         if wanted > left:
             before = left + done_bytes
+            self.full = True
             raise MemoryLimitError(whole_bytes, before, found.limit_bytes, found.source)
         return left // _PART_WITHOUT_LOOK
 
@@ -86,14 +89,20 @@ class _Room:
 
         It takes long where much is in use.
         """
-        began = time.monotonic()
-        if began < self._full_until and self._blocks - sys.getallocatedblocks() < _FREED_BLOCKS:
+        began, blocks = time.monotonic(), sys.getallocatedblocks()  # others free meanwhile
+        if began < self._full_until and self._blocks - blocks < _FREED_BLOCKS:
             return False
         _give_back()
         now = time.monotonic()
         self._full_until = now + _PAUSES * (now - began)
-        self._blocks = sys.getallocatedblocks()
+        self._blocks = blocks
         return True
+
+    def make(self) -> None:
+        """Give back what was freed since a copy was refused."""
+        if self.full and self._gives_back():
+            found = self.look()
+            self.full = found is not None and _usable(found) < _FIRST_BYTES
 
     def look(self) -> MemoryLeft | None:
         """Return what is left; ``None`` where that cannot be told."""
@@ -121,6 +130,16 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
         MemoryLimitError: There is not, and the kernel would have to end a process.
     """
     _room.require(size_bytes, done_bytes, whole_bytes or size_bytes)
+
+
+def be_full() -> None:
+    """Take note that another process has refused a copy."""
+    _room.full = True
+
+
+def make_room() -> None:
+    """Give back what this process has freed since a copy was refused: others need it as well."""
+    _room.make()
 
 
 def require_to_pickle(values: Iterable[Any]) -> None:

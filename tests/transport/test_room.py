@@ -207,3 +207,21 @@ def test_what_was_freed_meanwhile_is_given_back_at_once(
     del results
     watch.be_full()
     assert len(attempts) == 2
+
+
+def test_what_was_freed_is_given_back_before_others_need_it(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as there is no room, here or where a worker has looked."""
+    attempts: list[float] = []
+    monkeypatch.setattr(room, "_give_back", lambda: attempts.append(watch.now_s))
+    files.make_room()
+    assert not attempts
+    files.be_full()
+    files.make_room()
+    assert len(attempts) == 1
+    watch.left = 100 * MIB
+    watch.now_s += 1
+    files.make_room()
+    files.make_room()
+    assert len(attempts) == 2
