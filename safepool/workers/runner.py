@@ -152,6 +152,8 @@ class Runner:
         now = time.monotonic_ns()
         if board is None or fork.here or self._timed or not board.claim(position, now):
             return False
+        kind, number_of = Kind.RESULT, b""
+        packed: Segments = []
         try:
             arguments, keywords = loads([pickled])
             result = self._functions[number](*arguments, **keywords)
@@ -160,7 +162,7 @@ class Runner:
             if type(result) in _NUMBERS and not fork.here:
                 number_of = _dumps(result, 5)
             else:
-                kind, packed, number_of = Kind.RESULT, self._packed(result), b""
+                packed = self._packed(result)
             del result
         except BaseException as error:  # noqa: BLE001 -- as below
             fork.leave(error)

@@ -220,7 +220,8 @@ def test_a_keeper_holds_nothing_of_the_program(pool: ProcessPool) -> None:
     others = [name for name in files if not name.startswith(("socket:", "/dev/null"))]
 
     assert os.readlink(folder / "cwd") == "/"
-    assert [name for name in others if "pidfd" not in name] == []
+    # Some interpreters are started by a loader that keeps a library open.
+    assert [name for name in others if "pidfd" not in name and ".so" not in name] == []
     assert len([name for name in files if name.startswith("socket:")]) == 3
     assert len(os.listdir(folder / "task")) == 1
 
