@@ -186,7 +186,7 @@ class World:
         core = self.core
         core.backlog.holds = not self.closing
         if not self.stopped:
-            if core.has_work(self.size):
+            if core.is_busy(self.size, 0):
                 self.tell(e.Step(self.size))
             self.tell(e.HandOut())
             ends = self.closing and not (core.backlog or core.owes or self.aside)

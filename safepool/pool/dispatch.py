@@ -47,7 +47,7 @@ from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.marks import MAIN_NAMES
 from safepool.transport.names import Met, names_of
 from safepool.transport.trusted import UntrustedError, imports_here
-from safepool.workers.messages import batch_frame, task_frame, tasks_frame
+from safepool.workers.messages import batch_frame, call_frame, task_frame, tasks_frame
 from safepool.workers.settings import settings_frame
 
 if TYPE_CHECKING:
@@ -805,6 +805,8 @@ def _whole(call: Parts | None) -> object:
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:
+    if len(group) == 1:
+        return [call_frame(first, *group[0])]
     return tasks_frame(first, group) if group else []
 
 

@@ -710,21 +710,22 @@ class Scheduler:
         for future in unwanted:
             self._end_task(staff, future)
         self._fill_up(staff)
-        if self._core.has_work(self._size):
+        core = self._core
+        if core.backlog or core.is_busy(self._size, staff.lost):
             self._oom.look()
             self._follow_the_limits(staff)
             if self._rights.have_changed() and len(staff):
                 _log.info("this program has other rights than before: its workers are replaced")
                 self._tell(staff, Strangers())
-        elif self._core.idle_ns is None:
+        elif core.idle_ns is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return self._is_awaited if closing or self._forced else True
-        self._tell(staff, Step(self._size, staff.lost))
+        if core.idle_ns is not None or core.is_busy(self._size, staff.lost):
+            self._tell(staff, Step(self._size, staff.lost))
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
-        core = self._core
         return not closing or bool(core.backlog) or self._is_awaited or core.owes
 
     @property
@@ -816,7 +817,8 @@ class Scheduler:
     def _patience(self) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
         now = time.monotonic()
-        times = self._next_looks()
+        packs, reads = self._dispatch.waits, self._settling.waits
+        times = self._next_looks(packs, reads) if packs or reads else []
         look_ns = self._core.next_look(time.monotonic_ns())
         if look_ns is not None:
             times.append(look_ns / 1e9)
@@ -830,14 +832,14 @@ class Scheduler:
                 times.append(look_at)
         return max(0.0, min(times) - now) if times else None
 
-    def _next_looks(self) -> list[float]:
+    def _next_looks(self, packs: bool, reads: bool) -> list[float]:
         """Return when to look after what is pickled and unpickled, by the monotonic clock."""
         looks = []
-        if self._dispatch.waits:
+        if packs:
             looks.append(self._dispatch.next_look())
-        if self._settling.waits:
+        if reads:
             looks.append(self._settling.next_look())
-        if self._closing and (self._dispatch.waits or self._settling.waits):
+        if self._closing:
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
@@ -867,15 +869,13 @@ class Scheduler:
     def _tell(self, staff: Staff, event: Event) -> None:
         """Bring the core an event, do what it wants, and bring what comes of that."""
         core = self._core
-        actions = core.handle(event, time.monotonic_ns())
-        if not actions:
-            return
-        todo = deque(actions)
+        todo = core.handle(event, time.monotonic_ns())
+        todo.reverse()
         while todo:
-            action = todo.popleft()
+            action = todo.pop()
             answer = _DO[type(action)](self, staff, action)
             if answer is not None:
-                todo.extendleft(reversed(core.handle(answer, time.monotonic_ns())))
+                todo += reversed(core.handle(answer, time.monotonic_ns()))
 
     def _part(self, staff: Staff, worker: Worker) -> None:
         self._tell(staff, Parted(worker))

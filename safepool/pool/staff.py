@@ -299,7 +299,8 @@ class Staff:
         except (CorruptFrameError, MemoryError) as error:
             self.distrust(worker, error)
         else:
-            self.send(worker, [])  # what waits
+            if worker.channel.unsent:
+                self.send(worker, [])
 
     def _see_off(self, worker: Worker) -> Iterator[tuple[Worker, Frame | Ended]]:
         if worker.channel.fileno() >= 0:

@@ -129,13 +129,18 @@ class Core:
                 return True
         return False
 
-    def has_work(self, size: int) -> bool:
-        """Tell whether a call waits or is owed, or a worker is to go."""
+    def is_busy(self, size: int, lost: int) -> bool:
+        """Tell whether a `Step` is due: a call is owed, a worker is to go, or these have changed.
+
+        Args:
+            size: As of `Step`.
+            lost: As of `Step`.
+        """
         members = self.members
-        if self.backlog or len(members) > size:
+        if size != self._size or lost != self._lost or len(members) > size:
             return True
-        for member in members:  # noqa: SIM110
-            if member.ledger.owed or member.phase is Phase.RETIRING:
+        for member in members:
+            if member.ledger.owed or member.silent or member.phase is Phase.RETIRING:
                 return True
         return False
 
@@ -150,7 +155,7 @@ class Core:
             for member in members:
                 if (due_ns := self._due_ns(member)) is not None:
                     looks.append(due_ns)
-        return min(looks, default=None)
+        return min(looks) if looks else None
 
     def check(self) -> None:
         """Check what holds between any two events.
@@ -228,8 +233,9 @@ class Core:
         hungry = [
             one for one in staying if one.phase is Phase.READY and one.claimed >= one.awaited
         ]
-        # Who has nothing first, so that it does not wait while others are sent ahead.
-        hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
+        if len(hungry) > 1:
+            # Who has nothing first, so that it does not wait while others are sent ahead.
+            hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
         self._hungry = deque([] if event.full else hungry[: self._size])
         self._offer()
 

@@ -66,11 +66,13 @@ def slow_workers(
                 yield member
 
 
-def next_looks(members: Sequence[Member], now_ns: int) -> Iterator[int]:
-    """Yield when to ask again at the latest, by the monotonic clock."""
+def next_looks(members: Sequence[Member], now_ns: int) -> list[int]:
+    """Return when to ask again at the latest, by the monotonic clock."""
+    looks = []
     idle = len(members) > 1 and any(member.is_idle for member in members)
     for member in members:
         if member.is_ahead:
-            yield now_ns + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS)
+            looks.append(now_ns + (_LONG_WHILE_IDLE_NS if idle else _LONG_NS))
         if idle and member.may_be_unheard:
-            yield member.sent_ns + _UNHEARD_NS
+            looks.append(member.sent_ns + _UNHEARD_NS)
+    return looks
