@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-__all__ = ["be_worker", "worker_main"]
+__all__ = ["be_taken_before_the_program", "be_worker", "worker_main"]
 
 
 def worker_main(
@@ -83,7 +83,7 @@ def be_worker(
         told: What the pool has to tell it.
         inherited: Descriptors that the initializer's arguments refer to.
     """
-    _be_taken_first()
+    be_taken_before_the_program()
     change_environment(told.environment)
     pretend(told.threads)
     shared = _open_board(board)
@@ -111,7 +111,7 @@ def be_worker(
         channel.close()
 
 
-def _be_taken_first() -> None:
+def be_taken_before_the_program(*, server: bool = False) -> None:
     """Let the kernel take this process, out of memory, and what its tasks start; not the program.
 
     It takes whoever has most, counted in thousandths of the memory there is, plus this number. So
@@ -120,20 +120,34 @@ def _be_taken_first() -> None:
     beside a program that is born with as much (a pod of Kubernetes without requests) the size
     decides.
 
+    Args:
+        server: This process is a fork server, whose end gives next to nothing back. It has the
+            middle between the program and the workers that are forked from it.
+
     Source:
         proc_pid_oom_score_adj(5); Linux, mm/oom_kill.c, ``oom_badness``.
     """
+    global _programs_score  # noqa: PLW0603 -- inherited by the workers of a server
     try:
         # As bytes: a codec may have to be imported, which this user may not be able to read.
         with open(_OOM_SCORE, "rb") as file:
             score = int(file.read())
-        with open(_OOM_SCORE, "wb") as file:
-            file.write(b"%d" % min(score + 1000, 1000))
+        programs = score if _programs_score is None else _programs_score
+        wanted = min(programs + 1000, 1000)
+        if server:
+            wanted = (programs + wanted) // 2
+        # What forks a worker from here on is a server's, or has this one as its program.
+        _programs_score = programs if server else None
+        if wanted > score:  # else it was raised by somebody else
+            with open(_OOM_SCORE, "wb") as file:
+                file.write(b"%d" % wanted)
     except (OSError, ValueError):
         pass  # another system, or no /proc; or it may not be written here
 
 
 _OOM_SCORE = "/proc/self/oom_score_adj"
+# In a fork server and its forks, until they are workers: what the program has.
+_programs_score: int | None = None
 
 
 def _adopt(end: Any) -> socket.socket:

@@ -43,6 +43,7 @@ from safepool.transport import letters
 from safepool.transport.lazy import eager_imports, load_own
 from safepool.workers import birth, identity, keeper, lifeline, script, traces
 from safepool.workers.describe import get_ready
+from safepool.workers.main import be_taken_before_the_program
 from safepool.workers.preload import BACKGROUND_THREADS
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def serve(
     """
     if kept:
         birth.end_with(os.getppid())
+    be_taken_before_the_program(server=True)
     os.set_inheritable(sock_descriptor, False)
     os.set_inheritable(lifeline_descriptor, False)
     # Modules that are imported here ask for the number of CPUs, or keep the function that does.

@@ -13,6 +13,9 @@ from support_cgroups import control_group
 from safepool import ProcessPool
 from safepool.workers import main
 
+if sys.platform == "linux":
+    from safepool.workers import forkserver
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 LIMIT_BYTES = 512 << 20
 SCORE = Path("/proc/self/oom_score_adj")
@@ -432,29 +435,49 @@ def scores(_: object) -> tuple[int, int]:
 @pytest.mark.parametrize("method", [None, "loky", "spawn", "forkserver", "fork"])
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_the_kernel_takes_a_worker_first(method: str | None) -> None:
-    """And what a task has started; the program's own number stays."""
+    """And what a task has started; then a server, and the program last: its number stays."""
     before = int(SCORE.read_text())
     expected = min(1000, before + 1000)
     with ProcessPool(1, method) as pool:
         assert pool.submit(scores, 0).result(timeout=60) == (expected, expected)
+        if method is None:
+            servers = {Path(f"/proc/{pid}/oom_score_adj") for pid in forkserver.running()}
+            assert {int(file.read_text()) for file in servers} == {(before + expected) // 2}
     assert int(SCORE.read_text()) == before
 
 
-# One row per number of the program: what its workers have.
-SCORES = {-997: 3, -500: 500, 0: 1000, 300: 1000, 1000: 1000}
+# One row per number of the program: what its servers and its workers have.
+SCORES = {-997: (-497, 3), -500: (0, 500), 0: (500, 1000), 300: (650, 1000), 1000: (1000, 1000)}
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_a_workers_number_is_relative_to_the_programs(
+def test_numbers_are_relative_to_the_programs(
     score: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the machine's root may lower its own, so the file is not the kernel's here."""
     file = tmp_path / "oom_score_adj"
     file.write_text(f"{score}\n")
     monkeypatch.setattr(main, "_OOM_SCORE", str(file))
-    main._be_taken_first()
+    main.be_taken_before_the_program(server=True)
+    of_server = int(file.read_text())
+    main.be_taken_before_the_program()  # in a fork of the server
+    of_worker = int(file.read_text())
 
-    assert int(file.read_text()) == SCORES[score]
+    assert (of_server, of_worker) == SCORES[score]
+
+
+def test_a_number_that_is_higher_already_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the program has imported in the server may have raised it."""
+    file = tmp_path / "oom_score_adj"
+    file.write_text("-900\n")
+    monkeypatch.setattr(main, "_OOM_SCORE", str(file))
+    main.be_taken_before_the_program(server=True)
+    file.write_text("700\n")
+    main.be_taken_before_the_program()
+
+    assert int(file.read_text()) == 700
 
 
 def test_where_the_number_cannot_be_written_a_pool_works(tmp_path: Path) -> None:
@@ -462,6 +485,9 @@ def test_where_the_number_cannot_be_written_a_pool_works(tmp_path: Path) -> None
     code = """
 import sys, safepool
 from safepool.workers import main
+
+if sys.platform == "linux":
+    from safepool.workers import forkserver
 for name in ("/no/such/file", "/proc/self/status", sys.argv[1]):
     main._OOM_SCORE = name
     with safepool.ProcessPool(1, "fork") as pool:

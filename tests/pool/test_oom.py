@@ -61,6 +61,16 @@ with safepool.ProcessPool(1) as pool:
 """,
         "(-9, 1)\n(-9, None)",
     ),
+    "the program has most": (
+        """
+data = bytes(range(256)) * 4096 * 90
+with safepool.ProcessPool(1) as pool:
+    error = pool.submit(eat).exception(60)
+    print(told(error), error.oom.limit_bytes, "out-of-memory killer" in str(error))
+    assert pool.submit(abs, -1).result(60) == 1
+""",
+        f"(-9, 1) {LIMIT_BYTES} True",
+    ),
     "two workers": (
         """
 with safepool.ProcessPool(2) as pool:
