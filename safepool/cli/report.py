@@ -15,7 +15,7 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
     tail_s          the last call ran alone, though it was submitted while others ran
     deaths          of workers
     retries         calls that were run again, as their worker had died
-    outcomes        how many calls of each: "returned", "raised", as in ``pool.trace_events``
+    outcomes        how many calls of each: "returned", "raised", as in ``pool.tracing.events``
     workers         one object for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s
     slowest         the longest calls, the longest first: seconds, function, outcome
     broken          why the pool gave up; null if it did not
@@ -26,7 +26,8 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
 Not covered:
     * A pause between short calls that share an event counts as idle, also if one waited.
 
-Source: Trace Event Format, "Event Descriptions"; what is in them: ``safepool.pool.trace_events``.
+Source: Trace Event Format, "Event Descriptions"; what is in them:
+``safepool.pool.tracing.events``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ What people hand over, in the order in which it goes through the modules:
     hiring, staff       workers: started, listened to, seen to their end; `worker` is one of them
     settling            answers -> results
     records, watch      log records of workers; who wants to look at them
-    trace, trace_*      a picture of the run
+    listener, tracing   how somebody listens; a picture of the run
 
 One word for one thing:
 

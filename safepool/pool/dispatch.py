@@ -3,7 +3,7 @@
 The scheduler's thread pickles what is known to run no code of the program (``trusted``). All else
 is pickled by the hands, and the scheduler goes on when that takes longer than a moment:
 
-    pack()  a task without a pickle   --> `_prepare_task`: in time, it is sent at once
+    pack()  a task without a pickle   --> `_prepare`: in time, it is sent at once
                                           late, it is aside until `come_back`, then queued
                                           first, with its pickle or its error; for half a
                                           second nothing overtakes it
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.deliveries import Delivery
     from safepool.pool.hiring import Hiring
+    from safepool.pool.listener import Listener
     from safepool.pool.mapping import MapRun
     from safepool.pool.staff import Staff
     from safepool.pool.tasks import Parts, Task
@@ -134,14 +135,20 @@ class Dispatch:
         settled: Told of calls of a run that ended here, and how many.
         wake: Makes the scheduler call :meth:`send_packed`; from any thread.
         main: What its workers have of the script.
+        listener: Hears how long work takes to be pickled.
     """
 
     def __init__(
         self,
         settled: Callable[[MapRun, int], None],
         wake: Callable[[], None],
-        main: MainNames | None = None,
+        main: MainNames | None,
+        listener: Listener,
     ) -> None:
+        # What pickles here, and what does beside the scheduler's thread.
+        heard = listener.of_pickles
+        self._of_task = heard(self._pickle_task_here), heard(self._pickle_task)
+        self._of_span = heard(self._pickle_span_here), heard(self._pickle_span)
         self.functions: Functions = Functions()
         self.names: Names = Names(main)
         self.settings: Settings = Settings()
@@ -261,13 +268,10 @@ class Dispatch:
                 return self._frame(packing), []
             except MemoryError as problem:  # it could not go as a file after all
                 error = problem
-        if not isinstance(work, Span):
-            work.pickled = None
-            fail(work.future, error)
-        elif work.count == 1:
-            self._fail_all(work, error)
-        else:
+        if isinstance(work, Span) and work.count > 1:
             return [], [work.only(place) for place in range(work.count)]
+        work.pickled = None
+        self._fail(work, error)
         return [], []
 
     def _frame(self, packing: Packing) -> Pieces:
@@ -304,7 +308,7 @@ class Dispatch:
         for place, task in enumerate(tasks):
             if not begin(task.future):
                 continue
-            if task.pickled is None and not self._prepare_task(task):
+            if task.pickled is None and not self._prepare(task):
                 if self.is_full:
                     return Parcel([*pieces, *_tasks(first, group)], given, tasks[place + 1 :])
                 continue
@@ -325,7 +329,7 @@ class Dispatch:
 
     def _pack_span(self, worker: Worker, span: Span) -> Parcel:
         run: MapRun = span.run
-        if span.pickled is None and not self._prepare_span(span):
+        if span.pickled is None and not self._prepare(span):
             return Parcel([], [], [])
         assert span.pickled is not None
         assert run.sent is not None
@@ -345,69 +349,36 @@ class Dispatch:
 
     # Pickling: what runs the program's code is done by the hands.
 
-    def _prepare_task(self, task: Task) -> bool:
-        """Pickle a task; return whether it may be sent now: not if it failed, or is aside."""
-        task.pickled = self._pickle_here(task)
-        if task.pickled is not None:
+    def _prepare(self, work: Task | Span) -> bool:
+        """Pickle work; return whether it may be sent now: not if it failed, or is aside."""
+        here, beside = self._of_span if isinstance(work, Span) else self._of_task
+        work.pickled = here(work)
+        if work.pickled is not None:
             return True
         error: list[BaseException] = []
 
         def pickle_it() -> None:
             try:
-                task.pickled = self._pickle(task)
-                # Dropped here: a finalizer may wait as well.
-                task.call = None
-            except BaseException as problem:  # noqa: BLE001 -- user code; the task fails, not the pool
-                self._say_what(problem, task.name, _whole(task.call))
+                work.pickled = beside(work)
+            except BaseException as problem:  # noqa: BLE001 -- user code; the call fails, not the pool
                 error.append(_without_frames(problem))
 
         def finish() -> None:
-            if task not in self.aside:
-                return
-            del self.aside[task]
-            if error:
-                if begin(task.future):
-                    fail(task.future, error[0])
-            else:
-                self._back.append(task)
+            if work in self.aside:
+                del self.aside[work]
+                if error:
+                    self._fail(work, error[0])
+                else:
+                    self._back.append(work)
 
-        self.aside[task] = None
+        self.aside[work] = None
         if not self._hands.do(pickle_it, finish, _PATIENCE_S):
-            task.future.wait_again()
+            if not isinstance(work, Span):
+                work.future.wait_again()
             return False
-        del self.aside[task]
+        del self.aside[work]
         if error:
-            fail(task.future, error[0])
-        return not error
-
-    def _prepare_span(self, span: Span) -> bool:
-        """Pickle calls of a run, and its function; as :meth:`_prepare_task`."""
-        self._pickle_span_here(span)
-        if span.pickled is not None:
-            return True
-        error: list[BaseException] = []
-
-        def pickle_it() -> None:
-            try:
-                self._pickle_span(span)
-            except BaseException as problem:  # noqa: BLE001 -- user code; one of the calls fails
-                error.append(_without_frames(problem))
-
-        def finish() -> None:
-            if span not in self.aside:
-                return
-            del self.aside[span]
-            if error:
-                self._fail_all(span, error[0])
-            else:
-                self._back.append(span)
-
-        self.aside[span] = None
-        if not self._hands.do(pickle_it, finish, _PATIENCE_S):
-            return False
-        del self.aside[span]
-        if error:
-            self._fail_all(span, error[0])
+            self._fail(work, error[0])
         return not error
 
     def pickle_now(self, task: Task) -> None:
@@ -435,7 +406,7 @@ class Dispatch:
             except Exception:  # noqa: BLE001 -- as above
                 pass
 
-    def _pickle_here(self, task: Task) -> Pickled | None:
+    def _pickle_task_here(self, task: Task) -> Pickled | None:
         """Return a task's pickle, if to make it runs no code of the program."""
         assert task.call is not None
         function, args, kwargs = task.call
@@ -473,16 +444,21 @@ class Dispatch:
             segments = payloads.dumps(task.call, into_main=True, by_value=True)
         return Pickled(None, segments, (), needs) if met.names == names else None
 
-    def _pickle(self, task: Task) -> Pickled:
+    def _pickle_task(self, task: Task) -> Pickled:
         """Return a task's pickle. In any thread."""
-        assert task.call is not None
-        function, args, kwargs = task.call
-        require_to_pickle(args)
-        require_to_pickle(kwargs.values())
-        sent = self.functions.lasting(function)
-        if sent is None:
-            return self._dumps(task.call, by_value=_is_name_in_main(task.name))
-        return self._dumps((args, kwargs), names=sent.names)._replace(function=sent)
+        call, task.call = task.call, None  # dropped here: a finalizer may wait as well
+        assert call is not None
+        function, args, kwargs = call
+        try:
+            require_to_pickle(args)
+            require_to_pickle(kwargs.values())
+            sent = self.functions.lasting(function)
+            if sent is None:
+                return self._dumps(call, by_value=_is_name_in_main(task.name))
+            return self._dumps((args, kwargs), names=sent.names)._replace(function=sent)
+        except BaseException as error:
+            self._say_what(error, task.name, _whole(call))
+            raise
 
     def _dumps(
         self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
@@ -499,26 +475,27 @@ class Dispatch:
         needed = self.names.needed(names | met.names if met.refs or met.uses else names)
         return Pickled(None, segments, shared.found, needed)
 
-    def _pickle_span_here(self, span: Span) -> None:
-        run = span.run
+    def _pickle_span_here(self, span: Span) -> Pickled | None:
+        run: MapRun = span.run
         if run.sent is None:
             sent = self.functions.known(run.function) or self.functions.known_of_main(run.function)
             needs = None if sent is None else self.names.needed_here(sent.names)
             if needs is not None:
                 run.sent, run.needs = sent, needs
-        if run.sent is not None:
-            try:
-                span.pickled = _pickle_items(span, _dumps_here)
-            except (UntrustedError, MemoryError):
-                pass
+        if run.sent is None:
+            return None
+        try:
+            return _pickle_items(span, _dumps_here)
+        except (UntrustedError, MemoryError):  # the hands say why
+            return None
 
-    def _pickle_span(self, span: Span) -> None:
-        """Pickle what calls of a run need. In any thread.
+    def _pickle_span(self, span: Span) -> Pickled:
+        """Return the pickle of what calls of a run need. In any thread.
 
         Raises:
             BaseException: All of them fail with it.
         """
-        run = span.run
+        run: MapRun = span.run
         if run.sent is None:
             try:
                 sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
@@ -528,13 +505,13 @@ class Dispatch:
                 self._say_what(error, run.name, run.function)
                 raise
         try:
-            span.pickled = _pickle_items(span, self._dumps)
+            return _pickle_items(span, self._dumps)
         except BaseException as error:
-            if span.count == 1:
-                items = run.arguments_of(span.items[0])
-                self._say_what(error, run.name, _whole((run.function, items, {})))
-                raise
-            span.pickled = _EACH_ALONE
+            if span.count > 1:
+                return _EACH_ALONE
+            items = run.arguments_of(span.items[0])
+            self._say_what(error, run.name, _whole((run.function, items, {})))
+            raise
 
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
         """Add to a pickling error what it does not know: whose call it was, and what in it."""
@@ -561,11 +538,15 @@ class Dispatch:
         except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
             pass
 
-    def _fail_all(self, span: Span, error: BaseException) -> None:
-        run = span.run
-        for place in range(span.count):
-            run.put_error(span.start + place, error)
-        self._settled(run, span.count)
+    def _fail(self, work: Task | Span, error: BaseException) -> None:
+        if not isinstance(work, Span):
+            if work.future.running() or begin(work.future):
+                fail(work.future, error)
+            return
+        run: MapRun = work.run
+        for place in range(work.count):
+            run.put_error(work.start + place, error)
+        self._settled(run, work.count)
         run.tell()
 
     def _introduce(
@@ -796,12 +777,10 @@ def was_not_sent(error: BaseException) -> bool:
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
 
 
-def _whole(call: Parts | None) -> object:
+def _whole(call: Parts) -> object:
     """Return a call in one piece, for words about its parts."""
-    if call is None or not callable(call[0]):
-        return call
     function, args, kwargs = call
-    return functools.partial(function, *args, **kwargs)
+    return functools.partial(function, *args, **kwargs) if callable(function) else call
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:

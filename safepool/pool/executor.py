@@ -17,6 +17,7 @@ from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
+from safepool.pool.listener import Listener
 from safepool.pool.mapping import MapRun, end_failed
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
     from safepool.errors import PoolBrokenError
     from safepool.limits import Limits
-    from safepool.pool.trace import Trace
+    from safepool.pool.tracing.trace import Trace
     from safepool.pool.watch import WorkerInfo
 
 __all__ = ["ProcessPool"]
@@ -150,7 +151,7 @@ class ProcessPool(_Standard):
         trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
             when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
             replaced. Good at any moment, also after a crash; what it holds and how large it may
-            become is told in ``safepool/pool/trace_events.py``.
+            become is told in ``safepool/pool/tracing/events.py``.
         end_subprocesses: Whether what tasks have started, and what that has started, ends with
             the program, a second later at most: also a daemon, and also after ``kill -9`` of the
             program, of a worker or of the server. Until then it goes on, after the end of its
@@ -272,7 +273,7 @@ class ProcessPool(_Standard):
             ),
             break_on_death=on_worker_death == "break",
             follow=None if max_workers is not None else _Follower(request, limits, placement),
-            trace=None if trace is None else _trace(trace),
+            listener=Listener() if trace is None else _trace(trace),
         )
         self._stacks = Stacks()
         # The scheduler lives on until the submitted work is done; it must not keep the
@@ -783,7 +784,7 @@ def _placement(threads: int) -> Placement | None:
 
 
 def _trace(path: str | os.PathLike[str]) -> Trace:
-    from safepool.pool.trace import Trace  # noqa: PLC0415 -- seldom
+    from safepool.pool.tracing.trace import Trace  # noqa: PLC0415 -- seldom
 
     return Trace(path)
 

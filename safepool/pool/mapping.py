@@ -165,11 +165,10 @@ class MapRun:
         length: How many there will be; ``None`` if that is not known here.
         iterator: What the caller is given.
         reader: Who takes results; once it is gone nobody can.
-        added: Of a pool that is traced: the index of the first call of each portion, and when
-            it was queued.
+        noted: What a listener notes; else it is not set.
     """
 
-    added: deque[tuple[int, int]] | None = None
+    noted: Any
     taken: int
     fed: bool
     dropped: bool

@@ -68,7 +68,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import ExitStack
 from functools import partial
 from pickle import PicklingError
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
@@ -138,8 +138,8 @@ if TYPE_CHECKING:
     from safepool.pool.core.events import Action, Answered, Event, Force
     from safepool.pool.core.policy import Policy
     from safepool.pool.hiring import Hiring
+    from safepool.pool.listener import Listener
     from safepool.pool.mapping import Item, ResultIterator
-    from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
 
 __all__ = ["Scheduler"]
@@ -182,14 +182,6 @@ _RESTED = (
 )
 
 
-class _Items(NamedTuple):
-    """Further calls of a map, from the thread that iterates."""
-
-    run: MapRun
-    items: list[Item]
-    last: bool
-
-
 _SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
 
 
@@ -205,7 +197,7 @@ class Scheduler:
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
             from now on. ``None`` keeps the number.
-        trace: Told of all that happens. Closed with the pool.
+        listener: Hears what happens. Closed with the pool.
     """
 
     def __init__(
@@ -217,15 +209,18 @@ class Scheduler:
         memory_per_worker: int | None = None,
         break_on_death: bool = False,
         follow: Callable[[list[int]], int] | None = None,
-        trace: Trace | None = None,
+        listener: Listener,
     ) -> None:
         # As many as fit, and what was said by hand.
         self._fitting = workers
         self._by_hand: int | None = None
-        self._trace = trace
+        self._listener = listener
         self._follow = follow
         self._follow_at = 0.0
         self._core = Core(workers, tasks_per_worker, break_on_death=break_on_death)
+        self._handle = listener.of_events(self._core.handle)
+        self._do = listener.of_actions(_DO)
+        self._bring = listener.of_calls(self._bring_in)
         # Whether what runs is ended when the interpreter ends, as by multiprocessing.Pool.
         self.ends_at_exit = False
         # Opened when all workers were started, if that was asked for.
@@ -234,7 +229,7 @@ class Scheduler:
         # What callers bring: tasks, further calls of a map, futures whose task is to be ended.
         # Appended in one step, and no lock is held: a signal's handler may submit, or wait for
         # this pool, in the middle of a submit().
-        self._inbox: deque[Task | PoolFuture | _Items] = deque()
+        self._inbox: deque[Task | PoolFuture | Fed] = deque()
         self._dropped_runs: deque[MapRun] = deque()
         # Flags, which callers only ever raise.
         self._closing = False
@@ -261,15 +256,10 @@ class Scheduler:
         self._unwanted: list[PoolFuture] = []
         self._callers = Teller("safepool-callbacks")
         self._records = Records()
-        self._task: type[Task] = Task
-        if trace is None:
-            self._dispatch = Dispatch(self._settled, self.wake, hiring.names)
-        else:
-            self._task, self._dispatch = trace.measured(self._settled, self.wake, hiring.names)
+        self._dispatch = Dispatch(self._settled, self.wake, hiring.names, listener)
         self._settings = self._dispatch.settings
-        self._settling = Settling(
-            self._settled, self.wake, memory_per_worker=memory_per_worker, trace=trace
-        )
+        self._settling = Settling(self._settled, self.wake, memory_per_worker=memory_per_worker)
+        self._settle_calls = listener.of_answers(self._settling.settle)
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
         self._hiring = hiring
@@ -316,8 +306,7 @@ class Scheduler:
         before, self._by_hand = self._size, workers
         if before != workers:
             _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
-            if self._trace is not None:
-                self._trace.resized(before, workers, "by hand")
+            self._listener.resized(before, workers, "by hand")
         self.wake()
 
     def staff_up(self) -> None:
@@ -356,7 +345,7 @@ class Scheduler:
         """
         self._check_fork()
         future = PoolFuture(self._me)
-        task = self._task(future, (function, args, kwargs), name, policy)
+        task = Task(future, (function, args, kwargs), name, policy)
         self._settings.look_before(future)
         self._dispatch.names.look()
         self._dispatch.pickle_now(task)
@@ -365,7 +354,7 @@ class Scheduler:
         self._wait_for_the_first_worker()
         return future
 
-    def _bring(self, what: Task | PoolFuture | _Items) -> None:
+    def _bring_in(self, what: Task | Fed) -> None:
         """Let the scheduler's thread have something.
 
         Raises:
@@ -379,7 +368,7 @@ class Scheduler:
             bed.clear()
         if self._over:
             self._refuse_late()
-            if not (isinstance(what, _Items) and not what.items):
+            if not (isinstance(what, Fed) and not what.items):
                 self._check_open()
 
     def map(
@@ -438,9 +427,7 @@ class Scheduler:
         self._check_fork()
         if items:
             self._check_open()
-        if self._trace is not None:
-            self._trace.queued(run, len(items))
-        self._bring(_Items(run, items, last))
+        self._bring(Fed(run, items, last))
         if items:
             self._wait_for_the_first_worker()
 
@@ -533,8 +520,7 @@ class Scheduler:
     def _end(self) -> None:
         try:
             self._hiring.close()
-            if self._trace is not None:
-                self._trace.close()
+            self._listener.close()
         finally:
             self._over = True
             if self._filled is not None:
@@ -552,8 +538,9 @@ class Scheduler:
             if isinstance(late, Task):
                 if begin(late.future):
                     fail(late.future, self._refusal())
-            elif isinstance(late, _Items):
-                late.run.stop(self._refusal)
+            elif isinstance(late, Fed):
+                run: Any = late.run
+                run.stop(self._refusal)
 
     def _refusal(self) -> BaseException:
         if self._broken is not None:
@@ -651,8 +638,7 @@ class Scheduler:
         handlers_by(self._records.call)
         callbacks_by(self._callers.do, self._me)
         try:
-            if self._trace is not None:
-                self._trace.start(self._look)
+            self._listener.start(self._look)
             while self._step(staff):
                 self._listen(staff, self._patience())
             self._cancel_waiting(staff)  # the pool may have been ended in the middle of a step
@@ -755,9 +741,9 @@ class Scheduler:
             if tasks:
                 self._tell(staff, Queued(tasks))
                 tasks = []
-            if isinstance(brought, _Items):
-                run = brought.run
-                self._tell(staff, Fed(run, brought.items, brought.last))
+            if isinstance(brought, Fed):
+                run: Any = brought.run
+                self._tell(staff, brought)
                 if run.fed and not run.unsettled:
                     self._ended_runs.append(run)
             else:
@@ -861,21 +847,20 @@ class Scheduler:
         if before == size or self._by_hand is not None:
             return
         _log.info("the limits have changed: %d workers instead of %d", size, before)
-        if self._trace is not None:
-            self._trace.resized(before, size, "limits")
+        self._listener.resized(before, size, "limits")
 
     # What the core is told, and wants done.
 
     def _tell(self, staff: Staff, event: Event) -> None:
         """Bring the core an event, do what it wants, and bring what comes of that."""
-        core = self._core
-        todo = core.handle(event, time.monotonic_ns())
+        handle = self._handle
+        todo = handle(event, time.monotonic_ns())
         todo.reverse()
         while todo:
             action = todo.pop()
-            answer = _DO[type(action)](self, staff, action)
+            answer = self._do[type(action)](self, staff, action)
             if answer is not None:
-                todo += reversed(core.handle(answer, time.monotonic_ns()))
+                todo += reversed(handle(answer, time.monotonic_ns()))
 
     def _part(self, staff: Staff, worker: Worker) -> None:
         self._tell(staff, Parted(worker))
@@ -916,7 +901,7 @@ class Scheduler:
         return Revoked(worker, board.claimed, left, action.then)
 
     def _settle(self, _: Staff, action: Settle) -> Outgrown | None:
-        self._settling.settle(action)
+        self._settle_calls(action)
         worker: Worker = action.worker
         return Outgrown(worker) if self._settling.has_outgrown(worker) else None
 
@@ -1006,7 +991,7 @@ class Scheduler:
             worker = staff.hire()  # a thread that had nothing to do has made room
         self._tell(staff, Hired(worker, worker.board is not None))
         try:
-            staff.send(worker, encode(Kind.LOG, 0))
+            staff.send(worker, [*self._listener.greeting, *encode(Kind.LOG, 0)])
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
         except BaseException:  # no memory for the initializer; without it nothing may run there
             self._tell(staff, End("kill", worker))
@@ -1045,7 +1030,7 @@ class Scheduler:
             case Kind.READY:
                 self._welcome(staff, worker, has_board=bool(segments))
             case Kind.TIMES:
-                self._settling.time(worker, segments)
+                self._listener.timed(worker, segments)
             case Kind.INITIALIZER_FAILED:
                 worker.failure = rebuild(segments)
                 self._tell(staff, InitFailed(worker))
@@ -1060,8 +1045,6 @@ class Scheduler:
         if not has_board:
             worker.drop_board()
         self._tell(staff, Ready(worker, worker.board is not None))
-        if self._trace is not None:
-            self._trace.ready(worker)
 
     def _settled(self, run: MapRun, count: int) -> None:
         run.unsettled -= count
@@ -1119,8 +1102,6 @@ class Scheduler:
             _log.log(level, "%s", text)
             if error is not None:
                 self._fail_lost(lost.work, lost.place, error)
-        if self._trace is not None:
-            self._trace.ended(action.worker, ending)
         level, text = ending.line
         _log.log(level, "%s", text)
 
@@ -1150,11 +1131,7 @@ class Scheduler:
         self._closing = True
         self._asked.append("terminate")
         self._take_in(staff)
-        if self._trace is not None:
-            self._trace.gave_up(str(error))
-            for worker in staff:
-                self._trace.broken(worker)
-        self._tell(staff, Break())
+        self._tell(staff, Break(str(error)))
         for entry in self._dispatch.take_aside():
             _fail(entry, lambda: fresh(error))
 
@@ -1170,8 +1147,8 @@ class Scheduler:
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked while this pool works must not keep."""
         staff = self._staff
-        traced = [] if self._trace is None else self._trace.descriptors()
-        return traced if staff is None else [*staff.descriptors(), *traced]
+        heard = self._listener.descriptors()
+        return heard if staff is None else [*staff.descriptors(), *heard]
 
 
 def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> None:

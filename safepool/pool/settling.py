@@ -14,7 +14,7 @@ from safepool.pool.hands import Hands
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
 from safepool.transport.files import be_full, require
-from safepool.transport.frames import CorruptFrameError, Kind
+from safepool.transport.frames import Kind
 from safepool.transport.growing import OBJECTS, loaded_bytes
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.board import records_of
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.events import Settle
     from safepool.pool.core.worker import Member
     from safepool.pool.mapping import MapRun
-    from safepool.pool.trace import Trace
     from safepool.pool.worker import Worker
     from safepool.workers.board import Left
 
@@ -61,15 +60,15 @@ class _Answer:
         value: What the call returned or raised, when it was read.
         failed: It raised.
         index: Of a map's call.
+        kind: Of the frame.
     """
 
-    __slots__ = ("_kind", "failed", "index", "place", "segments", "value", "work")
+    __slots__ = ("failed", "index", "kind", "segments", "value", "work")
 
     def __init__(self, work: Task | Span, place: int, kind: int, segments: _Segments) -> None:
         self.work = work
-        self.place = place
         self.index = work.start + place if isinstance(work, Span) else 0
-        self._kind = kind
+        self.kind = kind
         self.segments = segments
         self.value: Any = None
         self.failed = False
@@ -87,7 +86,7 @@ class _Answer:
 
     def _read(self, loads: Callable[[_Segments], Any]) -> bool:
         try:
-            if self._kind == Kind.EXCEPTION:
+            if self.kind == Kind.EXCEPTION:
                 self.value, self.failed = rebuild(self.segments, loads, self.work.name), True
             else:
                 self.value = loads(self.segments)
@@ -108,7 +107,6 @@ class Settling:
         settled: Told of calls of a run that have ended, and how many.
         wake: Makes the scheduler call :meth:`come_back`; from any thread.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
-        trace: Told of calls that were answered.
     """
 
     def __init__(
@@ -117,9 +115,7 @@ class Settling:
         wake: Callable[[], None],
         *,
         memory_per_worker: int | None,
-        trace: Trace | None = None,
     ) -> None:
-        self._trace = trace
         self._settled = settled
         self._memory_per_worker = memory_per_worker
         self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
@@ -156,48 +152,49 @@ class Settling:
         """End the threads. What is still being unpickled ends its call by itself."""
         self._hands.close()
 
-    def settle(self, done: Settle) -> None:
-        """End calls by what was answered."""
-        runs: set[MapRun] = set()
+    def settle(self, done: Settle) -> dict[int, BaseException]:
+        """End calls by what was answered.
+
+        Returns:
+            What was raised, by the place in the payload. An answer that takes long to unpickle
+            stands for itself.
+        """
         if done.plain:
-            values, size_bytes = done.payload
-            self._settle_values(done, values, size_bytes)
-        else:
-            for work, place, _, at in done.settled:
-                run = self._settle_one(done.worker, work, place, *done.payload[at])
-                if run is not None:
-                    runs.add(run)
+            return self._settle_values(done, *done.payload)
+        raised: dict[int, BaseException] = {}
+        runs: set[MapRun] = set()
+        for work, place, _, at in done.settled:
+            error = self._settle_one(_Answer(work, place, *done.payload[at]))
+            if error is not None:
+                raised[at] = error
+            if isinstance(work, Span):
+                runs.add(work.run)
         for run in runs:
             run.tell()
+        return raised
 
-    def _settle_one(
-        self, worker: Worker, work: Task | Span, place: int, kind: int, segments: _Segments
-    ) -> MapRun | None:
-        """End a call by its answer; return its run if it has one."""
-        answer = _Answer(work, place, kind, segments)
+    def _settle_one(self, answer: _Answer) -> BaseException | None:
+        """End a call by its answer, at once or later; return what it raised."""
+        work = answer.work
         if isinstance(work, Task):
             work.pickled = None
-        answer.value = self._refuse(len(segments[0]))
+        answer.value = self._refuse(len(answer.segments[0]))
         answer.failed = answer.value is not None
-        if answer.failed or answer.read_here():
-            return self._end(worker, answer)
+        if not (answer.failed or answer.read_here()):
 
-        def finish() -> None:
-            if answer not in self._unread:
-                return
-            self._unread.remove(answer)
-            run = self._end(None, answer)
-            if run is not None:
-                run.tell()
+            def finish() -> None:
+                if answer in self._unread:
+                    self._unread.remove(answer)
+                    self._end(answer)
+                    if isinstance(work, Span):
+                        work.run.tell()
 
-        self._unread.append(answer)
-        if self._hands.do(answer.read, finish, _PATIENCE_S):
+            self._unread.append(answer)
+            if not self._hands.do(answer.read, finish, _PATIENCE_S):
+                return Exception() if answer.kind == Kind.EXCEPTION else None
             self._unread.remove(answer)
-            return self._end(worker, answer)
-        if self._trace is not None:
-            late = Exception() if kind == Kind.EXCEPTION else None
-            self._trace.settled(worker, work, place, 1, late)
-        return None
+        self._end(answer)
+        return answer.value if answer.failed else None
 
     def _refuse(self, size_bytes: int) -> MemoryError | None:
         """Return why there is no room for what is unpickled; ``None`` if there is.
@@ -223,15 +220,13 @@ class Settling:
         self._arrived_bytes = 0
         return None
 
-    def _end(self, worker: Worker | None, answer: _Answer) -> MapRun | None:
+    def _end(self, answer: _Answer) -> None:
         work, value, failed = answer.work, answer.value, answer.failed
-        if self._trace is not None and worker is not None:
-            self._trace.settled(worker, work, answer.place, 1, value if failed else None)
         if failed and isinstance(value, MemoryLimitError):
             be_full()  # the worker's look, of which this process knows nothing
         if isinstance(work, Task):
             (fail if failed else finish)(work.future, value)
-            return None
+            return
         run: MapRun = work.run
         if failed:
             run.put_error(answer.index, value)
@@ -240,21 +235,23 @@ class Settling:
             size = OBJECTS * len(head) if len(head) < _SMALL_BYTES else loaded_bytes(head)
             run.put(answer.index, [value], size + sum(map(len, buffers)))
         self._settled(run, 1)
-        return run
 
-    def _settle_values(self, done: Settle, values: list[Any], size_bytes: int) -> None:
+    def _settle_values(
+        self, done: Settle, values: list[Any], size_bytes: int
+    ) -> dict[int, BaseException]:
         """End calls of runs, which returned plain values.
 
         Args:
             done: Which.
             values: What all returned that were answered together.
             size_bytes: Of what these were read from.
+
+        Returns:
+            As :meth:`settle`.
         """
         refusal, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         for work, place, count, at in done.settled:
             run: MapRun = work.run
-            if self._trace is not None:
-                self._trace.settled(done.worker, work, place, count, refusal)
             if refusal is None:
                 run.put(work.start + place, values[at : at + count], count * each)
             else:
@@ -262,16 +259,7 @@ class Settling:
                     run.put_error(index, refusal)
             self._settled(run, count)
             run.tell()
-
-    def time(self, worker: Worker, segments: Sequence[bytes | bytearray | memoryview]) -> None:
-        """Pass on when calls began and ended.
-
-        Raises:
-            CorruptFrameError: That cannot be read, or was not asked for.
-        """
-        if self._trace is None:
-            raise CorruptFrameError("times of calls were not asked for")
-        self._trace.timed(worker, segments)
+        return {} if refusal is None else {at: refusal for *_, at in done.settled}
 
     def has_outgrown(self, worker: Worker) -> bool:
         """Tell whether a worker holds more memory than it may; looked at now and then."""

@@ -28,6 +28,7 @@ from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.dispatch import Dispatch
 from safepool.pool.hiring import Hiring
+from safepool.pool.listener import Listener
 from safepool.pool.mapping import MapRun
 from safepool.pool.packing import Packing
 from safepool.pool.tasks import PoolFuture, begin, name_of
@@ -351,7 +352,7 @@ def test_calls_that_cannot_be_pickled_are_settled() -> None:
     run.waiting.add([(threading.Lock(),)])
     worker: Any = SimpleNamespace(ledger=Ledger(), functions=set())
 
-    dispatch = Dispatch(lambda _, count: settled.append(count), wake=bool)
+    dispatch = Dispatch(lambda _, count: settled.append(count), bool, None, Listener())
     dispatch.pack(worker, run.cut(1))
     while dispatch.aside:
         dispatch.come_back(more=True)

@@ -287,7 +287,9 @@ class CancelWaiting(NamedTuple):
 
 
 class Break(NamedTuple):
-    """The pool gives up."""
+    """The pool gives up; ``why`` is for who listens."""
+
+    why: str = ""
 
 
 class End(NamedTuple):

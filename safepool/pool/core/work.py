@@ -58,6 +58,7 @@ class Run(Protocol):
         queued: It is in the backlog.
         held: No further calls are sent, as too much waits to be taken.
         is_full: Whether as much does, and somebody can take it.
+        noted: What a listener notes; else it is not set.
     """
 
     at_once: int | None
@@ -65,6 +66,7 @@ class Run(Protocol):
     dropped: bool
     queued: bool
     held: bool
+    noted: Any
 
     @property
     def name(self) -> str: ...  # noqa: D102 -- attributes above
@@ -93,14 +95,25 @@ class Call:
         policy: What holds for it.
         attempts: How often it was begun and lost with its worker.
         pickled: What was sent, kept while it may have to be sent again.
+        noted: What a listener notes; else it is not set.
         position, done, count, expected_ns, bound: As of any :class:`Work`.
     """
 
-    __slots__ = ("attempts", "done", "expected_ns", "name", "pickled", "policy", "position")
+    __slots__ = (
+        "attempts",
+        "done",
+        "expected_ns",
+        "name",
+        "noted",
+        "pickled",
+        "policy",
+        "position",
+    )
 
     attempts: int
     done: int
     expected_ns: int
+    noted: Any
     position: int
     count = 1
     bound = False
@@ -139,7 +152,7 @@ class Span:
             is not divided, so that the others see that, as in the standard pool.
         pickled: The pickle of its items, if it was made before a worker had room: nothing looks
             into it here. The span then stays in one piece.
-        pickled_ns: How long each took to be pickled, in a pool that is traced.
+        noted: What a listener notes; else it is not set.
     """
 
     run: Any
@@ -153,7 +166,7 @@ class Span:
     done: int = 0
     expected_ns: int = 0
     pickled: Any = field(default=None, repr=False)
-    pickled_ns: int = 0
+    noted: Any = field(init=False, repr=False)
 
     @property
     def count(self) -> int:

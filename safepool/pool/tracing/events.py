@@ -1,6 +1,6 @@
 """What is written into a trace: events in the Trace Event Format, and how many of them.
 
-Events, all of one process, each in a line of its own (``trace_file``):
+Events, all of one process, each in a line of its own (``file``):
 
     X   cat "task": a call, in the row of its worker: name of the function, begin, duration; args:
             outcome        returned, raised, retried (its worker died, it is run again), died,
@@ -33,7 +33,7 @@ doubles, and so does the one between two looks at the counters: twice as long a 
 not twice as much. Workers that end and are replaced are each told, in half a kilobyte.
 
 Not covered:
-    * When calls began and ended: ``trace_rows``.
+    * When calls began and ended: ``rows``.
 
 Source: Trace Event Format, "Event Descriptions": complete, instant, counter, metadata events.
 """
@@ -48,7 +48,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.trace_file import EVERY_S, TraceFile
+from safepool.pool.tracing.file import EVERY_S, TraceFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,29 +1,21 @@
-"""A picture of a run: what each worker did when, in the Trace Event Format.
-
-The scheduler's thread tells what it sees, through the few methods of `Trace`; the workers of a
-traced pool tell when each call began and ended. Without a trace nothing of this exists.
-
-    trace_dispatch   what calls cost before a worker has them
-    trace_rows       which call ran from when to when: a row for each worker
-    trace_events     the events, as lines; their form is described there
-    trace_file       the file, and the thread that writes it
-
-A row is a place: a worker that replaces one which has ended gets its row.
-"""
+"""The listener that makes a trace of a pool: what it hears goes to the rows of the workers."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safepool.limits import read_throttling
 from safepool.pool.core.ending import Lost
-from safepool.pool.mapping import Span
-from safepool.pool.trace_dispatch import TracedDispatch, TracedTask, note_queued
-from safepool.pool.trace_events import Events
-from safepool.pool.trace_rows import Row, Settled
+from safepool.pool.core.events import Break, Bury, Hired, Ready
+from safepool.pool.core.work import Span
+from safepool.pool.listener import Listener
+from safepool.pool.tracing.costs import note_brought, note_pickled
+from safepool.pool.tracing.events import Events
+from safepool.pool.tracing.rows import Row, Settled
+from safepool.transport.frames import Kind, encode
 from safepool.workers.timed import read_times
 
 if TYPE_CHECKING:
@@ -31,17 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from safepool.limits import Throttling
-    from safepool.pool.core.ending import Ending
-    from safepool.pool.dispatch import Dispatch
-    from safepool.pool.mapping import MapRun
-    from safepool.pool.tasks import Task
+    from safepool.pool.core.events import Event, Fed, Settle, Who
+    from safepool.pool.core.work import Call
+    from safepool.pool.listener import Bring, Buffer, Handle, Pickles, Settles, Table
     from safepool.pool.worker import Worker
-    from safepool.transport.main_names import MainNames
 
 __all__ = ["Trace"]
 
 
-class Trace:
+class Trace(Listener):
     """The trace of one pool.
 
     Args:
@@ -51,11 +41,13 @@ class Trace:
         TraceFileError: It cannot be written.
     """
 
+    greeting = encode(Kind.TRACE, 0)
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._events = Events(path)
         # Reentrant: the collector may run a __del__ that resizes the pool, in the middle.
         self._lock = threading.RLock()
-        self._rows: dict[Worker, Row] = {}
+        self._rows: dict[Who, Row] = {}
         self._most_rows = 0
         self._free: list[int] = []
         self._look: Callable[[], tuple[int, int, int]] | None = None
@@ -67,15 +59,6 @@ class Trace:
     def descriptors(self) -> Iterable[int]:
         """Return what a forked worker must not keep."""
         return self._events.descriptors()
-
-    def measured(
-        self,
-        settled: Callable[[MapRun, int], None],
-        wake: Callable[[], None],
-        names: MainNames | None = None,
-    ) -> tuple[type[Task], Dispatch]:
-        """Return what a pool uses in place of `Task` and ``Dispatch(settled, wake, names)``."""
-        return TracedTask, TracedDispatch(self.hired, settled, wake, names)
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
         """Begin to write, in the scheduler's thread.
@@ -94,48 +77,11 @@ class Trace:
             self._tick(last=True)
         self._events.close()
 
-    # What the scheduler tells, in its thread unless it says otherwise.
-
-    def queued(self, run: MapRun, count: int) -> None:
-        """So many further calls of a run were queued. From any thread."""
-        note_queued(run, count)
-
     def resized(self, before: int, after: int, why: str) -> None:
         """The pool has another number of workers. From any thread."""
         self._events.of_pool("resize", before=before, after=after, why=why)
 
-    def hired(self, worker: Worker) -> None:
-        """A worker was started."""
-        with self._lock:
-            if self._free:
-                number = min(self._free)
-                self._free.remove(number)
-            else:
-                self._most_rows = number = self._most_rows + 1
-                self._events.row(number)
-            self._rows[worker] = Row(number, self._events, time.monotonic_ns())
-        self._events.of_worker("start", number, pid=worker.pid)
-
-    def ready(self, worker: Worker) -> None:
-        """A worker's initializer has ended well."""
-        self._rows[worker].ready(time.monotonic_ns(), worker.pid)
-
-    def settled(
-        self,
-        worker: Worker,
-        work: Task | Span,
-        place: int,
-        count: int,
-        error: BaseException | None = None,
-    ) -> None:
-        """Calls of one work were answered."""
-        outcome, name = ("returned", None) if error is None else ("raised", type(error).__name__)
-        with self._lock:
-            self._rows[worker].settle(
-                Settled(work.position + place, count, work, place, outcome, name)
-            )
-
-    def timed(self, worker: Worker, segments: Sequence[bytes | bytearray | memoryview]) -> None:
+    def timed(self, worker: Worker, segments: Sequence[Buffer]) -> None:
         """A worker has told when calls began and ended.
 
         Raises:
@@ -145,20 +91,96 @@ class Trace:
         with self._lock:
             self._rows[worker].time(times)
 
-    def gave_up(self, why: str) -> None:
-        """The pool breaks."""
-        self._events.of_pool("break", why=why)
+    # What is put in the place of the pool's functions.
 
-    def broken(self, worker: Worker) -> None:
-        """The pool breaks, whatever this worker does; what it owes is struck next."""
-        work = worker.ledger.head
-        if work is None:
-            return
-        if worker.board is None or worker.board.claimed >= work.position + work.done:
-            self._rows[worker].given_up = (work, work.done)
+    def of_calls(self, bring: Bring) -> Bring:
+        """Note when calls are submitted."""
 
-    def ended(self, worker: Worker, ending: Ending) -> None:
-        """A worker's process has ended."""
+        def noted(brought: Call | Fed) -> None:
+            note_brought(brought)
+            bring(brought)
+
+        return noted
+
+    def of_pickles(self, pickle: Pickles) -> Pickles:
+        """Note how long work takes to be pickled."""
+
+        def noted(work: Any) -> Any:
+            before = time.monotonic_ns()
+            pickled = pickle(work)
+            note_pickled(work, before)
+            return pickled
+
+        return noted
+
+    def of_events(self, handle: Handle) -> Handle:
+        """Hear of workers that come, and of a pool that breaks before what they owe is struck."""
+        hears: dict[type[Event], Callable[[Any], None]] = {
+            Hired: self._hired,
+            Ready: self._ready,
+            Break: self._broken,
+        }
+
+        def heard(event: Event, now_ns: int) -> Any:
+            hear = hears.get(type(event))
+            if hear is not None:
+                hear(event)
+            return handle(event, now_ns)
+
+        return heard
+
+    def of_actions(self, table: Table) -> Table:
+        """Hear of workers that have ended, once their last answers were settled."""
+        bury = table[Bury]
+
+        def heard(scheduler: Any, staff: Any, action: Bury) -> None:
+            bury(scheduler, staff, action)
+            self._ended(action)
+
+        return {**table, Bury: heard}
+
+    def of_answers(self, settle: Settles) -> Settles:
+        """Hear of calls that were answered."""
+
+        def heard(done: Settle) -> dict[int, BaseException]:
+            raised = settle(done)
+            with self._lock:
+                row = self._rows[done.worker]
+                for work, place, count, at in done.settled:
+                    error, outcome = None, "returned"
+                    if at in raised:
+                        error, outcome = type(raised[at]).__name__, "raised"
+                    position = work.position + place
+                    row.settle(Settled(position, count, work, place, outcome, error))
+            return raised
+
+        return heard
+
+    # What is heard, in the scheduler's thread.
+
+    def _hired(self, event: Hired) -> None:
+        with self._lock:
+            if self._free:
+                number = min(self._free)
+                self._free.remove(number)
+            else:
+                self._most_rows = number = self._most_rows + 1
+                self._events.row(number)
+            self._rows[event.worker] = Row(number, self._events, time.monotonic_ns())
+        self._events.of_worker("start", number, pid=event.worker.pid)
+
+    def _ready(self, event: Ready) -> None:
+        self._rows[event.worker].ready(time.monotonic_ns(), event.worker.pid)
+
+    def _broken(self, event: Break) -> None:
+        self._events.of_pool("break", why=event.why)
+        for worker, row in self._rows.items():
+            work, board = worker.ledger.head, worker.board
+            if work is not None and (board is None or board.claimed >= worker.next):
+                row.given_up = (work, work.done)
+
+    def _ended(self, action: Bury) -> None:
+        worker, ending = action.worker, action.ending
         # What it began last; of the shortest calls it says so seldom.
         since = worker.sent_ns if worker.board is None else worker.board.since_ns
         lost: Sequence[Lost] = ending.lost

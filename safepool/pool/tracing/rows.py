@@ -16,16 +16,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safepool.pool.trace_dispatch import pickled_ns, queued_ns
-from safepool.pool.trace_events import PLAIN, Calls
+from safepool.pool.tracing.costs import pickled_ns, queued_ns
+from safepool.pool.tracing.events import PLAIN, Calls
 from safepool.workers.timed import Timed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from safepool.pool.mapping import Span
-    from safepool.pool.tasks import Task
-    from safepool.pool.trace_events import Events
+    from safepool.pool.core.work import Given
+    from safepool.pool.tracing.events import Events
 
 __all__ = ["Row", "Settled"]
 
@@ -39,7 +38,7 @@ class Settled:
 
     first: int
     count: int
-    work: Task | Span
+    work: Given
     place: int
     outcome: str
     error: str | None
@@ -67,7 +66,7 @@ class Row:
         # The last event ends then. It may be one that further calls join.
         self._end_ns = hired_ns
         self._calls: Calls | None = None
-        self.given_up: tuple[Task | Span, int] | None = None
+        self.given_up: tuple[Given, int] | None = None
 
     def ready(self, now_ns: int, pid: int) -> None:
         """The worker has started."""
@@ -90,7 +89,7 @@ class Row:
         self,
         since_ns: int,
         now_ns: int,
-        lost: Iterable[tuple[Task | Span, int, str, int]],
+        lost: Iterable[tuple[Given, int, str, int]],
     ) -> None:
         """The worker has ended.
 

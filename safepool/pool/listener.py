@@ -1,0 +1,90 @@
+"""How somebody listens to a pool, at no cost where nobody does.
+
+The pool asks its listener once, when it is made, for what to call in the place of a few functions:
+
+    asked for     in the place of                            thread      what is heard
+    of_calls      what brings a `Call` or a `Fed`               any         who waits since when
+    of_pickles    what pickles work, and returns the pickle  any         how long that took
+    of_events     the core's `handle`                        scheduler   events, before the core
+    of_actions    what does each kind of action              scheduler   actions
+    of_answers    what settles calls by their answers        scheduler   what calls have raised
+
+So a pool to which nobody listens calls its own functions. What happens seldom is told instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safepool.transport.frames import CorruptFrameError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safepool.pool.core.events import Action, Event, Settle
+    from safepool.pool.worker import Worker
+
+    Buffer = bytes | bytearray | memoryview
+    Bring = Callable[[Any], None]
+    Handle = Callable[[Event, int], list[Action]]
+    Table = dict[type[Action], Callable[[Any, Any, Any], Event | None]]
+    Pickles = Callable[[Any], Any]
+    Settles = Callable[[Settle], dict[int, BaseException]]
+
+__all__ = ["Listener"]
+
+
+class Listener:
+    """Hears nothing: each function is used as it is.
+
+    Attributes:
+        greeting: What each worker is sent first.
+    """
+
+    greeting: Sequence[bytes | memoryview] = ()
+
+    def of_calls(self, bring: Bring) -> Bring:
+        """Return what brings calls that were submitted."""
+        return bring
+
+    def of_pickles(self, pickle: Pickles) -> Pickles:
+        """Return what pickles work."""
+        return pickle
+
+    def of_events(self, handle: Handle) -> Handle:
+        """Return what takes the core's events."""
+        return handle
+
+    def of_actions(self, table: Table) -> Table:
+        """Return what does each kind of action."""
+        return table
+
+    def of_answers(self, settle: Settles) -> Settles:
+        """Return what settles calls."""
+        return settle
+
+    def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
+        """Begin, in the scheduler's thread.
+
+        Args:
+            look: Returns how many calls wait, how many workers run something, and how many
+                there are. May be called in another thread.
+        """
+
+    def close(self) -> None:
+        """The pool has ended. Twice is once."""
+
+    def descriptors(self) -> Iterable[int]:
+        """Return what a forked worker must not keep."""
+        return ()
+
+    def resized(self, before: int, after: int, why: str) -> None:
+        """The pool has another number of workers. From any thread."""
+
+    def timed(self, _worker: Worker, _segments: Sequence[Buffer]) -> None:
+        """A worker has told when calls began and ended.
+
+        Raises:
+            CorruptFrameError: It has not, or was not asked.
+        """
+        raise CorruptFrameError("times of calls were not asked for")
