@@ -7,6 +7,7 @@ What a command does is in its room, which is imported only when it is asked for:
                     ``verdict`` judges it, ``watch`` prints a line a second
     doctor          ``safepool doctor NAME...``: which library brings which native threads
     run             ``safepool run -- COMMAND``: any program, started with its limits set
+    env             ``safepool env``: the same settings, for a shell to take over
     demo            ``safepool demo``: the standard pool and safepool's on the same work
     report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
 
@@ -46,6 +47,8 @@ from safepool.errors import MissingExtraError, SafepoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from safepool.cli.run import Plan
 
 __all__ = ["main"]
 
@@ -177,14 +180,25 @@ def _run_doctor(options: argparse.Namespace) -> int:
 def _run_run(options: argparse.Namespace) -> int:
     from safepool.cli import run  # noqa: PLC0415 -- only the command that is asked for
 
-    return run.run(
-        options.command,
+    return run.run(_plan(options), options.command, explain=options.explain)
+
+
+def _run_env(options: argparse.Namespace) -> int:
+    from safepool.cli import env  # noqa: PLC0415 -- only the command that is asked for
+
+    return env.run(_plan(options), options.form)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    from safepool.cli import run  # noqa: PLC0415 -- only the command that is asked for
+
+    return run.plan_here(
         workers=options.workers,
         threads=options.threads,
         reserve=options.reserve,
         force=options.force,
-        explain=options.explain,
         patch=options.patch,
+        makeflags=options.makeflags,
     )
 
 
@@ -272,7 +286,20 @@ def _parser() -> argparse.ArgumentParser:
         usage="safepool run [options] -- COMMAND [ARGUMENT ...]",
     )
     run.set_defaults(run=_run_run, parser=run)
+    run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_run_options(run)
+    run.add_argument("--explain", action="store_true", help="print what is set to standard error")
+
+    text = "print what 'safepool run' sets, for eval"
+    env = commands.add_parser("env", help=text, description=_ENV, epilog=_ENV_EXAMPLES)
+    env.set_defaults(run=_run_env, parser=env, form="sh")
+    _add_run_options(env)
+    forms = env.add_mutually_exclusive_group()
+    for option, known in (("--shell", ["sh", "fish"]), ("--format", ["dotenv", "json"])):
+        text = f"print it for {' or '.join(known)}"
+        forms.add_argument(
+            option, dest="form", choices=known, default=argparse.SUPPRESS, help=text
+        )
 
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
     demo = commands.add_parser("demo", help=text, description=_DEMO, epilog=_DEMO_EXAMPLES)
@@ -386,11 +413,13 @@ def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
 
 _RUN = """\
 Start a program with every variable set that bounds its native threads
-(OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...) and its pools of
-processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...), so that workers x threads
-fit the limit as it is now. What you have set stays. By default there are as
-many workers as CPUs, of one thread each; a program of one process gets all
-threads with --workers 1. The exit status and the signals are the program's."""
+(OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...), its pools of
+processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...) and tools in other
+languages (GOMAXPROCS, CARGO_BUILD_JOBS, MAX_JOBS, ...), so that workers x
+threads fit the limit as it is now. What you have set stays. By default there
+are as many workers as CPUs, of one thread each; a program of one process gets
+all threads with --workers 1. The exit status and the signals are the program's,
+also as the first process of a container."""
 
 _RUN_EXAMPLES = """\
 examples:
@@ -407,8 +436,22 @@ Exit codes: the program's; 126 it cannot be run, 127 it was not found, 2 wrong
 usage."""
 
 
+_ENV = """\
+Print the variables that 'safepool run' sets with the same options, as
+statements for a shell: eval "$(safepool env)". What you have set stays, and is
+left out."""
+
+_ENV_EXAMPLES = """\
+examples:
+  safepool env                       for eval in sh, bash and zsh
+  safepool env --shell fish | source
+  safepool env --format dotenv       for docker run --env-file
+  safepool env --format json | jq .OMP_NUM_THREADS
+
+Exit codes: 0 it was printed, 2 wrong usage, 130 Ctrl-C."""
+
+
 def _add_run_options(run: argparse.ArgumentParser) -> None:
-    run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     run.add_argument(
         "--workers",
         type=_whole_number(at_least=1),
@@ -431,7 +474,9 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         help="CPUs to leave free, such as 0.5 (%(default)g)",
     )
     run.add_argument("--force", action="store_true", help="replace what you have set, too")
-    run.add_argument("--explain", action="store_true", help="print what is set to standard error")
+    run.add_argument(
+        "--makeflags", action="store_true", help="set MAKEFLAGS=-jN, too, which make reads"
+    )
     run.add_argument(
         "--patch",
         action="store_true",

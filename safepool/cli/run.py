@@ -1,9 +1,10 @@
 """Floor 7: start an unmodified program with the limits in its environment.
 
-It computes a budget, writes it into every variable that bounds a native thread pool or a pool
-of processes, and becomes the program: the process id, the signals and the exit status are the
-program's own. What the user has set stays, and what the user has set for a whole family of
-runtimes (``OMP_NUM_THREADS``) also rules those that fall back to it.
+It computes a budget, writes it into every variable that bounds a native thread pool, a pool
+of processes, or a tool in another language, and becomes the program: the process id, the signals
+and the exit status are the program's own, also as the first process of a container. What the user
+has set stays, and what the user has set for a whole family of runtimes (``OMP_NUM_THREADS``) also
+rules those that fall back to it.
 
 Exit codes of its own: 126 the command cannot be run, 127 it was not found, as env(1).
 """
@@ -36,15 +37,62 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["PROCESS_VARIABLES", "Plan", "RunError", "plan", "run"]
+__all__ = ["PROGRAM_VARIABLES", "Plan", "RunError", "plan", "plan_here", "run"]
 
-# Variables that bound a pool of processes, and where that is documented.
-PROCESS_VARIABLES = {
-    "LOKY_MAX_CPU_COUNT": "loky, README, loky.cpu_count; joblib's n_jobs=-1",
-    "PYTHON_CPU_COUNT": "Python 3.13, command line and environment",
-    "PYTEST_XDIST_AUTO_NUM_WORKERS": "pytest-xdist, Running tests across multiple CPUs",
-    "SAFEPOOL_MAX_WORKERS": "safepool; only if --workers is given",
-}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramVariable:
+    """One variable that bounds what a program starts, beside those of native thread pools.
+
+    Attributes:
+        name: Of the variable.
+        counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
+            is one process and has all CPUs to itself, workers x threads.
+        only_if: The option without which it is not set; empty if it always is.
+        form: Its text, with ``{}`` for the number.
+        source: Where it is documented.
+    """
+
+    name: str
+    counts: Literal["workers", "cpus"] = "workers"
+    only_if: str = ""
+    form: str = "{}"
+    source: str
+
+
+# Not here: oneTBB reads no variable; Java and .NET read the quota by themselves; ninja and Julia
+# are told by their command lines. RAYON_NUM_THREADS is a row of the table of native thread pools.
+PROGRAM_VARIABLES = (
+    ProgramVariable(
+        name="LOKY_MAX_CPU_COUNT", source="loky, README, loky.cpu_count; joblib's n_jobs=-1"
+    ),
+    ProgramVariable(name="PYTHON_CPU_COUNT", source="Python 3.13, command line and environment"),
+    ProgramVariable(
+        name="PYTEST_XDIST_AUTO_NUM_WORKERS",
+        source="pytest-xdist, Running tests across multiple CPUs",
+    ),
+    ProgramVariable(name="SAFEPOOL_MAX_WORKERS", only_if="--workers", source="safepool"),
+    ProgramVariable(
+        name="MAX_JOBS",
+        source="PyTorch, torch.utils.cpp_extension.BuildExtension; CONTRIBUTING.md",
+    ),
+    ProgramVariable(
+        name="CMAKE_BUILD_PARALLEL_LEVEL", source="CMake, envvar/CMAKE_BUILD_PARALLEL_LEVEL"
+    ),
+    ProgramVariable(name="CARGO_BUILD_JOBS", source="The Cargo Book, Configuration, build.jobs"),
+    ProgramVariable(
+        name="MAKEFLAGS",
+        only_if="--makeflags",
+        form="-j{}",
+        source="GNU make, Communicating Options to a Sub-make",
+    ),
+    ProgramVariable(
+        name="GOMAXPROCS", counts="cpus", source="Go, src/runtime/debug.go, GOMAXPROCS"
+    ),
+    ProgramVariable(
+        name="LLAMA_ARG_THREADS", counts="cpus", source="llama.cpp, llama-server(1), --threads"
+    ),
+)
 
 # Of the line, Linux reads so many; linux/binfmts.h, BINPRM_BUF_SIZE.
 _SHEBANG_BYTES = 256
@@ -105,6 +153,7 @@ def plan(
     exact: bool = False,
     force: bool = False,
     patch: bool = False,
+    makeflags: bool = False,
 ) -> Plan:
     """Decide what to set for a program. It reads and sets nothing.
 
@@ -114,6 +163,7 @@ def plan(
         exact: The user has said how many workers.
         force: Replace what the user has set, too.
         patch: Put safepool's pools in the place of the standard ones.
+        makeflags: Set ``MAKEFLAGS``, too.
 
     Returns:
         The plan.
@@ -130,18 +180,20 @@ def plan(
         ({'MKL_NUM_THREADS': '3'}, False)
     """
     wanted = worker_environment(budget.threads_per_worker)
-    for name in PROCESS_VARIABLES:
-        if exact or name != "SAFEPOOL_MAX_WORKERS":
-            wanted[name] = str(budget.workers)
+    cpus = budget.workers * budget.threads_per_worker
+    given = {"--workers": exact, "--makeflags": makeflags, "": True}
+    for row in PROGRAM_VARIABLES:
+        if given[row.only_if]:
+            wanted[row.name] = row.form.format(cpus if row.counts == "cpus" else budget.workers)
     kept: dict[str, str] = {}
     if not force:
-        for name in (*wanted, *(name for row in runtimes() for name in row.opt_in)):
+        for name in (*wanted, *(name for pool in runtimes() for name in pool.opt_in)):
             if environ.get(name):
                 kept[name] = environ[name]
-        for row in runtimes():
+        for pool in runtimes():
             # A variable of its own would beat the one that the user has set.
-            if any(name in kept for name in _rulers(row)):
-                for variable in row.variables:
+            if any(name in kept for name in _rulers(pool)):
+                for variable in pool.variables:
                     wanted.pop(variable.name, None)
     changes = {
         name: value
@@ -150,43 +202,30 @@ def plan(
     }
     if patch:
         rest = environ.get("PYTHONPATH")
-        changes["PYTHONPATH"] = os.pathsep.join([str(_START), *([rest] if rest else [])])
+        paths = [path for path in rest.split(os.pathsep) if path != str(_START)] if rest else []
+        changes["PYTHONPATH"] = os.pathsep.join([str(_START), *paths])
     return Plan(budget=budget, changes=changes, kept=dict(sorted(kept.items())), patched=patch)
 
 
-def run(
-    command: Sequence[str],
+def plan_here(
     *,
     workers: int | None,
     threads: int | Literal["auto"],
     reserve: float,
     force: bool,
-    explain: bool,
     patch: bool,
-) -> int:
-    """Become the program.
+    makeflags: bool,
+) -> Plan:
+    """Decide what to set for a program that is started by this process.
 
     Args:
-        command: The program and its arguments.
         workers: Processes that it may start; ``None`` is as many as fit.
         threads: Threads of each native pool in each; ``"auto"`` divides the limit.
         reserve: CPUs to leave free.
         force: Replace variables that are set.
-        explain: Print the plan to standard error.
         patch: Put safepool's pools in the place of the standard ones.
-
-    Returns:
-        The program's exit code, where a process cannot become another one (Windows).
-
-    Raises:
-        RunError: It cannot be started.
+        makeflags: Set ``MAKEFLAGS``, too.
     """
-    if patch and (option := _isolating_option(command)):
-        raise RunError(
-            f"--patch cannot reach python {option}: it reads no PYTHONPATH or runs no start "
-            f"file. Leave {option} out, or leave --patch out and use safepool in the program",
-            2,
-        )
     # What decides must be the machine, not the variables that are about to be replaced.
     limits = read_limits(environ=_without_ours(os.environ) if force else None)
     request = Request(max_workers=workers, threads_per_worker=threads, reserve=reserve)
@@ -195,7 +234,30 @@ def run(
         # It was not in Python that they were asked for.
         because = replace(budget.because, name="--workers", source="the command line")
         budget = replace(budget, because=because)
-    found = plan(os.environ, budget, exact=workers is not None, force=force, patch=patch)
+    exact = workers is not None
+    return plan(os.environ, budget, exact=exact, force=force, patch=patch, makeflags=makeflags)
+
+
+def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
+    """Become the program.
+
+    Args:
+        found: What to set for it.
+        command: The program and its arguments.
+        explain: Print the plan to standard error.
+
+    Returns:
+        The program's exit code, where a process cannot become another one (Windows).
+
+    Raises:
+        RunError: It cannot be started.
+    """
+    if found.patched and (option := _isolating_option(command)):
+        raise RunError(
+            f"--patch cannot reach python {option}: it reads no PYTHONPATH or runs no start "
+            f"file. Leave {option} out, or leave --patch out and use safepool in the program",
+            2,
+        )
     # None: it was closed before the start. print() would then take standard output.
     if explain and sys.stderr is not None:
         with contextlib.suppress(OSError):  # nobody reads it: the program is started all the same
@@ -250,7 +312,8 @@ def _rulers(row: NativeRuntime) -> tuple[str, ...]:
 
 
 def _without_ours(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in PROCESS_VARIABLES}
+    ours = {row.name for row in PROGRAM_VARIABLES}
+    return {name: value for name, value in environ.items() if name not in ours}
 
 
 def _isolating_option(command: Sequence[str]) -> str | None:

@@ -23,6 +23,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
             "limits",
             "doctor",
             "run",
+            "env",
             "demo",
             "report",
             "--json",
@@ -36,9 +37,10 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
         ["run", "--help"],
         [
             *("--workers", "--threads", "--reserve", "--force", "--explain", "--patch"),
-            *("examples:", "safepool run --", "126", "127", "python -I"),
+            *("--makeflags", "examples:", "safepool run --", "126", "127", "python -I"),
         ],
     ),
+    "env": (["env", "--help"], ["--shell", "--format", "--workers", "--makeflags", "examples:"]),
     "limits": (["limits", "--help"], ["--json"]),
     "doctor": (
         ["doctor", "--help"],
