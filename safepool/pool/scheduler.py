@@ -802,16 +802,17 @@ class Scheduler:
 
     def _patience(self) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
-        now = time.monotonic()
+        now, core = time.monotonic(), self._core
         packs, reads = self._dispatch.waits, self._settling.waits
         times = self._next_looks(packs, reads) if packs or reads else []
-        look_ns = self._core.next_look(time.monotonic_ns())
-        if look_ns is not None:
-            times.append(look_ns / 1e9)
-        waits = bool(self._core.backlog)
+        waits, owes = bool(core.backlog), core.owes
+        if owes or core.idle_ns is not None:
+            look_ns = core.next_look(time.monotonic_ns())
+            if look_ns is not None:
+                times.append(look_ns / 1e9)
         if waits and self._hiring.not_before > now:
             times.append(self._hiring.not_before)
-        if waits or self._core.owes:
+        if waits or owes:
             if self._follow is not None and self._by_hand is None:
                 times.append(self._follow_at)
             if (look_at := self._oom.next_look) is not None:

@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "an earlier message is passed over": (
         "calls are cancelled",
-        "if event.peeked and (head is None or ahead < 0):",
+        "if peeked:",
         "if False:",
     ),
     "calls that cannot be read together are forgotten": (

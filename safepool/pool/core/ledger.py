@@ -66,34 +66,39 @@ class Ledger(Generic[_W]):
         self.owed += work.count
         self.expected_ns += work.expected_ns * work.count
 
-    def settle(self, position: int, count: int = 1) -> tuple[_W, int] | None:
-        """Cross out the calls from this position on, which are answered.
+    def settle(self, position: int, most: int = 1) -> tuple[_W, int, int] | None:
+        """Cross out calls from this position on, which are answered.
 
         Args:
             position: The first one's.
-            count: How many, all of one work.
+            most: How many are answered; those of the next work are left.
 
         Returns:
-            The work it belongs to and its place there; ``None`` if it was answered before.
+            The work they belong to, the place of the first there, and how many were crossed out;
+            ``None`` if they were answered before.
 
         Raises:
-            ValueError: It is not what is owed next.
+            ValueError: They are not what is owed next.
         """
-        work = self.head
-        if position > self.last:
+        if position >= self._next:
             raise ValueError(f"position {position} of {self.last}")
-        if work is None or position < work.position + work.done:
+        if not self._works:
             return None
-        place = position - work.position
-        if place != work.done:
-            raise ValueError(f"position {position} instead of {work.position + work.done}")
-        if place + count > work.count:
-            raise ValueError(f"{count} answers at {position}, of {work.count - place} calls")
-        work.done += count
-        if work.done == work.count:
+        work = self._works[0]
+        place, done = position - work.position, work.done
+        if place != done:
+            if place < done:
+                return None
+            raise ValueError(f"position {position} instead of {work.position + done}")
+        left = work.count - done
+        if most < left:
+            work.done += most
+        else:
+            most = left
+            work.done += left
             self._works.popleft()
-        self._owe_less(work, count)
-        return work, place
+        self._owe_less(work, most)
+        return work, place, most
 
     def take_back(self, begun: int) -> list[_W]:
         """Strike what has not begun, and return it in order.
@@ -141,9 +146,9 @@ class Ledger(Generic[_W]):
             IndexError: Nothing is owed.
         """
         work = self._works[0]
-        settled = self.settle(work.position + work.done)
-        assert settled is not None
-        return settled
+        place = work.done
+        self.settle(work.position + place)
+        return work, place
 
     def _owe_less(self, work: _W, count: int) -> None:
         self.owed -= count

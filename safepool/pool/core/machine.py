@@ -140,7 +140,11 @@ class Core:
         if size != self._size or lost != self._lost or len(members) > size:
             return True
         for member in members:
-            if member.ledger.owed or member.silent or member.phase is Phase.RETIRING:
+            if (
+                member.ledger.owed
+                or member.claimed < member.awaited
+                or member.phase is Phase.RETIRING
+            ):
                 return True
         return False
 
@@ -285,7 +289,7 @@ class Core:
             member.exclusive, member.unsent = event.exclusive, event.unsent
         if event.back:
             self._queue_again(event.back)
-        if event.full:
+        if event.full or not self.backlog:
             self._hungry.clear()
         elif not (event.back and member.ledger.owed):
             self._hungry.append(member)
@@ -359,30 +363,31 @@ class Core:
         settled: list[tuple[Given, int, int, int]],
         spent: dict[str, tuple[float, int]],
     ) -> None:
+        _, answers, _, plain, peeked = event
         ledger, at = event.worker.ledger, 0
-        for position, count, microseconds in event.answers:
-            done = 0
-            while done < count:
-                head, here = ledger.head, position + done
-                ahead = 0 if head is None else head.position + head.done - here
-                if event.peeked and (head is None or ahead < 0):
-                    return  # an earlier message has not been read; that will bring these as well
-                if ahead > 0:  # read from the board before
-                    done += ahead
-                    continue
-                if event.plain and isinstance(head, Call):
-                    raise ValueError(f"values at {position}, where a call was sent alone")
-                many = 1 if head is None else min(head.count - head.done, count - done)
-                found = ledger.settle(here, many)
+        for position, count, microseconds in answers:
+            # Of each answer: `at` is the place of its end in the payload.
+            here, end, at = position, position + count, at + count
+            while here < end:
+                head = ledger.head
+                due = 0 if head is None else head.position + head.done
+                if here != due:
+                    if here < due:  # read from the board before
+                        here = due
+                        continue
+                    if peeked:
+                        return  # an earlier message has not been read; that will bring these too
+                elif plain and isinstance(head, Call):
+                    raise ValueError(f"values at {here}, where a call was sent alone")
+                found = ledger.settle(here, end - here)
                 if found is None:
                     break  # given up
-                work, place = found
-                settled.append((work, place, many, at + done))
+                work, place, many = found
+                settled.append((work, place, many, at - end + here))
+                here += many
                 if microseconds is not None:
                     took, calls = spent.get(work.name, (0.0, 0))
                     spent[work.name] = took + microseconds * many / count, calls + many
-                done += many
-            at += count
 
     def _count(self, member: Member, settled: list[tuple[Given, int, int, int]]) -> None:
         member.exclusive = False
