@@ -76,6 +76,7 @@ class Harness:
         # pytest-xdist's word for one of the processes that share the run.
         self._shares = hasattr(config, "workerinput")
         self._leads = bool(getattr(config.option, "numprocesses", None))
+        self._units_only = config.option.markexpr == "unit"
         # In the temporary folder of the process that leads the run.
         self._turns = Turns(Path(tempfile.gettempdir(), "turns")) if self._shares else None
         self._tempdir = tempfile.mkdtemp(prefix="safepool-")
@@ -135,6 +136,9 @@ class Harness:
         """Look for doctests in the package, not in test helpers or on another platform."""
         if collection_path.suffix != ".py":
             return None
+        # To import all the others would take longer than to run these.
+        if self._units_only and "pytest.mark.unit" not in collection_path.read_text("utf-8"):
+            return True
         if collection_path.is_relative_to(TESTS):
             return None if collection_path.name.startswith("test_") else True
         platform = PLATFORM_OF_MODULE.get(collection_path.stem, sys.platform)

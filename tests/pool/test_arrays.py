@@ -27,7 +27,7 @@ from safepool import ProcessPool, WorkerDiedError
 from safepool.transport import _memfd, channel, files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files need memfd_create")
 
@@ -43,33 +43,33 @@ def pool() -> Iterator[ProcessPool]:
 
 
 # One row per kind of value that must arrive as it was.
-VALUES: dict[str, Any] = {
-    "C order": LARGE.reshape(-1, 1024),
-    "Fortran order": np.asfortranarray(LARGE.reshape(-1, 1024)),
-    "not contiguous": LARGE.reshape(-1, 1024)[:, ::2],
-    "no items": np.zeros((0, 5)),
-    "no dimension": np.array(3.0),
-    "complex": LARGE.astype(complex),
-    "another byte order": LARGE.astype(">f8"),
-    "structured": np.zeros(arrays.ITEMS, dtype=[("a", "i4"), ("b", "f8")]),
-    "text": np.full(arrays.ITEMS // 4, "abcdef"),
-    "of objects": np.array([{"an": "object"}, None], dtype=object),
-    "in containers": {"a": [LARGE, (LARGE[:10], OrderedDict(b=LARGE + 1))], "c": "text"},
-    "hundreds": [np.full(5000, n) for n in range(600)],
-    "many large ones": [np.full(arrays.ITEMS // 4, n) for n in range(40)],
-    "files of their own": [np.full(1 << 20, float(n)) for n in range(20)],
-    "twice the same": [LARGE, LARGE],
-    "bytes": b"x" * (5 << 20),
-    "bytearray": bytearray(b"y" * (5 << 20)),
-    "text of Python": "z" * (5 << 20),
-    "masked": np.ma.masked_array(LARGE, LARGE > 5),
+VALUES: dict[str, Callable[[], Any]] = {
+    "C order": lambda: LARGE.reshape(-1, 1024),
+    "Fortran order": lambda: np.asfortranarray(LARGE.reshape(-1, 1024)),
+    "not contiguous": lambda: LARGE.reshape(-1, 1024)[:, ::2],
+    "no items": lambda: np.zeros((0, 5)),
+    "no dimension": lambda: np.array(3.0),
+    "complex": lambda: LARGE.astype(complex),
+    "another byte order": lambda: LARGE.astype(">f8"),
+    "structured": lambda: np.zeros(arrays.ITEMS, dtype=[("a", "i4"), ("b", "f8")]),
+    "text": lambda: np.full(arrays.ITEMS // 4, "abcdef"),
+    "of objects": lambda: np.array([{"an": "object"}, None], dtype=object),
+    "in containers": lambda: {"a": [LARGE, (LARGE[:10], OrderedDict(b=LARGE + 1))], "c": "text"},
+    "hundreds": lambda: [np.full(5000, n) for n in range(600)],
+    "many large ones": lambda: [np.full(arrays.ITEMS // 4, n) for n in range(40)],
+    "files of their own": lambda: [np.full(1 << 20, float(n)) for n in range(20)],
+    "twice the same": lambda: [LARGE, LARGE],
+    "bytes": lambda: b"x" * (5 << 20),
+    "bytearray": lambda: bytearray(b"y" * (5 << 20)),
+    "text of Python": lambda: "z" * (5 << 20),
+    "masked": lambda: np.ma.masked_array(LARGE, LARGE > 5),
 }
 
 
 @pytest.mark.parametrize("value", VALUES)
 def test_values_arrive_as_they_were(pool: ProcessPool, value: str) -> None:
     """As arguments and as results, by submit and by map."""
-    sent = VALUES[value]
+    sent = VALUES[value]()
 
     for got in [
         pool.submit(arrays.itself, sent).result(timeout=60),
