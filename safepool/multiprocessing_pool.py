@@ -550,6 +550,12 @@ def _of_the_pool(error: BaseException) -> BaseException:
     return error
 
 
+def _of_its_end(error: BaseException) -> BaseException:
+    """Return what stands for calls of a pool that has ended before them."""
+    refused = type(error) is RuntimeError  # it took no more calls
+    return _of_the_pool(CancelledError() if refused else error)
+
+
 class _Shown:
     """Stands for a result of which only its ``repr()`` has arrived."""
 
@@ -565,7 +571,7 @@ class _Gathered(GatheredRun):
         super().put_error(index, _of_the_pool(error))
 
     def stop(self, error: Callable[[], BaseException]) -> None:
-        super().stop(lambda: _of_the_pool(error()))
+        super().stop(lambda: _of_its_end(error()))
 
 
 class _Streamed(MapRun):
@@ -573,7 +579,7 @@ class _Streamed(MapRun):
         super().put_error(index, _of_the_pool(error))
 
     def stop(self, error: Callable[[], BaseException]) -> None:
-        super().stop(lambda: _of_the_pool(error()))
+        super().stop(lambda: _of_its_end(error()))
 
 
 class ApplyResult(_StandardResult[_T]):

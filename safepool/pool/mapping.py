@@ -9,6 +9,7 @@ and taken up by whoever iterates. What is sent together, taken back or lost is a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import threading
@@ -18,9 +19,10 @@ from collections import deque
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from safepool.errors import let_handlers_pass, users_frames
+from safepool.errors import PoolBrokenError, let_handlers_pass, users_frames
 from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
+from safepool.pool.tasks import fresh
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
@@ -490,7 +492,8 @@ class Results:
         """Queue calls as their items come, until there are no more. In a thread of its own.
 
         What is there is queued before the next item is waited for, which may be made of a result.
-        Until somebody asks for results there is no bound, so that calls run for what they do.
+        Until somebody asks for results there is no bound, so that calls run for what they do. If
+        the pool ends meanwhile, that is what the calls of items raise that were taken.
 
         Args:
             chunk: Items that are queued together.
@@ -500,8 +503,15 @@ class Results:
             while items is not None and (batch := [*itertools.islice(items, chunk)]):
                 if self._items is None:
                     break  # nobody wants the rest
-                self._feed.add_items(self._run, batch, last=False)
                 self._fed += len(batch)
+                try:
+                    self._feed.add_items(self._run, batch, last=False)
+                except PoolBrokenError as error:
+                    self._run.stop(functools.partial(fresh, error))
+                    break
+                except RuntimeError:  # the pool has ended
+                    self._run.stop(CancelledError)
+                    break
                 while not self._has_room():
                     self._room.wait(self._has_room)
         except Exception as error:  # noqa: BLE001 -- user code; raised when its turn comes
@@ -601,6 +611,8 @@ class Results:
         run, index = self._run, self._run.taken
         if self._is_fed:
             self._room.wake()
+            if run.stopped and index > self._fed:
+                return []  # how many there would have been nobody knows: one error stands for them
         elif index == self._fed:
             with self._pulling:  # another thread may be queueing the last ones
                 if index == self._fed:

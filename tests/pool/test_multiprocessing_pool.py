@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -305,6 +306,37 @@ def test_leaving_the_block_ends_what_runs_and_whoever_waits_is_told() -> None:
     assert called == []
     with pytest.raises(ValueError, match="Pool not running"), pool:
         pass
+
+
+@pytest.mark.parametrize("method", ["imap", "imap_unordered"])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_pool_that_ends_while_an_item_is_made_cancels_its_call(method: str, before: int) -> None:
+    """Also the first one's; and whoever goes on after the error comes to an end."""
+    goes_on = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield from range(before)
+        goes_on.wait()
+        yield before
+        raise AssertionError("nobody wants more")
+
+    with safepool.Pool(1) as pool:
+        results = getattr(pool, method)(abs, items())
+        found = {next(results) for _ in range(before)}
+    goes_on.set()
+    wait_until(lambda: not pool._feeders)
+
+    assert found == {*range(before)}
+    assert "terminated before" in str(caught(lambda: next(results)))
+    assert next(results, None) is None
+
+
+def test_a_broken_pool_says_why_to_an_iterator() -> None:
+    with safepool.Pool(1, initializer=int, initargs=["x"]) as pool:
+        wait_until(lambda: bool(pool._engine._broken))
+        results = pool.imap(abs, iter([1]))
+        assert isinstance(caught(lambda: next(results)), BrokenProcessPool)
+        assert next(results, None) is None
 
 
 def test_a_chunk_is_a_task_of_a_worker_that_is_replaced() -> None:
