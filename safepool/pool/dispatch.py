@@ -24,11 +24,11 @@ import sys
 import types
 import weakref
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of, users_frames
 from safepool.machine import tell_once
-from safepool.pool.core.events import Copied, NotSent
+from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
 from safepool.pool.deliveries import Needs
 from safepool.pool.functions import Functions, SentFunction
@@ -51,7 +51,6 @@ from safepool.workers.messages import batch_frame, call_frame, task_frame, tasks
 from safepool.workers.settings import settings_frame
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Sequence
 
     from safepool.pool.deliveries import Delivery
@@ -110,24 +109,6 @@ _INHERITED = "shared between processes through inheritance"
 Pieces = list["bytes | memoryview"]
 
 
-class Parcel(NamedTuple):
-    """A message for one worker.
-
-    Attributes:
-        pieces: To be sent.
-        given: The work in it, or what is being copied for it.
-        back: What the worker must not have yet.
-        exclusive: Nothing may follow until it is answered.
-        unsent: The position of what is being copied; else 0.
-    """
-
-    pieces: Pieces
-    given: Sequence[Task | Span]
-    back: Sequence[Task | Span]
-    exclusive: bool = False
-    unsent: int = 0
-
-
 class Dispatch:
     """Makes the messages of one pool.
 
@@ -152,8 +133,8 @@ class Dispatch:
         self.functions: Functions = Functions()
         self.names: Names = Names(main)
         self.settings: Settings = Settings()
-        self._hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
-        self.telling: Telling = Telling(self.settings, self.names, self._hands)
+        self.hands: Hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
+        self.telling: Telling = Telling(self.settings, self.names, self.hands)
         # Numbers of functions that refer to names of the script.
         self._named: set[int] = set()
         # Names that an initializer needs.
@@ -174,12 +155,8 @@ class Dispatch:
     def close(self) -> None:
         """Give up what is being pickled or copied."""
         self.aside.clear()
-        self._hands.close()
+        self.hands.close()
         self._packer.close()
-
-    def is_in(self, thread: threading.Thread) -> bool:
-        """Tell whether this thread pickles for this pool. From any thread."""
-        return self._hands.has(thread)
 
     def take_aside(self) -> list[Task | Span]:
         """Return what is aside, and forget it."""
@@ -198,19 +175,11 @@ class Dispatch:
 
         One that is aside is to come first, unless it takes long; or too many are aside.
         """
-        return bool(self.aside) and (self._hands.holds_up or self._hands.waiting >= _MOST_ASIDE)
-
-    def let_go(self) -> bool:
-        """End the threads that pickle, as :meth:`Hands.let_go`."""
-        return self._hands.let_go()
-
-    def rests_since(self) -> float:
-        """Return since when no pickling goes on, as :meth:`Hands.rests_since`."""
-        return self._hands.rests_since()
+        return bool(self.aside) and (self.hands.holds_up or self.hands.waiting >= _MOST_ASIDE)
 
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
-        looks = self._hands.next_pump(), self.telling.next_look()
+        looks = self.hands.next_pump(), self.telling.next_look()
         return min((look for look in looks if look is not None), default=None)
 
     def come_back(self, *, more: bool) -> list[Task | Span]:
@@ -219,9 +188,7 @@ class Dispatch:
         Args:
             more: A worker has room: pickle what waits for that.
         """
-        self._hands.come_back()
-        if more:
-            self._hands.pump()
+        self.hands.come_back(more=more)
         back, self._back = self._back, []
         return back
 
@@ -244,18 +211,21 @@ class Dispatch:
                     events.append(NotSent(worker, packing.position, again))
         return events
 
-    def _give_large(self, packing: Packing, before: Pieces, back: Sequence[Task]) -> Parcel:
+    def _give_large(
+        self, packing: Packing, before: Pieces, back: Sequence[Task]
+    ) -> tuple[Pieces, Sent]:
         """Make a message of a payload that may go in files, or have it copied there first."""
-        work = packing.work
+        worker, work, full = packing.worker, packing.work, self.is_full
         exclusive = not isinstance(work, Span)
-        if packing.worker.channel.takes_file(packing.segments):
+        if worker.channel.takes_file(packing.segments):
             if _size(packing.segments) > _AT_ONCE_BYTES:
                 self._packer.put(packing)
-                return Parcel(before, [work], back, exclusive, packing.position)
+                return before, Sent(worker, [work], back, exclusive, packing.position, full)
             packing.store()
         pieces, again = self._finish(packing)
         given = [work] if pieces else []
-        return Parcel([*before, *pieces], given, [*again, *back], exclusive and bool(given))
+        sent = Sent(worker, given, [*again, *back], exclusive and bool(given), full=full)
+        return [*before, *pieces], sent
 
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
         """Return the pieces of a payload that was copied.
@@ -294,15 +264,16 @@ class Dispatch:
             work.pickled = work.pickled._replace(segments=list(packing.segments))
         return task_frame(packing.position, packing.function, segments)
 
-    def pack(self, worker: Worker, work: Span | list[Task]) -> Parcel:
+    def pack(self, worker: Worker, work: Span | list[Task]) -> tuple[Pieces, Sent]:
         """Make the message that gives work to a worker."""
         if isinstance(work, Span):
             return self._pack_span(worker, work)
         return self._pack_tasks(worker, work)
 
-    def _pack_tasks(self, worker: Worker, tasks: list[Task]) -> Parcel:
+    def _pack_tasks(self, worker: Worker, tasks: list[Task]) -> tuple[Pieces, Sent]:
         pieces: Pieces = []
         given: list[Task | Span] = []
+        back: list[Task] = []
         group: list[tuple[int, bytes | memoryview]] = []
         first = worker.ledger.last + 1
         for place, task in enumerate(tasks):
@@ -310,13 +281,15 @@ class Dispatch:
                 continue
             if task.pickled is None and not self._prepare(task):
                 if self.is_full:
-                    return Parcel([*pieces, *_tasks(first, group)], given, tasks[place + 1 :])
+                    back = tasks[place + 1 :]
+                    break
                 continue
             assert task.pickled is not None
             function, segments, shared, needs = task.pickled
             small = _small(segments)
             if small is None and (worker.ledger.owed or given):
-                return Parcel([*pieces, *_tasks(first, group)], given, tasks[place:])
+                back = tasks[place:]
+                break
             task.call = None
             pieces += self._introduce(worker, function, shared, needs)
             number = function.number if function else 0
@@ -325,12 +298,13 @@ class Dispatch:
                 return self._give_large(packing, pieces, tasks[place + 1 :])
             given.append(task)
             group.append((number, small))
-        return Parcel([*pieces, *_tasks(first, group)], given, [])
+        pieces += _tasks(first, group)
+        return pieces, Sent(worker, given, back, full=self.is_full)
 
-    def _pack_span(self, worker: Worker, span: Span) -> Parcel:
+    def _pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, Sent]:
         run: MapRun = span.run
         if span.pickled is None and not self._prepare(span):
-            return Parcel([], [], [])
+            return [], Sent(worker, (), (), full=self.is_full)
         assert span.pickled is not None
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
@@ -338,7 +312,8 @@ class Dispatch:
         # In one payload what is shared and writable would be one object, and a call see what
         # another has written.
         if not segments or (span.count > 1 and any(one.writable for one in shared)):
-            return Parcel([], [], [span.only(place) for place in range(span.count)])
+            alone = [span.only(place) for place in range(span.count)]
+            return [], Sent(worker, (), alone, full=self.is_full)
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._deliver(worker, run.needs)
         pieces += self._introduce(worker, run.sent, shared, needs)
@@ -372,7 +347,7 @@ class Dispatch:
                     self._back.append(work)
 
         self.aside[work] = None
-        if not self._hands.do(pickle_it, finish, _PATIENCE_S):
+        if not self.hands.do(pickle_it, finish, _PATIENCE_S):
             if not isinstance(work, Span):
                 work.future.wait_again()
             return False
@@ -615,7 +590,7 @@ class Dispatch:
             self._packing = False
 
         self._packing = True
-        if self._hands.do(hiring.pack, finish, _PATIENCE_S):
+        if self.hands.do(hiring.pack, finish, _PATIENCE_S):
             self._packing = False
         return not self._packing
 

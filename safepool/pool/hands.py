@@ -333,22 +333,24 @@ class Hands:
             times.append(min(fresh, default=now) + _STUCK_S)
         return min(times, default=None)
 
-    def come_back(self) -> None:
-        """Finish what was late and has ended."""
+    def come_back(self, *, more: bool = True) -> None:
+        """Finish what was late and has ended; ``more``: and begin what waits."""
         while self._late:
             try:
                 job = self._late.popleft()
             except IndexError:
-                return
+                break
             if job in self._active:
                 self._active.remove(job)
             job.finish()
+        if more:
+            self.pump()
 
     def close(self) -> None:
         """Begin nothing more. What still runs is finished by its own thread."""
         self._waiting.clear()
         self._closed = True
-        self.come_back()
+        self.come_back(more=False)
         for _ in self._threads:
             self._given.put(None)
         busy = sum(not job.ended for job in self._active)
@@ -401,7 +403,7 @@ class Hands:
         self._late.append(job)
         self._wake()
         if self._closed:  # nobody else looks any more
-            self.come_back()
+            self.come_back(more=False)
 
 
 def _is_stuck(job: _Job, now: float) -> bool:
@@ -447,7 +449,7 @@ class Teller:
         """How many are waiting for their turn."""
         return self._given.qsize()
 
-    def is_in(self, thread: threading.Thread) -> bool:
+    def has(self, thread: threading.Thread) -> bool:
         """Tell whether this is its thread. From any thread."""
         return thread is self._thread
 

@@ -259,6 +259,7 @@ class Scheduler:
         self._dispatch = Dispatch(self._settled, self.wake, hiring.names, listener)
         self._settings = self._dispatch.settings
         self._settling = Settling(self._settled, self.wake, memory_per_worker=memory_per_worker)
+        self._hands = (self._dispatch.hands, self._settling.hands)
         self._settle_calls = listener.of_answers(self._settling.settle)
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
@@ -286,10 +287,6 @@ class Scheduler:
     @property
     def size(self) -> int:
         """The most workers at a time."""
-        return self._size
-
-    @property
-    def _size(self) -> int:
         return self._by_hand or self._fitting
 
     @property
@@ -303,7 +300,7 @@ class Scheduler:
             workers: At least 1.
             level: Of the line in the log.
         """
-        before, self._by_hand = self._size, workers
+        before, self._by_hand = self.size, workers
         if before != workers:
             _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
             self._listener.resized(before, workers, "by hand")
@@ -475,13 +472,8 @@ class Scheduler:
         # Not in the scheduler's own thread (race D), nor in one that it waits for in the end: the
         # items may be results of this pool.
         here = threading.current_thread()
-        ours = (
-            here is self._thread
-            or self._dispatch.is_in(here)
-            or self._settling.is_in(here)
-            or self._callers.is_in(here)
-            or self._records.teller.is_in(here)
-        )
+        others = (*self._hands, self._callers, self._records.teller)
+        ours = here is self._thread or any(one.has(here) for one in others)
         if not (cancel or end or ours or self._closing):
             # What the standard pool has taken from its iterators by now.
             for results in [*self._open.values()]:
@@ -621,7 +613,9 @@ class Scheduler:
                 if owner.error is None:
                     return
             # Here no signal's handler runs: one that raised would lose what is being made.
-            self._staff = staff = Staff(self._hiring.start, self._part)
+            self._staff = staff = Staff(
+                self._hiring.start, lambda staff, worker: self._tell(staff, Parted(worker))
+            )
             self._thread = threading.current_thread()
             self._begun = True
         except BaseException as error:  # noqa: BLE001 -- raised to the caller of submit()
@@ -661,7 +655,7 @@ class Scheduler:
                 endings.callback(self._records.catch_up)
                 endings.callback(self._callers.close)
                 endings.callback(staff.close)
-                endings.callback(self._settling.close)
+                endings.callback(self._settling.hands.close)
                 endings.callback(self._dispatch.close)
 
     def _look(self) -> tuple[int, int, int]:
@@ -697,7 +691,7 @@ class Scheduler:
             self._end_task(staff, future)
         self._fill_up(staff)
         core = self._core
-        if core.backlog or core.is_busy(self._size, staff.lost):
+        if core.backlog or core.is_busy(self.size, staff.lost):
             self._oom.look()
             self._follow_the_limits(staff)
             if self._rights.have_changed() and len(staff):
@@ -707,8 +701,8 @@ class Scheduler:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return self._is_awaited if closing or self._forced else True
-        if core.idle_ns is not None or core.is_busy(self._size, staff.lost):
-            self._tell(staff, Step(self._size, staff.lost))
+        if core.idle_ns is not None or core.is_busy(self.size, staff.lost):
+            self._tell(staff, Step(self.size, staff.lost))
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
@@ -724,7 +718,7 @@ class Scheduler:
     @property
     def _rests(self) -> bool:
         """Whether no pickling and unpickling goes on, and has not for long."""
-        since = max(self._dispatch.rests_since(), self._settling.rests_since())
+        since = max(hands.rests_since() for hands in self._hands)
         return time.monotonic() - since >= _REST_S
 
     def _take_in(self, staff: Staff) -> None:
@@ -756,7 +750,7 @@ class Scheduler:
         for event in self._dispatch.send_packed(staff.send):
             self._tell(staff, event)
         if self._settling.waits:
-            self._settling.come_back()
+            self._settling.hands.come_back()
         if self._dispatch.waits:
             more = not len(staff) or any(worker.is_idle for worker in staff)
             self._tell(staff, Returned(self._dispatch.come_back(more=more)))
@@ -825,7 +819,7 @@ class Scheduler:
         if packs:
             looks.append(self._dispatch.next_look())
         if reads:
-            looks.append(self._settling.next_look())
+            looks.append(self._settling.hands.next_pump())
         if self._closing:
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
@@ -863,11 +857,8 @@ class Scheduler:
             if answer is not None:
                 todo += reversed(handle(answer, time.monotonic_ns()))
 
-    def _part(self, staff: Staff, worker: Worker) -> None:
-        self._tell(staff, Parted(worker))
-
     def _hand_out(self, staff: Staff) -> None:
-        if not self._core.backlog and len(staff) <= self._size:
+        if not self._core.backlog and len(staff) <= self.size:
             return
         dispatch = self._dispatch
         told = not len(staff) or dispatch.telling.may_be_told()
@@ -879,11 +870,10 @@ class Scheduler:
         settings = self._dispatch.bring_settings(worker)
         if settings:
             staff.send(worker, settings)
-        sent = self._dispatch.pack(worker, action.work)
-        if sent.pieces:
-            staff.send(worker, sent.pieces)  # race H: its end is at hand, and tells
-        full = self._dispatch.is_full
-        return Sent(worker, sent.given, sent.back, sent.exclusive, sent.unsent, full)
+        pieces, sent = self._dispatch.pack(worker, action.work)
+        if pieces:
+            staff.send(worker, pieces)  # race H: its end is at hand, and tells
+        return sent
 
     def _look_at_boards(self, _: Staff, action: Look) -> Seen:
         boards = [(worker, worker.board) for worker in action.workers]
@@ -920,43 +910,18 @@ class Scheduler:
         for entry in action.works:
             _fail(entry, lambda: fresh(error))
 
-    def _stop(self, staff: Staff, action: Stop) -> None:
-        worker: Worker = action.worker
-        if worker.failure is not None:
-            staff.dismiss_failed(worker)
-        else:
-            staff.stop(worker)
-
-    def _condemn(self, staff: Staff, action: Condemn) -> None:
-        if action.stack:
-            staff.condemn(action.worker)
-        else:
-            staff.end_with_descendants(action.worker)
-
-    def _end_now(self, staff: Staff, action: EndNow) -> None:
-        if action.force == "ask":
-            staff.ask(action.worker)
-        else:
-            staff.end(action.worker, at_once=action.force == "kill")
-
     def _fill_up(self, staff: Staff) -> None:
         """Start the workers that are missing, if that was asked for."""
         filled = self._filled
         if filled is None:
             return
-        missing = self._size - sum(not worker.leaving for worker in staff)
+        missing = self.size - sum(not worker.leaving for worker in staff)
         if missing > 0:
             self._hire(staff, Hire(missing, 0))
             if self._dispatch.waits and not self._forced:  # for the initializer
                 return
         self._filled = None
         filled.open()
-
-    def _distrust(self, staff: Staff, action: Distrust) -> None:
-        staff.distrust(action.worker, action.error)
-
-    def _pause(self, _: Staff, action: Pause) -> None:
-        self._hiring.pause(action.pause_s)
 
     # New workers.
 
@@ -987,7 +952,7 @@ class Scheduler:
         try:
             worker = staff.hire()
         except OSError:
-            if not self._dispatch.let_go():
+            if not self._dispatch.hands.let_go():
                 raise
             worker = staff.hire()  # a thread that had nothing to do has made room
         self._tell(staff, Hired(worker, worker.board is not None))
@@ -1180,10 +1145,18 @@ _DO: dict[type[Action], Callable[[Scheduler, Staff, Any], Event | None]] = {
     Cancel: Scheduler._cancel,
     Fail: Scheduler._fail,
     Bury: Scheduler._bury,
-    Stop: Scheduler._stop,
-    Condemn: Scheduler._condemn,
-    EndNow: Scheduler._end_now,
-    Distrust: Scheduler._distrust,
-    Pause: Scheduler._pause,
+    Stop: lambda _, staff, do: (
+        staff.stop(do.worker) if do.worker.failure is None else staff.dismiss_failed(do.worker)
+    ),
+    Condemn: lambda _, staff, do: (
+        staff.condemn(do.worker) if do.stack else staff.end_with_descendants(do.worker)
+    ),
+    EndNow: lambda _, staff, do: (
+        staff.ask(do.worker)
+        if do.force == "ask"
+        else staff.end(do.worker, at_once=do.force == "kill")
+    ),
+    Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
+    Pause: lambda scheduler, _, do: scheduler._hiring.pause(do.pause_s),
     GiveUp: Scheduler._give_up,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
 from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
-from safepool.transport.files import be_full, require
+from safepool.transport.files import be_full, refusal
 from safepool.transport.frames import Kind
 from safepool.transport.growing import OBJECTS, loaded_bytes
 from safepool.transport.trusted import UntrustedError
@@ -21,7 +20,6 @@ from safepool.workers.board import records_of
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Sequence
 
     from safepool.pool.core.events import Settle
@@ -42,10 +40,6 @@ _SMALL_BYTES = 64 * 1024
 _ARRIVED_BYTES = 256 * 1024
 # A smaller result takes less than the error in its place.
 _LEAST_REFUSED_BYTES = 128
-# What a refusal holds for: at the limit, a look at each of many would take most of the time. Not
-# when so many blocks of Python's were freed since.
-_REFUSED_S = 0.02
-_FREED_BLOCKS = 100
 # For what the hands unpickle: most of it is there by then. And how much of it at a time.
 _PATIENCE_S = 0.005
 _MOST_READ = 16
@@ -105,7 +99,7 @@ class Settling:
 
     Args:
         settled: Told of calls of a run that have ended, and how many.
-        wake: Makes the scheduler call :meth:`come_back`; from any thread.
+        wake: Makes the scheduler call the hands' ``come_back``; from any thread.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
     """
 
@@ -118,39 +112,15 @@ class Settling:
     ) -> None:
         self._settled = settled
         self._memory_per_worker = memory_per_worker
-        self._hands = Hands("safepool-unpickler", wake, _MOST_READ)
+        self.hands: Hands = Hands("safepool-unpickler", wake, _MOST_READ)
         # Answers that are being unpickled.
         self._unread: list[_Answer] = []
         self._arrived_bytes = 0
-        self._refused: tuple[Any, ...] = ()
-        self._refused_until = 0.0
-        self._blocks = 0
 
     @property
     def waits(self) -> bool:
         """Whether something is being unpickled."""
         return bool(self._unread)
-
-    def rests_since(self) -> float:
-        """Return since when no unpickling goes on, as :meth:`Hands.rests_since`."""
-        return self._hands.rests_since()
-
-    def come_back(self) -> None:
-        """End calls whose answers were unpickled meanwhile."""
-        self._hands.come_back()
-        self._hands.pump()
-
-    def next_look(self) -> float | None:
-        """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
-        return self._hands.next_pump()
-
-    def is_in(self, thread: threading.Thread) -> bool:
-        """Tell whether this thread unpickles for this pool. From any thread."""
-        return self._hands.has(thread)
-
-    def close(self) -> None:
-        """End the threads. What is still being unpickled ends its call by itself."""
-        self._hands.close()
 
     def settle(self, done: Settle) -> dict[int, BaseException]:
         """End calls by what was answered.
@@ -190,13 +160,13 @@ class Settling:
                         work.run.tell()
 
             self._unread.append(answer)
-            if not self._hands.do(answer.read, finish, _PATIENCE_S):
+            if not self.hands.do(answer.read, finish, _PATIENCE_S):
                 return Exception() if answer.kind == Kind.EXCEPTION else None
             self._unread.remove(answer)
         self._end(answer)
         return answer.value if answer.failed else None
 
-    def _refuse(self, size_bytes: int) -> MemoryError | None:
+    def _refuse(self, size_bytes: int) -> MemoryLimitError | None:
         """Return why there is no room for what is unpickled; ``None`` if there is.
 
         Each result may be small, and the program keep all of them.
@@ -207,18 +177,10 @@ class Settling:
         self._arrived_bytes += size_bytes
         if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
             return None
-        self._arrived_bytes = _ARRIVED_BYTES  # if it is refused, the next is looked at as well
-        blocks = sys.getallocatedblocks()  # before the look: others free meanwhile
-        if time.monotonic() < self._refused_until and self._blocks - blocks < _FREED_BLOCKS:
-            return MemoryLimitError(*self._refused)
-        try:
-            require(OBJECTS * _ARRIVED_BYTES)
-        except MemoryLimitError as error:
-            self._refused, self._refused_until = error.args, time.monotonic() + _REFUSED_S
-            self._blocks = blocks
-            return error.with_traceback(None)
-        self._arrived_bytes = 0
-        return None
+        error = refusal(OBJECTS * _ARRIVED_BYTES)
+        # If it is refused, the next is looked at as well.
+        self._arrived_bytes = 0 if error is None else _ARRIVED_BYTES
+        return error
 
     def _end(self, answer: _Answer) -> None:
         work, value, failed = answer.work, answer.value, answer.failed
@@ -249,17 +211,17 @@ class Settling:
         Returns:
             As :meth:`settle`.
         """
-        refusal, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
+        refused, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         for work, place, count, at in done.settled:
             run: MapRun = work.run
-            if refusal is None:
+            if refused is None:
                 run.put(work.start + place, values[at : at + count], count * each)
             else:
                 for index in range(work.start + place, work.start + place + count):
-                    run.put_error(index, refusal)
+                    run.put_error(index, refused)
             self._settled(run, count)
             run.tell()
-        return {} if refusal is None else {at: refusal for *_, at in done.settled}
+        return {} if refused is None else {at: refused for *_, at in done.settled}
 
     def has_outgrown(self, worker: Worker) -> bool:
         """Tell whether a worker holds more memory than it may; looked at now and then."""

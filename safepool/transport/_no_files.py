@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterable, Sequence
 
+    from safepool.errors import MemoryLimitError
     from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
@@ -21,6 +22,7 @@ __all__ = [
     "held_at_most",
     "invite",
     "make_room",
+    "refusal",
     "require",
     "require_to_pickle",
     "store",
@@ -77,6 +79,11 @@ def store(
 
 def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
     """Return: what is left is not known here."""
+
+
+def refusal(_size_bytes: int) -> MemoryLimitError | None:
+    """Return ``None``: what is left is not known here."""
+    return None
 
 
 def be_full() -> None:

@@ -27,6 +27,7 @@ if sys.platform == "linux":
         be_full,
         held_at_most,
         make_room,
+        refusal,
         require,
         require_to_pickle,
     )
@@ -39,6 +40,7 @@ else:
         held_at_most,
         invite,
         make_room,
+        refusal,
         require,
         require_to_pickle,
         store,
@@ -53,6 +55,7 @@ __all__ = [
     "held_at_most",
     "invite",
     "make_room",
+    "refusal",
     "require",
     "require_to_pickle",
     "store",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from safepool.limits.left import MemoryLeft, MemoryWatch
 
-__all__ = ["be_full", "held_at_most", "make_room", "require", "require_to_pickle"]
+__all__ = ["be_full", "held_at_most", "make_room", "refusal", "require", "require_to_pickle"]
 
 # Copied without a look: in the beginning, and of what was left after one.
 _FIRST_BYTES = 4 << 20
@@ -37,9 +37,11 @@ _LOOK_S = 1.0
 # Kept free: for the page tables, and the objects that a result is made of.
 _PART_KEPT = 32
 _MOST_KEPT_BYTES = 64 << 20
-# Pauses between two attempts to give memory back, as long as the first has taken; and how many
-# blocks that Python has freed since end the pause.
+# Pauses between two attempts to give memory back, as long as the first has taken.
 _PAUSES = 20
+# For so long a refusal holds: at the limit, a look for each of many would take most of the time.
+_REFUSED_S = 0.02
+# So many blocks that Python has freed since end either.
 _FREED_BLOCKS = 100
 # Of what is left, for results that are there and that nobody has taken.
 _PART_HELD = 4
@@ -54,13 +56,27 @@ _MOST_ENTRIES = 16
 _CONTAINERS = frozenset({tuple, list, dict})
 
 
+class _Pause:
+    """A time in which there is no use in looking again, unless much was freed since."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+        self._blocks = 0
+
+    def lasts(self, now: float, blocks: int) -> bool:
+        return now < self._until and self._blocks - blocks < _FREED_BLOCKS
+
+    def begin(self, until: float, blocks: int) -> None:
+        self._until, self._blocks = until, blocks
+
+
 class _Room:
     def __init__(self) -> None:
         self._watch: MemoryWatch | None = None
         self._unlooked = _FIRST_BYTES
         self._until = float("inf")
-        self._full_until = 0.0
-        self._blocks = 0
+        self._futile, self._refuses = _Pause(), _Pause()
+        self._refused: tuple[Any, ...] = ()
         # Whether a copy was refused, here or in another process, and nothing was given back since.
         self.full = False
 
@@ -90,13 +106,24 @@ class _Room:
         It takes long where much is in use.
         """
         began, blocks = time.monotonic(), sys.getallocatedblocks()  # others free meanwhile
-        if began < self._full_until and self._blocks - blocks < _FREED_BLOCKS:
+        if self._futile.lasts(began, blocks):
             return False
         _give_back()
         now = time.monotonic()
-        self._full_until = now + _PAUSES * (now - began)
-        self._blocks = blocks
+        self._futile.begin(now + _PAUSES * (now - began), blocks)
         return True
+
+    def refusal(self, size_bytes: int) -> MemoryLimitError | None:
+        blocks = sys.getallocatedblocks()  # before the look: others free meanwhile
+        if self._refuses.lasts(time.monotonic(), blocks):
+            return MemoryLimitError(*self._refused)
+        try:
+            self.require(size_bytes, 0, size_bytes)
+        except MemoryLimitError as error:
+            self._refused = error.args
+            self._refuses.begin(time.monotonic() + _REFUSED_S, blocks)
+            return error.with_traceback(None)
+        return None
 
     def make(self) -> None:
         """Give back what was freed since a copy was refused."""
@@ -130,6 +157,11 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
         MemoryLimitError: There is not, and the kernel would have to end a process.
     """
     _room.require(size_bytes, done_bytes, whole_bytes or size_bytes)
+
+
+def refusal(size_bytes: int) -> MemoryLimitError | None:
+    """Return what :func:`require` raises, or has raised just before; ``None`` if there is room."""
+    return _room.refusal(size_bytes)
 
 
 def be_full() -> None:
