@@ -309,12 +309,19 @@ def test_a_map_may_be_left_while_a_large_item_is_copied(monkeypatch: pytest.Monk
 
 
 @on_linux
-def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced() -> None:
-    """It is too large, and all that it still owes can be taken back: then it owes nothing."""
-    with ProcessPool(1, max_memory_per_worker=1) as pool:
+def test_a_worker_to_be_replaced_that_has_begun_nothing_is_replaced(tmp_path: Path) -> None:
+    """It is too large, and all that it still owes can be taken back: then it owes nothing.
+
+    It is not ready before all calls wait, so that it owes the others when it answers the first.
+    """
+    ready = tmp_path / "ready"
+    with ProcessPool(
+        1, max_memory_per_worker=1, initializer=tasks.wait_for, initargs=(str(ready),)
+    ) as pool:
         make_known(pool, tasks.do)
         first = pool.submit(tasks.do, tasks.stop_after_answer)
         others = [pool.submit(tasks.do, tasks.pid) for _ in range(5)]
+        ready.touch()
         pid = first.result(timeout=30)
         wait_for_state(pid, "T")
         (worker,) = pool._scheduler.workers()
