@@ -127,7 +127,8 @@ class ProcessPool(_Standard):
             after an exception, nor after a timeout. A function may have a timeout and
             retries of its own: see :func:`safepool.worker`.
         max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
-            a task ends is replaced. ``None`` does not ask.
+            a task ends is replaced. ``None`` does not ask. A free-threaded Python keeps freed
+            memory for its next objects: there it counts as held.
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
             as the standard pool does, when a task is lost that has no retries left.
         preload: Modules that are imported once, ahead of the workers, which then share their

@@ -96,7 +96,8 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
         """
     futures = [pool.submit(floats, 1_000_000) for _ in range(25)]
     kinds = [refused(future) for future in futures]
-    assert kinds.count("NoneType") >= 5, kinds
+    # Of these floats free-threaded builds make twice as much.
+    assert kinds.count("NoneType") >= 3, kinds
 """,
         None,
     ),
