@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # Seconds after which a module that has not ended shows where each of its threads is.
-HANGS_S = 160.0
+HANGS_S = 300.0
 
 # Set before anything of the suite is imported, which binds the name.
 _IN_A_SCRIPT = """\

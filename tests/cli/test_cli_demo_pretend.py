@@ -70,24 +70,26 @@ def run_demo(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
 def test_a_container_on_a_host_of_48_cpus() -> None:
     """The standard pool as there: 48 workers, native threads in each. safepool's has one thread.
 
-    It is cut off soon: thousands of threads on one CPU would not end in a test's time.
+    It is cut off soon: thousands of threads on one CPU would not end in a test's time. A machine
+    that is busy with other things gets longer.
     """
-    ended = run_demo(
-        *("--pretend-host-cpus", "48", "--cpus", "1", "--tasks", "60", "--points", "30"),
-        *("--bound", "4", "--json"),
-    )
+    # A fork server (Python 3.14) starts one after the other, and has not done it by then.
+    workers = 48 if multiprocessing.get_start_method() == "fork" else 2
+    for bound_s in ("4", "40"):
+        ended = run_demo(
+            *("--pretend-host-cpus", "48", "--cpus", "1", "--tasks", "60", "--points", "30"),
+            *("--bound", bound_s, "--json"),
+        )
+        assert ended.stderr == ""
+        told: dict[str, Any] = json.loads(ended.stdout)
+        standard, ours = told["standard"], told["safepool"]
+        if (standard["workers"] or 0) >= workers and not ours["cut_off"]:
+            break
 
-    assert ended.stderr == ""
-    told: dict[str, Any] = json.loads(ended.stdout)
     assert (told["pretend_host_cpus"], told["machine_cpus"]) == (48, os.cpu_count())
     assert told["limit"]["cpus"] == 1.0
-    standard, ours = told["standard"], told["safepool"]
-    if multiprocessing.get_start_method() == "fork":
-        assert standard["workers"] == 48
-        assert standard["threads"] > 2 * 48
-    else:  # a fork server (Python 3.14) starts one after the other, and has not done it yet
-        assert 1 < standard["workers"] <= 48
-        assert standard["threads"] >= standard["workers"]
+    assert workers <= standard["workers"] <= 48
+    assert standard["threads"] > (2 * 48 if workers == 48 else 1)
     assert (ours["workers"], ours["threads"], ours["tasks_done"]) == (1, 1, 60)
     assert not Path(told["limit"]["source"]).parent.exists()
 
