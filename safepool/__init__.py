@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.decorator import worker
     from safepool.errors import (
+        MemoryExceeded,
         MemoryLimitError,
         MissingExtraError,
         OutOfMemory,
@@ -66,6 +67,7 @@ __all__ = [
     "Budget",
     "Limit",
     "Limits",
+    "MemoryExceeded",
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
@@ -97,6 +99,7 @@ _HOMES = {
     "Budget": "safepool.budget",
     "Limit": "safepool.limits",
     "Limits": "safepool.limits",
+    "MemoryExceeded": "safepool.errors",
     "MemoryLimitError": "safepool.errors",
     "MissingExtraError": "safepool.errors",
     "OutOfMemory": "safepool.errors",

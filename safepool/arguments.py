@@ -169,7 +169,8 @@ initializer init worker_init worker_init_fn init_fn
 initargs init_args initializer_args args
 threads_per_worker threads n n_threads num_threads nthreads limits inner_max_num_threads
 memory_per_worker memory mem
-max_memory_per_worker memory_limit max_memory
+max_memory_per_worker max_memory
+memory_limit mem_limit limit_memory ram_limit
 env environ environment env_vars
 timeout task_timeout timeout_s time_limit max_time
 retries max_retries retry n_retries num_retries attempts max_attempts
@@ -480,6 +481,7 @@ RULES: dict[str, Rule] = {
         lacks=_lacks_as_number_of_workers,
         remedy="Leave it out for as many as the limits allow",
     ),
+    "memory_limit": _size("None ends no worker for what it holds"),
     "memory_per_worker": _size("None does not look at memory"),
     "mmap_mode": _one_of(
         "auto", "r", "r+", "w+", "c", remedy='"c" lets each task write for itself', optional=True

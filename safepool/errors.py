@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FROM_OUTSIDE",
     "REFUSALS",
+    "MemoryExceeded",
     "MemoryLimitError",
     "MissingExtraError",
     "OutOfMemory",
@@ -138,6 +139,39 @@ class OutOfMemory:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryExceeded:
+    """What a worker held when the pool has ended it for ``memory_limit``.
+
+    Attributes:
+        limit_bytes: The most that it might hold.
+        held_bytes: What it held for itself: resident memory that is neither shared nor mapped from
+            a file, without ``born_bytes``.
+        born_bytes: What it had from its birth, as a fork of its server or of the program.
+        source: The file that tells.
+
+    Example:
+        >>> str(MemoryExceeded(
+        ...     limit_bytes=2 << 30, held_bytes=2310 << 20, born_bytes=12 << 20,
+        ...     source="/proc/4711/statm",
+        ... ))  # doctest: +NORMALIZE_WHITESPACE
+        'it held 2,310 MiB, and memory_limit= is 2,048 MiB (resident less shared memory in
+        /proc/4711/statm, without the 12 MiB that it was born with)'
+    """
+
+    limit_bytes: int
+    held_bytes: int
+    born_bytes: int
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"it held {_mebibytes(self.held_bytes)}, and memory_limit= is "
+            f"{_mebibytes(self.limit_bytes)} (resident less shared memory in {self.source}, "
+            f"without the {_mebibytes(self.born_bytes)} that it was born with)"
+        )
+
+
 class WorkerDiedError(SafepoolError, BrokenProcessPool):
     """The worker that ran this task ended before it gave a result.
 
@@ -148,13 +182,14 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         exitcode: As ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
             where the system did not tell.
         task: What the worker was running, such as ``"package.module.function"``.
-        stack: The Python stack in which a crash in native code left the worker, as
-            :mod:`faulthandler` writes it; empty if there was no such crash.
+        stack: The Python stack in which a crash in native code left the worker, or in which it
+            exceeded its ``memory_limit``, as :mod:`faulthandler` writes it; else empty.
         oom: What the kernel's out-of-memory killer has counted, if it was that.
         by_pool: The pool has sent the signal itself: by ``kill_workers()``, by
             ``terminate_workers()``, after Ctrl-C, or as nothing more could come of the worker.
         begun: ``False`` if the task was still on its way to the worker; large arguments are not
             kept to be sent again.
+        exceeded: What the worker held, if the pool has ended it for its ``memory_limit``.
 
     Example:
         >>> import os
@@ -178,8 +213,9 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         oom: OutOfMemory | None = None,
         by_pool: bool = False,
         begun: bool = True,
+        exceeded: MemoryExceeded | None = None,
     ) -> None:
-        super().__init__(pid, exitcode, task, stack, oom, by_pool, begun)
+        super().__init__(pid, exitcode, task, stack, oom, by_pool, begun, exceeded)
         # In the words of the standard pool from Python 3.15 on.
         told = f"\n'''\nProcess {pid} terminated abruptly with exit code {exitcode}'''"
         cause = _RemoteTraceback(told)  # type: ignore[arg-type]
@@ -191,13 +227,17 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         self.oom = oom
         self.by_pool = by_pool
         self.begun = begun
+        self.exceeded = exceeded
 
     def __str__(self) -> str:
-        ending = describe_exit(self.exitcode, self.oom, by_pool=self.by_pool)
+        ending = describe_exit(
+            self.exitcode, self.oom, by_pool=self.by_pool, exceeded=self.exceeded
+        )
         when = "while it ran" if self.begun else "before it began"
         told = f"worker {self.pid} {ending} {when} {self.task}"
-        if self.oom is not None:
-            told += f": {self.oom}"
+        why = self.oom or self.exceeded
+        if why is not None:
+            told += f": {why}"
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
 
@@ -410,7 +450,11 @@ class MissingExtraError(SafepoolError, ImportError):
 
 
 def describe_exit(
-    exitcode: int | None, oom: OutOfMemory | None = None, *, by_pool: bool = False
+    exitcode: int | None,
+    oom: OutOfMemory | None = None,
+    *,
+    by_pool: bool = False,
+    exceeded: MemoryExceeded | None = None,
 ) -> str:
     """Say how a process ended, as the second half of a sentence.
 
@@ -418,6 +462,7 @@ def describe_exit(
         exitcode: As ``multiprocessing.Process.exitcode``.
         oom: What the kernel's out-of-memory killer has counted, if it was that.
         by_pool: The pool has sent the signal.
+        exceeded: What it held, if that is why the pool has sent it.
 
     Returns:
         ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
@@ -433,6 +478,8 @@ def describe_exit(
     """
     if oom is not None:
         return "was killed by the kernel's out-of-memory killer"
+    if exceeded is not None:
+        return "was killed by the pool for its memory"
     if exitcode is None:
         if by_pool:
             return "cannot be ended: it was sent SIGKILL, and is still there"

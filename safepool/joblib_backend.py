@@ -84,6 +84,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     timeout: float | None = None,
     retries: int = 0,
     memory_per_worker: float | str | None = None,
+    memory_limit: float | str | None = None,
     preload: Literal["auto"] | Sequence[str] = "auto",
     initializer: Callable[..., object] | None = None,
     initargs: tuple[Any, ...] = (),
@@ -103,8 +104,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
 
     A call that asks for threads (``require="sharedmem"`` or ``prefer="threads"``, as forests of
     scikit-learn do) has threads of this process, as many as workers fit, with their native pools
-    held. A mere preference gives way to ``timeout``, ``retries`` and ``initializer``, which need
-    workers.
+    held. A mere preference gives way to ``timeout``, ``retries``, ``memory_limit`` and
+    ``initializer``, which need workers.
 
     The block holds in every thread of the process that has no setting of joblib's own, so in those
     that are started inside.
@@ -129,6 +130,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             with it those that travelled in the same batch.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
             than fit into what the control groups have left.
+        memory_limit: As for :class:`safepool.ProcessPool`: the most that a worker may hold while
+            it runs a batch of tasks. A call that is sequential cannot be ended, and a warning
+            says so once.
         preload: As for :class:`safepool.ProcessPool`.
         initializer: Called once in each worker before its first task; once in this process
             where calls are sequential, in which tasks have what it has set as well.
@@ -174,6 +178,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         timeout=timeout,
         retries=retries,
         memory_per_worker=memory_per_worker,
+        memory_limit=memory_limit,
         preload=preload,
         initializer=initializer,
         initargs=initargs,
@@ -211,8 +216,8 @@ class Words(TypedDict, total=False):
     """What ``joblib.parallel_config(backend="safepool", ...)`` and ``Parallel`` take besides.
 
     Attributes:
-        threads_per_worker, rounding, retries, memory_per_worker, preload, initializer, initargs,
-            progress, end_subprocesses: As for :func:`parallel_backend`.
+        threads_per_worker, rounding, retries, memory_per_worker, memory_limit, preload,
+            initializer, initargs, progress, end_subprocesses: As for :func:`parallel_backend`.
         timeout: As there. ``Parallel(timeout=)`` is joblib's own.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend; ``None`` is its 300.
@@ -223,6 +228,7 @@ class Words(TypedDict, total=False):
     timeout: float | None
     retries: int
     memory_per_worker: float | str | None
+    memory_limit: float | str | None
     preload: Literal["auto"] | Sequence[str]
     initializer: Callable[..., object] | None
     initargs: tuple[Any, ...]
@@ -240,7 +246,14 @@ _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
 
 # What a word says that is None: the same as without it.
 _MAY_BE_NONE = frozenset(
-    {"idle_worker_timeout", "initializer", "memory_per_worker", "threads_per_worker", "timeout"}
+    {
+        "idle_worker_timeout",
+        "initializer",
+        "memory_limit",
+        "memory_per_worker",
+        "threads_per_worker",
+        "timeout",
+    }
 )
 
 
@@ -311,8 +324,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         if threads is not None:
             self.inner_max_num_threads = threads
         self._policy = Policy(timeout_s=words.get("timeout"), retries=words.get("retries", 0))
-        memory = words.get("memory_per_worker")
+        memory, most = words.get("memory_per_worker"), words.get("memory_limit")
         self._memory = None if memory is None else parse_bytes(memory)
+        self._memory_limit = None if most is None else parse_bytes(most)
         self._rounding: Rounding = words.get("rounding", "nearest")
         # What is out of its range is said here, not by the first call.
         self._request()
@@ -386,12 +400,17 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             initializer = self._words.get("initializer")
             if initializer is not None:
                 self._pools.initialize_here(initializer, self._words.get("initargs", ()))
-            if self._policy.timeout_s is not None:
-                tell_once(
-                    "timeout= of the joblib backend 'safepool' ends tasks in workers. This call "
-                    "has none: it is sequential, in this process, where nothing can end a task",
-                    subject="timeout of a sequential call",
-                )
+            for word, value in (
+                ("timeout", self._policy.timeout_s),
+                ("memory_limit", self._memory_limit),
+            ):
+                if value is not None:
+                    tell_once(
+                        f"{word}= of the joblib backend 'safepool' ends tasks in workers. This "
+                        "call has none: it is sequential, in this process, where nothing can end "
+                        "a task",
+                        subject=f"{word} of a sequential call",
+                    )
             raise FallbackToBackend(sequential(self._label, self.nesting_level))
         if require == "sharedmem" or (prefer == "threads" and self._may_take_threads()):
             raise FallbackToBackend(self._held_threads())
@@ -405,6 +424,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             initargs=self._words.get("initargs", ()),
             idle_s=IDLE_S if idle_s is None else idle_s,
             end_subprocesses=self._words.get("end_subprocesses", False),
+            memory_limit=self._memory_limit,
             born_with=self._what_workers_are_born_with(),
         )
         self._release()
@@ -466,7 +486,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
 
     def _may_take_threads(self) -> bool:
         policy = self._policy
-        limits = policy.timeout_s is not None or policy.retries
+        limited = policy.timeout_s is not None or self._memory_limit is not None
+        limits = limited or policy.retries
         return self._takes_hints and not (limits or self._words.get("initializer"))
 
     def _held_threads(self) -> HeldThreads:

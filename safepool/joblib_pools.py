@@ -88,6 +88,7 @@ class Settings:
         initargs: Its arguments.
         idle_s: Seconds after which a worker ends that has nothing to do.
         end_subprocesses: As for :class:`safepool.ProcessPool`.
+        memory_limit: In bytes.
         born_with: The rest.
     """
 
@@ -97,6 +98,7 @@ class Settings:
     initargs: tuple[Any, ...] = field(compare=False)
     idle_s: float
     end_subprocesses: bool
+    memory_limit: int | None
     born_with: BornWith = field(compare=False)
 
     def fit(self, other: Settings) -> bool:
@@ -116,6 +118,7 @@ class Settings:
             threads_per_worker=self.threads,
             preload="auto" if self.preload == "auto" else self.preload,
             end_subprocesses=self.end_subprocesses,
+            memory_limit=self.memory_limit,
         )
 
 

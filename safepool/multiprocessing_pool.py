@@ -83,6 +83,7 @@ class Options(TypedDict, total=False):
     timeout: float | None
     retries: int
     max_memory_per_worker: float | str | None
+    memory_limit: float | str | None
     on_worker_death: Literal["replace", "break"]
     preload: Literal["auto"] | Sequence[str]
     main: Literal["auto", "run", "value"]

@@ -22,6 +22,7 @@ import os
 from typing import Any, NamedTuple
 
 __all__ = [
+    "MemoryFile",
     "Stat",
     "Status",
     "children",
@@ -223,6 +224,40 @@ def resident_bytes(pid: int) -> int | None:
         return int((read(f"/proc/{pid}/statm") or "").split()[1]) * mmap.PAGESIZE
     except (ValueError, IndexError):
         return None
+
+
+class MemoryFile:
+    """A process's ``statm``, kept open: a read takes a tenth of what opening it takes.
+
+    Args:
+        process: Its number, or ``"self"``.
+
+    Raises:
+        OSError: There is none, or it is hidden.
+    """
+
+    def __init__(self, process: int | str) -> None:
+        self._file = open(f"/proc/{process}/statm", "rb", buffering=0)  # noqa: SIM115 -- kept
+
+    def private_bytes(self) -> int | None:
+        """Return the resident memory that is neither shared nor mapped from a file.
+
+        ``None`` if the process has ended.
+        """
+        try:
+            self._file.seek(0)
+            _, resident, shared, *_ = self._file.read(256).split()
+        except (OSError, ValueError):
+            return None
+        return (int(resident) - int(shared)) * mmap.PAGESIZE
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Give it back."""
+        self._file.close()
 
 
 def parse_maps(text: str) -> list[str]:

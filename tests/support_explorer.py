@@ -11,6 +11,7 @@ what must hold, and in each last state that every call has ended.
     begin, end      it has read the arguments of a batch; the call ends
     flush           it sends what it has answered
     die             it is killed, at whatever point; `slain`: by the pool
+    exceed          a look finds that it holds too much
     deliver         the pool reads the next message of worker k; `notice`: its end
     copied, failed  a large call for worker k is on its way, or could not be copied
     pickled         a call that was aside comes back
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import TaskTimeoutError
+from safepool.errors import MemoryExceeded, TaskTimeoutError
 from safepool.pool.core import events as e
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.work import Call, Span
@@ -318,11 +319,15 @@ class World:
         must(not worker.ledger.owed, "the dead owe")
         for lost in ending.lost:
             key = lost.work.key if isinstance(lost.work, Given) else lost.work.items[lost.place]
-            if ending.condemned is None and self.scenario.boards:
+            if worker.condemned is None and self.scenario.boards:
                 must(self.starts.get(key) or "l" in self.letters[key], f"{key} is lost, unbegun")
+            if worker.condemned is not None:
+                must(key == worker.condemned_for, f"{key} is lost with another")
+            if ending.exceeded is not None and lost.again is None:
+                tried = lost.work.attempts >= self.scenario.retries
+                must(tried, f"{key} may run again, and does not")
             if ending.condemned is not None:
                 must(lost.again is None, f"{key} is run again, though the pool has ended it")
-                must(key == worker.condemned_for, f"{key} is lost with another")
             if lost.again is None:
                 late = isinstance(ending.condemned, TaskTimeoutError)
                 self.end_call(key, "timed out" if late else "lost")
@@ -369,7 +374,7 @@ class World:
                 yield from (("drop", key) for key in open_)
             elif name == "tick":
                 yield from [(name,)] if self.may_tick() else []
-            elif name not in ("die", "fail", "failed"):
+            elif name not in ("die", "exceed", "fail", "failed"):
                 yield (name,)
 
     def may_tick(self) -> bool:
@@ -399,8 +404,10 @@ class World:
             yield "flush"
         if worker.doomed:
             yield "slain"
-        elif self.budget.get("die", 0):
-            yield "die"
+        else:
+            yield from ("die" for _ in range(min(1, self.budget.get("die", 0))))
+            if worker.ready and worker.ledger.owed and self.budget.get("exceed", 0):
+                yield "exceed"
         if worker.unsent:
             yield "copied"
             if self.budget.get("failed", 0):
@@ -488,6 +495,11 @@ class World:
 
     def on_die(self, worker: Worker) -> None:
         worker.alive, worker.exitcode = False, -11
+
+    def on_exceed(self, worker: Worker) -> bool:
+        facts = {"limit_bytes": 1, "held_bytes": 2, "born_bytes": 0}
+        self.tell(e.Exceeded(worker, MemoryExceeded(**facts, source="statm")))
+        return True
 
     def on_slain(self, worker: Worker) -> None:
         worker.alive, worker.exitcode, worker.by_pool = False, -9, True

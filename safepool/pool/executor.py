@@ -19,6 +19,7 @@ from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
 from safepool.pool.listener import Listener
 from safepool.pool.mapping import MapRun, end_failed
+from safepool.pool.memory import MemoryWatch
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
 from safepool.pool.watch import Stacks, look_at
@@ -129,6 +130,14 @@ class ProcessPool(_Standard):
         max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
             a task ends is replaced. ``None`` does not ask. A free-threaded Python keeps freed
             memory for its next objects: there it counts as held.
+        memory_limit: Bytes, or text such as ``"2GiB"``: a worker that holds more while it runs a
+            task is killed, with every process that the task has started, and the task ends with
+            :class:`safepool.WorkerDiedError`, which has the figures and the Python stack, or runs
+            again, if it has ``retries``. It is looked at ten times a second, and more often when
+            it grows. What counts is its own memory: resident, without what is shared or mapped
+            from files, what it was born with, and what processes hold that the task has
+            started. A worker that still holds too much when a task has ended is replaced. ``None``
+            does not ask. Linux only.
         on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
             as the standard pool does, when a task is lost that has no retries left.
         preload: Modules that are imported once, ahead of the workers, which then share their
@@ -180,7 +189,8 @@ class ProcessPool(_Standard):
 
     Raises:
         ValueError: A value is out of its range; ``main`` is ``"run"``, and there is no script;
-            ``end_subprocesses`` is ``True``, and the workers are not forked from a server.
+            ``end_subprocesses`` is ``True``, and the workers are not forked from a server;
+            ``memory_limit`` is given, and this system does not tell what a worker holds.
         TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
         TypeError: A value has a wrong type, or there is no argument of a name.
         ModuleNotFoundError: ``preload`` names a module that is not there.
@@ -212,6 +222,7 @@ class ProcessPool(_Standard):
         timeout: float | None = None,
         retries: int = 0,
         max_memory_per_worker: float | str | None = None,
+        memory_limit: float | str | None = None,
         on_worker_death: Literal["replace", "break"] = "replace",
         preload: Literal["auto"] | Sequence[str] = "auto",
         main: Literal["auto", "run", "value"] = "auto",
@@ -272,6 +283,7 @@ class ProcessPool(_Standard):
             memory_per_worker=(
                 None if max_memory_per_worker is None else parse_bytes(max_memory_per_worker)
             ),
+            memory=None if memory_limit is None else MemoryWatch(parse_bytes(memory_limit)),
             break_on_death=on_worker_death == "break",
             follow=None if max_workers is not None else _Follower(request, limits, placement),
             listener=Listener() if trace is None else _trace(trace),

@@ -140,6 +140,7 @@ if TYPE_CHECKING:
     from safepool.pool.hiring import Hiring
     from safepool.pool.listener import Listener
     from safepool.pool.mapping import Item, ResultIterator
+    from safepool.pool.memory import MemoryWatch
     from safepool.pool.worker import Worker
 
 __all__ = ["Scheduler"]
@@ -193,6 +194,7 @@ class Scheduler:
         hiring: Starts them.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
+        memory: Looks at what workers hold while they run tasks; ``None`` limits that not.
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
         follow: Called at most once a second while there is work, in the thread that starts
             the workers, with the ids of those that have some; returns the most workers
@@ -207,6 +209,7 @@ class Scheduler:
         hiring: Hiring,
         tasks_per_worker: int | None,
         memory_per_worker: int | None = None,
+        memory: MemoryWatch | None = None,
         break_on_death: bool = False,
         follow: Callable[[list[int]], int] | None = None,
         listener: Listener,
@@ -261,6 +264,7 @@ class Scheduler:
         self._settling = Settling(self._settled, self.wake, memory_per_worker=memory_per_worker)
         self._hands = (self._dispatch.hands, self._settling.hands)
         self._settle_calls = listener.of_answers(self._settling.settle)
+        self._memory = memory
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
         self._hiring = hiring
@@ -692,11 +696,7 @@ class Scheduler:
         self._fill_up(staff)
         core = self._core
         if core.backlog or core.is_busy(self.size, staff.lost):
-            self._oom.look()
-            self._follow_the_limits(staff)
-            if self._rights.have_changed() and len(staff):
-                _log.info("this program has other rights than before: its workers are replaced")
-                self._tell(staff, Strangers())
+            self._look_around(staff)
         elif core.idle_ns is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
@@ -707,6 +707,17 @@ class Scheduler:
         if self._forced:  # broken meanwhile
             return False
         return not closing or bool(core.backlog) or self._is_awaited or core.owes
+
+    def _look_around(self, staff: Staff) -> None:
+        """Look at what is outside of the pool, and changes while it has work."""
+        self._oom.look()
+        self._follow_the_limits(staff)
+        if self._memory is not None:
+            for exceeded in self._memory.look(staff):
+                self._tell(staff, exceeded)
+        if self._rights.have_changed() and len(staff):
+            _log.info("this program has other rights than before: its workers are replaced")
+            self._tell(staff, Strangers())
 
     @property
     def _is_awaited(self) -> bool:
@@ -811,6 +822,8 @@ class Scheduler:
                 times.append(self._follow_at)
             if (look_at := self._oom.next_look) is not None:
                 times.append(look_at)
+            if self._memory is not None and (look_at := self._memory.next_look(self.workers())):
+                times.append(look_at)
         return max(0.0, min(times) - now) if times else None
 
     def _next_looks(self, packs: bool, reads: bool) -> list[float]:
@@ -894,7 +907,10 @@ class Scheduler:
     def _settle(self, _: Staff, action: Settle) -> Outgrown | None:
         self._settle_calls(action)
         worker: Worker = action.worker
-        return Outgrown(worker) if self._settling.has_outgrown(worker) else None
+        outgrown = self._settling.has_outgrown(worker)
+        if self._memory is not None and not outgrown:
+            outgrown = self._memory.has_outgrown(worker)
+        return Outgrown(worker) if outgrown else None
 
     def _wait(self, _: Staff, action: Wait) -> None:
         for task in action.works:
@@ -955,6 +971,8 @@ class Scheduler:
             if not self._dispatch.hands.let_go():
                 raise
             worker = staff.hire()  # a thread that had nothing to do has made room
+        if self._memory is not None:
+            self._memory.meet(worker)
         self._tell(staff, Hired(worker, worker.board is not None))
         try:
             staff.send(worker, [*self._listener.greeting, *encode(Kind.LOG, 0)])

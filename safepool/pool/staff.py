@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safepool.errors import naming
+from safepool.errors import MemoryExceeded, naming
 from safepool.procfs import obstacle
 from safepool.transport.channel import NO_SIGPIPE, ChannelClosedError
 from safepool.transport.frames import CorruptFrameError, Kind, encode
@@ -55,6 +55,8 @@ _ORPHANS_LOOK_S = 0.05
 # For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
 # on a machine that is frozen by its quota a tenth of a second.
 _STACK_S = 0.15
+# Of a worker that goes on to fill the memory meanwhile: 50 MB more, at 1 GB a second.
+_STACK_OF_A_HOG_S = 0.05
 
 if sys.platform == "win32":
     _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
@@ -259,7 +261,8 @@ class Staff:
         if worker.board is not None and STACK_SIGNAL:
             worker.stack_begin = worker.board.written
             worker.end(STACK_SIGNAL)
-            pause_s = _STACK_S
+            hog = isinstance(worker.condemned, MemoryExceeded)
+            pause_s = _STACK_OF_A_HOG_S if hog else _STACK_S
         worker.deadline = time.monotonic() + pause_s
 
     def distrust(self, worker: Worker, error: BaseException) -> None:

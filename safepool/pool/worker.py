@@ -12,6 +12,8 @@ from safepool.pool.core.worker import Member
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
+    from safepool.pool.core.gauge import Gauge
+    from safepool.procfs import MemoryFile
     from safepool.workers.board import Board
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
@@ -36,6 +38,7 @@ class Worker(Member, WorkerProcess):
         shared: Numbers of the shared objects that it keeps.
         logged: It has sent a log record, and nothing else since.
         memory_look_ns: When its memory is next to be looked at.
+        memory: What it holds, and ``gauge``: when to look; ``None`` without ``memory_limit``.
         terminated: It was sent ``SIGTERM``.
         killed: It was sent ``SIGKILL``, or its life-line was cut.
         unkillable: That has not ended it: the pool goes on without it.
@@ -55,6 +58,8 @@ class Worker(Member, WorkerProcess):
     told: object = None
     logged: bool = False
     memory_look_ns: int = 0
+    memory: MemoryFile | None = None
+    gauge: Gauge | None = None
     terminated: bool = False
     killed: bool = False
     unkillable: bool = False
@@ -99,7 +104,15 @@ class Worker(Member, WorkerProcess):
         """Give back every descriptor, which no other thread uses meanwhile."""
         with self.guard:
             self.closed = True
+            if self.memory is not None:
+                self.memory.close()
+                self.memory = None
             super().close()
+
+    def descriptors(self) -> list[int]:
+        """Return what belongs to this worker alone, as the base does."""
+        memory = self.memory  # another thread may drop it
+        return super().descriptors() + ([] if memory is None else [memory.fileno()])
 
     def drop_board(self) -> None:
         """Do without the board: the worker's system cannot use it."""

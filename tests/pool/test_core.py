@@ -42,6 +42,13 @@ SCENARIOS: dict[str, Scenario] = {
     "calls are cancelled": Scenario(TWO, size=1, budget={"drop": 2}),
     "a call is cancelled, and a worker dies": Scenario(TWO, size=1, budget={"drop": 1, "die": 1}),
     "a call that hangs is cancelled": Scenario({"a": "", "b": "h"}, size=1, budget={"drop": 2}),
+    "a call takes too much memory": Scenario(TWO, size=1, budget={"exceed": 1}),
+    "a call takes too much memory, with retries": Scenario(
+        TWO, size=1, retries=1, budget={"exceed": 1}
+    ),
+    "too much memory, without boards": Scenario(
+        TWO, boards=False, size=1, retries=1, budget={"exceed": 1}
+    ),
     "the pool shrinks and grows": Scenario(TWO, budget={"resize": 1}),
     "the pool is closed": Scenario(THREE, size=1, budget={"close": 1, "die": 1}),
     "what waits is cancelled": Scenario(THREE, size=1, budget={"cancel": 1, "die": 1}),
@@ -86,7 +93,7 @@ LARGE: dict[str, Scenario] = {
     "calls": Scenario(
         dict.fromkeys("abcdef", ""),
         retries=2,
-        budget={"die": 3, "drop": 2, "resize": 3, "close": 1},
+        budget={"die": 3, "drop": 2, "resize": 3, "close": 1, "exceed": 2},
     ),
     "calls of all kinds": Scenario(
         {"a": "h", "b": "l", "c": "a", "d": "", "e": "l", "f": ""},
@@ -100,7 +107,7 @@ LARGE: dict[str, Scenario] = {
         maps=(("a", "b", "c", "d", "e"), ("f", "g", "h")),
         retries=1,
         poison={"c": "u", "g": "p"},
-        budget={"die": 2, "tick": 3, "resize": 2, "drop": 1},
+        budget={"die": 2, "tick": 3, "resize": 2, "drop": 1, "exceed": 2},
     ),
     "the end": Scenario(
         {"a": "", "b": "a", "c": "l", "d": ""},
@@ -158,7 +165,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a call whose time was over is run again": (
         "a call hangs, with retries",
-        "is_last = member.condemned is not None or event.forced",
+        "is_last = condemned is not None or event.forced",
         "is_last = event.forced",
     ),
     "a cancelled call behind others runs on": (
@@ -211,6 +218,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "what waits is cancelled",
         "self._actions.append(e.Fail(waiting) if self._broken else e.Cancel(waiting))",
         "pass",
+    ),
+    "one that takes too much is ended in the next call": (
+        "a call takes too much memory",
+        "if then.exceeded is not None and member.is_in_a_call:",
+        "if then.exceeded is not None and head is not None:",
+    ),
+    "one that took too much is not run again": (
+        "a call takes too much memory, with retries",
+        "is_last = condemned is not None or event.forced",
+        "is_last = said is not None or event.forced",
     ),
     "the dead are counted among the workers": (
         "no retry",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
 
 if TYPE_CHECKING:
-    from safepool.errors import OutOfMemory
+    from safepool.errors import MemoryExceeded, OutOfMemory
     from safepool.pool.core.work import Given
 
 __all__ = ["Ending", "Lost", "Stage"]
@@ -65,7 +65,8 @@ class Ending:
         reading: The name of the function whose arguments it read.
         dismissed: It was told to stop, or was ended by the pool.
         pool_ends: The pool ends all of them.
-        condemned: Why the pool ended it in the middle of a task.
+        condemned: Why the pool ended it in the middle of a task that is not wanted any more.
+        exceeded: What it held, if the pool has ended it for that: a death like any other.
         fault: Why no more could come of it, if the pool ended it for that.
         stack: The Python stack in which it was.
         lost: The calls that it has taken along.
@@ -80,6 +81,7 @@ class Ending:
     dismissed: bool
     pool_ends: bool
     condemned: BaseException | None
+    exceeded: MemoryExceeded | None
     fault: BaseException | None
     stack: str
     lost: tuple[Lost, ...]
@@ -87,7 +89,7 @@ class Ending:
     @property
     def how(self) -> str:
         """How it ended, as the second half of a sentence."""
-        return describe_exit(self.exitcode, self.oom, by_pool=self.by_pool)
+        return describe_exit(self.exitcode, self.oom, by_pool=self.by_pool, exceeded=self.exceeded)
 
     @property
     def died(self) -> bool:
@@ -118,7 +120,14 @@ class Ending:
             return TaskTimeoutError(said.pid, said.timeout_s, said.task, self.stack)
         name = lost.work.name
         error = WorkerDiedError(
-            self.pid, self.exitcode, name, self.stack, self.oom, self.by_pool, lost.begun
+            self.pid,
+            self.exitcode,
+            name,
+            self.stack,
+            self.oom,
+            self.by_pool,
+            lost.begun,
+            self.exceeded,
         )
         if self.fault is not None:
             error.__cause__ = self.fault

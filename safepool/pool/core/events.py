@@ -16,7 +16,8 @@ Copied          what was being copied for it is on its way         the packer
 NotSent         what was being copied for it could not be sent     the packer
 Returned        what was pickled beside the pool may be sent       the hands
 Cancelled       a call that a worker has is not wanted             a caller
-Outgrown        it holds too much memory                           a look at it
+Outgrown        it holds too much memory, to be replaced           a look at it
+Exceeded        it holds too much memory, to be ended              a look at it
 Strangers       workers have rights that the program gave up       a look at them
 Parted          nothing more can be sent to it                     the staff
 Died            its process has ended                              the staff
@@ -51,7 +52,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safepool.errors import OutOfMemory
+    from safepool.errors import MemoryExceeded, OutOfMemory
     from safepool.pool.core.ending import Ending
     from safepool.pool.core.work import Call, Given, Run, Span
     from safepool.pool.core.worker import Member
@@ -121,10 +122,12 @@ class Then(NamedTuple):
     Attributes:
         overdue: The position of a call whose time is over; else 0.
         cancelled: A call that is not wanted.
+        exceeded: What the worker holds, if that is too much.
     """
 
     overdue: int = 0
     cancelled: Call | None = None
+    exceeded: MemoryExceeded | None = None
 
 
 class Revoked(NamedTuple):
@@ -214,6 +217,13 @@ class Outgrown(NamedTuple):
     """A worker holds more memory than it may."""
 
     worker: Member
+
+
+class Exceeded(NamedTuple):
+    """A worker holds more memory than a call may have."""
+
+    worker: Member
+    what: MemoryExceeded
 
 
 class Strangers(NamedTuple):
@@ -438,6 +448,7 @@ Event = (
     | Returned
     | Cancelled
     | Outgrown
+    | Exceeded
     | Strangers
     | Parted
     | Died

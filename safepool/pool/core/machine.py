@@ -5,6 +5,7 @@
     what a worker's answers end                `Answered`
     what is had back, and from whom            `Step`, `Seen`, `Revoked`
     whose time is over, whose call is dropped  `Seen`, `Cancelled`, then `Revoked`
+    who is ended for what it holds             `Exceeded`, then `Revoked`
     what the dead leave                        `Died`: answers, calls for others, lost calls
     who is hired, let go, given up             `HandOut`, `Step`, `Died`
 
@@ -19,7 +20,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import TaskTimeoutError
+from safepool.errors import MemoryExceeded, TaskTimeoutError
 from safepool.pool.core import events as e
 from safepool.pool.core import reclaim
 from safepool.pool.core.backlog import Backlog
@@ -96,6 +97,7 @@ class Core:
             e.Returned: self._returned,
             e.Cancelled: self._cancelled,
             e.Outgrown: self._outgrown,
+            e.Exceeded: self._exceeded,
             e.Strangers: self._strangers,
             e.Parted: self._parted,
             e.Died: self._died,
@@ -543,11 +545,20 @@ class Core:
                 # it sure that the signal meets this call.
                 self._unwanted.append((member, call))
 
-    def _condemn(self, member: Member, why: BaseException, *, stack: bool) -> None:
+        if then.exceeded is not None and member.is_in_a_call:
+            self._condemn(member, then.exceeded, stack=True)
+
+    def _condemn(
+        self, member: Member, why: BaseException | MemoryExceeded, *, stack: bool
+    ) -> None:
         if member.phase < Phase.CONDEMNED:
             member.condemned = why
             self._move(member, Phase.CONDEMNED)
             self._actions.append(e.Condemn(member, stack))
+
+    def _exceeded(self, event: e.Exceeded) -> None:
+        if event.worker.phase < Phase.CONDEMNED:
+            self._revoke(event.worker, e.Then(exceeded=event.what))
 
     def _cancelled(self, event: e.Cancelled) -> None:
         self._revoke(event.worker, e.Then(cancelled=event.call))
@@ -589,7 +600,10 @@ class Core:
         # One that was large was not kept: what it refers to may have changed since (race H).
         lost += [(work, 0, False) for work in back if not _can_wait_again(work)]
         self._queue_again([work for work in back if _can_wait_again(work)])
-        is_last = member.condemned is not None or event.forced
+        # One that the kernel takes for its memory, and one that the pool takes, are the same.
+        said = member.condemned
+        exceeded, condemned = (said, None) if isinstance(said, MemoryExceeded) else (None, said)
+        is_last = condemned is not None or event.forced
         ending = Ending(
             pid=member.pid,
             exitcode=event.exitcode,
@@ -599,7 +613,8 @@ class Core:
             reading="" if choked_on is None else choked_on.name,
             dismissed=member.dismissed,
             pool_ends=event.forced,
-            condemned=member.condemned,
+            condemned=condemned,
+            exceeded=exceeded,
             fault=fault,
             stack=event.stack,
             lost=tuple(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from safepool.pool.core.ledger import Ledger
 
 if TYPE_CHECKING:
+    from safepool.errors import MemoryExceeded
     from safepool.pool.core.work import Given
 
 __all__ = ["Member", "Phase"]
@@ -79,7 +80,7 @@ class Member:
     exclusive = False
     overdue = 0
     idle_since_ns: int | None = None
-    condemned: BaseException | None = None
+    condemned: BaseException | MemoryExceeded | None = None
 
     def __init__(self) -> None:
         self.ledger: Ledger[Given] = Ledger()
@@ -104,6 +105,11 @@ class Member:
         """The position of the call that it is to answer next; 0 if it owes none."""
         head = self.ledger.head
         return 0 if head is None else int(head.position + head.done)
+
+    @property
+    def is_in_a_call(self) -> bool:
+        """Whether what it is to answer next is what it runs, as far as it was seen."""
+        return self.next > 0 and (not self.has_board or self.claimed == self.next)
 
     @property
     def silent(self) -> bool:

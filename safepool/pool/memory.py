@@ -1,0 +1,116 @@
+"""What workers hold while they run calls, read often enough to end one that holds too much.
+
+What counts is the memory that a worker has for itself, resident less shared pages of
+``/proc/PID/statm``, beyond what it was born with. So neither files that are mapped (libraries,
+``numpy.memmap``) nor what is shared (:func:`safepool.share`, arguments that nobody has written to,
+``/dev/shm``) is counted, nor what a fork has of its parent. A read takes two microseconds; the
+kernel's exact sums (``smaps_rollup``) take 17 ms for each gigabyte, and stop the worker meanwhile.
+
+Not covered:
+    * Memory that was swapped out, and what processes hold that a task has started.
+    * Pages that a fork had from its birth, and has written to since: they count as before.
+    * What a worker holds while it runs no call. One that holds too much then is replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from safepool.errors import MemoryExceeded
+from safepool.pool.core.events import Exceeded
+from safepool.pool.core.gauge import LEAST_NS, Gauge
+from safepool.pool.core.worker import Phase
+from safepool.procfs import MemoryFile
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from safepool.pool.worker import Worker
+
+__all__ = ["MemoryWatch"]
+
+_log = ContainedLogger()
+
+# Who is to be looked at so soon is looked at together with others: each time takes a wake-up.
+_SOON_NS = 50_000_000
+
+
+class MemoryWatch:
+    """Looks at the workers of one pool.
+
+    Args:
+        limit_bytes: The most that a worker may hold.
+
+    Raises:
+        ValueError: This system does not tell what a process holds.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        try:
+            MemoryFile("self").close()
+        except OSError as error:
+            raise ValueError(
+                "memory_limit= needs /proc/PID/statm, by which the kernel tells what a worker "
+                f"holds, and here it cannot be read ({error}). Leave memory_limit= out"
+            ) from error
+
+    def meet(self, worker: Worker) -> None:
+        """Begin with a worker that was just born."""
+        try:
+            worker.memory = MemoryFile(worker.pid)
+        except OSError as error:
+            _log.warning("memory_limit= does not hold for worker %d: %s", worker.pid, error)
+            return
+        worker.gauge = Gauge(self._limit_bytes, worker.memory.private_bytes() or 0)
+
+    def has_outgrown(self, worker: Worker) -> bool:
+        """Tell whether a worker holds too much that runs no call."""
+        idle = worker.phase is Phase.READY and not worker.ledger.owed
+        exceeded = self._look_at(worker, time.monotonic_ns()) if idle else None
+        if exceeded is not None:
+            _log.info("worker %d is replaced: %s", worker.pid, exceeded)
+        return exceeded is not None
+
+    def look(self, workers: Iterable[Worker]) -> list[Exceeded]:
+        """Look at the workers that run calls and whose time it is; return who holds too much."""
+        now_ns = time.monotonic_ns()
+        busy = [*_gauges(workers)]
+        if not any(gauge.look_ns <= now_ns for _, gauge in busy):
+            return []
+        soon = [worker for worker, gauge in busy if gauge.look_ns <= now_ns + _SOON_NS]
+        found = ((worker, self._look_at(worker, now_ns)) for worker in soon)
+        return [Exceeded(worker, what) for worker, what in found if what is not None]
+
+    def next_look(self, workers: Iterable[Worker]) -> float | None:
+        """Return when to look next, by the monotonic clock; ``None`` while no call runs."""
+        # A call that has just been sent is not looked at: most have ended by then.
+        looks = [
+            max(gauge.look_ns, worker.sent_ns + LEAST_NS) for worker, gauge in _gauges(workers)
+        ]
+        return min(looks) / 1e9 if looks else None
+
+    def _look_at(self, worker: Worker, now_ns: int) -> MemoryExceeded | None:
+        gauge, file = worker.gauge, worker.memory
+        private_bytes = None if file is None else file.private_bytes()
+        if gauge is None or private_bytes is None:
+            return None
+        held_bytes = gauge.note(private_bytes, now_ns)
+        if held_bytes is None:
+            return None
+        return MemoryExceeded(
+            limit_bytes=gauge.limit_bytes,
+            held_bytes=held_bytes,
+            born_bytes=gauge.born_bytes,
+            source=f"/proc/{worker.pid}/statm",
+        )
+
+
+def _gauges(workers: Iterable[Worker]) -> Iterator[tuple[Worker, Gauge]]:
+    """Yield the workers that run calls, as far as they are known to hold anything."""
+    for worker in workers:
+        gauge = worker.gauge
+        if gauge is not None and worker.ledger.owed and worker.phase < Phase.CONDEMNED:
+            yield worker, gauge
