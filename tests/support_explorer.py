@@ -6,8 +6,8 @@ take, breadth first, each state once; `walk` takes one order at random. Both che
 what must hold, and in each last state that every call has ended.
 
     step            who
-    init, read      worker k tells that it is ready; takes the next message
-    claim, look     it claims the next call of that message; sees whether that was taken back
+    init            worker k tells that it is ready
+    claim, look     it claims the next call that it was sent; sees whether that was taken back
     begin, end      it has read the arguments of a batch; the call ends
     flush           it sends what it has answered
     die             it is killed, at whatever point; `slain`: by the pool
@@ -22,6 +22,7 @@ what must hold, and in each last state that every call has ended.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections import deque
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from safepool.pool.core.machine import Core
 
 MS = 1_000_000
+_scenarios: dict[int, Scenario] = {}
 Step = tuple[Any, ...]
 
 
@@ -119,6 +121,17 @@ class Scenario:
     tasks_per_worker: int | None = None
     break_on_death: bool = False
     budget: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _scenarios[id(self)] = self
+
+    def __reduce__(self) -> tuple[Callable[[int], Scenario], tuple[int]]:
+        """Be the same one in each state."""
+        return _scenario, (id(self),)
+
+
+def _scenario(number: int) -> Scenario:
+    return _scenarios[number]
 
 
 class Worker(Member):
@@ -415,7 +428,7 @@ class World:
 
     def step_of_its_own(self, worker: Worker) -> str | None:
         if worker.state == "idle":
-            return "claim" if worker.todo else "read" if worker.inbox else None
+            return "claim" if worker.todo or worker.inbox else None
         if worker.state == "runs" and "h" in self.letters[worker.keys[worker.at]]:
             return None
         return {"born": "init", "claims": "look", "reads": "begin", "runs": "end"}[worker.state]
@@ -442,14 +455,14 @@ class World:
         worker.state = "idle"
         worker.outbox.append(("failed", []))
 
-    def on_read(self, worker: Worker) -> None:
-        kind, worker.todo = worker.inbox.popleft()
-        worker.is_batch, worker.is_read = kind == "batch", False
-        if kind == "stop":
-            self.on_flush(worker)
-            worker.alive = False
-
     def on_claim(self, worker: Worker) -> None:
+        if not worker.todo:
+            kind, worker.todo = worker.inbox.popleft()
+            worker.is_batch, worker.is_read = kind == "batch", False
+            if kind == "stop":
+                self.on_flush(worker)
+                worker.alive = False
+                return
         worker.at = worker.b_claimed = worker.todo.pop(0)
         worker.b_since, worker.state = self.now_ns, "claims"
 
@@ -594,30 +607,66 @@ class World:
 
     # States.
 
-    def key(self) -> Any:
-        """Return what tells this state from others."""
-        core = self.core
+    def key(self) -> bytes:
+        """Return what tells this state from others, in which something else can come.
+
+        Calls of equal letters are told apart by where they are, not by name; of those that have
+        ended nothing is kept. Workers are told apart by their age, positions by what is behind
+        them.
+        """
+        core, names = self.core, dict[str, int]()
+
+        def call(key: str) -> tuple[Any, ...]:
+            if key in names:
+                return (names[key],)
+            names[key] = len(names)
+            ended, dropped = key in self.outcomes, key in self.dropped
+            return self.letters[key], self.starts.get(key, 0), ended, dropped
+
+        def work(one: Any) -> tuple[Any, ...]:
+            if isinstance(one, Given):
+                return one.attempts, *call(one.key)
+            if isinstance(one, Span):
+                return one.start, one.attempts, one.alone, one.bound, *map(call, one.items)
+            return tuple(map(call, one.waiting))
+
+        state = (
+            [(*self.key_of(one), *map(work, one.ledger)) for one in self.workers],
+            [(one.pid, *call(call_.key)) for one, call_ in vars(core)["_unwanted"]],
+            [*map(work, core.backlog)],
+            [*map(work, self.aside)],
+            sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),
+            sorted(self.budget.items()),
+            self.size, self.closing, self.forced, self.stopped, self.broken, self.paused,
+            repr(vars(core)["_patience"]),
+        )  # fmt: skip
+        return hashlib.blake2b(repr(state).encode(), digest_size=16).digest()
+
+    def key_of(self, one: Worker) -> tuple[Any, ...]:
+        """Return what tells this worker from one in which something else can come."""
+        end = one.ledger.last + 1
+        due = one.next or end
+        coming = [position for _, positions in one.inbox for position in positions]
+        here = one.at if one.state in ("claims", "reads", "runs") else 0
+        # What is further behind is equal to all that is.
+        least = end - min([due, *one.todo, *coming, *([here] if here else [])]) + 1
+
+        def ago(position: int) -> int:
+            return min(end - position, least)
+
         return (
-            tuple(
-                (
-                    one.pid, one.phase, one.ready, one.claimed, one.awaited, one.unsent,
-                    one.exclusive, one.overdue == one.next, one.tasks_done, one.alive,
-                    one.doomed, repr((one.inbox, one.outbox, one.todo)),
-                    one.is_batch, one.is_read, one.state, one.at,
-                    one.b_claimed, one.b_began, one.b_revoked, one.b_since,
-                    one.sent_ns, tuple(one.left),
-                    tuple((_name(work), work.position, work.done) for work in one.ledger),
-                )
-                for one in self.workers
-            ),
-            tuple(map(_name, core.backlog)),
-            tuple((one.pid, call.key) for one, call in vars(core)["_unwanted"]),
-            tuple(sorted(self.outcomes.items())),
-            tuple(sorted(self.starts.items())),
-            tuple(sorted(self.budget.items())),
-            tuple(call.key for call in self.aside),
-            self.size, self.closing, self.forced, self.stopped, self.broken, self.now_ns,
-            self.paused, repr(vars(core)["_patience"]),
+            int(one.phase), one.ready, one.exclusive, one.alive, one.doomed, one.by_pool,
+            type(one.condemned).__name__,
+            one.exitcode, one.tasks_done if self.scenario.tasks_per_worker else 0,
+            one.overdue == one.next, one.unsent and ago(one.unsent),
+            one.silent and end - one.awaited, ago(one.claimed),
+            ago(one.b_claimed), ago(one.b_began), ago(one.b_revoked),
+            self.now_ns - one.b_since, self.now_ns - one.sent_ns,
+            one.state, here and ago(here), bool(one.todo or here) and (one.is_batch, one.is_read),
+            [*map(ago, one.todo)], [*map(ago, one.left)],
+            [(kind, *map(ago, positions)) for kind, positions in one.inbox],
+            [(kind, *map(ago, positions)) for kind, positions in one.outbox],
+            [(one_.position - due, one_.done) for one_ in one.ledger],
         )  # fmt: skip
 
     def check_end(self) -> None:
@@ -628,14 +677,6 @@ class World:
         staying = [one for one in self.core.members if not one.leaving]
         must(len(staying) <= self.size, "nothing happens any more, and workers are too many")
         must(not self.stopped or not self.core.members, "the pool is closed, and has workers")
-
-
-def _name(work: Any) -> Any:
-    if isinstance(work, Given):
-        return work.key, work.attempts
-    if isinstance(work, Span):
-        return work.start, tuple(work.items), work.attempts, work.alone, work.bound
-    return tuple(work.waiting)
 
 
 def explore(core: type[Core], scenario: Scenario, most: int = 10**9) -> int:

@@ -31,7 +31,8 @@ from safepool import (
     TaskTimeoutError,
     WorkerDiedError,
 )
-from safepool.pool.core import patience
+from safepool.pool.core import machine, patience
+from safepool.pool.core.events import HandOut
 from safepool.pool.core.machine import Core
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.worker import Phase
@@ -40,7 +41,6 @@ from safepool.workers.board import Board
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safepool.pool.core.events import HandOut
 
 TESTS = Path(__file__).parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -231,7 +231,7 @@ def test_deaths_while_arguments_are_read_are_no_failed_starts(
         starting = any(one.phase is Phase.STARTING for one in self.members)
         hand_out(self, event._replace(full=starting))
 
-    monkeypatch.setattr(Core, "_hand_out", hand_out_when_all_are_there)
+    monkeypatch.setitem(machine._HANDLERS, HandOut, hand_out_when_all_are_there)
     with ProcessPool(3) as pool:
         results = pool.map(tasks.square, [tasks.SlowToUnpickle(os.getpid())] * 3)
         with pytest.raises(WorkerDiedError):

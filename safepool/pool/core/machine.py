@@ -80,33 +80,6 @@ class Core:
         self._among = 1
         self._actions: list[e.Action] = []
         self._now_ns = 0
-        self._handlers: dict[type[e.Event], Callable[[Any], None]] = {
-            e.Hired: self._hired,
-            e.Ready: self._ready,
-            e.InitFailed: self._init_failed,
-            e.Queued: self._queued,
-            e.Fed: self._fed,
-            e.Answered: self._answered,
-            e.Revoked: self._revoked,
-            e.Seen: self._seen,
-            e.Skipped: self._skipped,
-            e.Unreadable: self._unreadable,
-            e.Sent: self._sent,
-            e.Copied: self._copied,
-            e.NotSent: self._not_sent,
-            e.Returned: self._returned,
-            e.Cancelled: self._cancelled,
-            e.Outgrown: self._outgrown,
-            e.Exceeded: self._exceeded,
-            e.Strangers: self._strangers,
-            e.Parted: self._parted,
-            e.Died: self._died,
-            e.Step: self._step,
-            e.HandOut: self._hand_out,
-            e.CancelWaiting: self._cancel_waiting,
-            e.Break: self._break,
-            e.End: self._end,
-        }
 
     def handle(self, event: e.Event, now_ns: int) -> list[e.Action]:
         """Take note of an event, and return what is to be done.
@@ -116,7 +89,7 @@ class Core:
             now_ns: By the monotonic clock.
         """
         self._now_ns = now_ns
-        self._handlers[type(event)](event)
+        _HANDLERS[type(event)](self, event)
         actions = self._actions
         if actions:
             self._actions = []
@@ -724,3 +697,32 @@ def _again(work: Given, place: int) -> Given | None:
         return None
     again.attempts += 1
     return again
+
+
+_HANDLERS: dict[type[e.Event], Callable[[Core, Any], None]] = {
+    e.Hired: Core._hired,
+    e.Ready: Core._ready,
+    e.InitFailed: Core._init_failed,
+    e.Queued: Core._queued,
+    e.Fed: Core._fed,
+    e.Answered: Core._answered,
+    e.Revoked: Core._revoked,
+    e.Seen: Core._seen,
+    e.Skipped: Core._skipped,
+    e.Unreadable: Core._unreadable,
+    e.Sent: Core._sent,
+    e.Copied: Core._copied,
+    e.NotSent: Core._not_sent,
+    e.Returned: Core._returned,
+    e.Cancelled: Core._cancelled,
+    e.Outgrown: Core._outgrown,
+    e.Exceeded: Core._exceeded,
+    e.Strangers: Core._strangers,
+    e.Parted: Core._parted,
+    e.Died: Core._died,
+    e.Step: Core._step,
+    e.HandOut: Core._hand_out,
+    e.CancelWaiting: Core._cancel_waiting,
+    e.Break: Core._break,
+    e.End: Core._end,
+}
