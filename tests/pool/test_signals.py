@@ -267,7 +267,7 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
     script.write_text(
         textwrap.dedent(
             f"""
-            import signal, sys, safepool
+            import os, signal, sys, safepool
 
             class StopError(Exception): pass
 
@@ -276,12 +276,13 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
                 raise StopError
 
             if __name__ == "__main__":
+                parent = os.getppid()
                 pool = safepool.ProcessPool(2)
                 pool.submit(abs, 1).result()
                 signal.signal(signal.SIGTERM, stop)
                 try:
                     print("ready", flush=True)
-                    while True:
+                    while os.getppid() == parent:  # else its test was killed
                         pool.submit(abs, 1)
                 except StopError:
                     print("stopped", flush=True)
