@@ -76,6 +76,11 @@ __all__ = ["compare", "run"]
 
 _NEEDED = ("numpy", "scipy")
 _REMEDY = "pip install 'safepool[demo]'"
+_PREFIX = "safepool-demo-"
+# Python's fork server makes a socket in a folder of its own in the demo's, and no socket's path
+# has more than 107 bytes (unix(7)). With a longer one it uses /tmp, and when it is killed it
+# leaves its folder there.
+_LONGEST = 107 - len(f"/{_PREFIX}12345678/pymp-12345678/sock-123456789012")
 
 
 def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
@@ -102,7 +107,8 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
         check_plot(plot)
     with ExitStack() as stack:
         stack.enter_context(_endings_clean_up())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="safepool-demo-")))
+        made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_short_folder())
+        folder = Path(stack.enter_context(made))
         variables = _pretended(options, folder)
         group, no_group = _enter_group(stack, _quota(options))
         conditions = Conditions(
@@ -183,6 +189,12 @@ def compare(standard: Path, safepool: Path) -> Comparison:
         equal=bool(np.allclose(ours, theirs, rtol=RTOL, atol=ATOL)),
         largest_difference=float(np.abs(ours - theirs).max()),
     )
+
+
+def _short_folder() -> str | None:
+    """Return where the demo's own folder is made; ``None`` is where the user wants it."""
+    too_long = len(os.fsencode(tempfile.gettempdir())) > _LONGEST
+    return "/tmp" if too_long and os.access("/tmp", os.W_OK) else None
 
 
 def _pretended(options: Options, folder: Path) -> dict[str, str]:

@@ -57,6 +57,18 @@ KEYS: dict[str, tuple[type, ...]] = {
 }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no /tmp")
+def test_the_path_of_a_fork_server_s_socket_is_not_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    below = "/safepool-demo-12345678/pymp-12345678/sock-123456789012"
+    for length in range(40, 120):
+        monkeypatch.setattr(tempfile, "tempdir", "/".ljust(length, "x"))
+        folder = demo._short_folder()
+        assert folder in (None, "/tmp")
+        assert (folder is None) == (length + len(below) <= 107)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "safepool", "demo", *arguments]
 
