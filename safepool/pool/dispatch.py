@@ -35,7 +35,7 @@ from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
 from safepool.pool.mains import is_data, runs_no_code
 from safepool.pool.names import Names
-from safepool.pool.packing import Packer, Packing
+from safepool.pool.packing import Packing
 from safepool.pool.settings import Settings, Telling
 from safepool.pool.tasks import Pickled, begin, fail
 from safepool.transport import payloads, references, trusted
@@ -143,7 +143,9 @@ class Dispatch:
         # Which worker was the first to have a generator of the script.
         self._generators: dict[str, int] = {}
         self._settled = settled
-        self._packer = Packer(wake)
+        self._copiers = Hands("safepool-packer", wake, 1)
+        self._copied: list[Packing] = []
+        self._closed = False
         # What is being pickled, or waits for it, and is in no queue.
         self.aside: dict[Task | Span, None] = {}
         self._back: list[Task | Span] = []
@@ -154,9 +156,10 @@ class Dispatch:
 
     def close(self) -> None:
         """Give up what is being pickled or copied."""
+        self._closed = True
         self.aside.clear()
         self.hands.close()
-        self._packer.close()
+        self._copiers.close(busy_too=True)
 
     def take_aside(self) -> list[Task | Span]:
         """Return what is aside, and forget it."""
@@ -195,7 +198,9 @@ class Dispatch:
     def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Copied | NotSent]:
         """Send what has been copied into files; return what the core is to know of it."""
         events: list[Copied | NotSent] = []
-        for packing in self._packer.done():
+        self._copiers.come_back()
+        copied, self._copied = self._copied, []
+        for packing in copied:
             worker, work = packing.worker, packing.work
             if not packing.wanted:  # it was taken back, or its worker has ended
                 events.append(Copied(worker))
@@ -219,7 +224,13 @@ class Dispatch:
         exclusive = not isinstance(work, Span)
         if worker.channel.takes_file(packing.segments):
             if _size(packing.segments) > _AT_ONCE_BYTES:
-                self._packer.put(packing)
+                self._copiers.do(
+                    lambda: packing.store(lambda: self._closed),
+                    lambda: self._copied.append(packing),
+                    0.0,
+                )
+                if self._copied:  # no thread could be started
+                    self._wake()
                 return before, Sent(worker, [work], back, exclusive, packing.position, full)
             packing.store()
         pieces, again = self._finish(packing)
@@ -343,18 +354,15 @@ class Dispatch:
                 del self.aside[work]
                 if error:
                     self._fail(work, error[0])
-                else:
+                elif late:
                     self._back.append(work)
 
+        late = False
         self.aside[work] = None
-        if not self.hands.do(pickle_it, finish, _PATIENCE_S):
-            if not isinstance(work, Span):
-                work.future.wait_again()
-            return False
-        del self.aside[work]
-        if error:
-            self._fail(work, error[0])
-        return not error
+        late = not self.hands.do(pickle_it, finish, _PATIENCE_S)
+        if late and not isinstance(work, Span):
+            work.future.wait_again()
+        return not (late or error)
 
     def pickle_now(self, task: Task) -> None:
         """Pickle a task in the thread that submits it, if this thread imports a module.
@@ -590,8 +598,7 @@ class Dispatch:
             self._packing = False
 
         self._packing = True
-        if self.hands.do(hiring.pack, finish, _PATIENCE_S):
-            self._packing = False
+        self.hands.do(hiring.pack, finish, _PATIENCE_S)
         return not self._packing
 
     def need_first(self, names: frozenset[str]) -> None:

@@ -9,7 +9,7 @@ what comes first is served first. A later one comes back by a wake-up.
 
     scheduler's thread                  a thread of the hands
     do(run, finish)  ---------------->  run()
-      in time: True  <----------------
+      in time: finish(), and True  <--
       late: False, and goes on
     come_back(): finish()  <----------  and wakes the scheduler
 
@@ -285,11 +285,11 @@ class Hands:
 
         Args:
             run: What a thread does. It raises nothing.
-            finish: Called by :meth:`come_back` if it took longer.
+            finish: Called when it has ended: before this returns, or by :meth:`come_back`.
             patience_s: How long to wait.
 
         Returns:
-            Whether it has ended: then ``finish`` is not called.
+            Whether it has ended.
         """
         job = _Job(run, finish)
         self._waiting.append(job)
@@ -300,8 +300,10 @@ class Hands:
         elif behind and self._active[:-1]:
             patience_s = min(patience_s, _BRIEF_S)
         in_time = job.await_end(patience_s)
-        if in_time and job in self._active:
-            self._active.remove(job)  # with it goes what the job was about
+        if in_time:
+            if job in self._active:
+                self._active.remove(job)  # with it goes what the job was about
+            finish()
         return in_time
 
     def pump(self) -> None:
@@ -346,20 +348,23 @@ class Hands:
         if more:
             self.pump()
 
-    def close(self) -> None:
-        """Begin nothing more. What still runs is finished by its own thread."""
+    def close(self, *, busy_too: bool = False) -> None:
+        """Begin nothing more. What still runs is finished by its own thread.
+
+        Args:
+            busy_too: Wait for that: it ends soon.
+        """
         self._waiting.clear()
         self._closed = True
         self.come_back(more=False)
         for _ in self._threads:
             self._given.put(None)
-        busy = sum(not job.ended for job in self._active)
         deadline = time.monotonic() + _ENDING_S
         for thread in self._threads:
             # With as many as are busy it waits for nobody: they end by themselves.
             while thread.is_alive() and time.monotonic() < deadline:
                 busy = sum(not job.ended for job in self._active)
-                if busy and sum(one.is_alive() for one in self._threads) <= busy:
+                if busy and not busy_too and sum(one.is_alive() for one in self._threads) <= busy:
                     return
                 thread.join(_BRIEF_S)
 

@@ -51,6 +51,7 @@ class Hiring:
 
     Attributes:
         names: What workers have of ``__main__`` under its own name.
+        inheritance: What a new worker is sent first.
         need: Told the names of the script that the initializer asks for, when it is pickled.
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
@@ -76,7 +77,7 @@ class Hiring:
         self._initialize = (initializer, initargs)
         self._placement = placement
         self._may_fork = may_fork
-        self._inheritance = Inheritance([], [])
+        self.inheritance: Inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
         self._not_packed: PoolBrokenError | None = None
         self.need: Callable[[frozenset[str]], object] = frozenset
@@ -154,7 +155,7 @@ class Hiring:
             del error  # which holds this frame
         packed, self._packed = self._packed, None
         if packed is not None:
-            self._inheritance = packed
+            self.inheritance = packed
 
     def start(self) -> Worker:
         """Start one.
@@ -180,16 +181,11 @@ class Hiring:
             self._told,
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             by_name=bool(self.names),
-            descriptors=tuple(self._inheritance.descriptors),
-            initializer=self._inheritance.itself,
+            descriptors=tuple(self.inheritance.descriptors),
+            initializer=self.inheritance.itself,
             foreign=tuple(_descriptors_of_all_pools()),
         )
         return Worker(self._method, told, board=Board.create(), given_up=self.given_up)
-
-    @property
-    def inheritance(self) -> Inheritance:
-        """What a new worker is sent first."""
-        return self._inheritance
 
     def refused(self, error: BaseException, *, alone: bool) -> PoolBrokenError | None:
         """Decide what a start that failed means.
@@ -218,7 +214,7 @@ class Hiring:
     def close(self) -> None:
         """Start no more, keep nothing of the caller's."""
         # A lock of multiprocessing among them is to be freed with the program's last one.
-        self._initialize, self._inheritance = (None, ()), Inheritance([], [])
+        self._initialize, self.inheritance = (None, ()), Inheritance([], [])
         self._packed = None
         self.started.open()
         self.hired.open()

@@ -1,18 +1,11 @@
-"""Large payloads on their way into files: copied in a thread of its own.
+"""Large payloads on their way into files.
 
 To copy 100 MB takes tens of milliseconds, in which the scheduler's thread would do nothing for the
-other workers. It goes on instead, and sends the message when the copy is there.
-
-    scheduler's thread                          packer's thread
-    put()    payload, for a worker  -------->   copy into files
-    done()   <--------------------------------  and wake the scheduler
+other workers. So hands copy it, and the scheduler sends the message when the copy is there.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +17,7 @@ if TYPE_CHECKING:
     from safepool.pool.worker import Worker
     from safepool.transport.frames import Segment
 
-__all__ = ["Packer", "Packing"]
+__all__ = ["Packing"]
 
 
 @dataclass(slots=True, eq=False)
@@ -60,58 +53,3 @@ class Packing:
         """Whether the worker still owes it."""
         owed = any(work is self.work for work in self.worker.ledger)
         return owed and self.work.position == self.position and not self.worker.leaving
-
-
-class Packer:
-    """Copies payloads, one after the other. The thread is started with the first.
-
-    Args:
-        wake: Called when one is done. From the packer's thread; must not block.
-    """
-
-    def __init__(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
-        self._waiting: queue.SimpleQueue[Packing | None] = queue.SimpleQueue()
-        self._done: deque[Packing] = deque()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    def put(self, packing: Packing) -> None:
-        """Copy this one soon; at once where no thread can be started."""
-        if self._thread is None:
-            thread = threading.Thread(target=self._run, name="safepool-packer", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the interpreter shuts down, or there are too many
-                self._pack(packing)
-                return
-            self._thread = thread
-        self._waiting.put(packing)
-
-    def done(self) -> list[Packing]:
-        """Return what is done, or could not be."""
-        found = []
-        while self._done:
-            found.append(self._done.popleft())
-        return found
-
-    def close(self) -> None:
-        """Give up what is not done, and end the thread."""
-        self._closed = True
-        if self._thread is not None:
-            self._waiting.put(None)
-            self._thread.join()
-            self._thread = None
-        self._done.clear()
-
-    def _run(self) -> None:
-        while (packing := self._waiting.get()) is not None:
-            if self._closed:
-                return
-            self._pack(packing)
-            del packing  # what it refers to is not to live on here
-
-    def _pack(self, packing: Packing) -> None:
-        packing.store(lambda: self._closed)
-        self._done.append(packing)
-        self._wake()

@@ -121,7 +121,7 @@ from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.records import Records
 from safepool.pool.refused_calls import refused_call
 from safepool.pool.settling import Settling, answer_of, answers_of, left_by, values_of
-from safepool.pool.staff import Ended, Staff
+from safepool.pool.staff import Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
 from safepool.transport.files import make_room
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
@@ -618,7 +618,9 @@ class Scheduler:
                     return
             # Here no signal's handler runs: one that raised would lose what is being made.
             self._staff = staff = Staff(
-                self._hiring.start, lambda staff, worker: self._tell(staff, Parted(worker))
+                self._hiring.start,
+                lambda staff, worker: self._tell(staff, Parted(worker)),
+                self._ended,
             )
             self._thread = threading.current_thread()
             self._begun = True
@@ -784,9 +786,6 @@ class Scheduler:
         if self._inbox or self._ended_runs or self._unwanted:
             timeout_s = 0.0
         for worker, news in staff.listen(timeout_s, self._awake):
-            if isinstance(news, Ended):
-                self._ended(staff, worker, news.exitcode)
-                continue
             if news.kind is Kind.LOG:
                 worker.logged = True
                 self._records.handle(news.segments)

@@ -216,7 +216,6 @@ class Telling:
                 self._asked_at = time.monotonic()
                 run = functools.partial(self._ask, asked)
                 if self._hands.do(run, self._come_back, _PATIENCE_S):
-                    self._come_back()
                     self._look()
             if self._asked_at is None:
                 self._known = state

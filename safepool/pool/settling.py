@@ -162,8 +162,8 @@ class Settling:
             self._unread.append(answer)
             if not self.hands.do(answer.read, finish, _PATIENCE_S):
                 return Exception() if answer.kind == Kind.EXCEPTION else None
-            self._unread.remove(answer)
-        self._end(answer)
+        else:
+            self._end(answer)
         return answer.value if answer.failed else None
 
     def _refuse(self, size_bytes: int) -> MemoryLimitError | None:

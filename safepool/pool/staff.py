@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safepool.errors import MemoryExceeded, naming
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Frame
     from safepool.workers.tree import Descendant
 
-__all__ = ["Ended", "Staff"]
+__all__ = ["Staff"]
 
 _log = ContainedLogger()
 
@@ -64,33 +63,29 @@ else:
     _KILL = signal.SIGKILL
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A worker's process has ended, and everything that it sent was handed over before.
-
-    Attributes:
-        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
-    """
-
-    exitcode: int | None
-
-
 class Staff:
     """The workers of one pool.
 
     Args:
         start: Starts a worker process.
         parted: Told of a worker to which nothing more can be sent.
+        ended: Told of a worker whose process has ended, after all that it sent was handed over,
+            and of its exit code as ``multiprocessing.Process.exitcode``; ``None`` if the system
+            kept none.
 
     Raises:
         OSError: No descriptor is left.
     """
 
     def __init__(
-        self, start: Callable[[], Worker], parted: Callable[[Staff, Worker], None]
+        self,
+        start: Callable[[], Worker],
+        parted: Callable[[Staff, Worker], None],
+        ended: Callable[[Staff, Worker, int | None], None],
     ) -> None:
         self._start = start
         self._parted = parted
+        self._ended = ended
         self._all: tuple[Worker, ...] = ()
         self._lost: tuple[Worker, ...] = ()
         # What condemned workers had started, and has come to this program when they ended.
@@ -172,8 +167,8 @@ class Staff:
 
     def listen(
         self, timeout_s: float | None, awake: Callable[[], None]
-    ) -> Iterator[tuple[Worker, Frame | Ended]]:
-        """Wait for workers or a wake-up; yield the frames that arrived and who has ended.
+    ) -> Iterator[tuple[Worker, Frame]]:
+        """Wait for workers or a wake-up; yield the frames that arrived.
 
         Args:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
@@ -182,7 +177,7 @@ class Staff:
         for worker in self._all:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
             if worker.sentinel is None and worker.channel.fileno() < 0:
-                yield from self._bury(worker)
+                self._bury(worker)
         deadlines = [worker.deadline for worker in self._all if worker.deadline is not None]
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
@@ -204,7 +199,7 @@ class Staff:
                 yield from self._see_off(found)
             else:
                 yield from self._read(found)
-        yield from self._end_the_late()
+        self._end_the_late()
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end when it has done what it was sent."""
@@ -305,7 +300,7 @@ class Staff:
             if worker.channel.unsent:
                 self.send(worker, [])
 
-    def _see_off(self, worker: Worker) -> Iterator[tuple[Worker, Frame | Ended]]:
+    def _see_off(self, worker: Worker) -> Iterator[tuple[Worker, Frame]]:
         if worker.channel.fileno() >= 0:
             try:
                 for frame in worker.channel.receive(everything=True):  # races B and C
@@ -314,12 +309,12 @@ class Staff:
                         break
             except (ChannelClosedError, CorruptFrameError, MemoryError):
                 pass
-        yield from self._bury(worker)
+        self._bury(worker)
 
-    def _bury(self, worker: Worker) -> Iterator[tuple[Worker, Ended]]:
+    def _bury(self, worker: Worker) -> None:
         exitcode = self._forget(worker)
         try:
-            yield worker, Ended(exitcode)
+            self._ended(self, worker, exitcode)
         finally:
             worker.close()  # only now: its board was to be read
             if worker.tree is not None:
@@ -352,12 +347,12 @@ class Staff:
             worker.events = events
             self._selector.modify(worker.channel, events, worker)
 
-    def _end_the_late(self) -> Iterator[tuple[Worker, Ended]]:
+    def _end_the_late(self) -> None:
         for worker in self._all:
             if worker.deadline is None or worker.deadline > time.monotonic():
                 continue
             if worker.killed:
-                yield from self._lose(worker)
+                self._lose(worker)
             elif worker.condemned is not None:
                 worker.tree = worker.tree or TreeEnd(worker)
                 if worker.tree.advance():
@@ -380,7 +375,7 @@ class Staff:
         worker.killed = True
         worker.deadline = time.monotonic() + _DYING_S
 
-    def _lose(self, worker: Worker) -> Iterator[tuple[Worker, Ended]]:
+    def _lose(self, worker: Worker) -> None:
         """Go on without a worker that nothing ends; it costs its place until it has ended."""
         worker.unkillable, worker.deadline = True, None
         _log.error(
@@ -392,7 +387,7 @@ class Staff:
         self._disconnect(worker)  # if it runs on, it ends when it wants to answer
         self._all = tuple(one for one in self._all if one is not worker)
         self._lost = (*self._lost, worker)
-        yield worker, Ended(None)
+        self._ended(self, worker, None)
         worker.drop_board()
 
     def _part_with(self, worker: Worker) -> None:
