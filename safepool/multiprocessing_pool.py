@@ -302,8 +302,7 @@ class Pool(multiprocessing.pool.Pool):
             ...     pool.map_async(abs, [-1, -2]).get()
             [1, 2]
         """
-        self._require_running()
-        return self._gather(func, [*iterable], chunksize, callback, error_callback, starred=False)
+        return self._gather(func, iterable, chunksize, callback, error_callback)
 
     def starmap(
         self,
@@ -335,8 +334,7 @@ class Pool(multiprocessing.pool.Pool):
             ...     pool.starmap_async(max, [(2, 5), (3, 2)]).get()
             [5, 3]
         """
-        self._require_running()
-        items = [tuple(item) for item in iterable]
+        items = map(tuple, iterable)
         return self._gather(func, items, chunksize, callback, error_callback, starred=True)
 
     def imap(
@@ -463,13 +461,15 @@ class Pool(multiprocessing.pool.Pool):
     def _gather(
         self,
         func: Callable[..., Any],
-        items: list[Any],
+        iterable: Iterable[Any],
         chunksize: int | None,
         callback: Callable[[Any], object] | None,
         error_callback: Callable[[BaseException], object] | None,
         *,
-        starred: bool,
+        starred: bool = False,
     ) -> MapResult[Any]:
+        self._require_running()
+        items = [*iterable]
         chunk = -(-len(items) // (_CHUNKS * self._engine.size)) if chunksize is None else chunksize
         if chunk < 1 and items:
             raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
@@ -751,7 +751,9 @@ class IMapIterator(ResultIterator, _StandardIterator[_T]):  # type: ignore[misc]
             ...     pool.imap(abs, [-1]).next(timeout=60)
             1
         """
-        if timeout is not None and not (self._here or self._results.wait(timeout)):
+        results = self.results
+        there = self._here or timeout is None or results is None or results.wait(timeout)
+        if not there:
             raise multiprocessing.TimeoutError
         result: _T = next(self)
         return result

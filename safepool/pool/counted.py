@@ -74,6 +74,7 @@ class CountedRun(MapRun):
         # The drawing thread must not keep what the caller has dropped.
         self._shown = weakref.ref(results)
         self._bar = weakref.ref(bar)
+        assert results.results is not None
         results.results.at_end = bar.close
         return results
 

@@ -46,7 +46,7 @@ from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
 from safepool.transport.marks import MAIN_NAMES
 from safepool.transport.names import Met, names_of
-from safepool.transport.trusted import UntrustedError, imports_here
+from safepool.transport.trusted import PLAIN, UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, call_frame, task_frame, tasks_frame
 from safepool.workers.settings import settings_frame
 
@@ -80,9 +80,8 @@ _AT_ONCE_BYTES = 4 << 20
 _FEW = 16
 
 # They hold nothing that a call could change.
-_PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _UNCHANGED: tuple[type, ...] = (
-    *_PLAIN,
+    *PLAIN,
     type,
     types.FunctionType,
     types.BuiltinFunctionType,
@@ -404,7 +403,7 @@ class Dispatch:
             require_to_pickle(args)
             if kwargs:
                 require_to_pickle(kwargs.values())
-            elif _PLAIN.issuperset(map(type, args)):
+            elif PLAIN.issuperset(map(type, args)):
                 return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs)
             return _dumps_here((args, kwargs))._replace(function=sent, needs=needs)
         except (UntrustedError, MemoryError):  # the hands say why
@@ -721,7 +720,7 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
 
 def _are_plain(items: list[Any], starred: bool) -> bool:
     parts = itertools.chain.from_iterable(items) if starred else items
-    return _PLAIN.issuperset(map(type, parts))
+    return PLAIN.issuperset(map(type, parts))
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:

@@ -22,11 +22,7 @@ class GatheredRun(MapRun):
     """As its base, and ends a future.
 
     Args:
-        function: What is called.
-        name: What an error calls it.
-        policy: Holds for each call.
-        at_once: Calls that travel together; ``None`` is as many as their time allows.
-        starred: An item is the tuple of a call's arguments; else it is the only one.
+        function, name, policy, at_once, starred: As of the base.
         count: How many calls there will be, at least 1.
         owner: Of the future.
 

@@ -25,6 +25,7 @@ from safepool.transport.lazy import LAZY_TYPES, loaded
 from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
 from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
+from safepool.transport.trusted import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,9 +45,7 @@ __all__ = [
     "uses_of",
 ]
 
-_PLAIN = (
-    frozenset({int, float, complex, bool, str, bytes, type(None), type(...), range}) | LAZY_TYPES
-)
+_PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
 LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Of annotations; pickled as names.
 _BUILT_IN = _PLAIN | {tuple, list, dict, set, frozenset, bytearray, object, type}

@@ -722,12 +722,14 @@ class ResultIterator:
         results: Where they come from.
         keep: Held until the end.
 
+    Attributes:
+        results: As above; ``None`` when it was closed.
     """
 
-    __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "_results")
+    __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "results")
 
     def __init__(self, results: Results, keep: object) -> None:
-        self._results = results
+        self.results: Results | None = results
         self._keep = keep
         self._here: list[Any] = []
         self._failed = False
@@ -747,14 +749,17 @@ class ResultIterator:
             self.close()
             raise
         found: list[Any] | _Raised | None = None
+        results = self.results
         try:
             if self._failed:
                 self._failed = False
                 _failed.discard(self)
+            if results is None:
+                raise StopIteration  # noqa: TRY301
             if self._guard is None:
-                self._guard = _closing(self._results)
+                self._guard = _closing(results)
                 next(self._guard)
-            found = self._results.advance()
+            found = results.advance()
             if isinstance(found, _Raised):
                 self._failed = True
                 _failed.add(self)
@@ -769,7 +774,7 @@ class ResultIterator:
             raise
         finally:
             # An error that is kept would keep the frame, and this the calls.
-            del self, found
+            del self, found, results
 
     def close(self) -> None:
         """Take no more results; cancel what has not begun, if one was asked for."""
@@ -778,40 +783,10 @@ class ResultIterator:
         if self._guard is not None:
             self._guard.close()
             # With them goes the run's weak reference to this: nothing is called at its end.
-            self._guard, self._results = None, _OVER
-
-    @property
-    def results(self) -> Results:
-        """Where they come from."""
-        return self._results
+            self._guard = self.results = None
 
 
 MapRun.iterator = ResultIterator
-
-
-class _Over(Results):
-    """The results of a map that has ended, in the place of its own."""
-
-    def __init__(self) -> None:
-        pass
-
-    def is_of(self, feed: object) -> bool:  # noqa: ARG002
-        """Tell that no pool runs it."""
-        return False
-
-    def advance(self) -> list[Any] | _Raised:
-        """Return the end."""
-        return []
-
-    def wait(self, timeout_s: float) -> bool:  # noqa: ARG002
-        """Tell that it is there."""
-        return True
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-_OVER = _Over()
 
 
 def _closing(results: Results) -> Generator[None]:
@@ -842,5 +817,6 @@ def end_failed(feed: Feed) -> None:
         except RuntimeError:  # another map has just failed
             continue
     for iterator in found:
-        if iterator.results.is_of(feed):
+        results = iterator.results
+        if results is not None and results.is_of(feed):
             iterator.close()

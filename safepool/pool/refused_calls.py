@@ -19,13 +19,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from safepool.errors import REFUSALS, RefusedCallError
 from safepool.procfs import fields
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["refused_call"]
 
@@ -100,19 +97,6 @@ def _refused(ctypes: Any, syscall: Any, column: int) -> list[tuple[str, int]]:
     return found
 
 
-def _first_of(refused: Sequence[tuple[str, int]]) -> RefusedCallError | None:
-    if not refused:
-        return None
-    number = refused[0][1]
-    names = ", ".join(f"{name}()" for name, _ in refused)
-    return RefusedCallError(number, os.strerror(number), names)
-
-
-def _has_filter() -> bool:
-    found = fields()
-    return found.get("Seccomp") == "2" or not found  # hidden, or refused
-
-
 if sys.platform == "linux":
 
     def refused_call() -> RefusedCallError | None:
@@ -121,13 +105,16 @@ if sys.platform == "linux":
         Without a filter nothing is tried.
         """
         try:
-            column = _COLUMNS.get(os.uname().machine)
-            if column is None or not _has_filter():
+            column, found = _COLUMNS.get(os.uname().machine), fields()
+            # No fields: they are hidden, or refused as well.
+            if column is None or (found and found.get("Seccomp") != "2"):
                 return None
             import ctypes  # noqa: PLC0415 -- seldom
 
-            libc = ctypes.CDLL(None, use_errno=True)
-            return _first_of(_refused(ctypes, libc.syscall, column))
+            refused = _refused(ctypes, ctypes.CDLL(None, use_errno=True).syscall, column)
+            names = ", ".join(f"{name}()" for name, _ in refused)
+            number = refused[0][1] if refused else 0
+            return RefusedCallError(number, os.strerror(number), names) if refused else None
         except (ImportError, OSError):  # the filter keeps even that
             return None
 

@@ -1146,10 +1146,8 @@ def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> No
 def _cancel(entry: Task | Span | MapRun) -> None:
     if isinstance(entry, Task):
         cancel(entry.future)
-    elif isinstance(entry, Span):
-        entry.run.give_up(entry, CancelledError)
     else:
-        entry.stop(CancelledError)
+        _fail(entry, CancelledError)
 
 
 _DO: dict[type[Action], Callable[[Scheduler, Staff, Any], Event | None]] = {

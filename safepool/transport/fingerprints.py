@@ -27,6 +27,7 @@ from safepool.errors import let_handlers_pass
 from safepool.transport import weak
 from safepool.transport.marks import is_of_main, mark_of
 from safepool.transport.sharing import Shared
+from safepool.transport.trusted import PLAIN
 
 if TYPE_CHECKING:
     from typing import Final
@@ -162,13 +163,10 @@ class _OrderedPickler(_Pickler):
             return None
 
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
-
-
 def _key(item: Any) -> str:
     """Return what tells an item of a set from others, in any process."""
     kind = type(item)
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return repr(item)
     if kind is tuple:
         return f"({','.join(map(_key, item))})"

@@ -36,13 +36,14 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
+__all__ = ["PLAIN", "UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own: as in
 # `payloads`.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
+PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Their objects hold nothing that could change, and no code of the program."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
 # What the picklers may call of a class, beside what `object` and C code bring.
@@ -197,7 +198,7 @@ def is_settled(module: types.ModuleType) -> bool:
 
 def _is_trusted(obj: Any) -> bool:
     kind = type(obj)
-    if kind in _PLAIN or kind is Shared or kind is functools.partial:
+    if kind in PLAIN or kind is Shared or kind is functools.partial:
         return True
     if kind in _CODE or kind is type:
         return is_found(obj)
