@@ -22,7 +22,7 @@ import support_cpython_suite
 import safepool
 
 # Seconds after which a run that has not ended shows where each of its threads is.
-HANGS_S = 160.0
+HANGS_S = 300.0
 
 # By the name of their class, the tests that are about a pool; None is all of them.
 CLASSES: dict[str, set[str] | None] = {

@@ -230,9 +230,10 @@ class Forks:
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("code", [None, 3])
-def test_a_fork_that_a_callback_makes_ends_with_it(code: int | None) -> None:
+def test_a_fork_that_a_callback_makes_ends_with_it(code: int | None, tmp_path: Path) -> None:
     """Also one that pickling makes: as where the program's own thread forks."""
     codes: list[int] = []
+    gate = tmp_path / "gate"
 
     def fork(_future: object) -> None:
         child = os.fork()
@@ -242,8 +243,10 @@ def test_a_fork_that_a_callback_makes_ends_with_it(code: int | None) -> None:
             sys.exit(code)
 
     with ProcessPool(1) as pool:
-        first = pool.submit(tasks.square, 2)
+        # Not done before it has its callback, which this thread would call then.
+        first = pool.submit(tasks.wait_for, str(gate), 4)
         first.add_done_callback(fork)
+        gate.touch()
         assert pool.submit(abs, Forks()).result(timeout=30) == 7
         assert first.result(timeout=30) == 4
     assert codes == [code or 0]
@@ -296,13 +299,16 @@ def test_a_thread_that_an_error_after_its_start_hides_runs(
 
 
 @pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, RuntimeError])
-def test_a_callback_that_raises_costs_nobody(raised: type[BaseException]) -> None:
+def test_a_callback_that_raises_costs_nobody(raised: type[BaseException], tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
     def fail(_future: object) -> None:
         raise raised
 
     with ProcessPool(1) as pool:
-        first = pool.submit(tasks.square, 2)
+        first = pool.submit(tasks.wait_for, str(gate), 4)
         first.add_done_callback(fail)
+        gate.touch()
         assert first.result(timeout=30) == 4
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 

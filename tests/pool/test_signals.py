@@ -308,11 +308,12 @@ def test_a_program_that_ends_its_pool_in_a_handler_of_sigterm(tmp_path: Path, en
             assert (told, process.returncode) == ("stopped\n", 0)
 
 
-def test_a_finalizer_may_not_wait_for_the_thread_that_runs_it() -> None:
+def test_a_finalizer_may_not_wait_for_the_thread_that_runs_it(tmp_path: Path) -> None:
     """The collector may run it in the scheduler's thread: an error there, and no hang."""
     raised: list[BaseException] = []
+    gate = tmp_path / "gate"
     with ProcessPool(1) as pool:
-        first, second = pool.submit(time.sleep, 0.2), pool.submit(abs, -2)
+        first, second = pool.submit(tasks.wait_for, str(gate)), pool.submit(abs, -2)
 
         def wait(_: object) -> None:
             try:
@@ -323,6 +324,7 @@ def test_a_finalizer_may_not_wait_for_the_thread_that_runs_it() -> None:
         # By the scheduler's own thread, as a finalizer would be.
         wait.__module__ = "asyncio.futures"
         first.add_done_callback(wait)
+        gate.touch()
         assert second.result(timeout=30) == 2
     assert "would wait for itself" in str(raised[0])
 

@@ -636,8 +636,11 @@ def test_a_pool_that_is_killed_leaves_no_result_behind(door: threading.Event) ->
     wait_until(lambda: not any("safepool" in one.name for one in threading.enumerate()))
 
 
-def test_a_callback_that_waits_delays_no_call_and_keeps_the_order(gate: Gate) -> None:
+def test_a_callback_that_waits_delays_no_call_and_keeps_the_order(
+    gate: Gate, tmp_path: Path
+) -> None:
     called: list[int] = []
+    go_on = tmp_path / "go on"
     with ProcessPool(1) as pool:
 
         def wait(_: object) -> None:
@@ -645,12 +648,13 @@ def test_a_callback_that_waits_delays_no_call_and_keeps_the_order(gate: Gate) ->
             called.append(pool.submit(abs, -5).result(timeout=30))
             gate.event.wait(30)
 
-        first = pool.submit(time.sleep, 0.1)
+        first = pool.submit(tasks.wait_for, str(go_on))
         first.add_done_callback(wait)
         for number in range(3):
             pool.submit(abs, -number).add_done_callback(
                 lambda future: called.append(future.result())
             )
+        go_on.touch()
         assert gate.reached.wait(30)
         assert pool.submit(abs, -1).result(timeout=30) == 1
         gate.open()
