@@ -459,6 +459,8 @@ class Scheduler:
         if not self._over:
             self._inbox.append(future)
             self.wake()
+        if self._over:  # by now, perhaps
+            future.tell()
         return True
 
     def shut_down(self, *, wait: bool, cancel: bool = False, end: Force = "") -> None:
@@ -754,6 +756,7 @@ class Scheduler:
                 if run.fed and not run.unsettled:
                     self._ended_runs.append(run)
             else:
+                brought.tell()
                 self._unwanted.append(brought)
         if tasks:
             self._tell(staff, Queued(tasks))

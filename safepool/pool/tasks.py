@@ -216,13 +216,15 @@ class PoolFuture(Future[Any]):
             del self.__dict__["_claim"]
 
     def cancel_running(self) -> bool:
-        """Become cancelled though a worker may run it; ``False`` if it has ended otherwise."""
-        if (
-            not self.cancel()
-            and self.__dict__.setdefault("_verdict", _CANCELLED) is not _CANCELLED
-        ):
-            return False
-        self.tell()
+        """Become cancelled though a worker may run it; ``False`` if it has ended otherwise.
+
+        Those who wait for several futures are to be told (`tell`) by the scheduler's thread: an
+        interrupt of the caller's could leave the condition locked, and nobody told.
+        """
+        if not self.cancel():
+            if self.__dict__.setdefault("_verdict", _CANCELLED) is not _CANCELLED:
+                return False
+            self._announce()
         return True
 
     def tell(self) -> None:
