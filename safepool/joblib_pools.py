@@ -111,7 +111,7 @@ class Settings:
 
     def make(self, workers: int) -> ProcessPool:
         """Make a pool."""
-        return ProcessPool(
+        return _Pool(
             workers,
             initializer=self.initializer,
             initargs=self.initargs,
@@ -120,6 +120,11 @@ class Settings:
             end_subprocesses=self.end_subprocesses,
             memory_limit=self.memory_limit,
         )
+
+
+class _Pool(ProcessPool):
+    # Workers of joblib's own backend are no forks.
+    _inherits = False
 
 
 def _digest(value: object) -> bytes:

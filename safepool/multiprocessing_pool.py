@@ -45,12 +45,15 @@ if TYPE_CHECKING:
     from safepool.pool.watch import WorkerInfo
 
     # What the standard library's types do not have, or only there as generic ones.
+    _StandardPool = multiprocessing.pool.Pool
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
     _StandardIterator = multiprocessing.pool.IMapIterator
     _standard: Any = multiprocessing.pool
 else:
     _standard = multiprocessing.pool
+    # Under "safepool run --patch" who asks the module gets ours.
+    _StandardPool = vars(multiprocessing.pool)["Pool"]
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
 
@@ -94,7 +97,7 @@ class Options(TypedDict, total=False):
 _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
 
 
-class Pool(multiprocessing.pool.Pool):
+class Pool(_StandardPool):
     """A pool that fits the machine, in the place of ``multiprocessing.Pool``.
 
     All of its methods, errors and results are there. What is different is the engine's:

@@ -28,7 +28,7 @@ def _a_file_is_a_program_of_its_own(request: pytest.FixtureRequest) -> Iterator[
         getattr(value, "__name__" if inspect.ismodule(value) else "__module__", "")
         for value in list(vars(program).values())
     }
-    is_own = preload._is_own
+    is_own = preload.is_own
 
     def is_own_here(module: object) -> bool:
         file = getattr(module, "__file__", None) or ""
@@ -37,6 +37,6 @@ def _a_file_is_a_program_of_its_own(request: pytest.FixtureRequest) -> Iterator[
         return is_own(module)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preload, "_is_own", is_own_here)
+        patch.setattr(preload, "is_own", is_own_here)
         patch.setattr(preload, "_learned", {})
         yield

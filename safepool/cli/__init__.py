@@ -480,8 +480,8 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--patch",
         action="store_true",
-        help="put safepool.ProcessPool in the place of ProcessPoolExecutor and of joblib's "
-        "default backend",
+        help="put safepool's pools in the place of ProcessPoolExecutor, of multiprocessing.Pool "
+        "and of joblib's default backend",
     )
 
 

@@ -142,7 +142,9 @@ class Plan:
             lines.append(f"  unset {name}" if value is None else f"  {name}={shlex.quote(value)}")
         lines += [f"  kept  {name}={shlex.quote(value)}" for name, value in self.kept.items()]
         if self.patched:
-            lines.append("  ProcessPoolExecutor and joblib's default are safepool's")
+            lines.append(
+                "  ProcessPoolExecutor, multiprocessing.Pool and joblib's default are safepool's"
+            )
         return "\n".join(map(as_ascii, lines))
 
 

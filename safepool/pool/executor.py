@@ -17,6 +17,7 @@ from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
+from safepool.pool.inherited import shared_with_forks
 from safepool.pool.listener import Listener
 from safepool.pool.mapping import MapRun, end_failed
 from safepool.pool.memory import MemoryWatch
@@ -204,6 +205,9 @@ class ProcessPool(_Standard):
         [1, 4, 9]
     """
 
+    # Under "safepool run --patch": it may have to share with its workers what a fork shares.
+    _inherits = True
+
     @checked("ProcessPool")
     def __init__(  # noqa: PLR0913 -- the standard pool's arguments, and ours by name
         self,
@@ -241,6 +245,17 @@ class ProcessPool(_Standard):
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names, main = _names(preload, main)
         self._mp_context = find_context(mp_context, names, main, end_subprocesses=end_subprocesses)
+        stands_for_forks = mp_context is None and not end_subprocesses and _stands_for_forks()
+        if stands_for_forks and self._inherits and (shared := shared_with_forks()):
+            if max_tasks_per_child is None:
+                told = "workers are forked from this process, because nothing else can give them"
+                self._mp_context = find_context("fork")
+            else:
+                told = "workers have one of their own, since only a fork would have the program's"
+            tell_once(
+                f'{told} {shared}. To have clean workers, make it by get_context("spawn") of '
+                "multiprocessing, and hand it over by initializer= and initargs="
+            )
         method = method_of(self._mp_context)
         if main == "run" and method.by_value:
             tell_once(
@@ -254,7 +269,8 @@ class ProcessPool(_Standard):
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start "
                     "method; supply a different mp_context."
                 )
-            _warn_of_threads()
+            if not stands_for_forks:
+                _warn_of_threads()
         threads = self._budget.threads_per_worker
         for override in overridden(threads, env or {}):
             log_once(
@@ -269,12 +285,7 @@ class ProcessPool(_Standard):
             initargs=() if initargs is None else tuple(initargs),
             placement=placement,
             main=main,
-            may_fork=(
-                mp_context is None
-                and max_tasks_per_child is None
-                and not end_subprocesses
-                and _stands_for_forks()
-            ),
+            may_fork=stands_for_forks and max_tasks_per_child is None,
         )
         self._scheduler = Scheduler(
             workers=min(self._budget.workers, MOST_WORKERS),

@@ -36,6 +36,7 @@ __all__ = [
     "BACKGROUND_THREADS",
     "NOT_PRELOADED",
     "Imports",
+    "is_own",
     "learn",
     "modules_learned",
     "modules_of_the_program",
@@ -161,7 +162,7 @@ def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
     """Yield the installed modules that modules of the program refer to."""
     tops: set[str] = set()
     for name, module in modules.items():
-        if name != "__main__" and (not _may_be_preloaded(name) or not _is_own(module)):
+        if name != "__main__" and (not _may_be_preloaded(name) or not is_own(module)):
             continue
         for value in [*(_namespace(module) or {}).values()]:
             found = _module_of(value)
@@ -188,7 +189,8 @@ def _lazy() -> Iterator[str]:
             yield name
 
 
-def _is_own(module: object) -> bool:
+def is_own(module: object) -> bool:
+    """Tell whether a module is of the program, and not installed: from its folder, say."""
     origin = _origin_of((_namespace(module) or {}).get("__spec__"))
     return origin is not None and os.sep in origin and not _is_installed(origin)
 

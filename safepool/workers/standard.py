@@ -22,13 +22,15 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from safepool.transport.fingerprints import ABSENT, UNKNOWN
+from safepool.transport.marks import main_space, marks_of
 from safepool.workers.begin import BEGIN, facts_for, popen_with
 from safepool.workers.main import worker_main
 from safepool.workers.start import StartMethod
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from multiprocessing.context import BaseContext
 
     from safepool.workers.board import Board
@@ -319,6 +321,35 @@ else:
 
     class _Fork(Standard):
         is_fork = True
+
+        def __init__(self, context: BaseContext) -> None:
+            super().__init__(context)
+            self._names: frozenset[str] = frozenset()
+            self._marks: Mapping[str, bytes] = {}
+
+        def run_script(
+            self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
+        ) -> Mapping[str, bytes]:
+            """Return what workers have of the script: what this process has before the first."""
+            del environment, threads, given_up
+            if not self._marks:
+                self._names = frozenset(main_space())
+                self._marks = marks_of(sys.modules["__main__"])
+            return self._marks
+
+        def prints(
+            self,
+            environment: Mapping[str, str | None],
+            names: list[str],
+            given_up: Callable[[], bool],
+        ) -> Mapping[str, bytes | None]:
+            """Return that data may have changed, and that what cannot be pickled is there."""
+            del environment, given_up
+            # Attributes of functions and classes among them, by their path.
+            there = (name.partition(".")[0] in self._names for name in names)
+            return {
+                name: UNKNOWN if one else ABSENT for name, one in zip(names, there, strict=True)
+            }
 
         def kind(self, told: WorkerStart) -> Callable[..., Any]:
             create = super().kind(told)

@@ -155,6 +155,203 @@ if __name__ == "__main__":
     assert "workers are forked" not in ended.stderr
 
 
+WAYS = """
+import multiprocessing
+import multiprocessing.pool
+from multiprocessing import Pool as imported
+from multiprocessing.pool import Pool as imported_below, ThreadPool
+{early}
+def pid(_):
+    import os
+    return os.getpid()
+
+class Derived(multiprocessing.pool.Pool):
+    def map(self, *arguments):
+        return super().map(*arguments)
+
+class OwnProcess(multiprocessing.get_context("fork").Process):
+    daemon = False
+
+class OwnContext(type(multiprocessing.get_context("fork"))):
+    Process = OwnProcess
+
+class Nestable(multiprocessing.pool.Pool):
+    def __init__(self, *arguments):
+        super().__init__(*arguments, context=OwnContext())
+
+if __name__ == "__main__":
+    import json, os, safepool
+    from unittest import mock
+    {late}
+    told = {}
+    for name, make in {
+        "multiprocessing.Pool": multiprocessing.Pool,
+        "multiprocessing.pool.Pool": multiprocessing.pool.Pool,
+        "imported": imported,
+        "imported below": imported_below,
+        "of a context": multiprocessing.get_context().Pool,
+        "of a chosen context": multiprocessing.get_context("spawn").Pool,
+        "derived": Derived,
+        "of a context of its own": Nestable,
+        "ThreadPool": ThreadPool,
+        **more,
+    }.items():
+        with make(1) as pool:
+            ours = isinstance(pool, safepool.Pool)
+            assert isinstance(pool, multiprocessing.pool.Pool), name
+            assert (pool.map(pid, [1]) == [os.getpid()]) == (name == "ThreadPool"), name
+            told[name] = pool._engine._mp_context.get_start_method() if ours else ""
+    with mock.patch("multiprocessing.pool.Pool", dict):
+        assert multiprocessing.Pool is not dict and multiprocessing.pool.Pool is dict
+    assert multiprocessing.pool.Pool is imported_below
+    assert not isinstance(ThreadPool(1), Derived) and issubclass(ThreadPool, imported_below)
+    with multiprocessing.Manager() as manager:
+        assert manager.Pool(1).map(abs, [-1]) == [1]
+    print(json.dumps(told))
+"""
+CHOSEN = {
+    "of a context": multiprocessing.get_all_start_methods()[0],  # it may be a chosen one
+    "of a chosen context": "spawn",
+    "of a context of its own": "fork",
+    "ThreadPool": "",
+}
+
+
+def ways(early: str = "", late: str = "more = {}") -> str:
+    return WAYS.replace("{early}", early).replace("{late}", late)
+
+
+def test_every_way_to_a_pool_of_multiprocessing_leads_to_ours(tmp_path: Path) -> None:
+    """A start method that the program has chosen stays; threads stay threads."""
+    ended = run_patched(tmp_path, ways(), PYTHONWARNINGS="ignore")
+
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert {name: told.pop(name) for name in CHOSEN} == CHOSEN
+    assert len(told) == 5
+    assert {*told.values()} == {"safepool"}
+
+
+def test_so_does_every_way_to_one_of_multiprocess(tmp_path: Path) -> None:
+    pytest.importorskip("multiprocess")
+    late = """
+    import multiprocess, multiprocess.pool
+    from multiprocess.pool import Pool as third
+    more = {"multiprocess.Pool": multiprocess.Pool, "multiprocess.pool.Pool": third,
+            "chosen there": multiprocess.get_context("spawn").Pool}
+    with multiprocess.Pool(1) as pool:
+        assert isinstance(pool, multiprocess.pool.Pool)
+        try: pool.apply_async(__import__("time").sleep, [60]).get(0)
+        except multiprocess.TimeoutError: pass
+"""
+    ended = run_patched(tmp_path, ways("", late), PYTHONWARNINGS="ignore")
+
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert [told[name] for name in ("multiprocess.Pool", "chosen there")] == ["safepool", "spawn"]
+
+
+# What a fork shares with its program: a global of a kind each, used by tasks and read afterwards.
+SHARED = """
+import json, mmap, multiprocessing, os, sys
+import numpy as np
+import beside
+m = multiprocessing
+shared = None
+in_module = m.Value("i", 0) if "guarded" in sys.argv else None
+
+class Holder:
+    value = None
+
+def add(x):
+    kind = type(shared).__name__
+    if kind == "dict":
+        with shared["lock"]: shared["value"].value += x
+    elif kind in ("SynchronizedArray", "c_double_Array_2", "ndarray", "mmap"):
+        shared[0] = 7
+    elif kind == "Queue":
+        shared.put(x)
+    elif kind == "Synchronized":
+        shared.value += x
+    elif beside.shared is not None:
+        beside.shared.value += x
+    elif Holder.value is not None:
+        Holder.value.value += x
+    elif in_module is not None:
+        in_module.value += x
+    return os.getppid()
+
+def read(value):
+    kind = type(value).__name__
+    if kind == "dict":
+        return value["value"].value
+    if kind == "Queue":
+        return value.get()
+    return value.value if kind == "Synchronized" else int(value[0])
+
+if __name__ == "__main__":
+    told = {}
+    kinds = {
+        "Value": lambda: m.Value("i", 0), "Array": lambda: m.Array("i", 2), "Queue": m.Queue,
+        "RawArray": lambda: m.RawArray("d", 2), "mmap": lambda: mmap.mmap(-1, 8),
+        "numpy": lambda: np.frombuffer(m.RawArray("d", 2)),
+        "in a dict": lambda: {"lock": m.Lock(), "value": m.Value("i", 0)},
+        "in a class": None, "in a module": None, "nothing": lambda: [1],
+    }
+    if in_module is not None:
+        kinds = {"at the top level": None}
+    for kind, make in kinds.items():
+        shared, Holder.value, beside.shared = make and make(), None, None
+        value = shared
+        if kind == "in a class": value = Holder.value = m.Value("i", 0)
+        if kind == "in a module": beside.shared = m.Value("i", 0)
+        if kind == "at the top level": value = in_module
+        with m.Pool(1) as pool:
+            forked = pool.map(add, [7]) == [os.getpid()]
+            pool.close()
+            pool.join()
+        value = beside.shared or value
+        told[kind] = [forked, None if kind == "nothing" else read(value)]
+    print(json.dumps(told))
+"""
+
+
+@pytest.mark.skipif(not FORKS, reason="the standard pool does not fork here")
+@pytest.mark.parametrize("guarded", [False, True])
+def test_what_a_fork_shares_with_the_program_makes_workers_forks(
+    guarded: bool, tmp_path: Path
+) -> None:
+    """Clean workers would have one of their own, and the program would see nothing in its own."""
+    (tmp_path / "beside.py").write_text("shared = None\n")
+    ended = run_patched(tmp_path, SHARED, *(["guarded"] if guarded else []))
+
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told.pop("nothing", [False, None]) == [False, None]
+    assert {kind: found for kind, found in told.items() if found != [True, 7]} == {}
+    names = ["in_module of __main__"]
+    if not guarded:
+        names = ["shared of __main__", "Holder of __main__", "shared of beside"]
+    said = "workers are forked from this process, because nothing else can give them "
+    assert [name for name in names if said + name in ended.stderr] == names
+    assert ended.stderr.count(said) == len(names)
+
+
+@pytest.mark.skipif(not FORKS, reason="the standard pool does not fork here")
+def test_joblib_s_workers_stay_clean_beside_such_a_global(tmp_path: Path) -> None:
+    """They are no forks without the patch, either."""
+    text = """
+import multiprocessing, os
+from joblib import Parallel, delayed
+lock = multiprocessing.Lock()
+if __name__ == "__main__":
+    print(os.getpid() in Parallel(n_jobs=2)(delayed(os.getppid)() for _ in range(4)))
+"""
+    ended = run_patched(tmp_path, text)
+
+    assert (ended.stdout, ended.stderr) == ("False\n", "")
+
+
 ASK = """
 import json, multiprocessing, os, sys
 if __name__ == "__main__":
@@ -179,7 +376,8 @@ def test_multiprocessing_s_pool_is_bounded_by_a_quota(cpus: int, tmp_path: Path)
     ):
         out, _ = program.communicate(timeout=60)
 
-    assert json.loads(out) == [cpus] * 4
+    # And one worker has its share.
+    assert json.loads(out) == [cpus, cpus, cpus, 1]
 
 
 def test_os_cpu_count_stays_where_the_user_has_said_a_number(tmp_path: Path) -> None:

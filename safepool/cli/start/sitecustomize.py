@@ -2,7 +2,8 @@
 
 Its folder is on PYTHONPATH, so it also starts the Python processes that the program starts.
 It imports nothing of safepool's: it leaves hooks that act when the program itself imports
-``concurrent.futures.process`` or ``joblib.parallel``, and lets ``os.cpu_count()`` say what
+``concurrent.futures.process``, ``multiprocessing.pool`` (or ``multiprocess``, the fork of that
+package) or ``joblib.parallel``, and lets ``os.cpu_count()`` say what
 ``PYTHON_CPU_COUNT`` says, where Python does not; then it takes its folder off ``sys.path``
 and runs the ``sitecustomize`` that would have been found without it.
 
@@ -12,10 +13,12 @@ runs the program as it is. So it keeps to what every Python 3 understands.
 Not covered: ``python -I``, ``-E`` and ``-S``, which do not look here.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined, assignment"
+# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: disable-error-code="attr-defined, assignment, index, misc"
 
 import os
 import sys
+from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import find_spec, module_from_spec
 
@@ -44,6 +47,50 @@ def _patch_futures(module):
             package.__getattr__ = look_up
 
 
+def _patch_pool(module):
+    # Its own code, such as that of ThreadPool, finds the class in its namespace as before. Whoever
+    # asks the module gets ours, which is looked up when it is asked for.
+    replaced = module.Pool
+
+    class Module(type(module)):
+        @property
+        def Pool(self):
+            found = vars(self)["Pool"]
+            if found is not replaced:
+                return found  # somebody has put another one there
+            from safepool.patched import Pool  # noqa: PLC0415 -- on first use
+
+            return Pool
+
+        @Pool.setter
+        def Pool(self, value):
+            vars(self)["Pool"] = value
+
+    module.__class__ = Module
+
+
+def _patch_context(module):
+    package = sys.modules[module.__package__]
+
+    # Of the default context alone: who has chosen a start method gets that.
+    def Pool(self, processes=None, initializer=None, initargs=(), maxtasksperchild=None):  # noqa: ARG001
+        """Return a process pool object."""
+        pool = import_module(package.__name__ + ".pool")
+        return pool.Pool(processes, initializer, initargs, maxtasksperchild)
+
+    module.DefaultContext.Pool = Pool
+    names = ["Pool"]
+    if package.__name__ == "multiprocess":
+        # Which results of ours raise.
+        from multiprocessing.context import TimeoutError as raised  # noqa: N813, PLC0415 -- on first use
+
+        module.TimeoutError = module.BaseContext.TimeoutError = raised
+        names.append("TimeoutError")
+    for name in names:
+        if name in vars(package):  # a .pth file has imported it
+            setattr(package, name, getattr(module._default_context, name))
+
+
 def _patch_joblib(module):
     if not hasattr(module, "DEFAULT_BACKEND"):
         return  # another one of that name
@@ -57,7 +104,14 @@ def _patch_joblib(module):
     module.DEFAULT_BACKEND = "safepool"
 
 
-_PATCHES = {"concurrent.futures.process": _patch_futures, "joblib.parallel": _patch_joblib}
+_PATCHES = {
+    "concurrent.futures.process": _patch_futures,
+    "multiprocessing.context": _patch_context,
+    "multiprocessing.pool": _patch_pool,
+    "multiprocess.context": _patch_context,
+    "multiprocess.pool": _patch_pool,
+    "joblib.parallel": _patch_joblib,
+}
 
 
 class _Finder:

@@ -1,0 +1,62 @@
+"""``Pool`` as ``safepool run --patch`` puts it in the place of ``multiprocessing.pool.Pool``.
+
+Also in that of ``multiprocess.pool.Pool``. What the program asks by ``isinstance(x, Pool)`` has
+the same answer as before: a ``ThreadPool`` is such a pool, and goes on being what it was.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.pool
+import sys
+from typing import TYPE_CHECKING, Any
+
+from safepool import multiprocessing_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Pool"]
+
+
+def _originals() -> tuple[type, ...]:
+    modules = (sys.modules.get(f"{name}.pool") for name in ("multiprocessing", "multiprocess"))
+    return tuple(vars(module)["Pool"] for module in modules if module is not None)
+
+
+class _InItsPlace(type):
+    """Lets a class stand for the standard ones, and its subclasses for themselves."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or (
+            cls is Pool and isinstance(instance, _originals())
+        )
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return super().__subclasscheck__(subclass) or (
+            cls is Pool and issubclass(subclass, _originals())
+        )
+
+
+class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
+    """As its base, for a program that does not know of it.
+
+    Args:
+        processes: The most workers.
+        initializer: Called once in each worker.
+        initargs: Its arguments.
+        maxtasksperchild: Replace a worker after this many tasks.
+        context: Of ``multiprocessing`` or ``multiprocess``, which starts the workers.
+    """
+
+    def __init__(
+        self,
+        processes: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Iterable[Any] = (),
+        maxtasksperchild: int | None = None,
+        context: Any | None = None,
+    ) -> None:
+        if context is not None and type(context).__module__.startswith("multiprocess."):
+            # Its processes would be pickled by a pickler that knows none of our arguments.
+            context = multiprocessing.get_context(context.get_start_method())
+        super().__init__(processes, initializer, initargs, maxtasksperchild, context)
