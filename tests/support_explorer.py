@@ -176,12 +176,14 @@ class World:
         self.starts: dict[str, int] = {}
         self.dropped: set[str] = set()
         self.calls = {key: Given(key, policy) for key in scenario.calls}
+        self.runs: list[FakeRun] = []
         for call in self.calls.values():
             self.tell(e.Queued([call]))
         for keys in scenario.maps:
             for key in keys:
                 self.letters.setdefault(key, "")
             run = FakeRun([*keys], policy, scenario.at_once)
+            self.runs.append(run)
             self.tell(e.Fed(run, [*keys], last=True))
         self.turn()
 
@@ -335,7 +337,8 @@ class World:
             if worker.condemned is None and self.scenario.boards:
                 must(self.starts.get(key) or "l" in self.letters[key], f"{key} is lost, unbegun")
             if worker.condemned is not None:
-                must(key == worker.condemned_for, f"{key} is lost with another")
+                nobodys = key in self.dropped
+                must(key == worker.condemned_for or nobodys, f"{key} is lost with another")
             if ending.exceeded is not None and lost.again is None:
                 tried = lost.work.attempts >= self.scenario.retries
                 must(tried, f"{key} may run again, and does not")
@@ -584,6 +587,17 @@ class World:
                         self.tell(e.Cancelled(worker, work))
                         return
 
+    def on_leave(self) -> None:
+        """The maps are left, and what they run is to end."""
+        for run in self.runs:
+            run.dropped, run.stopped, run.waiting = True, True, []
+            late = [key for key in run.keys if key not in self.outcomes]
+            self.outcomes.update(dict.fromkeys(late, "dropped"))
+            self.dropped.update(late)
+            for worker in self.workers:
+                if any(isinstance(work, Span) and work.run is run for work in worker.ledger):
+                    self.tell(e.Cancelled(worker, run))
+
     def on_resize(self) -> None:
         self.size = 1 if self.size > 1 else 2
 
@@ -632,7 +646,10 @@ class World:
 
         state = (
             [(*self.key_of(one), *map(work, one.ledger)) for one in self.workers],
-            [(one.pid, *call(call_.key)) for one, call_ in vars(core)["_unwanted"]],
+            [
+                (one.pid, *(call(whose.key) if isinstance(whose, Given) else ["run"]))
+                for one, whose in vars(core)["_unwanted"]
+            ],
             [*map(work, core.backlog)],
             [*map(work, self.aside)],
             sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),

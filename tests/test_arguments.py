@@ -96,6 +96,7 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "return_exceptions": (ValueError, NOTHING),
     },
 }
+WRONG["ProcessPool.amap"] = WRONG["ProcessPool.map"]
 
 # One row per function: keywords that it does not have, and those that are meant.
 NEAR: dict[str, dict[str, str]] = {
@@ -121,6 +122,7 @@ NEAR: dict[str, dict[str, str]] = {
     "limit_threads": {"threads": "n", "limits": "n"},
     "ProcessPool.resize": {"workers": "max_workers"},
     "ProcessPool.map": {"chunk_size": "chunksize", "buffer_size": "buffersize"},
+    "ProcessPool.amap": {"chunk_size": "chunksize", "prefetch": "buffersize"},
 }
 
 ROWS = [(name, parameter) for name, rows in WRONG.items() for parameter in rows]
@@ -139,6 +141,9 @@ def use(name: str, **arguments: Any) -> None:
     elif name == "ProcessPool.map":
         with safepool.ProcessPool(1) as pool:
             pool.map(abs, [], **arguments)
+    elif name == "ProcessPool.amap":
+        with safepool.ProcessPool(1) as pool:
+            pool.amap(abs, [], **arguments)
     else:
         function: Callable[..., object] = getattr(safepool, name)
         function(**arguments)

@@ -126,6 +126,24 @@ PROGRAM = textwrap.dedent("""
         assert_type(table, dict[str, int])
         assert_type(pool.submit(look_up, table, "a").result(), int)
         pool.map(look_up, [table] * 2, ["a", "b"])
+        assert_type(pool.submit(later, 1).result(), str)
+
+    async def wait() -> None:
+        async with safepool.ProcessPool() as pool:
+            assert_type(await pool.run(add, 1, z="b"), int)
+            assert_type(await pool.run(later, 1), str)
+            assert_type(await pool.run(lambda: 1), int)
+            async for text in pool.amap(later, [1, 2], buffersize=2):
+                assert_type(text, str)
+            async for number in pool.amap(add, numbers(), [1], ordered=False):
+                assert_type(number, int)
+            async for found in pool.amap(abs, numbers(), return_exceptions=True):
+                assert_type(found, int | BaseException)
+
+    async def numbers() -> AsyncIterator[int]:
+        yield 1
+
+    running = safepool.ProcessPool()
 
     assert_type(safepool.threads.inspect()[0].runtime, str)
     assert_type(safepool.threads.table.RUNTIMES[0].name, str)
@@ -152,7 +170,12 @@ MISTAKES = {
     "a wrong option": ("pool.map(add, [1], chunk_size=2)", "call-overload|call-arg"),
     "what is shared for something else": (
         "pool.submit(look_up, safepool.share([1]), 'a')",
-        "arg-type",
+        "arg-type|call-overload",
+    ),
+    "a wrong argument of what is awaited": ("running.run(later, 'a')", "arg-type|call-overload"),
+    "an item of a wrong type of what is awaited": (
+        "running.amap(add, ['a'])",
+        "arg-type|list-item|call-overload",
     ),
     "a keyword of another pool": ("safepool.ProcessPool(processes=2)", "call-arg"),
     "a word for a number": ('safepool.limit_threads("all")', "arg-type"),

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 from safepool.arguments import MOST_WORKERS, TIME_TO_WAIT, checked, parse_bytes
 from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
+from safepool.pool.awaiting import AwaitedCalls
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
 from safepool.pool.inherited import shared_with_forks
 from safepool.pool.listener import Listener
-from safepool.pool.mapping import MapRun, end_failed
+from safepool.pool.mapping import Coming, MapRun, end_failed
 from safepool.pool.memory import MemoryWatch
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
@@ -33,7 +34,7 @@ from safepool.workers.start import WorkerStart
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.context import BaseContext
     from types import TracebackType
     from typing import Self
@@ -58,20 +59,10 @@ _Run = TypeVar("_Run", bound=MapRun)
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor as _Standard
-    from typing import Required, TypedDict, Unpack
+    from typing import Unpack
 
-    class _Options(TypedDict, total=False):
-        timeout: float | None
-        chunksize: int
-        buffersize: int | None
-        progress: bool | str
-        ordered: bool
-
-    class _Raising(_Options, total=False):
-        return_exceptions: Literal[False]
-
-    class _Returning(_Options):
-        return_exceptions: Required[bool]
+    from safepool.pool.awaiting import Raising as _Raising
+    from safepool.pool.awaiting import Returning as _Returning
 
 else:
     # "safepool run --patch" has put this pool in its place, and left it there.
@@ -80,7 +71,7 @@ else:
 
 # Programs ask isinstance(pool, ProcessPoolExecutor). Nothing of what that class does is used, and
 # its __init__() is not called.
-class ProcessPool(_Standard):
+class ProcessPool(AwaitedCalls, _Standard):
     """A process pool that fits the machine, in the place of ``ProcessPoolExecutor``.
 
     Workers are sized to the CPUs that the kernel grants, hold every native thread pool at
@@ -335,11 +326,23 @@ class ProcessPool(_Standard):
     def _broken(self) -> PoolBrokenError | bool:  # type: ignore[override]
         return self._scheduler.broken or False
 
-    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    # The standard pool's runs no coroutine.
+    @overload
+    def submit(
+        self, fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_T]: ...
+
+    @overload
+    def submit(
+        self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_T]: ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Schedule ``fn(*args, **kwargs)`` in a worker and return its future.
 
         Args:
-            fn: Any callable; lambdas, closures and functions of ``__main__`` as well.
+            fn: Any callable; lambdas, closures and functions of ``__main__`` as well. A coroutine
+                function is run there by ``asyncio.run()``.
             *args: Its positional arguments, pickled when a worker takes the task; what runs
                 code of the program for that (``__reduce__``, ``__getstate__``) by a thread of
                 its own, so that it may wait, for this pool as well. Large
@@ -560,6 +563,8 @@ class ProcessPool(_Standard):
             ahead = sys.maxsize
         starred = len(iterables) != 1
         items = zip(*iterables, strict=False) if starred else iterables[0]
+        if isinstance(items, Coming):
+            ahead, starred = 0, items.starred
 
         def make(kind: type[_Run]) -> _Run:
             return kind(

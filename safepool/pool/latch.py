@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import _thread
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
-__all__ = ["Latch", "Waiters"]
+__all__ = ["Bell", "Latch", "Releasable", "Waiters"]
+
+
+class Releasable(Protocol):
+    """A lock, or what is to be told as if it were one."""
+
+    def release(self) -> object:
+        """Let whoever waits for it go on. Never blocks."""
 
 
 class Waiters:
@@ -33,7 +41,7 @@ class Waiters:
     __slots__ = ("_locks",)
 
     def __init__(self) -> None:
-        self._locks: deque[_thread.LockType] = deque()
+        self._locks: deque[Releasable] = deque()
 
     def wake(self) -> None:
         """Let everybody who waits look again. From any thread, never blocks."""
@@ -44,6 +52,10 @@ class Waiters:
                 self._locks.popleft().release()
             except IndexError:
                 return
+
+    def add(self, lock: Releasable) -> None:
+        """Release a lock when all are woken next; look at what is waited for after this."""
+        self._locks.append(lock)
 
     def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait once: return when woken, or after that time; return what is true then."""
@@ -94,3 +106,31 @@ class Latch:
 
     def _is_open(self) -> bool:
         return self.is_open
+
+
+class Bell:
+    """Wakes a coroutine from any thread, once: a lock of :class:`Waiters`, a future's callback.
+
+    Args:
+        loop: Where the coroutine runs.
+        waiter: The future that it awaits.
+    """
+
+    __slots__ = ("_loop", "_waiter")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None]) -> None:
+        self._loop = loop
+        self._waiter = waiter
+
+    def release(self, _: object = None) -> None:
+        """Let the coroutine go on. In a loop that was closed nobody waits any more."""
+        try:
+            self._loop.call_soon_threadsafe(self._end)
+        except RuntimeError:
+            pass  # it was closed
+
+    __call__ = release
+
+    def _end(self) -> None:
+        if not self._waiter.done():
+            self._waiter.set_result(None)

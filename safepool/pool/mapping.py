@@ -9,7 +9,6 @@ and taken up by whoever iterates. What is sent together, taken back or lost is a
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import threading
@@ -17,6 +16,7 @@ import time
 import weakref
 from collections import deque
 from concurrent.futures import CancelledError
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from safepool.errors import PoolBrokenError, let_handlers_pass, users_frames
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
+    from safepool.pool.latch import Bell, Releasable
 
-__all__ = ["Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
+__all__ = ["Coming", "Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
 
 # Items taken from an iterator that does not say its length: so many at once, as the standard
 # pool takes all of them (what they are read from may be closed when ``map`` has returned), in
@@ -96,6 +97,20 @@ def _takes(function: Callable[..., Any], count: int) -> bool | None:
     except TypeError:
         return False
     return True
+
+
+class Coming:
+    """Stands for items that are pushed into the results as they come (:meth:`Results.push`).
+
+    Args:
+        starred: An item is the tuple of a call's arguments; else it is the only one.
+    """
+
+    def __init__(self, *, starred: bool) -> None:
+        self.starred: bool = starred
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(())
 
 
 class Waiting:
@@ -374,16 +389,22 @@ class MapRun:
 
     def wait(self, index: int, deadline: float | None) -> bool:
         """Return whether :meth:`take` has something to return, or to raise, by then."""
-
-        def is_over() -> bool:
-            return self.has(index) or index == self.length or self._is_stopped_at(index)
-
+        is_over = partial(self._is_over, index)
         while not is_over():
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 return False
             self._waiters.wait(is_over, left_s)
         return True
+
+    def look(self, index: int, bell: Bell | None) -> bool:
+        """Return whether :meth:`take` need not wait; ring when it is time to look again."""
+        if bell is not None:
+            self._waiters.add(bell)
+        return self._is_over(index)
+
+    def _is_over(self, index: int) -> bool:
+        return self.has(index) or index == self.length or self._is_stopped_at(index)
 
     def _rest_at(self, index: int) -> list[Any] | _Raised:
         """Return what there is in the place of a result that will not come."""
@@ -404,6 +425,9 @@ class Feed(Protocol):
 
     def give_up(self, run: MapRun) -> None:
         """Drop the calls that no worker has: nobody wants the rest."""
+
+    def end_calls(self, run: MapRun) -> None:
+        """End the workers that run calls of a run that was given up."""
 
     def wake(self) -> None:
         """Look again at runs that were held."""
@@ -503,32 +527,77 @@ class Results:
             while items is not None and (batch := [*itertools.islice(items, chunk)]):
                 if self._items is None:
                     break  # nobody wants the rest
-                self._fed += len(batch)
-                try:
-                    self._feed.add_items(self._run, batch, last=False)
-                except PoolBrokenError as error:
-                    self._run.stop(functools.partial(fresh, error))
-                    break
-                except RuntimeError:  # the pool has ended
-                    self._run.stop(CancelledError)
+                if not self.push(batch):
                     break
                 while not self._has_room():
                     self._room.wait(self._has_room)
         except Exception as error:  # noqa: BLE001 -- user code; raised when its turn comes
             self._error = error
         finally:
-            self._items = None
-            self._feed.add_items(self._run, [], last=True)
-            self._run.end(self._fed)
+            self.push_no_more()
+
+    def push(self, batch: list[Item]) -> bool:
+        """Queue calls of which only now the items have come; ``False`` if nobody runs them."""
+        self._fed += len(batch)
+        try:
+            self._feed.add_items(self._run, batch, last=False)
+        except PoolBrokenError as error:
+            self._run.stop(partial(fresh, error))
+        except RuntimeError:  # the pool has ended
+            self._run.stop(CancelledError)
+        else:
+            return True
+        return False
+
+    def push_no_more(self, error: BaseException | None = None) -> None:
+        """Say that no further items come; raise the error after the last result."""
+        self._error = self._error or error
+        self._items = None
+        self._feed.add_items(self._run, [], last=True)
+        self._run.end(self._fed)
+
+    @property
+    def ahead(self) -> int:
+        """How many items were taken whose results were not."""
+        return self._fed - self._taken
+
+    def wait_for_room(self, lock: Releasable) -> None:
+        """Release a lock when further results were taken, or nobody takes any."""
+        self._room.add(lock)
 
     def _has_room(self) -> bool:
-        return not self.seen or self._items is None or self._fed - self._taken < _MOST_AHEAD
+        return not self.seen or self._items is None or self.ahead < _MOST_AHEAD
 
     def wait(self, timeout_s: float) -> bool:
         """Return whether :meth:`advance` returns at once, by then."""
         if self._rest or self._over or (not self._is_fed and self._run.taken == self._fed):
             return True
         return self._run.wait(self._run.taken, time.monotonic() + timeout_s)
+
+    def look(self, bell: Bell | None = None) -> bool:
+        """Return whether :meth:`advance` returns at once; if not, ring when to look again.
+
+        Further items are taken, if it is time. For a thread that waits for nothing.
+        """
+        if self._rest or self._over:
+            return True
+        index = self._run.taken
+        if self._items is not None:
+            self._refill()
+        if not self._is_fed and index == self._fed:
+            return True
+        return self._run.look(index, bell)
+
+    @property
+    def deadline(self) -> float | None:
+        """When waiting for a result ends, by the monotonic clock."""
+        return self._deadline
+
+    def end(self) -> None:
+        """Drop what has not begun, and end what runs: for a reader that is ended itself."""
+        self.seen = True
+        self.close()
+        self._feed.end_calls(self._run)
 
     def is_of(self, feed: object) -> bool:
         """Tell whether this pool runs the calls."""
@@ -784,6 +853,18 @@ class ResultIterator:
             self._guard.close()
             # With them goes the run's weak reference to this: nothing is called at its end.
             self._guard = self.results = None
+
+    def end(self) -> None:
+        """Take no more results; cancel what has not begun, and end what runs."""
+        results = self.results
+        self.close()
+        if results is not None:
+            results.end()
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the next result was fetched with one before."""
+        return bool(self._here)
 
 
 MapRun.iterator = ResultIterator

@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -229,10 +230,11 @@ class Scheduler:
         # Opened when all workers were started, if that was asked for.
         self._filled: Latch | None = None
 
-        # What callers bring: tasks, further calls of a map, futures whose task is to be ended.
+        # What callers bring: tasks, further calls of a map; futures and maps whose calls are to be
+        # ended.
         # Appended in one step, and no lock is held: a signal's handler may submit, or wait for
         # this pool, in the middle of a submit().
-        self._inbox: deque[Task | PoolFuture | Fed] = deque()
+        self._inbox: deque[Task | Fed | PoolFuture | MapRun] = deque()
         self._dropped_runs: deque[MapRun] = deque()
         # Flags, which callers only ever raise.
         self._closing = False
@@ -255,8 +257,8 @@ class Scheduler:
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
         self._ended_runs: list[MapRun] = []
-        # Futures whose task is to be ended.
-        self._unwanted: list[PoolFuture] = []
+        # Whose calls are to be ended.
+        self._unwanted: list[PoolFuture | MapRun] = []
         self._callers = Teller("safepool-callbacks")
         self._records = Records()
         self._dispatch = Dispatch(self._settled, self.wake, hiring.names, listener)
@@ -445,6 +447,12 @@ class Scheduler:
         self._dropped_runs.append(run)
         self.wake()
 
+    def end_calls(self, run: MapRun) -> None:
+        """End the workers that run calls of a run that was given up."""
+        if not self._over:
+            self._inbox.append(run)
+            self.wake()
+
     def kill(self, future: Future[Any]) -> bool:
         """Cancel a task, and end the worker that runs it; ``False`` if it has ended.
 
@@ -591,7 +599,9 @@ class Scheduler:
             self._start()
 
     def _wait_for_the_first_worker(self) -> None:
-        if not self._hiring.started.is_open and threading.current_thread() is not self._thread:
+        if self._hiring.started.is_open or threading.current_thread() is self._thread:
+            return
+        if not _runs_a_loop():  # which has others to look after
             self._hiring.started.wait()
 
     # The scheduler's thread.
@@ -695,8 +705,8 @@ class Scheduler:
         self._send_packed(staff)
         for run in ended_runs:
             self._forget(staff, run)
-        for future in unwanted:
-            self._end_task(staff, future)
+        for whose in unwanted:
+            self._end_calls(staff, whose)
         self._fill_up(staff)
         core = self._core
         if core.backlog or core.is_busy(self.size, staff.lost):
@@ -1047,13 +1057,14 @@ class Scheduler:
 
     # Workers and tasks that end otherwise.
 
-    def _end_task(self, staff: Staff, future: PoolFuture) -> None:
-        """End the worker that runs a task whose future was cancelled."""
-        for worker in staff:
+    def _end_calls(self, staff: Staff, whose: PoolFuture | MapRun) -> None:
+        """End the workers that run the task of a future that was cancelled, or calls of a map."""
+        for worker in [*staff]:
             for work in worker.ledger:
-                if isinstance(work, Task) and work.future is future:
-                    self._tell(staff, Cancelled(worker, work))
-                    return
+                if (work.future if isinstance(work, Task) else work.run) is whose:
+                    call = work if isinstance(work, Task) else work.run
+                    self._tell(staff, Cancelled(worker, call))
+                    break  # the ledger is another now
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
@@ -1135,6 +1146,15 @@ class Scheduler:
         staff = self._staff
         heard = self._listener.descriptors()
         return heard if staff is None else [*staff.descriptors(), *heard]
+
+
+def _runs_a_loop() -> bool:
+    """Tell whether this thread runs an event loop of asyncio's."""
+    asyncio = sys.modules.get("asyncio.events")
+    try:
+        return asyncio is not None and asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
 
 
 def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.pool.core.work import Call
 from safepool.pool.hands import ThreadThatStarts
-from safepool.pool.latch import Latch
+from safepool.pool.latch import Bell, Latch
 from safepool.transport import payloads
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.contained import ContainedLogger
@@ -380,7 +380,9 @@ def _is_ours(function: object) -> bool:
     """Tell whether a callback is known to wait for nothing."""
     if type(function) is types.BuiltinMethodType:
         return type(function.__self__) in (set, list, deque, queue.SimpleQueue)
-    # It hands over to the event loop.
+    # They hand over to the event loop.
+    if type(function) is Bell:
+        return True
     return type(function) is functools.partial and function.func is _end_awaiting
 
 

@@ -28,6 +28,7 @@ group are in the order in which one start goes through them.
     In a worker
     main            environment, caps, signals, channel
     runner          tasks, one after the other
+    coroutines      a task that is a coroutine function
     timed, answers, messages, logs    what it says
     settings, settings_table, levels, namespace, describe    what it is told of the program
 

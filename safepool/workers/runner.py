@@ -11,6 +11,8 @@ import os
 import pickle
 import time
 from collections import Counter
+from inspect import isawaitable
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
@@ -19,6 +21,7 @@ from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
+from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, say_what
 from safepool.workers.fork import Fork
 from safepool.workers.logs import Outbox, forward_records
@@ -428,15 +431,21 @@ class Runner:
         return describe(error)
 
     def _packed(self, result: object) -> Segments:
+        if type(result) is CoroutineType:
+            result = run_to_its_end(result)
         try:
-            segments = _pickle(result)
+            segments: Segments = _pickle(result)
         except MemoryError:
             raise
         except Exception as error:
-            kind = type(result).__qualname__
-            self._unsent[kind] += 1
-            say_what(error, result, look=self._unsent[kind] <= _MOST_BLAMED)
-            raise
+            if not isawaitable(result):
+                kind = type(result).__qualname__
+                self._unsent[kind] += 1
+                say_what(error, result, look=self._unsent[kind] <= _MOST_BLAMED)
+                raise
+            segments = ()
+        if not segments:
+            return self._packed(run_to_its_end(result))
         if len(segments) > 1 or len(segments[0]) > SMALL_BYTES:
             return self._channel.store(segments)
         return segments

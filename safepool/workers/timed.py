@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import struct
 import time
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.transport.frames import CorruptFrameError, Kind, encode
 from safepool.workers.answers import Answers
+from safepool.workers.coroutines import run_to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,6 +99,8 @@ class TimedAnswers(Answers):
         """Return a function that does the same, and counts the time."""
 
         def counted(result: Any) -> Any:
+            if type(result) is CoroutineType:
+                result = run_to_its_end(result)
             before = time.monotonic_ns()
             try:
                 return pack(result)

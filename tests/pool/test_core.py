@@ -74,6 +74,10 @@ SCENARIOS: dict[str, Scenario] = {
     "a call of a map hangs": Scenario(
         {"a": "", "b": "h"}, maps=(("c",),), size=1, timeout_s=1.0, budget={"tick": 1}
     ),
+    "a map that hangs is left": Scenario(
+        {"a": ""}, poison={"b": "h"}, maps=(("c", "b"),), size=1, budget={"leave": 1}
+    ),
+    "a map in two workers is left": Scenario(maps=(("a", "b"),), budget={"leave": 1}),
     "chunks that stay together": Scenario(
         maps=(("a", "b", "c", "d"),), at_once=2, bound=True, size=1, budget={"die": 1}
     ),
@@ -155,8 +159,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a signal for one call meets the next": (
         "calls are cancelled",
-        "if head is call and member.can_be_at(call.position):",
-        "if head is call:",
+        "if _is_of(head, unwanted) and member.can_be_at(head.position + head.count - 1):",
+        "if _is_of(head, unwanted):",
     ),
     "a time that is over ends the next call": (
         "time passes before a call begins",
@@ -170,8 +174,18 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a cancelled call behind others runs on": (
         "a call that hangs is cancelled",
-        "self._unwanted.append((member, call))",
+        "self._unwanted.append((member, unwanted))",
         "pass",
+    ),
+    "a call of a map that was left runs on": (
+        "a map that hangs is left",
+        "return work is unwanted or (isinstance(work, Span) and work.run is unwanted)",
+        "return work is unwanted",
+    ),
+    "the second call of a span that was left runs on": (
+        "a map that hangs is left",
+        "member.can_be_at(head.position + head.count - 1)",
+        "member.can_be_at(head.position)",
     ),
     "a call that runs is taken back": (
         "calls are cancelled",

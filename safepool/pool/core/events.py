@@ -15,7 +15,7 @@ Sent            it was sent work, or some of it                    `Send`
 Copied          what was being copied for it is on its way         the packer
 NotSent         what was being copied for it could not be sent     the packer
 Returned        what was pickled beside the pool may be sent       the hands
-Cancelled       a call that a worker has is not wanted             a caller
+Cancelled       a call, or a run, that a worker has is not wanted  a caller
 Outgrown        it holds too much memory, to be replaced           a look at it
 Exceeded        it holds too much memory, to be ended              a look at it
 Strangers       workers have rights that the program gave up       a look at them
@@ -121,12 +121,12 @@ class Then(NamedTuple):
 
     Attributes:
         overdue: The position of a call whose time is over; else 0.
-        cancelled: A call that is not wanted.
+        cancelled: A call that is not wanted, or a run of which none is.
         exceeded: What the worker holds, if that is too much.
     """
 
     overdue: int = 0
-    cancelled: Call | None = None
+    cancelled: Call | Run | None = None
     exceeded: MemoryExceeded | None = None
 
 
@@ -207,10 +207,10 @@ class Returned(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """A call that a worker has is not wanted."""
+    """A call that a worker has is not wanted, or none of a run that it has calls of."""
 
     worker: Member
-    call: Call
+    call: Call | Run
 
 
 class Outgrown(NamedTuple):

@@ -33,6 +33,7 @@ from safepool.pool.core.worker import Phase
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from safepool.pool.core.work import Run
     from safepool.pool.core.worker import Member
 
 __all__ = ["Core"]
@@ -73,7 +74,7 @@ class Core:
         self._patience = Patience()
         self._cancelling = self._broken = False
         # Calls whose worker is to be ended as soon as it is sure that this meets them.
-        self._unwanted: list[tuple[Member, Call]] = []
+        self._unwanted: list[tuple[Member, Call | Run]] = []
         # Workers that may have room, who has nothing first.
         self._hungry: deque[Member] = deque()
         # Between how many what waits is divided.
@@ -509,15 +510,15 @@ class Core:
             # Otherwise it has ended meanwhile (race I), or its answer is on its way.
             why = TaskTimeoutError(member.pid, head.policy.timeout_s, head.name, "")
             self._condemn(member, why, stack=True)
-        call = then.cancelled
-        if call is not None:
-            if head is call and member.can_be_at(call.position):
+        unwanted = then.cancelled
+        if unwanted is not None and head is not None:
+            # All that is left of a span has begun, or ended.
+            if _is_of(head, unwanted) and member.can_be_at(head.position + head.count - 1):
                 self._condemn(member, RuntimeError("cancelled"), stack=False)
-            elif head is not call and any(work is call for work in member.ledger):
+            elif any(_is_of(work, unwanted) for work in member.ledger if work is not head):
                 # What was before it has ended, and its answers are on their way: only then is
                 # it sure that the signal meets this call.
-                self._unwanted.append((member, call))
-
+                self._unwanted.append((member, unwanted))
         if then.exceeded is not None and member.is_in_a_call:
             self._condemn(member, then.exceeded, stack=True)
 
@@ -683,6 +684,10 @@ def _stage_of(member: Member, choked_on: Span | None) -> Stage:
     if member.done:
         return Stage.USED
     return Stage.READY if member.ready else Stage.STARTING
+
+
+def _is_of(work: Given, unwanted: Call | Run) -> bool:
+    return work is unwanted or (isinstance(work, Span) and work.run is unwanted)
 
 
 def _can_wait_again(work: Given) -> bool:

@@ -1,0 +1,483 @@
+"""Calls of an executor that coroutines await, on the machinery of its ``submit`` and ``map``.
+
+    run      `submit`; the future's callback rings a bell (`latch.Bell`)
+    amap     `map`; its results ring the bell, and many may be there by then
+    a coroutine that is cancelled                          ends its calls for real
+    async with                                             waits in a thread of its own
+
+Nothing here blocks the event loop, and nothing here knows of processes: another executor whose
+``map`` returns a `ResultIterator` may have the same.
+
+Not covered:
+    * Event loops that are not asyncio's: trio.
+    * A loop that is closed while calls run: they go on to their end. ``asyncio.run()`` cancels its
+      tasks before, also after Ctrl-C.
+    * What ``submit`` does itself goes on in the loop's thread, for some microseconds; a look at
+      large globals of the script takes longer (README, "What differs from a forked pool").
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sized
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from safepool.arguments import TIME_TO_WAIT, checked
+from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.latch import Bell
+from safepool.pool.mapping import Coming
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
+    from types import TracebackType
+    from typing import Required, Self, TypedDict, Unpack
+
+    from safepool.pool.mapping import ResultIterator, Results
+
+    class Options(TypedDict, total=False):
+        """Options of ``map``."""
+
+        timeout: float | None
+        chunksize: int
+        buffersize: int | None
+        progress: bool | str
+        ordered: bool
+
+    class Raising(Options, total=False):
+        """With which it raises what a call raised."""
+
+        return_exceptions: Literal[False]
+
+    class Returning(Options):
+        """With which it may yield that."""
+
+        return_exceptions: Required[bool]
+
+
+__all__ = ["AsyncResults", "AwaitedCalls"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_A = TypeVar("_A")
+_T_co = TypeVar("_T_co", covariant=True)
+
+_Items = Iterable[_A] | AsyncIterable[_A]
+
+# Items taken ahead of the results from what does not say its length: the loop's thread runs its
+# code. Enough for workers whose calls take some microseconds.
+_AHEAD = 1024
+
+
+class Executor(Protocol):
+    """What :class:`AwaitedCalls` asks of the executor."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Schedule a call, without waiting if the thread runs an event loop."""
+        ...
+
+    @property
+    def map(self) -> Callable[..., Any]:
+        """Return a function that schedules calls and returns a `ResultIterator`."""
+        ...
+
+    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
+        """Cancel a call, with ``kill`` also one that runs."""
+        ...
+
+    def kill_workers(self) -> None:
+        """Give the executor up, and end what runs, without waiting."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
+class AwaitedCalls:
+    """The part of an executor that coroutines use."""
+
+    __slots__ = ()
+
+    @overload
+    async def run(
+        self: Executor,
+        fn: Callable[_P, Coroutine[Any, Any, _T]],
+        /,
+        *args: _P.args,
+        **kwargs: _P.kwargs,
+    ) -> _T: ...
+
+    @overload
+    async def run(
+        self: Executor, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T: ...
+
+    async def run(self: Executor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run ``fn(*args, **kwargs)`` in a worker and wait for it, without blocking the loop.
+
+        A coroutine that is cancelled while it waits, by ``asyncio.timeout()`` for one, ends the
+        task for real: one that has not begun is dropped, of one that runs the worker is killed and
+        replaced, as by ``cancel(future, kill=True)``. That is ordered before the
+        ``CancelledError`` goes on, and not waited for.
+
+        Args:
+            fn: As for :meth:`submit`. A coroutine function is run by ``asyncio.run()``, in the
+                worker.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What ``fn`` returned.
+
+        Raises:
+            BaseException: As the future of :meth:`submit`; ``concurrent.futures.CancelledError``,
+                which is none of asyncio's, if the pool dropped the task.
+
+        Example:
+            >>> import asyncio, time
+            >>> from safepool import ProcessPool
+            >>> async def main() -> None:
+            ...     async with ProcessPool(1) as pool:
+            ...         print(await pool.run(pow, 2, 10))
+            ...         try:
+            ...             async with asyncio.timeout(0.1):
+            ...                 await pool.run(time.sleep, 60)
+            ...         except TimeoutError:
+            ...             print("ended")
+            >>> asyncio.run(main())
+            1024
+            ended
+        """
+        future = self.submit(fn, *args, **kwargs)
+        del fn, args, kwargs  # as large as they may be
+        loop = _running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        future.add_done_callback(Bell(loop, waiter))
+        try:
+            await waiter
+        except BaseException:
+            self.cancel(future, kill=True)
+            raise
+        try:
+            return future.result()
+        finally:
+            del future, waiter  # the frame is part of what it may have raised
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[[_A], Coroutine[Any, Any, _T]],
+        a: _Items[_A],
+        /,
+        **options: Unpack[Raising],
+    ) -> AsyncResults[_T]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[[_A], _T],
+        a: _Items[_A],
+        /,
+        **options: Unpack[Raising],
+    ) -> AsyncResults[_T]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[..., Coroutine[Any, Any, _T]],
+        a: _Items[Any],
+        b: _Items[Any],
+        /,
+        *more: _Items[Any],
+        **options: Unpack[Raising],
+    ) -> AsyncResults[_T]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[..., _T],
+        a: _Items[Any],
+        b: _Items[Any],
+        /,
+        *more: _Items[Any],
+        **options: Unpack[Raising],
+    ) -> AsyncResults[_T]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[[_A], Coroutine[Any, Any, _T]],
+        a: _Items[_A],
+        /,
+        **options: Unpack[Returning],
+    ) -> AsyncResults[_T | BaseException]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[[_A], _T],
+        a: _Items[_A],
+        /,
+        **options: Unpack[Returning],
+    ) -> AsyncResults[_T | BaseException]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[..., Coroutine[Any, Any, _T]],
+        a: _Items[Any],
+        b: _Items[Any],
+        /,
+        *more: _Items[Any],
+        **options: Unpack[Returning],
+    ) -> AsyncResults[_T | BaseException]: ...
+
+    @overload
+    def amap(
+        self: Executor,
+        fn: Callable[..., _T],
+        a: _Items[Any],
+        b: _Items[Any],
+        /,
+        *more: _Items[Any],
+        **options: Unpack[Returning],
+    ) -> AsyncResults[_T | BaseException]: ...
+
+    @checked("amap", timeout=TIME_TO_WAIT)
+    def amap(
+        self: Executor,
+        fn: Callable[..., Any],
+        *iterables: _Items[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> AsyncResults[Any]:
+        """Return an asynchronous iterator over ``fn`` applied to the items, as :meth:`map`.
+
+        Args:
+            fn: As for :meth:`run`.
+            *iterables: Asynchronous ones as well. They end with the shortest.
+            timeout: As for :meth:`map`.
+            chunksize: As for :meth:`map`.
+            buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
+                takes all of them at once from what says its length, and otherwise as many tasks
+                as hold 1,024 items: the code of an iterator runs in the loop's thread.
+            progress: As for :meth:`map`.
+            ordered: As for :meth:`map`.
+            return_exceptions: As for :meth:`map`.
+
+        Returns:
+            The results, for ``async for``. Left early it cancels what has not begun, as
+            :meth:`map`; a coroutine that is cancelled while it waits for a result, and
+            ``aclose()``, end what runs as well. ``async with contextlib.aclosing(pool.amap(...))``
+            does so however it is left.
+
+        Raises:
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            TypeError: ``buffersize`` is no integer.
+            MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+
+        Example:
+            >>> import asyncio
+            >>> from safepool import ProcessPool
+            >>> async def main() -> None:
+            ...     async with ProcessPool(1) as pool:
+            ...         print([result async for result in pool.amap(abs, [-1, -2])])
+            >>> asyncio.run(main())
+            [1, 2]
+        """
+        if buffersize is None and not all(isinstance(items, Sized) for items in iterables):
+            buffersize = max(1, _AHEAD // chunksize)
+        source: Any = None
+        taken: Sequence[Any] = iterables
+        if any(isinstance(items, AsyncIterable) for items in iterables):
+            starred = len(iterables) != 1
+            source = _together(iterables) if starred else iterables[0]
+            taken = [Coming(starred=starred)]
+        iterator: ResultIterator = self.map(
+            fn,
+            *taken,
+            timeout=timeout,
+            chunksize=chunksize,
+            buffersize=buffersize,
+            progress=progress,
+            ordered=ordered,
+            return_exceptions=return_exceptions,
+        )
+        feeder = None
+        if source is not None:
+            assert iterator.results is not None  # it has just begun
+            most = (buffersize or _AHEAD) * chunksize
+            feeder = _running_loop().create_task(_feed(source, iterator.results, most))
+        return AsyncResults(iterator, feeder)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self: Executor,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the block as ``with`` does, without blocking the loop.
+
+        A block that is cancelled, or whose end is, does not wait for what runs: that is ended. It
+        waits for the workers' end, unless it is cancelled again.
+        """
+        import asyncio  # noqa: PLC0415 -- whoever comes here has it
+
+        if kind is not None and issubclass(kind, (asyncio.CancelledError, GeneratorExit)):
+            self.kill_workers()
+            if issubclass(kind, GeneratorExit):
+                return  # nothing can be awaited any more
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        ring = Bell(loop, ended)
+
+        def leave() -> None:
+            try:
+                self.__exit__(kind, error, trace)
+            finally:
+                ring()
+
+        ThreadThatStarts(leave, "safepool-exit").start()
+        try:
+            await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            self.kill_workers()
+            await ended
+            raise
+
+
+class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
+    """The results of :meth:`ProcessPool.amap`, which several coroutines may share.
+
+    An error that a call raised is raised in its turn, and the next results follow when they are
+    asked for.
+
+    Args:
+        iterator: Where they come from.
+        feeder: Takes the items from an asynchronous iterable.
+    """
+
+    def __init__(self, iterator: ResultIterator, feeder: asyncio.Task[None] | None = None) -> None:
+        self._iterator = iterator
+        self._feeder = feeder
+        if feeder is not None:
+            weakref.finalize(self, _cancel, feeder).atexit = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> _T_co:
+        results = self._iterator.results
+        if not (results is None or self._iterator.is_at_hand):
+            try:
+                await _until_at_hand(results)
+            except BaseException:
+                self._end()
+                raise
+        try:
+            result: _T_co = next(self._iterator)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except StopAsyncIteration as error:  # of a call: it is not the end
+            raise RuntimeError("task raised StopAsyncIteration") from error
+        return result
+
+    async def aclose(self) -> None:
+        """Take no more results; drop what has not begun, and end what runs."""
+        self._end()
+        if self._feeder is not None:
+            import asyncio  # noqa: PLC0415 -- whoever comes here has it
+
+            await asyncio.wait([self._feeder])
+
+    def _end(self) -> None:
+        self._iterator.end()
+        if self._feeder is not None:
+            self._feeder.cancel()
+
+
+async def _until_at_hand(results: Results) -> None:
+    """Wait until a result, an error or the end can be had at once, or the time is over.
+
+    What is there already lets the loop have a turn all the same, once for many results.
+    """
+    import asyncio  # noqa: PLC0415 -- whoever comes here has it
+
+    if results.look():
+        await asyncio.sleep(0)
+        return
+    loop, deadline = asyncio.get_running_loop(), results.deadline
+    while True:
+        waiter: asyncio.Future[None] = loop.create_future()
+        bell = Bell(loop, waiter)
+        left_s = None if deadline is None else deadline - time.monotonic()
+        if results.look(bell) or (left_s is not None and left_s <= 0):
+            return
+        timer = None if left_s is None else loop.call_later(left_s, bell)
+        try:
+            await waiter
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+
+async def _feed(source: AsyncIterable[Any], results: Results, most: int) -> None:
+    """Queue calls as their items come, no more than so many ahead of the results."""
+    loop = _running_loop()
+    error: BaseException | None = None
+    try:
+        async for item in source:
+            if results.exhausted or not results.push([item]):
+                break  # nobody wants the rest, or nobody runs it
+            while results.ahead >= most and not results.exhausted:
+                waiter: asyncio.Future[None] = loop.create_future()
+                results.wait_for_room(Bell(loop, waiter))
+                if results.ahead >= most and not results.exhausted:
+                    await waiter
+    except BaseException as problem:  # noqa: BLE001 -- raised to the reader, when its turn comes
+        error = problem
+    finally:
+        results.push_no_more(error)
+
+
+async def _together(iterables: Sequence[_Items[Any]]) -> AsyncIterator[Any]:
+    """Yield tuples of one item of each."""
+    sources = [
+        (aiter(items), None) if isinstance(items, AsyncIterable) else (None, iter(items))
+        for items in iterables
+    ]
+    end = object()
+    while True:
+        found: list[Any] = []
+        for there, here in sources:
+            item = next(here or iter(()), end) if there is None else await anext(there, end)
+            if item is end:
+                return
+            found.append(item)
+        yield tuple(found)
+
+
+def _cancel(feeder: asyncio.Task[None]) -> None:
+    try:
+        feeder.get_loop().call_soon_threadsafe(feeder.cancel)
+    except RuntimeError:
+        pass  # the loop was closed
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    import asyncio  # noqa: PLC0415 -- whoever comes here has it
+
+    return asyncio.get_running_loop()

@@ -1,0 +1,47 @@
+"""A task that is a coroutine function: what the call returns is run to its end, in the worker.
+
+What a task returns is looked at, not its function: a partial, a decorated function, and an object
+with an asynchronous ``__call__`` return the same. ``asyncio`` is imported by the first one.
+
+Not covered:
+    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator.
+    * Coroutines inside of a result, such as a list of them: they cannot be pickled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["run_to_its_end"]
+
+
+def run_to_its_end(awaitable: Any) -> Any:
+    """Return what a coroutine returns, run by ``asyncio.run()`` in an event loop of its own.
+
+    Args:
+        awaitable: The coroutine, or whatever else can be awaited.
+
+    Raises:
+        BaseException: What it raises, without the frames of the event loop.
+
+    Example:
+        >>> async def two() -> int:
+        ...     return 2
+        >>> run_to_its_end(two())
+        2
+    """
+    import asyncio  # noqa: PLC0415 -- 40 ms, of use to few workers
+
+    async def wait() -> Any:
+        return await awaitable
+
+    try:
+        return asyncio.run(wait())
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not wait.__code__:
+            trace = trace.tb_next
+        # By the base class: a frozen dataclass forbids to set an attribute.
+        if trace is not None and trace.tb_next is not None:
+            BaseException.with_traceback(error, trace.tb_next)
+        raise
