@@ -44,9 +44,9 @@ from safepool.transport.channel import size_of
 from safepool.transport.descriptors import are_beyond
 from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
-from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.marks import MAIN_NAMES, PLAIN
 from safepool.transport.names import Met, names_of
-from safepool.transport.trusted import PLAIN, UntrustedError, imports_here
+from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, call_frame, task_frame, tasks_frame
 from safepool.workers.settings import settings_frame
 

@@ -22,10 +22,16 @@ import types
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES, loaded
-from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
+from safepool.transport.marks import (
+    MAIN_NAMES,
+    PLAIN,
+    attribute_of,
+    is_full,
+    main_space,
+    space_of,
+)
 from safepool.transport.names import names_of
 from safepool.transport.sharing import Shared
-from safepool.transport.trusted import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -121,7 +127,7 @@ def runs_no_code(value: object) -> bool:
     root = main_space().get(value.__qualname__.partition(".")[0])
     if type(root) not in (types.FunctionType, type, type(None)) or value.__dict__:
         return False
-    cells = (cell.cell_contents for cell in value.__closure__ or () if _is_full(cell))
+    cells = (cell.cell_contents for cell in value.__closure__ or () if is_full(cell))
     if getattr(value, "__annotate__", None) or getattr(value, "__type_params__", ()):
         return False  # from Python 3.14 and 3.12 on: code, and objects with such
     named = value.__kwdefaults__ or {}, value.__annotations__
@@ -296,7 +302,7 @@ def uses_of(
         if type(one) is types.FunctionType:
             if one.__globals__ is main_space():
                 names |= named_by(one.__code__)
-            todo += [cell.cell_contents for cell in one.__closure__ or () if _is_full(cell)]
+            todo += [cell.cell_contents for cell in one.__closure__ or () if is_full(cell)]
             todo += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
         elif issubclass(type(one), type):
             if is_importable(one):
@@ -321,14 +327,6 @@ def _part_of(thing: object, name: str) -> Any:
         if found is not None:
             return found.__get__(thing) if type(found) in _SLOTS else None
     return space_of(thing).get(name)
-
-
-def _is_full(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
 
 
 def is_plain(value: object) -> bool:

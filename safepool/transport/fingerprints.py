@@ -18,16 +18,14 @@ import enum
 import functools
 import hashlib
 import pickle
-import sys
 import types
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any, cast
 
 from safepool.errors import let_handlers_pass
 from safepool.transport import weak
-from safepool.transport.marks import is_of_main, mark_of
+from safepool.transport.marks import PLAIN, found_as, is_full, is_of_main, mark_of
 from safepool.transport.sharing import Shared
-from safepool.transport.trusted import PLAIN
 
 if TYPE_CHECKING:
     from typing import Final
@@ -136,7 +134,7 @@ class _Pickler(pickle.Pickler):
         name = f"{obj.__module__}.{obj.__qualname__}"
         if is_of_main(obj):
             name = f"__main__.{obj.__qualname__}"
-        elif _is_importable(obj):
+        elif found_as(obj.__module__, obj.__qualname__) is obj:
             return NotImplemented
         if isinstance(obj, type):
             return tuple, ((name, mark_of(obj)),)
@@ -144,7 +142,7 @@ class _Pickler(pickle.Pickler):
             return tuple, ((name, obj.__wrapped__),)
         if hasattr(obj, "registry") and hasattr(obj, "__wrapped__"):  # of singledispatch
             return tuple, ((name, obj.__wrapped__, dict(obj.registry)),)
-        held = [cell.cell_contents for cell in obj.__closure__ or () if _is_full(cell)]
+        held = [cell.cell_contents for cell in obj.__closure__ or () if is_full(cell)]
         return tuple, ((name, mark_of(obj), obj.__defaults__, obj.__kwdefaults__, held),)
 
 
@@ -177,18 +175,3 @@ def _key(item: Any) -> str:
     if kind is type or kind is enum.EnumMeta:
         return f"{'__main__' if is_of_main(item) else item.__module__}.{item.__qualname__}"
     raise TypeError
-
-
-def _is_importable(thing: Any) -> bool:
-    found: Any = sys.modules.get(thing.__module__)
-    for part in thing.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is thing
-
-
-def _is_full(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True

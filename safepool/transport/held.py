@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import let_handlers_pass
 from safepool.transport.growing import load
 from safepool.transport.lazy import loaded
+from safepool.transport.marks import found_as
 
 if TYPE_CHECKING:
     import ast
@@ -312,10 +313,7 @@ def is_importable(thing: Any) -> bool:
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or module == "__main__":
         return False
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is thing
+    return found_as(module, name) is thing
 
 
 class Held:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport import weak
 from safepool.transport.lazy import loaded
-from safepool.transport.marks import MAIN_NAMES, find_in_main
+from safepool.transport.marks import MAIN_NAMES, find_in_main, found_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -345,10 +345,7 @@ def _is_in_its_module(obj: Any, name: str) -> bool:
     module = getattr(obj, "__module__", None)
     if module in MAIN_NAMES or not isinstance(module, str):
         return False
-    found: Any = sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is obj
+    return found_as(module, name) is obj
 
 
 # Made of what has arrived, by the name that it has in the other end's ``__main__``.

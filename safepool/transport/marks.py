@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAIN_NAMES",
+    "PLAIN",
     "alias_main",
     "attribute_of",
     "attributes_of",
     "find_attribute",
     "find_in_main",
+    "found_as",
+    "is_full",
     "is_of_main",
     "main_space",
     "mark_of",
@@ -31,6 +34,26 @@ __all__ = [
 
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
 """The names under which the program's ``__main__`` is known in this process or another one."""
+
+PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
+"""Types of which an object holds no other, and cannot be changed."""
+
+
+def found_as(module: str, name: str) -> Any:
+    """Return what a module has under a qualified name; ``None`` if there is nothing."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def is_full(cell: types.CellType) -> bool:
+    """Tell whether something is bound to a variable of a function around."""
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
 
 
 def is_of_main(thing: Any) -> bool:

@@ -45,6 +45,7 @@ __all__ = [
     "dumps_to_send",
     "loads",
     "main_namespace",
+    "segments_of",
 ]
 
 # A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
@@ -129,7 +130,7 @@ def _by_reference(
     if by_value_modules() or are_beyond():
         return None
     try:
-        segments = _dumps(value, functools.partial(_standard_dumps, reducers=reducers))
+        segments = segments_of(value, functools.partial(_standard_dumps, reducers=reducers))
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
@@ -160,7 +161,7 @@ def _dumps_by(
         if known.beyond and not (by_value or by_value_modules()):
             dump = functools.partial(_standard_dumps, reducers=reducers, known=known)
             try:
-                segments = _dumps(value, dump)
+                segments = segments_of(value, dump)
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 -- as above
@@ -169,7 +170,7 @@ def _dumps_by(
                 if _is_right(segments[0], into_main=into_main):
                     return segments
             way.drop()
-        return _dumps(value, by_value_dump)
+        return segments_of(value, by_value_dump)
 
 
 def loads(segments: Sequence[Buffer]) -> Any:
@@ -197,9 +198,15 @@ def loads(segments: Sequence[Buffer]) -> Any:
     return load(segments[0], buffers)
 
 
-def _dumps(
+def segments_of(
     value: object, dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes]
 ) -> list[bytes | memoryview]:
+    """Return what ``dump`` makes of a value, and the buffers that are no part of that.
+
+    Args:
+        value: What is pickled.
+        dump: Given a pickler's ``buffer_callback`` as well.
+    """
     buffers: list[memoryview] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:

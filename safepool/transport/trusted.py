@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import let_handlers_pass
 from safepool.transport.frames import Missing
 from safepool.transport.growing import STEP_BYTES, Sink, Source, load
-from safepool.transport.marks import MAIN_NAMES
+from safepool.transport.marks import MAIN_NAMES, PLAIN
 from safepool.transport.memmaps import Reducers
+from safepool.transport.payloads import segments_of
 from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
@@ -36,14 +37,9 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["PLAIN", "UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
+__all__ = ["UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
 
-# A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own: as in
-# `payloads`.
-_OUT_OF_BAND_BYTES = 32 * 1024
 
-PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
-"""Their objects hold nothing that could change, and no code of the program."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
 # What the picklers may call of a class, beside what `object` and C code bring.
@@ -100,28 +96,20 @@ def dumps(value: object) -> list[bytes | memoryview]:
             ...
         safepool.transport.trusted.UntrustedError
     """
-    buffers: list[memoryview] = []
-
-    def in_band(buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
-        if raw.nbytes < _OUT_OF_BAND_BYTES:
-            return True
-        buffers.append(raw)
-        return False
-
-    file = Sink()
-    kind = _array_pickler() if "numpy" in sys.modules else _Pickler
     try:
-        kind(file, protocol=5, buffer_callback=in_band).dump(value)
+        return segments_of(value, _dump)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 -- UntrustedError, or what the other pickler says better
         let_handlers_pass(error)
         raise UntrustedError from None
-    return [file.getvalue(), *buffers]
+
+
+def _dump(value: object, in_band: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    file = Sink()
+    kind = _array_pickler() if "numpy" in sys.modules else _Pickler
+    kind(file, protocol=5, buffer_callback=in_band).dump(value)
+    return file.getvalue()
 
 
 def loads(segments: Sequence[Buffer]) -> Any:

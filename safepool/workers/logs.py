@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import text_of
 from safepool.transport.channel import ChannelClosedError
 from safepool.transport.frames import Kind, encode
+from safepool.transport.marks import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,7 +51,6 @@ __all__ = ["Outbox", "forward_records", "pack_record", "unpack_record"]
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
 # As themselves in one pickle; anything else in one of its own, which may fail by itself.
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 
 _formatter = logging.Formatter()
 
@@ -260,7 +260,7 @@ def pack_record(record: logging.LogRecord) -> bytes:
     if record.exc_info and not record.exc_text:
         told["exc_text"] = _formatter.formatException(record.exc_info)
     told["exc_info"] = None
-    plain = {name: value for name, value in told.items() if type(value) in _PLAIN}
+    plain = {name: value for name, value in told.items() if type(value) in PLAIN}
     others = {name: _pickle(told[name]) for name in told.keys() - plain.keys()}
     return pickle.dumps((plain, others), protocol=5)
 
