@@ -7,7 +7,7 @@ import pickle
 import random
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
@@ -66,12 +66,12 @@ class Pickled:
     """
 
     names: tuple[str, ...]
-    kinds: tuple[type | None, ...]
-    segments: list[bytes | memoryview]
-    refs: frozenset[str]
-    uses: frozenset[str]
-    shared: Sequence[Shared[Any]]
-    held: dict[int, object]
+    kinds: tuple[type | None, ...] = (None,)
+    segments: Sequence[bytes | memoryview] = (b"",)
+    refs: frozenset[str] = frozenset()
+    uses: frozenset[str] = frozenset()
+    shared: Sequence[Shared[Any]] = ()
+    held: dict[int, object] = field(default_factory=dict)
     by_identity: bool = False
     there: bool = False
     draws: bool = False
@@ -172,9 +172,7 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
             draws = draws or any(map(_is_generator, found))
         met.refs.difference_update(group)
         refs, uses = frozenset(met.refs), frozenset(met.uses)
-        one = Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held)
-        one.draws = draws
-        return one
+        return Pickled(group, tuple(kinds), segments, refs, uses, shared.found, held, draws=draws)
 
     return steadily(attempt)
 

@@ -211,9 +211,7 @@ class Walk:
             return None
         attributes = frozenset(attributes_of(value))
         uses = uses_of(value) | attributes
-        one = Pickled((name,), (None,), [b""], frozenset(), uses, (), {}, True, True)
-        one.attributes = attributes
-        return one
+        return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
     def _there(self, name: str) -> Pickled | None:
         """Return a name that workers have by themselves; ``None`` if it is to be sent."""
@@ -224,8 +222,7 @@ class Walk:
             one = self._alone(name)
         except Exception as error:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
             let_handlers_pass(error)
-            nothing: frozenset[str] = frozenset()
-            one = Pickled((name,), (None,), [b""], nothing, nothing, (), {}, True)
+            one = Pickled((name,), by_identity=True)
         one.there = True
         return one
 
@@ -233,9 +230,8 @@ class Walk:
         value = value_of(name)
         place = held_by_module(name, value)
         if place is not None:
-            segments: list[bytes | memoryview] = [pickle.dumps((Held(place, value),), protocol=5)]
-            nothing: frozenset[str] = frozenset()
-            return Pickled((name,), (None,), segments, nothing, nothing, (), {}, True)
+            pickled = pickle.dumps((Held(place, value),), protocol=5)
+            return Pickled((name,), segments=[pickled], by_identity=True)
         if self._by_id is None:
             self._by_id = data_by_id()
         # First: what is changed meanwhile, by another thread, is noticed with the next call.
