@@ -200,7 +200,13 @@ class Pool(_StandardPool):
             ...     pool.size
             3
         """
-        return self._engine.size
+        size: int = vars(self).get("size") or self._engine.size
+        return size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        # Of a subclass that is derived from the standard pool, which has none (schwimmbad's).
+        vars(self)["size"] = size
 
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Return what each worker does at this moment, as :meth:`safepool.ProcessPool.workers`.

@@ -334,13 +334,17 @@ SETTINGS: tuple[Setting, ...] = (
         seldom=True,
         source="Python, locale.setlocale",
     ),
-    Setting(
-        name="authkey of multiprocessing",
-        module="multiprocessing.process",
-        read=lambda process: bytes(process.current_process().authkey),
-        write=_write_authkey,
-        seldom=True,
-        source="Python, multiprocessing.Process.authkey",
+    *(
+        Setting(
+            name=f"authkey of {package}",
+            module=f"{package}.process",
+            read=lambda process: bytes(process.current_process().authkey),
+            write=_write_authkey,
+            seldom=True,
+            source="Python, multiprocessing.Process.authkey",
+        )
+        # The second is a fork of the first, with processes and keys of its own.
+        for package in ("multiprocessing", "multiprocess")
     ),
     Setting(
         name="numpy.seterr()",

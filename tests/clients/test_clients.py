@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import subprocess
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from safepool import ProcessPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 # What they say of each other's versions is theirs.
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]
@@ -96,6 +98,94 @@ def test_dynesty(either: Any) -> None:
         map = staticmethod(map)
 
     assert evidence(pool=either) == evidence(pool=Serial())
+
+
+# Programs that nobody changes, under "safepool run --patch": what they need, and what they print.
+UNCHANGED: dict[str, tuple[str, str, str]] = {
+    "schwimmbad": (
+        "schwimmbad",
+        """
+from schwimmbad import MultiPool, choose_pool
+def square(n): return n * n
+if __name__ == "__main__":
+    told = []
+    with MultiPool(processes=2) as pool:
+        print(pool.size, [*pool.map(square, range(4), callback=told.append)], told)
+    with choose_pool(processes=2) as pool:
+        print(*pool.map(square, [5]))
+""",
+        "2 [0, 1, 4, 9] [0, 1, 4, 9]\n25\n",
+    ),
+    "as num_proc of Hugging Face's datasets": (
+        "multiprocess",
+        """
+import queue
+from multiprocess import Manager, Pool
+def shard(results, rank):
+    for n in range(3): results.put((rank, n))
+    return rank
+if __name__ == "__main__":
+    found = []
+    with Pool(2) as pool, Manager() as manager:
+        results = manager.Queue()
+        pids = {process.pid for process in pool._pool}
+        calls = [pool.apply_async(shard, (results, rank)) for rank in range(2)]
+        while not (all(call.ready() for call in calls) and results.empty()):
+            try: found.append(results.get(timeout=0.05))
+            except queue.Empty: pass
+            assert {process.pid for process in pool._pool} == pids
+        print(sorted(found), [call.get() for call in calls])
+""",
+        "[(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] [0, 1]\n",
+    ),
+    "as pandarallel": (
+        "multiprocess",
+        """
+import multiprocessing, dill
+fork = multiprocessing.get_context("fork")
+def call(job): return dill.loads(job[0])(job[1])
+if __name__ == "__main__":
+    with fork.Manager() as manager:
+        done = manager.Queue()
+        pool = fork.Pool(2)
+        result = pool.map_async(call, [(dill.dumps(lambda n: n + 1), n) for n in range(4)])
+        pool.close()
+        print(result.get())
+        pool.join()
+""",
+        "[1, 2, 3, 4]\n",
+    ),
+    "SciPy's own workers": (
+        "scipy",
+        """
+from scipy.optimize import differential_evolution
+def valley(x): return float(((x - 0.5) ** 2).sum())
+if __name__ == "__main__":
+    found = differential_evolution(valley, [(0, 1)] * 2, workers=2, updating="deferred", maxiter=3)
+    print(found.fun < 1)
+""",
+        "True\n",
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("program", UNCHANGED)
+def test_a_program_that_nobody_changes(program: str, tmp_path: Path) -> None:
+    needs, text, expected = UNCHANGED[program]
+    pytest.importorskip(needs)
+    script = tmp_path / "program.py"
+    script.write_text(text, encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, "-m", "safepool", "run", "--patch", "--", sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+
+    assert (ended.returncode, ended.stdout) == (0, expected), ended.stderr
 
 
 def valley(position: Any) -> float:

@@ -339,6 +339,37 @@ def test_a_broken_pool_says_why_to_an_iterator() -> None:
         assert next(results, None) is None
 
 
+def test_a_pool_is_derived_from_as_libraries_do() -> None:
+    """As schwimmbad's, which waits with a timeout, so that Ctrl-C is heard."""
+
+    class MultiPool(safepool.Pool):
+        def __init__(self, processes: int, initializer: Any = None, initargs: Any = ()) -> None:
+            super().__init__(processes, partial(call_if, initializer), initargs)
+            self.size = self._processes
+
+        def map(
+            self, func: Any, iterable: Any, chunksize: Any = None, callback: Any = None
+        ) -> Any:
+            result = self.map_async(func, iterable, chunksize=chunksize, callback=callback)
+            while True:
+                try:
+                    return result.get(3600)
+                except multiprocessing.TimeoutError:
+                    pass
+
+    told: list[Any] = []
+    with MultiPool(2) as pool:
+        assert pool.map(tasks.square, range(4), callback=told.append) == [0, 1, 4, 9]
+        assert (pool.size, told) == (2, [[0, 1, 4, 9]])
+        pool.size = 7
+        assert (pool.size, pool._processes) == (7, 2)
+
+
+def call_if(function: Callable[..., object] | None, *arguments: object) -> None:
+    if function is not None:
+        function(*arguments)
+
+
 def test_a_chunk_is_a_task_of_a_worker_that_is_replaced() -> None:
     with safepool.Pool(2, maxtasksperchild=1) as pool:
         assert len(set(pool.map(pid_of, range(4), chunksize=1))) == 4

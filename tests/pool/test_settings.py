@@ -115,6 +115,12 @@ CASES: dict[str, Case] = {
         *("one", "two", "own"),
         "bytes(__import__('multiprocessing').current_process().authkey).decode()",
     ),
+    "authkey of multiprocess": case(
+        "import multiprocess; multiprocess.current_process().authkey = b'VALUE'",
+        *("one", "two", "own"),
+        "bytes(__import__('multiprocess').current_process().authkey).decode()",
+        needs="multiprocess",
+    ),
     "numpy.seterr()": case(
         "import numpy; numpy.seterr(divide='VALUE')",
         *("raise", "ignore", "print"),
