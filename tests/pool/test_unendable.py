@@ -198,9 +198,17 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     ),
     "the end of all workers": (
         """
-        future = pool.submit(wait, 60)
-        while not any(worker.task for worker in pool.workers()):
-            time.sleep(0.01)
+        import logging
+        begun = threading.Event()
+        class Begun(logging.Handler):
+            def emit(self, record):
+                begun.set()
+        def say_and_wait():  # one that has only claimed its call would be cancelled
+            logging.warning("begun")
+            time.sleep(60)
+        logging.getLogger().addHandler(Begun())
+        future = pool.submit(say_and_wait)
+        begun.wait(60)
         GIVE_UP
         pool.kill_workers()
         pool.shutdown()
