@@ -168,21 +168,17 @@ class MapRun:
         returns_errors: What a call raised is its result.
 
     Attributes:
-        waiting: What no worker has, in order; the scheduler's thread alone looks there.
-        queued: The scheduler has this run in its queue.
-        most_at_once: Calls whose arguments are thought to fit one message.
+        waiting, queued, most_at_once, dropped, held, noted: As of the core's ``Run``. Only the
+            scheduler's thread looks at what waits.
         sent: The function as workers know it.
         needs: Names of the script that they must have for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
         count: How many calls were queued.
-        dropped: Nobody will take further results.
-        held: No further calls are sent, as too much waits to be taken.
         taken: How many results were taken.
         length: How many there will be; ``None`` if that is not known here.
         iterator: What the caller is given.
         reader: Who takes results; once it is gone nobody can.
-        noted: What a listener notes; else it is not set.
     """
 
     noted: Any

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from safepool.pool.tracing.costs import pickled_ns, queued_ns
@@ -161,9 +161,7 @@ class Row:
             self._settled.popleft()
             whole = done
         else:
-            whole = Settled(
-                done.first, end - done.first, done.work, done.place, done.outcome, done.error
-            )
+            whole = replace(done, count=end - done.first)
             done.count -= whole.count
             done.first, done.place = end, done.place + whole.count
         self._add(whole, part.begin_ns, part.end_ns, 0, part.loaded_ns, part.packed_ns)
