@@ -7,6 +7,7 @@
     worker              a decorator: native threads capped in any pool, a timeout, retries
     limit_threads       the native threads of this process itself
     share               an object that many tasks use, placed once
+    worker_index        in a task: which worker of the pool this is, from 0 up
     register_setting    a setting of a library's that workers are to have as the program has it
     cpu_limit, cpu_count, read_limits
                         what this process may use, and which file says so
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from safepool.pool.watch import WorkerInfo
     from safepool.thread_pool import ThreadPool
     from safepool.transport.sharing import share
+    from safepool.workers.index import worker_index
     from safepool.workers.settings import register_setting, unregister_setting
 
 __version__ = "0.1.0"
@@ -93,6 +95,7 @@ __all__ = [
     "share",
     "unregister_setting",
     "worker",
+    "worker_index",
 ]
 
 _HOMES = {
@@ -125,6 +128,7 @@ _HOMES = {
     "share": "safepool.transport.sharing",
     "unregister_setting": "safepool.workers.settings",
     "worker": "safepool.decorator",
+    "worker_index": "safepool.workers.index",
 }
 
 # Reached by attribute after ``import safepool``.

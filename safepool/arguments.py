@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = [
+    "ENVIRONMENT",
     "MOST_WORKERS",
     "RULES",
     "TIME_TO_WAIT",
@@ -172,6 +173,7 @@ memory_per_worker memory mem
 max_memory_per_worker max_memory
 memory_limit mem_limit limit_memory ram_limit
 env environ environment env_vars
+gpus gpu num_gpus n_gpus gpu_ids devices
 timeout task_timeout timeout_s time_limit max_time
 retries max_retries retry n_retries num_retries attempts max_attempts
 pin_workers pin cpu_ids affinity
@@ -392,10 +394,25 @@ def _lacks_as_context(value: Any) -> str:
 
 
 def _lacks_as_environment(value: Any) -> str:
-    for name, text in value.items():
+    for name, text in () if callable(value) else value.items():
         if not name or "=" in name or "\0" in name + text:
             return 'a mapping of variables (a name is not empty and has no "=", neither has a NUL)'
     return ""
+
+
+# Of CUDA and HIP: a number, or the beginning of the id of a device or of a part of one.
+_DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
+
+
+def _lacks_as_gpus(value: Any) -> str:
+    if isinstance(value, str):
+        fits = value == "auto"
+    elif _is_integer(value):
+        fits = value >= 1
+    else:
+        devices = [device for one in value for device in str(one).split(",")]
+        fits = bool(devices) and all(map(_DEVICE.fullmatch, devices))
+    return "" if fits else _GPUS
 
 
 def _lacks_as_size_for_joblib(value: Any) -> str:
@@ -414,7 +431,16 @@ def _size(remedy: str) -> Rule:
 
 
 _THREADS = "It is what each native thread pool of a worker may have"
+_GPUS = '"auto", a number of devices of at least 1, or a list of numbers and ids of devices'
 _MAX_NBYTES = 'a number of bytes from 0 up, text such as "1M", "auto" or None'
+
+ENVIRONMENT = Rule(
+    kind="a mapping of text to text",
+    is_kind=_is_environment,
+    lacks=_lacks_as_environment,
+    remedy='Numbers are text as well: {"OMP_NUM_THREADS": "2"}',
+)
+"""What ``env`` returns for one worker, if it is a function."""
 
 RULES: dict[str, Rule] = {
     "buffersize": _integer(
@@ -427,16 +453,26 @@ RULES: dict[str, Rule] = {
         1, "It counts the items of a task", lacks=_unless(lambda value: value >= 1, ">= 1.")
     ),
     "end_subprocesses": _flag("True ends what tasks have started with the program"),
-    "env": Rule(
-        kind="a mapping of text to text",
-        is_kind=_is_environment,
-        lacks=_lacks_as_environment,
-        remedy='Numbers are text as well: {"OMP_NUM_THREADS": "2"}',
+    "env": replace(
+        ENVIRONMENT,
+        kind="a mapping of text to text, or a function that returns one for a worker's index",
+        is_kind=lambda value: callable(value) or _is_environment(value),
     ),
     "function": Rule(
         kind="something that can be called",
         is_kind=lambda value: callable(value) or isinstance(value, (classmethod, staticmethod)),
         remedy="Pass threads=, timeout= and retries= by name",
+    ),
+    "gpus": Rule(
+        kind=_GPUS,
+        is_kind=lambda value: (
+            _is_text(value)
+            or _is_integer(value)
+            or (_is_sequence(value) and all(_is_text(one) or _is_integer(one) for one in value))
+        ),
+        lacks=_lacks_as_gpus,
+        remedy='"auto" gives one of the visible devices to each worker, in turn',
+        choices=("auto",),
     ),
     "idle_worker_timeout": _number(
         "a number of seconds from 0 up",

@@ -82,7 +82,8 @@ class Options(TypedDict, total=False):
     reserve: float
     memory_per_worker: float | str | None
     pin_workers: bool
-    env: Mapping[str, str] | None
+    env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None
+    gpus: Literal["auto"] | int | Sequence[int | str] | None
     timeout: float | None
     retries: int
     max_memory_per_worker: float | str | None

@@ -218,7 +218,9 @@ class World:
         except AssertionError as error:
             raise BadStateError(str(error)) from None
         staying = [one for one in core.members if not one.leaving]
-        if core.backlog.is_wanted() and not (self.stopped or self.paused):
+        # While it becomes smaller some that are to go are busy, and those that stay may wait.
+        full = len(staying) > self.size
+        if core.backlog.is_wanted() and not (self.stopped or self.paused or full):
             idle = [
                 one
                 for one in staying
@@ -226,7 +228,9 @@ class World:
             ]
             must(not idle, f"a call waits while worker {[one.pid for one in idle]} is idle")
             fails = any(one.fails_to_start for one in core.members)
-            must(staying or fails, "a call waits, and no worker is hired")
+            # The next one waits for a place.
+            ends = any(one.leaving for one in core.members)
+            must(staying or fails or ends, "a call waits, and no worker is hired")
         must(len(staying) <= max(self.scenario.size, self.size), "more workers than may be")
         for key, count in self.starts.items():
             must(count <= 1 + self.scenario.retries, f"{key} was started {count} times")
@@ -295,6 +299,11 @@ class World:
         for _ in range(action.workers):
             self.hired += 1
             worker = Worker(self.hired)
+            worker.index = self.core.place_of_next()
+            must(worker.index < self.size, "a worker has a place beyond the pool's size")
+            others = [one.index for one in self.workers if one.alive]
+            if "tick" not in self.scenario.budget:
+                must(worker.index not in others, "two processes have one place")
             self.workers.append(worker)
             self.tell(e.Hired(worker, self.scenario.boards))
 
@@ -672,6 +681,7 @@ class World:
             return min(end - position, least)
 
         return (
+            one.index, one.leaving and self.now_ns - one.leaving_since_ns,
             int(one.phase), one.ready, one.exclusive, one.alive, one.doomed, one.by_pool,
             type(one.condemned).__name__,
             one.exitcode, one.tasks_done if self.scenario.tasks_per_worker else 0,

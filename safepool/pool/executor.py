@@ -24,6 +24,7 @@ from safepool.pool.mapping import Coming, MapRun, end_failed
 from safepool.pool.memory import MemoryWatch
 from safepool.pool.scheduler import Scheduler
 from safepool.pool.tasks import name_of
+from safepool.pool.variables import Variables, devices_of
 from safepool.pool.watch import Stacks, look_at
 from safepool.procfs import named_threads
 from safepool.threads.environment import overridden, worker_environment
@@ -112,7 +113,17 @@ class ProcessPool(AwaitedCalls, _Standard):
             idle CPUs. Worth it where the CPUs are this program's own. Linux only: elsewhere,
             and where it is refused, it is said once and nothing is bound.
         env: Variables to set in the workers. One that bounds native threads takes the place
-            of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log.
+            of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log. Or a function that
+            returns those of one worker, called here in the program with its
+            :func:`safepool.worker_index`, once for each: ``lambda i: {"PORT": str(9000 + i)}``.
+            They are set when the worker is born, after a guarded script was run.
+        gpus: Give each worker one GPU, one worker after the other, by ``CUDA_VISIBLE_DEVICES``
+            or the variable that the program itself has for that (``HIP_VISIBLE_DEVICES``,
+            ``ROCR_VISIBLE_DEVICES``). ``"auto"`` is all that the program may use: those of that
+            variable, ids of devices and of parts of them (MIG) included, else as many as NVIDIA's
+            driver has files for; where there is none, that is said once, and nothing is set. A
+            number is the first so many of them. A list names devices, or several for one
+            worker: ``["0,1", "2,3"]``. What ``env`` says wins.
         timeout: Seconds that a task may run, from its start; above 0. Then its worker is killed
             with every process that the task started, and the task ends with
             :class:`safepool.TaskTimeoutError`. ``None`` does not limit.
@@ -213,7 +224,8 @@ class ProcessPool(AwaitedCalls, _Standard):
         reserve: float = 0.0,
         memory_per_worker: float | str | None = None,
         pin_workers: bool = False,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None = None,
+        gpus: Literal["auto"] | int | Sequence[int | str] | None = None,
         timeout: float | None = None,
         retries: int = 0,
         max_memory_per_worker: float | str | None = None,
@@ -263,7 +275,13 @@ class ProcessPool(AwaitedCalls, _Standard):
             if not stands_for_forks:
                 _warn_of_threads()
         threads = self._budget.threads_per_worker
-        for override in overridden(threads, env or {}):
+        workers = min(self._budget.workers, MOST_WORKERS)
+        of_all: Mapping[str, str] = {} if env is None or callable(env) else env
+        self._own = _own_variables(env, gpus, of_all)
+        if self._own is not None:
+            self._own.prepare(workers)
+        of_first = {} if self._own is None else self._own.of(0)
+        for override in overridden(threads, {**of_all, **of_first}):
             log_once(
                 f"{override.variable}={override.value} for workers takes the place of the cap "
                 f"on {override.runtime}, {override.instead_of}"
@@ -271,15 +289,18 @@ class ProcessPool(AwaitedCalls, _Standard):
         placement = _placement(threads) if pin_workers else None
         hiring = Hiring(
             method,
-            WorkerStart(environment=worker_environment(threads, overrides=env), threads=threads),
+            WorkerStart(
+                environment=worker_environment(threads, overrides=of_all), threads=threads
+            ),
             initializer=initializer,
             initargs=() if initargs is None else tuple(initargs),
             placement=placement,
+            own=self._own,
             main=main,
             may_fork=stands_for_forks and max_tasks_per_child is None,
         )
         self._scheduler = Scheduler(
-            workers=min(self._budget.workers, MOST_WORKERS),
+            workers=workers,
             hiring=hiring,
             tasks_per_worker=max_tasks_per_child,
             memory_per_worker=(
@@ -668,6 +689,8 @@ class ProcessPool(AwaitedCalls, _Standard):
             ...     sorted(pool.map(abs, [-1, -2]))
             [1, 2]
         """
+        if self._own is not None:
+            self._own.prepare(max_workers)
         self._scheduler.resize(max_workers)
 
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -803,6 +826,19 @@ def _stands_for_forks() -> bool:
     asked = multiprocessing.get_start_method(allow_none=True)
     default = multiprocessing.get_all_start_methods()[0]
     return "_safepool_replaces" in vars(process) and (asked or default) == "fork"
+
+
+def _own_variables(
+    env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None,
+    gpus: Literal["auto"] | int | Sequence[int | str] | None,
+    of_all: Mapping[str, str],
+) -> Variables | None:
+    """Return what each worker has for itself; ``None`` if all have the same."""
+    if gpus is None and not callable(env):
+        return None
+    devices = {} if gpus is None else devices_of(gpus)
+    said = {name: ids for name, ids in devices.items() if name not in of_all}
+    return Variables(said, env if callable(env) else None)
 
 
 def _placement(threads: int) -> Placement | None:

@@ -24,6 +24,7 @@ from safepool.workers.plan import ScriptLostError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from safepool.pool.variables import Variables
     from safepool.threads.placement import Placement
     from safepool.workers.start import StartMethod, WorkerStart
 
@@ -46,6 +47,7 @@ class Hiring:
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
+        own: Variables of each worker alone; ``None`` if all have the same.
         may_fork: Where the initializer cannot be pickled, workers are forks of this process.
         main: How the script gets into workers.
 
@@ -68,6 +70,7 @@ class Hiring:
         initializer: Callable[..., object] | None,
         initargs: tuple[Any, ...],
         placement: Placement | None = None,
+        own: Variables | None = None,
         may_fork: bool = False,
         main: str = "value",
     ) -> None:
@@ -76,6 +79,7 @@ class Hiring:
         self._told = told
         self._initialize = (initializer, initargs)
         self._placement = placement
+        self._own = own
         self._may_fork = may_fork
         self.inheritance: Inheritance = Inheritance([], [])
         self._packed: Inheritance | None = None
@@ -157,8 +161,8 @@ class Hiring:
         if packed is not None:
             self.inheritance = packed
 
-    def start(self) -> Worker:
-        """Start one.
+    def start(self, place: int) -> Worker:
+        """Start one, with this place in the pool.
 
         Raises:
             ScriptLostError: From :meth:`prepare` on is to be done again.
@@ -166,7 +170,7 @@ class Hiring:
             RuntimeError: The interpreter shuts down.
         """
         try:
-            worker = self._start()
+            worker = self._start(place)
         except ScriptLostError as error:
             if not self.hired.is_open:
                 raise
@@ -176,16 +180,20 @@ class Hiring:
         self.hired.open()
         return worker
 
-    def _start(self) -> Worker:
+    def _start(self, place: int) -> Worker:
         told = replace(
             self._told,
+            index=place,
+            own={} if self._own is None else self._own.of(place),
             cpus=() if self._placement is None else self._placement.choose(_taken_cpus()),
             by_name=bool(self.names),
             descriptors=tuple(self.inheritance.descriptors),
             initializer=self.inheritance.itself,
             foreign=tuple(_descriptors_of_all_pools()),
         )
-        return Worker(self._method, told, board=Board.create(), given_up=self.given_up)
+        worker = Worker(self._method, told, board=Board.create(), given_up=self.given_up)
+        worker.index = place
+        return worker
 
     def refused(self, error: BaseException, *, alone: bool) -> PoolBrokenError | None:
         """Decide what a start that failed means.

@@ -977,12 +977,13 @@ class Scheduler:
                     self._break(staff, broken, why)
 
     def _hire_one(self, staff: Staff) -> None:
+        place = self._core.place_of_next()
         try:
-            worker = staff.hire()
+            worker = staff.hire(place)
         except OSError:
             if not self._dispatch.hands.let_go():
                 raise
-            worker = staff.hire()  # a thread that had nothing to do has made room
+            worker = staff.hire(place)  # a thread that had nothing to do has made room
         if self._memory is not None:
             self._memory.meet(worker)
         self._tell(staff, Hired(worker, worker.board is not None))

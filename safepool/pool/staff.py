@@ -54,8 +54,8 @@ _ORPHANS_LOOK_S = 0.05
 # For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
 # on a machine that is frozen by its quota a tenth of a second.
 _STACK_S = 0.15
-# Of a worker that goes on to fill the memory meanwhile: 50 MB more, at 1 GB a second.
-_STACK_OF_A_HOG_S = 0.05
+# Of a worker that goes on to fill the memory meanwhile: 80 MB more, at 1 GB a second.
+_STACK_OF_A_HOG_S = 0.08
 
 if sys.platform == "win32":
     _KILL = signal.SIGTERM  # TerminateProcess; there is no SIGKILL
@@ -67,7 +67,7 @@ class Staff:
     """The workers of one pool.
 
     Args:
-        start: Starts a worker process.
+        start: Starts a worker process that has this place.
         parted: Told of a worker to which nothing more can be sent.
         ended: Told of a worker whose process has ended, after all that it sent was handed over,
             and of its exit code as ``multiprocessing.Process.exitcode``; ``None`` if the system
@@ -79,7 +79,7 @@ class Staff:
 
     def __init__(
         self,
-        start: Callable[[], Worker],
+        start: Callable[[int], Worker],
         parted: Callable[[Staff, Worker], None],
         ended: Callable[[Staff, Worker, int | None], None],
     ) -> None:
@@ -140,14 +140,14 @@ class Staff:
         ]
         return [descriptor for descriptor in found if descriptor >= 0]
 
-    def hire(self) -> Worker:
-        """Start one worker.
+    def hire(self, place: int) -> Worker:
+        """Start one worker, with this place in the pool.
 
         Raises:
             Exception: What starting it raised; ``OSError`` if the system has no room for it,
                 ``RuntimeError`` if the interpreter shuts down.
         """
-        worker = self._start()
+        worker = self._start(place)
         self._all = (*self._all, worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
         if worker.sentinel is not None:

@@ -42,6 +42,7 @@ class WorkerInfo:
 
     Attributes:
         pid: Process id.
+        index: Its place in the pool, as :func:`safepool.worker_index` says there.
         state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
             else ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after what
             it has.
@@ -65,6 +66,7 @@ class WorkerInfo:
     """
 
     pid: int
+    index: int
     state: Literal["starting", "idle", "busy", "leaving"]
     task: str | None
     running_s: float | None
@@ -97,6 +99,7 @@ def _look_at(worker: Worker) -> WorkerInfo:
     status = read_status(worker.pid)
     return WorkerInfo(
         pid=worker.pid,
+        index=worker.index,
         state=state,
         task=task,
         running_s=None if task is None else max(0, time.monotonic_ns() - since_ns) / 1e9,

@@ -37,6 +37,7 @@ group are in the order in which one start goes through them.
     plan            how ``__main__`` gets into workers
     inheritance     what its initializer finds beside the pickle
     board, fence    what both read and write without a message
+    index           which worker of its pool a process is
     tree, fork      what a task has started; a fork of a worker
     contained       a log whose handlers end no thread
 """

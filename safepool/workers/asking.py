@@ -31,6 +31,7 @@ __all__ = [
     "LOOK_S",
     "CannotForkError",
     "CannotRunError",
+    "HasReadError",
     "LostError",
     "RunningServer",
     "StartedThreadsError",
@@ -74,6 +75,10 @@ class StartedThreadsError(Exception):
 
 class CannotForkError(Exception):
     """No server can be forked, whatever is left out."""
+
+
+class HasReadError(Exception):
+    """The server's imports have read a variable that this worker has otherwise."""
 
 
 class CannotRunError(Exception):
@@ -336,7 +341,11 @@ class RunningServer:
             CannotForkError: It never will.
             CannotRunError: The script has left threads.
             StartedThreadsError: Something else has.
+            HasReadError: This worker needs a server of its own variables.
         """
+        own: Mapping[str, str] = more["told"].own
+        if any(name in self._read and self._read[name] != own[name] for name in own):
+            raise HasReadError
         details = {**handing.details_of(self._changes, script=self._plan is not None), **more}
         with handing.handing(details, files) as (told, given, ours):
             self._send(("fork", told), given)

@@ -191,6 +191,19 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             OSError: Also if no server could be kept running.
             ScriptLostError: The script, which was run for this pool, cannot be run again.
         """
+        try:
+            return self._start(told, end, board, given_up)
+        except asking.HasReadError:
+            told = replace(told, environment=told.variables, own={})
+            return self._start(told, end, board, given_up)
+
+    def _start(
+        self,
+        told: WorkerStart,
+        end: socket.socket,
+        board: Board | None,
+        given_up: Callable[[], bool],
+    ) -> forked.ForkedProcess:
         changes = told.environment
         wish = self._wish(told.threads, given_up)
         files = [end.fileno(), *([] if board is None else [board.fileno()]), *told.descriptors]

@@ -26,6 +26,7 @@ from safepool.workers import inheritance
 from safepool.workers.board import STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
+from safepool.workers.index import be_index
 from safepool.workers.plan import find_space
 from safepool.workers.preload import Imports
 from safepool.workers.runner import Runner
@@ -84,10 +85,11 @@ def be_worker(
         inherited: Descriptors that the initializer's arguments refer to.
     """
     be_taken_before_the_program()
-    change_environment(told.environment)
+    be_index(told.index)
+    change_environment(told.variables)
     pretend(told.threads)
     shared = _open_board(board)
-    cap = cap_worker(told.threads, told.environment)
+    cap = cap_worker(told.threads, told.variables)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
     # decision. A handler that does nothing rather than SIG_IGN, which programs started by
     # a task would inherit. The pool starts workers with the signal blocked, so that it

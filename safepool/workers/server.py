@@ -288,6 +288,7 @@ class _Server:
         """Be a worker without a fork: there are threads that it would lose, or it is refused."""
         if len(descriptors) < details["files"]:
             os._exit(1)
+        os.environ.update(details["told"].own)
         with script.silence():
             for name in details["modules"]:
                 try:
@@ -363,7 +364,7 @@ class _Server:
                 lifeline.hold(gate)
             except OSError:
                 os.close(gate)
-            details["environ"] = self._made | details["environ"]
+            details["environ"] = self._made | details["environ"] | details["told"].own
             code = birth.be_born(details, self._line, own)
         except BaseException as error:  # noqa: BLE001 -- whatever it is, this process is not a server
             sys.excepthook(type(error), error, error.__traceback__)

@@ -22,6 +22,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from safepool.threads.environment import worker_environment
 from safepool.transport.fingerprints import ABSENT, UNKNOWN
 from safepool.transport.marks import main_space, marks_of
 from safepool.workers.begin import BEGIN, facts_for, popen_with
@@ -155,7 +156,7 @@ class Standard(StartMethod):
         # spawn imports the caller's ``__main__`` before anything of ours runs; the process's
         # name is what it unpickles before that.
         process.name = _NameWithCaps(
-            f"safepool-{process.name}", facts_for(told.environment, told.threads, told.cpus)
+            f"safepool-{process.name}", facts_for(told.variables, told.threads, told.cpus)
         )
         return process
 
@@ -209,7 +210,7 @@ class _Loky(Standard):
         """Return a process that is born with the variables."""
         # loky's can only set. What is to be removed is removed by worker_main, before
         # anything that reads it is imported.
-        given = {name: value for name, value in told.environment.items() if value is not None}
+        given = {name: value for name, value in told.variables.items() if value is not None}
         process = self.context.Process(target=worker_main, args=arguments, env=given)
         process.name = f"safepool-{process.name}"
         return process
@@ -317,7 +318,11 @@ else:
                 return create
             from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom
 
-            return lambda **more: CappedProcess(told.environment, told.threads, told.cpus, **more)
+            # What follows gets into a command line, where everybody may read it: no variable that
+            # bounds no threads. Those are set by the name of the process.
+            known = worker_environment(told.threads)
+            caps = {name: text for name, text in told.environment.items() if name in known}
+            return lambda **more: CappedProcess(caps, told.threads, told.cpus, **more)
 
     class _Fork(Standard):
         is_fork = True

@@ -27,6 +27,8 @@ class WorkerStart:
     Attributes:
         environment: Variables it is born with, ``None`` for those it is born without.
         threads: Threads for each of its native pools.
+        own: Variables that it has beside those of all workers, and in the place of them.
+        index: Its place in the pool, from 0 up.
         cpus: Bound to these, before it imports anything of the caller's; to none if empty.
         by_name: Functions of the script are sent as names; the worker has run the script.
         learns: It tells the pool which libraries tasks import.
@@ -39,6 +41,8 @@ class WorkerStart:
 
     environment: Mapping[str, str | None]
     threads: int
+    own: Mapping[str, str] = field(default_factory=dict, repr=False)
+    index: int = 0
     cpus: tuple[int, ...] = ()
     by_name: bool = False
     learns: bool = False
@@ -46,6 +50,11 @@ class WorkerStart:
     forked: bool = False
     initializer: Initializer | None = field(default=None, repr=False)
     foreign: tuple[int, ...] = ()
+
+    @property
+    def variables(self) -> dict[str, str | None]:
+        """All that it is born with, and without."""
+        return {**self.environment, **self.own}
 
 
 class Started(Protocol):

@@ -207,7 +207,11 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "self._queue_again([head.only(place) for place in range(head.count)])",
         "pass",
     ),
-    "too many workers stay": ("the pool shrinks and grows", "if surplus > 0:", "if False:"),
+    "too many workers stay": (
+        "the pool shrinks and grows",
+        "too_many = member.index >= self._size",
+        "too_many = False",
+    ),
     "a worker that leaves is given calls": (
         "a death at every step",
         "if member.phase is Phase.READY and member.takes_more:",
@@ -242,6 +246,11 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "a call takes too much memory, with retries",
         "is_last = condemned is not None or event.forced",
         "is_last = said is not None or event.forced",
+    ),
+    "two processes have one place": (
+        "workers are replaced after two calls",
+        "free = self._size - sum(place < self._size for place in kept)",
+        "free = self._size",
     ),
     "the dead are counted among the workers": (
         "no retry",

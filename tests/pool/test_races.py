@@ -228,8 +228,8 @@ def test_a_worker_may_have_the_number_of_one_whose_end_is_not_yet_seen(
     """The server has reaped that one, and the system gives its number to the next."""
     start = Hiring.start
 
-    def start_by_one_number(self: Hiring) -> Worker:
-        worker = start(self)
+    def start_by_one_number(self: Hiring, place: int) -> Worker:
+        worker = start(self, place)
         worker.pid = 4711
         return worker
 

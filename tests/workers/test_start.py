@@ -57,6 +57,8 @@ def test_all_that_a_worker_is_told_arrives() -> None:
     told = WorkerStart(
         environment={"A": "1", "B": None},
         threads=2,
+        own={"C": "2"},
+        index=3,
         cpus=(0, 3),
         by_name=True,
         learns=True,

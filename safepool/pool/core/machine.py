@@ -8,6 +8,7 @@
     who is ended for what it holds             `Exceeded`, then `Revoked`
     what the dead leave                        `Died`: answers, calls for others, lost calls
     who is hired, let go, given up             `HandOut`, `Step`, `Died`
+    which place a worker has                   `place_of_next`, before it is started
 
 Actions are done in the order in which they are returned, and the events that answer one are
 brought before the next is done. Letters name the scheduler's races.
@@ -15,6 +16,7 @@ brought before the next is done. Letters name the scheduler's races.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import deque
@@ -42,6 +44,9 @@ __all__ = ["Core"]
 _ROUNDING = 1e-6
 # Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
 _MOST_LOST = 2
+# So long the place of a worker that ends is kept, so that two processes hardly ever have one: what
+# is named by it, a port or a device, may still be in use.
+_PLACE_NS = 1_000_000_000
 _NOTHING = e.Then()
 
 
@@ -69,6 +74,8 @@ class Core:
         self.idle_ns: int | None = None
         self._size = size
         self._lost = 0
+        # The places of those that could not be ended.
+        self._haunted: set[int] = set()
         self._tasks_per_worker = tasks_per_worker
         self._break_on_death = break_on_death
         self._patience = Patience()
@@ -130,6 +137,9 @@ class Core:
         if self.idle_ns is not None:
             idle_since = [one.idle_since_ns for one in members if one.idle_since_ns is not None]
             looks += [since + self.idle_ns for since in idle_since]
+        if self.backlog:
+            ending = [one.leaving_since_ns for one in members if self._keeps_place(one)]
+            looks += [since + _PLACE_NS for since in ending]
         if self.owes:
             looks += reclaim.next_looks(members, now_ns)
             for member in members:
@@ -153,6 +163,8 @@ class Core:
             assert (member.phase is Phase.CONDEMNED) == (member.condemned is not None)
             assert given.isdisjoint(map(id, works)), "two workers have the same work"
             given.update(map(id, works))
+        places = [member.index for member in self.members if not member.leaving]
+        assert len(places) == len({*places}), "two workers have one place"
         waiting = {id(entry) for entry in self.backlog}
         assert given.isdisjoint(waiting), "work waits that a worker has"
 
@@ -161,6 +173,21 @@ class Core:
     def _hired(self, event: e.Hired) -> None:
         event.worker.has_board = event.has_board
         self.members = (*self.members, event.worker)
+
+    def place_of_next(self) -> int:
+        """Return the place of a worker that is started now.
+
+        The lowest of no process; if all have one, the lowest of one that takes its time to end.
+        """
+        staying = {member.index for member in self.members if not member.leaving}
+        taken = {member.index for member in self.members} | self._haunted
+        free = next(place for place in itertools.count() if place not in taken)
+        if free < self._size:
+            return free
+        return next(place for place in itertools.count() if place not in staying)
+
+    def _keeps_place(self, member: Member) -> bool:
+        return member.leaving and self._now_ns - member.leaving_since_ns < _PLACE_NS
 
     def _ready(self, event: e.Ready) -> None:
         member = event.worker
@@ -203,16 +230,17 @@ class Core:
 
     def _hand_out(self, event: e.HandOut) -> None:
         staying = [member for member in self.members if member.phase < Phase.DYING]
-        surplus = len(staying) - self._size
-        if surplus > 0:
-            for member in [member for member in staying if member.is_idle][:surplus]:
-                self._stop(member)
         if not (self.backlog and event.told):
             return
         self._among = max(1, min(self._size, len(staying)))
         hungry = [
             one for one in staying if one.phase is Phase.READY and one.claimed >= one.awaited
         ]
+        if len(staying) > self._size:  # it has become smaller: some that are to go are busy
+            busy = [one for one in hungry if one.ledger.owed]
+            idle = [one for one in hungry if not one.ledger.owed]
+            room = self._size - sum(one.ledger.owed > 0 for one in staying)
+            hungry = [*idle[: max(0, room)], *busy]
         if len(hungry) > 1:
             # Who has nothing first, so that it does not wait while others are sent ahead.
             hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
@@ -298,7 +326,9 @@ class Core:
         ):
             return
         starting = sum(not member.ready for member in staying)
-        wanted = min(most, self.backlog.at_most(self._size) - starting)
+        kept = {one.index for one in members if not one.leaving or self._keeps_place(one)}
+        free = self._size - sum(place < self._size for place in kept)
+        wanted = min(most, free, self.backlog.at_most(self._size) - starting)
         if wanted > 0:
             # As many may take their time to end as stay: if none ends by itself, all would pile
             # up.
@@ -422,18 +452,18 @@ class Core:
         members, matters = self.members, False
         if self.idle_ns is not None:
             self._let_the_idle_go(self.idle_ns)
-        shrinking = len(members) > self._size and (
-            sum(not member.leaving for member in members) > self._size
-        )
+        if not event.lost:
+            self._haunted.clear()
         for member in members:
             matters = matters or member.ledger.owed > 0 or member.claimed < member.awaited
-            retires = member.phase is Phase.RETIRING
-            if not (shrinking or retires):
+            too_many = member.index >= self._size
+            if too_many:
+                self._move(member, Phase.RETIRING)
+            if member.phase is not Phase.RETIRING:
                 continue
-            goes = retires or not (member.is_bound or member.leaving)
-            if goes and member.ledger.owed > 1:
+            if member.ledger.owed > 1 and not (too_many and member.is_bound):
                 self._revoke(member)  # the rest follows in `Revoked`, and in `HandOut`
-            elif retires and member.is_idle:
+            elif member.is_idle:
                 self._stop(member)
         if matters:
             looked_at = [*reclaim.to_look_at(members, nothing_waits=not self.backlog)]
@@ -548,6 +578,8 @@ class Core:
     # Workers go.
 
     def _move(self, member: Member, phase: Phase) -> None:
+        if phase >= Phase.DYING and not member.leaving:
+            member.leaving_since_ns = self._now_ns
         member.phase = max(member.phase, phase)
 
     def _strangers(self, _: e.Strangers) -> None:
@@ -564,6 +596,8 @@ class Core:
     def _died(self, event: e.Died) -> None:
         """Find out what a worker leaves: answers, calls for others, and calls that are lost."""
         member, ledger = event.worker, event.worker.ledger
+        if event.lost > self._lost:
+            self._haunted.add(member.index)
         self._lost = event.lost
         fault = event.fault
         if member.has_board and member.phase is not Phase.CONDEMNED:  # race I

@@ -49,7 +49,9 @@ class Member:
 
     Attributes:
         pid: Its process id.
+        index: Its place in the pool, from 0 up: no other has it at the same time.
         phase: How far it has come. Written by the core alone.
+        leaving_since_ns: When it came to `Phase.DYING`, or beyond.
         ready: Its initializer has ended well.
         has_board: It shares a board with the pool, so that what it has not begun can be had back.
         ledger: What it was sent and has not answered.
@@ -67,7 +69,9 @@ class Member:
     """
 
     pid: int
+    index = 0
     phase = Phase.STARTING
+    leaving_since_ns = 0
     ready = False
     has_board = False
     done = 0

@@ -1,0 +1,101 @@
+"""Variables that each worker has for itself, by its place in the pool: ``env=``, ``gpus=``."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from safepool.arguments import ENVIRONMENT, check
+from safepool.limits.gpus import read_gpus
+from safepool.machine import tell_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["Variables", "devices_of"]
+
+# Computed with the pool, so that what is wrong is raised there; those of further workers later.
+_MOST_AHEAD = 256
+
+
+class Variables:
+    """What workers have beside what all of them have.
+
+    Args:
+        devices: By variable, what it says in the first, second, ... worker, and again from the
+            first on.
+        function: The caller's; what it says wins. Called once for each place, here in the program.
+    """
+
+    def __init__(
+        self,
+        devices: Mapping[str, Sequence[str]],
+        function: Callable[[int], Mapping[str, str]] | None,
+    ) -> None:
+        self._devices = devices
+        self._function = function
+        self._known: dict[int, dict[str, str]] = {}
+
+    def prepare(self, workers: int) -> None:
+        """Compute those of so many workers, in the thread of the caller.
+
+        Raises:
+            TypeError: The function returned no mapping of text to text.
+            ValueError: It returned what no variable can be.
+            Exception: It raised that.
+        """
+        for place in range(min(workers, _MOST_AHEAD)):
+            self.of(place)
+
+    def of(self, place: int) -> dict[str, str]:
+        """Return the variables of the worker that has this place; raises as :meth:`prepare`."""
+        found = self._known.get(place)
+        if found is None:
+            found = {name: ids[place % len(ids)] for name, ids in self._devices.items()}
+            if self._function is not None:
+                found |= self._ask(self._function, place)
+            self._known[place] = found
+        return found
+
+    def _ask(self, function: Callable[[int], Mapping[str, str]], place: int) -> Mapping[str, str]:
+        try:
+            said = function(place)
+        except Exception as error:
+            error.add_note(f"raised by env({place}), which is to return a worker's variables")
+            raise
+        check(f"env({place})", said, ENVIRONMENT)
+        return said
+
+
+def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, tuple[str, ...]]:
+    """Return by variable what it is to say in one worker after the other.
+
+    Args:
+        gpus: As for :class:`safepool.ProcessPool`.
+
+    Raises:
+        ValueError: There are fewer than ``gpus``.
+    """
+    found = read_gpus(os.environ)
+    lists = {name: ids for name, ids in found.lists.items() if ids}
+    if gpus == "auto":
+        if not lists:
+            tell_once(
+                f'gpus="auto" finds no GPU: none in {found.source}. Workers see what this program '
+                "sees. Pass gpus= a list of devices if there are some"
+            )
+        return lists
+    if not isinstance(gpus, Sequence):
+        count = operator.index(gpus)
+        seen = min((len(ids) for ids in lists.values()), default=0)
+        if seen < count and (lists or found.is_said):
+            raise ValueError(
+                f"gpus must be at most {seen}, the devices in {found.source}, not {count}. Pass "
+                "a list to name devices yourself"
+            )
+        if lists:
+            return {name: ids[:count] for name, ids in lists.items()}
+        gpus = range(count)
+    return dict.fromkeys(lists or found.lists, tuple(str(device) for device in gpus))
