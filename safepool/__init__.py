@@ -2,6 +2,7 @@
 
     ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
     Pool                in the place of ``multiprocessing.Pool``
+    ClusterPool         the same executor over many nodes, carried by Dask or an executor
     ThreadPool          in the place of ``concurrent.futures.ThreadPoolExecutor``
     parallel_backend    joblib and scikit-learn in such a pool
     worker              a decorator: native threads capped in any pool, a timeout, retries
@@ -19,7 +20,7 @@ has to tell otherwise goes to the logger ``safepool``.
 Data flows one way through the modules, and each one imports only from its left:
 
     errors, arguments -> linux -> limits -> budget -> machine -> threads -> transport -> workers
-           -> pool -> decorator, joblib_backend, multiprocessing_pool, own_threads -> cli
+           -> pool -> cluster, decorator, joblib_backend, multiprocessing_pool, own_threads -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib
 needs to find the backend of its name.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from safepool import limits as limits
     from safepool import threads as threads
     from safepool.budget import Budget
+    from safepool.cluster import ClusterPool
     from safepool.decorator import worker
     from safepool.errors import (
         MemoryExceeded,
@@ -67,6 +69,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Budget",
+    "ClusterPool",
     "Limit",
     "Limits",
     "MemoryExceeded",
@@ -100,6 +103,7 @@ __all__ = [
 
 _HOMES = {
     "Budget": "safepool.budget",
+    "ClusterPool": "safepool.cluster",
     "Limit": "safepool.limits",
     "Limits": "safepool.limits",
     "MemoryExceeded": "safepool.errors",

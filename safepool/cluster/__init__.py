@@ -1,0 +1,36 @@
+"""Many nodes: one safe pool on each, carried by an engine that is there already.
+
+    program                        engine (the user's)          node (a machine with a limit)
+    ClusterPool  --submit, map-->
+      shell      the one thread
+        core     decides    ---->  carrier: submit to a  ---->  agent: holds the node's ProcessPool
+                                   place, list of places          calls: run in its workers
+
+    pool        `ClusterPool`: arguments and methods
+    shell       does what the core decides; futures, maps, sessions
+    core        a pure state machine: which call is where, what is sent, lost, run again
+    messages    what travels, and how it is pickled
+    carriers/   the boundary to engines, and the two that there are: Dask, and any executor
+    agent       on the node: one pool for all cluster pools and all of the engine's processes there
+    calls       in a worker of that pool: unpickle, call, pickle
+    errors      what only a cluster has
+
+Data flows one way: ``errors, core, messages, calls -> agent -> carriers -> shell -> pool``.
+
+One rule keeps "at most 1 + retries starts": a call that was sent may have begun, and is never sent
+again but on account of its retries. The engine's own ways to run something again are not used.
+
+Not covered:
+    * ``trace=``, ``workers()``, ``dump_tracebacks()``, and
+      ``parallel_backend(cluster=)``.
+    * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask
+      tasks: neither knows of the other.
+    * Cluster pools with different options have different pools on a node, each as large as fits.
+"""
+
+from __future__ import annotations
+
+from safepool.cluster.errors import NodeLostError, NodeRefusedError, NoNodesError
+from safepool.cluster.pool import ClusterPool, NodeInfo
+
+__all__ = ["ClusterPool", "NoNodesError", "NodeInfo", "NodeLostError", "NodeRefusedError"]

@@ -1,0 +1,440 @@
+"""The agent of a node: it holds the node's pool, and runs what cluster pools deliver.
+
+It is in the process that the engine calls functions in (a Dask worker, a rank of MPI). A carrier
+calls the functions of this module, and no others, on a node:
+
+    agent_greet     options in, `Welcome` out
+    agent_deliver   calls in                                 a coroutine
+    agent_collect   answers out, as soon as there are any    a coroutine
+    agent_work      calls in, all their answers out          for an engine of one call at a time
+    agent_release   the cluster pool needs it no longer
+
+    Session     of one cluster pool: its calls here, its shared objects
+    NodePool    a `ProcessPool` for all sessions of the same options
+
+    what ends                when
+    a session's calls        the session is released, or was not heard of for `_LAPSE_S`
+    a pool                   no session has used it for `_IDLE_S`
+    all of it                with the process: workers of a `ProcessPool` end with their parent
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import pickle
+import socket
+import threading
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safepool.budget import Request
+from safepool.cluster.calls import RAISED, initialize, run
+from safepool.cluster.messages import (
+    LARGE_BYTES,
+    MESSAGE_BYTES,
+    PROTOCOL,
+    Packet,
+    Report,
+    Welcome,
+    own_version,
+    python_version,
+)
+from safepool.errors import SafepoolError, WorkerDiedError
+from safepool.machine import read_budget
+from safepool.pool.core.policy import Policy
+from safepool.pool.executor import ProcessPool
+from safepool.transport import references
+from safepool.transport.files import Stored, store
+from safepool.transport.frames import Filed
+from safepool.transport.sharing import Shared, share
+from safepool.workers.describe import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+
+    from safepool.cluster.messages import DeliverMessage, Parcel
+
+__all__ = [
+    "SessionLostError",
+    "agent_collect",
+    "agent_deliver",
+    "agent_greet",
+    "agent_release",
+    "agent_work",
+]
+
+# A pool asks for answers all the time. After so long without a word it is gone.
+_LAPSE_S = 30.0
+# From the last session of a pool to its end: the next program may need it.
+_IDLE_S = 10.0
+_LOOK_S = 1.0
+
+_log = logging.getLogger("safepool")
+
+
+class SessionLostError(SafepoolError):
+    """A session is not known to this process: it was not heard of for too long, or never was."""
+
+
+class NodePool:
+    """A pool for all sessions of the same options.
+
+    Attributes:
+        pool: The pool; its workers start with the first call.
+        sessions: Who uses it.
+        idle_since_s: When the last of them went.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        given = dict(options)
+        initializer = given.pop("initializer", None)
+        if initializer is not None:
+            given.update(initializer=initialize, initargs=(initializer,))
+        # The script of this process is the engine's, and none of the calls'.
+        self.pool = ProcessPool(**given, main="value")
+        # The engine's process must not wait for calls when it ends: the node is lost then.
+        self.pool._scheduler.ends_at_exit = True
+        self.sessions: set[str] = set()
+        self.idle_since_s = time.monotonic()
+
+    def close(self) -> None:
+        """End its workers, without waiting."""
+        self.pool._scheduler.shut_down(wait=False, end="kill")
+
+
+class Session:
+    """What one cluster pool has here.
+
+    Args:
+        name: Given by the cluster pool, and never given again.
+        node_pool: Where its calls run.
+    """
+
+    def __init__(self, name: str, node_pool: NodePool) -> None:
+        self.name = name
+        self.heard_s = time.monotonic()
+        self.node_pool = node_pool
+        self._objects: dict[int, Any] = {}
+        self._functions: dict[str, tuple[Any, Mapping[int, Any]]] = {}
+        self._futures: dict[int, Future[Any]] = {}
+        self._answers: deque[tuple[int, float, bool, Packet]] = deque()
+        self._returned: list[int] | None = None
+        self._guard = threading.Lock()
+        # Called when there is something to collect.
+        self._wake = threading.Event()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def take_in(self, message: DeliverMessage) -> None:
+        """Begin calls, and give back or end others."""
+        self.heard_s = time.monotonic()
+        for number, packet in message.objects.items():
+            self._objects[number] = _placed(packet)
+        functions = self._functions
+        for key, (packet, shared) in message.functions.items():
+            needs = {number: self._objects[number] for number in shared}
+            # Placed: the workers have one copy together.
+            functions[key] = share(packet) if packet.nbytes >= LARGE_BYTES else packet, needs
+        for parcel in message.calls:
+            self._begin(parcel, *functions[parcel.function])
+        for key, (packet, _) in message.functions.items():
+            if packet.nbytes < LARGE_BYTES:  # sent again with the next message that needs it
+                del functions[key]
+        if message.back:
+            self._give_back(message.back)
+        for number in message.kill:
+            future = self._futures.get(number)
+            if future is not None:
+                self.node_pool.pool.cancel(future, kill=True)
+        for name in message.forget:
+            self._objects.pop(name, None)
+            functions.pop(name, None)
+
+    def _begin(self, parcel: Parcel, function: Any, needs: Mapping[int, Any]) -> None:
+        try:
+            shared = {number: self._objects[number] for number in parcel.shared}
+            future = self.node_pool.pool._scheduler.submit(
+                run,
+                (parcel.function, function, needs, parcel.segments, shared),
+                {},
+                name=parcel.name,
+                policy=Policy(timeout_s=parcel.timeout_s, retries=0),
+            )
+        except Exception as error:  # noqa: BLE001 -- the pool is broken: the call's answer
+            self._answer(parcel.number, -1.0, error)
+            return
+        self._futures[parcel.number] = future
+        future.add_done_callback(partial(self._ended, parcel.number))
+
+    def _give_back(self, numbers: Sequence[int]) -> None:
+        back = [
+            number for number in numbers if (one := self._futures.get(number)) and one.cancel()
+        ]
+        with self._guard:
+            self._returned = (self._returned or []) + back
+        self._tell()
+
+    def _ended(self, number: int, future: Future[Any]) -> None:
+        self._futures.pop(number, None)
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is not None:
+            self._answer(number, -1.0, error)
+            return
+        seconds, packet = future.result()
+        self._put((number, seconds, False, packet))
+
+    def _answer(self, number: int, seconds: float, error: BaseException) -> None:
+        error.add_note(f"on node {socket.gethostname()}")
+        died = isinstance(error, WorkerDiedError) and not error.by_pool
+        self._put((number, seconds, died, Packet(RAISED, *describe(error))))
+
+    def _put(self, answer: tuple[int, float, bool, Packet]) -> None:
+        self._answers.append(answer)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._wake.set()
+        waiter = self._waiter
+        if waiter is not None:
+            try:
+                waiter[0].call_soon_threadsafe(waiter[1].set)
+            except RuntimeError:
+                pass  # the loop is closed, with the engine
+
+    async def wait(self, most_s: float) -> None:
+        """Return when there is something to collect, or after that time."""
+        loop = asyncio.get_running_loop()
+        there = asyncio.Event()
+        self._waiter = loop, there
+        try:
+            if self._has_something():
+                return
+            await asyncio.wait_for(there.wait(), most_s)
+        except TimeoutError:
+            pass
+        finally:
+            self._waiter = None
+            self.heard_s = time.monotonic()
+
+    def has_lapsed(self, now_s: float) -> bool:
+        """Tell whether nobody asks for answers any more."""
+        return self._waiter is None and self.heard_s + _LAPSE_S < now_s
+
+    def _has_something(self) -> bool:
+        return bool(self._answers) or self._returned is not None
+
+    def report(self) -> Report:
+        """Return what there is to collect, and keep it no longer."""
+        self.heard_s = time.monotonic()
+        answers, nbytes = list[Any](), 0
+        while self._answers and nbytes <= MESSAGE_BYTES:
+            answers.append(self._answers.popleft())
+            nbytes += answers[-1][3].nbytes
+        with self._guard:
+            returned, self._returned = self._returned, None
+        return Report(answers, returned, self.node_pool.pool.size)
+
+    def wait_for_all(self, number: int) -> None:
+        """Return when so many answers are there."""
+        while len(self._answers) < number:
+            self._wake.clear()
+            if len(self._answers) < number:
+                self._wake.wait(_LOOK_S)
+                self.heard_s = time.monotonic()
+
+    def end(self) -> None:
+        """End its calls."""
+        for future in [*self._futures.values()]:
+            self.node_pool.pool.cancel(future, kill=True)
+        self._objects.clear()
+        self._tell()
+
+
+def _placed(packet: Packet) -> Any:
+    """Place a shared object in this machine's memory; return its handle here."""
+    flag, *parts = packet.segments
+    stored = store([bytes(parts[0]), *(memoryview(part) for part in parts[1:])])
+    placed = [part if isinstance(part, (Filed, Stored, bytes)) else bytes(part) for part in stored]
+    shared: Shared[Any] = Shared(placed, writable=bytes(flag) == b"w")
+    references.made(shared)
+    return shared
+
+
+class Agent:
+    """All that cluster pools have in this process."""
+
+    def __init__(self) -> None:
+        self._guard = threading.RLock()
+        self._sessions: dict[str, Session] = {}
+        self._pools: dict[bytes, NodePool] = {}
+        self._thread: threading.Thread | None = None
+
+    def known(self, name: str) -> Session:
+        """Return a session.
+
+        Raises:
+            SessionLostError: There is none of that name.
+        """
+        session = self._sessions.get(name)
+        if session is None:
+            raise SessionLostError(
+                f"process {os.getpid()} does not know the session {name}: it has started anew, or "
+                f"heard nothing of it for {_LAPSE_S:.0f} s"
+            )
+        session.heard_s = time.monotonic()
+        return session
+
+    def session(self, name: str, options: bytes) -> Session:
+        """Return a session, made when it is first asked for."""
+        with self._guard:
+            session = self._sessions.get(name)
+            if session is not None:
+                session.heard_s = time.monotonic()
+                return session
+            node_pool = self._pools.get(options)
+            if node_pool is None or node_pool.pool._broken:
+                node_pool = self._pools[options] = NodePool(pickle.loads(options))
+            node_pool.sessions.add(name)
+            session = self._sessions[name] = Session(name, node_pool)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._watch, name="safepool-agent", daemon=True
+                )
+                self._thread.start()
+            return session
+
+    def release(self, name: str) -> None:
+        """End a session."""
+        with self._guard:
+            session = self._sessions.pop(name, None)
+            if session is not None:
+                session.node_pool.sessions.discard(name)
+                session.node_pool.idle_since_s = time.monotonic()
+        if session is not None:
+            session.end()
+
+    def _watch(self) -> None:
+        """End what nobody uses any more; end when there is nothing left."""
+        while True:
+            time.sleep(_LOOK_S)
+            now_s = time.monotonic()
+            for session in [*self._sessions.values()]:
+                if session.has_lapsed(now_s):
+                    _log.warning("no word from cluster pool %s: its calls are ended", session.name)
+                    self.release(session.name)
+            with self._guard:
+                over = [
+                    key
+                    for key, one in self._pools.items()
+                    if not one.sessions and one.idle_since_s + _IDLE_S < now_s
+                ]
+                ended = [self._pools.pop(key) for key in over]
+                if not (self._pools or self._sessions):
+                    self._thread = None
+            for one in ended:
+                one.close()
+            if self._thread is None:
+                return
+
+
+_agent = Agent()
+
+
+def agent_greet(protocol: int, session: str, options: bytes) -> tuple[Any, ...]:
+    """Say what this node is, and make a session if the cluster pool has the same protocol.
+
+    Takes and returns plain values: any version of safepool must be able to read them.
+
+    Args:
+        protocol: Of the cluster pool.
+        session: A name that is never given again.
+        options: Pickled arguments of the node's pool.
+
+    Raises:
+        Exception: The options are wrong on this node.
+    """
+    budget, _ = read_budget(Request())
+    because, workers = budget.because, budget.workers
+    if protocol == PROTOCOL:
+        workers = _agent.session(session, options).node_pool.pool.size
+    return tuple(
+        Welcome(
+            protocol=PROTOCOL,
+            python=python_version(),
+            safepool=own_version(),
+            node=_node(because.name, because.source, because.raw),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            workers=workers,
+            limits=(because.name, because.raw, because.source),
+        )
+    )
+
+
+def _node(*binding: str) -> str:
+    """Return what processes have in common that share one machine and one limit.
+
+    The limit that binds and not the process's own group: SLURM gives each task a group of its own
+    below the job's, whose limit holds for all of them.
+    """
+    facts = [*binding, str(os.getuid()) if hasattr(os, "getuid") else ""]
+    # A container has a namespace of process ids of its own, and files of the same names.
+    for path in ("/proc/sys/kernel/random/boot_id",):
+        try:
+            with open(path, encoding="ascii") as file:
+                facts.append(file.read().strip())
+        except OSError:
+            facts.append(socket.gethostname())
+    for name in ("pid", "cgroup"):
+        try:
+            facts.append(os.readlink(f"/proc/self/ns/{name}"))
+        except OSError:
+            facts.append("")
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=8).hexdigest()
+
+
+async def agent_deliver(session: str, message: Packet) -> None:
+    """Take in a `DeliverMessage`.
+
+    Raises:
+        SessionLostError: This process does not know the session.
+    """
+    # In a thread: the first call of a pool starts processes.
+    await asyncio.to_thread(_deliver, session, message)
+
+
+def _deliver(session: str, message: Packet) -> None:
+    _agent.known(session).take_in(message.value())
+
+
+async def agent_collect(session: str, most_s: float) -> Packet:
+    """Return a `Report` as soon as there is something to report, or after ``most_s`` seconds.
+
+    Raises:
+        SessionLostError: This process does not know the session.
+    """
+    one = _agent.known(session)
+    await one.wait(most_s)
+    _agent.known(session)
+    return Packet.of(one.report())
+
+
+def agent_work(session: str, options: bytes, message: Packet) -> Packet:
+    """Run calls to their ends, and return a `Report`."""
+    one = _agent.session(session, options)
+    delivered: DeliverMessage = message.value()
+    one.take_in(delivered)
+    one.wait_for_all(len(delivered.calls))
+    return Packet.of(one.report())
+
+
+def agent_release(session: str) -> None:
+    """End a session, and its calls."""
+    _agent.release(session)

@@ -1,0 +1,78 @@
+"""One call of a cluster pool, in a worker of a node's pool."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any
+
+from safepool.cluster.messages import Packet, unpickle
+from safepool.transport import payloads
+from safepool.workers.coroutines import run_to_its_end
+from safepool.workers.describe import describe, get_ready, say_what
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["RAISED", "RETURNED", "initialize", "run"]
+
+RETURNED, RAISED = b"=", b"!"
+"""First segment of an answer: a result follows, or a description of what was raised."""
+
+# Functions that were unpickled in this worker. A program that submits one lambda after the other
+# must not fill it.
+_MOST_FUNCTIONS = 256
+_functions: OrderedDict[str, Callable[..., Any]] = OrderedDict()
+
+
+def run(
+    key: str,
+    function: Packet,
+    needs: Mapping[int, Any],
+    arguments: Packet,
+    shared: Mapping[int, Any],
+) -> tuple[float, Packet]:
+    """Run one call.
+
+    Args:
+        key: Of its function.
+        function: The pickle of that.
+        needs: Shared objects that the function refers to.
+        arguments: The pickle of positional and keyword arguments.
+        shared: Shared objects that these refer to.
+
+    Returns:
+        Seconds that the call took, and what it returned or raised.
+    """
+    begun_s = time.perf_counter()
+    result: object = None
+    try:
+        called = _functions.get(key)
+        if called is None:
+            called = unpickle(function, needs)
+            _functions[key] = called
+            if len(_functions) > _MOST_FUNCTIONS:
+                _functions.popitem(last=False)
+        args, kwargs = unpickle(arguments, shared)
+        result = called(*args, **kwargs)
+        del args, kwargs
+        if type(result) is CoroutineType:
+            result = run_to_its_end(result)
+        try:
+            segments = payloads.dumps(result, into_main=True)
+        except Exception as error:
+            say_what(error, result, look=True)
+            raise
+        answer = Packet(RETURNED, *segments)
+    except BaseException as error:  # noqa: BLE001 -- SystemExit too is the call's, as in any pool
+        get_ready()
+        answer = Packet(RAISED, *describe(error))
+    return time.perf_counter() - begun_s, answer
+
+
+def initialize(initializer: Packet | None) -> None:
+    """Run the initializer that the program gave to its cluster pool."""
+    if initializer is not None:
+        function, initargs = unpickle(initializer, {})
+        function(*initargs)

@@ -1,0 +1,60 @@
+"""The boundary to an engine: all that a cluster pool asks of one.
+
+A *place* is where the engine can run a function of ours: a worker process, or one of its calls at
+a time. The engine is the user's: started, secured and ended by them.
+
+    carriers/dask.py       a ``distributed.Client``: places are its workers
+    carriers/executor.py   any ``concurrent.futures.Executor`` with one long call per node
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safepool.errors import SafepoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+
+__all__ = ["Carrier", "EngineGoneError", "PlaceLostError"]
+
+
+class EngineGoneError(SafepoolError):
+    """The engine takes no more calls: it was closed, or cannot be reached."""
+
+
+class PlaceLostError(SafepoolError):
+    """The place of a call is gone, or cannot be reached."""
+
+
+class Carrier(Protocol):
+    """Carries calls to places.
+
+    Attributes:
+        at_once: A place runs one call at a time, and may be any process: a message must hold all
+            that its calls need. Without it, a place is one process and runs coroutines of ours
+            beside each other.
+    """
+
+    at_once: bool
+
+    def places(self) -> Sequence[str]:
+        """Return the places that there are now. Asked once a second; waits for nothing.
+
+        Raises:
+            EngineGoneError: The engine takes no more calls.
+        """
+        ...
+
+    def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Call a function of this package at a place.
+
+        Returns:
+            A future with what it returned or raised; with :class:`PlaceLostError` if the place is
+            gone. It need not be cancellable. The engine must not run the function again.
+
+        Raises:
+            EngineGoneError: The engine takes no more calls.
+        """
+        ...

@@ -1,0 +1,130 @@
+"""Dask distributed: places are the workers of the user's own ``distributed.Client``.
+
+Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs one again, keeps
+no result, counts no thread of the worker for it, and its scheduler passes messages on. The
+connection is the client's own, with its encryption: client and workers need not reach each other.
+
+Not covered:
+    * Adaptive clusters: Dask adds workers for its own tasks only. ``cluster.scale(n)`` works.
+    * Dask's dashboard: it shows its own tasks only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from safepool.cluster.carriers import EngineGoneError, PlaceLostError
+from safepool.cluster.messages import Packet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from concurrent.futures import Future
+
+__all__ = ["DaskCarrier", "is_client"]
+
+# While a client connects again, its scheduler may come back. Then it is gone.
+_RECONNECT_S = 10.0
+_PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
+_GONE = frozenset({"closing", "closed"})
+
+
+def is_client(client: object) -> bool:
+    """Tell whether this is a ``distributed.Client``, without importing that."""
+    return any(
+        kind.__module__.partition(".")[0] == "distributed" and kind.__name__ == "Client"
+        for kind in type(client).__mro__
+    )
+
+
+class DaskCarrier:
+    """Carries calls by a client of Dask.
+
+    Args:
+        client: A ``distributed.Client``, synchronous or not.
+    """
+
+    at_once = False
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._places: list[str] = []
+        self._asking = False
+        self._away_since_s: float | None = None
+
+    def places(self) -> Sequence[str]:
+        """Return the workers that the scheduler has named last, and ask it again."""
+        status: str = self._client.status
+        if status in _GONE:
+            raise EngineGoneError(f"the Dask client is {status}")
+        if status == "running":
+            self._away_since_s = None
+        else:
+            now_s = time.monotonic()
+            self._away_since_s = self._away_since_s or now_s
+            if self._away_since_s + _RECONNECT_S < now_s:
+                raise EngineGoneError(
+                    f"the Dask scheduler cannot be reached for {_RECONNECT_S:.0f} s (the client "
+                    f"is {status})"
+                )
+        if not self._asking and status == "running":
+            self._asking = True
+            self._start(self._ask())
+        return self._places
+
+    async def _ask(self) -> None:
+        try:
+            self._places = [*await self._client.nthreads()]
+        except Exception:  # noqa: BLE001 -- the status of the client tells what has happened
+            self._places = []
+        finally:
+            self._asking = False
+
+    def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Call a function of ours in a worker."""
+        return self._start(self._run(place, function, args))
+
+    async def _run(self, place: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        try:
+            # A worker that has ended is given up at once: no other has its address.
+            found = await self._client.run(safepool_call, function, *args, workers=[place])
+        except (OSError, KeyError) as error:
+            raise PlaceLostError(f"{type(error).__name__}: {error}") from error
+        outcome, value = found[place]
+        if outcome == _RAISED:
+            raise value
+        return Packet(*value) if outcome == _PACKET else value
+
+    def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        loop: asyncio.AbstractEventLoop = self._client.loop.asyncio_loop
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, loop)
+        except RuntimeError as error:  # the loop is closed
+            coroutine.close()
+            raise EngineGoneError(f"the Dask client is closed: {error}") from error
+
+
+async def safepool_call(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+    """Call a function in a worker's event loop; return what has come of it, and what it was.
+
+    What it raises is returned: Dask would write it into the worker's log. Segments of a packet are
+    returned one by one: Dask sends them as they are, and pickles anything else.
+    """
+    logger = logging.getLogger("distributed.worker")
+    if _quiet not in logger.filters:
+        logger.addFilter(_quiet)
+    try:
+        result = function(*args)
+        if inspect.isawaitable(result):
+            result = await result
+    except Exception as error:  # noqa: BLE001 -- for the caller
+        return _RAISED, error
+    return (_PACKET, result.plain()) if isinstance(result, Packet) else (_RETURNED, result)
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Drop the line that Dask writes for each function that is run: ours are many."""
+    return record.args != ("safepool_call",)

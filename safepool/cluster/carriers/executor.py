@@ -1,0 +1,53 @@
+"""Any executor of one long call per node: executorlib's on SLURM and flux, ``mpi4py.futures``.
+
+What such an executor cannot tell, and what that means:
+
+    which node runs a call     functions and shared objects travel with each message again
+    anything while it works    results arrive when all calls of a message have ended: a second of
+                               work, or as many calls as the node has workers
+    that a node is lost        only by an exception of the executor's call. If an executor waits
+                               for ever then, so do the calls that were there
+    a call that waits in it    ``no_nodes_timeout`` counts while its queue has begun none
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError, Executor, Future
+from typing import TYPE_CHECKING, Any
+
+from safepool.cluster.carriers import EngineGoneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["ExecutorCarrier"]
+
+
+class ExecutorCarrier:
+    """Carries calls by an executor.
+
+    Args:
+        executor: The user's.
+        nodes: Calls that it runs at a time, each on a node of its own.
+    """
+
+    at_once = True
+
+    def __init__(self, executor: Executor, nodes: int) -> None:
+        self._executor = executor
+        self._places = [f"call {number}" for number in range(1, nodes + 1)]
+        self._gone = ""
+
+    def places(self) -> Sequence[str]:
+        """Return one place for each call at a time."""
+        if self._gone:
+            raise EngineGoneError(self._gone)
+        return self._places
+
+    def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:  # noqa: ARG002
+        """Call a function on whichever node the executor takes."""
+        try:
+            return self._executor.submit(function, *args)
+        except (RuntimeError, CancelledError) as error:  # shut down, or broken
+            self._gone = f"the executor takes no more calls: {error}"
+            raise EngineGoneError(self._gone) from error

@@ -1,0 +1,667 @@
+"""The decisions of a cluster pool: an event comes in, actions come out.
+
+It touches no clock, thread, process, future or engine, so every order of events can be tried.
+
+    a place     where an agent can run: a Dask worker, or one of the calls of an executor
+    a node      one agent with one pool; several places of one machine and limit are one node
+
+State of a place:
+
+    LISTED    seen, not asked yet
+    OPENING   asked for its limits and versions
+    OPEN      the agent of its node is here
+    SPARE     its node's agent is at another place, or no further node is wanted
+    REFUSED   cannot be used
+
+    event                    what it means                        actions that may follow
+    Listed(places)           the engine's list of places          Open; as Lost for who is missing
+    Opened(place, ...)       its agent answers                    Deliver, Release
+    Refused(place, reason)   it cannot be used
+    Lost(place, reason)      the engine says that it is gone      Lose, Open (a spare), Deliver
+    Queued(calls)            calls wait                           Deliver
+    Delivered(place)         a message has arrived                Deliver
+    Answered(place, ...)     calls have ended there               Settle, Deliver
+    Returned(place, ...)     calls that had not begun come back   Deliver
+    Kill(call)               nobody wants a call that runs        Deliver
+    Broke(reason)            the engine itself is gone            Fail
+    CancelWaiting()          drop what waits                      Cancel
+    Close()                  no further calls                     Release, Finished
+    End()                    close, and lose what runs            Cancel, Lose, Release, Finished
+    Look()                   time has passed                      Fail, Deliver
+
+    action                       what is to be done
+    Open(place)                  ask its agent
+    Deliver(place, ...)          send calls, numbers of calls to give back, of calls to end
+    Settle(call, answer)         a call has ended
+    Lose(call, place, reason)    a call had begun, its place is gone, no retry is left
+    Fail(calls, reason)          calls that nobody will run
+    Cancel(calls)                calls that nobody wants
+    Release(place)               its agent may forget this pool
+    Finished()                   nothing is left to do
+
+A call that was delivered counts as begun, as nobody can ask a dead node. So no more is delivered
+than begins at once, or within a moment: `_AHEAD_S` of work for each worker.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from safepool.pool.core.work import Call
+
+__all__ = [
+    "Answer",
+    "Answered",
+    "Broke",
+    "Cancel",
+    "CancelWaiting",
+    "Close",
+    "Core",
+    "Deliver",
+    "Delivered",
+    "End",
+    "Fail",
+    "Finished",
+    "Kill",
+    "Listed",
+    "Look",
+    "Lose",
+    "Lost",
+    "Open",
+    "Opened",
+    "Queued",
+    "Refused",
+    "Release",
+    "Returned",
+    "Settle",
+    "State",
+]
+
+# Work for each worker of a node that is under way, by the mean time of the function. A round trip
+# through a Dask scheduler takes some 5 ms (benchmarks/cluster.py).
+_AHEAD_S = 0.05
+# The same where a node takes one message at a time: the next is sent when all of this has ended.
+_AHEAD_AT_ONCE_S = 1.0
+# Calls in one message.
+_MOST_CALLS = 2000
+# A call that was delivered so long ago and has not begun is asked back for an idle node.
+_LATE_S = 0.25
+
+
+class State(enum.IntEnum):
+    """How a place stands."""
+
+    LISTED = 0
+    OPENING = 1
+    OPEN = 2
+    SPARE = 3
+    REFUSED = 4
+
+
+class Answer(NamedTuple):
+    """How a call has ended on its node.
+
+    Attributes:
+        number: Of the call's delivery.
+        seconds: That it took; negative if it did not run to its end.
+        died: Its worker has died, so that it may be run again.
+        content: What it returned or raised. Nothing looks into it here.
+    """
+
+    number: int
+    seconds: float
+    died: bool
+    content: Any
+
+
+# Events.
+
+
+class Listed(NamedTuple):
+    """The engine's list of places."""
+
+    places: Sequence[str]
+
+
+class Opened(NamedTuple):
+    """The agent of a place answers."""
+
+    place: str
+    node: str
+    workers: int
+    wanted: bool = True
+
+
+class Refused(NamedTuple):
+    """A place cannot be used."""
+
+    place: str
+    reason: str
+
+
+class Lost(NamedTuple):
+    """A place is gone."""
+
+    place: str
+    reason: str
+
+
+class Queued(NamedTuple):
+    """Calls wait."""
+
+    calls: Sequence[Any]
+
+
+class Delivered(NamedTuple):
+    """A message has arrived."""
+
+    place: str
+
+
+class Answered(NamedTuple):
+    """Calls have ended at a place."""
+
+    place: str
+    answers: Sequence[Answer]
+    workers: int
+
+
+class Returned(NamedTuple):
+    """Calls come back that have not begun."""
+
+    place: str
+    numbers: Sequence[int]
+
+
+class Kill(NamedTuple):
+    """Nobody wants a call any more that may run."""
+
+    call: Any
+
+
+class Broke(NamedTuple):
+    """The engine is gone."""
+
+    reason: str
+
+
+class CancelWaiting(NamedTuple):
+    """What waits is not wanted."""
+
+
+class Close(NamedTuple):
+    """There will be no further calls."""
+
+
+class End(NamedTuple):
+    """There will be no further calls, and what runs is lost."""
+
+    reason: str
+
+
+class Look(NamedTuple):
+    """Time has passed."""
+
+
+# Actions.
+
+
+class Open(NamedTuple):
+    """Ask the agent of a place."""
+
+    place: str
+
+
+class Deliver(NamedTuple):
+    """Send calls, numbers to be given back, numbers to be ended."""
+
+    place: str
+    calls: Sequence[tuple[int, Any]]
+    back: Sequence[int] = ()
+    kill: Sequence[int] = ()
+
+
+class Settle(NamedTuple):
+    """A call has ended."""
+
+    call: Any
+    place: str
+    answer: Answer
+
+
+class Lose(NamedTuple):
+    """A call is lost with its place."""
+
+    call: Any
+    place: str
+    reason: str
+
+
+class Fail(NamedTuple):
+    """Calls that nobody will run."""
+
+    calls: Sequence[Any]
+    reason: str
+    no_nodes: bool
+
+
+class Cancel(NamedTuple):
+    """Calls that nobody wants."""
+
+    calls: Sequence[Any]
+
+
+class Release(NamedTuple):
+    """The agent of a place may forget this pool."""
+
+    place: str
+
+
+class Finished(NamedTuple):
+    """Nothing is left to do."""
+
+
+Event = (
+    Listed
+    | Opened
+    | Refused
+    | Lost
+    | Queued
+    | Delivered
+    | Answered
+    | Returned
+    | Kill
+    | Broke
+    | CancelWaiting
+    | Close
+    | End
+    | Look
+)
+Action = Open | Deliver | Settle | Lose | Fail | Cancel | Release | Finished
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """What is known of one place.
+
+    Attributes:
+        name: The engine's.
+        state: How it stands.
+        node: Which node it belongs to; empty until it has answered.
+        workers: Of the node's pool.
+        wanted: Whether the user has named it, or no node at all.
+        why: Why it was refused.
+        sent: Calls delivered and not ended, by number.
+        expected_s: How long these are thought to take, one after the other.
+        posting: A message is on its way.
+        asked_back: Numbers that were asked back and are not answered yet.
+        sent_s: When calls were last delivered.
+        kill: Numbers of calls that are to be ended.
+    """
+
+    name: str
+    state: State = State.LISTED
+    node: str = ""
+    workers: int = 1
+    wanted: bool = True
+    why: str = ""
+    sent: dict[int, tuple[Call, float]] = field(default_factory=dict)
+    expected_s: float = 0.0
+    posting: bool = False
+    asked_back: bool = False
+    sent_s: float = 0.0
+    kill: list[int] = field(default_factory=list)
+
+
+class Core:
+    """What one cluster pool knows and decides.
+
+    Args:
+        most_nodes: Nodes used at a time; ``None`` is all.
+        no_nodes_s: Seconds that calls wait while no node is open; ``None`` is for ever.
+        at_once: A place takes one message at a time and answers it when all its calls have ended.
+        now_s: When this begins, by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        most_nodes: int | None = None,
+        no_nodes_s: float | None = None,
+        at_once: bool = False,
+        now_s: float = 0.0,
+    ) -> None:
+        self._most_nodes = most_nodes
+        self._no_nodes_s = no_nodes_s
+        self._at_once = at_once
+        self._ahead_s = _AHEAD_AT_ONCE_S if at_once else _AHEAD_S
+        self._places: dict[str, _Place] = {}
+        self._backlog: deque[Call] = deque()
+        self._mean_s: dict[str, float] = {}
+        self._number = 0
+        self._closing = self._finished = False
+        self._broken = ""
+        # Since when no node could take a call.
+        self._nobody_since_s = now_s
+        self._now_s = now_s
+        self._actions: list[Action] = []
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
+            Listed: self._listed,
+            Opened: self._opened,
+            Refused: self._refused,
+            Lost: self._lost,
+            Queued: self._queued,
+            Delivered: self._delivered,
+            Answered: self._answered,
+            Returned: self._returned,
+            Kill: self._kill,
+            Broke: self._broke,
+            CancelWaiting: self._cancel_waiting,
+            Close: self._close,
+            End: self._end,
+            Look: self._look,
+        }
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        """Take note of an event, and return what is to be done, in order."""
+        self._now_s = now_s
+        self._handlers[type(event)](event)
+        self._go_on()
+        actions, self._actions = self._actions, []
+        return actions
+
+    @property
+    def open_places(self) -> list[tuple[str, str, int, int]]:
+        """Place, node, workers and calls under way of each open node."""
+        return [
+            (one.name, one.node, one.workers, len(one.sent))
+            for one in self._places.values()
+            if one.state is State.OPEN
+        ]
+
+    def is_open(self, place: str) -> bool:
+        """Tell whether calls may be delivered to a place."""
+        found = self._places.get(place)
+        return found is not None and found.state is State.OPEN
+
+    def under_way(self) -> list[Any]:
+        """Return the calls that were delivered and have not ended."""
+        return [call for place in self._open() for call, _ in place.sent.values()]
+
+    def next_look(self) -> float | None:
+        """Return when a `Look` is due at the latest; ``None`` if only an event brings one."""
+        looks: list[float] = []
+        if self._backlog and self._no_nodes_s is not None and not self._open():
+            looks.append(self._nobody_since_s + self._no_nodes_s)
+        if not self._at_once and any(not one.sent for one in self._open()):
+            looks += [one.sent_s + _LATE_S for one in self._open() if self._has_surplus(one)]
+        return min(looks, default=None)
+
+    def check(self) -> None:
+        """Check what holds between any two events.
+
+        Raises:
+            AssertionError: It does not.
+        """
+        calls = [id(call) for call in self._backlog]
+        for one in self._places.values():
+            calls += [id(call) for call, _ in one.sent.values()]
+            assert one.state is State.OPEN or not one.sent, "a place that is not open has calls"
+        assert len(calls) == len(set(calls)), "a call is at two places"
+        nodes = [one.node for one in self._open()]
+        assert len(nodes) == len(set(nodes)), "a node has two agents"
+        assert self._most_nodes is None or len(nodes) <= self._most_nodes, "too many nodes"
+
+    # Places come and go.
+
+    def _listed(self, event: Listed) -> None:
+        there = set(event.places)
+        for name in [name for name in self._places if name not in there]:
+            self._lose(name, "the engine no longer lists it")
+        for name in event.places:
+            if name not in self._places:
+                self._places[name] = _Place(name)
+
+    def _opened(self, event: Opened) -> None:
+        place = self._places.get(event.place)
+        if place is None or place.state is not State.OPENING:
+            return  # lost meanwhile
+        place.node, place.workers = event.node, max(1, event.workers)
+        place.wanted = event.wanted
+        taken = {one.node for one in self._open()}
+        full = self._most_nodes is not None and len(taken) >= self._most_nodes
+        if not place.wanted or place.node in taken or full:
+            place.state = State.SPARE
+            self._actions.append(Release(place.name))
+        else:
+            place.state = State.OPEN
+
+    def _refused(self, event: Refused) -> None:
+        place = self._places.get(event.place)
+        if place is not None and place.state is State.OPENING:
+            place.state, place.why = State.REFUSED, event.reason
+
+    def _lost(self, event: Lost) -> None:
+        self._lose(event.place, event.reason)
+
+    def _lose(self, name: str, reason: str) -> None:
+        place = self._places.pop(name, None)
+        if place is None:
+            return
+        if place.state is State.OPEN and len(self._open()) == 0:
+            self._nobody_since_s = self._now_s
+        again: list[Call] = []
+        for call, _ in place.sent.values():
+            call.attempts += 1
+            if call.attempts > (call.policy.retries or 0):
+                self._actions.append(Lose(call, name, reason))
+            else:
+                again.append(call)
+        self._put_back(again)
+
+    def _open(self) -> list[_Place]:
+        return [one for one in self._places.values() if one.state is State.OPEN]
+
+    # Calls.
+
+    def _queued(self, event: Queued) -> None:
+        if not self._backlog and not self._open():
+            self._nobody_since_s = self._now_s
+        self._backlog.extend(event.calls)
+
+    def _put_back(self, calls: Iterable[Call]) -> None:
+        """Let calls wait again, before all others."""
+        self._backlog.extendleft(reversed([*calls]))
+
+    def _delivered(self, event: Delivered) -> None:
+        place = self._places.get(event.place)
+        if place is not None:
+            place.posting = False
+
+    def _answered(self, event: Answered) -> None:
+        place = self._places.get(event.place)
+        if place is None:
+            return
+        place.workers = event.workers or place.workers
+        again: list[Call] = []
+        for answer in event.answers:
+            call = self._take_off(place, answer.number)
+            if call is None:
+                continue
+            if answer.seconds >= 0:
+                before_s = self._mean_s.get(call.name, answer.seconds)
+                # The last few dozen count.
+                self._mean_s[call.name] = before_s + (answer.seconds - before_s) / 16
+            if answer.died:
+                call.attempts += 1
+                if call.attempts <= (call.policy.retries or 0) and call.is_wanted():
+                    again.append(call)
+                    continue
+            self._actions.append(Settle(call, place.name, answer))
+        self._put_back(again)
+
+    def _returned(self, event: Returned) -> None:
+        place = self._places.get(event.place)
+        if place is not None:
+            place.asked_back = False
+            found = [self._take_off(place, number) for number in event.numbers]
+            self._put_back(call for call in found if call is not None)
+
+    def _take_off(self, place: _Place, number: int) -> Call | None:
+        found = place.sent.pop(number, None)
+        if found is None:
+            return None
+        place.expected_s -= found[1]
+        if not place.sent:
+            place.expected_s = 0.0
+        return found[0]
+
+    def _kill(self, event: Kill) -> None:
+        for place in self._open():
+            for number, (call, _) in place.sent.items():
+                if call is event.call:
+                    place.kill.append(number)
+                    return
+
+    # The end.
+
+    def _broke(self, event: Broke) -> None:
+        self._broken = self._broken or event.reason
+        calls = self._drop_waiting()
+        for place in self._places.values():
+            calls += [call for call, _ in place.sent.values()]
+        self._places.clear()
+        if calls:
+            self._actions.append(Fail(calls, self._broken, no_nodes=False))
+
+    def _cancel_waiting(self, _: CancelWaiting) -> None:
+        calls = self._drop_waiting()
+        if calls:
+            self._actions.append(Cancel(calls))
+
+    def _close(self, _: Close) -> None:
+        self._closing = True
+
+    def _end(self, event: End) -> None:
+        self._closing = True
+        self._cancel_waiting(CancelWaiting())
+        for place in self._open():
+            for call, _ in place.sent.values():
+                self._actions.append(Lose(call, place.name, event.reason))
+            place.sent.clear()
+
+    def _drop_waiting(self) -> list[Call]:
+        calls = [*self._backlog]
+        self._backlog.clear()
+        return calls
+
+    def _look(self, _: Look) -> None:
+        """Nothing beside what is done after every event."""
+
+    # What is done after every event.
+
+    def _go_on(self) -> None:
+        if self._broken and self._backlog:
+            self._actions.append(Fail(self._drop_waiting(), self._broken, no_nodes=False))
+        self._ask_places()
+        self._hand_out()
+        if not self._at_once:
+            self._ask_back()
+        self._give_up_waiting()
+        idle = not self._backlog and not any(one.sent for one in self._places.values())
+        if self._closing and idle and not self._finished:
+            self._finished = True
+            self._actions += [Release(one.name) for one in self._open()]
+            self._actions.append(Finished())
+
+    def _ask_places(self) -> None:
+        """Ask places that are new, and spare ones whose node has lost its agent."""
+        if self._closing and not self._backlog:
+            return
+        opened = self._open()
+        taken = {one.node for one in opened}
+        opening = {one.node for one in self._places.values() if one.state is State.OPENING}
+        full = self._most_nodes is not None and len(taken) >= self._most_nodes
+        for one in self._places.values():
+            if one.state is State.LISTED:
+                one.state = State.OPENING
+                self._actions.append(Open(one.name))
+            elif one.state is State.SPARE and one.wanted and not full:
+                if one.node in taken or one.node in opening:
+                    continue
+                opening.add(one.node)
+                one.state = State.OPENING
+                self._actions.append(Open(one.name))
+
+    def _hand_out(self) -> None:
+        free = [one for one in self._open() if not one.posting]
+        # Who has the least to do first.
+        free.sort(key=lambda one: len(one.sent) / one.workers)
+        workers = sum(one.workers for one in free)
+        for place in free:
+            # Each its part, so that the first does not take all there is.
+            part = -(-len(self._backlog) * place.workers // max(1, workers))
+            workers -= place.workers
+            calls = self._take_for(place, part)
+            kill, place.kill = place.kill, []
+            if calls or kill:
+                place.posting = True
+                if calls:
+                    place.sent_s = self._now_s
+                self._actions.append(Deliver(place.name, calls, (), kill))
+
+    def _take_for(self, place: _Place, most: int) -> list[tuple[int, Any]]:
+        calls: list[tuple[int, Any]] = []
+        while self._backlog and len(calls) < min(most, _MOST_CALLS):
+            mean_s = self._mean_s.get(self._backlog[0].name)
+            if len(place.sent) >= place.workers and (
+                mean_s is None or place.expected_s + mean_s > self._ahead_s * place.workers
+            ):
+                break
+            call = self._backlog.popleft()
+            if not call.is_wanted():
+                continue
+            self._number += 1
+            expected_s = mean_s or 0.0
+            place.sent[self._number] = call, expected_s
+            place.expected_s += expected_s
+            calls.append((self._number, call))
+        return calls
+
+    def _has_surplus(self, place: _Place) -> bool:
+        return len(place.sent) > place.workers and not (place.posting or place.asked_back)
+
+    def _ask_back(self) -> None:
+        """Ask the slowest node for calls that it has not begun, while another has nothing."""
+        opened = self._open()
+        if self._backlog or all(one.sent or one.posting for one in opened):
+            return
+        late = [
+            one for one in opened if self._has_surplus(one) and one.sent_s + _LATE_S <= self._now_s
+        ]
+        if not late:
+            return
+        place = max(late, key=lambda one: len(one.sent) / one.workers)
+        surplus = len(place.sent) - place.workers
+        # The last ones: they are the least likely to have begun.
+        back = [*place.sent][-max(1, surplus // 2) :]
+        place.posting = place.asked_back = True
+        place.sent_s = self._now_s
+        self._actions.append(Deliver(place.name, (), back))
+
+    def _give_up_waiting(self) -> None:
+        if not self._backlog or self._no_nodes_s is None or self._open():
+            return
+        waited_s = self._now_s - self._nobody_since_s
+        if waited_s < self._no_nodes_s:
+            return
+        why = [f"{one.name}: {one.why}" for one in self._places.values() if one.why]
+        told = "; ".join(why) if why else "the engine lists none"
+        reason = f"no node could take a call for {self._no_nodes_s:g} s ({told})"
+        self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))

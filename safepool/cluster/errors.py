@@ -1,0 +1,53 @@
+"""Errors that only a pool over several nodes has."""
+
+from __future__ import annotations
+
+from safepool.errors import PoolBrokenError, SafepoolError, WorkerDiedError
+
+__all__ = ["NoNodesError", "NodeLostError", "NodeRefusedError"]
+
+
+class NodeLostError(WorkerDiedError):
+    """The node that had begun this call is gone, and the call has no retries left.
+
+    Attributes:
+        node: Name of the node.
+        reason: What the engine said of its end.
+        pid: Process id of the process that held the node's pool, 0 if unknown.
+        exitcode: Always ``None``.
+        task: The call, such as ``"package.module.function"``.
+
+    Example:
+        >>> str(NodeLostError("tcp://10.0.0.3:4567 (n3)", "connection closed", 4711, "m.f"))
+        'node tcp://10.0.0.3:4567 (n3) was lost while it ran m.f: connection closed'
+    """
+
+    def __init__(self, node: str, reason: str, pid: int, task: str) -> None:
+        super().__init__(pid, None, task)
+        # What a pickle gives to the class.
+        self.args = (node, reason, pid, task)
+        self.node = node
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"node {self.node} was lost while it ran {self.task}: {self.reason}"
+
+
+class NoNodesError(PoolBrokenError):
+    """No node could take this call within ``no_nodes_timeout``.
+
+    Attributes:
+        reason: How long the call has waited, and why each node that is there cannot be used.
+    """
+
+
+class NodeRefusedError(SafepoolError):
+    """A node cannot be used, for instance as it has another version of Python or of safepool.
+
+    Attributes:
+        reason: Why, and the remedy.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

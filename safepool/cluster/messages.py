@@ -1,0 +1,280 @@
+"""What travels between a cluster pool and its agents, and how it is pickled.
+
+    to an agent      options of the pool
+                     `DeliverMessage`    calls, functions and shared objects that they need
+    to the program   `Welcome`           limits, versions
+                     `Report`            answers, calls that come back
+
+Calls and answers are pickled by their ends, the program and a worker, and are bytes for all that
+is between them: the engine and the agent import nothing that a call needs.
+
+Not covered:
+    * Settings of libraries, warning filters and changes of the script's globals while it runs,
+      which a :class:`safepool.ProcessPool` takes to its workers. A function of the script travels
+      with the globals that it uses, as they are when the call is submitted.
+    * Open descriptors (sockets, connections): they are of one machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safepool.transport import payloads, references
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = [
+    "LARGE_BYTES",
+    "MESSAGE_BYTES",
+    "PROTOCOL",
+    "DeliverMessage",
+    "Packet",
+    "Parcel",
+    "PickledFunction",
+    "Report",
+    "Welcome",
+    "own_version",
+    "pickle_arguments",
+    "pickle_function",
+    "placed_bytes",
+    "python_version",
+    "unpickle",
+]
+
+PROTOCOL = 1
+"""Of these messages. Other versions of safepool may have the same."""
+
+MESSAGE_BYTES = 32 << 20
+"""What does not fit goes with the next message: engines hold each in memory several times."""
+LARGE_BYTES = 16 * 1024
+"""A function of at least so many bytes (it has data with it) is sent to each node once."""
+
+Buffer = Any
+
+
+class Welcome(NamedTuple):
+    """What an agent says of itself. Plain values: another version must be able to read it.
+
+    Attributes:
+        protocol: Of its messages.
+        python: Version, such as ``"3.11"``.
+        safepool: Version.
+        node: The same for all processes of one machine and limit.
+        host: Name of the machine.
+        pid: Of the process that the agent is in.
+        workers: Of the pool that fits.
+        limits: Name, raw text and source of the limit that binds.
+    """
+
+    protocol: int
+    python: str
+    safepool: str
+    node: str
+    host: str
+    pid: int
+    workers: int
+    limits: tuple[str, str, str]
+
+
+class Packet:
+    """Segments of a pickle; each of its buffers is copied once by any pickler.
+
+    Args:
+        segments: As of :func:`safepool.transport.payloads.dumps`.
+    """
+
+    __slots__ = ("segments",)
+
+    def __init__(self, *segments: Buffer) -> None:
+        self.segments: tuple[Buffer, ...] = segments
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(memoryview(segment).nbytes for segment in self.segments)
+
+    @classmethod
+    def of(cls, value: object) -> Packet:
+        """Pickle a message of ours."""
+        buffers: list[pickle.PickleBuffer] = []
+        head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        return cls(head, *(buffer.raw() for buffer in buffers))
+
+    def value(self) -> Any:
+        """Return the message."""
+        head, *buffers = self.segments
+        return pickle.loads(head, buffers=buffers)
+
+    def plain(self) -> list[bytes | bytearray]:
+        """Return the segments as what any pickler and any engine can carry."""
+        return [
+            part
+            if isinstance(part, (bytes, bytearray))
+            else (bytes if memoryview(part).readonly else bytearray)(part)
+            for part in self.segments
+        ]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        if protocol < 5:
+            return Packet, tuple(self.plain())
+        parts = self.segments
+        return Packet, tuple(
+            part if isinstance(part, bytes) else pickle.PickleBuffer(part) for part in parts
+        )
+
+
+class Parcel(NamedTuple):
+    """One call on its way to an agent.
+
+    Attributes:
+        number: Of this delivery.
+        name: What an error calls it.
+        timeout_s: Seconds that it may run.
+        function: Key of its function.
+        segments: The pickle of positional and keyword arguments, and its buffers.
+        shared: Numbers of the shared objects that its arguments refer to.
+    """
+
+    number: int
+    name: str
+    timeout_s: float | None
+    function: str
+    segments: Packet
+    shared: tuple[int, ...]
+
+
+class DeliverMessage(NamedTuple):
+    """From the pool to an agent.
+
+    Attributes:
+        calls: To be begun.
+        functions: By key: the pickle, and numbers of the shared objects that it refers to. Small
+            ones each time that they are needed, those of `LARGE_BYTES` until they are forgotten.
+        objects: Shared objects that the agent does not have, by number.
+        back: Numbers of calls that are wanted back if they have not begun.
+        kill: Numbers of calls that are to be ended.
+        forget: Numbers of shared objects, and keys of functions, that are no longer needed.
+    """
+
+    calls: list[Parcel]
+    functions: dict[str, tuple[Packet, tuple[int, ...]]]
+    objects: dict[int, Packet]
+    back: Sequence[int]
+    kill: Sequence[int]
+    forget: Sequence[Any]
+
+
+class Report(NamedTuple):
+    """From an agent to the pool.
+
+    Attributes:
+        answers: Number, seconds, whether its worker died, what it returned or raised.
+        returned: Numbers of calls that come back; ``None`` if none were asked for.
+        workers: Of the agent's pool.
+    """
+
+    answers: Sequence[tuple[int, float, bool, Packet]]
+    returned: Sequence[int] | None
+    workers: int
+
+
+class PickledFunction(NamedTuple):
+    """A function as agents know it.
+
+    Attributes:
+        key: The same for the same pickle.
+        packet: The pickle.
+        shared: What it refers to.
+    """
+
+    key: str
+    packet: Packet
+    shared: tuple[Any, ...]
+
+
+def pickle_function(function: Callable[..., Any]) -> PickledFunction:
+    """Pickle a function, by value what a worker of another machine cannot import.
+
+    Raises:
+        Exception: What the pickler raised.
+    """
+    with references.Collected() as shared:
+        segments = payloads.dumps(function, into_main=True)
+    digest = hashlib.blake2b(digest_size=16)
+    for segment in segments:
+        digest.update(segment)
+    # Arrays in it may change before they are sent.
+    copied = [bytes(segment) for segment in segments]
+    return PickledFunction(digest.hexdigest(), Packet(*copied), shared.found)
+
+
+def pickle_arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Packet, tuple[Any, ...]]:
+    """Pickle the arguments of a call; return the shared objects that they refer to as well.
+
+    Raises:
+        Exception: What the pickler raised.
+    """
+    if not references.known():
+        return Packet(*_copied(payloads.dumps((args, kwargs), into_main=True))), ()
+    with references.Collected() as shared:
+        segments = payloads.dumps((args, kwargs), into_main=True)
+    return Packet(*_copied(segments)), shared.found
+
+
+def _copied(segments: Sequence[Buffer]) -> list[Buffer]:
+    # The program may change its arrays when submit() has returned.
+    return [part if isinstance(part, bytes) else bytearray(part) for part in segments]
+
+
+def placed_bytes(shared: Any) -> Packet:
+    """Return what a shared object was placed as, to be sent to another machine."""
+    parts: list[Any] = shared._parts()
+    flag = b"w" if shared.writable else b"r"
+    return Packet(flag, *(part if isinstance(part, bytes) else memoryview(part) for part in parts))
+
+
+def unpickle(packet: Packet, shared: Mapping[int, Any]) -> Any:
+    """Return what was pickled by the program. In a worker.
+
+    Args:
+        packet: The pickle.
+        shared: The objects that were shared there, by the number that they have there.
+    """
+    if not shared:
+        return payloads.loads(packet.segments)
+    head, *buffers = packet.segments
+    return _Unpickler(io.BytesIO(head), shared, buffers).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds shared objects by the numbers that they have in the program."""
+
+    def __init__(
+        self, file: io.BytesIO, shared: Mapping[int, Any], buffers: Sequence[Buffer]
+    ) -> None:
+        super().__init__(file, buffers=buffers)
+        self._shared = shared
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "attach" and module == references.__name__:
+            return self._shared.__getitem__
+        return super().find_class(module, name)
+
+
+def own_version() -> str:
+    """Return safepool's version."""
+    # Not by an import, which leads back to this package.
+    version: str = sys.modules["safepool"].__version__
+    return version
+
+
+def python_version() -> str:
+    """Return the part of Python's version that pickles of code depend on."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"

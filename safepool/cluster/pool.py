@@ -1,0 +1,337 @@
+"""``ClusterPool``: the executor that people hold."""
+
+from __future__ import annotations
+
+import sys
+import time
+import weakref
+from collections.abc import Sequence, Sized
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
+
+from safepool.arguments import RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
+from safepool.cluster.carriers.dask import DaskCarrier, is_client
+from safepool.cluster.carriers.executor import ExecutorCarrier
+from safepool.cluster.messages import Packet
+from safepool.cluster.shell import Shell
+from safepool.pool.awaiting import AwaitedCalls
+from safepool.pool.core.policy import Policy, policy_of
+from safepool.pool.mapping import MapRun, end_failed
+from safepool.pool.tasks import name_of
+from safepool.transport import payloads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+    from typing import Self
+
+    from safepool.budget import Rounding
+    from safepool.cluster.carriers import Carrier
+
+__all__ = ["ClusterPool", "NodeInfo"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _lacks_as_nodes(value: object) -> str:
+    if isinstance(value, int):
+        return "" if value >= 1 else "at least 1"
+    return "" if value else "at least one name"
+
+
+_NODES = Rule(
+    kind="a number of nodes of at least 1, or a list of names",
+    is_kind=lambda value: isinstance(value, (int, Sequence)) and not isinstance(value, str),
+    lacks=_lacks_as_nodes,
+    remedy="Leave it out for all nodes. Names are those of hosts, or addresses of Dask workers",
+)
+
+
+class NodeInfo(NamedTuple):
+    """One node that a cluster pool uses.
+
+    Attributes:
+        place: The engine's name for where its agent is: the address of a Dask worker.
+        name: The same with the name of the host.
+        workers: Of its pool.
+        calls: Delivered to it and not ended.
+    """
+
+    place: str
+    name: str
+    workers: int
+    calls: int
+
+
+class ClusterPool(AwaitedCalls, Executor):
+    """An executor over many nodes: one :class:`safepool.ProcessPool` that fits on each.
+
+    An engine of yours carries the calls: it starts, finds, secures and ends the nodes. All that
+    holds in a ``ProcessPool`` holds on each of them: it fits the limits of that node, native
+    threads are capped, a worker that dies costs the one call that it ran, timeouts are exact.
+
+    Args:
+        client_or_executor: A ``distributed.Client``, or an executor that runs one long call on
+            each node (``executorlib``, ``mpi4py.futures``). It stays yours: shutting this pool
+            down leaves it open.
+        nodes: The most nodes to use, or names of hosts or addresses of Dask workers. ``None`` is
+            all, those that join later as well. Of an executor, the number of its calls at a time,
+            if it does not tell that itself.
+        no_nodes_timeout: Seconds after which calls that wait fail with
+            :class:`safepool.cluster.NoNodesError` if there is no node that can take one. ``None``
+            waits for ever, as for a batch system's queue.
+        workers_per_node: The most workers of each node; ``None`` is the number that fits there.
+        initializer: Called once in each worker of each node before its first call.
+        initargs: Its arguments.
+        max_tasks_per_child: As of :class:`safepool.ProcessPool`, and so the following.
+        threads_per_worker: Threads of each native pool in a worker.
+        rounding: What becomes of a fraction of a CPU.
+        reserve: CPUs of each node kept for what runs beside the pool.
+        memory_per_worker: No more workers than fit into what a node's limits have left.
+        pin_workers: Each worker on CPUs of its own.
+        env: Variables to set in the workers.
+        timeout: Seconds that a call may run, from its start on its node.
+        retries: How often a call is run again whose worker or node was lost under it, on whichever
+            node: it starts at most ``1 + retries`` times.
+        max_memory_per_worker: A worker that holds more when a call ends is replaced.
+        preload: Modules that are imported once on each node, ahead of its workers.
+        end_subprocesses: Whether what calls have started ends with the node's engine.
+
+    On a node all cluster pools with the same options have one pool together, whatever program they
+    are of, and so have all Dask workers of one host and one limit: the engine's own numbers of
+    threads and workers mean nothing here. It is made with the first call, and ends with the last
+    cluster pool, 10 seconds later; without a word from a program for 30 seconds its calls are
+    ended; and it ends with the Dask worker.
+
+    A call counts as begun when it was sent to a node. So no more are sent than the node has
+    workers, or the next twentieth of a second has work for, and a node that is lost costs that.
+
+    Raises:
+        TypeError: The engine is of another type, or a value has a wrong one.
+        ValueError: A value is out of its range.
+    """
+
+    @checked(
+        "ClusterPool",
+        nodes=_NODES,
+        no_nodes_timeout=replace(TIME_TO_WAIT, optional=True),
+        workers_per_node=RULES["max_workers"],
+    )
+    def __init__(  # noqa: PLR0913 -- the arguments of ProcessPool, by name
+        self,
+        client_or_executor: Any,
+        *,
+        nodes: int | Sequence[str] | None = None,
+        no_nodes_timeout: float | None = 60.0,
+        workers_per_node: int | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
+        threads_per_worker: int | Literal["auto"] = 1,
+        rounding: Rounding = "floor",
+        reserve: float = 0.0,
+        memory_per_worker: float | str | None = None,
+        pin_workers: bool = False,
+        env: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        retries: int = 0,
+        max_memory_per_worker: float | str | None = None,
+        preload: Literal["auto"] | Sequence[str] = (),
+        end_subprocesses: bool = False,
+    ) -> None:
+        for size in (memory_per_worker, max_memory_per_worker):
+            if size is not None:
+                parse_bytes(size)
+        options: dict[str, Any] = {
+            "max_workers": workers_per_node,
+            "max_tasks_per_child": max_tasks_per_child,
+            "threads_per_worker": threads_per_worker,
+            "rounding": rounding,
+            "reserve": reserve,
+            "memory_per_worker": memory_per_worker,
+            "pin_workers": pin_workers,
+            "env": None if env is None else dict(env),
+            "max_memory_per_worker": max_memory_per_worker,
+            "preload": preload if isinstance(preload, str) else [*preload],
+            "end_subprocesses": end_subprocesses,
+        }
+        if initializer is not None:
+            given = initializer, tuple(initargs or ())
+            options["initializer"] = Packet(*payloads.dumps(given, into_main=True))
+        self._policy = Policy(timeout_s=timeout, retries=retries)
+        names = None if nodes is None or isinstance(nodes, int) else frozenset(nodes)
+        self._shell = Shell(
+            _carrier(client_or_executor, nodes),
+            options,
+            names=names,
+            most_nodes=nodes if isinstance(nodes, int) else None,
+            no_nodes_s=no_nodes_timeout,
+        )
+        self._finalizer = weakref.finalize(self, self._shell.abandon)
+        self._finalizer.atexit = False
+
+    @property
+    def size(self) -> int:
+        """Workers of all nodes that are open now."""
+        return sum(node.workers for node in self.nodes())
+
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """Return the nodes that are open now; none before the first call."""
+        return tuple(NodeInfo(*node) for node in self._shell.open_nodes())
+
+    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """Schedule ``fn(*args, **kwargs)`` on a node and return its future.
+
+        Args:
+            fn: Any callable that pickle or cloudpickle can pickle.
+            *args: Its positional arguments, pickled here and now. What is placed by
+                :func:`safepool.share` is sent to each node once, and is one copy of memory there.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            A future, as of :meth:`safepool.ProcessPool.submit`. It raises
+            :class:`safepool.cluster.NodeLostError`, a ``WorkerDiedError``, if the node is lost.
+
+        Raises:
+            RuntimeError: The pool was shut down.
+        """
+        return self._shell.submit(
+            fn, args, kwargs, name=name_of(fn), policy=policy_of(fn, self._policy)
+        )
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: Literal[False] = False,
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: bool,
+    ) -> Iterator[_T | BaseException]: ...
+
+    @checked("map", timeout=TIME_TO_WAIT)
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> Iterator[_T | BaseException]:
+        """Return an iterator over ``fn`` applied to the items, in order or as calls end.
+
+        Arguments, results and errors are those of :meth:`safepool.ProcessPool.map`. Calls travel
+        together by the time that they take, whatever ``chunksize`` is.
+        """
+        deadline = None if timeout is None else timeout + time.monotonic()
+        ahead = None if buffersize is None else buffersize * chunksize
+        if ahead is None and all(isinstance(items, Sized) for items in iterables):
+            ahead = sys.maxsize
+        starred = len(iterables) != 1
+        items = zip(*iterables, strict=False) if starred else iterables[0]
+        kind = MapRun
+        counts = progress is not False and progress is not None
+        if counts:
+            from safepool.pool.counted import CountedRun  # noqa: PLC0415 -- seldom
+
+            kind = CountedRun
+        run: Any = kind(
+            fn,
+            name_of(fn),
+            policy_of(fn, self._policy),
+            None,
+            starred=starred,
+            ordered=ordered,
+            returns_errors=return_exceptions,
+        )
+        if not counts:
+            return self._shell.map(run, items, ahead, deadline, keep=self)
+        from safepool.pool.counted import total_of  # noqa: PLC0415 -- seldom
+        from safepool.progress import label_of  # noqa: PLC0415 -- seldom
+
+        bar = run.bar(label_of(progress) or "", total_of(iterables))
+        shown: Iterator[_T | BaseException] = run.shown(
+            bar, lambda: self._shell.map(run, items, ahead, deadline, keep=self)
+        )
+        return shown
+
+    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
+        """Cancel a call, on request also one that runs: as :meth:`safepool.ProcessPool.cancel`."""
+        return self._shell.kill(future) if kill else future.cancel()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and finish those submitted. The engine stays open.
+
+        Args:
+            wait: Return only when that is done.
+            cancel_futures: Cancel the calls that no node has.
+        """
+        self._shell.shut_down(wait=wait, cancel=cancel_futures)
+
+    def terminate_workers(self) -> None:
+        """End the calls of this pool on all nodes and give it up, without waiting."""
+        self._shell.shut_down(wait=False, end="terminate_workers() was called")
+
+    def kill_workers(self) -> None:
+        """Do the same."""
+        self._shell.shut_down(wait=False, end="kill_workers() was called")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if kind is not None:
+            end_failed(self._shell)
+        self._shell.shut_down(wait=True, end="the program was interrupted" if interrupted else "")
+
+    def __repr__(self) -> str:
+        nodes = self.nodes()
+        return f"<ClusterPool of {self.size} workers on {len(nodes)} nodes>"
+
+
+def _carrier(engine: Any, nodes: int | Sequence[str] | None) -> Carrier:
+    if is_client(engine):
+        return DaskCarrier(engine)
+    if isinstance(engine, Executor):
+        told: object = getattr(engine, "_max_workers", None)
+        number = nodes if isinstance(nodes, int) else told
+        if nodes is not None and not isinstance(nodes, int):
+            raise ValueError("nodes= of an executor is a number: it does not say which is which")
+        if not isinstance(number, int):
+            kind = type(engine).__name__
+            raise ValueError(  # noqa: TRY004 -- it is nodes= that lacks
+                f"{kind} does not say how many calls it runs at a time. Pass that number as nodes="
+            )
+        return ExecutorCarrier(engine, number)
+    raise TypeError(
+        f"ClusterPool() takes a distributed.Client or an executor, not {type(engine).__name__}. "
+        "For the address of a Dask scheduler: ClusterPool(distributed.Client(address)). Install "
+        "that with: pip install 'safepool[dask]'"
+    )

@@ -1,0 +1,762 @@
+"""Does what the core decides, and brings it what happens. One thread for each cluster pool.
+
+    who            what                               comes by
+    callers        submit, map, cancel, shutdown      the inbox
+    the carrier    answers to messages                the inbox
+    this thread    the list of places, the clock      `_look_around`
+
+All of it goes to `Core.handle()`, and its actions are done here.
+
+Not covered:
+    * Code of the program that pickles the items of a map, or unpickles results, runs in this
+      thread: while it waits for something, all calls of this pool do.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import threading
+import time
+import uuid
+import weakref
+from collections import OrderedDict
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from safepool.cluster import agent
+from safepool.cluster import core as c
+from safepool.cluster.calls import RAISED
+from safepool.cluster.carriers import EngineGoneError, PlaceLostError
+from safepool.cluster.errors import NodeLostError, NoNodesError
+from safepool.cluster.messages import (
+    LARGE_BYTES,
+    MESSAGE_BYTES,
+    PROTOCOL,
+    DeliverMessage,
+    Packet,
+    Parcel,
+    PickledFunction,
+    Report,
+    Welcome,
+    own_version,
+    pickle_arguments,
+    pickle_function,
+    placed_bytes,
+    python_version,
+)
+from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
+from safepool.pool.core.work import Call
+from safepool.pool.exits import finish_at_exit, last_uncaught
+from safepool.pool.hands import Teller, ThreadThatStarts
+from safepool.pool.latch import Latch
+from safepool.pool.mapping import Results
+from safepool.pool.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
+from safepool.transport import payloads
+from safepool.workers.contained import ContainedLogger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
+
+    from safepool.cluster.carriers import Carrier
+    from safepool.pool.core.policy import Policy
+    from safepool.pool.mapping import Item, MapRun, ResultIterator
+    from safepool.pool.worker import Worker
+
+__all__ = ["Shell"]
+
+_log = ContainedLogger()
+
+# Between two looks at the list of places; the first ones are awaited.
+_LIST_S = 1.0
+_FIRST_LIST_S = 0.02
+# An agent answers that there is nothing after so long.
+_COLLECT_S = 5.0
+# A message that is not answered for so long: its node is given up. A worker of Dask may be busy
+# with other things that hold the lock of its interpreter.
+_SILENCE_S = 60.0
+# Large functions that a node keeps.
+_MOST_FUNCTIONS = 16
+
+
+class _Submitted(Call):
+    """A call of ``submit()``."""
+
+    __slots__ = ("args", "function", "future", "shared")
+
+    def __init__(self, future: PoolFuture, name: str, policy: Policy) -> None:
+        super().__init__(name, policy)
+        self.future: PoolFuture = future
+        self.function: PickledFunction | None = None
+        self.args: Packet | None = None
+        self.shared: tuple[Any, ...] = ()
+
+    def is_wanted(self) -> bool:
+        """Whether it was not cancelled."""
+        return not self.future.cancelled()
+
+    def packed(self) -> tuple[PickledFunction, Packet, tuple[Any, ...]]:
+        """Return function, arguments and shared objects as they travel."""
+        assert self.function is not None
+        assert self.args is not None
+        return self.function, self.args, self.shared
+
+    def begin(self) -> bool:
+        """Become running; ``False`` if it was cancelled."""
+        return self.future.running() or begin(self.future)
+
+    def succeed(self, value: Any, nbytes: int) -> None:  # noqa: ARG002
+        """End with a result."""
+        finish(self.future, value)
+
+    def fail(self, error: BaseException) -> None:
+        """End with an exception."""
+        self.future.begin()
+        fail(self.future, error)
+
+    def cancel(self) -> None:
+        """End without having run."""
+        self.future.cancel_running()
+        self.future.tell()
+
+
+class _Mapped(Call):
+    """A call of ``map()``."""
+
+    __slots__ = ("args", "index", "item", "run", "shared", "shell")
+
+    def __init__(self, shell: Shell, run: MapRun, index: int, item: Any) -> None:
+        super().__init__(run.name, run.policy)
+        self.shell = shell
+        self.run: MapRun = run
+        self.index = index
+        self.item: Any = item
+        self.args: Packet | None = None
+        self.shared: tuple[Any, ...] = ()
+
+    def is_wanted(self) -> bool:
+        """Whether somebody takes further results."""
+        if not self.run.stopped:
+            return True
+        self._settled()
+        return False
+
+    def packed(self) -> tuple[PickledFunction, Packet, tuple[Any, ...]]:
+        """Return function, arguments and shared objects as they travel."""
+        function: Any = self.run.sent
+        if self.args is None:
+            self.args, self.shared = pickle_arguments(self.run.arguments_of(self.item), {})
+            self.item = None
+        return function, self.args, self.shared
+
+    def begin(self) -> bool:
+        """Become running."""
+        return True
+
+    def succeed(self, value: Any, nbytes: int) -> None:
+        """End with a result."""
+        self.run.put(self.index, [value], nbytes)
+        self._settled()
+
+    def fail(self, error: BaseException) -> None:
+        """End with an exception."""
+        self.run.put_error(self.index, error)
+        self._settled()
+
+    def cancel(self) -> None:
+        """End without having run."""
+        self.fail(CancelledError())
+
+    def _settled(self) -> None:
+        self.run.unsettled -= 1
+        self.shell.told.add(self.run)
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """What this end knows of a place that was asked, or is open.
+
+    Attributes:
+        session: Of the agent there; each opening has its own.
+        label: What errors call the place.
+        pid: Of the process there.
+        objects: Numbers of shared objects that it has.
+        functions: Keys of large functions that it has, the last used last.
+        due: By when each kind of message must be answered.
+    """
+
+    session: str
+    label: str
+    pid: int = 0
+    objects: set[int] = field(default_factory=set)
+    functions: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    forget: list[Any] = field(default_factory=list)
+    due: dict[str, float] = field(default_factory=dict)
+
+
+class Shell:
+    """Runs calls by a carrier.
+
+    Args:
+        carrier: Of the engine.
+        options: Arguments of each node's pool.
+        names: Places, hosts or nodes to be used; ``None`` is all.
+        most_nodes: Nodes used at a time; ``None`` is all.
+        no_nodes_s: As of the core.
+
+    Attributes:
+        told: Maps whose readers are to look again.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        options: dict[str, Any],
+        *,
+        names: frozenset[str] | None,
+        most_nodes: int | None,
+        no_nodes_s: float | None,
+    ) -> None:
+        self._carrier = carrier
+        self._options = pickle.dumps(options, protocol=5)
+        self._names = names
+        self._core = c.Core(
+            most_nodes=most_nodes,
+            no_nodes_s=no_nodes_s,
+            at_once=carrier.at_once,
+            now_s=time.monotonic(),
+        )
+        self._id = uuid.uuid4().hex
+        self._openings = 0
+        self._nodes: dict[str, _Node] = {}
+        self._listed: tuple[str, ...] = ()
+        self._list_at_s = 0.0
+        self.told: set[MapRun] = set()
+        self._inbox: queue.SimpleQueue[Callable[[], c.Event | None]] = queue.SimpleQueue()
+        self._pid = os.getpid()
+        self._me = weakref.ref(self)
+        self._closing = False
+        self._over = False
+        self._ended = Latch()
+        self._callers = Teller("safepool-callbacks")
+        self._thread: ThreadThatStarts | None = None
+        self._starting = threading.Lock()
+        self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._watched: set[int] = set()
+
+    # What callers use, from any thread.
+
+    def begin(self) -> None:
+        """Ask the places that there are, ahead of the first call."""
+        with self._starting:
+            if self._thread is None:
+                finish_at_exit(self)
+                self._thread = ThreadThatStarts(self._run, "safepool-cluster")
+                self._thread.start()
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        policy: Policy,
+    ) -> PoolFuture:
+        """Queue a call and return its future.
+
+        Raises:
+            RuntimeError: The pool was shut down, or this process is a fork of its own.
+        """
+        self._check_open()
+        call = _Submitted(PoolFuture(self._me), name, policy)
+        try:
+            call.function = pickle_function(function)
+            call.args, call.shared = pickle_arguments(args, kwargs)
+        except Exception as error:  # noqa: BLE001 -- the call's, as in any pool
+            call.fail(error)
+            return call.future
+        self._bring(c.Queued([call]))
+        return call.future
+
+    def map(
+        self,
+        run: MapRun,
+        items: Iterable[Item],
+        ahead: int | None,
+        deadline: float | None,
+        keep: object,
+    ) -> ResultIterator:
+        """Queue the calls of a run and return the iterator over its results."""
+        self._check_open()
+        sent: Any = pickle_function(run.function)
+        run.sent = sent
+        results = Results(run, iter(items), self, ahead, deadline)
+        iterator = results.iterate(None if results.exhausted else keep)
+        run.reader = weakref.ref(iterator)
+        return iterator
+
+    def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
+        """Queue further calls; ``last``: there will be no more."""
+        if items:
+            self._check_open()
+        self._put(partial(self._fed, run, items, last))
+
+    def give_up(self, run: MapRun) -> None:
+        """Drop the calls that no node has: nobody wants the rest."""
+        self._put(partial(self._drop, run))
+
+    def end_calls(self, run: MapRun) -> None:
+        """End the calls of a run that was given up."""
+        self._put(partial(self._unwanted, run))
+
+    def wake(self) -> None:
+        """Look again."""
+        self._put(c.Look)
+
+    def check_may_wait(self) -> None:
+        """Refuse that this pool's own thread waits for a result.
+
+        Raises:
+            RuntimeError: It would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the pool's own thread must not wait for a call of its pool")
+
+    def kill(self, future: Future[Any]) -> bool:
+        """Cancel a call, and end it where it runs; ``False`` if it has ended.
+
+        Raises:
+            ValueError: It is not a future of this pool.
+        """
+        if not isinstance(future, PoolFuture) or future.owner is not self._me:
+            raise ValueError("this future is not one of this pool's submit()")
+        if not future.cancel_running():
+            return False
+        self._put(partial(self._unwanted, future))
+        if self._over:  # by now, perhaps
+            future.tell()
+        return True
+
+    def shut_down(self, *, wait: bool, cancel: bool = False, end: str = "") -> None:
+        """Take no more calls; finish those that were submitted.
+
+        Args:
+            wait: Return when that is done.
+            cancel: Cancel the calls that no node has.
+            end: Do not wait for calls that run: why they are lost.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._closing = True
+        if self._thread is None:
+            with self._starting:
+                self._over = True
+                self._ended.open()
+            return
+        if cancel:
+            self._bring(c.CancelWaiting())
+        self._bring(c.End(end) if end else c.Close())
+        if wait and threading.current_thread() is not self._thread:
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt:
+                self._bring(c.End("the program was interrupted"))
+                raise
+            self._callers.join()
+
+    def abandon(self) -> None:
+        """Finish without anybody waiting: nobody holds the pool any more."""
+        self.shut_down(wait=False)
+
+    def exit(self) -> None:
+        """Finish before the interpreter ends."""
+        interrupted = isinstance(last_uncaught(), KeyboardInterrupt)
+        self.shut_down(wait=True, end="the program was interrupted" if interrupted else "")
+
+    def descriptors(self) -> Sequence[int]:
+        """Return what a forked worker must not keep: nothing here."""
+        return ()
+
+    def workers(self) -> list[Worker]:
+        """Return workers on this machine: none."""
+        return []
+
+    def open_nodes(self) -> list[tuple[str, str, int, int]]:
+        """Place, label, workers, and calls under way of each open node."""
+        nodes = self._nodes
+        return [
+            (place, nodes[place].label, workers, calls)
+            for place, _, workers, calls in self._core.open_places
+            if place in nodes
+        ]
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"this pool belongs to process {self._pid}, and this is its fork {os.getpid()}: "
+                "make a pool of its own here"
+            )
+        if self._closing:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        self.begin()
+
+    def _bring(self, event: c.Event) -> None:
+        self._put(lambda: event)
+
+    def _put(self, bring: Callable[[], c.Event | None]) -> None:
+        self._inbox.put(bring)
+
+    # The thread.
+
+    def _run(self) -> None:
+        callbacks_by(self._callers.do, self._me)
+        try:
+            while not self._over:
+                self._step()
+        except BaseException as error:  # noqa: BLE001 -- a fault of ours: nobody may wait for ever
+            _log.exception("the thread of a cluster pool has failed")
+            self._over = self._closing = True
+            reason = f"its own thread has failed: {type(error).__name__}: {text_of(error)}"
+            for action in self._core.handle(c.Broke(reason), time.monotonic()):
+                if isinstance(action, c.Fail):
+                    self._fail(action)
+        finally:
+            self._callers.close()
+            self._refuse_late()
+            self._ended.open()
+
+    def _step(self) -> None:
+        now_s = time.monotonic()
+        looks = [self._list_at_s, *(s for one in self._nodes.values() for s in one.due.values())]
+        due_s = self._core.next_look()
+        if due_s is not None:
+            looks.append(due_s)
+        try:
+            bring = self._inbox.get(timeout=max(0.0, min(looks) - now_s))
+        except queue.Empty:
+            self._look_around()
+            self._handle(c.Look())
+        else:
+            event = bring()
+            if event is not None:
+                self._handle(event)
+            if self._list_at_s <= time.monotonic():
+                self._look_around()
+        for run in self.told:
+            run.tell()
+        self.told.clear()
+
+    def _handle(self, event: c.Event) -> None:
+        for action in self._core.handle(event, time.monotonic()):
+            _DO[type(action)](self, action)
+
+    def _look_around(self) -> None:
+        """Ask the carrier for its places, and give up those that do not answer."""
+        now_s = time.monotonic()
+        try:
+            listed = tuple(self._carrier.places())
+        except EngineGoneError as error:
+            self._handle(c.Broke(str(error)))
+            self._nodes.clear()
+            self._list_at_s = now_s + _LIST_S
+            return
+        self._list_at_s = now_s + (_LIST_S if listed else _FIRST_LIST_S)
+        if listed != self._listed or any(place not in self._nodes for place in listed):
+            self._listed = listed
+            self._handle(c.Listed(listed))
+        for place, node in [*self._nodes.items()]:
+            if place not in listed:
+                self._lose(place, node.session, "the engine no longer lists it")
+            elif min(node.due.values(), default=now_s) < now_s:
+                self._lose(place, node.session, f"it has not answered for {_SILENCE_S:.0f} s")
+
+    def _refuse_late(self) -> None:
+        self._over = True
+        while True:
+            try:
+                event = self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+            if isinstance(event, c.Queued):
+                for call in event.calls:
+                    call.fail(RuntimeError("cannot schedule new futures after shutdown"))
+            for run in self.told:
+                run.tell()
+
+    # Places.
+
+    def _submit(self, place: str, kind: str, function: Callable[..., Any], *args: Any) -> None:
+        """Send a message; its answer comes back as the method of that name."""
+        node = self._nodes[place]
+        if not self._carrier.at_once:
+            node.due[kind] = time.monotonic() + _SILENCE_S
+        take = {"greet": self._greeted, "deliver": self._delivered, "collect": self._collected}
+
+        def bring(future: Future[Any]) -> None:
+            self._put(partial(self._arrived, place, node.session, kind, take[kind], future))
+
+        try:
+            future = self._carrier.submit(place, function, *args)
+        except EngineGoneError as error:
+            self._bring(c.Broke(str(error)))
+        else:
+            future.add_done_callback(bring)
+
+    def _arrived(
+        self,
+        place: str,
+        session: str,
+        kind: str,
+        take: Callable[[str, _Node, Any], None],
+        future: Future[Any],
+    ) -> None:
+        node = self._nodes.get(place)
+        if node is None or node.session != session:
+            return  # given up meanwhile
+        node.due.pop(kind, None)
+        if future.cancelled():
+            self._lose(place, session, "the engine has cancelled the call")
+            return
+        error = future.exception()
+        if error is None:
+            take(place, node, future.result())
+        elif kind == "greet" and not isinstance(error, PlaceLostError):
+            self._refuse(place, f"{type(error).__name__}: {text_of(error)}")
+        else:
+            self._lose(place, session, text_of(error))
+
+    def _lose(self, place: str, session: str, reason: str) -> None:
+        node = self._nodes.get(place)
+        if node is None or node.session != session:
+            return
+        self._handle(c.Lost(place, reason))
+        del self._nodes[place]
+
+    def _refuse(self, place: str, reason: str) -> None:
+        _log.warning("node %s is not used: %s", place, reason)
+        self._handle(c.Refused(place, reason))
+
+    def _open(self, action: c.Open) -> None:
+        self._openings += 1
+        self._nodes[action.place] = _Node(f"{self._id}-{self._openings}", action.place)
+        session = self._nodes[action.place].session
+        self._submit(action.place, "greet", agent.agent_greet, PROTOCOL, session, self._options)
+
+    def _greeted(self, place: str, node: _Node, plain: Any) -> None:
+        welcome = Welcome(*plain)
+        node.label, node.pid = f"{place} ({welcome.host})", welcome.pid
+        here = python_version()
+        if welcome.protocol != PROTOCOL or welcome.python != here:
+            self._refuse(
+                place,
+                f"it has Python {welcome.python} and safepool {welcome.safepool}, the program has "
+                f"Python {here} and safepool {own_version()}. Install the same versions",
+            )
+            return
+        one_call = self._carrier.at_once
+        names = {place, place.rpartition("://")[2], welcome.host, welcome.host.partition(".")[0]}
+        wanted = self._names is None or bool(names & self._names)
+        # Another call may be on any node, the same one included.
+        which = place if one_call else welcome.node
+        self._handle(c.Opened(place, which, welcome.workers, wanted))
+        if self._core.is_open(place) and not one_call:
+            self._collect(place, node)
+
+    def _collect(self, place: str, node: _Node) -> None:
+        self._submit(place, "collect", agent.agent_collect, node.session, _COLLECT_S)
+
+    def _collected(self, place: str, node: _Node, packet: Packet) -> None:
+        # Asked for the next before these are unpickled.
+        if self._core.is_open(place):
+            self._collect(place, node)
+        self._take_report(place, packet.value())
+
+    def _take_report(self, place: str, report: Report) -> None:
+        answers = [c.Answer(*answer) for answer in report.answers]
+        if answers:
+            self._handle(c.Answered(place, answers, report.workers))
+        if report.returned is not None:
+            self._handle(c.Returned(place, report.returned))
+
+    def _delivered(self, place: str, node: _Node, packet: Packet | None) -> None:  # noqa: ARG002
+        if packet is not None:
+            self._take_report(place, packet.value())
+        self._handle(c.Delivered(place))
+
+    def _release(self, action: c.Release) -> None:
+        node = self._nodes.get(action.place)
+        if node is None:
+            return
+        try:
+            self._carrier.submit(action.place, agent.agent_release, node.session)
+        except EngineGoneError:
+            pass  # and the agent with it, or soon
+
+    # Calls.
+
+    def _fed(self, run: MapRun, items: list[Item], last: bool) -> c.Event | None:
+        first = run.count
+        run.add(items, last=last)
+        run.cut(len(items))
+        if self._over and items:
+            run.stop(lambda: RuntimeError("cannot schedule new futures after shutdown"))
+            return None
+        return c.Queued([_Mapped(self, run, first + at, item) for at, item in enumerate(items)])
+
+    def _drop(self, run: MapRun) -> None:
+        run.drop()
+
+    def _unwanted(self, whose: PoolFuture | MapRun) -> None:
+        if isinstance(whose, PoolFuture):
+            whose.tell()
+        for call in self._core.under_way():
+            if (call.run if isinstance(call, _Mapped) else call.future) is whose:
+                self._handle(c.Kill(call))
+
+    def _deliver(self, action: c.Deliver) -> None:
+        place = action.place
+        node = self._nodes[place]
+        self._forget_unshared()
+        message = DeliverMessage([], {}, {}, action.back, action.kill, node.forget)
+        node.forget = []
+        failed: list[c.Answer] = []
+        left: list[int] = []
+        nbytes = 0
+        for number, call in action.calls:
+            if nbytes > MESSAGE_BYTES:
+                left.append(number)
+                continue
+            try:
+                nbytes += self._pack(node, message, number, call)
+            except BaseException as error:  # noqa: BLE001 -- user code that pickles
+                failed.append(c.Answer(number, -1.0, False, error))
+        at_once = self._carrier.at_once
+        if not at_once:
+            node.objects.update(message.objects)
+            self._note_functions(node, message)
+        if message.calls or message.back or message.kill:
+            packet = Packet.of(message)
+            if at_once:
+                options = self._options
+                self._submit(place, "deliver", agent.agent_work, node.session, options, packet)
+            else:
+                self._submit(place, "deliver", agent.agent_deliver, node.session, packet)
+        else:
+            node.forget = [*message.forget]
+            self._bring(c.Delivered(place))
+        if failed:
+            self._bring(c.Answered(place, failed, 0))
+        if left:
+            self._bring(c.Returned(place, left))
+
+    def _pack(self, node: _Node, message: DeliverMessage, number: int, call: Any) -> int:
+        """Add a call to a message; return how many bytes it has.
+
+        Raises:
+            CancelledError: It was cancelled meanwhile.
+            BaseException: What the pickler raised.
+        """
+        function, args, shared = call.packed()
+        nbytes: int = args.nbytes
+        for one in (*function.shared, *shared):
+            if one.number not in node.objects and one.number not in message.objects:
+                message.objects[one.number] = placed_bytes(one)
+                nbytes += one.nbytes
+                self._watch_handle(one)
+        if not call.begin():
+            raise CancelledError
+        if function.key not in node.functions and function.key not in message.functions:
+            numbers = tuple(one.number for one in function.shared)
+            message.functions[function.key] = function.packet, numbers
+            nbytes += function.packet.nbytes
+        numbers = tuple(one.number for one in shared)
+        timeout_s = call.policy.timeout_s
+        parcel = Parcel(number, call.name, timeout_s, function.key, args, numbers)
+        message.calls.append(parcel)
+        return nbytes
+
+    def _note_functions(self, node: _Node, message: DeliverMessage) -> None:
+        """Note which large functions a node has; let it forget those that were not used lately."""
+        used = {parcel.function for parcel in message.calls}
+        for key, (packet, _) in message.functions.items():
+            if packet.nbytes >= LARGE_BYTES:
+                node.functions[key] = None
+        for key in used & node.functions.keys():
+            node.functions.move_to_end(key)
+        while len(node.functions) > _MOST_FUNCTIONS + len(used):
+            key, _ = node.functions.popitem(last=False)
+            node.forget.append(key)
+
+    def _watch_handle(self, shared: Any) -> None:
+        """Learn when the program has dropped the handle of a shared object."""
+        if shared.number not in self._watched:
+            self._watched.add(shared.number)
+            end = weakref.finalize(shared, self._unshared.put, shared.number)
+            end.atexit = False
+
+    def _forget_unshared(self) -> None:
+        while not self._unshared.empty():
+            number = self._unshared.get()
+            self._watched.discard(number)
+            for node in self._nodes.values():
+                if number in node.objects:
+                    node.objects.discard(number)
+                    node.forget.append(number)
+
+    def _settle(self, action: c.Settle) -> None:
+        call, answer = action.call, action.answer
+        content = answer.content
+        if isinstance(content, BaseException):
+            call.fail(content)
+            return
+        flag, *segments = content.segments
+        try:
+            if bytes(flag) != RAISED:
+                call.succeed(payloads.loads(segments), content.nbytes)
+                return
+            error = rebuild(segments, call=call.name)
+        except BaseException as problem:  # noqa: BLE001 -- user code that unpickles
+            error = problem
+        if isinstance(error, WorkerDiedError):
+            error.node = self._label(action.place)  # type: ignore[attr-defined]
+        call.fail(error)
+
+    def _label(self, place: str) -> str:
+        node = self._nodes.get(place)
+        return place if node is None else node.label
+
+    def _lose_call(self, action: c.Lose) -> None:
+        node = self._nodes.get(action.place)
+        pid = 0 if node is None else node.pid
+        action.call.fail(
+            NodeLostError(self._label(action.place), action.reason, pid, action.call.name)
+        )
+
+    def _fail(self, action: c.Fail) -> None:
+        kind = NoNodesError if action.no_nodes else PoolBrokenError
+        for call in action.calls:
+            call.fail(kind(action.reason))
+
+    def _cancel(self, action: c.Cancel) -> None:
+        for call in action.calls:
+            call.cancel()
+
+    def _finished(self, _: c.Finished) -> None:
+        self._over = True
+
+
+_DO: dict[type[c.Action], Callable[[Shell, Any], None]] = {
+    c.Open: Shell._open,
+    c.Deliver: Shell._deliver,
+    c.Settle: Shell._settle,
+    c.Lose: Shell._lose_call,
+    c.Fail: Shell._fail,
+    c.Cancel: Shell._cancel,
+    c.Release: Shell._release,
+    c.Finished: Shell._finished,
+}

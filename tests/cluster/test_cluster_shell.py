@@ -1,0 +1,215 @@
+"""A cluster pool without an engine: nodes that refuse, fall silent, or are another version."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import safepool
+from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, shell
+from safepool.cluster import pool as pool_module
+from safepool.cluster.carriers import EngineGoneError, PlaceLostError
+from safepool.cluster.messages import PROTOCOL, Packet, Welcome, python_version
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Engine:
+    """One place, which answers as a test wants it."""
+
+    at_once = False
+
+    def __init__(self, **answers: Callable[[], object]) -> None:
+        self.answers = answers
+        self.gone = ""
+        self.pending: list[Future[Any]] = []
+        self.asked: list[str] = []
+
+    def places(self) -> list[str]:
+        if self.gone:
+            raise EngineGoneError(self.gone)
+        return ["p"]
+
+    def submit(self, place: str, function: Callable[..., Any], *_: Any) -> Future[Any]:
+        assert place == "p"
+        name = function.__name__.removeprefix("agent_")
+        self.asked.append(name)
+        future: Future[Any] = Future()
+        answer = self.answers.get(name)
+        if answer is None:
+            self.pending.append(future)
+            return future
+        try:
+            future.set_result(answer())
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def welcome(**facts: Any) -> tuple[Any, ...]:
+    usual = Welcome(
+        PROTOCOL, python_version(), safepool.__version__, "n", "host", 1, 2, ("a", "b", "c")
+    )
+    return tuple(usual._replace(**facts))
+
+
+def raises(error: Exception) -> Callable[[], object]:
+    def answer() -> object:
+        raise error
+
+    return answer
+
+
+@pytest.fixture
+def pool_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ClusterPool]]:
+    made: list[ClusterPool] = []
+
+    def make(engine: Engine, **words: Any) -> ClusterPool:
+        monkeypatch.setattr(pool_module, "_carrier", lambda *_: engine)
+        made.append(ClusterPool(None, **words))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.kill_workers()
+        one.shutdown()
+
+
+# What a node answers, and what the error of a call says of it.
+REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
+    "another Python": (lambda: welcome(python="3.2"), "it has Python 3.2 and safepool"),
+    "another protocol": (lambda: welcome(protocol=99), "Install the same versions"),
+    "no safepool": (
+        raises(ModuleNotFoundError("No module named 'safepool'")),
+        "ModuleNotFoundError: No module named 'safepool'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_why_a_node_is_not_used_is_in_the_error(
+    pool_of: Callable[..., ClusterPool], name: str
+) -> None:
+    answer, words = REFUSALS[name]
+    pool = pool_of(Engine(greet=answer), no_nodes_timeout=0.05)
+    with pytest.raises(NoNodesError, match=words):
+        pool.submit(abs, 1).result(30)
+
+
+def test_a_node_that_falls_silent_is_lost(
+    pool_of: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(shell, "_LIST_S", 0.01)
+    engine = Engine(greet=welcome, deliver=lambda: None)
+    with pytest.raises(NodeLostError, match=r"p \(host\) was lost .* has not answered"):
+        pool_of(engine).submit(abs, 1).result(30)
+
+
+def test_a_place_that_is_lost_is_named(pool_of: Callable[..., ClusterPool]) -> None:
+    engine = Engine(greet=welcome, deliver=raises(PlaceLostError("connection closed")))
+    with pytest.raises(NodeLostError, match="connection closed") as caught:
+        pool_of(engine).submit(abs, 1).result(30)
+    assert caught.value.task == "builtins.abs"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) -> None:
+    engine = Engine(greet=welcome)
+    pool = pool_of(engine)
+    future = pool.submit(abs, 1)
+    engine.gone = "the client is closed"
+    with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
+        future.result(30)
+    with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
+        pool.submit(abs, 1).result(30)
+
+
+def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
+    with pytest.raises(agent.SessionLostError, match="does not know the session"):
+        agent._deliver("never", Packet.of(None))
+
+
+# Each wrong argument, and what its error says.
+WRONG: dict[str, tuple[tuple[Any, dict[str, Any]], type[Exception], str]] = {
+    "an address": (("tcp://a:1", {}), TypeError, r"ClusterPool\(distributed.Client\(address\)\)"),
+    "no nodes": ((ThreadPoolExecutor(1), {"nodes": 0}), ValueError, "nodes"),
+    "one name": ((ThreadPoolExecutor(1), {"nodes": "a"}), TypeError, "nodes"),
+    "names of an executor's nodes": (
+        (ThreadPoolExecutor(1), {"nodes": ["a"]}), ValueError, "does not say which is which",
+    ),
+    "a word": ((ThreadPoolExecutor(1), {"node": 1}), TypeError, "nodes"),
+    "a time": ((ThreadPoolExecutor(1), {"timeout": -1}), ValueError, "timeout"),
+    "a size": ((ThreadPoolExecutor(1), {"memory_per_worker": "2x"}), ValueError, "memory_per_w"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_told_by_name(name: str) -> None:
+    (engine, words), kind, text = WRONG[name]
+    with pytest.raises(kind, match=text):
+        ClusterPool(engine, **words)
+
+
+@pytest.fixture
+def short_lives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let an agent in this process end as soon as nobody uses it."""
+    monkeypatch.setattr(agent, "_IDLE_S", 0.0)
+    monkeypatch.setattr(agent, "_LOOK_S", 0.02)
+    yield
+    deadline = time.monotonic() + 30
+    while any(thread.name == "safepool-agent" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def later(x: int) -> int:
+    await asyncio.sleep(0)
+    return x
+
+
+async def awaited(pool: ClusterPool) -> list[Any]:
+    first: int = await pool.run(later, 3)
+    return [first, [one async for one in pool.amap(abs, [-4, -5])]]
+
+
+@pytest.mark.usefixtures("short_lives")
+def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
+    import os
+
+    def fragile(x: int) -> int:
+        if x == 5:
+            os._exit(3)
+        return x * x
+
+    table = safepool.share(list(range(10)))
+    with ThreadPoolExecutor(1) as executor, ClusterPool(executor, workers_per_node=1) as pool:
+        found = list(pool.map(fragile, range(8), return_exceptions=True))
+        assert [type(one).__name__ for one in found] == [
+            *["int"] * 5, "WorkerDiedError", "int", "int",
+        ]  # fmt: skip
+        assert pool.submit(lambda: table[7]).result() == 7
+        assert sorted(pool.map(abs, range(-300, 0), ordered=False)) == [*range(1, 301)]
+        with pytest.raises(TypeError):
+            pool.submit(threading.Lock).result()
+        with pytest.raises(safepool.TaskTimeoutError):
+            pool.submit(safepool.worker(time.sleep, timeout=0.1), 60).result()
+        assert asyncio.run(awaited(pool)) == [3, [4, 5]]
+        assert pool.size == 1
+        assert [node.place for node in pool.nodes()] == ["call 1"]
+
+
+def test_an_executor_that_was_shut_down_is_an_error() -> None:
+    executor = ThreadPoolExecutor(1)
+    executor.shutdown()
+    with ClusterPool(executor) as pool:
+        with pytest.raises(safepool.PoolBrokenError, match="executor takes no more calls"):
+            pool.submit(abs, 1).result()
+        assert pool.nodes() == ()

@@ -1,0 +1,352 @@
+"""Every order of events for the core of a cluster pool: places that come, are lost and come again.
+
+A small model of the engine and the agents does the core's actions. A step is one thing that may
+happen next; `explore` goes through all orders of steps and `walk` through one at random.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from safepool.cluster import core as c
+from safepool.pool.core.policy import Policy
+from safepool.pool.core.work import Call
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+
+
+class BadStateError(Exception):
+    """Something does not hold."""
+
+
+def must(holds: bool, what: str) -> None:
+    if not holds:
+        raise BadStateError(what)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is there, and how often each thing may happen.
+
+    Attributes:
+        calls: One letter each: the calls.
+        places: Name of each place, and its node.
+        workers: Of each node.
+        retries: Of each call.
+        refused: Places that cannot be used.
+        comes_back: A place that is lost is listed again.
+        at_once: As of the core.
+        most_nodes: As of the core.
+        budget: Steps that may happen so many times: "lose" a place, "die" a worker, "drop" a call,
+            "tick" for time, "close", "cancel", "end", "broke".
+    """
+
+    calls: str = "ab"
+    places: dict[str, str] = field(default_factory=lambda: {"p": "n"})
+    workers: int = 1
+    retries: int = 0
+    refused: str = ""
+    comes_back: bool = True
+    at_once: bool = False
+    most_nodes: int | None = None
+    known_s: float | None = None
+    budget: dict[str, int] = field(default_factory=dict)
+
+
+class Letter(Call):
+    """A call that has a letter, and may be dropped."""
+
+    def __init__(self, letter: str, retries: int) -> None:
+        super().__init__("f", Policy(retries=retries))
+        self.letter = letter
+        self.dropped = False
+
+    def is_wanted(self) -> bool:
+        return not self.dropped
+
+
+class World:
+    """The core, with agents and an engine around it."""
+
+    def __init__(self, core: type[c.Core], scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.now_s = 0.0
+        self.core = core(most_nodes=scenario.most_nodes, no_nodes_s=10.0, at_once=scenario.at_once)
+        self.budget = dict(scenario.budget)
+        self.calls = {letter: Letter(letter, scenario.retries) for letter in scenario.calls}
+        self.starts = dict.fromkeys(scenario.calls, 0)
+        self.outcomes: dict[str, str] = {}
+        # By place: what is on its way there, calls there in order, and what is on its way back.
+        self.sent: dict[str, list[Any]] = {}
+        self.there: dict[str, list[tuple[int, str]]] = {}
+        self.opening: list[str] = []
+        self.gone = ""
+        self.finished = self.closing = self.broken = False
+        if scenario.known_s is not None:
+            vars(self.core)["_mean_s"]["f"] = scenario.known_s
+        self.tell(c.Queued([*self.calls.values()]))
+        self.tell(c.Listed([*scenario.places]))
+
+    def tell(self, event: c.Event) -> None:
+        for action in self.core.handle(event, self.now_s):
+            self.act(action)
+        try:
+            self.core.check()
+        except AssertionError as error:
+            raise BadStateError(str(error)) from None
+
+    def act(self, action: c.Action) -> None:
+        if isinstance(action, c.Open):
+            self.opening.append(action.place)
+        elif isinstance(action, c.Deliver):
+            must(action.place not in self.sent, "two messages to one place at a time")
+            must(
+                not self.scenario.at_once or not self.there.get(action.place),
+                "a message to a place that takes one at a time",
+            )
+            calls = [(number, call.letter) for number, call in action.calls]
+            for _, letter in calls:
+                must(letter not in self.outcomes, f"{letter} is sent and has ended")
+            self.sent[action.place] = [calls, [*action.back], [*action.kill]]
+        elif isinstance(action, c.Settle):
+            self.end(action.call.letter, "settled")
+        elif isinstance(action, c.Lose):
+            must(
+                self.starts[action.call.letter] > 0,
+                f"{action.call.letter} never began and is lost",
+            )
+            self.end(action.call.letter, "lost")
+        elif isinstance(action, (c.Fail, c.Cancel)):
+            for call in action.calls:
+                self.end(call.letter, "failed" if isinstance(action, c.Fail) else "cancelled")
+        elif isinstance(action, c.Release):
+            self.sent.pop(action.place, None)
+            self.there.pop(action.place, None)
+        else:
+            must(not self.finished, "finished twice")
+            self.finished = True
+
+    def end(self, letter: str, how: str) -> None:
+        if self.calls[letter].dropped:
+            return  # nobody looks any more
+        must(
+            letter not in self.outcomes, f"{letter} ends twice: {self.outcomes.get(letter)}, {how}"
+        )
+        self.outcomes[letter] = how
+
+    # What may happen next.
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        for place in self.opening:
+            yield "open", place
+        for place in self.sent:
+            yield "arrive", place
+        for place, calls in self.there.items():
+            for number, letter in calls[: self.scenario.workers]:
+                yield "answer", (place, number, letter)
+        for what, left in self.budget.items():
+            if left:
+                yield from ((what, which) for which in getattr(self, f"can_{what}")())
+
+    def do(self, step: tuple[str, Any]) -> None:
+        what, which = step
+        if what in self.budget:
+            self.budget[what] -= 1
+        getattr(self, f"on_{what}")(which)
+
+    def on_open(self, place: str) -> None:
+        self.opening.remove(place)
+        if place in self.scenario.refused:
+            self.tell(c.Refused(place, "another version"))
+            return
+        self.tell(c.Opened(place, self.scenario.places[place], self.scenario.workers))
+
+    def on_arrive(self, place: str) -> None:
+        calls, back, kill = self.sent.pop(place)
+        there = self.there.setdefault(place, [])
+        there += calls
+        for _, letter in calls:
+            # Begun: at the latest now, for all that the pool can know.
+            self.starts[letter] += 1
+            must(
+                self.starts[letter] <= 1 + self.scenario.retries,
+                f"{letter} has begun {self.starts[letter]} times",
+            )
+        if back:
+            waiting = there[self.scenario.workers :]
+            given = [one for one in waiting if one[0] in back]
+            for one in given:
+                there.remove(one)
+                self.starts[one[1]] -= 1
+            self.tell(c.Returned(place, [number for number, _ in given]))
+        for number in kill:
+            there[:] = [one for one in there if one[0] != number]
+            self.tell(c.Answered(place, [c.Answer(number, -1.0, False, None)], 1))
+        if not self.scenario.at_once or not there:
+            self.tell(c.Delivered(place))
+
+    def on_answer(self, which: tuple[str, int, str], *, died: bool = False) -> None:
+        place, number, letter = which
+        self.there[place].remove((number, letter))
+        self.tell(c.Answered(place, [c.Answer(number, 0.0, died, None)], self.scenario.workers))
+        if self.scenario.at_once and not self.there.get(place):
+            self.tell(c.Delivered(place))
+
+    def can_lose(self) -> list[str]:
+        there = [one for one in self.scenario.places if one not in self.gone]
+        return there if not self.broken else []
+
+    def on_lose(self, place: str) -> None:
+        if place in self.opening:
+            self.opening.remove(place)
+        sent = self.sent.pop(place, None)
+        if sent is not None:
+            for _, letter in sent[0]:
+                self.starts[letter] += 1
+        self.there.pop(place, None)
+        self.tell(c.Lost(place, "killed"))
+        self.gone += "" if self.scenario.comes_back else place
+        self.tell(c.Listed([one for one in self.scenario.places if one not in self.gone]))
+
+    def can_die(self) -> list[Any]:
+        return [
+            (place, number, letter)
+            for place, calls in self.there.items()
+            for number, letter in calls[: self.scenario.workers]
+        ]
+
+    def on_die(self, which: Any) -> None:
+        self.on_answer(which, died=True)
+
+    def can_drop(self) -> list[str]:
+        return [letter for letter in self.calls if letter not in self.outcomes]
+
+    def on_drop(self, letter: str) -> None:
+        call = self.calls[letter]
+        call.dropped = True
+        self.outcomes[letter] = "dropped"
+        self.calls[letter] = call
+        if call in self.core.under_way():
+            self.tell(c.Kill(call))
+
+    def can_tick(self) -> list[str]:
+        return [""] if self.core.next_look() is not None else []
+
+    def on_tick(self, _: str) -> None:
+        self.now_s = max(self.now_s, self.core.next_look() or 0.0)
+        self.tell(c.Look())
+        due_s = self.core.next_look()
+        must(due_s is None or due_s > self.now_s, "time is over, and over again")
+
+    def can_close(self) -> list[str]:
+        return [""]
+
+    def on_close(self, _: str) -> None:
+        self.closing = True
+        self.tell(c.Close())
+
+    can_cancel = can_end = can_broke = can_close
+
+    def on_cancel(self, _: str) -> None:
+        self.closing = True
+        self.tell(c.CancelWaiting())
+        self.tell(c.Close())
+
+    def on_end(self, _: str) -> None:
+        self.closing = True
+        # What is on its way counts as begun.
+        for sent in self.sent.values():
+            for _number, letter in sent[0]:
+                self.starts[letter] += 1
+        self.sent.clear()
+        self.tell(c.End("ended"))
+
+    def on_broke(self, _: str) -> None:
+        self.broken = True
+        self.sent.clear()
+        self.there.clear()
+        self.opening.clear()
+        self.tell(c.Broke("the scheduler is gone"))
+
+    # States.
+
+    def key(self) -> Any:
+        core = vars(self.core)
+        return (
+            repr(self.sent), repr(self.there), repr(self.opening),
+            repr(sorted(self.budget.items())),
+            repr(sorted(self.outcomes.items())),
+            repr(sorted(self.starts.items())),
+            tuple(call.letter for call in core["_backlog"]),
+            tuple((call.letter, call.attempts) for call in self.calls.values()),
+            tuple(
+                (one.name, one.state, one.posting, one.asked_back, *one.sent, -1, *one.kill)
+                for one in core["_places"].values()
+            ),
+            self.now_s, self.gone, self.finished, self.closing,
+        )  # fmt: skip
+
+    def check_end(self) -> None:
+        """Check a state in which nothing happens any more by itself."""
+        missing = [letter for letter in self.calls if letter not in self.outcomes]
+        hopeless = self.core.next_look() is None
+        usable = [
+            one
+            for one in self.scenario.places
+            if one not in self.gone and one not in self.scenario.refused and not self.broken
+        ]
+        must(not missing or not usable, f"{missing} wait, and nothing is asked of {usable}")
+        must(
+            not missing or not hopeless, f"nothing happens any more, and {missing} have not ended"
+        )
+        must(not self.closing or missing or self.finished, "closed, and not finished")
+
+
+def explore(core: type[c.Core], scenario: Scenario, most: int = 10**9) -> int:
+    """Go through every order of steps; return how many states there are."""
+    first = World(core, scenario)
+    seen = {first.key()}
+    waiting: deque[tuple[bytes, tuple[Any, ...]]] = deque([(pickle.dumps(first), ())])
+    while waiting and len(seen) < most:
+        frozen, path = waiting.popleft()
+        world: World = pickle.loads(frozen)
+        steps = [*world.steps()]
+        if not [step for step in steps if step[0] not in world.budget]:
+            _checked(world.check_end, path)
+        for number, step in enumerate(steps):
+            if number:
+                world = pickle.loads(frozen)
+            _checked(lambda world=world, step=step: world.do(step), (*path, step))
+            key = world.key()
+            if key not in seen:
+                seen.add(key)
+                waiting.append((pickle.dumps(world), (*path, step)))
+    return len(seen)
+
+
+def walk(core: type[c.Core], scenario: Scenario, chance: random.Random, most: int = 400) -> int:
+    """Take steps at random until nothing can happen any more; return how many."""
+    world = World(core, scenario)
+    path: list[Any] = []
+    for count in range(most):
+        steps = [*world.steps()]
+        if not [step for step in steps if step[0] not in world.budget]:
+            _checked(world.check_end, path)
+        if not steps:
+            return count
+        path.append(chance.choice(steps))
+        _checked(lambda: world.do(path[-1]), path)
+    return most
+
+
+def _checked(do: Any, path: Any) -> None:
+    try:
+        do()
+    except BadStateError as error:
+        told = ", ".join(f"{what} {which}".strip() for what, which in path)
+        raise BadStateError(f"{error}; after: {told}") from None
