@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import math
 import os
 import pickle
 import sys
@@ -142,7 +143,8 @@ class Dispatch:
         # Which worker was the first to have a generator of the script.
         self._generators: dict[str, int] = {}
         self._settled = settled
-        self._copiers = Hands("safepool-packer", wake, 1)
+        # A copy waits for nothing, and two at a time would take CPUs from workers.
+        self._copiers = Hands("safepool-packer", wake, 1, math.inf)
         self._copied: list[Packing] = []
         self._closed = False
         # What is being pickled, or waits for it, and is in no queue.

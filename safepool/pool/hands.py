@@ -231,12 +231,15 @@ class Hands:
         name: Of the threads.
         wake: Called when a late job has ended. From its thread; must not block.
         most: Jobs that run at a time, not counting those that take long.
+        long_s: So long: they may wait for something.
     """
 
-    def __init__(self, name: str, wake: Callable[[], None], most: int) -> None:
+    def __init__(
+        self, name: str, wake: Callable[[], None], most: int, long_s: float = _STUCK_S
+    ) -> None:
         self._name = name
         self._wake = wake
-        self._most = most
+        self._most, self._long_s = most, long_s
         self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: deque[_Job] = deque()
         self._active: list[_Job] = []
@@ -331,8 +334,8 @@ class Hands:
         if self.holds_up:
             times.append(min(begun, default=now) + HELD_UP_S)
         if self._waiting:
-            fresh = [since for since in begun if now - since <= _STUCK_S]
-            times.append(min(fresh, default=now) + _STUCK_S)
+            fresh = [since for since in begun if now - since <= self._long_s]
+            times.append(min(fresh, default=now) + self._long_s)
         return min(times, default=None)
 
     def come_back(self, *, more: bool = True) -> None:
@@ -386,7 +389,7 @@ class Hands:
         return True
 
     def _count(self, now: float) -> int:
-        return sum(not (job.ended or _is_stuck(job, now)) for job in self._active)
+        return sum(not job.ended and now - job.begun_s <= self._long_s for job in self._active)
 
     def _start(self) -> None:
         thread = ThreadThatStarts(self._run, f"{self._name}-{len(self._threads) + 1}")
@@ -409,10 +412,6 @@ class Hands:
         self._wake()
         if self._closed:  # nobody else looks any more
             self.come_back(more=False)
-
-
-def _is_stuck(job: _Job, now: float) -> bool:
-    return now - job.begun_s > _STUCK_S
 
 
 class _Turn:
