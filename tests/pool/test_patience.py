@@ -65,8 +65,8 @@ def test_newborn_workers_that_are_killed_from_outside_end_no_pool(
     killed: list[int] = []
     start = Hiring.start
 
-    def start_and_kill(hiring: Hiring) -> Worker:
-        worker = start(hiring)
+    def start_and_kill(hiring: Hiring, place: int) -> Worker:
+        worker = start(hiring, place)
         if len(killed) < 6:
             killed.append(worker.pid)
             os.kill(worker.pid, number)
