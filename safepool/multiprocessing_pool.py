@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     _standard: Any = multiprocessing.pool
 else:
     _standard = multiprocessing.pool
-    # Under "safepool run --patch" who asks the module gets ours.
-    _StandardPool = vars(multiprocessing.pool)["Pool"]
+    # "safepool run --patch" has put this pool in its place, and left it there.
+    _StandardPool = vars(multiprocessing.pool).get("_safepool_replaces")
+    _StandardPool = _StandardPool or multiprocessing.pool.Pool
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
 

@@ -20,7 +20,7 @@ __all__ = ["Pool"]
 
 def _originals() -> tuple[type, ...]:
     modules = (sys.modules.get(f"{name}.pool") for name in ("multiprocessing", "multiprocess"))
-    return tuple(vars(module)["Pool"] for module in modules if module is not None)
+    return tuple(vars(one)["_safepool_replaces"] for one in modules if one is not None)
 
 
 class _InItsPlace(type):

@@ -18,7 +18,7 @@ from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.awaiting import AwaitedCalls
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.hiring import Hiring
-from safepool.pool.inherited import shared_with_forks
+from safepool.pool.inherited import WatchingScheduler, shared_with_forks
 from safepool.pool.listener import Listener
 from safepool.pool.mapping import Coming, MapRun, end_failed
 from safepool.pool.memory import MemoryWatch
@@ -299,7 +299,9 @@ class ProcessPool(AwaitedCalls, _Standard):
             main=main,
             may_fork=stands_for_forks and max_tasks_per_child is None,
         )
-        self._scheduler = Scheduler(
+        watches = stands_for_forks and self._inherits and not method.is_fork
+        kind = WatchingScheduler if watches and max_tasks_per_child is None else Scheduler
+        self._scheduler = kind(
             workers=workers,
             hiring=hiring,
             tasks_per_worker=max_tasks_per_child,

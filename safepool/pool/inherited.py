@@ -1,29 +1,50 @@
 """What a forked worker has of the program, and a worker of ours has not.
 
 For pools that stand for forked ones (``safepool run --patch``): their program does not know of it,
-and nobody changes it. Looked for is what connects a fork with the program, among the globals of
-its own modules:
+and nobody changes it. Looked for is:
 
-    lock, queue, value of ``multiprocessing``    a worker that runs the script makes another one
-    ``RawArray``, an array of NumPy on it, mmap   a worker has a copy
+    what connects a fork with the program         lock, queue and value of ``multiprocessing``,
+    (`shared_with_forks`)                         ``RawArray``, mmap, in globals of its own modules
+    what the program has set in modules           data in globals of modules that a function names,
+    (`WatchingScheduler`)                         or what it calls in the program's own modules
+
+The globals of the script itself are delivered, with a fork and without. Whether those of a module
+were set is found out in a worker, which has imported it: by a call of our own, before the first
+one of the function.
 
 Not covered:
     * Defaults of functions, closures, and what an object of a library holds.
     * What was made after the pool: a fork has not got it, either.
+    * Globals that the called code itself sets, and containers that it changes: a cache, as a rule.
+    * A function among a call's arguments; modules that are imported inside of functions.
+    * Pools of ``max_tasks_per_child``, whose calls are counted.
 """
 
 from __future__ import annotations
 
+import abc
+import dis
+import functools
+import itertools
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.machine import tell_once
+from safepool.pool.core.policy import Policy
+from safepool.pool.scheduler import Scheduler
 from safepool.transport.marks import MAIN_NAMES, main_space, space_of
 from safepool.workers.preload import is_own
+from safepool.workers.unlike import CONTAINERS, summary, unlike
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from concurrent.futures import Future
 
-__all__ = ["shared_with_forks"]
+    from safepool.pool.mapping import MapRun, ResultIterator
+    from safepool.pool.tasks import PoolFuture
+
+__all__ = ["WatchingScheduler", "shared_with_forks"]
 
 # By the last part of the module's name: "multiprocess" is a fork of the module.
 _SHARED = frozenset(
@@ -80,3 +101,215 @@ def _is_shared(value: Any, depth: int) -> bool:
 
 _NOTHING = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _SEQUENCES = frozenset({list, tuple, set, frozenset})
+
+
+class WatchingScheduler(Scheduler):
+    """As its base, and tells of which globals of modules workers have not the program's value."""
+
+    _looked_at: set[object] | None = None
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        name: str,
+        policy: Policy,
+    ) -> PoolFuture:
+        """Queue a call, and before the function's first one ask what it would not find."""
+        self._look_at(function)
+        return super().submit(function, args, kwargs, name=name, policy=policy)
+
+    def map(
+        self,
+        run: MapRun,
+        items: Iterable[Any],
+        ahead: int | None,
+        deadline: float | None,
+        keep: object,
+    ) -> ResultIterator:
+        """Queue calls, and before the function's first one ask what it would not find."""
+        self._look_at(run.function)
+        return super().map(run, items, ahead, deadline, keep)
+
+    def _look_at(self, function: Callable[..., Any]) -> None:
+        code = getattr(_unwrapped(function), "__code__", None)
+        if self._looked_at is None:
+            self._looked_at = set()
+        if code is None or code in self._looked_at:
+            return
+        self._looked_at.add(code)
+        told = data_of(function)
+        if told:
+            name, policy = "a comparison of globals", Policy(timeout_s=None, retries=0)
+            asked = super().submit(unlike, (told,), {}, name=name, policy=policy)
+            asked.add_done_callback(_tell)
+
+
+def _tell(asked: Future[list[str]]) -> None:
+    if asked.cancelled() or asked.exception() is not None or not asked.result():
+        return
+    names = asked.result()
+    tell_once(
+        f"workers do not have the program's value of {', '.join(names)}, as forks of it would: "
+        "they have what the import of the module leaves. Pass it as an argument, or set it in the "
+        "workers by initializer= and initargs="
+    )
+
+
+def data_of(function: Callable[..., Any]) -> dict[str, dict[str, bytes]]:
+    """Return the data in globals of modules that a function names, and what it calls.
+
+    Args:
+        function: Followed into the script and the program's own modules.
+
+    Returns:
+        By module and name, what :func:`~safepool.workers.unlike.summary` says.
+    """
+    search = _Search(function)
+    told: dict[str, dict[str, bytes]] = {}
+    for (module, key), value in search.found.items():
+        if (module, key) in search.changed or key.startswith("__") or not _is_told_of(module):
+            continue
+        said = summary(value)
+        if said is not None:
+            told.setdefault(module, {})[key] = said
+    return told
+
+
+class _Search:
+    """A search through code.
+
+    Args:
+        function: Where it begins.
+
+    Attributes:
+        found: By module and name, the globals that code names and that are not followed.
+        changed: Those that code may set or change.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.found: dict[tuple[str, str], Any] = {}
+        self.changed: set[tuple[str, str]] = set()
+        self._todo = [function]
+        seen: set[object] = set()
+        while self._todo and len(seen) < _MOST_FUNCTIONS:
+            one = _unwrapped(self._todo.pop())
+            if type(one) is type:
+                self._todo += filter(_is_followed, space_of(one).values())
+            elif type(one) is types.FunctionType and one.__code__ not in seen:
+                seen.add(one.__code__)
+                self._go_through(one)
+
+    def _go_through(self, function: types.FunctionType) -> None:
+        space, home = function.__globals__, str(function.__globals__.get("__name__"))
+        named = _named_by(function.__code__)
+        self.changed |= {(home, name) for name in named.stored}
+        for name, attributes in named.loaded.items():
+            value = space.get(name)
+            if type(value) is not types.ModuleType:
+                self._take(home, name, space, named)
+                continue
+            for key in attributes:
+                self._take(value.__name__, key, space_of(value), named)
+            self.changed |= {(value.__name__, key) for key in named.set_on.get(name, ())}
+
+    def _take(self, module: str, name: str, space: Mapping[str, Any], named: _Named) -> None:
+        if name not in space:
+            return
+        value = space[name]
+        if _is_followed(value):
+            self._todo.append(value)
+        if type(value) in _CODE:
+            return
+        self.found[module, name] = value
+        if named.changes and type(value) in CONTAINERS:
+            self.changed.add((module, name))
+
+
+_MOST_FUNCTIONS = 1000
+_CODE = frozenset(
+    {type, abc.ABCMeta, functools.partial, types.ModuleType}
+    | {types.FunctionType, types.BuiltinFunctionType, types.MethodType}
+)
+# Methods of containers by which they are changed.
+_CHANGES = frozenset(
+    {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem"}
+    | {"remove", "setdefault", "update"}
+)
+
+
+def _is_told_of(module: str) -> bool:
+    top = module.partition(".")[0]
+    return module not in MAIN_NAMES and top not in sys.stdlib_module_names and top != "safepool"
+
+
+def _is_followed(value: Any) -> bool:
+    """Tell whether this is code of the script, or of the program's own modules."""
+    one = _unwrapped(value)
+    if type(one) is not types.FunctionType and type(one) is not type:
+        return False
+    home = one.__module__
+    return home in MAIN_NAMES or (type(home) is str and is_own(sys.modules.get(home)))
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return the function in a partial, a bound method, a wrapper or an object that is called."""
+    for _ in range(16):
+        if type(value) in (types.FunctionType, type):
+            inner = space_of(value).get("__wrapped__")
+        elif type(value) in (types.MethodType, staticmethod, classmethod):
+            inner = value.__func__
+        elif type(value) is functools.partial:
+            inner = value.func
+        else:
+            inner = space_of(value).get("__wrapped__") or space_of(type(value)).get("__call__")
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
+class _Named:
+    """Globals that code names.
+
+    Attributes:
+        loaded: By name, the attributes that are asked of each.
+        set_on: By name, the attributes that are set on each.
+        stored: Those that it sets.
+        changes: It may change containers.
+    """
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, set[str]] = {}
+        self.set_on: dict[str, set[str]] = {}
+        self.stored: set[str] = set()
+        self.changes = False
+
+    def add(self, step: dis.Instruction, after: dis.Instruction | None) -> None:
+        """Take one instruction, with the next."""
+        if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            self.stored.add(step.argval)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            self.changes = True
+        elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            attributes = self.loaded.setdefault(step.argval, set())
+            if after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                attributes.add(after.argval)
+            elif after is not None and after.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                self.set_on.setdefault(step.argval, set()).add(after.argval)
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_by(code: types.CodeType) -> _Named:
+    named = _Named()
+    todo = [code]
+    while todo:
+        inner = todo.pop()
+        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+        steps = [step for step in dis.get_instructions(inner) if step.opname != "EXTENDED_ARG"]
+        for step, after in itertools.zip_longest(steps, steps[1:]):
+            named.add(step, after)
+        named.changes = named.changes or not _CHANGES.isdisjoint(inner.co_names)
+    return named

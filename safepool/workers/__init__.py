@@ -30,7 +30,7 @@ group are in the order in which one start goes through them.
     runner          tasks, one after the other
     coroutines      a task that is a coroutine function
     timed, answers, messages, logs    what it says
-    settings, settings_table, levels, namespace, describe    what it is told of the program
+    settings, settings_table, levels, namespace, describe, unlike    what it is told of the program
 
     On both sides
     start           all that a new worker is told; what a start method is

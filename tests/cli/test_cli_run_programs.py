@@ -337,6 +337,69 @@ def test_what_a_fork_shares_with_the_program_makes_workers_forks(
     assert ended.stderr.count(said) == len(names)
 
 
+BESIDE = """
+LEVEL, same, options, names, by_init = 1, int("5"), {"a": 1}, {"x", "y"}, 0
+model = thing = None
+cache, count, ready, unused = {}, 0, False, 0
+def scaled(x): return x * LEVEL + same
+def cached(x):
+    if x not in cache: cache[x] = x * 2
+    return cache[x]
+def counted(x):
+    global count
+    count += 1
+    return x
+def made_ready(x):
+    global ready
+    ready = True
+    return x
+def of_initializer(x): return by_init + x
+def set_it(value):
+    global by_init
+    by_init = value
+"""
+SETS = """
+import functools, multiprocessing
+import beside
+from beside import cached, counted, made_ready, of_initializer, scaled
+class Model:
+    def __call__(self, x): return beside.options["a"] + x
+def late(x): return getattr(beside, "late", None) or beside.late
+def with_model(x): return 0 if beside.model is None else 1
+def quiet(x): return beside.same + len(beside.names) + (beside.thing is None)
+def sets(x): beside.unused = x
+if __name__ == "__main__":
+    beside.LEVEL, beside.late, beside.by_init, beside.unused = 7, 9, 3, 1
+    beside.model, beside.options["a"] = Model(), 3
+    beside.cache[5] = 1
+    counted(0)
+    made_ready(0)
+    def run(function):
+        try: pool.map(function, [1])
+        except AttributeError: pass
+    with multiprocessing.Pool(1, beside.set_it, [3]) as pool:
+        for function in (quiet, cached, counted, made_ready, of_initializer, sets, abs):
+            run(function)
+        for function in (functools.partial(scaled), Model(), with_model, late, scaled):
+            run(function)
+        pool.close()
+        pool.join()
+"""
+
+
+@pytest.mark.skipif(not FORKS, reason="the standard pool does not fork here")
+def test_what_the_program_has_set_in_modules_is_told_by_its_name(tmp_path: Path) -> None:
+    """A line for each, and none for what the call makes itself, nor for an initializer's."""
+    (tmp_path / "beside.py").write_text(BESIDE)
+    ended = run_patched(tmp_path, f"import sys; sys.stderr = sys.stdout\n{SETS}")
+
+    assert ended.returncode == 0, ended.stdout
+    said = "workers do not have the program's value of "
+    lines = [line for line in ended.stdout.splitlines() if said in line]
+    names = sorted(line.partition(said)[2].partition(",")[0] for line in lines)
+    assert names == [f"{name} of beside" for name in ("LEVEL", "late", "model", "options")]
+
+
 @pytest.mark.skipif(not FORKS, reason="the standard pool does not fork here")
 def test_joblib_s_workers_stay_clean_beside_such_a_global(tmp_path: Path) -> None:
     """They are no forks without the patch, either."""

@@ -14,7 +14,7 @@ Not covered: ``python -I``, ``-E`` and ``-S``, which do not look here.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
-# mypy: disable-error-code="attr-defined, assignment, index, misc"
+# mypy: disable-error-code="attr-defined, assignment"
 
 import os
 import sys
@@ -49,24 +49,23 @@ def _patch_futures(module):
 
 def _patch_pool(module):
     # Its own code, such as that of ThreadPool, finds the class in its namespace as before. Whoever
-    # asks the module gets ours, which is looked up when it is asked for.
-    replaced = module.Pool
+    # imports the module gets one that has it not, and looks ours up.
+    shown = type(module)(module.__name__)
+    vars(shown).update(vars(module))
+    shown._safepool_replaces = vars(shown).pop("Pool")
 
-    class Module(type(module)):
-        @property
-        def Pool(self):
-            found = vars(self)["Pool"]
-            if found is not replaced:
-                return found  # somebody has put another one there
-            from safepool.patched import Pool  # noqa: PLC0415 -- on first use
+    def look_up(name):
+        if name != "Pool":
+            raise AttributeError("module " + repr(module.__name__) + " has no " + repr(name))
+        from safepool.patched import Pool  # noqa: PLC0415 -- on first use
 
-            return Pool
+        return Pool
 
-        @Pool.setter
-        def Pool(self, value):
-            vars(self)["Pool"] = value
-
-    module.__class__ = Module
+    shown.__getattr__ = look_up
+    sys.modules[module.__name__] = shown
+    package = sys.modules[module.__package__]
+    if hasattr(package, "pool"):  # a .pth file has imported it
+        package.pool = shown
 
 
 def _patch_context(module):
