@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sized
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
@@ -31,7 +32,6 @@ from safepool.pool.mapping import Coming
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Coroutine, Sequence
-    from concurrent.futures import Future
     from types import TracebackType
     from typing import Required, Self, TypedDict, Unpack
 
@@ -298,8 +298,10 @@ class AwaitedCalls:
         if buffersize is None and not all(isinstance(items, Sized) for items in iterables):
             buffersize = max(1, _AHEAD // chunksize)
         source: Any = None
+        loop: asyncio.AbstractEventLoop | None = None
         taken: Sequence[Any] = iterables
         if any(isinstance(items, AsyncIterable) for items in iterables):
+            loop = _running_loop()
             starred = len(iterables) != 1
             source = _together(iterables) if starred else iterables[0]
             taken = [Coming(starred=starred)]
@@ -314,10 +316,10 @@ class AwaitedCalls:
             return_exceptions=return_exceptions,
         )
         feeder = None
-        if source is not None:
+        if loop is not None:
             assert iterator.results is not None  # it has just begun
             most = (buffersize or _AHEAD) * chunksize
-            feeder = _running_loop().create_task(_feed(source, iterator.results, most))
+            feeder = loop.create_task(_feed(source, iterator.results, most))
         return AsyncResults(iterator, feeder)
 
     async def __aenter__(self) -> Self:
@@ -340,22 +342,27 @@ class AwaitedCalls:
             self.kill_workers()
             if issubclass(kind, GeneratorExit):
                 return  # nothing can be awaited any more
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-        ring = Bell(loop, ended)
+        ended: Future[None] = Future()
+        ended.set_running_or_notify_cancel()  # nobody cancels it
 
         def leave() -> None:
             try:
                 self.__exit__(kind, error, trace)
-            finally:
-                ring()
+            except BaseException as problem:  # noqa: BLE001 -- raised to whoever leaves
+                ended.set_exception(problem)
+            else:
+                ended.set_result(None)
 
-        ThreadThatStarts(leave, "safepool-exit").start()
         try:
-            await asyncio.shield(ended)
+            ThreadThatStarts(leave, "safepool-exit").start()
+        except RuntimeError:  # no thread can be started
+            leave()
+        waiter = asyncio.wrap_future(ended)
+        try:
+            await asyncio.shield(waiter)
         except asyncio.CancelledError:
             self.kill_workers()
-            await ended
+            await waiter
             raise
 
 
@@ -416,11 +423,13 @@ async def _until_at_hand(results: Results) -> None:
     """
     import asyncio  # noqa: PLC0415 -- whoever comes here has it
 
-    if results.look():
-        await asyncio.sleep(0)
-        return
     loop, deadline = asyncio.get_running_loop(), results.deadline
-    while True:
+    had_turns = False
+    while not (there := results.look()) or not had_turns:
+        had_turns = True
+        if there:
+            await asyncio.sleep(0)  # in which another coroutine may take it
+            continue
         waiter: asyncio.Future[None] = loop.create_future()
         bell = Bell(loop, waiter)
         left_s = None if deadline is None else deadline - time.monotonic()

@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import functools
 import gc
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent import futures
@@ -305,6 +308,7 @@ def test_a_wait_that_is_cancelled_ends_all_that_the_map_runs(
         for source in (list, there):
             results = hanging(source)
             waiting = asyncio.ensure_future(anext(results))
+            await asyncio.sleep(0)  # until it waits
             await until(lambda: all(path.exists() for path in begun))
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -347,17 +351,28 @@ def test_one_that_is_left_early_drops_what_has_not_begun(
     asyncio.run(main())
 
 
-def test_coroutines_may_share_results(pool: ProcessPool) -> None:
+def test_coroutines_may_share_results(pool: ProcessPool, tmp_path: Path) -> None:
     async def take(results: AsyncIterator[int], found: list[int]) -> None:
         async for result in results:
             found.append(result)
             await asyncio.sleep(0)
+
+    gate = tmp_path / "gate"
 
     async def main() -> None:
         found: list[int] = []
         results = pool.amap(tasks.square, counted(200))
         await asyncio.gather(*[take(results, found) for _ in range(5)])
         assert sorted(found) == [n * n for n in range(200)]
+        # One is there, and two ask for it: the other does not hold up the loop.
+        gated = pool.amap(tasks.wait_for, [str(gate)] * 2, ["first", "second"], buffersize=1)
+        gate.touch()
+        await until(gated._iterator.results.look)  # type: ignore[union-attr]
+        gate.unlink()
+        asked = [asyncio.ensure_future(anext(gated)) for _ in range(2)]
+        assert await asked[0] == "first"
+        gate.touch()
+        assert await asked[1] == "second"
 
     asyncio.run(main())
 
@@ -490,6 +505,42 @@ def test_a_block_that_raises_finishes_what_was_submitted(tmp_path: Path) -> None
         assert future.result(timeout=0) == 5
 
     asyncio.run(main())
+
+
+def test_an_interrupt_ends_a_program_that_awaits(tmp_path: Path) -> None:
+    """``asyncio.run()`` cancels its tasks: nobody waits for what runs."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], cwd=tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "begun\n"
+        program.send_signal(signal.SIGINT)
+        out, errors = program.communicate(timeout=60)
+    assert out == "cancelled\n"
+    assert errors.strip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") <= 2  # asyncio's own, from the cancellation
+
+
+INTERRUPTED = """
+import asyncio, time
+import safepool
+
+async def main():
+    async with safepool.ProcessPool(1) as pool:
+        waiting = asyncio.ensure_future(pool.run(time.sleep, 600))
+        while not any(worker.task for worker in pool.workers()):
+            await asyncio.sleep(0.002)
+        print("begun", flush=True)
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            print("cancelled", flush=True)
+            raise
+
+asyncio.run(main())
+"""
 
 
 def test_a_pool_that_breaks_ends_every_wait() -> None:
