@@ -105,6 +105,8 @@ class Scenario:
         calls: Name --> its letters: l: large, so nothing follows it, and copied; h: hangs until it
             is killed; a: aside until it was pickled; p: its worker dies of reading it.
         maps: Names of the calls of each.
+        unread: Two workers may take calls from each other without end, if neither comes to what
+            was taken back from it. Where one has more of that before it, nothing more is tried.
         budget: How often each step of a caller, of the clock or of death may come.
     """
 
@@ -120,6 +122,7 @@ class Scenario:
     bound: bool = False
     tasks_per_worker: int | None = None
     break_on_death: bool = False
+    unread: int | None = None
     budget: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,6 +153,11 @@ class Worker(Member):
         self.left: list[int] = []
         self.keys: dict[int, str] = {}
         self.condemned_for = ""
+
+    @property
+    def coming(self) -> list[int]:
+        """The positions of what it has not claimed."""
+        return [*self.todo, *(position for _, positions in self.inbox for position in positions)]
 
 
 class World:
@@ -672,10 +680,9 @@ class World:
         """Return what tells this worker from one in which something else can come."""
         end = one.ledger.last + 1
         due = one.next or end
-        coming = [position for _, positions in one.inbox for position in positions]
         here = one.at if one.state in ("claims", "reads", "runs") else 0
         # What is further behind is equal to all that is.
-        least = end - min([due, *one.todo, *coming, *([here] if here else [])]) + 1
+        least = end - min([due, *one.coming, *([here] if here else [])]) + 1
 
         def ago(position: int) -> int:
             return min(end - position, least)
@@ -695,6 +702,14 @@ class World:
             [(kind, *map(ago, positions)) for kind, positions in one.outbox],
             [(one_.position - due, one_.done) for one_ in one.ledger],
         )  # fmt: skip
+
+    @property
+    def is_too_far(self) -> bool:
+        """Whether a worker has more before it that was taken back than is tried."""
+        return self.scenario.unread is not None and any(
+            sum(position <= one.b_revoked for position in one.coming) > self.scenario.unread
+            for one in self.workers
+        )
 
     def check_end(self) -> None:
         """Check a state after which nothing happens."""
@@ -718,6 +733,8 @@ def explore(core: type[Core], scenario: Scenario, most: int = 10**9) -> int:
     while queue and len(seen) < most:
         frozen, path = queue.popleft()
         world: World = pickle.loads(frozen)
+        if world.is_too_far:
+            continue
         steps = [*world.steps()]
         if not steps:
             _checked(world.check_end, path)

@@ -87,6 +87,24 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
+# Three calls and two workers.
+SCENARIOS |= {
+    "three calls, a death": Scenario(THREE, unread=2, retries=1, budget={"die": 1}),
+    "three calls, the pool is closed": Scenario(THREE, unread=2, budget={"close": 1}),
+    "three calls, one hangs": Scenario(
+        {"a": "h", "b": "", "c": ""}, unread=2, timeout_s=1.0, budget={"tick": 1}
+    ),
+    "three calls, large ones": Scenario(
+        {"a": "l", "b": "", "c": "l"}, unread=2, retries=1, budget={"die": 1}
+    ),
+    "three calls of a map, a death": Scenario(maps=MAP, unread=2, retries=1, budget={"die": 1}),
+    "three calls, none sent ahead": Scenario(
+        THREE, known=False, retries=1, budget={"die": 1, "resize": 1}
+    ),
+    "three calls, no boards": Scenario(THREE, boards=False, retries=1, budget={"die": 1}),
+}
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
     assert explore(Core, SCENARIOS[name]) > 20

@@ -27,6 +27,7 @@ def ending(**changes: Any) -> Ending:
         "exitcode": -9,
         "by_pool": False,
         "oom": None,
+        "exceeded": None,
         "stage": Stage.USED,
         "reading": "",
         "dismissed": False,
