@@ -31,7 +31,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool import procfs
-from safepool.pool.latch import Latch
+from safepool.pool.latch import Latch, arrives
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.fork import leave_fork
 
@@ -180,7 +180,7 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
 class _Job:
     """Something that one thread runs, and the scheduler may wait for."""
 
-    __slots__ = ("begun_s", "clock", "ended", "finish", "lock", "run", "turn")
+    __slots__ = ("begun_s", "clock", "ended", "finish", "place", "run", "turn")
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
@@ -191,8 +191,7 @@ class _Job:
         self.ended = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
         self.turn = [True]
-        self.lock = _thread.allocate_lock()
-        self.lock.acquire()
+        self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do(self) -> bool:
         """Run it, and return whether the scheduler still waits."""
@@ -206,7 +205,7 @@ class _Job:
 
     def await_end(self, patience_s: float) -> bool:
         """Return whether it has ended in time; if not, it comes back."""
-        return (patience_s > 0 and self.lock.acquire(True, patience_s)) or not self._decide()
+        return (patience_s > 0 and arrives(self.place, patience_s)) or not self._decide()
 
     def _decide(self) -> bool:
         try:
@@ -406,7 +405,7 @@ class Hands:
 
     def _do(self, job: _Job) -> None:
         if job.do():
-            job.lock.release()
+            job.place.put(None)
             return
         self._late.append(job)
         self._wake()
@@ -417,13 +416,12 @@ class Hands:
 class _Turn:
     """Something that a teller runs in its turn."""
 
-    __slots__ = ("ended", "lock", "run")
+    __slots__ = ("ended", "place", "run")
 
     def __init__(self, run: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
         self.ended = False
-        self.lock = _thread.allocate_lock()
-        self.lock.acquire()
+        self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do(self) -> None:
         run, self.run = self.run, None
@@ -431,7 +429,7 @@ class _Turn:
         _contain(run, "a callback of a future raised")
         del run
         self.ended = True
-        self.lock.release()
+        self.place.put(None)
 
 
 class Teller:
@@ -481,7 +479,7 @@ class Teller:
         if last is None or last.ended:
             self._behind = False
         elif not self._behind:
-            self._behind = not last.lock.acquire(True, patience_s)
+            self._behind = not arrives(last.place, patience_s)
 
     def close(self) -> None:
         """End the thread, after what was given to it. Waits for nothing."""

@@ -3,30 +3,55 @@
 Python's own primitives let whoever waits hold a lock for some moments. A signal's handler that
 runs in such a moment, and waits for the pool, waits for a thread that needs that lock: for ever.
 So nothing of the pool that callers wait for is a ``Condition`` or an ``Event``.
+
+Nor is it a lock, but a queue: where there is no GIL, a thread that waits for a lock yields its
+processor forty times before it sleeps, to everybody else who wants one. On a busy machine it gets
+the lock a tenth of a second late. A thread that waits for a queue sleeps at once.
 """
 
 from __future__ import annotations
 
-import _thread
 from collections import deque
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-__all__ = ["Bell", "Latch", "Releasable", "Waiters"]
+__all__ = ["Bell", "Latch", "Place", "Waiters", "arrives"]
 
 
-class Releasable(Protocol):
-    """A lock, or what is to be told as if it were one."""
+class Place(Protocol):
+    """A queue, or what is to be told as if it were one."""
 
-    def release(self) -> object:
-        """Let whoever waits for it go on. Never blocks."""
+    def put(self, item: None, /) -> object:
+        """Let whoever waits there go on. Never blocks."""
+
+
+def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
+    """Wait until something is put there; return whether it is by then.
+
+    Example:
+        >>> place = SimpleQueue()
+        >>> arrives(place, 0.0)
+        False
+        >>> place.put(None)
+        >>> arrives(place)
+        True
+    """
+    try:
+        if timeout_s is None or timeout_s > 0:
+            place.get(timeout=timeout_s)
+        else:
+            place.get_nowait()
+    except Empty:
+        return False
+    return True
 
 
 class Waiters:
-    """Threads that wait for something to become true. Each has a lock of its own.
+    """Threads that wait for something to become true. Each has a place of its own.
 
     Example:
         >>> waiters, there = Waiters(), []
@@ -38,10 +63,10 @@ class Waiters:
         True
     """
 
-    __slots__ = ("_locks",)
+    __slots__ = ("_places",)
 
     def __init__(self) -> None:
-        self._locks: deque[Releasable] = deque()
+        self._places: deque[Place] = deque()
 
     def wake(self) -> None:
         """Let everybody who waits look again. From any thread, never blocks."""
@@ -49,27 +74,24 @@ class Waiters:
         # append() where there is no GIL.
         while True:
             try:
-                self._locks.popleft().release()
+                self._places.popleft().put(None)
             except IndexError:
                 return
 
-    def add(self, lock: Releasable) -> None:
-        """Release a lock when all are woken next; look at what is waited for after this."""
-        self._locks.append(lock)
+    def add(self, place: Place) -> None:
+        """Put something there when all are woken next; look at what is waited for after this."""
+        self._places.append(place)
 
     def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Wait once: return when woken, or after that time; return what is true then."""
-        mine = _thread.allocate_lock()
-        mine.acquire()
+        mine: SimpleQueue[None] = SimpleQueue()
         # First this, then the look: who makes it true does the two the other way round.
-        self._locks.append(mine)
+        self._places.append(mine)
         if is_true():
             return True
-        if timeout_s is None:
-            mine.acquire()
-        elif not (timeout_s > 0 and mine.acquire(True, timeout_s)):
+        if not arrives(mine, timeout_s):
             try:
-                self._locks.remove(mine)
+                self._places.remove(mine)
             except ValueError:
                 pass  # just woken
         return is_true()
@@ -109,7 +131,7 @@ class Latch:
 
 
 class Bell:
-    """Wakes a coroutine from any thread, once: a lock of :class:`Waiters`, a future's callback.
+    """Wakes a coroutine from any thread, once: a place of :class:`Waiters`, a future's callback.
 
     Args:
         loop: Where the coroutine runs.
@@ -122,14 +144,14 @@ class Bell:
         self._loop = loop
         self._waiter = waiter
 
-    def release(self, _: object = None) -> None:
+    def put(self, _: object = None) -> None:
         """Let the coroutine go on. In a loop that was closed nobody waits any more."""
         try:
             self._loop.call_soon_threadsafe(self._end)
         except RuntimeError:
             pass  # it was closed
 
-    __call__ = release
+    __call__ = put
 
     def _end(self) -> None:
         if not self._waiter.done():

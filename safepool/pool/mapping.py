@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
-    from safepool.pool.latch import Bell, Releasable
+    from safepool.pool.latch import Bell, Place
 
 __all__ = ["Coming", "Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
 
@@ -557,9 +557,9 @@ class Results:
         """How many items were taken whose results were not."""
         return self._fed - self._taken
 
-    def wait_for_room(self, lock: Releasable) -> None:
-        """Release a lock when further results were taken, or nobody takes any."""
-        self._room.add(lock)
+    def wait_for_room(self, place: Place) -> None:
+        """Put something there when further results were taken, or nobody takes any."""
+        self._room.add(place)
 
     def _has_room(self) -> bool:
         return not self.seen or self._items is None or self.ahead < _MOST_AHEAD

@@ -203,7 +203,7 @@ def test_two_threads_that_ask_one_iterator_do_not_take_it_apart() -> None:
     found: list[int] = []
     reader = threading.Thread(target=lambda: found.extend(iterator))
     reader.start()
-    wait_until(lambda: bool(run._waiters._locks))
+    wait_until(lambda: bool(run._waiters._places))
     with pytest.raises(ValueError, match="another thread"):
         next(iterator)
     run.put(0, [5])
