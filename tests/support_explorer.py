@@ -17,6 +17,8 @@ what must hold, and in each last state that every call has ended.
     pickled         a call that was aside comes back
     tick            time passes
     drop            a caller cancels a call, whatever it does
+    submit          a caller queues a call that comes late; `turn`: it sends it itself to worker k
+    collect         it reads the answer of worker k; the pool learns of these when it next awakes
     resize, cancel, close, terminate   of the pool
 """
 
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 MS = 1_000_000
 _scenarios: dict[int, Scenario] = {}
 Step = tuple[Any, ...]
+# What the scheduler's thread sleeps through.
+UNHEARD = {"init", "read", "claim", "look", "begin", "end", "flush", "die", "slain"}
+UNHEARD |= {"turn", "collect"}
 
 
 class BadStateError(AssertionError):
@@ -108,6 +113,7 @@ class Scenario:
         unread: Two workers may take calls from each other without end, if neither comes to what
             was taken back from it. Where one has more of that before it, nothing more is tried.
         budget: How often each step of a caller, of the clock or of death may come.
+        late: Calls that come when workers may be idle.
     """
 
     calls: dict[str, str] = field(default_factory=dict)
@@ -124,6 +130,7 @@ class Scenario:
     break_on_death: bool = False
     unread: int | None = None
     budget: dict[str, int] = field(default_factory=dict)
+    late: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _scenarios[id(self)] = self
@@ -153,6 +160,9 @@ class Worker(Member):
         self.left: list[int] = []
         self.keys: dict[int, str] = {}
         self.condemned_for = ""
+        # Of the calls that callers have sent it themselves: how many were answered, and the last.
+        self.lent, self.answered = False, 0
+        self.under_way: Given | None = None
 
     @property
     def coming(self) -> list[int]:
@@ -177,16 +187,17 @@ class World:
         self.hired = 0
         self.closing, self.forced, self.stopped, self.broken = False, "", False, False
         self.paused = False
-        self.letters = {**scenario.calls, **scenario.poison}
+        self.letters = {**scenario.calls, **scenario.poison, **dict.fromkeys(scenario.late, "")}
+        self.late = scenario.late
         policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
         self.aside: list[Given] = []
         self.outcomes: dict[str, str] = {}
         self.starts: dict[str, int] = {}
         self.dropped: set[str] = set()
-        self.calls = {key: Given(key, policy) for key in scenario.calls}
+        self.calls = {key: Given(key, policy) for key in (*scenario.calls, *scenario.late)}
         self.runs: list[FakeRun] = []
-        for call in self.calls.values():
-            self.tell(e.Queued([call]))
+        for key in scenario.calls:
+            self.tell(e.Queued([self.calls[key]]))
         for keys in scenario.maps:
             for key in keys:
                 self.letters.setdefault(key, "")
@@ -218,6 +229,22 @@ class World:
                 self.stopped = True
                 self.tell(e.End("terminate" if self.broken else self.forced))  # type: ignore[arg-type]
         self.check()
+        if self.late and not (self.closing or self.broken or self.aside):
+            for worker in core.lend(self.now_ns + 10 * MS):  # nothing is pressing any more
+                must(not worker.ledger.owed, "a worker is lent that owes a call")
+                must(not core.backlog, "a worker is lent while a call waits")
+                worker.lent = True  # type: ignore[attr-defined]
+
+    def awake(self) -> None:
+        """Let the core know of what callers have done themselves."""
+        for worker in self.workers:
+            worker.lent, answered, worker.answered = False, worker.answered, 0
+            call, worker.under_way = worker.under_way, None
+            if answered or call is not None:
+                self.tell(e.Turned(worker, answered, ("f", MS), call))
+                if call is not None:
+                    at = call.position
+                    must(worker.keys[at] == call.key, f"{call.key} is not at {at}")
 
     def check(self) -> None:
         core = self.core
@@ -399,6 +426,8 @@ class World:
         for worker in self.workers:
             yield from ((name, worker.pid) for name in self.steps_of(worker))
         yield from (("pickled", number) for number in range(len(self.aside)))
+        if self.late and not (self.closing or self.broken):
+            yield ("submit",)
         for name, left in self.budget.items():
             if left <= 0 or (name in ("cancel", "close", "terminate") and self.stopped):
                 continue
@@ -427,6 +456,14 @@ class World:
             yield from self.steps_of_the_living(worker)
         elif not worker.outbox:
             yield "notice"
+        if worker.lent and self.late and worker.under_way is None:
+            yield "turn"
+        if worker.under_way is not None:
+            yield "wake"
+            if worker.outbox and worker.outbox[0][0] == "answers":
+                yield "collect"
+        elif worker.answered:
+            yield "wake"
 
     def steps_of_the_living(self, worker: Worker) -> Iterator[str]:
         if (name := self.step_of_its_own(worker)) is not None:
@@ -458,6 +495,8 @@ class World:
         name, *about = step
         if name in self.budget:
             self.budget[name] -= 1
+        if name not in UNHEARD:
+            self.awake()
         if about and name not in ("drop", "pickled"):
             (worker,) = (one for one in self.workers if one.pid == about[0])
             if not getattr(self, f"on_{name}")(worker):
@@ -465,7 +504,8 @@ class World:
                 return
         else:
             getattr(self, f"on_{name}")(*about)
-        self.turn()
+        if name not in UNHEARD or not any(one.lent for one in self.workers):
+            self.turn()
 
     def on_init(self, worker: Worker) -> None:
         worker.state = "idle"
@@ -615,6 +655,36 @@ class World:
                 if any(isinstance(work, Span) and work.run is run for work in worker.ledger):
                     self.tell(e.Cancelled(worker, run))
 
+    def on_submit(self) -> None:
+        key, *late = self.late
+        self.late = (*late,)
+        self.tell(e.Queued([self.calls[key]]))
+
+    def on_turn(self, worker: Worker) -> bool:
+        key, *late = self.late
+        self.late = (*late,)
+        call = worker.under_way = self.calls[key]
+        at = call.position = worker.ledger.last + worker.answered + 1
+        worker.keys[at] = key
+        if worker.alive:
+            worker.inbox.append(("tasks", [at]))
+        return True
+
+    def on_collect(self, worker: Worker) -> bool:
+        call = worker.under_way
+        assert call is not None
+        if worker.outbox[0][1] != [call.position]:
+            self.awake()  # an answer that was read from the board before: left to the pool
+            return True
+        worker.outbox.popleft()
+        worker.under_way = None
+        self.end_call(call.key, "returned")
+        worker.answered += 1
+        return True
+
+    def on_wake(self, _: Worker) -> bool:
+        return True
+
     def on_resize(self) -> None:
         self.size = 1 if self.size > 1 else 2
 
@@ -662,7 +732,11 @@ class World:
             return tuple(map(call, one.waiting))
 
         state = (
-            [(*self.key_of(one), *map(work, one.ledger)) for one in self.workers],
+            [
+                (*self.key_of(one), *map(work, one.ledger), one.under_way and work(one.under_way))
+                for one in self.workers
+            ],
+            [*map(call, self.late)],
             [
                 (one.pid, *(call(whose.key) if isinstance(whose, Given) else ["run"]))
                 for one, whose in vars(core)["_unwanted"]
@@ -690,6 +764,7 @@ class World:
         return (
             one.index, one.leaving and self.now_ns - one.leaving_since_ns,
             int(one.phase), one.ready, one.exclusive, one.alive, one.doomed, one.by_pool,
+            one.lent, one.answered,
             type(one.condemned).__name__,
             one.exitcode, one.tasks_done if self.scenario.tasks_per_worker else 0,
             one.overdue == one.next, one.unsent and ago(one.unsent),
@@ -713,7 +788,7 @@ class World:
 
     def check_end(self) -> None:
         """Check a state after which nothing happens."""
-        missing = [key for key in self.letters if key not in self.outcomes]
+        missing = [key for key in self.letters if key not in (*self.outcomes, *self.late)]
         must(not missing, f"nothing happens any more, and {missing} have not ended")
         must(not self.core.owes, "nothing happens any more, and a worker owes a call")
         staying = [one for one in self.core.members if not one.leaving]

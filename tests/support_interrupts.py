@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import gc
 import os
 import random
 import socket
@@ -26,6 +28,17 @@ OURS = (
 )
 # They only look at what modules hold, for thousands of instructions.
 NOT_OURS = ("additions.py", "imports.py")
+
+
+@contextlib.contextmanager
+def others_uncollected() -> Iterator[None]:
+    """Leave what other tests have left: what the collector calls there loses an exception."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Interrupt(BaseException):

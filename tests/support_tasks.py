@@ -19,6 +19,10 @@ def square(x: int) -> int:
     return x * x
 
 
+def zeros(size_bytes: int) -> bytes:
+    return bytes(size_bytes)
+
+
 def add(*numbers: int, more: int = 0) -> int:
     return sum(numbers) + more
 

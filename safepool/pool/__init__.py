@@ -4,6 +4,7 @@ What people hand over, in the order in which it goes through the modules:
 
     executor            `ProcessPool`, what people hold
     tasks, mapping      a call with a future; the calls of a `map`, and who takes their results
+    turns               the shortest way of a lone call, while the scheduler's thread sleeps
     scheduler           the thread that brings news to the core, and does what that decides
     core                what waits, who gets it, what is owed, lost, run again: pure
     dispatch            work -> messages; `functions`, `names`, `settings`, `packing` bring what

@@ -390,6 +390,27 @@ class Dispatch:
             except Exception:  # noqa: BLE001 -- as above
                 pass
 
+    def pack_alone(self, worker: Worker, task: Task) -> tuple[int, bytes | memoryview] | None:
+        """Pickle a call for a worker that needs nothing else. In any thread, without any lock.
+
+        Returns:
+            The function's number and the pickle; ``None`` if the worker lacks something, it is
+            large, or to pickle it may run code of the program.
+        """
+        pickled = task.pickled = self._pickle_task_here(task)
+        if pickled is None or pickled.function is None or pickled.shared:
+            return None
+        number, needs = pickled.function.number, pickled.needs
+        small = _small(pickled.segments)
+        if (
+            small is None
+            or number not in worker.functions
+            or not self.telling.is_told(worker)
+            or (needs and getattr(needs, "number", 0) not in worker.delivered)
+        ):
+            return None
+        return number, small
+
     def _pickle_task_here(self, task: Task) -> Pickled | None:
         """Return a task's pickle, if to make it runs no code of the program."""
         assert task.call is not None

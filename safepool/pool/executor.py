@@ -366,9 +366,10 @@ class ProcessPool(AwaitedCalls, _Standard):
         Args:
             fn: Any callable; lambdas, closures and functions of ``__main__`` as well. A coroutine
                 function is run there by ``asyncio.run()``.
-            *args: Its positional arguments, pickled when a worker takes the task; what runs
-                code of the program for that (``__reduce__``, ``__getstate__``) by a thread of
-                its own, so that it may wait, for this pool as well. Large
+            *args: Its positional arguments, pickled when a worker takes the task, or at once if
+                one is idle; what runs code of the program for that (``__reduce__``,
+                ``__getstate__``) by a thread of its own, so that it may wait, for this pool as
+                well. Large
                 arrays in them are copied once, arrive writable and are the task's own; one that
                 is mapped from a file (``numpy.memmap``) is mapped again. What many tasks need is
                 placed once by :func:`safepool.share`.

@@ -60,7 +60,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
@@ -117,6 +116,7 @@ from safepool.pool.dispatch import Dispatch, forget
 from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
+from safepool.pool.listener import Listener
 from safepool.pool.mapping import MapRun, Results, Span
 from safepool.pool.oom import OutOfMemoryWatch
 from safepool.pool.records import Records
@@ -124,6 +124,7 @@ from safepool.pool.refused_calls import refused_call
 from safepool.pool.settling import Settling, answer_of, answers_of, left_by, values_of
 from safepool.pool.staff import Staff
 from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
+from safepool.pool.turns import TICK_S, Turns, runs_a_loop
 from safepool.transport.files import make_room
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers.contained import ContainedLogger
@@ -139,7 +140,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.events import Action, Answered, Event, Force
     from safepool.pool.core.policy import Policy
     from safepool.pool.hiring import Hiring
-    from safepool.pool.listener import Listener
     from safepool.pool.mapping import Item, ResultIterator
     from safepool.pool.memory import MemoryWatch
     from safepool.pool.worker import Worker
@@ -257,6 +257,8 @@ class Scheduler:
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
         self._ended_runs: list[MapRun] = []
+        # Ids of workers that callers have sent something since the step before.
+        self._worked: set[int] = set()
         # Whose calls are to be ended.
         self._unwanted: list[PoolFuture | MapRun] = []
         self._callers = Teller("safepool-callbacks")
@@ -269,6 +271,14 @@ class Scheduler:
         self._memory = memory
         self._oom = OutOfMemoryWatch()
         self._rights = RightsWatch()
+        self._turns = Turns(
+            self._dispatch.pack_alone,
+            self._inbox,
+            self.wake,
+            self._rights.is_same_user,
+            settling=self._settling,
+            allowed=type(listener) is Listener and memory_per_worker is None and memory is None,
+        )
         self._hiring = hiring
         hiring.need = self._dispatch.need_first
         me = self._me
@@ -353,7 +363,8 @@ class Scheduler:
         self._dispatch.names.look()
         self._dispatch.pickle_now(task)
         self._check_open()
-        self._bring(task)
+        if not self._turns.call(task):
+            self._bring(task)
         self._wait_for_the_first_worker()
         return future
 
@@ -601,7 +612,7 @@ class Scheduler:
     def _wait_for_the_first_worker(self) -> None:
         if self._hiring.started.is_open or threading.current_thread() is self._thread:
             return
-        if not _runs_a_loop():  # which has others to look after
+        if not runs_a_loop():  # which has others to look after
             self._hiring.started.wait()
 
     # The scheduler's thread.
@@ -659,6 +670,7 @@ class Scheduler:
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
             # Nobody would ever end the futures that are left.
+            self._awake()
             _log.critical("the scheduler of a pool failed", exc_info=True)
             cause = refusals.explain(error)
             told = repr(error) if cause is error else text_of(cause)
@@ -672,6 +684,7 @@ class Scheduler:
                 endings.callback(self._end)
                 endings.callback(self._records.catch_up)
                 endings.callback(self._callers.close)
+                endings.callback(self._turns.close)
                 endings.callback(staff.close)
                 endings.callback(self._settling.hands.close)
                 endings.callback(self._dispatch.close)
@@ -709,7 +722,10 @@ class Scheduler:
             self._end_calls(staff, whose)
         self._fill_up(staff)
         core = self._core
-        if core.backlog or core.is_busy(self.size, staff.lost):
+        self._worked = worked = self._turns.worked
+        if worked:
+            self._turns.worked = set()
+        if worked or core.backlog or core.is_busy(self.size, staff.lost):
             self._look_around(staff)
         elif core.idle_ns is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
@@ -798,6 +814,8 @@ class Scheduler:
         self._bed = [True]
         if self._inbox or self._ended_runs or self._unwanted:
             timeout_s = 0.0
+        elif self._turns.wanted and timeout_s != 0.0:
+            timeout_s = self._lend(staff, timeout_s)
         for worker, news in staff.listen(timeout_s, self._awake):
             if news.kind is Kind.LOG:
                 worker.logged = True
@@ -814,8 +832,21 @@ class Scheduler:
             except (CorruptFrameError, ValueError) as error:
                 staff.distrust(worker, error)
 
-    def _awake(self) -> None:
+    def _lend(self, staff: Staff, timeout_s: float | None) -> float | None:
+        """Let callers use idle workers while this thread sleeps; return for how long at most."""
+        if self._closing or self._dispatch.waits or self._settling.waits:
+            return timeout_s  # none is to come before those
+        if not self._turns.park(staff, self._core.lend):
+            return timeout_s
+        return TICK_S if timeout_s is None else min(timeout_s, TICK_S)
+
+    def _awake(self) -> Sequence[Worker]:
+        """Be awake; return the workers whose calls were sent by callers, and are to be heard."""
         self._bed = []
+        staff = self._staff
+        if staff is None or not self._turns.lanes:
+            return ()
+        return self._turns.awake(staff, partial(self._tell, staff))
 
     def _patience(self) -> float | None:
         """Return how long to listen at most; a pool without work only sleeps."""
@@ -853,7 +884,7 @@ class Scheduler:
         follow, now = self._follow, time.monotonic()
         if follow is None or self._by_hand is not None or now < self._follow_at:
             return
-        busy = [worker.pid for worker in staff if worker.ledger.owed]
+        busy = [worker.pid for worker in staff if worker.ledger.owed or worker.pid in self._worked]
         if not (busy or self._core.backlog):
             return
         self._follow_at = now + _FOLLOW_S
@@ -1145,17 +1176,8 @@ class Scheduler:
     def descriptors(self) -> Iterable[int]:
         """Return what a worker that is forked while this pool works must not keep."""
         staff = self._staff
-        heard = self._listener.descriptors()
-        return heard if staff is None else [*staff.descriptors(), *heard]
-
-
-def _runs_a_loop() -> bool:
-    """Tell whether this thread runs an event loop of asyncio's."""
-    asyncio = sys.modules.get("asyncio.events")
-    try:
-        return asyncio is not None and asyncio.get_running_loop() is not None
-    except RuntimeError:
-        return False
+        ours = [*self._turns.descriptors(), *self._listener.descriptors()]
+        return ours if staff is None else [*staff.descriptors(), *ours]
 
 
 def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.hands import HELD_UP_S
@@ -31,12 +31,12 @@ from safepool.workers.settings import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from concurrent.futures import Future
     from types import ModuleType
 
     from safepool.pool.deliveries import Delivery
     from safepool.pool.hands import Hands
     from safepool.pool.names import Names
+    from safepool.pool.tasks import PoolFuture
     from safepool.pool.worker import Worker
     from safepool.workers.settings_table import Setting
 
@@ -82,16 +82,16 @@ class Settings:
         self._seldom: list[_Seen] = []
         self._made_of = (0, 0)
         self._often_not_before_ns = self._seldom_not_before_ns = 0
-        self._last: weakref.ref[Future[Any]] | None = None
+        self._last: weakref.ref[PoolFuture] | None = None
         self.look()
 
-    def look_before(self, future: Future[Any]) -> None:
+    def look_before(self, future: PoolFuture) -> None:
         """Look before a call is queued, if it is time to."""
         before, self._last = self._last, weakref.ref(future)
         now_ns = time.monotonic_ns()
         if now_ns < self._often_not_before_ns:
             last = None if before is None else before()
-            if last is not None and not last.done():
+            if last is not None and not last.has_ended():
                 return
         self._look(now_ns, seldom=now_ns >= self._seldom_not_before_ns)
 
@@ -248,6 +248,14 @@ class Telling:
 
     def _come_back(self) -> None:
         self._asked_at = None
+
+    def is_told(self, worker: Worker) -> bool:
+        """Tell whether a worker has all settings as they are now. From any thread."""
+        return (
+            worker.told is self._ready
+            and self._settings.state is self._known
+            and self._names.learned == self._learned
+        )
 
     def changed_for(self, worker: Worker) -> list[tuple[Packed, Sequence[Delivery]]]:
         """Return the settings that have changed since a worker was last told."""

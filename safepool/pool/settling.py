@@ -122,6 +122,10 @@ class Settling:
         """Whether something is being unpickled."""
         return bool(self._unread)
 
+    def arrived(self, size_bytes: int) -> None:
+        """Count what was unpickled by others, for what is left of the memory."""
+        self._arrived_bytes += size_bytes
+
     def settle(self, done: Settle) -> dict[int, BaseException]:
         """End calls by what was answered.
 

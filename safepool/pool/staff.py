@@ -27,7 +27,7 @@ from safepool.workers.contained import ContainedLogger
 from safepool.workers.tree import TreeEnd, bury
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from safepool.pool.worker import Worker
     from safepool.transport.frames import Frame
@@ -160,19 +160,36 @@ class Staff:
         try:
             worker.channel.send(pieces)
         except ChannelClosedError:
-            self._send_no_more(worker)
+            self.send_no_more(worker)
             return False
         self._watch(worker)
         return True
 
+    def send_no_more(self, worker: Worker) -> None:
+        """See to the end of a worker that reads no more.
+
+        What it has sent before is still to be read (race B).
+        """
+        worker.channel.drop_unsent()
+        self._watch(worker)
+        self._expect_the_end(worker)
+
+    def look_away(self, worker: Worker) -> None:
+        """Leave what a worker sends to another thread, until :meth:`look_again`."""
+        self._selector.unregister(worker.channel)
+
+    def look_again(self, worker: Worker) -> None:
+        """Listen to a worker again."""
+        self._selector.register(worker.channel, worker.events, worker)
+
     def listen(
-        self, timeout_s: float | None, awake: Callable[[], None]
+        self, timeout_s: float | None, awake: Callable[[], Sequence[Worker]]
     ) -> Iterator[tuple[Worker, Frame]]:
         """Wait for workers or a wake-up; yield the frames that arrived.
 
         Args:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
-            awake: Called when the waiting is over.
+            awake: Called when the waiting is over. Returns whom to listen to in any case.
         """
         for worker in self._all:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
@@ -186,20 +203,27 @@ class Staff:
             self._orphans = bury(self._orphans)
             timeout_s = _ORPHANS_LOOK_S if timeout_s is None else min(timeout_s, _ORPHANS_LOOK_S)
         events = self._selector.select(timeout_s)
-        awake()
+        others = awake()
         for key, _ in events:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
-            elif found in self._lost:
-                self._part_with(found)
-            elif found not in self._all:  # not by its number, which another may have by now
-                pass  # ended by an earlier event of the same round
-            elif key.fd == found.sentinel:
-                yield from self._see_off(found)
             else:
-                yield from self._read(found)
+                yield from self._hear(found, key.fd)
+        for worker in others:
+            if worker.channel.fileno() >= 0:
+                yield from self._hear(worker, worker.channel.fileno())
         self._end_the_late()
+
+    def _hear(self, worker: Worker, descriptor: int) -> Iterator[tuple[Worker, Frame]]:
+        if worker in self._lost:
+            self._part_with(worker)
+        elif worker not in self._all:  # not by its number, which another may have by now
+            pass  # ended by an earlier event of the same round
+        elif descriptor == worker.sentinel:
+            yield from self._see_off(worker)
+        else:
+            yield from self._read(worker)
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end when it has done what it was sent."""
@@ -327,12 +351,6 @@ class Staff:
             worker.channel.close()
         if not worker.dismissed or worker.fault is not None:
             self._expect_the_end(worker)  # else it has the time that it was given
-
-    def _send_no_more(self, worker: Worker) -> None:
-        """The worker reads no more; what it has sent before is still to be read (race B)."""
-        worker.channel.drop_unsent()
-        self._watch(worker)
-        self._expect_the_end(worker)
 
     def _expect_the_end(self, worker: Worker) -> None:
         self._parted(self, worker)

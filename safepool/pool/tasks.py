@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import queue
 import threading
+import time
 import types
 from collections import deque
 from concurrent.futures import CancelledError, Future, InvalidStateError, _base
@@ -22,12 +23,20 @@ from safepool.workers.describe import UNSENT_RESULT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol
 
     from safepool.pool.core.policy import Policy
     from safepool.pool.deliveries import Delivery
     from safepool.pool.functions import SentFunction
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
+
+    class Turn(Protocol):
+        """How a call was sent that the scheduler does not know yet: of ``turns``."""
+
+        def ask(self) -> None: ...
+
+        def collect(self, future: PoolFuture, timeout_s: float | None) -> None: ...
 
     Parts = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -83,6 +92,7 @@ class PoolFuture(Future[Any]):
         verdict   state, result and exception: the first one counts, by the same
         told      the state for ``wait()`` and ``as_completed()``, which look at ``_state``
                   under ``_condition``
+        turn      by which the call was sent, while the scheduler does not know of it (``turns``)
 
     ``_condition`` and the like are made when somebody asks for them. It may have to wait again,
     and raises exceptions whatever their truth value: ``concurrent.futures.Future`` before
@@ -103,7 +113,11 @@ class PoolFuture(Future[Any]):
         make = _MADE_WHEN_ASKED.get(name)
         if make is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self.__dict__.setdefault(name, make())
+        made = self.__dict__.setdefault(name, make())
+        self._ask()
+        if name == "_condition" and "_verdict" in self.__dict__:
+            self.tell()  # one that has ended by `end_alone`
+        return made
 
     # What the functions of concurrent.futures, and repr(), look at.
 
@@ -118,6 +132,7 @@ class PoolFuture(Future[Any]):
         claim = facts.get("_claim")
         if claim is None:
             return _base.PENDING
+        self._ask()
         return _base.RUNNING if claim is _RUN else _base.CANCELLED
 
     @property
@@ -146,10 +161,16 @@ class PoolFuture(Future[Any]):
 
     def running(self) -> bool:
         """Return whether a worker has it."""
+        self._ask()
         return self.__dict__.get("_claim") is _RUN and "_verdict" not in self.__dict__
 
     def done(self) -> bool:
         """Return whether it has ended, or was cancelled."""
+        self._ask()
+        return self._outcome() is not None
+
+    def has_ended(self) -> bool:
+        """Return the same; a caller that reads the answer itself goes on with that."""
         return self._outcome() is not None
 
     def result(self, timeout: float | None = None) -> Any:
@@ -198,6 +219,27 @@ class PoolFuture(Future[Any]):
     def set_exception(self, exception: BaseException | None) -> None:
         """End with an exception."""
         self._end((_base.FINISHED, None, exception))
+
+    def begin_alone(self, turn: Turn) -> None:
+        """Become running by a turn. Nobody but the caller's thread knows this future yet."""
+        facts = self.__dict__
+        facts["_turn"], facts["_claim"] = turn, _RUN
+
+    def forget_turn(self) -> None:
+        """Be a future like any other: the scheduler knows the call, or it has ended."""
+        self.__dict__.pop("_turn", None)
+
+    def end_alone(self, result: Any) -> bool:
+        """End with a result, in the thread that waits for it.
+
+        Returns:
+            ``False`` if others wait as well, or it has ended otherwise: :meth:`tell` is to be
+            called, in another thread.
+        """
+        facts, verdict = self.__dict__, (_base.FINISHED, result, None)
+        first = facts.setdefault("_verdict", verdict) is verdict
+        # After that: who asks for one of these looks for a verdict afterwards.
+        return first and facts.keys().isdisjoint(_MADE_WHEN_ASKED)
 
     def begin(self) -> bool:
         """Become running; ``False`` if it was cancelled, or has ended otherwise."""
@@ -251,15 +293,15 @@ class PoolFuture(Future[Any]):
             first = claimed and facts.setdefault("_verdict", verdict) is verdict
             if held and claimed:
                 self._tell()  # also for who was interrupted before it had
-            if not first:
-                # Not repr(): it waits for the condition.
-                raise InvalidStateError(f"future at {id(self):#x} has ended, or was cancelled")
         finally:
             if held:
                 condition.release()
-        if not held:
+        if not held and self._outcome() is not _CANCELLED:  # who cancels it tells of that
             self._tell_later()
         self._announce()
+        if not first:
+            # Not repr(): it waits for the condition.
+            raise InvalidStateError(f"future at {id(self):#x} has ended, or was cancelled")
 
     def _tell(self) -> None:
         """Become what it is for those who hold the condition; it is held here."""
@@ -336,6 +378,22 @@ class PoolFuture(Future[Any]):
             return _CANCELLED
         return verdict
 
+    def _ask(self) -> None:
+        """Let the scheduler know of the call, if it does not yet and has not ended."""
+        facts = self.__dict__
+        turn: Turn | None = facts.get("_turn")
+        if turn is not None and "_verdict" not in facts:
+            turn.ask()
+
+    def _collect(self, turn: Turn, timeout_s: float | None) -> float | None:
+        """Wait for the answer here; return what is left of the time."""
+        if timeout_s is None:
+            turn.collect(self, None)
+            return None
+        begun_s = time.monotonic()
+        turn.collect(self, timeout_s)
+        return max(0.0, timeout_s - (time.monotonic() - begun_s))
+
     def _wait(self, timeout_s: float | None) -> _Verdict:
         verdict = self._outcome()
         if verdict is None:
@@ -344,6 +402,12 @@ class PoolFuture(Future[Any]):
                     "this thread runs the pool, and would wait for itself: a finalizer may not "
                     "wait for a call of its pool"
                 )
+            turn: Turn | None = self.__dict__.get("_turn")
+            if turn is not None:
+                timeout_s = self._collect(turn, timeout_s)
+                verdict = self._outcome()
+                if verdict is not None:
+                    return verdict
             latch: Latch = self._latch
             # First this, then the look.
             verdict = self._outcome()

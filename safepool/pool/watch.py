@@ -103,7 +103,7 @@ def _look_at(worker: Worker) -> WorkerInfo:
         state=state,
         task=task,
         running_s=None if task is None else max(0, time.monotonic_ns() - since_ns) / 1e9,
-        tasks_done=worker.done,
+        tasks_done=_done(worker),
         waiting=waiting,
         resident_bytes=worker.resident_bytes(),
         native_threads=None if status is None else status.threads,
@@ -125,10 +125,17 @@ def _place(worker: Worker) -> tuple[int, int]:
     return (0 if head is None else head.position + head.done), worker.sent_ns
 
 
+def _done(worker: Worker) -> int:
+    done, lane = worker.done, worker.lane
+    return done if lane is None else done + lane.done
+
+
 def _works(worker: Worker) -> list[Task | Span]:
     while True:
+        lane = worker.lane
         try:
-            return list(worker.ledger)
+            task = None if lane is None else lane.task
+            return list(worker.ledger) if task is None else [task]
         except RuntimeError:  # the scheduler's thread has just changed it
             pass
 

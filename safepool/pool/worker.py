@@ -6,17 +6,28 @@ import selectors
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.pool.core.worker import Member
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
     from safepool.pool.core.gauge import Gauge
+    from safepool.pool.tasks import Task
     from safepool.procfs import MemoryFile
     from safepool.workers.board import Board
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
+
+    class Lane(Protocol):
+        """Calls that the scheduler does not know yet: of :mod:`safepool.pool.turns`."""
+
+        @property
+        def done(self) -> int: ...
+
+        @property
+        def task(self) -> Task | None: ...
+
 
 __all__ = ["Worker"]
 
@@ -53,6 +64,7 @@ class Worker(Member, WorkerProcess):
             condemned.
         guard: Held while another thread uses its descriptors, and while they are closed.
         closed: They are.
+        lane: By which callers may send it calls while the scheduler's thread sleeps.
     """
 
     told: object = None
@@ -71,6 +83,7 @@ class Worker(Member, WorkerProcess):
     stack_begin: int | None = None
     closed: bool = False
     board: Board | None
+    lane: Lane | None = None
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         """Start it, as :class:`WorkerProcess` does."""
@@ -84,6 +97,11 @@ class Worker(Member, WorkerProcess):
         self.settings: dict[str, Packed] = {}
         self.names: dict[str, int] = {}
         self.delivered: set[int] = set()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether another thread than the scheduler's could send it something."""
+        return self.sentinel is not None and self.deadline is None and self.channel.is_clear
 
     def end(self, number: int) -> None:
         """Send it a signal, as the base does, and remember that."""

@@ -117,6 +117,15 @@ class Channel:
         return gone
 
     @property
+    def is_clear(self) -> bool:
+        """Whether it is open, and no part of anything is on its way in either direction."""
+        return not (self._unsent or self._fed) and self._reader.is_empty and self.fileno() >= 0
+
+    def ends(self) -> tuple[int, Callable[..., int], Callable[..., bytes]]:
+        """Return the descriptor, send() and recv() as they are: functions written in C."""
+        return self._sock.fileno(), self._sock.send, self._sock.recv
+
+    @property
     def unsent(self) -> bool:
         """Whether pieces wait for the other end to read."""
         return bool(self._unsent)

@@ -75,6 +75,10 @@ class RightsWatch:
         self._users, self._rights = _users(), _rights_now()
         self._look_at = time.monotonic() + _LOOK_S
 
+    def is_same_user(self) -> bool:
+        """Tell whether user and group are those of the last look. From any thread."""
+        return _users() == self._users
+
     def have_changed(self) -> bool:
         """Return whether they have changed since this was last asked; user and group at once."""
         users, now = _users(), time.monotonic()

@@ -24,6 +24,7 @@ __all__ = [
     "call_frame",
     "function_of",
     "numbers_frame",
+    "read_answer",
     "read_batch",
     "read_call",
     "read_tasks",
@@ -107,6 +108,29 @@ def answer_frame(
     length = len(pickled)
     head = _ANSWER_HEAD.pack(_ANSWER_BEGIN, 0, RECORD.size + length)
     return b"".join((head, RECORD.pack(position, microseconds, length, kind), pickled))
+
+
+def read_answer(data: bytes, position: int) -> tuple[int, memoryview] | None:
+    """Return microseconds and pickle of a result; ``None`` if these bytes are another thing.
+
+    Args:
+        data: All that has arrived.
+        position: Of the call.
+
+    Example:
+        >>> microseconds, pickled = read_answer(answer_frame(7, 5, Kind.RESULT, b"abc"), 7)
+        >>> microseconds, bytes(pickled)
+        (5, b'abc')
+        >>> read_answer(answer_frame(7, 5, Kind.EXCEPTION, b"abc"), 7)
+    """
+    size = len(data) - _ANSWER_HEAD.size
+    if size < RECORD.size or _ANSWER_HEAD.unpack_from(data) != (_ANSWER_BEGIN, 0, size):
+        return None
+    record = memoryview(data)[_ANSWER_HEAD.size :]
+    at, microseconds, length, kind = RECORD.unpack_from(record)
+    if at != position or length != size - RECORD.size or kind != Kind.RESULT:
+        return None
+    return microseconds, record[RECORD.size :]
 
 
 def batch_frame(

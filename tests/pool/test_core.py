@@ -82,6 +82,16 @@ SCENARIOS: dict[str, Scenario] = {
         maps=(("a", "b", "c", "d"),), at_once=2, bound=True, size=1, budget={"die": 1}
     ),
     "a map and a call": Scenario({"c": ""}, maps=(("a", "b"),), size=1, budget={"drop": 1}),
+    "callers send calls themselves": Scenario(
+        {"a": ""}, size=1, retries=1, late=("b", "c"), budget={"die": 1}
+    ),
+    "callers send calls to two workers": Scenario({"a": ""}, late=("b",), budget={"resize": 1}),
+    "a call that a caller has sent is cancelled": Scenario(
+        {"a": ""}, size=1, late=("b",), budget={"drop": 1}
+    ),
+    "a pool is closed while callers send calls": Scenario(
+        {"a": ""}, size=1, late=("b", "c"), budget={"close": 1, "terminate": 1}
+    ),
     "arguments that cannot be read": Scenario({"z": ""}, maps=MAP, size=1, poison={"b": "u"}),
     "arguments that kill who reads them": Scenario(maps=MAP, size=1, poison={"b": "p"}),
 }
@@ -123,6 +133,12 @@ LARGE: dict[str, Scenario] = {
         retries=1,
         tasks_per_worker=3,
         budget={"die": 2, "tick": 3, "failed": 1, "resize": 1},
+    ),
+    "calls that callers send": Scenario(
+        {"a": "", "b": "l"},
+        late=("c", "d", "e", "f", "g"),
+        retries=1,
+        budget={"die": 2, "drop": 2, "resize": 2, "tick": 1},
     ),
     "maps": Scenario(
         {"x": "", "y": ""},
@@ -269,6 +285,21 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "workers are replaced after two calls",
         "free = self._size - sum(place < self._size for place in kept)",
         "free = self._size",
+    ),
+    "a position is used twice": (
+        "callers send calls themselves",
+        "member.ledger.skip(event.answered)",
+        "pass",
+    ),
+    "a call that a caller has sent is forgotten": (
+        "callers send calls themselves",
+        "member.ledger.give(call)",
+        "pass",
+    ),
+    "a worker that owes a call is lent": (
+        "callers send calls themselves",
+        "one.phase is Phase.READY and one.is_idle and one.has_board",
+        "one.phase is Phase.READY and one.has_board",
     ),
     "the dead are counted among the workers": (
         "no retry",

@@ -143,6 +143,7 @@ class StoredWorker(Member):
         self.board: Any = None
         self.sent_ns = time.monotonic_ns()
         self.pid, self.ready, self.phase = os.getpid(), True, Phase.READY
+        self.lane: Any = None
         vars(self).update(known)
 
     def resident_bytes(self) -> int | None:

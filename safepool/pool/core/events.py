@@ -12,6 +12,7 @@ Seen            boards were read                                   `Look`
 Skipped         it came to a call that was taken back              the worker
 Unreadable      it could not read a batch                          the worker
 Sent            it was sent work, or some of it                    `Send`
+Turned          callers have sent it calls, and read answers       the turns
 Copied          what was being copied for it is on its way         the packer
 NotSent         what was being copied for it could not be sent     the packer
 Returned        what was pickled beside the pool may be sent       the hands
@@ -184,6 +185,22 @@ class Sent(NamedTuple):
     exclusive: bool = False
     unsent: int = 0
     full: bool = False
+
+
+class Turned(NamedTuple):
+    """Callers have sent calls to an idle worker, one after the other, and read the answers.
+
+    Attributes:
+        worker: Which, of those that were lent.
+        answered: How many calls were answered.
+        spent: Name and nanoseconds of the last of them.
+        call: What was sent after them, and not answered: from now on one like any other.
+    """
+
+    worker: Member
+    answered: int
+    spent: tuple[str, int] | None
+    call: Call | None
 
 
 class Copied(NamedTuple):
@@ -443,6 +460,7 @@ Event = (
     | Skipped
     | Unreadable
     | Sent
+    | Turned
     | Copied
     | NotSent
     | Returned

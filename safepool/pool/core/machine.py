@@ -2,6 +2,7 @@
 
     what                                       decided by
     who gets what waits                        `HandOut`, and each `Sent`
+    whom callers may send a call themselves    `Core.lend`, then `Turned`
     what a worker's answers end                `Answered`
     what is had back, and from whom            `Step`, `Seen`, `Revoked`
     whose time is over, whose call is dropped  `Seen`, `Cancelled`, then `Revoked`
@@ -42,6 +43,9 @@ __all__ = ["Core"]
 
 # Sixths of a task may add up to a little less than one.
 _ROUNDING = 1e-6
+# Nobody is lent so long after calls were sent several at a time: to send them ahead costs less for
+# each (benchmarks/latency.py).
+_PRESSED_NS = 5_000_000
 # Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
 _MOST_LOST = 2
 # So long the place of a worker that ends is kept, so that two processes hardly ever have one: what
@@ -86,6 +90,8 @@ class Core:
         self._hungry: deque[Member] = deque()
         # Between how many what waits is divided.
         self._among = 1
+        # When calls were last sent several at a time, or waited.
+        self._pressed_ns = 0
         self._actions: list[e.Action] = []
         self._now_ns = 0
 
@@ -146,6 +152,25 @@ class Core:
                 if (due_ns := self._due_ns(member)) is not None:
                     looks.append(due_ns)
         return min(looks) if looks else None
+
+    def lend(self, now_ns: int) -> list[Member]:
+        """Return whom callers may send calls themselves, one at a time, until the next event.
+
+        Nobody while anything waits that came before, or calls come several at a time.
+        """
+        if (
+            self.backlog
+            or self._cancelling
+            or self._broken
+            or self._tasks_per_worker is not None
+            or now_ns - self._pressed_ns < _PRESSED_NS
+        ):
+            return []
+        return [
+            one
+            for one in self.members
+            if one.phase is Phase.READY and one.is_idle and one.has_board and not one.unsent
+        ]
 
     def check(self) -> None:
         """Check what holds between any two events.
@@ -262,6 +287,7 @@ class Core:
                     return  # `Sent` goes on
         hungry.clear()
         if backlog:
+            self._pressed_ns = self._now_ns
             self._hire()
 
     def _take_for(self, member: Member) -> Span | list[Any]:
@@ -290,6 +316,8 @@ class Core:
             member.ledger.give(work)
         if event.given:
             member.sent_ns = self._now_ns
+            if member.ledger.owed > 1:
+                self._pressed_ns = self._now_ns
             member.exclusive, member.unsent = event.exclusive, event.unsent
         if event.back:
             self._queue_again(event.back)
@@ -298,6 +326,21 @@ class Core:
         elif not (event.back and member.ledger.owed):
             self._hungry.append(member)
         self._offer()
+
+    def _turned(self, event: e.Turned) -> None:
+        member, call = event.worker, event.call
+        if event.answered:
+            member.ledger.skip(event.answered)
+            member.done += event.answered
+            member.tasks_done += event.answered
+            self._patience.was_of_use()
+        if event.spent is not None:
+            self.pace.note(*event.spent)
+        member.idle_since_ns = None
+        if call is not None:
+            call.expected_ns = self.pace.expected_ns(call.name)
+            member.ledger.give(call)
+            member.sent_ns = self._now_ns
 
     def _copied(self, event: e.Copied) -> None:
         member = event.worker
@@ -750,6 +793,7 @@ _HANDLERS: dict[type[e.Event], Callable[[Core, Any], None]] = {
     e.Skipped: Core._skipped,
     e.Unreadable: Core._unreadable,
     e.Sent: Core._sent,
+    e.Turned: Core._turned,
     e.Copied: Core._copied,
     e.NotSent: Core._not_sent,
     e.Returned: Core._returned,

@@ -1,0 +1,592 @@
+"""The shortest way for one call: its caller sends it to an idle worker, and reads the answer.
+
+While the scheduler's thread sleeps, each idle worker has a lane, and a lane a *turn*: one call
+that any thread may make. No lock is held, and a caller changes nothing of the scheduler's. It
+leaves notes in the turn, which the scheduler's thread writes into its books when it wakes up: at
+the latest after :data:`TICK_S`. From then on the call is one like any other.
+
+    caller's thread                              scheduler's thread
+    call()     pop `free`, send, note that       park()   make lanes, listen no more to their
+                                                          workers, sleep for a tick
+    collect()  poll the channel,                 awake()  close the last turn of each lane: pop
+               pop `reader`, read, note that              `free`, or the call is the ledger's;
+               end the future                             pop `reader`, or what was read goes to
+               make the next turn                         the frame reader
+
+Each note is made in one step of the interpreter together with what it tells of: ``list.extend``
+over ``map(operator.call, ...)`` calls functions written in C one after the other and stores what
+each returns. No signal's handler runs in between, with or without a GIL. So whoever is interrupted
+leaves nothing, or a complete note. Only before Python 3.12 the collector may run there, and what
+it calls may wait: if that takes long, the worker is ended before anything is decided (`_close`).
+
+    What is decided                              by
+    who has the turn: a caller or the scheduler  ``free.pop()``
+    who reads the answer                         ``reader.pop()``
+    whether another turn follows                 ``marks.setdefault("next", ...)``
+    whether the call was sent                    ``marks.setdefault("sent", ...)``
+
+Whoever asks for the future in another way than by ``result()`` in one thread wakes the scheduler
+(``tasks.PoolFuture``), and so does a caller that finds something else than a plain answer. After a
+few of these the scheduler goes on to listen while it lends workers, and reads the answers itself.
+
+Not covered, these go the usual way:
+    * A call with a timeout, one submitted in a thread with a running event loop, and those of a
+      pool that is traced, or that replaces workers after some tasks or by their memory.
+    * Whatever a worker has to be sent before, or that runs code of the program to be pickled.
+    * Where there is no eventfd(2), poll(2) or board (elsewhere than on Linux).
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import select
+import signal
+import sys
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from safepool.errors import let_handlers_pass
+from safepool.pool.core.events import Turned
+from safepool.transport import trusted
+from safepool.transport.channel import NO_SIGPIPE
+from safepool.workers.messages import call_frame, read_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from safepool.pool.settling import Settling
+    from safepool.pool.staff import Staff
+    from safepool.pool.tasks import PoolFuture, Task
+    from safepool.pool.worker import Worker
+
+__all__ = ["TICK_S", "Turn", "Turns", "runs_a_loop"]
+
+TICK_S = 0.05
+"""So long a call may be unknown to the scheduler's thread, in seconds."""
+# Lanes are made for so long after the last call that could use one. An idle pool sleeps.
+_WARM_S = 1.0
+# For that time the scheduler goes on to listen, after so many calls in a row that it had to take
+# over, as their futures were waited for in another way.
+_MOST_MISSED = 3
+# More callers at a time are better off if their calls are sent ahead; and each lane costs the
+# scheduler's thread two system calls whenever it wakes up.
+_MOST_LANES = 4
+# A larger pickle may not go at once.
+_MOST_BYTES = 32 * 1024
+_READ_BYTES = 64 * 1024
+# Pickles that were read here since the scheduler has last looked at the memory that is left; and
+# how large one is to count. As in `settling`.
+_ARRIVED_BYTES, _COUNTED_BYTES = 128 * 1024, 128
+# The number of a descriptor may be another's by now if its pool has ended: look again.
+_LOOK_MS = 250
+# For another thread that is in the middle of a system call that does not wait.
+_MOMENT_S, _MOMENT_LOOK_S = 1.0, 0.0005
+# Bells that interrupts may cost a pool.
+_MOST_LOST = 64
+
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+# Functions written in C, which are called one after the other in one step.
+_Steps: TypeAlias = "tuple[Callable[[], object], ...]"
+_call: Callable[[Callable[[], object]], object] = operator.call
+_poll: Any = getattr(select, "poll", None)
+_POLLIN: int = getattr(select, "POLLIN", 0)
+
+
+class _Lane:
+    """One worker that may be sent calls from any thread, until the scheduler wakes up.
+
+    Attributes:
+        worker: Which.
+        watched: The scheduler listens to it, and its thread alone reads the answers.
+        first: The position of the first turn.
+        turn: The last one; an earlier one if a caller was interrupted.
+        spent: Name and microseconds of the last call that was ended here.
+    """
+
+    __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
+
+    def __init__(self, turns: Turns, worker: Worker, *, watched: bool = False) -> None:
+        self.turns = turns
+        self.worker = worker
+        self.watched = watched
+        self.fileno, self.send, recv = worker.channel.ends()
+        self.read: Callable[[], bytes] = partial(recv, _READ_BYTES)
+        self.first = worker.ledger.last + 1
+        self.spent: tuple[str, int] | None = None
+        self.turn = Turn(self, self.first)
+
+    @property
+    def done(self) -> int:
+        """How many calls were ended here."""
+        return self.turn.position - self.first
+
+    @property
+    def task(self) -> Task | None:
+        """What is under way, if anything."""
+        turn = self.turn
+        return turn.task if turn.record else None
+
+
+class Turn:
+    """One call that may be made on a lane.
+
+    Attributes:
+        lane: Which.
+        position: By which the worker and its ledger know the call.
+        task: The call. It counts if it was sent.
+        free: Whoever pops what is in here has the turn.
+        record: What ``free`` gave, and how many bytes were sent.
+        reader: Whoever pops what is in here reads the answer.
+        answer: What ``reader`` gave, and the bytes that were read.
+        seat: Whoever pops what is in here may wait for the answer.
+        bells: The descriptor that wakes who waits.
+        marks: What was decided, by name.
+    """
+
+    __slots__ = (
+        "answer",
+        "bells",
+        "frame",
+        "free",
+        "lane",
+        "marks",
+        "position",
+        "reader",
+        "record",
+        "seat",
+        "task",
+    )
+
+    def __init__(self, lane: _Lane, position: int) -> None:
+        self.lane = lane
+        self.position = position
+        self.task: Task | None = None
+        self.frame = b""
+        self.free, self.reader, self.seat = [True], [True], [True]
+        self.record: list[Any] = []
+        self.answer: list[Any] = []
+        self.bells: list[int] = []
+        self.marks: dict[str, object] = {}
+
+    # Its caller's thread.
+
+    def send(self, task: Task, frame: bytes) -> bool:
+        """Make the call; ``False`` if the turn is somebody else's, or the worker is gone."""
+        self.task, self.frame = task, frame
+        task.position = self.position
+        steps: _Steps = (self.free.pop, partial(self.lane.send, frame, NO_SIGPIPE))
+        try:
+            self.record.extend(map(_call, steps))
+        except (IndexError, OSError) as error:
+            if self.record == [True]:
+                self.marks["sent"] = False
+            let_handlers_pass(error)
+        return len(self.record) == 2 and self.marks.setdefault("sent", True) is True
+
+    def ask(self) -> None:
+        """Let the scheduler have the call: somebody asks for it in another way than `collect`."""
+        if not (self.lane.watched or "asked" in self.marks):
+            self.lane.turns.wake()
+            self.marks["asked"] = True
+
+    def collect(self, future: PoolFuture, timeout_s: float | None) -> None:
+        """Wait for the answer, and end the future by it.
+
+        It may also return because that is left to the scheduler, or the time is over.
+
+        Args:
+            future: The call's.
+            timeout_s: How long to wait.
+        """
+        turns = self.lane.turns
+        if self.lane.watched:
+            return
+        if turns.pid != os.getpid() or (timeout_s is not None and timeout_s < 2 * TICK_S):
+            return
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not (self.seat and turns.bells):
+            return
+        try:
+            self.seat.pop()
+            bell = turns.bells.pop()
+        except IndexError as error:
+            let_handlers_pass(error)
+            return
+        try:
+            # First this, then the look: the scheduler pops the reader, then it rings.
+            self.bells.append(bell)
+            if self._await(bell, deadline):
+                self._end(future)
+        finally:
+            turns.bells.append(bell)
+
+    def _await(self, bell: int, deadline: float | None) -> bool:
+        """Wait, and read the answer; ``False`` if somebody else does, or the time is over."""
+        poll = _poll()
+        poll.register(self.lane.fileno, _POLLIN)
+        poll.register(bell, _POLLIN)
+        arrived = [(self.lane.fileno, _POLLIN)]
+        while self.reader:
+            left_ms = _LOOK_MS if deadline is None else (deadline - time.monotonic()) * 1000
+            events = poll.poll(max(0, min(_LOOK_MS, left_ms)))
+            if events == arrived:
+                try:
+                    steps: _Steps = (self.reader.pop, self.lane.read)
+                    self.answer.extend(map(_call, steps))
+                except (IndexError, OSError) as error:
+                    if self.answer == [True]:
+                        self.answer.append(b"")  # nothing was read
+                        self.ask()
+                    let_handlers_pass(error)
+                    return False
+                return True
+            if (bell, _POLLIN) in events:
+                if self.reader:  # else the pool may have ended, and this be another's by now
+                    _silence(bell)  # it was meant for who had it before
+            elif events:  # the worker is gone
+                self.ask()
+                return False
+            elif left_ms <= 0:
+                return False
+        return False
+
+    def _end(self, future: PoolFuture) -> None:
+        """End the future by what was read, or leave that to the scheduler."""
+        lane, task = self.lane, self.task
+        assert task is not None
+        found = read_answer(self.answer[1], self.position)
+        if found is None or lane.turns.is_full(len(found[1])):
+            self.ask()
+            return
+        microseconds, pickled = found
+        try:
+            value = trusted.loads([pickled])
+        except Exception as error:  # noqa: BLE001 -- it is read again, where it may run any code
+            let_handlers_pass(error)
+            self.ask()
+            return
+        if not future.end_alone(value):
+            self.ask()  # it was cancelled, or somebody else waits for it as well
+            return
+        lane.spent = task.name, microseconds
+        after = Turn(lane, self.position + 1)
+        # Unless the scheduler has closed this lane; then the call is one of the ledger's.
+        if self.marks.setdefault("next", after) is after:
+            task.pickled = None
+            future.forget_turn()
+            lane.turn = after
+            lane.turns.idle.append(after)
+
+    # The scheduler's thread.
+
+    def last(self) -> Turn:
+        """Return the last turn of the lane, after which no other can follow any more."""
+        turn: Any = self
+        while (after := turn.marks.setdefault("next", None)) is not None:
+            turn = after
+        found: Turn = turn
+        return found
+
+    def is_mine(self) -> bool:
+        """Take this turn; ``False`` if a caller has it."""
+        try:
+            self.free.pop()
+        except IndexError:
+            return False
+        return True
+
+    def is_decided(self) -> bool:
+        """Tell whether it is known if the call was sent; wait a moment for who is sending it."""
+        return _soon(lambda: len(self.record) == 2 or "sent" in self.marks)
+
+    def has_begun(self) -> bool:
+        """Tell whether the worker has come to the call."""
+        board = self.lane.worker.board
+        return board is not None and board.claimed >= self.position
+
+    def rest(self) -> bytes:
+        """Return what could not be sent at once."""
+        return self.frame[self.record[1] :] if len(self.record) == 2 else b""
+
+    def take_answer(self) -> bytes | None:
+        """Take over the reading; return what was read, ``None`` if that cannot be told.
+
+        Who reads does so without waiting.
+        """
+        if self.lane.watched:
+            return b""
+        try:
+            self.reader.pop()
+        except IndexError:
+            if not _soon(lambda: len(self.answer) == 2):
+                return None
+            data: bytes = self.answer[1]
+            return data
+        return b""
+
+    def ring(self) -> None:
+        """Wake who waits for the answer."""
+        for bell in self.bells:
+            _ring(bell)
+
+
+class Turns:
+    """The lanes of one pool.
+
+    Args:
+        pack: Returns number and pickle of a call if a worker needs nothing else for it.
+        queued: What was brought to the scheduler, and not taken.
+        wake: Wakes its thread.
+        is_same_user: Tells whether the program has the user for whom workers were started.
+        settling: Told of calls that were ended here.
+        allowed: No option of the pool is against it.
+
+    Attributes:
+        idle: Turns that callers may take.
+        bells: Descriptors of eventfd(2): one for each thread that waits.
+        wanted: Lanes may be of use.
+        lanes: Those that there are.
+        worked: Ids of workers that were sent something here since the scheduler last looked.
+    """
+
+    def __init__(
+        self,
+        pack: Callable[[Worker, Task], tuple[int, bytes | memoryview] | None],
+        queued: Collection[object],
+        wake: Callable[[], None],
+        is_same_user: Callable[[], bool],
+        *,
+        settling: Settling,
+        allowed: bool,
+    ) -> None:
+        self.pid = os.getpid()
+        self.wake = wake
+        self.idle: deque[Turn] = deque()
+        self.bells: deque[int] = deque()
+        self.worked: set[int] = set()
+        self._pack = pack
+        self._settling = settling
+        self._queued = queued
+        self._is_same_user = is_same_user
+        self._allowed = allowed and _HAS_BELLS and _poll is not None
+        # Whether calls came that could have used a lane, and how large their results were.
+        self.wanted = self._asked = False
+        self._arrived_bytes = 0
+        # The scheduler's thread only.
+        self.lanes: list[_Lane] = []
+        self._made: list[int] = []
+        self._until = self._watched_until = 0.0
+        # Calls in a row whose answers were asked for otherwise.
+        self._missed = 0
+
+    # Any thread.
+
+    def call(self, task: Task) -> bool:
+        """Send a call to an idle worker; ``False`` if it is to be queued."""
+        if not self.idle:
+            if self._allowed and not ((self._asked and self.wanted) or runs_a_loop()):
+                self._asked = self.wanted = True
+            return False
+        self._asked = True
+        if (
+            self._queued
+            or task.pickled is not None
+            or task.policy.timeout_s is not None
+            # It is back with its next call before there are lanes again.
+            or runs_a_loop()
+        ):
+            return False
+        try:
+            turn = self.idle.pop()
+        except IndexError as error:
+            let_handlers_pass(error)
+            return False
+        packed = self._pack(turn.lane.worker, task)
+        if packed is None or len(packed[1]) > _MOST_BYTES or not self._is_same_user():
+            return False
+        future = task.future
+        frame = call_frame(turn.position, *packed)
+        future.begin_alone(turn)
+        if not turn.send(task, frame):
+            future.forget_turn()
+            future.wait_again()
+            return False
+        task.call = None
+        if turn.record[1] < len(frame):
+            self.wake()
+        return True
+
+    def is_full(self, size_bytes: int) -> bool:
+        """Tell whether the scheduler is to look at the memory that is left for results."""
+        if size_bytes >= _COUNTED_BYTES:
+            self._arrived_bytes += size_bytes
+        return self._arrived_bytes > _ARRIVED_BYTES
+
+    # The scheduler's thread.
+
+    def park(self, staff: Staff, lend: Callable[[int], Sequence[Any]]) -> bool:
+        """Make lanes for some workers, if they may be of use; return whether it did.
+
+        Args:
+            staff: All workers.
+            lend: The core's.
+        """
+        now = time.monotonic()
+        if self._asked:
+            self._asked, self._until = False, now + _WARM_S
+        if self._missed >= _MOST_MISSED:
+            self._missed, self._watched_until = 0, now + _WARM_S
+        self.wanted = self._asked or now < self._until
+        if not self.wanted:
+            return False
+        watched = now < self._watched_until
+        idle: list[Worker] = [one for one in lend(time.monotonic_ns()) if one.is_plain]
+        del idle[_MOST_LANES:]
+        if not (watched or self._make_bells(len(idle))):
+            return False
+        for worker in idle:
+            if not watched:
+                staff.look_away(worker)
+            worker.lane = lane = _Lane(self, worker, watched=watched)
+            self.lanes.append(lane)
+        # The last is taken first: the worker that the scheduler would take, too.
+        self.idle.extend(lane.turn for lane in reversed(self.lanes))
+        return bool(idle)
+
+    def _make_bells(self, count: int) -> bool:
+        try:
+            while len(self.bells) < count and len(self._made) < count + _MOST_LOST:
+                bell = _make_bell()
+                self._made.append(bell)
+                self.bells.append(bell)
+        except OSError:
+            return False  # no descriptor is left
+        return True
+
+    def awake(self, staff: Staff, tell: Callable[[Turned], None]) -> Sequence[Worker]:
+        """Take the lanes back: no caller sends anything from now on. Twice is once.
+
+        Args:
+            staff: The workers.
+            tell: Told of what was done by each lane.
+
+        Returns:
+            Workers with a call under way, which has become one of their ledger.
+        """
+        lanes, self.lanes = self.lanes, []
+        self.idle.clear()
+        arrived_bytes, self._arrived_bytes = self._arrived_bytes, 0
+        self._settling.arrived(arrived_bytes)
+        found = [(lane, self._close(staff, lane)) for lane in lanes]
+        for lane, call in found:
+            lane.worker.lane = None
+            if lane.done or call is not None:
+                tell(Turned(lane.worker, lane.done, lane.spent, call))
+        return [lane.worker for lane, call in found if call is not None and not lane.watched]
+
+    def _close(self, staff: Staff, lane: _Lane) -> Task | None:
+        """Take a lane back; return the call that is under way, which the ledger gets."""
+        worker = lane.worker
+        turn = lane.turn = lane.turn.last()
+        if not lane.watched:
+            staff.look_again(worker)
+        if lane.done:
+            self._missed = 0
+            self._was_used(worker)
+        if turn.is_mine():
+            return None
+        self._was_used(worker)
+        self._missed = self._missed + 1 if "asked" in turn.marks else 0
+        if not turn.is_decided():
+            # Its caller's thread is kept in the middle of that by others, or by a finalizer.
+            # First nothing more can begin there, then it is looked at what has.
+            self._kill(staff, worker)
+            turn.marks.setdefault("sent", turn.has_begun())
+        if turn.marks.get("sent", True) is not True:
+            if worker.deadline is None:
+                staff.send_no_more(worker)
+            return None
+        task = turn.task
+        assert task is not None
+        read = turn.take_answer()
+        if read is None:
+            self._kill(staff, worker)
+        else:
+            worker.channel.feed(read)
+        task.future.forget_turn()
+        turn.ring()
+        if rest := turn.rest():
+            staff.send(worker, [rest])
+        return task
+
+    def _kill(self, staff: Staff, worker: Worker) -> None:
+        worker.end(_KILL)
+        worker.wait(_MOMENT_S)
+        staff.send_no_more(worker)
+
+    def _was_used(self, worker: Worker) -> None:
+        self.worked.add(worker.pid)
+        self._until = time.monotonic() + _WARM_S
+
+    def descriptors(self) -> list[int]:
+        """Return what a forked worker must not keep. From any thread."""
+        return [*self._made]
+
+    def close(self) -> None:
+        """Give back every descriptor. Whoever waits has been rung for."""
+        self._allowed = False
+        self.bells.clear()
+        made, self._made = self._made, []
+        for bell in made:
+            os.close(bell)
+
+
+def runs_a_loop() -> bool:
+    """Tell whether this thread runs an event loop of asyncio's."""
+    events = sys.modules.get("asyncio.events")
+    running = getattr(events, "_get_running_loop", None)
+    return running is not None and running() is not None
+
+
+def _soon(is_true: Callable[[], bool]) -> bool:
+    """Tell whether something is true within a moment."""
+    until = time.monotonic() + _MOMENT_S
+    while not is_true():
+        if time.monotonic() > until:
+            return is_true()
+        time.sleep(_MOMENT_LOOK_S)
+    return True
+
+
+if sys.platform == "linux":
+    # Not of every C library.
+    _HAS_BELLS = hasattr(os, "eventfd")
+
+    def _make_bell() -> int:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def _ring(bell: int) -> None:
+        try:
+            os.eventfd_write(bell, 1)
+        except OSError:  # it was rung often enough
+            pass
+
+    def _silence(bell: int) -> None:
+        try:
+            os.eventfd_read(bell)
+        except OSError as error:  # by another thread
+            let_handlers_pass(error)
+
+else:
+    _HAS_BELLS = False
+
+    def _make_bell() -> int:
+        raise NotImplementedError
+
+    def _ring(_bell: int) -> None: ...
+
+    def _silence(_bell: int) -> None: ...

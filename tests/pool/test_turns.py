@@ -1,0 +1,497 @@
+"""Calls that their callers send and read themselves, while the scheduler's thread sleeps.
+
+Nothing is lost and nothing runs twice, whoever comes in between: a handler before any instruction
+(a trace function stands for it, as in ``test_signals``), the scheduler, another thread, a death.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import os
+import pickle
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import support_tasks as tasks
+from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
+
+from safepool import ProcessPool, WorkerDiedError
+from safepool.pool import turns
+from safepool.transport.channel import NO_SIGPIPE, Channel
+from safepool.transport.frames import Kind
+from safepool.workers.messages import answer_frame, call_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from safepool.pool.turns import Turn
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs eventfd(2) and the board")
+
+PATIENCE_S = 60
+
+
+# One turn between a caller and the scheduler, without a pool.
+
+
+class Table:
+    """A lane whose worker is the other end of a socket pair."""
+
+    def __init__(self) -> None:
+        ours, self.theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.channel = Channel(ours)
+        worker: Any = SimpleNamespace(
+            channel=self.channel, ledger=SimpleNamespace(last=6), lane=None
+        )
+        self.woken = 0
+        self.turns = turns.Turns(
+            lambda *_: None, [], self._wake, lambda: True, settling=Any, allowed=True
+        )
+        self.turns._make_bells(1)
+        self.lane = turns._Lane(self.turns, worker)
+        self.turn = self.lane.turn
+        self.future = concurrent.futures.Future[Any]()
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def send(self, turn: Turn) -> bool:
+        task: Any = SimpleNamespace(name="f", pickled=None, call=None, position=0)
+        return turn.send(task, call_frame(turn.position, 1, b"call"))
+
+    def close(self) -> None:
+        self.turns.close()
+        self.channel.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def table() -> Iterator[Table]:
+    table = Table()
+    yield table
+    table.close()
+
+
+def test_a_turn_that_the_scheduler_has_closed_sends_nothing(table: Table) -> None:
+    assert table.turn.last().is_mine()
+
+    assert not table.send(table.turn)
+
+    table.theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        table.theirs.recv(1)
+
+
+def test_a_call_that_was_sent_is_found_by_the_scheduler_with_what_was_read(table: Table) -> None:
+    assert table.send(table.turn)
+    assert table.turn.position == 7
+    table.theirs.send(b"answer")
+    table.turn.answer.extend(map(turns._call, (table.turn.reader.pop, table.lane.read)))
+
+    last = table.turn.last()
+
+    assert last is table.turn
+    assert not last.is_mine()
+    assert last.is_decided()
+    assert last.marks == {"next": None, "sent": True}
+    assert last.rest() == b""
+    assert last.take_answer() == b"answer"
+
+
+def test_a_call_that_nobody_reads_is_read_by_the_scheduler(table: Table) -> None:
+    table.send(table.turn)
+
+    assert table.turn.last().take_answer() == b""
+
+    assert not table.turn._await(table.turns.bells[0], None)
+
+
+def test_a_call_to_a_worker_that_is_gone_is_its_callers(table: Table) -> None:
+    table.theirs.close()
+
+    assert not table.send(table.turn)
+
+    assert not table.turn.is_mine()
+    assert table.turn.is_decided()
+    assert table.turn.marks == {"sent": False}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        answer_frame(7, 1, Kind.EXCEPTION, b"error"),
+        answer_frame(8, 1, Kind.RESULT, b"\x80\x05N."),
+        answer_frame(7, 1, Kind.RESULT, b"\x80\x05N.")[:-1],
+        answer_frame(7, 1, Kind.RESULT, b"\x80\x05N.") * 2,
+        answer_frame(7, 1, Kind.RESULT, b"no pickle"),
+        answer_frame(7, 1, Kind.RESULT, pickle.dumps(os.system, 5)),
+        b"",
+    ],
+    ids=["exception", "position", "cut off", "two", "unreadable", "untrusted", "nothing"],
+)
+def test_what_is_no_plain_answer_is_left_to_the_scheduler(table: Table, answer: bytes) -> None:
+    table.send(table.turn)
+    table.turn.answer = [True, answer]
+
+    table.turn._end(table.future)  # type: ignore[arg-type]
+
+    assert table.woken == 1
+    assert not table.future.done()
+    assert "next" not in table.turn.marks
+
+
+def test_who_waits_is_woken_when_the_scheduler_takes_over(table: Table) -> None:
+    table.send(table.turn)
+    found: list[bool] = []
+    bell = table.turns.bells[0]
+    table.turn.bells.append(bell)
+    thread = threading.Thread(target=lambda: found.append(table.turn._await(bell, None)))
+    thread.start()
+
+    table.turn.take_answer()
+    table.turn.ring()
+
+    thread.join(PATIENCE_S)
+    assert found == [False]
+
+
+# A pool.
+
+
+def warmed() -> ProcessPool:
+    """Return a pool whose worker knows the functions that are called here."""
+    pool = ProcessPool(1)
+    for function in (abs, tasks.note_order, tasks.sleep_and_return, tasks.zeros):
+        pool.submit(function, 0).result(timeout=PATIENCE_S)
+    return pool
+
+
+def await_a_turn(pool: ProcessPool) -> None:
+    """Return when a caller may send a call itself; calls make it so."""
+    until = time.monotonic() + PATIENCE_S
+    while not pool._scheduler._turns.idle:
+        assert time.monotonic() < until
+        pool.submit(abs, -1).result(timeout=PATIENCE_S)
+        time.sleep(0.001)
+
+
+def submit_alone(pool: ProcessPool, *call: Any) -> Any:
+    """Submit until the call was sent by this thread: return its future."""
+    while True:
+        await_a_turn(pool)
+        future = pool.submit(*call)
+        if "_turn" in vars(future):
+            return future
+        future.result(timeout=PATIENCE_S)
+
+
+def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One send, one poll, one receive; the scheduler's thread sleeps; one wake-up here."""
+    steps: list[object] = []
+    polls = itertools.count()
+    woken = itertools.count()
+
+    def poll() -> Any:
+        next(polls)
+        return _poll()
+
+    def call(step: Callable[[], object]) -> object:
+        steps.append(step)
+        return _call(step)
+
+    _poll, _call = turns._poll, turns._call
+    with warmed() as pool:
+        submit_alone(pool, abs, -1).result(timeout=PATIENCE_S)
+        wake = pool._scheduler._turns.wake
+        monkeypatch.setattr(turns, "_poll", poll)
+        monkeypatch.setattr(turns, "_call", call)
+        monkeypatch.setattr(pool._scheduler._turns, "wake", lambda: next(woken) and wake())
+        # A tick of the scheduler's may fall into one; not into each of many.
+        for _ in range(100):
+            steps.clear()
+            begun = next(polls), next(woken)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+            await_a_turn(pool)
+            future = pool.submit(abs, -1)
+            value = future.result(timeout=PATIENCE_S)
+            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+            assert value == 1
+            counted = next(polls) - begun[0] - 1, next(woken) - begun[1] - 1, len(steps)
+            if counted == (1, 0, 4) and switches <= 1:
+                break
+        else:
+            pytest.fail("no call went the shortest way")
+
+
+def _in_time(future: Any, timeout_s: float) -> None:
+    try:
+        future.result(timeout=timeout_s)
+    except TimeoutError:
+        pass
+
+
+def _called(future: Any) -> None:
+    called = threading.Event()
+    future.add_done_callback(lambda _: called.set())
+    assert called.wait(PATIENCE_S)
+
+
+def _until(is_true: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.0005)
+
+
+def _in_threads(future: Any) -> None:
+    threads = [threading.Thread(target=future.result, args=(PATIENCE_S,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+# What else may be done with a future whose call the scheduler does not know yet.
+ASKED: dict[str, Callable[[Any], object]] = {
+    "result": lambda future: future.result(timeout=PATIENCE_S),
+    "result, at once": lambda future: _in_time(future, 0.0),
+    "result, soon": lambda future: _in_time(future, 0.11),
+    "exception": lambda future: future.exception(timeout=PATIENCE_S),
+    "wait": lambda future: concurrent.futures.wait([future], timeout=PATIENCE_S),
+    "as_completed": lambda future: [*concurrent.futures.as_completed([future], PATIENCE_S)],
+    "callback": _called,
+    "done": lambda future: _until(future.done),
+    "running": lambda future: _until(lambda: not future.running()),
+    "repr": lambda future: _until(lambda: "finished" in repr(future)),
+    "cancel": lambda future: future.cancel(),
+    "two threads": _in_threads,
+    "nothing": lambda _: None,
+}
+
+
+def test_a_future_is_asked_in_any_way() -> None:
+    with warmed() as pool:
+        for (name, ask), seconds in itertools.product(ASKED.items(), (0.0, 0.002, 0.06)):
+            future = submit_alone(pool, tasks.sleep_and_return, seconds, name)
+            ask(future)
+            assert future.result(timeout=PATIENCE_S) == name
+            assert pool.submit(abs, -2).result(timeout=PATIENCE_S) == 2
+        (worker,) = pool.workers()
+        assert worker.state == "idle"
+
+
+def test_the_scheduler_reads_the_answers_of_those_who_wait_otherwise() -> None:
+    with warmed() as pool:
+        until, found = time.monotonic() + PATIENCE_S, 0
+        while found < 3:
+            assert time.monotonic() < until
+            future = pool.submit(abs, -1)
+            turn = vars(future).get("_turn")
+            found += turn is not None and turn.lane.watched
+            # Also one that then waits for it here.
+            ask = ASKED["result" if found == 2 else "wait"]
+            ask(future)
+            assert future.result(timeout=0) == 1
+
+
+@pytest.mark.parametrize("size", [100, 2000, 15_000, 40_000, 500_000, 3_000_000])
+def test_answers_of_any_size_arrive(size: int) -> None:
+    """Also in pieces, or in a file: then the scheduler gets what its caller has read of them."""
+    with warmed() as pool:
+        for _ in range(3):
+            future = submit_alone(pool, tasks.sleep_and_return, 0.0, b"x" * 10)
+            assert future.result(timeout=PATIENCE_S) == b"x" * 10
+            assert pool.submit(bytes, size).result(timeout=PATIENCE_S) == bytes(size)
+            future = submit_alone(pool, tasks.zeros, size)
+            assert future.result(timeout=PATIENCE_S) == bytes(size)
+
+
+def test_what_a_worker_does_is_said_though_the_scheduler_does_not_know() -> None:
+    with warmed() as pool:
+        await_a_turn(pool)
+        (before,) = pool.workers()
+        for _ in range(5):
+            pool.submit(abs, -1).result(timeout=PATIENCE_S)
+        (after,) = pool.workers()
+        assert after.tasks_done == before.tasks_done + 5
+        future = submit_alone(pool, tasks.sleep_and_return, 0.2)
+        _until(lambda: pool.workers()[0].task == "support_tasks.sleep_and_return")
+        future.result(timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("handler", ["raises", "submits", "waits"])
+@pytest.mark.parametrize("call", ["submit", "result"])
+def test_a_handler_comes_before_any_instruction(call: str, handler: str) -> None:
+    """Each call that was begun has run once, each that was submitted has ended."""
+    numbers = itertools.count()
+    kept: list[Any] = []
+
+    def handle(pool: ProcessPool) -> None:
+        if handler == "raises":
+            raise Interrupt
+        kept.append((number := next(numbers), pool.submit(tasks.note_order, number)))
+        if handler == "waits":
+            kept[-1][1].result(timeout=PATIENCE_S)
+
+    with ProcessPool(1) as pool:
+        pool.submit(tasks.remember_order).result(timeout=PATIENCE_S)
+        pool.submit(tasks.note_order, -1).result(timeout=PATIENCE_S)
+        alone = missed = 0
+        for place in places(5):
+            number = next(numbers)
+            if call == "submit":
+                await_a_turn(pool)
+                act = partial(_keep, kept, pool, number)
+            else:
+                future = submit_alone(pool, tasks.note_order, number)
+                alone += 1
+                kept.append((number, future))
+                act = partial(future.result, PATIENCE_S)
+            # The scheduler may have been faster, and 3.14 does not tell of all instructions.
+            missed = 0 if interrupted_at(place, act, partial(handle, pool)) else missed + 1
+            if missed == 8:
+                break
+            assert pool.submit(abs, -3).result(timeout=PATIENCE_S) == 3
+        for number, future in kept:
+            assert future.result(timeout=PATIENCE_S) == number
+        begun = [n for n in pool.submit(tasks.order).result(timeout=PATIENCE_S) if n >= 0]
+    assert len(begun) == len(set(begun))
+    assert {number for number, _ in kept} <= set(begun)
+    assert call == "submit" or alone > 8
+
+
+def _keep(kept: list[Any], pool: ProcessPool, number: int) -> None:
+    kept.append((number, pool.submit(tasks.note_order, number)))
+
+
+def test_real_interrupts_in_bursts() -> None:
+    """Two in a row: one may come in what the other has left to be done."""
+    left: list[bool] = []
+
+    def ring(*_: object) -> None:
+        if left:
+            left.pop()
+            raise Interrupt
+
+    def go_on(pool: ProcessPool) -> None:
+        while left:
+            futures.append(pool.submit(abs, -5))
+            futures[-1].result(timeout=PATIENCE_S)
+
+    before = signal.signal(signal.SIGALRM, ring)
+    futures: list[Any] = []
+    try:
+        with warmed() as pool, others_uncollected():
+            for number in range(150):
+                try:
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, 0.0001 + number * 1e-5, 0.00005)
+                        left.extend([True, True])
+                        go_on(pool)
+                    except Interrupt:
+                        go_on(pool)
+                except Interrupt:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            assert [future.result(timeout=PATIENCE_S) for future in futures] == [5] * len(futures)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_worker_dies_under_a_call_that_the_scheduler_does_not_know(waits: bool) -> None:
+    with warmed() as pool:
+        future = submit_alone(pool, tasks.sleep_and_return, 60.0)
+        _until(lambda: pool.workers()[0].task is not None)
+        (worker,) = pool.workers()
+        timer = threading.Thread(target=os.kill, args=(worker.pid, signal.SIGKILL))
+        if waits:
+            threading.Timer(0.005, timer.start).start()
+        else:
+            timer.start()
+        with pytest.raises(WorkerDiedError):
+            future.result(timeout=PATIENCE_S)
+        _until(lambda: timer.ident is not None)
+        timer.join(PATIENCE_S)
+        assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+
+
+def test_a_worker_that_has_died_is_sent_nothing_that_is_lost() -> None:
+    """The caller may find out before the scheduler does: the call goes to the next worker."""
+    with warmed() as pool:
+        for _ in range(20):
+            await_a_turn(pool)
+            (worker,) = pool.workers()
+            os.kill(worker.pid, signal.SIGKILL)
+            try:
+                assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+            except WorkerDiedError:
+                pass  # it had begun
+            assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+
+
+def test_a_call_is_killed_that_the_scheduler_does_not_know() -> None:
+    with warmed() as pool:
+        future = submit_alone(pool, tasks.sleep_and_return, 60.0)
+        assert pool.cancel(future, kill=True)
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(timeout=PATIENCE_S)
+        assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+
+
+def test_a_stopped_worker_keeps_nobody_else() -> None:
+    with ProcessPool(2) as pool:
+        pool.submit(tasks.sleep_and_return, 0.0).result(timeout=PATIENCE_S)
+        pool.submit(abs, -1).result(timeout=PATIENCE_S)
+        future = submit_alone(pool, tasks.sleep_and_return, 0.01, 5)
+        pid = vars(future)["_turn"].lane.worker.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert future.result(timeout=PATIENCE_S) == 5
+
+
+# A fork of a program with threads.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_of_the_program_reads_no_answer_of_it() -> None:
+    with warmed() as pool:
+        await_a_turn(pool)
+        future = submit_alone(pool, tasks.sleep_and_return, 0.01, 5)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                vars(future)["_turn"].collect(future, None)
+                pool.submit(abs, -1)
+            except RuntimeError:
+                code = 0
+            finally:
+                os._exit(code)
+        assert future.result(timeout=PATIENCE_S) == 5
+        assert os.waitpid(child, 0)[1] == 0
+        assert pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+
+
+def test_a_pool_that_is_shut_down_finishes_what_it_does_not_know_yet() -> None:
+    pool = warmed()
+    future = submit_alone(pool, tasks.sleep_and_return, 0.01, 5)
+    pool.shutdown()
+    assert future.result(timeout=0) == 5
+
+
+def test_frames_go_by_the_socket_as_they_are() -> None:
+    """`NO_SIGPIPE` is given with each: a program may have given SIGPIPE its default meaning."""
+    assert NO_SIGPIPE == socket.MSG_NOSIGNAL
