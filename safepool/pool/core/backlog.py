@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.work import Run
 
+    # What `take` is given.
+    _Offer = tuple[Callable[[str, int], int], Callable[[str], int], int, int]
+
 __all__ = ["Backlog"]
 
 # Entries whose calls are counted; a look at more would hold up whoever submits.
@@ -130,22 +133,23 @@ class Backlog:
         """
         if self._held:
             self._let_go()
+        offer = room, expected_ns, among, most
         while self._entries and most > 0:
             head = self._entries[0]
             if isinstance(head, Call):
-                return self._take_tasks(room, expected_ns, among, most)
+                return self._take_tasks(offer)
             if isinstance(head, Span):
                 if head.run.dropped:
                     self._entries.popleft()
                     continue
-                return self._take_span(head, room, expected_ns, among, most)
+                return self._take_span(head, offer)
             if head.stopped or not head.waiting:
                 head.queued = False
                 self._entries.popleft()
                 continue
             if self.holds and self._hold(head):
                 continue
-            return self._cut(head, room, expected_ns, among, most)
+            return self._cut(head, offer)
         return []
 
     def _hold(self, run: Run) -> bool:
@@ -166,13 +170,8 @@ class Backlog:
                 self._entries.appendleft(run)
         self._held = [run for run in self._held if run.held]
 
-    def _take_tasks(
-        self,
-        room: Callable[[str, int], int],
-        expected_ns: Callable[[str], int],
-        among: int,
-        most: int,
-    ) -> list[Call]:
+    def _take_tasks(self, offer: _Offer) -> list[Call]:
+        room, expected_ns, among, most = offer
         entries = self._entries
         taken: list[Any] = []
         left = min(most, -(-len(entries) // among))
@@ -192,14 +191,8 @@ class Backlog:
             left -= 1
         return taken
 
-    def _take_span(
-        self,
-        span: Span,
-        room: Callable[[str, int], int],
-        expected_ns: Callable[[str], int],
-        among: int,
-        most: int,
-    ) -> Span | list[Any]:
+    def _take_span(self, span: Span, offer: _Offer) -> Span | list[Any]:
+        room, expected_ns, among, most = offer
         # Divided when little is left behind it as well: halves of halves would be many messages.
         waiting = self.at_most(span.count * among)
         many = min(room(span.name, 0), -(-waiting // among))
@@ -214,14 +207,8 @@ class Backlog:
             self._entries.appendleft(span.split(many))
         return span
 
-    def _cut(
-        self,
-        run: Run,
-        room: Callable[[str, int], int],
-        expected_ns: Callable[[str], int],
-        among: int,
-        most: int,
-    ) -> Span | list[Any]:
+    def _cut(self, run: Run, offer: _Offer) -> Span | list[Any]:
+        room, expected_ns, among, most = offer
         many = room(run.name, 0)
         if many <= 0:
             return []
