@@ -9,7 +9,7 @@ from safepool.pool.core.machine import Core
 
 THREE = {"a": "", "b": "", "c": ""}
 
-# As in test_core.py. A minute each at the most.
+# As in test_core.py. A minute of CPU time each at the most.
 SCENARIOS: dict[str, Scenario] = {
     "the pool shrinks, and a worker dies": Scenario(
         THREE, unread=2, retries=1, budget={"resize": 1, "die": 1}
@@ -25,6 +25,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
     assert explore(Core, SCENARIOS[name]) > 1000
