@@ -347,7 +347,7 @@ class Hands:
             if job in self._active:
                 self._active.remove(job)
             job.finish()
-        if more:
+        if more and self._waiting:
             self.pump()
 
     def close(self, *, busy_too: bool = False) -> None:

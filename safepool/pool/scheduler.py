@@ -854,6 +854,8 @@ class Scheduler:
         packs, reads = self._dispatch.waits, self._settling.waits
         times = self._next_looks(packs, reads) if packs or reads else []
         waits, owes = bool(core.backlog), core.owes
+        if not (waits or owes or times or core.idle_ns is not None):
+            return None  # as after every lone task
         if owes or core.idle_ns is not None:
             look_ns = core.next_look(time.monotonic_ns())
             if look_ns is not None:

@@ -284,6 +284,8 @@ class FrameReader:
             # Nothing is kept here: who takes a frame may drop it while it waits for more.
             yield self._take() if frame is None else frame
             frame = None
+            if self.is_empty:
+                return
 
     def _direct(self) -> memoryview | None:
         index, filled = self._filled

@@ -228,8 +228,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a worker that has done its tasks stays": (
         "workers are replaced after two calls",
-        "if member.tasks_done > ",
-        "if member.tasks_done - 1 > ",
+        "member.tasks_done > most",
+        "member.tasks_done - 1 > most",
     ),
     "an earlier message is passed over": (
         "calls are cancelled",

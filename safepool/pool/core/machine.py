@@ -321,7 +321,10 @@ class Core:
             member.exclusive, member.unsent = event.exclusive, event.unsent
         if event.back:
             self._queue_again(event.back)
-        if event.full or not self.backlog:
+        if not self.backlog:
+            self._hungry.clear()
+            return
+        if event.full:
             self._hungry.clear()
         elif not (event.back and member.ledger.owed):
             self._hungry.append(member)
@@ -440,12 +443,14 @@ class Core:
 
     def _count(self, member: Member, settled: list[tuple[Given, int, int, int]]) -> None:
         member.exclusive = False
+        most = self._tasks_per_worker
         for work, _, calls, _ in settled:
             member.done += calls
-            member.tasks_done += work.tasks_in(calls)
+            if most is not None:
+                member.tasks_done += work.tasks_in(calls)
         member.claimed = max(member.claimed, member.next - 1)
         self._patience.was_of_use()
-        if member.tasks_done > (self._tasks_per_worker or sys.maxsize) - _ROUNDING:
+        if most is not None and member.tasks_done > most - _ROUNDING:
             self._move(member, Phase.RETIRING)
         if member.phase is Phase.RETIRING:
             self._stop_the_retired(member)
