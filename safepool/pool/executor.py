@@ -250,13 +250,10 @@ class ProcessPool(AwaitedCalls, _Standard):
         self._mp_context = find_context(mp_context, names, main, end_subprocesses=end_subprocesses)
         stands_for_forks = mp_context is None and not end_subprocesses and _stands_for_forks()
         if stands_for_forks and self._inherits and (shared := shared_with_forks()):
-            if max_tasks_per_child is None:
-                told = "workers are forked from this process, because nothing else can give them"
-                self._mp_context = find_context("fork")
-            else:
-                told = "workers have one of their own, since only a fork would have the program's"
+            self._mp_context = find_context("fork")
             tell_once(
-                f'{told} {shared}. To have clean workers, make it by get_context("spawn") of '
+                "workers are forked from this process, because nothing else can give them "
+                f'{shared}. To have clean workers, make it by get_context("spawn") of '
                 "multiprocessing, and hand it over by initializer= and initargs="
             )
         method = method_of(self._mp_context)
@@ -267,7 +264,7 @@ class ProcessPool(AwaitedCalls, _Standard):
             )
         load_own()
         if method.is_fork:
-            if max_tasks_per_child is not None:
+            if max_tasks_per_child is not None and not stands_for_forks:
                 raise ValueError(
                     "max_tasks_per_child is incompatible with the 'fork' multiprocessing start "
                     "method; supply a different mp_context."
@@ -297,7 +294,7 @@ class ProcessPool(AwaitedCalls, _Standard):
             placement=placement,
             own=self._own,
             main=main,
-            may_fork=stands_for_forks and max_tasks_per_child is None,
+            may_fork=stands_for_forks,
         )
         watches = stands_for_forks and self._inherits and not method.is_fork
         kind = WatchingScheduler if watches and max_tasks_per_child is None else Scheduler

@@ -432,13 +432,17 @@ def test_patch_reaches_a_module_that_a_pth_file_has_imported(tmp_path: Path) -> 
     )
     (folders[0] / "early.pth").write_text(f"import sys; sys.path[:0] = {sys.path!r}; {early}\n")
     code = (
-        "import concurrent.futures, joblib\n"
-        "print(concurrent.futures.ProcessPoolExecutor.__module__, joblib.parallel.DEFAULT_BACKEND)"
+        "import concurrent.futures, joblib, multiprocessing.pool\n"
+        "executor = concurrent.futures.ProcessPoolExecutor\n"
+        "print(executor.__module__, joblib.parallel.DEFAULT_BACKEND)\n"
+        "with multiprocessing.Pool(1) as pool: print(type(pool) is multiprocessing.pool.Pool)\n"
+        "print(type(pool).__module__)"
     )
 
     ended = safepool_run("--patch", "--", str(tmp_path / "env/bin/python"), "-c", code)
 
-    assert (ended.stdout, ended.stderr) == ("safepool.pool.executor safepool\n", "")
+    expected = "safepool.pool.executor safepool\nTrue\nsafepool.patched\n"
+    assert (ended.stdout, ended.stderr) == (expected, "")
 
 
 def test_patch_leaves_another_module_of_joblibs_name_alone(tmp_path: Path) -> None:

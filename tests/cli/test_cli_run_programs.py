@@ -306,7 +306,7 @@ if __name__ == "__main__":
         if kind == "in a class": value = Holder.value = m.Value("i", 0)
         if kind == "in a module": beside.shared = m.Value("i", 0)
         if kind == "at the top level": value = in_module
-        with m.Pool(1) as pool:
+        with m.Pool(1, maxtasksperchild=9) as pool:
             forked = pool.map(add, [7]) == [os.getpid()]
             pool.close()
             pool.join()
