@@ -20,6 +20,9 @@ from safepool.workers.server import EXIT_CODE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+# Where processes share the run there is a second thread; Python 3.15 raises after the fork.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork")
+
 
 @pytest.fixture
 def process() -> Iterator[ForkedProcess]:
