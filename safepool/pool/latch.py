@@ -5,8 +5,8 @@ runs in such a moment, and waits for the pool, waits for a thread that needs tha
 So nothing of the pool that callers wait for is a ``Condition`` or an ``Event``.
 
 Nor is it a lock, but a queue: where there is no GIL, a thread that waits for a lock yields its
-processor forty times before it sleeps, to everybody else who wants one. On a busy machine it gets
-the lock a tenth of a second late. A thread that waits for a queue sleeps at once.
+processor forty times before it sleeps (CPython, Python/lock.c), to everybody else who wants one.
+On a busy machine it gets the lock a tenth of a second late. Who waits for a queue sleeps at once.
 """
 
 from __future__ import annotations
