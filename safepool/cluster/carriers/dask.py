@@ -15,7 +15,7 @@ import asyncio
 import inspect
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.messages import Packet
@@ -28,6 +28,9 @@ __all__ = ["DaskCarrier", "is_client"]
 
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
+# More is sent ahead by ``Client.scatter``: frames that nobody on the way copies into messages.
+# An argument of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
+_LARGE_BYTES = 1 << 20
 _PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
 _GONE = frozenset({"closing", "closed"})
 
@@ -88,9 +91,17 @@ class DaskCarrier:
         return self._start(self._run(place, function, args))
 
     async def _run(self, place: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        sent: list[Any] = [*args]
+        held: list[Any] = []
         try:
+            for at, packet in enumerate(args):
+                if isinstance(packet, Packet) and packet.nbytes > _LARGE_BYTES:
+                    held += await self._client.scatter(
+                        [packet.plain()], workers=[place], hash=False
+                    )
+                    sent[at] = _Ahead(held[-1].key)
             # A worker that has ended is given up at once: no other has its address.
-            found = await self._client.run(safepool_call, function, *args, workers=[place])
+            found = await self._client.run(safepool_call, function, *sent, workers=[place])
         except (OSError, KeyError) as error:
             raise PlaceLostError(f"{type(error).__name__}: {error}") from error
         outcome, value = found[place]
@@ -107,7 +118,15 @@ class DaskCarrier:
             raise EngineGoneError(f"the Dask client is closed: {error}") from error
 
 
-async def safepool_call(function: Callable[..., Any], *args: Any) -> tuple[str, Any]:
+class _Ahead(NamedTuple):
+    """Stands for a packet that Dask has sent ahead, and keeps in the worker under this key."""
+
+    key: Any
+
+
+async def safepool_call(
+    function: Callable[..., Any], *args: Any, dask_worker: Any = None
+) -> tuple[str, Any]:
     """Call a function in a worker's event loop; return what has come of it, and what it was.
 
     What it raises is returned: Dask would write it into the worker's log. Segments of a packet are
@@ -117,7 +136,12 @@ async def safepool_call(function: Callable[..., Any], *args: Any) -> tuple[str, 
     if _quiet not in logger.filters:
         logger.addFilter(_quiet)
     try:
-        result = function(*args)
+        result = function(
+            *(
+                Packet(*dask_worker.data[one.key]) if isinstance(one, _Ahead) else one
+                for one in args
+            )
+        )
         if inspect.isawaitable(result):
             result = await result
     except Exception as error:  # noqa: BLE001 -- for the caller
