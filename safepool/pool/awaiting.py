@@ -270,7 +270,9 @@ class AwaitedCalls:
             chunksize: As for :meth:`map`.
             buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
                 takes all of them at once from what says its length, and otherwise as many tasks
-                as hold 1,024 items: the code of an iterator runs in the loop's thread.
+                as hold 1,024 items: the code of an iterator runs in the loop's thread. Of an
+                asynchronous iterable as many again may be taken while results that have arrived
+                together are handed over.
             progress: As for :meth:`map`.
             ordered: As for :meth:`map`.
             return_exceptions: As for :meth:`map`.
