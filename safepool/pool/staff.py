@@ -195,6 +195,27 @@ class Staff:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
             if worker.sentinel is None and worker.channel.fileno() < 0:
                 self._bury(worker)
+        events = self._selector.select(self._until_a_look(timeout_s))
+        others = awake()
+        for key, _ in events:
+            found: Worker | None = key.data
+            if found is None:
+                self._wake_receiver.recv(4096)
+            elif found in self._lost:
+                self._part_with(found)
+            elif found not in self._all:  # not by its number, which another may have by now
+                pass  # ended by an earlier event of the same round
+            elif key.fd == found.sentinel:
+                yield from self._see_off(found)
+            else:
+                yield from self._read(found)
+        for worker in others:
+            if worker.channel.fileno() >= 0:
+                yield from self._read(worker)
+        self._end_the_late()
+
+    def _until_a_look(self, timeout_s: float | None) -> float | None:
+        """Return how long to wait at most, for those who end late or were left behind."""
         deadlines = [worker.deadline for worker in self._all if worker.deadline is not None]
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
@@ -202,28 +223,7 @@ class Staff:
         if self._orphans:
             self._orphans = bury(self._orphans)
             timeout_s = _ORPHANS_LOOK_S if timeout_s is None else min(timeout_s, _ORPHANS_LOOK_S)
-        events = self._selector.select(timeout_s)
-        others = awake()
-        for key, _ in events:
-            found: Worker | None = key.data
-            if found is None:
-                self._wake_receiver.recv(4096)
-            else:
-                yield from self._hear(found, key.fd)
-        for worker in others:
-            if worker.channel.fileno() >= 0:
-                yield from self._hear(worker, worker.channel.fileno())
-        self._end_the_late()
-
-    def _hear(self, worker: Worker, descriptor: int) -> Iterator[tuple[Worker, Frame]]:
-        if worker in self._lost:
-            self._part_with(worker)
-        elif worker not in self._all:  # not by its number, which another may have by now
-            pass  # ended by an earlier event of the same round
-        elif descriptor == worker.sentinel:
-            yield from self._see_off(worker)
-        else:
-            yield from self._read(worker)
+        return timeout_s
 
     def stop(self, worker: Worker) -> None:
         """Tell a worker to end when it has done what it was sent."""

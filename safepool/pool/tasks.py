@@ -113,9 +113,11 @@ class PoolFuture(Future[Any]):
         make = _MADE_WHEN_ASKED.get(name)
         if make is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        made = self.__dict__.setdefault(name, make())
-        self._ask()
-        if name == "_condition" and "_verdict" in self.__dict__:
+        facts = self.__dict__
+        made = facts.setdefault(name, make())
+        if "_turn" in facts:
+            self._ask()
+        if name == "_condition" and "_verdict" in facts:
             self.tell()  # one that has ended by `end_alone`
         return made
 
@@ -132,7 +134,8 @@ class PoolFuture(Future[Any]):
         claim = facts.get("_claim")
         if claim is None:
             return _base.PENDING
-        self._ask()
+        if "_turn" in facts:
+            self._ask()
         return _base.RUNNING if claim is _RUN else _base.CANCELLED
 
     @property
@@ -166,7 +169,8 @@ class PoolFuture(Future[Any]):
 
     def done(self) -> bool:
         """Return whether it has ended, or was cancelled."""
-        self._ask()
+        if "_turn" in self.__dict__:
+            self._ask()
         return self._outcome() is not None
 
     def has_ended(self) -> bool:
