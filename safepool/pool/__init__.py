@@ -9,6 +9,7 @@ What people hand over, in the order in which it goes through the modules:
     core                what waits, who gets it, what is owed, lost, run again: pure
     dispatch            work -> messages; `functions`, `names`, `settings`, `packing` bring what
                         a worker lacks; `hands` run the program's code beside the scheduler
+    size                how many workers there may be
     hiring, staff       workers: started, listened to, seen to their end; `worker` is one of them
     settling            answers -> results
     records, watch      log records of workers; who wants to look at them

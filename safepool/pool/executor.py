@@ -23,6 +23,7 @@ from safepool.pool.listener import Listener
 from safepool.pool.mapping import Coming, MapRun, end_failed
 from safepool.pool.memory import MemoryWatch
 from safepool.pool.scheduler import Scheduler
+from safepool.pool.size import Size
 from safepool.pool.tasks import name_of
 from safepool.pool.variables import Variables, devices_of
 from safepool.pool.watch import Stacks, look_at
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from safepool.budget import Rounding
     from safepool.errors import PoolBrokenError
-    from safepool.limits import Limits
     from safepool.pool.tracing.trace import Trace
     from safepool.pool.watch import WorkerInfo
 
@@ -296,10 +296,16 @@ class ProcessPool(AwaitedCalls, _Standard):
             main=main,
             may_fork=stands_for_forks,
         )
+        listener = Listener() if trace is None else _trace(trace)
         watches = stands_for_forks and self._inherits and not method.is_fork
         kind = WatchingScheduler if watches and max_tasks_per_child is None else Scheduler
         self._scheduler = kind(
-            workers=workers,
+            size=Size(
+                workers,
+                BudgetWatch(request, limits) if max_workers is None else None,
+                free_to_move=placement is None,
+                listener=listener,
+            ),
             hiring=hiring,
             tasks_per_worker=max_tasks_per_child,
             memory_per_worker=(
@@ -307,8 +313,7 @@ class ProcessPool(AwaitedCalls, _Standard):
             ),
             memory=None if memory_limit is None else MemoryWatch(parse_bytes(memory_limit)),
             break_on_death=on_worker_death == "break",
-            follow=None if max_workers is not None else _Follower(request, limits, placement),
-            listener=Listener() if trace is None else _trace(trace),
+            listener=listener,
         )
         self._stacks = Stacks()
         # The scheduler lives on until the submitted work is done; it must not keep the
@@ -327,7 +332,7 @@ class ProcessPool(AwaitedCalls, _Standard):
             ...     pool.size
             3
         """
-        return self._scheduler.size
+        return self._scheduler.size.now
 
     @property
     def _max_workers(self) -> int:
@@ -852,18 +857,3 @@ def _trace(path: str | os.PathLike[str]) -> Trace:
     from safepool.pool.tracing.trace import Trace  # noqa: PLC0415 -- seldom
 
     return Trace(path)
-
-
-class _Follower:
-    """Computes the number of workers again; it must not hold the pool."""
-
-    def __init__(self, request: Request, limits: Limits, placement: Placement | None) -> None:
-        self._watch = BudgetWatch(request, limits)
-        self._free_to_move = placement is None
-
-    def __call__(self, busy: list[int]) -> int:
-        budget = self._watch.read()
-        # One that is bound may wait for its own CPU beside idle ones, without any limit.
-        if self._free_to_move:
-            self._watch.look_for_hidden_limit(busy, budget)
-        return min(budget.workers, MOST_WORKERS)

@@ -142,14 +142,13 @@ if TYPE_CHECKING:
     from safepool.pool.hiring import Hiring
     from safepool.pool.mapping import Item, ResultIterator
     from safepool.pool.memory import MemoryWatch
+    from safepool.pool.size import Size
     from safepool.pool.worker import Worker
 
 __all__ = ["Scheduler"]
 
 _log = ContainedLogger()
 
-# Between two readings of the limits.
-_FOLLOW_S = 1.0
 # What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
 _KILLED = -9
 
@@ -191,37 +190,29 @@ class Scheduler:
     """Run tasks in worker processes; survive whatever they do.
 
     Args:
-        workers: The most worker processes at a time.
+        size: The most worker processes at a time.
         hiring: Starts them.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         memory: Looks at what workers hold while they run tasks; ``None`` limits that not.
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
-        follow: Called at most once a second while there is work, in the thread that starts
-            the workers, with the ids of those that have some; returns the most workers
-            from now on. ``None`` keeps the number.
         listener: Hears what happens. Closed with the pool.
     """
 
     def __init__(
         self,
         *,
-        workers: int,
+        size: Size,
         hiring: Hiring,
         tasks_per_worker: int | None,
         memory_per_worker: int | None = None,
         memory: MemoryWatch | None = None,
         break_on_death: bool = False,
-        follow: Callable[[list[int]], int] | None = None,
         listener: Listener,
     ) -> None:
-        # As many as fit, and what was said by hand.
-        self._fitting = workers
-        self._by_hand: int | None = None
+        self.size: Size = size
         self._listener = listener
-        self._follow = follow
-        self._follow_at = 0.0
-        self._core = Core(workers, tasks_per_worker, break_on_death=break_on_death)
+        self._core = Core(size.now, tasks_per_worker, break_on_death=break_on_death)
         self._handle = listener.of_events(self._core.handle)
         self._do = listener.of_actions(_DO)
         self._bring = listener.of_calls(self._bring_in)
@@ -257,8 +248,6 @@ class Scheduler:
         # The scheduler's thread only; all of it but the staff's wake().
         self._staff: Staff | None = None
         self._ended_runs: list[MapRun] = []
-        # Ids of workers that callers have sent something since the step before.
-        self._worked: set[int] = set()
         # Whose calls are to be ended.
         self._unwanted: list[PoolFuture | MapRun] = []
         self._callers = Teller("safepool-callbacks")
@@ -301,25 +290,12 @@ class Scheduler:
             self._hiring.hired.wait()
 
     @property
-    def size(self) -> int:
-        """The most workers at a time."""
-        return self._by_hand or self._fitting
-
-    @property
     def _forced(self) -> Force:
         return max(self._asked, key=_SHARPER.index) if self._asked else ""
 
     def resize(self, workers: int, *, level: int = logging.INFO) -> None:
-        """Keep at most so many workers from now on, and follow the limits no more.
-
-        Args:
-            workers: At least 1.
-            level: Of the line in the log.
-        """
-        before, self._by_hand = self.size, workers
-        if before != workers:
-            _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
-            self._listener.resized(before, workers, "by hand")
+        """Keep at most so many workers from now on, as :meth:`Size.keep`."""
+        self.size.keep(workers, level=level)
         self.wake()
 
     def staff_up(self) -> None:
@@ -721,27 +697,33 @@ class Scheduler:
         for whose in unwanted:
             self._end_calls(staff, whose)
         self._fill_up(staff)
-        core = self._core
-        self._worked = worked = self._turns.worked
+        core, size = self._core, self.size.now
+        worked = self._turns.worked
         if worked:
             self._turns.worked = set()
-        if worked or core.backlog or core.is_busy(self.size, staff.lost):
-            self._look_around(staff)
+        if worked or core.backlog or core.is_busy(size, staff.lost):
+            self._look_around(staff, worked)
+            size = self.size.now
         elif core.idle_ns is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return self._is_awaited if closing or self._forced else True
-        if core.idle_ns is not None or core.is_busy(self.size, staff.lost):
-            self._tell(staff, Step(self.size, staff.lost))
+        if core.idle_ns is not None or core.is_busy(size, staff.lost):
+            self._tell(staff, Step(size, staff.lost))
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
         return not closing or bool(core.backlog) or self._is_awaited or core.owes
 
-    def _look_around(self, staff: Staff) -> None:
-        """Look at what is outside of the pool, and changes while it has work."""
+    def _look_around(self, staff: Staff, worked: set[int]) -> None:
+        """Look at what is outside of the pool, and changes while it has work.
+
+        Args:
+            staff: All workers.
+            worked: Ids of those that callers have sent something since the step before.
+        """
         self._oom.look()
-        self._follow_the_limits(staff)
+        self.size.follow(staff, worked, more=bool(self._core.backlog))
         if self._memory is not None:
             for exceeded in self._memory.look(staff):
                 self._tell(staff, exceeded)
@@ -863,8 +845,8 @@ class Scheduler:
         if waits and self._hiring.not_before > now:
             times.append(self._hiring.not_before)
         if waits or owes:
-            if self._follow is not None and self._by_hand is None:
-                times.append(self._follow_at)
+            if (follow_at := self.size.next_look) is not None:
+                times.append(follow_at)
             if (look_at := self._oom.next_look) is not None:
                 times.append(look_at)
             if self._memory is not None and (look_at := self._memory.next_look(self.workers())):
@@ -882,26 +864,6 @@ class Scheduler:
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
-    def _follow_the_limits(self, staff: Staff) -> None:
-        follow, now = self._follow, time.monotonic()
-        if follow is None or self._by_hand is not None or now < self._follow_at:
-            return
-        busy = [worker.pid for worker in staff if worker.ledger.owed or worker.pid in self._worked]
-        if not (busy or self._core.backlog):
-            return
-        self._follow_at = now + _FOLLOW_S
-        try:
-            size = follow(busy)
-        except Exception:  # noqa: BLE001 -- a limit that cannot be read must not cost a pool
-            _log.exception("the limits could not be read again; the pool keeps its size")
-            self._follow = None
-            return
-        before, self._fitting = self._fitting, size
-        if before == size or self._by_hand is not None:
-            return
-        _log.info("the limits have changed: %d workers instead of %d", size, before)
-        self._listener.resized(before, size, "limits")
-
     # What the core is told, and wants done.
 
     def _tell(self, staff: Staff, event: Event) -> None:
@@ -916,7 +878,7 @@ class Scheduler:
                 todo += reversed(handle(answer, time.monotonic_ns()))
 
     def _hand_out(self, staff: Staff) -> None:
-        if not self._core.backlog and len(staff) <= self.size:
+        if not self._core.backlog and len(staff) <= self.size.now:
             return
         dispatch = self._dispatch
         told = not len(staff) or dispatch.telling.may_be_told()
@@ -976,7 +938,7 @@ class Scheduler:
         filled = self._filled
         if filled is None:
             return
-        missing = self.size - sum(not worker.leaving for worker in staff)
+        missing = self.size.now - sum(not worker.leaving for worker in staff)
         if missing > 0:
             self._hire(staff, Hire(missing, 0))
             if self._dispatch.waits and not self._forced:  # for the initializer
