@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support_processes import wait_until
 
 import safepool
 from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, shell
@@ -99,6 +100,10 @@ def test_why_a_node_is_not_used_is_in_the_error(
 ) -> None:
     answer, words = REFUSALS[name]
     pool = pool_of(Engine(greet=answer), no_nodes_timeout=0.05)
+    # First the refusal: on a slow machine the time could be over before it.
+    pool._shell.begin()
+    places: dict[str, Any] = vars(pool._shell._core)["_places"]
+    wait_until(lambda: "p" in places and places["p"].why)
     with pytest.raises(NoNodesError, match=words):
         pool.submit(abs, 1).result(30)
 
@@ -165,7 +170,8 @@ def short_lives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(agent, "_LOOK_S", 0.02)
     yield
     deadline = time.monotonic() + 30
-    while any(thread.name == "safepool-agent" for thread in threading.enumerate()):
+    # The agent's, and those of its pool.
+    while any(thread.name.startswith("safepool-") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
