@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from safepool import TaskTimeoutError, WorkerDiedError
+from safepool import MemoryExceeded, TaskTimeoutError, WorkerDiedError
 from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.policy import Policy
 from safepool.pool.tasks import PoolFuture, Task
@@ -15,6 +15,7 @@ from safepool.pool.tasks import PoolFuture, Task
 pytestmark = pytest.mark.unit
 
 OVER = TaskTimeoutError(7, 1.5, "module.f", "")
+TOO_MUCH = MemoryExceeded(limit_bytes=1 << 20, held_bytes=5 << 20, born_bytes=0, source="statm")
 
 
 def task() -> Task:
@@ -92,6 +93,12 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, set[str]]] = {
         "(sent by the pool)",
         {"died", "was_of_use"},
     ),
+    "for its memory": (
+        {"exceeded": TOO_MUCH, "by_pool": True, "lost": (FAILED,)},
+        "DEBUG",
+        "was killed by the pool for its memory",
+        {"died", "breaks", "was_of_use"},
+    ),
     "with the pool": (
         {"pool_ends": True, "dismissed": True, "by_pool": True, "lost": (FAILED,)},
         "DEBUG",
@@ -117,6 +124,14 @@ CALLS: dict[str, tuple[dict[str, Any], Lost, str, str, str]] = {
     "died": ({}, FAILED, "died", "WARNING", "while it ran module.f"),
     "on its way": ({}, SENT, "died", "WARNING", "before it began module.f"),
     "run again": ({}, AGAIN, "retried", "WARNING", "while it ran module.f, which is run again"),
+    "with too much": ({"exceeded": TOO_MUCH}, FAILED, "died", "WARNING", "it held 5 MiB, and"),
+    "run again after too much": (
+        {"exceeded": TOO_MUCH},
+        AGAIN,
+        "retried",
+        "WARNING",
+        "for its memory while it ran module.f, which is run again",
+    ),
     "timed out": ({"condemned": OVER}, FAILED, "timed out", "DEBUG", "module.f"),
     "cancelled": (
         {"condemned": RuntimeError("cancelled")},
