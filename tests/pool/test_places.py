@@ -1,4 +1,7 @@
-"""``safepool.worker_index()``: which worker of its pool a task runs in."""
+"""``safepool.worker_index()``: which worker of its pool a task runs in.
+
+With each start method: ``test_variables``.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-METHODS = [None, "loky", "spawn"] + ["forkserver", "fork"] * (sys.platform != "win32")
-
 
 def index_after(path: str) -> tuple[int | None, int]:
     tasks.wait_for(path)
@@ -48,16 +49,6 @@ def all_busy(pool: ProcessPool, gate: Path) -> Iterator[list[tuple[int | None, i
     finally:
         gate.touch()
     found += [future.result(timeout=60) for future in futures]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.filterwarnings("ignore:.*fork")
-def test_each_worker_has_a_number_of_its_own(method: str | None, tmp_path: Path) -> None:
-    with ProcessPool(2, method) as pool:
-        with all_busy(pool, tmp_path / "gate") as found:
-            told = {worker.pid: worker.index for worker in pool.workers()}
-        assert {pid: index for index, pid in found} == told
-        assert sorted(told.values()) == [0, 1]
 
 
 def test_that_of_the_dead_is_given_again_and_none_beyond_the_size(tmp_path: Path) -> None:

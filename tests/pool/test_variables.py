@@ -72,6 +72,7 @@ def test_each_worker_has_its_own(
 
     with ProcessPool(2, method, env=env, gpus="auto") as pool:
         assert ask_all(pool, tmp_path / "gate") == [(0, "9000", "3"), (1, "9001", "MIG-7")]
+        assert sorted(worker.index for worker in pool.workers()) == [0, 1]
         assert SECRET not in command_lines()
     with ProcessPool(1, method, env={"PORT": SECRET}) as pool:
         assert pool.submit(os.getenv, "PORT").result(timeout=60) == SECRET
