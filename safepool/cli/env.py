@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "run"]
 
 # What no reader of such a file takes for a quote, an escape, a comment or a variable.
 _PLAIN = re.compile(r"[\w./:,@%+=-]+", re.ASCII)
+_PLAIN_IN_FILES = re.compile(r"[\w./:,@%+=\\-]*", re.ASCII)
 
 
 def as_sh(changes: Mapping[str, str | None]) -> str:
@@ -58,7 +59,8 @@ def as_fish(changes: Mapping[str, str | None]) -> str:
 def as_dotenv(changes: Mapping[str, str | None]) -> str:
     """Return lines of a ``.env`` file, which can set and not remove: that is a comment.
 
-    Quotes are only where they are needed: docker's ``--env-file`` would take them literally.
+    Quotes are only where they are needed: docker's ``--env-file`` would take them literally. A
+    value that needs them and ends with a backslash cannot be written.
 
     Source:
         python-dotenv, README, "File format".
@@ -70,7 +72,7 @@ def as_dotenv(changes: Mapping[str, str | None]) -> str:
         # unset C
     """
     return "".join(
-        f"# unset {name}\n" if value is None else f"{name}={_quoted(value)}\n"
+        f"# unset {name}\n" if value is None else f"{name}={_quoted(value, _PLAIN_IN_FILES)}\n"
         for name, value in changes.items()
     )
 
@@ -113,7 +115,7 @@ def run(found: Plan, form: str) -> int:
     return 0
 
 
-def _quoted(value: str) -> str:
-    if _PLAIN.fullmatch(value):
+def _quoted(value: str, plain: re.Pattern[str] = _PLAIN) -> str:
+    if plain.fullmatch(value):
         return value
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
