@@ -166,6 +166,12 @@ def test_a_call_that_has_not_begun_is_dropped(pool: ProcessPool, tmp_path: Path)
         await asyncio.sleep(0)
         for task in waiting[::2]:
             task.cancel()
+        await asyncio.wait(waiting[::2])
+        # Before the workers go on, the scheduler has done what it was brought: it looks there when
+        # it has done what it has found there before.
+        for _ in range(2):
+            pool.cancel(pool.submit(tasks.pid), kill=True)
+            await until(lambda: not pool._scheduler._inbox)
         gate.touch()
         await asyncio.gather(*busy)
         results = await asyncio.gather(*waiting, return_exceptions=True)
