@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import safepool
-from safepool.pool.prints import is_equal
+from safepool.pool.calls.prints import is_equal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

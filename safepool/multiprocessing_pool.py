@@ -24,13 +24,13 @@ from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from safepool.arguments import RULES, check, what_was_meant
+from safepool.pool.calls.gathering import GatheredRun
+from safepool.pool.calls.mapping import MapRun, ResultIterator
+from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import policy_of
 from safepool.pool.executor import ProcessPool
-from safepool.pool.gathering import GatheredRun
 from safepool.pool.hands import ThreadThatStarts
 from safepool.pool.latch import Latch
-from safepool.pool.mapping import MapRun, ResultIterator
-from safepool.pool.tasks import name_of
 
 if TYPE_CHECKING:
     import os
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from typing import Literal, NoReturn, Self, Unpack
 
     from safepool.budget import Rounding
-    from safepool.pool.mapping import Results
+    from safepool.pool.calls.mapping import Results
     from safepool.pool.watch import WorkerInfo
 
     # What the standard library's types do not have, or only there as generic ones.

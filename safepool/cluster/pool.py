@@ -15,10 +15,10 @@ from safepool.cluster.carriers.dask import DaskCarrier, is_client
 from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
 from safepool.cluster.shell import Shell
-from safepool.pool.awaiting import AwaitedCalls
+from safepool.pool.calls.awaiting import AwaitedCalls
+from safepool.pool.calls.mapping import MapRun, end_failed
+from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
-from safepool.pool.mapping import MapRun, end_failed
-from safepool.pool.tasks import name_of
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ class ClusterPool(AwaitedCalls, Executor):
         kind = MapRun
         counts = progress is not False and progress is not None
         if counts:
-            from safepool.pool.counted import CountedRun  # noqa: PLC0415 -- seldom
+            from safepool.pool.calls.counted import CountedRun  # noqa: PLC0415 -- seldom
 
             kind = CountedRun
         run: Any = kind(
@@ -267,7 +267,7 @@ class ClusterPool(AwaitedCalls, Executor):
         )
         if not counts:
             return self._shell.map(run, items, ahead, deadline, keep=self)
-        from safepool.pool.counted import total_of  # noqa: PLC0415 -- seldom
+        from safepool.pool.calls.counted import total_of  # noqa: PLC0415 -- seldom
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
         bar = run.bar(label_of(progress) or "", total_of(iterables))

@@ -49,12 +49,12 @@ from safepool.cluster.messages import (
     python_version,
 )
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
+from safepool.pool.calls.mapping import Results
+from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
 from safepool.pool.core.work import Call
-from safepool.pool.exits import finish_at_exit, last_uncaught
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
-from safepool.pool.mapping import Results
-from safepool.pool.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
+from safepool.pool.shell.exits import finish_at_exit, last_uncaught
 from safepool.transport import payloads
 from safepool.workers.contained import ContainedLogger
 
@@ -63,9 +63,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from safepool.cluster.carriers import Carrier
+    from safepool.pool.calls.mapping import Item, MapRun, ResultIterator
     from safepool.pool.core.policy import Policy
-    from safepool.pool.mapping import Item, MapRun, ResultIterator
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Shell"]
 

@@ -1,19 +1,13 @@
 """Floor 6: the pool. It owns workers and futures; what happens to a call is decided in ``core``.
 
-What people hand over, in the order in which it goes through the modules:
-
-    executor            `ProcessPool`, what people hold
-    tasks, mapping      a call with a future; the calls of a `map`, and who takes their results
-    turns               the shortest way of a lone call, while the scheduler's thread sleeps
-    scheduler           the thread that brings news to the core, and does what that decides
-    core                what waits, who gets it, what is owed, lost, run again: pure
-    dispatch            work -> messages; `functions`, `names`, `settings`, `packing` bring what
-                        a worker lacks; `hands` run the program's code beside the scheduler
-    size                how many workers there may be
-    hiring, staff       workers: started, listened to, seen to their end; `worker` is one of them
-    settling            answers -> results
-    records, watch      log records of workers; who wants to look at them
-    listener, tracing   how somebody listens; a picture of the run
+    executor    `ProcessPool`, what people hold; `inherited`: in the place of a forked pool
+    calls       what people hand over: calls, maps, functions, names of the script
+    core        what waits, who gets it, what is owed, lost, run again: pure
+    shell       brings events to the core and does its actions: threads, workers, messages
+    tracing     a picture of a run, by listening
+    watch       the pool seen from outside
+    hands       threads that run the program's code beside the scheduler's
+    latch       waiting that a signal's handler cannot spoil
 
 One word for one thing:
 

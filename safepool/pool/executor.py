@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 from safepool.arguments import MOST_WORKERS, TIME_TO_WAIT, checked, parse_bytes
 from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
-from safepool.pool.awaiting import AwaitedCalls
+from safepool.pool.calls.awaiting import AwaitedCalls
+from safepool.pool.calls.mapping import Coming, MapRun, end_failed
+from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
-from safepool.pool.hiring import Hiring
 from safepool.pool.inherited import WatchingScheduler, shared_with_forks
-from safepool.pool.listener import Listener
-from safepool.pool.mapping import Coming, MapRun, end_failed
-from safepool.pool.memory import MemoryWatch
-from safepool.pool.scheduler import Scheduler
-from safepool.pool.size import Size
-from safepool.pool.tasks import name_of
-from safepool.pool.variables import Variables, devices_of
+from safepool.pool.shell.hiring import Hiring
+from safepool.pool.shell.listener import Listener
+from safepool.pool.shell.memory import MemoryWatch
+from safepool.pool.shell.scheduler import Scheduler
+from safepool.pool.shell.size import Size
+from safepool.pool.shell.variables import Variables, devices_of
 from safepool.pool.watch import Stacks, look_at
 from safepool.procfs import named_threads
 from safepool.threads.environment import overridden, worker_environment
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor as _Standard
     from typing import Unpack
 
-    from safepool.pool.awaiting import Raising as _Raising
-    from safepool.pool.awaiting import Returning as _Returning
+    from safepool.pool.calls.awaiting import Raising as _Raising
+    from safepool.pool.calls.awaiting import Returning as _Returning
 
 else:
     # "safepool run --patch" has put this pool in its place, and left it there.
@@ -605,7 +605,7 @@ class ProcessPool(AwaitedCalls, _Standard):
 
         if progress is False or progress is None:
             return self._scheduler.map(make(MapRun), items, ahead, deadline, keep=self)
-        from safepool.pool.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
+        from safepool.pool.calls.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
         counted = make(CountedRun)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.machine import tell_once
 from safepool.pool.core.policy import Policy
-from safepool.pool.scheduler import Scheduler
+from safepool.pool.shell.scheduler import Scheduler
 from safepool.transport.marks import MAIN_NAMES, main_space, space_of
 from safepool.workers.preload import is_own
 from safepool.workers.unlike import CONTAINERS, summary, unlike
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
 
-    from safepool.pool.mapping import MapRun, ResultIterator
-    from safepool.pool.tasks import PoolFuture
+    from safepool.pool.calls.mapping import MapRun, ResultIterator
+    from safepool.pool.calls.tasks import PoolFuture
 
 __all__ = ["WatchingScheduler", "shared_with_forks"]
 

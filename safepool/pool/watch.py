@@ -24,9 +24,9 @@ from safepool.workers.board import STACK_SIGNAL
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from safepool.pool.mapping import Span
-    from safepool.pool.tasks import Task
-    from safepool.pool.worker import Worker
+    from safepool.pool.calls.mapping import Span
+    from safepool.pool.calls.tasks import Task
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Stacks", "WorkerInfo", "look_at"]
 

@@ -204,7 +204,7 @@ def test_a_program_without_descriptors_sends_and_gets_arrays(
     The worker stays: rights and limits that cannot be read have not changed.
     """
     monkeypatch.setattr("safepool.workers.identity._LOOK_S", 0.0)
-    monkeypatch.setattr("safepool.pool.size._FOLLOW_S", 0.0)
+    monkeypatch.setattr("safepool.pool.shell.size._FOLLOW_S", 0.0)
     pid = pool.submit(tasks.pid).result(timeout=60)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 512), limits[1]))

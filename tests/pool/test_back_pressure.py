@@ -14,7 +14,7 @@ import support_tasks as tasks
 from support_processes import kill, wait_until
 
 from safepool import ProcessPool
-from safepool.pool import mapping
+from safepool.pool.calls import mapping
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safepool.pool.calls.mapping import MapRun, Span
+from safepool.pool.calls.tasks import PoolFuture, Task
 from safepool.pool.core.backlog import Backlog
 from safepool.pool.core.pace import Pace
 from safepool.pool.core.policy import NO_POLICY
-from safepool.pool.mapping import MapRun, Span
-from safepool.pool.tasks import PoolFuture, Task
 
 pytestmark = pytest.mark.unit
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from safepool import MemoryExceeded, TaskTimeoutError, WorkerDiedError
+from safepool.pool.calls.tasks import PoolFuture, Task
 from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.policy import Policy
-from safepool.pool.tasks import PoolFuture, Task
 
 pytestmark = pytest.mark.unit
 

@@ -661,7 +661,7 @@ def test_the_only_worker_dies_while_no_descriptor_is_left(lasting: str, tmp_path
     retrying_s, ending = USED_UP[lasting]
     code = f"""
     import os, resource, signal, threading, safepool, support_endings
-    from safepool.pool import hiring
+    from safepool.pool.shell import hiring
     hiring._RETRYING_S = {retrying_s}
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     def free():
@@ -732,7 +732,7 @@ ROOM: dict[int, str] = {
 IN_A_FULL_GROUP = """
 import os, sys, time
 import safepool
-from safepool.pool import hiring
+from safepool.pool.shell import hiring
 hiring._RETRY_S = 0.1
 with safepool.ProcessPool(1) as pool:  # starts what a start method keeps for the program
     pool.submit(abs, 1).result(30)

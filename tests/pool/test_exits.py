@@ -8,12 +8,12 @@ import time
 from typing import TYPE_CHECKING
 
 from safepool import ProcessPool
-from safepool.pool import exits
+from safepool.pool.shell import exits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
 
 
 STRESS_S = 1.5

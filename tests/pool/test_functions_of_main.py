@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support_programs import run_program
 
-from safepool.pool.mains import Look, is_importable, plain_function
+from safepool.pool.calls.mains import Look, is_importable, plain_function
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from safepool.pool.staff import Staff
+    from safepool.pool.shell.staff import Staff
 
 OWNER = os.getpid()
 

@@ -15,8 +15,8 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import records
 from safepool.pool.core import patience
+from safepool.pool.shell import records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from support_processes import wait_until
 
 from safepool import ProcessPool
+from safepool.pool.calls.mapping import MapRun, Results, Span, end_failed
 from safepool.pool.core.policy import NO_POLICY
-from safepool.pool.mapping import MapRun, Results, Span, end_failed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from safepool.pool.mapping import Item
+    from safepool.pool.calls.mapping import Item
 
 
 def new_run() -> MapRun:

@@ -18,9 +18,9 @@ from support_processes import wait_until
 
 import safepool
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import memory
 from safepool.pool.core.gauge import Gauge
-from safepool.pool.memory import MemoryWatch
+from safepool.pool.shell import memory
+from safepool.pool.shell.memory import MemoryWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

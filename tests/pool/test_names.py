@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support_processes import run_python, run_script
 
-from safepool.pool.circles import components
+from safepool.pool.calls.circles import components
 
 # One row per thing that programs rely on: what the script defines, what is asked of it (``ask``
 # calls in the worker, a semicolon between statements), and the answers.
@@ -624,7 +624,7 @@ def test_a_large_global_that_changes_is_told_of_once(tmp_path: Path) -> None:
 def test_finding_out_that_takes_long_is_told_of_once(tmp_path: Path) -> None:
     text = """
     import safepool
-    from safepool.pool import known
+    from safepool.pool.calls import known
     known._MUCH_S = 0.0
     table = {"a": 1}
     def look_up():

@@ -15,8 +15,8 @@ from support_processes import wait_until
 
 from safepool import OutOfMemory, ProcessPool, WorkerDiedError
 from safepool.limits import OutOfMemoryCount
-from safepool.pool import oom
-from safepool.pool.oom import OutOfMemoryWatch
+from safepool.pool.shell import oom
+from safepool.pool.shell.oom import OutOfMemoryWatch
 
 real = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 LIMIT_BYTES = 160 << 20

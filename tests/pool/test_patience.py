@@ -22,13 +22,14 @@ from support_cgroups import control_group
 from safepool import PoolBrokenError, ProcessPool, RefusedCallError
 from safepool.limits import Limits, read_limits
 from safepool.limits._types import OpenFilesLimit, PidsLimit
-from safepool.pool import mapping, refusals
+from safepool.pool.calls import mapping
 from safepool.pool.core import patience
 from safepool.pool.core.patience import Patience
-from safepool.pool.hiring import Hiring
-from safepool.pool.refusals import limit_met
-from safepool.pool.staff import Staff
-from safepool.pool.worker import Worker
+from safepool.pool.shell import refusals
+from safepool.pool.shell.hiring import Hiring
+from safepool.pool.shell.refusals import limit_met
+from safepool.pool.shell.staff import Staff
+from safepool.pool.shell.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

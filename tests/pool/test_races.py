@@ -22,16 +22,16 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import hiring, scheduler
+from safepool.pool.calls.mapping import MapRun
+from safepool.pool.calls.tasks import PoolFuture, begin, name_of
 from safepool.pool.core import reclaim
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
-from safepool.pool.dispatch import Dispatch
-from safepool.pool.hiring import Hiring
-from safepool.pool.listener import Listener
-from safepool.pool.mapping import MapRun
-from safepool.pool.packing import Packing
-from safepool.pool.tasks import PoolFuture, begin, name_of
+from safepool.pool.shell import hiring, scheduler
+from safepool.pool.shell.dispatch import Dispatch
+from safepool.pool.shell.hiring import Hiring
+from safepool.pool.shell.listener import Listener
+from safepool.pool.shell.packing import Packing
 
 if sys.platform != "win32":
     import fcntl
@@ -40,7 +40,7 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
     from safepool.workers.inheritance import Inheritance
 
 TESTS = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool
-from safepool.pool import staff
 from safepool.pool.core import machine
-from safepool.pool.worker import Worker
+from safepool.pool.shell import staff
+from safepool.pool.shell.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import support_seccomp
 
-from safepool.pool import refused_calls
+from safepool.pool.shell import refused_calls
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="seccomp is Linux's"),

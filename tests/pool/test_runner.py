@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from safepool.pool.tasks import rebuild
+from safepool.pool.calls.tasks import rebuild
 from safepool.transport import payloads
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode

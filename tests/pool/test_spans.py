@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import support_tasks
 
+from safepool.pool.calls.mapping import MapRun, Span
 from safepool.pool.core.backlog import Backlog
 from safepool.pool.core.policy import NO_POLICY
-from safepool.pool.mapping import MapRun, Span
 
 pytestmark = pytest.mark.unit
 

@@ -19,8 +19,8 @@ from support_tasks import touch_and_sleep
 
 import safepool
 from safepool.cli import report
-from safepool.pool import staff
 from safepool.pool.core.policy import Policy
+from safepool.pool.shell import staff
 from safepool.pool.tracing import events as trace_events
 from safepool.pool.tracing import file as trace_file
 

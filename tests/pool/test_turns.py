@@ -25,7 +25,7 @@ import support_tasks as tasks
 from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
 
 from safepool import ProcessPool, WorkerDiedError
-from safepool.pool import turns
+from safepool.pool.shell import turns
 from safepool.transport.channel import NO_SIGPIPE, Channel
 from safepool.transport.frames import Kind
 from safepool.workers.messages import answer_frame, call_frame
@@ -33,7 +33,7 @@ from safepool.workers.messages import answer_frame, call_frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from safepool.pool.turns import Turn
+    from safepool.pool.shell.turns import Turn
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs eventfd(2) and the board")
 

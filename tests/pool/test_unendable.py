@@ -19,7 +19,7 @@ from support_processes import has_ended, run_python, wait_until
 
 import safepool
 from safepool import PoolBrokenError, ProcessPool, TaskTimeoutError, WorkerDiedError
-from safepool.pool import staff
+from safepool.pool.shell import staff
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:

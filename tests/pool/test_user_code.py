@@ -22,10 +22,11 @@ import support_tasks as tasks
 from support_processes import wait_until
 
 from safepool import ProcessPool
-from safepool.pool import hands, scheduler
-from safepool.pool.dispatch import Dispatch
-from safepool.pool.mains import runs_no_code
-from safepool.pool.names import Names
+from safepool.pool import hands
+from safepool.pool.calls.mains import runs_no_code
+from safepool.pool.calls.names import Names
+from safepool.pool.shell import scheduler
+from safepool.pool.shell.dispatch import Dispatch
 from safepool.transport import marks, trusted
 from safepool.workers import preload
 
@@ -168,7 +169,7 @@ def test_a_closed_pool_gives_up_what_never_goes_on(
 INITIALIZER = """
     import threading
     from safepool import ProcessPool
-    from safepool.pool import scheduler
+    from safepool.pool.shell import scheduler
 
 
     class Waits:

@@ -15,8 +15,8 @@ import safepool
 from safepool import ProcessPool, machine
 from safepool.limits import gpus as files
 from safepool.limits.gpus import parse_visible, read_gpus
-from safepool.pool import variables
-from safepool.pool.variables import Variables, devices_of
+from safepool.pool.shell import variables
+from safepool.pool.shell.variables import Variables, devices_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ import safepool
 from safepool import ProcessPool, TaskTimeoutError, WorkerDiedError
 from safepool.pool import watch
 from safepool.pool.core.worker import Member, Phase
-from safepool.pool.worker import Worker
+from safepool.pool.shell.worker import Worker
 from safepool.workers.board import STACK_SIGNAL, Board
 
 if TYPE_CHECKING:

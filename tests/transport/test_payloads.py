@@ -17,7 +17,7 @@ import pytest
 import support_tasks
 
 from safepool import ProcessPool
-from safepool.pool.mains import is_plain
+from safepool.pool.calls.mains import is_plain
 from safepool.transport.descriptors import are_beyond
 from safepool.transport.held import modules_by_value
 from safepool.transport.payloads import dumps, loads

@@ -11,7 +11,7 @@ from safepool.limits import read_throttling
 from safepool.pool.core.ending import Lost
 from safepool.pool.core.events import Break, Bury, Hired, Ready
 from safepool.pool.core.work import Span
-from safepool.pool.listener import Listener
+from safepool.pool.shell.listener import Listener
 from safepool.pool.tracing.costs import note_brought, note_pickled
 from safepool.pool.tracing.events import Events
 from safepool.pool.tracing.rows import Row, Settled
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from safepool.limits import Throttling
     from safepool.pool.core.events import Event, Fed, Settle, Who
     from safepool.pool.core.work import Call
-    from safepool.pool.listener import Bring, Buffer, Handle, Pickles, Settles, Table
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.listener import Bring, Buffer, Handle, Pickles, Settles, Table
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Trace"]
 

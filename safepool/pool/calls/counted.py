@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mapping import MapRun
+from safepool.pool.calls.mapping import MapRun
 from safepool.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from safepool.pool.mapping import ResultIterator
+    from safepool.pool.calls.mapping import ResultIterator
 
 __all__ = ["CountedRun", "total_of"]
 

@@ -57,10 +57,10 @@ from safepool.workers.messages import call_frame, read_answer
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from safepool.pool.settling import Settling
-    from safepool.pool.staff import Staff
-    from safepool.pool.tasks import PoolFuture, Task
-    from safepool.pool.worker import Worker
+    from safepool.pool.calls.tasks import PoolFuture, Task
+    from safepool.pool.shell.settling import Settling
+    from safepool.pool.shell.staff import Staff
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["TICK_S", "Turn", "Turns", "runs_a_loop"]
 

@@ -12,15 +12,15 @@ from safepool.pool.core.worker import Member
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
+    from safepool.pool.calls.tasks import Task
     from safepool.pool.core.gauge import Gauge
-    from safepool.pool.tasks import Task
     from safepool.procfs import MemoryFile
     from safepool.workers.board import Board
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
 
     class Lane(Protocol):
-        """Calls that the scheduler does not know yet: of :mod:`safepool.pool.turns`."""
+        """Calls that the scheduler does not know yet: of :mod:`safepool.pool.shell.turns`."""
 
         @property
         def done(self) -> int: ...

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass, text_of
 from safepool.machine import tell_once
-from safepool.pool.circles import components
-from safepool.pool.deliveries import Delivery, versions
-from safepool.pool.hands import LateError, within
-from safepool.pool.known import Known
-from safepool.pool.mains import (
+from safepool.pool.calls.circles import components
+from safepool.pool.calls.deliveries import Delivery, versions
+from safepool.pool.calls.known import Known
+from safepool.pool.calls.mains import (
     ABSENT,
     LRU_CACHE,
     is_data,
@@ -22,8 +21,8 @@ from safepool.pool.mains import (
     runs_no_code,
     uses_of,
 )
-from safepool.pool.prints import Print, length, placed
-from safepool.pool.values import (
+from safepool.pool.calls.prints import Print, length, placed
+from safepool.pool.calls.values import (
     CONTAINERS,
     OF_ANY_MODULE,
     Pickled,
@@ -34,6 +33,7 @@ from safepool.pool.values import (
     pickle_names,
     value_of,
 )
+from safepool.pool.hands import LateError, within
 from safepool.transport.held import Held, held_by_module
 from safepool.transport.marks import attribute_of, attributes_of, main_space
 from safepool.transport.names import mentioned_in
@@ -41,7 +41,7 @@ from safepool.transport.names import mentioned_in
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from safepool.pool.table import Table
+    from safepool.pool.calls.table import Table
 
 __all__ = ["QUIET_BYTES", "UNASKED_S", "Walk"]
 

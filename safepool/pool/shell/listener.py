@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from safepool.pool.core.events import Action, Event, Settle
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
 
     Buffer = bytes | bytearray | memoryview
     Bring = Callable[[Any], None]

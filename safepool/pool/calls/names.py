@@ -37,16 +37,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.closures import ADDED, close, find_additions
-from safepool.pool.deliveries import Versions
+from safepool.pool.calls.closures import ADDED, close, find_additions
+from safepool.pool.calls.deliveries import Versions
+from safepool.pool.calls.table import Closure, Table
 from safepool.pool.latch import Latch
-from safepool.pool.table import Closure, Table
 from safepool.transport.marks import main_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from safepool.pool.deliveries import Delivery
+    from safepool.pool.calls.deliveries import Delivery
     from safepool.transport.main_names import MainNames
 
 __all__ = ["Names"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mains import ABSENT
-from safepool.pool.values import value_of
+from safepool.pool.calls.mains import ABSENT
+from safepool.pool.calls.values import value_of
 from safepool.transport.marks import attributes_of, main_space
 
 if TYPE_CHECKING:
-    from safepool.pool.deliveries import Delivery, Needs
-    from safepool.pool.imports import Imports
-    from safepool.pool.known import Known
+    from safepool.pool.calls.deliveries import Delivery, Needs
+    from safepool.pool.calls.imports import Imports
+    from safepool.pool.calls.known import Known
     from safepool.transport.additions import Addition
     from safepool.transport.main_names import MainNames
 

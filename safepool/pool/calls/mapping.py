@@ -20,17 +20,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from safepool.errors import PoolBrokenError, let_handlers_pass, users_frames
+from safepool.pool.calls.tasks import fresh
 from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
-from safepool.pool.tasks import fresh
 from safepool.transport.files import held_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
 
+    from safepool.pool.calls.deliveries import Delivery
+    from safepool.pool.calls.functions import SentFunction
     from safepool.pool.core.policy import Policy
-    from safepool.pool.deliveries import Delivery
-    from safepool.pool.functions import SentFunction
     from safepool.pool.latch import Bell, Place
 
 __all__ = ["Coming", "Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]

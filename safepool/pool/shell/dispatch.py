@@ -29,16 +29,16 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of, users_frames
 from safepool.machine import tell_once
+from safepool.pool.calls.deliveries import Needs
+from safepool.pool.calls.functions import Functions, SentFunction
+from safepool.pool.calls.mains import is_data, runs_no_code
+from safepool.pool.calls.names import Names
+from safepool.pool.calls.tasks import Pickled, begin, fail
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
-from safepool.pool.deliveries import Needs
-from safepool.pool.functions import Functions, SentFunction
 from safepool.pool.hands import Hands
-from safepool.pool.mains import is_data, runs_no_code
-from safepool.pool.names import Names
-from safepool.pool.packing import Packing
-from safepool.pool.settings import Settings, Telling
-from safepool.pool.tasks import Pickled, begin, fail
+from safepool.pool.shell.packing import Packing
+from safepool.pool.shell.settings import Settings, Telling
 from safepool.transport import payloads, references, trusted
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
@@ -54,13 +54,13 @@ from safepool.workers.settings import settings_frame
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safepool.pool.deliveries import Delivery
-    from safepool.pool.hiring import Hiring
-    from safepool.pool.listener import Listener
-    from safepool.pool.mapping import MapRun
-    from safepool.pool.staff import Staff
-    from safepool.pool.tasks import Parts, Task
-    from safepool.pool.worker import Worker
+    from safepool.pool.calls.deliveries import Delivery
+    from safepool.pool.calls.mapping import MapRun
+    from safepool.pool.calls.tasks import Parts, Task
+    from safepool.pool.shell.hiring import Hiring
+    from safepool.pool.shell.listener import Listener
+    from safepool.pool.shell.staff import Staff
+    from safepool.pool.shell.worker import Worker
     from safepool.transport.frames import Segment
     from safepool.transport.main_names import MainNames
     from safepool.transport.sharing import Shared

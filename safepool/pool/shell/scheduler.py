@@ -72,7 +72,17 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
-from safepool.pool import refusals
+from safepool.pool.calls.mapping import MapRun, Results, Span
+from safepool.pool.calls.tasks import (
+    PoolFuture,
+    Task,
+    begin,
+    callbacks_by,
+    cancel,
+    fail,
+    fresh,
+    rebuild,
+)
 from safepool.pool.core.events import (
     Break,
     Bury,
@@ -112,19 +122,18 @@ from safepool.pool.core.events import (
     Wait,
 )
 from safepool.pool.core.machine import Core
-from safepool.pool.dispatch import Dispatch, forget
-from safepool.pool.exits import finish_at_exit, has_exited, last_uncaught
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
-from safepool.pool.listener import Listener
-from safepool.pool.mapping import MapRun, Results, Span
-from safepool.pool.oom import OutOfMemoryWatch
-from safepool.pool.records import Records
-from safepool.pool.refused_calls import refused_call
-from safepool.pool.settling import Settling, answer_of, answers_of, left_by, values_of
-from safepool.pool.staff import Staff
-from safepool.pool.tasks import PoolFuture, Task, begin, callbacks_by, cancel, fail, fresh, rebuild
-from safepool.pool.turns import TICK_S, Turns, runs_a_loop
+from safepool.pool.shell import refusals
+from safepool.pool.shell.dispatch import Dispatch, forget
+from safepool.pool.shell.exits import finish_at_exit, has_exited, last_uncaught
+from safepool.pool.shell.listener import Listener
+from safepool.pool.shell.oom import OutOfMemoryWatch
+from safepool.pool.shell.records import Records
+from safepool.pool.shell.refused_calls import refused_call
+from safepool.pool.shell.settling import Settling, answer_of, answers_of, left_by, values_of
+from safepool.pool.shell.staff import Staff
+from safepool.pool.shell.turns import TICK_S, Turns, runs_a_loop
 from safepool.transport.files import make_room
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
 from safepool.workers.contained import ContainedLogger
@@ -137,13 +146,13 @@ from safepool.workers.preload import learn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from safepool.pool.calls.mapping import Item, ResultIterator
     from safepool.pool.core.events import Action, Answered, Event, Force
     from safepool.pool.core.policy import Policy
-    from safepool.pool.hiring import Hiring
-    from safepool.pool.mapping import Item, ResultIterator
-    from safepool.pool.memory import MemoryWatch
-    from safepool.pool.size import Size
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.hiring import Hiring
+    from safepool.pool.shell.memory import MemoryWatch
+    from safepool.pool.shell.size import Size
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Scheduler"]
 
@@ -374,7 +383,7 @@ class Scheduler:
         Args:
             run: Which.
             items: The arguments of each.
-            ahead: As :class:`~safepool.pool.mapping.Results`.
+            ahead: As :class:`~safepool.pool.calls.mapping.Results`.
             deadline: When waiting for a result ends, by the monotonic clock.
             keep: Held as long as there are items to take.
         """

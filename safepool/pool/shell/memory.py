@@ -27,7 +27,7 @@ from safepool.workers.contained import ContainedLogger
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["MemoryWatch"]
 

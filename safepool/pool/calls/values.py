@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.mains import ABSENT, Look, is_definition, is_importable, is_plain
-from safepool.pool.prints import Print, length, print_of, steadily
+from safepool.pool.calls.mains import ABSENT, Look, is_definition, is_importable, is_plain
+from safepool.pool.calls.prints import Print, length, print_of, steadily
 from safepool.transport import payloads
 from safepool.transport.marks import find_attribute, main_space
 from safepool.transport.names import Met

@@ -6,11 +6,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import MemoryLimitError
+from safepool.pool.calls.tasks import Task, fail, finish, rebuild
 from safepool.pool.core.events import Answered
 from safepool.pool.core.work import Span
 from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
-from safepool.pool.tasks import Task, fail, finish, rebuild
 from safepool.transport import payloads, trusted
 from safepool.transport.files import be_full, refusal
 from safepool.transport.frames import Kind
@@ -22,10 +22,10 @@ from safepool.workers.contained import ContainedLogger
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from safepool.pool.calls.mapping import MapRun
     from safepool.pool.core.events import Settle
     from safepool.pool.core.worker import Member
-    from safepool.pool.mapping import MapRun
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
     from safepool.workers.board import Left
 
     _Segments = Sequence[bytes | bytearray | memoryview]

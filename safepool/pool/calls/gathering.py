@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mapping import MapRun
-from safepool.pool.tasks import PoolFuture, fail, finish
+from safepool.pool.calls.mapping import MapRun
+from safepool.pool.calls.tasks import PoolFuture, fail, finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Protocol
 
+    from safepool.pool.calls.deliveries import Delivery
+    from safepool.pool.calls.functions import SentFunction
     from safepool.pool.core.policy import Policy
-    from safepool.pool.deliveries import Delivery
-    from safepool.pool.functions import SentFunction
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, let_handlers_pass, text_of
 from safepool.machine import tell_once
-from safepool.pool.exits import has_exited, working
 from safepool.pool.latch import Latch
-from safepool.pool.worker import Worker
+from safepool.pool.shell.exits import has_exited, working
+from safepool.pool.shell.worker import Worker
 from safepool.transport.descriptors import under_way
 from safepool.transport.main_names import MainNames
 from safepool.workers import inheritance
@@ -24,7 +24,7 @@ from safepool.workers.plan import ScriptLostError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from safepool.pool.variables import Variables
+    from safepool.pool.shell.variables import Variables
     from safepool.threads.placement import Placement
     from safepool.workers.start import StartMethod, WorkerStart
 

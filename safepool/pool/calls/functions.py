@@ -9,7 +9,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safepool.pool.mains import Look, is_definition, is_importable, is_of_main
+from safepool.pool.calls.mains import Look, is_definition, is_importable, is_of_main
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
 from safepool.transport.marks import main_space

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import REFUSALS, text_of
 from safepool.limits import read_limits
-from safepool.pool.refused_calls import refused_call
+from safepool.pool.shell.refused_calls import refused_call
 from safepool.procfs import fields
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from safepool.workers.tree import TreeEnd, bury
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
     from safepool.transport.frames import Frame
     from safepool.workers.tree import Descendant
 

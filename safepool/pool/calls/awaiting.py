@@ -25,9 +25,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
+from safepool.pool.calls.mapping import Coming
 from safepool.pool.hands import ThreadThatStarts
 from safepool.pool.latch import Bell
-from safepool.pool.mapping import Coming
 
 if TYPE_CHECKING:
     import asyncio
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Required, Self, TypedDict, Unpack
 
-    from safepool.pool.mapping import ResultIterator, Results
+    from safepool.pool.calls.mapping import ResultIterator, Results
 
     class Options(TypedDict, total=False):
         """Options of ``map``."""

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from safepool.machine import BudgetWatch
-    from safepool.pool.listener import Listener
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.listener import Listener
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Size"]
 

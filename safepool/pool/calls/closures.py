@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.circles import components
-from safepool.pool.deliveries import Delivery, Needs, versions
+from safepool.pool.calls.circles import components
+from safepool.pool.calls.deliveries import Delivery, Needs, versions
+from safepool.pool.calls.imports import Imports
+from safepool.pool.calls.table import Added, Closure
+from safepool.pool.calls.values import definitions, pickle_additions
+from safepool.pool.calls.walk import QUIET_BYTES, UNASKED_S, Walk
 from safepool.pool.hands import within
-from safepool.pool.imports import Imports
-from safepool.pool.table import Added, Closure
-from safepool.pool.values import definitions, pickle_additions
-from safepool.pool.walk import QUIET_BYTES, UNASKED_S, Walk
 from safepool.transport.additions import additions_to, homes
 from safepool.transport.marks import main_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from safepool.pool.known import Known
-    from safepool.pool.table import Table
+    from safepool.pool.calls.known import Known
+    from safepool.pool.calls.table import Table
 
 __all__ = ["ADDED", "close", "find_additions"]
 

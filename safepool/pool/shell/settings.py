@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
-    from safepool.pool.deliveries import Delivery
+    from safepool.pool.calls.deliveries import Delivery
+    from safepool.pool.calls.names import Names
+    from safepool.pool.calls.tasks import PoolFuture
     from safepool.pool.hands import Hands
-    from safepool.pool.names import Names
-    from safepool.pool.tasks import PoolFuture
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
     from safepool.workers.settings_table import Setting
 
 __all__ = ["Settings", "Telling"]

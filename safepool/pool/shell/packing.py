@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from safepool.pool.mapping import Span
-    from safepool.pool.tasks import Task
-    from safepool.pool.worker import Worker
+    from safepool.pool.calls.mapping import Span
+    from safepool.pool.calls.tasks import Task
+    from safepool.pool.shell.worker import Worker
     from safepool.transport.frames import Segment
 
 __all__ = ["Packing"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from safepool.pool.worker import Worker
+    from safepool.pool.shell.worker import Worker
 
 __all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"]
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.machine import tell_once
-from safepool.pool.mains import Look, PlainFunction
-from safepool.pool.prints import Print, exposed, print_of
-from safepool.pool.values import value_of
+from safepool.pool.calls.mains import Look, PlainFunction
+from safepool.pool.calls.prints import Print, exposed, print_of
+from safepool.pool.calls.values import value_of
 from safepool.transport import trusted
 
 if TYPE_CHECKING:
-    from safepool.pool.deliveries import Delivery
+    from safepool.pool.calls.deliveries import Delivery
 
 __all__ = ["Known"]
 
