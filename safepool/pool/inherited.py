@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.machine import tell_once
 from safepool.pool.core.policy import Policy
 from safepool.pool.shell.scheduler import Scheduler
-from safepool.transport.marks import MAIN_NAMES, main_space, space_of
+from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
 from safepool.workers.preload import is_own
 from safepool.workers.unlike import CONTAINERS, summary, unlike
 
@@ -81,17 +81,17 @@ def _is_shared(value: Any, depth: int) -> bool:
     kind = type(value)
     if kind in _NOTHING or not depth:
         return False
-    home = type.__getattribute__(kind, "__module__")
+    home = _home_of(kind)
     if home in _SHARED or (home == "mmap" and kind.__name__ == "mmap"):
         return True
     if kind is dict or kind in _SEQUENCES:
         parts = value.values() if kind is dict else value
         return len(value) <= _MOST_ITEMS and any(_is_shared(one, depth - 1) for one in [*parts])
-    if home == "numpy" or kind is memoryview:
-        return _is_shared(value.obj if kind is memoryview else value.base, depth)
+    if kind is memoryview or (home == "numpy" and kind.__name__ in _ARRAYS):
+        return _is_shared(_memory_of(value), depth)
     # A class or an instance of the program's own, or a value of ctypes in shared memory.
-    own = value if kind is type else kind
-    if home == "ctypes" or own.__module__ in MAIN_NAMES or is_own(sys.modules.get(own.__module__)):
+    own = _home_of(value) if kind is type else home
+    if home == "ctypes" or own in MAIN_NAMES or is_own(sys.modules.get(own)):
         space = space_of(value)
         return len(space) <= _MOST_ITEMS and any(
             _is_shared(one, depth - 1) for one in [*space.values()]
@@ -99,7 +99,20 @@ def _is_shared(value: Any, depth: int) -> bool:
     return False
 
 
+def _home_of(kind: type) -> str:
+    home = attribute_of(kind, "__module__")
+    return home if type(home) is str else ""
+
+
+def _memory_of(value: Any) -> Any:
+    try:
+        return value.obj if type(value) is memoryview else value.base
+    except ValueError:  # it was released
+        return None
+
+
 _NOTHING = frozenset({int, float, complex, bool, str, bytes, type(None)})
+_ARRAYS = frozenset({"ndarray", "memmap", "matrix", "recarray"})
 _SEQUENCES = frozenset({list, tuple, set, frozenset})
 
 

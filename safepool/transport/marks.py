@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = [
     "MAIN_NAMES",
@@ -159,8 +159,16 @@ def space_of(thing: object) -> Mapping[str, Any]:
     """Return the names in a class, function or module, as :func:`attribute_of`."""
     if type(thing) in _WITHOUT_CODE or type(thing) is types.ModuleType:
         return vars(thing)
+    # That of a proxy is code, which asks what it stands for.
+    kinds = [_vars_of_class(kind) for kind in attribute_of(type(thing), "__mro__")]
+    if not all(type(kind.get("__dict__")) in _OF_OBJECTS for kind in kinds):
+        return {}
     found = attribute_of(thing, "__dict__")
     return found if type(found) in (dict, types.MappingProxyType) else {}
+
+
+_OF_OBJECTS = (types.GetSetDescriptorType, type(None))
+_vars_of_class: Callable[[type], Mapping[str, Any]] = vars(type)["__dict__"].__get__
 
 
 def _qualname_in(value: object) -> object:
@@ -226,7 +234,7 @@ def _named(value: Any, path: str) -> Iterator[Any]:
                     inner = part if issubclass(type(part), property) else _function_in(part)
                     if issubclass(type(inner), (type, types.FunctionType)):
                         yield from _named(inner, f"{path}.{name}")
-    elif getattr(type(value), "__module__", "").partition(".")[0] in _WRAPPERS:
+    elif str(getattr(type(value), "__module__", "")).partition(".")[0] in _WRAPPERS:
         attributes = _attributes_of(value)
         if attributes.get("__qualname__") == path and attributes.get("__module__") in MAIN_NAMES:
             yield value

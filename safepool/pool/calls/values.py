@@ -240,7 +240,7 @@ def can_be_shared(value: object) -> bool:
     # By its type: an object that imports something late does so when it is asked for more.
     if issubclass(kind, (types.ModuleType, enum.Enum)) or is_definition(value):
         return False
-    home = kind.__module__.partition(".")[0]
+    home = str(kind.__module__).partition(".")[0]
     if home == "numpy":
         return isinstance(value, sys.modules["numpy"].ndarray)  # not their types
     # Of any class that Python code has made: it may be a sentinel.
