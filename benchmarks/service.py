@@ -2,7 +2,7 @@
 
     python benchmarks/service.py [--rounds 9] [--requests 200]
 
-The service of `examples/asyncio_service.py` with two workers, over HTTP on the loopback: with
+The service of `benchmarks/asyncio_service.py` with two workers, over HTTP on the loopback: with
 `await pool.run()`, and with `run_in_executor()` of the standard pool. Both are open at the same
 time and take turns in every round, from a moment in which no worker has anything to do. All
 requests of a round come at once; those that are counted compute for 1 ms. In the second table one
@@ -18,20 +18,16 @@ import argparse
 import asyncio
 import multiprocessing
 import statistics
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import tasks
+from asyncio_service import Service
 from contenders import OURS
 
 from safepool import ProcessPool
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from asyncio_service import Service
 
 WORKERS = 2
 SHORT_US, LONG_US, GIVEN_UP_S = 1_000, 2_000_000, 0.05

@@ -42,6 +42,7 @@ NAMES: dict[str, list[str]] = {
     "_thread": ["start_joinable_thread" if sys.version_info >= (3, 13) else "start_new_thread"],
     "abc": ["_get_dump"],
     "abc:ABC": ["_abc_impl"],
+    "asyncio.events": ["_get_running_loop"],
     "atexit": ["_run_exitfuncs"],
     "concurrent.futures._base": [
         "LOGGER",
@@ -83,6 +84,7 @@ NAMES: dict[str, list[str]] = {
     "importlib._bootstrap:_load_unlocked": ["_initializing"],
     "logging": ["_levelToName", "_warnings_showwarning"],
     "logging:root": ["_cache"],
+    "multiprocessing.context": ["_default_context"],
     "multiprocessing.context:ForkProcess": ["_Popen"],
     "multiprocessing.context:ForkServerProcess": ["_Popen"],
     "multiprocessing.context:SpawnContext": ["_name"],
@@ -203,7 +205,7 @@ ELSEWHERE = {
     "_psplatform",  # psutil
     "_pytest",  # the module, that runs a program
     # Our own, on modules of others or in the dictionary of an object.
-    *("_kept_by_safepool", "_latch", "_safepool_replaces", "_verdict"),
+    *("_kept_by_safepool", "_latch", "_safepool_replaces", "_turn", "_verdict"),
 }
 
 

@@ -26,6 +26,7 @@ import logging
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -97,11 +98,11 @@ class NodePool:
         if initializer is not None:
             given.update(initializer=initialize, initargs=(initializer,))
         # The script of this process is the engine's, and none of the calls'.
-        self.pool = ProcessPool(**given, main="value")
+        self.pool: ProcessPool = ProcessPool(**given, main="value")
         # The engine's process must not wait for calls when it ends: the node is lost then.
         self.pool._scheduler.ends_at_exit = True
         self.sessions: set[str] = set()
-        self.idle_since_s = time.monotonic()
+        self.idle_since_s: float = time.monotonic()
 
     def close(self) -> None:
         """End its workers, without waiting."""
@@ -118,7 +119,7 @@ class Session:
 
     def __init__(self, name: str, node_pool: NodePool) -> None:
         self.name = name
-        self.heard_s = time.monotonic()
+        self.heard_s: float = time.monotonic()
         self.node_pool = node_pool
         self._objects: dict[int, Any] = {}
         self._functions: dict[str, tuple[Any, Mapping[int, Any]]] = {}
@@ -384,7 +385,9 @@ def _node(*binding: str) -> str:
     The limit that binds and not the process's own group: SLURM gives each task a group of its own
     below the job's, whose limit holds for all of them.
     """
-    facts = [*binding, str(os.getuid()) if hasattr(os, "getuid") else ""]
+    facts = [*binding]
+    if sys.platform != "win32":
+        facts.append(str(os.getuid()))
     # A container has a namespace of process ids of its own, and files of the same names.
     for path in ("/proc/sys/kernel/random/boot_id",):
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from safepool.errors import PoolBrokenError, SafepoolError, WorkerDiedError
 
 __all__ = ["NoNodesError", "NodeLostError", "NodeRefusedError"]
@@ -25,7 +27,7 @@ class NodeLostError(WorkerDiedError):
     def __init__(self, node: str, reason: str, pid: int, task: str) -> None:
         super().__init__(pid, None, task)
         # What a pickle gives to the class.
-        self.args = (node, reason, pid, task)
+        self.args: tuple[Any, ...] = (node, reason, pid, task)
         self.node = node
         self.reason = reason
 

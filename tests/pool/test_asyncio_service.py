@@ -17,9 +17,9 @@ from safepool import ProcessPool
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "asyncio_service.py"
+EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "asyncio_service.py"
 
-pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="there are no examples")
+pytestmark = pytest.mark.skipif(not EXAMPLE.exists(), reason="benchmarks are not here")
 
 # Nobody waits for that many.
 ENDLESS = 10**9

@@ -38,8 +38,9 @@ class Gauge:
     __slots__ = ("_held_bytes", "_pause_ns", "born_bytes", "limit_bytes", "look_ns")
 
     def __init__(self, limit_bytes: int, born_bytes: int) -> None:
-        self.limit_bytes, self.born_bytes = limit_bytes, born_bytes
-        self.look_ns = 0
+        self.limit_bytes: int = limit_bytes
+        self.born_bytes: int = born_bytes
+        self.look_ns: int = 0
         self._held_bytes = 0
         self._pause_ns = _MOST_NS
 
@@ -56,5 +57,6 @@ class Gauge:
         else:
             self._pause_ns *= 2
         self._pause_ns = min(max(self._pause_ns, LEAST_NS), _MOST_NS)
-        self._held_bytes, self.look_ns = held, now_ns + self._pause_ns
+        self._held_bytes = held
+        self.look_ns = now_ns + self._pause_ns
         return held if held > self.limit_bytes else None

@@ -110,14 +110,16 @@ class _Lane:
     __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
 
     def __init__(self, turns: Turns, worker: Worker, *, watched: bool = False) -> None:
-        self.turns = turns
-        self.worker = worker
-        self.watched = watched
+        self.turns: Turns = turns
+        self.worker: Worker = worker
+        self.watched: bool = watched
+        self.fileno: int
+        self.send: Callable[..., int]
         self.fileno, self.send, recv = worker.channel.ends()
         self.read: Callable[[], bytes] = partial(recv, _READ_BYTES)
-        self.first = worker.ledger.last + 1
+        self.first: int = worker.ledger.last + 1
         self.spent: tuple[str, int] | None = None
-        self.turn = Turn(self, self.first)
+        self.turn: Turn = Turn(self, self.first)
 
     @property
     def done(self) -> int:
@@ -162,11 +164,13 @@ class Turn:
     )
 
     def __init__(self, lane: _Lane, position: int) -> None:
-        self.lane = lane
-        self.position = position
+        self.lane: _Lane = lane
+        self.position: int = position
         self.task: Task | None = None
-        self.frame = b""
-        self.free, self.reader, self.seat = [True], [True], [True]
+        self.frame: bytes = b""
+        self.free: list[bool] = [True]
+        self.reader: list[bool] = [True]
+        self.seat: list[bool] = [True]
         self.record: list[Any] = []
         self.answer: list[Any] = []
         self.bells: list[int] = []
@@ -176,7 +180,8 @@ class Turn:
 
     def send(self, task: Task, frame: bytes) -> bool:
         """Make the call; ``False`` if the turn is somebody else's, or the worker is gone."""
-        self.task, self.frame = task, frame
+        self.task = task
+        self.frame = frame
         task.position = self.position
         steps: _Steps = (self.free.pop, partial(self.lane.send, frame, NO_SIGPIPE))
         try:
@@ -363,7 +368,7 @@ class Turns:
         settling: Settling,
         allowed: bool,
     ) -> None:
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self.wake = wake
         self.idle: deque[Turn] = deque()
         self.bells: deque[int] = deque()
@@ -374,7 +379,8 @@ class Turns:
         self._is_same_user = is_same_user
         self._allowed = allowed and _HAS_BELLS and _poll is not None
         # Whether calls came that could have used a lane, and how large their results were.
-        self.wanted = self._asked = False
+        self.wanted: bool = False
+        self._asked = False
         self._arrived_bytes = 0
         # The scheduler's thread only.
         self.lanes: list[_Lane] = []

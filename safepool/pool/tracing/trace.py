@@ -41,7 +41,7 @@ class Trace(Listener):
         TraceFileError: It cannot be written.
     """
 
-    greeting = encode(Kind.TRACE, 0)
+    greeting: Sequence[bytes | memoryview] = encode(Kind.TRACE, 0)
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._events = Events(path)

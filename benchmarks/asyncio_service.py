@@ -1,6 +1,6 @@
 """A web service whose requests compute in a pool, and none of them for longer than it may.
 
-    python examples/asyncio_service.py --port 8000
+    python benchmarks/asyncio_service.py --port 8000
     curl 'http://127.0.0.1:8000/primes?below=1000000'
     curl 'http://127.0.0.1:8000/primes?below=1000000000&seconds=0.5'
 
