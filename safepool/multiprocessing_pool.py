@@ -175,7 +175,7 @@ class Pool(_StandardPool):
         # Workers of the standard pool are daemons.
         self._engine._scheduler.ends_at_exit = True
         # They take items of imap() and imap_unordered().
-        self._feeders: list[threading.Thread] = []
+        self._feeders: dict[threading.Thread, Results] = {}
         self._state = RUN
         if initializer is not None:
             # It may be all that the workers are there for.
@@ -356,7 +356,7 @@ class Pool(_StandardPool):
         Args:
             func: Any callable.
             iterable: The items; taken as they come, in a thread of the pool. Once a result was
-                asked for, at most 65,536 are taken ahead of the results.
+                asked for, at most 65,536 are taken ahead of the results, until :meth:`join`.
             chunksize: Items that one task takes, at least 1.
 
         Returns:
@@ -417,6 +417,8 @@ class Pool(_StandardPool):
         """
         self._state = TERMINATE
         self._engine._scheduler.shut_down(wait=True, end="terminate")
+        for results in [*self._feeders.values()]:
+            results.take_all()  # the first one is refused, which ends it
 
     def join(self) -> None:
         """Wait until the workers have ended, after :meth:`close` or :meth:`terminate`.
@@ -436,7 +438,8 @@ class Pool(_StandardPool):
         if self._state == RUN:
             raise ValueError("Pool is still running")
         if self._state == CLOSE:
-            for feeder in [*self._feeders]:
+            for feeder, results in [*self._feeders.items()]:
+                results.take_all()
                 feeder.join()
         self._engine.shutdown()
 
@@ -480,7 +483,7 @@ class Pool(_StandardPool):
         starred: bool = False,
     ) -> MapResult[Any]:
         self._require_running()
-        items = [*iterable]
+        items = list(iterable)
         chunk = -(-len(items) // (_CHUNKS * self._engine.size)) if chunksize is None else chunksize
         if chunk < 1 and items:
             raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
@@ -534,11 +537,11 @@ class Pool(_StandardPool):
             try:
                 results.feed(chunk)
             finally:
-                self._feeders.remove(thread)
+                del self._feeders[thread]
                 self._close_if_fed()
 
         thread = ThreadThatStarts(feed, "safepool-feeder")
-        self._feeders.append(thread)
+        self._feeders[thread] = results
         thread.start()
 
     def _close_if_fed(self) -> None:

@@ -29,6 +29,7 @@ from support_processes import wait_until
 import safepool
 from safepool import ProcessPool, WorkerDiedError
 from safepool.multiprocessing_pool import ApplyResult, IMapIterator, MapResult, Options, Pool
+from safepool.pool.calls import mapping
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -452,3 +453,23 @@ def test_a_script_with_a_managers_queue_and_a_pool_that_is_left_open(tmp_path: P
     )
     assert done.stdout == f"{[(shard, n) for shard in range(3) for n in range(3)]}\n", done.stderr
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("end", ["join", "terminate"])
+def test_what_is_ahead_of_its_reader_ends_with_the_pool(
+    end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joining takes all items, though nobody reads; terminating takes none."""
+    monkeypatch.setattr(mapping, "_MOST_AHEAD", 4)
+    with safepool.Pool(1) as pool:
+        items = iter(range(500)) if end == "join" else itertools.count()
+        results = pool.imap(abs, items)
+        assert next(results) == 0
+        if end == "join":
+            pool.close()
+            pool.join()
+            assert [*results] == [*range(1, 500)]
+        else:
+            pool.terminate()
+            wait_until(lambda: not pool._feeders)
+            results.close()

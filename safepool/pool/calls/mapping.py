@@ -467,6 +467,7 @@ class Results:
         self._ahead = _FIRST_PORTION if ahead is None else ahead
         self._is_fed = ahead == 0
         self._room = Waiters()
+        self._most_ahead = _MOST_AHEAD
         self._deadline = deadline
         self._error: BaseException | None = None
         # Results of which each lets a further item be taken, in reverse order.
@@ -532,6 +533,11 @@ class Results:
         finally:
             self.push_no_more()
 
+    def take_all(self) -> None:
+        """Let :meth:`feed` go on without a bound: somebody waits for its end, not for results."""
+        self._most_ahead = sys.maxsize
+        self._room.wake()
+
     def push(self, batch: list[Item]) -> bool:
         """Queue calls of which only now the items have come; ``False`` if nobody runs them."""
         self._fed += len(batch)
@@ -562,7 +568,7 @@ class Results:
         self._room.add(place)
 
     def _has_room(self) -> bool:
-        return not self.seen or self._items is None or self.ahead < _MOST_AHEAD
+        return not self.seen or self._items is None or self.ahead < self._most_ahead
 
     def wait(self, timeout_s: float) -> bool:
         """Return whether :meth:`advance` returns at once, by then."""
