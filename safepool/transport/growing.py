@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from typing import TYPE_CHECKING, Any
 
 from safepool.transport.files import require
@@ -54,6 +55,8 @@ _SLOT_BYTES = 16
 _FIRST_SLOTS = 1 << 18
 # More than are used by one frame.
 _SLOTS_AHEAD = 1 << 13
+# A buffer that grows is copied: the allocator of free-threaded builds moves no pages.
+_COPIES = "free-threading" in sys.version
 
 
 class Sink(io.BytesIO):
@@ -81,6 +84,8 @@ class Sink(io.BytesIO):
             if 3 * (self._used + _SLOTS_AHEAD) > 2 * self._slots:
                 more += 2 * self._slots * _SLOT_BYTES
                 self._slots *= 2
+        if _COPIES and self._done + size > self.__sizeof__():
+            more += self._done
         try:
             require(more, self._done, self._done + more)
         except MemoryError:
