@@ -211,6 +211,24 @@ async def counted(count: int, then: BaseException | None = None) -> AsyncIterato
         raise then
 
 
+class FalseIterator:
+    """With as many items left as it says."""
+
+    def __init__(self, items: list[int]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if not self.items:
+            raise StopIteration
+        return self.items.pop(0)
+
+    def __bool__(self) -> bool:
+        return False
+
+
 def test_results_come_in_order_and_as_calls_end(pool: ProcessPool, run: Run) -> None:
     async def main() -> None:
         squares = [n * n for n in range(300)]
@@ -223,6 +241,8 @@ def test_results_come_in_order_and_as_calls_end(pool: ProcessPool, run: Run) -> 
             assert found == squares
         assert {r async for r in pool.amap(tasks.square, range(300), ordered=False)} == {*squares}
         pairs = pool.amap(tasks.add, counted(3), range(10, 20))
+        assert [result async for result in pairs] == [10, 12, 14]
+        pairs = pool.amap(tasks.add, counted(3), FalseIterator([10, 11, 12]))
         assert [result async for result in pairs] == [10, 12, 14]
         assert [result async for result in pool.amap(tasks.square, [])] == []
         assert [result async for result in pool.amap(tasks.square, counted(0))] == []

@@ -466,15 +466,16 @@ async def _feed(source: AsyncIterable[Any], results: Results, most: int) -> None
 
 async def _together(iterables: Sequence[_Items[Any]]) -> AsyncIterator[Any]:
     """Yield tuples of one item of each."""
-    sources = [
-        (aiter(items), None) if isinstance(items, AsyncIterable) else (None, iter(items))
+    sources: list[tuple[Callable[..., Any], Any]] = [
+        (anext, aiter(items)) if isinstance(items, AsyncIterable) else (next, iter(items))
         for items in iterables
     ]
     end = object()
     while True:
         found: list[Any] = []
-        for there, here in sources:
-            item = next(here or iter(()), end) if there is None else await anext(there, end)
+        for advance, source in sources:
+            item = advance(source, end)
+            item = await item if advance is anext else item
             if item is end:
                 return
             found.append(item)
