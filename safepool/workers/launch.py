@@ -134,8 +134,7 @@ def launch(
         OSError: The system has no room for it.
         NoInterpreterError: There is nothing to be started.
     """
-    with naming("socketpair()"):
-        ours, theirs = socket.socketpair()
+    ours, theirs = _pair()
     # Above the standard streams, which the child gets others for; a program may have closed
     # its own.
     handed: list[int] = []
@@ -161,11 +160,18 @@ def launch(
     return process, ours
 
 
+def _pair() -> tuple[socket.socket, socket.socket]:
+    with naming("socketpair()"):
+        ours, theirs = socket.socketpair()
+    # Whatever socket.setdefaulttimeout() was told: it may read before anything was sent.
+    theirs.setblocking(True)
+    return ours, theirs
+
+
 def _begin_below_keeper(
     server: Sequence[str], handed: Sequence[int], environment: dict[str, str]
 ) -> kept.KeptServer:
-    with naming("socketpair()"):
-        ours, theirs = socket.socketpair()
+    ours, theirs = _pair()
     number = -1
     try:
         number = _above_streams(theirs.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -139,6 +140,27 @@ def test_a_start_that_is_refused_keeps_no_descriptor(monkeypatch: pytest.MonkeyP
             ServerContext().prepare({"SAFEPOOL_TEST": "refused"})
 
         assert os.listdir("/proc/self/fd") == open_before
+
+
+def test_what_a_server_is_given_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads its path before that is sent, and sockets of the program may have a time limit."""
+    found: list[bool] = []
+    execute = launch._execute
+
+    def look(command: Any, handed: Any, environment: Any) -> Any:
+        found.extend(map(os.get_blocking, handed))
+        return execute(command, handed, environment)
+
+    monkeypatch.setattr(launch, "_execute", look)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.01)
+    try:
+        ServerContext().prepare({"SAFEPOOL_TEST": "blocks"})
+    finally:
+        socket.setdefaulttimeout(before)
+
+    assert len(found) >= 2
+    assert all(found)
 
 
 def test_without_descriptors_nothing_that_cannot_be_read_has_changed(
