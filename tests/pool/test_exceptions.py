@@ -64,20 +64,20 @@ def test_it_does_so_from_a_script(tmp_path: Path) -> None:
 import sys
 from safepool import ProcessPool
 with ProcessPool(1) as pool:
-    for name in MADE:
-        expected = MADE[name]()
-        error = pool.submit(throw, name).exception(timeout=60)
+    made = {name: MADE[name]() for name in MADE}
+    thrown = {name: pool.submit(throw, name) for name in made}
+    copied = thrown.keys() - {"a broken __reduce__"}
+    given = {name: pool.submit(give, name) for name in copied}
+    passed = {name: pool.submit(pass_on, Holder({}, [made[name]]), []) for name in copied}
+    for name, expected in made.items():
+        error = thrown[name].exception(timeout=60)
         assert type(error) is type(expected), (name, type(error))
         assert facts(error) == facts(expected), (name, facts(error), facts(expected))
-        if name == "a broken __reduce__":
-            continue
-        for given, in (
-            pool.submit(give, name).result(timeout=60),
-            pool.submit(pass_on, Holder({}, [expected]), []).result(timeout=60)[0][1:],
-        ):
-            given = given[0] if isinstance(given, list) else given
-            assert type(given) is type(expected), (name, type(given))
-            assert facts(given) == facts(expected), (name, facts(given), facts(expected))
+    for name in copied:
+        expected = made[name]
+        for one in (given[name].result(timeout=60)[0], passed[name].result(timeout=60)[0][1][0]):
+            assert type(one) is type(expected), (name, type(one))
+            assert facts(one) == facts(expected), (name, facts(one), facts(expected))
 print("right")
 """
     (tmp_path / "script.py").write_text(text, encoding="utf-8")
