@@ -163,7 +163,8 @@ def what_was_meant(word: str, names: Iterable[str]) -> str:
 # pebble, torch's DataLoader, datasets. An unknown keyword means the one of its line that there is.
 _SAME = """
 max_workers processes n_jobs workers num_workers n_workers nworkers num_processes n_processes \
-max_processes num_proc nproc nprocs n_procs jobs cpus n_cpus num_cpus ncpus cores n_cores size
+max_processes num_proc nproc nprocs n_procs jobs cpus n_cpus num_cpus ncpus cores n_cores size \
+workers_per_node
 max_tasks_per_child maxtasksperchild max_tasks worker_lifespan
 mp_context context start_method method ctx mp_start_method
 initializer init worker_init worker_init_fn init_fn
@@ -171,9 +172,9 @@ initargs init_args initializer_args args
 threads_per_worker threads n n_threads num_threads nthreads limits inner_max_num_threads
 memory_per_worker memory mem
 max_memory_per_worker max_memory
-memory_limit mem_limit limit_memory ram_limit
+memory_limit mem_limit limit_memory ram_limit max_mem max_rss
 env environ environment env_vars
-gpus gpu num_gpus n_gpus gpu_ids devices
+gpus gpu num_gpus n_gpus gpu_ids devices cuda cuda_devices visible_devices
 timeout task_timeout timeout_s time_limit max_time
 retries max_retries retry n_retries num_retries attempts max_attempts
 pin_workers pin cpu_ids affinity

@@ -23,7 +23,7 @@ from concurrent.futures import CancelledError
 from concurrent.futures.process import _RemoteTraceback
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from safepool.arguments import RULES, check, what_was_meant
+from safepool.arguments import RULES, Rule, check, what_was_meant
 from safepool.pool.calls.gathering import GatheredRun
 from safepool.pool.calls.mapping import MapRun, ResultIterator
 from safepool.pool.calls.tasks import name_of
@@ -95,6 +95,18 @@ class Options(TypedDict, total=False):
     trace: str | os.PathLike[str] | None
     end_subprocesses: bool
 
+
+# Whatever Python unpacks, as for the standard pool.
+_ARGS = Rule(
+    kind="a tuple",
+    is_kind=lambda value: hasattr(value, "__iter__") or hasattr(value, "__getitem__"),
+    remedy="A tuple of one argument is written (argument,)",
+)
+_KWDS = Rule(
+    kind="a dict of keyword arguments",
+    is_kind=lambda value: hasattr(value, "keys"),
+    remedy="The function's other arguments are args=",
+)
 
 _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
 
@@ -274,6 +286,10 @@ class Pool(_StandardPool):
             [1]
         """
         self._require_running()
+        if type(args) is not tuple:
+            check("args", args, _ARGS)
+        if type(kwds) is not dict:
+            check("kwds", kwds, _KWDS)
         future = self._engine.submit(func, *args, **kwds)
         return ApplyResult(self, future, callback, error_callback)
 
@@ -555,6 +571,8 @@ def _of_the_pool(error: BaseException) -> BaseException:
     result = getattr(error, "unsent_result", None)
     if isinstance(result, str):
         unsent: BaseException = _standard.MaybeEncodingError(error, _Shown(result))
+        for note in getattr(error, "__notes__", ()):
+            unsent.add_note(note)
         return unsent
     if isinstance(error, CancelledError) and not error.args:
         return CancelledError("the pool was terminated before this call had ended")
@@ -581,7 +599,12 @@ class _Shown:
         return self._text
 
 
+_SPREAD = "write starmap(function, items)"
+
+
 class _Gathered(GatheredRun):
+    spread = _SPREAD
+
     def put_error(self, index: int, error: BaseException) -> None:
         super().put_error(index, _of_the_pool(error))
 
@@ -590,6 +613,8 @@ class _Gathered(GatheredRun):
 
 
 class _Streamed(MapRun):
+    spread = _SPREAD
+
     def put_error(self, index: int, error: BaseException) -> None:
         super().put_error(index, _of_the_pool(error))
 
@@ -743,6 +768,13 @@ class MapResult(ApplyResult[list[_T]], _StandardMapResult[_T]):
         super().__init__(pool, run.future, callback, error_callback)
         self._run = run
         self._chunksize = chunksize
+
+    def _raised(self) -> BaseException | None:
+        is_new = self._error is None
+        error = super()._raised()
+        if is_new and error is not None:
+            self._run.hint(error)
+        return error
 
     @property
     def _number_left(self) -> int:

@@ -183,6 +183,11 @@ def test_a_keyword_that_is_nearly_right_is_told_the_right_one(name: str, word: s
         use(name, **{word: 2})
 
 
+def test_a_number_of_workers_is_that_of_each_node_in_a_cluster() -> None:
+    with pytest.raises(TypeError, match=r"'max_workers': did you mean workers_per_node=\?$"):
+        safepool.ClusterPool(None, max_workers=2)  # type: ignore[call-arg]
+
+
 def test_any_other_keyword_is_told_which_there_are() -> None:
     with pytest.raises(TypeError, match=r"argument 'colour'\. There are end_subprocesses, env, "):
         use("ProcessPool", colour="red")

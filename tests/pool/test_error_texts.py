@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import support_error_texts as texts
 
+import safepool
 from safepool import ProcessPool
 
 if TYPE_CHECKING:
@@ -137,3 +138,19 @@ def test_pairs_for_a_function_of_two_arguments_get_a_hint() -> None:
             notes = "\n".join(getattr(error, "__notes__", ()))
             assert isinstance(error, TypeError), row
             assert notes.endswith("map(function, *zip(*items))") == has, (row, notes)
+    with safepool.Pool(1) as standard:
+        for row, (function, items, has) in PAIRS.items():
+            for call in (standard.map, lambda *given: [*standard.imap(*given)]):
+                error = error_of(lambda: call(function, items))  # noqa: B023
+                notes = "\n".join(getattr(error, "__notes__", ()))
+                assert notes.endswith("write starmap(function, items)") == has, (row, notes)
+
+
+def test_a_coroutine_that_is_given_in_the_place_of_its_function_gets_a_hint() -> None:
+    async def service() -> None: ...
+
+    given: Any = service()
+    with ProcessPool(1) as pool:
+        error = error_of(pool.submit(given).result)
+    given.close()
+    assert error.__notes__[0].endswith("pass its function and its arguments")

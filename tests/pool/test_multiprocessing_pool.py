@@ -98,6 +98,8 @@ PROGRAMS: dict[str, Callable[[Any], object]] = {
     ),
     "a timeout of next": lambda pool: outcomes_of_next(pool.imap(time.sleep, iter([0.3]))),
     "not ready": lambda pool: caught(pool.apply_async(time.sleep, [0.2]).successful).args[0][-9:],
+    "no iterable": lambda pool: str(caught(lambda: pool.map(abs, 5))),
+    "arguments that are text": lambda pool: pool.apply(max, "ab"),  # type: ignore[arg-type]
     "a chunk of no items": lambda pool: str(caught(lambda: pool.imap_unordered(abs, [1], 0))),
     "repr": lambda pool: repr(pool).partition(".Pool ")[2],
     "pickled": lambda pool: repr(caught(lambda: pickle.dumps(pool))),
@@ -136,6 +138,16 @@ def test_wrong_arguments_are_refused_in_the_same_words(use: str) -> None:
     standard = caught(lambda: REFUSED[use](spawn.Pool))
     assert type(ours) is type(standard)
     assert str(standard) in str(ours)
+
+
+def test_an_argument_that_is_no_tuple_of_arguments_is_told_what_is(pool: Pool) -> None:
+    given: Any = 5
+    with pytest.raises(TypeError, match=r"args must be a tuple, not 5 .* mean args=\(5,\)\?"):
+        pool.apply(abs, given)
+    with pytest.raises(TypeError, match="args must be a tuple, not None"):
+        pool.apply_async(abs, None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"kwds must be a dict of keyword arguments, not 5"):
+        pool.apply(abs, (), given)
 
 
 def test_every_argument_of_a_process_pool_is_taken_by_name() -> None:
@@ -181,6 +193,7 @@ def test_a_result_that_cannot_be_pickled_is_told_in_the_standard_words(pool: Poo
         assert type(error) is multiprocessing.pool.MaybeEncodingError  # type: ignore[attr-defined]
         assert str(error).startswith("Error sending result: '[<unlocked _thread.lock object at ")
         assert "cannot pickle" in error.exc
+        assert "while the result of " in error.__notes__[0], error.__notes__
 
 
 def any_of(function: Callable[[], Any]) -> Any:

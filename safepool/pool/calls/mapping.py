@@ -188,6 +188,8 @@ class MapRun:
     held: bool
     length: int | None = None
     iterator: type[ResultIterator]
+    # What to do where the items are the arguments of calls, for errors.
+    spread = "give map() an iterable for each of them: map(function, *zip(*items))"
     # Of the first item, if it is a tuple or list and the only argument of its call: its length.
     _width = 0
 
@@ -307,8 +309,7 @@ class MapRun:
         if _takes(self.function, 1) is False and _takes(self.function, self._width):
             error.add_note(
                 f"map() calls {self.name} with each item as the only argument, and the first item "
-                f"holds {self._width}. To call it with {self._width} arguments give map() an "
-                "iterable for each of them: map(function, *zip(*items))"
+                f"holds {self._width}. To call it with {self._width} arguments {self.spread}"
             )
 
     def drop(self) -> None:

@@ -103,6 +103,8 @@ _MOST_ASIDE = 1024
 _MOST_BLAMED = 3
 # How the note begins that such an error gets.
 _NOT_SENT = "while the call of "
+# In the pickler's words: of a coroutine that was called too early.
+_COROUTINE = "'coroutine' object"
 # What multiprocessing's locks, values and queues say of any pickler that starts no process.
 _INHERITED = "shared between processes through inheritance"
 
@@ -533,6 +535,8 @@ class Dispatch:
             self._blamed[name] += 1
             culprit = find_unpicklable(value, payloads.dumps_to_send)
             note += f". It is {culprit}" if culprit else ""
+            if _COROUTINE in text_of(error):
+                note += ". A coroutine cannot be sent: pass its function and its arguments"
         if inherited:
             note += (
                 '. Make it by multiprocessing.get_context("spawn"), and give it to the workers '
