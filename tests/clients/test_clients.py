@@ -170,7 +170,14 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("program", UNCHANGED)
+@pytest.mark.parametrize(
+    "program",
+    [
+        # SciPy's optimizers are imported three times.
+        pytest.param(one, marks=pytest.mark.slow if one.startswith("SciPy") else ())
+        for one in UNCHANGED
+    ],
+)
 def test_a_program_that_nobody_changes(program: str, tmp_path: Path) -> None:
     needs, text, expected = UNCHANGED[program]
     pytest.importorskip(needs)

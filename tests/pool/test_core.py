@@ -107,10 +107,6 @@ SCENARIOS |= {
     "three calls, large ones": Scenario(
         {"a": "l", "b": "", "c": "l"}, unread=2, retries=1, budget={"die": 1}
     ),
-    "three calls of a map, a death": Scenario(maps=MAP, unread=2, retries=1, budget={"die": 1}),
-    "three calls, none sent ahead": Scenario(
-        THREE, known=False, retries=1, budget={"die": 1, "resize": 1}
-    ),
     "three calls, no boards": Scenario(THREE, boards=False, retries=1, budget={"die": 1}),
 }
 

@@ -15,6 +15,10 @@ SCENARIOS: dict[str, Scenario] = {
         THREE, unread=2, retries=1, budget={"resize": 1, "die": 1}
     ),
     "what waits is cancelled": Scenario(THREE, unread=2, budget={"cancel": 1}),
+    "a worker dies of a map": Scenario(
+        maps=(("a", "b", "c"),), unread=2, retries=1, budget={"die": 1}
+    ),
+    "none sent ahead": Scenario(THREE, known=False, retries=1, budget={"die": 1, "resize": 1}),
     "an end by force": Scenario(THREE, unread=2, budget={"terminate": 1}),
     "no boards": Scenario(THREE, boards=False, retries=1, budget={"die": 1, "drop": 1}),
     "a call is cancelled": Scenario(THREE, unread=2, budget={"drop": 1}),
