@@ -35,10 +35,13 @@ def others_uncollected() -> Iterator[None]:
     """Leave what other tests have left: what the collector calls there loses an exception."""
     gc.collect()
     gc.freeze()
+    callbacks = [*gc.callbacks]
+    gc.callbacks.clear()
     try:
         yield
     finally:
         gc.unfreeze()
+        gc.callbacks.extend(callbacks)
 
 
 class Interrupt(BaseException):
