@@ -215,7 +215,7 @@ if __name__ == "__main__":
     found = []
 
     def both(pool):
-        found.append([look(cases), pool.submit(look, cases).result(80)])
+        found.append([look(cases), pool.submit(look, cases).result(200)])
 
     do(case["first"] for case in cases.values())
     with safepool.ProcessPool(1, mp_context=method) as pool:
@@ -223,15 +223,15 @@ if __name__ == "__main__":
         do(case["again"] for case in cases.values())
         (there,) = pool.map(look, [cases])
         found.append([look(cases), there])
-        pool.submit(do, [case["own"] for case in cases.values()]).result(80)
-        own = pool.submit(look, cases).result(80)
+        pool.submit(do, [case["own"] for case in cases.values()]).result(200)
+        own = pool.submit(look, cases).result(200)
         do(case["first"] for case in cases.values())
         (there,) = pool.map(look, [cases])
         found.append([look(cases), there])
     with safepool.ProcessPool(1, mp_context=method, initializer=do, initargs=(
         [case["own"] for case in cases.values()],)
     ) as pool:
-        print(json.dumps([found, own, pool.submit(look, cases).result(80)]))
+        print(json.dumps([found, own, pool.submit(look, cases).result(200)]))
 """
 
 
@@ -256,7 +256,8 @@ def test_what_is_not_installed_is_told() -> None:
 
 
 # Each imports all that is installed, four seconds of a processor. "loky" starts a worker afresh,
-# as "spawn" does.
+# as "spawn" does. On a machine that has much else to do, twenty times as long and more.
+@pytest.mark.timeout(260)
 @pytest.mark.parametrize(
     "method",
     [pytest.param(one, marks=[pytest.mark.slow] if one == "loky" else []) for one in METHODS],
@@ -273,6 +274,7 @@ def test_a_worker_has_what_the_program_has_set(method: str, tmp_path: Path) -> N
         folder=tmp_path,
         arguments=(method, json.dumps(cases)),
         variables={"LC_ALL": "C.UTF-8"},
+        timeout_s=240,
     )
 
     for program, worker in found:
