@@ -126,6 +126,21 @@ def test_a_call_to_a_worker_that_is_gone_is_its_callers(table: Table) -> None:
     assert table.turn.marks == {"sent": False}
 
 
+def test_a_caller_has_its_moment_though_the_program_was_stopped(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock has gone on meanwhile, and no thread."""
+    clock, looks = itertools.count(0, 10), itertools.count()
+
+    def sleep(_: float) -> None:
+        if next(looks) == 3:
+            table.send(table.turn)
+
+    monkeypatch.setattr(turns, "time", SimpleNamespace(monotonic=clock.__next__, sleep=sleep))
+
+    assert table.turn.is_decided()
+
+
 @pytest.mark.parametrize(
     "answer",
     [

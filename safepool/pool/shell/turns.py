@@ -83,7 +83,7 @@ _ARRIVED_BYTES, _COUNTED_BYTES = 128 * 1024, 128
 # The number of a descriptor may be another's by now if its pool has ended: look again.
 _LOOK_MS = 250
 # For another thread that is in the middle of a system call that does not wait.
-_MOMENT_S, _MOMENT_LOOK_S = 1.0, 0.0005
+_MOMENT_S, _MOMENT_LOOKS = 1.0, 2000
 # Bells that interrupts may cost a pool.
 _MOST_LOST = 64
 
@@ -560,12 +560,12 @@ def runs_a_loop() -> bool:
 
 def _soon(is_true: Callable[[], bool]) -> bool:
     """Tell whether something is true within a moment."""
-    until = time.monotonic() + _MOMENT_S
-    while not is_true():
-        if time.monotonic() > until:
-            return is_true()
-        time.sleep(_MOMENT_LOOK_S)
-    return True
+    # Looks are counted: the clock goes on while the program is stopped, and its threads do not.
+    for _ in range(_MOMENT_LOOKS):
+        if is_true():
+            return True
+        time.sleep(_MOMENT_S / _MOMENT_LOOKS)
+    return is_true()
 
 
 if sys.platform == "linux":
