@@ -581,6 +581,17 @@ def test_a_pool_that_breaks_ends_every_wait() -> None:
     asyncio.run(main())
 
 
+def test_a_pool_that_was_shut_down_refuses_items_of_any_kind() -> None:
+    async def main() -> None:
+        async with ProcessPool(1) as pool:
+            pass
+        for items in (range(3), counted(3)):
+            with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+                pool.amap(tasks.square, items)
+
+    asyncio.run(main())
+
+
 def test_a_scope_of_anyio_is_cancelled_as_it_should(pool: ProcessPool, tmp_path: Path) -> None:
     anyio = pytest.importorskip("anyio")
     begun = tmp_path / "begun"

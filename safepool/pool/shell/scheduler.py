@@ -72,7 +72,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
-from safepool.pool.calls.mapping import MapRun, Results, Span
+from safepool.pool.calls.mapping import Coming, MapRun, Results, Span
 from safepool.pool.calls.tasks import (
     PoolFuture,
     Task,
@@ -388,6 +388,8 @@ class Scheduler:
             keep: Held as long as there are items to take.
         """
         self._check_fork()
+        if isinstance(items, Coming):  # of others the first are queued at once, or refused
+            self._check_open()
         self._settings.look()
         self._dispatch.names.look()
         self._dispatch.pickle_function_now(run)
