@@ -244,6 +244,7 @@ def test_where_there_is_none_auto_says_so(
 def test_a_number_and_a_list(machine_of: Any) -> None:
     machine_of({}, ())
     assert devices_of(2) == devices_of(["0", 1]) == {"CUDA_VISIBLE_DEVICES": ("0", "1")}
+    assert len(devices_of(10**12)["CUDA_VISIBLE_DEVICES"]) == 4096  # and not as many as are said
     assert devices_of(["0,1", "MIG-a"]) == {"CUDA_VISIBLE_DEVICES": ("0,1", "MIG-a")}
     machine_of({}, ("dev/kfd",))
     assert devices_of([1]) == {"HIP_VISIBLE_DEVICES": ("1",)}

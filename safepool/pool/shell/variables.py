@@ -18,6 +18,8 @@ __all__ = ["Variables", "devices_of"]
 
 # Computed with the pool, so that what is wrong is raised there; those of further workers later.
 _MOST_AHEAD = 256
+# More than any machine has: a number is taken at its word where no device can be counted.
+_MOST_DEVICES = 4096
 
 
 class Variables:
@@ -97,5 +99,5 @@ def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, t
             )
         if lists:
             return {name: ids[:count] for name, ids in lists.items()}
-        gpus = range(count)
+        gpus = range(min(count, _MOST_DEVICES))
     return dict.fromkeys(lists or found.lists, tuple(str(device) for device in gpus))
