@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import signal
 import threading
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
@@ -41,6 +42,7 @@ __all__ = [
     "naming",
     "text_of",
     "users_frames",
+    "users_stack",
 ]
 
 FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
@@ -523,6 +525,16 @@ _OURS = (
     f"{os.path.dirname(__file__)}{os.sep}",
     f"{os.sep}cloudpickle{os.sep}cloudpickle.py",
 )
+
+
+def users_stack(text: str) -> str:
+    """Return Python stacks, as :mod:`faulthandler` writes them, without the worker's own frames.
+
+    Of a stack in which there is nothing else, the line that was reached stays.
+    """
+    ours = re.escape(_OURS[0].encode("ascii", "backslashreplace").decode())  # as it writes paths
+    called_by = rf'(?:  File "{ours}.*\n)*  File "{ours}.* in be_worker\n(?:  File .*\n)*'
+    return re.sub(rf'(  File ".*\n){called_by}', r"\1", text)
 
 
 def _is_ours(code: CodeType) -> bool:

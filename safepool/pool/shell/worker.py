@@ -8,6 +8,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+from safepool.errors import users_stack
 from safepool.pool.core.worker import Member
 from safepool.workers.process import WorkerProcess
 
@@ -116,7 +117,9 @@ class Worker(Member, WorkerProcess):
         """Return the stack that it was asked for, or that it has left if it crashed."""
         asked, crashed = self.stack_begin is not None, exitcode is None or -exitcode in _CRASHES
         # Not in any case: what a task has forked leaves its stack on the same board if it crashes.
-        return self.board.fault(self.stack_begin) if self.board and (asked or crashed) else ""
+        if self.board is None or not (asked or crashed):
+            return ""
+        return users_stack(self.board.fault(self.stack_begin))
 
     def close(self) -> None:
         """Give back every descriptor, which no other thread uses meanwhile."""
