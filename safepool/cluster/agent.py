@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections import deque
+from concurrent.futures import CancelledError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -150,8 +151,8 @@ class Session:
             self._give_back(message.back)
         for number in message.kill:
             future = self._futures.get(number)
-            if future is not None:
-                self.node_pool.pool.cancel(future, kill=True)
+            if future is not None and self.node_pool.pool.cancel(future, kill=True):
+                self._answer(number, -1.0, CancelledError())
         for name in message.forget:
             self._objects.pop(name, None)
             functions.pop(name, None)
@@ -182,7 +183,7 @@ class Session:
 
     def _ended(self, number: int, future: Future[Any]) -> None:
         self._futures.pop(number, None)
-        if future.cancelled():
+        if future.cancelled():  # it was told who has cancelled it
             return
         error = future.exception()
         if error is not None:

@@ -661,7 +661,11 @@ class Core:
         waited_s = self._now_s - self._nobody_since_s
         if waited_s < self._no_nodes_s:
             return
-        why = [f"{one.name}: {one.why}" for one in self._places.values() if one.why]
+        unsaid = {State.OPENING: "it has not answered", State.SPARE: "it is not one of nodes="}
+        why = [
+            f"{one.name}: {one.why or unsaid.get(one.state, 'it has just joined')}"
+            for one in self._places.values()
+        ]
         told = "; ".join(why) if why else "the engine lists none"
         reason = f"no node could take a call for {self._no_nodes_s:g} s ({told})"
         self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))

@@ -277,7 +277,10 @@ class ClusterPool(AwaitedCalls, Executor):
         return shown
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
-        """Cancel a call, on request also one that runs: as :meth:`safepool.ProcessPool.cancel`."""
+        """Cancel a call, on request also one that runs: as :meth:`safepool.ProcessPool.cancel`.
+
+        An executor as engine cannot be told: its node runs the call to the end, for nobody.
+        """
         return self._shell.kill(future) if kill else future.cancel()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -290,7 +293,10 @@ class ClusterPool(AwaitedCalls, Executor):
         self._shell.shut_down(wait=wait, cancel=cancel_futures)
 
     def terminate_workers(self) -> None:
-        """End the calls of this pool on all nodes and give it up, without waiting."""
+        """End the calls of this pool on all nodes and give it up, without waiting.
+
+        An executor as engine cannot be told: its nodes run to the end what they have, for nobody.
+        """
         self._shell.shut_down(wait=False, end="terminate_workers() was called")
 
     def kill_workers(self) -> None:

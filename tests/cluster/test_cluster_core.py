@@ -237,3 +237,14 @@ def test_why_no_node_was_there_is_told() -> None:
     assert action == c.Fail(
         [call], "no node could take a call for 5 s (p: it has Python 2.7)", True
     )
+
+
+def test_places_that_are_not_used_are_told() -> None:
+    core = Core(no_nodes_s=5.0)
+    core.handle(c.Listed(["p", "q"]), 0.0)
+    core.handle(c.Opened("p", "n", 2, wanted=False), 0.0)
+    call = Letter("x", 0)
+    core.handle(c.Queued([call]), 1.0)
+    (action,) = core.handle(c.Look(), 6.0)
+    told = "p: it is not one of nodes=; q: it has not answered"
+    assert action == c.Fail([call], f"no node could take a call for 5 s ({told})", True)

@@ -96,6 +96,7 @@ with Client(sys.argv[1]) as client:
         future = pool.submit(time.sleep, 60)
         await_(future.running, "it runs")
         told(killed=pool.cancel(future, kill=True), is_cancelled=future.cancelled())
+        await_(lambda: not any(node.calls for node in pool.nodes()), "no node counts the call")
         array = np.ones(1 << 19)
         told(large=pool.submit(total, array, 2).result(), back=float(pool.submit(np.ones, 1 << 19).result().sum()))
         shared = safepool.share(array)

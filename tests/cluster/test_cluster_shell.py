@@ -16,7 +16,16 @@ import safepool
 from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, shell
 from safepool.cluster import pool as pool_module
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
-from safepool.cluster.messages import PROTOCOL, Packet, Welcome, python_version
+from safepool.cluster.messages import (
+    PROTOCOL,
+    DeliverMessage,
+    Packet,
+    Parcel,
+    Welcome,
+    pickle_arguments,
+    pickle_function,
+    python_version,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,6 +144,29 @@ def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) 
         future.result(30)
     with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
         pool.submit(abs, 1).result(30)
+
+
+def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
+    """Else it would count as under way for ever."""
+    node_pool = agent.NodePool({"max_workers": 1})
+    session = agent.Session("s", node_pool)
+    function = pickle_function(time.sleep)
+    calls = [
+        Parcel(number, "sleep", None, function.key, pickle_arguments((600,), {})[0], ())
+        for number in (1, 2)
+    ]
+    functions = {function.key: (function.packet, ())}
+    try:
+        session.take_in(DeliverMessage(calls, functions, {}, (), (), ()))
+        wait_until(lambda: any(worker.task for worker in node_pool.pool.workers()))
+        session.take_in(DeliverMessage([], {}, {}, (), (1, 2), ()))
+        session.wait_for_all(2)
+        answers = session.report().answers
+        assert sorted(number for number, *_ in answers) == [1, 2]
+        assert not any(died for _, _, died, _ in answers)
+    finally:
+        node_pool.close()
+        node_pool.pool.shutdown()
 
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
