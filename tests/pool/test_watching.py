@@ -385,7 +385,7 @@ def test_stacks_that_were_asked_for_are_not_a_crashs(
     assert isinstance(error, WorkerDiedError)
     assert error.stack.startswith("Fatal Python error: Segmentation fault")
     assert error.stack.count("in crash\n") == 1
-    assert error.stack.count("(most recent call first)") == 1
+    assert main_stacks(error.stack) == 0
 
 
 @on_linux
@@ -413,9 +413,7 @@ def test_stacks_that_were_asked_for_are_not_a_timeouts() -> None:
         error = pool.submit(support.sleep_here, 60.0).exception(timeout=30)
 
     assert isinstance(error, TaskTimeoutError)
-    assert (
-        error.stack.count("(most recent call first)") == error.stack.count("in sleep_here\n") == 1
-    )
+    assert error.stack.count("thread 0x") == error.stack.count("in sleep_here\n") == 1
 
 
 @on_linux
