@@ -36,6 +36,7 @@ from safepool.pool.core.events import HandOut
 from safepool.pool.core.machine import Core
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.worker import Phase
+from safepool.pool.shell import staff
 from safepool.workers.board import Board
 
 if TYPE_CHECKING:
@@ -404,8 +405,9 @@ def test_a_stopped_worker_keeps_no_later_task() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_timeout_ends_exactly_its_task_with_its_stack() -> None:
+def test_a_timeout_ends_exactly_its_task_with_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that were sent ahead behind it are run, by another worker."""
+    monkeypatch.setattr(staff, "_STACK_S", 1.0)  # a busy machine needs more time to write it
     with ProcessPool(1, timeout=1.0) as pool:
         before = pool.submit(limited(tasks.pid, 60)).result(timeout=30)
         late = pool.submit(endings.here_it_sleeps)
@@ -443,7 +445,8 @@ def test_a_timeout_ends_what_the_task_has_started(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_timeout_in_c_code_that_holds_the_interpreter() -> None:
+def test_a_timeout_in_c_code_that_holds_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staff, "_STACK_S", 1.0)  # a busy machine needs more time to write it
     with ProcessPool(1) as pool:
         error = pool.submit(limited(tasks.sleep_in_c, 0.5), 60).exception(timeout=30)
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
