@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from safepool.errors import let_handlers_pass
 from safepool.transport import weak
-from safepool.transport.marks import PLAIN, found_as, is_full, is_of_main, mark_of
+from safepool.transport.marks import PLAIN, attribute_of, found_as, is_full, is_of_main, mark_of
 from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
         if isinstance(obj, types.ModuleType):
-            return str, (obj.__name__,)
+            return str, (attribute_of(obj, "__name__"),)  # one may be loaded when it is asked
         if isinstance(obj, Shared):
             raise _TooLargeError  # the program's own, whatever it holds
         if not isinstance(obj, _LOOKED_INTO):

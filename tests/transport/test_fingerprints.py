@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from safepool.transport.fingerprints import fingerprint
 
@@ -81,3 +83,12 @@ def test_what_has_no_order_is_looked_at_all_the_same() -> None:
     assert fingerprint([{"x", one.__class__}, one]) != fingerprint([{"x", one.__class__}, other])
     found = fingerprint({object(), "a"})
     assert found
+
+
+class LazyModule(ModuleType):
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"{name} would load it")
+
+
+def test_a_module_that_is_loaded_late_is_not_loaded_for_it() -> None:
+    assert fingerprint(LazyModule("late")) == fingerprint(ModuleType("late"))
