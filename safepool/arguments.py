@@ -155,7 +155,7 @@ def what_was_meant(word: str, names: Iterable[str]) -> str:
     names = [name for name in names if name != "self"]
     lines = [line.split() for line in _SAME.splitlines()]
     same = [name for line in lines if word in line for name in names if name in line]
-    near = [*same, *difflib.get_close_matches(word, names, n=1)]
+    near = [*same, *difflib.get_close_matches(word, names, n=1, cutoff=0.7)]
     return f": did you mean {near[0]}=?" if near else f". There are {', '.join(sorted(names))}"
 
 
@@ -172,11 +172,11 @@ initargs init_args initializer_args args
 threads_per_worker threads n n_threads num_threads nthreads limits inner_max_num_threads
 memory_per_worker memory mem
 max_memory_per_worker max_memory
-memory_limit mem_limit limit_memory ram_limit max_mem max_rss
+memory_limit mem_limit limit_memory ram_limit limit_mem max_mem max_rss
 env environ environment env_vars
 gpus gpu num_gpus n_gpus gpu_ids devices cuda cuda_devices visible_devices
 timeout task_timeout timeout_s time_limit max_time
-retries max_retries retry n_retries num_retries attempts max_attempts
+retries max_retries retry retry_count n_retries num_retries attempts max_attempts
 pin_workers pin cpu_ids affinity
 preload imports modules
 progress progress_bar verbose tqdm
@@ -441,7 +441,7 @@ ENVIRONMENT = Rule(
     lacks=_lacks_as_environment,
     remedy='Numbers are text as well: {"OMP_NUM_THREADS": "2"}',
 )
-"""What ``env`` returns for one worker, if it is a function."""
+"""Of ``env`` where it is no function, and what it returns for one worker if it is."""
 
 RULES: dict[str, Rule] = {
     "buffersize": _integer(

@@ -188,6 +188,15 @@ def test_a_number_of_workers_is_that_of_each_node_in_a_cluster() -> None:
         safepool.ClusterPool(None, max_workers=2)  # type: ignore[call-arg]
 
 
+def test_a_cluster_says_what_it_does_not_take() -> None:
+    with pytest.raises(
+        TypeError, match=r"env must be a mapping of text to text, or None, not <fun"
+    ):
+        safepool.ClusterPool(None, env=lambda _: {})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"'on_worker_death'\. There are client_or_executor, "):
+        safepool.ClusterPool(None, on_worker_death="break")  # type: ignore[call-arg]
+
+
 def test_any_other_keyword_is_told_which_there_are() -> None:
     with pytest.raises(TypeError, match=r"argument 'colour'\. There are end_subprocesses, env, "):
         use("ProcessPool", colour="red")

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
-from safepool.arguments import RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
+from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
 from safepool.cluster.carriers.dask import DaskCarrier, is_client
 from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
@@ -115,6 +115,7 @@ class ClusterPool(AwaitedCalls, Executor):
 
     @checked(
         "ClusterPool",
+        env=ENVIRONMENT,  # no function of a worker's index
         nodes=_NODES,
         no_nodes_timeout=replace(TIME_TO_WAIT, optional=True),
         workers_per_node=RULES["max_workers"],
