@@ -21,6 +21,7 @@ import types
 import warnings
 from concurrent.futures import CancelledError
 from concurrent.futures.process import _RemoteTraceback
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from safepool.arguments import RULES, Rule, check, what_was_meant
@@ -107,6 +108,9 @@ _KWDS = Rule(
     is_kind=lambda value: hasattr(value, "keys"),
     remedy="The function's other arguments are args=",
 )
+
+# How small it may be is said in the standard pool's words.
+_CHUNKSIZE = replace(RULES["chunksize"], lacks=lambda _: "", optional=True)
 
 _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
 
@@ -499,6 +503,7 @@ class Pool(_StandardPool):
         starred: bool = False,
     ) -> MapResult[Any]:
         self._require_running()
+        check("chunksize", chunksize, _CHUNKSIZE)
         items = list(iterable)
         chunk = -(-len(items) // (_CHUNKS * self._engine.size)) if chunksize is None else chunksize
         if chunk < 1 and items:
@@ -529,6 +534,7 @@ class Pool(_StandardPool):
         ordered: bool,
     ) -> IMapIterator[_T]:
         self._require_running()
+        check("chunksize", chunksize, _CHUNKSIZE)
         chunk = 1 if chunksize is None else chunksize
         if chunk < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")

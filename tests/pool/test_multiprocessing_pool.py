@@ -148,6 +148,10 @@ def test_an_argument_that_is_no_tuple_of_arguments_is_told_what_is(pool: Pool) -
         pool.apply_async(abs, None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"kwds must be a dict of keyword arguments, not 5"):
         pool.apply(abs, (), given)
+    for method in (pool.map, pool.starmap, pool.imap, pool.imap_unordered):
+        for wrong, meant in (("2", "2"), (2.0, "2"), (1.5, "")):
+            with pytest.raises(TypeError, match=f"chunksize must be an integer.*{meant}"):
+                method(abs, [], wrong)  # type: ignore[operator]
 
 
 def test_every_argument_of_a_process_pool_is_taken_by_name() -> None:
