@@ -197,7 +197,7 @@ def test_a_result_that_cannot_be_pickled_is_told_in_the_standard_words(pool: Poo
         assert type(error) is multiprocessing.pool.MaybeEncodingError  # type: ignore[attr-defined]
         assert str(error).startswith("Error sending result: '[<unlocked _thread.lock object at ")
         assert "cannot pickle" in error.exc
-        assert "while the result of " in error.__notes__[0], error.__notes__
+        assert any("while the result of " in note for note in error.__notes__), error.__notes__
 
 
 def any_of(function: Callable[[], Any]) -> Any:
