@@ -30,16 +30,19 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="root makes containers, on Linux"
 )
 
+PACKAGE = Path(safepool.__file__).parent
 ENTRYPOINT = [sys.executable, "-m", "safepool", "run", "--"]
 ENVIRON = {
     "PATH": os.environ.get("PATH", os.defpath),
-    "PYTHONPATH": str(Path(safepool.__file__).parent.parent),
+    "PYTHONPATH": str(PACKAGE.parent),
     "MAX_JOBS": "7",
 }
-# The machine's other folders are the container's as well.
+# The machine's other folders are the container's as well, and what runs here wherever it is.
 OWN = {"proc", "sys", "dev", "run", "tmp"}
+NEEDED = {Path(sys.prefix), Path(sys.base_prefix), PACKAGE}
 SHARED = [
-    str(path) for path in sorted(Path("/").iterdir()) if path.is_dir() and path.name not in OWN
+    *(str(path) for path in sorted(Path("/").iterdir()) if path.is_dir() and path.name not in OWN),
+    *(str(path) for path in sorted(NEEDED) if path.parts[1] in OWN),
 ]
 
 
