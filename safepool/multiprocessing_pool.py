@@ -771,9 +771,10 @@ class MapResult(ApplyResult[list[_T]], _StandardMapResult[_T]):
         callback: Callable[[list[_T]], object] | None,
         error_callback: Callable[[BaseException], object] | None,
     ) -> None:
-        super().__init__(pool, run.future, callback, error_callback)
         self._run = run
         self._chunksize = chunksize
+        # Last: it may call the callback.
+        super().__init__(pool, run.future, callback, error_callback)
 
     def _raised(self) -> BaseException | None:
         is_new = self._error is None

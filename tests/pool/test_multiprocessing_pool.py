@@ -30,6 +30,7 @@ import safepool
 from safepool import ProcessPool, WorkerDiedError
 from safepool.multiprocessing_pool import ApplyResult, IMapIterator, MapResult, Options, Pool
 from safepool.pool.calls import mapping
+from safepool.pool.calls.tasks import PoolFuture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -204,7 +205,19 @@ def any_of(function: Callable[[], Any]) -> Any:
     return function()
 
 
-def test_callbacks_come_before_the_result(pool: Pool) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_callbacks_come_before_the_result(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Also those of calls that have ended before their result is made."""
+    add = PoolFuture.add_done_callback
+
+    def add_at_the_end(self: PoolFuture, fn: Callable[[Any], object]) -> None:
+        self.exception(60)
+        add(self, fn)
+
+    if ended:
+        monkeypatch.setattr(PoolFuture, "add_done_callback", add_at_the_end)
     found: list[Any] = []
     rows: list[tuple[Callable[..., ApplyResult[Any]], Any, Any]] = [
         (pool.apply_async, [-3], 3),

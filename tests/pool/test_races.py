@@ -23,7 +23,7 @@ from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.calls.mapping import MapRun
-from safepool.pool.calls.tasks import PoolFuture, begin, name_of
+from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, name_of
 from safepool.pool.core import reclaim
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
@@ -350,6 +350,28 @@ def test_a_cancellation_and_the_beginning_of_a_task_may_meet() -> None:
         assert future.cancel_running()
         thread.join()
         assert future.cancelled()
+
+
+def test_the_end_of_a_call_and_who_adds_a_callback_may_meet() -> None:
+    """Who adds it calls it, between two looks of the thread that ends the call."""
+
+    class CalledMeanwhile(list[Any]):
+        def __bool__(self) -> bool:
+            self.clear()
+            return True
+
+    def end() -> None:
+        callbacks_by(later.append, owner=future)
+        future.set_result(1)
+        ended.append(True)
+
+    future, ended = PoolFuture(), list[bool]()
+    later: list[Callable[[], None]] = []
+    future._done_callbacks.append(CalledMeanwhile([print]))
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join()
+    assert ended
 
 
 def test_calls_that_cannot_be_pickled_are_settled() -> None:

@@ -360,7 +360,8 @@ class PoolFuture(Future[Any]):
             except IndexError:
                 return
             elsewhere = getattr(_callers, "call", None)
-            if elsewhere is None or not entry or _is_ours(entry[0]):
+            functions = [*entry]  # another thread may call it meanwhile
+            if elsewhere is None or not functions or _is_ours(functions[0]):
                 self._call(entry)
             else:
                 elsewhere(functools.partial(self._call, entry))
