@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.machine import tell_once
 from safepool.pool.core.policy import Policy
 from safepool.pool.shell.scheduler import Scheduler
-from safepool.transport.marks import MAIN_NAMES, attribute_of, main_space, space_of
+from safepool.transport.marks import MAIN_NAMES, PLAIN, attribute_of, main_space, space_of
 from safepool.workers.preload import is_own
 from safepool.workers.unlike import CONTAINERS, summary, unlike
 
@@ -79,7 +79,7 @@ def _own_spaces() -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _is_shared(value: Any, depth: int) -> bool:
     kind = type(value)
-    if kind in _NOTHING or not depth:
+    if kind in PLAIN or not depth:
         return False
     home = _home_of(kind)
     if home in _SHARED or (home == "mmap" and kind.__name__ == "mmap"):
@@ -111,7 +111,6 @@ def _memory_of(value: Any) -> Any:
         return None
 
 
-_NOTHING = frozenset({int, float, complex, bool, str, bytes, type(None)})
 _ARRAYS = frozenset({"ndarray", "memmap", "matrix", "recarray"})
 _SEQUENCES = frozenset({list, tuple, set, frozenset})
 
