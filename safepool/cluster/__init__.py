@@ -21,8 +21,7 @@ One rule keeps "at most 1 + retries starts": a call that was sent may have begun
 again but on account of its retries. The engine's own ways to run something again are not used.
 
 Not covered:
-    * ``trace=``, ``workers()``, ``dump_tracebacks()``, and
-      ``parallel_backend(cluster=)``.
+    * ``trace=``, and ``parallel_backend(cluster=)``.
     * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask
       tasks: neither knows of the other.
     * Cluster pools with different options have different pools on a node, each as large as fits.
@@ -31,6 +30,13 @@ Not covered:
 from __future__ import annotations
 
 from safepool.cluster.errors import NodeLostError, NodeRefusedError, NoNodesError
-from safepool.cluster.pool import ClusterPool, NodeInfo
+from safepool.cluster.pool import ClusterPool, NodeInfo, NodeWorkerInfo
 
-__all__ = ["ClusterPool", "NoNodesError", "NodeInfo", "NodeLostError", "NodeRefusedError"]
+__all__ = [
+    "ClusterPool",
+    "NoNodesError",
+    "NodeInfo",
+    "NodeLostError",
+    "NodeRefusedError",
+    "NodeWorkerInfo",
+]

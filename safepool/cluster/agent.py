@@ -7,6 +7,7 @@ calls the functions of this module, and no others, on a node:
     agent_deliver   calls in                                 a coroutine
     agent_collect   answers out, as soon as there are any    a coroutine
     agent_work      calls in, all their answers out          for an engine of one call at a time
+    agent_ask       a question about the node's pool         a coroutine
     agent_release   the cluster pool needs it no longer
 
     Session     of one cluster pool: its calls here, its shared objects
@@ -57,13 +58,14 @@ from safepool.transport.sharing import Shared, share
 from safepool.workers.describe import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
 
     from safepool.cluster.messages import DeliverMessage, Parcel
 
 __all__ = [
     "SessionLostError",
+    "agent_ask",
     "agent_collect",
     "agent_deliver",
     "agent_greet",
@@ -428,6 +430,16 @@ async def agent_collect(session: str, most_s: float) -> Packet:
     await one.wait(most_s)
     _agent.known(session)
     return Packet.of(one.report())
+
+
+async def agent_ask(session: str, question: Callable[..., Any], *args: Any) -> Any:
+    """Call a function of this package with the node's pool and further arguments, in a thread.
+
+    Raises:
+        SessionLostError: This process does not know the session.
+        Exception: What the function raised.
+    """
+    return await asyncio.to_thread(question, _agent.known(session).node_pool.pool, *args)
 
 
 def agent_work(session: str, options: bytes, message: Packet) -> Packet:

@@ -381,9 +381,29 @@ class Core:
         """Place, node, workers and calls under way of each open node."""
         return [
             (one.name, one.node, one.workers, len(one.sent))
-            for one in self._places.values()
+            for one in [*self._places.values()]
             if one.state is State.OPEN
         ]
+
+    @property
+    def unused_places(self) -> dict[str, str]:
+        """Why each place that is not open is not used."""
+        unsaid = {State.OPENING: "it has not answered", State.SPARE: "it is not one of nodes="}
+        return {
+            one.name: one.why or unsaid.get(one.state, "it has just joined")
+            for one in [*self._places.values()]
+            if one.state is not State.OPEN
+        }
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the engine is gone."""
+        return bool(self._broken)
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a place has not said yet whether it can be used."""
+        return any(one.state in (State.LISTED, State.OPENING) for one in self._places.values())
 
     def is_open(self, place: str) -> bool:
         """Tell whether calls may be delivered to a place."""
@@ -661,11 +681,7 @@ class Core:
         waited_s = self._now_s - self._nobody_since_s
         if waited_s < self._no_nodes_s:
             return
-        unsaid = {State.OPENING: "it has not answered", State.SPARE: "it is not one of nodes="}
-        why = [
-            f"{one.name}: {one.why or unsaid.get(one.state, 'it has just joined')}"
-            for one in self._places.values()
-        ]
+        why = [f"{place}: {reason}" for place, reason in self.unused_places.items()]
         told = "; ".join(why) if why else "the engine lists none"
         reason = f"no node could take a call for {self._no_nodes_s:g} s ({told})"
         self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import weakref
 from collections.abc import Sequence, Sized
 from concurrent.futures import Executor, Future
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
@@ -15,10 +16,13 @@ from safepool.cluster.carriers.dask import DaskCarrier, is_client
 from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
 from safepool.cluster.shell import Shell
+from safepool.errors import text_of
 from safepool.pool.calls.awaiting import AwaitedCalls
 from safepool.pool.calls.mapping import MapRun, end_failed
 from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
+from safepool.pool.executor import ProcessPool
+from safepool.pool.watch import WorkerInfo
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
@@ -29,7 +33,12 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
     from safepool.cluster.carriers import Carrier
 
-__all__ = ["ClusterPool", "NodeInfo"]
+__all__ = ["ClusterPool", "NodeInfo", "NodeWorkerInfo"]
+
+_log = logging.getLogger("safepool")
+
+# Beside what a node itself waits for: an answer through a Dask scheduler takes milliseconds.
+_ASK_S = 5.0
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -63,6 +72,18 @@ class NodeInfo(NamedTuple):
     name: str
     workers: int
     calls: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeWorkerInfo(WorkerInfo):
+    """One worker of one node at one moment.
+
+    Attributes:
+        node: Name of the node, as :class:`NodeInfo` has it. The other attributes are those of
+            :class:`safepool.WorkerInfo`.
+    """
+
+    node: str
 
 
 class ClusterPool(AwaitedCalls, Executor):
@@ -276,6 +297,53 @@ class ClusterPool(AwaitedCalls, Executor):
             bar, lambda: self._shell.map(run, items, ahead, deadline, keep=self)
         )
         return shown
+
+    def workers(self) -> tuple[NodeWorkerInfo, ...]:
+        """Return what each worker of each open node does at this moment.
+
+        Cluster pools with the same options share the pool of a node: their calls are told as well.
+        A node that does not answer within 5 seconds is left out, and the log names it.
+
+        Returns:
+            One entry for each worker process; none before the first call.
+
+        Raises:
+            NotImplementedError: The engine is an executor. Its nodes answer nothing while they
+                work.
+        """
+        found: list[NodeWorkerInfo] = []
+        for node, answer in self._shell.ask(ProcessPool.workers, timeout_s=_ASK_S).items():
+            if isinstance(answer, BaseException):
+                _log.warning("node %s does not tell its workers: %s", node, text_of(answer))
+            else:
+                found += (NodeWorkerInfo(node=node, **asdict(worker)) for worker in answer)
+        return tuple(found)
+
+    @checked("dump_tracebacks", timeout=TIME_TO_WAIT)
+    def dump_tracebacks(self, timeout: float = 1.0) -> dict[tuple[str, int], str]:
+        """Return the Python stacks of every thread of every worker of each open node.
+
+        Args:
+            timeout: Seconds that each node waits for its workers, at least 0. The nodes have 5
+                seconds more to answer.
+
+        Returns:
+            By the name of the node and the process id the stacks, as
+            :meth:`safepool.ProcessPool.dump_tracebacks` returns them. A node that does not answer
+            has the process id 0, and in parentheses the reason.
+
+        Raises:
+            NotImplementedError: The engine is an executor. Its nodes answer nothing while they
+                work.
+        """
+        found: dict[tuple[str, int], str] = {}
+        answers = self._shell.ask(ProcessPool.dump_tracebacks, timeout, timeout_s=timeout + _ASK_S)
+        for node, answer in answers.items():
+            if isinstance(answer, BaseException):
+                found[node, 0] = f"({text_of(answer)})"
+            else:
+                found |= {(node, pid): stacks for pid, stacks in answer.items()}
+        return found
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
         """Cancel a call, on request also one that runs: as :meth:`safepool.ProcessPool.cancel`.

@@ -22,7 +22,7 @@ import time
 import uuid
 import weakref
 from collections import OrderedDict
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -245,6 +245,8 @@ class Shell:
         self._callers = Teller("safepool-callbacks")
         self._thread: ThreadThatStarts | None = None
         self._starting = threading.Lock()
+        # Opened when no place is being asked.
+        self._askers: list[Latch] = []
         self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._watched: set[int] = set()
 
@@ -395,6 +397,52 @@ class Shell:
             if place in nodes
         ]
 
+    def wait_for_answers(self, most_s: float) -> None:
+        """Return when each place that the engine has listed has answered, or after that time."""
+        asker = Latch()
+        self._put(partial(self._askers.append, asker))
+        asker.wait(most_s)
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it takes no calls: it was shut down, or the engine is gone."""
+        return self._closing or self._core.is_broken
+
+    def unused_places(self) -> dict[str, str]:
+        """Why each place that is not open is not used."""
+        return self._core.unused_places
+
+    def ask(self, question: Callable[..., Any], *args: Any, timeout_s: float) -> dict[str, Any]:
+        """Ask the agent of each open node, from any thread.
+
+        Args:
+            question: A function of this package, called there with the node's pool first.
+            *args: Its further arguments.
+            timeout_s: Seconds to wait for all of them together.
+
+        Returns:
+            By the node's label the answer, or the exception that came in its place.
+
+        Raises:
+            NotImplementedError: The engine runs one call per node at a time.
+        """
+        if self._carrier.at_once:
+            raise NotImplementedError(
+                "ClusterPool cannot look into the nodes of an executor: each node runs one call "
+                "until it has ended, and answers nothing else. A distributed.Client can"
+            )
+        asked: dict[str, Future[Any]] = {}
+        for place, node in [*self._nodes.items()]:
+            if self._core.is_open(place):
+                try:
+                    asked[node.label] = self._carrier.submit(
+                        place, agent.agent_ask, node.session, question, *args
+                    )
+                except EngineGoneError:
+                    break
+        wait(asked.values(), timeout_s)
+        return {label: _answer(future, timeout_s) for label, future in asked.items()}
+
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
@@ -428,6 +476,7 @@ class Shell:
         finally:
             self._callers.close()
             self._refuse_late()
+            self._answer_askers()
             self._ended.open()
 
     def _step(self) -> None:
@@ -450,6 +499,13 @@ class Shell:
         for run in self.told:
             run.tell()
         self.told.clear()
+        if self._askers and self._listed and not self._core.is_asking:
+            self._answer_askers()
+
+    def _answer_askers(self) -> None:
+        askers, self._askers = self._askers, []
+        for asker in askers:
+            asker.open()
 
     def _handle(self, event: c.Event) -> None:
         for action in self._core.handle(event, time.monotonic()):
@@ -748,6 +804,15 @@ class Shell:
 
     def _finished(self, _: c.Finished) -> None:
         self._over = True
+
+
+def _answer(future: Future[Any], timeout_s: float) -> Any:
+    if not future.done():
+        return TimeoutError(f"it has not answered for {timeout_s:g} s")
+    try:
+        return future.result()
+    except (Exception, CancelledError) as error:  # noqa: BLE001 -- in the place of the answer
+        return error
 
 
 _DO: dict[type[c.Action], Callable[[Shell, Any], None]] = {

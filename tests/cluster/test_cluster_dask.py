@@ -95,6 +95,11 @@ with Client(sys.argv[1]) as client:
              starts=len(open("starts").read()))
         future = pool.submit(time.sleep, 60)
         await_(future.running, "it runs")
+        busy = []
+        await_(lambda: busy.extend(one for one in pool.workers() if one.state == "busy") or busy, "a worker is busy")
+        told(busy=[one.task for one in busy], there={one.node for one in busy} <= {one.name for one in pool.nodes()})
+        stacks = pool.dump_tracebacks(timeout=30)
+        told(stacks="most recent call first" in stacks[busy[0].node, busy[0].pid], every=len(stacks) == len(pool.workers()))
         told(killed=pool.cancel(future, kill=True), is_cancelled=future.cancelled())
         await_(lambda: not any(node.calls for node in pool.nodes()), "no node counts the call")
         array = np.ones(1 << 19)
@@ -138,6 +143,10 @@ FACTS: dict[str, Any] = {
     "words": {"key": 1, "workers": "x", "retries": 2, "pure": 0},
     "retried": "WorkerDiedError",
     "starts": 3,
+    "busy": ["time.sleep"],
+    "there": True,
+    "stacks": True,
+    "every": True,
     "killed": True,
     "is_cancelled": True,
     "large": [2 * 2.0**19, True],

@@ -13,6 +13,7 @@ import pytest
 from support_processes import wait_until
 
 import safepool
+from safepool import WorkerInfo
 from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, shell
 from safepool.cluster import pool as pool_module
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
@@ -135,6 +136,37 @@ def test_a_place_that_is_lost_is_named(pool_of: Callable[..., ClusterPool]) -> N
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+def test_a_node_that_does_not_answer_a_question_is_told(
+    pool_of: Callable[..., ClusterPool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(pool_module, "_ASK_S", 0.0)
+    pool = pool_of(Engine(greet=welcome))
+    assert pool.workers() == ()
+    pool.submit(abs, 1)
+    wait_until(pool.nodes)
+    assert pool.dump_tracebacks(0) == {("p (host)", 0): "(it has not answered for 0 s)"}
+    assert pool.workers() == ()
+    assert caplog.messages == [
+        "node p (host) does not tell its workers: it has not answered for 0 s"
+    ]
+
+
+def test_questions_are_answered_for_each_node(pool_of: Callable[..., ClusterPool]) -> None:
+    worker = WorkerInfo(
+        pid=7, index=0, state="idle", task=None, running_s=None, tasks_done=1, waiting=0,
+        resident_bytes=None, native_threads=None,
+    )  # fmt: skip
+    answers: list[Any] = [(worker,), {7: "a stack"}]
+    pool = pool_of(Engine(greet=welcome, ask=lambda: answers.pop(0)))
+    pool.submit(abs, 1)
+    wait_until(pool.nodes)
+    (told,) = pool.workers()
+    assert (told.node, told.pid, told.state) == ("p (host)", 7, "idle")
+    assert pool.dump_tracebacks() == {("p (host)", 7): "a stack"}
+
+
 def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) -> None:
     engine = Engine(greet=welcome)
     pool = pool_of(engine)
@@ -242,6 +274,8 @@ def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
         assert asyncio.run(awaited(pool)) == [3, [4, 5]]
         assert pool.size == 1
         assert [node.place for node in pool.nodes()] == ["call 1"]
+        with pytest.raises(NotImplementedError, match="cannot look into the nodes of an executor"):
+            pool.workers()
 
 
 def test_an_executor_that_was_shut_down_is_an_error() -> None:
