@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
+from support_descriptors import count_descriptors
 from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
@@ -153,11 +154,11 @@ def test_each_large_array_of_a_result_is_freed_alone(pool: ProcessPool) -> None:
 
 def test_a_thousand_results_take_no_descriptors(pool: ProcessPool) -> None:
     """What the program keeps costs it mappings, and no descriptor."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = count_descriptors()
     count = 1000 if "CI_LARGE" in os.environ else 60
     kept = list(pool.map(arrays.ones, [arrays.ITEMS] * count, timeout=110))
 
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    wait_until(lambda: count_descriptors() <= before)
     assert all(array[0] == 1 for array in kept)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import support_arrays as arrays
 import support_tasks as tasks
+from support_descriptors import count_descriptors, count_eventfds
 from support_processes import kill, wait_until
 
 from safepool import ProcessPool, WorkerDiedError, share
@@ -29,7 +30,7 @@ def state() -> dict[str, Any]:
     """Return what must be the same before and after."""
     gc.collect()
     return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": count_descriptors(),
         "files": arrays.files_here(),
         "/dev/shm": {name for name in os.listdir("/dev/shm") if "safepool" in name},
         "temporary": {n for n in os.listdir(tempfile.gettempdir()) if "safepool" in n},
@@ -64,7 +65,7 @@ def test_killed_workers_leave_nothing() -> None:
     with ProcessPool(2) as pool:
         pool.submit(arrays.total, handle).result(timeout=60)
         list(pool.map(tasks.pid, range(100)))
-        time.sleep(0.2)
+        wait_until(lambda: [one.state for one in pool.workers()] == ["idle", "idle"])
         before = state()
         for round_ in range(8):
             futures = [pool.submit(arrays.itself, ARRAY) for _ in range(6)]
@@ -81,6 +82,8 @@ def test_killed_workers_leave_nothing() -> None:
         wait_until(lambda: state()["files"] == before["files"])
         # One that was killed is there until its end was noticed.
         wait_until(lambda: state()["descriptors"] <= before["descriptors"])
+        assert count_eventfds() <= 2
+    assert count_eventfds() == 0
 
 
 def test_a_killed_fork_server_leaves_nothing() -> None:
