@@ -20,7 +20,8 @@ has to tell otherwise goes to the logger ``safepool``.
 Data flows one way through the modules, and each one imports only from its left:
 
     errors, arguments -> linux -> limits -> budget -> machine -> threads -> transport -> workers
-           -> pool -> cluster, decorator, joblib_backend, multiprocessing_pool, own_threads -> cli
+           -> pool -> cluster, decorator, multiprocessing_pool, own_threads -> joblib_backend
+           -> cli
 
 Public names load on first use: importing this package imports nothing else but what joblib
 needs to find the backend of its name.

@@ -47,7 +47,7 @@ from safepool.arguments import RULES, check, checked, parse_bytes, what_was_mean
 from safepool.budget import Request
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
-from safepool.joblib_pools import IDLE_S, SHARED, BornWith, Lease, Pools, Settings
+from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, BornWith, Lease, Pools, Settings
 from safepool.joblib_progress import CallBar
 from safepool.joblib_threads import HeldThreads, sequential
 from safepool.machine import log_once, read_budget, tell_once
@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from safepool.budget import Rounding
+    from safepool.joblib_cluster import ClusterPools, ClusterSettings
     from safepool.untyped import Untyped as ParallelBackendBase
     from safepool.untyped import UntypedMixin as AutoBatchingMixin
 else:
@@ -94,6 +95,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     prefer: Literal["processes"] | None = None,
     idle_worker_timeout: float | None = None,
     end_subprocesses: bool = False,
+    cluster: Any = None,
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
@@ -153,6 +155,10 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             block as well; ``None`` is joblib's 300. With 0 all end with the block.
         end_subprocesses: As for :class:`safepool.ProcessPool`: what tasks have started ends with
             the program. Without effect on what calls start that run in this process.
+        cluster: A ``distributed.Client``, or an executor, as for :class:`safepool.ClusterPool`.
+            Calls run on its nodes, and all workers of all nodes are what ``n_jobs=-1`` stands for.
+            ``n_jobs=1`` and ``require="sharedmem"`` stay in this process; a mere preference for
+            threads does not.
 
     Returns:
         A context manager, which gives nothing to ``as``.
@@ -160,6 +166,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
         MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+        NoNodesError: No node of the cluster could be used for 60 seconds. Raised by the call.
+        TypeError: ``cluster`` is neither a client nor an executor.
 
     Source:
         joblib, ``parallel_config``.
@@ -170,11 +178,13 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         ...     Parallel(n_jobs=-1)(delayed(pow)(n, 2) for n in range(4))
         [0, 1, 4, 9]
     """
+    of_block = idle_worker_timeout == 0 or cluster is not None
     backend = SafepoolBackend(
         nesting_level=0,
         inner_max_num_threads=threads_per_worker,
         rounding=rounding,
-        pools=Pools(idle_s=None) if idle_worker_timeout == 0 else None,
+        cluster=cluster,
+        pools=Pools(idle_s=None) if of_block and cluster is None else None,
         timeout=timeout,
         retries=retries,
         memory_per_worker=memory_per_worker,
@@ -186,12 +196,14 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         idle_worker_timeout=idle_worker_timeout,
         end_subprocesses=end_subprocesses,
     )
-    backend._takes_hints = prefer is None
+    backend._takes_hints = prefer is None and cluster is None
     arrays: dict[str, Any] = {"mmap_mode": mode_of_block(mmap_mode)}
     if max_nbytes != "auto":
         text = isinstance(max_nbytes, str)
         arrays["max_nbytes"] = memstr_to_bytes(max_nbytes) if text else max_nbytes
-    one_fits = backend.effective_n_jobs(-1) == 1
+    if cluster is not None:
+        backend._open_cluster()
+    one_fits = cluster is None and backend.effective_n_jobs(-1) == 1
     in_threads = functools.partial(backend._of_thread, n_jobs, arrays)
     block = joblib_blocks.Block(
         in_threads, lambda **parameters: in_threads(**parameters)._held_threads()
@@ -208,8 +220,14 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         raise
     finally:
         joblib_blocks.leave(block)
-        if idle_worker_timeout == 0:
+        if of_block:
             backend.close()
+
+
+def _cluster_pools() -> ClusterPools:
+    from safepool.joblib_cluster import ClusterPools  # noqa: PLC0415 -- seldom
+
+    return ClusterPools()
 
 
 class Words(TypedDict, total=False):
@@ -264,6 +282,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         nesting_level: joblib's.
         inner_max_num_threads: As ``threads_per_worker``.
         pools: Where pools are kept; ``None`` is this process's.
+        cluster: As for :func:`parallel_backend`.
         words: See :class:`Words`.
 
     Raises:
@@ -289,6 +308,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         inner_max_num_threads: int | None = None,
         *,
         pools: Pools | None = None,
+        cluster: Any = None,
         **words: Unpack[Words],
     ) -> None:
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
@@ -300,7 +320,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         if unknown := sorted(words.keys() - _WORDS):
             hint = what_was_meant(unknown[0], _WORDS)
             raise TypeError(f"the joblib backend 'safepool' has no argument {unknown[0]!r}{hint}")
-        self._pools = pools or SHARED
+        self._cluster = cluster
+        self._pools = (_cluster_pools() if cluster is not None else pools) or SHARED
         self._lease: Lease | None = None
         # Of its copies as well.
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
@@ -355,6 +376,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             n_jobs = self.default_n_jobs
         if n_jobs == 1:
             return 1
+        if self._cluster is not None:
+            return self._of_cluster(n_jobs)
         budget, _ = read_budget(self._request())
         if n_jobs < 0:
             return max(1, budget.workers + 1 + n_jobs)
@@ -368,6 +391,16 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
                 f"{budget.because.raw}{each}); it is done as asked"
             )
         return n_jobs
+
+    def _of_cluster(self, n_jobs: int) -> int:
+        workers = n_jobs
+        if n_jobs < 0:
+            workers = max(1, self._open_cluster().workers() + 1 + n_jobs)
+        # joblib runs a call of one job in this process. With two, the node's one worker does.
+        return max(2, workers) if self._is_of_one else workers
+
+    def _open_cluster(self) -> Any:
+        return cast("ClusterPools", self._pools).open(self._cluster_settings())
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
         """Make the pool ready for one ``Parallel`` object; return its number of workers."""
@@ -415,18 +448,6 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         if require == "sharedmem" or (prefer == "threads" and self._may_take_threads()):
             raise FallbackToBackend(self._held_threads())
         self.parallel = parallel
-        preload = self._words.get("preload", "auto")
-        idle_s = self._words.get("idle_worker_timeout")
-        settings = Settings(
-            threads=self._threads,
-            preload=preload if isinstance(preload, str) else tuple(preload),
-            initializer=self._words.get("initializer"),
-            initargs=self._words.get("initargs", ()),
-            idle_s=IDLE_S if idle_s is None else idle_s,
-            end_subprocesses=self._words.get("end_subprocesses", False),
-            memory_limit=self._memory_limit,
-            born_with=self._what_workers_are_born_with(),
-        )
         self._release()
         mode = mode_asked_for(mmap_mode)
         arrays = self._arrays_of_block
@@ -435,9 +456,36 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             max_nbytes = arrays.get("max_nbytes", max_nbytes)
         self._max_nbytes = None if mode is None else max_nbytes
         self._read_only = mode == "r"
+        settings = self._settings() if self._cluster is None else self._cluster_settings()
         self._lease = self._pools.lease(settings, workers, self)
         self._leases.add(self._lease)
         return workers
+
+    def _settings(self) -> Settings:
+        return Settings(**self._common_settings(), born_with=self._what_workers_are_born_with())
+
+    def _cluster_settings(self) -> ClusterSettings:
+        from safepool.joblib_cluster import ClusterSettings  # noqa: PLC0415 -- seldom
+
+        return ClusterSettings(
+            **self._common_settings(),
+            engine=self._cluster,
+            rounding=self._rounding,
+            memory_per_worker=self._memory,
+        )
+
+    def _common_settings(self) -> dict[str, Any]:
+        preload = self._words.get("preload", "auto")
+        idle_s = self._words.get("idle_worker_timeout")
+        return {
+            "threads": self._threads,
+            "preload": preload if isinstance(preload, str) else tuple(preload),
+            "initializer": self._words.get("initializer"),
+            "initargs": self._words.get("initargs", ()),
+            "idle_s": IDLE_S if idle_s is None else idle_s,
+            "end_subprocesses": self._words.get("end_subprocesses", False),
+            "memory_limit": self._memory_limit,
+        }
 
     def _of_one(self, words: Words) -> SafepoolBackend:
         """Return a backend like this one that a single ``Parallel`` object uses.
@@ -556,7 +604,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             try:
                 name, policy = self._facts_of(func)
                 batch = self._arrays.place(func)
-                future = lease.pool._scheduler.submit(batch, (), {}, name=name, policy=policy)
+                future = lease.pool.begin(batch, name, policy)
             except Exception as error:  # noqa: BLE001 -- raised here, joblib would wait for ever
                 future.set_exception(error)
             self._futures.add(future)
@@ -601,8 +649,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         """Return what a batch returned, or raise what it raised."""
         error = future.exception()
         if error is not None and was_not_sent(error):
-            # In the words of joblib's own backend, which programs match.
-            raise PicklingError("Could not pickle the task to send to the workers.") from error
+            raise PicklingError(NOT_PICKLED) from error
         return future.result()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:  # noqa: ARG002 -- joblib's

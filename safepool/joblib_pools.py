@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.pool.executor import ProcessPool
 from safepool.threads.environment import worker_environment
@@ -24,10 +24,15 @@ from safepool.transport.payloads import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from concurrent.futures import Future
     from typing import Self
 
-__all__ = ["IDLE_S", "SHARED", "BornWith", "Lease", "Pools", "Settings"]
+    from safepool.pool.core.policy import Policy
 
+__all__ = ["IDLE_S", "NOT_PICKLED", "SHARED", "BornWith", "Lease", "Pools", "Settings", "TaskPool"]
+
+# In the words of joblib's own backend, which programs match.
+NOT_PICKLED = "Could not pickle the task to send to the workers."
 # How long a worker waits for the next call outside of a block, as loky's do.
 IDLE_S = 300.0
 # Pools that no call uses; more end at once.
@@ -109,7 +114,7 @@ class Settings:
         """Tell whether they were the same when they were given."""
         return self == other and _are_same(self.initargs, other.initargs)
 
-    def make(self, workers: int) -> ProcessPool:
+    def make(self, workers: int) -> TaskPool:
         """Make a pool."""
         return _Pool(
             workers,
@@ -122,9 +127,55 @@ class Settings:
         )
 
 
+class TaskPool(Protocol):
+    """The methods of a pool that joblib's calls use."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether it takes no more batches."""
+        ...
+
+    def begin(self, batch: Callable[[], Any], name: str, policy: Policy) -> Future[Any]:
+        """Run a batch in a worker."""
+        ...
+
+    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
+        """Cancel a batch; ``kill`` ends one that runs."""
+        ...
+
+    def size_to(self, workers: int) -> None:
+        """Run so many batches at a time."""
+        ...
+
+    def let_go_after(self, idle_s: float) -> None:
+        """Let workers go that have done nothing for so long."""
+        ...
+
+    def end(self, *, wait: bool, at_once: bool = False) -> None:
+        """End the workers; ``at_once`` ends batches that run as well."""
+        ...
+
+
 class _Pool(ProcessPool):
     # Workers of joblib's own backend are no forks.
     _inherits = False
+
+    @property
+    def is_broken(self) -> bool:
+        return bool(self._broken)
+
+    def begin(self, batch: Callable[[], Any], name: str, policy: Policy) -> Future[Any]:
+        return self._scheduler.submit(batch, (), {}, name=name, policy=policy)
+
+    def size_to(self, workers: int) -> None:
+        # A call's own n_jobs= is nothing that its program needs to be told of.
+        self._scheduler.resize(workers, level=logging.DEBUG)
+
+    def let_go_after(self, idle_s: float) -> None:
+        self._scheduler.let_go_after(idle_s)
+
+    def end(self, *, wait: bool, at_once: bool = False) -> None:
+        self._scheduler.shut_down(wait=wait, end="terminate" if at_once else "")
 
 
 def _digest(value: object) -> bytes:
@@ -147,7 +198,7 @@ class Lease:
     """A pool, and the backends of the ``Parallel`` calls that use it now."""
 
     settings: Settings
-    pool: ProcessPool
+    pool: TaskPool
     workers: int
     # One whose call was interrupted before joblib would end it goes with its object.
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
@@ -176,7 +227,7 @@ class Pools:
     def lease(self, settings: Settings, workers: int, user: object) -> Lease:
         """Return a pool with so many workers, one that was used before if there is any."""
         with self._lock:
-            self._leases = [lease for lease in self._leases if not lease.pool._broken]
+            self._leases = [lease for lease in self._leases if not lease.pool.is_broken]
             self._end([lease for lease in self._leases if lease.is_outdated(settings)])
             fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
             # One of this size, which calls in several threads share; or one that is free.
@@ -188,12 +239,11 @@ class Pools:
                 self._end_unused()
                 lease = Lease(settings, settings.make(workers), workers)
                 if self._idle_s is not None:
-                    lease.pool._scheduler.let_go_after(settings.idle_s)
+                    lease.pool.let_go_after(settings.idle_s)
                 self._leases.append(lease)
             if lease.workers != workers:
                 lease.workers = workers
-                # A call's own n_jobs= is nothing that its program needs to be told of.
-                lease.pool._scheduler.resize(workers, level=logging.DEBUG)
+                lease.pool.size_to(workers)
             lease.users.add(user)
             return lease
 
@@ -223,7 +273,7 @@ class Pools:
             leases = [lease for lease in self._leases if which(lease)]
             self._leases = [lease for lease in self._leases if lease not in leases]
         for lease in leases:
-            lease.pool._scheduler.shut_down(wait=True, end="terminate" if end else "")
+            lease.pool.end(wait=True, at_once=end)
 
     def _end_unused(self) -> None:
         """Make room: an initializer that is made anew for each call fits no pool before it."""
@@ -233,7 +283,7 @@ class Pools:
     def _end(self, leases: list[Lease]) -> None:
         for lease in leases:
             self._leases.remove(lease)
-            lease.pool.shutdown(wait=False)
+            lease.pool.end(wait=False)
 
     def forget(self) -> None:
         """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""

@@ -61,6 +61,7 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "prefer": (3, "threads"),
         "idle_worker_timeout": ("10", -1),
         "end_subprocesses": (None, NOTHING),
+        "cluster": (NOTHING, NOTHING),  # as ClusterPool's first argument
     },
     "Pool": {
         "processes": ("4", 0),

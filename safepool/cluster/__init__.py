@@ -21,7 +21,7 @@ One rule keeps "at most 1 + retries starts": a call that was sent may have begun
 again but on account of its retries. The engine's own ways to run something again are not used.
 
 Not covered:
-    * ``trace=``, and ``parallel_backend(cluster=)``.
+    * ``trace=``.
     * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask
       tasks: neither knows of the other.
     * Cluster pools with different options have different pools on a node, each as large as fits.

@@ -14,7 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Protocol, Self
 
     class Handle(Protocol):
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Collected",
+    "Given",
     "attach",
     "drop",
     "keep",
@@ -74,6 +75,26 @@ class Collected:
 
     def __exit__(self, *_: object) -> None:
         _thread.collected = self._before
+
+
+class Given:
+    """Objects that this thread finds by these numbers, inside a ``with`` block.
+
+    Args:
+        objects: By the numbers that another process has given them.
+    """
+
+    __slots__ = ("_objects",)
+
+    def __init__(self, objects: Mapping[int, Any]) -> None:
+        self._objects = objects
+
+    def __enter__(self) -> Self:
+        _thread.given = self._objects
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del _thread.given
 
 
 def made(shared: Handle) -> None:
@@ -134,6 +155,9 @@ def attach(number: int) -> Any:
     Raises:
         LookupError: There is none.
     """
+    given: Mapping[int, Any] | None = getattr(_thread, "given", None)
+    if given is not None:
+        return given[number]
     shared = _kept.get(number) or _made.get(number)
     if shared is None:
         raise LookupError(f"shared object {number} is not here: it travels to workers of a pool")
