@@ -6,9 +6,11 @@ measured is left out and said to be.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from safepool.errors import MissingExtraError, SafepoolError
+from safepool.named_file import open_named
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["ENDINGS", "PlotError", "check_plot", "draw", "panels"]
 
 ENDINGS = (".svg", ".png")
+
+_FLAGS = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class PlotError(SafepoolError):
@@ -103,7 +107,9 @@ def draw(report: Report, path: Path) -> None:
     cut = f", cut off at {conditions.options.bound_s:g} s" if report.standard.cut_off else ""
     figure.suptitle(f"{conditions.options.tasks} tasks on {_where(report)}{cut}")
     try:
-        figure.savefig(path)
+        with os.fdopen(open_named(os.path.abspath(path), _FLAGS), "wb") as file:
+            os.ftruncate(file.fileno(), 0)
+            figure.savefig(file, format=path.suffix[1:].lower())
     except OSError as error:
         raise PlotError(str(path), error.strerror or str(error)) from error
 

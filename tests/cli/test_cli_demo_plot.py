@@ -89,7 +89,7 @@ def test_an_axis_begins_at_zero_also_where_nothing_was_frozen(
     from matplotlib.figure import Figure
 
     drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     never = Throttling(periods=200, throttled_periods=0, throttled_us=0, source="cpu.stat")
     halves = [half(pool, 4, 2.0, never) for pool in ("standard", "safepool")]
 

@@ -26,6 +26,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from safepool.errors import TraceFileError
+from safepool.named_file import open_named
 from safepool.workers.contained import ContainedLogger
 
 if sys.platform != "win32":
@@ -175,11 +176,11 @@ class TraceFile:
 
 
 def _open(path: str) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
     # One that nobody reads is refused instead of waited for.
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags, 0o666)
+        descriptor = open_named(path, flags)
     except OSError as error:
         raise TraceFileError(error.errno, error.strerror, path) from None
     except ValueError as error:  # a zero byte
