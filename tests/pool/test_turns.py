@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import support_tasks as tasks
 from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
+from support_processes import run_script
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.shell import turns
@@ -32,6 +33,7 @@ from safepool.workers.messages import answer_frame, call_frame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from safepool.pool.shell.turns import Turn
 
@@ -246,6 +248,37 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.Monk
                 break
         else:
             pytest.fail("no call went the shortest way")
+
+
+# Python's own calls in submit(): of a function of a module, and of one of the script.
+COUNTED = """
+import operator, sys, safepool
+
+def own(x):
+    return x
+
+def counted(pool, function):
+    calls = []
+    sys.setprofile(lambda frame, event, _: event == "call" and calls.append(frame))
+    future = pool.submit(function, 1)
+    sys.setprofile(None)
+    alone = "_turn" in vars(future)
+    future.result()
+    return len(calls) if alone else counted(pool, function)
+
+if __name__ == "__main__":
+    with safepool.ProcessPool(1) as pool:
+        print(*(min(counted(pool, f) for _ in range(50)) for f in (operator.neg, own)))
+"""
+
+
+def test_a_function_of_the_script_takes_few_calls_more(tmp_path: Path) -> None:
+    """To find out that it and what it uses have not changed since it was sent."""
+    counted = run_script(COUNTED, cwd=tmp_path)
+
+    assert not counted.stderr
+    of_module, of_script = map(int, counted.stdout.split())
+    assert of_script - of_module <= 8
 
 
 def _in_time(future: Any, timeout_s: float) -> None:

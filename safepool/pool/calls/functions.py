@@ -84,16 +84,21 @@ class Functions:
         return self.importable(function) or self._main(function)
 
     def known(self, function: Callable[..., Any]) -> SentFunction | None:
-        """Return a module's own function, if finding it runs no code of the program."""
+        """Return a module's own function, or one of ``__main__`` that has not changed.
+
+        Returns:
+            ``None`` if it is neither, or if finding it or pickling it would run code of the
+            program.
+        """
         if type(function) not in (types.FunctionType, types.BuiltinFunctionType):
             return None
         sent = self._importable.get(function)
-        return self.importable(function) if sent is None and is_found(function) else sent
-
-    def known_of_main(self, function: Callable[..., Any]) -> SentFunction | None:
-        """Return a function of ``__main__`` that was pickled and has not changed since."""
-        kept = self._of_main.get(function) if type(function) is types.FunctionType else None
-        if kept is None or payloads.by_value_modules():
+        if sent is not None:
+            return sent
+        kept = self._of_main.get(function)
+        if kept is None:
+            return self.importable(function) if is_found(function) else None
+        if payloads.by_value_modules():
             return None
         if kept.look is None:
             return kept.sent if main_space().get(function.__qualname__) is function else None

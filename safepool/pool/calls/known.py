@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.machine import tell_once
-from safepool.pool.calls.mains import Look, PlainFunction
+from safepool.pool.calls.mains import ABSENT, Look, PlainFunction
 from safepool.pool.calls.prints import Print, exposed, print_of
 from safepool.pool.calls.values import value_of
 from safepool.transport import trusted
+from safepool.transport.marks import attributes_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from safepool.pool.calls.deliveries import Delivery
 
 __all__ = ["Known"]
@@ -63,6 +67,21 @@ class Known:
     unsteady: bool = False
     spent_s: float = 0.0
     asked: int = 0
+
+    def is_still(self, space: Mapping[str, object]) -> bool:
+        """Tell whether the only value is still there, if identity tells all about it.
+
+        Args:
+            space: The script's.
+        """
+        name, value, attributes = self.names[0], self.plain, self.attributes
+        if (value_of(name) if "." in name else space.get(name, ABSENT)) is not value:
+            return False
+        if attributes is None or (
+            type(value) is FunctionType and not (value.__dict__ or attributes)
+        ):
+            return True
+        return attributes_of(value).keys() == attributes
 
     def is_unchanged(self, *, here: bool = False) -> bool:
         """Tell whether the program's values are what was pickled; ``False`` if in doubt.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.calls.mains import ABSENT
-from safepool.pool.calls.values import value_of
-from safepool.transport.marks import attributes_of, main_space
+from safepool.transport.marks import main_space
 
 if TYPE_CHECKING:
     from safepool.pool.calls.deliveries import Delivery, Needs
@@ -45,12 +45,17 @@ class Closure:
         absent: Those that there are not.
         beside: As of the table.
         deliveries: What a worker is sent.
+        seen_in: The number of the table in which all this was last.
     """
 
     known: list[Known]
     absent: frozenset[str]
     beside: tuple[Delivery, ...]
     deliveries: Needs
+    seen_in: int = 0
+
+
+_numbers = itertools.count(1)
 
 
 class Table:
@@ -60,6 +65,7 @@ class Table:
         main: What workers have that run the script; ``None`` if none do.
 
     Attributes:
+        number: Its own.
         known: What was pickled last, by name.
         made: What of that is new since the table before.
         first: Versions in which names were pickled first.
@@ -74,6 +80,7 @@ class Table:
 
     def __init__(self, main: MainNames | None = None) -> None:
         self.main = main
+        self.number: int = next(_numbers)
         self._learned = 0 if main is None else main.learned
         self.known: dict[str, Known] = {}
         self.made: list[Known] = []
@@ -144,22 +151,30 @@ class Table:
             closure: What they led to.
             here: Run no code of the program.
         """
-        space, present = main_space(), self.known
+        space, main = main_space(), self.main
         if len(space) != self.look_at or not closure.absent.isdisjoint(space):
             return False
-        if closure.beside is not self.beside or (self.main and self.main.learned != self._learned):
+        if main is not None and main.learned != self._learned and main:
             return False
+        if closure.seen_in != self.number and not self._holds(closure):
+            return False
+        closure.seen_in = self.number
         for known in closure.known:
-            if present.get(known.names[0]) is not known or not self.is_unchanged(known, here=here):
+            by_identity = known.plain is not ABSENT
+            if not (known.is_still(space) if by_identity else self.is_unchanged(known, here=here)):
                 return False
         return True
+
+    def _holds(self, closure: Closure) -> bool:
+        present = self.known
+        return closure.beside is self.beside and all(
+            present.get(known.names[0]) is known for known in closure.known
+        )
 
     def is_unchanged(self, known: Known, *, here: bool = False) -> bool:
         """Tell whether names are what they were when they were pickled; ``False`` if in doubt."""
         if known.plain is not ABSENT:
-            return value_of(known.names[0]) is known.plain and (
-                known.attributes is None or attributes_of(known.plain).keys() == known.attributes
-            )
+            return known.is_still(main_space())
         refs = known.refs
         return (not refs or known.stamp == self.stamp(refs)) and known.is_unchanged(here=here)
 

@@ -417,7 +417,7 @@ class Dispatch:
         """Return a task's pickle, if to make it runs no code of the program."""
         assert task.call is not None
         function, args, kwargs = task.call
-        sent = self.functions.known(function) or self.functions.known_of_main(function)
+        sent = self.functions.known(function)
         if sent is None:
             bare = not kwargs and runs_no_code(function) and is_data(args)
             return self._pickle_bare(task) if bare else None
@@ -485,7 +485,7 @@ class Dispatch:
     def _pickle_span_here(self, span: Span) -> Pickled | None:
         run: MapRun = span.run
         if run.sent is None:
-            sent = self.functions.known(run.function) or self.functions.known_of_main(run.function)
+            sent = self.functions.known(run.function)
             needs = None if sent is None else self.names.needed_here(sent.names)
             if needs is not None:
                 run.sent, run.needs = sent, needs
