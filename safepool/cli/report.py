@@ -52,6 +52,8 @@ _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
 _MOST = 1e16
 # A longer line, of another file, is read in pieces of it.
 _LONGEST_LINE = 16 << 20
+# A shorter run is not judged: the start of workers, and what they import, takes up to a second.
+_LEAST_S = 2.0
 # What adding and dividing may lose of a time.
 _ROUNDING_S = 1e-5
 
@@ -217,6 +219,9 @@ class Report:
 
 # What is said, and of which report and sum over its workers: the first that holds.
 CONCLUSIONS: dict[str, Callable[[Report, Row], bool]] = {
+    f"A run of less than {_LEAST_S:g} s is not judged: starting the workers takes much of it.": (
+        lambda report, _: report.seconds < _LEAST_S
+    ),
     "The kernel froze the group for a part of the time: fewer workers fit better.": (
         lambda report, _: report.throttled_s > 0.1 * report.seconds
     ),

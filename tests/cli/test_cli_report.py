@@ -43,6 +43,7 @@ HEAD = "[\n" + line("i", 0, 0, "safepool", "pool", schema=1, began="2026-01-01T0
 # One row per file in report_screens/: the lines of a trace, without its head.
 SCREENS: dict[str, list[str]] = {
     "no-call": [start(1), end(1)],
+    "short-run": [start(1), task(1, 0.8, 0.2, waited_us=800_000), end(1)],
     "throttled": [start(1), task(1, 0, 9), line("C", 0, 9, "throttled", ms=4200.0), end(10)],
     "one-long-call-last": [
         start(1),
@@ -130,6 +131,22 @@ def test_the_documented_keys_are_those_of_the_object(tmp_path: Path) -> None:
     for row in told["slowest"]:
         assert ", ".join(row) in documented["slowest"]
     assert (told["retries"], told["deaths"], told["damaged_lines"]) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "is_judged"), [(0.2, False), (1, False), (1.9, False), (2, True), (30, True)]
+)
+def test_a_run_is_judged_from_two_seconds_on(
+    seconds: float, is_judged: bool, tmp_path: Path
+) -> None:
+    """A short run is mostly start-up; the program is not slower for that."""
+    path = tmp_path / "run.json"
+    path.write_text(HEAD + start(1) + task(1, 0.1, 0.05) + end(seconds))
+
+    said = read(str(path)).conclusion()
+
+    assert ("the program is slower" in said) == is_judged
+    assert ("is not judged" in said) == (not is_judged)
 
 
 @pytest.fixture(scope="module")
