@@ -108,7 +108,7 @@ class _Pool:
 
     @property
     def is_broken(self) -> bool:
-        return self._pool._shell.is_broken
+        return self._pool._scheduler.is_broken
 
     def workers(self) -> int:
         """Return the workers of all nodes that there are now; wait for the first node.
@@ -118,7 +118,7 @@ class _Pool:
         """
         if not self._pool.size:
             self._pool.submit(int).result()
-            self._pool._shell.wait_for_answers(_ANSWERS_S)
+            self._pool._scheduler.wait_for_answers(_ANSWERS_S)
         # At least 1: the nodes may be lost by now.
         return max(1, self._pool.size)
 
@@ -133,7 +133,7 @@ class _Pool:
 
     def _submit(self, batch: Callable[[], Any], name: str, policy: Policy) -> Future[Any]:
         # The batch as an argument: functions are kept by the workers.
-        future = self._pool._shell.submit(_call, (batch,), {}, name=name, policy=policy)
+        future = self._pool._scheduler.submit(_call, (batch,), {}, name=name, policy=policy)
         error = future.exception() if future.done() and not future.cancelled() else None
         if error is not None:
             raise PicklingError(NOT_PICKLED) from error
@@ -175,7 +175,9 @@ class _Pool:
         pass
 
     def end(self, *, wait: bool, at_once: bool = False) -> None:
-        self._pool._shell.shut_down(wait=wait, end="joblib's block has ended" if at_once else "")
+        self._pool._scheduler.shut_down(
+            wait=wait, end="joblib's block has ended" if at_once else ""
+        )
 
 
 def _call(batch: Callable[[], Any]) -> Any:

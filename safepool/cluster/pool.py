@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
-import time
 import weakref
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
 from safepool.cluster.carriers.dask import DaskCarrier, is_client
@@ -17,8 +15,7 @@ from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
 from safepool.cluster.shell import Shell
 from safepool.errors import text_of
-from safepool.pool.calls.awaiting import AwaitedCalls
-from safepool.pool.calls.mapping import MapRun, end_failed
+from safepool.pool.calls.front import PoolCalls
 from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.executor import ProcessPool
@@ -26,9 +23,7 @@ from safepool.pool.watch import WorkerInfo
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import TracebackType
-    from typing import Self
+    from collections.abc import Callable, Mapping
 
     from safepool.budget import Rounding
     from safepool.cluster.carriers import Carrier
@@ -86,7 +81,8 @@ class NodeWorkerInfo(WorkerInfo):
     node: str
 
 
-class ClusterPool(AwaitedCalls, Executor):
+# map() there takes no items as well, and does not compare them with the function.
+class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     """An executor over many nodes: one :class:`safepool.ProcessPool` that fits on each.
 
     An engine of yours carries the calls: it starts, finds, secures and ends the nodes. All that
@@ -129,10 +125,16 @@ class ClusterPool(AwaitedCalls, Executor):
     A call counts as begun when it was sent to a node. So no more are sent than the node has
     workers, or the next twentieth of a second has work for, and a node that is lost costs that.
 
+    ``map``, ``run``, ``amap`` and ``cancel`` are those of :class:`safepool.ProcessPool`. Calls of
+    a ``map`` travel together by the time that they take, whatever ``chunksize`` is. An executor
+    as engine cannot be told to end a call: its node runs that to the end, for nobody.
+
     Raises:
         TypeError: The engine is of another type, or a value has a wrong one.
         ValueError: A value is out of its range.
     """
+
+    _scheduler: Shell
 
     @checked(
         "ClusterPool",
@@ -184,14 +186,14 @@ class ClusterPool(AwaitedCalls, Executor):
             options["initializer"] = Packet(*payloads.dumps(given, into_main=True))
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names = None if nodes is None or isinstance(nodes, int) else frozenset(nodes)
-        self._shell = Shell(
+        self._scheduler = Shell(
             _carrier(client_or_executor, nodes),
             options,
             names=names,
             most_nodes=nodes if isinstance(nodes, int) else None,
             no_nodes_s=no_nodes_timeout,
         )
-        self._finalizer = weakref.finalize(self, self._shell.abandon)
+        self._finalizer = weakref.finalize(self, self._scheduler.abandon)
         self._finalizer.atexit = False
 
     @property
@@ -201,7 +203,7 @@ class ClusterPool(AwaitedCalls, Executor):
 
     def nodes(self) -> tuple[NodeInfo, ...]:
         """Return the nodes that are open now; none before the first call."""
-        return tuple(NodeInfo(*node) for node in self._shell.open_nodes())
+        return tuple(NodeInfo(*node) for node in self._scheduler.open_nodes())
 
     def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         """Schedule ``fn(*args, **kwargs)`` on a node and return its future.
@@ -219,84 +221,9 @@ class ClusterPool(AwaitedCalls, Executor):
         Raises:
             RuntimeError: The pool was shut down.
         """
-        return self._shell.submit(
+        return self._scheduler.submit(
             fn, args, kwargs, name=name_of(fn), policy=policy_of(fn, self._policy)
         )
-
-    @overload
-    def map(
-        self,
-        fn: Callable[..., _T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        progress: bool | str = False,
-        ordered: bool = True,
-        return_exceptions: Literal[False] = False,
-    ) -> Iterator[_T]: ...
-
-    @overload
-    def map(
-        self,
-        fn: Callable[..., _T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        progress: bool | str = False,
-        ordered: bool = True,
-        return_exceptions: bool,
-    ) -> Iterator[_T | BaseException]: ...
-
-    @checked("map", timeout=TIME_TO_WAIT)
-    def map(
-        self,
-        fn: Callable[..., _T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        progress: bool | str = False,
-        ordered: bool = True,
-        return_exceptions: bool = False,
-    ) -> Iterator[_T | BaseException]:
-        """Return an iterator over ``fn`` applied to the items, in order or as calls end.
-
-        Arguments, results and errors are those of :meth:`safepool.ProcessPool.map`. Calls travel
-        together by the time that they take, whatever ``chunksize`` is.
-        """
-        deadline = None if timeout is None else timeout + time.monotonic()
-        ahead = None if buffersize is None else buffersize * chunksize
-        if ahead is None and all(isinstance(items, Sized) for items in iterables):
-            ahead = sys.maxsize
-        starred = len(iterables) != 1
-        items = zip(*iterables, strict=False) if starred else iterables[0]
-        kind = MapRun
-        counts = progress is not False and progress is not None
-        if counts:
-            from safepool.pool.calls.counted import CountedRun  # noqa: PLC0415 -- seldom
-
-            kind = CountedRun
-        run: Any = kind(
-            fn,
-            name_of(fn),
-            policy_of(fn, self._policy),
-            None,
-            starred=starred,
-            ordered=ordered,
-            returns_errors=return_exceptions,
-        )
-        if not counts:
-            return self._shell.map(run, items, ahead, deadline, keep=self)
-        from safepool.pool.calls.counted import total_of  # noqa: PLC0415 -- seldom
-        from safepool.progress import label_of  # noqa: PLC0415 -- seldom
-
-        bar = run.bar(label_of(progress) or "", total_of(iterables))
-        shown: Iterator[_T | BaseException] = run.shown(
-            bar, lambda: self._shell.map(run, items, ahead, deadline, keep=self)
-        )
-        return shown
 
     def workers(self) -> tuple[NodeWorkerInfo, ...]:
         """Return what each worker of each open node does at this moment.
@@ -312,7 +239,7 @@ class ClusterPool(AwaitedCalls, Executor):
                 work.
         """
         found: list[NodeWorkerInfo] = []
-        for node, answer in self._shell.ask(ProcessPool.workers, timeout_s=_ASK_S).items():
+        for node, answer in self._scheduler.ask(ProcessPool.workers, timeout_s=_ASK_S).items():
             if isinstance(answer, BaseException):
                 _log.warning("node %s does not tell its workers: %s", node, text_of(answer))
             else:
@@ -337,20 +264,15 @@ class ClusterPool(AwaitedCalls, Executor):
                 work.
         """
         found: dict[tuple[str, int], str] = {}
-        answers = self._shell.ask(ProcessPool.dump_tracebacks, timeout, timeout_s=timeout + _ASK_S)
+        answers = self._scheduler.ask(
+            ProcessPool.dump_tracebacks, timeout, timeout_s=timeout + _ASK_S
+        )
         for node, answer in answers.items():
             if isinstance(answer, BaseException):
                 found[node, 0] = f"({text_of(answer)})"
             else:
                 found |= {(node, pid): stacks for pid, stacks in answer.items()}
         return found
-
-    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
-        """Cancel a call, on request also one that runs: as :meth:`safepool.ProcessPool.cancel`.
-
-        An executor as engine cannot be told: its node runs the call to the end, for nobody.
-        """
-        return self._shell.kill(future) if kill else future.cancel()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, and finish those submitted. The engine stays open.
@@ -359,32 +281,18 @@ class ClusterPool(AwaitedCalls, Executor):
             wait: Return only when that is done.
             cancel_futures: Cancel the calls that no node has.
         """
-        self._shell.shut_down(wait=wait, cancel=cancel_futures)
+        self._scheduler.shut_down(wait=wait, cancel=cancel_futures)
 
     def terminate_workers(self) -> None:
         """End the calls of this pool on all nodes and give it up, without waiting.
 
         An executor as engine cannot be told: its nodes run to the end what they have, for nobody.
         """
-        self._shell.shut_down(wait=False, end="terminate_workers() was called")
+        self._scheduler.shut_down(wait=False, end="ask")
 
     def kill_workers(self) -> None:
         """Do the same."""
-        self._shell.shut_down(wait=False, end="kill_workers() was called")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        if kind is not None:
-            end_failed(self._shell)
-        self._shell.shut_down(wait=True, end="the program was interrupted" if interrupted else "")
+        self._scheduler.shut_down(wait=False, end="kill")
 
     def __repr__(self) -> str:
         nodes = self.nodes()

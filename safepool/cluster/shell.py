@@ -50,6 +50,7 @@ from safepool.cluster.messages import (
 )
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
 from safepool.pool.calls.mapping import Results
+from safepool.pool.calls.opened import OpenMaps
 from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
 from safepool.pool.core.work import Call
 from safepool.pool.hands import Teller, ThreadThatStarts
@@ -79,6 +80,12 @@ _COLLECT_S = 5.0
 # A message that is not answered for so long: its node is given up. A worker of Dask may be busy
 # with other things that hold the lock of its interpreter.
 _SILENCE_S = 60.0
+# Why calls are lost that run when a pool is ended.
+_ENDS: dict[str, str] = {
+    "ask": "terminate_workers() was called",
+    "kill": "kill_workers() was called",
+    "terminate": "the program was interrupted",
+}
 # Large functions that a node keeps.
 _MOST_FUNCTIONS = 16
 
@@ -245,6 +252,7 @@ class Shell:
         self._callers = Teller("safepool-callbacks")
         self._thread: ThreadThatStarts | None = None
         self._starting = threading.Lock()
+        self._open_maps = OpenMaps()
         # Opened when no place is being asked.
         self._askers: list[Latch] = []
         self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -300,7 +308,15 @@ class Shell:
         results = Results(run, iter(items), self, ahead, deadline)
         iterator = results.iterate(None if results.exhausted else keep)
         run.reader = weakref.ref(iterator)
+        if not results.exhausted and ahead is None:
+            self._open_maps.add(iterator, results, self._do_elsewhere)
         return iterator
+
+    def _do_elsewhere(self, function: Callable[[], None]) -> None:
+        if threading.current_thread() is self._thread:
+            self._callers.do(function)
+        else:
+            function()
 
     def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls; ``last``: there will be no more."""
@@ -350,10 +366,12 @@ class Shell:
         Args:
             wait: Return when that is done.
             cancel: Cancel the calls that no node has.
-            end: Do not wait for calls that run: why they are lost.
+            end: Do not wait for calls that run: why they are lost, or a word of a pool's core.
         """
         if os.getpid() != self._pid:
             return
+        if not (cancel or end or self._closing or threading.current_thread() is self._thread):
+            self._open_maps.finish()  # what the standard pool has taken by now
         self._closing = True
         if self._thread is None:
             with self._starting:
@@ -362,12 +380,12 @@ class Shell:
             return
         if cancel:
             self._bring(c.CancelWaiting())
-        self._bring(c.End(end) if end else c.Close())
+        self._bring(c.End(_ENDS.get(end, end)) if end else c.Close())
         if wait and threading.current_thread() is not self._thread:
             try:
                 self._ended.wait()
             except KeyboardInterrupt:
-                self._bring(c.End("the program was interrupted"))
+                self._bring(c.End(_ENDS["terminate"]))
                 raise
             self._callers.join()
 
@@ -378,7 +396,7 @@ class Shell:
     def exit(self) -> None:
         """Finish before the interpreter ends."""
         interrupted = isinstance(last_uncaught(), KeyboardInterrupt)
-        self.shut_down(wait=True, end="the program was interrupted" if interrupted else "")
+        self.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def descriptors(self) -> Sequence[int]:
         """Return what a forked worker must not keep: nothing here."""

@@ -142,7 +142,7 @@ class Nodes:
 
     def __init__(self) -> None:
         self.sent: list[Future[Any]] = []
-        self._shell = self
+        self._scheduler = self
 
     def submit(
         self, _: Callable[..., Any], args: Any, *_others: Any, **_words: Any

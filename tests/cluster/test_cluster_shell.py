@@ -27,9 +27,10 @@ from safepool.cluster.messages import (
     pickle_function,
     python_version,
 )
+from safepool.pool.calls import mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 
 class Engine:
@@ -111,8 +112,8 @@ def test_why_a_node_is_not_used_is_in_the_error(
     answer, words = REFUSALS[name]
     pool = pool_of(Engine(greet=answer), no_nodes_timeout=0.05)
     # First the refusal: on a slow machine the time could be over before it.
-    pool._shell.begin()
-    places: dict[str, Any] = vars(pool._shell._core)["_places"]
+    pool._scheduler.begin()
+    places: dict[str, Any] = vars(pool._scheduler._core)["_places"]
     wait_until(lambda: "p" in places and places["p"].why)
     with pytest.raises(NoNodesError, match=words):
         pool.submit(abs, 1).result(30)
@@ -247,7 +248,16 @@ async def later(x: int) -> int:
 
 async def awaited(pool: ClusterPool) -> list[Any]:
     first: int = await pool.run(later, 3)
-    return [first, [one async for one in pool.amap(abs, [-4, -5])]]
+    return [
+        first,
+        [one async for one in pool.amap(abs, [-4, -5])],
+        [one async for one in pool.amap(abs, coming())],
+    ]
+
+
+async def coming() -> AsyncIterator[int]:
+    for number in (-6, -7):
+        yield number
 
 
 @pytest.mark.usefixtures("short_lives")
@@ -271,11 +281,24 @@ def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
             pool.submit(threading.Lock).result()
         with pytest.raises(safepool.TaskTimeoutError):
             pool.submit(safepool.worker(time.sleep, timeout=0.1), 60).result()
-        assert asyncio.run(awaited(pool)) == [3, [4, 5]]
+        assert asyncio.run(awaited(pool)) == [3, [4, 5], [6, 7]]
         assert pool.size == 1
         assert [node.place for node in pool.nodes()] == ["call 1"]
         with pytest.raises(NotImplementedError, match="cannot look into the nodes of an executor"):
             pool.workers()
+
+
+@pytest.mark.usefixtures("short_lives")
+def test_items_that_are_not_taken_yet_are_taken_when_the_block_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by the standard pool, which takes all of them at first."""
+    monkeypatch.setattr(mapping, "_AT_ONCE", 20)
+    items = (n for n in range(2000))
+    with ThreadPoolExecutor(1) as executor:
+        with ClusterPool(executor, workers_per_node=1) as pool:
+            results = pool.map(abs, items)
+        assert list(results) == [*range(2000)]
 
 
 def test_an_executor_that_was_shut_down_is_an_error() -> None:

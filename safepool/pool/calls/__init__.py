@@ -2,7 +2,8 @@
 
 tasks        a call with a future
 mapping      the calls of a ``map``, and who takes their results; `gathering`: all of them at
-             once; `counted`: for a bar; `awaiting`: by coroutines
+             once; `counted`: for a bar; `awaiting`: by coroutines; `opened`: items not taken yet
+front        ``map``, ``cancel`` and the ``with`` block of any pool
 functions    sent to a worker once, called by number from then on
 names        what workers have of the script's names, and what they lack
 closures     what a name leads to: `walk` follows it, `circles` orders it, `imports` are imported

@@ -73,6 +73,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
 from safepool.pool.calls.mapping import Coming, MapRun, Results, Span
+from safepool.pool.calls.opened import OpenMaps
 from safepool.pool.calls.tasks import (
     PoolFuture,
     Task,
@@ -250,7 +251,7 @@ class Scheduler:
         # By which a future knows whose it is, without holding on to it.
         self._me = weakref.ref(self)
         # Maps whose items have not all been taken from the caller's iterators.
-        self._open: dict[weakref.ref[Any], Results] = {}
+        self._open = OpenMaps()
         # Filled by the scheduler's thread before it waits; emptied by whoever has woken it.
         self._bed: list[bool] = []
 
@@ -398,8 +399,7 @@ class Scheduler:
         iterator = results.iterate(None if results.exhausted else keep)
         run.reader = weakref.ref(iterator, self._wake_when_gone)
         if not results.exhausted and ahead is None:
-            # One that is dropped without a look is a map for the sake of what its calls do.
-            self._open[weakref.ref(iterator, self._finish_unseen)] = results
+            self._open.add(iterator, results, self._do_elsewhere)
         return iterator
 
     @property
@@ -413,15 +413,11 @@ class Scheduler:
 
         return wake
 
-    def _finish_unseen(self, iterator: weakref.ref[Any]) -> None:
-        results = self._open.pop(iterator, None)
-        # Weak references may be told of an iterator's end before the iterator itself.
-        if results is None or results.seen:
-            return
-        if threading.current_thread() is self._thread:  # by the collector
-            self._callers.do(results.finish)
+    def _do_elsewhere(self, function: Callable[[], None]) -> None:
+        if threading.current_thread() is self._thread:
+            self._callers.do(function)
         else:
-            results.finish()
+            function()
 
     def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls of a run; ``last``: there will be no more."""
@@ -488,8 +484,7 @@ class Scheduler:
         ours = here is self._thread or any(one.has(here) for one in others)
         if not (cancel or end or ours or self._closing):
             # What the standard pool has taken from its iterators by now.
-            for results in [*self._open.values()]:
-                results.finish()
+            self._open.finish()
         if cancel or end:
             self._cancelling = True
         if end:
@@ -558,8 +553,7 @@ class Scheduler:
         # An interrupt that nobody caught ends the program: its queued work is not wanted.
         ends = self.ends_at_exit or isinstance(last_uncaught(), KeyboardInterrupt)
         if not ends:
-            for results in [*self._open.values()]:
-                results.finish()
+            self._open.finish()
         self._exiting = True
         self.shut_down(wait=True, end="terminate" if ends else "")
 

@@ -1,0 +1,339 @@
+"""What people call on any pool: ``map``, ``cancel``, the ``with`` block; coroutines await them.
+
+    a pool                      has what does the work     in
+    ``ProcessPool``             `Scheduler`                this machine's workers
+    ``ClusterPool``             `Shell`                    pools on many nodes
+
+Not covered:
+    * ``submit``: what becomes of its arguments differs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+
+from safepool.arguments import TIME_TO_WAIT, checked
+from safepool.pool.calls.awaiting import AwaitedCalls
+from safepool.pool.calls.mapping import Coming, MapRun, end_failed
+from safepool.pool.calls.tasks import name_of
+from safepool.pool.core.policy import policy_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+    from types import TracebackType
+    from typing import Self, Unpack
+
+    from safepool.pool.calls.awaiting import Raising as _Raising
+    from safepool.pool.calls.awaiting import Returning as _Returning
+    from safepool.pool.calls.mapping import Feed, Item, ResultIterator
+    from safepool.pool.core.events import Force
+    from safepool.pool.core.policy import Policy
+
+    class Runner(Feed, Protocol):
+        """What :class:`PoolCalls` asks of what does the work."""
+
+        def map(
+            self,
+            run: MapRun,
+            items: Iterable[Item],
+            ahead: int | None,
+            deadline: float | None,
+            keep: object,
+        ) -> ResultIterator:
+            """Queue the calls of a run and return the iterator over its results."""
+            ...
+
+        def kill(self, future: Future[Any]) -> bool:
+            """Cancel a call, and end it where it runs; ``False`` if it has ended."""
+            ...
+
+        def shut_down(self, *, wait: bool, cancel: bool = False, end: Force = "") -> None:
+            """Take no more calls; finish those that were submitted."""
+
+
+__all__ = ["PoolCalls"]
+
+_T = TypeVar("_T")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+_C = TypeVar("_C")
+_D = TypeVar("_D")
+_E = TypeVar("_E")
+_Run = TypeVar("_Run", bound=MapRun)
+
+
+class PoolCalls(AwaitedCalls):
+    """The part of a pool that does not ask where its calls run.
+
+    Attributes:
+        _scheduler: Does the work.
+        _policy: Timeout and retries of calls whose function has none of its own.
+    """
+
+    _scheduler: Runner
+    _policy: Policy
+
+    @overload
+    def map(
+        self, fn: Callable[[_A], _T], a: Iterable[_A], /, **options: Unpack[_Raising]
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D, _E], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        e: Iterable[_E],
+        /,
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        a: Iterable[Any],
+        b: Iterable[Any],
+        c: Iterable[Any],
+        d: Iterable[Any],
+        e: Iterable[Any],
+        f: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        **options: Unpack[_Raising],
+    ) -> Iterator[_T]: ...
+
+    @overload
+    def map(
+        self, fn: Callable[[_A], _T], a: Iterable[_A], /, **options: Unpack[_Returning]
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[_A, _B, _C, _D, _E], _T],
+        a: Iterable[_A],
+        b: Iterable[_B],
+        c: Iterable[_C],
+        d: Iterable[_D],
+        e: Iterable[_E],
+        /,
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[..., _T],
+        a: Iterable[Any],
+        b: Iterable[Any],
+        c: Iterable[Any],
+        d: Iterable[Any],
+        e: Iterable[Any],
+        f: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+        **options: Unpack[_Returning],
+    ) -> Iterator[_T | BaseException]: ...
+
+    @checked("map", timeout=TIME_TO_WAIT)
+    def map(
+        self,
+        fn: Callable[..., _T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        progress: bool | str = False,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+    ) -> Iterator[_T | BaseException]:
+        """Return an iterator over ``fn`` applied to the items, in order or as calls end.
+
+        Args:
+            fn: Called with one item of each iterable.
+            *iterables: They end with the shortest.
+            timeout: Seconds from this call after which waiting for a result raises
+                ``TimeoutError``; ``None`` waits for ever.
+            chunksize: Items that one task takes, at least 1.
+            buffersize: Tasks taken from the iterables ahead of the results, at least 1.
+                ``None`` takes all of them at once from what says its length. From another
+                iterable it takes 16,384 items before this returns, and further ones as the
+                results are taken: it may have no end.
+            progress: Show a bar on standard error, with this label if it is one. It counts
+                calls that have ended, in whatever order. Needs ``safepool[progress]``.
+            ordered: Results come in the order of the items. ``False`` yields each when its call
+                has ended: one that takes long keeps no other waiting.
+            return_exceptions: An exception of a call is yielded in the place of its result,
+                :class:`safepool.WorkerDiedError` and the like as well.
+
+        Returns:
+            The results. It raises what a call raised when its turn comes, and goes on with
+            the next when it is asked again. Leaving it early, or the pool's ``with`` block by
+            such an error, cancels what has not begun. A ``TimeoutError`` of ``timeout`` is its
+            end. While more than 256 MiB of results of at least
+            64 KiB are there and not taken, or a quarter of what the memory limits left with the
+            first of them, no further call is sent to a worker.
+
+        Raises:
+            ValueError: ``chunksize`` or ``buffersize`` is below 1.
+            TypeError: ``buffersize`` is no integer.
+            MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+
+        Example:
+            >>> from safepool import ProcessPool
+            >>> with ProcessPool(1) as pool:
+            ...     list(pool.map(pow, [2, 3], [5, 2], chunksize=2))
+            ...     sorted(pool.map(abs, [-3, -1, -2], ordered=False))
+            ...     list(pool.map(int, ["1", "x", "3"], return_exceptions=True))
+            [32, 9]
+            [1, 2, 3]
+            [1, ValueError("invalid literal for int() with base 10: 'x'"), 3]
+        """
+        deadline = None if timeout is None else timeout + time.monotonic()
+        # In items; a list is taken whole.
+        ahead = None if buffersize is None else buffersize * chunksize
+        if ahead is None and all(isinstance(items, Sized) for items in iterables):
+            ahead = sys.maxsize
+        starred = len(iterables) != 1
+        items = zip(*iterables, strict=False) if starred else iterables[0]
+        if isinstance(items, Coming):
+            ahead, starred = 0, items.starred
+
+        def make(kind: type[_Run]) -> _Run:
+            return kind(
+                fn,
+                name_of(fn),
+                policy_of(fn, self._policy),
+                None if chunksize == 1 else chunksize,
+                starred=starred,
+                ordered=ordered,
+                returns_errors=return_exceptions,
+            )
+
+        if progress is False or progress is None:
+            return self._scheduler.map(make(MapRun), items, ahead, deadline, keep=self)
+        from safepool.pool.calls.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
+        from safepool.progress import label_of  # noqa: PLC0415 -- seldom
+
+        counted = make(CountedRun)
+        bar = counted.bar(label_of(progress) or "", total_of(iterables))
+        return counted.shown(
+            bar, lambda: self._scheduler.map(counted, items, ahead, deadline, keep=self)
+        )
+
+    def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
+        """Cancel a task, on request also one that runs.
+
+        Args:
+            future: What :meth:`submit` has returned.
+            kill: If the task has begun, kill its worker with every process that the task
+                started; the worker is replaced. Without it this is ``future.cancel()``,
+                which leaves a running task alone.
+
+        Returns:
+            Whether the future is cancelled. ``False`` if the task has ended, or runs and was
+            not to be killed.
+
+        Raises:
+            ValueError: With ``kill``: the future is not one of this pool.
+
+        Example:
+            >>> import time
+            >>> from safepool import ProcessPool
+            >>> with ProcessPool(1) as pool:
+            ...     future = pool.submit(time.sleep, 60)
+            ...     pool.cancel(future, kill=True)
+            ...     future.cancelled(), pool.submit(abs, -1).result()
+            True
+            (True, 1)
+        """
+        return self._scheduler.kill(future) if kill else future.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Someone at the terminal wants the prompt back: running tasks are not waited for.
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if kind is not None:
+            end_failed(self._scheduler)
+        self._scheduler.shut_down(wait=True, end="terminate" if interrupted else "")
