@@ -40,6 +40,7 @@ from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
 from safepool.cli.verdict import judge
 from safepool.limits import read_limits, read_throttling
+from safepool.shown import size
 from safepool.threads.registry import runtimes
 
 if TYPE_CHECKING:
@@ -468,10 +469,10 @@ def _cpu_row(limit: Limit, noun: str) -> _Row:
 def _memory_row(limit: MemoryLimit) -> _Row:
     notes = []
     if limit.used_bytes is not None:
-        notes.append(f"{_size(limit.used_bytes)} used")
+        notes.append(f"{size(limit.used_bytes)} used")
     if limit.reclaimable_bytes is not None:
-        notes.append(f"{_size(limit.reclaimable_bytes)} reclaimable")
-    return _row(limit, "no limit" if limit.bytes is None else _size(limit.bytes), *notes)
+        notes.append(f"{size(limit.reclaimable_bytes)} reclaimable")
+    return _row(limit, "no limit" if limit.bytes is None else size(limit.bytes), *notes)
 
 
 def _pids_row(limit: PidsLimit) -> _Row:
@@ -485,18 +486,9 @@ def _files_row(limit: OpenFilesLimit) -> _Row:
 
 
 def _shared_memory_row(limit: SharedMemory) -> _Row:
-    value = _noted(_size(limit.bytes), [f"{_size(limit.free_bytes)} free"])
+    value = _noted(size(limit.bytes), [f"{size(limit.free_bytes)} free"])
     return _Row(limit=limit, name="size", value=value, source=limit.source, raw=None)
 
 
 def _noted(value: str, notes: Sequence[str]) -> str:
     return f"{value} ({', '.join(notes)})" if notes else value
-
-
-def _size(number: int) -> str:
-    size = float(number)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

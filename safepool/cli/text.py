@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import textwrap
 
+from safepool.shown import counted
+
 __all__ = ["WIDTH", "as_ascii", "counted", "wrapped"]
 
 WIDTH = 80
-
-
-def counted(number: float, noun: str) -> str:
-    """Return ``"1 thread"``, ``"2.5 CPUs"``; a whole number with all its digits."""
-    shown = f"{number:g}" if isinstance(number, float) else str(number)
-    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 _CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}

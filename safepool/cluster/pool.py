@@ -296,7 +296,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         nodes = self.nodes()
-        return f"<ClusterPool of {self.size} workers on {len(nodes)} nodes>"
+        state = "closed " if self._scheduler.is_broken else ""
+        return f"<{state}ClusterPool of {self.size} workers on {len(nodes)} nodes>"
 
 
 def _carrier(engine: Any, nodes: int | Sequence[str] | None) -> Carrier:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool.shown import counted, html_table, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "CpuUsage",
@@ -245,6 +251,33 @@ class Limits:
             if limit.cpus is not None
         ]
         return min(ceilings, key=lambda limit: limit.cpus or 0.0, default=self.affinity)
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook: each limit, its value, its source and its text."""
+        return html_table("limits", ("limit", "value", "source", "text"), self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        exact = () if self.exact_workers is None else (self.exact_workers,)
+        for cpu in (self.affinity, *self.quotas, *self.bounds):
+            yield _row(cpu, None if cpu.cpus is None else counted(cpu.cpus, "CPU"))
+        for workers in exact:
+            yield _row(workers, counted(workers.cpus or 0, "worker"))
+        for memory in self.memory:
+            yield _row(memory, None if memory.bytes is None else size(memory.bytes))
+        for tasks in self.pids:
+            yield _row(tasks, None if tasks.tasks is None else counted(tasks.tasks, "task"))
+        if (files := self.open_files) is not None:
+            yield _row(files, None if files.files is None else counted(files.files, "file"))
+        if (shared := self.shared_memory) is not None:
+            yield "shared memory", size(shared.bytes), shared.source, ""
+        for skipped in self.skipped:
+            yield "skipped", "", skipped.source, skipped.reason
+
+
+def _row(
+    limit: Limit | MemoryLimit | PidsLimit | OpenFilesLimit, value: str | None
+) -> tuple[str, str, str, str]:
+    return limit.name, value or "no limit", limit.source, limit.raw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

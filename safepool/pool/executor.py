@@ -23,7 +23,7 @@ from safepool.pool.shell.memory import MemoryWatch
 from safepool.pool.shell.scheduler import Scheduler
 from safepool.pool.shell.size import Size
 from safepool.pool.shell.variables import Variables, devices_of
-from safepool.pool.watch import Stacks, look_at
+from safepool.pool.watch import Stacks, look_at, worker_table
 from safepool.procfs import named_threads
 from safepool.threads.environment import overridden, worker_environment
 from safepool.threads.placement import Placement, why_not_bound
@@ -510,7 +510,11 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         first = f"{self._budget.workers} at first ({why})"
         plan = getattr(self._mp_context, "plan", None)
         how = "" if plan is None else f", main={plan.mode!r} ({plan.because})"
-        return f"<ProcessPool of at most {most}, {first}{how}>"
+        return f"<{self._scheduler.state}ProcessPool of at most {most}, {first}{how}>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook: what each worker does now."""
+        return worker_table(repr(self)[1:-1], self.workers())
 
 
 def _names(

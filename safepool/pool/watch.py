@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from safepool.pool.core.worker import Phase
 from safepool.procfs import Status, read_status, threads_that_block
+from safepool.shown import html_table, size
 from safepool.workers.board import STACK_SIGNAL
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.tasks import Task
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Stacks", "WorkerInfo", "look_at"]
+__all__ = ["Stacks", "WorkerInfo", "look_at", "worker_table"]
 
 # Between two looks whether a worker has written its stack; that takes it microseconds.
 _LOOK_S = 0.002
@@ -74,6 +75,24 @@ class WorkerInfo:
     waiting: int
     resident_bytes: int | None
     native_threads: int | None
+
+
+def worker_table(caption: str, workers: Iterable[WorkerInfo]) -> str:
+    """Return a table of workers in HTML."""
+    head = ("pid", "state", "task", "since, s", "tasks done", "memory", "threads")
+    rows = (
+        (
+            one.pid,
+            one.state,
+            one.task,
+            None if one.running_s is None else f"{one.running_s:.1f}",
+            one.tasks_done,
+            None if one.resident_bytes is None else size(one.resident_bytes),
+            one.native_threads,
+        )
+        for one in workers
+    )
+    return html_table(caption, head, rows)
 
 
 def look_at(workers: Iterable[Worker]) -> tuple[WorkerInfo, ...]:

@@ -286,6 +286,11 @@ class Scheduler:
     # What callers use, from any thread.
 
     @property
+    def state(self) -> str:
+        """``"closed "`` or ``"broken "``, empty for a pool that takes tasks."""
+        return "broken " if self._broken is not None else "closed " if self._closing else ""
+
+    @property
     def broken(self) -> PoolBrokenError | None:
         """Why the pool gave up as a whole; ``None`` while it works."""
         return self._broken
