@@ -157,14 +157,23 @@ def table() -> dict[type, Callable[[Any], Any]]:
     if sys.version_info >= (3, 15):
         reducers[type(dataclasses.MISSING)] = _reduce_sentinel  # builtins.sentinel
     else:
-        reducers[type(dataclasses.MISSING)] = lambda _: "MISSING"
-        reducers[type(dataclasses.KW_ONLY)] = lambda _: "KW_ONLY"
+        # cloudpickle gives fields of a class that it loads other instances: they mean the same.
+        reducers[type(dataclasses.MISSING)] = lambda _: (_missing, ())
+        reducers[type(dataclasses.KW_ONLY)] = lambda _: (_keywords_only, ())
     if sys.version_info >= (3, 14):
         reducers[typing.ForwardRef] = _reduce_forward
         reducers[itertools.count] = _reduce_count
     if sys.version_info >= (3, 12):
         reducers[typing.TypeAliasType] = _reduce_alias
     return reducers
+
+
+def _missing() -> object:
+    return dataclasses.MISSING
+
+
+def _keywords_only() -> object:
+    return dataclasses.KW_ONLY
 
 
 def _reduce_count(counter: itertools.count[Any]) -> Any:

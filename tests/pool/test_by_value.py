@@ -79,6 +79,24 @@ THINGS: dict[str, tuple[str, str, Any]] = {
         "ask(derive, Needed)",
         True,
     ),
+    "a dataclass that cloudpickle has loaded": (
+        """
+        import cloudpickle
+        import dataclasses
+        @dataclasses.dataclass
+        class Loaded:
+            needed: int
+        cloudpickle.loads(cloudpickle.dumps(Loaded(1)))
+        def derive_from_loaded(one):
+            kind = type(one)
+            try:
+                dataclasses.make_dataclass("More", [("more", int, 2)], bases=(kind,))()
+            except TypeError:
+                return one.needed, dataclasses.fields(kind)[0].default is dataclasses.MISSING
+        """,
+        "ask(derive_from_loaded, Loaded(3))",
+        [3, True],
+    ),
     "struct.Struct": (
         """
         import struct
