@@ -100,11 +100,14 @@ def check(name: str, value: object, rule: Rule | None = None, *, optional: bool 
     raise (ValueError if is_kind else TypeError)(f"{text}. {hint}")
 
 
-def checked(called: str, **rules: Rule) -> Callable[[_F], _F]:
+def checked(
+    called: str, refused: Mapping[str, str] | None = None, /, **rules: Rule
+) -> Callable[[_F], _F]:
     """Make a decorator that compares the arguments of each call with what parameters take.
 
     Args:
         called: What errors call the function.
+        refused: Parameters that a function of the same kind has and this one does not, and why.
         **rules: Rows of parameters that differ from the table's row of this name.
     """
 
@@ -122,6 +125,8 @@ def checked(called: str, **rules: Rule) -> Callable[[_F], _F]:
         @functools.wraps(function)
         def check_first(*args: Any, **kwargs: Any) -> Any:
             for name, value in (*zip(by_position, args, strict=False), *kwargs.items()):
+                if refused and name in refused:
+                    raise TypeError(f"{called}() takes no {name}=: {refused[name]}")
                 if name not in rows:
                     hint = what_was_meant(name, names[code.co_posonlyargcount :])
                     raise TypeError(
@@ -181,6 +186,7 @@ pin_workers pin cpu_ids affinity
 preload imports modules
 progress progress_bar verbose tqdm
 chunksize chunk_size batch_size
+client_or_executor client executor engine
 buffersize buffer_size prefetch
 writable writeable mutable
 end_subprocesses kill_subprocesses kill_children

@@ -39,6 +39,7 @@ class Scenario:
         workers: Of each node.
         retries: Of each call.
         refused: Places that cannot be used.
+        wrong: As they do not take the arguments of the pool.
         comes_back: A place that is lost is listed again.
         at_once: As of the core.
         most_nodes: As of the core.
@@ -51,6 +52,7 @@ class Scenario:
     workers: int = 1
     retries: int = 0
     refused: str = ""
+    wrong: bool = False
     comes_back: bool = True
     at_once: bool = False
     most_nodes: int | None = None
@@ -162,7 +164,7 @@ class World:
     def on_open(self, place: str) -> None:
         self.opening.remove(place)
         if place in self.scenario.refused:
-            self.tell(c.Refused(place, "another version"))
+            self.tell(c.Refused(place, "another version", self.scenario.wrong))
             return
         self.tell(c.Opened(place, self.scenario.places[place], self.scenario.workers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import inspect
 import multiprocessing
 import re
@@ -42,6 +43,28 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
         "preload": (["numpy", 3], "numpy"),
         "main": (True, "spawn"),
         "trace": (True, NOTHING),
+        "end_subprocesses": (1, NOTHING),
+    },
+    "ClusterPool": {
+        "client_or_executor": ("tcp://scheduler:8786", NOTHING),
+        "nodes": ("a", 0),
+        "no_nodes_timeout": ("5s", -1),
+        "workers_per_node": ("4", 0),
+        "initializer": ("setup", NOTHING),
+        "initargs": ("abc", NOTHING),
+        "max_tasks_per_child": (1.5, 0),
+        "threads_per_worker": (None, "many"),
+        "rounding": (0, "up"),
+        "reserve": ("half", -0.5),
+        "memory_per_worker": ([2], "2 gigs"),
+        "pin_workers": ("yes", NOTHING),
+        "env": ({"OMP_NUM_THREADS": 2}, {"A=B": "1"}),
+        "gpus": (1.5, ["all"]),
+        "timeout": ("5s", 0),
+        "retries": (None, -1),
+        "max_memory_per_worker": (b"2GiB", 0),
+        "memory_limit": ([1], "much"),
+        "preload": (["numpy", 3], "numpy"),
         "end_subprocesses": (1, NOTHING),
     },
     "parallel_backend": {
@@ -87,6 +110,7 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
     "share": {"obj": (NOTHING, NOTHING), "writable": (1, NOTHING)},
     "limit_threads": {"n": (1.5, 0)},
     "ProcessPool.resize": {"max_workers": (None, 0)},
+    "ClusterPool.dump_tracebacks": {"timeout": ("5", float("nan"))},
     "ProcessPool.map": {
         "fn": (NOTHING, NOTHING),
         "iterables": (NOTHING, NOTHING),
@@ -117,6 +141,14 @@ NEAR: dict[str, dict[str, str]] = {
         "mem_limit": "memory_limit",
         "num_gpus": "gpus",
     },
+    "ClusterPool": {
+        "max_workers": "workers_per_node",
+        "n_workers": "workers_per_node",
+        "client": "client_or_executor",
+        "no_nodes_time_out": "no_nodes_timeout",
+        "threads": "threads_per_worker",
+    },
+    "ClusterPool.dump_tracebacks": {"time_out": "timeout"},
     "parallel_backend": {"max_workers": "n_jobs", "inner_max_num_threads": "threads_per_worker"},
     "Pool": {"max_workers": "processes", "n_jobs": "processes", "mp_context": "context"},
     "ThreadPool": {"workers": "max_workers", "threads": "threads_per_worker"},
@@ -141,6 +173,11 @@ def use(name: str, **arguments: Any) -> None:
     elif name == "ProcessPool.resize":
         with safepool.ProcessPool(1) as pool:
             pool.resize(**arguments)
+    elif name.startswith("ClusterPool"):
+        engine = arguments.pop("client_or_executor", None)
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            pool = safepool.ClusterPool(engine or executor, **arguments)
+            pool.shutdown()
     elif name == "ProcessPool.map":
         with safepool.ProcessPool(1) as pool:
             pool.map(abs, [], **arguments)
@@ -184,18 +221,51 @@ def test_a_keyword_that_is_nearly_right_is_told_the_right_one(name: str, word: s
         use(name, **{word: 2})
 
 
-def test_a_number_of_workers_is_that_of_each_node_in_a_cluster() -> None:
-    with pytest.raises(TypeError, match=r"'max_workers': did you mean workers_per_node=\?$"):
-        safepool.ClusterPool(None, max_workers=2)  # type: ignore[call-arg]
+# What a pool over nodes has in the place of an argument, or why it has none.
+REFUSED = {
+    "max_workers": r"'max_workers': did you mean workers_per_node=\?$",
+    "mp_context": "takes no mp_context=: each node starts its workers in the way",
+    "on_worker_death": "takes no on_worker_death=: the pool of a node is that of other cluster",
+    "trace": "takes no trace=: it shows the workers of one machine",
+    "main": "takes no main=: no node has the script",
+}
+OF_NODES = {"client_or_executor", "nodes", "no_nodes_timeout", "workers_per_node"}
 
 
-def test_a_cluster_says_what_it_does_not_take() -> None:
+def test_a_cluster_pool_has_each_argument_of_a_pool_or_says_why_not() -> None:
+    of_pool = inspect.signature(safepool.ProcessPool).parameters
+    of_cluster = inspect.signature(safepool.ClusterPool).parameters
+    assert set(of_pool) - set(of_cluster) == set(REFUSED)
+    assert set(of_cluster) - set(of_pool) == OF_NODES
+    both = set(of_pool) & set(of_cluster)
+    others = {name for name in both if of_pool[name].default != of_cluster[name].default}
+    assert others == {"preload"}  # what the engine's process has imported is none of the calls'
+    for name, words in REFUSED.items():
+        with pytest.raises(TypeError, match=words):
+            safepool.ClusterPool(None, **{name: 2})
     with pytest.raises(
         TypeError, match=r"env must be a mapping of text to text, or None, not <fun"
     ):
         safepool.ClusterPool(None, env=lambda _: {})  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"'on_worker_death'\. There are client_or_executor, "):
-        safepool.ClusterPool(None, on_worker_death="break")  # type: ignore[call-arg]
+
+
+def test_a_cluster_pool_has_each_method_of_a_pool() -> None:
+    def public(kind: type) -> dict[str, Any]:
+        return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
+
+    of_pool, of_cluster = public(safepool.ProcessPool), public(safepool.ClusterPool)
+    assert set(of_cluster) - set(of_pool) == {"nodes"}
+    assert set(of_pool) <= set(of_cluster)
+    for name, method in of_pool.items():
+        if callable(method):
+            theirs = inspect.signature(of_cluster[name]).parameters
+            assert theirs == inspect.signature(method).parameters, name
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+        safepool.ClusterPool(executor) as pool,
+        pytest.raises(NotImplementedError, match=r"no resize\(2\): the pool of a node"),
+    ):
+        pool.resize(2)
 
 
 def test_any_other_keyword_is_told_which_there_are() -> None:

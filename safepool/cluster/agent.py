@@ -47,7 +47,7 @@ from safepool.cluster.messages import (
     own_version,
     python_version,
 )
-from safepool.errors import SafepoolError, WorkerDiedError
+from safepool.errors import SafepoolError, WorkerDiedError, text_of
 from safepool.machine import read_budget
 from safepool.pool.core.policy import Policy
 from safepool.pool.executor import ProcessPool
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SessionLostError",
+    "WrongOptionsError",
     "agent_ask",
     "agent_collect",
     "agent_deliver",
@@ -86,6 +87,10 @@ class SessionLostError(SafepoolError):
     """A session is not known to this process: it was not heard of for too long, or never was."""
 
 
+class WrongOptionsError(SafepoolError):
+    """This node can make no pool of the arguments that a cluster pool was given."""
+
+
 class NodePool:
     """A pool for all sessions of the same options.
 
@@ -101,7 +106,10 @@ class NodePool:
         if initializer is not None:
             given.update(initializer=initialize, initargs=(initializer,))
         # The script of this process is the engine's, and none of the calls'.
-        self.pool: ProcessPool = ProcessPool(**given, main="value")
+        try:
+            self.pool: ProcessPool = ProcessPool(**given, main="value")
+        except Exception as error:  # noqa: BLE001 -- told by the program
+            raise WrongOptionsError(f"{type(error).__name__}: {text_of(error)}") from None
         # The engine's process must not wait for calls when it ends: the node is lost then.
         self.pool._scheduler.ends_at_exit = True
         self.sessions: set[str] = set()
@@ -362,7 +370,7 @@ def agent_greet(protocol: int, session: str, options: bytes) -> tuple[Any, ...]:
         options: Pickled arguments of the node's pool.
 
     Raises:
-        Exception: The options are wrong on this node.
+        WrongOptionsError: The options are wrong on this node.
     """
     budget, _ = read_budget(Request())
     because, workers = budget.because, budget.workers

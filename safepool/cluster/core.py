@@ -16,7 +16,7 @@ State of a place:
     event                    what it means                        actions that may follow
     Listed(places)           the engine's list of places          Open; as Lost for who is missing
     Opened(place, ...)       its agent answers                    Deliver, Release
-    Refused(place, reason)   it cannot be used
+    Refused(place, reason)   it cannot be used                    Fail
     Lost(place, reason)      the engine says that it is gone      Lose, Open (a spare), Deliver
     Queued(calls)            calls wait                           Deliver
     Delivered(place)         a message has arrived                Deliver
@@ -46,6 +46,7 @@ than begins at once, or within a moment: `_AHEAD_S` of work for each worker.
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,6 +91,9 @@ _AHEAD_S = 0.05
 _AHEAD_AT_ONCE_S = 1.0
 # Calls in one message.
 _MOST_CALLS = 2000
+# A node has refused the pool's arguments: others that were asked have so long to take them.
+_WRONG_S = 5.0
+_WRONG = "takes the arguments of this pool"
 # A call that was delivered so long ago and has not begun is asked back for an idle node.
 _LATE_S = 0.25
 
@@ -139,10 +143,15 @@ class Opened(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A place cannot be used."""
+    """A place cannot be used.
+
+    Attributes:
+        wrong: The pool's arguments are the reason, so that no other place may take them either.
+    """
 
     place: str
     reason: str
+    wrong: bool = False
 
 
 class Lost(NamedTuple):
@@ -297,6 +306,7 @@ class _Place:
         workers: Of the node's pool.
         wanted: Whether the user has named it, or no node at all.
         why: Why it was refused.
+        wrong_s: When it refused the pool's arguments.
         sent: Calls delivered and not ended, by number.
         expected_s: How long these are thought to take, one after the other.
         posting: A message is on its way.
@@ -311,6 +321,7 @@ class _Place:
     workers: int = 1
     wanted: bool = True
     why: str = ""
+    wrong_s: float | None = None
     sent: dict[int, tuple[Call, float]] = field(default_factory=dict)
     expected_s: float = 0.0
     posting: bool = False
@@ -417,8 +428,8 @@ class Core:
     def next_look(self) -> float | None:
         """Return when a `Look` is due at the latest; ``None`` if only an event brings one."""
         looks: list[float] = []
-        if self._backlog and self._no_nodes_s is not None and not self._open():
-            looks.append(self._nobody_since_s + self._no_nodes_s)
+        if self._backlog and not self._open():
+            looks += self._ends_of_waiting()
         if not self._at_once and any(not one.sent for one in self._open()):
             looks += [one.sent_s + _LATE_S for one in self._open() if self._has_surplus(one)]
         return min(looks, default=None)
@@ -466,6 +477,7 @@ class Core:
         place = self._places.get(event.place)
         if place is not None and place.state is State.OPENING:
             place.state, place.why = State.REFUSED, event.reason
+            place.wrong_s = self._now_s if event.wrong else None
 
     def _lost(self, event: Lost) -> None:
         self._lose(event.place, event.reason)
@@ -675,13 +687,23 @@ class Core:
         place.sent_s = self._now_s
         self._actions.append(Deliver(place.name, (), back))
 
+    def _ends_of_waiting(self) -> list[float]:
+        """Return when calls fail for which no node is open."""
+        wrong = [one.wrong_s for one in self._places.values() if one.wrong_s is not None]
+        ends = [since_s + (_WRONG_S if self.is_asking else 0.0) for since_s in wrong]
+        if self._no_nodes_s is not None:
+            ends.append(self._nobody_since_s + self._no_nodes_s)
+        return ends
+
     def _give_up_waiting(self) -> None:
-        if not self._backlog or self._no_nodes_s is None or self._open():
+        if not self._backlog or self._open():
+            return
+        if self._now_s < min(self._ends_of_waiting(), default=math.inf):
             return
         waited_s = self._now_s - self._nobody_since_s
-        if waited_s < self._no_nodes_s:
-            return
+        is_over = self._no_nodes_s is not None and waited_s >= self._no_nodes_s
         why = [f"{place}: {reason}" for place, reason in self.unused_places.items()]
         told = "; ".join(why) if why else "the engine lists none"
-        reason = f"no node could take a call for {self._no_nodes_s:g} s ({told})"
+        what = f"could take a call for {self._no_nodes_s:g} s" if is_over else _WRONG
+        reason = f"no node {what} ({told})"
         self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))

@@ -7,9 +7,9 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
-from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, checked, parse_bytes
+from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, check, checked
 from safepool.cluster.carriers.dask import DaskCarrier, is_client
 from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
@@ -23,7 +23,7 @@ from safepool.pool.watch import WorkerInfo
 from safepool.transport import payloads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from safepool.budget import Rounding
     from safepool.cluster.carriers import Carrier
@@ -50,6 +50,14 @@ _NODES = Rule(
     is_kind=lambda value: isinstance(value, (int, Sequence)) and not isinstance(value, str),
     lacks=_lacks_as_nodes,
     remedy="Leave it out for all nodes. Names are those of hosts, or addresses of Dask workers",
+)
+
+
+_ENGINE = Rule(
+    kind="a distributed.Client or an executor",
+    is_kind=lambda value: is_client(value) or isinstance(value, Executor),
+    remedy="For the address of a Dask scheduler: ClusterPool(distributed.Client(address)). "
+    "Install that with: pip install 'safepool[dask]'",
 )
 
 
@@ -108,19 +116,28 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         reserve: CPUs of each node kept for what runs beside the pool.
         memory_per_worker: No more workers than fit into what a node's limits have left.
         pin_workers: Each worker on CPUs of its own.
-        env: Variables to set in the workers.
+        env: Variables to set in the workers; no function.
+        gpus: GPUs of each node for its workers, one after the other. ``"auto"`` is all that the
+            engine's process there may use.
         timeout: Seconds that a call may run, from its start on its node.
         retries: How often a call is run again whose worker or node was lost under it, on whichever
             node: it starts at most ``1 + retries`` times.
         max_memory_per_worker: A worker that holds more when a call ends is replaced.
-        preload: Modules that are imported once on each node, ahead of its workers.
+        memory_limit: A worker that holds more while it runs a call is killed. Linux nodes only.
+        preload: Modules that are imported once on each node, ahead of its workers. ``"auto"`` is
+            what the engine's process there has imported, and what earlier calls have.
         end_subprocesses: Whether what calls have started ends with the node's engine.
 
     On a node all cluster pools with the same options have one pool together, whatever program they
     are of, and so have all Dask workers of one host and one limit: the engine's own numbers of
     threads and workers mean nothing here. It is made with the first call, and ends with the last
     cluster pool, 10 seconds later; without a word from a program for 30 seconds its calls are
-    ended; and it ends with the Dask worker.
+    ended; and it ends with the Dask worker. Arguments that a node cannot use, such as a module of
+    ``preload`` that is not there, fail all calls if no node can use them: as soon as each node
+    has said so, and 5 seconds after the first at the latest.
+
+    Arguments of ``ProcessPool`` that are not here: ``max_workers`` is ``workers_per_node``;
+    ``mp_context``, ``on_worker_death`` and ``main``, as the error says why.
 
     A call counts as begun when it was sent to a node. So no more are sent than the node has
     workers, or the next twentieth of a second has work for, and a node that is lost costs that.
@@ -138,9 +155,20 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
     @checked(
         "ClusterPool",
+        {
+            "mp_context": "each node starts its workers in the way that works best there",
+            "on_worker_death": "the pool of a node is that of other cluster pools as well, so a "
+            "worker's death costs the one call",
+            "trace": "it shows the workers of one machine",
+            "main": "no node has the script. Its functions, classes and data are sent",
+        },
         env=ENVIRONMENT,  # no function of a worker's index
         nodes=_NODES,
-        no_nodes_timeout=replace(TIME_TO_WAIT, optional=True),
+        no_nodes_timeout=replace(
+            RULES["idle_worker_timeout"],
+            remedy="Leave it out for 60 s. None waits for ever",
+            optional=True,
+        ),
         workers_per_node=RULES["max_workers"],
     )
     def __init__(  # noqa: PLR0913 -- the arguments of ProcessPool, by name
@@ -159,15 +187,14 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         memory_per_worker: float | str | None = None,
         pin_workers: bool = False,
         env: Mapping[str, str] | None = None,
+        gpus: Literal["auto"] | int | Sequence[int | str] | None = None,
         timeout: float | None = None,
         retries: int = 0,
         max_memory_per_worker: float | str | None = None,
+        memory_limit: float | str | None = None,
         preload: Literal["auto"] | Sequence[str] = (),
         end_subprocesses: bool = False,
     ) -> None:
-        for size in (memory_per_worker, max_memory_per_worker):
-            if size is not None:
-                parse_bytes(size)
         options: dict[str, Any] = {
             "max_workers": workers_per_node,
             "max_tasks_per_child": max_tasks_per_child,
@@ -177,7 +204,9 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             "memory_per_worker": memory_per_worker,
             "pin_workers": pin_workers,
             "env": None if env is None else dict(env),
+            "gpus": gpus,
             "max_memory_per_worker": max_memory_per_worker,
+            "memory_limit": memory_limit,
             "preload": preload if isinstance(preload, str) else [*preload],
             "end_subprocesses": end_subprocesses,
         }
@@ -205,7 +234,17 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         """Return the nodes that are open now; none before the first call."""
         return tuple(NodeInfo(*node) for node in self._scheduler.open_nodes())
 
-    def submit(self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+    @overload
+    def submit(
+        self, fn: Callable[_P, Coroutine[Any, Any, _T]], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_T]: ...
+
+    @overload
+    def submit(
+        self, fn: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> Future[_T]: ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Schedule ``fn(*args, **kwargs)`` on a node and return its future.
 
         Args:
@@ -223,6 +262,17 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         """
         return self._scheduler.submit(
             fn, args, kwargs, name=name_of(fn), policy=policy_of(fn, self._policy)
+        )
+
+    def resize(self, max_workers: int) -> None:
+        """Refuse: the pool of a node is that of other cluster pools as well.
+
+        Raises:
+            NotImplementedError: Always. ``workers_per_node=`` is the most workers of each node.
+        """
+        raise NotImplementedError(
+            f"ClusterPool has no resize({max_workers!r}): the pool of a node is that of other "
+            "cluster pools as well. Make another ClusterPool with workers_per_node="
         )
 
     def workers(self) -> tuple[NodeWorkerInfo, ...]:
@@ -301,21 +351,16 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
 
 def _carrier(engine: Any, nodes: int | Sequence[str] | None) -> Carrier:
+    check("client_or_executor", engine, _ENGINE)
     if is_client(engine):
         return DaskCarrier(engine)
-    if isinstance(engine, Executor):
-        told: object = getattr(engine, "_max_workers", None)
-        number = nodes if isinstance(nodes, int) else told
-        if nodes is not None and not isinstance(nodes, int):
-            raise ValueError("nodes= of an executor is a number: it does not say which is which")
-        if not isinstance(number, int):
-            kind = type(engine).__name__
-            raise ValueError(  # noqa: TRY004 -- it is nodes= that lacks
-                f"{kind} does not say how many calls it runs at a time. Pass that number as nodes="
-            )
-        return ExecutorCarrier(engine, number)
-    raise TypeError(
-        f"ClusterPool() takes a distributed.Client or an executor, not {type(engine).__name__}. "
-        "For the address of a Dask scheduler: ClusterPool(distributed.Client(address)). Install "
-        "that with: pip install 'safepool[dask]'"
-    )
+    told: object = getattr(engine, "_max_workers", None)
+    number = nodes if isinstance(nodes, int) else told
+    if nodes is not None and not isinstance(nodes, int):
+        raise ValueError("nodes= of an executor is a number: it does not say which is which")
+    if not isinstance(number, int):
+        kind = type(engine).__name__
+        raise ValueError(  # noqa: TRY004 -- it is nodes= that lacks
+            f"{kind} does not say how many calls it runs at a time. Pass that number as nodes="
+        )
+    return ExecutorCarrier(engine, number)

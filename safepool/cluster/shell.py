@@ -599,6 +599,8 @@ class Shell:
         error = future.exception()
         if error is None:
             take(place, node, future.result())
+        elif isinstance(error, agent.WrongOptionsError):
+            self._refuse(place, text_of(error), wrong=True)
         elif kind == "greet" and not isinstance(error, PlaceLostError):
             self._refuse(place, f"{type(error).__name__}: {text_of(error)}")
         else:
@@ -611,9 +613,9 @@ class Shell:
         self._handle(c.Lost(place, reason))
         del self._nodes[place]
 
-    def _refuse(self, place: str, reason: str) -> None:
+    def _refuse(self, place: str, reason: str, *, wrong: bool = False) -> None:
         _log.warning("node %s is not used: %s", place, reason)
-        self._handle(c.Refused(place, reason))
+        self._handle(c.Refused(place, reason, wrong))
 
     def _open(self, action: c.Open) -> None:
         self._openings += 1

@@ -39,6 +39,12 @@ SCENARIOS: dict[str, Scenario] = {
     "one of two nodes is used": Scenario(places=TWO, most_nodes=1, budget={"lose": 1}),
     "a node that is refused": Scenario(refused="p", budget={"tick": 1}),
     "one of two is refused": Scenario(places=TWO, refused="p", budget={"lose": 1, "tick": 1}),
+    "arguments that are wrong": Scenario(
+        places=TWO, refused="pq", wrong=True, budget={"lose": 1, "tick": 1}
+    ),
+    "arguments that one does not take": Scenario(
+        places=TWO, refused="p", wrong=True, budget={"lose": 1, "tick": 1}
+    ),
     "short calls are sent ahead": Scenario("abc", known_s=0.001, budget={"lose": 1}),
     "calls are asked back": Scenario("abcd", TWO, known_s=0.02, budget={"tick": 2, "lose": 1}),
     "a call is dropped": Scenario("abc", known_s=0.001, budget={"drop": 1, "lose": 1}),
@@ -141,7 +147,11 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "self._put_back(call for call in found if call is not None)",
         "pass",
     ),
-    "nobody gives up waiting": ("a node that is refused", "if waited_s < ", "if waited_s < 10 * "),
+    "nobody gives up waiting": (
+        "a node that is refused",
+        "            ends.append(self._nobody_since_s + self._no_nodes_s)",
+        "            pass",
+    ),
     "calls of a dead engine are forgotten": (
         "the engine is gone",
         "calls += [call for call, _ in place.sent.values()]",
@@ -237,6 +247,24 @@ def test_why_no_node_was_there_is_told() -> None:
     assert action == c.Fail(
         [call], "no node could take a call for 5 s (p: it has Python 2.7)", True
     )
+
+
+def test_wrong_arguments_are_told_when_each_node_has_said_so_or_after_a_while() -> None:
+    core = Core()
+    core.handle(c.Listed(["p", "q"]), 0.0)
+    call = Letter("x", 0)
+    assert core.handle(c.Queued([call]), 1.0) == []
+    assert core.handle(c.Refused("p", "no gpu", wrong=True), 2.0) == []
+    assert core.next_look() == 7.0
+    (action,) = core.handle(c.Refused("q", "no gpu", wrong=True), 3.0)
+    told = "no node takes the arguments of this pool (p: no gpu; q: no gpu)"
+    assert action == c.Fail([call], told, True)
+    core.handle(c.Listed(["p", "q", "r"]), 8.0)
+    (action,) = core.handle(c.Queued([call]), 9.0)  # it has had its time
+    assert isinstance(action, c.Fail)
+    assert core.handle(c.Opened("r", "n", 1), 9.5) == []
+    (action,) = core.handle(c.Queued([call]), 10.0)
+    assert isinstance(action, c.Deliver)
 
 
 def test_places_that_are_not_used_are_told() -> None:

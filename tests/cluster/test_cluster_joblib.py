@@ -129,7 +129,7 @@ def test_calls_of_a_block_run_on_the_nodes(engine: ThreadPoolExecutor, tmp_path:
 
 def test_what_is_no_engine_is_told_where_the_block_begins() -> None:
     with (
-        pytest.raises(TypeError, match=r"takes a distributed.Client or an executor, not str"),
+        pytest.raises(TypeError, match=r"must be a distributed.Client or an executor, not 'tcp"),
         safepool.parallel_backend(cluster="tcp://scheduler:8786"),
     ):
         pass

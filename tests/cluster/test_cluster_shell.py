@@ -6,7 +6,7 @@ import asyncio
 import pickle
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -209,15 +209,10 @@ def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
 
 # Each wrong argument, and what its error says.
 WRONG: dict[str, tuple[tuple[Any, dict[str, Any]], type[Exception], str]] = {
-    "an address": (("tcp://a:1", {}), TypeError, r"ClusterPool\(distributed.Client\(address\)\)"),
-    "no nodes": ((ThreadPoolExecutor(1), {"nodes": 0}), ValueError, "nodes"),
-    "one name": ((ThreadPoolExecutor(1), {"nodes": "a"}), TypeError, "nodes"),
     "names of an executor's nodes": (
         (ThreadPoolExecutor(1), {"nodes": ["a"]}), ValueError, "does not say which is which",
     ),
-    "a word": ((ThreadPoolExecutor(1), {"node": 1}), TypeError, "nodes"),
-    "a time": ((ThreadPoolExecutor(1), {"timeout": -1}), ValueError, "timeout"),
-    "a size": ((ThreadPoolExecutor(1), {"memory_per_worker": "2x"}), ValueError, "memory_per_w"),
+    "an executor of no known size": ((Executor(), {}), ValueError, "Pass that number as nodes="),
 }  # fmt: skip
 
 
@@ -226,6 +221,31 @@ def test_wrong_arguments_are_told_by_name(name: str) -> None:
     (engine, words), kind, text = WRONG[name]
     with pytest.raises(kind, match=text):
         ClusterPool(engine, **words)
+
+
+@pytest.mark.usefixtures("short_lives")
+def test_arguments_that_no_node_can_use_are_told_at_once() -> None:
+    with ThreadPoolExecutor(1) as executor, ClusterPool(executor, preload=["nomodule"]) as pool:
+        error = pool.submit(abs, 1).exception(30)
+    assert isinstance(error, NoNodesError)
+    assert str(error) == (
+        "no node takes the arguments of this pool (call 1: ModuleNotFoundError: preload names "
+        "'nomodule': no module named 'nomodule')"
+    )
+
+
+def fails() -> None:
+    raise LookupError("no such table")
+
+
+@pytest.mark.usefixtures("short_lives")
+def test_an_initializer_that_raises_is_told() -> None:
+    with (
+        ThreadPoolExecutor(1) as executor,
+        ClusterPool(executor, workers_per_node=1, initializer=fails) as pool,
+        pytest.raises(safepool.PoolBrokenError, match="no such table"),
+    ):
+        pool.submit(abs, 1).result(60)
 
 
 @pytest.fixture
