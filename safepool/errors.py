@@ -1,4 +1,4 @@
-"""Floor 0: what goes wrong, in words. It formats messages and imports nothing of ours.
+"""Floor 0: what goes wrong, in words. It formats messages, and imports ``shown`` alone.
 
 Every error keeps its facts as attributes, builds its message from them, survives a pipe
 (its arguments go to ``super().__init__`` unchanged) and is caught by the ``except`` clause
@@ -17,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from safepool.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,8 +87,8 @@ class UnreadableLimitError(SafepoolError, ValueError):
     def __str__(self) -> str:
         found = self.found if len(self.found) <= 80 else self.found[:77] + "..."
         return (
-            f"cannot read a limit from {self.source}: expected {self.expected}, found {found!r}. "
-            "Pass max_workers= to set the number of workers yourself."
+            f"cannot read a limit from {printable(self.source)}: expected {self.expected}, "
+            f"found {found!r}. Pass max_workers= to set the number of workers yourself."
         )
 
 
@@ -124,19 +126,20 @@ class OutOfMemory:
 
     def __str__(self) -> str:
         counted = f"oom_kill {self.kills_before} -> {self.kills}"
+        group, source = printable(self.group), printable(self.source)
         if self.limit_bytes is None:
             return (
                 "no limit that can be seen was used up, so the machine's memory was, or a "
-                f"limit above {self.group} ({counted} in {self.source})"
+                f"limit above {group} ({counted} in {source})"
             )
         used = (
             "" if self.used_bytes is None else f"{_mebibytes(self.used_bytes)} used at the peak, "
         )
         told = f"{used}{counted}"
-        if not self.source.startswith(f"{self.group}/memory."):
-            told += f" in {self.source}"
+        if not source.startswith(f"{group}/memory."):
+            told += f" in {source}"
         return (
-            f"the limit of {_mebibytes(self.limit_bytes)} in {self.group} was used up ({told}). "
+            f"the limit of {_mebibytes(self.limit_bytes)} in {group} was used up ({told}). "
             "Fewer workers leave more to each: see max_workers= and memory_per_worker="
         )
 
@@ -236,7 +239,7 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
             self.exitcode, self.oom, by_pool=self.by_pool, exceeded=self.exceeded
         )
         when = "while it ran" if self.begun else "before it began"
-        told = f"worker {self.pid} {ending} {when} {self.task}"
+        told = f"worker {self.pid} {ending} {when} {printable(self.task)}"
         why = self.oom or self.exceeded
         if why is not None:
             told += f": {why}"
@@ -274,8 +277,8 @@ class MemoryLimitError(SafepoolError, MemoryError):
         return (
             f"a copy of {_mebibytes(self.wanted_bytes)} on its way between pool and worker does "
             f"not fit: {_mebibytes(self.left_bytes)} are left of {_mebibytes(self.limit_bytes)} "
-            f"({self.source}). Send less at once, let go of results earlier, or run fewer workers "
-            "(max_workers=, memory_per_worker=)"
+            f"({printable(self.source)}). Send less at once, let go of results earlier, or run "
+            "fewer workers (max_workers=, memory_per_worker=)"
         )
 
 
@@ -309,8 +312,8 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
 
     def __str__(self) -> str:
         told = (
-            f"{self.task} ran for more than {self.timeout_s:g} s in worker {self.pid}, "
-            "which was killed"
+            f"{printable(self.task)} ran for more than {self.timeout_s:g} s in worker "
+            f"{self.pid}, which was killed"
         )
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
@@ -389,8 +392,9 @@ class TraceFileError(SafepoolError, OSError):
 
     def __str__(self) -> str:
         return (
-            f"cannot write a trace to {self.filename}: {self.strerror}. Pass trace= a file that "
-            "can be written and that no other running pool writes, in a folder that exists"
+            f"cannot write a trace to {printable(str(self.filename))}: {self.strerror}. "
+            "Pass trace= a file that can be written and that no other running pool writes, in a "
+            "folder that exists"
         )
 
 

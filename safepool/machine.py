@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from safepool.budget import Request, fit, is_held_back
 from safepool.limits import Limit, QuotaWatch, read_limits
 from safepool.limits.waiting import WaitWatch
+from safepool.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -209,14 +210,14 @@ def tell_once(text: str, *, subject: str | None = None) -> None:
 
 def _warn(text: str) -> None:
     try:
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        warnings.warn(printable(text), RuntimeWarning, stacklevel=3)
     except RuntimeWarning:
         # Filtered to an error. What is wrong with the machine must not cost a pool.
-        _log.warning("%s", text)
+        _log.warning("%s", printable(text))
 
 
 def log_once(text: str) -> None:
     """Log something once in this process."""
     if text not in _told:
         _told.add(text)
-        _log.info("%s", text)
+        _log.info("%s", printable(text))

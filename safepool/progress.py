@@ -23,6 +23,7 @@ import threading
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from safepool.errors import MissingExtraError
+from safepool.shown import printable
 from safepool.workers import contained
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def label_of(progress: bool | str | None) -> str | None:
         return None
     if progress is True:
         return ""
-    return " ".join(progress.split())
+    return printable(" ".join(progress.split()))
 
 
 def require_tqdm() -> None:

@@ -7,13 +7,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["counted", "html_table", "size"]
+__all__ = ["counted", "html_table", "printable", "size"]
 
 
 def counted(number: float, noun: str) -> str:
     """Return ``"1 thread"``, ``"2.5 CPUs"``; a whole number with all its digits."""
     shown = f"{number:g}" if isinstance(number, float) else str(number)
     return f"{shown} {noun}{'' if number == 1 else 's'}"
+
+
+def printable(text: str) -> str:
+    r"""Return a name or a path for a line of text, with all escaped that does not print.
+
+    A group's path, a function's name or a library's may hold the end of a line, what clears a
+    terminal, or what lets it write from the right to the left.
+
+    Example:
+        >>> print(printable("größe\x1b[2J\n\u202e"))
+        größe\x1b[2J\n\u202e
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text
+    )
 
 
 def size(number: int) -> str:
@@ -48,8 +65,8 @@ def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object
     from html import escape  # noqa: PLC0415 -- only for a notebook
 
     def line(tag: str, cells: Iterable[object]) -> str:
-        texts = ("" if cell is None else escape(str(cell)) for cell in cells)
+        texts = ("" if cell is None else escape(printable(str(cell))) for cell in cells)
         return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
 
     lines = [line("th", head), *(line("td", row) for row in rows)]
-    return f"<table><caption>{escape(caption)}</caption>{''.join(lines)}</table>"
+    return f"<table><caption>{escape(printable(caption))}</caption>{''.join(lines)}</table>"

@@ -44,6 +44,7 @@ from safepool.cli.demo_options import (
 from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH
 from safepool.errors import MissingExtraError, SafepoolError
+from safepool.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(problem: str) -> None:
     # print() would take standard output in the place of a standard error that was closed.
     if sys.stderr is not None:
-        print(f"safepool: error: {problem}", file=sys.stderr)
+        print(f"safepool: error: {printable(problem)}", file=sys.stderr)
 
 
 def _drop_the_rest() -> None:
@@ -224,7 +225,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if unknown := _UNKNOWN_COMMAND.match(message):
             message = _likely(unknown[1], re.findall(r"[a-z]+", unknown[2]))
-        self.exit(_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(_USAGE, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 # As argparse says it: in 3.11 with the names in quotes, later without, from 3.15 on with a guess.

@@ -90,7 +90,7 @@ class Conditions:
                 f"{self.machine_cpus}"
             )
         if self.no_group is not None:
-            lines.append(f"--cpus {options.cpus:g} is left out: {self.no_group}")
+            lines.append(f"--cpus {options.cpus:g} is left out: {as_ascii(self.no_group)}")
         head = "  ".join(f"{name:{width}}" for name, width in _COLUMNS)
         return [*lines, "", head.rstrip()]
 
@@ -196,7 +196,7 @@ class Report:
         if self.safepool.threads is None and self.safepool.workers is not None:
             lines.append("threads: not counted (only Linux lists them for other processes)")
         lines.append(f"results: {self._results()}")
-        verdict = wrapped(self.verdict(), 0)
+        verdict = wrapped(as_ascii(self.verdict()), 0)
         if self.failed or not self.nothing_to_win:
             verdict = [paint(line, "problem" if self.failed else "good") for line in verdict]
         return ["", *lines, "", *verdict]

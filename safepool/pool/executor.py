@@ -25,6 +25,7 @@ from safepool.pool.shell.size import Size
 from safepool.pool.shell.variables import Variables, devices_of
 from safepool.pool.watch import Stacks, look_at, worker_table
 from safepool.procfs import named_threads
+from safepool.shown import printable
 from safepool.threads.environment import overridden, worker_environment
 from safepool.threads.placement import Placement, why_not_bound
 from safepool.transport.lazy import load_own
@@ -505,7 +506,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         self._scheduler.shut_down(wait=wait, cancel=cancel_futures)
 
     def __repr__(self) -> str:
-        why = f"{self._budget.because.name}: {self._budget.because.raw}"
+        why = f"{self._budget.because.name}: {printable(self._budget.because.raw)}"
         most = f"{self._max_workers} worker{'s' * (self._max_workers != 1)}"
         first = f"{self._budget.workers} at first ({why})"
         plan = getattr(self._mp_context, "plan", None)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from safepool.machine import call_handlers, has_handlers_elsewhere
+from safepool.shown import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +26,11 @@ around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
-    """The logger ``safepool``, for the scheduler's thread: no handler's exception ends that."""
+    """The logger ``safepool``, for the scheduler's thread: no handler's exception ends that.
+
+    An argument is a part of a line: the end of a line in it is escaped, and what moves a
+    terminal's cursor. A message without arguments is logged as it is.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.getLogger("safepool"))
@@ -39,7 +44,7 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
                 with around():
                     # The caller of the caller: this frame is ours, and not what the record is
                     # about.
-                    super().log(level, msg, *args, stacklevel=2, **keywords)
+                    super().log(level, msg, *_shown(args), stacklevel=2, **keywords)
         except Exception:  # noqa: BLE001 -- user code
             report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
 
@@ -61,7 +66,7 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
             try:
                 if self.isEnabledFor(level):
                     record = self.logger.makeRecord(
-                        self.logger.name, level, *place, msg, args, trace, function
+                        self.logger.name, level, *place, msg, _shown(args), trace, function
                     )
                     with around():
                         self.logger.handle(record)
@@ -69,6 +74,10 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
                 report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
 
         call_handlers(handle)
+
+
+def _shown(args: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(one if isinstance(one, (int, float)) else printable(str(one)) for one in args)
 
 
 def _is_heard(logger: logging.Logger) -> bool:

@@ -162,7 +162,7 @@ def _dumps_filters(value: list[Any]) -> list[list[bytes]]:
             of_main = one[2].__module__ in ("__main__", "__mp_main__")
             parts.append(_dumps(one) if of_main else [pickle.dumps(one, protocol=5)])
         except Exception as error:  # noqa: BLE001 -- user code; the other filters hold
-            _warn("workers do not have the warning filter %r: %r", one, error)
+            _warn("workers do not have the warning filter %s: %s", repr(one), repr(error))
     return parts
 
 
@@ -271,7 +271,7 @@ class WorkerSettings:
         except _NotThereError as error:
             self._wait(packed, str(error))
         except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
-            _warn("the setting %s of the program is not set: %r", packed.name, error)
+            _warn("the setting %s of the program is not set: %s", packed.name, repr(error))
 
     def _load(self, packed: Packed) -> list[Any]:
         if packed.name != _FILTERS:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
+from safepool.shown import printable
 
 if TYPE_CHECKING:
     from safepool.errors import MemoryExceeded, OutOfMemory
@@ -153,7 +154,7 @@ class Ending:
     @property
     def unasked(self) -> str:
         """Who ended, how, and when, as words after "worker"."""
-        return f"{self.pid} {self.how} {self.stage.value} {self.reading}".rstrip()
+        return f"{self.pid} {self.how} {self.stage.value} {printable(self.reading)}".rstrip()
 
     def line_of(self, lost: Lost, error: BaseException | None) -> tuple[int, str]:
         """Return the line for the log that tells of a call, with its level.
@@ -164,7 +165,8 @@ class Ending:
         """
         if error is None:
             text = (
-                f"worker {self.pid} {self.how} while it ran {lost.work.name}, which is run again"
+                f"worker {self.pid} {self.how} while it ran {printable(lost.work.name)}, "
+                "which is run again"
             )
             return _WARNING, text
         quiet = self.pool_ends or self.condemned is not None

@@ -1102,7 +1102,7 @@ class Scheduler:
         for lost in ending.lost:
             error = None if lost.again is not None else ending.error_of(lost)
             level, text = ending.line_of(lost, error)
-            _log.log(level, "%s", text)
+            _log.log(level, text)  # no argument, whose lines would become one: the stack has many
             if error is not None:
                 self._fail_lost(lost.work, lost.place, error)
         level, text = ending.line

@@ -139,7 +139,7 @@ class Settings:
                     continue
             except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
                 let_handlers_pass(error)
-                _log.debug("the setting %s cannot be read: %r", one.row.name, error)
+                _log.debug("the setting %s cannot be read: %s", one.row.name, repr(error))
                 continue
             packed = self._pack(one.row, value)
             if packed is not None:
@@ -153,7 +153,7 @@ class Settings:
             return pack_setting(row, value)
         except Exception as error:  # noqa: BLE001 -- user code; workers do without
             let_handlers_pass(error)
-            _log.warning("workers do not have the program's %s: %r", row.name, error)
+            _log.warning("workers do not have the program's %s: %s", row.name, repr(error))
             return None
 
     def packed(self) -> list[Packed]:
@@ -244,7 +244,7 @@ class Telling:
             except Exception as error:  # noqa: BLE001 -- user code; workers do without
                 let_handlers_pass(error)
                 self._found[one.name] = (one, None)
-                _log.warning("workers do not have the program's %s: %r", one.name, error)
+                _log.warning("workers do not have the program's %s: %s", one.name, repr(error))
 
     def _come_back(self) -> None:
         self._asked_at = None
