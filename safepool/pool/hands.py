@@ -25,6 +25,7 @@ import contextvars
 import math
 import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -93,7 +94,9 @@ class ThreadThatStarts(threading.Thread):
             super().start()
             return
         if "_context" in own and own["_context"] is None:  # Python 3.14
-            own["_context"] = contextvars.Context()
+            # Free-threaded: filters of warnings and the program's variables are the starter's.
+            inherits = getattr(sys.flags, "thread_inherit_context", False)
+            own["_context"] = contextvars.copy_context() if inherits else contextvars.Context()
         bootstrap: Any = getattr(self, "_bootstrap")  # noqa: B009 -- no checker knows it
 
         def begin() -> None:

@@ -27,6 +27,7 @@ from safepool.transport.fingerprints import ABSENT, UNKNOWN
 from safepool.transport.marks import main_space, marks_of
 from safepool.workers.begin import BEGIN, facts_for, popen_with
 from safepool.workers.main import worker_main
+from safepool.workers.settings_table import filters_of
 from safepool.workers.start import StartMethod
 
 if TYPE_CHECKING:
@@ -389,7 +390,7 @@ else:
 
         def fork(self) -> int:
             # Filters belong to the whole process: they are changed where that is needed alone.
-            if not any(action == "error" for action, *_ in warnings.filters):
+            if not any(action == "error" for action, *_ in filters_of(warnings)):
                 return os.fork()
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 return os.fork()

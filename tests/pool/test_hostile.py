@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextvars
 import dataclasses
 import os
 import signal
@@ -114,15 +115,17 @@ def test_an_error_that_python_cannot_format_is_told(method: str | None) -> None:
 
 # A thread that the program has, one that a fork may lose (workers/preload.py), warnings as errors.
 STRICT = """
-import ctypes, sys, threading
+import ctypes, sys, threading, warnings
 import safepool
 
 if __name__ == "__main__":
     begun, end = threading.Event(), threading.Event()
     threading.Thread(target=lambda: (begun.set(), end.wait())).start()
     begun.wait()
-    with safepool.ProcessPool(2, sys.argv[1], preload=["background"]) as pool:
-        print(sum(pool.map(abs, range(-3, 3))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        with safepool.ProcessPool(2, sys.argv[1], preload=["background"]) as pool:
+            print(sum(pool.map(abs, range(-3, 3))))
     end.set()
 """
 
@@ -139,12 +142,23 @@ named.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a fork server, and a thread's name")
-@pytest.mark.parametrize("method", ["safepool", "fork"])
-def test_a_fork_beside_threads_where_warnings_are_errors(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("safepool", ["-W", "error::DeprecationWarning"]),
+        ("fork", ["-W", "error::DeprecationWarning"]),
+        # As on free-threaded builds: who starts a thread hands its filters down.
+        ("fork", ["-X", "context_aware_warnings=1", "-X", "thread_inherit_context=1"]),
+    ],
+    ids=["safepool", "fork", "fork, filters of a context"],
+)
+def test_a_fork_beside_threads_where_warnings_are_errors(
+    method: str, flags: list[str], tmp_path: Path
+) -> None:
     """Python 3.15 would raise one of them when the child is there already."""
     (tmp_path / "background.py").write_text(BACKGROUND)
     (tmp_path / "program.py").write_text(STRICT)
-    done = run_python("-W", "error::DeprecationWarning", "program.py", method, cwd=tmp_path)
+    done = run_python(*flags, "program.py", method, cwd=tmp_path)
 
     told = "RuntimeWarning: mp_context=" if method == "fork" else ""
     assert done.stdout == "9\n"
@@ -270,6 +284,24 @@ def test_a_thread_may_be_joined_before_it_has_begun(monkeypatch: pytest.MonkeyPa
     thread.join()
     assert ran.is_set()
     assert not thread.is_alive()
+
+
+def test_a_thread_has_the_context_that_threads_have_here() -> None:
+    """On free-threaded builds a copy of its starter's, in which its filters of warnings are."""
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    found: list[str] = []
+
+    def start_both() -> None:
+        variable.set("the starter's")
+        for thread in (
+            ThreadThatStarts(lambda: found.append(variable.get()), "ours"),
+            threading.Thread(target=lambda: found.append(variable.get())),
+        ):
+            thread.start()
+            thread.join()
+
+    contextvars.copy_context().run(start_both)
+    assert found in (["none"] * 2, ["the starter's"] * 2)
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="threads are started by another call")
