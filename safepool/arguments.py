@@ -47,9 +47,10 @@ class Rule:
     """What a parameter takes beside its default.
 
     Attributes:
-        kind: What it takes, in words: "an integer of at least 1".
+        kind: Accepted values in words, such as "an integer of at least 1".
         is_kind: Whether a value has the right type. A wrong type is a ``TypeError``.
-        lacks: What a value of the right type is not, in words, or ``""``. A ``ValueError``.
+        lacks: Words for the lacking property of a value of the right type, or ``""``. Raises
+            ``ValueError``.
         remedy: A sentence that says what to pass instead.
         choices: Words that it takes, of which the caller may have meant one.
         optional: Whether ``None`` is taken where it is not the default.
@@ -67,14 +68,14 @@ def check(name: str, value: object, rule: Rule | None = None, *, optional: bool 
     """Compare one argument with what its parameter takes.
 
     Args:
-        name: Of the parameter.
+        name: Name of the parameter.
         value: The argument.
         rule: The row; ``None`` is that of the name.
         optional: Whether ``None`` is taken, whatever the row says.
 
     Raises:
-        TypeError: It has the wrong type.
-        ValueError: It is out of range.
+        TypeError: The value has the wrong type.
+        ValueError: The value is out of range.
 
     Example:
         >>> check("retries", "2")
@@ -106,7 +107,7 @@ def checked(
     """Make a decorator that compares the arguments of each call with what parameters take.
 
     Args:
-        called: What errors call the function.
+        called: Name of the function in errors.
         refused: Parameters that a function of the same kind has and this one does not, and why.
         **rules: Rows of parameters that differ from the table's row of this name.
     """
@@ -353,7 +354,7 @@ def parse_bytes(size: float | str) -> int:
             1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
 
     Raises:
-        ValueError: It is neither, or not above 0.
+        ValueError: The size is neither, or not above 0.
 
     Source:
         IEC 80000-13; Kubernetes, "Resource units".
@@ -437,7 +438,7 @@ def _size(remedy: str) -> Rule:
     return Rule(kind=_SIZE, is_kind=_is_size, lacks=_lacks_as_size, remedy=f"{units}. {remedy}")
 
 
-_THREADS = "It is what each native thread pool of a worker may have"
+_THREADS = "The number is the size of each native thread pool in a worker"
 _GPUS = '"auto", a number of devices of at least 1, or a list of numbers and ids of devices'
 _MAX_NBYTES = 'a number of bytes from 0 up, text such as "1M", "auto" or None'
 
@@ -445,21 +446,25 @@ ENVIRONMENT = Rule(
     kind="a mapping of text to text",
     is_kind=_is_environment,
     lacks=_lacks_as_environment,
-    remedy='Numbers are text as well: {"OMP_NUM_THREADS": "2"}',
+    remedy='Write numbers as text: {"OMP_NUM_THREADS": "2"}',
 )
 """Of ``env`` where it is no function, and what it returns for one worker if it is."""
 
 RULES: dict[str, Rule] = {
     "buffersize": _integer(
         1,
-        "It counts the tasks that are taken ahead of the results",
+        "The number limits the tasks that are submitted ahead of the results",
         kind="an integer or None",  # here and below: the standard pool's words
         lacks=_unless(lambda value: value > 0, "None or > 0"),
     ),
     "chunksize": _integer(
-        1, "It counts the items of a task", lacks=_unless(lambda value: value >= 1, ">= 1.")
+        1,
+        "The number is that of the items in one task",
+        lacks=_unless(lambda value: value >= 1, ">= 1."),
     ),
-    "end_subprocesses": _flag("True ends what tasks have started with the program"),
+    "end_subprocesses": _flag(
+        "True ends the programs that tasks have started when this program ends"
+    ),
     "env": replace(
         ENVIRONMENT,
         kind="a mapping of text to text, or a function that returns one for a worker's index",
@@ -493,22 +498,22 @@ RULES: dict[str, Rule] = {
         optional=True,  # as the standard pool without an initializer
     ),
     "initializer": Rule(
-        kind="a callable", is_kind=callable, remedy="Its arguments are those of initargs="
+        kind="a callable", is_kind=callable, remedy="Pass its arguments by initargs="
     ),
     "main": _one_of("auto", "run", "value", remedy='Leave it out for "auto"'),
-    "max_memory_per_worker": _size("None replaces no worker for its size"),
+    "max_memory_per_worker": _size("Pass None to replace no worker for its size"),
     "max_nbytes": Rule(
         kind=_MAX_NBYTES,
         is_kind=_is_size,
         lacks=_lacks_as_size_for_joblib,
-        remedy="Units of a size are K, M and G (powers of 1024). None places no array",
+        remedy="Units of a size are K, M and G (powers of 1024). Pass None to place no array",
         optional=True,
     ),
     "max_tasks_per_child": Rule(
         kind="an integer",
         is_kind=_is_index,
         lacks=_unless(lambda value: value >= 1, ">= 1"),
-        remedy="None never replaces a worker for its tasks",
+        remedy="Pass None to replace no worker for its tasks",
     ),
     "maxtasksperchild": Rule(  # the words of multiprocessing.Pool, as for processes
         kind="a positive int or None",
@@ -516,7 +521,7 @@ RULES: dict[str, Rule] = {
         lacks=_unless(
             lambda value: isinstance(value, int) and value > 0, "a positive int or None"
         ),
-        remedy="None never replaces a worker for its tasks",
+        remedy="Pass None to replace no worker for its tasks",
     ),
     "max_workers": Rule(
         kind="an integer of at least 1",
@@ -524,8 +529,8 @@ RULES: dict[str, Rule] = {
         lacks=_lacks_as_number_of_workers,
         remedy="Leave it out for as many as the limits allow",
     ),
-    "memory_limit": _size("None ends no worker for what it holds"),
-    "memory_per_worker": _size("None does not look at memory"),
+    "memory_limit": _size("Pass None for no limit"),
+    "memory_per_worker": _size("Pass None to ignore memory"),
     "mmap_mode": _one_of(
         "auto", "r", "r+", "w+", "c", remedy='"c" lets each task write for itself', optional=True
     ),
@@ -533,7 +538,7 @@ RULES: dict[str, Rule] = {
         kind="a context of multiprocessing, or the name of a start method",
         is_kind=_is_context,
         lacks=_lacks_as_context,
-        remedy="Leave it out for the best that works here. The function is initializer=",
+        remedy="Leave it out for the best start method here. The function is initializer=",
         choices=("safepool", "loky", "spawn", "fork", "forkserver"),
     ),
     "n": _integer_or_auto('"auto" is the number of CPUs that the limits grant'),
@@ -555,7 +560,7 @@ RULES: dict[str, Rule] = {
             lambda value: not isinstance(value, str) or value == "auto",
             '"auto" or a list of module names',
         ),
-        remedy="[] imports nothing ahead",
+        remedy="Pass [] to import nothing ahead",
         choices=("auto",),
     ),
     "processes": Rule(
@@ -575,9 +580,9 @@ RULES: dict[str, Rule] = {
     "reserve": _number(
         "a number of CPUs from 0 up",
         lambda value: 0 <= value < math.inf,
-        "It is what the workers leave to this process, such as 0.5",
+        "The workers leave that many CPUs to this process, such as 0.5",
     ),
-    "retries": _integer(0, "0 runs no call again"),
+    "retries": _integer(0, "Pass 0 to run no call again"),
     "return_exceptions": _flag("True yields a call's exception in the place of its result"),
     "rounding": _one_of(
         "floor", "nearest", "ceil", remedy='"floor" leaves a fraction of a CPU to this process'
@@ -588,7 +593,9 @@ RULES: dict[str, Rule] = {
     "threads": _integer(1, _THREADS),
     "threads_per_worker": _integer_or_auto(_THREADS),
     "timeout": _number(
-        "a number of seconds above 0", lambda value: 0 < value < math.inf, "None does not limit"
+        "a number of seconds above 0",
+        lambda value: 0 < value < math.inf,
+        "Pass None for no time limit",
     ),
     "trace": Rule(
         kind="the path of a file",

@@ -50,7 +50,7 @@ class Request:
             ``None`` lets the limits decide.
         threads_per_worker: Threads of each native pool in a worker, at least 1, or
             ``"auto"``: what the limit leaves to each of ``max_workers``.
-        rounding: What becomes of a fraction of a CPU.
+        rounding: Treatment of a fraction of a CPU.
         reserve: CPUs kept for this process and for others beside it, such as 0.5.
         memory_per_worker: Bytes that one worker needs; ``None`` leaves memory out.
     """
@@ -77,7 +77,7 @@ class Budget:
         workers: Worker processes, at least 1.
         threads_per_worker: Threads of each native pool inside a worker, at least 1.
         cpus: The CPUs that the kernel grants, before reserve and rounding.
-        dropped_cpus: What rounding left over, 0 or more.
+        dropped_cpus: CPUs left over by rounding, 0 or more.
         because: The limit that decided.
 
     Example:
@@ -116,8 +116,8 @@ def fit(limits: Limits, request: Request | None = None) -> Budget:
     processes and on open files have room for.
 
     Args:
-        limits: What was read.
-        request: What the caller wants.
+        limits: The limits that were read.
+        request: The wishes of the caller.
 
     Returns:
         The budget with the limit that decided it.

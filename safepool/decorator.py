@@ -128,11 +128,12 @@ def worker(
         threads: Threads for each native pool while it runs, at least 1. More than the worker
             has raises them for this function, where the runtime can be raised.
         timeout: Seconds that one call may run, above 0; ``None`` is the pool's.
-        retries: How often a call is run again whose worker died under it, at least 0;
+        retries: Number of times that a call is run again after its worker died, at least 0;
             ``None`` is the pool's. Never after an exception.
 
     Returns:
-        What has the same signature, name and docstring; without ``function`` a decorator.
+        The wrapped function with the same signature, name and docstring; without ``function`` a
+        decorator.
 
     Raises:
         ValueError: A number is out of its range.

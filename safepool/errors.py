@@ -69,7 +69,7 @@ class UnreadableLimitError(SafepoolError, ValueError):
 
     Attributes:
         source: The file or variable that was read.
-        found: What it said, word for word.
+        found: Text of the source, word for word.
         expected: The documented shape.
 
     Example:
@@ -129,8 +129,8 @@ class OutOfMemory:
         group, source = printable(self.group), printable(self.source)
         if self.limit_bytes is None:
             return (
-                "no limit that can be seen was used up, so the machine's memory was, or a "
-                f"limit above {group} ({counted} in {source})"
+                "no visible limit was used up: the machine's memory was, or a limit above "
+                f"{group} ({counted} in {source}). Run fewer workers: see max_workers="
             )
         used = (
             "" if self.used_bytes is None else f"{_mebibytes(self.used_bytes)} used at the peak, "
@@ -150,9 +150,9 @@ class MemoryExceeded:
 
     Attributes:
         limit_bytes: The most that it might hold.
-        held_bytes: What it held for itself: resident memory that is neither shared nor mapped from
+        held_bytes: Memory of its own: resident memory that is neither shared nor mapped from
             a file, without ``born_bytes``.
-        born_bytes: What it had from its birth, as a fork of its server or of the program.
+        born_bytes: Memory that it had at its birth, as a fork of its server or of the program.
         source: The file that tells.
 
     Example:
@@ -161,7 +161,8 @@ class MemoryExceeded:
         ...     source="/proc/4711/statm",
         ... ))  # doctest: +NORMALIZE_WHITESPACE
         'it held 2,310 MiB, and memory_limit= is 2,048 MiB (resident less shared memory in
-        /proc/4711/statm, without the 12 MiB that it was born with)'
+        /proc/4711/statm, without the 12 MiB that it was born with). Raise the limit, or give a
+        task less'
     """
 
     limit_bytes: int
@@ -173,7 +174,9 @@ class MemoryExceeded:
         return (
             f"it held {_mebibytes(self.held_bytes)}, and memory_limit= is "
             f"{_mebibytes(self.limit_bytes)} (resident less shared memory in {self.source}, "
-            f"without the {_mebibytes(self.born_bytes)} that it was born with)"
+            f"without the {_mebibytes(self.born_bytes)} that it was born with). Raise the limit, "
+            "or "
+            "give a task less"
         )
 
 
@@ -184,17 +187,17 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
 
     Attributes:
         pid: Process id of the worker.
-        exitcode: As ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
+        exitcode: The same as ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
             where the system did not tell.
-        task: What the worker was running, such as ``"package.module.function"``.
+        task: Name of the call that the worker ran, such as ``"package.module.function"``.
         stack: The Python stack in which a crash in native code left the worker, or in which it
             exceeded its ``memory_limit``, as :mod:`faulthandler` writes it; else empty.
-        oom: What the kernel's out-of-memory killer has counted, if it was that.
+        oom: Counts of the kernel's out-of-memory killer, if it killed the worker.
         by_pool: The pool has sent the signal itself: by ``kill_workers()``, by
             ``terminate_workers()``, after Ctrl-C, or as nothing more could come of the worker.
         begun: ``False`` if the task was still on its way to the worker; large arguments are not
             kept to be sent again.
-        exceeded: What the worker held, if the pool has ended it for its ``memory_limit``.
+        exceeded: Memory of the worker, if the pool killed it for its ``memory_limit``.
 
     Example:
         >>> import os
@@ -254,7 +257,7 @@ class MemoryLimitError(SafepoolError, MemoryError):
 
     Attributes:
         wanted_bytes: Size of the copy, or of what is left of it.
-        left_bytes: What could still be used, page cache that can be given back included.
+        left_bytes: Memory that could still be used, including page cache that can be freed.
         limit_bytes: The ceiling that leaves the least.
         source: The file that sets it; ``/proc/meminfo`` is the machine's memory.
 
@@ -288,7 +291,7 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
     Attributes:
         pid: Process id of the worker.
         timeout_s: Seconds that the task had, from its start.
-        task: What it was, such as ``"package.module.function"``.
+        task: Name of the call, such as ``"package.module.function"``.
         stack: The Python stack where it was, as :mod:`faulthandler` writes it; empty where
             it cannot be had.
 
@@ -312,8 +315,8 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
 
     def __str__(self) -> str:
         told = (
-            f"{printable(self.task)} ran for more than {self.timeout_s:g} s in worker "
-            f"{self.pid}, which was killed"
+            f"{printable(self.task)} ran for more than {self.timeout_s:g} s (timeout=) in worker "
+            f"{self.pid}, which was killed. Raise timeout= if it may take longer"
         )
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
@@ -370,7 +373,10 @@ class RemoteTaskError(SafepoolError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.type_name}: {self.text} (described, not sent: {self.reason})"
+        return (
+            f"{self.type_name}: {self.text} (sent as text, as its class cannot be pickled: "
+            f"{self.reason})"
+        )
 
 
 class TraceFileError(SafepoolError, OSError):
@@ -438,7 +444,7 @@ class MissingExtraError(SafepoolError, ImportError):
     """An optional package is needed and is not installed.
 
     Attributes:
-        package: What is missing.
+        package: Name of the missing package.
         remedy: The command that installs it.
 
     Example:
@@ -465,10 +471,10 @@ def describe_exit(
     """Say how a process ended, as the second half of a sentence.
 
     Args:
-        exitcode: As ``multiprocessing.Process.exitcode``.
-        oom: What the kernel's out-of-memory killer has counted, if it was that.
+        exitcode: The same as ``multiprocessing.Process.exitcode``.
+        oom: Counts of the kernel's out-of-memory killer, if it killed the process.
         by_pool: The pool has sent the signal.
-        exceeded: What it held, if that is why the pool has sent it.
+        exceeded: Memory of the process, if the pool killed it for that.
 
     Returns:
         ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
@@ -515,7 +521,7 @@ def users_frames(
     """Return a traceback from the first frame on that is the program's own.
 
     Args:
-        trace: Of an exception that has come through this package.
+        trace: Traceback of an exception that has come through this package.
         at_least_one: If all frames are of this package and of its pickler, return the last.
     """
     while trace is not None and _is_ours(trace.tb_frame.f_code):
@@ -555,7 +561,7 @@ def let_handlers_pass(error: Exception) -> None:
         error: The exception that was caught.
 
     Raises:
-        Exception: It is a handler's.
+        Exception: The exception is one of a signal's handler.
     """
     trace = error.__traceback__
     if trace is None or threading.current_thread() is not threading.main_thread():

@@ -56,7 +56,7 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
     Its ``"r"`` is what it says by itself as well, unless the call's context says something.
 
     Raises:
-        ValueError: It is none of joblib's.
+        ValueError: The mode is none of joblib's.
     """
     if mmap_mode not in _MODES:
         raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
@@ -97,7 +97,7 @@ class Arrays:
     """The large arrays of one call, to be placed once instead of sent with each batch.
 
     Args:
-        more_than_bytes: Of what size an array is large; ``None`` is never.
+        more_than_bytes: Size from which an array is large; ``None`` is never.
         read_only: Nobody may write to a large one, wherever in the arguments it is.
     """
 

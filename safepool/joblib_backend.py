@@ -113,13 +113,13 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     that are started inside.
 
     Args:
-        n_jobs: What ``n_jobs=None`` means inside the block, as joblib counts: -1 is as many
+        n_jobs: Meaning of ``n_jobs=None`` inside the block, as joblib counts: -1 is as many
             workers as fit the limits, -2 one less, a positive number that many workers, more
             than fit as well; 1 is sequential, in this process.
         threads_per_worker: Threads for each native pool in a worker, at least 1; the number
             of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` is another word for it.
-        rounding: What becomes of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
+        rounding: Treatment of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
             1.5 CPUs are two workers: a program that waits for its calls has no use for what
             ``"floor"`` leaves to it, and one worker does two thirds of the work
             (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must
@@ -128,21 +128,21 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch. A call that
             is sequential cannot be ended, and a warning says so once.
-        retries: How often a task is run again whose worker died under it, at least 0, and
+        retries: Number of times that a task is run again after its worker died, at least 0, and
             with it those that travelled in the same batch.
         memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
             than fit into what the control groups have left.
-        memory_limit: As for :class:`safepool.ProcessPool`: the most that a worker may hold while
-            it runs a batch of tasks. A call that is sequential cannot be ended, and a warning
-            says so once.
-        preload: As for :class:`safepool.ProcessPool`.
+        memory_limit: The same as for :class:`safepool.ProcessPool`: the most that a worker may
+            hold while it runs a batch of tasks. A call that is sequential cannot be ended, and a
+            warning says so once.
+        preload: The same as for :class:`safepool.ProcessPool`.
         initializer: Called once in each worker before its first task; once in this process
             where calls are sequential, in which tasks have what it has set as well.
         initargs: Its arguments.
         progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
             is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
             A call inside of another has none. Needs ``safepool[progress]``.
-        mmap_mode: What tasks may do with arrays of more than ``max_nbytes``, wherever in their
+        mmap_mode: Access of tasks to arrays of more than ``max_nbytes``, wherever in their
             arguments: ``"r"`` read them; ``"c"`` write as well, each into its own view. ``"auto"``
             is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
             the other modes see this module. A call may say it for itself.
@@ -153,8 +153,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             that keep Python's lock to themselves all the same.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, after the
             block as well; ``None`` is joblib's 300. With 0 all end with the block.
-        end_subprocesses: As for :class:`safepool.ProcessPool`: what tasks have started ends with
-            the program. Without effect on what calls start that run in this process.
+        end_subprocesses: The same as for :class:`safepool.ProcessPool`: what tasks have started
+            ends with the program. Without effect on what calls start that run in this process.
         cluster: A ``distributed.Client``, or an executor, as for :class:`safepool.ClusterPool`.
             Calls run on its nodes, and all workers of all nodes are what ``n_jobs=-1`` stands for.
             ``n_jobs=1`` and ``require="sharedmem"`` stay in this process; a mere preference for
@@ -236,7 +236,7 @@ class Words(TypedDict, total=False):
     Attributes:
         threads_per_worker, rounding, retries, memory_per_worker, memory_limit, preload,
             initializer, initargs, progress, end_subprocesses: As for :func:`parallel_backend`.
-        timeout: As there. ``Parallel(timeout=)`` is joblib's own.
+        timeout: The same as there. ``Parallel(timeout=)`` is joblib's own.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
             joblib's own backend; ``None`` is its 300.
     """
@@ -280,15 +280,15 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
 
     Args:
         nesting_level: joblib's.
-        inner_max_num_threads: As ``threads_per_worker``.
+        inner_max_num_threads: The same as ``threads_per_worker``.
         pools: Where pools are kept; ``None`` is this process's.
-        cluster: As for :func:`parallel_backend`.
+        cluster: The same as for :func:`parallel_backend`.
         words: See :class:`Words`.
 
     Raises:
         TypeError: There is no such word.
         ValueError: A number is out of its range.
-        MissingExtraError: As for :func:`parallel_backend`.
+        MissingExtraError: The same as for :func:`parallel_backend`.
     """
 
     supports_retrieve_callback = True
@@ -441,7 +441,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
                     tell_once(
                         f"{word}= of the joblib backend 'safepool' ends tasks in workers. This "
                         "call has none: it is sequential, in this process, where nothing can end "
-                        "a task",
+                        "a task. Leave it out",
                         subject=f"{word} of a sequential call",
                     )
             raise FallbackToBackend(sequential(self._label, self.nesting_level))
@@ -494,7 +494,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         generators may be taken in turns.
 
         Args:
-            words: What the object says itself.
+            words: The words that the object says itself.
         """
         backend = self._like(_is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
@@ -510,8 +510,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         """Return a backend like this one for a thread that has no setting of joblib's own.
 
         Args:
-            n_jobs: What ``n_jobs=None`` means there.
-            arrays: What the block says of arrays.
+            n_jobs: Meaning of ``n_jobs=None`` there.
+            arrays: The block's words about arrays.
             nesting_level: joblib's.
         """
         return self._like(
@@ -599,7 +599,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         future: Future[Any] = Future()
         lease = self._lease
         if lease is None:
-            future.set_exception(RuntimeError("the pool of this Parallel call was shut down"))
+            future.set_exception(
+                RuntimeError(
+                    "the pool of this Parallel call was shut down before the call ended: start "
+                    "the call again"
+                )
+            )
         else:
             try:
                 name, policy = self._facts_of(func)

@@ -42,7 +42,7 @@ class ClusterSettings(Settings):
 
     Attributes:
         engine: The user's client or executor.
-        rounding: As for :class:`safepool.ClusterPool`.
+        rounding: The same as for :class:`safepool.ClusterPool`.
         memory_per_worker: In bytes.
     """
 

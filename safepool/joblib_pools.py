@@ -88,11 +88,11 @@ class Settings:
 
     Attributes:
         threads: Native threads of each worker.
-        preload: As for :class:`safepool.ProcessPool`.
+        preload: The same as for :class:`safepool.ProcessPool`.
         initializer: Called in each worker.
         initargs: Its arguments.
         idle_s: Seconds after which a worker ends that has nothing to do.
-        end_subprocesses: As for :class:`safepool.ProcessPool`.
+        end_subprocesses: The same as for :class:`safepool.ProcessPool`.
         memory_limit: In bytes.
         born_with: The rest.
     """

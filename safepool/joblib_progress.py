@@ -40,7 +40,7 @@ class CallBar:
 
     Args:
         parallel: The ``Parallel`` object, whose numbers are shown.
-        label: What stands before the bar; empty for none.
+        label: Text before the bar; empty for none.
 
     Attributes:
         begun: ``Parallel`` has dispatched what it does at once.
@@ -90,7 +90,7 @@ class SequentialWithBar(SequentialBackend):
     """joblib's own, and a bar for each call.
 
     Args:
-        label: What stands before the bar; empty for none.
+        label: Text before the bar; empty for none.
         nesting_level: joblib's.
     """
 

@@ -34,7 +34,7 @@ def sequential(label: str | None, nesting_level: int | None) -> SequentialBacken
     """Return what runs calls one after the other, here.
 
     Args:
-        label: What stands before a bar; ``None`` shows none.
+        label: Text before a bar; ``None`` shows none.
         nesting_level: joblib's.
     """
     if label is None:
@@ -48,7 +48,7 @@ class HeldThreads(ThreadingBackend):
     Args:
         count: Says how many threads ``n_jobs`` stands for.
         threads: Native threads of each.
-        label: As for :func:`sequential`.
+        label: The same as for :func:`sequential`.
         nesting_level: joblib's.
     """
 

@@ -92,7 +92,7 @@ def _call(name: str, *arguments: bytes | int | None) -> int:
     """Call a function of the C library that returns -1 and sets ``errno`` when it fails.
 
     Raises:
-        OSError: It failed, or the library has no such function.
+        OSError: The call failed, or the library has no such function.
     """
     import ctypes  # noqa: PLC0415 -- 5 ms, and most Pythons have the calls
 

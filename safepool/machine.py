@@ -77,7 +77,7 @@ def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
     """Read the limits and fit the request to them; say once what was ignored or dropped.
 
     Args:
-        request: What the caller wants.
+        request: The wishes of the caller.
 
     Returns:
         The budget, and the limits it was made of.
@@ -107,8 +107,8 @@ class BudgetWatch:
     Read in the thread that starts the workers, which are born in that thread's group.
 
     Args:
-        request: What the pool was asked for.
-        limits: What was read when it was made. The room for memory, processes and open
+        request: The wishes of the pool.
+        limits: The limits at the time when it was made. The room for memory, processes and open
             files is that of this moment: what is in use later includes the workers.
     """
 
@@ -142,7 +142,7 @@ class BudgetWatch:
 
         Args:
             pids: The workers that have work.
-            budget: What they were fitted to.
+            budget: The workers, and the limits that they were fitted to.
         """
         sample = self._waiting.sample(pids)
         # More threads than CPUs, by another rounding or the minimum of one worker, are frozen
@@ -196,7 +196,7 @@ def tell_once(text: str, *, subject: str | None = None) -> None:
 
     Args:
         text: The warning.
-        subject: What must not be warned of twice, where the text differs each time.
+        subject: Subject that must not be warned of twice, where the text differs each time.
     """
     subject = subject or text
     if subject in _told:

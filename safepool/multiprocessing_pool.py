@@ -253,7 +253,7 @@ class Pool(_StandardPool):
             ValueError: The pool is not running.
             WorkerDiedError: The worker died.
             MaybeEncodingError: The result could not be pickled.
-            BaseException: What ``func`` raised.
+            BaseException: The exception that ``func`` raised.
 
         Example:
             >>> with Pool(1) as pool:
@@ -309,7 +309,7 @@ class Pool(_StandardPool):
 
         Raises:
             ValueError: The pool is not running, or ``chunksize`` is below 1.
-            BaseException: What the first call raised that failed, when all have ended.
+            BaseException: The exception of the first call that failed, when all have ended.
 
         Example:
             >>> with Pool(1) as pool:
@@ -672,7 +672,7 @@ class ApplyResult(_StandardResult[_T]):
         """Return whether the call has ended without an exception.
 
         Raises:
-            ValueError: It has not ended.
+            ValueError: The call has not ended.
 
         Example:
             >>> with Pool(1) as pool:
@@ -707,7 +707,7 @@ class ApplyResult(_StandardResult[_T]):
             timeout: Seconds to wait at most; ``None`` waits for ever.
 
         Raises:
-            multiprocessing.TimeoutError: It has not ended by then.
+            multiprocessing.TimeoutError: The call has not ended by then.
 
         Example:
             >>> with Pool(1) as pool:
@@ -796,7 +796,7 @@ class IMapIterator(ResultIterator, _StandardIterator[_T]):  # type: ignore[misc]
         """Return the next result, in at most so many seconds.
 
         Raises:
-            multiprocessing.TimeoutError: It is not there by then. It can be asked for again.
+            multiprocessing.TimeoutError: The result is not there by then. A later call may get it.
             StopIteration: There are no more.
 
         Example:

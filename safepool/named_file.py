@@ -46,13 +46,14 @@ else:
 
         Args:
             path: From the root.
-            flags: As for ``os.open``.
+            flags: The same as for ``os.open``.
 
         Returns:
             The descriptor.
 
         Raises:
-            OSError: As ``os.open``; ``EPERM`` if another user could have chosen what is written.
+            OSError: The same as ``os.open``; ``EPERM`` if another user could have chosen what is
+                written.
         """
         left = path.split("/")[::-1]
         links = 0

@@ -48,7 +48,7 @@ def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
             :func:`safepool.cpu_count`; in a worker of a pool its share.
 
     Returns:
-        What was done; for a ``with`` statement if it is not to last.
+        Report of the change; for a ``with`` statement if it is not to last.
 
     Raises:
         ValueError: ``n`` is below 1.

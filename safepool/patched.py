@@ -45,7 +45,7 @@ class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
         initializer: Called once in each worker.
         initargs: Its arguments.
         maxtasksperchild: Replace a worker after this many tasks.
-        context: Of ``multiprocessing`` or ``multiprocess``, which starts the workers.
+        context: The context of ``multiprocessing`` or ``multiprocess`` that starts the workers.
     """
 
     def __init__(

@@ -76,7 +76,7 @@ class Status(NamedTuple):
     Attributes:
         state: One letter: ``R`` runs, ``S`` and ``D`` wait, ``T`` and ``t`` are stopped,
             ``Z`` has ended.
-        threads: How many the system counts, native ones included.
+        threads: Number of threads that the system counts, native ones included.
         caught: Signals that have a handler; bit 0 is signal 1.
         pending: Signals that were sent and not delivered.
     """
@@ -149,7 +149,7 @@ class Stat(NamedTuple):
 
     Attributes:
         name: The command, 15 bytes at most.
-        state: As of :class:`Status`.
+        state: The same as in :class:`Status`.
         parent: The process id of the parent.
         started: When, in ticks since the system started.
     """

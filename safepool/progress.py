@@ -44,15 +44,15 @@ class Progress:
     The numbers may be changed in any one thread.
 
     Args:
-        label: What stands before the bar; empty for none.
-        total: How many calls there will be, ``None`` if that is not known yet.
+        label: Text before the bar; empty for none.
+        total: Number of calls that there will be, ``None`` if that is not known yet.
         look: Called in the drawing thread before it looks; returns whether to go on.
 
     Attributes:
         done: Calls that have ended, those that failed included. A call that is run again has
             not ended.
         failed: Those of them that raised, or whose worker died.
-        total: As the argument; may be set later.
+        total: The argument of that name; may be set later.
 
     Raises:
         MissingExtraError: tqdm is not installed.
@@ -221,7 +221,7 @@ def label_of(progress: bool | str | None) -> str | None:
     r"""Return what stands before the bar, ``""`` for nothing, ``None`` if no bar is wanted.
 
     Args:
-        progress: As the argument of that name: ``True``, ``False`` or a label.
+        progress: The argument of that name: ``True``, ``False`` or a label.
 
     Example:
         >>> label_of(True), label_of("two\nlines"), label_of(False)

@@ -37,7 +37,7 @@ class ThreadPool(ThreadPoolExecutor):
     Args:
         max_workers: The most threads at a time, at least 1; ``None`` is the number that fits, as
             for :class:`safepool.ProcessPool`.
-        thread_name_prefix: As for ``ThreadPoolExecutor``.
+        thread_name_prefix: The same as for ``ThreadPoolExecutor``.
         initializer: Called once in each thread before its first call.
         initargs: Its arguments.
         threads_per_worker: Threads for each native pool in a call, at least 1; the number of

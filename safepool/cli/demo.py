@@ -87,7 +87,7 @@ def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
     """Run both halves, print what was measured, and leave nothing behind.
 
     Args:
-        options: What to run.
+        options: The parsed command line.
         as_json: Print one JSON object in place of the table.
         plot: Where to draw a picture.
 

@@ -63,7 +63,7 @@ class GroupLeftError(SafepoolError):
 
     Attributes:
         directory: The group.
-        reason: What stands against it.
+        reason: The obstacle, in words.
     """
 
     def __init__(self, directory: str, reason: str) -> None:
@@ -154,7 +154,7 @@ class Site:
     """Where a group can be made.
 
     Attributes:
-        version: Of the control groups, 1 or 2.
+        version: Version of the control groups, 1 or 2.
         parent: The group that it is made in.
         hands_out_cpu: The parent must be told to give its children the cpu controller.
     """

@@ -82,17 +82,17 @@ class Half:
     """What one pool did with the batch.
 
     Attributes:
-        pool: How the pool was made, word for word.
-        start_method: How ``multiprocessing`` starts processes here by default.
+        pool: The call that made the pool, word for word.
+        start_method: The default start method of ``multiprocessing`` here.
         workers: Most worker processes alive at once; ``None`` if none was seen.
         threads: Most native threads in all workers together, counted from outside; ``None``
             where the system does not list them.
         seconds: From making the pool to the last result; the bound, if it was cut off;
             ``None`` if it ended with an error.
         tasks_done: Results that had arrived by then.
-        cut_off: It was ended because its time was up.
-        error: What the child said as it ended early, in one line.
-        throttling: How often the kernel froze the group between the end of the child's
+        cut_off: Whether the half was ended because its time was up.
+        error: The last line of a child that ended early.
+        throttling: Number of times that the kernel froze the group between the end of the child's
             imports and the last result; ``None`` if there is no quota or the kernel does not
             tell.
     """
@@ -130,7 +130,7 @@ def measure(
         variables: Added to its environment.
 
     Returns:
-        What was measured. No process of the half is left.
+        The measurement. No process of the half is left.
     """
     arguments = [name, str(tasks), str(points), str(results_file)]
     watch = _Watch(bound_s=bound_s, group=group)
@@ -211,7 +211,8 @@ class _Watch:
 
     Attributes:
         ending: Why there is no result, for a child that says nothing about it.
-        cut_off, start_method, workers, threads, seconds, tasks_done, throttling: As in ``Half``.
+        cut_off, start_method, workers, threads, seconds, tasks_done, throttling: The same as in
+            ``Half``.
     """
 
     def __init__(self, *, bound_s: float, group: QuotaGroup | None) -> None:

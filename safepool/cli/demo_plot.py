@@ -76,11 +76,11 @@ def draw(report: Report, path: Path) -> None:
     """Write the picture.
 
     Args:
-        report: What was measured.
+        report: The measurements to draw.
         path: Ends in one of ``ENDINGS``.
 
     Raises:
-        PlotError: It cannot be written.
+        PlotError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 -- optional
     from matplotlib.figure import Figure  # noqa: PLC0415 -- optional

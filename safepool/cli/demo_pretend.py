@@ -59,12 +59,12 @@ def environment(cpus: int, folder: Path) -> dict[str, str]:
     """Return the variables with which a child believes in so many CPUs.
 
     Args:
-        cpus: How many, at most 128.
+        cpus: Number of CPUs to pretend, at most 128.
         folder: Where to compile what answers in the C library's place. It is needed as long as
             the children run.
 
     Raises:
-        PretendError: It cannot be compiled, or a Python that is started with it sees
+        PretendError: The library cannot be compiled, or a Python that is started with it sees
             something else.
     """
     library = build(folder)
@@ -121,8 +121,8 @@ def seen_from_inside(limits: Limits, cpus: int) -> Limits:
     """Return the limits that a child reads which believes in so many CPUs.
 
     Args:
-        limits: What is read here.
-        cpus: What it believes in.
+        limits: The limits that are read here.
+        cpus: Number of CPUs that the child sees.
 
     Raises:
         PretendError: No quota holds it to the CPUs that there are. On a large host without one
@@ -144,14 +144,14 @@ def check_room(limits: Limits, cpus: int, points: int, *, proc: Path = Path("/pr
     A group's ceiling on threads is no reason: what happens there then is what is to be seen.
 
     Args:
-        limits: What is read here.
-        cpus: How many workers it will start.
+        limits: The limits that are read here.
+        cpus: Number of workers that it will start.
         points: Size of a task.
-        proc: What says how much memory is left (proc_meminfo(5)), and how many threads the
-            whole machine may have (proc_sys_kernel(5)).
+        proc: The files that say how much memory is left (proc_meminfo(5)), and how many threads
+            the whole machine may have (proc_sys_kernel(5)).
 
     Raises:
-        PretendError: It does not: somebody else's process would be killed, or could not start.
+        PretendError: There is no room: another process would be killed, or could not start.
     """
     threads = cpus * _OPENBLAS_COPIES * min(cpus, _OPENBLAS_MOST)
     for name in ("pid_max", "threads-max"):

@@ -48,12 +48,12 @@ class Conditions:
     """What both halves ran under.
 
     Attributes:
-        options: What was asked for.
+        options: The parsed command line.
         limit: The ceiling that binds in both halves; its ``cpus`` is ``None`` where none is
             known.
         machine_cpus: CPUs of the machine, whoever may use them.
         no_group: Why there is no quota although one was asked for; ``None`` otherwise.
-        versions: Of Python and of what the tasks use, by name.
+        versions: Versions of Python and of what the tasks use, by name.
     """
 
     options: Options
@@ -116,10 +116,10 @@ class Report:
     """Everything that the demo measured.
 
     Attributes:
-        conditions: What both halves ran under.
+        conditions: The conditions of both halves.
         standard: The half with the standard library's pool.
         safepool: The half with safepool's.
-        comparison: Of their results.
+        comparison: Comparison of their results.
     """
 
     conditions: Conditions
@@ -277,9 +277,9 @@ def table_row(half: Half, tasks: int, ratio: float | None, *, bound: bool) -> st
     """Lay one half's numbers out under the head of the table.
 
     Args:
-        half: What was measured.
-        tasks: How many tasks there were.
-        ratio: What to show in the last column, if anything.
+        half: The measured half.
+        tasks: Number of tasks.
+        ratio: Text of the last column, if any.
         bound: The ratio is a lower bound.
     """
     cells = (

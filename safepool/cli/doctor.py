@@ -123,8 +123,8 @@ class Guest:
     Attributes:
         runtime: Its row in the table.
         through: The row whose threads it uses.
-        fixed: As of :class:`safepool.threads.NativePool`.
-        hole: As of :class:`safepool.threads.NativePool`.
+        fixed: The same as in :class:`safepool.threads.NativePool`.
+        hole: The same as in :class:`safepool.threads.NativePool`.
     """
 
     runtime: str
@@ -138,14 +138,14 @@ class Library:
     """What one import did.
 
     Attributes:
-        name: What was imported.
+        name: Name of the imported module.
         error: Why it could not be; empty if it could.
         version: Its own, empty if it does not say.
         os_threads_before: Threads that the kernel counted before, ``None`` if it does not.
         os_threads: And after.
         pools: Native pools that came with it.
         changed: Pools that it found and changed.
-        guests: What came with it and has no pool of its own.
+        guests: Libraries that came with it and have no pool of their own.
     """
 
     name: str
@@ -165,7 +165,7 @@ class Report:
     Attributes:
         python: Version of the interpreter.
         cpus: CPUs that this process may use.
-        libraries: What each import did, in order.
+        libraries: The effects of each import, in order.
     """
 
     python: str
@@ -260,7 +260,7 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
     """Print what each library brings.
 
     Args:
-        names: What to import.
+        names: Names of the modules to import.
         limit_s: Seconds that one import may take.
         as_json: For programs.
 
@@ -287,11 +287,11 @@ def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
     """Import libraries in a fresh process, in another if one of them ends it.
 
     Args:
-        names: What to import, each once.
+        names: Names of the modules to import, each once.
         limit_s: Seconds that one import may take.
 
     Returns:
-        What each did, in the same order. After a crash the others are imported once more,
+        The effects of each import, in the same order. After a crash the others are imported again,
         without the one that crashed: what each brought depends on what was there.
 
     Raises:
@@ -314,9 +314,9 @@ class _Child:
     """One run of the process that imports.
 
     Attributes:
-        libraries: What it has imported.
-        importing: What it was importing when it ended; ``None`` if it came to its end.
-        ending: How it ended, as the second half of a sentence.
+        libraries: The libraries that it has imported.
+        importing: The module that it was importing when it ended; ``None`` if it completed.
+        ending: The way it ended, as the second half of a sentence.
         stack: Where it was, as :mod:`faulthandler` writes it, the importing left out; the
             last that it wrote if it left no stack.
     """

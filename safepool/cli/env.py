@@ -102,7 +102,7 @@ def run(found: Plan, form: str) -> int:
     """Print a plan.
 
     Args:
-        found: What ``safepool run`` would set.
+        found: The variables that ``safepool run`` would set.
         form: A name in `FORMATS`.
 
     Returns:

@@ -11,7 +11,7 @@ class CommandError(SafepoolError):
     """A command cannot do what it was asked.
 
     Args:
-        reason: What happened, where, and what to do.
+        reason: The event, its place and the remedy.
         code: The exit code.
     """
 

@@ -101,7 +101,7 @@ class OtherProcess:
 
     Attributes:
         pid: Its process id.
-        threads: How many it has.
+        threads: Number of its threads.
         libraries: Native runtimes that it has loaded.
     """
 
@@ -116,8 +116,8 @@ class Screen:
 
     Attributes:
         limits: Every limit that was read.
-        budget: What ``safepool.ProcessPool()`` makes of them.
-        throttling: How often the kernel has frozen the group whose quota binds.
+        budget: The workers and threads that ``safepool.ProcessPool()`` would start under them.
+        throttling: Number of times that the kernel has frozen the group whose quota binds.
         standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
         standard_reads_variable: ``PYTHON_CPU_COUNT`` bounds them.
         sample: The same as ``throttling`` over a moment.

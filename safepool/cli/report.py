@@ -73,10 +73,10 @@ class Row:
     """One worker's time, in seconds.
 
     Attributes:
-        calls: How many it ran.
-        busy_s: It ran them.
-        starved_s: It had none, while one waited.
-        lived_s: It was there.
+        calls: Number of calls that it ran.
+        busy_s: Seconds in which it ran calls.
+        starved_s: Seconds in which it had no call, while one waited.
+        lived_s: Seconds between its start and its end.
         begin_s: When the process that runs was started; ``None`` if none does.
         end_s: When it last had something to do.
         last: When the calls of its last event were submitted, began and ended.
@@ -294,8 +294,8 @@ def _number(value: object) -> float:
     """Return a number that was read.
 
     Raises:
-        TypeError: It is none.
-        ValueError: It is negative, or as large as none here.
+        TypeError: The value is no number.
+        ValueError: The value is negative, or larger than any that is written here.
     """
     if not isinstance(value, (int, float)):
         raise TypeError(value)

@@ -45,7 +45,7 @@ class ProgramVariable:
     """One variable that bounds what a program starts, beside those of native thread pools.
 
     Attributes:
-        name: Of the variable.
+        name: Name of the variable.
         counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
             is one process and has all CPUs to itself, workers x threads.
         only_if: The option without which it is not set; empty if it always is.
@@ -112,9 +112,9 @@ class Plan:
     """What is changed in the environment of the program, and why.
 
     Attributes:
-        budget: What it was computed from.
+        budget: The budget that it was computed from.
         changes: The value of each variable; ``None`` removes it.
-        kept: What the user has set and was left alone.
+        kept: Variables of the user, which were left alone.
         patched: The program's pools are replaced as well.
     """
 
@@ -160,7 +160,7 @@ def plan(
     """Decide what to set for a program. It reads and sets nothing.
 
     Args:
-        environ: What the program would be started with.
+        environ: The environment that the program would be started with.
         budget: Workers and threads.
         exact: The user has said how many workers.
         force: Replace what the user has set, too.
@@ -244,7 +244,7 @@ def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
     """Become the program.
 
     Args:
-        found: What to set for it.
+        found: The variables to set for it.
         command: The program and its arguments.
         explain: Print the plan to standard error.
 
@@ -252,7 +252,7 @@ def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
         The program's exit code, where a process cannot become another one (Windows).
 
     Raises:
-        RunError: It cannot be started.
+        RunError: The program cannot be started.
     """
     if found.patched and (option := _isolating_option(command)):
         raise RunError(

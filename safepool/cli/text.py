@@ -31,9 +31,9 @@ def wrapped(text: str, indent: int, *, label: str = "") -> list[str]:
     """Return the text in lines of the screen's width, a longer word in one piece.
 
     Args:
-        text: What is to be said.
+        text: The text to wrap.
         indent: Columns before it.
-        label: What stands in these columns in the first line.
+        label: Text of these columns in the first line.
     """
     return textwrap.wrap(
         text,

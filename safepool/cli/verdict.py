@@ -47,8 +47,8 @@ class Finding:
     Attributes:
         code: Its name for programs, one of ``CODES``.
         problem: Whether the exit code tells of it; otherwise it is advice.
-        text: What is so, and why.
-        remedy: What to do.
+        text: The observation and its reason.
+        remedy: The action to take.
     """
 
     code: str
@@ -70,14 +70,14 @@ def judge(
     """Say what is wrong, the most pressing first.
 
     Args:
-        limits: What was read.
-        budget: What fits.
+        limits: The limits that were read.
+        budget: The workers and threads that fit.
         sample: Throttling over a moment, ``None`` without a quota.
-        standard_workers: What ``ProcessPoolExecutor()`` starts; ``None`` if it is not asked.
-        native_threads: What a native thread pool starts in each.
+        standard_workers: Workers that ``ProcessPoolExecutor()`` starts; ``None`` leaves them out.
+        native_threads: Threads that a native thread pool starts in each.
         standard_reads_variable: ``PYTHON_CPU_COUNT``, which ``safepool run`` sets, bounds
             ``ProcessPoolExecutor()``: since Python 3.13.
-        joblib_workers: What joblib's ``n_jobs=-1`` starts; ``None`` if it is not asked.
+        joblib_workers: Workers that joblib's ``n_jobs=-1`` starts; ``None`` leaves them out.
 
     Returns:
         The findings, empty if there is nothing to do.

@@ -98,8 +98,8 @@ def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -
     """Print a line a second until the process has ended.
 
     Args:
-        view: What is watched.
-        cpus: What it may use.
+        view: The group and the process to watch.
+        cpus: CPUs that it may use.
         as_json: Print objects.
         lines: End after so many; ``None`` goes on.
     """

@@ -365,7 +365,7 @@ def agent_greet(protocol: int, session: str, options: bytes) -> tuple[Any, ...]:
     Takes and returns plain values: any version of safepool must be able to read them.
 
     Args:
-        protocol: Of the cluster pool.
+        protocol: Version of the protocol of the cluster pool.
         session: A name that is never given again.
         options: Pickled arguments of the node's pool.
 
@@ -445,7 +445,7 @@ async def agent_ask(session: str, question: Callable[..., Any], *args: Any) -> A
 
     Raises:
         SessionLostError: This process does not know the session.
-        Exception: What the function raised.
+        Exception: The exception of the function.
     """
     return await asyncio.to_thread(question, _agent.known(session).node_pool.pool, *args)
 

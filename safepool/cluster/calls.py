@@ -36,7 +36,7 @@ def run(
     """Run one call.
 
     Args:
-        key: Of its function.
+        key: Key of its function.
         function: The pickle of that.
         needs: Shared objects that the function refers to.
         arguments: The pickle of positional and keyword arguments.

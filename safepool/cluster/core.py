@@ -112,10 +112,10 @@ class Answer(NamedTuple):
     """How a call has ended on its node.
 
     Attributes:
-        number: Of the call's delivery.
+        number: Number of the call's delivery.
         seconds: That it took; negative if it did not run to its end.
         died: Its worker has died, so that it may be run again.
-        content: What it returned or raised. Nothing looks into it here.
+        content: The value that it returned or the error that it raised, still pickled.
     """
 
     number: int
@@ -301,14 +301,14 @@ class _Place:
 
     Attributes:
         name: The engine's.
-        state: How it stands.
+        state: Stage that the node has reached.
         node: Which node it belongs to; empty until it has answered.
-        workers: Of the node's pool.
+        workers: Number of workers of the node's pool.
         wanted: Whether the user has named it, or no node at all.
         why: Why it was refused.
         wrong_s: When it refused the pool's arguments.
         sent: Calls delivered and not ended, by number.
-        expected_s: How long these are thought to take, one after the other.
+        expected_s: Expected time of these calls, one after the other.
         posting: A message is on its way.
         asked_back: Numbers that were asked back and are not answered yet.
         sent_s: When calls were last delivered.
@@ -438,7 +438,7 @@ class Core:
         """Check what holds between any two events.
 
         Raises:
-            AssertionError: It does not.
+            AssertionError: The state contradicts itself.
         """
         calls = [id(call) for call in self._backlog]
         for one in self._places.values():

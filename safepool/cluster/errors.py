@@ -14,7 +14,7 @@ class NodeLostError(WorkerDiedError):
 
     Attributes:
         node: Name of the node.
-        reason: What the engine said of its end.
+        reason: The engine's own words about its end.
         pid: Process id of the process that held the node's pool, 0 if unknown.
         exitcode: Always ``None``.
         task: The call, such as ``"package.module.function"``.
@@ -39,7 +39,7 @@ class NoNodesError(PoolBrokenError):
     """No node could take this call within ``no_nodes_timeout``.
 
     Attributes:
-        reason: How long the call has waited, and why each node that is there cannot be used.
+        reason: The time that the call has waited, and why each node that is there cannot be used.
     """
 
 

@@ -60,13 +60,13 @@ class Welcome(NamedTuple):
     """What an agent says of itself. Plain values: another version must be able to read it.
 
     Attributes:
-        protocol: Of its messages.
+        protocol: Version of the protocol of its messages.
         python: Version, such as ``"3.11"``.
         safepool: Version.
         node: The same for all processes of one machine and limit.
         host: Name of the machine.
-        pid: Of the process that the agent is in.
-        workers: Of the pool that fits.
+        pid: Process id of the process that the agent is in.
+        workers: Number of workers of the pool that fits.
         limits: Name, raw text and source of the limit that binds.
     """
 
@@ -84,7 +84,7 @@ class Packet:
     """Segments of a pickle; each of its buffers is copied once by any pickler.
 
     Args:
-        segments: As of :func:`safepool.transport.payloads.dumps`.
+        segments: The same as in :func:`safepool.transport.payloads.dumps`.
     """
 
     __slots__ = ("segments",)
@@ -131,8 +131,8 @@ class Parcel(NamedTuple):
     """One call on its way to an agent.
 
     Attributes:
-        number: Of this delivery.
-        name: What an error calls it.
+        number: Number of this delivery.
+        name: Name of the call in errors.
         timeout_s: Seconds that it may run.
         function: Key of its function.
         segments: The pickle of positional and keyword arguments, and its buffers.
@@ -174,7 +174,7 @@ class Report(NamedTuple):
     Attributes:
         answers: Number, seconds, whether its worker died, what it returned or raised.
         returned: Numbers of calls that come back; ``None`` if none were asked for.
-        workers: Of the agent's pool.
+        workers: Number of workers of the agent's pool.
     """
 
     answers: Sequence[tuple[int, float, bool, Packet]]
@@ -188,7 +188,7 @@ class PickledFunction(NamedTuple):
     Attributes:
         key: The same for the same pickle.
         packet: The pickle.
-        shared: What it refers to.
+        shared: Shared objects that it refers to.
     """
 
     key: str
@@ -200,7 +200,7 @@ def pickle_function(function: Callable[..., Any]) -> PickledFunction:
     """Pickle a function, by value what a worker of another machine cannot import.
 
     Raises:
-        Exception: What the pickler raised.
+        Exception: The exception of the pickler.
     """
     with references.Collected() as shared:
         segments = payloads.dumps(function, into_main=True)
@@ -218,7 +218,7 @@ def pickle_arguments(
     """Pickle the arguments of a call; return the shared objects that they refer to as well.
 
     Raises:
-        Exception: What the pickler raised.
+        Exception: The exception of the pickler.
     """
     if not references.known():
         return Packet(*_copied(payloads.dumps((args, kwargs), into_main=True))), ()

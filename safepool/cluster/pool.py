@@ -67,7 +67,7 @@ class NodeInfo(NamedTuple):
     Attributes:
         place: The engine's name for where its agent is: the address of a Dask worker.
         name: The same with the name of the host.
-        workers: Of its pool.
+        workers: Number of workers of its pool.
         calls: Delivered to it and not ended.
     """
 
@@ -110,9 +110,9 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         workers_per_node: The most workers of each node; ``None`` is the number that fits there.
         initializer: Called once in each worker of each node before its first call.
         initargs: Its arguments.
-        max_tasks_per_child: As of :class:`safepool.ProcessPool`, and so the following.
+        max_tasks_per_child: The same as in :class:`safepool.ProcessPool`, as are the following.
         threads_per_worker: Threads of each native pool in a worker.
-        rounding: What becomes of a fraction of a CPU.
+        rounding: Treatment of a fraction of a CPU.
         reserve: CPUs of each node kept for what runs beside the pool.
         memory_per_worker: No more workers than fit into what a node's limits have left.
         pin_workers: Each worker on CPUs of its own.
@@ -120,8 +120,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         gpus: GPUs of each node for its workers, one after the other. ``"auto"`` is all that the
             engine's process there may use.
         timeout: Seconds that a call may run, from its start on its node.
-        retries: How often a call is run again whose worker or node was lost under it, on whichever
-            node: it starts at most ``1 + retries`` times.
+        retries: Number of times that a call is run again after its worker or node was lost, on
+            whichever node: it starts at most ``1 + retries`` times.
         max_memory_per_worker: A worker that holds more when a call ends is replaced.
         memory_limit: A worker that holds more while it runs a call is killed. Linux nodes only.
         preload: Modules that are imported once on each node, ahead of its workers. ``"auto"`` is
@@ -291,7 +291,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         found: list[NodeWorkerInfo] = []
         for node, answer in self._scheduler.ask(ProcessPool.workers, timeout_s=_ASK_S).items():
             if isinstance(answer, BaseException):
-                _log.warning("node %s does not tell its workers: %s", node, text_of(answer))
+                _log.warning("cannot read the workers of node %s: %s", node, text_of(answer))
             else:
                 found += (NodeWorkerInfo(node=node, **asdict(worker)) for worker in answer)
         return tuple(found)

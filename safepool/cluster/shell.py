@@ -188,9 +188,9 @@ class _Node:
     """What this end knows of a place that was asked, or is open.
 
     Attributes:
-        session: Of the agent there; each opening has its own.
-        label: What errors call the place.
-        pid: Of the process there.
+        session: Session of the agent there; each opening has its own.
+        label: Name of the place in errors.
+        pid: Process id of the process there.
         objects: Numbers of shared objects that it has.
         functions: Keys of large functions that it has, the last used last.
         due: By when each kind of message must be answered.
@@ -209,11 +209,11 @@ class Shell:
     """Runs calls by a carrier.
 
     Args:
-        carrier: Of the engine.
+        carrier: Carrier of the engine.
         options: Arguments of each node's pool.
         names: Places, hosts or nodes to be used; ``None`` is all.
         most_nodes: Nodes used at a time; ``None`` is all.
-        no_nodes_s: As of the core.
+        no_nodes_s: The same as in the core.
 
     Attributes:
         told: Maps whose readers are to look again.
@@ -340,19 +340,23 @@ class Shell:
         """Refuse that this pool's own thread waits for a result.
 
         Raises:
-            RuntimeError: It would wait for itself.
+            RuntimeError: The caller is the thread that would have to end the call.
         """
         if threading.current_thread() is self._thread:
-            raise RuntimeError("the pool's own thread must not wait for a call of its pool")
+            raise RuntimeError(
+                "the pool's own thread would wait for itself: wait in another thread"
+            )
 
     def kill(self, future: Future[Any]) -> bool:
         """Cancel a call, and end it where it runs; ``False`` if it has ended.
 
         Raises:
-            ValueError: It is not a future of this pool.
+            ValueError: The future is not one of this pool.
         """
         if not isinstance(future, PoolFuture) or future.owner is not self._me:
-            raise ValueError("this future is not one of this pool's submit()")
+            raise ValueError(
+                "this future is not one of this pool's submit(): pass one that it returned"
+            )
         if not future.cancel_running():
             return False
         self._put(partial(self._unwanted, future))
@@ -447,7 +451,7 @@ class Shell:
         if self._carrier.at_once:
             raise NotImplementedError(
                 "ClusterPool cannot look into the nodes of an executor: each node runs one call "
-                "until it has ended, and answers nothing else. A distributed.Client can"
+                "until it has ended, and answers nothing else. Pass a distributed.Client instead"
             )
         asked: dict[str, Future[Any]] = {}
         for place, node in [*self._nodes.items()]:
@@ -464,8 +468,8 @@ class Shell:
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and this is its fork {os.getpid()}: "
-                "make a pool of its own here"
+                f"this pool belongs to process {self._pid}, and this is its fork {os.getpid()}. "
+                "Make a new pool here"
             )
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")
@@ -734,8 +738,8 @@ class Shell:
         """Add a call to a message; return how many bytes it has.
 
         Raises:
-            CancelledError: It was cancelled meanwhile.
-            BaseException: What the pickler raised.
+            CancelledError: The call was cancelled meanwhile.
+            BaseException: The exception of the pickler.
         """
         function, args, shared = call.packed()
         nbytes: int = args.nbytes

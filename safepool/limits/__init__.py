@@ -93,11 +93,11 @@ def read_cpu_limits(
     """Read the limits on CPU time only: a part of `read_limits` at a part of its cost.
 
     Args:
-        root: As for `read_limits`.
-        environ: As for `read_limits`.
+        root: The same as for `read_limits`.
+        environ: The same as for `read_limits`.
 
     Returns:
-        As `read_limits`, without memory, processes, files and shared memory.
+        The same as `read_limits`, without memory, processes, files and shared memory.
     """
     return _platform.read_cpu_limits(root, environ=environ)
 
@@ -110,7 +110,7 @@ def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
     the groups below it.
 
     Args:
-        root: As for `read_limits`.
+        root: The same as for `read_limits`.
 
     Returns:
         Its counters; ``None`` if no group that can be seen sets a quota.
@@ -122,7 +122,7 @@ def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCoun
     """Read what the kernel's out-of-memory killer has counted in this thread's groups.
 
     Args:
-        root: As for `read_limits`.
+        root: The same as for `read_limits`.
 
     Returns:
         The own group's counters first, then its ancestors' up to the mount point; groups that
@@ -140,7 +140,7 @@ class QuotaWatch(_platform.QuotaWatch):
     groups, so read in the thread that starts the workers.
 
     Args:
-        root: As for `read_limits`.
+        root: The same as for `read_limits`.
 
     Not covered:
         * A mount that changes while the own group's old directory stays readable.

@@ -35,7 +35,7 @@ class Limit:
         cpus: Ceiling in CPUs of run time per second of wall time: 2.5 is two and a half
             CPUs. ``None`` means the source was read and sets no ceiling.
         source: The file, the call or the variable that was read.
-        raw: What it said, word for word. Where two files make one limit (version 1),
+        raw: Text of the source, word for word. Where two files make one limit (version 1),
             ``150000 / 100000``.
 
     Example:
@@ -59,13 +59,13 @@ class MemoryLimit:
         name: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes`` or
             ``hierarchical_memory_limit``.
         bytes: The ceiling; ``None`` means the source was read and sets none.
-        used_bytes: What the group uses now, page cache included; ``None`` if not told, or
+        used_bytes: Memory of the group now, page cache included; ``None`` if not told, or
             not asked because the group has no ceiling. For ``hierarchical_memory_limit``,
             whose ancestor may be hidden, it is the own group's: at least so much is used.
         reclaimable_bytes: The part of it that the kernel gives back under pressure (clean
             page cache, inactive files, reclaimable slab); ``None`` if not told.
         source: The file that was read.
-        raw: What it said, word for word.
+        raw: Text of the source, word for word.
     """
 
     name: str
@@ -83,10 +83,10 @@ class PidsLimit:
     Attributes:
         name: ``pids.max``, or ``RLIMIT_NPROC``.
         tasks: The ceiling; ``None`` means the source was read and sets none.
-        used_tasks: How many there are now; ``None`` if not told, or not asked because there
+        used_tasks: Number of tasks now; ``None`` if not told, or not asked because there
             is no ceiling.
         source: The file or the call that was read.
-        raw: What it said, word for word.
+        raw: Text of the source, word for word.
     """
 
     name: str
@@ -103,9 +103,9 @@ class OpenFilesLimit:
     Attributes:
         name: ``RLIMIT_NOFILE``, whose soft value it is.
         files: The ceiling; ``None`` means no ceiling.
-        used_files: How many are open now; ``None`` if not told.
+        used_files: Number of open files now; ``None`` if not told.
         source: The call that was made.
-        raw: What it said, word for word.
+        raw: Text of the source, word for word.
     """
 
     name: str = "RLIMIT_NOFILE"
@@ -121,7 +121,7 @@ class SharedMemory:
 
     Attributes:
         bytes: Size of the file system.
-        free_bytes: What is free of it now.
+        free_bytes: Bytes that are free now.
         source: The directory that was asked about.
     """
 
@@ -137,7 +137,7 @@ class Skipped:
     Attributes:
         source: The file, the call or the variable.
         reason: Why it was skipped, in words, with what was found.
-        was_set: It is a variable that the user or a scheduler has set, who will want to
+        was_set: Whether the user or a scheduler has set this variable, and will want to
             know that it is ignored.
     """
 
@@ -183,8 +183,8 @@ class OutOfMemoryCount:
     Attributes:
         kills: Processes of this group that it has killed, for whatever limit; on version 2
             those of the groups below as well (``oom_kill``).
-        used_up: How often this group's own ceiling was met: on version 1 whatever came of it
-            (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
+        used_up: Number of times that this group's own ceiling was met: on version 1 whatever came
+            of it (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
             ``None`` if not told.
         limit_bytes: The ceiling now; ``None`` if the group sets none.
         peak_bytes: The most that the group has used so far; ``None`` if not told.
@@ -205,7 +205,7 @@ class Limits:
     """Every limit that was read on one machine for one process, and what was skipped.
 
     Attributes:
-        affinity: How many CPUs the scheduler may place this process on; ``cpus`` is
+        affinity: Number of CPUs on which the scheduler may place this process; ``cpus`` is
             ``None`` where that is not known (a captured machine).
         quotas: Control-group CPU quotas, innermost group first, up to the mount point.
         bounds: Upper bounds from environment variables, in the order of their table.
@@ -215,7 +215,7 @@ class Limits:
         pids: Limits on processes and threads, innermost group first, then the user's.
         open_files: The descriptor limit; ``None`` where the system has none.
         shared_memory: ``/dev/shm``; ``None`` where there is none.
-        skipped: What could not be used, and why.
+        skipped: Sources that could not be used, and why.
 
     Example:
         >>> mask = Limit(name="affinity", cpus=8.0, source="sched_getaffinity", raw="0-7")

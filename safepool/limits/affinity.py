@@ -33,7 +33,7 @@ def parse_cpu_list(text: str, *, source: str) -> int:
         source: Path the text was read from. Kept in the error.
 
     Returns:
-        How many CPUs it names, each once; at least 1.
+        Number of CPUs in the list, each counted once; at least 1.
 
     Raises:
         UnreadableLimitError: The text has another shape, or names none.

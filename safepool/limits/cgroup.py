@@ -70,7 +70,7 @@ def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level,
 
     Args:
         machine: Where to look.
-        place: What it says about this process.
+        place: Place of this process in the groups.
         controller: ``"cpu"``, ``"memory"`` or ``"pids"``.
 
     Returns:

@@ -29,7 +29,7 @@ class BoundVariable:
     """One variable that holds an upper bound.
 
     Attributes:
-        name: Of the variable.
+        name: Name of the variable.
         set_by: Who sets it.
         documented: Where its meaning is written down.
         no_ceiling: A word that sets no ceiling, if the variable has one.

@@ -36,7 +36,7 @@ class Machine:
     Attributes:
         root: Folder that holds the tree; ``"/"`` is this machine.
         is_this_one: Whether it is this machine: only then may the system be asked.
-        skipped: What could not be used so far, in the order in which it was met.
+        skipped: Sources that could not be used so far, in the order in which they were met.
     """
 
     __slots__ = ("is_this_one", "root", "skipped")

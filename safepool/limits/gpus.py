@@ -40,7 +40,7 @@ class Gpus:
     Attributes:
         lists: For each variable that says which a process may use, what it may say: one entry for
             each device.
-        source: What was read.
+        source: The variable or folder that was read.
         is_said: A variable says so; else devices were counted, and some may not have been seen.
     """
 

@@ -39,7 +39,7 @@ def find_own_directory(machine: Machine, point: str, version: int) -> str | None
         machine: Where to look. On a captured one this is the process whose
             ``/proc/self/status`` was captured.
         point: The mount point. Not looked at itself: it is above our namespace.
-        version: Of the control groups, 1 or 2.
+        version: Version of the control groups, 1 or 2.
 
     Returns:
         The directory, or ``None`` if the scan ended without it; that is noted.

@@ -48,7 +48,7 @@ class MemoryLeft:
     """What the tightest ceiling leaves.
 
     Attributes:
-        bytes: How much more can be used before the kernel must end a process; at least 0.
+        bytes: Memory that can still be used before the kernel must end a process; at least 0.
         limit_bytes: The ceiling.
         source: The file that sets it.
     """
@@ -65,7 +65,7 @@ class MemoryWatch:
     again when the process was moved.
 
     Args:
-        root: As for `safepool.limits.read_limits`.
+        root: The same as for `safepool.limits.read_limits`.
     """
 
     __slots__ = ("_levels", "_machine", "_own")

@@ -106,7 +106,7 @@ def unescape(field: str) -> str:
     r"""Turn a field's octal escapes into the bytes they stand for.
 
     Args:
-        field: As the kernel wrote it: blank, tab, newline and backslash as ``\ooo``.
+        field: Text as the kernel wrote it: blank, tab, newline and backslash as ``\ooo``.
 
     Returns:
         The path, in the coding of ``os.fsdecode``.

@@ -57,7 +57,9 @@ class ProcessView:
     def __init__(self, pid: int) -> None:
         if not os.path.isdir(f"/proc/{pid}"):
             if not os.path.isdir("/proc/self"):
-                raise ProcessLookupError("/proc is not mounted here: nothing tells of processes")
+                raise ProcessLookupError(
+                    "/proc is not mounted here: other processes cannot be read. Mount it"
+                )
             raise ProcessLookupError(f"there is no process {pid}")
         self.pid = pid
         running = self._running()

@@ -84,7 +84,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         threads_per_worker: Threads that each native pool in a worker may have, at least 1;
             the number of workers that fit is the limit divided by it. ``"auto"`` is what
             the limit leaves to each of ``max_workers``.
-        rounding: What becomes of a fraction of a CPU: ``"floor"`` leaves it to this process,
+        rounding: Treatment of a fraction of a CPU: ``"floor"`` leaves it to this process,
             ``"ceil"`` starts one worker more, which the kernel then freezes together with
             all others for a part of every period, ``"nearest"`` is in between.
         reserve: CPUs kept for this process and whatever runs beside it, such as 0.5.
@@ -113,7 +113,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         timeout: Seconds that a task may run, from its start; above 0. Then its worker is killed
             with every process that the task started, and the task ends with
             :class:`safepool.TaskTimeoutError`. ``None`` does not limit.
-        retries: How often a task is run again whose worker died under it, at least 0. Never
+        retries: Number of times that a task is run again after its worker died, at least 0. Never
             after an exception, nor after a timeout. A function may have a timeout and
             retries of its own: see :func:`safepool.worker`.
         max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
@@ -136,7 +136,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             which the same must apply. ``[]`` is nothing.
             One whose import raises is left to the tasks. Without effect where workers are not
             forked from a server.
-        main: How the program's ``__main__`` gets into the workers that are forked from a server.
+        main: Way of the program's ``__main__`` into the workers that are forked from a server.
             ``"run"``: the server runs the script once, as ``__mp_main__``, before it forks
             workers. They have what its top level imports, sets and computes; functions and classes
             travel by name. ``"value"``: nothing is run, and functions, classes and data of the
@@ -241,14 +241,14 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             self._mp_context = find_context("fork")
             tell_once(
                 "workers are forked from this process, because nothing else can give them "
-                f'{shared}. To have clean workers, make it by get_context("spawn") of '
-                "multiprocessing, and hand it over by initializer= and initargs="
+                f'{shared}. To have clean workers: make it by get_context("spawn") of '
+                "multiprocessing, and pass it by initializer= and initargs="
             )
         method = method_of(self._mp_context)
         if main == "run" and method.by_value:
             tell_once(
                 'main="run" has no effect on workers that loky starts: functions of the script '
-                "travel by value there"
+                "travel by value there. Leave it out"
             )
         load_own()
         if method.is_fork:
@@ -428,8 +428,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             max_workers: At least 1.
 
         Raises:
-            ValueError: It is below 1, or above 61 on Windows.
-            TypeError: It is no integer.
+            ValueError: The number is below 1, or above 61 on Windows.
+            TypeError: The number is no integer.
 
         Example:
             >>> with ProcessPool(1) as pool:
@@ -528,14 +528,18 @@ def _names(
     if len(names) < len(preload):
         if main == "value":
             raise ValueError(
-                'preload names "__main__", which is main="run", and main="value" is the opposite'
+                'preload names "__main__", which means main="run", and main="value" contradicts '
+                "it: leave one of them out"
             )
         main = "run"
     for name in names:
         # The first part alone: for the others it would have to be imported here.
         top = name.partition(".")[0]
         if not top or (top not in sys.modules and importlib.util.find_spec(top) is None):
-            raise ModuleNotFoundError(f"preload names {name!r}: no module named {top!r}", name=top)
+            raise ModuleNotFoundError(
+                f"preload names {name!r}: no module named {top!r}. Install it, or leave it out",
+                name=top,
+            )
     return names, main
 
 
@@ -548,9 +552,9 @@ def _warn_of_threads() -> None:
     if names:
         tell_once(
             f'mp_context="fork" copies a process with {len(names)} more threads: '
-            f"{', '.join(sorted(names))}. A worker has none of them and keeps every lock that "
-            "one holds at that moment, which is how forked workers hang. Without mp_context= "
-            "workers start clean"
+            f"{', '.join(sorted(names))}. A lock that one of them holds at that moment is never "
+            "released in the worker, which then hangs. Leave mp_context= out: workers are then "
+            "forked from a clean server"
         )
 
 

@@ -143,9 +143,9 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
     """Return what the program's code returns, run in a thread of its own.
 
     Raises:
-        LateError: It has waited for so long, and not used its processor. The thread goes on, and
-            nobody waits for it.
-        BaseException: What it has raised.
+        LateError: The call has waited for so long, and not used its processor. The thread goes on,
+            and nobody waits for it.
+        BaseException: The exception of the call.
 
     Example:
         >>> within(30.0, lambda: 3)
@@ -230,7 +230,7 @@ class Hands:
     All methods are for the scheduler's thread.
 
     Args:
-        name: Of the threads.
+        name: Name of the threads.
         wake: Called when a late job has ended. From its thread; must not block.
         most: Jobs that run at a time, not counting those that take long.
         long_s: So long: they may wait for something.
@@ -289,9 +289,9 @@ class Hands:
         """Run a job, and wait for it for a while.
 
         Args:
-            run: What a thread does. It raises nothing.
+            run: Work of a thread. It raises nothing.
             finish: Called when it has ended: before this returns, or by :meth:`come_back`.
-            patience_s: How long to wait.
+            patience_s: Seconds to wait.
 
         Returns:
             Whether it has ended.
@@ -439,7 +439,7 @@ class Teller:
     """Runs what it is given one after the other, in that order, in one thread.
 
     Args:
-        name: Of the thread, which is started with the first.
+        name: Name of the thread, which is started with the first.
     """
 
     def __init__(self, name: str) -> None:

@@ -61,7 +61,7 @@ def shared_with_forks() -> str:
     """Return the name of a global that a forked worker would share with the program.
 
     Returns:
-        As in ``"lock of __main__"``; empty if there is none.
+        The same as in ``"lock of __main__"``; empty if there is none.
     """
     for module, space in _own_spaces():
         for name, value in [*space.items()]:
@@ -290,7 +290,7 @@ class _Named:
         loaded: By name, the attributes that are asked of each.
         set_on: By name, the attributes that are set on each.
         stored: Those that it sets.
-        changes: It may change containers.
+        changes: Whether it may change containers.
     """
 
     def __init__(self) -> None:

@@ -47,7 +47,8 @@ class WorkerInfo:
         state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
             else ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after what
             it has.
-        task: What it runs, such as ``"package.module.function"``; ``None`` if nothing.
+        task: Name of the call that it runs, such as ``"package.module.function"``; ``None`` if
+            none.
         running_s: Seconds since that began; ``None`` if nothing runs.
         tasks_done: Tasks that it has finished; each call of a ``map`` is one.
         waiting: Tasks that were sent to it and that it has not begun. Another worker gets
@@ -170,7 +171,7 @@ class Stacks:
 
         Args:
             workers: Whose.
-            timeout_s: How long to wait for all of them together.
+            timeout_s: Seconds to wait for all of them together.
         """
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):

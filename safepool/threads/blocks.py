@@ -66,9 +66,9 @@ class Hold:
 
     Attributes:
         threads: Its number.
-        lowers: It brings larger numbers down to its own and leaves smaller ones alone.
+        lowers: Whether it lowers larger numbers only, and leaves smaller ones alone.
         thread: The thread that it is open in.
-        own: Of libraries whose number is one of the thread: what it was.
+        own: Former numbers of libraries whose number is one of the thread.
     """
 
     threads: int
@@ -95,7 +95,7 @@ def enter(threads: int, *, lowers: bool = False) -> Hold:
         lowers: No pool is raised to that number.
 
     Returns:
-        What :func:`leave` takes.
+        The value that :func:`leave` takes.
     """
     hold = Hold(threads, lowers)
     _blocks.enter(hold)
@@ -111,7 +111,7 @@ def start_anew(threads: int) -> None:
     """Forget every block: this process is a worker from now on.
 
     Args:
-        threads: What a library has in this process that no variable rules.
+        threads: Threads of a library in this process that no variable rules.
     """
     global _blocks  # noqa: PLW0603 -- a fact about this process
     _blocks = _Blocks(threads)
@@ -121,7 +121,7 @@ class _Blocks:
     """What this process has while blocks are open in any of its threads, and had before.
 
     Args:
-        threads: What a library has here that no variable rules; ``None`` is one for each CPU.
+        threads: Threads of a library here that no variable rules; ``None`` is one for each CPU.
     """
 
     def __init__(self, threads: int | None = None) -> None:

@@ -55,8 +55,8 @@ class WorkerCap:
 
         Args:
             threads: Threads for each native pool, at least 1.
-            environment: What the worker was born with: where the user has set a variable,
-                its runtime follows it.
+            environment: Environment that the worker was born with: where the user has set a
+                variable, its runtime follows it.
         """
         self.threads = threads
         self._environment = environment

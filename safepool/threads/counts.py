@@ -29,9 +29,9 @@ class Question:
 
     Attributes:
         asked: The expression, or the command.
-        told: What it says in a worker: its share, which is the threads of each native pool; the
+        told: Answer in a worker: its share, which is the threads of each native pool; the
             affinity mask, which is the share if workers are pinned; or the machine.
-        by: What makes it say so; what helps where it says ``"machine"``.
+        by: The cause of that answer; the remedy where it says ``"machine"``.
         module: The module that is changed in the worker when it is there; empty if none.
         write: Given the module and the share, changes it.
         source: Where this is documented.

@@ -36,8 +36,8 @@ class Override:
 
     Attributes:
         variable: Its name.
-        value: What the user has set.
-        instead_of: What the cap would have set; ``None`` if it would have removed it or
+        value: The user's value.
+        instead_of: The cap's value; ``None`` if it would have removed the variable or
             not have touched it.
         runtime: The row that it rules.
     """
@@ -55,7 +55,7 @@ def worker_environment(
 
     Args:
         threads: Threads for each native pool, at least 1.
-        overrides: What the user sets for workers, any variable. It wins, and the run-time
+        overrides: The user's variables for workers, any variable. They win, and the run-time
             cap of the pool that it rules follows it (:func:`runtime_threads`); its other
             variables do too, such as the ceiling beside a number.
 
@@ -109,7 +109,7 @@ def lowered_environment(
 
     Args:
         threads: The most threads of each native pool, at least 1.
-        environment: What it says now.
+        environment: The environment now.
 
     Returns:
         The value of each variable; ``None`` removes it: it would beat the others.
@@ -144,7 +144,7 @@ def ruled_threads(row: NativeRuntime, environment: Mapping[str, str | None]) -> 
 
     Args:
         row: The runtime.
-        environment: What it says.
+        environment: The environment.
     """
     return _first_number((*_own(row), *row.falls_back_to), environment)
 
@@ -187,7 +187,7 @@ def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ..
 
     Args:
         threads: The worker's threads.
-        overrides: As for :func:`worker_environment`.
+        overrides: The same as for :func:`worker_environment`.
 
     Returns:
         One entry for each thread variable whose value is not the cap's; other variables

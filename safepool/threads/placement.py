@@ -31,8 +31,8 @@ def choose_cpus(
 
     Args:
         mask: The CPUs there are, by the kernel's numbers; at least one.
-        threads: How many the worker is to have, at least 1. More than there are is all.
-        load: How many workers are bound to each; one that is missing has none.
+        threads: Number of threads of the worker, at least 1. More than there are is all.
+        load: Number of workers that are bound to each CPU; one that is missing has none.
         first: Where to begin among equals, counted along the mask and round it, 0 or more.
 
     Returns:
@@ -60,7 +60,7 @@ class Placement:
 
     Args:
         threads: CPUs for each worker, at least 1.
-        first: As for :func:`choose_cpus`. ``None`` draws it: the small pools of several
+        first: The same as for :func:`choose_cpus`. ``None`` draws it: the small pools of several
             containers on one machine must not all crowd on its first CPUs.
     """
 

@@ -32,10 +32,10 @@ class NativePool:
             has no call for it, the threads that it has started, where they have its name.
         variable: The environment variable that rules it in this process, or would if it
             were set; ``None`` if it has none.
-        value: What that variable says now, word for word; ``None`` if it is not set. The
+        value: Value of that variable now, word for word; ``None`` if it is not set. The
             library has read it when it was loaded.
-        fixed: What cannot be changed now that it is loaded; empty if all can.
-        hole: What neither variable nor call reaches, and what to do; empty if nothing.
+        fixed: Part that cannot be changed now that it is loaded; empty if all can.
+        hole: Part that neither variable nor call reaches, and the remedy; empty if none.
         source: Where this is documented.
     """
 
@@ -53,7 +53,7 @@ def inspect() -> tuple[NativePool, ...]:
     """Return the native thread pools that are loaded in this process.
 
     Returns:
-        What threadpoolctl finds, then the table's further runtimes whose module is
+        Pools that threadpoolctl finds, then the table's further runtimes whose module is
         imported, whose library is loaded or whose threads run. A pool that a library takes
         from another, such as scikit-learn's from OpenMP, is listed there. Nothing is
         imported or started to find out.

@@ -117,11 +117,13 @@ def register(
     """
     for row in runtimes():
         if row.name == runtime.name and row.name not in _added:
-            raise ValueError(f"the table has a row {row.name!r} already")
+            raise ValueError(f"the table has a row {row.name!r} already: choose another name")
         if row.name != runtime.name and (taken := _names(row) & _names(runtime)):
-            raise ValueError(f"{min(taken)} is a variable of {row.name!r} already")
+            raise ValueError(
+                f"{min(taken)} is a variable of {row.name!r} already: leave it out of the new row"
+            )
     if write is not None and not runtime.modules:
-        raise ValueError("write= needs the module to be called with: runtime.modules is empty")
+        raise ValueError("write= is called with a module, and runtime.modules is empty: name one")
     call = None if write is None else Call(read=read, write=write, undone=read is not None)
     _added[runtime.name] = (runtime, call)
     _changed()

@@ -55,16 +55,16 @@ class NativeRuntime:
         removed_win: They beat its own variables; otherwise they come between those and
             the ones it falls back to.
         opt_in: Bound it as well, and are set only by the user (the module says why).
-        libraries: How the file names of its shared libraries begin, lower case.
+        libraries: Beginnings of the file names of its shared libraries, lower case.
         modules: The Python modules that bring it, by the full name that is imported.
-        thread_names: How its threads are called, as a regular expression, where they have
+        thread_names: Names of its threads, as a regular expression, where they have
             names of their own.
-        call: What caps it once it is loaded; ``None`` if nothing does.
+        call: Call that caps it once it is loaded; ``None`` if nothing does.
         through: The row whose pool it uses, when it has none of its own.
         counts_workers: Its variables say how many workers a program may have beside each
             other, not how many threads.
-        fixed: What cannot be changed once it is loaded; empty if all can.
-        hole: What neither variable nor call reaches, and what to do; empty if nothing.
+        fixed: Part that cannot be changed once it is loaded; empty if all can.
+        hole: Part that neither variable nor call reaches, and the remedy; empty if none.
         source: Where this is documented.
     """
 

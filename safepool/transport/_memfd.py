@@ -64,7 +64,7 @@ class Stored(Filed):
 
     Args:
         descriptor: The sealed file. Owned by this object from now on.
-        lengths: Of each segment, in bytes.
+        lengths: Lengths of each segment, in bytes.
     """
 
     __slots__ = ("_descriptor",)
@@ -107,7 +107,7 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
     """Copy a payload's buffers into files.
 
     Args:
-        segments: Of a payload.
+        segments: Segments of a payload.
         given_up: Asked now and then: nobody wants it any more.
 
     Returns:
@@ -116,7 +116,7 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
 
     Raises:
         MemoryError: There is no memory for the copy, or less than it takes is left.
-        InterruptedError: It was given up.
+        InterruptedError: The copy was given up.
     """
     stored: list[Segment] = []
     runs = [*_runs(segments)]
@@ -139,7 +139,7 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
                 total = sum(len(buffer) for buffer in run)
                 raise MemoryError(
                     f"no memory for a copy of {total:,} bytes of arrays on their way between "
-                    f"pool and worker: {error.strerror}"
+                    f"pool and worker: {error.strerror}. Send less at once, or run fewer workers"
                 ) from error
             return list(segments)
     return stored
@@ -205,7 +205,9 @@ def _fill(
         done = 0
         while done < len(buffer):
             if given_up():
-                raise InterruptedError("nobody wants these arrays any more")
+                raise InterruptedError(
+                    "the copy of arrays was stopped: its call is no longer wanted"
+                )
             piece = buffer[done : done + _STEP_BYTES]
             room.require(len(piece), done_bytes, whole_bytes)
             done_bytes += len(piece)
@@ -245,7 +247,7 @@ def _prepare(descriptor: int, begin: int, end: int) -> None:
     Args:
         descriptor: The file, as long as it will be.
         begin: A multiple of a large page.
-        end: What does not fill the last large page is left to small ones.
+        end: Offset from which small pages are used, as the rest does not fill a large one.
     """
     global _collapses  # noqa: PLW0603 -- a fact about this system
     import ctypes  # noqa: PLC0415 -- as below
@@ -385,7 +387,7 @@ class Side:
             descriptor for them.
 
         Raises:
-            CorruptFrameError: It was not sent, or holds something else.
+            CorruptFrameError: The file was not sent, or holds something else.
         """
         self._received += 1
         handed = not any(lengths)
@@ -458,9 +460,11 @@ class Side:
 def _explain(error: OSError | MemoryError, lengths: tuple[int, ...]) -> Exception:
     size = sum(lengths)
     if isinstance(error, MemoryError):
-        return MemoryError(f"no memory to map {size:,} bytes of arrays that have arrived")
+        return MemoryError(
+            f"no memory to map {size:,} bytes of arrays. Send less at once, or run fewer workers"
+        )
     what = f"{size:,} bytes of arrays" if size else f"{len(lengths)} descriptors"
-    told = f"{what} have arrived, and cannot be taken: {error.strerror}"
+    told = f"cannot receive {what}: {error.strerror}"
     return OSError(error.errno, told)
 
 

@@ -46,7 +46,7 @@ class Addition(NamedTuple):
         how: ``"attribute"``, ``"item"``, ``"first"`` or ``"last"`` of a list, ``"member"`` of a
             set, ``"registered"``.
         key: The attribute's name, the item's key, the type that a function is registered for.
-        value: What was added.
+        value: The object that was added.
     """
 
     module: str

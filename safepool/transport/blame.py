@@ -30,7 +30,7 @@ def find_unpicklable(value: object, dumps: Callable[[object], object]) -> str:
     """Return the way to what cannot be pickled in ``value``, as words.
 
     Args:
-        value: What could not be pickled.
+        value: The value that could not be pickled.
         dumps: Pickles an object, and raises what it raised for ``value``.
 
     Returns:

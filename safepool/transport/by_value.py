@@ -98,8 +98,9 @@ class ByValuePickler(CloudPickler):
     """cloudpickle's pickler; its ``dispatch_table`` is :func:`reducer_table`.
 
     Attributes:
-        to_worker: It pickles for a worker, in which ``__main__`` is what this pickler says.
-        namespace: What stands for the globals of ``__main__``.
+        to_worker: Whether it pickles for a worker, in which ``__main__`` is what this pickler
+            says.
+        namespace: Namespace that stands for the globals of ``__main__``.
     """
 
     to_worker = False

@@ -87,7 +87,7 @@ class Channel:
 
         Raises:
             MemoryError: There is no memory for that.
-            InterruptedError: It was given up.
+            InterruptedError: The copy was given up.
         """
         if self.takes_file(segments):
             return store(segments, given_up)
@@ -98,7 +98,7 @@ class Channel:
         """Send the files of a payload, just before the frame that tells of them.
 
         Returns:
-            What to make the frame of: the same, with what could not go read into memory.
+            Content of the frame: the same, with what could not go read into memory.
             Descriptors that could not go are empty segments: whoever asks for one is told.
 
         Raises:
@@ -189,7 +189,7 @@ class Channel:
         """Send what is queued, as far as the kernel takes it.
 
         Args:
-            flags: Of send(2), for this time.
+            flags: Flags of send(2), for this time.
 
         Raises:
             ChannelClosedError: The other end is gone.
@@ -248,7 +248,7 @@ class Channel:
 
         Raises:
             ChannelClosedError: The other end is gone and everything it sent was yielded.
-            CorruptFrameError: What it sent is not a frame.
+            CorruptFrameError: The bytes that it sent are not a frame.
         """
         if self._fed:
             yield from self._cut_fed()

@@ -145,11 +145,14 @@ class Descriptor(bytearray):
         """Give it away, as :class:`multiprocessing.resource_sharer.DupFd` does.
 
         Raises:
-            OSError: It was given away before.
+            OSError: The descriptor was given away before.
         """
         number, self._number = self._number, -1
         if number < 0:
-            raise OSError("this descriptor was handed over before: it can be taken once")
+            raise OSError(
+                "this descriptor was taken before, and can be taken once only: keep what the "
+                "first call returned"
+            )
         return number
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -174,14 +177,14 @@ class Outgoing:
         """Return what is pickled for a descriptor, of which a duplicate is kept.
 
         Raises:
-            PicklingError: It cannot be sent.
-            OSError: It is not open, or this process can have no more of them.
+            PicklingError: The descriptor cannot be sent.
+            OSError: The descriptor is not open, or this process can have no more of them.
         """
         if not self.allowed:
             raise pickle.PicklingError(
                 f"descriptor {descriptor} (of a socket, a connection or the like) can be handed "
                 f"over as an argument or a result of a task, and not in an exception, "
-                f"safepool.share() or a copy"
+                f"safepool.share() or a copy. Pass it as an argument"
             )
         # In one step: a signal's handler that raises between two would lose the duplicate.
         self._numbers.extend(map(os.dup, (descriptor,)))
@@ -240,7 +243,7 @@ class Incoming:
         """Return the one at a place.
 
         Raises:
-            OSError: It could not be sent.
+            OSError: The descriptor could not be sent.
         """
         segment = self._segments[place]
         if isinstance(segment, Descriptor):
@@ -270,7 +273,8 @@ def arrive(place: int) -> Descriptor:
     incoming: Incoming | None = getattr(_thread, "incoming", None)
     if incoming is None:
         raise LookupError(
-            f"descriptor {place} is not here: it travels between a pool and a worker"
+            f"descriptor {place} cannot be unpickled here: it travels between a pool and a worker "
+            "only"
         )
     return incoming.take(place)
 

@@ -168,7 +168,7 @@ class Unsent:
     """Stands in an exception's ``args`` for an object that cannot be pickled, in its words.
 
     Attributes:
-        text: What ``repr()`` made of it in the worker.
+        text: The worker's ``repr()`` of the value.
     """
 
     def __init__(self, text: str) -> None:
@@ -189,7 +189,7 @@ class Sendable:
         left: Gets a text about each part that does not travel.
 
     Attributes:
-        error: As given.
+        error: The value that was given.
     """
 
     def __init__(

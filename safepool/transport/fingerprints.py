@@ -86,8 +86,8 @@ class _Sink:
     """A file that keeps nothing but the hash of what is written.
 
     Attributes:
-        hash: Of all of it.
-        size: Of that, in bytes.
+        hash: Hash of all of it.
+        size: Size of that, in bytes.
         may_have_sets: There are bytes in the pickle that may make a set.
     """
 

@@ -106,7 +106,7 @@ class Frame(NamedTuple):
     """One message.
 
     Attributes:
-        kind: What it says.
+        kind: Kind of the message.
         task: Position of the task it is about, counted by worker from 1; 0 where it is
             about none.
         segments: Its payload, each part in memory of its own that may be written to; in the
@@ -122,7 +122,7 @@ class Filed:
     """Segments that lie in one file, one after the other.
 
     Attributes:
-        lengths: Of each, in bytes, above 0.
+        lengths: Lengths of each, in bytes, above 0.
     """
 
     __slots__ = ("lengths",)
@@ -160,7 +160,7 @@ def encode(kind: Kind, task: int, segments: Sequence[Segment] = ()) -> list[byte
     """Return the pieces to send for one frame; the segments are not copied.
 
     Args:
-        kind: What the frame says.
+        kind: Kind of the message.
         task: Position of the task, 0 to 2**64 - 1.
         segments: The payload's parts. The descriptor of one that is a file goes ahead, by
             :meth:`~safepool.transport.files.Side.send`.

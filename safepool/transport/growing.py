@@ -157,7 +157,7 @@ def load(pickled: Buffer, buffers: Iterable[Any] = ()) -> Any:
 
     Raises:
         MemoryLimitError: There is no room for all that it becomes.
-        Exception: What unpickling raised.
+        Exception: The exception of unpickling.
     """
     if len(pickled) < STEP_BYTES:
         return pickle.loads(pickled, buffers=buffers)

@@ -64,7 +64,7 @@ class _Origins:
     """Where a script says that its names come from.
 
     Attributes:
-        sources: How many pieces of source were read; a prompt adds to them.
+        sources: Number of pieces of source that were read; a prompt adds to them.
         names: Modules and attributes, by name. The attribute is empty for a module itself.
         stars: Modules of which everything was imported.
     """
@@ -320,7 +320,7 @@ class Held:
     """Stands in a pickle for an object of a module, and arrives as the receiver's own.
 
     Args:
-        place: As :func:`held_by_module` returns it.
+        place: The same as :func:`held_by_module` returns it.
         value: The object here.
     """
 
@@ -339,14 +339,14 @@ def attribute_of(module: str, attribute: str, kind: str, copy: bytes | None) -> 
 
     Args:
         module: The module's name.
-        attribute: As :func:`held_by_module` returns it.
+        attribute: The same as :func:`held_by_module` returns it.
         kind: The type of the sender's object.
         copy: A pickle of it, for a module that has something else under this name here, because
             the program has set it at run time; ``None`` if there is none.
 
     Raises:
         ImportError: The module cannot be imported here.
-        AttributeError: It has something else, and there is no copy.
+        AttributeError: The module has something else there, and there is no copy.
     """
     found = importlib.import_module(module)
     try:

@@ -39,7 +39,7 @@ def loaded(name: str, attribute: str) -> Any:
     """Return a module; ``None`` if it is not imported, or another thread is about to import it.
 
     Args:
-        name: Of the module.
+        name: Name of the module.
         attribute: The last of those that are asked for: an import makes them one after the other.
 
     Example:

@@ -75,11 +75,11 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
     """Return a message and the descriptors that came with it; ``None`` if there will be none.
 
     Args:
-        sock: As for :func:`send`.
+        sock: The same as for :func:`send`.
 
     Raises:
         OSError: The socket's time limit was exceeded (``TimeoutError``), or it failed.
-        Exception: What unpickling raised. The descriptors are closed, as in any other case.
+        Exception: The exception of unpickling. The descriptors are closed, as in any other case.
     """
     descriptors = array("i")
     # Not by socket.recv_fds(): it drops the flag (Python 3.11 to 3.13).

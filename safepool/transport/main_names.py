@@ -29,7 +29,7 @@ class MainNames:
     A pool whose workers do not run the script is told so by :meth:`learn` with nothing.
 
     Attributes:
-        learned: How often something else was reported.
+        learned: Number of times that something else was reported.
 
     What the program's data globals were at the end of the top level is asked for when it is
     needed: see :meth:`changed`.
@@ -51,7 +51,7 @@ class MainNames:
         """Take the report of the server.
 
         Args:
-            marks: What :func:`marks_of` returned there.
+            marks: The marks that :func:`marks_of` returned there.
             ask: Returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
                 globals that it is given the names of. One that it does not return is not known.
         """

@@ -93,7 +93,7 @@ def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any]
     """Return what is special about a value of which nobody may write to the arrays.
 
     Args:
-        more_than_bytes: It holds for those that are larger. What is shared already, or mapped from
+        more_than_bytes: Size above which it holds. What is shared already, or mapped from
             a file, has a mode of its own.
     """
     numpy = loaded("numpy", "ndarray")
@@ -192,14 +192,14 @@ def reopen(
 
     Args:
         name: The file's.
-        mode: As for ``numpy.memmap``.
+        mode: The same as for ``numpy.memmap``.
         place: Where in the file its bytes begin, how many they are, and how many of them
             are before the first item.
         dtype: Its type.
         shape: Its lengths.
         strides: Its steps, in bytes.
         writeable: Its own flag.
-        as_memmap: It is a ``numpy.memmap`` itself, and not only a view of one.
+        as_memmap: Whether it is a ``numpy.memmap`` itself, and not only a view of one.
     """
     np: Any = sys.modules["numpy"]  # the dtype has brought it
     offset, length, first = place

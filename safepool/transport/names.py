@@ -89,7 +89,7 @@ class Met:
     Attributes:
         refs: Names that the pickle refers to: needed to load it.
         uses: Names that its functions may ask for when they are called.
-        memo: What the last pickler has met, by ``id()``; kept if ``keeps_memo`` is set.
+        memo: Objects that the last pickler has met, by ``id()``; kept if ``keeps_memo`` is set.
     """
 
     __slots__ = (

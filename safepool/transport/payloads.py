@@ -69,7 +69,7 @@ def dumps(
         into_main: Functions of ``__main__`` get the receiver's ``__main__`` as their globals,
             all of them the same, also those that arrive later. Without it, those that
             travel together share globals of their own.
-        by_value: It is known to hold something of ``__main__``: pickle it once, and not by
+        by_value: Whether it is known to hold something of ``__main__``: pickle it once, and not by
             reference first to find that out.
         reducers: Ways to pickle certain types that hold for this value only.
 
@@ -78,7 +78,7 @@ def dumps(
         not change before they are sent.
 
     Raises:
-        Exception: What the pickler raised, usually ``pickle.PicklingError`` or
+        Exception: The exception of the pickler, usually ``pickle.PicklingError`` or
             ``TypeError``; it names the object. So for what has an open descriptor:
             :func:`dumps_to_send` takes it.
 
@@ -105,11 +105,11 @@ def dumps_to_send(
     Args:
         value: Sockets and connections may be in it, and whatever else ``multiprocessing`` has been
             taught to hand over.
-        into_main: As for :func:`dumps`.
-        by_value: As for :func:`dumps`.
+        into_main: The same as for :func:`dumps`.
+        by_value: The same as for :func:`dumps`.
 
     Raises:
-        Exception: As by :func:`dumps`.
+        Exception: The same as by :func:`dumps`.
     """
     segments = None if by_value else _by_reference(value, into_main=into_main)
     if segments is not None:
@@ -183,7 +183,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
     Raises:
         MemoryError: A segment could not be had.
         OSError: The same, for want of a descriptor.
-        Exception: What unpickling raised.
+        Exception: The exception of unpickling.
     """
     buffers = segments[1:]
     if buffers or type(segments[0]) is Missing:
@@ -204,7 +204,7 @@ def segments_of(
     """Return what ``dump`` makes of a value, and the buffers that are no part of that.
 
     Args:
-        value: What is pickled.
+        value: The value to pickle.
         dump: Given a pickler's ``buffer_callback`` as well.
     """
     buffers: list[memoryview] = []
@@ -284,11 +284,11 @@ def dump_by_value(
     """Write the pickle of what a receiver cannot import into a file.
 
     Args:
-        value: As for :func:`dumps`.
+        value: The same as for :func:`dumps`.
         file: Where to.
         in_band: Asked of each buffer; ``None`` keeps all in the pickle.
-        into_main: As for :func:`dumps`.
-        reducers: As for :func:`dumps`.
+        into_main: The same as for :func:`dumps`.
+        reducers: The same as for :func:`dumps`.
     """
     script = met()
     kind = _by_value_pickler(

@@ -160,7 +160,10 @@ def attach(number: int) -> Any:
         return given[number]
     shared = _kept.get(number) or _made.get(number)
     if shared is None:
-        raise LookupError(f"shared object {number} is not here: it travels to workers of a pool")
+        raise LookupError(
+            f"shared object {number} cannot be unpickled here: it travels to workers of a pool "
+            "only"
+        )
     return shared.value
 
 

@@ -149,8 +149,8 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
     """Return if there is room for a copy.
 
     Args:
-        size_bytes: What is copied now.
-        done_bytes: Of a copy that is made in steps, what was copied before.
+        size_bytes: Size of the copy that is made now.
+        done_bytes: Size of what was copied before, of a copy that is made in steps.
         whole_bytes: And what it will be at its end.
 
     Raises:
@@ -180,7 +180,7 @@ def require_to_pickle(values: Iterable[Any]) -> None:
     They may be in a small container.
 
     Raises:
-        MemoryLimitError: As :func:`require`.
+        MemoryLimitError: The same as :func:`require`.
     """
     for value in values:
         kind = type(value)

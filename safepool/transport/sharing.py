@@ -55,7 +55,7 @@ def share(obj: _T, *, writable: bool = False) -> _T:
 
     Raises:
         MemoryError: There is no memory for the copy.
-        Exception: What the pickler raised.
+        Exception: The exception of the pickler.
 
     A handle that meets another pickler than a pool's (the standard pool's, a file) is pickled as a
     copy of the object. Each costs this process and each worker that maps it a descriptor,
@@ -99,8 +99,8 @@ class Shared(Generic[_T]):
         writable: See :func:`share`.
 
     Attributes:
-        number: Of this process's.
-        writable: As given.
+        number: Number of the object in its process.
+        writable: The value that was given.
     """
 
     def __init__(self, segments: Sequence[Buffer | Filed], *, writable: bool) -> None:
@@ -116,7 +116,7 @@ class Shared(Generic[_T]):
 
         Raises:
             MemoryError: There is no memory to map or to unpickle it.
-            Exception: What unpickling raised.
+            Exception: The exception of unpickling.
         """
         if self.writable:
             value: _T = loads(self._parts())

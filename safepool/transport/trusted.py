@@ -117,7 +117,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
 
     Raises:
         UntrustedError: That may run code of the program.
-        Exception: What unpickling raised.
+        Exception: The exception of unpickling.
     """
     head, *buffers = segments
     for segment in segments:

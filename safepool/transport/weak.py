@@ -53,7 +53,8 @@ def reduce_container(weak: Any) -> tuple[Any, ...]:
     """Return how to make a container again.
 
     Args:
-        weak: Of one of :data:`KINDS`, or of a class that adds methods or attributes to it.
+        weak: Container of one of :data:`KINDS`, or of a class that adds methods or attributes to
+            it.
     """
     base = next(kind for kind in KINDS if isinstance(weak, kind))
     if base is weakref.WeakSet:

@@ -106,7 +106,7 @@ class Answers:
         Args:
             position: Which.
             begun_ns: When it began, by the monotonic clock.
-            pickled: What it has returned.
+            pickled: Pickle of the value that it has returned.
         """
         microseconds = min((time.monotonic_ns() - begun_ns) // 1000, 0xFFFF_FFFF)
         outbox = self._outbox
@@ -119,7 +119,7 @@ class Answers:
         Args:
             position: Which.
             begun_ns: When it began, by the monotonic clock.
-            kind: Of the answer.
+            kind: Kind of the answer.
             segments: Its payload.
         """
         self._mark_ns = begun_ns
@@ -155,8 +155,8 @@ class Answers:
 
         Args:
             position: The first one's.
-            kind: Of the results.
-            calls: How many, if there is room.
+            kind: Kind of the results.
+            calls: Number of calls, if there is room.
 
         Returns:
             The slots, the position of the first of them, and how many calls there is room for.

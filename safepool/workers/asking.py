@@ -56,7 +56,7 @@ _ENDING_S = 1.0
 LOOK_S = 0.1
 """Between two looks whether an import is still waited for: Ctrl-C must not have to."""
 
-_HAD_THREADS = "it had threads from its start, as an agent or a debugger brings them: {}"
+_HAD_THREADS = "it had threads from its start, which an agent or a debugger brings: {}"
 
 # What cannot be preloaded in this program: the first part of its name, and whether it was asked
 # for by name, which overrules what else than threads an import leaves.
@@ -107,11 +107,11 @@ class RunningServer:
         changes: To its environment.
         plan: The script that it is to run.
         forks: Or each worker is an interpreter of its own, and it is there to be asked.
-        is_kept: It is below a keeper.
+        is_kept: Whether it is below a keeper.
 
     Attributes:
-        marks: What the script has made; ``None`` before it was run.
-        answers: It has said a word; until then it may still be starting.
+        marks: Names that the script has made; ``None`` before it was run.
+        answers: Whether it has said a word; until then it may still be starting.
 
     Raises:
         OSError: The system has no room for it.
@@ -198,8 +198,8 @@ class RunningServer:
         """Let it import what is new.
 
         Raises:
-            StartedThreadsError: It is useless now. What has made it so is left out from now on.
-            CannotForkError: It has been useless from its start.
+            StartedThreadsError: The server is useless now. The cause is left out from now on.
+            CannotForkError: The server has been useless from its start.
         """
         self._hear_of_what_was_asked_ahead(wish.given_up)
         before = bool(self._asked)
@@ -267,7 +267,7 @@ class RunningServer:
             again: A server that is killed from outside may be started again.
 
         Raises:
-            CannotRunError: It cannot be run.
+            CannotRunError: The script cannot be run.
         """
         plan = self._plan
         assert plan is not None
@@ -338,7 +338,7 @@ class RunningServer:
 
         Raises:
             OSError: The system has no room for it.
-            CannotForkError: It never will.
+            CannotForkError: The server never will.
             CannotRunError: The script has left threads.
             StartedThreadsError: Something else has.
             HasReadError: This worker needs a server of its own variables.
@@ -369,7 +369,9 @@ class RunningServer:
         told = ", ".join(dict.fromkeys(threads))
         if not imported:
             return CannotForkError(_HAD_THREADS.format(told))
-        _log.warning("nothing is preloaded: the fork server has threads: %s", told)
+        _log.warning(
+            "nothing is preloaded: an import started threads in the fork server: %s", told
+        )
         _leave_out(self._asked)
         return StartedThreadsError(told)
 

@@ -46,9 +46,9 @@ def facts_for(
     """Return what the first statements of a worker use, all of it with a literal's text.
 
     Args:
-        environment: Of the worker, ``None`` for a variable that it is born without.
+        environment: Environment of the worker, ``None`` for a variable that it is born without.
         threads: For each of its native pools.
-        cpus: What it is bound to; empty if to nothing.
+        cpus: CPUs that it is bound to; empty if to none.
     """
     path = spawn.get_preparation_data("")["sys_path"]
     return {"environment": dict(environment), "threads": threads, "cpus": cpus, "path": path}

@@ -127,13 +127,13 @@ def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) ->
     """Run the program's script in this process, which is what it finds in a child.
 
     Args:
-        details: As for :func:`be_born`, and what is run.
+        details: The same as for :func:`be_born`, and what is run.
         line: The reading end of the life-line.
         folder: The program's working directory.
         tracker: The pipe to multiprocessing's resource tracker.
 
     Returns:
-        As :func:`~safepool.workers.script.run_script`.
+        The same as :func:`~safepool.workers.script.run_script`.
     """
     from multiprocessing import process  # noqa: PLC0415
 

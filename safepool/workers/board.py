@@ -112,9 +112,9 @@ class Left:
     """Results that a worker has left on its board.
 
     Attributes:
-        records: As :func:`records_of` reads them.
+        records: The same as :func:`records_of` reads them.
         first: The position of the first number.
-        numbers: What calls that follow each other returned.
+        numbers: Numbers that calls that follow each other returned.
     """
 
     records: bytes = b""

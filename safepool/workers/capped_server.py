@@ -58,11 +58,11 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
     """A process of ``multiprocessing`` that the server of its environment forks.
 
     Args:
-        environment: Of the worker, ``None`` for a variable that it is born without.
+        environment: Environment of the worker, ``None`` for a variable that it is born without.
         threads: For each of its native pools.
-        cpus: What it is bound to; empty if to nothing. Its server is bound to those of the first,
-            so that a library starts as many threads as there are CPUs for one worker.
-        more: As for ``multiprocessing.Process``.
+        cpus: CPUs that it is bound to; empty if to none. Its server is bound to those of the
+            first, so that a library starts as many threads as there are CPUs for one worker.
+        more: The same as for ``multiprocessing.Process``.
     """
 
     def __init__(

@@ -42,9 +42,9 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
 
     Args:
-        preload: What the server imports ahead: ``"auto"``, or names of modules.
-        plan: How ``__main__`` gets into the workers; ``None`` is by value.
-        kept: What tasks have started does not outlive the program.
+        preload: Modules that the server imports ahead: ``"auto"``, or names of modules.
+        plan: Way of ``__main__`` into the workers; ``None`` is by value.
+        kept: Whether the programs that tasks have started end with the program.
         asked_only: Nothing is forked. It tells what workers have that run the script themselves.
 
     Attributes:

@@ -22,7 +22,7 @@ def run_to_its_end(awaitable: Any) -> Any:
         awaitable: The coroutine, or whatever else can be awaited.
 
     Raises:
-        BaseException: What it raises, without the frames of the event loop.
+        BaseException: The exception of the coroutine, without the frames of the event loop.
 
     Example:
         >>> async def two() -> int:

@@ -55,8 +55,8 @@ def say_what(error: Exception, result: object, *, look: bool) -> None:
     """Add to a pickling error that it was a result, and what in it.
 
     Args:
-        error: What the pickler raised.
-        result: What it was given.
+        error: The exception of the pickler.
+        result: The value that it was given.
         look: Whether to look for what could not be pickled, which pickles parts of it again.
     """
     culprit = find_unpicklable(result, dumps_to_send) if look else ""

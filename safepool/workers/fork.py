@@ -17,7 +17,7 @@ class Fork:
     """Knows whether this process is a fork of the worker.
 
     Attributes:
-        here: It is one.
+        here: Whether this process is a fork.
 
     Args:
         forked: Called in one, at once.
@@ -39,7 +39,7 @@ class Fork:
         The answer is the worker's to give, and so is the next task to take.
 
         Args:
-            error: What the task raised here.
+            error: The exception that the task raised here.
         """
         if self.here:
             leave_fork(error)
@@ -49,7 +49,7 @@ def leave_fork(error: BaseException | None = None) -> NoReturn:
     """End this process, as a fork of any program ends.
 
     Args:
-        error: What was raised in it.
+        error: The exception that was raised in it.
     """
     code = 0
     if isinstance(error, SystemExit):

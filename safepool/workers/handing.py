@@ -25,7 +25,7 @@ def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, 
 
     Args:
         changes: To the environment.
-        script: It has run the script.
+        script: Whether it has run the script.
     """
     me = multiprocessing.current_process()
     return {
@@ -47,10 +47,10 @@ def handing(
 
     Args:
         details: From :func:`details_of`, and more.
-        files: What it is given besides.
+        files: Descriptors that it is given besides.
 
     Yields:
-        What it is told, what it is given, and this side of it: for :func:`let_in`.
+        Its details, its descriptors, and this side of it: for :func:`let_in`.
     """
     me: Any = multiprocessing.current_process()
     # As multiprocessing numbers the children of a process, all its pools together: nobody

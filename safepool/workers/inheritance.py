@@ -41,9 +41,9 @@ class Inheritance:
 
     Attributes:
         segments: The pickle; none for a worker that is forked from this process.
-        descriptors: What the pickle refers to. They belong to the arguments.
-        itself: What a forked worker finds in its memory.
-        shared: What the pickle refers to, by :func:`safepool.share`.
+        descriptors: Descriptors that the pickle refers to. They belong to the arguments.
+        itself: Object that a forked worker finds in its memory.
+        shared: Shared objects that the pickle refers to, by :func:`safepool.share`.
         names: Names of the script that the pickle refers to, or that its functions use.
     """
 
@@ -58,11 +58,11 @@ def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
     """Make the initializer and its arguments ready for a worker that is about to start.
 
     Args:
-        initializer: What is called, and the arguments.
+        initializer: The initializer, and its arguments.
         forked: The worker is a fork of this process.
 
     Raises:
-        Exception: What the pickler raised.
+        Exception: The exception of the pickler.
     """
     if forked:
         function, arguments = initializer

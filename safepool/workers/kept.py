@@ -37,7 +37,7 @@ class KeptServer:
     Attributes:
         pid: The process id of the server; 0 until it has said it.
         keeper: That of the keeper.
-        returncode: How the server ended; ``None`` while it is not known.
+        returncode: Exit code of the server; ``None`` while it is not known.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
@@ -64,7 +64,7 @@ class KeptServer:
         """Wait for the end of the server, and return how it ended.
 
         Raises:
-            subprocess.TimeoutExpired: It runs on.
+            subprocess.TimeoutExpired: The server runs on.
         """
         found = self._ask(timeout)
         if found is None:

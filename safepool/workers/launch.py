@@ -124,8 +124,8 @@ def launch(
 
     Args:
         changes: To the environment.
-        becomes: It is to become a worker.
-        is_kept: It is to be below a keeper.
+        becomes: Whether it is to become a worker.
+        is_kept: Whether it is to be below a keeper.
 
     Returns:
         The process, and this end of its socket.

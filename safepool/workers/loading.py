@@ -38,7 +38,7 @@ def refuse(what: str) -> NoReturn:
     """End the run of the script.
 
     Args:
-        what: It asks for, in words.
+        what: Name of what it asks for, in words.
 
     Raises:
         AskedForPoolError: Always.

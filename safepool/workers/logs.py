@@ -119,7 +119,7 @@ class Outbox:
         """Send a record soon, or drop and count it. Never waits.
 
         Raises:
-            Exception: What user code raised that makes text of its arguments.
+            Exception: The exception of user code that makes text of its arguments.
         """
         frame = b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
         self.logged = True
@@ -246,14 +246,14 @@ def pack_record(record: logging.LogRecord) -> bytes:
     """Pickle a record in words: its arguments and exception as text, as they are now.
 
     Args:
-        record: It is not changed.
+        record: The record, which is not changed.
 
     Returns:
-        What :func:`unpack_record` reads. What ``extra=`` added travels as itself; where it
+        Bytes that :func:`unpack_record` reads. What ``extra=`` added travels as itself; where it
         cannot be pickled, as its ``repr()``.
 
     Raises:
-        Exception: What user code raised that makes text of the arguments.
+        Exception: The exception of user code that makes text of the arguments.
     """
     told = dict(record.__dict__)
     told["msg"], told["args"] = str.__str__(record.getMessage()), None

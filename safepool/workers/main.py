@@ -52,8 +52,8 @@ def worker_main(
     Args:
         end: This worker's end of the channel.
         board: The board's descriptor; ``None`` if there is none.
-        told: What the pool has to tell it.
-        inherited: What its initializer finds beside the pickle.
+        told: Facts that the pool tells it.
+        inherited: Objects that its initializer finds beside the pickle.
     """
     for descriptor in told.foreign:
         _close(descriptor)
@@ -81,7 +81,7 @@ def be_worker(
     Args:
         sock: This worker's end of the channel.
         board: The board's descriptor; ``None`` if there is none.
-        told: What the pool has to tell it.
+        told: Facts that the pool tells it.
         inherited: Descriptors that the initializer's arguments refer to.
     """
     be_taken_before_the_program()

@@ -115,7 +115,7 @@ def read_answer(data: bytes, position: int) -> tuple[int, memoryview] | None:
 
     Args:
         data: All that has arrived.
-        position: Of the call.
+        position: Position of the call.
 
     Example:
         >>> microseconds, pickled = read_answer(answer_frame(7, 5, Kind.RESULT, b"abc"), 7)
@@ -172,8 +172,8 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
 
     Args:
         position: The first one's.
-        microseconds: What they took together.
-        values: Of types that are immutable and hold nothing: pickled as one list, they
+        microseconds: Time that they took together.
+        values: Values of types that are immutable and hold nothing: pickled as one list, they
             arrive as they would one by one.
     """
     head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), 0)
@@ -185,9 +185,9 @@ def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -
 
     Args:
         position: The first one's.
-        microseconds: What they took together.
-        kind: Of the lane.
-        numbers: What :func:`~safepool.workers.board.numbers_of` reads.
+        microseconds: Time that they took together.
+        kind: Kind of the lane.
+        numbers: Bytes that :func:`~safepool.workers.board.numbers_of` reads.
     """
     head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), kind)
     return encode(Kind.VALUES, position, [head, numbers])
@@ -197,7 +197,7 @@ def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int
     """Return microseconds and values of a frame of :func:`values_frame` or :func:`numbers_frame`.
 
     Raises:
-        CorruptFrameError: It is none.
+        CorruptFrameError: The frame is none of values.
     """
     try:
         head, data = segments

@@ -37,9 +37,9 @@ def find_context(
         wanted: A context, or the name of one: ``"safepool"`` (forked from a server, Linux only),
             ``"loky"`` (each worker a fresh interpreter, started by exec), or one of
             ``multiprocessing``'s. ``None`` is the first of these that works here.
-        preload: What the server imports ahead.
-        main: How the program's ``__main__`` gets into workers, as :func:`plan_main`.
-        end_subprocesses: What tasks have started does not outlive the program.
+        preload: Modules that the server imports ahead.
+        main: Way of the program's ``__main__`` into workers, as in :func:`plan_main`.
+        end_subprocesses: Whether the programs that tasks have started end with the program.
 
     Raises:
         ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
@@ -52,12 +52,12 @@ def find_context(
         if wanted is not None:
             raise ValueError(
                 'mp_context="safepool" forks workers from a server of its own, which needs Linux '
-                "with /proc, and a program that is not frozen into one file"
+                "with /proc, and a program that is not frozen into one file. Leave it out"
             )
     if end_subprocesses:
         raise ValueError(
             "end_subprocesses=True needs workers that safepool forks from a server of its own: on "
-            'Linux with /proc, and with mp_context=None or "safepool"'
+            'Linux with /proc, and with mp_context=None or "safepool". Leave it out'
         )
     if wanted is None or wanted == "loky":
         # Its reducers are registered by imports, which -X lazy_imports=all would put off.
@@ -96,9 +96,9 @@ if sys.platform == "linux":
         """Return what tells which names of the script workers have.
 
         Args:
-            method: How they are started: itself, but where each worker runs the script and says
-                nothing of it.
-            main: As for :func:`find_context`.
+            method: The method that starts them: itself, but where each worker runs the script and
+                says nothing of it.
+            main: The same as for :func:`find_context`.
         """
         if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):
             return method

@@ -100,7 +100,7 @@ class MainNamespace:
         reason = self._missing.get(name) if isinstance(name, str) else None
         if reason is not None:
             try:
-                error.add_note(f"{name!r} of __main__ could not be had in this worker: {reason}")
+                error.add_note(f"{name!r} of __main__ is not in this worker: {reason}")
             except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
                 pass
 

@@ -88,7 +88,8 @@ class MainPlan:
         """Return the line of the script's top level, outside of a guard, that is being run.
 
         Args:
-            frame: Of whoever asks for a pool. Run in the server, that line would ask again.
+            frame: Frame of the caller that asks for a pool. Run in the server, that line would ask
+                again.
 
         Returns:
             The line; 0 if the caller is below a guard, or was not called by the top level.

@@ -24,7 +24,7 @@ class WorkerProcess:
     """One running worker.
 
     Args:
-        method: How to start it.
+        method: The way to start it.
         told: All that it is told.
         board: To be shared with it; closed with this object, also if it cannot start.
         given_up: Asked while the start takes its time: nobody wants it any more.
@@ -35,8 +35,8 @@ class WorkerProcess:
     Attributes:
         process: In the words of ``multiprocessing.Process``; ``None`` when this was closed.
         pid: Its process id.
-        cpus: What it is bound to; empty if to nothing.
-        board: What it and the pool both read and write; ``None`` if there is none.
+        cpus: CPUs that it is bound to; empty if to none.
+        board: Memory that it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.
         sentinel: A descriptor that turns readable when the process ends; ``None`` where only
             the channel tells.

@@ -71,8 +71,8 @@ class Runner:
         channel: To the pool. Blocking.
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
         cap: Checked again before each call.
-        initializer: What a forked worker has inherited, instead of a pickle of it.
-        imports: What tasks import is told to the pool; ``None`` is not.
+        initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
+        imports: Listener to the imports of tasks, which are told to the pool; ``None`` tells none.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Runner:
 
         Raises:
             ChannelClosedError: The pool is gone.
-            CorruptFrameError: It sent what is no message.
+            CorruptFrameError: The pool sent a frame that is no message.
         """
         while True:
             self._run_alone()
@@ -360,10 +360,10 @@ class Runner:
 
         Args:
             position: The first one's, which is claimed.
-            function: As for :meth:`_run_items`.
-            items: As there.
-            most: How many, at most.
-            starred: As there.
+            function: The same as for :meth:`_run_items`.
+            items: The same as there.
+            most: Number of calls, at most.
+            starred: The same as there.
 
         Returns:
             The last position that has begun, and whether its result went there.

@@ -85,7 +85,7 @@ def run_script(
         name: The module, as for ``python -m``; ``""`` if it is a file.
         path: The file.
         held: Variables that the script cannot change: the caps on native threads.
-        code: What was ``code`` when it was run first; the file may have been changed since.
+        code: Code that was run first; the file may have been changed since.
 
     Returns:
         ``problem``, in words, empty if there is none; ``seconds`` of its run; ``exits``, whether
@@ -149,8 +149,8 @@ def tell_prints(names: list[str], pipe: int) -> None:
     """Write what globals of the script are like, in a process that is there for such alone.
 
     Args:
-        names: Of the globals, and paths to attributes of its functions and classes.
-        pipe: What is written into it, :func:`read_prints` reads. As much as there is when
+        names: Names of the globals, and paths to attributes of its functions and classes.
+        pipe: Pipe that :func:`read_prints` reads. The content is as much as there is when
             this process is ended: by its own code, or after half a minute.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -73,7 +73,7 @@ def register_setting(
     their worker.
 
     Args:
-        name: Of the setting. One of the same name that was registered before is replaced.
+        name: Name of the setting. One of the same name that was registered before is replaced.
         module: The module that holds it, by its full name. It is never imported: a worker
             sets it when something has imported that.
         read: Given the module, returns a copy of the setting as it is now, which can be compared
@@ -95,7 +95,7 @@ def register_setting(
         >>> unregister_setting("mylib.digits")
     """
     if any(row.name == name for row in SETTINGS):
-        raise ValueError(f"the table has a row {name!r} already")
+        raise ValueError(f"the table has a row {name!r} already: choose another name")
     _added[name] = Setting(
         name=name, module=module, read=read, write=write, of_thread=of_thread, source=""
     )
@@ -123,7 +123,7 @@ class Packed:
     """A setting on its way to a worker.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         module: Its module.
         values: A payload for each part of the value. Only warning filters have several: each
             may wait for another module.
@@ -143,10 +143,10 @@ def pack_setting(row: Setting, value: Any) -> Packed:
 
     Args:
         row: The setting.
-        value: What ``read`` has returned.
+        value: The value that ``read`` has returned.
 
     Raises:
-        Exception: What the pickler raised.
+        Exception: The exception of the pickler.
     """
     with Met() as met:
         write = None if row.name not in _added else _dumps(row.write)
@@ -194,7 +194,7 @@ class _Reader(pickle.Unpickler):
     """Reads a value without importing anything of the user's.
 
     Args:
-        segments: What :func:`_dumps` made.
+        segments: Segments that :func:`_dumps` made.
         there: Returns a module that has been imported.
     """
 

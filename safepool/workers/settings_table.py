@@ -51,8 +51,8 @@ class Setting:
         of_thread: Each thread has its own: that of the thread which made the pool counts.
         glance: Given the module, returns an object that is another one as soon as the setting has
             changed, or ``None`` if that cannot be told; where ``read`` takes longer.
-        seldom: It seldom changes while a program runs, or takes long to read: it is read less
-            often.
+        seldom: Whether it seldom changes while a program runs, or takes long to read: it is read
+            less often.
         source: Where this is documented.
     """
 

@@ -49,7 +49,7 @@ class StandardProcess:
     """A process of ``multiprocessing``, in the words of :class:`~safepool.workers.start.Started`.
 
     Args:
-        process: It runs.
+        process: A process that runs.
 
     Attributes:
         pid: Its process id.

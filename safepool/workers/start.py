@@ -31,9 +31,9 @@ class WorkerStart:
         index: Its place in the pool, from 0 up.
         cpus: Bound to these, before it imports anything of the caller's; to none if empty.
         by_name: Functions of the script are sent as names; the worker has run the script.
-        learns: It tells the pool which libraries tasks import.
+        learns: Whether it tells the pool which libraries tasks import.
         descriptors: The program's, to which the initializer's arguments refer.
-        forked: It is a fork of the program, and has all that this had when it was started.
+        forked: Whether it is a fork of the program, and has all that this had when it was started.
         initializer: For a fork of the program, instead of a pickle of it.
         foreign: The program's, which a fork of it must close: another worker's channel would
             never be seen closed.
@@ -120,7 +120,7 @@ class StartMethod:
 
         Raises:
             OSError: The system gave no process or no descriptor.
-            InterruptedError: It was given up.
+            InterruptedError: The start was given up.
         """
         raise NotImplementedError
 
@@ -143,11 +143,11 @@ class StartMethod:
         """Run the program's script where workers come from, if that is the plan.
 
         Returns:
-            What workers have of it, as :func:`~safepool.transport.marks.marks_of` says.
+            Names that workers have of it, as :func:`~safepool.transport.marks.marks_of` says.
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
-            InterruptedError: It was given up.
+            InterruptedError: The start was given up.
         """
         del environment, threads, given_up
         return {}

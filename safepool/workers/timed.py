@@ -45,11 +45,11 @@ class Timed(NamedTuple):
 
     Attributes:
         first: The position of the first.
-        calls: How many.
+        calls: Number of calls.
         begin_ns: When the first began, its arguments still to be read.
         end_ns: When the last had ended, its result pickled.
-        loaded_ns: What of it was spent on reading functions and arguments.
-        packed_ns: What of it was spent on pickling results.
+        loaded_ns: Part of that time in which functions and arguments were read.
+        packed_ns: Part of that time in which results were pickled.
     """
 
     first: int
@@ -64,7 +64,7 @@ def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed
     """Return what a frame of times says.
 
     Raises:
-        CorruptFrameError: It is none.
+        CorruptFrameError: The frame is none of times.
     """
     if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
         raise CorruptFrameError("a frame of times of another size")

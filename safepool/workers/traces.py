@@ -41,10 +41,10 @@ class Traces:
     """What is there at one moment.
 
     Attributes:
-        files: What each open descriptor refers to.
+        files: Target of each open descriptor.
         children: The numbers of this process's children.
         signals: The masks of signals that are blocked, ignored and handled.
-        states: What each worker is given anew.
+        states: States that each worker is given anew.
     """
 
     files: dict[str, str]

@@ -62,7 +62,7 @@ class TreeEnd:
         worker: Which.
 
     Attributes:
-        found: What descends from it, as far as it was seen.
+        found: Processes that descend from it, as far as they were seen.
     """
 
     def __init__(self, worker: Root) -> None:

@@ -59,7 +59,7 @@ def unlike(told: Mapping[str, Mapping[str, bytes]]) -> list[str]:
         told: By module and name, what :func:`summary` says of the program's.
 
     Returns:
-        As in ``"LEVEL of config"``.
+        Name of the first such global, as in ``"LEVEL of config"``.
     """
     found = []
     for name, values in told.items():

@@ -39,12 +39,13 @@ class Server:
     Args:
         changes: To its environment.
         plan: The script that it runs.
-        is_kept: It is below a keeper.
-        asked_only: It forks nothing.
+        is_kept: Whether it is below a keeper.
+        asked_only: Whether it forks nothing.
 
     Attributes:
         running: The one that runs, as far as is known.
-        takes_rights: It has the rights that the program had before, and is to take those of now.
+        takes_rights: Whether it has the rights that the program had before, and is to take those
+            of now.
         users: Pools that use it at the moment; under the lock of the servers' table.
     """
 
@@ -89,9 +90,9 @@ class Server:
         """Preload what is new and fork a worker; start the server first, or again.
 
         Args:
-            more: What it is told besides what each child of the program is.
-            files: What it is given besides.
-            wish: What is preloaded.
+            more: Details for it besides those of each child of the program.
+            files: Descriptors for it besides.
+            wish: Modules to preload.
 
         Raises:
             CannotRunError: The script cannot be run.
@@ -117,7 +118,7 @@ class Server:
         """Run the script of the plan, unless this server has run it, and return what it has made.
 
         Raises:
-            CannotRunError: It cannot be run here. The server has ended.
+            CannotRunError: The script cannot be run here. The server has ended.
         """
 
         def run() -> Mapping[str, bytes]:
@@ -227,14 +228,14 @@ class Server:
         if self._kept:
             _log_once(
                 "end_subprocesses=True does not hold for workers that are started "
-                "afresh: what their tasks start may outlive this program"
+                "afresh: what their tasks start may outlive this program. End it in the task"
             )
 
     def _run_script_for_all(self, wish: asking.Wish) -> None:
         """Run the script in a server that forks no worker: it tells what each of them has.
 
         Raises:
-            CannotRunError: It cannot be run.
+            CannotRunError: The script cannot be run.
         """
         if self._plan is None:
             return
@@ -274,7 +275,7 @@ class Server:
             except (asking.CannotForkError, asking.CannotRunError, InterruptedError):
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
-        raise asking.CannotForkError(f"{_MOST_STARTS} in a row were of no use; the last {why}")
+        raise asking.CannotForkError(f"{_MOST_STARTS} in a row failed; the last {why}")
 
     def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
         """End a server that was lost, and say how it ended.

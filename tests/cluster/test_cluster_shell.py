@@ -150,7 +150,7 @@ def test_a_node_that_does_not_answer_a_question_is_told(
     assert pool.dump_tracebacks(0) == {("p (host)", 0): "(it has not answered for 0 s)"}
     assert pool.workers() == ()
     assert caplog.messages == [
-        "node p (host) does not tell its workers: it has not answered for 0 s"
+        "cannot read the workers of node p (host): it has not answered for 0 s"
     ]
 
 

@@ -167,12 +167,12 @@ def test_a_task_that_closes_its_workers_channel_is_lost_alone() -> None:
 
 # One row per way in which an initializer can end its worker, and what the pool's error says.
 INITIALIZERS = {
-    "os._exit": "3 workers in a row were of no use; the last, ",
-    "slowly": "3 workers in a row were of no use; the last, ",
+    "os._exit": "3 workers in a row died before they ran a task; the last: worker ",
+    "slowly": "3 workers in a row died before they ran a task; the last: worker ",
     "SIGKILL": "was killed by SIGKILL",
     "SIGSEGV": "was killed by SIGSEGV",
-    "sys.exit": "a worker's initializer failed: SystemExit: 3",
-    "raise": "a worker's initializer failed: RuntimeError: ",
+    "sys.exit": "the initializer raised an exception in a worker: SystemExit: 3",
+    "raise": "the initializer raised an exception in a worker: RuntimeError: ",
 }
 
 
@@ -645,7 +645,7 @@ def test_whatever_number_of_descriptors_is_left(tmp_path: Path) -> None:
     )
     assert {*re.sub(r", (\d+|all) are open", "", told).splitlines()} == {
         f"OSError: {met}",
-        f"PoolBrokenError: no worker could be started: {met}",
+        f"PoolBrokenError: cannot start a worker: {met}",
         "[0, 1, 2]",
     }
 
@@ -654,7 +654,7 @@ def test_whatever_number_of_descriptors_is_left(tmp_path: Path) -> None:
 # long that lasts, by the module's own figure for giving up, and what the next task ends with.
 USED_UP = {
     "for a while": (30, "1"),
-    "for good": (0, "PoolBrokenError: no worker could be started: [Errno 24] Too many open files"),
+    "for good": (0, "PoolBrokenError: cannot start a worker: [Errno 24] Too many open files"),
 }
 
 
@@ -727,7 +727,7 @@ def test_descriptors_used_up_in_the_program_and_in_a_worker(tmp_path: Path) -> N
 # wants 3 workers: its thread takes the first, and each worker one more.
 ROOM: dict[int, str] = {
     0: "RuntimeError: can't start new thread",
-    1: "PoolBrokenError: no worker could be started: [Errno 11] Resource temporarily unavailable",
+    1: "PoolBrokenError: cannot start a worker: [Errno 11] Resource temporarily unavailable",
     2: "1 worker",
     3: "2 workers",
     4: "3 workers",

@@ -188,7 +188,7 @@ def test_a_worker_whose_file_is_hidden_has_no_limit_and_works(
         monkeypatch.setattr(memory, "MemoryFile", NoFile)
         with caplog.at_level(logging.WARNING, "safepool"):
             assert pool.submit(tasks.square, 3).result(timeout=60) == 9
-    assert "memory_limit= does not hold for worker " in caplog.text
+    assert "memory_limit= is not enforced for worker " in caplog.text
 
 
 def test_an_ended_process_holds_nothing() -> None:

@@ -670,7 +670,7 @@ def test_what_cannot_be_pickled_fails_the_calls_that_need_it(tmp_path: Path) -> 
     assert needed.startswith("TypeError")
     assert "global 'lock' of __main__.locked" in needed
     for told in (asked, named):
-        assert "'Holder' of __main__ could not be had in this worker: TypeError" in told
+        assert "'Holder' of __main__ is not in this worker: TypeError" in told
 
 
 def test_new_workers_get_the_present_values(tmp_path: Path) -> None:

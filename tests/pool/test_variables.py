@@ -150,7 +150,7 @@ def test_an_error_names_the_argument_and_the_worker(case: str) -> None:
         ProcessPool(2, env=env)
     if not str(caught.value).startswith("env("):
         assert caught.value.__notes__ == [
-            "raised by env(0), which is to return a worker's variables"
+            "raised by env(0), the function that returns a worker's variables"
         ]
 
 

@@ -310,9 +310,7 @@ def test_the_interpreter_is_that_of_multiprocessing(executable: str, tmp_path: P
     if not said:
         assert done.stdout == "3 2 1\n"
     else:
-        assert done.stdout.startswith(
-            "PoolBrokenError no worker could be started: the interpreter"
-        )
+        assert done.stdout.startswith("PoolBrokenError cannot start a worker: the interpreter")
         assert said in done.stdout
         assert "multiprocessing.set_executable() the path of a Python interpreter" in done.stdout
 

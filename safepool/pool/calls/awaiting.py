@@ -127,17 +127,18 @@ class AwaitedCalls:
         ``CancelledError`` goes on, and not waited for.
 
         Args:
-            fn: As for :meth:`submit`. A coroutine function is run by ``asyncio.run()``, in the
-                worker.
+            fn: The same as for :meth:`submit`. A coroutine function is run by ``asyncio.run()``,
+                in the worker.
             *args: Its positional arguments.
             **kwargs: Its keyword arguments.
 
         Returns:
-            What ``fn`` returned.
+            The value that ``fn`` returned.
 
         Raises:
-            BaseException: As the future of :meth:`submit`; ``concurrent.futures.CancelledError``,
-                which is none of asyncio's, if the pool dropped the task.
+            BaseException: The exception of the future of :meth:`submit`;
+                ``concurrent.futures.CancelledError``, which is none of asyncio's, if the pool
+                dropped the task.
 
         Example:
             >>> import asyncio, time
@@ -264,18 +265,18 @@ class AwaitedCalls:
         """Return an asynchronous iterator over ``fn`` applied to the items, as :meth:`map`.
 
         Args:
-            fn: As for :meth:`run`.
+            fn: The same as for :meth:`run`.
             *iterables: Asynchronous ones as well. They end with the shortest.
-            timeout: As for :meth:`map`.
-            chunksize: As for :meth:`map`.
+            timeout: The same as for :meth:`map`.
+            chunksize: The same as for :meth:`map`.
             buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
                 takes all of them at once from what says its length, and otherwise as many tasks
                 as hold 1,024 items: the code of an iterator runs in the loop's thread. Of an
                 asynchronous iterable as many again may be taken while results that have arrived
                 together are handed over.
-            progress: As for :meth:`map`.
-            ordered: As for :meth:`map`.
-            return_exceptions: As for :meth:`map`.
+            progress: The same as for :meth:`map`.
+            ordered: The same as for :meth:`map`.
+            return_exceptions: The same as for :meth:`map`.
 
         Returns:
             The results, for ``async for``. Left early it cancels what has not begun, as

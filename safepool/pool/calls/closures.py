@@ -37,7 +37,7 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
         roots: The names.
 
     Raises:
-        Exception: What the pickler raised for one of them.
+        Exception: The exception of the pickler for one of them.
     """
     if table.imports is None or len(main_space()) != table.look_at:
         _look_beside(table)

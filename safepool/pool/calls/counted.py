@@ -54,8 +54,8 @@ class CountedRun(MapRun):
         """Return the bar of this run, before anything is queued: tqdm may be missing.
 
         Args:
-            label: What stands before it.
-            total: How many calls there will be, ``None`` if nobody knows.
+            label: Text before the bar.
+            total: Number of calls that there will be, ``None`` if nobody knows.
         """
         return Progress(label, total, look=self._look)
 

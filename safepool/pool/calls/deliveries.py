@@ -30,9 +30,9 @@ class Delivery:
         names: In the order of the values.
         born: By name, the version with which its present object was delivered first. Workers
             keep a container or class when what it holds has changed.
-        head: What workers are told about the names.
+        head: Facts about the names that workers are told.
         segments: The pickle of the values.
-        shared: What the values refer to, by :func:`safepool.share`.
+        shared: Shared objects that the values refer to, by :func:`safepool.share`.
         draws: A generator of random numbers is among the values.
     """
 

@@ -299,7 +299,7 @@ class PoolCalls(AwaitedCalls):
         """Cancel a task, on request also one that runs.
 
         Args:
-            future: What :meth:`submit` has returned.
+            future: A future that :meth:`submit` has returned.
             kill: If the task has begun, kill its worker with every process that the task
                 started; the worker is replaced. Without it this is ``future.cancel()``,
                 which leaves a running task alone.

@@ -37,10 +37,10 @@ class SentFunction:
     """A function that workers keep.
 
     Attributes:
-        number: What it is called by, at least 1.
+        number: Number that names it, at least 1.
         segments: Its pickle.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
-        shared: What it refers to.
+        shared: Shared objects that it refers to.
         names: Names of the script that it refers to or uses.
     """
 
@@ -56,9 +56,9 @@ class _Kept:
     """A function of ``__main__`` that is kept.
 
     Attributes:
-        look: What it was when it was pickled; ``None`` for one that workers find by its name.
+        look: Look of it when it was pickled; ``None`` for one that workers find by its name.
         sent: The pickle.
-        changes: How often it was pickled.
+        changes: Number of times that it was pickled.
     """
 
     look: Look | None
@@ -166,7 +166,7 @@ class Functions:
         """Return any callable, pickled now and for one ``map``.
 
         Raises:
-            Exception: What the pickler raised.
+            Exception: The exception of the pickler.
         """
         sent = self.lasting(function)
         if sent is None:

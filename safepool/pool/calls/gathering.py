@@ -22,14 +22,14 @@ class GatheredRun(MapRun):
     """As its base, and ends a future.
 
     Args:
-        function, name, policy, at_once, starred: As of the base.
-        count: How many calls there will be, at least 1.
-        owner: Of the future.
+        function, name, policy, at_once, starred: The same as in the base.
+        count: Number of calls that there will be, at least 1.
+        owner: Owner of the future.
 
     Attributes:
         future: Ends with the list of results, or with what the first call has raised of which
             that is known; when all calls have ended.
-        left: How many calls have not ended.
+        left: Number of calls that have not ended.
     """
 
     def __init__(

@@ -35,19 +35,20 @@ class Known:
         look: The values as they were.
         doubts: The print of what is in doubt.
         print: That of the whole pickle.
-        delivery: What is sent.
+        delivery: The delivery to send.
         refs: Names that it refers to.
         uses: Names that its functions use.
         stamp: The versions of the objects that it refers to.
-        ids: Of the values.
+        ids: Identities of the values.
         plain: The value, if identity tells all about it.
-        attributes: Of a function or class that workers have: paths to what was set on it.
+        attributes: Paths to the attributes that were set on it, if it is a function or class that
+            workers have.
         short: The look at a function, if a short one will do.
         pickled_again: Only the pickle of the whole tells whether it has changed.
         is_large: To find that out takes too long for the scheduler's thread.
         unsteady: Its pickle is another one each time: only identity tells.
-        spent_s: What it has taken to find out whether it has changed, in CPU time.
-        asked: How often that was asked.
+        spent_s: CPU time spent so far on finding out whether it has changed.
+        asked: Number of those checks.
     """
 
     names: tuple[str, ...]

@@ -159,7 +159,7 @@ class Look:
         values: Which.
 
     Attributes:
-        doubts: What is to be compared by content.
+        doubts: Objects that are to be compared by content.
     """
 
     __slots__ = ("_parts", "_seen", "doubts")

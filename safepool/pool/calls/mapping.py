@@ -159,25 +159,25 @@ class MapRun:
     """One ``map``, between the thread that iterates and the scheduler's.
 
     Args:
-        function: What is called.
-        name: What an error calls it.
+        function: The function to call.
+        name: Name of a call in errors.
         policy: Holds for each call.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         starred: An item is the tuple of a call's arguments; else it is the only one.
         ordered: Results are taken in the order of their calls; else in that of their arrival.
-        returns_errors: What a call raised is its result.
+        returns_errors: Whether an exception of a call is its result.
 
     Attributes:
-        waiting, queued, most_at_once, dropped, held, noted: As of the core's ``Run``. Only the
-            scheduler's thread looks at what waits.
+        waiting, queued, most_at_once, dropped, held, noted: The same as in the core's ``Run``.
+            Only the scheduler's thread looks at what waits.
         sent: The function as workers know it.
         needs: Names of the script that they must have for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
-        count: How many calls were queued.
-        taken: How many results were taken.
-        length: How many there will be; ``None`` if that is not known here.
-        iterator: What the caller is given.
+        count: Number of calls that were queued.
+        taken: Number of results that were taken.
+        length: Number of calls that there will be; ``None`` if that is not known here.
+        iterator: The iterator that the caller has.
         reader: Who takes results; once it is gone nobody can.
     """
 
@@ -278,9 +278,9 @@ class MapRun:
         """Put results down that follow each other; :meth:`tell` when these are all for now.
 
         Args:
-            index: Of the first.
+            index: Index of the first.
             results: In order.
-            size_bytes: Of all of them.
+            size_bytes: Size of all of them.
         """
         if self.dropped:
             return
@@ -349,7 +349,8 @@ class MapRun:
         """Return the next results, and keep them no longer; wait until ``deadline``.
 
         Args:
-            index: How many were taken before, so the index of the first if they are in order.
+            index: Number of results that were taken before, which is the index of the first if
+                they are in order.
             deadline: By the monotonic clock.
 
         Returns:
@@ -357,7 +358,7 @@ class MapRun:
 
         Raises:
             TimeoutError: None is there by then. ``taken`` is as before.
-            BaseException: What the call raised. It counts as taken.
+            BaseException: The exception of the call. The call counts as taken.
         """
         while (results := self._pop(index)) is None:
             if not self.wait(index, deadline):
@@ -433,7 +434,7 @@ class Feed(Protocol):
         """Refuse that the scheduler's own thread waits for a result.
 
         Raises:
-            RuntimeError: It would wait for itself.
+            RuntimeError: The caller is the thread that would have to end the call.
         """
 
 
@@ -611,7 +612,7 @@ class Results:
 
         Raises:
             TimeoutError: None is there in time.
-            BaseException: What the iterator of the items raised, or what kept the pool from
+            BaseException: The exception of the iterator of the items, or what kept the pool from
                 taking them, after the last result.
         """
         self.seen = True
@@ -710,7 +711,7 @@ class Results:
 
         Raises:
             RuntimeError: The pool was shut down before it had any.
-            BaseException: What the iterator of the items raised before the first result; a
+            BaseException: The exception of the iterator of the items before the first result; a
                 later one is raised when its turn comes.
         """
         with self._pulling:
@@ -795,7 +796,7 @@ class ResultIterator:
         keep: Held until the end.
 
     Attributes:
-        results: As above; ``None`` when it was closed.
+        results: The same as above; ``None`` when it was closed.
     """
 
     __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "results")

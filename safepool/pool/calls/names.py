@@ -61,7 +61,7 @@ class Names:
     """The names of one pool. From any thread.
 
     Args:
-        main: What workers have that run the script; ``None`` if none do.
+        main: Names that workers have because they run the script; ``None`` if none do.
     """
 
     def __init__(self, main: MainNames | None = None) -> None:
@@ -91,13 +91,13 @@ class Names:
         """Return what a worker needs before code runs that asks for these names.
 
         Args:
-            roots: What the pickle of a call refers to, and what its functions use.
+            roots: Names that the pickle of a call refers to, and that its functions use.
 
         Returns:
             In the order in which they are to be sent, each in its present version.
 
         Raises:
-            Exception: What the pickler raised for one of them.
+            Exception: The exception of the pickler for one of them.
         """
         if not roots:
             self.look()
@@ -130,7 +130,7 @@ class Names:
         """Return the versions of names that a new worker has.
 
         Args:
-            forked: It is a fork of the program, and has what that has.
+            forked: Whether the worker is a fork of the program, and has what that has.
         """
         if not forked:
             return Versions({}, lambda: self.table.there)

@@ -27,7 +27,7 @@ class Added:
         what: The additions. A worker makes each once, by its number.
         numbers: Those, by the places of additions.
         names: Names that they ask for.
-        delivery: What is sent.
+        delivery: The delivery to send.
     """
 
     what: tuple[Addition, ...]
@@ -43,8 +43,8 @@ class Closure:
     Attributes:
         known: The names that there are.
         absent: Those that there are not.
-        beside: As of the table.
-        deliveries: What a worker is sent.
+        beside: The same as in the table.
+        deliveries: The deliveries that a worker is sent.
         seen_in: The number of the table in which all this was last.
     """
 
@@ -62,19 +62,19 @@ class Table:
     """What is known of the names. One thread changes its own draft; what is published stays.
 
     Args:
-        main: What workers have that run the script; ``None`` if none do.
+        main: Names that workers have because they run the script; ``None`` if none do.
 
     Attributes:
         number: Its own.
-        known: What was pickled last, by name.
-        made: What of that is new since the table before.
+        known: The last pickled value of each name.
+        made: The part of that which is new since the table before.
         first: Versions in which names were pickled first.
         there: Versions in which a worker that has run the script has names by itself.
-        slow: What took too long to be pickled, in case that it is asked for.
-        beside: What comes with any names: the imports, and those that nothing names.
-        added: What comes last; ``None`` if there is nothing.
+        slow: Values that took too long to pickle, in case that they are asked for.
+        beside: Deliveries that come with any names: the imports, and those that nothing names.
+        added: The last delivery; ``None`` if there is nothing.
         imports: The modules that the script had at the last look.
-        look_at: How many names the script had at the last look.
+        look_at: Number of the script's names at the last look.
         heir: The table that was published after this one, by the key 0.
     """
 
@@ -111,7 +111,7 @@ class Table:
 
         Args:
             after: The other one.
-            base: What this one is a draft of.
+            base: The table that this one is a draft of.
 
         Returns:
             The draft, and whether all news is in it: not what is about names of which the other
@@ -148,7 +148,7 @@ class Table:
         """Tell whether that is what names lead to now; ``False`` if in doubt.
 
         Args:
-            closure: What they led to.
+            closure: The closure of these names.
             here: Run no code of the program.
         """
         space, main = main_space(), self.main

@@ -63,7 +63,7 @@ class Pickled(NamedTuple):
     Attributes:
         function: If workers keep it; otherwise it is in the payload.
         segments: The payload.
-        shared: What it refers to, by :func:`safepool.share`.
+        shared: Shared objects that it refers to, by :func:`safepool.share`.
         needs: Names of the script that a worker must have.
     """
 
@@ -404,8 +404,9 @@ class PoolFuture(Future[Any]):
         if verdict is None:
             if getattr(_callers, "owner", self) is self.owner:
                 raise RuntimeError(
-                    "this thread runs the pool, and would wait for itself: a finalizer may not "
-                    "wait for a call of its pool"
+                    "the pool's own thread would wait for itself. Do not wait for a call of a "
+                    "pool "
+                    "in a finalizer (__del__)"
                 )
             turn: Turn | None = self.__dict__.get("_turn")
             if turn is not None:
@@ -440,7 +441,7 @@ def callbacks_by(call: Callable[[Callable[[], None]], None], owner: object) -> N
 
     Args:
         call: Runs what it is given, in order, in another thread.
-        owner: Of the futures that this thread ends: it must not wait for one of them.
+        owner: Owner of the futures that this thread ends: it must not wait for one of them.
     """
     _callers.call, _callers.owner = call, owner
 
@@ -492,8 +493,8 @@ class Task(Call):
         future: Where its result goes.
         call: Function, positional and keyword arguments; ``None`` once they were sent, so
             that the pool keeps nothing alive.
-        pickled: As of the base: the function, the segments, and the shared objects that they
-            refer to.
+        pickled: The same as in the base: the function, the segments, and the shared objects that
+            they refer to.
     """
 
     __slots__ = ("call", "future")
@@ -570,10 +571,10 @@ def rebuild(
     Args:
         segments: The description.
         loads: Unpickles the exception.
-        call: What an error calls the call that raised it.
+        call: Name of the call in errors.
 
     Raises:
-        UntrustedError: As ``loads``.
+        UntrustedError: The same as ``loads``.
     """
     pickled, name, text, trace, reason = payloads.loads(segments)
     told = f"while the result of {call} was pickled"

@@ -58,9 +58,9 @@ class Pickled:
         kinds: By name the type of a container, of which what it holds is pickled; else ``None``.
         by_identity: Workers have an object of their own: only another one is a change.
         there: Workers have it by themselves, as it is.
-        draws: As of :class:`Delivery`.
-        attributes: As of :class:`Known`.
-        looked: What they were just before.
+        draws: The same as in :class:`Delivery`.
+        attributes: The same as in :class:`Known`.
+        looked: Look of the values just before.
         held: By ``id()``, objects that another name may hold as well. Those that were made
             for the pickle are kept, so that no other gets their number.
     """
@@ -84,10 +84,10 @@ class Looked:
     """What values were just before they were pickled.
 
     Attributes:
-        look: What identity tells.
+        look: Answer that identity alone gives.
         printed: The pickle of what is in doubt; ``None`` if there is nothing.
         replaced: That pickle is for comparing only.
-        failed: It cannot be made, as it was pickled in other company.
+        failed: Whether it cannot be made, as it was pickled in other company.
         plain: There is one value, and identity tells all.
     """
 
@@ -143,7 +143,7 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
 
     Args:
         group: The names.
-        seeds: What is referred to by its name, because workers have it.
+        seeds: Names that stay references, because workers have them.
     """
 
     def attempt() -> Pickled:

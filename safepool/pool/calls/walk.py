@@ -87,7 +87,7 @@ class Walk:
         """Look at the names, and pickle those that have changed or are new.
 
         Raises:
-            Exception: What the pickler raised.
+            Exception: The exception of the pickler.
         """
         if self._table.main:
             self._ask_ahead(roots)

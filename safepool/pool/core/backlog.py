@@ -123,10 +123,10 @@ class Backlog:
         """Take what one worker gets in one message.
 
         Args:
-            room: How many calls of a name to send on top of so many nanoseconds of work.
-            expected_ns: How long one call of a name takes.
+            room: Number of calls of a name to send on top of so many nanoseconds of work.
+            expected_ns: Expected time of one call of a name.
             among: Workers between whom what waits is to be divided.
-            most: How many tasks in all, nothing below 1.
+            most: Number of tasks in all at most, nothing below 1.
 
         Returns:
             A span of one run, or tasks; an empty list if there is nothing, or no room.

@@ -32,10 +32,10 @@ class Lost(NamedTuple):
     """A call that a worker has taken along.
 
     Attributes:
-        work: What it is, or is a part of.
+        work: The work that was lost, or whose part was.
         place: Its place there.
         begun: The worker may have begun it; else it was on its way, and was not kept.
-        again: What is queued for it; ``None`` if it has failed.
+        again: The work that is queued for it; ``None`` if it has failed.
     """
 
     work: Given
@@ -59,15 +59,16 @@ class Ending:
 
     Attributes:
         pid: Its process id.
-        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
+        exitcode: The same as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
+            none.
         by_pool: The pool has sent the signal that ended it.
-        oom: What the kernel has counted, if its out-of-memory killer ended it.
-        stage: How far it came.
+        oom: Counts of the kernel, if its out-of-memory killer ended it.
+        stage: Stage that it had reached.
         reading: The name of the function whose arguments it read.
-        dismissed: It was told to stop, or was ended by the pool.
+        dismissed: Whether it was told to stop, or was ended by the pool.
         pool_ends: The pool ends all of them.
         condemned: Why the pool ended it in the middle of a task that is not wanted any more.
-        exceeded: What it held, if the pool has ended it for that: a death like any other.
+        exceeded: Memory of the worker, if the pool has ended it for that: a death like any other.
         fault: Why no more could come of it, if the pool ended it for that.
         stack: The Python stack in which it was.
         lost: The calls that it has taken along.

@@ -105,7 +105,7 @@ class Answered(NamedTuple):
         worker: Whose.
         answers: For each: the first position, how many calls, and the microseconds that they took
             together, if that is known.
-        payload: What they say, for `Settle`.
+        payload: Contents of the answers, for `Settle`.
         plain: They are values of calls of maps.
         peeked: They were read from the board: an earlier message may not have been read.
     """
@@ -123,7 +123,7 @@ class Then(NamedTuple):
     Attributes:
         overdue: The position of a call whose time is over; else 0.
         cancelled: A call that is not wanted, or a run of which none is.
-        exceeded: What the worker holds, if that is too much.
+        exceeded: Memory of the worker, if it is too much.
     """
 
     overdue: int = 0
@@ -137,8 +137,8 @@ class Revoked(NamedTuple):
     Attributes:
         worker: Which.
         claimed: The last position that it had claimed then.
-        results: What it had left on its board before.
-        then: As of :class:`Revoke`.
+        results: Results that were left on its board before.
+        then: The same as in :class:`Revoke`.
     """
 
     worker: Member
@@ -172,11 +172,11 @@ class Sent(NamedTuple):
 
     Attributes:
         worker: Which.
-        given: What it has now, or is being copied for it.
-        back: What it must not have yet.
+        given: Work that it has now, or that is being copied for it.
+        back: Work that it must not have yet.
         exclusive: Nothing may follow until it is answered.
         unsent: The position of what is being copied; else 0.
-        full: As of :class:`HandOut`, from now on.
+        full: The same as in :class:`HandOut`, from now on.
     """
 
     worker: Member
@@ -192,9 +192,10 @@ class Turned(NamedTuple):
 
     Attributes:
         worker: Which, of those that were lent.
-        answered: How many calls were answered.
+        answered: Number of calls that were answered.
         spent: Name and nanoseconds of the last of them.
-        call: What was sent after them, and not answered: from now on one like any other.
+        call: The call that was sent after them, and is not answered: from now on one like any
+            other.
     """
 
     worker: Member
@@ -258,14 +259,15 @@ class Died(NamedTuple):
 
     Attributes:
         worker: Which.
-        exitcode: As ``multiprocessing.Process.exitcode``; ``None`` if the system kept none.
+        exitcode: The same as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
+            none.
         by_pool: The pool has sent the signal that ended it.
-        lost: How many workers could not be ended, and are still there.
+        lost: Number of workers that could not be ended, and are still there.
         forced: The pool ends all of them.
         claimed: The last position that it had claimed, by its board.
         began: The last one that it had begun.
-        results: What it has left on its board.
-        oom: What the kernel has counted, if its out-of-memory killer ended it.
+        results: Results that are left on its board.
+        oom: Counts of the kernel, if its out-of-memory killer ended it.
         fault: Why no more could come of it, if the pool ended it for that.
         stack: The Python stack in which it was.
     """
@@ -288,7 +290,7 @@ class Step(NamedTuple):
 
     Attributes:
         size: The most workers that it may have now.
-        lost: As of :class:`Died`.
+        lost: The same as in :class:`Died`.
     """
 
     size: int
@@ -299,7 +301,7 @@ class HandOut(NamedTuple):
     """The pool hands out what waits.
 
     Attributes:
-        told: What workers must be told before is known.
+        told: Number up to which workers must know names first.
         full: Nothing is to be pickled before what is being pickled.
     """
 
@@ -323,7 +325,7 @@ class End(NamedTuple):
     """Workers are to end: when they have done what they have, or by force.
 
     Attributes:
-        force: How.
+        force: The way to end it.
         worker: This one alone; ``None`` is all.
     """
 
@@ -366,8 +368,8 @@ class Settle(NamedTuple):
         worker: Whose answers they are.
         settled: For each part: the work, the place there of the first call, how many calls, and
             the place of the first answer in the payload.
-        payload: What the answers say.
-        plain: As of :class:`Answered`.
+        payload: Contents of the answers.
+        plain: The same as in :class:`Answered`.
     """
 
     worker: Who

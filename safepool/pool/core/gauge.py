@@ -24,7 +24,7 @@ class Gauge:
 
     Args:
         limit_bytes: The most that it may hold.
-        born_bytes: What it had from its birth: a fork has all that its parent had.
+        born_bytes: Memory that it had at its birth: a fork has all that its parent had.
 
     Attributes:
         look_ns: When to look next, by the monotonic clock; at once if in the past.

@@ -27,8 +27,8 @@ class Ledger(Generic[_W]):
     """What one worker owes.
 
     Attributes:
-        owed: How many calls.
-        expected_ns: How long they are thought to take.
+        owed: Number of calls.
+        expected_ns: Expected time of these calls.
     """
 
     __slots__ = ("_next", "_works", "expected_ns", "owed")
@@ -75,7 +75,7 @@ class Ledger(Generic[_W]):
 
         Args:
             position: The first one's.
-            most: How many are answered; those of the next work are left.
+            most: Number of calls that are answered, at most; those of the next work are left.
 
         Returns:
             The work they belong to, the place of the first there, and how many were crossed out;
@@ -85,7 +85,7 @@ class Ledger(Generic[_W]):
             ValueError: They are not what is owed next.
         """
         if position >= self._next:
-            raise ValueError(f"position {position} of {self.last}")
+            raise ValueError(f"answer for position {position}, last sent {self.last}")
         if not self._works:
             return None
         work = self._works[0]
@@ -93,7 +93,7 @@ class Ledger(Generic[_W]):
         if place != done:
             if place < done:
                 return None
-            raise ValueError(f"position {position} instead of {work.position + done}")
+            raise ValueError(f"answer for position {position}, expected {work.position + done}")
         left = work.count - done
         if most < left:
             work.done += most

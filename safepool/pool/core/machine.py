@@ -64,8 +64,8 @@ class Core:
 
     Attributes:
         members: The workers that have not ended, in the order in which they were hired.
-        backlog: What waits for them.
-        pace: How long calls take.
+        backlog: Work that waits for them.
+        pace: Expected times of calls.
         idle_ns: Workers end that have had nothing to do for so long; ``None`` is never.
     """
 
@@ -99,7 +99,7 @@ class Core:
         """Take note of an event, and return what is to be done.
 
         Args:
-            event: What has happened.
+            event: The event.
             now_ns: By the monotonic clock.
         """
         self._now_ns = now_ns
@@ -122,8 +122,8 @@ class Core:
         """Tell whether a `Step` is due: a call is owed, a worker is to go, or these have changed.
 
         Args:
-            size: As of `Step`.
-            lost: As of `Step`.
+            size: The same as in `Step`.
+            lost: The same as in `Step`.
         """
         members = self.members
         if size != self._size or lost != self._lost or len(members) > size:
@@ -176,7 +176,7 @@ class Core:
         """Check what holds between any two events.
 
         Raises:
-            AssertionError: It does not.
+            AssertionError: The state contradicts itself.
         """
         given: set[int] = set()
         for member in self.members:
@@ -430,7 +430,7 @@ class Core:
                     if peeked:
                         return  # an earlier message has not been read; that will bring these too
                 elif plain and isinstance(head, Call):
-                    raise ValueError(f"values at {here}, where a call was sent alone")
+                    raise ValueError(f"several answers for position {here}, which is one call")
                 found = ledger.settle(here, end - here)
                 if found is None:
                     break  # given up
@@ -491,7 +491,11 @@ class Core:
             self._queue_again([head.only(place) for place in range(head.count)])
             self._end_unwanted(member)
         elif member.ledger.last < position:  # else taken back meanwhile
-            self._actions.append(e.Distrust(member, ValueError(f"{position} was not sent")))
+            self._actions.append(
+                e.Distrust(
+                    member, ValueError(f"answer for position {position}, which was not sent")
+                )
+            )
 
     # The look at all workers: who is too many, too slow, or has had its time.
 
@@ -685,9 +689,15 @@ class Core:
         self._actions.append(e.Bury(member, ending))
         self._queue_again([one.again for one in ending.lost if one.again is not None])
         if failed_to_start:
-            self._actions.append(e.GiveUp(member, "a worker's initializer failed"))
+            self._actions.append(
+                e.GiveUp(member, "the initializer raised an exception in a worker")
+            )
         if event.lost > _MOST_LOST * self._size:
-            why = f"{event.lost} workers could not be ended by SIGKILL"
+            why = (
+                f"{event.lost} workers did not end after SIGKILL: each is in a system call that "
+                "does "
+                "not return. See whether a disk or network mount that they use has stopped"
+            )
             self._actions.append(e.GiveUp(member, why))
         if self._break_on_death and ending.breaks:
             why = (
@@ -727,7 +737,10 @@ class Core:
         if pause_s is not None:
             self._actions.append(e.Pause(pause_s))
             return
-        why = f"{patience.in_a_row} workers in a row were of no use; the last, {ending.unasked}"
+        why = (
+            f"{patience.in_a_row} workers in a row died before they ran a task; the last: "
+            f"worker {ending.unasked}"
+        )
         why += "" if ending.oom is None else f": {ending.oom}"
         # Of one that was killed from outside the next call that is tried might die as well.
         ask = ending.oom is None and (ending.by_pool or (ending.exitcode or 0) >= 0)

@@ -46,8 +46,8 @@ class Pace:
 
         Args:
             name: The function's.
-            held_ns: How long what it holds is thought to take.
-            idle: It holds nothing.
+            held_ns: Expected time of what it holds.
+            idle: Whether it holds nothing.
 
         Returns:
             At least 1 for an idle worker; 0 for a busy one if nothing is known of the

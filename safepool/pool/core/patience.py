@@ -25,8 +25,8 @@ class Patience:
     """Counts the workers of one pool that were of no use.
 
     Attributes:
-        crashed: How many ended by themselves since one was of use.
-        killed: How many were killed from outside since then.
+        crashed: Number of workers that ended by themselves since one was of use.
+        killed: Number of workers that were killed from outside since then.
 
     Example:
         >>> patience = Patience()
@@ -47,7 +47,7 @@ class Patience:
         """Count one that ended.
 
         Args:
-            exitcode: As ``multiprocessing.Process.exitcode``.
+            exitcode: The same as ``multiprocessing.Process.exitcode``.
             ours: The pool has sent the signal.
 
         Returns:

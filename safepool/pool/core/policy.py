@@ -20,7 +20,8 @@ class Policy:
 
     Attributes:
         timeout_s: Seconds from its start after which it is ended; ``None`` is never.
-        retries: How often it is run again when its worker was lost; ``None`` is not said.
+        retries: Number of times that it is run again when its worker was lost; ``None`` is not
+            said.
     """
 
     timeout_s: float | None = None

@@ -25,9 +25,9 @@ class Work(Protocol):
 
     Attributes:
         position: The first one's, while a worker has it.
-        count: How many calls, at least 1.
-        done: How many of them are settled.
-        expected_ns: How long each is thought to take.
+        count: Number of calls, at least 1.
+        done: Number of them that are settled.
+        expected_ns: Expected time of each.
         bound: They stay together, whatever waits meanwhile.
     """
 
@@ -48,17 +48,17 @@ class Run(Protocol):
     """A map, as far as its calls wait for workers.
 
     Attributes:
-        name: What an error calls each.
+        name: Name of each call in errors.
         policy: Holds for each.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         most_at_once: Calls whose arguments are thought to fit one message.
-        waiting: What no worker has, in order.
+        waiting: Work that no worker has, in order.
         stopped: Nobody wants, or nobody will compute, the rest.
         dropped: Nobody will take further results.
-        queued: It is in the backlog.
+        queued: Whether it is in the backlog.
         held: No further calls are sent, as too much waits to be taken.
         is_full: Whether as much does, and somebody can take it.
-        noted: What a listener notes; else it is not set.
+        noted: Notes of a listener; not set without one.
     """
 
     at_once: int | None
@@ -91,12 +91,12 @@ class Call:
     """A call that travels alone.
 
     Attributes:
-        name: What an error calls it.
-        policy: What holds for it.
-        attempts: How often it was begun and lost with its worker.
-        pickled: What was sent, kept while it may have to be sent again.
-        noted: What a listener notes; else it is not set.
-        position, done, count, expected_ns, bound: As of any :class:`Work`.
+        name: Name of the call in errors.
+        policy: Policy of the call.
+        attempts: Number of times that it was begun and lost with its worker.
+        pickled: Bytes that were sent, kept while they may have to be sent again.
+        noted: Notes of a listener; not set without one.
+        position, done, count, expected_ns, bound: The same as in any :class:`Work`.
     """
 
     __slots__ = (
@@ -145,14 +145,14 @@ class Span:
         run: Theirs, the :class:`Run` of whoever hands it over.
         start: The index of the first.
         items: The arguments of each.
-        attempts: How often the first was begun and lost with its worker.
-        alone: It holds one call that must not travel with others.
+        attempts: Number of times that the first was begun and lost with its worker.
+        alone: Whether it holds one call that must not travel with others.
         apart: Each item was pickled by itself.
         bound: A chunk whose calls have something in common that one of them could change: it
             is not divided, so that the others see that, as in the standard pool.
         pickled: The pickle of its items, if it was made before a worker had room: nothing looks
             into it here. The span then stays in one piece.
-        noted: What a listener notes; else it is not set.
+        noted: Notes of a listener; not set without one.
     """
 
     run: Any

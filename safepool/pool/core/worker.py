@@ -50,19 +50,20 @@ class Member:
     Attributes:
         pid: Its process id.
         index: Its place in the pool, from 0 up: no other has it at the same time.
-        phase: How far it has come. Written by the core alone.
+        phase: Stage that it has reached. Written by the core alone.
         leaving_since_ns: When it came to `Phase.DYING`, or beyond.
         ready: Its initializer has ended well.
-        has_board: It shares a board with the pool, so that what it has not begun can be had back.
-        ledger: What it was sent and has not answered.
-        done: How many calls it has finished.
+        has_board: Whether it shares a board with the pool, by which work that it has not begun can
+            be taken back.
+        ledger: Work that it was sent and has not answered.
+        done: Number of calls that it has finished.
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         claimed: The last position that it was seen to have claimed.
         since_ns: When it did.
         awaited: The first position of what was taken back from it last; 0 once it came there.
         sent_ns: When it was last sent something.
         unsent: The position of what is being copied for it; nothing else is sent meanwhile. Or 0.
-        exclusive: What it holds must not be followed by anything.
+        exclusive: Whether nothing may follow the work that it holds.
         overdue: The position whose time was over at the last look.
         idle_since_ns: Since when it was seen to have nothing to do.
         condemned: Why the pool ends it in the middle of a call.

@@ -117,7 +117,7 @@ class Dispatch:
     Args:
         settled: Told of calls of a run that ended here, and how many.
         wake: Makes the scheduler call :meth:`send_packed`; from any thread.
-        main: What its workers have of the script.
+        main: Names of the script that its workers have.
         listener: Hears how long work takes to be pickled.
     """
 
@@ -473,8 +473,8 @@ class Dispatch:
         """Pickle a call or a part of it.
 
         Args:
-            value: What.
-            by_value: As of :func:`~safepool.transport.payloads.dumps`.
+            value: The value to pickle.
+            by_value: The same as in :func:`~safepool.transport.payloads.dumps`.
             names: Those that the function needs.
         """
         with Met() as met, references.Collected() as shared:
@@ -691,7 +691,7 @@ def _dumps_here(value: object) -> Pickled:
     """Pickle what runs no code of the program.
 
     Raises:
-        UntrustedError: It may.
+        UntrustedError: The value may hold something of the script.
     """
     if payloads.by_value_modules() or are_beyond():
         raise UntrustedError

@@ -42,18 +42,18 @@ class Hiring:
     """Starts workers.
 
     Args:
-        method: How.
-        told: What each of them is told.
+        method: The way of starting workers.
+        told: Facts that each of them is told.
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         own: Variables of each worker alone; ``None`` if all have the same.
         may_fork: Where the initializer cannot be pickled, workers are forks of this process.
-        main: How the script gets into workers.
+        main: Way of the script into workers.
 
     Attributes:
-        names: What workers have of ``__main__`` under its own name.
-        inheritance: What a new worker is sent first.
+        names: Names of ``__main__`` that workers have under its own name.
+        inheritance: Content of the first message to a new worker.
         need: Told the names of the script that the initializer asks for, when it is pickled.
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
@@ -210,8 +210,11 @@ class Hiring:
             self._refused_since = now
         lasts = now - self._refused_since > _RETRYING_S
         if alone and (lasts or not self.hired.is_open or not isinstance(error, OSError)):
-            return PoolBrokenError(f"no worker could be started: {text_of(error)}")
-        _log.warning("no further worker could be started: %s", text_of(error))
+            return PoolBrokenError(f"cannot start a worker: {text_of(error)}")
+        _log.warning(
+            "cannot start another worker: %s. The pool goes on with the workers that it has",
+            text_of(error),
+        )
         self.not_before = now + _RETRY_S
         return None
 
@@ -230,7 +233,9 @@ class Hiring:
             try:
                 self._method.finish(self._told.environment)
             except Exception:  # noqa: BLE001 -- it looks at modules of the program
-                _log.exception("the next pool's server could not be told what to import ahead")
+                _log.exception(
+                    "internal error: the next pool's fork server was not told what to import ahead"
+                )
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
         return self._script.prints(self._told.environment, names, self.given_up)
@@ -243,7 +248,8 @@ class Hiring:
                 raise
             tell_once(
                 "workers are forked from this process, because nothing else can give them their "
-                f"initializer and its arguments: {text_of(error)}"
+                f"initializer and its arguments: {text_of(error)}. Pass initargs= that can be "
+                "pickled"
             )
         self._method = self._script = method_of(find_context("fork"))
         return self._pack()

@@ -38,7 +38,7 @@ class Listener:
     """Hears nothing: each function is used as it is.
 
     Attributes:
-        greeting: What each worker is sent first.
+        greeting: Content of the first message to each worker.
     """
 
     greeting: Sequence[bytes | memoryview] = ()
@@ -85,6 +85,6 @@ class Listener:
         """A worker has told when calls began and ended.
 
         Raises:
-            CorruptFrameError: It has not, or was not asked.
+            CorruptFrameError: The worker has sent no times, or was not asked for them.
         """
         raise CorruptFrameError("times of calls were not asked for")

@@ -62,7 +62,7 @@ class MemoryWatch:
         try:
             worker.memory = MemoryFile(worker.pid)
         except OSError as error:
-            _log.warning("memory_limit= does not hold for worker %d: %s", worker.pid, error)
+            _log.warning("memory_limit= is not enforced for worker %d: %s", worker.pid, error)
             return
         worker.gauge = Gauge(self._limit_bytes, worker.memory.private_bytes() or 0)
 

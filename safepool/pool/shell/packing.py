@@ -26,7 +26,7 @@ class Packing:
 
     Attributes:
         worker: Who is to get it.
-        work: What it is, written in that worker's ledger.
+        work: The work, as written in that worker's ledger.
         position: There.
         function: Number of the function that is called, 0 if it is in the payload.
         segments: The payload; when it is done, as it is to be sent.

@@ -67,7 +67,11 @@ class Records:
     def _report(self) -> None:
         count, self._dropped = self._dropped, 0
         if count:
-            _log.warning("handlers of log records are slow: %d records were dropped", count)
+            _log.warning(
+                "%d log records of workers were dropped: the handlers of this program are too "
+                "slow. Use faster ones",
+                count,
+            )
 
 
 def _handle(segments: Sequence[bytes | bytearray | memoryview]) -> None:

@@ -33,7 +33,7 @@ def explain(error: BaseException) -> BaseException:
     """Return an error that says which limit was met or which call is refused; else the same.
 
     Args:
-        error: What was raised by a start. Its kind stays: an ``OSError`` with the same number,
+        error: The exception of a start. Its kind stays: an ``OSError`` with the same number,
             a ``RuntimeError`` if no thread was started.
     """
     try:

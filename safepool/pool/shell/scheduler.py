@@ -188,8 +188,8 @@ _NOBODY.open()
 # A closed pool waits for pickling and unpickling as long as that goes on, and then for so long.
 _REST_S = 30.0
 _RESTED = (
-    f"the pool was closed, and pickling {{}} has waited for something for {_REST_S:.0f} s: a "
-    "lock, an import, a connection. It is given up"
+    f"the pool was closed, and the pickling of {{}} has stood still for {_REST_S:.0f} s: it waits "
+    "for a lock, an import or a connection. Let it end before the pool is shut down"
 )
 
 
@@ -363,7 +363,7 @@ class Scheduler:
         """Let the scheduler's thread have something.
 
         Raises:
-            RuntimeError: It has ended meanwhile.
+            RuntimeError: The pool has ended meanwhile.
         """
         self._inbox.append(what)
         # The scheduler makes its bed first, then it looks.
@@ -389,7 +389,7 @@ class Scheduler:
         Args:
             run: Which.
             items: The arguments of each.
-            ahead: As :class:`~safepool.pool.calls.mapping.Results`.
+            ahead: The same as :class:`~safepool.pool.calls.mapping.Results`.
             deadline: When waiting for a result ends, by the monotonic clock.
             keep: Held as long as there are items to take.
         """
@@ -437,8 +437,8 @@ class Scheduler:
         """Refuse that the scheduler's own thread waits for a result, in a finalizer."""
         if threading.current_thread() is self._thread:
             raise RuntimeError(
-                "this thread runs the pool, and would wait for itself: a finalizer may not wait "
-                "for a result of its pool"
+                "the pool's own thread would wait for itself. Do not wait for a result of a pool "
+                "in a finalizer (__del__)"
             )
 
     def give_up(self, run: MapRun) -> None:
@@ -456,11 +456,13 @@ class Scheduler:
         """Cancel a task, and end the worker that runs it; ``False`` if it has ended.
 
         Raises:
-            ValueError: It is not a future of this pool.
+            ValueError: The future is not one of this pool.
         """
         self._check_fork()
         if not isinstance(future, PoolFuture) or future.owner is not self._me:
-            raise ValueError("this future is not one of this pool's submit()")
+            raise ValueError(
+                "this future is not one of this pool's submit(): pass one that it returned"
+            )
         if not future.cancel_running():
             return False
         if not self._over:
@@ -579,7 +581,7 @@ class Scheduler:
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"this pool belongs to process {self._pid}, and this is its fork "
-                f"{os.getpid()}: make a pool of its own here"
+                f"{os.getpid()}. Make a new pool here"
             )
         if not self._begun:
             self._hiring.pack_ahead()
@@ -660,7 +662,14 @@ class Scheduler:
             _log.critical("the scheduler of a pool failed", exc_info=True)
             cause = refusals.explain(error)
             told = repr(error) if cause is error else text_of(cause)
-            self._break(staff, PoolBrokenError(f"the scheduler failed: {told}"), cause)
+            self._break(
+                staff,
+                PoolBrokenError(
+                    f"internal error in the pool's scheduler: {told}. Report it with the log's "
+                    "traceback"
+                ),
+                cause,
+            )
         finally:
             self._staff = None
             # From the last to the first, each whatever another has raised: somebody waits for the
@@ -1016,7 +1025,7 @@ class Scheduler:
         """Act on what a worker says.
 
         Raises:
-            CorruptFrameError: It says what no worker should.
+            CorruptFrameError: The message is one that no worker should send.
             ValueError: Its records are not what they should be.
         """
         kind, position, segments = frame

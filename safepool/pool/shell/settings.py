@@ -153,7 +153,11 @@ class Settings:
             return pack_setting(row, value)
         except Exception as error:  # noqa: BLE001 -- user code; workers do without
             let_handlers_pass(error)
-            _log.warning("workers do not have the program's %s: %s", row.name, repr(error))
+            _log.warning(
+                "the program's %s cannot be sent to workers: %s. Set it in initializer=",
+                row.name,
+                repr(error),
+            )
             return None
 
     def packed(self) -> list[Packed]:
@@ -177,8 +181,8 @@ class Telling:
     that setting then.
 
     Args:
-        settings: Of the program.
-        names: Of its script.
+        settings: Settings of the program.
+        names: Names of the program's script.
         hands: The pool's.
     """
 
@@ -244,7 +248,11 @@ class Telling:
             except Exception as error:  # noqa: BLE001 -- user code; workers do without
                 let_handlers_pass(error)
                 self._found[one.name] = (one, None)
-                _log.warning("workers do not have the program's %s: %s", one.name, repr(error))
+                _log.warning(
+                    "the program's %s cannot be sent to workers: %s. Set it in initializer=",
+                    one.name,
+                    repr(error),
+                )
 
     def _come_back(self) -> None:
         self._asked_at = None

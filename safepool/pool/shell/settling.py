@@ -51,10 +51,10 @@ class _Answer:
     """What a worker has answered to one call, on its way to an object.
 
     Attributes:
-        value: What the call returned or raised, when it was read.
-        failed: It raised.
-        index: Of a map's call.
-        kind: Of the frame.
+        value: The value or exception of the call, when it was read.
+        failed: Whether the call raised.
+        index: Index of a map's call.
+        kind: Kind of the frame.
     """
 
     __slots__ = ("failed", "index", "kind", "segments", "value", "work")
@@ -130,7 +130,7 @@ class Settling:
         """End calls by what was answered.
 
         Returns:
-            What was raised, by the place in the payload. An answer that takes long to unpickle
+            The exceptions, by their place in the payload. An answer that takes long to unpickle
             stands for itself.
         """
         if done.plain:
@@ -176,7 +176,7 @@ class Settling:
         Each result may be small, and the program keep all of them.
 
         Args:
-            size_bytes: Of its pickle.
+            size_bytes: Size of its pickle.
         """
         self._arrived_bytes += size_bytes
         if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
@@ -209,11 +209,11 @@ class Settling:
 
         Args:
             done: Which.
-            values: What all returned that were answered together.
-            size_bytes: Of what these were read from.
+            values: Values of all calls that were answered together.
+            size_bytes: Size of what these were read from.
 
         Returns:
-            As :meth:`settle`.
+            The same as :meth:`settle`.
         """
         refused, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         for work, place, count, at in done.settled:
@@ -254,7 +254,7 @@ def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = Fal
 
     Args:
         worker: Whose.
-        records: As they were on its board.
+        records: Records as they were on its board.
         peeked: They were read there; else they were sent.
 
     Raises:
@@ -275,9 +275,9 @@ def values_of(
     Args:
         worker: Whose.
         position: The first one's.
-        microseconds: What they took together; ``None`` if that is not known yet.
-        values: What they returned.
-        size_bytes: Of what they were read from.
+        microseconds: Time that they took together; ``None`` if that is not known yet.
+        values: Values that they returned.
+        size_bytes: Size of what they were read from.
     """
     one = (position, len(values), microseconds)
     return Answered(worker, [one], (values, size_bytes), plain=True)

@@ -28,7 +28,7 @@ class Size:
     """The most workers of one pool.
 
     Args:
-        workers: As many as fit at first.
+        workers: Number of workers that fit at first.
         watch: Reads the limits again; ``None`` keeps the number.
         free_to_move: No worker is bound to CPUs.
         listener: Hears of each change.
@@ -59,7 +59,7 @@ class Size:
 
         Args:
             workers: At least 1.
-            level: Of the line in the log.
+            level: Level of the line in the log.
         """
         before, self._by_hand = self.now, workers
         if before != workers:

@@ -144,7 +144,7 @@ class Staff:
         """Start one worker, with this place in the pool.
 
         Raises:
-            Exception: What starting it raised; ``OSError`` if the system has no room for it,
+            Exception: The exception of the start; ``OSError`` if the system has no room for it,
                 ``RuntimeError`` if the interpreter shuts down.
         """
         worker = self._start(place)
@@ -286,7 +286,7 @@ class Staff:
 
     def distrust(self, worker: Worker, error: BaseException) -> None:
         """End a worker that sends what cannot be understood."""
-        _log.error("worker %d sent what cannot be read and is ended: %s", worker.pid, error)
+        _log.error("protocol error from worker %d (%s): killing it", worker.pid, error)
         worker.fault = error
         worker.end(signal.SIGTERM)
         self._disconnect(worker)
@@ -299,7 +299,7 @@ class Staff:
                 self._forget(worker)
                 worker.close()
             except Exception:  # noqa: BLE001 -- one that resists must not keep the others
-                _log.exception("worker %d could not be ended", worker.pid)
+                _log.exception("error while worker %d was ended", worker.pid)
         for worker in self._lost:
             worker.close()
         until = time.monotonic() + _ENDING_S
@@ -381,7 +381,7 @@ class Staff:
                 _log.info("worker %d did not end in time and is killed", worker.pid)
                 if worker.channel.fileno() < 0:
                     worker.fault = worker.fault or ChannelClosedError(
-                        "it had closed its channel, so nothing could come of it"
+                        "the worker closed its channel to the pool"
                     )
                 self._kill(worker)
 

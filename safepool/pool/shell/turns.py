@@ -141,12 +141,12 @@ class Turn:
         position: By which the worker and its ledger know the call.
         task: The call. It counts if it was sent.
         free: Whoever pops what is in here has the turn.
-        record: What ``free`` gave, and how many bytes were sent.
+        record: Record that ``free`` gave, and the number of bytes that were sent.
         reader: Whoever pops what is in here reads the answer.
-        answer: What ``reader`` gave, and the bytes that were read.
+        answer: Answer that ``reader`` gave, and the bytes that were read.
         seat: Whoever pops what is in here may wait for the answer.
         bells: The descriptor that wakes who waits.
-        marks: What was decided, by name.
+        marks: Decisions, by name.
     """
 
     __slots__ = (
@@ -205,7 +205,7 @@ class Turn:
 
         Args:
             future: The call's.
-            timeout_s: How long to wait.
+            timeout_s: Seconds to wait.
         """
         turns = self.lane.turns
         if self.lane.watched:
@@ -344,7 +344,7 @@ class Turns:
 
     Args:
         pack: Returns number and pickle of a call if a worker needs nothing else for it.
-        queued: What was brought to the scheduler, and not taken.
+        queued: Work that was brought to the scheduler, and not taken.
         wake: Wakes its thread.
         is_same_user: Tells whether the program has the user for whom workers were started.
         settling: Told of calls that were ended here.

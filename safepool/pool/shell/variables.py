@@ -45,8 +45,8 @@ class Variables:
 
         Raises:
             TypeError: The function returned no mapping of text to text.
-            ValueError: It returned what no variable can be.
-            Exception: It raised that.
+            ValueError: The function returned something that cannot be an environment.
+            Exception: The function raised that.
         """
         for place in range(min(workers, _MOST_AHEAD)):
             self.of(place)
@@ -65,7 +65,9 @@ class Variables:
         try:
             said = function(place)
         except Exception as error:
-            error.add_note(f"raised by env({place}), which is to return a worker's variables")
+            error.add_note(
+                f"raised by env({place}), the function that returns a worker's variables"
+            )
             raise
         check(f"env({place})", said, ENVIRONMENT)
         return said
@@ -75,7 +77,7 @@ def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, t
     """Return by variable what it is to say in one worker after the other.
 
     Args:
-        gpus: As for :class:`safepool.ProcessPool`.
+        gpus: The same as for :class:`safepool.ProcessPool`.
 
     Raises:
         ValueError: There are fewer than ``gpus``.

@@ -46,21 +46,22 @@ class Worker(Member, WorkerProcess):
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
         settings: Those of the program that it was sent last, by name.
-        told: What it was told of the settings, all in all.
+        told: Settings that it was told, all in all.
         shared: Numbers of the shared objects that it keeps.
-        logged: It has sent a log record, and nothing else since.
+        logged: Whether it has sent a log record, and nothing else since.
         memory_look_ns: When its memory is next to be looked at.
-        memory: What it holds, and ``gauge``: when to look; ``None`` without ``memory_limit``.
-        terminated: It was sent ``SIGTERM``.
-        killed: It was sent ``SIGKILL``, or its life-line was cut.
+        memory: Memory that it holds, and ``gauge``: when to look; ``None`` without
+            ``memory_limit``.
+        terminated: Whether it was sent ``SIGTERM``.
+        killed: Whether it was sent ``SIGKILL``, or its life-line was cut.
         unkillable: That has not ended it: the pool goes on without it.
         tree: Its end together with all that it has started.
-        signals: What the pool has sent it.
+        signals: Signals that the pool has sent it.
         fault: Why the pool ended it, if what it sent could not be read or no more could come.
-        failure: What its initializer raised.
+        failure: Exception of its initializer.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
             sent.
-        events: What the selector watches its channel for.
+        events: Events for which the selector watches its channel.
         stack_begin: Where on its board the stack begins that it was asked for when it was
             condemned.
         guard: Held while another thread uses its descriptors, and while they are closed.

@@ -73,8 +73,8 @@ class Calls:
     """Calls of one worker that follow each other and have one event.
 
     Attributes:
-        names: How many of each function; ``None`` while it is one, ``name``.
-        outcomes: How many of each; ``None`` while it is one, ``outcome``.
+        names: Number of calls of each function; ``None`` while it is one, ``name``.
+        outcomes: Number of each outcome; ``None`` while it is one, ``outcome``.
     """
 
     begin_ns: int
@@ -115,7 +115,7 @@ class Events:
             with the file.
 
     Raises:
-        TraceFileError: It cannot be written.
+        TraceFileError: The file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -60,7 +60,7 @@ class TraceFile:
         dropped: Lines that were left out, as the disk was too slow.
 
     Raises:
-        TraceFileError: It cannot be written, or another running pool does.
+        TraceFileError: The file cannot be written, or another running pool writes it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -134,7 +134,7 @@ class TraceFile:
             thread.join(_ENDING_S)
             if thread.is_alive():
                 self._descriptor = -1  # the kernel's: it is used there
-                _log.warning("the trace %s is not whole: its disk does not answer", self._path)
+                _log.warning("the trace %s is incomplete: its disk does not answer", self._path)
                 return
         if self._descriptor >= 0:
             self._lines.append(last)
@@ -159,7 +159,9 @@ class TraceFile:
             except OSError:
                 pass  # no regular file
             self._give_back()
-            _log.warning("the trace %s ends here: %s", self._path, error)
+            _log.warning(
+                "the trace %s is incomplete, its file cannot be written: %s", self._path, error
+            )
             return
         self._good_bytes += size
 
@@ -188,7 +190,7 @@ def _open(path: str) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         if not _lock(descriptor):
             os.close(descriptor)
-            reason = "another pool, which still runs, writes it"
+            reason = "another pool that still runs writes it"
             raise TraceFileError(errno.EBUSY, reason, path)
         os.ftruncate(descriptor, 0)
     return descriptor

@@ -53,7 +53,7 @@ class Row:
         hired_ns: When its worker was started.
 
     Attributes:
-        given_up: What its worker ran when the pool broke.
+        given_up: Calls that its worker ran when the pool broke.
     """
 
     def __init__(self, number: int, events: Events, hired_ns: int) -> None:
@@ -96,8 +96,8 @@ class Row:
         Args:
             since_ns: When it began what it ran last.
             now_ns: When it was seen to have ended.
-            lost: Of each call that it took along: what it is a part of, the place in it, the
-                outcome, and which attempt it was.
+            lost: Calls that it took along, each with the work it is a part of, the place in it,
+                the outcome, and which attempt it was.
         """
         begin = max(self._end_ns, min(now_ns, since_ns))
         lost = [*lost]

@@ -38,7 +38,7 @@ class Trace(Listener):
         path: Where it is written. An existing file is replaced.
 
     Raises:
-        TraceFileError: It cannot be written.
+        TraceFileError: The file cannot be written.
     """
 
     greeting: Sequence[bytes | memoryview] = encode(Kind.TRACE, 0)
@@ -85,7 +85,7 @@ class Trace(Listener):
         """A worker has told when calls began and ended.
 
         Raises:
-            CorruptFrameError: It has not.
+            CorruptFrameError: The worker has sent no times.
         """
         times = read_times(segments)
         with self._lock:

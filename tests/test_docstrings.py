@@ -1,0 +1,49 @@
+"""A field that a docstring describes begins with a noun, not with a question or a pronoun."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(__file__).parents[1] / "safepool"
+SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
+FIELD = re.compile(r" {4}[*\w`][^:]*: (.*)")
+NO_NOUN = re.compile(r"(What|Of|As|How|It)\b")
+
+
+def fields_of(docstring: str) -> Iterator[str]:
+    """Yield the first line of each description in a docstring."""
+    section, first = "", False
+    for line in docstring.splitlines():
+        if found := SECTION.fullmatch(line):
+            section, first = found[1], True
+        elif line and not line.startswith(" "):
+            section = ""
+        elif section in {"Returns", "Yields"} and first and line:
+            first = False
+            yield line.strip()
+        elif section in {"Args", "Attributes", "Raises"} and (described := FIELD.match(line)):
+            yield described[1]
+
+
+def documented_fields() -> Iterator[tuple[str, str]]:
+    """Yield each field of the package, after the place of its docstring."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
+                place = f"{path.relative_to(PACKAGE)}, {getattr(node, 'name', 'module')}"
+                yield from ((place, field) for field in fields_of(docstring))
+
+
+def test_fields_begin_with_a_noun() -> None:
+    """``Number of calls`` is read once; ``How many.`` sends its reader back to the name."""
+    fields = list(documented_fields())
+
+    assert len(fields) > 1000
+    assert [field for field in fields if NO_NOUN.match(field[1])] == []
