@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from safepool.arguments import RULES, Rule, check, what_was_meant
 from safepool.pool.calls.gathering import GatheredRun
 from safepool.pool.calls.mapping import MapRun, ResultIterator
-from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.hands import ThreadThatStarts
 from safepool.pool.latch import Latch
+from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
     import os

@@ -10,12 +10,14 @@ What a command does is in its room, which is imported only when it is asked for:
     env             ``safepool env``: the same settings, for a shell to take over
     demo            ``safepool demo``: the standard pool and safepool's on the same work
     report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
+    top             ``safepool top PID``: what the workers of a running process do
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
     1    a problem was found: with the limits here, or the demo's comparison failed, or the
          doctor could not import a library
-    2    wrong usage, a file that is no trace, or a package that the command needs is missing
+    2    wrong usage, a file that is no trace, a process without workers, or a package that the
+         command needs is missing
     126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
     130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
 """
@@ -209,6 +211,12 @@ def _run_report(options: argparse.Namespace) -> int:
     return report.run(options.trace, as_json=options.json)
 
 
+def _run_top(options: argparse.Namespace) -> int:
+    from safepool.cli import top  # noqa: PLC0415 -- only the command that is asked for
+
+    return top.run(options.process, as_json=options.json)
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """As its base, as wide as every screen here, however wide the terminal is."""
 
@@ -311,7 +319,17 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
     report.set_defaults(run=_run_report, parser=report)
     report.add_argument("trace", metavar="FILE", help="what the pool has written, whole or torn")
-    for command in (limits, doctor, demo, report):
+
+    text = "what each worker of a running process does now"
+    top = commands.add_parser("top", help=text, description=_TOP, epilog=_TOP_EXAMPLES)
+    top.set_defaults(run=_run_top, parser=top)
+    top.add_argument(
+        "process",
+        type=_whole_number(at_least=1),
+        metavar="PID",
+        help="the process that has made the pool",
+    )
+    for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
@@ -364,6 +382,21 @@ examples:
 
 Exit codes: 0 it was read, 2 there is no such file, or it is no trace,
 130 Ctrl-C. The file itself opens at https://ui.perfetto.dev"""
+
+
+_TOP = """\
+The workers of every safepool pool of a process: the task that each runs, for
+how many seconds, memory and threads. On a terminal it is drawn again each
+second until Ctrl-C, else printed once. It reads /proc and disturbs nobody.
+Linux, for processes of your own user."""
+
+_TOP_EXAMPLES = """\
+examples:
+  safepool top 4711
+  safepool top --json 4711 | jq '.workers[] | select(.running_s > 60)'
+
+Exit codes: 0 it was printed, or the process has ended, 2 there is no such
+process, it has no workers, or it is another user's, 130 Ctrl-C."""
 
 
 def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:

@@ -42,7 +42,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import safepool
 from safepool.cli.colour import paint_for, plain
-from safepool.cli.text import as_ascii, counted, wrapped
+from safepool.cli.text import as_ascii, counted, json_of, wrapped
 from safepool.errors import SafepoolError, describe_exit
 from safepool.machine import cpu_limit
 from safepool.threads import NativePool
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "run"]
 
-_SCHEMA = 1
 # Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"
 # By -P and not from the folder that it is started in, where a random.py of the user's would be
@@ -195,8 +194,7 @@ class Report:
 
     def as_json(self) -> str:
         """Return the report for programs; the module lists the keys."""
-        told = {"schema": _SCHEMA, "version": safepool.__version__, **asdict(self)}
-        return json.dumps(told, indent=2)
+        return json_of({"version": safepool.__version__, **asdict(self)})
 
     def _library_lines(self, library: Library, paint: Paint) -> Iterator[str]:
         name = as_ascii(f"{library.name} {library.version}".rstrip())

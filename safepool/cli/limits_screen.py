@@ -26,7 +26,6 @@ prints one object; keys are added, and none is renamed or removed within a ``sch
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -37,7 +36,7 @@ import safepool
 from safepool.budget import fit
 from safepool.cli.colour import paint_for, plain
 from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
+from safepool.cli.text import WIDTH, as_ascii, counted, json_of, wrapped
 from safepool.cli.verdict import judge
 from safepool.limits import read_limits, read_throttling
 from safepool.shown import size
@@ -64,7 +63,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NativeLibrary", "OtherProcess", "Screen", "ScreenError", "read_screen", "run"]
 
-_SCHEMA = 1
 _NAME_WIDTH = 26
 # Of the runtimes that nearly every program has, the one that wins first.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
@@ -190,24 +188,21 @@ class Screen:
         """Return the screen for programs; the module lists the keys."""
         budget = asdict(self.budget)
         because = budget.pop("because")
-        return json.dumps(
-            {
-                "schema": _SCHEMA,
-                "version": safepool.__version__,
-                "limits": asdict(self.limits),
-                "because": because,
-                "budget": budget,
-                "throttling": None if self.throttling is None else asdict(self.throttling),
-                "sample": None if self.sample is None else asdict(self.sample),
-                "standard_workers": self.standard_workers,
-                "joblib_workers": self.joblib_workers,
-                "native_threads": self.native_threads,
-                "variables": dict(self.variables),
-                "process": None if self.process is None else asdict(self.process),
-                "findings": [asdict(finding) for finding in self.findings],
-            },
-            indent=2,
-        )
+        told = {
+            "version": safepool.__version__,
+            "limits": self.limits,
+            "because": because,
+            "budget": budget,
+            "throttling": self.throttling,
+            "sample": self.sample,
+            "standard_workers": self.standard_workers,
+            "joblib_workers": self.joblib_workers,
+            "native_threads": self.native_threads,
+            "variables": self.variables,
+            "process": self.process,
+            "findings": self.findings,
+        }
+        return json_of(told)
 
     def _sections(self) -> dict[str, list[_Row]]:
         limits = self.limits

@@ -37,14 +37,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH, as_ascii, counted, wrapped
+from safepool.cli.text import WIDTH, as_ascii, counted, json_of, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
 
-_SCHEMA = 1
 _SLOWEST = 5
 # What a line may raise that no pool has written.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -195,7 +194,6 @@ class Report:
         """Return it for programs."""
         total = self.total()
         told = {
-            "schema": _SCHEMA,
             "seconds": self.seconds,
             **total.as_dict(),
             "pickling_s": self.pickling_s,
@@ -214,7 +212,7 @@ class Report:
             "dropped_events": self.dropped_events,
             "conclusion": self.conclusion(),
         }
-        return json.dumps(told)
+        return json_of(told)
 
 
 # What is said, and of which report and sum over its workers: the first that holds.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import textwrap
+from collections.abc import Mapping
+from typing import Any
 
 from safepool.shown import counted
 
-__all__ = ["WIDTH", "as_ascii", "counted", "wrapped"]
+__all__ = ["WIDTH", "as_ascii", "counted", "json_of", "wrapped"]
 
 WIDTH = 80
 
@@ -25,6 +29,27 @@ def as_ascii(text: str) -> str:
         a\x0ab\u2192
     """
     return text.translate(_CONTROL).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def json_of(told: Mapping[str, object], *, schema: int = 1) -> str:
+    """Return what a command prints for programs: one object, with the number of its schema.
+
+    Args:
+        told: Its keys and values; dataclasses are objects too.
+        schema: Keys are added within a schema, and none is renamed or removed.
+
+    Example:
+        >>> print(json_of({"pid": 7}))
+        {
+          "schema": 1,
+          "pid": 7
+        }
+    """
+    return json.dumps({"schema": schema, **told}, indent=2, default=_parts)
+
+
+def _parts(value: Any) -> object:
+    return dict(value) if isinstance(value, Mapping) else dataclasses.asdict(value)
 
 
 def wrapped(text: str, indent: int, *, label: str = "") -> list[str]:

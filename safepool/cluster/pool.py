@@ -16,11 +16,11 @@ from safepool.cluster.messages import Packet
 from safepool.cluster.shell import Shell
 from safepool.errors import text_of
 from safepool.pool.calls.front import PoolCalls
-from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.watch import WorkerInfo
 from safepool.transport import payloads
+from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping

@@ -14,7 +14,6 @@ from safepool.arguments import MOST_WORKERS, checked, parse_bytes
 from safepool.budget import Request
 from safepool.machine import BudgetWatch, log_once, read_budget, tell_once
 from safepool.pool.calls.front import PoolCalls
-from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.inherited import WatchingScheduler, shared_with_forks
 from safepool.pool.shell.hiring import Hiring
@@ -29,6 +28,7 @@ from safepool.shown import printable
 from safepool.threads.environment import overridden, worker_environment
 from safepool.threads.placement import Placement, why_not_bound
 from safepool.transport.lazy import load_own
+from safepool.workers.describe import name_of
 from safepool.workers.methods import find_context, method_of
 from safepool.workers.start import WorkerStart
 

@@ -69,16 +69,21 @@ __all__ = [
     "STACK_SIGNAL",
     "Board",
     "Left",
+    "Seen",
+    "boards_of",
     "numbers_of",
     "record_of",
     "records_of",
 ]
 
-_CLAIMED, _SINCE, _BEGAN, REVOKED, _FILLED, _KIND, _FIRST, _LAST, _MARK = range(9)
-_CELLS_BYTES = _MARK * 8 + 8
+_CLAIMED, _SINCE, _BEGAN, REVOKED, _FILLED, _KIND, _FIRST, _LAST, _MARK, _PID, _RESTED = range(11)
+# After the cells: the name of what runs.
+_NAME_BYTES = 128
+_CELLS_BYTES = (_RESTED + 1) * 8
+_NAME_END = _CELLS_BYTES + _NAME_BYTES
 # Calls that the lane has room for. With a flush each millisecond, those of half a microsecond.
 LANE_CALLS = 2048
-_LANE_END = _CELLS_BYTES + 8 * LANE_CALLS
+_LANE_END = _NAME_END + 8 * LANE_CALLS
 # The last cell's lower half; the era is above it. In one cell, so that nobody ever sees the
 # bytes of one era with the number of the next.
 _FILLED_MASK = (1 << 32) - 1
@@ -94,6 +99,8 @@ _pack = RECORD.pack
 # Kinds of lane, by the type of the results; an integer must fit 64 bits.
 _INTEGER, _FLOAT, _BOOL, _NONE = range(1, 5)
 LANES: dict[type, int] = {int: _INTEGER, float: _FLOAT, bool: _BOOL, type(None): _NONE}
+
+_FILE = "safepool-board"
 
 # Makes a worker write its Python stack behind the board. A real-time signal, which
 # neither the system nor, as good as ever, a program uses; glibc keeps the first two.
@@ -136,6 +143,7 @@ class Board:
         "_floats",
         "_lane",
         "_map",
+        "_name",
         "_numbers",
         "_results",
         "_slots",
@@ -147,7 +155,8 @@ class Board:
         self._map = mmap.mmap(descriptor, _BYTES)
         whole = memoryview(self._map)
         self._cells = whole[:_CELLS_BYTES].cast("Q")
-        self._lane = whole[_CELLS_BYTES:_LANE_END]
+        self._name = whole[_CELLS_BYTES:_NAME_END]
+        self._lane = whole[_NAME_END:_LANE_END]
         # The same memory, as what is stored there and as what is compared with the mark.
         self._numbers, self._floats = self._lane.cast("q"), self._lane.cast("d")
         self._slots = self._lane.cast("Q")
@@ -186,9 +195,9 @@ class Board:
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
-        for view in (self._numbers, self._slots, self._cells, self._lane, self._results):
+        views = (self._numbers, self._floats, self._slots, self._cells, self._lane, self._results)
+        for view in (*views, self._name):
             view.release()
-        self._floats.release()
         self._map.close()
         try:
             os.close(descriptor)
@@ -196,6 +205,21 @@ class Board:
             pass  # a task has closed it
 
     # What the worker writes.
+
+    def sign(self, pid: int) -> None:
+        """Say whose board it is, for who looks at it from another process."""
+        self._cells[_PID] = pid
+
+    def tell(self, name: str, now_ns: int = 0) -> None:
+        """Say what runs from now on, or with the next claim if no time is given."""
+        self._name[:] = name.encode("utf-8", "replace")[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
+        if now_ns:
+            self._cells[_SINCE] = now_ns
+
+    def rest(self) -> None:
+        """Say that nothing runs, until the next claim."""
+        cells = self._cells
+        cells[_RESTED] = cells[_SINCE]
 
     def claim(self, position: int, now_ns: int, *, reading: bool = False) -> bool:
         """Say that this position begins now; ``False`` if the pool has taken it back.
@@ -372,6 +396,51 @@ class Board:
             pass
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One worker's board, read from another process.
+
+    Attributes:
+        pid: The worker.
+        name: The name of the function that runs; ``None`` while nothing runs.
+        since_ns: When it began, by the monotonic clock.
+    """
+
+    pid: int
+    name: str | None
+    since_ns: int
+
+
+def boards_of(process: int) -> list[Seen]:
+    """Read the boards that another process shares with workers. Linux; it changes nothing.
+
+    The kernel shows the descriptors of a process to its own user and to root alone.
+
+    Raises:
+        OSError: There is no such process, or it may not be looked at.
+
+    Source:
+        proc_pid_fd(5).
+    """
+    found: dict[int, Seen] = {}
+    folder = f"/proc/{process}/fd"
+    for name in os.listdir(folder):
+        try:
+            if not os.readlink(f"{folder}/{name}").startswith(f"/memfd:{_FILE}"):
+                continue
+            with open(f"{folder}/{name}", "rb", buffering=0) as file:
+                data = file.read(_NAME_END)
+        except OSError:
+            continue  # closed meanwhile
+        if len(data) == _NAME_END:
+            cells = memoryview(data)[:_CELLS_BYTES].cast("Q")
+            text = data[_CELLS_BYTES:].rstrip(b"\0").decode("utf-8", "replace")
+            runs = cells[_SINCE] != cells[_RESTED]
+            found[cells[_PID]] = Seen(cells[_PID], text if runs else None, cells[_SINCE])
+    # 0: it has not started. A worker holds its own board.
+    return [found[pid] for pid in sorted(found) if pid not in (0, process)]
+
+
 def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> bytes:
     """Return one record as :func:`records_of` reads it, for a result that is not published."""
     return RECORD.pack(position, microseconds, len(pickled), kind) + pickled
@@ -416,7 +485,7 @@ if sys.platform == "linux":
 
     def _create_file() -> int | None:
         try:
-            return linux.memfd_create("safepool-board", linux.MFD_CLOEXEC)
+            return linux.memfd_create(_FILE, linux.MFD_CLOEXEC)
         except OSError as error:
             if error.errno in REFUSALS:
                 return None

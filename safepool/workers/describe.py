@@ -6,7 +6,7 @@ import importlib
 import pickle
 import traceback
 from reprlib import Repr
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of, users_frames
 from safepool.transport.blame import find_unpicklable
@@ -14,9 +14,10 @@ from safepool.transport.exceptions import Sendable
 from safepool.transport.payloads import dumps, dumps_to_send, loads
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["UNSENT_RESULT", "describe", "get_ready", "say_what"]
+__all__ = ["UNSENT_RESULT", "describe", "get_ready", "name_of", "say_what"]
 
 # Of a result that cannot be sent: its beginning, however large it is.
 _SHORT = Repr()
@@ -24,6 +25,19 @@ _SHORT.maxother = _SHORT.maxstring = 200
 
 # The pool puts the name of the call in the place of "the call".
 UNSENT_RESULT = "while the result of the call was pickled"
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return what to call a function in a message.
+
+    Example:
+        >>> name_of(len)
+        'builtins.len'
+    """
+    function = getattr(function, "func", function)  # what a functools.partial calls
+    module = getattr(function, "__module__", None) or type(function).__module__
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{module}.{name}"
 
 
 def get_ready() -> None:

@@ -164,6 +164,7 @@ def _open_board(handle: Any) -> Board | None:
     descriptor = handle if isinstance(handle, int) else _take(handle)
     os.set_inheritable(descriptor, False)
     board = Board(descriptor)
+    board.sign(os.getpid())
     # A crash in native code leaves the Python stack on the board, and so does the signal.
     faulthandler.enable(file=descriptor, all_threads=True)
     if STACK_SIGNAL and sys.platform != "win32":

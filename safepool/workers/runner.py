@@ -22,7 +22,7 @@ from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
 from safepool.workers.coroutines import run_to_its_end
-from safepool.workers.describe import describe, say_what
+from safepool.workers.describe import describe, name_of, say_what
 from safepool.workers.fork import Fork
 from safepool.workers.logs import Outbox, forward_records
 from safepool.workers.messages import function_of, read_batch, read_call, read_tasks
@@ -99,6 +99,8 @@ class Runner:
         self._loads: Callable[[Sequence[Received]], Any] = loads
         self._pack: Callable[[object], Segments] = self._packed
         self._functions: dict[int, Callable[..., Any]] = {}
+        # The number of the function whose name is on the board.
+        self._told = 0
         # Results that could not be pickled, by their type.
         self._unsent: Counter[str] = Counter()
         # What the last result of a batch was: the next will be alike.
@@ -135,7 +137,10 @@ class Runner:
         (benchmarks/dispatch.py, round-trip).
         """
         channel, functions, imports = self._channel, self._functions, self._imports
+        board = self._board
         while True:
+            if board is not None:
+                board.rest()
             data = channel.receive_raw()
             call = read_call(data)
             if call is None or call[1] not in functions or not self._run_plain(*call):
@@ -155,6 +160,8 @@ class Runner:
         now = time.monotonic_ns()
         if board is None or fork.here or self._timed or not board.claim(position, now):
             return False
+        if number != self._told:
+            self._tell(number, self._functions[number])
         kind, number_of = Kind.RESULT, b""
         packed: Segments = []
         try:
@@ -176,6 +183,17 @@ class Runner:
             answers.send_alone(position, now, kind, packed)
         return True
 
+    def _tell(self, number: int, function: Callable[..., Any]) -> None:
+        """Say on the board which function runs."""
+        self._told = number
+        if self._board is None:
+            return
+        try:
+            name = name_of(function)
+        except Exception:  # noqa: BLE001 -- attributes of an object of the user's
+            name = type(function).__qualname__
+        self._board.tell(name)
+
     def _tell_imports(self) -> None:
         if self._imports and (names := self._imports.new()):
             self._outbox.send(encode(Kind.IMPORTED, 0, [names]))
@@ -194,11 +212,10 @@ class Runner:
             case Kind.FUNCTION | Kind.FORGET | Kind.SHARE | Kind.UNSHARE | Kind.NAMES:
                 self._keep(kind, position, segments)
             case Kind.TASK:
-                function = self._functions.get(function_of(segments))
-                self._run_pickled(position, function, segments[1:], segments)
+                self._run_pickled(position, function_of(segments), segments[1:], segments)
             case Kind.TASKS:
                 for number, pickled in read_tasks(segments):
-                    self._run_pickled(position, self._functions.get(number), [pickled], segments)
+                    self._run_pickled(position, number, [pickled], segments)
                     position += 1
             case Kind.BATCH:
                 self._run_batch(position, segments)
@@ -208,6 +225,7 @@ class Runner:
     def _keep(self, kind: Kind, number: int, segments: Sequence[Received]) -> None:
         if kind is Kind.FUNCTION:
             self._functions[number] = _load_function(segments, self._loads)
+            self._told = 0
         elif kind is Kind.FORGET:
             self._functions.pop(number, None)
         elif kind is Kind.SHARE:
@@ -231,6 +249,8 @@ class Runner:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
             if initializer is not None:
+                if self._board is not None:
+                    self._board.tell(name_of(initializer), time.monotonic_ns())
                 initializer(*arguments)
         except BaseException as error:  # the pool must learn of SystemExit as well
             self._main.explain(error)
@@ -249,21 +269,25 @@ class Runner:
     def _run_pickled(
         self,
         position: int,
-        function: Callable[..., Any] | None,
+        number: int,
         pickled: Sequence[Received],
         segments: list[Received],
     ) -> None:
         if not self._claim(position):
             return
+        function = self._functions.get(number)
+        if function is not None and number != self._told:
+            self._tell(number, function)
         try:
             if function is None:
                 function, arguments, keywords = self._loads(pickled)
+                self._tell(0, function)
             else:
                 arguments, keywords = self._loads(pickled)
             if len(segments) > 2:
                 segments.clear()  # the buffers live on in the arrays made of them
             del pickled
-            result = function(*arguments, **keywords)  # pyright: ignore[reportOptionalCall]
+            result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.
             del function, arguments, keywords
             kind, answer = Kind.RESULT, self._pack(result)
@@ -279,6 +303,8 @@ class Runner:
         # Unclaimed, what takes long to read would be taken back meanwhile, and sent, for ever.
         if not self._claim(position, reading=True):
             return
+        if number != self._told:
+            self._tell(number, function)
         try:
             items = self._loads(segments[1:])
             if apart:

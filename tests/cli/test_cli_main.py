@@ -26,6 +26,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
             "env",
             "demo",
             "report",
+            "top",
             "--json",
             "--pid",
             "--watch",
@@ -47,6 +48,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
         ["LIBRARY", "--timeout", "--json", "examples:", "safepool doctor numpy", "Exit codes"],
     ),
     "report": (["report", "--help"], ["FILE", "--json", "examples:", "Exit codes", "perfetto"]),
+    "top": (["top", "--help"], ["PID", "--json", "examples:", "Exit codes", "your own user"]),
     "demo": (["demo", "--help"], ["--tasks", "--points", "--cpus", "--bound", "--plot", "--json"]),
 }
 
@@ -54,6 +56,7 @@ HELP: dict[str, tuple[list[str], list[str]]] = {
 WRONG: dict[str, tuple[list[str], str]] = {
     "unknown command": (["fly"], "fly"),
     "unknown option": (["demo", "--fast"], "--fast"),
+    "no number of a process": (["top", "many"], "'many'"),
     "no tasks": (["demo", "--tasks", "0"], "from 1 to 100000, found '0'"),
     "more tasks than memory": (["demo", "--tasks", "1000000000000"], "from 1 to 100000"),
     "tasks in words": (["demo", "--tasks", "many"], "'many'"),

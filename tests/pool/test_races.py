@@ -23,7 +23,7 @@ from support_processes import wait_until
 
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.calls.mapping import MapRun
-from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, name_of
+from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by
 from safepool.pool.core import reclaim
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
@@ -32,6 +32,7 @@ from safepool.pool.shell.dispatch import Dispatch
 from safepool.pool.shell.hiring import Hiring
 from safepool.pool.shell.listener import Listener
 from safepool.pool.shell.packing import Packing
+from safepool.workers.describe import name_of
 
 if sys.platform != "win32":
     import fcntl

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
 from safepool.pool.calls.mapping import Coming, MapRun, end_failed
-from safepool.pool.calls.tasks import name_of
 from safepool.pool.core.policy import policy_of
+from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

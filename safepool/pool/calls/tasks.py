@@ -50,7 +50,6 @@ __all__ = [
     "fail",
     "finish",
     "fresh",
-    "name_of",
     "rebuild",
 ]
 
@@ -509,19 +508,6 @@ class Task(Call):
     def is_wanted(self) -> bool:
         """Whether it was not cancelled; who waits for the future is told so."""
         return not self.future.cancelled() or begin(self.future)
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return what to call a function in a message.
-
-    Example:
-        >>> name_of(len)
-        'builtins.len'
-    """
-    function = getattr(function, "func", function)  # what a functools.partial calls
-    module = getattr(function, "__module__", None) or type(function).__module__
-    name = getattr(function, "__qualname__", None) or type(function).__qualname__
-    return f"{module}.{name}"
 
 
 def begin(future: PoolFuture) -> bool:

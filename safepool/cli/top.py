@@ -1,0 +1,146 @@
+"""Floor 7: ``safepool top PID``: what the workers of another process do now. Linux.
+
+It reads the boards that the process shares with its workers (``workers.board``), and ``/proc``.
+It sends nothing, so no worker and no pool is disturbed, and a pool that is stuck is shown as well.
+
+``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
+
+    schema          1
+    pid             of the process
+    workers         one object for each: pid, task (null if idle), running_s (null if idle),
+                    resident_bytes, native_threads
+
+Not covered:
+    * A process in another process-id namespace, such as a container's, seen from outside: its
+      workers have other numbers there. Run the command in the container.
+    * Workers of a pool without boards (no ``memfd_create`` or ``membarrier``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safepool import procfs
+from safepool.cli.errors import CommandError
+from safepool.cli.text import WIDTH, as_ascii, counted, json_of
+from safepool.shown import size
+from safepool.workers.board import boards_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Row", "TopError", "as_text", "read", "run"]
+
+_EVERY_S = 1.0
+# ECMA-48, 8.3.21 "CUP" and 8.3.39 "ED": to the top left, and nothing below.
+_CLEAR = "\x1b[H\x1b[J"
+
+
+class TopError(CommandError):
+    """The workers of a process cannot be shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One worker.
+
+    Attributes:
+        pid: Process id.
+        task: Name of the function that runs; ``None`` if nothing does.
+        running_s: Seconds since it began; ``None`` if nothing runs.
+        resident_bytes: Memory that it holds.
+        native_threads: Threads that the system counts in it.
+    """
+
+    pid: int
+    task: str | None
+    running_s: float | None
+    resident_bytes: int | None
+    native_threads: int
+
+
+def read(pid: int) -> list[Row]:
+    """Read the workers of a process.
+
+    Raises:
+        TopError: There is no such process, or it may not be looked at.
+    """
+    if not os.path.isdir("/proc/self/fd"):
+        raise TopError("top needs Linux, whose /proc tells about processes")
+    try:
+        owner = _owner(pid)
+        if owner != _owner("self"):
+            raise TopError(
+                f"process {pid} belongs to user {owner}, and top shows processes of your own "
+                f"user. Run it as that user: sudo -u '#{owner}' safepool top {pid}"
+            )
+        boards = boards_of(pid)
+    except PermissionError as error:
+        raise TopError(
+            f"the system hides process {pid}: {error.strerror}. Run top as its user, in its "
+            "container"
+        ) from error
+    except OSError as error:
+        raise TopError(f"there is no process {pid}. Pass the number of a running one") from error
+    now_ns = time.monotonic_ns()
+    found = []
+    for board in boards:
+        threads = len(procfs.threads(board.pid))
+        if threads:
+            runs_s = None if board.name is None else max(0, now_ns - board.since_ns) / 1e9
+            memory = procfs.resident_bytes(board.pid)
+            found.append(Row(board.pid, board.name, runs_s, memory, threads))
+    return found
+
+
+def _owner(process: int | str) -> int:
+    return os.stat(f"/proc/{process}").st_uid
+
+
+def as_text(pid: int, rows: Iterable[Row]) -> str:
+    """Return the workers for people."""
+    rows = list(rows)
+    lines = [f"process {pid}: {counted(len(rows), 'worker')}", ""]
+    lines.append(f"{'pid':>8}{'since s':>10}{'memory':>12}{'threads':>9}  task")
+    for row in rows:
+        since = "-" if row.running_s is None else f"{row.running_s:.1f}"
+        memory = "-" if row.resident_bytes is None else size(row.resident_bytes)
+        head = f"{row.pid:>8}{since:>10}{memory:>12}{row.native_threads:>9}  "
+        # The end of a long name says more than its begin.
+        lines.append(head + as_ascii(row.task or "(idle)")[len(head) - WIDTH :])
+    return "\n".join(lines)
+
+
+def run(pid: int, *, as_json: bool) -> int:
+    """Print the workers of a process; on a terminal again and again until Ctrl-C.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        TopError: They cannot be shown, or there are none.
+    """
+    rows = read(pid)
+    if not rows:
+        raise TopError(
+            f"process {pid} has no worker of a safepool pool. Pass the process that has made the "
+            "pool; workers start with its first task"
+        )
+    if as_json:
+        print(json_of({"pid": pid, "workers": rows}))
+        return 0
+    if sys.stdout is None or not sys.stdout.isatty():
+        print(as_text(pid, rows))
+        return 0
+    while True:
+        print(_CLEAR + as_text(pid, rows), flush=True)
+        time.sleep(_EVERY_S)
+        try:
+            rows = read(pid)
+        except TopError as error:
+            print(error)
+            return 0
