@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from support_cgroups import ControlGroup
 
@@ -42,16 +46,96 @@ def await_(holds, what, s=60):
 """
 
 
+@dataclass(frozen=True)
+class Host:
+    """What stands for another machine: namespaces of its own for network, processes and name.
+
+    Attributes:
+        name: The host's.
+        pid: Process id of the process that holds the namespaces.
+        address: Of the host; hosts do not reach each other.
+        gateway: Of this machine, as the host sees it.
+        link: Name of this machine's end of the link.
+    """
+
+    name: str
+    pid: int
+    address: str
+    gateway: str
+    link: str
+
+    @property
+    def inside(self) -> list[str]:
+        """What runs a command there."""
+        return ["nsenter", f"--target={self.pid}", "--net", "--uts", "--pid", "--mount", "--"]
+
+    def cut(self) -> None:
+        """Take the host off the network."""
+        subprocess.run(["ip", "link", "set", self.link, "down"], check=True)
+
+    def has_process(self, pid: int) -> bool:
+        """Tell whether a process runs there, by the number that it has there."""
+        try:
+            stat = Path(f"/proc/{self.pid}/root/proc/{pid}/stat").read_text()
+        except OSError:
+            return False
+        return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@contextlib.contextmanager
+def another_host(number: int) -> Iterator[Host]:
+    """Make a host, and end all of its processes after the block."""
+    if os.geteuid() or not (shutil.which("ip") and shutil.which("nsenter")):
+        pytest.skip("network namespaces need root, and the programs ip and nsenter")
+    name, link = f"safepool-{number}", f"safepool{os.getpid() % 100000}{number}"
+    net = f"10.231.{os.getpid() % 256}.{4 * number}"
+    head = net.rpartition(".")[0]
+    host, gateway = f"{head}.{4 * number + 2}", f"{head}.{4 * number + 1}"
+    command = "hostname $0 && exec sh -c 'echo; read line'"
+    holder = subprocess.Popen(
+        ["unshare", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc",
+         "sh", "-c", command, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        if not holder.stdout.readline():
+            pytest.skip(f"namespaces cannot be made here: {holder.communicate()[1]!r}")
+        children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text()
+        made = Host(name, int(children), host, gateway, link)
+        for line in (
+            f"ip link add {link} type veth peer name eth0 netns {made.pid}",
+            f"ip address add {gateway}/30 dev {link}",
+            f"ip link set {link} up",
+            f"nsenter --target={made.pid} --net ip address add {host}/30 dev eth0",
+            f"nsenter --target={made.pid} --net ip link set eth0 up",
+            f"nsenter --target={made.pid} --net ip link set lo up",
+        ):
+            done = subprocess.run(line.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"a network cannot be made here: {line}: {done.stderr.strip()}")
+        yield made
+    finally:
+        holder.kill()
+        holder.communicate()
+        # Connections that were cut keep the namespace, and so the link, for minutes.
+        subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
+
+
 class DaskCluster:
     """A scheduler and its workers. Ended with :func:`dask_cluster`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str) -> None:
         self.folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
         self._file = folder / "scheduler.json"
         self.scheduler = self._start(
-            "dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", ":0"
-        )
+            "dask_scheduler", "--host", host, "--port", "0", "--dashboard-address", ":0",
+            "--scheduler-file", str(self._file),
+        )  # fmt: skip
 
     def _start(
         self,
@@ -59,11 +143,10 @@ class DaskCluster:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         group: ControlGroup | None = None,
+        inside: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
-        command = [
-            sys.executable, "-W", "ignore", "-m", f"distributed.cli.{module}",
-            "--scheduler-file", str(self._file), *arguments,
-        ]  # fmt: skip
+        python = [sys.executable, "-W", "ignore", "-m", f"distributed.cli.{module}"]
+        command = [*inside, *python, *arguments]
         if group is not None:
             command = group.command(command)
         with (self.folder / f"{len(self._processes)}.log").open("wb") as log:
@@ -89,12 +172,18 @@ class DaskCluster:
         nanny: bool = False,
         env: Mapping[str, str] | None = None,
         group: ControlGroup | None = None,
+        host: Host | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a worker with two threads."""
         how = "--nanny" if nanny else "--no-nanny"
+        if host is None:
+            where = ["--scheduler-file", str(self._file), "--host", "127.0.0.1"]
+        else:
+            port = self.address.rpartition(":")[2]
+            where = [f"tcp://{host.gateway}:{port}", "--host", host.address]
         return self._start(
-            "dask_worker", how, "--nthreads", "2", "--no-dashboard", "--host", "127.0.0.1",
-            env=env, group=group,
+            "dask_worker", how, "--nthreads", "2", "--no-dashboard", *where,
+            env=env, group=group, inside=host.inside if host else (),
         )  # fmt: skip
 
     @property
@@ -151,9 +240,9 @@ class DaskCluster:
 
 
 @contextlib.contextmanager
-def dask_cluster(folder: Path) -> Iterator[DaskCluster]:
+def dask_cluster(folder: Path, host: str = "127.0.0.1") -> Iterator[DaskCluster]:
     """Start a scheduler; end it, and its workers, after the block."""
-    cluster = DaskCluster(folder)
+    cluster = DaskCluster(folder, host)
     try:
         yield cluster
     finally:

@@ -5,6 +5,7 @@ What a command does is in its room, which is imported only when it is asked for:
 
     limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
                     ``verdict`` judges it, ``watch`` prints a line a second
+    cluster_screen  ``safepool --cluster ADDRESS``: the same of each node
     doctor          ``safepool doctor NAME...``: which library brings which native threads
     run             ``safepool run -- COMMAND``: any program, started with its limits set
     env             ``safepool env``: the same settings, for a shell to take over
@@ -127,6 +128,8 @@ def _run(argv: Sequence[str] | None) -> int:
             options.command = [*options.command, *command[bool(not options.command) :]]
         if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
             asked.error("--pid and --watch go without a library")
+        if options.cluster and (options.run is not _run_limits or options.pid or options.watch):
+            asked.error("--cluster goes without --pid, --watch and another command")
         if options.run is _run_run and not options.command:
             asked.error("a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:
@@ -154,6 +157,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _run_limits(options: argparse.Namespace) -> int:
+    if options.cluster:
+        from safepool.cli import cluster_screen  # noqa: PLC0415 -- only where it is asked for
+
+        return cluster_screen.run(options.cluster, as_json=options.json)
     from safepool.cli import limits_screen  # noqa: PLC0415 -- only the command that is asked for
 
     return limits_screen.run(as_json=options.json, pid=options.pid, watched=options.watch)
@@ -271,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     _add_limits_options(parser)
+    _add_cluster_option(parser)
     parser.set_defaults(run=_run_limits, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
@@ -336,6 +344,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (limits, doctor):
         _add_limits_options(command, default=argparse.SUPPRESS)
+    _add_cluster_option(limits, default=argparse.SUPPRESS)
     return parser
 
 
@@ -343,6 +352,7 @@ _EXAMPLES = """\
 examples:
   safepool                           is this machine a problem?
   safepool --pid 4711 --watch        a running process, a line a second
+  safepool --cluster tcp://head:8786 each node of a Dask cluster
   safepool --json | jq .findings     for programs
   safepool doctor numpy              which native threads a library brings
   safepool run -- python train.py    start a program with its limits set
@@ -411,6 +421,16 @@ def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None
         "--watch",
         action="store_true",
         help="a line a second: CPU time used, and how often the kernel froze it (Linux)",
+        **default,
+    )
+
+
+def _add_cluster_option(parser: argparse.ArgumentParser, **default: Any) -> None:
+    parser.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="look at each node of a Dask scheduler, such as tcp://10.0.0.1:8786 (needs "
+        "safepool[dask]; waits 10 s for the scheduler, and 10 s for the nodes)",
         **default,
     )
 

@@ -156,11 +156,17 @@ class Screen:
         """Whether the exit code tells of one."""
         return any(finding.problem for finding in self.findings)
 
-    def as_text(self, paint: Paint = plain) -> str:
-        """Return the screen for people: ASCII, one arrow, at the limit that decides."""
+    def as_text(self, paint: Paint = plain, *, who: str = "") -> str:
+        """Return the screen for people: ASCII, one arrow, at the limit that decides.
+
+        Args:
+            paint: Colours lines.
+            who: May use what is shown, if it is neither this process nor `process`.
+        """
         sections = self._sections()
         pointed = self._decisive_row(sections)
-        who = "this process" if self.process is None else f"process {self.process.pid}"
+        if not who:
+            who = "this process" if self.process is None else f"process {self.process.pid}"
         lines = [f"safepool {safepool.__version__}: what {who} may use", ""]
         for title, rows in sections.items():
             lines.append(title)
@@ -186,9 +192,13 @@ class Screen:
 
     def as_json(self) -> str:
         """Return the screen for programs; the module lists the keys."""
+        return json_of(self.as_object())
+
+    def as_object(self) -> dict[str, object]:
+        """Return the keys and values of the screen's JSON."""
         budget = asdict(self.budget)
         because = budget.pop("because")
-        told = {
+        return {
             "version": safepool.__version__,
             "limits": self.limits,
             "because": because,
@@ -202,7 +212,6 @@ class Screen:
             "process": self.process,
             "findings": self.findings,
         }
-        return json_of(told)
 
     def _sections(self) -> dict[str, list[_Row]]:
         limits = self.limits

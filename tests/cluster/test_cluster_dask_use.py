@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from support_dask import NODE_A, NODE_B, dask_cluster
+from support_cgroups import control_group
+from support_dask import NODE_A, NODE_B, another_host, dask_cluster
+from support_processes import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,3 +96,104 @@ def test_joblib_and_scikit_learn_use_all_nodes(tmp_path: Path) -> None:
         "forest": True,
         "left": [],
     }
+
+
+# The agents are told to give a program up soon that falls silent.
+HOSTS = """
+import socket
+from safepool.cluster import agent, shell
+
+shell._COLLECT_S, shell._SILENCE_S = 0.5, 2.0
+
+def shorten():
+    agent._LAPSE_S = 1.0
+
+def note(path):
+    with open(path, "a") as file:
+        file.write(f"{socket.gethostname()} {os.getpid()}\\n")
+    while not os.path.exists(f"{os.path.dirname(path)}/go on"):
+        time.sleep(0.05)
+    return socket.gethostname()
+
+client = Client(f"tcp://127.0.0.1:{sys.argv[1].rpartition(':')[2]}")
+client.wait_for_workers(2)
+client.run(shorten)
+with ClusterPool(client, nodes=["safepool-2"]) as pool:
+    told(named=sorted(set(pool.map(lambda _: socket.gethostname(), range(10)))))
+pool = ClusterPool(client, workers_per_node=1)
+pool.submit(abs, 1).result()
+await_(lambda: len(pool.nodes()) == 2, "both hosts")
+told(hosts=sorted(node.name.rpartition("(")[2] for node in pool.nodes()))
+place = next(node.place for node in pool.nodes() if "safepool-1" in node.name)
+again, lost = safepool.worker(note, retries=1), note
+futures = [pool.submit(function, os.path.abspath("starts")) for function in (lost, again, again)]
+await_(lambda: os.path.exists("starts") and open("starts").read().count("\\n") == 2, "two calls run")
+told()
+sys.stdin.readline()
+await_(lambda: len(pool.nodes()) == 1, "the host is lost")
+open("go on", "w").close()
+found = [one.result() if one.exception() is None else str(one.exception()) for one in futures]
+told(found=found, place=place)
+os._exit(0)
+"""
+
+
+def _shown(address: str, *options: str) -> tuple[int, str]:
+    """Return exit code and output of ``safepool --cluster``."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "safepool", "--cluster", address, *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_two_hosts_of_which_one_is_cut_off(tmp_path: Path) -> None:
+    """They have limits of their own, and reach the scheduler but not each other."""
+    with (
+        control_group(cpus=1) as group,
+        dask_cluster(tmp_path, "0.0.0.0") as cluster,
+        another_host(1) as one,
+        another_host(2) as two,
+    ):
+        cluster.worker(host=one, group=group)
+        cluster.worker(host=two, nanny=True)
+        program = cluster.start_program(HOSTS)
+        assert program.stdin is not None
+        assert program.stdout is not None
+        facts: dict[str, Any] = {}
+        for line in program.stdout:
+            told = json.loads(line)
+            facts.update(told)
+            if told:
+                continue
+            address = f"tcp://127.0.0.1:{cluster.address.rpartition(':')[2]}"
+            code, text = _shown(address, "--json")
+            screens = {node["name"].rpartition("(")[2]: node for node in json.loads(text)["nodes"]}
+            assert {*screens} == {"safepool-1)", "safepool-2)"}
+            screen = screens["safepool-1)"]
+            assert screen["workers"] == screen["budget"]["workers"] == 1
+            assert screen["because"]["name"] in ("cpu.max", "cpu.cfs_quota_us")
+            assert screen["throttling"]["periods"] >= 0
+            code, text = _shown(address)
+            assert code in (0, 1)
+            assert f"what node tcp://{one.address}:" in text
+            assert "workers on 2 nodes" in text
+            starts = [
+                line.split() for line in (cluster.folder / "starts").read_text().splitlines()
+            ]
+            (pid,) = [int(pid) for host, pid in starts if host == one.name]
+            one.cut()
+            # Its calls end there as well: nobody asks for them any more.
+            wait_until(lambda pid=pid: not one.has_process(pid))
+            program.stdin.write("\n")
+            program.stdin.flush()
+        program.communicate()
+        assert program.returncode == 0, cluster.logs()
+    assert facts["named"] == ["safepool-2"]
+    assert facts["hosts"] == ["safepool-1)", "safepool-2)"]
+    lost = [found for found in facts["found"] if found != "safepool-2"]
+    assert len(lost) <= 1
+    assert all(facts["place"] in found and "has not answered" in found for found in lost)
+    assert facts["found"][1:] == ["safepool-2"] * 2

@@ -12,6 +12,7 @@ Not covered:
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 import logging
 import time
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.messages import Packet
+from safepool.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Future
 
-__all__ = ["DaskCarrier", "is_client"]
+__all__ = ["DaskCarrier", "connect", "is_client"]
 
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
@@ -33,6 +35,32 @@ _RECONNECT_S = 10.0
 _LARGE_BYTES = 1 << 20
 _PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
 _GONE = frozenset({"closing", "closed"})
+
+
+def connect(address: str, *, timeout_s: float) -> Any:
+    """Return a new ``distributed.Client`` of a scheduler.
+
+    Raises:
+        MissingExtraError: Dask is not installed.
+        OSError: No scheduler answers there within that time.
+        ValueError: The text is no address.
+        TypeError: The address needs encryption, and Dask's configuration has no certificates.
+    """
+    try:
+        distributed: Any = importlib.import_module("distributed")
+    except ImportError as error:
+        raise MissingExtraError("distributed", "pip install 'safepool[dask]'") from error
+    security = distributed.Security().get_connection_args("client")
+
+    async def reach() -> None:
+        comm = await importlib.import_module("distributed.comm").connect(
+            address, timeout=timeout_s, **security
+        )
+        await comm.close()
+
+    # First without a client: one that has not connected waits for 20 s in its ``__del__``.
+    asyncio.run(reach())
+    return distributed.Client(address, timeout=timeout_s, set_as_default=False)
 
 
 def is_client(client: object) -> bool:
