@@ -44,6 +44,7 @@ ADDRESSES = {
 }
 
 
+@pytest.mark.slow  # where Dask is installed
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_an_address_where_no_scheduler_is(
     address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

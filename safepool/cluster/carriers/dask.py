@@ -1,8 +1,70 @@
-"""Dask distributed: places are the workers of the user's own ``distributed.Client``.
+r"""Dask distributed: places are the workers of the user's own ``distributed.Client``.
 
 Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs one again, keeps
 no result, counts no thread of the worker for it, and its scheduler passes messages on. The
 connection is the client's own, with its encryption: client and workers need not reach each other.
+
+From a laptop to a cluster, one line of a program changes. The nodes need safepool, the program's
+libraries, and the same version of Python::
+
+    one machine       with safepool.ProcessPool() as pool:
+    Dask on it        with Client() as client, safepool.ClusterPool(client) as pool:
+    SLURM             with Client(cluster) as client, safepool.ClusterPool(client) as pool:
+    Kubernetes        the same with Client("tcp://dask-scheduler:8786")
+
+On SLURM, dask-jobqueue submits the jobs. One Dask worker per job is enough: it is a node, whose
+pool has as many workers as the job has CPUs::
+
+    cluster = SLURMCluster(cores=16, processes=1, memory="64GB", walltime="01:00:00")
+    cluster.scale(jobs=4)
+
+``print(cluster.job_script())`` shows what it submits::
+
+    #!/usr/bin/env bash
+    #SBATCH -J dask-worker
+    #SBATCH -n 1
+    #SBATCH --cpus-per-task=16
+    #SBATCH --mem=60G
+    #SBATCH -t 01:00:00
+    python -m distributed.cli.dask_worker tcp://10.0.0.1:8786 --name dummy-name --nthreads 16 \
+        --memory-limit 59.60GiB --nanny --death-timeout 60
+
+On Kubernetes, the limits of a worker's container are those of its node's pool. IMAGE has
+``safepool[dask]``::
+
+    apiVersion: v1
+    kind: Service
+    metadata: {name: dask-scheduler}
+    spec: {selector: {app: dask-scheduler}, ports: [{port: 8786}]}
+    ---
+    apiVersion: apps/v1
+    kind: Deployment
+    metadata: {name: dask-scheduler}
+    spec:
+      selector: {matchLabels: {app: dask-scheduler}}
+      template:
+        metadata: {labels: {app: dask-scheduler}}
+        spec:
+          containers:
+          - name: scheduler
+            image: IMAGE
+            command: [dask, scheduler, --port, "8786"]
+            ports: [{containerPort: 8786}]
+    ---
+    apiVersion: apps/v1
+    kind: Deployment
+    metadata: {name: dask-worker}
+    spec:
+      replicas: 4
+      selector: {matchLabels: {app: dask-worker}}
+      template:
+        metadata: {labels: {app: dask-worker}}
+        spec:
+          containers:
+          - name: worker
+            image: IMAGE
+            command: [dask, worker, "tcp://dask-scheduler:8786"]
+            resources: {limits: {cpu: "16", memory: 64Gi}}
 
 Not covered:
     * Adaptive clusters: Dask adds workers for its own tasks only. ``cluster.scale(n)`` works.
