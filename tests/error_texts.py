@@ -62,6 +62,7 @@ BY_KIND = {
     "RunError": "Correct the command after --",
     "ScreenError": "Leave --pid and --watch out",
     "SessionLostError": "Internal: the calls that the node had are lost as with a lost node",
+    "TopError": "Nothing: other systems do not tell about processes",
     "TraceFileError": "Choose another file",
     "TypeError, ValueError of an argument": "Pass what the text says after 'must be'",
     "UnreadableLimitError": "Pass max_workers=",

@@ -230,7 +230,7 @@ def test_arguments_that_no_node_can_use_are_told_at_once() -> None:
     assert isinstance(error, NoNodesError)
     assert str(error) == (
         "no node takes the arguments of this pool (call 1: ModuleNotFoundError: preload names "
-        "'nomodule': no module named 'nomodule')"
+        "'nomodule': no module named 'nomodule'. Install it, or leave it out)"
     )
 
 

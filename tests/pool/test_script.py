@@ -286,7 +286,10 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "both": (
         "main='value', preload=['__main__']",
-        'preload names "__main__", which is main="run", and main="value" is the opposite',
+        (
+            'preload names "__main__", which means main="run", and main="value" contradicts it: '
+            "leave one of them out"
+        ),
     ),
 }
 

@@ -93,7 +93,7 @@ def test_a_pool_gives_up_when_ever_more_workers_cannot_be_ended(tmp_path: Path) 
         gate.touch()
 
     assert [type(error) for error in errors] == [TaskTimeoutError] * 3 + [PoolBrokenError] * 6
-    assert "3 workers could not be ended by SIGKILL" in str(errors[-1])
+    assert "3 workers did not end after SIGKILL" in str(errors[-1])
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_the_reason_why_workers_are_started_afresh_is_said_once(tmp_path: Path) 
 
     [line] = [line for line in done.stdout.splitlines() if AFRESH in line]
     # From Python 3.14 on a thread has its name in the system as well.
-    assert "it had threads from its start, as an agent or a debugger brings them: " in line
+    assert "it had threads from its start, which an agent or a debugger brings: " in line
 
 
 def test_a_pool_works_under_a_thread_of_a_pth_file_and_without_the_site(tmp_path: Path) -> None:
