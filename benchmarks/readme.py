@@ -1,4 +1,4 @@
-"""Write the figures of README.md: run what they come from and put its output between the markers.
+"""Write the figures of the READMEs: run their commands and put the output between the markers.
 
     python benchmarks/readme.py                # all of them
     python benchmarks/readme.py joblib-times   # one
@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
 
-# By the name of a block: the command as it is shown.
+# By the name of a block: the file that has it, and the command as it is shown.
 BLOCKS = {
-    "demo-output": "safepool demo --cpus 1",
-    "joblib-times": "python benchmarks/joblib_backend.py --backends safepool loky",
+    "demo-output": ("README.md", "safepool demo --cpus 1"),
+    "joblib-times": (
+        "benchmarks/README.md",
+        "python benchmarks/joblib_backend.py --backends safepool loky",
+    ),
 }
 
 
@@ -45,12 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("blocks", nargs="*", metavar="block", help=", ".join(BLOCKS))
     for name in parser.parse_args().blocks or BLOCKS:
-        command = BLOCKS[name]
+        file, command = ROOT / BLOCKS[name][0], BLOCKS[name][1]
         shown = f"```console\n$ {command}\n{output_of(command)}\n```\n"
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, rest = README.read_text(encoding="utf-8").split(begin)
+        before, rest = file.read_text(encoding="utf-8").split(begin)
         _, after = rest.split(end)
-        README.write_text(before + begin + shown + end + after, encoding="utf-8")
+        file.write_text(before + begin + shown + end + after, encoding="utf-8")
         print(shown, end="", flush=True)
 
 

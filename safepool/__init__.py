@@ -14,6 +14,9 @@
                         what this process may use, and which file says so
     threads             the native thread pools that are loaded, and the variables that rule them
 
+``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` what differs
+from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON.
+
 The same at the prompt: ``safepool --help``. Errors are :class:`SafepoolError`; what the package
 has to tell otherwise goes to the logger ``safepool``.
 

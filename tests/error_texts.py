@@ -177,6 +177,12 @@ def rows() -> list[Row]:
     return sorted(found | set(_arguments()))
 
 
+def constants(name: str) -> list[str]:
+    """Return all text of a module of the package: what is put together of it is in no row."""
+    tree = ast.parse((ROOT / "safepool" / name).read_text(encoding="utf-8"))
+    return [str(node.value) for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+
+
 def table() -> str:
     """Return the table, as the file has it."""
     lines = ["# Every text of an error, a warning, a note and the log", ""]

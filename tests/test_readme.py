@@ -22,6 +22,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import error_texts
 import pytest
 
 import safepool
@@ -206,6 +207,23 @@ def test_readme_has_examples() -> None:
     """A fence that this file does not recognise is an example that never runs."""
     assert EXAMPLES
     assert README.read_text().count("```") == 2 * len(blocks())
+
+
+def test_readme_is_read_in_one_go() -> None:
+    """The reference is in the docstrings."""
+    assert len(README.read_text().splitlines()) <= 300
+
+
+def test_the_texts_that_readme_quotes_are_those_of_the_code() -> None:
+    """Somebody looks for the words of an error. Dots stand for what differs."""
+    table = README.read_text().split("<!-- texts: begin -->")[1].split("<!-- texts: end -->")[0]
+    quoted = re.findall(r'"([^"`|]{12,})"', table)
+    texts = [*(row.text for row in error_texts.rows()), *error_texts.constants("errors.py")]
+
+    assert len(quoted) > 9
+    for quote in quoted:
+        parts = quote.split(" ... ")
+        assert any(all(part in text for part in parts) for text in texts), quote
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,6 +6,25 @@ and the exit status are the program's own, also as the first process of a contai
 has set stays, and what the user has set for a whole family of runtimes (``OMP_NUM_THREADS``) also
 rules those that fall back to it.
 
+``PROGRAM_VARIABLES`` and ``safepool.threads.table`` list the variables with their sources;
+``--explain`` prints what is set, ``--force`` replaces what the user has set, ``safepool env``
+prints the same for a shell, as dotenv or as JSON.
+
+As the first process of a container the program is in the same position as without safepool: a
+signal that it has no handler for does not end it, and nobody reaps its orphans, unless the
+container has an init (``docker run --init``).
+
+``ProcessPoolExecutor()`` reads no variable before Python 3.13, and ``multiprocessing.Pool()``
+none at all: there ``--patch`` is what bounds them. It puts ``safepool.ProcessPool`` and
+``safepool.Pool`` in their places, also in that of ``multiprocess.Pool``, however they are
+imported, and makes joblib use the backend. A start method that the program has chosen
+(``get_context("spawn").Pool()``) stays. An object that only a fork can share with a program,
+such as a lock or a ``Value`` of ``multiprocessing`` in a global or among ``initargs``, makes
+workers forks; a warning names it. Another names the globals of modules that called functions use
+and that the program has set (``config.LEVEL = 5``): forks would have the value, our workers have
+what the import leaves. ``--patch`` reaches Python programs, and the Pythons they start, for
+whose Python safepool is installed, but not ``python -I``, ``-E`` and ``-S``.
+
 Exit codes of its own: 126 the command cannot be run, 127 it was not found, as env(1).
 """
 
