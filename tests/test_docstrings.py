@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safepool import ProcessPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,3 +50,16 @@ def test_fields_begin_with_a_noun() -> None:
 
     assert len(fields) > 1000
     assert [field for field in fields if NO_NOUN.match(field[1])] == []
+
+
+def test_the_arguments_of_a_pool_stand_in_groups_with_their_defaults() -> None:
+    """``help(safepool.ProcessPool)`` is the reference: none is missing, and no default is old."""
+    told = (ProcessPool.__doc__ or "").split("    Args:\n")[1].split("\n\n    A global")[0]
+    groups = re.findall(r"^ {8}\*(\w+)\*$", told, re.MULTILINE)
+    found = dict(re.findall(r"^ {8}(\w+) \([^;]*; default ([^)]*)\)+:", told, re.MULTILINE))
+    parameters = inspect.signature(ProcessPool).parameters.values()
+
+    assert groups == ["Size", "Threads", "Memory", "Failure", "Start", "Observation"]
+    assert {
+        name: ast.literal_eval(text if text != "(" else "()") for name, text in found.items()
+    } == {one.name: one.default for one in parameters}

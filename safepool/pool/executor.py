@@ -66,99 +66,122 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
     ran, which ends with :class:`safepool.WorkerDiedError`, and is replaced.
 
     Args:
-        max_workers: The most workers at a time, at least 1 (on Windows at most 61).
-            ``None`` is the number that fits, or ``SAFEPOOL_MAX_WORKERS`` of the environment: see
-            :func:`safepool.cpu_count`.
-        mp_context: A ``multiprocessing`` context that starts the workers, or the name of
-            one. ``None`` is ``"safepool"`` on Linux, which forks them from a server of our own
-            that has no threads, and ``"loky"`` elsewhere, which starts a fresh interpreter for
-            each. A script needs no ``if __name__ == "__main__"`` for either. ``"fork"`` is as safe
-            as the program has few threads: those that there are when the pool is made are named
-            by a warning.
-        initializer: Called once in each worker before its first task, after the caps.
-        initargs: Its arguments; locks, queues and values of ``multiprocessing`` as well, made by
-            ``multiprocessing.get_context("spawn")`` unless the workers are forks.
-        max_tasks_per_child: Replace a worker after this many tasks, at least 1; ``None``
-            keeps workers as long as the pool. Not with ``"fork"``, as in the standard pool:
-            the process that is copied for each new worker is busy by then.
-        threads_per_worker: Threads that each native pool in a worker may have, at least 1;
-            the number of workers that fit is the limit divided by it. ``"auto"`` is what
-            the limit leaves to each of ``max_workers``.
-        rounding: Treatment of a fraction of a CPU: ``"floor"`` leaves it to this process,
-            ``"ceil"`` starts one worker more, which the kernel then freezes together with
-            all others for a part of every period, ``"nearest"`` is in between.
-        reserve: CPUs kept for this process and whatever runs beside it, such as 0.5.
-        memory_per_worker: Bytes, or text such as ``"2GiB"``: start no more workers than fit
-            into what the control groups have left. ``None`` does not ask.
-        pin_workers: Bind each worker to ``threads_per_worker`` CPUs of this process's affinity
-            mask, as few workers to each CPU as can be, before it imports anything: libraries
-            whose threads no variable bounds start as many as they find CPUs. What was imported
-            before a worker was forked keeps its size, and what a task starts is bound as well.
-            The price: the kernel can no longer move a worker whose CPU somebody else uses too,
-            another pool in another container of a shared host for one, so it may wait beside
-            idle CPUs. Worth it where the CPUs are this program's own. Linux only: elsewhere,
-            and where it is refused, it is said once and nothing is bound.
-        env: Variables to set in the workers. One that bounds native threads takes the place
-            of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said in the log. Or a function that
-            returns those of one worker, called here in the program with its
-            :func:`safepool.worker_index`, once for each: ``lambda i: {"PORT": str(9000 + i)}``.
-            They are set when the worker is born, after a guarded script was run.
-        gpus: Give each worker one GPU, one worker after the other, by ``CUDA_VISIBLE_DEVICES``
-            or the variable that the program itself has for that (``HIP_VISIBLE_DEVICES``,
-            ``ROCR_VISIBLE_DEVICES``). ``"auto"`` is all that the program may use: those of that
-            variable, ids of devices and of parts of them (MIG) included, else as many as NVIDIA's
-            driver has files for; where there is none, that is said once, and nothing is set. A
-            number is the first so many of them. A list names devices, or several for one
-            worker: ``["0,1", "2,3"]``. What ``env`` says wins.
-        timeout: Seconds that a task may run, from its start; above 0. Then its worker is killed
-            with every process that the task started, and the task ends with
-            :class:`safepool.TaskTimeoutError`. ``None`` does not limit.
-        retries: Number of times that a task is run again after its worker died, at least 0. Never
-            after an exception, nor after a timeout. A function may have a timeout and
-            retries of its own: see :func:`safepool.worker`.
-        max_memory_per_worker: Bytes, or text such as ``"2GiB"``: a worker that holds more when
-            a task ends is replaced. ``None`` does not ask. A free-threaded Python keeps freed
-            memory for its next objects: there it counts as held.
-        memory_limit: Bytes, or text such as ``"2GiB"``: a worker that holds more while it runs a
-            task is killed, with every process that the task has started, and the task ends with
-            :class:`safepool.WorkerDiedError`, which has the figures and the Python stack, or runs
-            again, if it has ``retries``. It is looked at ten times a second, and more often when
-            it grows. What counts is its own memory: resident, without what is shared or mapped
-            from files, what it was born with, and what processes hold that the task has
-            started. A worker that still holds too much when a task has ended is replaced. ``None``
-            does not ask. Linux only.
-        on_worker_death: ``"replace"`` loses the one task; ``"break"`` ends the pool as a whole,
-            as the standard pool does, when a task is lost that has no retries left.
-        preload: Modules that are imported once, ahead of the workers, which then share their
-            memory: ``"auto"`` is what the program, and tasks of earlier workers, have imported of
-            installed libraries, as long as their import leaves no thread, open file or child
-            process; with more than one thread per worker none of them. A list names others, to
-            which the same must apply. ``[]`` is nothing.
-            One whose import raises is left to the tasks. Without effect where workers are not
-            forked from a server.
-        main: Way of the program's ``__main__`` into the workers that are forked from a server.
-            ``"run"``: the server runs the script once, as ``__mp_main__``, before it forks
-            workers. They have what its top level imports, sets and computes; functions and classes
-            travel by name. ``"value"``: nothing is run, and functions, classes and data of the
-            script are sent, each before the first call that uses it. ``"auto"`` runs a script or
-            module that has ``if __name__ == "__main__":`` at its top level, and is otherwise
-            ``"value"``: for a script without that guard, a prompt, a notebook, ``-c``. A top level
-            that cannot be run there is told once by the logger ``safepool``, and is ``"value"``
-            then. The same as ``"run"`` is ``"__main__"`` in ``preload``. Workers of ``"spawn"``
-            and ``"forkserver"`` run such a script by themselves, as the standard pool's;
-            ``"value"`` sends them what they need beside it.
-        trace: A file for a picture of the run, such as ``"run.json"``: what each worker did
-            when, which https://ui.perfetto.dev and ``safepool report`` show. An existing one is
-            replaced. Good at any moment, also after a crash; what it holds and how large it may
-            become is told in ``safepool/pool/tracing/events.py``.
-        end_subprocesses: Whether what tasks have started, and what that has started, ends with
-            the program, a second later at most: also a daemon, and also after ``kill -9`` of the
-            program, of a worker or of the server. Until then it goes on, after the end of its
-            task and of the pool as well. The workers' server then has a small process above it
-            that waits for this. ``False`` lets a program that no task has waited for go on, as
-            with any pool; either way a timeout, or the end of a running task by force, ends what
-            that task has started. Only for workers that are forked from a server: where each
-            has to be started afresh, the log says once that it does not hold.
+        *Size*
+        max_workers (int; default None): The most workers at a time, at least 1 (on Windows at most
+            61). ``None`` is the number that fits, or ``SAFEPOOL_MAX_WORKERS`` of the environment:
+            see :func:`safepool.cpu_count`. Example: ``max_workers=4``.
+        rounding (str; default "floor"): Treatment of a fraction of a CPU: ``"floor"`` leaves it to
+            this process, ``"ceil"`` starts one worker more, which the kernel then freezes together
+            with all others for a part of every period, ``"nearest"`` is in between. Example:
+            ``rounding="ceil"`` for a batch job.
+        reserve (float, CPUs; default 0): CPUs kept for this process and whatever runs beside it,
+            such as 0.5. Example: ``reserve=0.5``.
+        memory_per_worker (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``:
+            start no more workers than fit into what the control groups have left. ``None`` does
+            not ask. Example: ``memory_per_worker="2GiB"``.
+        gpus ("auto", int or list; default None): Give each worker one GPU, one worker after the
+            other, by ``CUDA_VISIBLE_DEVICES`` or the variable that the program itself has for that
+            (``HIP_VISIBLE_DEVICES``, ``ROCR_VISIBLE_DEVICES``). ``"auto"`` is all that the program
+            may use: those of that variable, ids of devices and of parts of them (MIG) included,
+            else as many as NVIDIA's driver has files for; where there is none, that is said once,
+            and nothing is set. A number is the first so many of them. A list names devices, or
+            several for one worker: ``["0,1", "2,3"]``. What ``env`` says wins. Example:
+            ``gpus="auto"``.
+
+        *Threads*
+        threads_per_worker (int or "auto", threads; default 1): Threads that each native pool in a
+            worker may have, at least 1; the number of workers that fit is the limit divided by it.
+            ``"auto"`` is what the limit leaves to each of ``max_workers``. Example:
+            ``threads_per_worker=2``.
+        pin_workers (bool; default False): Bind each worker to ``threads_per_worker`` CPUs of this
+            process's affinity mask, as few workers to each CPU as can be, before it imports
+            anything: libraries whose threads no variable bounds start as many as they find CPUs.
+            What was imported before a worker was forked keeps its size, and what a task starts is
+            bound as well. The price: the kernel can no longer move a worker whose CPU somebody
+            else uses too, another pool in another container of a shared host for one, so it may
+            wait beside idle CPUs. Worth it where the CPUs are this program's own. Linux only:
+            elsewhere, and where it is refused, it is said once and nothing is bound.
+        env (dict or function; default None): Variables to set in the workers. One that bounds
+            native threads takes the place of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said
+            in the log. Or a function that returns those of one worker, called here in the program
+            with its :func:`safepool.worker_index`, once for each: ``lambda i: {"PORT": str(9000 +
+            i)}``. They are set when the worker is born, after a guarded script was run.
+
+        *Memory*
+        max_memory_per_worker (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``:
+            a worker that holds more when a task ends is replaced. ``None`` does not ask. A
+            free-threaded Python keeps freed memory for its next objects: there it counts as held.
+            Example: ``max_memory_per_worker="2GiB"``.
+        memory_limit (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``: a worker
+            that holds more while it runs a task is killed, with every process that the task has
+            started, and the task ends with :class:`safepool.WorkerDiedError`, which has the
+            figures and the Python stack, or runs again, if it has ``retries``. It is looked at ten
+            times a second, and more often when it grows. What counts is its own memory: resident,
+            without what is shared or mapped from files, what it was born with, and what processes
+            hold that the task has started. A worker that still holds too much when a task has
+            ended is replaced. ``None`` does not ask. Linux only. Example: ``memory_limit="2GiB"``.
+
+        *Failure*
+        timeout (float, seconds; default None): Seconds that a task may run, from its start; above
+            0. Then its worker is killed with every process that the task started, and the task
+            ends with :class:`safepool.TaskTimeoutError`. ``None`` does not limit. Example:
+            ``timeout=30``.
+        retries (int, runs; default 0): Number of times that a task is run again after its worker
+            died, at least 0. Never after an exception, nor after a timeout. A function may have a
+            timeout and retries of its own: see :func:`safepool.worker`. Example: ``retries=2``.
+        on_worker_death (str; default "replace"): ``"replace"`` loses the one task; ``"break"``
+            ends the pool as a whole, as the standard pool does, when a task is lost that has no
+            retries left. Example: ``on_worker_death="break"``.
+        end_subprocesses (bool; default False): Whether what tasks have started, and what that has
+            started, ends with the program, a second later at most: also a daemon, and also after
+            ``kill -9`` of the program, of a worker or of the server. Until then it goes on, after
+            the end of its task and of the pool as well. The workers' server then has a small
+            process above it that waits for this. ``False`` lets a program that no task has waited
+            for go on, as with any pool; either way a timeout, or the end of a running task by
+            force, ends what that task has started. Only for workers that are forked from a server:
+            where each has to be started afresh, the log says once that it does not hold.
+
+        *Start*
+        mp_context (context or str; default None): A ``multiprocessing`` context that starts the
+            workers, or the name of one. ``None`` is ``"safepool"`` on Linux, which forks them from
+            a server of our own that has no threads, and ``"loky"`` elsewhere, which starts a fresh
+            interpreter for each. A script needs no ``if __name__ == "__main__"`` for either.
+            ``"fork"`` is as safe as the program has few threads: those that there are when the
+            pool is made are named by a warning. Example: ``mp_context="spawn"``.
+        initializer (function; default None): Function that each worker calls once before its first
+            task, after the caps. Example: ``initializer=connect, initargs=("db",)``.
+        initargs (tuple; default ()): Arguments of ``initializer``; locks, queues and values of
+            ``multiprocessing`` as well, made by ``multiprocessing.get_context("spawn")`` unless
+            the workers are forks.
+        max_tasks_per_child (int, tasks; default None): Replace a worker after this many tasks, at
+            least 1; ``None`` keeps workers as long as the pool. Not with ``"fork"``, as in the
+            standard pool: the process that is copied for each new worker is busy by then. Example:
+            ``max_tasks_per_child=1000``.
+        preload ("auto" or list; default "auto"): Modules that are imported once, ahead of the
+            workers, which then share their memory: ``"auto"`` is what the program, and tasks of
+            earlier workers, have imported of installed libraries, as long as their import leaves
+            no thread, open file or child process; with more than one thread per worker none of
+            them. A list names others, to which the same must apply. ``[]`` is nothing. One whose
+            import raises is left to the tasks. Without effect where workers are not forked from a
+            server. Example: ``preload=["mylib"]``.
+        main (str; default "auto"): Way of the program's ``__main__`` into the workers that are
+            forked from a server. ``"run"``: the server runs the script once, as ``__mp_main__``,
+            before it forks workers. They have what its top level imports, sets and computes;
+            functions and classes travel by name. ``"value"``: nothing is run, and functions,
+            classes and data of the script are sent, each before the first call that uses it.
+            ``"auto"`` runs a script or module that has ``if __name__ == "__main__":`` at its top
+            level, and is otherwise ``"value"``: for a script without that guard, a prompt, a
+            notebook, ``-c``. A top level that cannot be run there is told once by the logger
+            ``safepool``, and is ``"value"`` then. The same as ``"run"`` is ``"__main__"`` in
+            ``preload``. Workers of ``"spawn"`` and ``"forkserver"`` run such a script by
+            themselves, as the standard pool's; ``"value"`` sends them what they need beside it.
+            Example: ``main="value"``.
+
+        *Observation*
+        trace (path; default None): A file for a picture of the run, such as ``"run.json"``: what
+            each worker did when, which https://ui.perfetto.dev and ``safepool report`` show. An
+            existing one is replaced. Good at any moment, also after a crash; what it holds and how
+            large it may become is told in ``safepool/pool/tracing/events.py``.
 
     A global of the script is the worker's own once it was there: what the initializer or a task
     does to it stays in that worker. When the program changes it, also in place, it is delivered
