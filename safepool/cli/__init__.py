@@ -13,6 +13,9 @@ What a command does is in its room, which is imported only when it is asked for:
     report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
     top             ``safepool top PID``: what the workers of a running process do
 
+What a command prints with ``--json`` is described by a JSON Schema in ``safepool/cli/schemas``,
+one file for each. Keys are added, and none is renamed or removed within the number ``schema``.
+
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
     1    a problem was found: with the limits here, or the demo's comparison failed, or the

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
+import support_schemas
 
 from safepool.cli import cluster_screen, main
 from safepool.cli.limits_screen import read_screen
@@ -107,6 +108,7 @@ def test_each_node_is_shown_and_who_is_not_used(
 
     told_by(monkeypatch, answers, "--json")
     whole = json.loads(capsys.readouterr().out)
+    support_schemas.check("cluster", whole)
     assert [(node["name"], node["place"], node["workers"]) for node in whole["nodes"]] == [
         ("a", "tcp://a", 2),
         ("b", "tcp://b", 2),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import support_cgroups
+import support_schemas
 from support_processes import still_alive
 
 import safepool
@@ -89,6 +90,7 @@ def measured(*arguments: str) -> dict[str, Any]:
     assert ended.stderr == ""
     assert ended.returncode == 0, ended.stdout
     told: dict[str, Any] = json.loads(ended.stdout)
+    support_schemas.check("demo", told)
     return told
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import support_natives as natives
+import support_schemas
 
 import safepool
 from safepool.cli import doctor, doctor_child, main
@@ -227,6 +228,7 @@ def test_json_holds_every_field(name: str) -> None:
 
     told = json.loads(report.as_json())
 
+    support_schemas.check("doctor", told)
     assert (told.pop("schema"), told.pop("version")) == (1, safepool.__version__)
     # Through JSON, so that tuples are lists on both sides.
     assert told == json.loads(json.dumps(asdict(report)))

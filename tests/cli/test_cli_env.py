@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import support_schemas
 
 import safepool
 from safepool.cli import main
@@ -130,6 +131,7 @@ def test_it_is_said_again_without_harm(
     for _ in range(2):
         assert main(["env", "--patch", "--force", "--format", "json"]) == 0
         changes = json.loads(capsysbinary.readouterr().out)
+        support_schemas.check("env", changes)
         monkeypatch.setenv("PYTHONPATH", changes["PYTHONPATH"])
 
     start, *rest = changes["PYTHONPATH"].split(os.pathsep)

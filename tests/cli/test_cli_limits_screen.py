@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support_schemas
 
 import safepool
 from safepool.budget import fit
@@ -324,6 +325,7 @@ def test_json_holds_every_field(machine: str) -> None:
 
     told = json.loads(screen.as_json())
 
+    support_schemas.check("limits", told)
     assert set(told) == SCHEMA
     assert told["schema"] == 1
     assert told["findings"] == [asdict(finding) for finding in screen.findings]

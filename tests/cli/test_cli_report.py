@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support_schemas
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,7 @@ def test_the_documented_keys_are_those_of_the_object(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(HEAD + "".join(SCREENS["torn"]))
     told = json.loads(read(str(path)).as_json())
+    support_schemas.check("report", told)
     table = (module.__doc__ or "").split("\n\n")[3]
     documented = {row.split()[0]: row for row in table.splitlines()}
 

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+import support_schemas
 import support_tasks as tasks
 from support_processes import wait_until
 
@@ -83,6 +84,7 @@ def test_what_is_printed_once_and_for_programs(
 
     assert main(["top", "--json", str(HERE)]) == 0
     told = json.loads(capsys.readouterr().out)
+    support_schemas.check("top", told)
     assert list(told) == ["schema", "pid", "workers"]
     (row,) = told["workers"]
     table = (top.__doc__ or "").split("\n\n")[3]

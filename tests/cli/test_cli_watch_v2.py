@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import support_schemas
 
 from safepool.cli import limits_screen, main, watch
 from safepool.limits.files import Machine
@@ -146,6 +147,7 @@ def test_the_command_watches_such_a_process(
     assert main(["--pid", "1", "--watch", "--json"]) == 0
 
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    support_schemas.check("watch", first)
     assert (first["cpus"], second["cpus"]) == (2.5, 2.5)
     assert (first["periods"], first["throttled_periods"]) == (10, 7)
     assert first["throttled_us"] == 450_000
