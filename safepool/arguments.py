@@ -44,7 +44,7 @@ MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a parameter takes beside its default.
+    """Values that a parameter takes beside its default.
 
     Attributes:
         kind: Accepted values in words, such as "an integer of at least 1".
@@ -257,7 +257,7 @@ def _is_sequence(value: object) -> bool:
 
 
 def _is_arguments(value: object) -> bool:
-    """As for the standard pool, which unpacks whatever can be; but no text, and no keywords."""
+    """Tell whether a value can be unpacked, as by the standard pool; no text, no keywords."""
     return isinstance(value, Iterable) and not isinstance(value, (str, bytes, bytearray, Mapping))
 
 

@@ -43,7 +43,7 @@ _FILES_SPARED = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the caller wants of the machine; the defaults want nothing special.
+    """Wishes of the caller for the machine; the defaults wish nothing special.
 
     Attributes:
         max_workers: The caller's own number of workers, which always wins, at least 1;
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How many processes to start, and why: what :func:`safepool.budget.fit` makes of limits.
+    """Number of processes to start, and the reason: the result of :func:`safepool.budget.fit`.
 
     Attributes:
         workers: Worker processes, at least 1.

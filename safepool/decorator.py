@@ -157,7 +157,7 @@ def worker(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Terms:
-    """What ``worker()`` was asked for, able to travel."""
+    """Arguments of ``worker()``, able to travel."""
 
     threads: int
     timeout_s: float | None

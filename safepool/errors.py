@@ -94,7 +94,7 @@ class UnreadableLimitError(SafepoolError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutOfMemory:
-    """What the kernel has counted when its out-of-memory killer took a worker.
+    """Counts of the kernel when its out-of-memory killer took a worker.
 
     Attributes:
         kills_before: Processes of the pool's group that it had killed before.
@@ -146,7 +146,7 @@ class OutOfMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryExceeded:
-    """What a worker held when the pool has ended it for ``memory_limit``.
+    """Memory of a worker that the pool killed for ``memory_limit``.
 
     Attributes:
         limit_bytes: The most that it might hold.

@@ -231,7 +231,7 @@ def _cluster_pools() -> ClusterPools:
 
 
 class Words(TypedDict, total=False):
-    """What ``joblib.parallel_config(backend="safepool", ...)`` and ``Parallel`` take besides.
+    """Further arguments of ``joblib.parallel_config(backend="safepool", ...)`` and ``Parallel``.
 
     Attributes:
         threads_per_worker, rounding, retries, memory_per_worker, memory_limit, preload,

@@ -34,7 +34,7 @@ _NAMES = {
 
 
 class Block(NamedTuple):
-    """What makes the backends of a block, by joblib's name for them.
+    """Maker of the backends of a block, by joblib's name for them.
 
     Attributes:
         DEFAULT_BACKEND: For calls that ask for nothing.

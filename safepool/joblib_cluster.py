@@ -38,7 +38,7 @@ _NOWHERE = BornWith(environ={}, folder="", path=(), cpus=None, contents=b"")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSettings(Settings):
-    """What tells cluster pools apart.
+    """Settings that tell cluster pools apart.
 
     Attributes:
         engine: The user's client or executor.

@@ -41,7 +41,7 @@ _MOST_UNUSED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class BornWith:
-    """What a program may change between two calls, and a worker has from its birth.
+    """Settings that a program may change between two calls, and a worker has from its birth.
 
     Attributes:
         environ: The environment, without what a worker gets of its own.
@@ -84,7 +84,7 @@ def _variables_of_workers(_revision: int) -> frozenset[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What tells pools apart.
+    """Settings that tell pools apart.
 
     Attributes:
         threads: Native threads of each worker.

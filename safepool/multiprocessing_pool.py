@@ -77,7 +77,7 @@ _CHUNKS = 4
 
 
 class Options(TypedDict, total=False):
-    """What ``Pool`` takes beside the standard arguments, by name: as ``ProcessPool``."""
+    """Further arguments of ``Pool``, by name: the same as of ``ProcessPool``."""
 
     threads_per_worker: int | Literal["auto"]
     rounding: Rounding
@@ -629,7 +629,7 @@ class _Streamed(MapRun):
 
 
 class ApplyResult(_StandardResult[_T]):
-    """What a call of ``apply_async`` will have ended with.
+    """Handle of the result of ``apply_async``.
 
     Args:
         pool: Held until then.
@@ -753,7 +753,7 @@ class ApplyResult(_StandardResult[_T]):
 
 
 class MapResult(ApplyResult[list[_T]], _StandardMapResult[_T]):
-    """What the calls of ``map_async`` will have ended with: the list of results.
+    """Handle of the list of results of ``map_async``.
 
     Args:
         pool: Held until then.
@@ -785,7 +785,7 @@ class MapResult(ApplyResult[list[_T]], _StandardMapResult[_T]):
 
     @property
     def _number_left(self) -> int:
-        """How many chunks have not ended; programs show it as their progress."""
+        """Number of chunks that have not ended; programs show it as their progress."""
         return -(-self._run.left // max(1, self._chunksize))
 
 

@@ -38,7 +38,7 @@ class _InItsPlace(type):
 
 
 class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
-    """As its base, for a program that does not know of it.
+    """Pool for a program that does not know of it.
 
     Args:
         processes: The most workers.

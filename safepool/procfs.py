@@ -1,4 +1,4 @@
-r"""What Linux tells of processes under ``/proc``: files in, numbers and names out.
+r"""Facts of Linux about processes under ``/proc``: files in, numbers and names out.
 
     status            fields by their names; the signals among them
     stat              name, state, parent, start
@@ -71,7 +71,7 @@ def fields(process: int | str = "self") -> dict[str, str]:
 
 
 class Status(NamedTuple):
-    """What the pool asks of a process.
+    """Facts about a process that the pool asks for.
 
     Attributes:
         state: One letter: ``R`` runs, ``S`` and ``D`` wait, ``T`` and ``t`` are stopped,

@@ -34,14 +34,22 @@ def fields_of(docstring: str) -> Iterator[str]:
             yield described[1]
 
 
-def documented_fields() -> Iterator[tuple[str, str]]:
-    """Yield each field of the package, after the place of its docstring."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def documented() -> Iterator[tuple[Path, Documented]]:
+    """Yield what may have a docstring in the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, kinds) and (docstring := ast.get_docstring(node)):
-                place = f"{path.relative_to(PACKAGE)}, {getattr(node, 'name', 'module')}"
-                yield from ((place, field) for field in fields_of(docstring))
+            if isinstance(node, Documented):
+                yield path, node
+
+
+def documented_fields() -> Iterator[tuple[str, str]]:
+    """Yield each field of the package, after the place of its docstring."""
+    for path, node in documented():
+        place = f"{path.relative_to(PACKAGE)}, {getattr(node, 'name', 'module')}"
+        yield from ((place, field) for field in fields_of(ast.get_docstring(node) or ""))
 
 
 def test_fields_begin_with_a_noun() -> None:
@@ -50,6 +58,17 @@ def test_fields_begin_with_a_noun() -> None:
 
     assert len(fields) > 1000
     assert [field for field in fields if NO_NOUN.match(field[1])] == []
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    """So does the first line of each class, function and module."""
+    said = [
+        (path.name, docstring.partition("\n")[0])
+        for path, node in documented()
+        if (docstring := ast.get_docstring(node)) and NO_NOUN.match(docstring)
+    ]
+
+    assert said == []
 
 
 def test_the_arguments_of_a_pool_stand_in_groups_with_their_defaults() -> None:

@@ -228,14 +228,14 @@ def _run_top(options: argparse.Namespace) -> int:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """As its base, as wide as every screen here, however wide the terminal is."""
+    """Help as wide as every screen here, however wide the terminal is."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **{**options, "width": WIDTH - 2})
 
 
 class _Parser(argparse.ArgumentParser):
-    """As its base, with errors of one line, and the same form of help for every command."""
+    """Parser with errors of one line, and the same form of help for every command."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "formatter_class": _Help})

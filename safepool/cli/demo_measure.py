@@ -79,7 +79,7 @@ runpy.run_module("safepool.cli.demo_half", run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Half:
-    """What one pool did with the batch.
+    """Measurements of one pool on the batch.
 
     Attributes:
         pool: The call that made the pool, word for word.
@@ -207,7 +207,7 @@ def _run(
 
 
 class _Watch:
-    """What is known of a running half.
+    """Facts about a running half.
 
     Attributes:
         ending: Why there is no result, for a child that says nothing about it.

@@ -22,7 +22,7 @@ for 64): half of the 32,768 that Linux has numbers for by default (proc_sys_kern
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user asked for.
+    """Options of the user.
 
     The defaults end within a minute on a laptop: alone on one CPU the batch takes about a
     second, and the pool that takes longer than the bound is cut off.

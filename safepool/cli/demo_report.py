@@ -45,7 +45,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What both halves ran under.
+    """Conditions of both halves.
 
     Attributes:
         options: The parsed command line.

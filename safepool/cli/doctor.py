@@ -134,7 +134,7 @@ class Guest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """What one import did.
+    """Effects of one import.
 
     Attributes:
         name: Name of the imported module.
@@ -159,7 +159,7 @@ class Library:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What is shown. Built from data, so that any machine's can be.
+    """Content of the screen. Built from data, so that any machine's can be.
 
     Attributes:
         python: Version of the interpreter.
@@ -173,7 +173,7 @@ class Report:
 
     @property
     def failed(self) -> list[Library]:
-        """Those that could not be imported."""
+        """Names of the libraries that could not be imported."""
         return [library for library in self.libraries if library.error]
 
     def as_text(self, paint: Paint = plain) -> str:

@@ -1,4 +1,4 @@
-"""What a command says, and the exit code it ends with, when it cannot do what it was asked."""
+"""The error of a command that cannot do its work, and the exit code that it ends with."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ _standard_count = getattr(os, "process_cpu_count", os.cpu_count)
 
 
 class ScreenError(CommandError):
-    """What was asked for cannot be looked at."""
+    """The process or system that was asked for cannot be looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ class NativeLibrary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherProcess:
-    """What is to be said of another process alone.
+    """Facts about another process alone.
 
     Attributes:
         pid: Its process id.
@@ -110,7 +110,7 @@ class OtherProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screen:
-    """What is shown. Built from a captured machine as well as from this one.
+    """Content of the screen. Built from a captured machine as well as from this one.
 
     Attributes:
         limits: Every limit that was read.
@@ -138,7 +138,7 @@ class Screen:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What is wrong, the most pressing first."""
+        """Problems and advice, the most pressing first."""
         # A process that has loaded no native library has no such threads.
         computes = self.process is None or bool(self.process.libraries)
         return judge(

@@ -117,7 +117,7 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """What a trace says; the module documents the fields."""
+    """Content of a trace; the module documents the fields."""
 
     seconds: float = 0.0
     pickling_s: float = 0.0

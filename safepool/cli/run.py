@@ -128,7 +128,7 @@ class RunError(CommandError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is changed in the environment of the program, and why.
+    """Changes in the environment of the program, and their reason.
 
     Attributes:
         budget: The budget that it was computed from.

@@ -65,7 +65,7 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """What happened since the line before; the module documents the fields."""
+    """Events since the line before; the module documents the fields."""
 
     seconds: float
     cpus: float

@@ -121,7 +121,7 @@ class NodePool:
 
 
 class Session:
-    """What one cluster pool has here.
+    """State of one cluster pool here.
 
     Args:
         name: Given by the cluster pool, and never given again.

@@ -99,7 +99,7 @@ _LATE_S = 0.25
 
 
 class State(enum.IntEnum):
-    """How a place stands."""
+    """Stage of a place."""
 
     LISTED = 0
     OPENING = 1
@@ -109,7 +109,7 @@ class State(enum.IntEnum):
 
 
 class Answer(NamedTuple):
-    """How a call has ended on its node.
+    """End of a call on its node.
 
     Attributes:
         number: Number of the call's delivery.
@@ -201,7 +201,7 @@ class Broke(NamedTuple):
 
 
 class CancelWaiting(NamedTuple):
-    """What waits is not wanted."""
+    """Request to drop the calls that wait."""
 
 
 class Close(NamedTuple):
@@ -297,7 +297,7 @@ Action = Open | Deliver | Settle | Lose | Fail | Cancel | Release | Finished
 
 @dataclass(slots=True, eq=False)
 class _Place:
-    """What is known of one place.
+    """Facts about one place.
 
     Attributes:
         name: The engine's.
@@ -331,7 +331,7 @@ class _Place:
 
 
 class Core:
-    """What one cluster pool knows and decides.
+    """Knowledge and decisions of one cluster pool.
 
     Args:
         most_nodes: Nodes used at a time; ``None`` is all.

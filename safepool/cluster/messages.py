@@ -1,4 +1,4 @@
-"""What travels between a cluster pool and its agents, and how it is pickled.
+"""Messages between a cluster pool and its agents, and their pickling.
 
     to an agent      options of the pool
                      `DeliverMessage`    calls, functions and shared objects that they need
@@ -57,7 +57,7 @@ Buffer = Any
 
 
 class Welcome(NamedTuple):
-    """What an agent says of itself. Plain values: another version must be able to read it.
+    """First answer of an agent. Plain values: another version must be able to read it.
 
     Attributes:
         protocol: Version of the protocol of its messages.

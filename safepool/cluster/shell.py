@@ -185,7 +185,7 @@ class _Mapped(Call):
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """What this end knows of a place that was asked, or is open.
+    """Facts about a place that was asked, or is open.
 
     Attributes:
         session: Session of the agent there; each opening has its own.

@@ -1,4 +1,4 @@
-"""What a limit is: a value that never travels without its source and raw text."""
+"""Types of limits: a value never travels without its source and raw text."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Throttling:
-    """How often the kernel has frozen this group for using up its quota.
+    """Number of times that the kernel has frozen this group for using up its quota.
 
     The counters only grow; subtract two readings to learn about the time between them.
 
@@ -176,7 +176,7 @@ class Throttling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutOfMemoryCount:
-    """What the kernel's out-of-memory killer has counted in one control group so far.
+    """Counts of the kernel's out-of-memory killer in one control group so far.
 
     The counters only grow; compare two readings to learn about the time between them.
 

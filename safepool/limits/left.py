@@ -45,7 +45,7 @@ _MEMINFO_LINE = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLeft:
-    """What the tightest ceiling leaves.
+    """Memory that the tightest ceiling leaves.
 
     Attributes:
         bytes: Memory that can still be used before the kernel must end a process; at least 0.

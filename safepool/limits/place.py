@@ -38,7 +38,7 @@ GroupPath = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """What a machine says about where this process is.
+    """Place of this process in a machine's groups and mounts.
 
     Attributes:
         own: Its group for each controller of version 1, and for version 2 under ``""``.

@@ -40,7 +40,7 @@ _USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)
 
 
 class ProcessView:
-    """What one process may use and has used, as seen from here.
+    """Limits and use of one process, as seen from here.
 
     Args:
         pid: Its process id.

@@ -27,7 +27,7 @@ __all__ = ["WaitSample", "WaitWatch", "parse_idle", "parse_schedstat"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitSample:
-    """What some processes did between two readings.
+    """CPU time and waiting of some processes between two readings.
 
     Attributes:
         ran_s: Seconds for which they ran, all together.

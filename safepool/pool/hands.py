@@ -136,7 +136,7 @@ def _busy_for(clock: int) -> float:
 
 
 class LateError(Exception):
-    """It waits for longer than there is time."""
+    """The job waits for longer than there is time."""
 
 
 def within(patience_s: float, run: Callable[[], _T]) -> _T:
@@ -252,7 +252,7 @@ class Hands:
 
     @property
     def waiting(self) -> int:
-        """How many jobs no thread has begun."""
+        """Number of jobs that no thread has begun."""
         return len(self._waiting)
 
     @property
@@ -451,7 +451,7 @@ class Teller:
 
     @property
     def waiting(self) -> int:
-        """How many are waiting for their turn."""
+        """Number of jobs that wait for their turn."""
         return self._given.qsize()
 
     def has(self, thread: threading.Thread) -> bool:

@@ -1,4 +1,4 @@
-"""What a forked worker has of the program, and a worker of ours has not.
+"""Objects of the program that a forked worker has, and a worker of ours has not.
 
 For pools that stand for forked ones (``safepool run --patch``): their program does not know of it,
 and nobody changes it. Looked for is:
@@ -116,7 +116,7 @@ _SEQUENCES = frozenset({list, tuple, set, frozenset})
 
 
 class WatchingScheduler(Scheduler):
-    """As its base, and tells of which globals of modules workers have not the program's value."""
+    """Scheduler that tells which globals of modules workers lack."""
 
     _looked_at: set[object] | None = None
 

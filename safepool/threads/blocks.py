@@ -118,7 +118,7 @@ def start_anew(threads: int) -> None:
 
 
 class _Blocks:
-    """What this process has while blocks are open in any of its threads, and had before.
+    """State of this process while blocks are open in any of its threads, and before.
 
     Args:
         threads: Threads of a library here that no variable rules; ``None`` is one for each CPU.

@@ -19,7 +19,7 @@ __all__ = ["CALLS", "Call", "attempt"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """How to read and set the threads of a loaded runtime.
+    """Functions that read and set the threads of a loaded runtime.
 
     Attributes:
         read: Given the module, its threads now, ``None`` if it does not say.

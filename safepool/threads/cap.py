@@ -83,7 +83,7 @@ class WorkerCap:
             self.apply()
 
     def recheck_here(self) -> None:
-        """As :meth:`recheck`, in any thread: OpenMP's and MKL's caps are each thread's own."""
+        """Do the same as :meth:`recheck`, in any thread: each has caps of OpenMP and MKL."""
         if self._native.changed() or getattr(self._here, "times", 0) != self._times:
             self.apply()
 

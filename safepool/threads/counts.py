@@ -1,4 +1,4 @@
-"""How code asks for a number of CPUs, and what it is told in a worker. Knowledge, and the calls.
+"""Questions for a number of CPUs, and their answers in a worker. Knowledge, and the calls.
 
 A library that sizes a pool of threads by the machine would start 48 of them in each worker of a
 host with 48 CPUs. So whoever asks is told the worker's share, as far as the question can be met:
@@ -230,7 +230,7 @@ def answer(count: int) -> None:
 
 
 def answer_in(name: str, module: Any, count: int) -> None:
-    """As :func:`answer`, for one module; nothing happens if it is not in the table."""
+    """Do the same as :func:`answer`, for one module; nothing if it is not in the table."""
     for question in QUESTIONS:
         if question.module == name and question.write is not None:
             attempt(question.write, module, count)

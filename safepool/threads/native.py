@@ -1,4 +1,4 @@
-"""What threadpoolctl caps: found once, and looked for again when something was loaded."""
+"""Libraries that threadpoolctl caps: found once, and again when something was loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["NativeLibraries", "is_of_the_process", "runtime_of", "set_threads"]
 
 
 class NativeLibraries:
-    """What threadpoolctl finds in this process; nothing is loaded to find out."""
+    """Libraries that threadpoolctl finds in this process; nothing is loaded to find out."""
 
     def __init__(self) -> None:
         # Of a thread's own: a finalizer that runs while it is held may be a block's end.

@@ -1,4 +1,4 @@
-"""What a script has put into modules: a worker that does not run the script puts it there too.
+"""Objects that a script has put into modules: a worker without the script puts them there too.
 
     entry of a dictionary         ``plugins.REGISTRY["x"] = f``, ``sqlite3.register_adapter(C, f)``
     item of a list or set         ``plugins.HOOKS.append(f)``
@@ -57,7 +57,7 @@ class Addition(NamedTuple):
 
     @property
     def place(self) -> tuple[Any, ...]:
-        """What tells it from others in this process."""
+        """Identity of the addition among others in this process."""
         return *self[:-1], id(self.value)
 
 

@@ -1,4 +1,4 @@
-"""What it was in a value that could not be pickled, and the way to it. Asked after it has failed.
+"""Search for the part of a value that could not be pickled. Run after the failure.
 
 The pickler's own words name a type: "cannot pickle '_thread.lock' object". Which of the program's
 globals that was, it has forgotten.

@@ -281,7 +281,7 @@ def arrive(place: int) -> Descriptor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registered:
-    """What was registered with ``multiprocessing`` at one time.
+    """Reducers that were registered with ``multiprocessing`` at one time.
 
     Attributes:
         reducers: By type; without those of the standard library that pickle does not need.

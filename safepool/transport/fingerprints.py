@@ -48,7 +48,7 @@ _MOST_ORDERED_BYTES = 1 << 20
 
 
 class _TooLargeError(Exception):
-    """It is not looked at."""
+    """The value is too large to be looked at."""
 
 
 def fingerprint(value: object) -> bytes | None:

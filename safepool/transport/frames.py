@@ -52,7 +52,7 @@ _TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
 
 class Kind(enum.IntEnum):
-    """What a frame says."""
+    """Meaning of a frame."""
 
     INITIALIZE = 1
     """To a worker: run this initializer."""

@@ -60,7 +60,7 @@ _COPIES = "free-threading" in sys.version
 
 
 class Sink(io.BytesIO):
-    """What a pickler writes to.
+    """File that a pickler writes to.
 
     Raises:
         MemoryLimitError: By `write`. What was written before is dropped.
@@ -109,7 +109,7 @@ def _announced(data: bytes) -> int:
 
 
 class Source:
-    """What an unpickler reads from.
+    """File that an unpickler reads from.
 
     Args:
         pickled: Not copied.

@@ -24,7 +24,7 @@ def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
 
 
 class MainNames:
-    """What of ``__main__`` the workers of one pool have under its name.
+    """Names of ``__main__`` that the workers of one pool have.
 
     A pool whose workers do not run the script is told so by :meth:`learn` with nothing.
 

@@ -45,7 +45,7 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 
 
 class Prints(Reducers):
-    """As :class:`Reducers`, for a pickle that is compared and never loaded.
+    """Reducers for a pickle that is compared and never loaded.
 
     Classes derived from arrays hand over their memory as well, instead of a copy of it; and
     arrays with gaps a copy that is as large as its items.

@@ -225,7 +225,7 @@ def reduce_by_program(thing: Any) -> tuple[Any, ...] | None:
 
 
 class OfScript:
-    """What the script's ``__main__`` has under a name, on its way to what a worker has there."""
+    """Value of the script's ``__main__`` under a name, on its way to a worker."""
 
     def __init__(self, name: str) -> None:
         self._name = name

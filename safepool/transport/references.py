@@ -1,4 +1,4 @@
-"""What stands for a shared object in a pickle, and who it stands for in this process.
+"""References to shared objects in a pickle, and the objects of this process behind them.
 
     program   share() --> Shared[Any], number 7      pickled while a pool collects: attach(7)
     worker    Kind.SHARE brings it once         unpickled: attach(7) is the object itself
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Protocol, Self
 
     class Handle(Protocol):
-        """As much of :class:`~safepool.transport.sharing.Shared` as is used here."""
+        """Part of :class:`~safepool.transport.sharing.Shared` that is used here."""
 
         number: int
 
@@ -61,7 +61,7 @@ class Collected:
 
     @property
     def found(self) -> tuple[Any, ...]:
-        """What was met."""
+        """Shared objects that were met."""
         return tuple(self._by_number.values())
 
     def add(self, shared: Handle) -> None:

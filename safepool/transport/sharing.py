@@ -129,7 +129,7 @@ class Shared(Generic[_T]):
 
     @property
     def nbytes(self) -> int:
-        """How many bytes were placed."""
+        """Number of bytes that were placed."""
         parts = self._segments
         return sum(len(p) if isinstance(p, Filed) else memoryview(p).nbytes for p in parts)
 

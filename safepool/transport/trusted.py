@@ -79,7 +79,7 @@ _LIBRARIES = frozenset({"builtins", "collections", "datetime", "decimal", "fract
 
 
 class UntrustedError(Exception):
-    """It would run code of the program."""
+    """The bytes would run code of the program."""
 
 
 def dumps(value: object) -> list[bytes | memoryview]:

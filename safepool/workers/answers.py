@@ -37,7 +37,7 @@ _RESULT = int(Kind.RESULT)
 
 
 class Answers:
-    """What calls have ended with, and nobody was told yet.
+    """Ends of calls that nobody was told yet.
 
     Three forms, never two at a time: numbers in the board's lane; plain values that follow each
     other, on the board as records and here as a list; records of any answers.

@@ -87,7 +87,7 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a pool wants a server to have imported.
+    """Modules that a pool wants a server to have imported.
 
     Attributes:
         modules: Their names.

@@ -1,4 +1,4 @@
-"""What a standard start method runs before it imports the program: CPUs, variables, then caps.
+"""First steps of a standard start method, before the program: CPUs, variables, then caps.
 
 ``spawn`` and ``forkserver`` import the program's script, and NumPy with it, before anything of
 ours gets its turn there. Both evaluate an expression of the program before that: the process's

@@ -361,7 +361,7 @@ class Board:
 
     @property
     def written(self) -> int:
-        """How many bytes faulthandler has written."""
+        """Number of bytes that faulthandler has written."""
         try:
             return max(0, os.fstat(self._descriptor).st_size - _BYTES)
         except OSError:

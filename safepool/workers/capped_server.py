@@ -34,7 +34,7 @@ _MOST = 8
 
 
 class _Modules(list[str]):
-    """What a server preloads; its text, which gets into the server's command, caps it before."""
+    """Modules that a server preloads; their text in the server's command caps it before."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
 
 
 class _Server:
-    """What a start uses of the module ``multiprocessing.forkserver``, by the same names."""
+    """Parts of the module ``multiprocessing.forkserver`` that a start uses, by the same names."""
 
     def __init__(
         self, environment: Mapping[str, str | None], threads: int, cpus: tuple[int, ...]

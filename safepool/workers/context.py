@@ -1,4 +1,4 @@
-"""How workers are started by default: forked from a server that has no threads (``forkserver``).
+"""Start of workers by default: forked from a server that has no threads (``forkserver``).
 
 One `ServerContext` is one pool's: what its server preloads, and how ``__main__`` gets there. It
 decides what becomes of a script that cannot be run in a server: its functions travel by value.
@@ -37,7 +37,7 @@ _log = ContainedLogger()
 
 
 class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
-    """How workers are started by default: forked from a server that has no threads.
+    """Start of workers by default: forked from a server that has no threads.
 
     Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
 

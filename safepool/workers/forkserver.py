@@ -81,7 +81,7 @@ _MOST_IDLE = 3
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a server has for good: pools with another need another server."""
+    """Settings that a server has for good: pools with others need another server."""
 
     changes: tuple[tuple[str, str | None], ...]
     # User, groups, capabilities, control group, name spaces, root directory: a program that

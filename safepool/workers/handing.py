@@ -1,4 +1,4 @@
-"""What a worker is given by this program, which is not its parent: facts and descriptors."""
+"""Facts and descriptors that this program gives a worker, which is not its child."""
 
 from __future__ import annotations
 

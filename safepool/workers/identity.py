@@ -1,4 +1,4 @@
-"""What this process may do, and where it is: what a process that it started before keeps.
+"""Rights and place of this process, which a process that it started before keeps.
 
 Sources: proc_pid_status(5), cgroups(7), namespaces(7), credentials(7).
 

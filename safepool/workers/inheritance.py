@@ -1,4 +1,4 @@
-"""What a worker inherits for its initializer: ``multiprocessing``'s locks, queues and values.
+"""Objects that a worker inherits for its initializer: ``multiprocessing``'s locks, queues, values.
 
 Programs hand them over by ``initargs=``. They may be pickled only while a process is being
 started, and their descriptors must travel beside the pickle; a forked worker needs no pickle.

@@ -84,7 +84,7 @@ keep({}, {}, {!r}, {})
 
 
 class NoInterpreterError(RuntimeError):
-    """What is to be started as one is none, or not for this user: to try again is of no use."""
+    """The interpreter for workers is none, or not for this user: another try is of no use."""
 
 
 line: list[int] = []

@@ -56,7 +56,7 @@ _formatter = logging.Formatter()
 
 
 class Outbox:
-    """What a worker sends, from whichever thread: whole frames, one after the other.
+    """Frames that a worker sends, from whichever thread: whole, one after the other.
 
     Answers wait until the pool reads; records do not. Nothing that logs ever waits for the
     lock, so a signal's handler may log, and a thread, while an answer is being sent: who

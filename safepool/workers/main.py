@@ -1,4 +1,4 @@
-"""What a worker process is made of before the first task: environment, caps, signals, channel.
+"""Steps of a worker process before its first task: environment, caps, signals, channel.
 
 It imports only the standard library and the floors below; threadpoolctl comes with the
 first cap, cloudpickle with the first object that needs it.

@@ -1,4 +1,4 @@
-"""What a pool and its worker say about calls: how several travel in one frame.
+"""Messages between a pool and its worker about calls: several travel in one frame.
 
 A call is the number of a function and a pickle of its arguments. A function that was sent once
 (``Kind.FUNCTION``) is called by that number; 0 stands for one that travels with its arguments.

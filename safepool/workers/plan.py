@@ -1,4 +1,4 @@
-"""How the program's ``__main__`` gets into workers: decided once for each pool, in the program.
+"""Way of the program's ``__main__`` into workers: decided once for each pool, in the program.
 
     run      the fork server runs the script once, as ``__mp_main__``, as the standard library's
              ``spawn`` and ``forkserver`` do; every worker is a fork of that. Functions and classes
@@ -57,7 +57,7 @@ class ScriptLostError(OSError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MainPlan:
-    """How ``__main__`` gets into the workers of one pool, and why.
+    """Way of ``__main__`` into the workers of one pool, and the reason.
 
     Attributes:
         mode: ``"run"`` or ``"value"``.
@@ -77,7 +77,7 @@ class MainPlan:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What servers are told apart by: one that ran a script serves nobody else."""
+        """Key that tells servers apart: one that ran a script serves nobody else."""
         return () if self.mode == "value" else (self.name, self.path, *self.argv)
 
     def without(self, because: str) -> MainPlan:

@@ -1,4 +1,4 @@
-"""What a fork server imports ahead of the tasks: the program's libraries, and those of its tasks.
+"""Modules that a fork server imports ahead: the program's libraries, and those of its tasks.
 
 Only installed modules are, those of the standard library and of ``site-packages``: to import one
 of the program's own, from its folder or an editable install, runs the program's code. Of the

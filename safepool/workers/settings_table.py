@@ -1,4 +1,4 @@
-"""What programs set for the whole process, and their workers are given. Knowledge, no code.
+"""Settings of the whole process that workers are given. Knowledge, no code.
 
 A forked pool inherits it. Anything else gets it only if the statement is at the top level of a
 script that workers run, and loses it silently if not: warnings come back, numbers have fewer

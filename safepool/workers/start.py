@@ -1,4 +1,4 @@
-"""What a new worker is told, and what can start one.
+"""Facts that a new worker is told, and the interface of what can start one.
 
 A new option of workers is a field of `WorkerStart`, and what ``main`` does with it. A new way to
 start them is a `StartMethod`, and its row in ``methods``.

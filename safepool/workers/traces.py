@@ -1,4 +1,4 @@
-"""What an import leaves in a process beside its modules, and what it has read to do so.
+"""Traces of an import in a process beside its modules, and files that it has read.
 
 A worker that is forked afterwards has it as well. Threads it would lose, descriptors and children
 it would share with all others; and some states are set anew in each worker, as they are in the
@@ -38,7 +38,7 @@ _OF_THE_C_LIBRARY = 3 << 31
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """What is there at one moment.
+    """State of the process at one moment.
 
     Attributes:
         files: Target of each open descriptor.

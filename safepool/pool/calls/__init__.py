@@ -1,4 +1,4 @@
-"""What people hand over: calls and maps, their results, and what of the script they need.
+"""Calls, maps and their results, and the names of the script that they need.
 
 tasks        a call with a future
 mapping      the calls of a ``map``, and who takes their results; `gathering`: all of them at

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
         ordered: bool
 
     class Raising(Options, total=False):
-        """With which it raises what a call raised."""
+        """Options of ``map`` that raises the exceptions of its calls."""
 
         return_exceptions: Literal[False]
 
     class Returning(Options):
-        """With which it may yield that."""
+        """Options of ``map`` that may yield the exceptions of its calls."""
 
         return_exceptions: Required[bool]
 
@@ -72,7 +72,7 @@ _AHEAD = 1024
 
 
 class Executor(Protocol):
-    """What :class:`AwaitedCalls` asks of the executor."""
+    """Methods that :class:`AwaitedCalls` needs of the executor."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """Schedule a call, without waiting if the thread runs an event loop."""

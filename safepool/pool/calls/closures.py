@@ -1,4 +1,4 @@
-"""What names of the script lead to, as workers are sent it: looked for, pickled, in order."""
+"""Names that other names of the script lead to: found, pickled and sent in order."""
 
 from __future__ import annotations
 

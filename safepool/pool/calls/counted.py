@@ -22,7 +22,7 @@ __all__ = ["CountedRun", "total_of"]
 
 
 class CountedRun(MapRun):
-    """As its base, and counts what is put down."""
+    """Run that counts the results that are put down."""
 
     done: int = 0
     failed: int = 0

@@ -60,7 +60,7 @@ class Delivery:
 
     @property
     def size_bytes(self) -> int:
-        """How large it is."""
+        """Size of the delivery."""
         return sum(map(size_of, self.segments))
 
 
@@ -68,7 +68,7 @@ _needs = itertools.count(1)
 
 
 class Needs(list[Delivery]):
-    """What a call needs, in the order in which it is sent.
+    """Deliveries that a call needs, in the order in which they are sent.
 
     Attributes:
         number: Its own. A worker that has had all of it once needs no further look.

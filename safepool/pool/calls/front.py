@@ -1,4 +1,4 @@
-"""What people call on any pool: ``map``, ``cancel``, the ``with`` block; coroutines await them.
+"""Methods of any pool: ``map``, ``cancel``, the ``with`` block; coroutines await them.
 
     a pool                      has what does the work     in
     ``ProcessPool``             `Scheduler`                this machine's workers
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from safepool.pool.core.policy import Policy
 
     class Runner(Feed, Protocol):
-        """What :class:`PoolCalls` asks of what does the work."""
+        """Methods that :class:`PoolCalls` needs of the scheduler."""
 
         def map(
             self,

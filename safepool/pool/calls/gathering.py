@@ -19,7 +19,7 @@ __all__ = ["GatheredRun"]
 
 
 class GatheredRun(MapRun):
-    """As its base, and ends a future.
+    """Run that ends a future.
 
     Args:
         function, name, policy, at_once, starred: The same as in the base.

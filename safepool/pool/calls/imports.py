@@ -1,4 +1,4 @@
-"""What the script has imported: a worker imports it for what its import does.
+"""Imports of the script: a worker repeats them for what an import does.
 
 Read from its source, where there is one (a file, ``-c``, the cells of a notebook), or from
 what its namespace holds.

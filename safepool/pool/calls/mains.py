@@ -153,7 +153,7 @@ def is_data(value: object) -> bool:
 
 
 class Look:
-    """What some values are at one moment.
+    """State of some values at one moment.
 
     Args:
         values: Which.

@@ -416,7 +416,7 @@ class MapRun:
 
 
 class Feed(Protocol):
-    """What a result iterator asks of the pool."""
+    """Methods that a result iterator needs of the pool."""
 
     def add_items(self, run: MapRun, items: list[Item], *, last: bool) -> None:
         """Queue further calls; ``last``: there will be no more."""
@@ -562,7 +562,7 @@ class Results:
 
     @property
     def ahead(self) -> int:
-        """How many items were taken whose results were not."""
+        """Number of items that were taken and whose results were not."""
         return self._fed - self._taken
 
     def wait_for_room(self, place: Place) -> None:

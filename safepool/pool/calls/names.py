@@ -75,12 +75,12 @@ class Names:
 
     @property
     def learned(self) -> int:
-        """How often something else was found out of what workers have."""
+        """Number of times that something new was found out about the workers' names."""
         return 0 if self._main is None else self._main.learned
 
     @property
     def table(self) -> Table:
-        """What was published last."""
+        """Table that was published last."""
         table = self._last
         while table.heir:
             table = table.heir[0]

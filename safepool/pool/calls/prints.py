@@ -1,4 +1,4 @@
-"""What the program's data was when it was pickled: is it still the same?
+"""Prints of the program's data when it was pickled: is it still the same?
 
 A pickle is compared with a pickle, and the memory of arrays with the copy that workers were sent.
 No hash of it: to compare 40 MiB takes 3 ms, and the fastest hash of the standard library 16
@@ -38,7 +38,7 @@ _STEP_BYTES = 1 << 20
 
 
 class Print:
-    """What a pickle was, to be compared with what it would be now.
+    """Print of a pickle, to be compared with a later one.
 
     Args:
         segments: The pickle and its buffers, which the program may change.

@@ -1,4 +1,4 @@
-"""What is known of the script's names at one time. How it is found out: ``closures``."""
+"""Knowledge about the script's names at one time. ``closures`` finds it out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Added", "Closure", "Table"]
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What the script has put into modules.
+    """Objects that the script has put into modules.
 
     Attributes:
         what: The additions. A worker makes each once, by its number.
@@ -59,7 +59,7 @@ _numbers = itertools.count(1)
 
 
 class Table:
-    """What is known of the names. One thread changes its own draft; what is published stays.
+    """Knowledge about the names. One thread changes its own draft; a published table stays.
 
     Args:
         main: Names that workers have because they run the script; ``None`` if none do.

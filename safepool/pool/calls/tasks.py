@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from safepool.transport.sharing import Shared
 
     class Turn(Protocol):
-        """How a call was sent that the scheduler does not know yet: of ``turns``."""
+        """Way in which a call was sent that the scheduler does not know yet: of ``turns``."""
 
         def ask(self) -> None: ...
 

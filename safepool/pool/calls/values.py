@@ -1,4 +1,4 @@
-"""What the script has under its names, pickled alone or with what shares objects with it."""
+"""Values of the script's names, pickled alone or with those that share objects with them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Pickled:
 
 @dataclass(slots=True)
 class Looked:
-    """What values were just before they were pickled.
+    """State of values just before they were pickled.
 
     Attributes:
         look: Answer that identity alone gives.

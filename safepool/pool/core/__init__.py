@@ -1,4 +1,4 @@
-"""What the pool decides, without a process, a clock, a lock, a future or a file.
+"""Decisions of the pool, without a process, a clock, a lock, a future or a file.
 
 events     what happens to a pool, and what is done about it: a table of each
 machine    an event in, actions out

@@ -1,4 +1,4 @@
-"""What waits for a worker, in the order in which it came. No lock: the scheduler's holds."""
+"""Work that waits for a worker, in order of arrival. No lock: the scheduler's holds."""
 
 from __future__ import annotations
 

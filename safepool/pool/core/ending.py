@@ -1,4 +1,4 @@
-"""How a worker ended: put together once, read by all who tell of it or decide by it.
+"""End of a worker: put together once, read by all who tell of it or decide by it.
 
     who reads it          what
     the futures' errors   `error_of`
@@ -45,7 +45,7 @@ class Lost(NamedTuple):
 
 
 class Stage(enum.Enum):
-    """How far a worker came. The value says when it ended, if it ran no call then."""
+    """Stage that a worker reached. The value says when it ended, if it ran no call then."""
 
     STARTING = "before it was initialized"
     READY = "before it began a task"
@@ -55,7 +55,7 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What is known of a worker that has ended.
+    """Facts about a worker that has ended.
 
     Attributes:
         pid: Its process id.
@@ -90,7 +90,7 @@ class Ending:
 
     @property
     def how(self) -> str:
-        """How it ended, as the second half of a sentence."""
+        """Words for the way it ended, as the second half of a sentence."""
         return describe_exit(self.exitcode, self.oom, by_pool=self.by_pool, exceeded=self.exceeded)
 
     @property
@@ -154,7 +154,7 @@ class Ending:
 
     @property
     def unasked(self) -> str:
-        """Who ended, how, and when, as words after "worker"."""
+        """Words for the process id, the way and the time of the end, after "worker"."""
         return f"{self.pid} {self.how} {self.stage.value} {printable(self.reading)}".rstrip()
 
     def line_of(self, lost: Lost, error: BaseException | None) -> tuple[int, str]:

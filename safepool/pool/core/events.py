@@ -1,4 +1,4 @@
-"""What happens to a pool, as the core is told of it, and what the core wants done.
+"""Events of a pool that the core is told of, and actions that it wants done.
 
 event           brought when                                       by
 Hired           a worker was started                               `Hire`
@@ -205,13 +205,13 @@ class Turned(NamedTuple):
 
 
 class Copied(NamedTuple):
-    """What was being copied for a worker is on its way, unless it was taken back meanwhile."""
+    """Work that was being copied for a worker is on its way, unless it was taken back."""
 
     worker: Member
 
 
 class NotSent(NamedTuple):
-    """What was being copied for a worker could not be sent; ``again`` waits in its place."""
+    """Work that was being copied for a worker could not be sent; ``again`` waits in its place."""
 
     worker: Member
     position: int
@@ -310,7 +310,7 @@ class HandOut(NamedTuple):
 
 
 class CancelWaiting(NamedTuple):
-    """What waits is not wanted, nor is what comes; ``all``: nor what no worker has begun."""
+    """Waiting work is dropped, and what comes; with ``all`` also what no worker has begun."""
 
     all: bool = False
 

@@ -20,7 +20,7 @@ _GROWN_BYTES = 1 << 20
 
 
 class Gauge:
-    """What one worker holds beyond what it was born with.
+    """Memory of one worker beyond that of its birth.
 
     Args:
         limit_bytes: The most that it may hold.

@@ -1,4 +1,4 @@
-"""What one worker has been sent, in order, and what it still owes.
+"""Work that one worker has been sent, in order, and that it still owes.
 
 Everything sent to a worker gets a position, counted from 1. A worker does what it was sent in
 that order, so what it owes is always: one that has begun perhaps, then some that have not. All
@@ -24,7 +24,7 @@ _W = TypeVar("_W", bound="Work")
 
 
 class Ledger(Generic[_W]):
-    """What one worker owes.
+    """Debts of one worker.
 
     Attributes:
         owed: Number of calls.
@@ -49,12 +49,12 @@ class Ledger(Generic[_W]):
 
     @property
     def head(self) -> _W | None:
-        """What the worker does now, or will next."""
+        """Work that the worker does now, or will next."""
         return self._works[0] if self._works else None
 
     @property
     def tail(self) -> _W | None:
-        """What the worker was sent last, of what it owes."""
+        """Work that the worker was sent last, of what it owes."""
         return self._works[-1] if self._works else None
 
     def skip(self, calls: int) -> None:

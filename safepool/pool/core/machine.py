@@ -55,7 +55,7 @@ _NOTHING = e.Then()
 
 
 class Core:
-    """What one pool knows and decides.
+    """Knowledge and decisions of one pool.
 
     Args:
         size: The most workers at a time.

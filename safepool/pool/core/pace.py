@@ -1,4 +1,4 @@
-"""How long calls of a function take, and so how many to send ahead.
+"""Expected time of a function's calls, and so the number to send ahead.
 
 A worker that waits for its next task wastes its CPU; a task that waits behind a long one wastes
 time. So what is sent ahead is measured in time, from what the same function took before.

@@ -1,4 +1,4 @@
-"""What it means that workers end in a row before they were of use. Computes; no clock, no process.
+"""Patience with workers that end in a row before they were of use. Computes; no clock, no process.
 
 A crash has a cause that will be there again: an initializer, a broken library. A kill from outside
 (``SIGKILL`` and ``SIGTERM``, as the out-of-memory killer and service managers send them) meets
@@ -62,5 +62,5 @@ class Patience:
 
     @property
     def in_a_row(self) -> int:
-        """How many there were."""
+        """Number of workers in that row."""
         return self.crashed + self.killed

@@ -1,4 +1,4 @@
-"""What holds for a call beside its arguments: how long it may take, how often it may be lost."""
+"""Policy of a call beside its arguments: its time limit, and how often it may be lost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ATTRIBUTE = "__safepool_policy__"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What holds for a call.
+    """Rules for a call.
 
     Attributes:
         timeout_s: Seconds from its start after which it is ended; ``None`` is never.

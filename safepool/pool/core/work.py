@@ -1,4 +1,4 @@
-"""What workers are given: a call of its own, or calls of a map that travel together.
+"""Work that workers are given: a call of its own, or calls of a map that travel together.
 
 Whoever hands it over adds what is to be sent, and where the result goes (``tasks``, ``mapping``);
 nothing here looks at that.
@@ -170,18 +170,18 @@ class Span:
 
     @property
     def count(self) -> int:
-        """How many calls."""
+        """Number of calls."""
         return len(self.items)
 
     @property
     def name(self) -> str:
-        """What an error calls each."""
+        """Name of each call in errors."""
         name: str = self.run.name
         return name
 
     @property
     def policy(self) -> Policy:
-        """What holds for each."""
+        """Policy of each call."""
         policy: Policy = self.run.policy
         return policy
 

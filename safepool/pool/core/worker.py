@@ -24,7 +24,7 @@ __all__ = ["Member", "Phase"]
 
 
 class Phase(enum.IntEnum):
-    """How far a worker has come in its life. From `DYING` on it is given nothing more."""
+    """Phase in the life of a worker. From `DYING` on it is given nothing more."""
 
     STARTING = 1
     """Its initializer has not ended."""

@@ -16,7 +16,7 @@ __all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"
 
 
 class Exiting(Protocol):
-    """What has work to finish before the interpreter ends."""
+    """Pool that has work to finish before the interpreter ends."""
 
     def exit(self) -> None:
         """Finish it."""

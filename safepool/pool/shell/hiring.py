@@ -1,4 +1,4 @@
-"""How the workers of one pool are started, and what happens when the system gives none."""
+"""Start of the workers of one pool, also when the system gives none."""
 
 from __future__ import annotations
 

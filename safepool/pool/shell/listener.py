@@ -1,4 +1,4 @@
-"""How somebody listens to a pool, at no cost where nobody does.
+"""Listening to a pool, at no cost where nobody does.
 
 The pool asks its listener once, when it is made, for what to call in the place of a few functions:
 

@@ -1,4 +1,4 @@
-"""What workers hold while they run calls, read often enough to end one that holds too much.
+"""Memory of workers that run calls, read often enough to end one that holds too much.
 
 What counts is the memory that a worker has for itself, resident less shared pages of
 ``/proc/PID/statm``, beyond what it was born with. So neither files that are mapped (libraries,

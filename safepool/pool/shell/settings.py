@@ -1,4 +1,4 @@
-"""What the program has set, looked at for its workers, and what has changed since.
+"""Settings of the program for its workers, and those that have changed since.
 
 Looked at, and pickled, by the threads that call the pool: some settings are each thread's own.
 
@@ -174,7 +174,7 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 class Telling:
-    """What workers are told of the settings, each with what it needs of the script.
+    """Settings that workers are told, each with the names of the script that it needs.
 
     For the scheduler's thread: what a setting refers to is found out by the hands, as that may
     run code of the program. Calls wait for it for half a second at the most, and begin without

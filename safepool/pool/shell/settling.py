@@ -1,4 +1,4 @@
-"""What the answers of workers end: tasks by their future, calls of a map among its results."""
+"""Answers of workers: they end tasks by their future, and calls of a map among its results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _MEMORY_LOOK_NS = 200_000_000
 
 
 class _Answer:
-    """What a worker has answered to one call, on its way to an object.
+    """Answer of a worker to one call, on its way to an object.
 
     Attributes:
         value: The value or exception of the call, when it was read.

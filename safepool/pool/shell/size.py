@@ -1,4 +1,4 @@
-"""How many workers a pool may have: what was said by hand, or what the limits leave now."""
+"""Number of workers that a pool may have: set by hand, or what the limits leave now."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class Staff:
 
     @property
     def lost(self) -> int:
-        """How many could not be ended, and are still there."""
+        """Number of workers that could not be ended, and are still there."""
         return len(self._lost)
 
     def wake(self) -> None:

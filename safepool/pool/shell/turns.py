@@ -123,12 +123,12 @@ class _Lane:
 
     @property
     def done(self) -> int:
-        """How many calls were ended here."""
+        """Number of calls that were ended here."""
         return self.turn.position - self.first
 
     @property
     def task(self) -> Task | None:
-        """What is under way, if anything."""
+        """Call that is under way, if any."""
         turn = self.turn
         return turn.task if turn.record else None
 

@@ -23,7 +23,7 @@ _MOST_DEVICES = 4096
 
 
 class Variables:
-    """What workers have beside what all of them have.
+    """Variables of single workers beside those of all.
 
     Args:
         devices: By variable, what it says in the first, second, ... worker, and again from the

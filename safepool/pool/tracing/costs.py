@@ -1,4 +1,4 @@
-"""What calls cost the program before a worker has them.
+"""Costs of calls in the program before a worker has them.
 
 A call notes when it was submitted, and any work how long it took to be pickled; the calls of a run
 are too many for that, so the run notes when each portion of them was queued.
@@ -24,7 +24,7 @@ _MOST_PORTIONS = 4096
 
 
 class _Note:
-    """What work notes: when it was queued, and how long each of its calls took to be pickled."""
+    """Note of work: when it was queued, and how long the pickling of each call took."""
 
     __slots__ = ("pickled_ns", "queued_ns")
 

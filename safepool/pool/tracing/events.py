@@ -1,4 +1,4 @@
-"""What is written into a trace: events in the Trace Event Format, and how many of them.
+"""Events that are written into a trace, in the Trace Event Format, and their number.
 
 Events, all of one process, each in a line of its own (``file``):
 
@@ -141,7 +141,7 @@ class Events:
 
     @property
     def dropped(self) -> int:
-        """How many were left out, as the disk was too slow."""
+        """Number of events that were left out, as the disk was too slow."""
         return self._file.dropped
 
     @property
@@ -190,7 +190,7 @@ class Events:
         self._file.add(self._span(number, begin_ns, end_ns, rest))
 
     def count(self, name: str, now_ns: int, args: str) -> None:
-        """What is counted has these values; not written again if nothing has changed."""
+        """Write the values of counters; nothing is written again if nothing has changed."""
         # A counter keeps its value until it is told another.
         if self._counted.get(name) != args:
             self._counted[name] = args
