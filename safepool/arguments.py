@@ -148,7 +148,7 @@ def what_was_meant(word: str, names: Iterable[str]) -> str:
 
     Args:
         word: The keyword.
-        names: Those that there are.
+        names: Keywords that there are.
 
     Example:
         >>> what_was_meant("n_jobs", ["max_workers", "timeout"])

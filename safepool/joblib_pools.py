@@ -267,7 +267,7 @@ class Pools:
 
         Args:
             end: Do not wait for running tasks.
-            which: Tells those of which pools.
+            which: Function that tells whether a lease is one to close.
         """
         with self._lock:
             leases = [lease for lease in self._leases if which(lease)]

@@ -51,7 +51,7 @@ class Progress:
     Attributes:
         done: Calls that have ended, those that failed included. A call that is run again has
             not ended.
-        failed: Those of them that raised, or whose worker died.
+        failed: Calls among them that raised, or whose worker died.
         total: The argument of that name; may be set later.
 
     Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PACKAGE = Path(__file__).parents[1] / "safepool"
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):")
 FIELD = re.compile(r" {4}[*\w`][^:]*: (.*)")
-NO_NOUN = re.compile(r"(What|Of|As|How|It)\b")
+NO_NOUN = re.compile(r"(What|Of|As|How|It|Asked|Who|Whose|Whoever|Those)\b")
 
 
 def fields_of(docstring: str) -> Iterator[str]:

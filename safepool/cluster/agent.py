@@ -96,7 +96,7 @@ class NodePool:
 
     Attributes:
         pool: The pool; its workers start with the first call.
-        sessions: Who uses it.
+        sessions: Sessions that use it.
         idle_since_s: When the last of them went.
     """
 

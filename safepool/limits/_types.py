@@ -154,7 +154,7 @@ class Throttling:
 
     Attributes:
         periods: Enforcement periods in which the group ran (``nr_periods``).
-        throttled_periods: Those in which it was frozen (``nr_throttled``).
+        throttled_periods: Periods in which it was frozen (``nr_throttled``).
         throttled_us: Time for which it was frozen, in microseconds (``throttled_usec``;
             version 1's ``throttled_time`` is in nanoseconds and converted).
         source: The ``cpu.stat`` that was read.

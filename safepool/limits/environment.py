@@ -30,7 +30,7 @@ class BoundVariable:
 
     Attributes:
         name: Name of the variable.
-        set_by: Who sets it.
+        set_by: Programs or users that set it.
         documented: Where its meaning is written down.
         no_ceiling: A word that sets no ceiling, if the variable has one.
     """

@@ -136,7 +136,7 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
         mounts: All mounts, in the order of the file.
 
     Returns:
-        Those whose mount point leads to them, in the same order.
+        Mounts whose mount point leads to them, in the same order.
 
     Source:
         Linux, Documentation/filesystems/sharedsubtree.rst; fs/namei.c, ``follow_mount``: a

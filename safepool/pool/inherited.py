@@ -198,7 +198,7 @@ class _Search:
 
     Attributes:
         found: By module and name, the globals that code names and that are not followed.
-        changed: Those that code may set or change.
+        changed: Names that code may set or change.
     """
 
     def __init__(self, function: Any) -> None:
@@ -289,7 +289,7 @@ class _Named:
     Attributes:
         loaded: By name, the attributes that are asked of each.
         set_on: By name, the attributes that are set on each.
-        stored: Those that it sets.
+        stored: Names that it sets.
         changes: Whether it may change containers.
     """
 

@@ -170,7 +170,7 @@ class Stacks:
         """Return the stacks of each worker by its process id, or in parentheses why not.
 
         Args:
-            workers: Whose.
+            workers: Workers to ask.
             timeout_s: Seconds to wait for all of them together.
         """
         deadline = time.monotonic() + timeout_s

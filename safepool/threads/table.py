@@ -47,7 +47,7 @@ class NativeRuntime:
 
     Attributes:
         name: Its name, lower case; threadpoolctl's ``internal_api`` where it knows it.
-        used_by: Who brings it into a process.
+        used_by: Libraries that bring it into a process.
         variables: Set in a worker's environment, the one that wins first.
         falls_back_to: Variables of other rows that it reads where its own are not set,
             the one that wins first.

@@ -108,7 +108,8 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
 
     Args:
         segments: Segments of a payload.
-        given_up: Asked now and then: nobody wants it any more.
+        given_up: Function that returns ``True`` when the arrays are no longer needed. Polled
+            during the copy.
 
     Returns:
         The same, each run of segments that lies in one file replaced by it. As they are, if

@@ -84,7 +84,7 @@ def homes(modules: Iterable[str]) -> dict[str, None]:
     """Return the modules that are looked through.
 
     Args:
-        modules: Those that the script imports.
+        modules: Modules that the script imports.
     """
     found = dict.fromkeys(modules)
     found |= dict.fromkeys(_homes_of(main_space().copy().values()))

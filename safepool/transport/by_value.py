@@ -172,7 +172,7 @@ def reducer_table(
     """Return the reducers for other objects than classes and functions.
 
     Args:
-        special: Those for arrays, and what was registered with ``multiprocessing``.
+        special: Reducers for arrays, and what was registered with ``multiprocessing``.
         loky_imported: Reducers may have been registered with loky, and hold here.
     """
     own: dict[type, Callable[[Any], Any]] = {

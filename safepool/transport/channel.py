@@ -83,7 +83,8 @@ class Channel:
 
         Args:
             segments: The payload.
-            given_up: Asked now and then: nobody wants it any more.
+            given_up: Function that returns ``True`` when the arrays are no longer needed. Polled
+                during the copy.
 
         Raises:
             MemoryError: There is no memory for that.

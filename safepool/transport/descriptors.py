@@ -230,7 +230,7 @@ class Incoming:
     """Offers the descriptors that came with a pickle while it is read, inside a ``with`` block.
 
     Args:
-        segments: Those of the payload that are a descriptor, in its order; in the place of one
+        segments: Segments of the payload that are a descriptor, in its order; in the place of one
             that could not be sent, another empty one.
     """
 

@@ -7,9 +7,10 @@
 All numbers are in network byte order. The first segment of a payload is its pickle, the
 others are the buffers that the pickle refers to (PEP 574).
 
-A length with the highest bit set is that of a segment that does not follow: it lies in a file,
-whose descriptor has gone another way (``files``). The next bit is set for the first segment of
-each file; the others of the file come right behind it.
+Two bits of a length are flags:
+
+    bit 63    the segment is in a memfd. Its descriptor is sent separately (``files``)
+    bit 62    the segment is the first of its memfd. The others of the memfd come right behind it
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ class FrameReader:
     :meth:`received` how many came.
 
     Args:
-        fetch: Asked for the segments of a file, by the frame's kind and their lengths, when the
-            frame is complete.
+        fetch: Function that is asked for the segments of a file, by the frame's kind and their
+            lengths, when the frame is complete.
         hold: Told how many bytes an answer will take here. If it raises `MemoryError`, the answer
             is read and dropped, and that error stands for each of its segments.
     """

@@ -76,7 +76,7 @@ class MainNames:
                 functions and classes, by their path.
 
         Returns:
-            Those to be delivered. What is there and cannot be pickled here is not among them: it
+            Names to be delivered. What is there and cannot be pickled here is not among them: it
             is the worker's own.
         """
         self.ask(list(values))

@@ -286,7 +286,7 @@ def dump_by_value(
     Args:
         value: The same as for :func:`dumps`.
         file: Where to.
-        in_band: Asked of each buffer; ``None`` keeps all in the pickle.
+        in_band: Function that is asked of each buffer; ``None`` keeps all in the pickle.
         into_main: The same as for :func:`dumps`.
         reducers: The same as for :func:`dumps`.
     """

@@ -92,7 +92,7 @@ class Wish:
     Attributes:
         modules: Their names.
         strict: They were asked for by name.
-        given_up: Tells that nobody wants it any more.
+        given_up: Function that returns ``True`` when the server is no longer needed.
     """
 
     modules: Sequence[str]
@@ -263,7 +263,7 @@ class RunningServer:
         """Run the script of the plan, and return what it has made.
 
         Args:
-            given_up: Tells that nobody wants it any more.
+            given_up: Function that returns ``True`` when the server is no longer needed.
             again: A server that is killed from outside may be started again.
 
         Raises:

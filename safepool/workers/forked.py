@@ -33,7 +33,7 @@ class ForkedProcess:
         name: Its name.
         pid: Its process id.
         pidfd: Refers to this process alone; ``None`` before Linux 5.3.
-        sentinel: Turns readable when it has ended.
+        sentinel: Descriptor that turns readable when it has ended.
         daemon: ``False``: it may have children.
     """
 

@@ -27,7 +27,8 @@ class WorkerProcess:
         method: The way to start it.
         told: All that it is told.
         board: To be shared with it; closed with this object, also if it cannot start.
-        given_up: Asked while the start takes its time: nobody wants it any more.
+        given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
+            during a slow start.
 
     Raises:
         OSError: The system gave no process or no descriptor.

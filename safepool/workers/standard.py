@@ -53,9 +53,9 @@ class StandardProcess:
 
     Attributes:
         pid: Its process id.
-        sentinel: Turns readable when it ends. Before Linux 5.3 and elsewhere it is a pipe, which
-            the worker's own children can hold open; ``None`` on Windows, where only the channel
-            tells.
+        sentinel: Descriptor that turns readable when it ends. Before Linux 5.3 and elsewhere it is
+            a pipe, which the worker's own children can hold open; ``None`` on Windows, where only
+            the channel tells.
         process: The same; ``None`` when this was closed.
     """
 

@@ -62,7 +62,7 @@ class Started(Protocol):
 
     Attributes:
         pid: Its process id.
-        sentinel: Turns readable when it has ended; ``None`` where nothing does.
+        sentinel: Descriptor that turns readable when it has ended; ``None`` where nothing does.
         process: In the words of ``multiprocessing.Process``.
     """
 
@@ -116,7 +116,8 @@ class StartMethod:
             told: All that it is told.
             end: Its end of the channel. It is closed here by whoever calls.
             board: To be shared with it.
-            given_up: Asked while the start takes its time: nobody wants it any more.
+            given_up: Function that returns ``True`` when the pool no longer needs this worker.
+                Polled during a slow start.
 
         Raises:
             OSError: The system gave no process or no descriptor.

@@ -136,7 +136,7 @@ def bury(processes: Collection[Descendant]) -> set[Descendant]:
     So they do to the first process of a container. Never waits.
 
     Returns:
-        Those that have not ended yet.
+        Processes that have not ended yet.
     """
     left = set()
     pids = {one.pid for one in processes}

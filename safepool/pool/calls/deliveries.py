@@ -83,7 +83,7 @@ class Versions(dict[str, int]):
     """Versions of the names that a worker has, some of which it was born with.
 
     Args:
-        known: Those of names that were known by then.
+        known: Versions of names that were known by then.
         first: Returns versions in which it has others.
         names: Which others; ``None`` is all that ``first`` tells of.
     """

@@ -178,7 +178,7 @@ class MapRun:
         taken: Number of results that were taken.
         length: Number of calls that there will be; ``None`` if that is not known here.
         iterator: The iterator that the caller has.
-        reader: Who takes results; once it is gone nobody can.
+        reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
 
     noted: Any

@@ -25,7 +25,7 @@ class Added:
 
     Attributes:
         what: The additions. A worker makes each once, by its number.
-        numbers: Those, by the places of additions.
+        numbers: Numbers of the additions, by their places.
         names: Names that they ask for.
         delivery: The delivery to send.
     """
@@ -42,7 +42,7 @@ class Closure:
 
     Attributes:
         known: The names that there are.
-        absent: Those that there are not.
+        absent: Names that the script does not have.
         beside: The same as in the table.
         deliveries: The deliveries that a worker is sent.
         seen_in: The number of the table in which all this was last.

@@ -103,7 +103,7 @@ class PoolFuture(Future[Any]):
         """Make one.
 
         Args:
-            owner: Whoever ends it.
+            owner: Pool that ends the future.
         """
         # Not the base's: the condition that it makes costs as much as the pickling of a call.
         self.owner = owner

@@ -67,8 +67,8 @@ class Walk:
 
     Attributes:
         reached: The names that there are.
-        absent: Those that there are not.
-        missing: Those that could not be pickled, and why.
+        absent: Names that the script does not have.
+        missing: Names that could not be pickled, and why.
     """
 
     def __init__(self, table: Table, *, quiet: bool = False) -> None:

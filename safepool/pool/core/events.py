@@ -102,7 +102,7 @@ class Answered(NamedTuple):
     """Answers have arrived, or were read from the board.
 
     Attributes:
-        worker: Whose.
+        worker: Worker that answered.
         answers: For each: the first position, how many calls, and the microseconds that they took
             together, if that is known.
         payload: Contents of the answers, for `Settle`.
@@ -365,7 +365,7 @@ class Settle(NamedTuple):
     """End calls by their answers.
 
     Attributes:
-        worker: Whose answers they are.
+        worker: Worker that answered.
         settled: For each part: the work, the place there of the first call, how many calls, and
             the place of the first answer in the payload.
         payload: Contents of the answers.
@@ -440,7 +440,7 @@ class GiveUp(NamedTuple):
     """Break the pool.
 
     Attributes:
-        worker: Whose end it is for.
+        worker: Worker whose end is the reason.
         reason: In words.
         ask: Find out whether the system refuses something to every worker, which would be why.
     """

@@ -475,7 +475,7 @@ class Dispatch:
         Args:
             value: The value to pickle.
             by_value: The same as in :func:`~safepool.transport.payloads.dumps`.
-            names: Those that the function needs.
+            names: Names that the function needs.
         """
         with Met() as met, references.Collected() as shared:
             segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value)

@@ -59,7 +59,8 @@ class Hiring:
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
         hired: Set when there is a worker, or will be none.
-        given_up: Asked while a start takes its time: nobody wants it any more.
+        given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
+            during a slow start.
     """
 
     def __init__(

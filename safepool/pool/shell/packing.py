@@ -25,7 +25,7 @@ class Packing:
     """One payload.
 
     Attributes:
-        worker: Who is to get it.
+        worker: Worker that is to get it.
         work: The work, as written in that worker's ledger.
         position: There.
         function: Number of the function that is called, 0 if it is in the payload.

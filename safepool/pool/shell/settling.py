@@ -253,7 +253,7 @@ def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = Fal
     """Return the event for answers that arrived together.
 
     Args:
-        worker: Whose.
+        worker: Worker that answered.
         records: Records as they were on its board.
         peeked: They were read there; else they were sent.
 
@@ -273,7 +273,7 @@ def values_of(
     """Return the event for calls that follow each other and returned plain values.
 
     Args:
-        worker: Whose.
+        worker: Worker that answered.
         position: The first one's.
         microseconds: Time that they took together; ``None`` if that is not known yet.
         values: Values that they returned.

@@ -140,11 +140,11 @@ class Turn:
         lane: Which.
         position: By which the worker and its ledger know the call.
         task: The call. It counts if it was sent.
-        free: Whoever pops what is in here has the turn.
+        free: List with one entry. The thread that pops it has the turn.
         record: Record that ``free`` gave, and the number of bytes that were sent.
-        reader: Whoever pops what is in here reads the answer.
+        reader: List with one entry. The thread that pops it reads the answer.
         answer: Answer that ``reader`` gave, and the bytes that were read.
-        seat: Whoever pops what is in here may wait for the answer.
+        seat: List with one entry. The thread that pops it may wait for the answer.
         bells: The descriptor that wakes who waits.
         marks: Decisions, by name.
     """
@@ -346,7 +346,8 @@ class Turns:
         pack: Returns number and pickle of a call if a worker needs nothing else for it.
         queued: Work that was brought to the scheduler, and not taken.
         wake: Wakes its thread.
-        is_same_user: Tells whether the program has the user for whom workers were started.
+        is_same_user: Function that tells whether the program has the user for whom workers were
+            started.
         settling: Told of calls that were ended here.
         allowed: No option of the pool is against it.
 
@@ -354,7 +355,7 @@ class Turns:
         idle: Turns that callers may take.
         bells: Descriptors of eventfd(2): one for each thread that waits.
         wanted: Lanes may be of use.
-        lanes: Those that there are.
+        lanes: Turns that there are.
         worked: Ids of workers that were sent something here since the scheduler last looked.
     """
 

@@ -45,7 +45,7 @@ class Worker(Member, WorkerProcess):
         functions: Numbers of the functions that it keeps.
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
-        settings: Those of the program that it was sent last, by name.
+        settings: Settings of the program that it was sent last, by name.
         told: Settings that it was told, all in all.
         shared: Numbers of the shared objects that it keeps.
         logged: Whether it has sent a log record, and nothing else since.
