@@ -158,9 +158,9 @@ class BudgetWatch:
                 f"{budget.workers} workers fit the visible limit of {budget.cpus:g} CPUs "
                 f"({budget.because.name} in {budget.because.source}) and are still kept "
                 f"waiting for {sample.waited_s / wanted_s:.0%} of the time, with idle CPUs "
-                "beside them: a tighter limit that cannot be seen from here holds above it, or "
-                "others in the same group use it up. Give max_workers= or "
-                "SAFEPOOL_MAX_WORKERS to match it",
+                "beside them. Either a tighter limit holds that is not visible here, or others in "
+                "the same group use up this one. Set max_workers= or SAFEPOOL_MAX_WORKERS to what "
+                "they get",
                 subject="held back",
             )
 

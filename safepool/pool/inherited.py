@@ -164,8 +164,8 @@ def _tell(asked: Future[list[str]]) -> None:
         return
     names = asked.result()
     tell_once(
-        f"workers do not have the program's value of {', '.join(names)}, as forks of it would: "
-        "they have what the import of the module leaves. Pass it as an argument, or set it in the "
+        f"workers do not have the program's value of {', '.join(names)}. They import the module "
+        "anew, where a fork would have the value. Pass it as an argument, or set it in the "
         "workers by initializer= and initargs="
     )
 

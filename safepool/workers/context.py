@@ -215,8 +215,8 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 marks = server.run_script(wish) if plan else None
                 if marks != self._marks:
                     raise asking.CannotRunError(  # noqa: TRY301 -- it is what a run that raises is
-                        "run again in another server, its top level gave other functions and "
-                        "classes"
+                        "its top level defined other functions or classes when it was run in "
+                        "another server"
                     )
                 return server.fork_worker(details, files, wish)
         except asking.CannotRunError as error:
