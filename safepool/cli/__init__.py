@@ -355,7 +355,7 @@ _EXAMPLES = """\
 examples:
   safepool                           is this machine a problem?
   safepool --pid 4711 --watch        a running process, a line a second
-  safepool --cluster tcp://head:8786 each node of a Dask cluster
+  safepool --cluster tcp://h:8786    each node of a Dask cluster
   safepool --json | jq .findings     for programs
   safepool doctor numpy              which native threads a library brings
   safepool run -- python train.py    start a program with its limits set
