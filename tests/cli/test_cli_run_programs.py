@@ -396,7 +396,8 @@ def test_what_the_program_has_set_in_modules_is_told_by_its_name(tmp_path: Path)
     assert ended.returncode == 0, ended.stdout
     said = "workers do not have the program's value of "
     lines = [line for line in ended.stdout.splitlines() if said in line]
-    names = sorted(line.partition(said)[2].partition(".")[0] for line in lines)
+    told = [line.partition(said)[2].partition(".")[0] for line in lines]
+    names = sorted(text.partition(",")[0] for text in told)
     assert names == [f"{name} of beside" for name in ("LEVEL", "late", "model", "options")]
 
 
