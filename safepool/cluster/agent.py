@@ -134,6 +134,7 @@ class Session:
         self.node_pool = node_pool
         self._objects: dict[int, Any] = {}
         self._functions: dict[str, tuple[Any, Mapping[int, Any]]] = {}
+        self._large: dict[str, Packet] = {}
         self._futures: dict[int, Future[Any]] = {}
         self._answers: deque[tuple[int, float, bool, Packet]] = deque()
         self._returned: list[int] | None = None
@@ -145,13 +146,8 @@ class Session:
     def take_in(self, message: DeliverMessage) -> None:
         """Begin calls, and give back or end others."""
         self.heard_s = time.monotonic()
-        for number, packet in message.objects.items():
-            self._objects[number] = _placed(packet)
+        self._keep(message)
         functions = self._functions
-        for key, (packet, shared) in message.functions.items():
-            needs = {number: self._objects[number] for number in shared}
-            # Placed: the workers have one copy together.
-            functions[key] = share(packet) if packet.nbytes >= LARGE_BYTES else packet, needs
         for parcel in message.calls:
             self._begin(parcel, *functions[parcel.function])
         for key, (packet, _) in message.functions.items():
@@ -166,13 +162,27 @@ class Session:
         for name in message.forget:
             self._objects.pop(name, None)
             functions.pop(name, None)
+            self._large.pop(name, None)
+
+    def _keep(self, message: DeliverMessage) -> None:
+        """Place what is large in this machine's memory: the workers have one copy together."""
+        for number, packet in message.objects.items():
+            self._objects[number] = _placed(packet)
+        for key, content in message.large.items():
+            # Each call may write to its view.
+            self._large[key] = share(content, writable=True)
+        for key, (packet, shared) in message.functions.items():
+            needs = {number: self._objects[number] for number in shared}
+            placed = share(packet) if packet.nbytes >= LARGE_BYTES else packet
+            self._functions[key] = placed, needs
 
     def _begin(self, parcel: Parcel, function: Any, needs: Mapping[int, Any]) -> None:
         try:
+            large = [(place, self._large[key]) for place, key in parcel.large]
             shared = {number: self._objects[number] for number in parcel.shared}
             future = self.node_pool.pool._scheduler.submit(
                 run,
-                (parcel.function, function, needs, parcel.segments, shared),
+                (parcel.function, function, needs, parcel.segments, large, shared),
                 {},
                 name=parcel.name,
                 policy=Policy(timeout_s=parcel.timeout_s, retries=0),
@@ -265,8 +275,14 @@ class Session:
         """End its calls."""
         for future in [*self._futures.values()]:
             self.node_pool.pool.cancel(future, kill=True)
-        self._objects.clear()
+        self.forget()
         self._tell()
+
+    def forget(self) -> None:
+        """Keep nothing that calls were sent with."""
+        self._objects.clear()
+        self._functions.clear()
+        self._large.clear()
 
 
 def _placed(packet: Packet) -> Any:
@@ -456,6 +472,7 @@ def agent_work(session: str, options: bytes, message: Packet) -> Packet:
     delivered: DeliverMessage = message.value()
     one.take_in(delivered)
     one.wait_for_all(len(delivered.calls))
+    one.forget()  # the next message may go to another process, and has all of it again
     return Packet.of(one.report())
 
 

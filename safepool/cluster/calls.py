@@ -13,7 +13,7 @@ from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, get_ready, say_what
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["RAISED", "RETURNED", "initialize", "run"]
 
@@ -31,6 +31,7 @@ def run(
     function: Packet,
     needs: Mapping[int, Any],
     arguments: Packet,
+    large: Sequence[tuple[int, Packet]],
     shared: Mapping[int, Any],
 ) -> tuple[float, Packet]:
     """Run one call.
@@ -40,6 +41,7 @@ def run(
         function: The pickle of that.
         needs: Shared objects that the function refers to.
         arguments: The pickle of positional and keyword arguments.
+        large: Buffers that belong to it, with their places among its segments.
         shared: Shared objects that these refer to.
 
     Returns:
@@ -54,17 +56,21 @@ def run(
             _functions[key] = called
             if len(_functions) > _MOST_FUNCTIONS:
                 _functions.popitem(last=False)
-        args, kwargs = unpickle(arguments, shared)
+        segments = [*arguments.segments]
+        for place, buffer in large:
+            segments.insert(place, *buffer.segments)
+        args, kwargs = unpickle(Packet(*segments), shared)
+        del segments
         result = called(*args, **kwargs)
         del args, kwargs
         if type(result) is CoroutineType:
             result = run_to_its_end(result)
         try:
-            segments = payloads.dumps(result, into_main=True)
+            answered = payloads.dumps(result, into_main=True)
         except Exception as error:
             say_what(error, result, look=True)
             raise
-        answer = Packet(RETURNED, *segments)
+        answer = Packet(RETURNED, *answered)
     except BaseException as error:  # noqa: BLE001 -- SystemExit too is the call's, as in any pool
         get_ready()
         answer = Packet(RAISED, *describe(error))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.transport import payloads, references
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
+    "LARGE_ARGUMENT_BYTES",
     "LARGE_BYTES",
     "MESSAGE_BYTES",
     "PROTOCOL",
     "DeliverMessage",
     "Packet",
     "Parcel",
+    "PickledArguments",
     "PickledFunction",
     "Report",
     "Welcome",
@@ -52,6 +55,8 @@ MESSAGE_BYTES = 32 << 20
 """What does not fit goes with the next message: engines hold each in memory several times."""
 LARGE_BYTES = 16 * 1024
 """A function of at least so many bytes (it has data with it) is sent to each node once."""
+LARGE_ARGUMENT_BYTES = 1 << 20
+"""So is a buffer in arguments. On the node it is a mapping, and a descriptor."""
 
 Buffer = Any
 
@@ -136,6 +141,7 @@ class Parcel(NamedTuple):
         timeout_s: Seconds that it may run.
         function: Key of its function.
         segments: The pickle of positional and keyword arguments, and its buffers.
+        large: Places among these of buffers that travel by themselves, and their keys.
         shared: Numbers of the shared objects that its arguments refer to.
     """
 
@@ -144,6 +150,7 @@ class Parcel(NamedTuple):
     timeout_s: float | None
     function: str
     segments: Packet
+    large: Sequence[tuple[int, str]]
     shared: tuple[int, ...]
 
 
@@ -154,14 +161,17 @@ class DeliverMessage(NamedTuple):
         calls: To be begun.
         functions: By key: the pickle, and numbers of the shared objects that it refers to. Small
             ones each time that they are needed, those of `LARGE_BYTES` until they are forgotten.
+        large: Large buffers of arguments that the agent does not have, by key.
         objects: Shared objects that the agent does not have, by number.
         back: Numbers of calls that are wanted back if they have not begun.
         kill: Numbers of calls that are to be ended.
-        forget: Numbers of shared objects, and keys of functions, that are no longer needed.
+        forget: Numbers of shared objects, and keys of functions and buffers, that are no longer
+            needed.
     """
 
     calls: list[Parcel]
     functions: dict[str, tuple[Packet, tuple[int, ...]]]
+    large: dict[str, Packet]
     objects: dict[int, Packet]
     back: Sequence[int]
     kill: Sequence[int]
@@ -196,6 +206,38 @@ class PickledFunction(NamedTuple):
     shared: tuple[Any, ...]
 
 
+class _Large:
+    """A large buffer of arguments, copied once however many calls it is in.
+
+    Args:
+        key: The same for the same content.
+        content: Is copied.
+    """
+
+    __slots__ = ("__weakref__", "key", "packet")
+
+    def __init__(self, key: str, content: Buffer) -> None:
+        self.key = key
+        self.packet = Packet(bytearray(content))
+
+
+_large: weakref.WeakValueDictionary[str, _Large] = weakref.WeakValueDictionary()
+
+
+class PickledArguments(NamedTuple):
+    """Arguments of a call as they travel.
+
+    Attributes:
+        packet: The pickle, and its buffers but the large ones.
+        large: These, with their places among the segments.
+        shared: What the arguments refer to.
+    """
+
+    packet: Packet
+    large: tuple[tuple[int, _Large], ...] = ()
+    shared: tuple[Any, ...] = ()
+
+
 def pickle_function(function: Callable[..., Any]) -> PickledFunction:
     """Pickle a function, by value what a worker of another machine cannot import.
 
@@ -212,24 +254,33 @@ def pickle_function(function: Callable[..., Any]) -> PickledFunction:
     return PickledFunction(digest.hexdigest(), Packet(*copied), shared.found)
 
 
-def pickle_arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Packet, tuple[Any, ...]]:
-    """Pickle the arguments of a call; return the shared objects that they refer to as well.
+def pickle_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PickledArguments:
+    """Pickle the arguments of a call.
 
     Raises:
         Exception: The exception of the pickler.
     """
     if not references.known():
-        return Packet(*_copied(payloads.dumps((args, kwargs), into_main=True))), ()
+        return _copied(payloads.dumps((args, kwargs), into_main=True))
     with references.Collected() as shared:
         segments = payloads.dumps((args, kwargs), into_main=True)
-    return Packet(*_copied(segments)), shared.found
+    return _copied(segments)._replace(shared=shared.found)
 
 
-def _copied(segments: Sequence[Buffer]) -> list[Buffer]:
+def _copied(segments: Sequence[Buffer]) -> PickledArguments:
     # The program may change its arrays when submit() has returned.
-    return [part if isinstance(part, bytes) else bytearray(part) for part in segments]
+    parts: list[Buffer] = [segments[0]]
+    large: list[tuple[int, _Large]] = []
+    for place, part in enumerate(segments[1:], 1):
+        if part.nbytes < LARGE_ARGUMENT_BYTES:
+            parts.append(bytearray(part))
+        else:
+            key = hashlib.blake2b(part, digest_size=32).hexdigest()
+            found = _large.get(key)
+            if found is None:
+                found = _large[key] = _Large(key, part)
+            large.append((place, found))
+    return PickledArguments(Packet(*parts), tuple(large))
 
 
 def placed_bytes(shared: Any) -> Packet:

@@ -251,6 +251,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             fn: Any callable that pickle or cloudpickle can pickle.
             *args: Its positional arguments, pickled here and now. What is placed by
                 :func:`safepool.share` is sent to each node once, and is one copy of memory there.
+                The same holds for the content of each array of at least 1 MiB, however many calls
+                have it. A node keeps 64 MiB of arrays that no recent call had.
             **kwargs: Its keyword arguments.
 
         Returns:

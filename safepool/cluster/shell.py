@@ -39,6 +39,7 @@ from safepool.cluster.messages import (
     DeliverMessage,
     Packet,
     Parcel,
+    PickledArguments,
     PickledFunction,
     Report,
     Welcome,
@@ -86,31 +87,32 @@ _ENDS: dict[str, str] = {
     "kill": "kill_workers() was called",
     "terminate": "the program was interrupted",
 }
-# Large functions that a node keeps.
-_MOST_FUNCTIONS = 16
+# Large functions and buffers that a node keeps beside those of the last message that had some:
+# their number, as each is a descriptor there, and their size, as it is memory.
+_MOST_KEPT = 64
+_KEPT_BYTES = 64 << 20
 
 
 class _Submitted(Call):
     """A call of ``submit()``."""
 
-    __slots__ = ("args", "function", "future", "shared")
+    __slots__ = ("args", "function", "future")
 
     def __init__(self, future: PoolFuture, name: str, policy: Policy) -> None:
         super().__init__(name, policy)
         self.future: PoolFuture = future
         self.function: PickledFunction | None = None
-        self.args: Packet | None = None
-        self.shared: tuple[Any, ...] = ()
+        self.args: PickledArguments | None = None
 
     def is_wanted(self) -> bool:
         """Whether it was not cancelled."""
         return not self.future.cancelled()
 
-    def packed(self) -> tuple[PickledFunction, Packet, tuple[Any, ...]]:
-        """Return function, arguments and shared objects as they travel."""
+    def packed(self) -> tuple[PickledFunction, PickledArguments]:
+        """Return function and arguments as they travel."""
         assert self.function is not None
         assert self.args is not None
-        return self.function, self.args, self.shared
+        return self.function, self.args
 
     def begin(self) -> bool:
         """Become running; ``False`` if it was cancelled."""
@@ -134,7 +136,7 @@ class _Submitted(Call):
 class _Mapped(Call):
     """A call of ``map()``."""
 
-    __slots__ = ("args", "index", "item", "run", "shared", "shell")
+    __slots__ = ("args", "index", "item", "run", "shell")
 
     def __init__(self, shell: Shell, run: MapRun, index: int, item: Any) -> None:
         super().__init__(run.name, run.policy)
@@ -142,8 +144,7 @@ class _Mapped(Call):
         self.run: MapRun = run
         self.index = index
         self.item: Any = item
-        self.args: Packet | None = None
-        self.shared: tuple[Any, ...] = ()
+        self.args: PickledArguments | None = None
 
     def is_wanted(self) -> bool:
         """Whether somebody takes further results."""
@@ -152,13 +153,13 @@ class _Mapped(Call):
         self._settled()
         return False
 
-    def packed(self) -> tuple[PickledFunction, Packet, tuple[Any, ...]]:
-        """Return function, arguments and shared objects as they travel."""
+    def packed(self) -> tuple[PickledFunction, PickledArguments]:
+        """Return function and arguments as they travel."""
         function: Any = self.run.sent
         if self.args is None:
-            self.args, self.shared = pickle_arguments(self.run.arguments_of(self.item), {})
+            self.args = pickle_arguments(self.run.arguments_of(self.item), {})
             self.item = None
-        return function, self.args, self.shared
+        return function, self.args
 
     def begin(self) -> bool:
         """Become running."""
@@ -192,7 +193,7 @@ class _Node:
         label: Name of the place in errors.
         pid: Process id of the process there.
         objects: Numbers of shared objects that it has.
-        functions: Keys of large functions that it has, the last used last.
+        kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
         due: By when each kind of message must be answered.
     """
 
@@ -200,7 +201,7 @@ class _Node:
     label: str
     pid: int = 0
     objects: set[int] = field(default_factory=set)
-    functions: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    kept: OrderedDict[str, int] = field(default_factory=OrderedDict)
     forget: list[Any] = field(default_factory=list)
     due: dict[str, float] = field(default_factory=dict)
 
@@ -286,7 +287,7 @@ class Shell:
         call = _Submitted(PoolFuture(self._me), name, policy)
         try:
             call.function = pickle_function(function)
-            call.args, call.shared = pickle_arguments(args, kwargs)
+            call.args = pickle_arguments(args, kwargs)
         except Exception as error:  # noqa: BLE001 -- the call's, as in any pool
             call.fail(error)
             return call.future
@@ -702,7 +703,7 @@ class Shell:
         place = action.place
         node = self._nodes[place]
         self._forget_unshared()
-        message = DeliverMessage([], {}, {}, action.back, action.kill, node.forget)
+        message = DeliverMessage([], {}, {}, {}, action.back, action.kill, node.forget)
         node.forget = []
         failed: list[c.Answer] = []
         left: list[int] = []
@@ -718,7 +719,7 @@ class Shell:
         at_once = self._carrier.at_once
         if not at_once:
             node.objects.update(message.objects)
-            self._note_functions(node, message)
+            self._note_kept(node, message)
         if message.calls or message.back or message.kill:
             packet = Packet.of(message)
             if at_once:
@@ -741,35 +742,49 @@ class Shell:
             CancelledError: The call was cancelled meanwhile.
             BaseException: The exception of the pickler.
         """
-        function, args, shared = call.packed()
-        nbytes: int = args.nbytes
-        for one in (*function.shared, *shared):
+        function, args = call.packed()
+        nbytes: int = args.packet.nbytes
+        for _, large in args.large:
+            if large.key not in node.kept and large.key not in message.large:
+                message.large[large.key] = large.packet
+                nbytes += large.packet.nbytes
+        for one in (*function.shared, *args.shared):
             if one.number not in node.objects and one.number not in message.objects:
                 message.objects[one.number] = placed_bytes(one)
                 nbytes += one.nbytes
                 self._watch_handle(one)
         if not call.begin():
             raise CancelledError
-        if function.key not in node.functions and function.key not in message.functions:
+        if function.key not in node.kept and function.key not in message.functions:
             numbers = tuple(one.number for one in function.shared)
             message.functions[function.key] = function.packet, numbers
             nbytes += function.packet.nbytes
-        numbers = tuple(one.number for one in shared)
+        keys = [(place, large.key) for place, large in args.large]
+        numbers = tuple(one.number for one in args.shared)
         timeout_s = call.policy.timeout_s
-        parcel = Parcel(number, call.name, timeout_s, function.key, args, numbers)
+        parcel = Parcel(number, call.name, timeout_s, function.key, args.packet, keys, numbers)
         message.calls.append(parcel)
         return nbytes
 
-    def _note_functions(self, node: _Node, message: DeliverMessage) -> None:
-        """Note which large functions a node has; let it forget those that were not used lately."""
+    def _note_kept(self, node: _Node, message: DeliverMessage) -> None:
+        """Note what large a node has now; let it forget what was not used lately."""
+        new = {
+            key: packet.nbytes
+            for key, (packet, _) in message.functions.items()
+            if packet.nbytes >= LARGE_BYTES
+        }
+        new |= {key: packet.nbytes for key, packet in message.large.items()}
+        node.kept.update(new)
         used = {parcel.function for parcel in message.calls}
-        for key, (packet, _) in message.functions.items():
-            if packet.nbytes >= LARGE_BYTES:
-                node.functions[key] = None
-        for key in used & node.functions.keys():
-            node.functions.move_to_end(key)
-        while len(node.functions) > _MOST_FUNCTIONS + len(used):
-            key, _ = node.functions.popitem(last=False)
+        used |= {key for parcel in message.calls for _, key in parcel.large}
+        for key in used & node.kept.keys():
+            node.kept.move_to_end(key)
+        others = [key for key in node.kept if key not in used] if new else []
+        nbytes = sum(node.kept[key] for key in others)
+        for at, key in enumerate(others):
+            if len(others) - at <= _MOST_KEPT and nbytes <= _KEPT_BYTES:
+                break
+            nbytes -= node.kept.pop(key)
             node.forget.append(key)
 
     def _watch_handle(self, shared: Any) -> None:

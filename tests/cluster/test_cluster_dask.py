@@ -60,6 +60,10 @@ def kwargs(**words):
 def total(array, factor):
     return float(array.sum()) * factor, array.flags.writeable
 
+def changed(array, n):
+    array += n
+    return float(array[0])
+
 def error_of(call):
     try:
         call()
@@ -104,6 +108,9 @@ with Client(sys.argv[1]) as client:
         await_(lambda: not any(node.calls for node in pool.nodes()), "no node counts the call")
         array = np.ones(1 << 19)
         told(large=pool.submit(total, array, 2).result(), back=float(pool.submit(np.ones, 1 << 19).result().sum()))
+        told(repeated=[pool.submit(changed, array, n).result() for n in range(4)], same=float(array.sum()))
+        kept = [one.kept for one in pool._scheduler._nodes.values()]
+        told(sent_once=max(len(one) for one in kept))
         shared = safepool.share(array)
         told(shared=[pool.submit(total, shared, n).result() for n in range(4)])
         table = bytes(100_000)
@@ -151,6 +158,9 @@ FACTS: dict[str, Any] = {
     "is_cancelled": True,
     "large": [2 * 2.0**19, True],
     "back": 2.0**19,
+    "repeated": [1.0, 2.0, 3.0, 4.0],
+    "same": 2.0**19,
+    "sent_once": 1,
     "shared": [[n * 2.0**19, False] for n in range(4)],
     "closure": 400_006,
     "completed": 20,

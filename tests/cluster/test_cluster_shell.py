@@ -18,6 +18,7 @@ from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, sh
 from safepool.cluster import pool as pool_module
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.messages import (
+    LARGE_ARGUMENT_BYTES,
     PROTOCOL,
     DeliverMessage,
     Packet,
@@ -43,15 +44,18 @@ class Engine:
         self.gone = ""
         self.pending: list[Future[Any]] = []
         self.asked: list[str] = []
+        self.messages: list[Packet] = []
 
     def places(self) -> list[str]:
         if self.gone:
             raise EngineGoneError(self.gone)
         return ["p"]
 
-    def submit(self, place: str, function: Callable[..., Any], *_: Any) -> Future[Any]:
+    def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
         assert place == "p"
         name = function.__name__.removeprefix("agent_")
+        if name == "deliver":
+            self.messages.append(args[-1])
         self.asked.append(name)
         future: Future[Any] = Future()
         answer = self.answers.get(name)
@@ -185,14 +189,14 @@ def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
     session = agent.Session("s", node_pool)
     function = pickle_function(time.sleep)
     calls = [
-        Parcel(number, "sleep", None, function.key, pickle_arguments((600,), {})[0], ())
+        Parcel(number, "sleep", None, function.key, pickle_arguments((600,), {}).packet, (), ())
         for number in (1, 2)
     ]
     functions = {function.key: (function.packet, ())}
     try:
-        session.take_in(DeliverMessage(calls, functions, {}, (), (), ()))
+        session.take_in(DeliverMessage(calls, functions, {}, {}, (), (), ()))
         wait_until(lambda: any(worker.task for worker in node_pool.pool.workers()))
-        session.take_in(DeliverMessage([], {}, {}, (), (1, 2), ()))
+        session.take_in(DeliverMessage([], {}, {}, {}, (), (1, 2), ()))
         session.wait_for_all(2)
         answers = session.report().answers
         assert sorted(number for number, *_ in answers) == [1, 2]
@@ -200,6 +204,56 @@ def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
     finally:
         node_pool.close()
         node_pool.pool.shutdown()
+
+
+def test_a_large_argument_is_sent_to_a_node_once(pool_of: Callable[..., ClusterPool]) -> None:
+    large = [bytearray(bytes([n])) * LARGE_ARGUMENT_BYTES for n in range(3)]
+    engine = Engine(greet=lambda: welcome(workers=99), deliver=lambda: None)
+    pool = pool_of(engine)
+
+    def sent(*args: Any) -> tuple[list[int], int, int]:
+        """First bytes of what is sent, what each call has of it, what the node may forget."""
+        before = len(engine.messages)
+        pool.submit(len, *(pickle.PickleBuffer(one) for one in args))
+        wait_until(lambda: len(engine.messages) > before)
+        message: DeliverMessage = engine.messages[-1].value()
+        (parcel,) = message.calls
+        assert set(message.large) <= {key for _, key in parcel.large}
+        first = sorted(packet.segments[0][0] for packet in message.large.values())
+        return first, len(parcel.large), len(message.forget)
+
+    assert sent(large[0]) == ([0], 1, 0)
+    assert sent(large[0]) == ([], 1, 0)
+    assert sent(large[0], large[1]) == ([1], 2, 0)
+    large[0][5] = 7
+    assert sent(large[0], bytearray(large[1])) == ([0], 2, 0)
+    assert sent(large[2][:-1]) == ([], 0, 0)  # it goes with the call
+
+
+def test_a_node_keeps_what_was_used_last(
+    pool_of: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "_KEPT_BYTES", LARGE_ARGUMENT_BYTES)
+    engine = Engine(greet=lambda: welcome(workers=99), deliver=lambda: None)
+    pool = pool_of(engine)
+    keys: list[str] = []
+
+    def send(number: int) -> tuple[list[str], list[str]]:
+        before = len(engine.messages)
+        content = bytearray(bytes([number])) * LARGE_ARGUMENT_BYTES
+        pool.submit(len, pickle.PickleBuffer(content))
+        wait_until(lambda: len(engine.messages) > before)
+        message: DeliverMessage = engine.messages[-1].value()
+        keys.append(message.calls[0].large[0][1])
+        (node,) = pool._scheduler._nodes.values()
+        # What it may forget is told with the next message.
+        return [*node.kept], [*node.forget]
+
+    assert send(0) == (keys, [])
+    assert send(1) == (keys, [])
+    assert send(2) == (keys[1:], keys[:1])
+    assert send(1) == ([keys[2], keys[1]], [])
+    assert send(3) == ([keys[1], keys[4]], [keys[2]])
 
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
