@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ import loky
 import numpy as np
 import tasks
 from contenders import descendants, pss_kb
+from figures import show
 
 import safepool
 from safepool.transport import _memfd, channel
@@ -69,20 +69,11 @@ def open_pools(stack: ExitStack) -> dict[str, Run]:
     return pools
 
 
-def took_ms(do: Callable[[], Any]) -> float:
-    """Return how long a call takes, with the end of what it returns."""
+def took_ms(do: Callable[[], Any]) -> tuple[float]:
+    """Return how long a call takes, with the end of what it returns: one figure of a table."""
     begun = time.perf_counter()
     do()
-    return (time.perf_counter() - begun) * 1e3
-
-
-def table(title: str, rows: dict[str, list[float]], base: str) -> None:
-    """Print medians, and their ratio to one of them."""
-    medians = {name: statistics.median(row) for name, row in rows.items()}
-    print(f"\n{title}\n{'':24}{'ms':>10}{'/ ' + base:>14}{'best ms':>10}")
-    for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:24}{median:>10.2f}{median / medians[base]:>14.2f}{min(rows[name]):>10.2f}")
-    sys.stdout.flush()
+    return ((time.perf_counter() - begun) * 1e3,)
 
 
 def transfer(rounds: int, sizes_mb: list[float]) -> None:
@@ -94,7 +85,7 @@ def transfer(rounds: int, sizes_mb: list[float]) -> None:
             source = np.random.default_rng(0).random(count)
             for at_once in (1, WORKERS):
                 for what in ("argument", "result"):
-                    rows: dict[str, list[float]] = {}
+                    rows: dict[str, list[tuple[float]]] = {}
 
                     def copy(array: Any = source, times: int = at_once) -> None:
                         for _ in range(times):
@@ -107,7 +98,7 @@ def transfer(rounds: int, sizes_mb: list[float]) -> None:
                                 took_ms(one_way(run, what, source, at_once))
                             )
                     title = f"{what} of {size_mb:g} MB, {at_once} at a time"
-                    table(title, rows, "safepool")
+                    show(title, ["ms"], rows)
 
 
 def one_way(run: Run, what: str, source: Any, at_once: int) -> Callable[[], None]:
@@ -126,7 +117,7 @@ def one_way(run: Run, what: str, source: Any, at_once: int) -> Callable[[], None
 def share(rounds: int, size_mb: float = 100) -> None:
     """Compare a shared array in many tasks with one that is sent once, and with each."""
     source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float]]] = {}
     with safepool.ProcessPool(WORKERS) as pool:
         list(pool.map(tasks.touch, [np.ones(1000)] * 20))
 
@@ -141,13 +132,12 @@ def share(rounds: int, size_mb: float = 100) -> None:
             }.items():
                 rows.setdefault(name, []).append(took_ms(do))
         rows[f"sent, {SHARED_TASKS} tasks"] = [took_ms(lambda: many(source))]
-    table(f"{size_mb:g} MB in {SHARED_TASKS} tasks on {WORKERS} workers", rows, "sent, one task")
+    title = f"{size_mb:g} MB in {SHARED_TASKS} tasks on {WORKERS} workers"
+    show(title, ["ms"], rows, base="sent, one task")
 
 
 def threshold(rounds: int) -> None:
     """Send payloads of many sizes through the stream and in files, both ways."""
-    print("\nthreshold: us for one array each way, median\n")
-    print(f"{'KiB':>8}{'argument: stream':>18}{'file':>10}{'result: stream':>18}{'file':>10}")
     with ExitStack() as stack:
         pools = {
             limit: stack.enter_context(
@@ -157,7 +147,7 @@ def threshold(rounds: int) -> None:
         }
         for kib in (32, 64, 128, 192, 256, 384, 512, 1024, 2048, 4096):
             source = np.ones(kib * 128)
-            found: dict[tuple[int, str], list[float]] = {}
+            found: dict[tuple[int, str], list[tuple[float]]] = {}
             for _ in range(rounds * 20):
                 for limit, pool in pools.items():
                     channel.FILE_BYTES = limit
@@ -168,17 +158,18 @@ def threshold(rounds: int) -> None:
                         ),
                     }.items():
                         found.setdefault((limit, what), []).append(took_ms(do))
-            us = {key: statistics.median(row) * 1e3 for key, row in found.items()}
-            print(
-                f"{kib:>8}{us[NEVER, 'argument']:>18.0f}{us[0, 'argument']:>10.0f}"
-                f"{us[NEVER, 'result']:>18.0f}{us[0, 'result']:>10.0f}"
-            )
+            for what in ("argument", "result"):
+                rows = {
+                    "through the stream": found[NEVER, what],
+                    "in a file": found[0, what],
+                }
+                show(f"threshold: {what} of {kib} KiB", ["ms"], rows, base="through the stream")
 
 
 def pages(rounds: int, size_mb: float = 100) -> None:
     """Compare the copy into a file with large pages and with small ones, and reading it."""
     source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float]]] = {}
     for _ in range(rounds):
         rows.setdefault("array.copy()", []).append(took_ms(source.copy))
         for name, large in {"large pages": True, "small pages": False}.items():
@@ -193,14 +184,14 @@ def pages(rounds: int, size_mb: float = 100) -> None:
                 )
             )
     _memfd._collapses = True
-    table(f"a file of {size_mb:g} MB", rows, "array.copy()")
+    show(f"a file of {size_mb:g} MB", ["ms"], rows, base="array.copy()")
 
 
 def memory(size_mb: float = 100) -> None:
     """Count what all processes hold while every worker has the array, in sizes of it."""
     size = int(size_mb * 1e6)
     source = np.random.default_rng(0).random(size // 8)
-    print(f"\nmemory in all processes beside the caller's own array, in arrays of {size_mb:g} MB")
+    rows: dict[str, list[tuple[float]]] = {}
     for name, given in {"sent to each": source, "shared": None}.items():
         with safepool.ProcessPool(WORKERS) as pool:
             list(pool.map(tasks.touch, [np.ones(1000)] * 20))
@@ -209,8 +200,10 @@ def memory(size_mb: float = 100) -> None:
             item = safepool.share(source) if given is None else given
             held = pool.map(tasks.hold, [item] * WORKERS)
             time.sleep(0.5)
-            print(f"{name:24}{(pss_kb(everybody) - before) * 1024 / size:>10.2f}")
+            rows[name] = [((pss_kb(everybody) - before) * 1024 / size,)]
             list(held)
+    title = f"memory in all processes beside the caller's own array of {size_mb:g} MB"
+    show(title, ["arrays"], rows, base="shared")
 
 
 GROUPS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+from figures import OURS, show
 
 from safepool.transport import payloads
 
@@ -65,7 +66,6 @@ def main() -> None:
         "an instance of a large class": many_methods()(),
         "a cached function": cached,
     }
-    print(f"{'microseconds':32}{'send':>9}{'alone':>9}{'receive':>10}{'alone':>9}")
     for name, value in values.items():
         segments = [bytes(segment) for segment in payloads.dumps(value, by_value=True)]
         alone = cloudpickle.dumps(value)
@@ -73,7 +73,8 @@ def main() -> None:
         send_alone = each_us(lambda value=value: cloudpickle.dumps(value))
         receive = each_us(lambda segments=segments: payloads.loads(segments))
         receive_alone = each_us(lambda alone=alone: pickle.loads(alone))
-        print(f"{name:32}{send:>9.1f}{send_alone:>9.1f}{receive:>10.1f}{receive_alone:>9.1f}")
+        rows = {OURS: [(send, receive)], "cloudpickle alone": [(send_alone, receive_alone)]}
+        show(name, ("send us", "receive us"), rows)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import timeit
 
+from figures import OURS, show
+
 # The product's aims; the run fails when one is missed.
 MOST_MS_FOR_THE_FIRST_CAP = 10.0
 MOST_US_FOR_A_CHECK = 1.0
@@ -60,18 +62,17 @@ def main() -> int:
     check = each_us("recheck()", setup + "recheck = c.cap_worker(1).recheck")
     inside = each_us("with c.capped(1): pass", setup)
 
-    print(f"{'':46}{'safepool':>12}{'threadpoolctl':>15}{'ratio':>8}")
     rows = [
         ("first cap, nothing loaded, ms", empty, empty_beside),
         ("first cap, NumPy and SciPy loaded, ms", first, first_beside),
-        ("before each task of a worker, microseconds", check, limits),
-        ("@worker inside a worker, microseconds", inside, limits),
-        ("@worker elsewhere, microseconds", block, limits),
+        ("before each task of a worker, us", check, limits),
+        ("@worker inside a worker, us", inside, limits),
+        ("@worker elsewhere, us", block, limits),
     ]
     if cached is not None:
-        rows.append(("before each task, its cached controller", check, cached))
+        rows.append(("before each task, its cached controller, us", check, cached))
     for name, our, their in rows:
-        print(f"{name:46}{our:>12.3f}{their:>15.3f}{their / our:>7.1f}x")
+        show(name, [name.rpartition(" ")[2]], {OURS: [(our,)], "threadpoolctl": [(their,)]})
 
     missed = []
     if first > MOST_MS_FOR_THE_FIRST_CAP:

@@ -10,13 +10,14 @@ import contextlib
 import importlib.util
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from figures import OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -32,10 +33,7 @@ __all__ = [
     "descendants",
     "open_all",
     "pss_kb",
-    "table",
 ]
-
-OURS = "safepool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,22 +196,3 @@ def pss_kb(pids: Iterable[int]) -> int:
                 if line.startswith("Pss:"):
                     total += int(line.split()[1])
     return total
-
-
-def table(title: str, unit: str, rows: dict[str, list[tuple[float, ...]]]) -> None:
-    """Print medians by contender, and each one's ratio to ours: above 1 is slower than ours.
-
-    Args:
-        title: Of the table.
-        unit: Of the figures, for each column.
-        rows: By contender, the figures of every round.
-    """
-    medians = {
-        name: [statistics.median(column) for column in zip(*rounds, strict=True)]
-        for name, rounds in rows.items()
-    }
-    ours = medians[OURS]
-    print(f"\n{title}\n{'':20}{'wall ' + unit:>14}{'/ ours':>9}{'CPU ' + unit:>14}{'/ ours':>9}")
-    for name, (wall, cpu) in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:20}{wall:>14.2f}{wall / ours[0]:>9.2f}{cpu:>14.2f}{cpu / ours[1]:>9.2f}")
-    sys.stdout.flush()

@@ -13,6 +13,8 @@ import argparse
 import subprocess
 import sys
 
+from figures import show
+
 # The product's aim; the run fails when it is missed.
 MOST_US_IN_A_WORKER = 3.0
 
@@ -85,9 +87,12 @@ def main() -> int:
     """Print the figures; return 1 if the aim is missed."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     inside, elsewhere = measure(worker=True), measure(worker=False)
-    print(f"{'microseconds a call':40}{'in a worker':>13}{'elsewhere':>13}")
-    for name, us in inside.items():
-        print(f"{name:40}{us:>13.2f}{elsewhere[name]:>13.2f}")
+    show(
+        "a call",
+        ("in a worker us", "elsewhere us"),
+        {name: [(us, elsewhere[name])] for name, us in inside.items()},
+        base="the bare function",
+    )
     bare = inside["the bare function"]
     missed = [
         f"{name} costs {inside[name] - bare:.1f} microseconds"

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tasks
-from contenders import OURS, Opened, cpu_s, descendants, open_all, table
+from contenders import OURS, Opened, cpu_s, descendants, open_all
+from figures import show
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 WORKERS = 2
+COLUMNS = ("wall us", "CPU us")
 SUBMITTED = 2000
 ROUND_TRIPS = 200
 MAPPED = 2000
@@ -55,7 +57,7 @@ def compare(
             took, used = time.perf_counter() - begun, cpu_s(pids) - cpu
             if done:
                 rows.setdefault(name, []).append((took / done * 1e6, used / done * 1e6))
-    table(title, "us", rows)
+    show(title, COLUMNS, rows)
 
 
 def result_of(future: Any) -> Any:
@@ -104,7 +106,7 @@ def unordered(rounds: int) -> None:
             took, used = time.perf_counter() - begun, cpu_s(pids) - cpu
             name = OURS if ordered else "ordered=False"
             rows.setdefault(name, []).append((took / count * 1e6, used / count * 1e6))
-    table(f"{UNORDERED:,} tasks that do nothing, by map, each", "us", rows)
+    show(f"{UNORDERED:,} tasks that do nothing, by map, each", COLUMNS, rows)
 
 
 def fairness(pools: dict[str, Opened], rounds: int) -> None:

@@ -6,10 +6,11 @@ runs of all statements take turns, so that a slow moment of the machine meets ea
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import time
+
+from figures import show
 
 RUNS = 15
 
@@ -44,13 +45,9 @@ def main() -> None:
     for _ in range(RUNS):
         for name, statement in STATEMENTS.items():
             times_s[name].append(run_time_s(statement))
-    medians_s = {name: statistics.median(values) for name, values in times_s.items()}
-    bare_s = medians_s["bare python"]
-    print(f"Python {sys.version.split()[0]}, median of {RUNS} runs, taking turns")
-    print(f"{'':35}{'median':>10}{'added':>10}{'ratio':>8}")
-    for name, median_s in medians_s.items():
-        added_ms = (median_s - bare_s) * 1e3
-        print(f"{name:35}{median_s * 1e3:7.1f} ms{added_ms:7.1f} ms{median_s / bare_s:8.2f}")
+    print(f"Python {sys.version.split()[0]}, {RUNS} runs, taking turns")
+    rows = {name: [(time_s * 1e3,) for time_s in values] for name, values in times_s.items()}
+    show("a fresh interpreter", ["ms"], rows, base="bare python")
 
 
 if __name__ == "__main__":

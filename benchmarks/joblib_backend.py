@@ -8,8 +8,8 @@
 Each pair of case and backend has fresh processes in the group, which time the first call,
 the start of workers included, the mean of repeated ones, and the first call of a second block; the
 backends take turns, and figures are medians. ``n_jobs=-1`` throughout, which each backend reads in
-its own way: the figure in parentheses is the workers it took. A time of ``inf`` is a call that had
-not ended after a minute.
+its own way: the last column is the workers it took. "never" is a call that had not ended after a
+minute.
 Needs scikit-learn, and the right to make a control group (Linux).
 """
 
@@ -27,11 +27,13 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from figures import OURS, show
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-OURS, LOKY, FLOORED = "safepool", "loky", "safepool, floor"
+LOKY, FLOORED = "loky", "safepool, floor"
 # What joblib.parallel_config() is given.
 BACKENDS: dict[str, dict[str, str]] = {
     OURS: {"backend": OURS},
@@ -236,23 +238,28 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
     """Print one table; return which aims were missed."""
     missed = []
     where = "no quota" if cpus is None else f"a quota of {cpus:g} CPUs"
-    print(f"\n{where}: milliseconds, first call / repeated call / of a second block (workers)")
-    print(f"{'':16}" + "".join(f"{backend:>25}" for backend in backends))
     with group(cpus) as members:
         for case in cases:
             found: dict[str, list[dict[str, float]]] = {backend: [] for backend in backends}
             for _ in range(rounds):
                 for backend in backends:
                     found[backend].append(run(case, backend, members))
-            row, best = f"{case:16}", {}
-            for backend, outcomes in found.items():
-                first = statistics.median(outcome["first"] for outcome in outcomes)
-                again = statistics.median(outcome["next"] for outcome in outcomes)
-                second = statistics.median(outcome["second"] for outcome in outcomes)
-                best[backend] = first, again
-                times = f"{_ms(first):>8} /{_ms(again):>5} /{_ms(second):>5}"
-                row += f"{times} ({outcomes[0]['workers']:.0f})"
-            print(row, flush=True)
+            rows = {
+                backend: [
+                    [
+                        *(outcome[key] * 1e3 for key in ("first", "next", "second")),
+                        outcome["workers"],
+                    ]
+                    for outcome in outcomes
+                ]
+                for backend, outcomes in found.items()
+            }
+            columns = ("first call ms", "repeated ms", "second block ms", "workers")
+            show(f"{where}: {case}", columns, rows, base=backends[0])
+            best = {
+                backend: [statistics.median(o[key] for o in outcomes) for key in ("first", "next")]
+                for backend, outcomes in found.items()
+            }
             if not {OURS, LOKY} <= best.keys():
                 continue
             first_ratio, ratio = (
@@ -263,10 +270,6 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
             if case not in IN_THREADS and first_ratio > MOST_TIMES_LOKY_AT_FIRST:
                 missed.append(f"{where}, {case}, first call: {first_ratio:.2f} of loky's time")
     return missed
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f}"
 
 
 def main() -> int:

@@ -3,9 +3,9 @@
     python benchmarks/latency.py [--rounds 9] [--calls 300]
 
 One worker for a sequential caller, two for coroutines. The pools are open at the same time and
-take turns in every round; figures are medians over the rounds, in microseconds for each call, and
-in parentheses the ratio to ours: above 1 is slower than ours. CPU is that of the program and of
-the workers, each for itself. Nothing here fails for being slow: read the ratios.
+take turns in every round; figures are medians over the rounds, in microseconds for each call, with
+the ratio to ours before them: above 1 is slower than ours. CPU is that of the program and of the
+workers, each for itself. Nothing here fails for being slow: read the ratios.
 
 On a machine that idles, a wake-up of a sleeping processor takes most of the wall time; on a busy
 one the CPU time does.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import tasks
 from contenders import OURS, cpu_s
+from figures import show
 
 from safepool import ProcessPool
 
@@ -90,16 +90,11 @@ def compare(title: str, runs: dict[str, tuple[Run, list[int]]], rounds: int, cal
             took, used = time.perf_counter() - begun, time.process_time() - program
             in_workers = cpu_s(workers) - both - used
             rows[name].append((took, used, in_workers))
-    medians = {
-        name: [statistics.median(column) / calls * 1e6 for column in zip(*found, strict=True)]
+    each = {
+        name: [[figure / calls * 1e6 for figure in one] for one in found]
         for name, found in rows.items()
     }
-    print(f"\n{title}\n{'':18}{'wall':>16}{'CPU program':>16}{'CPU workers':>16}")
-    for name, row in medians.items():
-        cells = [
-            f"{n:9.1f} ({n / max(o, 0.1):4.2f})" for n, o in zip(row, medians[OURS], strict=True)
-        ]
-        print(f"{name:18}{''.join(cells)}", flush=True)
+    show(title, ("wall us", "CPU program us", "CPU workers us"), each)
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from figures import show
+
 from safepool import limits
 
 if TYPE_CHECKING:
@@ -25,14 +27,14 @@ ROUNDS = 300
 TARGET_US = 1000.0
 
 
-def measure(call: Callable[[], object]) -> tuple[float, float]:
-    """Say how many microseconds one call takes: minimum and median."""
+def measure(call: Callable[[], object]) -> list[float]:
+    """Return the microseconds of each of many calls."""
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter_ns()
         call()
         times.append((time.perf_counter_ns() - start) / 1000)
-    return min(times), statistics.median(times)
+    return times
 
 
 def main() -> int:
@@ -52,12 +54,9 @@ def main() -> int:
             continue
         others[f"{name}.cpu_count"] = module.cpu_count
     measured = {name: measure(call) for name, call in {**calls, **others}.items()}
-    head = "".join(f"{'/ ' + name:>20}" for name in others)
-    print(f"{'call':<20}{'min us':>10}{'median us':>12}{head}")
-    for name, (least, median) in measured.items():
-        ratios = "".join(f"{median / measured[other][1]:>20.2f}" for other in others)
-        print(f"{name:<20}{least:>10.1f}{median:>12.1f}{ratios}")
-    median = measured["read_limits"][1]
+    rows = {name: [(us,) for us in found] for name, found in measured.items()}
+    show("one reading", ["us"], rows, base="read_limits")
+    median = statistics.median(measured["read_limits"])
     print(f"read_limits: {median:.0f} us of {TARGET_US:.0f} us allowed")
     return int(median > TARGET_US)
 

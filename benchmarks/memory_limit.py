@@ -13,6 +13,8 @@ import argparse
 import tempfile
 import time
 
+from figures import OURS, show
+
 import safepool
 
 _MIB = 1 << 20
@@ -68,16 +70,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=10.0)
     asked = parser.parse_args()
-    for limit, mebibytes, what in (
-        (None, 1, "no limit"),
-        ("1GiB", 1, "far from the limit"),
-        ("64MiB", 60, "near the limit"),
-    ):
-        share = cpu(asked.workers, asked.seconds, limit, mebibytes)
-        print(f"cpu    {asked.workers} workers, {what:20} {share:.2f} %")
-    for _ in range(3):
-        seconds, held = found()
-        print(f"found  after {seconds:.2f} s, at {held:.0f} MiB of 512")
+    rows = {
+        what: [(cpu(asked.workers, asked.seconds, limit, mebibytes),)]
+        for limit, mebibytes, what in (
+            (None, 1, "no limit"),
+            ("1GiB", 1, "far from the limit"),
+            ("64MiB", 60, "near the limit"),
+        )
+    }
+    title = f"the program's share of a CPU while {asked.workers} workers run a long task each"
+    show(title, ["%"], rows, base="no limit")
+    rounds = [found() for _ in range(3)]
+    title = "a task that takes 1 GB a second, with a limit of 512 MiB"
+    show(title, ("seconds until its error", "MiB it held"), {OURS: rounds})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 import numpy as np
+from figures import OURS, show
 
 import safepool
 from safepool.pool.calls.prints import is_equal
@@ -32,6 +33,7 @@ OPTIONS = {"a": 1, "b": [1, 2, 3]}
 data = np.zeros(0)
 _STEPS = 30
 _CALLS = 2000
+_ROUNDS = 3
 
 
 def log_probability(theta: float) -> float:
@@ -63,6 +65,9 @@ def with_helper(x: int) -> int:
 def with_dictionary(x: int) -> int:
     """Use a dictionary as well."""
     return plain(x) + OPTIONS["a"]  # type: ignore[operator]
+
+
+CALLED = (plain, with_helper, with_dictionary)
 
 
 def step_ms(pool: Executor) -> float:
@@ -104,16 +109,24 @@ def main() -> None:
     size_mib = parser.parse_args().mebibytes
     data = np.random.default_rng(1).random(size_mib << 17)
 
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as forked:
-        print(f"step      fork {step_ms(forked):8.1f} ms")
-    with safepool.ProcessPool(2) as pool:
-        print(f"step      safepool {step_ms(pool):4.1f} ms")
-        for function in (plain, with_helper, with_dictionary):
-            print(f"submit    {function.__name__:16} {submit_us(pool, function):6.1f} us")
+    steps: dict[str, list[tuple[float]]] = {}
+    with (
+        ProcessPoolExecutor(2, mp_context=get_context("fork")) as forked,
+        safepool.ProcessPool(2) as pool,
+    ):
+        for _ in range(_ROUNDS):
+            for name, each in {"stdlib fork": forked, OURS: pool}.items():
+                steps.setdefault(name, []).append((step_ms(each),))
+        show(f"one map of 4 calls that use an array of {size_mib} MiB", ["ms"], steps)
+        calls = {f.__name__: [(submit_us(pool, f),)] for f in CALLED}
+    show("one call of a function of the script: CPU of the program", ["us"], calls, base="plain")
     buffer, copy = memoryview(data).cast("B"), memoryview(data.copy()).cast("B")
-    print(f"compare   memory  {best_ms(lambda: is_equal(buffer, copy)):6.1f} ms")
-    print(f"compare   adler32 {best_ms(lambda: zlib.adler32(buffer)):6.1f} ms")
-    print(f"compare   blake2b {best_ms(lambda: hashlib.blake2b(buffer)):6.1f} ms")
+    compared = {
+        "memory": [(best_ms(lambda: is_equal(buffer, copy)),)],
+        "adler32": [(best_ms(lambda: zlib.adler32(buffer)),)],
+        "blake2b": [(best_ms(lambda: hashlib.blake2b(buffer)),)],
+    }
+    show("finding out that an array has not changed", ["ms"], compared, base="memory")
 
 
 if __name__ == "__main__":

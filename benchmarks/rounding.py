@@ -12,16 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import threading
 import time
 from typing import Any
 
+from figures import show
+
 QUOTAS = (1.1, 1.5, 1.9)
 ROUNDINGS = ("floor", "ceil")
 LATE_S = 0.005
+COLUMNS = {
+    "tasks_per_s": "tasks/s",
+    "workers": "workers",
+    "frozen_ms_per_s": "parent frozen ms/s",
+    "worst_ms": "worst ms",
+}
 
 
 def burn(_: int) -> None:
@@ -80,9 +87,8 @@ def main() -> None:
 
     from safepool.cli.demo_group import quota_group
 
-    print("quota  rounding  workers  tasks/s  ratio  parent frozen ms/s  worst ms")
     for quota in QUOTAS:
-        runs: dict[str, list[dict[str, float]]] = {rounding: [] for rounding in ROUNDINGS}
+        runs: dict[str, list[list[float]]] = {rounding: [] for rounding in ROUNDINGS}
         with quota_group(quota) as group:
             for _ in range(options.rounds):
                 for rounding in ROUNDINGS:
@@ -93,18 +99,8 @@ def main() -> None:
                         stdout=subprocess.PIPE,
                         check=True,
                     )
-                    runs[rounding].append(json.loads(done.stdout))
-        medians = {
-            rounding: {key: statistics.median(run[key] for run in found) for key in found[0]}
-            for rounding, found in runs.items()
-        }
-        for rounding, row in medians.items():
-            ratio = row["tasks_per_s"] / medians["floor"]["tasks_per_s"]
-            print(
-                f"{quota:5}  {rounding:8}  {row['workers']:7.0f}  {row['tasks_per_s']:7.1f}"
-                f"  {ratio:5.2f}  {row['frozen_ms_per_s']:18.1f}  {row['worst_ms']:8.1f}",
-                flush=True,
-            )
+                    runs[rounding].append([json.loads(done.stdout)[key] for key in COLUMNS])
+        show(f"a quota of {quota:g} CPUs", list(COLUMNS.values()), runs, base="floor")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 
 import tasks
 from asyncio_service import Service
-from contenders import OURS
+from figures import OURS, show
 
 from safepool import ProcessPool
 
@@ -95,14 +95,7 @@ async def compare(title: str, services: dict[str, Any], works: list[int], rounds
     for server in servers.values():
         server.close()
         await server.wait_closed()
-    medians = {
-        name: [statistics.median(column) for column in zip(*found, strict=True)]
-        for name, found in rows.items()
-    }
-    print(f"\n{title}\n{'':32}{'p50':>18}{'p99':>18}")
-    for name, row in medians.items():
-        cells = [f"{n / o:6.2f} x {n:7.1f} ms" for n, o in zip(row, medians[OURS], strict=True)]
-        print(f"{name:32}{''.join(cells)}", flush=True)
+    show(title, ("p50 ms", "p99 ms"), rows)
 
 
 async def measure(rounds: int, requests: int, standard: ProcessPoolExecutor) -> None:

@@ -19,13 +19,13 @@ import argparse
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 import contenders
+import figures
 import tasks
 
 # Enough for each worker to get some, whatever the others do meanwhile.
@@ -141,13 +141,10 @@ def print_script_rows(library: str, rounds: int) -> None:
                 command = [sys.executable, script.name]
                 done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ)
             found.append(json.loads(done.stdout))
-    print(f"\na guarded script that imports {library}, one worker")
-    heads = ("first s", "first CPU", "second s", "second CPU")
-    print(" " * 20 + "".join(f"{head:>12}" for head in heads))
-    for main, found in runs.items():
-        row = [statistics.median(figures) for figures in zip(*found, strict=True)]
-        shown = f"main={main!r}"
-        print(f"{shown:20}" + "".join(f"{figure:>12.3f}" for figure in row))
+    shown = {f"main={main!r}": found for main, found in runs.items()}
+    heads = ("first s", "first CPU s", "second s", "second CPU s")
+    title = f"a guarded script that imports {library}, one worker"
+    figures.show(title, heads, shown, base="main='run'")
 
 
 def main() -> None:
@@ -193,15 +190,8 @@ def _table(
                 [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True
             )
             runs[name].append(json.loads(done.stdout))
-    medians = {
-        name: {field: statistics.median(run[field] for run in found) for field in fields}
-        for name, found in runs.items()
-    }
-    ours = medians[contenders.OURS]
-    print(f"{title}\n" + " " * 20 + "".join(f"{HEADS[f]:>12}{'/ ours':>9}" for f in fields))
-    for name, row in medians.items():
-        shown = "".join(f"{row[f]:>12.3f}{row[f] / ours[f]:>9.2f}" for f in fields)
-        print(f"{name:20}{shown}")
+    rows = {name: [[run[f] for f in fields] for run in found] for name, found in runs.items()}
+    figures.show(title, [HEADS[f] for f in fields], rows)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ def spin(microseconds: int) -> int:
     return microseconds
 
 
+def spin_and_tell(microseconds: int) -> int:
+    """Keep a CPU busy for so long; return the id of this process."""
+    spin(microseconds)
+    return os.getpid()
+
+
 def sleep_or_spin(microseconds: int) -> float:
     """Spin, or sleep if it is long; return when it ended, by the clock of all processes."""
     if microseconds < 100_000:

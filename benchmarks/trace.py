@@ -3,8 +3,7 @@
     python benchmarks/trace.py [--rounds 101]
 
 Both pools are open all the time and each round runs both, in an order that alternates; figures are
-medians over the rounds, and the ratio is that of two neighbours in time, median as well, with
-the quartiles beside it. CPU is that of this process and of all workers. Nothing here fails for
+medians over the rounds. CPU is that of this process and of all workers. Nothing here fails for
 being slow: read the ratios.
 """
 
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import tasks
 from contenders import cpu_s, descendants
+from figures import show
 
 import safepool
 
@@ -65,12 +64,6 @@ WORK: dict[str, tuple[Callable[[safepool.ProcessPool, int, int], None], int, int
 }
 
 
-def quartiles(ratios: list[float]) -> str:
-    """Return the median, with the quartiles in parentheses, as per cent more."""
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})"
-
-
 def main() -> None:
     """Run all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,8 +74,6 @@ def main() -> None:
         f"Python {sys.version.split()[0]}, {WORKERS} workers, {os.cpu_count()} CPUs, "
         f"load {os.getloadavg()[0]:.1f}, {options.rounds} rounds"
     )
-    print(f"{'':18}{'us per call':>22}{'time, and CPU, with a trace':>34}")
-    print(f"{'':18}{'without':>11}{'with':>11}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
         with safepool.ProcessPool(WORKERS) as plain:
@@ -104,16 +95,14 @@ def main() -> None:
                             run(pool, count, microseconds)
                             took[pool].append(time.perf_counter() - begun)
                             used[pool].append(cpu_s(pids[traced]) - cpu)
-                    times = [b / a for a, b in zip(took[plain], took[traced], strict=True)]
-                    cpus = [b / a for a, b in zip(used[plain], used[traced], strict=True)]
-                    each = [
-                        statistics.median(took[pool]) / count * 1e6 for pool in (plain, traced)
-                    ]
-                    print(
-                        f"{name:18}{each[0]:>11.2f}{each[1]:>11.2f}   "
-                        f"{quartiles(times)}, CPU {statistics.median(cpus) - 1:+.2%}",
-                        flush=True,
-                    )
+                    rows = {
+                        what: [
+                            (wall / count * 1e6, cpu / count * 1e6)
+                            for wall, cpu in zip(took[pool], used[pool], strict=True)
+                        ]
+                        for what, pool in (("without", plain), ("with a trace", traced))
+                    }
+                    show(name, ("wall us", "CPU us"), rows, base="without")
         size, events = path.stat().st_size, len(json.loads(path.read_text()))
     print(f"the file: {size:,} bytes, {events:,} events, {size / events:.0f} bytes each")
 
