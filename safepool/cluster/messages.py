@@ -230,7 +230,7 @@ class PickledArguments(NamedTuple):
     Attributes:
         packet: The pickle, and its buffers but the large ones.
         large: These, with their places among the segments.
-        shared: What the arguments refer to.
+        shared: Shared objects that the arguments refer to.
     """
 
     packet: Packet

@@ -281,6 +281,17 @@ def test_a_function_of_the_script_takes_few_calls_more(tmp_path: Path) -> None:
     assert of_script - of_module <= 8
 
 
+def test_the_time_of_calls_that_go_alone_is_known() -> None:
+    """The scheduler sends no more of them ahead to a worker than fit."""
+    with warmed() as pool:
+        for _ in range(3):
+            submit_alone(pool, tasks.sleep_and_return, 0.01, 1).result(timeout=PATIENCE_S)
+        list(pool.map(tasks.pid, range(3)))  # it wakes the scheduler, which is told then
+
+        pace = pool._scheduler._core.pace
+        assert pace.expected_ns("support_tasks.sleep_and_return") > 1_000_000
+
+
 def _in_time(future: Any, timeout_s: float) -> None:
     try:
         future.result(timeout=timeout_s)

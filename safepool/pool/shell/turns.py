@@ -277,7 +277,7 @@ class Turn:
         if not future.end_alone(value):
             self.ask()  # it was cancelled, or somebody else waits for it as well
             return
-        lane.spent = task.name, microseconds
+        lane.spent = task.name, microseconds * 1000
         after = Turn(lane, self.position + 1)
         # Unless the scheduler has closed this lane; then the call is one of the ledger's.
         if self.marks.setdefault("next", after) is after:
