@@ -70,11 +70,11 @@ class PoolCalls(AwaitedCalls):
     """The part of a pool that does not ask where its calls run.
 
     Attributes:
-        _scheduler: Does the work.
+        _scheduler: `Runner` that does the work; each pool says which.
         _policy: Timeout and retries of calls whose function has none of its own.
     """
 
-    _scheduler: Runner
+    _scheduler: Any
     _policy: Policy
 
     @overload
@@ -284,16 +284,15 @@ class PoolCalls(AwaitedCalls):
                 returns_errors=return_exceptions,
             )
 
+        runner: Runner = self._scheduler
         if progress is False or progress is None:
-            return self._scheduler.map(make(MapRun), items, ahead, deadline, keep=self)
+            return runner.map(make(MapRun), items, ahead, deadline, keep=self)
         from safepool.pool.calls.counted import CountedRun, total_of  # noqa: PLC0415 -- seldom
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
         counted = make(CountedRun)
         bar = counted.bar(label_of(progress) or "", total_of(iterables))
-        return counted.shown(
-            bar, lambda: self._scheduler.map(counted, items, ahead, deadline, keep=self)
-        )
+        return counted.shown(bar, lambda: runner.map(counted, items, ahead, deadline, keep=self))
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
         """Cancel a task, on request also one that runs.
@@ -321,7 +320,8 @@ class PoolCalls(AwaitedCalls):
             True
             (True, 1)
         """
-        return self._scheduler.kill(future) if kill else future.cancel()
+        runner: Runner = self._scheduler
+        return runner.kill(future) if kill else future.cancel()
 
     def __enter__(self) -> Self:
         return self
