@@ -32,14 +32,10 @@ POOLS = {
     "pebble": ("pebble", "Scheduled(pebble.ProcessPool({n}))"),
 }
 HEAD = """
-import importlib, os, signal, sys, threading, time
+import os, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor as executor
 from multiprocessing import get_context as context
-try:
-    {module} = importlib.import_module({module!r})
-except SyntaxError:
-    pass
-import safepool
+import {module}
 class Later:
     def __init__(self, result):
         self.result = result
@@ -153,7 +149,7 @@ def script(pool: str, program: str) -> str:
     module, make = POOLS[pool]
     before, behind, _ = PROGRAMS[program]
     call = make.format(n="1, **options")
-    lines = [HEAD.format(module=module.partition(".")[0]), textwrap.dedent(before)]
+    lines = [HEAD.format(module=module), textwrap.dedent(before)]
     lines.append(f"def make(**options):\n    return Block({call})")
     lines.append(
         "class Block:\n"

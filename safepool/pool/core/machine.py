@@ -695,8 +695,7 @@ class Core:
         if event.lost > _MOST_LOST * self._size:
             why = (
                 f"{event.lost} workers did not end after SIGKILL: each is in a system call that "
-                "does "
-                "not return. See whether a disk or network mount that they use has stopped"
+                "does not return. See whether a disk or network mount that they use has stopped"
             )
             self._actions.append(e.GiveUp(member, why))
         if self._break_on_death and ending.breaks:
