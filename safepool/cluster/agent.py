@@ -79,6 +79,9 @@ _LAPSE_S = 30.0
 # From the last session of a pool to its end: the next program may need it.
 _IDLE_S = 10.0
 _LOOK_S = 1.0
+# Work that a worker holds: it need not wait for this process, whose interpreter is the engine's as
+# well. Calls of half of this are sent ahead; longer ones would be taken back from behind another.
+_HELD_S = 0.04
 
 _log = logging.getLogger("safepool")
 
@@ -112,6 +115,7 @@ class NodePool:
             raise WrongOptionsError(f"{type(error).__name__}: {text_of(error)}") from None
         # The engine's process must not wait for calls when it ends: the node is lost then.
         self.pool._scheduler.ends_at_exit = True
+        self.pool._scheduler.hold_ahead(_HELD_S)
         self.sessions: set[str] = set()
         self.idle_since_s: float = time.monotonic()
 

@@ -206,6 +206,17 @@ def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
         node_pool.pool.shutdown()
 
 
+def test_a_worker_of_a_node_holds_more_work_than_one_of_a_pool() -> None:
+    """The agent shares its interpreter with the engine: a worker must not wait for both."""
+    ten_ms = 10_000_000
+    node_pool = agent.NodePool({"max_workers": 1})
+    with safepool.ProcessPool(1) as pool, node_pool.pool as of_node:
+        paces = [one._scheduler._core.pace for one in (of_node, pool)]
+    for pace in paces:
+        pace.note("f", ten_ms)
+    assert [pace.room("f", ten_ms, idle=False) for pace in paces] == [3, 0]
+
+
 def test_a_large_argument_is_sent_to_a_node_once(pool_of: Callable[..., ClusterPool]) -> None:
     large = [bytearray(bytes([n])) * LARGE_ARGUMENT_BYTES for n in range(3)]
     engine = Engine(greet=lambda: welcome(workers=99), deliver=lambda: None)

@@ -21,9 +21,14 @@ _MOST_NAMES = 4096
 
 
 class Pace:
-    """The time that calls take, by the function's name."""
+    """The time that calls take, by the function's name.
+
+    Attributes:
+        ahead_ns: Work that a worker holds.
+    """
 
     def __init__(self) -> None:
+        self.ahead_ns: int = _AHEAD_NS
         self._nanoseconds: dict[str, float] = {}
 
     def note(self, name: str, nanoseconds: float, count: int = 1) -> None:
@@ -65,7 +70,7 @@ class Pace:
         if each is None:
             return int(idle)
         # Refilled when half is done: messages of many calls are cheaper than many messages.
-        if not idle and held_ns > _AHEAD_NS // 2:
+        if not idle and held_ns > self.ahead_ns // 2:
             return 0
-        fit = int((_AHEAD_NS - held_ns) / max(each, 1.0))
+        fit = int((self.ahead_ns - held_ns) / max(each, 1.0))
         return min(max(fit, int(idle)), _MOST_AT_ONCE)

@@ -331,6 +331,10 @@ class Scheduler:
         """Let workers end that have had nothing to do for so long, in seconds."""
         self._core.idle_ns = int(idle_s * 1e9)
 
+    def hold_ahead(self, work_s: float) -> None:
+        """Let each worker hold so much work, in seconds, before it has done what it runs."""
+        self._core.pace.ahead_ns = int(work_s * 1e9)
+
     def submit(
         self,
         function: Callable[..., Any],
