@@ -127,9 +127,10 @@ def _registered_with(kind: type) -> list[type]:
         id(one): one
         for space in spaces
         for one in [*space.values()]
-        if issubclass(type(one), abc.ABCMeta) and is_importable(one)
+        if issubclass(type(one), abc.ABCMeta) and any(kind is other for other in _registered(one))
     }
-    return [one for one in found.values() if any(kind is other for other in _registered(one))]
+    # Not for the others: a module may warn of a name that is asked for (ByteString).
+    return [one for one in found.values() if is_importable(one)]
 
 
 def _is_made_anew(kind: type, value: object) -> bool:

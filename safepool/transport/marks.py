@@ -11,6 +11,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
+from safepool.errors import let_handlers_pass
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
@@ -23,6 +25,7 @@ __all__ = [
     "find_attribute",
     "find_in_main",
     "found_as",
+    "found_in",
     "is_full",
     "is_of_main",
     "main_space",
@@ -43,8 +46,20 @@ def found_as(module: str, name: str) -> Any:
     """Return what a module has under a qualified name; ``None`` if there is nothing."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
+        found = found_in(found, part)
     return found
+
+
+def found_in(holder: Any, name: str) -> Any:
+    """Return an attribute; ``None`` if there is none.
+
+    A module's ``__getattr__`` may raise anything, as a warning that the program made an error.
+    """
+    try:
+        return getattr(holder, name, None)
+    except Exception as error:  # noqa: BLE001 -- the holder does not give it
+        let_handlers_pass(error)
+        return None
 
 
 def is_full(cell: types.CellType) -> bool:

@@ -408,11 +408,19 @@ def test_a_class_that_is_made_later_is_filled_in_once(main: str, tmp_path: Path)
 
 
 def test_a_class_is_registered_with_abstract_classes_of_modules(tmp_path: Path) -> None:
-    """Those of the standard library, and those that the script has by name."""
-    (tmp_path / "shapes.py").write_text("import abc\nclass Shape(abc.ABC):\n    pass\n")
+    """Those of the standard library, and those that the script has by name.
+
+    A class that is registered with another one does not make a module warn of old names.
+    """
+    (tmp_path / "shapes.py").write_text(
+        "import abc\nclass Shape(abc.ABC):\n    pass\n"
+        "class Old(abc.ABC):\n    pass\n_Old = Old\ndel Old\n"
+        "def __getattr__(name):\n"
+        "    raise DeprecationWarning(name) if name == 'Old' else AttributeError(name)\n"
+    )
     body = """
         import collections.abc, numbers
-        from shapes import Shape as Abstract
+        from shapes import Shape as Abstract, _Old
         @Abstract.register
         @collections.abc.Sequence.register
         class Registered:

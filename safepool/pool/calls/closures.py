@@ -57,11 +57,11 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
 def _look_beside(table: Table) -> None:
     """Look at the namespace as a whole: it has other names than at the last look."""
     size = len(main_space())
-    before, table.imports = table.imports, Imports()
+    imports = Imports()
     beside: list[Delivery] = []
     if not table.main:
-        same = before is not None and before.modules == table.imports.modules
-        head = {"imports": table.imports.modules}
+        same = table.imports is not None and table.imports.modules == imports.modules
+        head = {"imports": imports.modules}
         new = Delivery(next(versions), (_IMPORTS,), (0,), head)
         beside.append(table.beside[0] if same else new)
     walk = Walk(table, quiet=True)
@@ -72,9 +72,9 @@ def _look_beside(table: Table) -> None:
     if walk.missing:
         told = {"missing": walk.missing}
         beside.append(Delivery(next(versions), (_MISSING,), (0,), told))
-    table.beside = tuple(beside)
+    table.imports, table.beside = imports, tuple(beside)  # together: the walk may have failed
     if not table.main:
-        _look_for_additions(table, table.imports)
+        _look_for_additions(table, imports)
     table.look_at = size
 
 

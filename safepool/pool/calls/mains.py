@@ -26,6 +26,7 @@ from safepool.transport.marks import (
     MAIN_NAMES,
     PLAIN,
     attribute_of,
+    found_in,
     is_full,
     main_space,
     space_of,
@@ -361,7 +362,7 @@ def is_importable(thing: Any) -> bool:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         space = space_of(found)
-        found = space[part] if part in space else getattr(found, part, None)
+        found = space[part] if part in space else found_in(found, part)
         if type(found) is staticmethod:
             found = found.__func__
     return found is thing
