@@ -42,12 +42,14 @@ _SCRATCH_BYTES = 64 * 1024
 _DIRECT_BYTES = _SCRATCH_BYTES // 4
 # A frame of no more is sent in one piece: to copy it is cheaper than to gather it.
 _JOINED_BYTES = 4 * 1024
-# Of an answer: with fewer bytes it is not asked whether there is room. And in how many pieces it
-# is dropped otherwise.
+# Of an answer: with fewer bytes it is not asked whether there is room. And the size of the pieces
+# in which it is dropped otherwise.
 _HELD_BYTES = 1 << 20
-_MOST_PIECES = 1 << 10
+# A corrupt length must not allocate either: a segment has so much at first, and as much again
+# whenever that is full.
+_FIRST_BYTES = 1 << 24
 _IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
-# Of one segment: what a process has addresses for.
+# Of one frame: what a process has addresses for.
 _MOST_BYTES = 1 << 47
 _TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
@@ -223,6 +225,7 @@ class FrameReader:
         "_filled",
         "_head",
         "_hold",
+        "_lengths",
         "_missing",
         "_parts",
         "_scratch",
@@ -242,10 +245,12 @@ class FrameReader:
         self._view = memoryview(self._scratch)
         self._start = 0
         self._end = 0
-        # The frame under way: its kind and task, the table of lengths while that is
-        # filled, then the segments; how many bytes of the first part to fill are there.
+        # The frame under way: its kind and task; the lengths of its parts, which are the table
+        # of lengths, and then the segments; the parts up to the one that is filled now, and the
+        # place in it.
         self._head: tuple[Kind, int] | None = None
         self._table: bytearray | None = None
+        self._lengths: list[int] = []
         self._parts: list[bytearray] = []
         self._filled: tuple[int, int] = (0, 0)
         # Of an answer that there is no room for.
@@ -274,7 +279,7 @@ class FrameReader:
 
         Raises:
             CorruptFrameError: The bytes are not a frame of this version.
-            MemoryError: There is no memory for a segment of the announced length.
+            MemoryError: There is no memory for the segment that arrives.
         """
         if self._direct() is None:
             self._end += count
@@ -290,8 +295,10 @@ class FrameReader:
 
     def _direct(self) -> memoryview | None:
         index, filled = self._filled
-        if index < len(self._parts) and len(self._parts[index]) - filled >= _DIRECT_BYTES:
-            return memoryview(self._parts[index])[filled:]
+        if index < len(self._parts):
+            end = min(len(self._parts[index]), self._lengths[index])
+            if end - filled >= _DIRECT_BYTES:
+                return memoryview(self._parts[index])[filled:end]
         return None
 
     def _whole(self) -> Frame | None:
@@ -333,7 +340,8 @@ class FrameReader:
         for place, lengths in reversed([*self._fetched(self._head[0])]):
             segments[place:place] = lengths
         frame = Frame(*self._head, segments)
-        self._head, self._parts, self._filled, self._missing = None, [], (0, 0), []
+        self._head, self._missing = None, []
+        self._expect([])
         return frame
 
     def _fetched(self, kind: Kind) -> Iterator[tuple[int, list[Received]]]:
@@ -354,8 +362,11 @@ class FrameReader:
         self._head = (Kind(kind), task)
         if count:
             self._table = bytearray(8 * count)
-            self._parts = [self._table]
+            self._expect([8 * count], self._table)
         return True
+
+    def _expect(self, lengths: list[int], *parts: bytearray) -> None:
+        self._lengths, self._parts, self._filled = lengths, [*parts], (0, 0)
 
     def _allocate(self, lengths: tuple[int, ...]) -> None:
         in_stream: list[int] = []
@@ -369,21 +380,18 @@ class FrameReader:
                 self._files[-1][1].append(inside)
             else:
                 raise CorruptFrameError(f"a segment of length {length:#x} is announced")
-        self._parts = self._memory_for(in_stream)
-        self._filled = (0, 0)
-
-    def _memory_for(self, lengths: list[int]) -> list[bytearray]:
-        whole = sum(lengths)
+        whole = sum(in_stream)
+        if whole > _MOST_BYTES:
+            raise CorruptFrameError(f"segments of {whole} bytes are announced")
+        self._expect(in_stream)
         assert self._head is not None
         if self._hold is not None and whole >= _HELD_BYTES and self._head[0] in _ANSWERS:
             try:
                 self._hold(whole)
             except MemoryError as error:
                 # What arrives goes to one small piece of memory, again and again.
-                self._missing = [Missing(error.with_traceback(None)) for _ in lengths]
-                piece = bytearray(max(_HELD_BYTES, whole // _MOST_PIECES))
-                return [piece] * (whole // len(piece)) + [bytearray(whole % len(piece))]
-        return [bytearray(length) for length in lengths]
+                self._missing = [Missing(error.with_traceback(None)) for _ in in_stream]
+                self._expect([whole], bytearray(_HELD_BYTES))
 
     def _goes_on(self, place: int) -> bool:
         """Tell whether there is a file that nothing has come behind."""
@@ -392,15 +400,22 @@ class FrameReader:
     def _fill(self) -> bool:
         """Move what is in the scratch buffer to the parts; tell whether all are full."""
         index, filled = self._filled
-        while index < len(self._parts):
-            part = self._parts[index]
-            take = min(len(part) - filled, self._end - self._start)
+        while index < len(self._lengths):
+            if index == len(self._parts):
+                self._parts.append(bytearray(min(self._lengths[index], _FIRST_BYTES)))
+            part, rest = self._parts[index], self._lengths[index] - filled
+            if filled == len(part) and rest:
+                if self._missing:
+                    self._lengths[index], filled = rest, 0
+                else:
+                    part += bytes(min(filled, rest))
+            take = min(len(part) - filled, rest, self._end - self._start)
             part[filled : filled + take] = self._view[self._start : self._start + take]
             self._start += take
             filled += take
-            if filled < len(part):
-                self._filled = (index, filled)
-                return False
-            index, filled = index + 1, 0
+            if filled == self._lengths[index]:
+                index, filled = index + 1, 0
+            elif not take:
+                break
         self._filled = (index, filled)
-        return True
+        return index == len(self._lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -120,6 +121,7 @@ SHAPES: dict[str, list[int]] = {
     "large, then small, then large": [300_000, 3, 200_000],
     "just below direct": [16 * 1024 - 1] * 9,
     "ten thousand segments": [1] * 10_000,
+    "memory that grows": [40_000_000, 16_777_217, 5],
 }
 
 
@@ -142,6 +144,9 @@ CORRUPT: dict[str, bytes] = {
     "an unknown kind": b"sp\x02\xff" + b"".join(encode(Kind.STOP, 0))[4:],
     "too many segments": struct.pack("!2sBBIQ", b"sp", 2, 2, 2**32 - 1, 0),
     "a segment beyond memory": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 2**62 - 1),
+    "segments that are beyond memory together": struct.pack(
+        "!2sBBIQ2Q", b"sp", 2, 2, 2, 0, *[2**46 + 1] * 2
+    ),
     "a file beyond memory": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 2**64 - 1),
     "in a file, and in none": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 1 << 63),
     "a file that is not one": struct.pack("!2sBBIQQ", b"sp", 2, 2, 1, 0, 1 << 62),
@@ -157,6 +162,36 @@ def test_bytes_that_are_no_frame_are_refused(case: str) -> None:
     """The reader raises its own error; it neither waits nor allocates."""
     with pytest.raises(CorruptFrameError):
         read(CORRUPT[case], [])
+
+
+# One row per frame that announces far more than arrives.
+ANNOUNCED: dict[str, list[int]] = {
+    "one segment": [2**47],
+    "each of many": [2**27] * 2**12,
+    "behind another": [5, 2**46],
+}
+
+
+@pytest.mark.parametrize("case", ANNOUNCED)
+@pytest.mark.parametrize("refuses", [False, True])
+def test_what_is_announced_takes_no_memory_before_it_arrives(case: str, refuses: bool) -> None:
+    """A length may be anything if a task has written to the socket: the pool must survive it."""
+
+    def hold(_size_bytes: int) -> None:
+        if refuses:
+            raise MemoryError("no room")
+
+    lengths = ANNOUNCED[case]
+    head = struct.pack(f"!2sBBIQ{len(lengths)}Q", b"sp", 2, 6, len(lengths), 0, *lengths)
+    stream = head + bytes(40 << 20)
+    tracemalloc.start()
+    try:
+        assert read(stream, [1 << 20, 30 << 20], hold) == []
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 6 * len(stream)
 
 
 @given(st.binary(max_size=200))
