@@ -16,6 +16,7 @@ Two bits of a length are flags:
 from __future__ import annotations
 
 import enum
+import mmap
 import struct
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -381,8 +382,8 @@ class FrameReader:
             else:
                 raise CorruptFrameError(f"a segment of length {length:#x} is announced")
         whole = sum(in_stream)
-        if whole > _MOST_BYTES:
-            raise CorruptFrameError(f"segments of {whole} bytes are announced")
+        if whole > _MOST_BYTES or (whole > _FIRST_BYTES and not _could_be_had(whole)):
+            raise CorruptFrameError(f"segments of {whole:,} bytes are announced")
         self._expect(in_stream)
         assert self._head is not None
         if self._hold is not None and whole >= _HELD_BYTES and self._head[0] in _ANSWERS:
@@ -419,3 +420,15 @@ class FrameReader:
                 break
         self._filled = (index, filled)
         return index == len(self._lengths)
+
+
+def _could_be_had(size_bytes: int) -> bool:
+    """Ask the system for so much, and use none of it.
+
+    A frame that can never be complete must not be waited for: it would swallow the next ones.
+    """
+    try:
+        mmap.mmap(-1, size_bytes).close()
+    except (OSError, OverflowError):
+        return False
+    return True
