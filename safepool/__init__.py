@@ -6,19 +6,19 @@
     ThreadPool          in the place of ``concurrent.futures.ThreadPoolExecutor``
     parallel_backend    joblib and scikit-learn in such a pool
     worker              a decorator: native threads capped in any pool, a timeout, retries
-    limit_threads       the native threads of this process itself
+    limit_threads       fewer native threads in this process itself
     share               an object that many tasks use, placed once
-    worker_index        in a task: which worker of the pool this is, from 0 up
-    register_setting    a setting of a library's that workers are to have as the program has it
+    worker_index        in a task: the number of its worker in the pool, from 0 up
+    register_setting    one more library setting that workers take over from the program
     cpu_limit, cpu_count, read_limits
-                        what this process may use, and which file says so
-    threads             the native thread pools that are loaded, and the variables that rule them
+                        the limits of this process, each with the file it was read from
+    threads             the native thread pools that are loaded, and their variables
 
 ``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` what differs
 from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON.
 
-The same at the prompt: ``safepool --help``. Errors are :class:`SafepoolError`; what the package
-has to tell otherwise goes to the logger ``safepool``.
+The same at the prompt: ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
+Other messages of the package go to the logger ``safepool``.
 
 Data flows one way through the modules, and each one imports only from its left:
 
@@ -26,8 +26,8 @@ Data flows one way through the modules, and each one imports only from its left:
            -> pool -> cluster, decorator, multiprocessing_pool, own_threads -> joblib_backend
            -> cli
 
-Public names load on first use: importing this package imports nothing else but what joblib
-needs to find the backend of its name.
+Public names load on first use: ``import safepool`` itself imports no other package. It registers
+the joblib backend ``"safepool"`` without importing joblib.
 """
 
 from __future__ import annotations

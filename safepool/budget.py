@@ -1,7 +1,7 @@
 """Floor 2: limits and a request in, workers and threads out, with the reason.
 
-It computes. It opens no file and reads neither the clock nor the environment; whoever
-wants to know what the machine says asks ``safepool.limits`` and hands the answer over.
+It opens no file and reads neither the clock nor the environment: callers pass the limits that
+``safepool.limits`` has read.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _FILES_SPARED = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Wishes of the caller for the machine; the defaults wish nothing special.
+    """Wishes of the caller; the defaults are neutral.
 
     Attributes:
-        max_workers: The caller's own number of workers, which always wins, at least 1;
+        max_workers: The caller's own number of workers, at least 1, which overrides the limits.
             ``None`` lets the limits decide.
-        threads_per_worker: Threads of each native pool in a worker, at least 1, or
-            ``"auto"``: what the limit leaves to each of ``max_workers``.
+        threads_per_worker: Threads of each native pool in a worker, at least 1. ``"auto"`` divides
+            the limit by ``max_workers``.
         rounding: Treatment of a fraction of a CPU.
         reserve: CPUs kept for this process and for others beside it, such as 0.5.
         memory_per_worker: Bytes that one worker needs; ``None`` leaves memory out.
@@ -98,22 +98,22 @@ class Budget:
 def fit(limits: Limits, request: Request | None = None) -> Budget:
     """Divide the CPUs that the kernel grants into workers.
 
-    Rounded down by default: the fraction is left to this process, which pickles and
-    unpickles every task, and to the pool's own threads. With one worker more than that,
-    the kernel freezes all of them and this process together for a part of every period.
-    ``benchmarks/rounding.py`` gave on two CPUs, for workers that are always busy:
+    The default rounds down: the fraction is left to this process, which pickles and unpickles
+    every task, and to the pool's own threads. With one more worker, the kernel freezes all workers
+    and this process together for a part of every period. ``benchmarks/rounding.py`` gave on two
+    CPUs, for workers that are always busy:
 
         quota   rounded up does     and freezes the program for
         1.1     1.10 x the work     427 ms of each second, 48 ms at a time
         1.5     1.50 x the work     207 ms of each second, 26 ms at a time
         1.9     1.94 x the work     nothing that was noticed
 
-    So a batch job that nobody waits for gains by ``rounding="ceil"``, most of all with a
-    quota just below a whole number; ``"nearest"`` takes that gain and avoids the worst freezes.
+    A batch job gains by ``rounding="ceil"``, most of all with a quota just below a whole number.
+    ``"nearest"`` has that gain and avoids the worst freezes.
 
-    The minimum is one worker. Workers x threads never exceed the affinity mask, and no more
-    workers are planned than the limits on memory (if ``memory_per_worker`` is given), on
-    processes and on open files have room for.
+    The minimum is one worker. Workers x threads never exceed the affinity mask. The number of
+    workers also fits the limits on memory (if ``memory_per_worker`` is given), processes and open
+    files.
 
     Args:
         limits: The limits that were read.
@@ -150,7 +150,7 @@ def fit(limits: Limits, request: Request | None = None) -> Budget:
         whole = min(whole, int(limits.affinity.cpus))
     planned: list[tuple[int, AnyLimit]] = [(whole // threads, binding)]
     planned.extend(_rooms(limits, request, threads))
-    # min() keeps the first of equals: the CPUs, where something else has room for as many.
+    # min() keeps the first of equals: the CPUs, if another limit has room for as many.
     workers, why = min(planned, key=lambda room: room[0])
     return Budget(
         workers=max(1, workers),
@@ -164,9 +164,8 @@ def fit(limits: Limits, request: Request | None = None) -> Budget:
 def is_held_back(sample: WaitSample) -> bool:
     """Tell whether processes waited for CPUs while CPUs stood idle.
 
-    A quarter of the time that they wanted to run is far above what a scheduler's ordinary
-    delays come to; and idle time must cover at least half of the waiting, or others used
-    the CPUs and the processes simply had to share.
+    Ordinary delays of the scheduler stay far below a quarter of the wanted time. Idle time must
+    cover at least half of the waiting: otherwise other processes used the CPUs.
 
     Example:
         >>> from safepool.limits.waiting import WaitSample

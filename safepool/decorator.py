@@ -1,30 +1,29 @@
-"""``@safepool.worker``: native threads capped around one function, in whatever pool runs it.
+"""``@safepool.worker``: native threads capped around one function, in any pool.
 
-What comes back has one of two shapes, because the standard pickler takes a function by its name
-alone, and that name must lead to what is pickled:
+The decorator returns one of two shapes. The standard pickler takes a function by its name alone,
+so that name must lead to the object that is pickled:
 
     a function          of a ``def`` that is being decorated: its name will be the result's
     a ``WorkerCall``    of what has its name already, or none (``worker(f, timeout=5)``, a
                         method, a partial, a callable object): pickled as what it calls
 
-The body of a generator, a coroutine or an asynchronous generator runs in steps, each one from
-where it goes on to where it yields or waits: the cap holds during the steps, in the thread
-that runs each, and what runs in between runs uncapped.
+The body of a generator, a coroutine or an asynchronous generator runs in steps, each from a
+resumption to the next ``yield`` or ``await``. The cap holds during each step, in its thread. Code
+between the steps is not capped.
 
 Not covered:
     * A plain function that returns another's generator or coroutine, whose body runs later.
-    * Wrong arguments of a generator or coroutine function: its first step says so.
-    * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def``: as of all that
-      ``functools.wraps`` has dressed they see ``(*args, **kwargs)``; ``inspect.signature`` sees
-      the function's own.
-    * Threads that the body starts (``threads.blocks``), and programs that it starts: those
-      find the capped variables, no more.
-    * Outside of a worker the thread variables of ``os.environ`` are set while it runs, for
-      the whole process.
-    * ``os.fork()`` while other threads compute with OpenBLAS: it ends its threads before a
-      fork, and waits for ever for one that another thread has just woken, in the program itself
-      and with NumPy alone as well (0.3.31: 5 of 5 programs within 60 forks; none of 8 whose
-      threads' work was decorated).
+    * Wrong arguments of a generator or coroutine function: its first step raises the error.
+    * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def`` see ``(*args,
+      **kwargs)``, as with every use of ``functools.wraps``; ``inspect.signature`` sees the
+      function's own.
+    * Threads that the body starts (``threads.blocks``). Programs that it starts have only the
+      capped variables.
+    * Other threads outside of a worker: the thread variables of ``os.environ`` are set for the
+      whole process while the function runs.
+    * ``os.fork()`` while other threads compute with OpenBLAS. OpenBLAS ends its threads before a
+      fork, and waits without end for one that another thread has just woken. NumPy alone does the
+      same (0.3.31: 5 of 5 programs within 60 forks; none of 8 whose threads' work was decorated).
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _C = TypeVar("_C")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# What tells a function from other callables to ``inspect`` and its like.
+# Attributes by which ``inspect`` and others tell a function from another callable.
 _OF_FUNCTIONS = (
     "__annotations__",
     "__code__",
@@ -108,28 +107,28 @@ def worker(
     timeout: float | None = None,
     retries: int | None = None,
 ) -> Any:
-    """Cap native thread pools while ``function`` runs, and say how long and how often it may.
+    """Cap native thread pools while ``function`` runs, and set its timeout and retries.
 
-    The cap works in any process: a worker of this pool (where it costs half a microsecond, the
-    worker is capped anyway), of the standard pools, of joblib, or the main process.
-    Afterwards the pools have their size again, also those of libraries that the function was
-    the first to import, where it can still be changed. Generators, coroutines and asynchronous
-    generators are capped while their body runs, and not while it waits.
+    The cap works in any process: a worker of this pool, of the standard pools or of joblib, or the
+    main process. In a worker of this pool, which is capped anyway, it costs half a microsecond.
+    Afterwards the native pools have their former size again. A library that the function was the
+    first to import gets its default size, if it can still be changed. Generators, coroutines and
+    asynchronous generators are capped while their body runs, and not while they wait.
 
-    The standard pickler takes the result wherever it takes the function itself: as a
-    decorator and inline, from ``__main__`` too.
+    The standard pickler accepts the result wherever it accepts the function itself: as a decorator
+    and inline, from ``__main__`` too.
 
-    ``timeout`` and ``retries`` are heeded by :class:`safepool.ProcessPool`, and take the place
-    of the pool's own; no other pool can end a task or run it again.
+    ``timeout`` and ``retries`` replace those of a :class:`safepool.ProcessPool`. Other pools
+    ignore them: they cannot end a task or run it again.
 
     Args:
-        function: The function to decorate: any callable, a class or static method too; left
-            out in ``@worker(timeout=5)``.
-        threads: Threads for each native pool while it runs, at least 1. More than the worker
-            has raises them for this function, where the runtime can be raised.
-        timeout: Seconds that one call may run, above 0; ``None`` is the pool's.
-        retries: Number of times that a call is run again after its worker died, at least 0;
-            ``None`` is the pool's. Never after an exception.
+        function: The function to decorate: any callable, a class or static method too. Left out in
+            ``@worker(timeout=5)``.
+        threads: The most threads of each native pool while the function runs, at least 1. A number
+            above the worker's raises it for this function, if the runtime allows that.
+        timeout: Seconds that one call may run, above 0; ``None`` uses the pool's value.
+        retries: Number of times that a call runs again after its worker died, at least 0; ``None``
+            uses the pool's value. A call that raised an exception never runs again.
 
     Returns:
         The wrapped function with the same signature, name and docstring; without ``function`` a
@@ -174,7 +173,8 @@ class _Terms:
         return run
 
     def attach(self, run: Callable[..., Any], function: Callable[..., Any]) -> None:
-        # One that is decorated twice keeps what the inner one says and the outer does not.
+        # A function that is decorated twice keeps the inner settings that the outer decorator
+        # leaves out.
         own = Policy(timeout_s=self.timeout_s, retries=self.retries)
         own.otherwise(policy_of(function, NO_POLICY)).attach(run)
 
@@ -190,7 +190,7 @@ class WorkerCall:
         self._run = functools.update_wrapper(_capped_like(function, terms.threads), function)
         self._run.__safepool_terms__ = terms  # type: ignore[attr-defined]
         if _is_of_main(self):
-            # Whoever looks for it by that name finds it in this object (``__reduce_ex__``).
+            # A search by that name finds the function in this object (``__reduce_ex__``).
             self._run.__qualname__ = self.__qualname__ + _RUN
         terms.attach(self, function)
 
@@ -232,7 +232,7 @@ class WorkerCall:
         return f"<safepool.worker {self.__wrapped__!r}>"
 
 
-# What a program's own one calls its function (the attribute's name).
+# Name of the attribute by which other decorators give their function.
 _RUN = "._run"
 
 
@@ -261,7 +261,7 @@ def _is_of_main(function: Any) -> bool:
 
 
 def _body_of(function: Any) -> Any:
-    """Return the function whose body runs when ``function`` is called, as far as can be told."""
+    """Return the function whose body runs when ``function`` is called, as far as it is known."""
     while True:
         if isinstance(function, functools.partial):
             function = function.func
@@ -300,8 +300,7 @@ def _capped_generator(function: Callable[..., Any], threads: int) -> Any:
     def run_capped(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         body = function(*args, **kwargs)
         step, value = body.send, None
-        # In a list, from which it is handed on: nothing of it lives on here while the body
-        # waits.
+        # A list hands the item on: this frame keeps no reference while the body waits.
         item: list[Any] = []
         while True:
             try:

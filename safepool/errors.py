@@ -1,8 +1,8 @@
-"""Floor 0: what goes wrong, in words. It formats messages, and imports ``shown`` alone.
+"""Floor 0: the errors of the package and their messages. It imports only ``shown``.
 
-Every error keeps its facts as attributes, builds its message from them, survives a pipe
-(its arguments go to ``super().__init__`` unchanged) and is caught by the ``except`` clause
-that people already have.
+Every error keeps its facts as attributes and builds its message from them. It can be pickled: its
+arguments go to ``super().__init__`` unchanged. Each class derives from the standard library's
+error that existing ``except`` clauses name.
 """
 
 from __future__ import annotations
@@ -97,15 +97,15 @@ class OutOfMemory:
     """Counts of the kernel when its out-of-memory killer took a worker.
 
     Attributes:
-        kills_before: Processes of the pool's group that it had killed before.
-        kills: And afterwards: more than one may have been taken at once.
-        source: The file that tells, ``oom_kill`` in ``memory.events`` (version 1:
+        kills_before: Number of processes of the pool's group that the killer had taken before.
+        kills: The same number afterwards. It may have grown by more than one.
+        source: File of the counts: ``oom_kill`` in ``memory.events`` (version 1:
             ``memory.oom_control``).
-        limit_bytes: The ceiling that was used up; ``None`` if no group that can be seen has
-            met its own: then it was one that cannot be seen, or the machine's memory.
-        used_bytes: The most that the group with the ceiling has used so far, page cache
-            included; ``None`` if not told.
-        group: Directory of the group with the ceiling, else of the pool's own group.
+        limit_bytes: The ceiling that was used up. ``None`` if no visible group had reached its
+            own: then it was the ceiling of a group that is not visible, or the machine's memory.
+        used_bytes: Peak use of the group with the ceiling, page cache included; ``None`` if
+            unknown.
+        group: Directory of the group with the ceiling, or else of the pool's own group.
 
     Example:
         >>> one = OutOfMemory(
@@ -149,11 +149,12 @@ class MemoryExceeded:
     """Memory of a worker that the pool killed for ``memory_limit``.
 
     Attributes:
-        limit_bytes: The most that it might hold.
-        held_bytes: Memory of its own: resident memory that is neither shared nor mapped from
-            a file, without ``born_bytes``.
-        born_bytes: Memory that it had at its birth, as a fork of its server or of the program.
-        source: The file that tells.
+        limit_bytes: The value of ``memory_limit``.
+        held_bytes: The worker's resident memory, without shared memory, mapped files and
+            ``born_bytes``.
+        born_bytes: Memory that the worker had at its birth, as a fork of the server or of the
+            program.
+        source: File of the figures.
 
     Example:
         >>> str(MemoryExceeded(
@@ -188,15 +189,15 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
     Attributes:
         pid: Process id of the worker.
         exitcode: The same as ``multiprocessing.Process.exitcode``: negative for a signal, ``None``
-            where the system did not tell.
+            if the system does not report it.
         task: Name of the call that the worker ran, such as ``"package.module.function"``.
-        stack: The Python stack in which a crash in native code left the worker, or in which it
-            exceeded its ``memory_limit``, as :mod:`faulthandler` writes it; else empty.
+        stack: Python stack of the worker when native code crashed, or when it exceeded its
+            ``memory_limit``, in the format of :mod:`faulthandler`. Otherwise empty.
         oom: Counts of the kernel's out-of-memory killer, if it killed the worker.
-        by_pool: The pool has sent the signal itself: by ``kill_workers()``, by
-            ``terminate_workers()``, after Ctrl-C, or as nothing more could come of the worker.
-        begun: ``False`` if the task was still on its way to the worker; large arguments are not
-            kept to be sent again.
+        by_pool: ``True`` if the pool itself sent the signal: for ``kill_workers()``,
+            ``terminate_workers()`` or Ctrl-C, or because the connection to the worker had failed.
+        begun: ``False`` if the worker died before it began the task: running it again is safe. The
+            pool itself does that if it still has the arguments; it does not keep large ones.
         exceeded: Memory of the worker, if the pool killed it for its ``memory_limit``.
 
     Example:
@@ -250,16 +251,16 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
 
 
 class MemoryLimitError(SafepoolError, MemoryError):
-    """There is no room for what is to travel between pool and worker.
+    """The memory limits leave no room for data that is to travel between pool and worker.
 
-    It fails the one call whose arguments or result they are, before the kernel's out-of-memory
-    killer must end a process.
+    The error ends only the call that the data belongs to. It comes before the kernel's
+    out-of-memory killer would have to end a process.
 
     Attributes:
-        wanted_bytes: Size of the copy, or of what is left of it.
+        wanted_bytes: Size of the copy, or of its remaining part.
         left_bytes: Memory that could still be used, including page cache that can be freed.
         limit_bytes: The ceiling that leaves the least.
-        source: The file that sets it; ``/proc/meminfo`` is the machine's memory.
+        source: File of the ceiling; ``/proc/meminfo`` is the machine's memory.
 
     Example:
         >>> str(MemoryLimitError(2 << 30, 400 << 20, 512 << 20, "/sys/fs/cgroup/memory.max"))
@@ -322,10 +323,11 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
 
 
 class PoolBrokenError(SafepoolError, BrokenProcessPool):
-    """The pool gave up as a whole; every task of it ends with this error.
+    """The whole pool is broken; every task of it ends with this error.
 
     Attributes:
-        reason: Why, in words. What was raised, if anything was, is the ``__cause__``.
+        reason: The reason, in words. The exception behind it, if there was one, is the
+            ``__cause__``.
 
     Example:
         >>> from safepool import PoolBrokenError, ProcessPool
@@ -343,14 +345,15 @@ class PoolBrokenError(SafepoolError, BrokenProcessPool):
 
 
 class RemoteTaskError(SafepoolError):
-    """A task's exception that could not be sent as itself, described instead.
+    """Description of a task's exception that could not be sent.
 
-    An exception is sent as class, arguments and attributes. So it is the class that could not.
+    The pool sends class, arguments and attributes of an exception. This error takes its place if
+    the class itself cannot be pickled.
 
     Attributes:
         type_name: Qualified name of the exception's type.
-        text: Its ``str()``.
-        reason: Why it could not be sent.
+        text: ``str()`` of the exception.
+        reason: The reason why it could not be sent.
 
     Example:
         >>> from safepool import ProcessPool, RemoteTaskError
@@ -383,9 +386,9 @@ class TraceFileError(SafepoolError, OSError):
     """The file for a trace cannot be written.
 
     Attributes:
-        errno: The system's number for it.
-        strerror: Why.
-        filename: Which file.
+        errno: The system's error number.
+        strerror: The system's error text, or the package's.
+        filename: The path of the file.
 
     Example:
         >>> from safepool import ProcessPool, TraceFileError
@@ -408,8 +411,8 @@ class RefusedCallError(SafepoolError, OSError):
     """The system refuses a call that a pool needs.
 
     Attributes:
-        errno: The system's number for it.
-        strerror: Its words.
+        errno: The system's error number.
+        strerror: The system's error text.
         filename: The call, such as ``"socketpair()"``, or several.
 
     Example:
@@ -503,7 +506,7 @@ def describe_exit(
 
 
 def text_of(error: BaseException) -> str:
-    """Return ``str(error)``, whatever its class does with that.
+    """Return ``str(error)``, or a substitute if the class raises in ``__str__``.
 
     Example:
         >>> text_of(ValueError("as it is"))
@@ -540,7 +543,7 @@ _OURS = (
 def users_stack(text: str) -> str:
     """Return Python stacks, as :mod:`faulthandler` writes them, without the worker's own frames.
 
-    Of a stack in which there is nothing else, the line that was reached stays.
+    If a stack has only such frames, its innermost line stays.
     """
     ours = re.escape(_OURS[0].encode("ascii", "backslashreplace").decode())  # as it writes paths
     called_by = rf'(?:  File "{ours}.*\n)*  File "{ours}.* in be_worker\n(?:  File .*\n)*'
@@ -552,16 +555,16 @@ def _is_ours(code: CodeType) -> bool:
 
 
 def let_handlers_pass(error: Exception) -> None:
-    """Raise an exception again if a signal's handler has raised it in the middle of something.
+    """Raise an exception again if it comes from a signal handler of the program.
 
-    For whoever goes on after any exception, in a thread of the program's: what is done there has
-    not failed, and the program waits for what its handler raises.
+    Called by code that goes on after any exception and that may run in a thread of the program:
+    the exception of a handler is not an error of that code, and the program expects it.
 
     Args:
         error: The exception that was caught.
 
     Raises:
-        Exception: The exception is one of a signal's handler.
+        Exception: The exception, if a signal handler raised it.
     """
     trace = error.__traceback__
     if trace is None or threading.current_thread() is not threading.main_thread():

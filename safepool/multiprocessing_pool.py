@@ -1,16 +1,16 @@
 """``Pool``: in the place of ``multiprocessing.Pool``, on the same engine as ``ProcessPool``.
 
-It translates: calls become tasks and maps of a :class:`safepool.ProcessPool`, whose rules hold for
-all of them, and what comes back becomes what ``multiprocessing.pool`` would have handed over.
+It translates calls into tasks and maps of a :class:`safepool.ProcessPool`, whose rules hold for
+all of them, and results into those of ``multiprocessing.pool``.
 
     apply, apply_async              submit()            -->  ApplyResult
     map, starmap and their _async   `GatheredRun`       -->  MapResult
     imap, imap_unordered            `_Streamed`         -->  IMapIterator
 
 Not covered:
-    * ``Pool.Process``, ``_cache`` and ``_taskqueue``, which are the standard pool's own machinery.
-    * Locks, queues and values of a "fork" context as globals of the script: a worker is no copy
-      of the program. They travel by ``initargs``.
+    * ``Pool.Process``, ``_cache`` and ``_taskqueue``: internals of the standard pool.
+    * Locks, queues and values of a "fork" context as globals of the script: a worker is no copy of
+      the program. Pass them by ``initargs``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.mapping import Results
     from safepool.pool.watch import WorkerInfo
 
-    # What the standard library's types do not have, or only there as generic ones.
+    # Features that the standard library's types lack, or have only in generic form.
     _StandardPool = multiprocessing.pool.Pool
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
@@ -97,7 +97,7 @@ class Options(TypedDict, total=False):
     end_subprocesses: bool
 
 
-# Whatever Python unpacks, as for the standard pool.
+# Any object that Python can unpack, as in the standard pool.
 _ARGS = Rule(
     kind="a tuple",
     is_kind=lambda value: hasattr(value, "__iter__") or hasattr(value, "__getitem__"),
@@ -109,7 +109,7 @@ _KWDS = Rule(
     remedy="The function's other arguments are args=",
 )
 
-# How small it may be is said in the standard pool's words.
+# A chunksize that is too small raises the standard pool's own text.
 _CHUNKSIZE = replace(RULES["chunksize"], lacks=lambda _: "", optional=True)
 
 _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
@@ -118,7 +118,8 @@ _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "contex
 class Pool(_StandardPool):
     """A pool that fits the machine, in the place of ``multiprocessing.Pool``.
 
-    All of its methods, errors and results are there. What is different is the engine's:
+    It has all methods, errors and results of the standard pool. The differences come from the
+    engine:
 
     ================================  ==========================================================
     ``multiprocessing.Pool``          here
@@ -133,8 +134,8 @@ class Pool(_StandardPool):
 
     Args:
         processes: The most workers, at least 1; ``None`` is the number that fits.
-        initializer: Called once in each worker before its first call.
-        initargs: Its arguments.
+        initializer: Function that each worker calls once before its first call.
+        initargs: Arguments of ``initializer``.
         maxtasksperchild: Replace a worker after this many tasks, at least 1. A chunk is a task.
         context: A ``multiprocessing`` context that starts the workers, or the name of one; as
             ``mp_context`` of :class:`safepool.ProcessPool`.
@@ -194,24 +195,24 @@ class Pool(_StandardPool):
         self._feeders: dict[threading.Thread, Results] = {}
         self._state = RUN
         if initializer is not None:
-            # It may be all that the workers are there for.
+            # The workers may exist only for the initializer's sake.
             self._engine._scheduler.staff_up()
 
     @property
     def _processes(self) -> int:
-        """The most workers; programs ask the standard pool for it."""
+        """The most workers. Programs read it from the standard pool."""
         return self._engine.size
 
     @property
     def _pool(self) -> list[Any]:
-        """The workers' processes, all of them; programs look here in the standard pool."""
+        """All workers' processes. Programs read it from the standard pool."""
         if self._state == RUN:
             self._engine._scheduler.staff_up()
         return [worker.process for worker in self._engine._scheduler.workers()]
 
     @property
     def size(self) -> int:
-        """The most workers that the pool may have now; libraries ask a pool for it.
+        """The most workers that the pool may have now. Libraries read it.
 
         Example:
             >>> with Pool(3) as pool:
@@ -223,7 +224,7 @@ class Pool(_StandardPool):
 
     @size.setter
     def size(self, size: int) -> None:
-        # Of a subclass that is derived from the standard pool, which has none (schwimmbad's).
+        # For a class that derives from the standard pool, which has no size (schwimmbad's).
         vars(self)["size"] = size
 
     def workers(self) -> tuple[WorkerInfo, ...]:
@@ -246,8 +247,8 @@ class Pool(_StandardPool):
 
         Args:
             func: Any callable; lambdas, closures and functions of ``__main__`` as well.
-            args: Its arguments.
-            kwds: Its keyword arguments.
+            args: Positional arguments of ``func``.
+            kwds: Keyword arguments of ``func``.
 
         Raises:
             ValueError: The pool is not running.
@@ -270,14 +271,15 @@ class Pool(_StandardPool):
         callback: Callable[[_T], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> ApplyResult[_T]:
-        """Schedule ``func(*args, **kwds)`` and return what its result will be in.
+        """Schedule ``func(*args, **kwds)`` and return an object for its result.
 
         Args:
             func: Any callable.
-            args: Its arguments.
-            kwds: Its keyword arguments.
+            args: Positional arguments of ``func``.
+            kwds: Keyword arguments of ``func``.
             callback: Called with the result, in a thread of the pool, before ``get()`` returns.
-            error_callback: Called with the exception. Neither is called after ``terminate()``.
+            error_callback: Called with the exception. Neither callback is called after
+                ``terminate()``.
 
         Raises:
             ValueError: The pool is not running.
@@ -375,13 +377,13 @@ class Pool(_StandardPool):
 
         Args:
             func: Any callable.
-            iterable: The items; taken as they come, in a thread of the pool. Once a result was
-                asked for, at most 65,536 are taken ahead of the results, until :meth:`join`.
+            iterable: The items, taken in a thread of the pool. After the first request for a
+                result, at most 65,536 items are taken ahead of the results, until :meth:`join`.
             chunksize: Items that one task takes, at least 1.
 
         Returns:
             The results. ``next(timeout)`` raises ``multiprocessing.TimeoutError`` if none is there
-            in time. What a call raised is raised in its turn, and the next results follow.
+            in time. An exception of a call is raised in its turn, and the next results follow.
 
         Raises:
             ValueError: The pool is not running, or ``chunksize`` is below 1.
@@ -422,10 +424,10 @@ class Pool(_StandardPool):
             self._close_if_fed()
 
     def terminate(self) -> None:
-        """End the workers at once, whatever they do.
+        """End the workers at once, even in the middle of a call.
 
-        A result that is still waited for raises ``CancelledError``, or
-        :class:`safepool.WorkerDiedError` if its call had begun.
+        A pending result raises ``CancelledError``, or :class:`safepool.WorkerDiedError` if its
+        call had begun.
 
         Example:
             >>> import time
@@ -475,7 +477,7 @@ class Pool(_StandardPool):
     ) -> None:
         self.terminate()
 
-    # As default arguments, for the interpreter's end.
+    # Default arguments are still there when the interpreter ends.
     def __del__(self, _warn: Any = warnings.warn, _run: str = RUN) -> None:
         if self._state == _run:
             _warn(f"unclosed running multiprocessing pool {self!r}", ResourceWarning, source=self)
@@ -520,7 +522,7 @@ class Pool(_StandardPool):
         )
         if items:
             scheduler.map(run, items, sys.maxsize, None, keep=None)
-        else:  # nobody is told of it, as by the standard pool
+        else:  # not reported, as in the standard pool
             run.future.set_result([])
             callback = error_callback = None
         return MapResult(self, run, chunk, callback, error_callback)
@@ -546,7 +548,7 @@ class Pool(_StandardPool):
             starred=False,
             ordered=ordered,
         )
-        # Anything else may run code of the program for each item, and wait for its results.
+        # Another iterable may run code of the program for each item, and wait for its results.
         there = type(iterable) in (list, tuple, range) and len(iterable) <= _MOST_AT_ONCE  # type: ignore[arg-type]
         scheduler = self._engine._scheduler
         iterator: Any = scheduler.map(run, iterable, sys.maxsize if there else 0, None, keep=self)
@@ -567,7 +569,7 @@ class Pool(_StandardPool):
         thread.start()
 
     def _close_if_fed(self) -> None:
-        """Close the engine when the last item was taken. Whoever comes last does it."""
+        """Close the engine when the last item was taken. The last thread that arrives does it."""
         if self._state == CLOSE and not self._feeders:
             self._engine.shutdown(wait=False)
 
@@ -584,7 +586,7 @@ def _of_the_pool(error: BaseException) -> BaseException:
         return CancelledError("the pool was terminated before this call had ended")
     cause = error.__cause__
     if isinstance(cause, _RemoteTraceback):
-        # Not by the exception's own __setattr__: a frozen dataclass forbids it.
+        # The exception's own __setattr__ may refuse: that of a frozen dataclass does.
         BaseException.__setattr__(error, "__cause__", _standard.RemoteTraceback(cause.tb))
     return error
 
@@ -650,7 +652,7 @@ class ApplyResult(_StandardResult[_T]):
         self._on_result = callback
         self._on_error = error_callback
         self._error: BaseException | None = None
-        # Who waits comes after the callback.
+        # A waiting thread wakes after the callback.
         self._told: Latch | None = None
         if callback is not None or error_callback is not None:
             self._told = Latch()
@@ -701,7 +703,7 @@ class ApplyResult(_StandardResult[_T]):
             pass
 
     def get(self, timeout: float | None = None) -> _T:
-        """Return what the call returned, or raise what it raised.
+        """Return the result of the call, or raise its exception.
 
         Args:
             timeout: Seconds to wait at most; ``None`` waits for ever.
@@ -724,7 +726,7 @@ class ApplyResult(_StandardResult[_T]):
         try:
             raise error
         finally:
-            # Else the exception's traceback would hold this frame.
+            # Otherwise the exception's traceback would hold this frame.
             del self, error
 
     def _raised(self) -> BaseException | None:
@@ -797,7 +799,7 @@ class IMapIterator(ResultIterator, _StandardIterator[_T]):  # type: ignore[misc]
 
         Raises:
             multiprocessing.TimeoutError: The result is not there by then. A later call may get it.
-            StopIteration: There are no more.
+            StopIteration: There are no more results.
 
         Example:
             >>> with Pool(1) as pool:

@@ -1,10 +1,10 @@
-"""``safepool.limit_threads()``: the native threads of this process itself, down to its budget.
+"""``safepool.limit_threads()``: lower the native threads of this process to its budget.
 
 Not covered:
-    * OpenMP and MKL in threads that run already: their number is one of each thread. Those
-      that start later have it where the library is loaded later as well.
+    * OpenMP and MKL in threads that run already: each thread has a number of its own. Threads that
+      start later have the new number only if the library is loaded later as well.
     * Threads that a pool has started: they stay, idle.
-    * Pools of processes: how many workers a program has is ``max_workers=``.
+    * The number of workers of a process pool: that is ``max_workers=``.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ __all__ = ["ThreadLimit", "limit_threads"]
 def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
     """Bring this process's own native thread pools down to ``n`` threads, now and from now on.
 
-    What is loaded is lowered by its own call; what is imported later finds the variable in
-    ``os.environ``, and so do programs that are started. Nothing is raised: what has
-    fewer threads, or a variable that says less, keeps it. What cannot be changed any more is
-    in the result, and warned of once with the variable that would have to be set before.
+    Libraries that are loaded are lowered by their own calls. Libraries that are imported later,
+    and child processes, find the variables in ``os.environ``. No number is ever raised: a pool
+    with fewer threads, or a variable with a lower value, stays as it is. The result lists pools
+    that can no longer be changed. One warning names the variable that would have to be set before
+    the import.
 
-    Used as a context manager it holds inside the block, and everything is restored at its end.
+    As a context manager it holds inside the block, and restores everything at its end.
 
     Args:
-        n: The most threads for each native pool, at least 1. ``"auto"`` is the budget,
-            :func:`safepool.cpu_count`; in a worker of a pool its share.
+        n: The most threads of each native pool, at least 1. ``"auto"`` is the budget,
+            :func:`safepool.cpu_count`; in a worker of a pool it is the worker's share.
 
     Returns:
-        Report of the change; for a ``with`` statement if it is not to last.
+        Report of the change. It is a context manager, for a change that is not to last.
 
     Raises:
         ValueError: ``n`` is below 1.
@@ -70,9 +71,9 @@ class ThreadLimit:
 
     Attributes:
         threads: The most threads for each native pool.
-        kept: The native pools that were loaded and could not be lowered: ``runtime`` names
-            each, ``variable`` is the environment variable that bounds it when it is set
-            before the library is imported, ``threads`` is what it has, if it says.
+        kept: The native pools that were loaded and could not be lowered. ``runtime`` is the name,
+            ``variable`` is the environment variable that bounds the pool if it is set before the
+            import, ``threads`` is the present number, if known.
 
     Example:
         >>> with limit_threads(1) as limit:
@@ -84,7 +85,8 @@ class ThreadLimit:
         self.threads = threads
         self.kept: tuple[NativePool, ...] = ()
         self._lock = threading.Lock()
-        # What the call has set, until the first block takes it over; and of blocks that are open.
+        # State that the call has set, until the first block takes it over; and that of open
+        # blocks.
         self._lasting: blocks.Hold | None = self._set()
         self._holds: list[blocks.Hold] = []
 
@@ -118,12 +120,12 @@ class ThreadLimit:
         return f"<limit_threads({self.threads})" + (f", kept: {kept}>" if kept else ">")
 
     def _set(self) -> blocks.Hold:
-        # What the variables say that loaded libraries have read.
+        # Values that loaded libraries have read from the variables.
         environment = dict(os.environ)
         hold = blocks.enter(self.threads, lowers=True)
         try:
             self._name_what_is_kept(environment)
-        except BaseException:  # Ctrl-C; nobody would end it
+        except BaseException:  # Ctrl-C; no other code would end it
             blocks.leave(hold)
             raise
         return hold
@@ -144,11 +146,11 @@ class ThreadLimit:
             )
 
     def _is_kept(self, pool: NativePool, environment: Mapping[str, str]) -> bool:
-        """Return whether a pool has more threads than it should, as far as it can be told."""
+        """Return whether a pool is known to have more threads than it should."""
         if pool.threads is not None:
             return pool.threads > self.threads
         row = next((row for row in runtimes() if row.name == pool.runtime), None)
         if row is None or not (row.variables and row.fixed):
             return False
-        # It has no call and does not say: what counts is what it has read.
+        # A pool without a call that reports its size: the variable that it has read decides.
         return (ruled_threads(row, environment) or math.inf) > self.threads

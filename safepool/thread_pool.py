@@ -1,11 +1,11 @@
 """``safepool.ThreadPool``: as many threads as fit, each call with native pools held.
 
-For work that leaves Python's lock to others (NumPy, SciPy, I/O), and for a free-threaded Python:
-what calls take and return is not copied, and nothing has to be pickled.
+It suits work that releases Python's lock (NumPy, SciPy, I/O), and free-threaded Python: arguments
+and results are not copied, and nothing has to be pickled.
 
 Not covered:
-    * What only a process can: a call cannot be ended, and a crash in native code ends the program.
-    * The number of threads is that of the moment in which the pool is made.
+    * Properties of a process: a call cannot be ended, and a crash in native code ends the program.
+    * Later changes of the limits: the number of threads is fixed when the pool is made.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class ThreadPool(ThreadPoolExecutor):
     """A ``ThreadPoolExecutor`` of as many threads as fit the limits, each call capped.
 
     Native thread pools have ``threads_per_worker`` threads while a call runs, as with
-    :func:`safepool.worker`, and their own number again when none does.
+    :func:`safepool.worker`, and their former number when no call runs.
 
     Args:
         max_workers: The most threads at a time, at least 1; ``None`` is the number that fits, as
             for :class:`safepool.ProcessPool`.
         thread_name_prefix: The same as for ``ThreadPoolExecutor``.
-        initializer: Called once in each thread before its first call.
-        initargs: Its arguments.
+        initializer: Function that each thread calls once before its first call.
+        initargs: Arguments of ``initializer``.
         threads_per_worker: Threads for each native pool in a call, at least 1; the number of
             workers that fit is the limit divided by it.
 
     Raises:
         ValueError: A value is out of its range.
-        TypeError: A value has a wrong type, or there is no argument of a name.
+        TypeError: A value has a wrong type, or an argument has an unknown name.
 
     Source:
         Python, Doc/library/concurrent.futures.rst, "ThreadPoolExecutor".
@@ -77,8 +77,8 @@ class ThreadPool(ThreadPoolExecutor):
 
         Args:
             fn: Any callable.
-            *args: Its positional arguments; the very objects, as in any call.
-            **kwargs: Its keyword arguments.
+            *args: Positional arguments of ``fn``, not copied.
+            **kwargs: Keyword arguments of ``fn``, not copied.
 
         Raises:
             RuntimeError: The pool was shut down.

@@ -122,7 +122,7 @@ BY_TEXT = {
     "cannot be ended": "See whether a disk or a network mount has stopped",
     "cannot start another worker": "Free what the text says there is too little of",
     "is not enforced": "Nothing: the worker goes on without the limit",
-    "no word from cluster pool": "Nothing: its program has ended, or the network has",
+    "has sent nothing for too long": "Nothing: its program has ended, or the network has",
     "is not used": "Correct the node as the reason says",
     "it has not answered for": "See whether the node is overloaded, or its network slow",
     "cannot read the workers of node": "Nothing: the others are listed",

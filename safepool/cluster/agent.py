@@ -359,7 +359,10 @@ class Agent:
             now_s = time.monotonic()
             for session in [*self._sessions.values()]:
                 if session.has_lapsed(now_s):
-                    _log.warning("no word from cluster pool %s: its calls are ended", session.name)
+                    _log.warning(
+                        "cluster pool %s has sent nothing for too long: its calls are ended",
+                        session.name,
+                    )
                     self.release(session.name)
             with self._guard:
                 over = [

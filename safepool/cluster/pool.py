@@ -65,10 +65,11 @@ class NodeInfo(NamedTuple):
     """One node that a cluster pool uses.
 
     Attributes:
-        place: The engine's name for where its agent is: the address of a Dask worker.
-        name: The same with the name of the host.
-        workers: Number of workers of its pool.
-        calls: Delivered to it and not ended.
+        place: The engine's name for the place of the node's agent, such as the address of a Dask
+            worker.
+        name: The same, with the name of the host.
+        workers: Number of workers of the node's pool.
+        calls: Number of calls that were sent to the node and have not ended.
     """
 
     place: str
@@ -93,58 +94,60 @@ class NodeWorkerInfo(WorkerInfo):
 class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     """An executor over many nodes: one :class:`safepool.ProcessPool` that fits on each.
 
-    An engine of yours carries the calls: it starts, finds, secures and ends the nodes. All that
-    holds in a ``ProcessPool`` holds on each of them: it fits the limits of that node, native
-    threads are capped, a worker that dies costs the one call that it ran, timeouts are exact.
+    You start and secure the nodes with an engine of your own, which carries the calls. Each node
+    has the properties of a ``ProcessPool``: it fits the limits of the node, native threads are
+    capped, a worker that dies fails its one call, and timeouts are exact.
 
     Args:
         client_or_executor: A ``distributed.Client``, or an executor that runs one long call on
-            each node (``executorlib``, ``mpi4py.futures``). It stays yours: shutting this pool
-            down leaves it open.
-        nodes: The most nodes to use, or names of hosts or addresses of Dask workers. ``None`` is
-            all, those that join later as well. Of an executor, the number of its calls at a time,
-            if it does not tell that itself.
-        no_nodes_timeout: Seconds after which calls that wait fail with
-            :class:`safepool.cluster.NoNodesError` if there is no node that can take one. ``None``
-            waits for ever, as for a batch system's queue.
+            each node (``executorlib``, ``mpi4py.futures``). The pool's end leaves it open.
+        nodes: The most nodes to use, or names of hosts, or addresses of Dask workers. ``None`` is
+            all nodes, including those that join later. With an executor, the number of its
+            parallel calls, if it does not report that itself.
+        no_nodes_timeout: Seconds without a usable node after which waiting calls fail with
+            :class:`safepool.cluster.NoNodesError`. ``None`` waits without end, for a batch
+            system's queue.
         workers_per_node: The most workers of each node; ``None`` is the number that fits there.
-        initializer: Called once in each worker of each node before its first call.
-        initargs: Its arguments.
+        initializer: Function that each worker of each node calls once before its first call.
+        initargs: Arguments of ``initializer``.
         max_tasks_per_child: The same as in :class:`safepool.ProcessPool`, as are the following.
         threads_per_worker: Threads of each native pool in a worker.
         rounding: Treatment of a fraction of a CPU.
         reserve: CPUs of each node kept for what runs beside the pool.
-        memory_per_worker: No more workers than fit into what a node's limits have left.
-        pin_workers: Each worker on CPUs of its own.
-        env: Variables to set in the workers; no function.
-        gpus: GPUs of each node for its workers, one after the other. ``"auto"`` is all that the
+        memory_per_worker: Memory that one worker needs. A node starts no more workers than its
+            free memory holds.
+        pin_workers: Bind each worker to CPUs of its own.
+        env: Environment variables of the workers, as a dict. A function is not accepted.
+        gpus: GPUs of each node, one for each worker in turn. ``"auto"`` is every GPU that the
             engine's process there may use.
         timeout: Seconds that a call may run, from its start on its node.
-        retries: Number of times that a call is run again after its worker or node was lost, on
-            whichever node: it starts at most ``1 + retries`` times.
-        max_memory_per_worker: A worker that holds more when a call ends is replaced.
-        memory_limit: A worker that holds more while it runs a call is killed. Linux nodes only.
-        preload: Modules that are imported once on each node, ahead of its workers. ``"auto"`` is
-            what the engine's process there has imported, and what earlier calls have.
-        end_subprocesses: Whether what calls have started ends with the node's engine.
+        retries: Number of times that a call runs again after its worker or node was lost, on any
+            node: at most ``1 + retries`` runs.
+        max_memory_per_worker: The pool replaces a worker that holds more after a call.
+        memory_limit: The pool kills a worker that holds more during a call. Linux nodes only.
+        preload: Modules that each node imports once, ahead of its workers. ``"auto"`` is each
+            installed library that the engine's process there, or an earlier call, has imported.
+        end_subprocesses: ``True`` ends the processes that calls started when the node's engine
+            ends.
 
-    On a node all cluster pools with the same options have one pool together, whatever program they
-    are of, and so have all Dask workers of one host and one limit: the engine's own numbers of
-    threads and workers mean nothing here. It is made with the first call, and ends with the last
-    cluster pool, 10 seconds later; without a word from a program for 30 seconds its calls are
-    ended; and it ends with the Dask worker. Arguments that a node cannot use, such as a module of
-    ``preload`` that is not there, fail all calls if no node can use them: as soon as each node
-    has said so, and 5 seconds after the first at the latest.
+    A node has one pool for all cluster pools with the same options, also for those of other
+    programs. All Dask workers of one host and one limit are one node: the engine's own numbers of
+    workers and threads are ignored. The node's pool starts with the first call. It ends 10 seconds
+    after the last cluster pool, or with the Dask worker. The calls of a program end if nothing was
+    heard from it for 30 seconds. If no node can use the arguments (a module of ``preload`` does
+    not exist, for example), all calls fail: as soon as all nodes have said so, or 5 seconds after
+    the first.
 
-    Arguments of ``ProcessPool`` that are not here: ``max_workers`` is ``workers_per_node``;
-    ``mp_context``, ``on_worker_death`` and ``main``, as the error says why.
+    Arguments of ``ProcessPool`` that are missing here: ``max_workers`` (use ``workers_per_node``),
+    ``mp_context``, ``on_worker_death`` and ``main``. The error for each says why.
 
-    A call counts as begun when it was sent to a node. So no more are sent than the node has
-    workers, or the next twentieth of a second has work for, and a node that is lost costs that.
+    A call counts as begun when it was sent to a node, and a lost node fails the calls that it was
+    sent. So a node is sent only as many calls as it has workers, or as it can finish in a
+    twentieth of a second.
 
     ``map``, ``run``, ``amap`` and ``cancel`` are those of :class:`safepool.ProcessPool`. Calls of
-    a ``map`` travel together by the time that they take, whatever ``chunksize`` is. An executor
-    as engine cannot be told to end a call: its node runs that to the end, for nobody.
+    a ``map`` are sent in batches by their duration, whatever ``chunksize`` is. An executor as
+    engine cannot end a call: its node finishes the call and the result is dropped.
 
     Raises:
         TypeError: The engine is of another type, or a value has a wrong one.
@@ -231,7 +234,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         return sum(node.workers for node in self.nodes())
 
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """Return the nodes that are open now; none before the first call."""
+        """Return a :class:`NodeInfo` for each node in use: its name, workers and calls."""
         return tuple(NodeInfo(*node) for node in self._scheduler.open_nodes())
 
     @overload
@@ -249,14 +252,14 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
         Args:
             fn: Any callable that pickle or cloudpickle can pickle.
-            *args: Its positional arguments, pickled here and now. What is placed by
-                :func:`safepool.share` is sent to each node once, and is one copy of memory there.
-                The same holds for the content of each array of at least 1 MiB, however many calls
-                have it. A node keeps 64 MiB of arrays that no recent call had.
+            *args: Its positional arguments, pickled at once. An object of :func:`safepool.share`
+                is sent to each node once, and has one copy in memory there. The same holds for the
+                content of each array of at least 1 MiB. A node caches up to 64 MiB of arrays that
+                no recent call had.
             **kwargs: Its keyword arguments.
 
         Returns:
-            A future, as of :meth:`safepool.ProcessPool.submit`. It raises
+            A future, as in :meth:`safepool.ProcessPool.submit`. Its ``result()`` raises
             :class:`safepool.cluster.NodeLostError`, a ``WorkerDiedError``, if the node is lost.
 
         Raises:
@@ -278,10 +281,10 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         )
 
     def workers(self) -> tuple[NodeWorkerInfo, ...]:
-        """Return what each worker of each open node does at this moment.
+        """Return the state of each worker of each open node at this moment.
 
-        Cluster pools with the same options share the pool of a node: their calls are told as well.
-        A node that does not answer within 5 seconds is left out, and the log names it.
+        Cluster pools with the same options share a node's pool: their calls are listed as well. A
+        node that does not answer within 5 seconds is left out, and the log names it.
 
         Returns:
             One entry for each worker process; none before the first call.
@@ -307,9 +310,9 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
                 seconds more to answer.
 
         Returns:
-            By the name of the node and the process id the stacks, as
-            :meth:`safepool.ProcessPool.dump_tracebacks` returns them. A node that does not answer
-            has the process id 0, and in parentheses the reason.
+            Stacks by name of the node and process id, in the format of
+            :meth:`safepool.ProcessPool.dump_tracebacks`. A node that does not answer has the
+            process id 0, and the reason in parentheses.
 
         Raises:
             NotImplementedError: The engine is an executor. Its nodes answer nothing while they
@@ -336,14 +339,15 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         self._scheduler.shut_down(wait=wait, cancel=cancel_futures)
 
     def terminate_workers(self) -> None:
-        """End the calls of this pool on all nodes and give it up, without waiting.
+        """End the calls of this pool on all nodes and close it, without waiting.
 
-        An executor as engine cannot be told: its nodes run to the end what they have, for nobody.
+        An executor as engine cannot end a call: its nodes finish their calls and the results are
+        dropped.
         """
         self._scheduler.shut_down(wait=False, end="ask")
 
     def kill_workers(self) -> None:
-        """Do the same."""
+        """Kill the workers that run this pool's calls, and close it without waiting."""
         self._scheduler.shut_down(wait=False, end="kill")
 
     def __repr__(self) -> str:

@@ -55,157 +55,159 @@ else:
     _Standard = vars(process).get("_safepool_replaces") or process.ProcessPoolExecutor
 
 
-# Programs ask isinstance(pool, ProcessPoolExecutor). Nothing of what that class does is used, and
-# its __init__() is not called.
-# map() there takes no items as well, and does not compare them with the function.
+# Programs ask isinstance(pool, ProcessPoolExecutor). No method of that class is used, and its
+# __init__() is not called. The overrides of map() differ in their types: they accept no items at
+# all, and are not checked against the function.
 class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
     """A process pool that fits the machine, in the place of ``ProcessPoolExecutor``.
 
-    Workers are sized to the CPUs that the kernel grants, hold every native thread pool at
-    one thread, and share nothing with each other: a worker that dies costs the one task it
-    ran, which ends with :class:`safepool.WorkerDiedError`, and is replaced.
+    The number of workers follows from the CPUs that the kernel grants. Every native thread pool
+    in a worker has one thread. Workers share nothing with each other: a worker that dies fails
+    its own task with :class:`safepool.WorkerDiedError`, and is replaced.
 
     Args:
         *Size*
         max_workers (int; default None): The most workers at a time, at least 1 (on Windows at most
-            61). ``None`` is the number that fits, or ``SAFEPOOL_MAX_WORKERS`` of the environment:
-            see :func:`safepool.cpu_count`. Example: ``max_workers=4``.
-        rounding (str; default "floor"): Treatment of a fraction of a CPU: ``"floor"`` leaves it to
-            this process, ``"ceil"`` starts one worker more, which the kernel then freezes together
-            with all others for a part of every period, ``"nearest"`` is in between. Example:
+            61). ``None`` is the number that fits, or the environment variable
+            ``SAFEPOOL_MAX_WORKERS``: see :func:`safepool.cpu_count`. Example: ``max_workers=4``.
+        rounding (str; default "floor"): Treatment of a fraction of a CPU. ``"floor"`` leaves it to
+            this process. ``"ceil"`` starts one worker more: the kernel then freezes all of them
+            for a part of every period. ``"nearest"`` rounds to the nearest whole number. Example:
             ``rounding="ceil"`` for a batch job.
-        reserve (float, CPUs; default 0): CPUs kept for this process and whatever runs beside it,
-            such as 0.5. Example: ``reserve=0.5``.
-        memory_per_worker (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``:
-            start no more workers than fit into what the control groups have left. ``None`` does
-            not ask. Example: ``memory_per_worker="2GiB"``.
-        gpus ("auto", int or list; default None): Give each worker one GPU, one worker after the
-            other, by ``CUDA_VISIBLE_DEVICES`` or the variable that the program itself has for that
-            (``HIP_VISIBLE_DEVICES``, ``ROCR_VISIBLE_DEVICES``). ``"auto"`` is all that the program
-            may use: those of that variable, ids of devices and of parts of them (MIG) included,
-            else as many as NVIDIA's driver has files for; where there is none, that is said once,
-            and nothing is set. A number is the first so many of them. A list names devices, or
-            several for one worker: ``["0,1", "2,3"]``. What ``env`` says wins. Example:
-            ``gpus="auto"``.
+        reserve (float, CPUs; default 0): CPUs kept for this process and for programs beside it.
+            Example: ``reserve=0.5``.
+        memory_per_worker (int or str, bytes; default None): Memory that one worker needs, in bytes
+            or as text such as ``"2GiB"``. The pool starts no more workers than the free memory of
+            the control groups holds. ``None`` ignores memory. Example:
+            ``memory_per_worker="2GiB"``.
+        gpus ("auto", int or list; default None): One GPU for each worker, assigned in turn. The
+            pool sets ``CUDA_VISIBLE_DEVICES``, or the variable that the program itself has set
+            (``HIP_VISIBLE_DEVICES``, ``ROCR_VISIBLE_DEVICES``). ``"auto"`` uses every device that
+            this variable lists, MIG ids included; without the variable, every NVIDIA device that
+            has a file in ``/dev``. If there is no device, the pool logs that once and sets
+            nothing. A number uses that many of the devices, from the first. A list names the
+            devices, several for one worker if wished: ``["0,1", "2,3"]``. Variables in ``env=``
+            take precedence. Example: ``gpus="auto"``.
 
         *Threads*
-        threads_per_worker (int or "auto", threads; default 1): Threads that each native pool in a
-            worker may have, at least 1; the number of workers that fit is the limit divided by it.
-            ``"auto"`` is what the limit leaves to each of ``max_workers``. Example:
+        threads_per_worker (int or "auto", threads; default 1): The most threads of each native
+            pool in a worker, at least 1. The number of workers that fit is the CPU limit divided
+            by it. ``"auto"`` divides the CPU limit by ``max_workers``. Example:
             ``threads_per_worker=2``.
         pin_workers (bool; default False): Bind each worker to ``threads_per_worker`` CPUs of this
-            process's affinity mask, as few workers to each CPU as can be, before it imports
-            anything: libraries whose threads no variable bounds start as many as they find CPUs.
-            What was imported before a worker was forked keeps its size, and what a task starts is
-            bound as well. The price: the kernel can no longer move a worker whose CPU somebody
-            else uses too, another pool in another container of a shared host for one, so it may
-            wait beside idle CPUs. Worth it where the CPUs are this program's own. Linux only:
-            elsewhere, and where it is refused, it is said once and nothing is bound.
-        env (dict or function; default None): Variables to set in the workers. One that bounds
-            native threads takes the place of the cap (``{"OMP_NUM_THREADS": "2"}``), which is said
-            in the log. Or a function that returns those of one worker, called here in the program
-            with its :func:`safepool.worker_index`, once for each: ``lambda i: {"PORT": str(9000 +
-            i)}``. They are set when the worker is born, after a guarded script was run.
+            process's affinity mask, before it imports anything. This bounds libraries that have no
+            variable and start a thread per visible CPU. Workers share a CPU only if there are too
+            few. Libraries imported before the fork keep their size; child processes of tasks are
+            bound too. The price: the kernel can no longer move a worker away from a busy CPU, so
+            use it where no other container uses the same CPUs. Linux only. Where it is impossible,
+            the pool logs that once and binds nothing. Example: ``pin_workers=True``.
+        env (dict or function; default None): Environment variables of the workers. A variable that
+            bounds native threads replaces the cap (``{"OMP_NUM_THREADS": "2"}``), and the pool
+            logs that. A function returns the variables of one worker: the pool calls it in this
+            process, once for each :func:`safepool.worker_index`. They are set when the worker is
+            born, after the fork server has run a guarded script. Example: ``env=lambda i:
+            {"PORT": str(9000 + i)}``.
 
         *Memory*
-        max_memory_per_worker (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``:
-            a worker that holds more when a task ends is replaced. ``None`` does not ask. A
-            free-threaded Python keeps freed memory for its next objects: there it counts as held.
-            Example: ``max_memory_per_worker="2GiB"``.
-        memory_limit (int or str, bytes; default None): Bytes, or text such as ``"2GiB"``: a worker
-            that holds more while it runs a task is killed, with every process that the task has
-            started, and the task ends with :class:`safepool.WorkerDiedError`, which has the
-            figures and the Python stack, or runs again, if it has ``retries``. It is looked at ten
-            times a second, and more often when it grows. What counts is its own memory: resident,
-            without what is shared or mapped from files, what it was born with, and what processes
-            hold that the task has started. A worker that still holds too much when a task has
-            ended is replaced. ``None`` does not ask. Linux only. Example: ``memory_limit="2GiB"``.
+        max_memory_per_worker (int or str, bytes; default None): The pool replaces a worker that
+            holds more than this after a task. ``None`` sets no limit. A free-threaded Python keeps
+            freed memory for new objects, and that memory counts. Example:
+            ``max_memory_per_worker="2GiB"``.
+        memory_limit (int or str, bytes; default None): The pool kills a worker that holds more
+            than this during a task, with every process that the task started. The task ends with
+            :class:`safepool.WorkerDiedError`, which has the figures and the Python stack, or runs
+            again if it has ``retries``. The pool measures ten times a second, and more often while
+            the memory grows. It counts resident memory of the worker and of the processes that its
+            task started, without shared memory, mapped files and the memory the worker was born
+            with. A worker that holds more after a task is replaced. ``None`` sets no
+            limit. Linux only. Example: ``memory_limit="2GiB"``.
 
         *Failure*
-        timeout (float, seconds; default None): Seconds that a task may run, from its start; above
-            0. Then its worker is killed with every process that the task started, and the task
-            ends with :class:`safepool.TaskTimeoutError`. ``None`` does not limit. Example:
+        timeout (float, seconds; default None): Seconds that a task may run, from its start, above
+            0. Then the pool kills its worker with every process that the task started, and the
+            task ends with :class:`safepool.TaskTimeoutError`. ``None`` sets no limit. Example:
             ``timeout=30``.
-        retries (int, runs; default 0): Number of times that a task is run again after its worker
-            died, at least 0. Never after an exception, nor after a timeout. A function may have a
-            timeout and retries of its own: see :func:`safepool.worker`. Example: ``retries=2``.
-        on_worker_death (str; default "replace"): ``"replace"`` loses the one task; ``"break"``
-            ends the pool as a whole, as the standard pool does, when a task is lost that has no
-            retries left. Example: ``on_worker_death="break"``.
-        end_subprocesses (bool; default False): Whether what tasks have started, and what that has
-            started, ends with the program, a second later at most: also a daemon, and also after
-            ``kill -9`` of the program, of a worker or of the server. Until then it goes on, after
-            the end of its task and of the pool as well. The workers' server then has a small
-            process above it that waits for this. ``False`` lets a program that no task has waited
-            for go on, as with any pool; either way a timeout, or the end of a running task by
-            force, ends what that task has started. Only for workers that are forked from a server:
-            where each has to be started afresh, the log says once that it does not hold.
+        retries (int, runs; default 0): Number of times that a task runs again after its worker
+            died, at least 0. A task that raised an exception or exceeded its timeout never runs
+            again. :func:`safepool.worker` sets timeout and retries of one function. Example:
+            ``retries=2``.
+        on_worker_death (str; default "replace"): Consequence of a worker's death. ``"replace"``
+            loses its one task. ``"break"`` ends the whole pool, as the standard pool does, when a
+            task without retries left is lost. Example: ``on_worker_death="break"``.
+        end_subprocesses (bool; default False): ``True`` ends all processes that tasks started, and
+            their descendants, within a second after the end of this program, even daemons and
+            after ``kill -9`` of the program, a worker or the server. While the program runs they
+            go on, after their task and the pool as well. It costs one small process above the fork
+            server. ``False`` leaves such processes alone. In both cases a timeout, or a kill of
+            the task, ends the processes that the task started. It needs workers forked from a
+            server; where each worker is started afresh, the pool logs once that it has no effect.
+            Example: ``end_subprocesses=True``.
 
         *Start*
         mp_context (context or str; default None): A ``multiprocessing`` context that starts the
-            workers, or the name of one. ``None`` is ``"safepool"`` on Linux, which forks them from
-            a server of our own that has no threads, and ``"loky"`` elsewhere, which starts a fresh
-            interpreter for each. A script needs no ``if __name__ == "__main__"`` for either.
-            ``"fork"`` is as safe as the program has few threads: those that there are when the
-            pool is made are named by a warning. Example: ``mp_context="spawn"``.
+            workers, or its name. ``None`` is ``"safepool"`` on Linux: workers are forked from a
+            server process without threads. Elsewhere it is ``"loky"``: each worker is a fresh
+            interpreter. Neither needs ``if __name__ == "__main__"`` in the script. ``"fork"``
+            copies this process, and its threads may leave a lock held: a warning names the threads
+            that exist when the pool is made. Example: ``mp_context="spawn"``.
         initializer (function; default None): Function that each worker calls once before its first
-            task, after the caps. Example: ``initializer=connect, initargs=("db",)``.
-        initargs (tuple; default ()): Arguments of ``initializer``; locks, queues and values of
-            ``multiprocessing`` as well, made by ``multiprocessing.get_context("spawn")`` unless
-            the workers are forks.
-        max_tasks_per_child (int, tasks; default None): Replace a worker after this many tasks, at
-            least 1; ``None`` keeps workers as long as the pool. Not with ``"fork"``, as in the
-            standard pool: the process that is copied for each new worker is busy by then. Example:
+            task, after the native threads are capped. Example: ``initializer=connect,
+            initargs=("db",)``.
+        initargs (tuple; default ()): Arguments of ``initializer``. They may contain locks, queues
+            and values of ``multiprocessing.get_context("spawn")``; with forked workers, those of
+            any context. Example: ``initargs=("db",)``.
+        max_tasks_per_child (int, tasks; default None): The pool replaces a worker after this many
+            tasks, at least 1. ``None`` sets no limit. Not allowed with ``"fork"``, as in the
+            standard pool: a later fork would copy a process with busy threads. Example:
             ``max_tasks_per_child=1000``.
-        preload ("auto" or list; default "auto"): Modules that are imported once, ahead of the
-            workers, which then share their memory: ``"auto"`` is what the program, and tasks of
-            earlier workers, have imported of installed libraries, as long as their import leaves
-            no thread, open file or child process; with more than one thread per worker none of
-            them. A list names others, to which the same must apply. ``[]`` is nothing. One whose
-            import raises is left to the tasks. Without effect where workers are not forked from a
-            server. Example: ``preload=["mylib"]``.
-        main (str; default "auto"): Way of the program's ``__main__`` into the workers that are
-            forked from a server. ``"run"``: the server runs the script once, as ``__mp_main__``,
-            before it forks workers. They have what its top level imports, sets and computes;
-            functions and classes travel by name. ``"value"``: nothing is run, and functions,
-            classes and data of the script are sent, each before the first call that uses it.
-            ``"auto"`` runs a script or module that has ``if __name__ == "__main__":`` at its top
-            level, and is otherwise ``"value"``: for a script without that guard, a prompt, a
-            notebook, ``-c``. A top level that cannot be run there is told once by the logger
-            ``safepool``, and is ``"value"`` then. The same as ``"run"`` is ``"__main__"`` in
-            ``preload``. Workers of ``"spawn"`` and ``"forkserver"`` run such a script by
-            themselves, as the standard pool's; ``"value"`` sends them what they need beside it.
-            Example: ``main="value"``.
+        preload ("auto" or list; default "auto"): Modules that the fork server imports once;
+            workers share their memory. ``"auto"`` is each installed library that the program or a
+            task of an earlier worker has imported, unless its import leaves a thread, an open file
+            or a child process. With more than one thread per worker ``"auto"`` is empty. A list
+            names modules, to which the same condition applies; ``[]`` is none. The server skips a
+            module whose import raises, and tasks import it themselves. Without effect where
+            workers are not forked from a server. Example: ``preload=["mylib"]``.
+        main (str; default "auto"): Source of the program's ``__main__`` in workers that are forked
+            from a server. ``"run"``: the server runs the script once, as ``__mp_main__``, before
+            it forks workers. They have all that its top level imports, sets and computes, and its
+            functions and classes travel by name. ``"value"``: nothing is run; functions, classes
+            and data of the script are sent before the first call that uses them. ``"auto"`` is
+            ``"run"`` for a script or module with ``if __name__ == "__main__":`` at its top level.
+            Without that guard, at a prompt, in a notebook and with ``-c`` it is ``"value"``, as it
+            is if the top level fails in the server, which the logger ``safepool`` says once.
+            ``"__main__"`` in ``preload`` is the same as ``"run"``. Workers of ``"spawn"`` and
+            ``"forkserver"`` run a guarded script themselves, as in the standard pool; ``"value"``
+            sends them in addition what they lack. Example: ``main="value"``.
 
         *Observation*
-        trace (path; default None): A file for a picture of the run, such as ``"run.json"``: what
-            each worker did when, which https://ui.perfetto.dev and ``safepool report`` show. An
-            existing one is replaced. Good at any moment, also after a crash; what it holds and how
-            large it may become is told in ``safepool/pool/tracing/events.py``.
+        trace (path; default None): File for a timeline of the run, for https://ui.perfetto.dev
+            and ``safepool report``. An existing file is replaced. The file is valid at any moment,
+            also after a crash; ``help("safepool.pool.tracing.events")`` describes its content and
+            size. Example: ``trace="run.json"``.
 
-    A global of the script is the worker's own once it was there: what the initializer or a task
-    does to it stays in that worker. When the program changes it, also in place, it is delivered
-    again with the next call that uses it, and takes the place of the worker's.
+    A global of the script belongs to the worker after its first delivery: a change by the
+    initializer or a task stays in that worker. When the program changes its own value, also in
+    place, the next call that uses the global delivers it again and replaces the worker's.
 
-    A pool that is sized from the limits follows them: while it has work it reads them again
-    once a second, starts workers when they grow, and lets workers end after their task when
-    they shrink.
+    A pool whose size comes from the limits follows them. While it has work it reads them once a
+    second, starts workers when they grow, and ends workers after their task when they shrink.
 
-    Workers have the settings of the program, such as warning filters, decimal's context or
-    options of pandas, as they are when a call is submitted: :func:`safepool.register_setting`
-    says more, and adds others. A setting that each thread has for itself is that of the thread
-    which made the pool.
+    Workers have the settings that the program has when a call is submitted, such as warning
+    filters, the context of decimal or the options of pandas: :func:`safepool.register_setting`
+    lists them, and adds others. A setting that each thread has for itself is taken from the
+    thread that made the pool.
 
-    Workers are numbered by ``multiprocessing.current_process()._identity`` and its name as those
-    of the standard pools: from 1, all pools of the program together, and no number is used again.
+    ``multiprocessing.current_process()._identity`` numbers workers as in the standard pools: from
+    1, over all pools of the program, and no number is used again.
 
     Raises:
-        ValueError: A value is out of its range; ``main`` is ``"run"``, and there is no script;
-            ``end_subprocesses`` is ``True``, and the workers are not forked from a server;
-            ``memory_limit`` is given, and this system does not tell what a worker holds.
-        TraceFileError: The file for ``trace`` cannot be written, or another running pool does.
-        TypeError: A value has a wrong type, or there is no argument of a name.
-        ModuleNotFoundError: ``preload`` names a module that is not there.
+        ValueError: A value is out of its range; ``main`` is ``"run"`` without a script;
+            ``end_subprocesses`` is ``True`` but workers are not forked from a server;
+            ``memory_limit`` is given where the system does not report a worker's memory.
+        TraceFileError: The file for ``trace`` cannot be written, or another running pool writes
+            it.
+        TypeError: A value has a wrong type, or an argument has an unknown name.
+        ModuleNotFoundError: ``preload`` names a module that does not exist.
 
     Source:
         Python, Doc/library/concurrent.futures.rst, "ProcessPoolExecutor".
@@ -334,9 +336,9 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
 
     @property
     def size(self) -> int:
-        """The most workers that the pool may have now; libraries ask a pool for it (dynesty).
+        """The most workers that the pool may have now. Libraries such as dynesty read it.
 
-        It follows the limits, and :meth:`resize`. Workers are started as tasks need them.
+        It follows the limits and :meth:`resize`. Workers are started as tasks need them.
 
         Example:
             >>> with ProcessPool(3) as pool:
@@ -379,24 +381,23 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         Args:
             fn: Any callable; lambdas, closures and functions of ``__main__`` as well. A coroutine
                 function is run there by ``asyncio.run()``.
-            *args: Its positional arguments, pickled when a worker takes the task, or at once if
-                one is idle; what runs code of the program for that (``__reduce__``,
-                ``__getstate__``) by a thread of its own, so that it may wait, for this pool as
-                well. Large
-                arrays in them are copied once, arrive writable and are the task's own; one that
-                is mapped from a file (``numpy.memmap``) is mapped again. What many tasks need is
-                placed once by :func:`safepool.share`.
+            *args: Its positional arguments. They are pickled at once if a worker is idle,
+                otherwise when a worker takes the task. Pickling that runs code of the program
+                (``__reduce__``, ``__getstate__``) has a thread of its own, so that it may wait,
+                even for this pool. Large arrays are copied once; the task may write to its copy. A
+                ``numpy.memmap`` maps its file again. Place an object that many tasks need with
+                :func:`safepool.share`.
             **kwargs: Its keyword arguments.
 
         Returns:
-            A future. It raises ``MemoryError`` if there is no room for the arguments or the
-            result (:class:`safepool.MemoryLimitError` if the memory limits leave less); what
-            ``fn`` raised, with the remote traceback as its cause;
-            :class:`safepool.WorkerDiedError` if the worker died; what the pickler raised
-            if the call or its result could not be pickled.
+            A future. Its ``result()`` raises the exception of ``fn``, with the remote traceback as
+            its cause; :class:`safepool.WorkerDiedError` if the worker died; the pickler's
+            exception if the call or its result cannot be pickled; ``MemoryError`` if there is no
+            room for the arguments or the result (:class:`safepool.MemoryLimitError` if the memory
+            limits are the reason).
 
         Raises:
-            BrokenProcessPool: The pool gave up as a whole.
+            BrokenProcessPool: The whole pool is broken.
             RuntimeError: The pool was shut down.
 
         Example:
@@ -408,11 +409,11 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
     def terminate_workers(self) -> None:
-        """Send every worker ``SIGTERM`` and give the pool up, without waiting.
+        """Send every worker ``SIGTERM`` and close the pool, without waiting.
 
-        Tasks that have not begun are cancelled, those that a worker does not finish in spite
-        of the signal end with :class:`safepool.WorkerDiedError`, and the pool takes no more.
-        A worker that has not ended after 30 seconds is killed.
+        Tasks that have not begun are cancelled. A running task ends with
+        :class:`safepool.WorkerDiedError`, unless it handles the signal and returns. The pool
+        accepts no more tasks, and kills a worker that has not ended after 30 seconds.
 
         Example:
             >>> import time
@@ -428,7 +429,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         self._scheduler.shut_down(wait=False, end="ask")
 
     def kill_workers(self) -> None:
-        """Kill every worker and give the pool up, as :meth:`terminate_workers` does.
+        """Kill every worker and close the pool, as :meth:`terminate_workers` does.
 
         Example:
             >>> import time
@@ -443,12 +444,13 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
 
     @checked("resize")
     def resize(self, max_workers: int) -> None:
-        """Keep at most this many workers from now on, whatever the limits say.
+        """Set the most workers of the pool, in place of the number that follows from the limits.
 
-        More are started when tasks wait for them; too many end after their task.
+        A larger pool starts workers when tasks wait. In a smaller one, surplus workers end after
+        their task.
 
         Args:
-            max_workers: At least 1.
+            max_workers: The new number, at least 1.
 
         Raises:
             ValueError: The number is below 1, or above 61 on Windows.
@@ -467,7 +469,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Return what each worker does at this moment.
 
-        From any thread; it waits for nothing, also when the pool is stuck.
+        Can be called from any thread. The call never waits, even if the pool is stuck.
 
         Returns:
             One entry for each worker process, oldest first; none before the first task.
@@ -485,19 +487,19 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         return look_at(self._scheduler.workers())
 
     def dump_tracebacks(self, timeout: float = 1.0) -> dict[int, str]:
-        """Return the Python stacks of every thread of every worker: where does it hang?
+        """Return the Python stacks of every thread of every worker, to find where a task hangs.
 
-        Workers are not disturbed: each is sent a real-time signal, whose handler writes the
-        stacks down, also in the middle of C code. A system call that such code is in may
-        return early (``EINTR``), as after any signal. From any thread.
+        Workers go on: the handler of a real-time signal writes the stacks, also in the middle of C
+        code. A system call that such code is in may return early (``EINTR``), as after any signal.
+        Can be called from any thread.
 
         Args:
             timeout: Seconds to wait for all of them together, at least 0.
 
         Returns:
-            By process id the stacks, as :mod:`faulthandler` writes them, or in parentheses
-            why there are none: the worker is stopped (``SIGSTOP``), still starting, has ended,
-            does not answer in time, or this system is not Linux.
+            Stacks by process id, in the format of :mod:`faulthandler`. Where there are none, the
+            reason in parentheses: the worker is stopped (``SIGSTOP``), still starting, has ended
+            or does not answer in time, or this system is not Linux.
 
         Example:
             >>> import time
@@ -544,7 +546,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
 def _names(
     preload: str | Sequence[str], main: Literal["auto", "run", "value"]
 ) -> tuple[str | list[str], Literal["auto", "run", "value"]]:
-    """Return what is preloaded, and how ``__main__`` gets into workers."""
+    """Return the modules to preload, and the way of ``__main__`` into workers."""
     if preload == "auto":
         return "auto", main
     names = [name for name in preload if name != "__main__"]

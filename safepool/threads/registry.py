@@ -117,7 +117,9 @@ def register(
     """
     for row in runtimes():
         if row.name == runtime.name and row.name not in _added:
-            raise ValueError(f"the table has a row {row.name!r} already: choose another name")
+            raise ValueError(
+                f"the table of native runtimes already has a row {row.name!r}: choose another name"
+            )
         if row.name != runtime.name and (taken := _names(row) & _names(runtime)):
             raise ValueError(
                 f"{min(taken)} is a variable of {row.name!r} already: leave it out of the new row"

@@ -430,7 +430,7 @@ class Side:
         try:
             data, rights, told, _ = self._sock.recvmsg(_NUMBER.size, room, flags)
         except BlockingIOError:
-            raise CorruptFrameError("a frame tells of a file that was not sent") from None
+            raise CorruptFrameError("a frame refers to a file that was not sent") from None
         descriptors = [
             number
             for _, _, packed in rights
@@ -438,12 +438,14 @@ class Side:
         ]
         if len(data) != _NUMBER.size or _NUMBER.unpack(data)[0] != self._received:
             _close_all(descriptors)
-            raise CorruptFrameError(f"file {self._received} was announced, {data!r} has come")
+            raise CorruptFrameError(f"file {self._received} was announced, {data!r} was received")
         if len(descriptors) == count:
             return descriptors
         _close_all(descriptors)
         if not told & socket.MSG_CTRUNC:
-            raise CorruptFrameError(f"{count} descriptors announced, {len(descriptors)} have come")
+            raise CorruptFrameError(
+                f"{count} descriptors were announced, {len(descriptors)} were received"
+            )
         return []
 
     def close(self) -> None:
@@ -479,7 +481,9 @@ def _check(descriptor: int, lengths: Sequence[int]) -> None:
     seals = fcntl.fcntl(descriptor, linux.F_GET_SEALS)
     found = os.fstat(descriptor).st_size
     if seals & _SEALS != _SEALS or found < size:
-        raise CorruptFrameError(f"a file of {found} bytes with seals {seals:#x}, {size} announced")
+        raise CorruptFrameError(
+            f"a file of {size} bytes was announced, {found} bytes with seals {seals:#x} received"
+        )
 
 
 class _Spare:

@@ -293,7 +293,9 @@ class Channel:
 
     def _fetch(self, kind: Kind, lengths: tuple[int, ...]) -> list[Any]:
         if self._side is None:
-            raise CorruptFrameError("a frame tells of a file, and there is no way for it")
+            raise CorruptFrameError(
+                "a frame refers to a file, and this channel cannot receive files"
+            )
         # What is shared is mapped when it is needed, perhaps more than once.
         return self._side.receive(lengths, mapped=kind is not Kind.SHARE)
 

@@ -250,8 +250,8 @@ class Incoming:
             return segment
         raise OSError(
             errno.ETOOMANYREFS,
-            f"{len(self._segments)} descriptors (of sockets, connections and the like) were to be "
-            f"handed over between a pool and its worker, and could not: too many are under way. "
+            f"cannot send {len(self._segments)} descriptors (of sockets, connections and the like)"
+            f" between a pool and its worker: too many are in transit. "
             f"Hand over fewer at a time, or open them in the task",
         )
 

@@ -203,7 +203,7 @@ def _table_of(filed: Filed) -> list[int]:
 
 
 def _fetch_nothing(_kind: Kind, _lengths: tuple[int, ...]) -> list[Received]:
-    raise CorruptFrameError("a segment is said to be in a file, and there are none here")
+    raise CorruptFrameError("a frame refers to a file, and this channel has none")
 
 
 class FrameReader:

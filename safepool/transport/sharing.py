@@ -32,35 +32,34 @@ _numbers = itertools.count(1)
 def share(obj: _T, *, writable: bool = False) -> _T:
     """Place an object once for all workers of all pools, instead of sending it with each task.
 
-    The object is copied into unnamed memory, which each worker maps when the first task comes
-    that needs it. A task finds the object itself in its arguments, wherever the handle was put:
-    in ``submit`` and ``map``, inside of lists and dictionaries, in a ``functools.partial`` or what
-    else a function captures, in ``initargs``, in joblib's calls inside ``parallel_backend``. The
-    memory has no name: it is freed when the handle is dropped and the last task that uses it
-    has ended, at the latest with this process, however that ends.
+    The object is copied into unnamed memory. Each worker maps that memory for its first task
+    that needs it. Pass the handle in place of the object, and the task gets the object itself.
+    The handle may be an argument of ``submit``, ``map``, ``initargs`` or a joblib call inside
+    ``parallel_backend``; it may be in a list, a dictionary, a ``functools.partial`` or a closure.
+    The kernel frees the memory when the handle is dropped and the last task that uses it has
+    ended, or with this process, even after ``kill -9``.
 
     Args:
-        obj: Anything that can be pickled. What is saved are the buffers of arrays (NumPy's, and
-            whatever else offers them to pickle protocol 5: pandas, Arrow); what else
-            there is of it, each worker unpickles once.
-        writable: Each task gets arrays that it may write to: its own view of the memory,
-            in which only what it writes costs memory. Without it arrays are read-only, and
-            all tasks of a worker get the same object.
+        obj: Anything that can be pickled. Workers share the buffers of its arrays (those of
+            NumPy, pandas, Arrow and others that support pickle protocol 5). Each worker unpickles
+            the rest once.
+        writable: ``True`` gives each task its own writable view of the arrays: pages that a
+            task writes to are copied, and nobody else sees the change. ``False`` makes arrays
+            read-only, and all tasks of a worker get the same object.
 
     Returns:
-        A handle, to be kept as long as tasks are to be given the object. ``handle.value`` is the
-        object as a task gets it; an array from there, and any view of it, travels without a
-        copy as well. For a type checker the handle has the type of the object, which is what
-        functions are given; ``value`` is asked of ``cast(Any, handle)``.
+        A handle. Keep it as long as new tasks need the object. ``handle.value`` is the object as
+        a task gets it; its arrays and their views are sent without a copy too. For a type checker
+        the handle has the type of the object: write ``cast(Any, handle).value``.
 
     Raises:
         MemoryError: There is no memory for the copy.
         Exception: The exception of the pickler.
 
-    A handle that meets another pickler than a pool's (the standard pool's, a file) is pickled as a
-    copy of the object. Each costs this process and each worker that maps it a descriptor,
-    one more for each array of at least 8 MiB; where there are none left, and elsewhere than on
-    Linux, each worker is sent a copy, once.
+    Another pickler than a safepool pool's, such as the standard pool's, pickles a handle as a copy
+    of the object. A handle costs one descriptor in this process and in each worker that maps it,
+    and one more for each array of at least 8 MiB. If no descriptor is left, and elsewhere than on
+    Linux, each worker is sent one copy.
 
     Example:
         >>> from safepool import ProcessPool, share

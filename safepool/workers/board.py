@@ -453,7 +453,7 @@ def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
         ValueError: There is no such kind, or they are cut off.
     """
     if kind not in LANES.values() or len(data) % 8:
-        raise ValueError(f"{len(data)} bytes of a lane of kind {kind}")
+        raise ValueError(f"invalid content of a result slot: {len(data)} bytes of kind {kind}")
     if kind == _NONE:
         return [None] * (len(data) // 8)
     numbers: list[Any] = memoryview(data).cast("d" if kind == _FLOAT else "q").tolist()

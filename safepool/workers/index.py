@@ -10,15 +10,15 @@ _index: int | None = None
 def worker_index() -> int | None:
     """Return the place of this worker in its pool: 0 to ``max_workers`` - 1.
 
-    No two workers that run tasks of one pool have the same at the same time. The worker that takes
-    the place of another gets its number when the old process has ended, or a second later at the
-    latest, if that takes its time. Programs choose a device, a port or a file by it: see also
-    ``env=`` and ``gpus=`` of :class:`safepool.ProcessPool`.
+    No two workers of a pool that run tasks at the same time have the same number. A replacement
+    gets the number of the worker that it replaces when the old process has ended, or after a
+    second. Programs choose a device, a port or a file by it. ``env=`` and ``gpus=`` of
+    :class:`safepool.ProcessPool` use the same number.
 
     Returns:
-        The number, in every task and initializer of a pool of this package, joblib's calls
-        included; in what a task forks as well. ``None`` where no such worker is: in the program,
-        in its threads and sequential calls, in a process that a task has started afresh.
+        The number, in every task and initializer of a safepool pool, in joblib's calls, and in
+        forks that a task makes. ``None`` elsewhere: in the program and its threads, in sequential
+        calls, and in other programs that a task starts.
 
     Example:
         >>> from safepool import ProcessPool

@@ -220,7 +220,7 @@ class Runner:
             case Kind.BATCH:
                 self._run_batch(position, segments)
             case _:
-                raise RuntimeError(f"a pool does not send {kind!r}")
+                raise RuntimeError(f"unexpected message {kind!r} from the pool")
 
     def _keep(self, kind: Kind, number: int, segments: Sequence[Received]) -> None:
         if kind is Kind.FUNCTION:

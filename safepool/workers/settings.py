@@ -95,7 +95,7 @@ def register_setting(
         >>> unregister_setting("mylib.digits")
     """
     if any(row.name == name for row in SETTINGS):
-        raise ValueError(f"the table has a row {name!r} already: choose another name")
+        raise ValueError(f"the table of settings already has a row {name!r}: choose another name")
     _added[name] = Setting(
         name=name, module=module, read=read, write=write, of_thread=of_thread, source=""
     )

@@ -256,8 +256,8 @@ class Server:
                     if not running.take_rights(wish.given_up):
                         self._stop()
                         raise launch.no_interpreter(
-                            f"cannot be started by user {os.geteuid()}, and the fork server that "
-                            "runs cannot get the rights that this program has now"
+                            f"cannot be started by user {os.geteuid()}, and the running fork "
+                            "server cannot take over the user and rights that this program now has"
                         )
                 if wish.strict and attempt < 2:
                     running.preload(wish)

@@ -463,7 +463,7 @@ def test_others_add_rows(method: str, tmp_path: Path) -> None:
 
 
 def test_a_row_of_the_table_cannot_be_replaced() -> None:
-    with pytest.raises(ValueError, match=r"has a row 'numpy\.seterr\(\)' already"):
+    with pytest.raises(ValueError, match=r"already has a row 'numpy\.seterr\(\)'"):
         register_setting("numpy.seterr()", module="numpy", read=id, write=print)
 
 

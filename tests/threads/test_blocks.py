@@ -270,7 +270,7 @@ def test_a_lazy_module_is_not_loaded_for_a_cap(tmp_path: Path) -> None:
 MISTAKES: dict[str, tuple[Callable[[], None], str]] = {
     "a row of the table": (
         lambda: register(NativeRuntime(name="openblas", used_by="-", source="-")),
-        "the table has a row 'openblas' already",
+        "already has a row 'openblas'",
     ),
     "a variable of the table": (
         lambda: register(

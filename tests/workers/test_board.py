@@ -369,5 +369,5 @@ def test_a_lane_gives_back_what_was_stored(kind: type, board: Board) -> None:
 
 @pytest.mark.parametrize(("kind", "data"), [(0, b""), (5, b"\0" * 8), (1, b"\0" * 7)])
 def test_what_is_no_lane_is_refused(kind: int, data: bytes) -> None:
-    with pytest.raises(ValueError, match="of a lane of kind"):
+    with pytest.raises(ValueError, match="content of a result slot"):
         numbers_of(kind, data)

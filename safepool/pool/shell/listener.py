@@ -87,4 +87,4 @@ class Listener:
         Raises:
             CorruptFrameError: The worker has sent no times, or was not asked for them.
         """
-        raise CorruptFrameError("times of calls were not asked for")
+        raise CorruptFrameError("times of calls were sent without a request")

@@ -1054,7 +1054,7 @@ class Scheduler:
             case Kind.UNREADABLE:
                 self._tell(staff, Unreadable(worker, position))
             case _:
-                raise CorruptFrameError(f"{kind!r} was not asked for")
+                raise CorruptFrameError(f"message {kind!r} was not requested")
 
     def _welcome(self, staff: Staff, worker: Worker, *, has_board: bool) -> None:
         if not has_board:
