@@ -40,6 +40,8 @@ class Scenario:
         retries: Of each call.
         refused: Places that cannot be used.
         wrong: As they do not take the arguments of the pool.
+        holder: Place whose process has the agent of its node, for another cluster pool.
+        frees: A place that is lost has an agent no longer.
         comes_back: A place that is lost is listed again.
         at_once: As of the core.
         most_nodes: As of the core.
@@ -53,6 +55,8 @@ class Scenario:
     retries: int = 0
     refused: str = ""
     wrong: bool = False
+    holder: str = ""
+    frees: bool = True
     comes_back: bool = True
     at_once: bool = False
     most_nodes: int | None = None
@@ -86,7 +90,10 @@ class World:
         # By place: what is on its way there, calls there in order, and what is on its way back.
         self.sent: dict[str, list[Any]] = {}
         self.there: dict[str, list[tuple[int, str]]] = {}
-        self.opening: list[str] = []
+        self.opening: list[c.Open] = []
+        self.asked = dict.fromkeys(scenario.places, 0)
+        # By node: the place whose process has the agent.
+        self.holders = {scenario.places.get(scenario.holder, "n"): scenario.holder}
         self.gone = ""
         self.finished = self.closing = self.broken = False
         if scenario.known_s is not None:
@@ -104,7 +111,11 @@ class World:
 
     def act(self, action: c.Action) -> None:
         if isinstance(action, c.Open):
-            self.opening.append(action.place)
+            must(not any(one.place == action.place for one in self.opening), "it is asked twice")
+            self.asked[action.place] += 1
+            lost = self.scenario.budget.get("lose", 0) - self.budget.get("lose", 0)
+            must(self.asked[action.place] <= 2 + 2 * lost, "it is asked over and over again")
+            self.opening.append(action)
         elif isinstance(action, c.Deliver):
             must(action.place not in self.sent, "two messages to one place at a time")
             must(
@@ -161,12 +172,17 @@ class World:
             self.budget[what] -= 1
         getattr(self, f"on_{what}")(which)
 
-    def on_open(self, place: str) -> None:
-        self.opening.remove(place)
+    def on_open(self, asked: c.Open) -> None:
+        self.opening.remove(asked)
+        place = asked.place
         if place in self.scenario.refused:
             self.tell(c.Refused(place, "another version", self.scenario.wrong))
             return
-        self.tell(c.Opened(place, self.scenario.places[place], self.scenario.workers))
+        node = self.scenario.places[place]
+        # Another process of this program's own list has it, or one that is at no place.
+        self.holders[node] = self.holders.get(node) or place
+        holds = asked.anyway or self.holders[node] == place
+        self.tell(c.Opened(place, node, self.scenario.workers, True, holds))
 
     def on_arrive(self, place: str) -> None:
         calls, back, kill = self.sent.pop(place)
@@ -204,8 +220,10 @@ class World:
         return there if not self.broken else []
 
     def on_lose(self, place: str) -> None:
-        if place in self.opening:
-            self.opening.remove(place)
+        self.opening = [one for one in self.opening if one.place != place]
+        node = self.scenario.places[place]
+        if self.scenario.frees and self.holders.get(node) == place:
+            self.holders[node] = ""
         sent = self.sent.pop(place, None)
         if sent is not None:
             for _, letter in sent[0]:
@@ -280,14 +298,18 @@ class World:
     def key(self) -> Any:
         core = vars(self.core)
         return (
-            repr(self.sent), repr(self.there), repr(self.opening),
+            repr(self.sent), repr(self.there), repr(self.opening), repr(self.holders),
             repr(sorted(self.budget.items())),
             repr(sorted(self.outcomes.items())),
             repr(sorted(self.starts.items())),
             tuple(call.letter for call in core["_backlog"]),
             tuple((call.letter, call.attempts) for call in self.calls.values()),
             tuple(
-                (one.name, one.state, one.posting, one.asked_back, *one.sent, -1, *one.kill)
+                (one.name, one.state, one.gives_way, one.posting, one.asked_back, *one.sent)
+                for one in core["_places"].values()
+            ),
+            *(
+                (*one.kill, self.asked[one.name])
                 for one in core["_places"].values()
             ),
             self.now_s, self.gone, self.finished, self.closing,

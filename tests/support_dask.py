@@ -210,7 +210,10 @@ class DaskCluster:
 
     def run(self, code: str, *arguments: str) -> dict[str, Any]:
         """Run such a program to its end; return what it has told."""
-        program = self.start_program(code, *arguments)
+        return self.told_by(self.start_program(code, *arguments))
+
+    def told_by(self, program: subprocess.Popen[str]) -> dict[str, Any]:
+        """Wait for the end of a program; return what it has told."""
         try:
             output, _ = program.communicate(timeout=100)
         finally:

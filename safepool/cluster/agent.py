@@ -17,6 +17,10 @@ calls the functions of this module, and no others, on a node:
     a session's calls        the session is released, or was not heard of for `_LAPSE_S`
     a pool                   no session has used it for `_IDLE_S`
     all of it                with the process: workers of a `ProcessPool` end with their parent
+
+Not covered:
+    * Elsewhere than on Linux, two Dask workers of one machine may each have an agent, for cluster
+      pools that begin at the same moment.
 """
 
 from __future__ import annotations
@@ -307,6 +311,17 @@ class Agent:
         self._sessions: dict[str, Session] = {}
         self._pools: dict[bytes, NodePool] = {}
         self._thread: threading.Thread | None = None
+        # Nodes that are held: no other process has their agent.
+        self._held: dict[str, socket.socket | None] = {}
+
+    def hold(self, node: str) -> bool:
+        """Hold a node until nothing is left here; ``False`` if another process does."""
+        with self._guard:
+            try:
+                self._held[node] = self._held.get(node) or _bound(f"safepool-agent-{node}")
+            except OSError:
+                return False
+            return True
 
     def known(self, name: str) -> Session:
         """Return a session.
@@ -373,6 +388,10 @@ class Agent:
                 ended = [self._pools.pop(key) for key in over]
                 if not (self._pools or self._sessions):
                     self._thread = None
+                    while self._held:
+                        _, holder = self._held.popitem()
+                        if holder is not None:
+                            holder.close()
             for one in ended:
                 one.close()
             if self._thread is None:
@@ -396,21 +415,47 @@ def agent_greet(protocol: int, session: str, options: bytes) -> tuple[Any, ...]:
         WrongOptionsError: The options are wrong on this node.
     """
     budget, _ = read_budget(Request())
-    because, workers = budget.because, budget.workers
+    because, workers, holds = budget.because, budget.workers, True
+    node = _node(because.name, because.source, because.raw)
     if protocol == PROTOCOL:
         workers = _agent.session(session, options).node_pool.pool.size
+        holds = _agent.hold(node)
     return tuple(
         Welcome(
             protocol=PROTOCOL,
             python=python_version(),
             safepool=own_version(),
-            node=_node(because.name, because.source, because.raw),
+            node=node,
             host=socket.gethostname(),
             pid=os.getpid(),
             workers=workers,
             limits=(because.name, because.raw, because.source),
+            holds=holds,
         )
     )
+
+
+if sys.platform == "linux":
+
+    def _bound(name: str) -> socket.socket | None:
+        """Take a name that one process of a machine can have, and that its end gives back.
+
+        Raises:
+            OSError: Another process has it.
+        """
+        # Of the abstract namespace: no file is left.
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            holder.bind(f"\0{name}")
+        except OSError:
+            holder.close()
+            raise
+        return holder
+
+else:
+
+    def _bound(_name: str) -> socket.socket | None:
+        return None
 
 
 def _node(*binding: str) -> str:

@@ -10,7 +10,8 @@ State of a place:
     LISTED    seen, not asked yet
     OPENING   asked for its limits and versions
     OPEN      the agent of its node is here
-    SPARE     its node's agent is at another place, or no further node is wanted
+    SPARE     its node's agent is at another place, or no further node is wanted. The first
+              process of a node that is asked has its agent, whichever cluster pool asks
     REFUSED   cannot be used
 
     event                    what it means                        actions that may follow
@@ -134,12 +135,21 @@ class Listed(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """The agent of a place answers."""
+    """The agent of a place answers.
+
+    Attributes:
+        place: The engine's name.
+        node: The same for all places of one machine and limit.
+        workers: Number of workers of the node's pool.
+        wanted: Whether the user has named it, or no node at all.
+        holds: No other process of the node has the agent that all cluster pools use.
+    """
 
     place: str
     node: str
     workers: int
     wanted: bool = True
+    holds: bool = True
 
 
 class Refused(NamedTuple):
@@ -222,9 +232,15 @@ class Look(NamedTuple):
 
 
 class Open(NamedTuple):
-    """Ask the agent of a place."""
+    """Ask the agent of a place.
+
+    Attributes:
+        place: The engine's name.
+        anyway: Use it also if another process of its node has the agent: that is at no place.
+    """
 
     place: str
+    anyway: bool = False
 
 
 class Deliver(NamedTuple):
@@ -305,6 +321,7 @@ class _Place:
         node: Which node it belongs to; empty until it has answered.
         workers: Number of workers of the node's pool.
         wanted: Whether the user has named it, or no node at all.
+        gives_way: Another process of its node has the agent.
         why: Why it was refused.
         wrong_s: When it refused the pool's arguments.
         sent: Calls delivered and not ended, by number.
@@ -320,6 +337,7 @@ class _Place:
     node: str = ""
     workers: int = 1
     wanted: bool = True
+    gives_way: bool = False
     why: str = ""
     wrong_s: float | None = None
     sent: dict[int, tuple[Call, float]] = field(default_factory=dict)
@@ -464,10 +482,10 @@ class Core:
         if place is None or place.state is not State.OPENING:
             return  # lost meanwhile
         place.node, place.workers = event.node, max(1, event.workers)
-        place.wanted = event.wanted
+        place.wanted, place.gives_way = event.wanted, not event.holds
         taken = {one.node for one in self._open()}
         full = self._most_nodes is not None and len(taken) >= self._most_nodes
-        if not place.wanted or place.node in taken or full:
+        if not place.wanted or place.gives_way or place.node in taken or full:
             place.state = State.SPARE
             self._actions.append(Release(place.name))
         else:
@@ -488,6 +506,9 @@ class Core:
             return
         if place.state is State.OPEN and len(self._open()) == 0:
             self._nobody_since_s = self._now_s
+        for one in self._places.values():
+            if one.node == place.node:
+                one.gives_way = False  # it may be the next
         again: list[Call] = []
         for call, _ in place.sent.values():
             call.attempts += 1
@@ -616,20 +637,22 @@ class Core:
         """Ask places that are new, and spare ones whose node has lost its agent."""
         if self._closing and not self._backlog:
             return
-        opened = self._open()
-        taken = {one.node for one in opened}
-        opening = {one.node for one in self._places.values() if one.state is State.OPENING}
-        full = self._most_nodes is not None and len(taken) >= self._most_nodes
+        taken = {one.node for one in self._open()}
         for one in self._places.values():
             if one.state is State.LISTED:
-                one.state = State.OPENING
-                self._actions.append(Open(one.name))
-            elif one.state is State.SPARE and one.wanted and not full:
-                if one.node in taken or one.node in opening:
-                    continue
-                opening.add(one.node)
-                one.state = State.OPENING
-                self._actions.append(Open(one.name))
+                self._ask(one)
+        full = self._most_nodes is not None and len(taken) >= self._most_nodes
+        taken |= {one.node for one in self._places.values() if one.state is State.OPENING}
+        spare = [one for one in self._places.values() if one.state is State.SPARE and one.wanted]
+        # Those that give way last, and only if no place has the agent that they give way to.
+        for one in [] if full else sorted(spare, key=lambda one: one.gives_way):
+            if one.node not in taken and not (one.gives_way and self.is_asking):
+                taken.add(one.node)
+                self._ask(one)
+
+    def _ask(self, place: _Place) -> None:
+        place.state = State.OPENING
+        self._actions.append(Open(place.name, place.gives_way))
 
     def _hand_out(self) -> None:
         free = [one for one in self._open() if not one.posting]

@@ -73,6 +73,7 @@ class Welcome(NamedTuple):
         pid: Process id of the process that the agent is in.
         workers: Number of workers of the pool that fits.
         limits: Name, raw text and source of the limit that binds.
+        holds: No other process of this node has the agent.
     """
 
     protocol: int
@@ -83,6 +84,7 @@ class Welcome(NamedTuple):
     pid: int
     workers: int
     limits: tuple[str, str, str]
+    holds: bool
 
 
 class Packet:

@@ -191,6 +191,7 @@ class _Node:
     Attributes:
         session: Session of the agent there; each opening has its own.
         label: Name of the place in errors.
+        anyway: Whether it is used, whichever process of the machine has the agent.
         pid: Process id of the process there.
         objects: Numbers of shared objects that it has.
         kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
@@ -199,6 +200,7 @@ class _Node:
 
     session: str
     label: str
+    anyway: bool = False
     pid: int = 0
     objects: set[int] = field(default_factory=set)
     kept: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -624,9 +626,11 @@ class Shell:
 
     def _open(self, action: c.Open) -> None:
         self._openings += 1
-        self._nodes[action.place] = _Node(f"{self._id}-{self._openings}", action.place)
-        session = self._nodes[action.place].session
-        self._submit(action.place, "greet", agent.agent_greet, PROTOCOL, session, self._options)
+        node = _Node(f"{self._id}-{self._openings}", action.place, anyway=action.anyway)
+        self._nodes[action.place] = node
+        self._submit(
+            action.place, "greet", agent.agent_greet, PROTOCOL, node.session, self._options
+        )
 
     def _greeted(self, place: str, node: _Node, plain: Any) -> None:
         welcome = Welcome(*plain)
@@ -644,7 +648,8 @@ class Shell:
         wanted = self._names is None or bool(names & self._names)
         # Another call may be on any node, the same one included.
         which = place if one_call else welcome.node
-        self._handle(c.Opened(place, which, welcome.workers, wanted))
+        holds = one_call or node.anyway or welcome.holds
+        self._handle(c.Opened(place, which, welcome.workers, wanted, holds))
         if self._core.is_open(place) and not one_call:
             self._collect(place, node)
 

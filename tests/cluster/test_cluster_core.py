@@ -35,6 +35,15 @@ SCENARIOS: dict[str, Scenario] = {
     "the process with the agent is lost for good": Scenario(
         places=SAME, retries=1, comes_back=False, budget={"lose": 1}
     ),
+    "another cluster pool uses the second process": Scenario(
+        places=SAME, retries=1, holder="q", budget={"lose": 1}
+    ),
+    "a process that is lost still has the agent": Scenario(
+        places=SAME, retries=1, frees=False, budget={"lose": 2}
+    ),
+    "a process of another engine has the agent": Scenario(
+        places=SAME, holder="elsewhere", budget={"lose": 1}
+    ),
     "calls follow each other": Scenario("abcd", known_s=0.02, budget={"lose": 1}),
     "one of two nodes is used": Scenario(places=TWO, most_nodes=1, budget={"lose": 1}),
     "a node that is refused": Scenario(refused="p", budget={"tick": 1}),
@@ -133,14 +142,24 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "free = self._open()",
     ),
     "two agents of one node": (
-        "two processes of one node",
-        "or place.node in taken or full",
-        "or full",
+        "a process that is lost still has the agent",
+        "or place.gives_way or place.node in taken or full",
+        "or place.gives_way or full",
+    ),
+    "nobody has the agent that all give way to": (
+        "a process of another engine has the agent",
+        "if one.node not in taken and not (one.gives_way and self.is_asking):",
+        "if one.node not in taken and not one.gives_way:",
+    ),
+    "they give way for ever": (
+        "a process of another engine has the agent",
+        "self._actions.append(Open(place.name, place.gives_way))",
+        "self._actions.append(Open(place.name))",
     ),
     "a spare process is forgotten": (
         "the process with the agent is lost for good",
-        "elif one.state is State.SPARE and one.wanted and not full:",
-        "elif False:",
+        "for one in [] if full else",
+        "for one in [] if True else",
     ),
     "calls that came back are forgotten": (
         "calls are asked back",

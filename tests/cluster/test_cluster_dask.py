@@ -347,10 +347,29 @@ def test_a_node_that_is_lost_costs_what_it_had_begun(tmp_path: Path) -> None:
     }
 
 
+# A program beside it, whose cluster pools begin at the same moments.
 QUOTA = """
-with Client(sys.argv[1]) as client, ClusterPool(client) as pool:
+def in_worker(_=None):
+    return os.getppid(), os.getpid()
+
+with Client(sys.argv[1]) as client:
     client.wait_for_workers(2)
-    told(size=pool.submit(abs, 1).result() and pool.size, nodes=len(pool.nodes()))
+    pids = client.run(os.getpid)
+    with ClusterPool(client) as pool:
+        told(size=pool.submit(abs, 1).result() and pool.size, nodes=len(pool.nodes()))
+    pools = [ClusterPool(client, retries=1) for _ in range(5)]
+    pools.append(ClusterPool(client, retries=1, max_tasks_per_child=100))
+    futures = [pool.submit(in_worker) for pool in pools]
+    told(workers=len({one.result() for one in futures}))
+    (place,) = {node.place for pool in pools for node in pool.nodes()}
+    told(place=place)
+    if len(sys.argv) > 2:
+        os.kill(pids[place], signal.SIGKILL)
+        await_(lambda: all(place not in [node.place for node in pool.nodes()] for pool in pools), "it is lost")
+        told(again=[pool.submit(abs, -n).result() for n, pool in enumerate(pools)])
+        told(others=len({node.place for pool in pools for node in pool.nodes()}))
+    for pool in pools:
+        pool.shutdown()
 """
 
 
@@ -359,4 +378,12 @@ def test_workers_of_one_quota_are_one_node_that_fits_it(tmp_path: Path) -> None:
     with control_group(cpus=1) as group, dask_cluster(tmp_path) as cluster:
         cluster.worker(group=group)
         cluster.worker(group=group)
-        assert cluster.run(QUOTA) == {"size": 1, "nodes": 1}
+        programs = [cluster.start_program(QUOTA) for _ in range(2)]
+        found = [cluster.told_by(program) for program in programs]
+        (place,) = {facts.pop("place") for facts in found}
+        # Those of other options have workers of their own.
+        assert found == [{"size": 1, "nodes": 1, "workers": 2}] * 2
+        last = cluster.run(QUOTA, "kill it")
+        assert last["place"] == place
+        assert last["again"] == [0, 1, 2, 3, 4, 5]
+        assert last["others"] == 1

@@ -71,7 +71,7 @@ class Engine:
 
 def welcome(**facts: Any) -> tuple[Any, ...]:
     usual = Welcome(
-        PROTOCOL, python_version(), safepool.__version__, "n", "host", 1, 2, ("a", "b", "c")
+        PROTOCOL, python_version(), safepool.__version__, "n", "host", 1, 2, ("a", "b", "c"), True
     )
     return tuple(usual._replace(**facts))
 
