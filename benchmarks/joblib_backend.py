@@ -224,7 +224,7 @@ def run(case: str, backend: str, members: Path | None) -> dict[str, float]:
 @contextlib.contextmanager
 def group(cpus: float | None) -> Iterator[Path | None]:
     """Make a group with a quota; ``None`` is no group."""
-    from safepool.cli.demo_group import quota_group
+    from host.groups import quota_group
 
     if cpus is None:
         yield None

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from contenders import descendants
 from figures import show
-
-from safepool.cli.demo_group import QuotaGroup, quota_group
-from safepool.cli.demo_pretend import environment
+from host.groups import QuotaGroup, quota_group
+from host.pretend import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

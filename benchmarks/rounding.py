@@ -85,7 +85,7 @@ def main() -> None:
         print(json.dumps(measure(options.child, options.seconds)))
         return
 
-    from safepool.cli.demo_group import quota_group
+    from host.groups import quota_group
 
     for quota in QUOTAS:
         runs: dict[str, list[list[float]]] = {rounding: [] for rounding in ROUNDINGS}

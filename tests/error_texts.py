@@ -141,7 +141,7 @@ BY_MODULE = {
     "safepool/workers/runner.py": "Internal: the worker ends. Report it",
     "safepool/transport/held.py": "Internal: the object is sent in another way",
     "safepool/cli/report.py": "Internal: told as a ReportError",
-    "safepool/cli/demo_group.py": "End those processes, then run the command that the error shows",
+    "benchmarks/host/groups.py": "End those processes, then run the command that the error shows",
 }
 
 
@@ -173,7 +173,9 @@ class Row:
 @functools.cache
 def rows() -> list[Row]:
     """List each text once, in the order of the table."""
-    found = {row for path in sorted((ROOT / "safepool").rglob("*.py")) for row in _rows_of(path)}
+    folders = (ROOT / "safepool", ROOT / "benchmarks" / "host")
+    paths = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    found = {row for path in paths for row in _rows_of(path)}
     return sorted(found | set(_arguments()))
 
 

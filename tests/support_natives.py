@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safepool.cli import demo_pretend
+from safepool.cli import demo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -471,8 +471,8 @@ def shim(folder: Path) -> str | None:
         folder: For the file; once for each.
     """
     try:
-        return str(demo_pretend.build(folder))
-    except demo_pretend.PretendError:
+        return str(demo.host().pretend.build(folder))
+    except demo.host().PretendError:
         return None
 
 

@@ -15,9 +15,7 @@ import safepool
 from safepool import machine
 from safepool.budget import Budget, fit
 from safepool.cli import doctor, limits_screen, main, report, run
-from safepool.cli.demo_measure import Half
-from safepool.cli.demo_options import Options
-from safepool.cli.demo_report import Comparison, Conditions
+from safepool.cli.demo_report import Half
 from safepool.cli.demo_report import Report as DemoReport
 from safepool.limits import Limit, Limits, MemoryLimit, PidsLimit, SharedMemory, Throttling
 from safepool.limits._types import Skipped
@@ -96,28 +94,18 @@ def doctors_report() -> doctor.Report:
 
 
 def demo_report() -> DemoReport:
-    half = Half(
-        pool="standard",
-        start_method="fork",
-        workers=1,
-        threads=1,
-        seconds=None,
-        tasks_done=0,
-        cut_off=False,
-        error=HOSTILE,
-        throttling=None,
-    )
+    half = Half(pool="standard", workers=1, threads=1, error=HOSTILE)
     return DemoReport(
-        conditions=Conditions(
-            options=Options(cpus=1.0),
-            limit=limits().affinity,
-            machine_cpus=2,
-            no_group=HOSTILE,
-            versions={},
-        ),
+        tasks=1,
+        points=16,
+        cpus_asked=1.0,
+        bound_s=1.0,
+        versions={},
+        machine_cpus=2,
+        limit=limits().affinity,
+        no_group=HOSTILE,
         standard=half,
         safepool=half,
-        comparison=Comparison(compared=0, equal=True, largest_difference=None),
     )
 
 
@@ -153,7 +141,7 @@ SCREENS: dict[str, Callable[[Path], list[str]]] = {
     "doctor": lambda _: [doctors_report().as_text(), doctors_report().as_json()],
     "run --explain": lambda _: [plan().as_text()],
     "demo": lambda _: [
-        *demo_report().conditions.lines(),
+        *demo_report().opening_lines(),
         *demo_report().closing_lines(),
         demo_report().as_json(),
     ],

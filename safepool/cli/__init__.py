@@ -40,13 +40,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
-from safepool.cli.demo_options import (
-    FEWEST_POINTS,
-    LEAST_CPUS,
-    MOST_PRETENDED,
-    MOST_TASKS,
-    Options,
-)
 from safepool.cli.errors import CommandError
 from safepool.cli.text import WIDTH
 from safepool.errors import MissingExtraError, SafepoolError
@@ -58,8 +51,6 @@ if TYPE_CHECKING:
     from safepool.cli.run import Plan
 
 __all__ = ["main"]
-
-_DEFAULTS = Options()
 
 _FINE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
 
@@ -172,14 +163,15 @@ def _run_limits(options: argparse.Namespace) -> int:
 def _run_demo(options: argparse.Namespace) -> int:
     from safepool.cli import demo  # noqa: PLC0415 -- only the command that is asked for
 
-    asked = Options(
+    return demo.run(
         tasks=options.tasks,
         points=options.points,
+        bound_s=options.bound,
         cpus=options.cpus,
         pretend_host_cpus=options.pretend_host_cpus,
-        bound_s=options.bound,
+        plot=options.plot,
+        as_json=options.json,
     )
-    return demo.run(asked, as_json=options.json, plot=options.plot)
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
@@ -563,30 +555,38 @@ Exit codes: 0 fine, 1 safepool's pool failed, was cut off or had other results,
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    # The defaults end within a minute on a laptop: alone on one CPU the batch takes about a
+    # second, and the pool that takes longer than the bound is cut off.
     demo.add_argument(
         "--tasks",
-        type=_whole_number(at_least=1, at_most=MOST_TASKS),
-        default=_DEFAULTS.tasks,
+        # Their results, of 81 numbers each, are compared in memory.
+        type=_whole_number(at_least=1, at_most=100_000),
+        default=192,
         metavar="N",
         help="number of tasks (%(default)s)",
     )
     demo.add_argument(
         "--points",
-        type=_whole_number(at_least=FEWEST_POINTS),
-        default=_DEFAULTS.points,
+        # A task's result keeps this many numbers of each operation.
+        type=_whole_number(at_least=16),
+        default=150,
         metavar="N",
         help="scattered points, and rows of the matrices, in each task (%(default)s)",
     )
     demo.add_argument(
         "--cpus",
-        type=_number(at_least=LEAST_CPUS),
+        # The kernel takes no quota below 1 ms, of a period of 100 ms (sched-bwc.rst).
+        type=_number(at_least=0.01),
         metavar="X",
         help="run under a quota of X CPUs, in a control group made for it and removed again "
         "(Linux, as root; elsewhere it is left out)",
     )
     demo.add_argument(
         "--pretend-host-cpus",
-        type=_whole_number(at_least=1, at_most=MOST_PRETENDED),
+        # The standard pool then has 128 x 128 threads (NumPy and SciPy bring an OpenBLAS each,
+        # compiled for 64): half of the 32,768 that Linux has numbers for by default
+        # (proc_sys_kernel(5)).
+        type=_whole_number(at_least=1, at_most=128),
         metavar="N",
         help="let Python and native libraries believe in N CPUs, as in a container on a host of "
         "that size (Linux, with a C compiler; the limit stays real)",
@@ -594,7 +594,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--bound",
         type=_number(at_least=0.01),
-        default=_DEFAULTS.bound_s,
+        default=20.0,
         metavar="SECONDS",
         help="cut a pool off after this time (%(default)g)",
     )
@@ -607,12 +607,10 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
 
 
 def _picture(text: str) -> Path:
-    from safepool.cli.demo_plot import ENDINGS  # noqa: PLC0415 -- only where it is asked for
-
     path = Path(text)
-    if path.suffix.lower() not in ENDINGS:
+    if path.suffix.lower() not in {".svg", ".png"}:
         raise argparse.ArgumentTypeError(
-            f"expected a file that ends in {' or '.join(ENDINGS)}, found {text!a}"
+            f"expected a file that ends in .svg or .png, found {text!a}"
         )
     return path
 

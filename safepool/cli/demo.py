@@ -1,20 +1,11 @@
 """Floor 7: ``safepool demo``: one batch of SciPy and NumPy work in both pools, compared.
 
 First ``concurrent.futures.ProcessPoolExecutor()`` as people write it, then
-``safepool.ProcessPool()``: the same tasks, each half in a fresh child process, under this
-process's own limits or (``--cpus``) under a real quota. It computes none of the numbers that
-it prints, and changes nothing of the environment that the halves run in, unless both are to
-believe in a larger machine (``--pretend-host-cpus``).
-
-    demo_options    what can be asked for
-    demo_tasks      the work
-    demo_half       the child process: one pool, the whole batch
-    demo_measure    runs a child, counts its threads from outside, cuts it off
-    demo_processes  counting and ending other processes
-    demo_group      the control group with the quota
-    demo_pretend    the larger machine, with --pretend-host-cpus
-    demo_report     the table, the sentence below it, and JSON
-    demo_plot       the picture, with --plot
+``safepool.ProcessPool()``: the same tasks, each half in a fresh child process (``demo_half``),
+under this process's own limits. It computes none of the numbers that it prints, and changes
+nothing of the environment that the halves run in. ``demo_report`` has the table, the sentence
+below it, and JSON. A quota, a pretended larger host and the picture are shared with the
+benchmarks (``benchmarks/host``; the wheel has the folder as ``safepool/cli/host``).
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -44,126 +35,321 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
+import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
+import safepool
+from safepool import procfs
 from safepool.cli.colour import paint_for
-from safepool.cli.demo_group import NoGroupError, QuotaGroup, quota_group
-from safepool.cli.demo_measure import POOLS, measure
-from safepool.cli.demo_plot import check_plot, draw
-from safepool.cli.demo_pretend import PretendError, check_room, environment, seen_from_inside
-from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
-from safepool.errors import MissingExtraError
-from safepool.limits import read_limits
+from safepool.cli.demo_report import POOLS, Comparison, Half, Report
+from safepool.cli.errors import CommandError
+from safepool.errors import MissingExtraError, describe_exit
+from safepool.limits import read_limits, read_throttling
+from safepool.workers.tree import descendants, signal_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
     from types import FrameType
 
-    from safepool.cli.demo_options import Options
-    from safepool.limits import Limit
+    from safepool.limits import Limit, Throttling
+    from safepool.workers.tree import Descendant
 
-__all__ = ["compare", "run"]
+__all__ = ["Setting", "compare", "host", "measure", "run", "undisturbed"]
 
 _NEEDED = ("numpy", "scipy")
-_REMEDY = "pip install 'safepool[demo]'"
 _PREFIX = "safepool-demo-"
 # Python's fork server makes a socket in a folder of its own in the demo's, and no socket's path
 # has more than 107 bytes (unix(7)). With a longer one it uses /tmp, and when it is killed it
 # leaves its folder there.
 _LONGEST = 107 - len(f"/{_PREFIX}12345678/pymp-12345678/sock-123456789012")
 
+# 20 ms: some dozens of readings even of a fast batch, and under 1 % of a CPU for the counting.
+_SAMPLE_S = 0.02
+# SciPy's import alone takes seconds at half a CPU; a start that takes longer has failed.
+_START_WITHIN_S = 120.0
+# How long a child may take to shut its pool down; that is not part of what is measured.
+_LEAVE_WITHIN_S = 10.0
+# A process that its quota has frozen dies when it runs again: at most one period (0.1 s) for
+# each share of the quota that it owes. Longer means that the kernel itself holds it.
+_GONE_WITHIN_S = 5.0
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-def run(options: Options, *, as_json: bool, plot: Path | None = None) -> int:
+# Runs first in the child. It joins the group before anything else, so that imports and
+# workers are inside too. If memory runs out, the kernel is to take one of the demo's processes
+# and nobody else's (proc_pid_oom_score_adj(5)). The interpreter it came from is the caller's own.
+# The package's folder goes last: it must not shadow anything, and is only needed where the
+# caller's path was changed by hand.
+_BOOTSTRAP = """\
+import sys
+members_file, folder = sys.argv[1:3]
+del sys.argv[1:3]
+if members_file:
+    with open(members_file, "w") as file:
+        file.write("0")
+try:
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+except OSError:
+    pass
+if folder not in sys.path:
+    sys.path.append(folder)
+import runpy
+runpy.run_module("safepool.cli.demo_half", run_name="__main__", alter_sys=True)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Surroundings of both halves. By default they are this process's own.
+
+    Attributes:
+        limit: The ceiling that binds in both halves.
+        no_group: Why there is no quota although one was asked for; ``None`` otherwise.
+        variables: Variables that are added to the environment of a half.
+        members_file: File of a control group that a half joins by writing ``0`` to it.
+        throttling: Reads how often the kernel has frozen a half's group.
+        empty: Ends every process that is left in the group.
+    """
+
+    limit: Limit = field(default_factory=lambda: read_limits().binding)
+    no_group: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    members_file: Path | None = None
+    throttling: Callable[[], Throttling | None] = read_throttling
+    empty: Callable[[], None] = lambda: None
+
+
+def run(
+    *,
+    tasks: int,
+    points: int,
+    bound_s: float,
+    cpus: float | None = None,
+    pretend_host_cpus: int | None = None,
+    plot: Path | None = None,
+    as_json: bool = False,
+) -> int:
     """Run both halves, print what was measured, and leave nothing behind.
 
     Args:
-        options: The parsed command line.
-        as_json: Print one JSON object in place of the table.
+        tasks: Number of tasks.
+        points: Size of each, at least 16.
+        bound_s: Seconds after which a half is cut off.
+        cpus: Quota to run under, at least 0.01; ``None`` for the limits there are.
+        pretend_host_cpus: CPUs that both halves believe in; ``None`` for those that there are.
         plot: Where to draw a picture.
+        as_json: Print one JSON object in place of the table.
 
     Returns:
         Exit code: 0, or 1 if the comparison failed.
 
     Raises:
         MissingExtraError: NumPy or SciPy is not installed, or matplotlib for a picture.
-        PlotError: The picture cannot be written.
-        PretendError: A larger machine cannot be pretended.
-        GroupLeftError: The control group could not be removed.
+        SafepoolError: A larger machine cannot be pretended, the picture cannot be written, or
+            the control group could not be removed.
     """
     for package in _NEEDED:
         if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, _REMEDY)
+            raise MissingExtraError(package, "pip install 'safepool[demo]'")
+    asked = {"cpus": cpus, "pretend_host_cpus": pretend_host_cpus}
+    changed = any(value is not None for value in asked.values())
     if plot is not None:
-        check_plot(plot)
-    with ExitStack() as stack:
-        stack.enter_context(_endings_clean_up())
-        made = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_short_folder())
-        folder = Path(stack.enter_context(made))
-        variables = _pretended(options, folder)
-        group, no_group = _enter_group(stack, _quota(options))
-        conditions = Conditions(
-            options=options,
-            limit=_binding(group, options.pretend_host_cpus),
+        host().check_plot(plot)
+    # nohup has them ignored, and a program that runs us may handle them itself: left alone.
+    ours = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    with (
+        # kill and a closed terminal unwind as Ctrl-C does, so that the group goes too.
+        _signals(_leave, ours),
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_short_folder()) as made,
+        host().setting(**asked, points=points, folder=Path(made))
+        if changed
+        else nullcontext(Setting()) as setting,
+    ):
+        report = Report(
+            tasks=tasks,
+            points=points,
+            cpus_asked=cpus,
+            bound_s=bound_s,
+            versions={
+                "Python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _NEEDED},
+            },
+            pretend_host_cpus=pretend_host_cpus,
             machine_cpus=os.cpu_count() or 1,
-            no_group=no_group,
-            versions=_versions(),
+            limit=setting.limit,
+            no_group=setting.no_group,
         )
-        report = _run_halves(
-            conditions, group=group, variables=variables, folder=folder, quiet=as_json
-        )
+        _fill(report, setting, Path(made), quiet=as_json)
     if as_json:
         print(report.as_json(), flush=True)
-    else:
-        paint = paint_for(sys.stdout, os.environ)
-        print(*report.closing_lines(paint), sep="\n", flush=True)
     if plot is not None:
-        draw(report, plot)
+        host().draw(report, plot)
     return 1 if report.failed else 0
 
 
-def _run_halves(
-    conditions: Conditions,
-    *,
-    group: QuotaGroup | None,
-    variables: Mapping[str, str],
-    folder: Path,
-    quiet: bool,
-) -> Report:
+def host() -> Any:
+    """Return the package of the quota, the pretended host and the picture.
+
+    Raises:
+        CommandError: This copy of safepool was installed without it.
+    """
+    name = "safepool.cli.host"
+    if name not in sys.modules:
+        parents = Path(__file__).parents
+        places = (parents[0] / "host", parents[2] / "benchmarks" / "host")
+        code = next((one for place in places if (one := place / "__init__.py").is_file()), None)
+        spec = code and importlib.util.spec_from_file_location(name, code)
+        if not spec or spec.loader is None:
+            raise CommandError(
+                f"--cpus, --pretend-host-cpus and --plot need {places[0]}, which is missing. "
+                "Install safepool again, with pip"
+            )
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _fill(report: Report, setting: Setting, folder: Path, *, quiet: bool) -> None:
     """Run one half after the other; each row is printed as soon as it is known."""
-    options = conditions.options
-    halves = {}
-    if not quiet:
-        print(*conditions.lines(), sep="\n", flush=True)
-    for name in POOLS:
-        halves[name] = measure(
-            name,
-            tasks=options.tasks,
-            points=options.points,
-            bound_s=options.bound_s,
-            results_file=folder / f"{name}.npy",
-            group=group,
-            variables=variables,
-        )
-        if not quiet and name == "standard":
-            print(table_row(halves[name], options.tasks, None, bound=False), flush=True)
-    report = Report(
-        conditions=conditions,
-        **halves,
-        comparison=compare(folder / "standard.npy", folder / "safepool.npy"),
-    )
-    if not quiet:
-        print(report.row(report.safepool, paint_for(sys.stdout, os.environ)), flush=True)
-    return report
+    paint = paint_for(sys.stdout, os.environ)
+
+    def show(*lines: str) -> None:
+        if not quiet:
+            print(*lines, sep="\n", flush=True)
+
+    show(*report.opening_lines())
+    files = [folder / f"{name}.npy" for name in POOLS]
+    report.standard = measure("standard", report, setting, files[0])
+    show(report.row(report.standard))
+    report.safepool = measure("safepool", report, setting, files[1])
+    report.comparison = compare(*files)
+    show(report.row(report.safepool, paint), *report.closing_lines(paint))
+
+
+def _short_folder() -> str | None:
+    """Return where the demo's own folder is made; ``None`` is where the user wants it."""
+    too_long = len(os.fsencode(tempfile.gettempdir())) > _LONGEST
+    return "/tmp" if too_long and os.access("/tmp", os.W_OK) else None
+
+
+def measure(name: str, asked: Report, setting: Setting, results_file: Path) -> Half:
+    """Run one half in a child process, and wait for its end.
+
+    Args:
+        name: A key of ``POOLS``.
+        asked: Has the number of tasks, their size and the bound.
+        setting: Surroundings of the half.
+        results_file: A ``.npy`` file for the child to make; ``demo_half`` says what is in it.
+
+    Returns:
+        The measurement. No process of the half is left.
+    """
+    half = Half(pool=POOLS[name])
+    arguments = [str(setting.members_file or ""), str(Path(safepool.__file__).parents[1])]
+    arguments += [name, str(asked.tasks), str(asked.points), str(results_file)]
+    told, said = (results_file.with_suffix(f".{ending}") for ending in ("told", "said"))
+    child = None
+    try:
+        with told.open("w") as stdout, said.open("w") as stderr:
+            child = subprocess.Popen(
+                # -P: a random.py that lies where the user happens to be must not be imported.
+                [sys.executable, "-P", "-c", _BOOTSTRAP, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=stdout,
+                stderr=stderr,
+                # Else the environment is the caller's, word for word.
+                env={**os.environ, **setting.variables} if setting.variables else None,
+                # A process group of its own, that can be ended as one, and that the terminal's
+                # Ctrl-C does not reach: whoever measures ends it.
+                start_new_session=True,
+            )
+        with told.open(errors="replace") as lines:
+            ending = _follow(child, lines, half, asked.bound_s, setting)
+        _close_stdin(child)
+        if not (ending or half.cut_off):
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_LEAVE_WITHIN_S)
+    finally:
+        with undisturbed():
+            if child is not None:
+                _end_all(child)
+                _close_stdin(child)
+            setting.empty()
+    if half.seconds is None:
+        texts = said.read_text(errors="replace").strip().splitlines()
+        half.error = texts[-1] if texts else ending or describe_exit(child.returncode)
+    return half
+
+
+def _close_stdin(child: subprocess.Popen[bytes]) -> None:
+    if child.stdin is not None:
+        with suppress(OSError):
+            child.stdin.close()
+
+
+def _follow(
+    child: subprocess.Popen[bytes], lines: IO[str], half: Half, bound_s: float, setting: Setting
+) -> str:
+    """Read messages and count threads until the half has finished, or its time is up.
+
+    Returns:
+        Why there is no result, for a child that says nothing about it.
+    """
+    pids: list[int] = []
+    started, latest_s, before, rest = time.monotonic(), _START_WITHIN_S, None, ""
+    while half.seconds is None:
+        ended = child.poll() is not None
+        rest += lines.read()
+        *whole, rest = rest.split("\n")
+        for message in map(_message, whole):
+            if "start_method" in message:
+                half.start_method = message["start_method"]
+                started, latest_s, before = time.monotonic(), bound_s, setting.throttling()
+            pids = message.get("pids", pids)
+            half.tasks_done = message.get("done", half.tasks_done)
+            half.seconds = message.get("seconds")
+        _count(pids, half)
+        if half.seconds is not None or ended:
+            break
+        if time.monotonic() - started > latest_s:
+            if half.start_method is None:
+                return f"its imports took more than {_START_WITHIN_S:.0f} s"
+            half.cut_off, half.seconds = True, bound_s
+        else:
+            time.sleep(_SAMPLE_S)
+    if before is not None and (after := setting.throttling()) is not None:
+        half.throttling = after - before
+    return ""
+
+
+def _message(line: str) -> dict[str, Any]:
+    # Native libraries print what they like; only lines of the protocol count.
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _count(pids: list[int], half: Half) -> None:
+    """Count workers and their threads, which only Linux lists for other processes."""
+    counts = [len(procfs.threads(pid)) for pid in pids]
+    if platform.system() == "Linux":
+        counts = [count for count in counts if count]
+        half.threads = max(half.threads or 0, sum(counts)) or None
+    half.workers = max(half.workers or 0, len(counts)) or None
 
 
 def compare(standard: Path, safepool: Path) -> Comparison:
@@ -173,101 +359,78 @@ def compare(standard: Path, safepool: Path) -> Comparison:
         standard: The file that one half made, if it got so far.
         safepool: The file that the other half made, if it got so far.
     """
-    nothing = Comparison(compared=0, equal=True, largest_difference=None)
     if not (standard.exists() and safepool.exists()):
-        return nothing
+        return Comparison()
     # Optional, so imported where it is used; and after the halves, which it cannot disturb.
     import numpy as np  # noqa: PLC0415
 
     ours, theirs = np.load(safepool), np.load(standard)
     done = (ours[:, 0] == 1.0) & (theirs[:, 0] == 1.0)
     if not done.any():
-        return nothing
+        return Comparison()
     ours, theirs = ours[done], theirs[done]
     return Comparison(
         compared=int(done.sum()),
-        equal=bool(np.allclose(ours, theirs, rtol=RTOL, atol=ATOL)),
+        equal=bool(np.allclose(ours, theirs, rtol=Comparison().rtol, atol=Comparison().atol)),
         largest_difference=float(np.abs(ours - theirs).max()),
     )
 
 
-def _short_folder() -> str | None:
-    """Return where the demo's own folder is made; ``None`` is where the user wants it."""
-    too_long = len(os.fsencode(tempfile.gettempdir())) > _LONGEST
-    return "/tmp" if too_long and os.access("/tmp", os.W_OK) else None
+if sys.platform == "win32":
+
+    def _end_all(process: subprocess.Popen[bytes]) -> None:
+        # Ends the children by their parent's id; there is no group to signal.
+        command = ["taskkill", "/T", "/F", "/PID", str(process.pid)]
+        subprocess.run(command, check=False, capture_output=True)
+        process.wait()
+
+else:
+
+    def _end_all(process: subprocess.Popen[bytes]) -> None:
+        """End a child process and everything that it has started, and wait for their end."""
+        # Stopped first: a process that still runs could start another one behind the listing.
+        # Popen signals only a child that it has not waited for, so never a reused id.
+        process.send_signal(signal.SIGSTOP)
+        below = descendants(process.pid) if process.returncode is None else set()
+        signal_all(below, signal.SIGKILL)
+        # Its own session is its own process group: this reaches what has lost its parent.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + _GONE_WITHIN_S
+        while any(map(_runs, below)) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
-def _pretended(options: Options, folder: Path) -> dict[str, str]:
-    """Return what makes a child believe in another machine; nothing if it is to see this one."""
-    cpus = options.pretend_host_cpus
-    if cpus is None:
-        return {}
-    check_room(read_limits(), cpus, options.points)
-    return environment(cpus, folder)
+def _runs(one: Descendant) -> bool:
+    stat = procfs.read_stat(one.pid)
+    # Zombies have ended; only their parent, or init, can take them off the list.
+    return stat is not None and stat.started == one.started and stat.state not in "ZX"
 
 
-def _quota(options: Options) -> float | None:
-    """Return the quota to make: what was asked for, or what a pretended host needs."""
-    if options.pretend_host_cpus is None:
-        return options.cpus
-    limits = read_limits()
-    real = limits.affinity.cpus
-    if options.cpus is None:
-        # The CPUs that there are, unless a quota that is there already says as much.
-        enough = limits.cpu_quota is not None and limits.cpu_quota <= (real or math.inf)
-        return None if enough else real
-    if real is not None and options.cpus > real:
-        raise PretendError(
-            f"--cpus {options.cpus:g} is more than the {real:g} CPUs that there really are"
-        )
-    return options.cpus
-
-
-def _enter_group(stack: ExitStack, cpus: float | None) -> tuple[QuotaGroup | None, str | None]:
-    """Make the group that was asked for, or say why there is none."""
-    if cpus is None:
-        return None, None
-    try:
-        return stack.enter_context(quota_group(cpus)), None
-    except NoGroupError as error:
-        return None, error.reason
-
-
-def _binding(group: QuotaGroup | None, pretended: int | None) -> Limit:
-    """Return what binds inside the group: its own quota, or something tighter outside it."""
-    limits = read_limits()
-    if pretended is not None:
-        inside = () if group is None else (group.limit,)
-        limits = seen_from_inside(replace(limits, quotas=(*inside, *limits.quotas)), pretended)
-    outside = limits.binding
-    if group is None or (outside.cpus or math.inf) < (group.limit.cpus or math.inf):
-        return outside
-    return group.limit
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: importlib.metadata.version(name) for name in _NEEDED}
-    return {"Python": platform.python_version(), **packages}
+def undisturbed() -> AbstractContextManager[None]:
+    """Keep a second Ctrl-C, a SIGTERM or a closed terminal from cutting a clean-up short."""
+    return _signals(signal.SIG_IGN, (signal.SIGINT, *_ENDINGS))
 
 
 @contextmanager
-def _endings_clean_up() -> Iterator[None]:
-    """Let ``kill`` and a closed terminal unwind as Ctrl-C does, so that the group goes too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # nohup has them ignored, and a program that runs us may handle them itself: left alone.
-    ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, _leave)
+def _signals(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
+    """Handle signals in this way for a while.
+
+    Outside the main thread Python never delivers them, so there is nothing to handle.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+        for number, found in before.items():
+            # None: installed by native code, which Python cannot put back.
+            if found is not None:
+                signal.signal(number, found)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    # As a shell reports a program that a signal has ended.
+    # As a shell reports a program that a signal has ended; it unwinds as Ctrl-C does.
     raise SystemExit(128 + number)

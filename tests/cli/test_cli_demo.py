@@ -21,11 +21,11 @@ import support_schemas
 from support_processes import still_alive
 
 import safepool
-from safepool.cli import demo, demo_measure, main
-from safepool.cli.demo_group import NoGroupError
+from safepool.cli import demo, main
+from safepool.cli.demo_report import Report
 
 if TYPE_CHECKING:
-    from safepool.cli.demo_measure import Half
+    from safepool.cli.demo_report import Half
 
 REPOSITORY = Path(safepool.__file__).parent.parent
 SMALL = ("--tasks", "8", "--points", "30")
@@ -173,9 +173,9 @@ def test_no_group_is_one_line_and_the_demo_still_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(cpus: float) -> None:
-        raise NoGroupError(f"nobody makes a group of {cpus:g} CPUs here")
+        raise demo.host().NoGroupError(f"nobody makes a group of {cpus:g} CPUs here")
 
-    monkeypatch.setattr(demo, "quota_group", refuse)
+    monkeypatch.setattr(demo.host(), "quota_group", refuse)
 
     assert main(["demo", *SMALL, "--cpus", "0.5"]) == 0
 
@@ -210,7 +210,7 @@ def test_a_half_that_fails_says_why(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last line of its error, in one sentence, and exit code 1."""
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", "raise RuntimeError('out of luck')")
+    monkeypatch.setattr(demo, "_BOOTSTRAP", "raise RuntimeError('out of luck')")
 
     assert main(["demo", *SMALL, "--json"]) == 1
 
@@ -224,7 +224,7 @@ def test_a_half_that_fails_says_why(
 def test_a_half_that_dies_without_a_word_is_described(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", "import os; os._exit(7)")
+    monkeypatch.setattr(demo, "_BOOTSTRAP", "import os; os._exit(7)")
 
     half = measure_small(tmp_path)
 
@@ -237,7 +237,7 @@ def test_what_else_a_half_prints_is_no_message(
 ) -> None:
     """Native libraries write to standard output; the count must not suffer from it."""
     noise = "print('{OpenBLAS warning}'); print('[1, 2]')\n"
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", noise + demo_measure._BOOTSTRAP)
+    monkeypatch.setattr(demo, "_BOOTSTRAP", noise + demo._BOOTSTRAP)
 
     half = measure_small(tmp_path)
 
@@ -250,7 +250,7 @@ def test_a_half_works_with_every_start_method(
 ) -> None:
     """Other Pythons and systems have other defaults; helpers of theirs are no workers."""
     choose = f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", choose + demo_measure._BOOTSTRAP)
+    monkeypatch.setattr(demo, "_BOOTSTRAP", choose + demo._BOOTSTRAP)
 
     # Not in tmp_path: a socket of multiprocessing's is there, whose path may have 107 characters.
     with tempfile.TemporaryDirectory() as folder:
@@ -264,9 +264,9 @@ def test_a_half_works_with_every_start_method(
 def test_a_start_that_takes_too_long_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", "import time; time.sleep(60)")
-    monkeypatch.setattr(demo_measure, "_START_WITHIN_S", 0.2)
-    monkeypatch.setattr(demo_measure, "_LEAVE_WITHIN_S", 0.2)
+    monkeypatch.setattr(demo, "_BOOTSTRAP", "import time; time.sleep(60)")
+    monkeypatch.setattr(demo, "_START_WITHIN_S", 0.2)
+    monkeypatch.setattr(demo, "_LEAVE_WITHIN_S", 0.2)
 
     half = measure_small(tmp_path)
 
@@ -275,14 +275,11 @@ def test_a_start_that_takes_too_long_is_an_error(
 
 
 def measure_small(folder: Path) -> Half:
-    return demo_measure.measure(
-        "standard",
-        tasks=4,
-        points=30,
-        bound_s=80.0,
-        results_file=folder / "standard.npy",
-        group=None,
+    setting = demo.Setting()
+    asked = Report(
+        tasks=4, points=30, bound_s=80.0, versions={}, machine_cpus=1, limit=setting.limit
     )
+    return demo.measure("standard", asked, setting, folder / "standard.npy")
 
 
 def test_the_environment_of_a_half_is_the_callers(
@@ -296,7 +293,7 @@ def test_the_environment_of_a_half_is_the_callers(
     # does not show.
     plain = tmp_path / "plain.json"
     subprocess.run([sys.executable, "-c", show, str(plain)], check=True, timeout=60)
-    monkeypatch.setattr(demo_measure, "_BOOTSTRAP", show)
+    monkeypatch.setattr(demo, "_BOOTSTRAP", show)
 
     measure_small(tmp_path)
 
@@ -383,19 +380,3 @@ def test_without_results_nothing_is_compared_and_numpy_not_needed(
     monkeypatch.setitem(sys.modules, "numpy", None)
 
     assert demo.compare(tmp_path / "standard.npy", tmp_path / "safepool.npy").compared == 0
-
-
-def test_a_system_without_room_for_a_thread_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def refuse(_thread: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("threading.Thread.start", refuse)
-
-    assert main(["demo", *SMALL]) == 1
-
-    err = capsys.readouterr().err
-    assert (
-        err == "safepool: error: the system refuses: no further thread: can't start new thread\n"
-    )

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 import support_cgroups
 
-from safepool.cli import demo_group
-from safepool.cli.demo_group import GroupLeftError, NoGroupError, Site, find_site, quota_group
+from safepool.cli import demo
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safepool.cli.demo_group import QuotaGroup
     from safepool.limits import Throttling
+
+groups = demo.host().groups
+GroupLeftError, NoGroupError, Site = groups.GroupLeftError, groups.NoGroupError, groups.Site
+find_site, quota_group = groups.find_site, groups.quota_group
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 
@@ -138,7 +140,7 @@ def test_version_2_is_written_and_put_back(
     files, _ = SITES["v2, the real root does not yet"]
     root = captured(tmp_path, files)
     # The kernel's files go with their directory; a real one must be emptied.
-    monkeypatch.setattr(demo_group, "_remove_empty", shutil.rmtree)
+    monkeypatch.setattr(groups, "_remove_empty", shutil.rmtree)
 
     with quota_group(0.5, root=root) as group:
         assert (root / TOP / "cgroup.subtree_control").read_text() == "+cpu"
@@ -166,7 +168,7 @@ def test_a_group_that_does_not_go_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, _ = SITES["v2, the real root hands out cpu"]
-    monkeypatch.setattr(demo_group, "_EMPTY_WITHIN_S", 0.05)
+    monkeypatch.setattr(groups, "_EMPTY_WITHIN_S", 0.05)
 
     # A captured machine's directory keeps its files, so it cannot be removed.
     with pytest.raises(GroupLeftError) as caught, quota_group(1, root=captured(tmp_path, files)):
@@ -209,7 +211,7 @@ def test_the_group_is_real_and_ends_with_all_that_is_in_it() -> None:
     assert group.throttling() is None
 
 
-def wait_until_throttled(group: QuotaGroup) -> Throttling:
+def wait_until_throttled(group: groups.QuotaGroup) -> Throttling:
     """One process that spins has more than a quarter of a CPU at once, where it comes first."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -241,11 +243,12 @@ def test_the_group_goes_when_the_block_raises() -> None:
 def test_more_than_the_groups_above_allow_is_refused() -> None:
     """Version 1 lets no group have more than its parent: no group, and a reason."""
     code = (
-        "from safepool.cli.demo_group import NoGroupError, quota_group\n"
+        "from safepool.cli import demo\n"
+        "groups = demo.host().groups\n"
         "try:\n"
-        "    with quota_group(1) as group:\n"
+        "    with groups.quota_group(1) as group:\n"
         "        print('made')\n"
-        "except NoGroupError as error:\n"
+        "except groups.NoGroupError as error:\n"
         "    print(error.reason)\n"
     )
     with support_cgroups.control_group(cpus=0.5) as outer:

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from safepool.cli.demo_measure import Half
-from safepool.cli.demo_options import Options
-from safepool.cli.demo_plot import PlotError, check_plot, draw, panels
-from safepool.cli.demo_report import Comparison, Conditions, Report
+from safepool.cli import demo
+from safepool.cli.demo_report import Half, Report
 from safepool.limits import Limit, Throttling
 
 if TYPE_CHECKING:
@@ -22,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytest.importorskip("matplotlib")
+
+plot = demo.host().plot
+PlotError, check_plot, draw, panels = plot.PlotError, plot.check_plot, plot.draw, plot.panels
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +46,20 @@ def half(
         seconds=seconds,
         tasks_done=192,
         cut_off=pool != "safepool",
-        error=None,
         throttling=throttling,
     )
 
 
 FROZEN = Throttling(periods=200, throttled_periods=150, throttled_us=1, source="cpu.stat")
 REPORT = Report(
-    conditions=Conditions(
-        options=Options(),
-        limit=Limit(name="cpu.max", cpus=2.5, source="cpu.max", raw="250000 100000"),
-        machine_cpus=48,
-        no_group=None,
-        versions={},
-    ),
+    tasks=192,
+    points=150,
+    bound_s=20.0,
+    versions={},
+    machine_cpus=48,
+    limit=Limit(name="cpu.max", cpus=2.5, source="cpu.max", raw="250000 100000"),
     standard=half("standard", 2304, 20.0, FROZEN),
     safepool=half("safepool", None, None, None),
-    comparison=Comparison(compared=0, equal=True, largest_difference=None),
 )
 
 

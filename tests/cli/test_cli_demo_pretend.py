@@ -21,10 +21,12 @@ from support_processes import still_alive
 
 import safepool
 from safepool.budget import fit
-from safepool.cli import demo, demo_pretend, main
-from safepool.cli.demo_group import NoGroupError
-from safepool.cli.demo_pretend import PretendError
+from safepool.cli import demo, main
 from safepool.limits import Limit, Limits, MemoryLimit, read_limits
+
+host = demo.host()
+pretend = host.pretend
+NoGroupError, PretendError = host.NoGroupError, host.PretendError
 
 REPOSITORY = Path(safepool.__file__).parent.parent
 TWO = Limit(name="affinity", cpus=2.0, source="os.sched_getaffinity(0)", raw="0-1")
@@ -41,7 +43,7 @@ needs_groups = pytest.mark.skipif(NO_GROUPS is not None, reason=str(NO_GROUPS))
 def room_for_48() -> None:
     """Skip where the demo would refuse: memory comes and goes with what else runs."""
     try:
-        demo_pretend.check_room(read_limits(), 48, 150)
+        pretend.check_room(read_limits(), 48, 150)
     except PretendError as error:
         pytest.skip(str(error))
 
@@ -134,7 +136,7 @@ def test_a_quota_that_is_there_is_enough() -> None:
     program = (
         "import os, sys, safepool.cli.demo as demo; from safepool.cli import main\n"
         "def no_group(cpus, **_): raise AssertionError('a group was made')\n"
-        "demo.quota_group = no_group\n"
+        "demo.host().quota_group = no_group\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     with support_cgroups.control_group(cpus=1.0) as group:
@@ -163,7 +165,7 @@ def test_children_see_other_cpus_and_this_process_its_own(
         "print(os.cpu_count(), r().affinity.raw)"
     )
 
-    variables = demo_pretend.environment(48, folder)
+    variables = pretend.environment(48, folder)
     seen = subprocess.run(
         [sys.executable, "-c", ask],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
@@ -199,9 +201,9 @@ def test_the_quota_is_what_binds_as_on_a_large_host(machine: str) -> None:
 
     if expected is None:
         with pytest.raises(PretendError, match="needs a quota of at most the 2 CPUs"):
-            demo_pretend.seen_from_inside(limits, 48)
+            pretend.seen_from_inside(limits, 48)
         return
-    seen = demo_pretend.seen_from_inside(limits, 48)
+    seen = pretend.seen_from_inside(limits, 48)
     assert seen.affinity.cpus == 48.0
     assert seen.binding == expected
     assert fit(seen).workers == 1
@@ -219,9 +221,9 @@ def test_where_threads_are_short_it_is_refused(tmp_path: Path) -> None:
     write_proc(tmp_path, threads=8000)
     limits = Limits(affinity=TWO, quotas=(QUOTA,))
 
-    demo_pretend.check_room(limits, 44, 150, proc=tmp_path)
+    pretend.check_room(limits, 44, 150, proc=tmp_path)
     with pytest.raises(PretendError, match=r"48 workers have about 4608 threads.* has 8000 for"):
-        demo_pretend.check_room(limits, 48, 150, proc=tmp_path)
+        pretend.check_room(limits, 48, 150, proc=tmp_path)
 
 
 def test_where_memory_is_short_it_is_refused(tmp_path: Path) -> None:
@@ -236,12 +238,12 @@ def test_where_memory_is_short_it_is_refused(tmp_path: Path) -> None:
     write_proc(tmp_path)
     limits = Limits(affinity=TWO, quotas=(QUOTA,), memory=(memory,))
 
-    demo_pretend.check_room(limits, 8, 150, proc=tmp_path)
-    demo_pretend.check_room(replace(limits, memory=()), 48, 150, proc=tmp_path)
+    pretend.check_room(limits, 8, 150, proc=tmp_path)
+    pretend.check_room(replace(limits, memory=()), 48, 150, proc=tmp_path)
     with pytest.raises(PretendError, match=r"48 workers need .*memory.max leaves 224\."):
-        demo_pretend.check_room(limits, 48, 150, proc=tmp_path)
+        pretend.check_room(limits, 48, 150, proc=tmp_path)
     with pytest.raises(PretendError, match="meminfo leaves 4096"):
-        demo_pretend.check_room(replace(limits, memory=()), 48, 2000, proc=tmp_path)
+        pretend.check_room(replace(limits, memory=()), 48, 2000, proc=tmp_path)
 
 
 # One row per machine where it cannot be: variables, and what the line says.
@@ -283,7 +285,7 @@ def test_without_any_quota_it_is_refused(
     def refuse(cpus: float) -> None:
         raise NoGroupError(f"nobody makes a group of {cpus:g} CPUs here")
 
-    monkeypatch.setattr(demo, "quota_group", refuse)
+    monkeypatch.setattr(host, "quota_group", refuse)
     cpus = [] if quota is None else ["--cpus", str(quota)]
 
     assert main(["demo", "--pretend-host-cpus", "48", *cpus]) == 2

@@ -11,7 +11,8 @@ import threading
 import psutil
 import pytest
 
-from safepool.cli.demo_processes import count_threads, end_tree, kill, undisturbed
+from safepool.cli.demo import _count, _end_all, undisturbed
+from safepool.cli.demo_report import Half
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another thing there")
@@ -35,17 +36,16 @@ sys.stdin.read()
 """
 
 
-def start(code: str) -> subprocess.Popen[str]:
+def start(code: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
         start_new_session=True,
     )
 
 
-def close_pipes(process: subprocess.Popen[str]) -> None:
+def close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
@@ -53,24 +53,30 @@ def close_pipes(process: subprocess.Popen[str]) -> None:
 
 @on_linux
 def test_every_thread_of_a_process_is_counted() -> None:
+    half = Half(pool="")
     process = start(FIVE_THREADS)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        counted = count_threads([process.pid])
+        assert process.stdout.readline() == b"ready\n"
+        _count([process.pid], half)
     finally:
-        end_tree(process)
+        _end_all(process)
         close_pipes(process)
 
-    assert counted == {process.pid: 5}
-    assert count_threads([process.pid]) == {}
+    assert (half.workers, half.threads) == (1, 5)
+    gone = Half(pool="")
+    _count([process.pid], gone)
+    assert (gone.workers, gone.threads) == (None, None)
 
 
 def test_elsewhere_threads_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """No answer, in place of a wrong one."""
     monkeypatch.setattr("platform.system", lambda: "Darwin")
 
-    assert count_threads([os.getpid()]) is None
+    half = Half(pool="")
+    _count([os.getpid()], half)
+
+    assert (half.workers, half.threads) == (1, None)
 
 
 @on_linux
@@ -81,7 +87,7 @@ def test_a_tree_ends_as_a_whole() -> None:
         assert process.stdout is not None
         family = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     finally:
-        end_tree(process)
+        _end_all(process)
         close_pipes(process)
 
     assert process.returncode == -signal.SIGKILL
@@ -101,8 +107,8 @@ def test_ending_what_has_ended_is_nothing() -> None:
     process = start("")
     process.wait(timeout=30)
 
-    end_tree(process)
-    kill(process.pid)
+    _end_all(process)
+    _end_all(process)
     close_pipes(process)
 
     assert process.returncode == 0

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 
 from safepool.cli.demo import compare
-from safepool.cli.demo_measure import Half
-from safepool.cli.demo_options import Options
-from safepool.cli.demo_report import ATOL, RTOL, Comparison, Conditions, Report, table_row
+from safepool.cli.demo_report import Comparison, Half, Report
 from safepool.limits import Limit, Throttling
 
 FOLDER = Path(__file__).parent / "demo_screens"
@@ -24,8 +22,6 @@ STANDARD = Half(
     threads=6,
     seconds=9.0,
     tasks_done=192,
-    cut_off=False,
-    error=None,
     throttling=Throttling(
         periods=90, throttled_periods=88, throttled_us=4_200_000, source="cpu.stat"
     ),
@@ -152,13 +148,12 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
 def report_of(outcome: str) -> Report:
     standard, safepool, comparison, cpus, *_ = OUTCOMES[outcome]
     return Report(
-        conditions=Conditions(
-            options=Options(),
-            limit=Limit(name="cpu.max", cpus=cpus, source="/sys/fs/cgroup/cpu.max", raw="..."),
-            machine_cpus=8,
-            no_group=None,
-            versions={"Python": "3.11.7", "numpy": "2.4.6", "scipy": "1.17.1"},
-        ),
+        tasks=192,
+        points=150,
+        bound_s=20.0,
+        versions={"Python": "3.11.7", "numpy": "2.4.6", "scipy": "1.17.1"},
+        machine_cpus=8,
+        limit=Limit(name="cpu.max", cpus=cpus, source="/sys/fs/cgroup/cpu.max", raw="..."),
         standard=standard,
         safepool=safepool,
         comparison=comparison,
@@ -183,25 +178,23 @@ def test_only_a_win_is_called_one(outcome: str) -> None:
 
     if failed or nothing_to_win:
         assert "times as long" not in report.verdict()
-    if report.conditions.cpus <= 1:
+    if report.cpus <= 1:
         assert "--cpus 1" not in report.verdict()
 
 
 def text_of(report: Report) -> str:
     """Return what the demo prints, in its order."""
     rows = [report.row(report.standard), report.row(report.safepool)]
-    return "\n".join([*report.conditions.lines(), *rows, *report.closing_lines()]) + "\n"
+    return "\n".join([*report.opening_lines(), *rows, *report.closing_lines()]) + "\n"
 
 
 def pretended() -> Report:
-    report = report_of("cut off")
-    options = Options(cpus=1.0, pretend_host_cpus=48)
-    many = replace(CUT_OFF, workers=48, threads=2406, tasks_done=0)
     return replace(
-        report,
-        conditions=replace(report.conditions, options=options),
-        standard=many,
-        comparison=Comparison(compared=0, equal=True, largest_difference=None),
+        report_of("cut off"),
+        cpus_asked=1.0,
+        pretend_host_cpus=48,
+        standard=replace(CUT_OFF, workers=48, threads=2406, tasks_done=0),
+        comparison=Comparison(),
     )
 
 
@@ -253,8 +246,8 @@ def test_json_holds_what_the_report_holds(outcome: str) -> None:
         "compared": report.comparison.compared,
         "equal": report.comparison.equal,
         "largest_difference": report.comparison.largest_difference,
-        "rtol": RTOL,
-        "atol": ATOL,
+        "rtol": 1e-9,
+        "atol": 1e-9,
     }
     assert told["ratio"] == report.ratio
     assert told["failed"] == report.failed
@@ -274,8 +267,8 @@ def test_a_cut_off_half_is_shown_as_such() -> None:
 
 def test_columns_stand_under_their_heads() -> None:
     report = report_of("oversubscribed")
-    head = report.conditions.lines()[-1]
-    row = table_row(report.safepool, 192, report.ratio, bound=False)
+    head = report.opening_lines()[-1]
+    row = report.row(report.safepool)
 
     for name, cell in (("workers", "1"), ("seconds", "0.60"), ("tasks", "192/192")):
         end = head.index(name) + len(name)
@@ -294,13 +287,11 @@ def test_uncounted_threads_are_said_to_be() -> None:
 
 
 def test_what_keeps_the_quota_away_is_one_line() -> None:
-    conditions = replace(
-        report_of("oversubscribed").conditions,
-        options=Options(cpus=0.5),
-        no_group="only Linux has control groups",
+    report = replace(
+        report_of("oversubscribed"), cpus_asked=0.5, no_group="only Linux has control groups"
     )
 
-    assert "--cpus 0.5 is left out: only Linux has control groups" in conditions.lines()
+    assert "--cpus 0.5 is left out: only Linux has control groups" in report.opening_lines()
 
 
 # One row per pair of result files: rows of the standard half, rows of safepool's half (the

@@ -11,7 +11,6 @@ import pytest
 
 import safepool
 from safepool.cli import demo, main
-from safepool.cli.demo_group import GroupLeftError
 
 REPOSITORY = Path(safepool.__file__).parent.parent
 
@@ -157,7 +156,7 @@ def test_a_group_that_stays_is_an_error_with_its_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave_one(*_: object, **__: object) -> int:
-        raise GroupLeftError("/sys/fs/cgroup/cpu/x", "busy")
+        raise demo.host().groups.GroupLeftError("/sys/fs/cgroup/cpu/x", "busy")
 
     monkeypatch.setattr(demo, "run", leave_one)
 

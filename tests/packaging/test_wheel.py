@@ -118,8 +118,20 @@ def test_the_package_comes_from_the_wheel(installed: Installed, tmp_path: Path) 
     package = installed.site / "safepool"
 
     assert Path(place.strip()) == package / "__init__.py"
-    assert _files(package) == _files(ROOT / "safepool")
+    shared = {f"cli/host/{name}" for name in _files(ROOT / "benchmarks" / "host")}
+    assert _files(package) == _files(ROOT / "safepool") | shared
     assert (package / "py.typed").exists()
+
+
+def test_the_demo_finds_its_quota_and_its_picture(installed: Installed, tmp_path: Path) -> None:
+    code = (
+        "from safepool.cli import demo; print(demo.host().__file__, demo.host().draw.__module__)"
+    )
+    place = installed.site / "safepool" / "cli" / "host" / "__init__.py"
+
+    said = installed.run("python", "-c", code, cwd=tmp_path)
+
+    assert said.split() == [str(place), "safepool.cli.host.plot"]
 
 
 def test_nothing_but_the_package_is_in_the_wheel(wheel: Path) -> None:

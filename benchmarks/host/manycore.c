@@ -1,6 +1,6 @@
 /* Make a process believe in FAKE_NCPU CPUs, when preloaded with LD_PRELOAD.
  *
- * Built by demo_pretend.py. What libraries ask: sysconf(3), get_nprocs(3), and
+ * Built by pretend.py. What libraries ask: sysconf(3), get_nprocs(3), and
  * the affinity mask by sched_getaffinity(2), as a function and as a plain system call, and
  * by pthread_getaffinity_np(3). A mask that is set by sched_setaffinity(2) for the first thread
  * is remembered, and answered from then on; the kernel is told nothing of it.

@@ -1,4 +1,4 @@
-"""Floor 7: a control group with a real CPU quota, for as long as a demo runs. Linux only.
+"""A control group with a real CPU quota, for as long as a demo runs. Linux only.
 
 It makes one group below this process's own, never moves this process, and takes the group
 away again however the demo ends. The only file of another group that it ever writes is
@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safepool.cli.demo_processes import kill, undisturbed
+from safepool.cli.demo import undisturbed
 from safepool.errors import SafepoolError, UnreadableLimitError
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["GroupLeftError", "NoGroupError", "QuotaGroup", "Site", "find_site", "quota_group"]
 
 _PERIOD_US = 100_000
+# Windows has none, nor control groups.
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 # Killed processes leave a group within milliseconds once its quota is lifted.
 _EMPTY_WITHIN_S = 10.0
@@ -265,7 +268,8 @@ def _empty(directory: Path) -> None:
         if time.monotonic() > deadline:
             raise GroupLeftError(str(directory), f"processes {' '.join(pids)} do not end")
         for pid in pids:
-            kill(int(pid))
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(int(pid), _KILL)
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""Floor 7: a child process that believes in more CPUs than there are, as on a large host.
+"""A child process that believes in more CPUs than there are, as on a large host.
 
 In a container on a host of 48 CPUs, ``os.cpu_count()``, OpenBLAS and OpenMP see 48, whatever the
 quota is. No variable brings that about on a smaller machine: OpenBLAS starts no more threads than

@@ -1,4 +1,4 @@
-"""Floor 7: what the demo measured, as a picture: time, threads and frozen periods of both pools.
+"""A picture of what the demo measured: time, threads and frozen periods of both pools.
 
 Drawn by matplotlib without a display, in a file whose ending says the format. What was not
 measured is left out and said to be.
@@ -15,12 +15,9 @@ from safepool.named_file import open_named
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from safepool.cli.demo_measure import Half
-    from safepool.cli.demo_report import Report
+    from safepool.cli.demo_report import Half, Report
 
-__all__ = ["ENDINGS", "PlotError", "check_plot", "draw", "panels"]
-
-ENDINGS = (".svg", ".png")
+__all__ = ["PlotError", "check_plot", "draw", "panels"]
 
 _FLAGS = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -50,7 +47,7 @@ def check_plot(path: Path) -> None:
         PlotError: There is no such folder, or matplotlib does not take its configuration.
     """
     try:
-        import matplotlib as mpl  # noqa: F401, PLC0415 -- optional, so imported where it is used
+        import matplotlib as mpl  # noqa: F401 -- optional, so imported where it is used
     except ImportError as error:
         raise MissingExtraError("matplotlib", "pip install 'safepool[plot]'") from error
     except ValueError as error:  # of MPLBACKEND, or of its configuration file
@@ -61,14 +58,11 @@ def check_plot(path: Path) -> None:
 
 def panels(report: Report) -> dict[str, tuple[float | None, float | None]]:
     """Return what is drawn: each panel's title, and both pools' values, ``None`` if unknown."""
-    halves = (report.standard, report.safepool)
-    seconds, threads, frozen = (
-        tuple(measure(half) for half in halves) for measure in (_seconds, _threads, _frozen)
-    )
+    standard, ours = report.standard, report.safepool
     return {
-        "seconds": (seconds[0], seconds[1]),
-        "threads": (threads[0], threads[1]),
-        "frozen periods, %": (frozen[0], frozen[1]),
+        "seconds": (standard.seconds, ours.seconds),
+        "threads": (standard.threads, ours.threads),
+        "frozen periods, %": (_frozen(standard), _frozen(ours)),
     }
 
 
@@ -77,13 +71,13 @@ def draw(report: Report, path: Path) -> None:
 
     Args:
         report: The measurements to draw.
-        path: Ends in one of ``ENDINGS``.
+        path: Ends in ``.svg`` or ``.png``.
 
     Raises:
         PlotError: The file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 -- optional
-    from matplotlib.figure import Figure  # noqa: PLC0415 -- optional
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     shown = panels(report)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
@@ -103,9 +97,8 @@ def draw(report: Report, path: Path) -> None:
         axes.margins(y=0.15)
         # Where nothing was measured but 0, the axis would be half a millionth around it.
         axes.set_ylim(0, None if any(values) else 1)
-    conditions = report.conditions
-    cut = f", cut off at {conditions.options.bound_s:g} s" if report.standard.cut_off else ""
-    figure.suptitle(f"{conditions.options.tasks} tasks on {_where(report)}{cut}")
+    cut = f", cut off at {report.bound_s:g} s" if report.standard.cut_off else ""
+    figure.suptitle(f"{report.tasks} tasks on {_where(report)}{cut}")
     try:
         with os.fdopen(open_named(os.path.abspath(path), _FLAGS), "wb") as file:
             os.ftruncate(file.fileno(), 0)
@@ -115,18 +108,9 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _where(report: Report) -> str:
-    conditions = report.conditions
-    if conditions.options.pretend_host_cpus is not None:
-        return conditions.where
-    return f"{conditions.cpus:g} of {conditions.machine_cpus} CPUs"
-
-
-def _seconds(half: Half) -> float | None:
-    return half.seconds
-
-
-def _threads(half: Half) -> float | None:
-    return half.threads
+    if report.pretend_host_cpus is not None:
+        return report.where
+    return f"{report.cpus:g} of {report.machine_cpus} CPUs"
 
 
 def _frozen(half: Half) -> float | None:
