@@ -12,8 +12,8 @@ Not covered:
     * Event loops that are not asyncio's: trio.
     * A loop that is closed while calls run: they go on to their end. ``asyncio.run()`` cancels its
       tasks before, also after Ctrl-C.
-    * What ``submit`` does itself goes on in the loop's thread, for some microseconds; a look at
-      large globals of the script takes longer (README, "What differs from a forked pool").
+    * Work of ``submit`` itself: it runs in the loop's thread for some microseconds. A check of
+      large globals of the script takes longer (``help("safepool.pool")``).
 """
 
 from __future__ import annotations
@@ -121,24 +121,24 @@ class AwaitedCalls:
     async def run(self: Executor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Run ``fn(*args, **kwargs)`` in a worker and wait for it, without blocking the loop.
 
-        A coroutine that is cancelled while it waits, by ``asyncio.timeout()`` for one, ends the
-        task for real: one that has not begun is dropped, of one that runs the worker is killed and
-        replaced, as by ``cancel(future, kill=True)``. That is ordered before the
-        ``CancelledError`` goes on, and not waited for.
+        Cancelling the coroutine while it waits, as ``asyncio.timeout()`` does, ends the task: a
+        waiting task is dropped; the worker of a running task is killed and replaced, as by
+        ``cancel(future, kill=True)``. The ``CancelledError`` goes on at once, before the worker
+        has ended.
 
         Args:
             fn: The same as for :meth:`submit`. A coroutine function is run by ``asyncio.run()``,
                 in the worker.
-            *args: Its positional arguments.
-            **kwargs: Its keyword arguments.
+            *args: Positional arguments of ``fn``.
+            **kwargs: Keyword arguments of ``fn``.
 
         Returns:
             The value that ``fn`` returned.
 
         Raises:
             BaseException: The exception of the future of :meth:`submit`;
-                ``concurrent.futures.CancelledError``, which is none of asyncio's, if the pool
-                dropped the task.
+                ``concurrent.futures.CancelledError``, which is not asyncio's, if the pool dropped
+                the task.
 
         Example:
             >>> import asyncio, time
@@ -168,7 +168,7 @@ class AwaitedCalls:
         try:
             return future.result()
         finally:
-            del future, waiter  # the frame is part of what it may have raised
+            del future, waiter  # this frame may be part of the exception's traceback
 
     @overload
     def amap(
@@ -270,24 +270,24 @@ class AwaitedCalls:
             timeout: The same as for :meth:`map`.
             chunksize: The same as for :meth:`map`.
             buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
-                takes all of them at once from what says its length, and otherwise as many tasks
-                as hold 1,024 items: the code of an iterator runs in the loop's thread. Of an
-                asynchronous iterable as many again may be taken while results that have arrived
-                together are handed over.
+                takes all items of an iterable with a length at once, and otherwise as many tasks
+                as hold 1,024 items: the code of an iterator runs in the loop's thread. From an
+                asynchronous iterable it may take as many again while results that arrived together
+                are handed over.
             progress: The same as for :meth:`map`.
             ordered: The same as for :meth:`map`.
             return_exceptions: The same as for :meth:`map`.
 
         Returns:
-            The results, for ``async for``. Left early it cancels what has not begun, as
-            :meth:`map`; a coroutine that is cancelled while it waits for a result, and
-            ``aclose()``, end what runs as well. ``async with contextlib.aclosing(pool.amap(...))``
-            does so however it is left.
+            The results, for ``async for``. Leaving the loop early cancels waiting calls, as in
+            :meth:`map`. Cancelling a coroutine that waits for a result, and ``aclose()``, also end
+            running calls: ``async with contextlib.aclosing(pool.amap(...))`` does so for every way
+            to leave the block.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
             TypeError: ``buffersize`` is no integer.
-            MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+            MissingExtraError: ``progress`` is given, and tqdm is not installed.
 
         Example:
             >>> import asyncio
@@ -336,8 +336,8 @@ class AwaitedCalls:
     ) -> None:
         """Leave the block as ``with`` does, without blocking the loop.
 
-        A block that is cancelled, or whose end is, does not wait for what runs: that is ended. It
-        waits for the workers' end, unless it is cancelled again.
+        If the block or its end is cancelled, running calls are ended. It then waits for the
+        workers' end, unless it is cancelled again.
         """
         import asyncio  # noqa: PLC0415 -- whoever comes here has it
 
@@ -346,7 +346,7 @@ class AwaitedCalls:
             if issubclass(kind, GeneratorExit):
                 return  # nothing can be awaited any more
         ended: Future[None] = Future()
-        ended.set_running_or_notify_cancel()  # nobody cancels it
+        ended.set_running_or_notify_cancel()  # no one cancels it
 
         def leave() -> None:
             try:
@@ -376,7 +376,7 @@ class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
     asked for.
 
     Args:
-        iterator: Where they come from.
+        iterator: Iterator over the results.
         feeder: Takes the items from an asynchronous iterable.
     """
 
@@ -406,7 +406,7 @@ class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
         return result
 
     async def aclose(self) -> None:
-        """Take no more results; drop what has not begun, and end what runs."""
+        """Take no more results, drop waiting calls and end running ones."""
         self._end()
         if self._feeder is not None:
             import asyncio  # noqa: PLC0415 -- whoever comes here has it
@@ -422,7 +422,7 @@ class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
 async def _until_at_hand(results: Results) -> None:
     """Wait until a result, an error or the end can be had at once, or the time is over.
 
-    What is there already lets the loop have a turn all the same, once for many results.
+    Even if a result is already there, the loop gets one turn for many results.
     """
     import asyncio  # noqa: PLC0415 -- whoever comes here has it
 
@@ -453,7 +453,7 @@ async def _feed(source: AsyncIterable[Any], results: Results, most: int) -> None
     try:
         async for item in source:
             if results.exhausted or not results.push([item]):
-                break  # nobody wants the rest, or nobody runs it
+                break  # the rest is not needed, or cannot run
             while results.ahead >= most and not results.exhausted:
                 waiter: asyncio.Future[None] = loop.create_future()
                 results.wait_for_room(Bell(loop, waiter))

@@ -16,7 +16,7 @@ def components(edges: Mapping[_N, Sequence[_N]]) -> list[list[_N]]:
     """Return the nodes in circles, each circle behind those that it leads to.
 
     Args:
-        edges: By node those to which it leads, all of them keys as well.
+        edges: For each node the nodes that it leads to. All of them are keys as well.
 
     Source:
         R. Tarjan, Depth-first search and linear graph algorithms, 1972.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ADDED", "close", "find_additions"]
 
-# What stands for a name where there is none.
+# Markers for a name without an object.
 _IMPORTS, _MISSING = "import", "del"
 ADDED = "with"
 """The same, of what the script has put into modules."""
@@ -33,7 +33,7 @@ def close(table: Table, roots: frozenset[str]) -> Closure:
     """Find out what names lead to.
 
     Args:
-        table: A draft, which gets what is new.
+        table: A draft, which gets the new entries.
         roots: The names.
 
     Raises:

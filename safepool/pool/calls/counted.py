@@ -1,7 +1,7 @@
 """A map whose calls are counted for a bar.
 
-The scheduler puts results down as they come, in any order; each is counted then, once: a call
-that is run again because its worker died is put down only at its end.
+The scheduler stores results in any order. Each is counted once: a call that runs again because its
+worker died is stored only at its end.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CountedRun(MapRun):
 
         Args:
             label: Text before the bar.
-            total: Number of calls that there will be, ``None`` if nobody knows.
+            total: Number of calls, ``None`` if unknown.
         """
         return Progress(label, total, look=self._look)
 
@@ -71,7 +71,7 @@ class CountedRun(MapRun):
         except BaseException:
             bar.close()
             raise
-        # The drawing thread must not keep what the caller has dropped.
+        # The drawing thread must not keep results that the caller has dropped.
         self._shown = weakref.ref(results)
         self._bar = weakref.ref(bar)
         assert results.results is not None

@@ -28,8 +28,8 @@ class Delivery:
     Attributes:
         version: Higher than that of any that was made before.
         names: In the order of the values.
-        born: By name, the version with which its present object was delivered first. Workers
-            keep a container or class when what it holds has changed.
+        born: By name, the version with which its present object was delivered first. Workers keep
+            a container or class when its content has changed.
         head: Facts about the names that workers are told.
         segments: The pickle of the values.
         shared: Shared objects that the values refer to, by :func:`safepool.share`.
@@ -45,7 +45,7 @@ class Delivery:
     draws: bool = False
 
     def message(self, has: dict[str, int]) -> list[Segment]:
-        """Return what a worker is sent, and note that it has it.
+        """Return the message for a worker, and note that the worker has it.
 
         Args:
             has: Versions of the names that the worker has.
@@ -71,7 +71,7 @@ class Needs(list[Delivery]):
     """Deliveries that a call needs, in the order in which they are sent.
 
     Attributes:
-        number: Its own. A worker that has had all of it once needs no further look.
+        number: Number of this object. A worker that has had all of it once needs no further check.
     """
 
     def __init__(self, deliveries: Iterable[Delivery]) -> None:
@@ -84,8 +84,8 @@ class Versions(dict[str, int]):
 
     Args:
         known: Versions of names that were known by then.
-        first: Returns versions in which it has others.
-        names: Which others; ``None`` is all that ``first`` tells of.
+        first: Function that returns the versions of other names.
+        names: The other names; ``None`` is all names that ``first`` returns.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class PoolCalls(AwaitedCalls):
 
     Attributes:
         _scheduler: `Runner` that does the work; each pool says which.
-        _policy: Timeout and retries of calls whose function has none of its own.
+        _policy: Timeout and retries of calls whose function has no policy.
     """
 
     _scheduler: Any
@@ -229,29 +229,28 @@ class PoolCalls(AwaitedCalls):
             timeout: Seconds from this call after which waiting for a result raises
                 ``TimeoutError``; ``None`` waits for ever.
             chunksize: Items that one task takes, at least 1.
-            buffersize: Tasks taken from the iterables ahead of the results, at least 1.
-                ``None`` takes all of them at once from what says its length. From another
-                iterable it takes 16,384 items before this returns, and further ones as the
-                results are taken: it may have no end.
-            progress: Show a bar on standard error, with this label if it is one. It counts
-                calls that have ended, in whatever order. Needs ``safepool[progress]``.
+            buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
+                takes all items of an iterable with a length at once. From another iterable it
+                takes 16,384 items before this returns, and further ones as the results are taken:
+                it may have no end.
+            progress: Show a bar on standard error, with this label if it is one. It counts calls
+                that have ended, in any order. Needs ``safepool[progress]``.
             ordered: Results come in the order of the items. ``False`` yields each when its call
                 has ended: one that takes long keeps no other waiting.
-            return_exceptions: An exception of a call is yielded in the place of its result,
-                :class:`safepool.WorkerDiedError` and the like as well.
+            return_exceptions: ``True`` yields the exception of a call in the place of its result,
+                also :class:`safepool.WorkerDiedError`.
 
         Returns:
-            The results. It raises what a call raised when its turn comes, and goes on with
-            the next when it is asked again. Leaving it early, or the pool's ``with`` block by
-            such an error, cancels what has not begun. A ``TimeoutError`` of ``timeout`` is its
-            end. While more than 256 MiB of results of at least
-            64 KiB are there and not taken, or a quarter of what the memory limits left with the
-            first of them, no further call is sent to a worker.
+            The results. The iterator raises the exception of a call in its turn. Asked again, it
+            goes on with the next result. Leaving the loop early, or the pool's ``with`` block by
+            such an error, cancels waiting calls. A ``TimeoutError`` of ``timeout`` ends the
+            iterator. The pool sends no further calls while untaken results of at least 64 KiB
+            exceed 256 MiB, or a quarter of the memory that the limits left with the first of them.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.
             TypeError: ``buffersize`` is no integer.
-            MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+            MissingExtraError: ``progress`` is given, and tqdm is not installed.
 
         Example:
             >>> from safepool import ProcessPool

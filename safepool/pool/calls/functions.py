@@ -38,7 +38,7 @@ class SentFunction:
 
     Attributes:
         number: Number that names it, at least 1.
-        segments: Its pickle.
+        segments: Pickle of the function.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
         shared: Shared objects that it refers to.
         names: Names of the script that it refers to or uses.
@@ -69,8 +69,8 @@ class _Kept:
 class Functions:
     """The functions of one pool.
 
-    Used by several threads at a time, and holds no lock: a function that two of them pickle for
-    the first time gets two numbers, of which one is kept.
+    Several threads use it at a time, and it holds no lock: if two threads pickle a function for
+    the first time, it gets two numbers, and one is kept.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Functions:
         return self._unnamed(function, kept)
 
     def _unnamed(self, function: Callable[..., Any], kept: _Kept | None) -> SentFunction | None:
-        """Return a function that only what was captured or passed on refers to."""
+        """Return a function that is referred to only by captured or passed objects."""
         look = Look(function)
         if look.doubts or (kept is None and len(self._of_main) >= _MOST):
             return None

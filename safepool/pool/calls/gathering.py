@@ -27,8 +27,8 @@ class GatheredRun(MapRun):
         owner: Owner of the future.
 
     Attributes:
-        future: Ends with the list of results, or with what the first call has raised of which
-            that is known; when all calls have ended.
+        future: Ends when all calls have ended, with the list of results, or with the first
+            exception that arrived.
         left: Number of calls that have not ended.
     """
 
@@ -52,7 +52,7 @@ class GatheredRun(MapRun):
 
     @property
     def is_full(self) -> bool:
-        """Never: nobody takes results one by one."""
+        """Never: results are not taken one by one."""
         return False
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:  # noqa: ARG002
@@ -61,7 +61,7 @@ class GatheredRun(MapRun):
         self._end(len(results))
 
     def put_error(self, index: int, error: BaseException) -> None:  # noqa: ARG002
-        """Keep what a call raised, if it is the first."""
+        """Keep the exception of a call, if it is the first."""
         self._error = self._error or error
         self._end(1)
 

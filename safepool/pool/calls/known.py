@@ -1,4 +1,4 @@
-"""Names of the script that were pickled, and whether they are still what they were."""
+"""Names of the script that were pickled, and the check whether they have changed."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Known:
     """Names that were pickled together.
 
     Attributes:
-        names: Which.
+        names: Names of the values.
         look: The values as they were.
-        doubts: The print of what is in doubt.
-        print: That of the whole pickle.
+        doubts: Print of the objects that may have changed in place.
+        print: Print of the whole pickle.
         delivery: The delivery to send.
         refs: Names that it refers to.
         uses: Names that its functions use.
@@ -45,8 +45,8 @@ class Known:
             workers have.
         short: The look at a function, if a short one will do.
         pickled_again: Only the pickle of the whole tells whether it has changed.
-        is_large: To find that out takes too long for the scheduler's thread.
-        unsteady: Its pickle is another one each time: only identity tells.
+        is_large: The check takes too long for the scheduler's thread.
+        unsteady: The pickle differs each time: only identity can be compared.
         spent_s: CPU time spent so far on finding out whether it has changed.
         asked: Number of those checks.
     """
@@ -85,7 +85,7 @@ class Known:
         return attributes_of(value).keys() == attributes
 
     def is_unchanged(self, *, here: bool = False) -> bool:
-        """Tell whether the program's values are what was pickled; ``False`` if in doubt.
+        """Return whether the values are still those that were pickled; ``False`` if in doubt.
 
         Args:
             here: Run no code of the program.
@@ -105,7 +105,7 @@ class Known:
         before = time.thread_time()
         same = self._has_print_of(doubts, here=here)
         self.spent_s += time.thread_time() - before
-        self.asked += same or not here  # else it is asked again, in another thread
+        self.asked += same or not here  # else another thread checks it again
         if self.spent_s > _MUCH_S:
             self._tell_of_time()
         return same

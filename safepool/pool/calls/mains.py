@@ -54,13 +54,13 @@ __all__ = [
 
 _PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
 LRU_CACHE = type(functools.lru_cache(lambda: None))
-# Of annotations; pickled as names.
+# Parts of annotations, which are pickled as names.
 _BUILT_IN = _PLAIN | {tuple, list, dict, set, frozenset, bytearray, object, type}
 _MOST_PARTS = 100
 _METHODS = (staticmethod, classmethod)
 ABSENT = object()
 
-# Of a class, what changes without the program's doing, or says nothing.
+# Attributes of a class that change without the program's doing, or say nothing.
 _OF_CLASSES = frozenset(
     {
         "__abstractmethods__",
@@ -110,9 +110,9 @@ def plain_function(value: object) -> PlainFunction | None:
     here = value.__globals__
     if value.__closure__ or value.__kwdefaults__ or value.__dict__ or Look(value).doubts:
         return None
-    # What cloudpickle sends along changes with what is imported.
+    # Modules that cloudpickle sends along depend on the imports so far.
     modules = (here.get(name) for name in value.__code__.co_names)
-    # By its type: one that imports something late does so when it is asked.
+    # By its type: a lazy module would import something when it is asked for attributes.
     packages = (type(one) is types.ModuleType and hasattr(one, "__path__") for one in modules)
     return None if any(packages) else PlainFunction(value)
 
@@ -120,11 +120,11 @@ def plain_function(value: object) -> PlainFunction | None:
 def runs_no_code(value: object) -> bool:
     """Tell whether this is a function of the script whose pickling runs no code of the program.
 
-    So it is if all that it holds is of built-in types.
+    True if all objects that it holds are of built-in types.
     """
     if type(value) is not types.FunctionType or value.__globals__ is not main_space():
         return False
-    # The pickler looks up what the script has under its name.
+    # The pickler looks up the script's object under its name.
     root = main_space().get(value.__qualname__.partition(".")[0])
     if type(root) not in (types.FunctionType, type, type(None)) or value.__dict__:
         return False
@@ -157,7 +157,7 @@ class Look:
     """State of some values at one moment.
 
     Args:
-        values: Which.
+        values: Values by name.
 
     Attributes:
         doubts: Objects that are to be compared by content.
@@ -173,7 +173,7 @@ class Look:
             self._open_or_add(value)
 
     def same_as(self, other: Look) -> bool:
-        """Tell whether nothing has changed but what is in doubt, perhaps."""
+        """Return whether nothing has changed, apart from objects in doubt."""
         mine, theirs = self._parts, other._parts
         same = len(mine) == len(theirs) and len(self.doubts) == len(other.doubts)
         return same and all(map(_is, mine, theirs))
@@ -220,7 +220,7 @@ class Look:
 
     def _open_class(self, kind: type) -> None:
         if issubclass(type(kind), enum.EnumMeta):
-            return  # its members are what it was made with
+            return  # its members are fixed when it is made
         self._add_all(type.__getattribute__(kind, "__bases__"))
         for name, value in list(space_of(kind).items()):
             if name in _OF_CLASSES:
@@ -239,7 +239,7 @@ class Look:
                 self._open_or_add(value)
 
     def _open_or_add(self, value: Any) -> None:
-        # What is nobody's global is looked at where it is found.
+        # An object that is no global is looked at where it is found.
         if is_definition(value) and not is_importable(value):
             self._open(value)
         else:
@@ -270,12 +270,12 @@ class Look:
 
 
 def _is_imported(module: types.ModuleType) -> bool:
-    # Not by its own way to attributes, which may import what was put off.
+    # Not by the module's own __getattribute__, which may start a lazy import.
     return sys.modules.get(object.__getattribute__(module, "__name__")) is module
 
 
 def is_definition(value: Any) -> bool:
-    """Tell whether this is a function, a class, or what the standard library makes of one."""
+    """Return whether this is a function or class, or a wrapper of the standard library."""
     kind = type(value)
     if kind is types.FunctionType or issubclass(kind, type) or kind is LRU_CACHE:
         return True
@@ -289,7 +289,7 @@ def uses_of(
     """Return the globals of the script that a function or class names, with all that is in it.
 
     Args:
-        thing: One into which no pickler looks.
+        thing: An object that no pickler looks into.
         named_by: Returns what code names.
     """
     names: set[str] = set()
@@ -351,12 +351,12 @@ def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
 def is_importable(thing: Any) -> bool:
     """Tell whether a function or class is found under its own name in a module.
 
-    A module or metaclass that makes attributes when it is asked is asked for what it has not.
+    A module or metaclass with ``__getattr__`` may make the attribute when it is asked.
     """
     if not issubclass(type(thing), (types.FunctionType, types.BuiltinFunctionType, type)):
         return False
     module, name = attribute_of(thing, "__module__"), attribute_of(thing, "__qualname__")
-    # What functools.wraps() has made of a function of the script has another one's name.
+    # A result of functools.wraps() around a function of the script has the other function's name.
     if type(module) is not str or module in MAIN_NAMES or _is_defined_by_script(thing):
         return False
     found: Any = sys.modules.get(module)
@@ -373,7 +373,7 @@ def _is_defined_by_script(thing: Any) -> bool:
 
 
 def _is_frozen_array(value: Any) -> bool:
-    """Tell whether this is an array that nobody may write to, nor to what it is a view of."""
+    """Return whether neither this array, nor an array that it is a view of, can be written to."""
     numpy = loaded("numpy", "ndarray")
     if numpy is None or type(value) is not numpy.ndarray or value.dtype.hasobject:
         return False

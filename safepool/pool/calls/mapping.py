@@ -1,7 +1,7 @@
 """``map``: many calls of one function, their results handed over in order, or as they come.
 
-The calls have no future each: a result is put down by the scheduler's thread under its index,
-and taken up by whoever iterates. What is sent together, taken back or lost is a span of them.
+The calls have no future each. The scheduler's thread stores each result under its index, and the
+iterating thread takes it. Calls that are sent, taken back or lost together are a span.
 
     Results         items in, results out: how many items are taken ahead of the results
     ResultIterator  what the caller holds; an error of a call does not end it
@@ -35,23 +35,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Coming", "Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
 
-# Items taken from an iterator that does not say its length: so many at once, as the standard
-# pool takes all of them (what they are read from may be closed when ``map`` has returned), in
-# portions that grow, so that workers have something to do meanwhile; then twice as many
-# whenever the workers ran out, and never more than the last.
+# Items that ``map`` takes before it returns from an iterator without a length: the standard pool
+# takes all of them, and their source may be closed afterwards. The portions grow, so that workers
+# have work early. Later portions double whenever the workers ran out, and are never larger than
+# the last of these.
 _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
-# Of results that are there and that nobody has taken: with more, or with a part of what the memory
-# limits had left with the first of them, no further call of that map is sent to a worker. Less is
-# never too much.
+# Bound on results that have arrived and were not taken. Above it, or above a part of the memory
+# that the limits left with the first of them, no further call of that map is sent to a worker. A
+# smaller sum is always allowed.
 _MOST_HELD_BYTES = 256 << 20
 _LITTLE_BYTES = 1 << 20
 # Each of a larger size is counted, the others by their mean.
 _COUNTED_BYTES = 64 * 1024
 
-# Items whose size is looked at together, at the most; and what is worth counting then.
+# The most items whose size is looked at together, and the size above which it matters.
 _MOST_PORTION = 256
 _LARGE_BYTES = 1 << 20
 _SMALL = frozenset({int, float, complex, bool, type(None)})
@@ -66,7 +66,8 @@ def _size_of(items: list[Item], *, starred: bool) -> int:
     if _SMALL.issuperset(map(type, parts)):
         return 0
     return sum(
-        # Of a view of an array the one is little, of an array of any other library the other.
+        # The first is small for a view of an array, the second is missing for arrays of some
+        # libraries.
         max(sys.getsizeof(part, 0), getattr(part, "nbytes", 0))
         if type(part).__module__ == "numpy"
         else sys.getsizeof(part, 0)
@@ -103,7 +104,8 @@ class Coming:
     """Stands for items that are pushed into the results as they come (:meth:`Results.push`).
 
     Args:
-        starred: An item is the tuple of a call's arguments; else it is the only one.
+        starred: ``True`` if an item is the tuple of a call's arguments, ``False`` if it is the
+            only argument.
     """
 
     def __init__(self, *, starred: bool) -> None:
@@ -143,7 +145,7 @@ class Waiting:
                 self._portions.popleft()
                 self._at = 0
             else:
-                # What a worker has is nothing to hold on to here.
+                # Items that a worker has are not kept here.
                 portion[self._at : end] = [None] * (end - self._at)
                 self._at = end
         self._count -= len(taken)
@@ -156,22 +158,24 @@ class Waiting:
 
 
 class MapRun:
-    """One ``map``, between the thread that iterates and the scheduler's.
+    """One ``map``, between the iterating thread and the scheduler's thread.
 
     Args:
         function: The function to call.
         name: Name of a call in errors.
         policy: Holds for each call.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
-        starred: An item is the tuple of a call's arguments; else it is the only one.
-        ordered: Results are taken in the order of their calls; else in that of their arrival.
+        starred: ``True`` if an item is the tuple of a call's arguments, ``False`` if it is the
+            only argument.
+        ordered: ``True`` if results are taken in the order of their calls, ``False`` in the order
+            of arrival.
         returns_errors: Whether an exception of a call is its result.
 
     Attributes:
         waiting, queued, most_at_once, dropped, held, noted: The same as in the core's ``Run``.
             Only the scheduler's thread looks at what waits.
         sent: The function as workers know it.
-        needs: Names of the script that they must have for it.
+        needs: Names of the script that workers need for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
         count: Number of calls that were queued.
@@ -188,7 +192,7 @@ class MapRun:
     held: bool
     length: int | None = None
     iterator: type[ResultIterator]
-    # What to do where the items are the arguments of calls, for errors.
+    # Advice for errors, if the items are tuples of arguments.
     spread = "give map() an iterable for each of them: map(function, *zip(*items))"
     # Of the first item, if it is a tuple or list and the only argument of its call: its length.
     _width = 0
@@ -235,7 +239,7 @@ class MapRun:
 
     @property
     def stopped(self) -> bool:
-        """Whether nobody wants, or nobody will compute, the rest."""
+        """Whether the rest is not needed, or cannot be computed."""
         return self._stopped is not None
 
     def add(self, items: list[Item], *, last: bool) -> None:
@@ -275,12 +279,12 @@ class MapRun:
         return held_bytes > self._most_held_bytes
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
-        """Put results down that follow each other; :meth:`tell` when these are all for now.
+        """Store consecutive results; :meth:`tell` follows when these are all for now.
 
         Args:
             index: Index of the first.
             results: In order.
-            size_bytes: Size of all of them.
+            size_bytes: Size of all results together.
         """
         if self.dropped:
             return
@@ -296,7 +300,7 @@ class MapRun:
             self._arrived.append(index)
 
     def put_error(self, index: int, error: BaseException) -> None:
-        """Put down what a call raised."""
+        """Store the exception of a call."""
         if not self.dropped:
             self._results[index] = [error] if self.returns_errors else _Raised(error)
             if self._arrived is not None:
@@ -313,19 +317,19 @@ class MapRun:
             )
 
     def drop(self) -> None:
-        """Keep nothing more: nobody takes it."""
+        """Keep no more results: they are not needed."""
         self.dropped = True
         self.stop(CancelledError)
         self._results.clear()
         self._sizes.clear()
 
     def end(self, length: int) -> None:
-        """Say how many results there will be, to a reader that may wait for one more."""
+        """Store the number of results, for a reader that may wait for one more."""
         self.length = length
         self.tell()
 
     def tell(self) -> None:
-        """Let whoever waits look again."""
+        """Wake the waiting thread."""
         self._waiters.wake()
 
     def give_up(self, span: Span, error: Callable[[], BaseException]) -> None:
@@ -422,7 +426,7 @@ class Feed(Protocol):
         """Queue further calls; ``last``: there will be no more."""
 
     def give_up(self, run: MapRun) -> None:
-        """Drop the calls that no worker has: nobody wants the rest."""
+        """Drop the calls that no worker has: they are not needed."""
 
     def end_calls(self, run: MapRun) -> None:
         """End the workers that run calls of a run that was given up."""
@@ -442,7 +446,7 @@ class Results:
     """Takes items from the caller's iterators, and results in their order.
 
     Args:
-        run: Where results are put down.
+        run: The run that stores the results.
         items: The arguments of each call.
         feed: Queues calls.
         ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy,
@@ -479,12 +483,12 @@ class Results:
         self._bytes = self._most_bytes = 0
         self._portion = 1
         self._fed = 0
-        # Those that are still in `_rest` are not.
+        # Results in `_rest` do not count.
         self._taken = 0
         self.seen: bool = False
         self._over = False
         self.at_end: Callable[[], object] | None = None
-        # Whoever shuts the pool down takes items beside the thread that iterates.
+        # The thread that shuts the pool down takes items as well, beside the iterating thread.
         self._pulling = threading.RLock()
         self._pulls = False
         if self._is_fed:
@@ -507,16 +511,18 @@ class Results:
         """Return the iterator over the results.
 
         Args:
-            keep: Held until the end: a pool that nobody else holds goes on as long.
+            keep: Object that is held until the end, so that a pool without other references goes
+                on.
         """
         return self._run.iterator(self, keep)
 
     def feed(self, chunk: int) -> None:
-        """Queue calls as their items come, until there are no more. In a thread of its own.
+        """Queue calls as their items come, in a thread of its own.
 
-        What is there is queued before the next item is waited for, which may be made of a result.
-        Until somebody asks for results there is no bound, so that calls run for what they do. If
-        the pool ends meanwhile, that is what the calls of items raise that were taken.
+        Items at hand are queued before the thread waits for the next item, which may depend on a
+        result. There is no bound before the first request for a result, so that calls run for
+        their effects. If the pool ends meanwhile, the calls of items already taken raise its
+        error.
 
         Args:
             chunk: Items that are queued together.
@@ -525,7 +531,7 @@ class Results:
         try:
             while items is not None and (batch := [*itertools.islice(items, chunk)]):
                 if self._items is None:
-                    break  # nobody wants the rest
+                    break  # the rest is not needed
                 if not self.push(batch):
                     break
                 while not self._has_room():
@@ -541,7 +547,7 @@ class Results:
         self._room.wake()
 
     def push(self, batch: list[Item]) -> bool:
-        """Queue calls of which only now the items have come; ``False`` if nobody runs them."""
+        """Queue calls for items that have just arrived; ``False`` if they cannot run."""
         self._fed += len(batch)
         try:
             self._feed.add_items(self._run, batch, last=False)
@@ -566,7 +572,7 @@ class Results:
         return self._fed - self._taken
 
     def wait_for_room(self, place: Place) -> None:
-        """Put something there when further results were taken, or nobody takes any."""
+        """Call back when more results were taken, or no more will be."""
         self._room.add(place)
 
     def _has_room(self) -> bool:
@@ -608,12 +614,12 @@ class Results:
         return self._feed is feed
 
     def advance(self) -> list[Any] | _Raised:
-        """Return the next results in reverse order, none at the end; or what a call raised.
+        """Return the next results in reverse order, none at the end, or raise an exception.
 
         Raises:
             TimeoutError: None is there in time.
-            BaseException: The exception of the iterator of the items, or what kept the pool from
-                taking them, after the last result.
+            BaseException: The exception of the iterator of the items, or the pool's reason not to
+                take them, after the last result.
         """
         self.seen = True
         here = object()
@@ -622,7 +628,7 @@ class Results:
                 return _Raised(ValueError("another thread waits for the next result of this map"))
             return self._advance()
         finally:
-            # Not that of another thread.
+            # Not an iteration of another thread.
             if vars(self).get("_inside") is here:
                 del vars(self)["_inside"]
 
@@ -645,7 +651,7 @@ class Results:
                 raise late
             # Taken from the end, so that nothing here keeps a result that the caller has dropped.
             results.reverse()
-            # Counted before: whoever takes one may ask for the next item first.
+            # Counted before: the caller may ask for the next item before it takes a result.
             if self._items is None or self._grows or self._is_fed:
                 self._taken = self._run.taken
                 return results
@@ -656,7 +662,7 @@ class Results:
         return [self._rest.pop()] if self._rest else []
 
     def close(self) -> None:
-        """Drop what has not begun, if a result was asked for and not all were taken."""
+        """Drop waiting calls, if a result was requested and not all were taken."""
         if not self.seen or self._over:
             return
         self._over = True
@@ -780,19 +786,19 @@ class Results:
         self._error = error
 
 
-# Whose last result was an error, which nobody has come back for.
+# Iterators whose last result was an error, and that were not asked again.
 _failed: weakref.WeakSet[ResultIterator] = weakref.WeakSet()
 
 
 class ResultIterator:
     """The results of a map, as its caller holds them.
 
-    An error that a call raised is raised in its turn, and the next results follow when they are
-    asked for. What else is raised ends it: the time is over, the pool takes no more items, a
-    signal's handler has raised.
+    The exception of a call is raised in its turn, and the iterator goes on when it is asked again.
+    Other exceptions end it: the time is over, the pool takes no more items, a signal handler has
+    raised.
 
     Args:
-        results: Where they come from.
+        results: Source of the results.
         keep: Held until the end.
 
     Attributes:
@@ -850,7 +856,7 @@ class ResultIterator:
             del self, found, results
 
     def close(self) -> None:
-        """Take no more results; cancel what has not begun, if one was asked for."""
+        """Take no more results; cancel waiting calls, if a result was requested."""
         self._here = []
         self._keep = None
         if self._guard is not None:
@@ -859,7 +865,7 @@ class ResultIterator:
             self._guard = self.results = None
 
     def end(self) -> None:
-        """Take no more results; cancel what has not begun, and end what runs."""
+        """Take no more results, cancel waiting calls and end running ones."""
         results = self.results
         self.close()
         if results is not None:
@@ -891,9 +897,10 @@ def _as_of_a_generator(error: BaseException) -> BaseException:
 
 
 def end_failed(feed: Feed) -> None:
-    """Drop what is left of the maps of a pool that have raised an error nobody has gone on after.
+    """Drop the remaining calls of maps whose iterator has raised an error and was not asked again.
 
-    For a pool that is left by an error: the rest would run to its end first, for nobody.
+    Called when an error leaves a pool's block: otherwise the block would wait for calls whose
+    results are not needed.
     """
     while True:
         try:

@@ -1,20 +1,20 @@
 """The script's names: what workers have of the program's ``__main__``, and what they lack.
 
 A function of the script travels without the globals that its code names. Each of those is a name
-of its own here, whatever it holds: a module, a function or class of the script, data. Before
-a worker is sent a call it is sent the names that the call needs, and that it lacks in their
-present version. There each is bound, and from then on the worker's own: what a task does to it
-stays. A name gets a new version only when the program's own value has changed:
+of its own here, whatever it holds: a module, a function or class of the script, data. Before a
+worker is sent a call it is sent the names that the call needs, and that it lacks in their present
+version. The worker binds them. From then on they are the worker's own: a change by a task stays. A
+name gets a new version only when the program's own value has changed:
 
     what identity tells about    by identity: numbers, text, modules, what workers import
     functions, classes           by the parts that they are made of (``mains``)
     all else                     by its pickle, and the memory of its arrays
 
-Names that hold each other, or something in common, are pickled together, so that it is one object
-in the worker as well. What a worker has already is referred to by its name.
+Names that refer to each other, or to a common object, are pickled together, so that the object is
+one in the worker as well. Objects that the worker already has are pickled as names.
 
-What the script has put into modules follows last (``transport.additions``), also where a call asks
-for no name. It is looked for again when the script has got more names.
+Changes of the script to modules follow last (``transport.additions``), even for a call that needs
+no names. They are searched again when the script has more names.
 
 Not covered:
     * An object that two globals have in common, and that is no global itself, if one of them was
@@ -24,11 +24,11 @@ Not covered:
     * What the program has changed between the fork of a worker (``mp_context="fork"``) and the
       first call that needs it.
 
-No lock is held: pickling runs the program's code, which may wait for another call, for ever, or
-for a finalizer. A thread writes what it finds out into a draft of its own (``table``), and
-publishes that in one step. If others have published meanwhile, it adds what is not about the same
-names, and looks again at the rest. Calls that need the same names wait for the first of them, so
-that what is large is pickled once.
+No lock is held while code of the program is pickled: it may wait for another call, without end, or
+for a finalizer. A thread writes its findings into a draft of the table, and publishes the draft in
+one step. If another thread has published meanwhile, it merges entries about other names, and looks
+at the rest again. Calls that need the same names wait for the first of them, so that a large
+object is pickled once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Names:
         return table
 
     def needed(self, roots: frozenset[str]) -> Sequence[Delivery]:
-        """Return what a worker needs before code runs that asks for these names.
+        """Return the deliveries that a worker needs before it runs code with these names.
 
         Args:
             roots: Names that the pickle of a call refers to, and that its functions use.
@@ -168,13 +168,13 @@ class Names:
         return mine
 
     def _close(self, roots: frozenset[str]) -> Closure | None:
-        """Find out what names lead to; ``None`` if others were faster with some of it."""
+        """Find the objects of names; ``None`` if another thread has published some of them."""
         base = self.table
         draft = base.draft()
         try:
             closure = close(draft, roots)
         except BaseException:
-            self._publish(base, draft)  # what is beside, and takes long as well
+            self._publish(base, draft)  # entries beside them, which take long as well
             raise
         if not self._publish(base, draft):
             return None
@@ -184,7 +184,7 @@ class Names:
         return closure
 
     def _publish(self, base: Table, draft: Table) -> bool:
-        """Let a draft be the table; return whether all of it counts."""
+        """Publish a draft as the table; return whether all of it counts."""
         whole = True
         gone = {
             id(base.known[name])

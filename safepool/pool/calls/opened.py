@@ -1,7 +1,7 @@
 """Maps whose items are not all taken yet, as their iterators do not say how many there are.
 
-The standard pool takes all items when ``map`` is called. Here the rest of them is taken at the
-latest when the pool is shut down, or when the iterator over the results is dropped unseen.
+The standard pool takes all items when ``map`` is called. The pool takes the remaining items when
+it is shut down, or when the unused iterator over the results is dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class OpenMaps:
         results: Results,
         do: Callable[[Callable[[], None]], None],
     ) -> None:
-        """Note a map. One that is dropped without a look is for the sake of what its calls do.
+        """Note a map. Even without a request for results, it runs all its calls.
 
         Args:
             iterator: Over its results.
@@ -49,6 +49,6 @@ class OpenMaps:
         self, do: Callable[[Callable[[], None]], None], iterator: weakref.ref[Any]
     ) -> None:
         results = self._results.pop(iterator, None)
-        # Weak references may be told of an iterator's end before the iterator itself.
+        # The callback of a weak reference may run before the iterator's own finalizer.
         if results is not None and not results.seen:
             do(results.finish)

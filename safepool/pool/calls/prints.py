@@ -29,11 +29,11 @@ __all__ = ["Print", "exposed", "is_equal", "length", "placed", "print_of", "stea
 
 _T = TypeVar("_T")
 
-# Another thread may change what is being pickled; so often it is tried again.
+# Another thread may change the object during pickling; it is tried this often.
 _ATTEMPTS = 20
-# Of a longer pickle its digest is kept to compare with.
+# A longer pickle is compared by its digest.
 _COMPARED_BYTES = 64 * 1024
-# Compared at once, so that what is compared and the result stay in the processor's cache.
+# The step of a comparison, so that both sides stay in the processor's cache.
 _STEP_BYTES = 1 << 20
 
 
@@ -65,7 +65,7 @@ class Print:
 
 
 def print_of(values: list[object]) -> tuple[list[bytes | memoryview], bool]:
-    """Return the pickle of values to be compared, and whether it is that one only.
+    """Return a pickle of values for comparison, and whether the values always have the same one.
 
     Buffers are out of band that are a part of the pickle otherwise.
     """

@@ -59,7 +59,9 @@ _numbers = itertools.count(1)
 
 
 class Table:
-    """Knowledge about the names. One thread changes its own draft; a published table stays.
+    """Knowledge about the names.
+
+    A thread changes its own draft only; a published table is immutable.
 
     Args:
         main: Names that workers have because they run the script; ``None`` if none do.
@@ -94,7 +96,7 @@ class Table:
         self.heir: dict[int, Table] = {}
 
     def draft(self) -> Table:
-        """Return a copy; one of nothing if workers have something else of the script by now."""
+        """Return a copy; an empty one if workers have other objects of the script by now."""
         new = Table(self.main)
         new.slow = self.slow
         if new._learned == self._learned:
@@ -107,7 +109,7 @@ class Table:
         self.added, self.look_at = other.added, other.look_at
 
     def on(self, after: Table, base: Table) -> tuple[Table, bool]:
-        """Return a draft of this one's news on another table.
+        """Return a draft with this one's new entries on top of another table.
 
         Args:
             after: The other one.
@@ -172,7 +174,7 @@ class Table:
         )
 
     def is_unchanged(self, known: Known, *, here: bool = False) -> bool:
-        """Tell whether names are what they were when they were pickled; ``False`` if in doubt."""
+        """Return whether names have the values that were pickled; ``False`` if in doubt."""
         if known.plain is not ABSENT:
             return known.is_still(main_space())
         refs = known.refs

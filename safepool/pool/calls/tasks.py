@@ -1,4 +1,4 @@
-"""One call on its way to a result, and the ways in which it gets there."""
+"""One call and its result, and the ways of the result to the caller."""
 
 from __future__ import annotations
 
@@ -82,10 +82,11 @@ _MOMENT_S = 0.02
 
 
 class PoolFuture(Future[Any]):
-    """A future that nobody holds a lock of while a signal's handler may run.
+    """A future without a lock that could be held while a signal handler runs.
 
-    So a handler may wait for any call, above whatever it has interrupted. That of the base holds a
-    condition in ``result()`` and ``cancel()``, and the thread that ends it needs the same.
+    So a handler may wait for any call, whatever code it has interrupted. The base class holds a
+    condition in ``result()`` and ``cancel()``, and the thread that ends the future needs the same
+    condition.
 
         claim     _RUN or _CANCEL: one of them, by ``dict.setdefault``, in one step
         verdict   state, result and exception: the first one counts, by the same
@@ -93,10 +94,10 @@ class PoolFuture(Future[Any]):
                   under ``_condition``
         turn      by which the call was sent, while the scheduler does not know of it (``turns``)
 
-    ``_condition`` and the like are made when somebody asks for them. It may have to wait again,
-    and raises exceptions whatever their truth value: ``concurrent.futures.Future`` before
-    Python 3.14 asks ``if self._exception:`` and so returns ``None`` for an exception with
-    ``__bool__`` or an empty ``__len__`` (gh-132063).
+    ``_condition`` and its relatives are made on first access. It may have to wait again, and
+    raises exceptions whatever their truth value: ``concurrent.futures.Future`` before Python 3.14
+    asks ``if self._exception:`` and so returns ``None`` for an exception with ``__bool__`` or an
+    empty ``__len__`` (gh-132063).
     """
 
     def __init__(self, owner: object = None) -> None:
@@ -120,7 +121,7 @@ class PoolFuture(Future[Any]):
             self.tell()  # one that has ended by `end_alone`
         return made
 
-    # What the functions of concurrent.futures, and repr(), look at.
+    # Attributes that functions of concurrent.futures, and repr(), read.
 
     @property
     def _state(self) -> str:  # type: ignore[override]
@@ -146,7 +147,7 @@ class PoolFuture(Future[Any]):
         error: BaseException | None = self.__dict__.get("_verdict", _CANCELLED)[2]
         return error
 
-    # What callers use.
+    # Methods for callers.
 
     def cancel(self) -> bool:
         """Cancel the call, unless it runs or has ended."""
@@ -177,7 +178,7 @@ class PoolFuture(Future[Any]):
         return self._outcome() is not None
 
     def result(self, timeout: float | None = None) -> Any:
-        """Return what the call returned, or raise what it raised; wait for that."""
+        """Wait for the call; return its result or raise its exception."""
         verdict: _Verdict | None = self._wait(timeout)
         assert verdict is not None
         state, result, error = verdict
@@ -186,11 +187,11 @@ class PoolFuture(Future[Any]):
         try:
             raise CancelledError if error is None else error
         finally:
-            # Else the exception's traceback would hold this frame, and it this future.
+            # Otherwise the exception's traceback would hold this frame, and the frame this future.
             del self, verdict, error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the call raised; wait for that."""
+        """Wait for the call; return its exception."""
         state, _, error = self._wait(timeout)
         if state != _base.FINISHED:
             raise CancelledError
@@ -207,7 +208,7 @@ class PoolFuture(Future[Any]):
         if self.done():
             self._call(entry)
 
-    # What the scheduler's thread uses; by name also what the base promises its heirs.
+    # Methods for the scheduler's thread, with the names that the base promises to subclasses.
 
     def set_running_or_notify_cancel(self) -> bool:
         """Become running; ``False`` if it was cancelled."""
@@ -224,7 +225,7 @@ class PoolFuture(Future[Any]):
         self._end((_base.FINISHED, None, exception))
 
     def begin_alone(self, turn: Turn) -> None:
-        """Become running by a turn. Nobody but the caller's thread knows this future yet."""
+        """Become running in a direct turn. Only the caller's thread knows this future yet."""
         facts = self.__dict__
         facts["_turn"], facts["_claim"] = turn, _RUN
 
@@ -261,7 +262,7 @@ class PoolFuture(Future[Any]):
             del self.__dict__["_claim"]
 
     def cancel_running(self) -> bool:
-        """Become cancelled though a worker may run it; ``False`` if it has ended otherwise.
+        """Become cancelled even if a worker runs it; ``False`` if it has already ended.
 
         Those who wait for several futures are to be told (`tell`) by the scheduler's thread: an
         interrupt of the caller's could leave the condition locked, and nobody told.
@@ -273,7 +274,7 @@ class PoolFuture(Future[Any]):
         return True
 
     def tell(self) -> None:
-        """Let those know who wait for several futures, and for this one. Twice is once."""
+        """Wake the threads that wait for this future. A second call does nothing."""
         condition = self._condition
         if condition.acquire(timeout=_MOMENT_S):
             try:
@@ -295,11 +296,11 @@ class PoolFuture(Future[Any]):
             claimed = facts.setdefault("_claim", _RUN) is _RUN
             first = claimed and facts.setdefault("_verdict", verdict) is verdict
             if held and claimed:
-                self._tell()  # also for who was interrupted before it had
+                self._tell()  # also for a call that was interrupted before it had
         finally:
             if held:
                 condition.release()
-        if not held and self._outcome() is not _CANCELLED:  # who cancels it tells of that
+        if not held and self._outcome() is not _CANCELLED:  # else its canceller does
             self._tell_later()
         self._announce()
         if not first:
@@ -307,7 +308,7 @@ class PoolFuture(Future[Any]):
             raise InvalidStateError(f"future at {id(self):#x} has ended, or was cancelled")
 
     def _tell(self) -> None:
-        """Become what it is for those who hold the condition; it is held here."""
+        """Set the state for threads that hold the condition; it is held here."""
         facts = self.__dict__
         verdict = self._outcome()
         if verdict is None or "_told" in facts:
@@ -324,9 +325,9 @@ class PoolFuture(Future[Any]):
                 _in_a_thread(functools.partial(notify, self))
 
     def _tell_now(self) -> str | None:
-        """Do it for who looks before the scheduler could; ``None`` if another thread must."""
+        """Set it for a reader that comes before the scheduler; ``None`` if another thread must."""
         condition: Any = self._condition
-        # Nor for who holds it, and counts on nothing to change meanwhile.
+        # Nor while another thread holds it and expects no change.
         if condition._is_owned() or not condition.acquire(blocking=False):
             return None
         try:
@@ -346,7 +347,7 @@ class PoolFuture(Future[Any]):
         _in_a_thread(tell)
 
     def _announce(self) -> None:
-        """Wake who waits for this one, and call who wants to be called."""
+        """Wake the waiting thread, and call the callbacks."""
         facts = self.__dict__
         latch: Latch | None = facts.get("_latch")
         if latch is not None:
@@ -390,7 +391,7 @@ class PoolFuture(Future[Any]):
             turn.ask()
 
     def _collect(self, turn: Turn, timeout_s: float | None) -> float | None:
-        """Wait for the answer here; return what is left of the time."""
+        """Wait for the answer in this thread; return the remaining time."""
         if timeout_s is None:
             turn.collect(self, None)
             return None
@@ -471,10 +472,10 @@ def _in_a_thread(run: Callable[[], None]) -> None:
 
 
 def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> None:
-    """End what a coroutine awaits (``asyncio.wrap_future``, ``run_in_executor``).
+    """End the future that a coroutine awaits (``asyncio.wrap_future``, ``run_in_executor``).
 
     A coroutine cannot be told of a ``StopIteration``: asyncio refuses it before Python 3.12, and
-    the coroutine waits for ever. So it is told in the way of PEP 479.
+    the coroutine waits for ever. So the coroutine gets a ``RuntimeError``, as PEP 479 demands.
     """
     error = None if future.cancelled() else future.exception()
     if isinstance(error, (StopIteration, StopAsyncIteration)):
@@ -506,12 +507,12 @@ class Task(Call):
         self.call: Parts | None = call
 
     def is_wanted(self) -> bool:
-        """Whether it was not cancelled; who waits for the future is told so."""
+        """Whether it was not cancelled. If it was, waiting threads are woken."""
         return not self.future.cancelled() or begin(self.future)
 
 
 def begin(future: PoolFuture) -> bool:
-    """Mark a future as running; ``False`` if it was cancelled, or ended by somebody else."""
+    """Mark a future as running; ``False`` if it was cancelled, or has already ended."""
     return future.begin()
 
 
@@ -522,12 +523,12 @@ def cancel(future: PoolFuture) -> None:
 
 
 def finish(future: PoolFuture, result: object) -> None:
-    """End a future with a result, unless somebody else has ended it."""
+    """End a future with a result, unless it has already ended."""
     _end(future.set_result, result)
 
 
 def fail(future: PoolFuture, error: BaseException) -> None:
-    """End a future with an exception, unless somebody else has ended it."""
+    """End a future with an exception, unless it has already ended."""
     _end(future.set_exception, error)
 
 
@@ -535,13 +536,13 @@ def _end(end: Callable[..., object], *arguments: object) -> None:
     try:
         end(*arguments)
     except InvalidStateError:
-        pass  # somebody else has ended it
+        pass  # it has already ended
     except BaseException:  # noqa: BLE001 -- a callback's SystemExit must not cost other tasks
         _log.exception("a callback of a future raised")
 
 
 def fresh(error: PoolBrokenError) -> PoolBrokenError:
-    """Return an error of its own for each future (gh-101267), with the same cause."""
+    """Return a separate error for each future (gh-101267), with the same cause."""
     copy = PoolBrokenError(*error.args)
     copy.__cause__ = error.__cause__
     return copy

@@ -38,15 +38,15 @@ __all__ = [
     "value_of",
 ]
 
-# Objects in a pickle. In a larger one nobody looks for what two values have in common.
+# Objects in a pickle. A larger pickle is not searched for common objects.
 _MOST_MET = 200_000
 # A pickle that the scheduler's thread does not make.
 _LARGE_BYTES = 16 * 1024
-# They stay the same object in a worker when what they hold has changed.
+# Types whose objects keep their identity in a worker when their content has changed.
 CONTAINERS = frozenset({dict, list, set, bytearray})
 # Py_TPFLAGS_HEAPTYPE.
 _HEAP = 1 << 9
-# Of the worker's own module.
+# Names of the worker's own module.
 OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__", "__loader__"})
 
 
@@ -61,8 +61,8 @@ class Pickled:
         draws: The same as in :class:`Delivery`.
         attributes: The same as in :class:`Known`.
         looked: Look of the values just before.
-        held: By ``id()``, objects that another name may hold as well. Those that were made
-            for the pickle are kept, so that no other gets their number.
+        held: By ``id()``, objects that another name may hold as well. Objects made for the pickle
+            are kept, so that their id() is not used again.
     """
 
     names: tuple[str, ...]
@@ -99,14 +99,14 @@ class Looked:
 
     @property
     def is_large(self) -> bool:
-        """Whether what is in doubt is large."""
+        """Whether the objects in doubt are large."""
         printed = self.printed
         return printed is not None and (len(printed) > 1 or len(printed[0]) > _LARGE_BYTES)
 
     def print_beside(
         self, pickled: Sequence[bytes | memoryview], stored: Sequence[Segment]
     ) -> Print | None:
-        """Return the print of what is in doubt.
+        """Return the print of the objects in doubt.
 
         Args:
             pickled: The pickle of the values themselves.
@@ -186,7 +186,7 @@ def pickle_additions(
         additions: By a number, so that a worker makes each once.
 
     Returns:
-        The pickle, the names that it asks for, and what it shares.
+        The pickle, the names that it refers to, and its shared objects.
     """
     named = data_by_id()
     pickles: dict[int, list[bytes]] = {}
@@ -207,7 +207,7 @@ def pickle_additions(
 
 
 def value_of(name: str) -> Any:
-    """Return what the script has under a name, or a function or class of it under a path."""
+    """Return the script's object of a name, or a function or class at a path below it."""
     if "." not in name:
         return main_space().get(name, ABSENT)
     found = find_attribute(name)
@@ -247,7 +247,7 @@ def can_be_shared(value: object) -> bool:
     return bool(kind.__flags__ & _HEAP) and home not in _UNCHANGED
 
 
-# Whose objects never change, or are pickled as names.
+# Types whose objects never change, or are pickled as names.
 _UNCHANGED = frozenset(
     {
         "datetime",
@@ -274,7 +274,7 @@ _GENERATORS = frozenset(
 
 
 def _is_generator(value: object) -> bool:
-    """Tell whether this draws random numbers, and a copy of it draws the same."""
+    """Return whether this draws random numbers, and a copy of it repeats them."""
     kind = type(value)
     if kind is random.Random or (kind.__module__, kind.__qualname__) in _GENERATORS:
         return True

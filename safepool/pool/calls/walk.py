@@ -48,7 +48,7 @@ __all__ = ["QUIET_BYTES", "UNASKED_S", "Walk"]
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
 
-# So long the pickling of what nothing names may wait for something.
+# Time that the pickling of objects without a name may wait for something.
 UNASKED_S = 1.0
 _TOO_LONG = "no function that was called names it, and its pickling waits for something"
 # Code that names one of these may ask for any name of the script.
@@ -59,7 +59,7 @@ _TOLD_AT = 3
 
 
 class Walk:
-    """From some names to all that they lead to.
+    """The walk from some names to everything that they lead to.
 
     Args:
         table: A draft, which gets what is new.
@@ -147,7 +147,7 @@ class Walk:
         return one.refs | one.uses | frozenset(one.names)
 
     def finish(self) -> None:
-        """Make known what was pickled."""
+        """Add the pickled objects to the table."""
         if not self._quiet and not _REACHES_ALL.isdisjoint(self.absent):
             everything = Walk(self._table, quiet=True)
             everything.go(definitions())
@@ -165,7 +165,7 @@ class Walk:
         while self._pickled:
             for group in _together(self._pickled):
                 self._make_known(group)
-            # What refers to an object that workers get anew is to refer to that one.
+            # An object that refers to a replaced object must refer to the new one.
             behind = [name for name in self.reached if self._is_behind(name)]
             if not behind:
                 return
@@ -177,7 +177,7 @@ class Walk:
         return known is not None and known.stamp != self._table.stamp(known.refs)
 
     def go_if_possible(self, names: Iterable[str]) -> None:
-        """Look at names that perhaps nobody asks for."""
+        """Look at names that may never be requested."""
         for name in sorted(names):
             self._unasked = True
             try:
@@ -192,7 +192,7 @@ class Walk:
         value, slow = value_of(name), self._table.slow
         if not self._unasked or runs_no_code(value) or is_data(value):
             return self._there(name) or self._alone(name)
-        # What waits in there is not to keep the call.
+        # An object that waits in there must not delay the call.
         if slow.get(name, ABSENT) is value:
             raise TimeoutError(_TOO_LONG)
         try:
@@ -203,7 +203,7 @@ class Walk:
             raise TimeoutError(_TOO_LONG) from None
 
     def _own(self, name: str) -> Pickled | None:
-        """Return a function or class that workers have by themselves, by the script's name."""
+        """Return a function or class that workers have from their own run, by name."""
         main, value = self._table.main, value_of(name)
         if not main or name in self._table.known or not is_definition(value):
             return None
@@ -214,7 +214,7 @@ class Walk:
         return Pickled((name,), uses=uses, by_identity=True, there=True, attributes=attributes)
 
     def _there(self, name: str) -> Pickled | None:
-        """Return a name that workers have by themselves; ``None`` if it is to be sent."""
+        """Return a name that workers have from their own run; ``None`` if it must be sent."""
         main, value = self._table.main, value_of(name)
         if not main or name in self._table.known or main.changed({name: value}):
             return None
@@ -310,13 +310,14 @@ class Walk:
             elif was == id(value):
                 born.append(table.born(name))
             else:
-                # What the script has made in a worker is filled there, whatever refers to it.
+                # An object that the script has made in a worker keeps its identity and is filled
+                # there.
                 born.append(0 if table.main and name not in table.known else None)
         return born
 
 
 def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
-    """Return which names are to be pickled together, what is referred to first."""
+    """Return the groups of names to pickle together, dependencies first."""
     parents = {name: name for name in pickled}
 
     def root(name: str) -> str:
@@ -324,7 +325,7 @@ def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
             name = parents[name]
         return name
 
-    # What two of them hold is to be one object.
+    # An object that two of them hold must stay one object.
     holders: dict[int, str] = {}
     for name, one in pickled.items():
         for held in one.held:
@@ -341,7 +342,7 @@ def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
     return [tuple(sorted(name for top in circle for name in groups[top])) for circle in circles]
 
 
-# How often a large global has changed.
+# Number of changes of each large global.
 _changes: Counter[tuple[str, ...]] = Counter()
 
 
@@ -362,5 +363,5 @@ def _tell_of_large(delivery: Delivery) -> None:
 
 
 def stays(value: object) -> bool:
-    """Tell whether a worker has the same object when what it holds arrives anew."""
+    """Return whether a worker keeps the same object when its content arrives again."""
     return type(value) in CONTAINERS or issubclass(type(value), (type, LRU_CACHE))

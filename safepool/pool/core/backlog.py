@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.work import Run
 
-    # What `take` is given.
+    # Arguments of `take`.
     _Offer = tuple[Callable[[str, int], int], Callable[[str], int], int, int]
 
 __all__ = ["Backlog"]
 
-# Entries whose calls are counted; a look at more would hold up whoever submits.
+# The most entries whose calls are counted; counting more would delay the submitting thread.
 _MOST_COUNTED = 1000
 
 
@@ -58,7 +58,7 @@ class Backlog:
         return sum(map(_size, [*self._held, *first])) + further
 
     def is_wanted(self) -> bool:
-        """Return whether a call waits that may be sent; drop those that nobody wants before it."""
+        """Return whether a call waits that may be sent; drop cancelled ones before it."""
         if self._held:
             self._let_go()
         entries = self._entries
@@ -88,7 +88,7 @@ class Backlog:
             self._entries.append(run)
 
     def put_back(self, works: Sequence[Call | Span]) -> None:
-        """Queue what was taken before, in its order, ahead of everything else."""
+        """Queue returned work, in its order, ahead of everything else."""
         entries = self._entries
         for work in reversed(works):
             head = entries[0] if entries else None
@@ -104,7 +104,7 @@ class Backlog:
             entries.appendleft(work)
 
     def clear(self) -> list[Any]:
-        """Empty it, and return what was there."""
+        """Empty it, and return its content."""
         found = [*self._held, *self._entries]
         self._entries.clear()
         self._held.clear()
@@ -163,7 +163,7 @@ class Backlog:
         return run.held
 
     def _let_go(self) -> None:
-        """Queue runs again that are full no more, ahead of everything else."""
+        """Queue runs again that are no longer full, ahead of everything else."""
         for run in reversed(self._held):
             if not (self.holds and run.is_full):
                 run.held = False

@@ -105,7 +105,7 @@ class Ending:
 
     @property
     def was_for_nothing(self) -> bool:
-        """Whether it ended by itself before it did anything."""
+        """Return whether it ended by itself before it did anything."""
         idle = self.stage in (Stage.STARTING, Stage.READY)
         return idle and not (self.lost or self.dismissed or self.condemned)
 
@@ -147,7 +147,7 @@ class Ending:
 
     @property
     def line(self) -> tuple[int, str]:
-        """The line for the log that tells of the worker alone, with its level."""
+        """Return the log line about the worker itself, with its level."""
         if self.lost or self.dismissed or self.condemned is not None:
             return _DEBUG, f"worker {self.pid} {self.how}"
         return _WARNING, f"worker {self.unasked}"
@@ -158,7 +158,7 @@ class Ending:
         return f"{self.pid} {self.how} {self.stage.value} {printable(self.reading)}".rstrip()
 
     def line_of(self, lost: Lost, error: BaseException | None) -> tuple[int, str]:
-        """Return the line for the log that tells of a call, with its level.
+        """Return the log line about one call, with its level.
 
         Args:
             lost: Which.

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 # A member, with what its owner has added: its type is the owner's.
 Who = Any
-# How the workers of a pool are ended that does not wait for their calls.
+# Ways to end the workers of a pool without waiting for their calls.
 Force = Literal["", "ask", "terminate", "kill"]
 
 
@@ -132,7 +132,7 @@ class Then(NamedTuple):
 
 
 class Revoked(NamedTuple):
-    """A worker was told what is taken back.
+    """A worker was told which calls are taken back.
 
     Attributes:
         worker: Which.
@@ -249,7 +249,7 @@ class Strangers(NamedTuple):
 
 
 class Parted(NamedTuple):
-    """Nothing more can be sent to a worker."""
+    """A worker can no longer be sent anything."""
 
     worker: Member
 
@@ -316,7 +316,7 @@ class CancelWaiting(NamedTuple):
 
 
 class Break(NamedTuple):
-    """The pool gives up; ``why`` is for who listens."""
+    """The whole pool breaks; ``why`` is the reason for the listener."""
 
     why: str = ""
 
@@ -354,7 +354,7 @@ class Look(NamedTuple):
 
 
 class Revoke(NamedTuple):
-    """Take back what a worker has not begun, up to what it was sent last."""
+    """Take back the calls that a worker has not begun, up to the last one that it was sent."""
 
     worker: Who
     last: int
@@ -397,14 +397,14 @@ class Fail(NamedTuple):
 
 
 class Bury(NamedTuple):
-    """Tell how a worker ended, and fail what it took along and what is not run again."""
+    """Report how a worker ended, and fail its lost calls that do not run again."""
 
     worker: Who
     ending: Ending
 
 
 class Stop(NamedTuple):
-    """Tell a worker to end when it has done what it was sent."""
+    """Tell a worker to end after the calls that it was sent."""
 
     worker: Who
 
@@ -417,14 +417,14 @@ class Condemn(NamedTuple):
 
 
 class EndNow(NamedTuple):
-    """End a worker, whatever it does."""
+    """End a worker at once, even in the middle of a call."""
 
     worker: Who
     force: Force
 
 
 class Distrust(NamedTuple):
-    """End a worker that has sent what it should not."""
+    """End a worker that has violated the protocol."""
 
     worker: Who
     error: ValueError

@@ -1,7 +1,8 @@
-"""When to look at what a worker holds, and whether that is too much. Computes; it reads nothing.
+"""Time of the next memory check of a worker, and its result. It computes, and reads nothing.
 
 A look wakes the scheduler's thread, so a worker that does not grow is looked at ten times a
-second. One that grows is looked at the sooner the less it has left, a hundred times at the most.
+second. A growing worker is checked more often the less it has left, at most a hundred times a
+second.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Gauge:
         self._pause_ns = _MOST_NS
 
     def note(self, private_bytes: int, now_ns: int) -> int | None:
-        """Take note of a look; return what the worker holds if that is too much.
+        """Note a measurement; return the worker's memory if it exceeds the limit.
 
         Args:
             private_bytes: All that it has for itself.

@@ -44,7 +44,7 @@ class Ledger(Generic[_W]):
 
     @property
     def last(self) -> int:
-        """The position of what was sent last, 0 at first."""
+        """The position of the call that was sent last, 0 at first."""
         return self._next - 1
 
     @property
@@ -54,7 +54,7 @@ class Ledger(Generic[_W]):
 
     @property
     def tail(self) -> _W | None:
-        """Work that the worker was sent last, of what it owes."""
+        """The last of the work that the worker has not answered."""
         return self._works[-1] if self._works else None
 
     def skip(self, calls: int) -> None:
@@ -62,7 +62,7 @@ class Ledger(Generic[_W]):
         self._next += calls
 
     def give(self, work: _W) -> None:
-        """Write down what is sent now."""
+        """Note the work that is being sent."""
         work.position = self._next
         work.done = 0
         self._next += work.count
@@ -71,7 +71,7 @@ class Ledger(Generic[_W]):
         self.expected_ns += work.expected_ns * work.count
 
     def settle(self, position: int, most: int = 1) -> tuple[_W, int, int] | None:
-        """Cross out calls from this position on, which are answered.
+        """Remove answered calls, from this position on.
 
         Args:
             position: The first one's.
@@ -105,7 +105,7 @@ class Ledger(Generic[_W]):
         return work, place, most
 
     def take_back(self, begun: int) -> list[_W]:
-        """Strike what has not begun, and return it in order.
+        """Remove the calls that have not begun, and return them in order.
 
         Args:
             begun: The last position that has, or may have.
@@ -130,7 +130,7 @@ class Ledger(Generic[_W]):
         return back
 
     def withdraw(self) -> _W:
-        """Strike what is left of the work that is owed next, and return it.
+        """Remove the rest of the next work, and return it.
 
         What was sent behind it stays: the worker may have begun that.
 
@@ -144,7 +144,7 @@ class Ledger(Generic[_W]):
         return work
 
     def strike(self) -> tuple[_W, int]:
-        """Strike the call that is owed next, and return its work and its place there.
+        """Remove the next call, and return its work and its place there.
 
         Raises:
             IndexError: Nothing is owed.

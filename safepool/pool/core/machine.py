@@ -86,7 +86,7 @@ class Core:
         self._cancelling = self._broken = False
         # Calls whose worker is to be ended as soon as it is sure that this meets them.
         self._unwanted: list[tuple[Member, Call | Run]] = []
-        # Workers that may have room, who has nothing first.
+        # Workers that may have room, idle ones first.
         self._hungry: deque[Member] = deque()
         # Between how many what waits is divided.
         self._among = 1
@@ -96,7 +96,7 @@ class Core:
         self._now_ns = 0
 
     def handle(self, event: e.Event, now_ns: int) -> list[e.Action]:
-        """Take note of an event, and return what is to be done.
+        """Process an event, and return the actions.
 
         Args:
             event: The event.
@@ -154,9 +154,9 @@ class Core:
         return min(looks) if looks else None
 
     def lend(self, now_ns: int) -> list[Member]:
-        """Return whom callers may send calls themselves, one at a time, until the next event.
+        """Return the workers that callers may send a call themselves, until the next event.
 
-        Nobody while anything waits that came before, or calls come several at a time.
+        There is none while earlier calls wait, or calls arrive several at a time.
         """
         if (
             self.backlog
@@ -267,18 +267,18 @@ class Core:
             room = self._size - sum(one.ledger.owed > 0 for one in staying)
             hungry = [*idle[: max(0, room)], *busy]
         if len(hungry) > 1:
-            # Who has nothing first, so that it does not wait while others are sent ahead.
+            # Idle workers first, so that none waits while others are sent more ahead.
             hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
         self._hungry = deque([] if event.full else hungry[: self._size])
         self._offer()
 
     def _offer(self) -> None:
-        """Give the next worker what it has room for, or hire if work is left."""
+        """Give the next worker the work that it has room for, or hire if work is left."""
         hungry, backlog = self._hungry, self.backlog
         # One message each, and again: the first is not to get all there is.
         while hungry and backlog:
             member = hungry.popleft()
-            # A large call that was taken back is nobody's any more.
+            # A large call that was taken back no longer occupies the worker.
             member.exclusive = member.exclusive and member.ledger.owed > 0
             if member.phase is Phase.READY and member.takes_more:
                 work = self._take_for(member)
@@ -362,7 +362,7 @@ class Core:
         staying = [member for member in members if not member.leaving]
         # Not in the place of one that cannot be ended: the next would hang in the same way.
         most = max(1, self._size - self._lost) - len(staying)
-        # One that fails to start may be the pool's end. Whatever nobody wants is dropped here:
+        # A worker that fails to start may break the pool. Whatever nobody wants is dropped here:
         # without a worker nobody would take it, and a pool that has something waiting does not
         # end.
         if (
@@ -394,7 +394,7 @@ class Core:
             self._end_unwanted(member)
 
     def _settle(self, event: e.Answered) -> ValueError | None:
-        """Cross out what was answered; return what is wrong with it."""
+        """Remove answered calls; return a description of a protocol error."""
         member, error = event.worker, None
         settled: list[tuple[Given, int, int, int]] = []
         spent: dict[str, tuple[float, int]] = {}
@@ -490,7 +490,7 @@ class Core:
             member.ledger.withdraw()  # not what is behind it: the worker goes on with that
             self._queue_again([head.only(place) for place in range(head.count)])
             self._end_unwanted(member)
-        elif member.ledger.last < position:  # else taken back meanwhile
+        elif member.ledger.last < position:  # else it was taken back meanwhile
             self._actions.append(
                 e.Distrust(
                     member, ValueError(f"answer for position {position}, which was not sent")
@@ -554,7 +554,7 @@ class Core:
             self._revoke(member)
 
     def _due_ns(self, member: Member) -> int | None:
-        """Return when what a worker runs has had its time; ``None`` if that is not limited."""
+        """Return the time at which the running call exceeds its timeout; ``None`` without one."""
         head = member.ledger.head
         if head is None or head.policy.timeout_s is None or member.phase >= Phase.CONDEMNED:
             return None
@@ -563,10 +563,10 @@ class Core:
             since_ns = self._now_ns if member.claimed < member.next else member.since_ns
         return since_ns + int(head.policy.timeout_s * 1e9)
 
-    # What is had back.
+    # Answers to a request to give calls back.
 
     def _revoke(self, member: Member, then: e.Then = _NOTHING) -> None:
-        """Have back what a worker has not begun, and go on with that."""
+        """Take back the calls that a worker has not begun, then go on with ``then``."""
         if member.has_board:
             self._actions.append(e.Revoke(member, member.ledger.last, then))
         else:
@@ -582,7 +582,7 @@ class Core:
             member.awaited = claimed + 1  # it will come to it, and say so (race J)
         self._queue_again(back)
         self._go_on(member, event.then)
-        # Nothing that it owed may have begun; then no answer brings its end.
+        # Perhaps no call that it was sent has begun; then no answer comes to bring its end.
         if member.is_idle:
             self._stop_the_retired(member)
 
@@ -660,7 +660,7 @@ class Core:
         # One that was large was not kept: what it refers to may have changed since (race H).
         lost += [(work, 0, False) for work in back if not _can_wait_again(work)]
         self._queue_again([work for work in back if _can_wait_again(work)])
-        # One that the kernel takes for its memory, and one that the pool takes, are the same.
+        # A worker that the kernel kills for its memory and one that the pool kills count the same.
         said = member.condemned
         exceeded, condemned = (said, None) if isinstance(said, MemoryExceeded) else (None, said)
         is_last = condemned is not None or event.forced
@@ -717,7 +717,7 @@ class Core:
         """
         member, ledger = event.worker, event.worker.ledger
         if not member.has_board:
-            # It answers each call before it begins the next; this one it may have begun.
+            # The worker answers each call before it begins the next; it may have begun this one.
             return ledger.take_back(member.next), None
         if member.condemned is not None:  # race I
             return ledger.take_back(event.claimed), None  # begun, also if it was still reading
@@ -741,7 +741,7 @@ class Core:
             f"worker {ending.unasked}"
         )
         why += "" if ending.oom is None else f": {ending.oom}"
-        # Of one that was killed from outside the next call that is tried might die as well.
+        # After a death from outside, the next call might meet the same end.
         ask = ending.oom is None and (ending.by_pool or (ending.exitcode or 0) >= 0)
         self._actions.append(e.GiveUp(member, why, ask))
 

@@ -1,20 +1,20 @@
 """Expected time of a function's calls, and so the number to send ahead.
 
 A worker that waits for its next task wastes its CPU; a task that waits behind a long one wastes
-time. So what is sent ahead is measured in time, from what the same function took before.
+time. So the number of calls sent ahead follows from the time that calls of the same function took.
 """
 
 from __future__ import annotations
 
 __all__ = ["Pace"]
 
-# Work that a worker holds. More than the 5 ms for which a thread of this process keeps the
-# interpreter (sys.getswitchinterval) and with it the scheduler from sending; no more than
-# a person or another task would notice.
+# Work that a worker holds. It is more than the 5 ms for which a thread of this process may keep
+# the interpreter (sys.getswitchinterval) and so keep the scheduler from sending. It is less than a
+# person or another task would notice.
 _AHEAD_NS = 10_000_000
 # Of one kind in one message: for calls so short that the measurement says little.
 _MOST_AT_ONCE = 2048
-# How much the newest measurement counts.
+# Weight of the newest measurement.
 _WEIGHT = 0.3
 # Functions whose time is remembered.
 _MOST_NAMES = 4096

@@ -1,8 +1,8 @@
-"""Patience with workers that end in a row before they were of use. Computes; no clock, no process.
+"""Patience with workers that end before they did any work. It computes; no clock, no process.
 
 A crash has a cause that will be there again: an initializer, a broken library. A kill from outside
-(``SIGKILL`` and ``SIGTERM``, as the out-of-memory killer and service managers send them) meets
-whoever is there, on a busy host several newborn workers in a row.
+(``SIGKILL`` and ``SIGTERM``, sent by the out-of-memory killer and service managers) hits any
+worker, on a busy host several new workers in a row.
 """
 
 from __future__ import annotations

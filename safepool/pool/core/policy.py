@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NO_POLICY", "Policy", "policy_of"]
 
-# Where a decorated function keeps its policy; functools.wraps hands it on.
+# Attribute in which a decorated function keeps its policy; functools.wraps copies it.
 _ATTRIBUTE = "__safepool_policy__"
 
 
@@ -43,7 +43,7 @@ NO_POLICY = Policy()
 
 
 def policy_of(function: Callable[..., Any], default: Policy) -> Policy:
-    """Return what holds for calls of ``function``.
+    """Return the policy for calls of ``function``.
 
     Args:
         function: A decorated one has a policy of its own; also inside of

@@ -1,7 +1,7 @@
 """From whom calls are taken back: none waits behind a long one, nor while a worker is idle.
 
-Workers are sent short calls ahead (``pace``). What one of them has not begun is better off
-with another when a call turns out to be long, or when another has nothing to do.
+Workers are sent short calls ahead (``pace``). Calls that one of them has not begun are better off
+with another worker when a call turns out to be long, or when another worker is idle.
 
 Not covered:
     * How they are taken back: by the board (``workers.board``).
@@ -24,8 +24,8 @@ _LONG_NS = 20_000_000
 _LONG_WHILE_IDLE_NS = 1_000_000
 # While a worker is idle, so much that another holds is worth dividing.
 _DIVIDED_NS = 2_500_000
-# A call that a worker has not come to after so long goes to another that is idle. It may be
-# stopped; it may also import what the call needs, then two of them do.
+# A call that a worker has not come to after so long goes to another that is idle. The worker may
+# be stopped, or it imports modules for the call; then two workers do.
 _UNHEARD_NS = 1_000_000_000
 
 
@@ -44,7 +44,7 @@ def to_look_at(members: Sequence[Member], *, nothing_waits: bool) -> Iterator[Me
 def slow_workers(
     members: Sequence[Member], now_ns: int, *, nothing_waits: bool
 ) -> Iterator[Member]:
-    """Yield the workers that are to give back what they have not begun.
+    """Yield the workers that are to give back calls that they have not begun.
 
     Args:
         members: All of them, as their boards were just read.
@@ -57,7 +57,7 @@ def slow_workers(
         if idle and member.may_be_unheard and now_ns - member.sent_ns > _UNHEARD_NS:
             yield member
         elif member.is_ahead:
-            # What it has claimed and nobody has read yet counts as done here.
+            # Calls that it has claimed and whose results were not read yet count as done here.
             left = min(member.ledger.owed, member.ledger.last - member.claimed)
             head = member.ledger.head
             left_ns = left * head.expected_ns if head is not None else 0

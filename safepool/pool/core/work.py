@@ -1,7 +1,7 @@
 """Work that workers are given: a call of its own, or calls of a map that travel together.
 
-Whoever hands it over adds what is to be sent, and where the result goes (``tasks``, ``mapping``);
-nothing here looks at that.
+The caller's side adds the message and the place of the result (``tasks``, ``mapping``), which this
+module does not look at.
 """
 
 from __future__ import annotations
