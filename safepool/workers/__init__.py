@@ -13,6 +13,7 @@ group are in the order in which one start goes through them.
     launch          an interpreter is started that serves
     kept, forked    a server, a worker that somebody else has started: signalled, waited for
     standard        multiprocessing's and loky's methods
+    safe_path       nothing is imported from the working directory
     process         one worker, and the pool's end of its channel
 
     In other processes, up to a worker

@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from safepool.workers import birth, launch
+from safepool.workers.safe_path import safe_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -93,7 +94,8 @@ def tracker() -> int:
 
     Shared, so that shared memory is not unlinked by the worker's own at its end.
     """
-    found = resource_tracker.getfd()
+    with safe_path():
+        found = resource_tracker.getfd()
     assert found is not None
     return found
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safepool import linux
 from safepool.errors import naming
 from safepool.workers import kept
+from safepool.workers.safe_path import is_safe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,8 +60,8 @@ _NOT_EXECUTABLE = {
     errno.EISDIR,
 }
 # How a server begins. The path comes over the socket: one argument has 128 KiB at most
-# (execve(2), MAX_ARG_STRLEN). Nothing is imported before it is set but what is built in: of "-c"
-# the current directory is the first on the path.
+# (execve(2), MAX_ARG_STRLEN). Nothing is imported before it is set but what is built in; for "-c"
+# itself Python 3.13 imports linecache.
 _BOOTSTRAP = """
 import marshal, posix, sys
 def take(count):
@@ -271,7 +272,7 @@ def _interpreter_flags() -> list[str]:
         option = name if value is True else f"{name}={value}"
         if option not in found:
             found += ["-X", option]
-    return found
+    return [*found, "-P"] if is_safe() else found
 
 
 def is_stream(number: int) -> bool:

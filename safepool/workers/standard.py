@@ -27,6 +27,7 @@ from safepool.transport.fingerprints import ABSENT, UNKNOWN
 from safepool.transport.marks import main_space, marks_of
 from safepool.workers.begin import BEGIN, facts_for, popen_with
 from safepool.workers.main import worker_main
+from safepool.workers.safe_path import SAFE_PATH, is_safe, safe_path
 from safepool.workers.settings_table import filters_of
 from safepool.workers.start import StartMethod
 
@@ -142,7 +143,8 @@ class Standard(StartMethod):
             told = replace(told, descriptors=(), foreign=foreign, forked=self.is_fork)
             process = self.create(told, (handles[0], shared, told, inherited))
             _check_descriptors(handles[0].fileno())
-            self.begin(process)
+            with safe_path():
+                self.begin(process)
             # The pool sees to its end. multiprocessing would join it at the exit of the program,
             # and at that of a fork of the program, where that fails with a traceback.
             multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
@@ -212,6 +214,11 @@ class _Loky(Standard):
         # loky's can only set. What is to be removed is removed by worker_main, before
         # anything that reads it is imported.
         given = {name: value for name, value in told.variables.items() if value is not None}
+        if is_safe("loky") and SAFE_PATH not in {**os.environ, **given}:
+            given[SAFE_PATH] = "1"
+            told = replace(told, environment={**told.environment, SAFE_PATH: None})
+            first, shared, _, inherited = arguments
+            arguments = first, shared, told, inherited
         process = self.context.Process(target=worker_main, args=arguments, env=given)
         process.name = f"safepool-{process.name}"
         return process
