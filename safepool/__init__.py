@@ -15,7 +15,8 @@
     threads             the native thread pools that are loaded, and their variables
 
 ``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` what differs
-from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON.
+from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON,
+``help("safepool.threats")`` the threat model.
 
 The same at the prompt: ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
 Other messages of the package go to the logger ``safepool``.

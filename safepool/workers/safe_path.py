@@ -56,8 +56,8 @@ def is_safe(module: str = "os") -> bool:
     Not for a frozen program, which takes no options of Python's.
 
     Args:
-        module: What the new interpreter has to import. Directories on ``sys.path`` behind the one
-            that this module is in do not count.
+        module: Name of the module that the new interpreter has to import. Directories on
+            ``sys.path`` behind its own do not count.
     """
     if hasattr(sys, "frozen"):
         return False
