@@ -1,4 +1,4 @@
-"""Threads that run the program's code for the scheduler's thread, which waits for none of it.
+"""Threads that run the program's code, so that the scheduler's thread need not wait for it.
 
     Hands     any number at a time: pickling of arguments, unpickling of results. A job that takes
               its time keeps no other from beginning.
@@ -14,8 +14,8 @@ what comes first is served first. A later one comes back by a wake-up.
     come_back(): finish()  <----------  and wakes the scheduler
 
 Not covered:
-    * A finalizer that the collector runs in the scheduler's thread: what it may not do there is
-      wait for the same pool, which raises (``tasks``).
+    * A finalizer that the collector runs in the scheduler's thread: waiting for a call of the same
+      pool there raises an error (``tasks``).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _ENDING_S = 1.0
 class ThreadThatStarts(threading.Thread):
     """A daemon thread. Its ``start`` holds no lock and waits for nothing.
 
-    That of the base holds one that the new thread needs: a signal's handler above it that waited
-    for the new thread would wait for ever.
+    The base class's ``start`` holds a lock that the new thread needs: a signal handler that waited
+    for the new thread meanwhile would wait without end.
     """
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
@@ -100,12 +100,12 @@ class ThreadThatStarts(threading.Thread):
         bootstrap: Any = getattr(self, "_bootstrap")  # noqa: B009 -- no checker knows it
 
         def begin() -> None:
-            # Here, and taken back by nobody: what a signal's handler raises in start() may come
-            # before the thread was started, or after.
+            # The entry stays: an exception of a signal handler in start() may come before the
+            # thread was started, or after.
             limbo[self] = self
             bootstrap()
 
-        # Python 3.14 and 3.13: without it nobody could join the thread.
+        # Python 3.14 and 3.13 need it for join().
         handle = own.get("_os_thread_handle") or own.get("_handle")
         if handle is not None:
             start: Any = vars(_thread)["start_joinable_thread"]
@@ -115,7 +115,7 @@ class ThreadThatStarts(threading.Thread):
 
 
 def _contain(run: Callable[[], None], failed: str) -> None:
-    """Run the program's code: what it raises costs no other, and a fork of it ends with it."""
+    """Run the program's code. Its exceptions are logged, and a fork that it makes ends with it."""
     here = os.getpid()
     try:
         run()
@@ -128,7 +128,7 @@ def _contain(run: Callable[[], None], failed: str) -> None:
 
 
 def _busy_for(clock: int) -> float:
-    """Return how long a thread has used its processor, in milliseconds; 0 if nobody knows."""
+    """Return how long a thread has used its processor, in milliseconds; 0 if unknown."""
     try:
         return float(_used_ns(clock) // 1_000_000) if clock else 0.0
     except OSError:  # it has just ended
@@ -140,11 +140,11 @@ class LateError(Exception):
 
 
 def within(patience_s: float, run: Callable[[], _T]) -> _T:
-    """Return what the program's code returns, run in a thread of its own.
+    """Call the program's code in a thread of its own, and return its result.
 
     Raises:
         LateError: The call has waited for so long, and not used its processor. The thread goes on,
-            and nobody waits for it.
+            and its result is dropped.
         BaseException: The exception of the call.
 
     Example:
@@ -171,7 +171,7 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
         return run()
     used = math.nan  # which equals nothing
     while not ended.wait(patience_s / 2):
-        # One that has not begun only shows how busy the processors are.
+        # A call that has not begun only shows how busy the processors are.
         if clocks and used == (used := _busy_for(clocks[0])):
             raise LateError
     succeeded, found = done.pop()
@@ -189,7 +189,7 @@ class _Job:
         self.run: Callable[[], None] | None = run
         self.finish = finish
         self.begun_s = 0.0
-        # Of the processor's time that its thread has taken; 0 where there is none.
+        # Clock of its thread's processor time; 0 if there is none.
         self.clock = 0
         self.ended = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
@@ -202,7 +202,7 @@ class _Job:
         assert run is not None
         self.clock = _clock_of(threading.get_ident())
         _contain(run, "a job of the pool's own failed")
-        del run  # what it refers to is dropped here, whatever a finalizer does
+        del run  # its references are dropped here, at once
         self.ended = True
         return self._decide()
 
@@ -220,12 +220,12 @@ class _Job:
 
 # By its clock, the time of its processor that a thread has used.
 _used_ns: Any = getattr(time, "clock_gettime_ns", None)
-# A thread's clock, by its ident; neither on Windows nor on macOS.
+# Clock of a thread, by its ident; missing on Windows and macOS.
 _clock_of: Any = getattr(time, "pthread_getcpuclockid", lambda _: 0)
 
 
 class Hands:
-    """Runs jobs at the same time, each in a thread of its own.
+    """Runs several jobs at the same time, each in a thread of its own.
 
     All methods are for the scheduler's thread.
 
@@ -233,7 +233,7 @@ class Hands:
         name: Name of the threads.
         wake: Called when a late job has ended. From its thread; must not block.
         most: Jobs that run at a time, not counting those that take long.
-        long_s: So long: they may wait for something.
+        long_s: Duration from which a job counts as long: it may wait for something.
     """
 
     def __init__(
@@ -265,8 +265,8 @@ class Hands:
     def rests_since(self) -> float:
         """Return since when no job goes on, by the monotonic clock, as far as it was asked.
 
-        One that waits for something takes no time of its processor. Where that cannot be told,
-        each goes on.
+        A waiting job uses no processor time. Where processor time is unknown, every job counts as
+        going on.
         """
         now, used = time.monotonic(), 0
         jobs = [job for job in self._active if not job.ended]
@@ -286,7 +286,7 @@ class Hands:
         return thread in self._threads
 
     def do(self, run: Callable[[], None], finish: Callable[[], None], patience_s: float) -> bool:
-        """Run a job, and wait for it for a while.
+        """Run a job, and wait a moment for its end.
 
         Args:
             run: Work of a thread. It raises nothing.
@@ -307,7 +307,7 @@ class Hands:
         in_time = job.await_end(patience_s)
         if in_time:
             if job in self._active:
-                self._active.remove(job)  # with it goes what the job was about
+                self._active.remove(job)  # drops the job's references
             finish()
         return in_time
 
@@ -341,7 +341,7 @@ class Hands:
         return min(times, default=None)
 
     def come_back(self, *, more: bool = True) -> None:
-        """Finish what was late and has ended; ``more``: and begin what waits."""
+        """Finish late jobs that have ended; with ``more`` also begin waiting ones."""
         while self._late:
             try:
                 job = self._late.popleft()
@@ -354,7 +354,7 @@ class Hands:
             self.pump()
 
     def close(self, *, busy_too: bool = False) -> None:
-        """Begin nothing more. What still runs is finished by its own thread.
+        """Begin no more jobs. What still runs is finished by its own thread.
 
         Args:
             busy_too: Wait for that: it ends soon.
@@ -366,7 +366,7 @@ class Hands:
             self._given.put(None)
         deadline = time.monotonic() + _ENDING_S
         for thread in self._threads:
-            # With as many as are busy it waits for nobody: they end by themselves.
+            # If all threads are busy it does not wait: they end by themselves.
             while thread.is_alive() and time.monotonic() < deadline:
                 busy = sum(not job.ended for job in self._active)
                 if busy and not busy_too and sum(one.is_alive() for one in self._threads) <= busy:
@@ -412,7 +412,7 @@ class Hands:
             return
         self._late.append(job)
         self._wake()
-        if self._closed:  # nobody else looks any more
+        if self._closed:  # no other code looks any more
             self.come_back(more=False)
 
 
@@ -436,7 +436,7 @@ class _Turn:
 
 
 class Teller:
-    """Runs what it is given one after the other, in that order, in one thread.
+    """Runs jobs in one thread, in their order.
 
     Args:
         name: Name of the thread, which is started with the first.
@@ -459,7 +459,7 @@ class Teller:
         return thread is self._thread
 
     def do(self, run: Callable[[], None], patience_s: float = 0.0) -> None:
-        """Run something soon, and wait for it for a while, as :meth:`catch_up`."""
+        """Run a job soon, and wait a moment for its end, as :meth:`catch_up`."""
         turn = _Turn(run)
         if self._thread is None:
             thread = ThreadThatStarts(self._run, self._name)
@@ -485,7 +485,7 @@ class Teller:
             self._behind = not arrives(last.place, patience_s)
 
     def close(self) -> None:
-        """End the thread, after what was given to it. Waits for nothing."""
+        """End the thread after the jobs that it was given. Waits for nothing."""
         self._given.put(None)
 
     def join(self) -> None:

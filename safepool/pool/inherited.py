@@ -1,7 +1,7 @@
-"""Objects of the program that a forked worker has, and a worker of ours has not.
+"""Objects that a forked worker inherits from the program, and a worker of the fork server lacks.
 
-For pools that stand for forked ones (``safepool run --patch``): their program does not know of it,
-and nobody changes it. Looked for is:
+Used by pools in the place of forked ones (``safepool run --patch``): their program is not written
+for it. Looked for is:
 
     what connects a fork with the program         lock, queue and value of ``multiprocessing``,
     (`shared_with_forks`)                         ``RawArray``, mmap, in globals of its own modules
@@ -14,7 +14,7 @@ one of the function.
 
 Not covered:
     * Defaults of functions, closures, and what an object of a library holds.
-    * What was made after the pool: a fork has not got it, either.
+    * Objects made after the pool: a fork lacks them as well.
     * Globals that the called code itself sets, and containers that it changes: a cache, as a rule.
     * A function among a call's arguments; modules that are imported inside of functions.
     * Pools of ``max_tasks_per_child``, whose calls are counted.
@@ -129,7 +129,7 @@ class WatchingScheduler(Scheduler):
         name: str,
         policy: Policy,
     ) -> PoolFuture:
-        """Queue a call, and before the function's first one ask what it would not find."""
+        """Queue a call. Before the function's first call, find the data that it would lack."""
         self._look_at(function)
         return super().submit(function, args, kwargs, name=name, policy=policy)
 
@@ -141,7 +141,7 @@ class WatchingScheduler(Scheduler):
         deadline: float | None,
         keep: object,
     ) -> ResultIterator:
-        """Queue calls, and before the function's first one ask what it would not find."""
+        """Queue calls. Before the function's first call, find the data that it would lack."""
         self._look_at(run.function)
         return super().map(run, items, ahead, deadline, keep)
 
@@ -171,7 +171,7 @@ def _tell(asked: Future[list[str]]) -> None:
 
 
 def data_of(function: Callable[..., Any]) -> dict[str, dict[str, bytes]]:
-    """Return the data in globals of modules that a function names, and what it calls.
+    """Return the data in globals of modules that a function, and the functions it calls, name.
 
     Args:
         function: Followed into the script and the program's own modules.
@@ -194,7 +194,7 @@ class _Search:
     """A search through code.
 
     Args:
-        function: Where it begins.
+        function: The function where the search begins.
 
     Attributes:
         found: By module and name, the globals that code names and that are not followed.

@@ -1,12 +1,13 @@
 """Waiting without a lock that a signal's handler could meet.
 
-Python's own primitives let whoever waits hold a lock for some moments. A signal's handler that
-runs in such a moment, and waits for the pool, waits for a thread that needs that lock: for ever.
-So nothing of the pool that callers wait for is a ``Condition`` or an ``Event``.
+Python's own primitives hold a lock for some moments while a thread waits. If a signal handler runs
+in such a moment, and waits for the pool, it waits for a thread that needs that lock: without end.
+So callers never wait for the pool by a ``Condition`` or an ``Event``.
 
-Nor is it a lock, but a queue: where there is no GIL, a thread that waits for a lock yields its
-processor forty times before it sleeps (CPython, Python/lock.c), to everybody else who wants one.
-On a busy machine it gets the lock a tenth of a second late. Who waits for a queue sleeps at once.
+They wait by a queue and not by a lock: on a Python without GIL, a thread that waits for a lock
+yields its processor forty times before it sleeps (CPython, Python/lock.c), to all other runnable
+threads. On a busy machine it gets the lock a tenth of a second late. A thread that waits for a
+queue sleeps at once.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ __all__ = ["Bell", "Latch", "Place", "Waiters", "arrives"]
 
 
 class Place(Protocol):
-    """A queue, or what is to be told as if it were one."""
+    """A queue, or an object with its ``put``."""
 
     def put(self, item: None, /) -> object:
-        """Let whoever waits there go on. Never blocks."""
+        """Wake the thread that waits there. Never blocks."""
 
 
 def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
@@ -51,7 +52,7 @@ def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
 
 
 class Waiters:
-    """Threads that wait for something to become true. Each has a place of its own.
+    """Threads that wait for something to become true. Each thread has a place of its own.
 
     Example:
         >>> waiters, there = Waiters(), []
@@ -69,7 +70,7 @@ class Waiters:
         self._places: deque[Place] = deque()
 
     def wake(self) -> None:
-        """Let everybody who waits look again. From any thread, never blocks."""
+        """Wake all waiting threads. From any thread, never blocks."""
         # popleft() rather than a look at the length, which may be of before the other thread's
         # append() where there is no GIL.
         while True:
@@ -79,13 +80,14 @@ class Waiters:
                 return
 
     def add(self, place: Place) -> None:
-        """Put something there when all are woken next; look at what is waited for after this."""
+        """Put something there when all are woken next; check the condition after this."""
         self._places.append(place)
 
     def wait(self, is_true: Callable[[], bool], timeout_s: float | None = None) -> bool:
-        """Wait once: return when woken, or after that time; return what is true then."""
+        """Wait once, for a wake-up or for that time; return the present value of the condition."""
         mine: SimpleQueue[None] = SimpleQueue()
-        # First this, then the look: who makes it true does the two the other way round.
+        # First add the place, then check: the other thread sets the condition first, then wakes
+        # the places.
         self._places.append(mine)
         if is_true():
             return True
@@ -98,7 +100,7 @@ class Waiters:
 
 
 class Latch:
-    """Opens once. Unlike ``threading.Event``, nobody who opens it or waits holds a lock.
+    """Opens once. Unlike ``threading.Event``, it holds no lock while it opens or waits.
 
     So a signal's handler may run at any moment of either, and wait for the pool.
 
@@ -118,7 +120,7 @@ class Latch:
         self._waiters = Waiters()
 
     def open(self) -> None:
-        """Let everybody who waits go on. Twice is once."""
+        """Wake all waiting threads. Twice is once."""
         self.is_open = True
         self._waiters.wake()
 
@@ -134,7 +136,7 @@ class Bell:
     """Wakes a coroutine from any thread, once: a place of :class:`Waiters`, a future's callback.
 
     Args:
-        loop: Where the coroutine runs.
+        loop: Event loop of the coroutine.
         waiter: The future that it awaits.
     """
 
@@ -145,7 +147,7 @@ class Bell:
         self._waiter = waiter
 
     def put(self, _: object = None) -> None:
-        """Let the coroutine go on. In a loop that was closed nobody waits any more."""
+        """Let the coroutine go on. No coroutine waits in a closed loop."""
         try:
             self._loop.call_soon_threadsafe(self._end)
         except RuntimeError:

@@ -1,7 +1,8 @@
 """From what waits to messages for one worker: pickled, numbered, written in its ledger.
 
-The scheduler's thread pickles what is known to run no code of the program (``trusted``). All else
-is pickled by the hands, and the scheduler goes on when that takes longer than a moment:
+The scheduler's thread pickles objects whose pickling is known to run no code of the program
+(``trusted``). The hands pickle everything else, and the scheduler goes on when that takes longer
+than a moment:
 
     pack()  a task without a pickle   --> `_prepare`: in time, it is sent at once
                                           late, it is aside until `come_back`, then queued
@@ -9,8 +10,8 @@ is pickled by the hands, and the scheduler goes on when that takes longer than a
                                           second nothing overtakes it
             the same for calls of a map, and for its function
 
-What a worker must be sent before (functions, shared objects) is looked up afterwards, by the
-scheduler's thread (``_introduce``): the hands know no worker.
+The scheduler's thread looks up afterwards which functions and shared objects a worker must be sent
+before (``_introduce``): the hands know no worker.
 """
 
 from __future__ import annotations
@@ -68,16 +69,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Dispatch", "was_not_sent"]
 
-# A larger pickle goes to an idle worker only, in a message of its own, and is not kept: what it
-# refers to may be changed by the program as soon as it was sent, so it cannot be sent again.
+# A larger pickle goes to an idle worker only, in a message of its own, and is not kept. It cannot
+# be sent again: the program may change the objects it refers to as soon as it was sent.
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
-# What is copied into files in the scheduler's own thread: in less than a millisecond. More would
-# keep the other workers waiting for longer than it takes to wake another thread and be woken.
+# Size up to which the scheduler's own thread copies into files: that takes less than a
+# millisecond. More would keep the other workers waiting for longer than it takes to wake another
+# thread and be woken.
 _AT_ONCE_BYTES = 4 << 20
 
-# Items of a batch that may be large: of what is large few go together.
+# The most items of a batch that may be large.
 _FEW = 16
 
 # They hold nothing that a call could change.
@@ -93,19 +95,19 @@ _UNCHANGED: tuple[type, ...] = (
 _MOST_PARTS = 1000
 # Sets of names that a worker is known to have.
 _MOST_DELIVERED = 256
-# For a pickle that the hands make: most of them are there by then, and the order in which calls
-# came is the one in which they begin.
+# Time to wait for a pickle of the hands. Most of them are ready by then, and calls begin in the
+# order in which they came.
 _PATIENCE_S = 0.005
 # Pickles made at a time, and calls that may wait for theirs.
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
-# How the note begins that such an error gets.
+# Begin of the note on such an error.
 _NOT_SENT = "while the call of "
 # In the pickler's words: of a coroutine that was called too early.
 _COROUTINE = "'coroutine' object"
-# What multiprocessing's locks, values and queues say of any pickler that starts no process.
+# Text of multiprocessing's locks, values and queues about a pickler that starts no process.
 _INHERITED = "shared between processes through inheritance"
 
 Pieces = list["bytes | memoryview"]
@@ -115,7 +117,7 @@ class Dispatch:
     """Makes the messages of one pool.
 
     Args:
-        settled: Told of calls of a run that ended here, and how many.
+        settled: Called with a run and the number of its calls that ended here.
         wake: Makes the scheduler call :meth:`send_packed`; from any thread.
         main: Names of the script that its workers have.
         listener: Hears how long work takes to be pickled.
@@ -128,7 +130,7 @@ class Dispatch:
         main: MainNames | None,
         listener: Listener,
     ) -> None:
-        # What pickles here, and what does beside the scheduler's thread.
+        # The pickling function for this thread, and the one for other threads.
         heard = listener.of_pickles
         self._of_task = heard(self._pickle_task_here), heard(self._pickle_task)
         self._of_span = heard(self._pickle_span_here), heard(self._pickle_span)
@@ -142,14 +144,14 @@ class Dispatch:
         # Names that an initializer needs.
         self._first: Sequence[Delivery] = ()
         self._blamed: Counter[str] = Counter()
-        # Which worker was the first to have a generator of the script.
+        # First worker that had each random generator of the script.
         self._generators: dict[str, int] = {}
         self._settled = settled
         # A copy waits for nothing, and two at a time would take CPUs from workers.
         self._copiers = Hands("safepool-packer", wake, 1, math.inf)
         self._copied: list[Packing] = []
         self._closed = False
-        # What is being pickled, or waits for it, and is in no queue.
+        # Work that is being pickled, or waits for that, and is in no queue.
         self.aside: dict[Task | Span, None] = {}
         self._back: list[Task | Span] = []
         self._packing = False
@@ -158,14 +160,14 @@ class Dispatch:
         self._unshared: deque[int] = deque()
 
     def close(self) -> None:
-        """Give up what is being pickled or copied."""
+        """Give up the work that is being pickled or copied."""
         self._closed = True
         self.aside.clear()
         self.hands.close()
         self._copiers.close(busy_too=True)
 
     def take_aside(self) -> list[Task | Span]:
-        """Return what is aside, and forget it."""
+        """Remove and return the work that is aside."""
         found = [*self.aside]
         self.aside.clear()
         return found
@@ -179,7 +181,7 @@ class Dispatch:
     def is_full(self) -> bool:
         """Whether no further calls are to be taken from the queue.
 
-        One that is aside is to come first, unless it takes long; or too many are aside.
+        Work that is aside comes first, unless it takes long; or too much is aside.
         """
         return bool(self.aside) and (self.hands.holds_up or self.hands.waiting >= _MOST_ASIDE)
 
@@ -189,7 +191,7 @@ class Dispatch:
         return min((look for look in looks if look is not None), default=None)
 
     def come_back(self, *, more: bool) -> list[Task | Span]:
-        """Return what was pickled meanwhile and is to be queued again; fail what could not be.
+        """Return work to queue again that was pickled meanwhile; fail work that could not be.
 
         Args:
             more: A worker has room: pickle what waits for that.
@@ -199,7 +201,7 @@ class Dispatch:
         return back
 
     def send_packed(self, send: Callable[[Worker, Pieces], bool]) -> list[Copied | NotSent]:
-        """Send what has been copied into files; return what the core is to know of it."""
+        """Send work that was copied into files; return the events for the core."""
         events: list[Copied | NotSent] = []
         self._copiers.come_back()
         copied, self._copied = self._copied, []
@@ -208,7 +210,7 @@ class Dispatch:
             if not packing.wanted:  # it was taken back, or its worker has ended
                 events.append(Copied(worker))
             elif isinstance(work, Span) and work.run.dropped:
-                # The worker was told to forget the function meanwhile.
+                # The worker was meanwhile told to forget the function.
                 events.append(NotSent(worker, packing.position, [work]))
             else:
                 pieces, again = self._finish(packing)
@@ -323,8 +325,8 @@ class Dispatch:
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
         _, segments, shared, needs = packed
-        # In one payload what is shared and writable would be one object, and a call see what
-        # another has written.
+        # In a common payload a shared writable object would be one object for several calls, and
+        # one call would see the changes of another.
         if not segments or (span.count > 1 and any(one.writable for one in shared)):
             alone = [span.only(place) for place in range(span.count)]
             return [], Sent(worker, (), alone, full=self.is_full)
@@ -370,8 +372,8 @@ class Dispatch:
     def pickle_now(self, task: Task) -> None:
         """Pickle a task in the thread that submits it, if this thread imports a module.
 
-        What is of that module would let another thread wait for the import's end, and the program
-        may wait for the call before it comes to that.
+        Objects of that module would make another thread wait for the import's end, and the program
+        may wait for the call before the import ends.
         """
         if imports_here() and not _is_name_in_main(task.name):
             try:
@@ -393,7 +395,9 @@ class Dispatch:
                 pass
 
     def pack_alone(self, worker: Worker, task: Task) -> tuple[int, bytes | memoryview] | None:
-        """Pickle a call for a worker that needs nothing else. In any thread, without any lock.
+        """Pickle a call for a worker that needs no other message before it.
+
+        In any thread, without any lock.
 
         Returns:
             The function's number and the pickle; ``None`` if the worker lacks something, it is
@@ -470,7 +474,7 @@ class Dispatch:
     def _dumps(
         self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
     ) -> Pickled:
-        """Pickle a call or a part of it.
+        """Pickle a call, or a part of it.
 
         Args:
             value: The value to pickle.
@@ -597,7 +601,7 @@ class Dispatch:
             message = worker.channel.hand_over(delivery.message(worker.names))
             pieces += encode(Kind.NAMES, 0, message)
         if pieces:
-            # Those that refer to a name are to find what is bound to it now.
+            # Functions that refer to a name must find the object that is bound to it now.
             worker.functions -= self._named
         return pieces
 
@@ -613,7 +617,7 @@ class Dispatch:
             )
 
     def pack_initializer(self, hiring: Hiring) -> bool:
-        """Pickle what new workers run and are told first; return whether that is done."""
+        """Pickle the initializer and first messages of new workers; return whether it is done."""
         if self._packing or not self.telling.may_be_told():
             return False
         if hiring.packs_at_once:
@@ -632,7 +636,7 @@ class Dispatch:
         self._first = self.names.needed(names)
 
     def bring_settings(self, worker: Worker) -> Pieces:
-        """Return what brings a worker what the program has set since it was last told."""
+        """Return a message with the settings that have changed since a worker was last told."""
         changed = self.telling.changed_for(worker)
         pieces: Pieces = []
         for _, needs in changed:
@@ -640,7 +644,7 @@ class Dispatch:
         return [*pieces, *settings_frame([packed for packed, _ in changed])] if changed else []
 
     def initialize(self, worker: Worker, inheritance: Inheritance) -> Pieces:
-        """Return what a new worker is sent first."""
+        """Return the first messages for a new worker."""
         worker.names = self.names.born_with(forked=inheritance.itself is not None)
         pieces = self.bring_settings(worker)
         pieces += self._share(worker, inheritance.shared)
@@ -718,10 +722,10 @@ def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
 def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | None:
     """Pickle the items of several calls; ``None`` if each must travel alone.
 
-    In one pickle what two of them refer to would be one object in the worker, and a call see
-    what another has changed. So each gets a pickle of its own, unless the caller has said which
-    of them belong together, or there is nothing to change. cloudpickle costs more for each: what
-    needs it goes in one pickle if no two calls have anything in common.
+    In a common pickle, an object that two calls refer to would be one object in the worker, and
+    one call would see the changes of another. So each call gets a pickle of its own, unless the
+    caller has said which calls belong together, or nothing can be changed. cloudpickle costs more
+    for each pickle: calls that need it share one if they have no object in common.
     """
     items = span.items
     span.apart = False
@@ -758,12 +762,12 @@ def _have_parts_in_common(items: list[Any]) -> bool:
         parts = [item]
         while parts:
             part = parts.pop()
-            # Not isinstance(): it asks an object of the program for its __class__.
+            # Not isinstance(), which reads __class__ of an object of the program.
             if issubclass(type(part), _UNCHANGED) or id(part) in mine:
                 continue
             if id(part) in seen:
                 return True
-            # Of these only what they hold can be changed.
+            # Only the content of these can be changed.
             if type(part) not in (tuple, frozenset):
                 mine.add(id(part))
             parts += gc.get_referents(part)
@@ -781,7 +785,7 @@ def _without_frames(error: BaseException) -> BaseException:
 
 
 def was_not_sent(error: BaseException) -> bool:
-    """Tell whether this is what the pickler raised, and no worker has begun the call."""
+    """Return whether this is an exception of the pickler, and no worker has begun the call."""
     return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
 
 
@@ -805,7 +809,7 @@ def forget(worker: Worker, function: SentFunction, send: Callable[[Worker, Piece
 
 
 def _small(segments: Sequence[Segment]) -> bytes | memoryview | None:
-    """Return the pickle of a payload that is nothing else, if it is small."""
+    """Return the pickle of a payload without buffers, if it is small."""
     pickled, *buffers = segments
     if buffers or isinstance(pickled, Filed) or len(pickled) > _SMALL_BYTES:
         return None

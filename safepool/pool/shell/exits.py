@@ -22,7 +22,7 @@ class Exiting(Protocol):
         """Finish it."""
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a worker that is forked meanwhile must not keep."""
+        """Return the descriptors that a forked worker must close."""
         ...
 
     def workers(self) -> list[Worker]:

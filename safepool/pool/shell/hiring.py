@@ -32,8 +32,8 @@ __all__ = ["Hiring"]
 
 _log = ContainedLogger()
 
-# Between two attempts to start a worker when the system refuses; and for how long a pool that
-# has lost all of them goes on trying.
+# Pause between two attempts to start a worker when the system refuses. A pool that has lost all
+# workers tries for this long.
 _RETRY_S = 1.0
 _RETRYING_S = 30.0
 

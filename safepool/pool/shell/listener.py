@@ -1,4 +1,4 @@
-"""Listening to a pool, at no cost where nobody does.
+"""Listening to a pool, without cost for pools that have no listener.
 
 The pool asks its listener once, when it is made, for what to call in the place of a few functions:
 
@@ -9,7 +9,8 @@ The pool asks its listener once, when it is made, for what to call in the place 
     of_actions    what does each kind of action              scheduler   actions
     of_answers    what settles calls by their answers        scheduler   what calls have raised
 
-So a pool to which nobody listens calls its own functions. What happens seldom is told instead.
+So a pool to which nobody listens calls its own functions. Rare events are reported by calls
+instead.
 """
 
 from __future__ import annotations
@@ -75,14 +76,14 @@ class Listener:
         """The pool has ended. Twice is once."""
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return ()
 
     def resized(self, before: int, after: int, why: str) -> None:
         """The pool has another number of workers. From any thread."""
 
     def timed(self, _worker: Worker, _segments: Sequence[Buffer]) -> None:
-        """A worker has told when calls began and ended.
+        """A worker has sent the times at which calls began and ended.
 
         Raises:
             CorruptFrameError: The worker has sent no times, or was not asked for them.

@@ -1,15 +1,15 @@
 """Memory of workers that run calls, read often enough to end one that holds too much.
 
-What counts is the memory that a worker has for itself, resident less shared pages of
-``/proc/PID/statm``, beyond what it was born with. So neither files that are mapped (libraries,
-``numpy.memmap``) nor what is shared (:func:`safepool.share`, arguments that nobody has written to,
-``/dev/shm``) is counted, nor what a fork has of its parent. A read takes two microseconds; the
-kernel's exact sums (``smaps_rollup``) take 17 ms for each gigabyte, and stop the worker meanwhile.
+The measure is the memory of a worker alone: resident less shared pages of ``/proc/PID/statm``,
+minus its memory at birth. So it does not count mapped files (libraries, ``numpy.memmap``), shared
+memory (:func:`safepool.share`, arguments that no task has written to, ``/dev/shm``), or pages of
+its parent. A read takes two microseconds; the kernel's exact sums (``smaps_rollup``) take 17 ms
+for each gigabyte, and stop the worker meanwhile.
 
 Not covered:
     * Memory that was swapped out, and what processes hold that a task has started.
     * Pages that a fork had from its birth, and has written to since: they count as before.
-    * What a worker holds while it runs no call. One that holds too much then is replaced.
+    * Memory of a worker while it runs no call. A worker that exceeds the limit then is replaced.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MemoryWatch:
         limit_bytes: The most that a worker may hold.
 
     Raises:
-        ValueError: This system does not tell what a process holds.
+        ValueError: This system does not report the memory of a process.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -75,7 +75,7 @@ class MemoryWatch:
         return exceeded is not None
 
     def look(self, workers: Iterable[Worker]) -> list[Exceeded]:
-        """Look at the workers that run calls and whose time it is; return who holds too much."""
+        """Check the workers that run calls and are due; return those that exceed the limit."""
         now_ns = time.monotonic_ns()
         busy = [*_gauges(workers)]
         if not any(gauge.look_ns <= now_ns for _, gauge in busy):

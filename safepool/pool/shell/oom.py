@@ -1,12 +1,12 @@
 """Did the kernel's out-of-memory killer take a worker? Counters before and after, compared.
 
-The kernel counts its kills by control group and sends the same signal as anybody else. So a
-worker that somebody killed and a count that has grown meanwhile belong together.
+The kernel counts its kills by control group, and its signal looks like any other SIGKILL. So a
+killed worker is matched with a count that has grown meanwhile.
 
 Not covered:
-    * Who it was: if the kernel killed another process of the group, and within seconds
-      somebody kills a worker by hand, the kernel is named for that. In a pool that has nothing to
-      do nobody looks: there it is named for an idle worker also later.
+    * The process: if the kernel killed another process of the group, and within seconds a person
+      kills a worker, the kernel is named for that. In a pool that has nothing to do nobody looks:
+      there it is named for an idle worker also later.
     * A worker that its task has moved to another group.
 """
 
@@ -28,8 +28,8 @@ __all__ = ["OutOfMemoryWatch"]
 # Between two looks: one costs about half a millisecond, and short-lived workers are started
 # all the time.
 _LOOK_S = 1.0
-# A kill that was counted and whose victim has not been seen by then was not a worker. The
-# kernel may take several at once, and the pool learns of them one after the other.
+# A kill that was counted and whose victim has not been seen by then was not a worker. The kernel
+# may kill several workers at once, and the pool notices them one after the other.
 _CLAIM_S = 5.0
 
 
@@ -50,7 +50,8 @@ class OutOfMemoryWatch:
         self._clock = clock
         self._counts: dict[str, OutOfMemoryCount] | None = None
         self._looked_at = 0.0
-        # What was counted and no worker's end explained yet, and when that was seen.
+        # Number of counted kills that are not matched with a worker yet, and the time of that
+        # reading.
         self._unclaimed = 0
         self._seen_at = 0.0
         self._latest: OutOfMemory | None = None
@@ -65,7 +66,7 @@ class OutOfMemoryWatch:
         since_s = self._clock() - self._looked_at
         if self._counts is None or since_s >= _LOOK_S:
             self._compare()
-            if since_s > _CLAIM_S:  # whatever was killed, and when, while nothing ran
+            if since_s > _CLAIM_S:  # a kill of any time while no call ran
                 self._unclaimed = 0
 
     @property
@@ -74,10 +75,10 @@ class OutOfMemoryWatch:
         return self._looked_at + _LOOK_S if self._counts else None
 
     def explain(self) -> OutOfMemory | None:
-        """Say what the kernel has counted for a worker that was killed just now.
+        """Return the kernel's counts for a worker that was killed just now.
 
         Returns:
-            One kill, which explains no other worker's end; ``None`` if none was counted.
+            Each kill explains one worker only; ``None`` if none was counted.
         """
         self._compare()
         if self._clock() - self._seen_at > _CLAIM_S:
@@ -122,7 +123,7 @@ class OutOfMemoryWatch:
         """Return the innermost group whose own ceiling was met just now."""
         for count in now:
             met_at = self._met_at.get(count.source)
-            # It is met before the kill is counted, and a look may have come between.
+            # The limit is met before the kill is counted, and a check may have come between.
             if met_at is not None and self._looked_at - met_at <= 2 * _LOOK_S:
                 return count
         return None

@@ -1,6 +1,6 @@
 """Large payloads on their way into files.
 
-To copy 100 MB takes tens of milliseconds, in which the scheduler's thread would do nothing for the
+Copying 100 MB takes tens of milliseconds, in which the scheduler's thread would not serve the
 other workers. So hands copy it, and the scheduler sends the message when the copy is there.
 """
 
@@ -45,7 +45,7 @@ class Packing:
         try:
             self.segments = self.worker.channel.store(self.segments, given_up)
         except BaseException as error:  # noqa: BLE001 -- told to the task
-            # What the frames of its way here refer to would be kept as long as the error.
+            # The frames in its traceback would keep their objects alive as long as the error.
             self.error, self.segments = error.with_traceback(None), ()
 
     @property

@@ -1,11 +1,11 @@
 """Log records in the program: those of its workers, and the pool's own.
 
 Both are handled by handlers that the program has chosen, in a thread of their own: they may be
-slow, and wait for the pool. Whatever those raise is reported as :mod:`logging` does it, on stderr,
-and costs neither pool nor task (``workers.contained``).
+slow, and wait for the pool. Their exceptions are reported as :mod:`logging` does it, on stderr,
+and disturb neither pool nor task (``workers.contained``).
 
-What a call has logged is handled before its result is there, unless that takes long. When handlers
-are slow a thousand records wait; further ones are dropped, and counted.
+Records of a call are handled before its result arrives, unless that takes long. When handlers are
+slow a thousand records wait; further ones are dropped, and counted.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["Records"]
 
 _log = ContainedLogger()
 
-# For handlers to come to an end, before a call's result is told.
+# Time for handlers to end, before a call's result is delivered.
 _PATIENCE_S = 0.05
 # With more records the scheduler lets the handlers catch up, if they are as fast as that; and no
 # more wait.
 _MANY_WAITING, _MOST_WAITING = 100, 1000
-# In what `Outbox` tells of it.
+# Part of the message of `Outbox`.
 _DROPPED = b"records were dropped"
 
 
@@ -48,7 +48,7 @@ class Records:
         waiting = self.teller.waiting
         if waiting >= _MANY_WAITING:
             self.teller.catch_up(_PATIENCE_S)
-        # But for a worker's own count of what it has dropped: those would be missing in the sum.
+        # Except a worker's own count of dropped records, which would be missing in the sum.
         if waiting >= _MOST_WAITING and _DROPPED not in bytes(segments[0]):
             self._dropped += 1
             return

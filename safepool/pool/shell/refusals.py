@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "explained", "limit_met"]
 
-# Of what is in use a part may have ended since.
+# A part of the use may have ended since.
 _NEARLY = 0.9
-# What a thread's stack, or a process's first pages, may need.
+# Memory that a thread's stack, or the first pages of a process, may need.
 _LITTLE_BYTES = 64 << 20
 _LIMITED = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _REMEDY = "Raise it, or use fewer workers"
 
 
 def explain(error: BaseException) -> BaseException:
-    """Return an error that says which limit was met or which call is refused; else the same.
+    """Return an error that names the limit or the refused call, or else the same error.
 
     Args:
         error: The exception of a start. Its kind stays: an ``OSError`` with the same number,
@@ -45,7 +45,7 @@ def explain(error: BaseException) -> BaseException:
 def _explain(error: BaseException) -> BaseException | None:
     number = error.errno if isinstance(error, OSError) else None
     thread = isinstance(error, RuntimeError) and "start new thread" in text_of(error)
-    # A process that dies at its start breaks the pipe by which it is told what to do.
+    # A process that dies at its start breaks the pipe with its instructions.
     if thread or number is None or number in REFUSALS or number == errno.EPIPE:
         refused = refused_call()
         if refused is not None:
@@ -66,7 +66,7 @@ def _explain(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raise what is raised in the block as :func:`explain` returns it."""
+    """Raise exceptions of the block as :func:`explain` returns them."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -127,7 +127,7 @@ if sys.platform == "linux":
     from safepool.limits.left import MemoryWatch
     from safepool.limits.process import tasks_of_user
 
-    # Ceiling, and the field of /proc/self/status that counts for it (getrlimit(2)).
+    # Ceiling, and its field in /proc/self/status (getrlimit(2)).
     _ADDRESSES = (("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData"))
 
     def _used(limit: PidsLimit) -> int | None:

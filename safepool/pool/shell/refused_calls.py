@@ -1,9 +1,9 @@
-"""Which system calls that every worker needs a filter refuses (seccomp(2)).
+"""Find system calls that every worker needs and that a filter refuses (seccomp(2)).
 
 A worker that is refused a call dies before it can say so, and what Python raises names no call. So
-each call of the table is made with arguments that no kernel accepts, -1 throughout: a filter
-answers before the kernel looks at them, and nothing is done in either case. A filter is inherited:
-what is refused here is refused in workers.
+each call of the table is made with arguments that no kernel accepts, -1 throughout. A filter
+answers before the kernel looks at them, and the call has no effect in either case. Filters are
+inherited: a call that is refused here is refused in workers.
 
 Sources: seccomp(2), proc_pid_status(5); the numbers are those of Linux,
 arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
@@ -11,7 +11,7 @@ arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 Not covered:
     * Calls that a pool can do without (``pidfd_open``, ``memfd_create``, ``membarrier``, ...).
     * A filter that is installed in workers alone; one that looks at arguments; other processors.
-    * ``futex`` and the like, without which no Python runs.
+    * ``futex`` and other calls without which no Python runs.
 """
 
 from __future__ import annotations

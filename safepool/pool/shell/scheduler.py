@@ -42,18 +42,18 @@ Races, each handled where its letter stands, here or in the core (A to C: ``staf
     H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
        another. Only a large one that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
-       taken back before, and it is left alone if the next had been claimed by then, so
-       the signal meets this task or nothing; a result that was
-       left on the board before counts. One that comes later does not: the signal for the stack
-       may have cut short what the task was waiting for.
+       taken back before, and it is left alone if the next had been claimed by then, so the signal
+       meets this task or nothing; a result that was left on the board before counts. A later
+       result does not count: the signal for the stack may have interrupted what the task was
+       waiting for.
     J  A worker claims a task in the moment in which it is taken back: it finds so, says so
        (``SKIPPED``), and the task waits again.
 
 Not covered:
-    * What the collector runs in the scheduler's thread and waits for something else than the
-      pool; functions that ``os.register_at_fork`` was given, with ``mp_context="fork"``.
-    * Where there is no board (elsewhere than on Linux) a worker holds one task at a time, or
-      as many calls of a map as its ``chunksize`` says.
+    * A finalizer that the collector runs in the scheduler's thread, and that waits for something
+      other than the pool; functions of ``os.register_at_fork``, with ``mp_context="fork"``.
+    * Systems without a board (all but Linux): a worker holds one task at a time, or as many calls
+      of a map as its ``chunksize`` says.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ __all__ = ["Scheduler"]
 
 _log = ContainedLogger()
 
-# What the kernel's out-of-memory killer leaves, and everybody else's SIGKILL.
+# Signal of the kernel's out-of-memory killer, and of any other SIGKILL.
 _KILLED = -9
 
 
@@ -168,7 +168,7 @@ _ENDING_S = 1.0
 
 
 class _Opening(Latch):
-    """One start of the scheduler's thread. Opens when the pool has its thread, or cannot have one.
+    """One life of the scheduler's thread. Opens when the pool has its thread, or cannot have one.
 
     Attributes:
         error: Why it has none.
@@ -197,7 +197,7 @@ _SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
 
 
 class Scheduler:
-    """Run tasks in worker processes; survive whatever they do.
+    """Run tasks in worker processes, whatever a task does to its worker.
 
     Args:
         size: The most worker processes at a time.
@@ -205,7 +205,7 @@ class Scheduler:
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         memory: Looks at what workers hold while they run tasks; ``None`` limits that not.
-        break_on_death: One dead worker ends the pool as a whole, as the standard pool.
+        break_on_death: ``True`` if one dead worker ends the whole pool, as in the standard pool.
         listener: Hears what happens. Closed with the pool.
     """
 
@@ -252,13 +252,13 @@ class Scheduler:
         self._me = weakref.ref(self)
         # Maps whose items have not all been taken from the caller's iterators.
         self._open = OpenMaps()
-        # Filled by the scheduler's thread before it waits; emptied by whoever has woken it.
+        # Filled by the scheduler's thread before it waits; emptied by the thread that wakes it.
         self._bed: list[bool] = []
 
-        # The scheduler's thread only; all of it but the staff's wake().
+        # For the scheduler's thread only, except the staff's wake().
         self._staff: Staff | None = None
         self._ended_runs: list[MapRun] = []
-        # Whose calls are to be ended.
+        # Futures and runs whose calls are to be ended.
         self._unwanted: list[PoolFuture | MapRun] = []
         self._callers = Teller("safepool-callbacks")
         self._records = Records()
@@ -283,7 +283,7 @@ class Scheduler:
         me = self._me
         hiring.given_up = lambda: (found := me()) is None or found._is_late()
 
-    # What callers use, from any thread.
+    # Methods for callers, from any thread.
 
     @property
     def state(self) -> str:
@@ -332,7 +332,7 @@ class Scheduler:
         self._core.idle_ns = int(idle_s * 1e9)
 
     def hold_ahead(self, work_s: float) -> None:
-        """Let each worker hold so much work, in seconds, before it has done what it runs."""
+        """Set how much work, in seconds, each worker may hold beside the call that it runs."""
         self._core.pace.ahead_ns = int(work_s * 1e9)
 
     def submit(
@@ -404,7 +404,7 @@ class Scheduler:
         self._dispatch.names.look()
         self._dispatch.pickle_function_now(run)
         results = Results(run, iter(items), self, ahead, deadline)
-        # With all calls queued the pool may go: what they return arrives without it.
+        # Once all calls are queued the pool may be dropped: results arrive without it.
         iterator = results.iterate(None if results.exhausted else keep)
         run.reader = weakref.ref(iterator, self._wake_when_gone)
         if not results.exhausted and ahead is None:
@@ -446,7 +446,7 @@ class Scheduler:
             )
 
     def give_up(self, run: MapRun) -> None:
-        """Drop the calls of a run that no worker has: nobody wants the rest (race E)."""
+        """Drop the calls of a run that no worker has: they are not needed (race E)."""
         self._dropped_runs.append(run)
         self.wake()
 
@@ -488,13 +488,13 @@ class Scheduler:
         """
         if os.getpid() != self._pid:  # race G
             return
-        # Not in the scheduler's own thread (race D), nor in one that it waits for in the end: the
-        # items may be results of this pool.
+        # Not in the scheduler's own thread (race D), nor in a thread that it waits for in the end:
+        # the items may be results of this pool.
         here = threading.current_thread()
         others = (*self._hands, self._callers, self._records.teller)
         ours = here is self._thread or any(one.has(here) for one in others)
         if not (cancel or end or ours or self._closing):
-            # What the standard pool has taken from its iterators by now.
+            # Items that the standard pool would have taken from its iterators by now.
             self._open.finish()
         if cancel or end:
             self._cancelling = True
@@ -539,7 +539,7 @@ class Scheduler:
             self._ended_latch.open()
 
     def _refuse_late(self) -> None:
-        """End what was brought when the scheduler's thread had ended. From any thread."""
+        """End calls that came after the end of the scheduler's thread. From any thread."""
         while self._inbox:
             try:
                 late = self._inbox.popleft()
@@ -569,13 +569,13 @@ class Scheduler:
         self.shut_down(wait=True, end="terminate" if ends else "")
 
     def abandon(self) -> None:
-        """Finish without anybody waiting: nobody holds the pool any more (race E)."""
+        """Finish in the background: the pool object is gone (race E)."""
         self._closing = True
         if self._begun or not self._close_unused():
             self.wake()
 
     def wake(self) -> None:
-        """Make the scheduler's thread look at what is shared. Never blocks, takes no lock."""
+        """Wake the scheduler's thread. Never blocks, takes no lock."""
         staff = self._staff
         if staff is not None:
             staff.wake()
@@ -593,7 +593,7 @@ class Scheduler:
     def _check_open(self) -> None:
         if self._broken is not None:
             raise fresh(self._broken)
-        # Until its own exit() a pool that runs can take what is left of its maps.
+        # Until its own exit() a running pool can take the remaining items of its maps.
         if self._exiting or (not self._begun and has_exited()):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
         if self._closing:
@@ -615,8 +615,9 @@ class Scheduler:
         opening = _Opening()
         try:
             with refusals.explained():
-                # A daemon, so that a second interrupt at exit is not answered by another join.
-                # Whoever is interrupted in here leaves a thread that runs, or that to the next.
+                # A daemon, so that a second interrupt at exit is not answered by another join. A
+                # caller that is interrupted in here leaves a running thread, or leaves the start
+                # to the next caller.
                 ThreadThatStarts(partial(self._own, opening), "safepool-scheduler").start()
                 opening.wait()
                 if opening.error is not None:
@@ -631,7 +632,8 @@ class Scheduler:
                 owner.wait()
                 if owner.error is None:
                     return
-            # Here no signal's handler runs: one that raised would lose what is being made.
+            # No signal handler runs here: one that raised would lose the object that is being
+            # made.
             self._staff = staff = Staff(
                 self._hiring.start,
                 lambda staff, worker: self._tell(staff, Parted(worker)),
@@ -661,7 +663,7 @@ class Scheduler:
                 _fail(entry, lambda: PicklingError(_RESTED.format("this call")))
             self._stop_all(staff)
         except BaseException as error:  # noqa: BLE001 -- told to every future that is left
-            # Nobody would ever end the futures that are left.
+            # No other code would end the remaining futures.
             self._awake()
             _log.critical("the scheduler of a pool failed", exc_info=True)
             cause = refusals.explain(error)
@@ -700,7 +702,7 @@ class Scheduler:
         return waiting + sum(owed) - running, running, len(owed)
 
     def _step(self, staff: Staff) -> bool:
-        """Act on what is shared; return whether there is more to do."""
+        """Process shared state; return whether there is more to do."""
         # Before the look at what was brought: nothing is brought after it.
         closing, ending = self._closing, self._forced
         self._core.backlog.holds = not closing
@@ -739,7 +741,7 @@ class Scheduler:
         return not closing or bool(core.backlog) or self._is_awaited or core.owes
 
     def _look_around(self, staff: Staff, worked: set[int]) -> None:
-        """Look at what is outside of the pool, and changes while it has work.
+        """Check the conditions outside of the pool that change while it works.
 
         Args:
             staff: All workers.
@@ -807,7 +809,7 @@ class Scheduler:
 
         Args:
             staff: All workers.
-            begun: Leave them what they have; else they keep only what they have begun.
+            begun: ``True`` leaves workers all their calls, ``False`` only those that have begun.
         """
         if self._cancelling:
             self._take_in(staff)
@@ -877,7 +879,7 @@ class Scheduler:
         return max(0.0, min(times) - now) if times else None
 
     def _next_looks(self, packs: bool, reads: bool) -> list[float]:
-        """Return when to look after what is pickled and unpickled, by the monotonic clock."""
+        """Return the time of the next look at pickling and unpickling, by the monotonic clock."""
         looks = []
         if packs:
             looks.append(self._dispatch.next_look())
@@ -887,10 +889,10 @@ class Scheduler:
             looks.append(time.monotonic() + _REST_S / 10)
         return [look for look in looks if look is not None]
 
-    # What the core is told, and wants done.
+    # Events for the core, and its actions.
 
     def _tell(self, staff: Staff, event: Event) -> None:
-        """Bring the core an event, do what it wants, and bring what comes of that."""
+        """Deliver an event to the core, execute its actions, and deliver further events."""
         handle = self._handle
         todo = handle(event, time.monotonic_ns())
         todo.reverse()
@@ -1026,11 +1028,11 @@ class Scheduler:
     # News from workers.
 
     def _receive(self, staff: Staff, worker: Worker, frame: Frame) -> None:
-        """Act on what a worker says.
+        """Process a message of a worker.
 
         Raises:
             CorruptFrameError: The message is one that no worker should send.
-            ValueError: Its records are not what they should be.
+            ValueError: Its records are invalid.
         """
         kind, position, segments = frame
         match kind:
@@ -1158,10 +1160,10 @@ class Scheduler:
             if self._forced:  # from the beginning, or while the workers stop
                 self._tell(staff, End(self._forced))
             self._listen(staff, None)
-            self._cancel_waiting(staff)  # what was sent ahead to a worker that was ended
+            self._cancel_waiting(staff)  # calls sent ahead to a worker that was ended
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a worker that is forked while this pool works must not keep."""
+        """Return the descriptors that a worker forked while this pool works must close."""
         staff = self._staff
         ours = [*self._turns.descriptors(), *self._listener.descriptors()]
         return ours if staff is None else [*staff.descriptors(), *ours]

@@ -2,11 +2,11 @@
 
 Looked at, and pickled, by the threads that call the pool: some settings are each thread's own.
 
-What a look costs is bounded. A pool that is made and each ``map`` look at everything. A ``submit``
-looks if the one before has ended, as nothing else is going on then: two microseconds beside the
-hundred that a call takes there and back. In a burst of submits it looks so seldom that it takes a
-fiftieth of the time, and so it always does at the rows that seldom change or take long to read
-(benchmarks/dispatch.py, submit).
+The cost of a check is bounded. A pool that is made and each ``map`` look at everything. A
+``submit`` looks if the one before has ended, as nothing else is going on then: two microseconds
+beside the hundred that a call takes there and back. In a burst of submits it checks so rarely that
+it takes a fiftieth of the time. Rows that change rarely or take long to read are always checked at
+that rate (benchmarks/dispatch.py, submit).
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ __all__ = ["Settings", "Telling"]
 
 _log = ContainedLogger()
 
-# Between two looks, in times of what the last one has taken.
+# Pause between two checks, as a multiple of the last check's duration.
 _PAUSE = 50
-# As for the pickle of a call (``dispatch``).
+# The same as for the pickle of a call (``dispatch``).
 _PATIENCE_S = 0.005
 
 
 class _Seen:
-    """A row, the module that holds it, and what it was at the last look."""
+    """A row, its module, and its value at the last check."""
 
     __slots__ = ("glance", "known", "module", "of_thread", "read", "row", "seen", "value")
 
@@ -77,7 +77,7 @@ class Settings:
         self._thread = threading.get_ident()
         self._packed: dict[str, Packed] = {}
         self._seen: dict[str, _Seen] = {}
-        # Those whose module is there, and when that was found.
+        # Rows whose module is there, and the state in which that was found.
         self._often: list[_Seen] = []
         self._seldom: list[_Seen] = []
         self._made_of = (0, 0)
@@ -112,7 +112,7 @@ class Settings:
             self._seldom_not_before_ns = self._often_not_before_ns
 
     def _find(self) -> None:
-        # Nobody but a test takes a module away in the moment in which another one comes.
+        # Only a test removes a module in the moment in which another one arrives.
         self._made_of = (len(sys.modules), revision())
         found = []
         for row in settings():
@@ -144,8 +144,8 @@ class Settings:
             packed = self._pack(one.row, value)
             if packed is not None:
                 self._packed[one.row.name] = packed
-                self.state = object()  # after that: who reads begins with it
-            # Last: whatever a signal's handler interrupts is done by the next look.
+                self.state = object()  # after that: a reader begins with it
+            # Last: if a signal handler interrupts before it, the next check repeats the work.
             one.known, one.value, one.seen = True, value, seen
 
     def _pack(self, row: Setting, value: object) -> Packed | None:
@@ -161,7 +161,7 @@ class Settings:
             return None
 
     def packed(self) -> list[Packed]:
-        """Return all that workers are told. From any thread."""
+        """Return all settings for workers. From any thread."""
         return [*self._packed.copy().values()]
 
 
@@ -174,11 +174,10 @@ def _is_equal(one: object, other: object) -> bool:
 
 
 class Telling:
-    """Settings that workers are told, each with the names of the script that it needs.
+    """Settings for workers, each with the names of the script that it needs.
 
-    For the scheduler's thread: what a setting refers to is found out by the hands, as that may
-    run code of the program. Calls wait for it for half a second at the most, and begin without
-    that setting then.
+    For the scheduler's thread. The hands find the names of a setting, as that may run code of the
+    program. Calls wait for that for half a second at the most, then begin without the setting.
 
     Args:
         settings: Settings of the program.
@@ -192,7 +191,7 @@ class Telling:
         self._ready: dict[str, tuple[Packed, Sequence[Delivery]]] = {}
         self._known: object = None
         self._learned = 0
-        # What the hands have found out; ``None`` if it cannot be pickled.
+        # Results of the hands; ``None`` if a setting cannot be pickled.
         self._found: dict[str, tuple[Packed, Sequence[Delivery] | None]] = {}
         self._asked_at: float | None = None
 
@@ -227,7 +226,7 @@ class Telling:
         return self.next_look() is None
 
     def _look(self) -> list[Packed]:
-        """Make ready what can be; return what is to be found out."""
+        """Prepare what needs no code of the program; return the rest."""
         ready, asked = {}, []
         for one in self._settings.packed():
             before, needs = self._found.get(one.name, (None, None))
@@ -266,7 +265,7 @@ class Telling:
         )
 
     def changed_for(self, worker: Worker) -> list[tuple[Packed, Sequence[Delivery]]]:
-        """Return the settings that have changed since a worker was last told."""
+        """Return the settings that have changed since the last message to a worker."""
         if worker.told is self._ready:
             return []
         worker.told = self._ready

@@ -34,16 +34,17 @@ __all__ = ["Settling", "answer_of", "answers_of", "left_by", "values_of"]
 
 _log = ContainedLogger()
 
-# A larger result counts by itself for what its map may have to be taken.
+# A larger result counts individually against the bound of its map.
 _SMALL_BYTES = 64 * 1024
 # Pickles of small results that arrive between two looks at the memory that is left.
 _ARRIVED_BYTES = 256 * 1024
 # A smaller result takes less than the error in its place.
 _LEAST_REFUSED_BYTES = 128
-# For what the hands unpickle: most of it is there by then. And how much of it at a time.
+# Time to wait for the hands' unpickling: most results are ready by then. The number of results
+# that they get at a time.
 _PATIENCE_S = 0.005
 _MOST_READ = 16
-# Between two looks at the memory of a worker that has a limit for it.
+# Pause between two memory checks of a worker with a limit.
 _MEMORY_LOOK_NS = 200_000_000
 
 
@@ -87,7 +88,7 @@ class _Answer:
         except UntrustedError:
             raise
         except MemoryError as error:
-            # What the frames refer to would be kept as long as the error.
+            # The frames in its traceback would keep their objects alive as long as the error.
             self.value, self.failed = error.with_traceback(None), True
         except BaseException as error:  # noqa: BLE001 -- user code; the task fails, not the pool
             self.value, self.failed = error, True
@@ -98,7 +99,7 @@ class Settling:
     """Ends calls.
 
     Args:
-        settled: Told of calls of a run that have ended, and how many.
+        settled: Called with a run and the number of its calls that have ended.
         wake: Makes the scheduler call the hands' ``come_back``; from any thread.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
     """
@@ -123,11 +124,11 @@ class Settling:
         return bool(self._unread)
 
     def arrived(self, size_bytes: int) -> None:
-        """Count what was unpickled by others, for what is left of the memory."""
+        """Count objects that other threads have unpickled against the memory that is left."""
         self._arrived_bytes += size_bytes
 
     def settle(self, done: Settle) -> dict[int, BaseException]:
-        """End calls by what was answered.
+        """End calls by their answers.
 
         Returns:
             The exceptions, by their place in the payload. An answer that takes long to unpickle
@@ -148,7 +149,7 @@ class Settling:
         return raised
 
     def _settle_one(self, answer: _Answer) -> BaseException | None:
-        """End a call by its answer, at once or later; return what it raised."""
+        """End a call by its answer, at once or later; return the exception of the call."""
         work = answer.work
         if isinstance(work, Task):
             work.pickled = None
@@ -171,9 +172,9 @@ class Settling:
         return answer.value if answer.failed else None
 
     def _refuse(self, size_bytes: int) -> MemoryLimitError | None:
-        """Return why there is no room for what is unpickled; ``None`` if there is.
+        """Return the error if there is no room for unpickled objects; ``None`` if there is.
 
-        Each result may be small, and the program keep all of them.
+        Each result may be small, while the program keeps all of them.
 
         Args:
             size_bytes: Size of its pickle.
@@ -255,7 +256,7 @@ def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = Fal
     Args:
         worker: Worker that answered.
         records: Records as they were on its board.
-        peeked: They were read there; else they were sent.
+        peeked: ``True`` if they were read on the board, ``False`` if they were sent.
 
     Raises:
         ValueError: They are cut off.
@@ -277,7 +278,7 @@ def values_of(
         position: The first one's.
         microseconds: Time that they took together; ``None`` if that is not known yet.
         values: Values that they returned.
-        size_bytes: Size of what they were read from.
+        size_bytes: Size of the message that they were read from.
     """
     one = (position, len(values), microseconds)
     return Answered(worker, [one], (values, size_bytes), plain=True)

@@ -83,7 +83,7 @@ class Size:
         self._look_at = now + _FOLLOW_S
         try:
             budget = watch.read()
-            # One that is bound may wait for its own CPU beside idle ones, without any limit.
+            # A worker that is bound may wait for its own CPU beside idle ones, without any limit.
             if self._free_to_move:
                 watch.look_for_hidden_limit(busy, budget)
         except Exception:  # noqa: BLE001 -- a limit that cannot be read must not cost a pool

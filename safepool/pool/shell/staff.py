@@ -1,7 +1,7 @@
 """The workers of one pool: hired, listened to, dismissed, and seen to their end.
 
-Only the scheduler's thread uses it. It knows processes, channels and deadlines; what a
-task is, and what its loss means, is the scheduler's.
+Only the scheduler's thread uses it. It knows processes, channels and deadlines; the scheduler
+knows tasks and their loss.
 
 Races, each handled where its letter stands below:
     A  A worker's channel closes before the system tells how it ended: wait for the ending.
@@ -39,7 +39,7 @@ _log = ContainedLogger()
 
 # A worker whose channel is closed and that has not ended by then is ended (race A).
 _ENDING_S = 1.0
-# A worker that was told to stop may flush, run its atexit functions, join its threads.
+# A worker that was told to stop may flush, run its atexit functions and join its threads.
 _STOPPING_S = 30.0
 # Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
 # within a second of Ctrl-C.
@@ -47,9 +47,9 @@ _TERMINATING_S = 0.4
 # From SIGKILL to the end: the memory of a large process is freed first. After that the pool goes
 # on without it.
 _DYING_S = 5.0
-# Between two looks whether what is to be killed has stopped.
+# Pause between two checks whether processes have stopped before they are killed.
 _STOP_LOOK_S = 0.001
-# Between two looks whether what was killed has ended.
+# Pause between two checks whether killed processes have ended.
 _ORPHANS_LOOK_S = 0.05
 # For faulthandler to write down a stack. Also in the middle of C code it takes microseconds,
 # on a machine that is frozen by its quota a tenth of a second.
@@ -68,10 +68,10 @@ class Staff:
 
     Args:
         start: Starts a worker process that has this place.
-        parted: Told of a worker to which nothing more can be sent.
-        ended: Told of a worker whose process has ended, after all that it sent was handed over,
-            and of its exit code as ``multiprocessing.Process.exitcode``; ``None`` if the system
-            kept none.
+        parted: Called with a worker that can no longer be sent anything.
+        ended: Called with a worker whose process has ended, after all of its messages, and with
+            its exit code as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
+            none.
 
     Raises:
         OSError: No descriptor is left.
@@ -88,7 +88,7 @@ class Staff:
         self._ended = ended
         self._all: tuple[Worker, ...] = ()
         self._lost: tuple[Worker, ...] = ()
-        # What condemned workers had started, and has come to this program when they ended.
+        # Descendants of condemned workers that became children of this program.
         self._orphans: set[Descendant] = set()
         with naming("socketpair()"):
             self._wake_receiver, self._wake_sender = socket.socketpair()
@@ -102,7 +102,7 @@ class Staff:
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         try:
-            # Where this is refused nobody would be woken, and wake() cannot say so.
+            # Where this call is refused wake() would have no effect, and could not report it.
             with naming("sendto()"):
                 self._wake_sender.send(b"\0", NO_SIGPIPE)
         except OSError:
@@ -113,7 +113,7 @@ class Staff:
         return len(self._all)
 
     def __iter__(self) -> Iterator[Worker]:
-        """All of them, those that are leaving included; safe against changes meanwhile."""
+        """All workers, leaving ones included; safe against changes meanwhile."""
         return iter(self._all)
 
     @property
@@ -168,14 +168,14 @@ class Staff:
     def send_no_more(self, worker: Worker) -> None:
         """See to the end of a worker that reads no more.
 
-        What it has sent before is still to be read (race B).
+        Messages that it has sent before must still be read (race B).
         """
         worker.channel.drop_unsent()
         self._watch(worker)
         self._expect_the_end(worker)
 
     def look_away(self, worker: Worker) -> None:
-        """Leave what a worker sends to another thread, until :meth:`look_again`."""
+        """Leave a worker's messages to another thread, until :meth:`look_again`."""
         self._selector.unregister(worker.channel)
 
     def look_again(self, worker: Worker) -> None:
@@ -215,7 +215,7 @@ class Staff:
         self._end_the_late()
 
     def _until_a_look(self, timeout_s: float | None) -> float | None:
-        """Return how long to wait at most, for those who end late or were left behind."""
+        """Return the longest time to wait, in view of late workers and orphans."""
         deadlines = [worker.deadline for worker in self._all if worker.deadline is not None]
         if deadlines:
             left_s = max(0.0, min(deadlines) - time.monotonic())
@@ -226,7 +226,7 @@ class Staff:
         return timeout_s
 
     def stop(self, worker: Worker) -> None:
-        """Tell a worker to end when it has done what it was sent."""
+        """Tell a worker to end after the calls that it was sent."""
         worker.deadline = time.monotonic() + _STOPPING_S
         self.send(worker, encode(Kind.STOP, 0))
 
@@ -237,7 +237,7 @@ class Staff:
             self._expect_the_end(worker)
 
     def dismiss_failed(self, worker: Worker) -> None:
-        """Let a worker end by itself whose initializer failed: what it logged must arrive."""
+        """Let a worker end by itself after its initializer failed: its log records must arrive."""
         self.stop(worker)
         worker.deadline = time.monotonic() + _ENDING_S
 
@@ -274,7 +274,7 @@ class Staff:
     def condemn(self, worker: Worker) -> None:
         """End a worker in the middle of its task, with every process that the task started.
 
-        It is asked for its Python stack first, which it leaves on its board.
+        It is asked first for its Python stack, which it leaves on its board.
         """
         pause_s = 0.0
         if worker.board is not None and STACK_SIGNAL:
@@ -285,14 +285,14 @@ class Staff:
         worker.deadline = time.monotonic() + pause_s
 
     def distrust(self, worker: Worker, error: BaseException) -> None:
-        """End a worker that sends what cannot be understood."""
+        """End a worker that has violated the protocol."""
         _log.error("protocol error from worker %d (%s): killing it", worker.pid, error)
         worker.fault = error
         worker.end(signal.SIGTERM)
         self._disconnect(worker)
 
     def close(self) -> None:
-        """Kill whoever is left, and give back every descriptor."""
+        """Kill the remaining workers, and close every descriptor."""
         for worker in self:
             try:
                 worker.end(_KILL)
@@ -418,7 +418,7 @@ class Staff:
 
     def _forget(self, worker: Worker) -> int | None:
         self._all = tuple(one for one in self._all if one is not worker)
-        self._parted(self, worker)  # nothing is sent to it, whatever its last results bring about
+        self._parted(self, worker)  # it is sent nothing more, whatever its last results are
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
         if worker.sentinel is not None:

@@ -13,11 +13,12 @@ the latest after :data:`TICK_S`. From then on the call is one like any other.
                end the future                             pop `reader`, or what was read goes to
                make the next turn                         the frame reader
 
-Each note is made in one step of the interpreter together with what it tells of: ``list.extend``
-over ``map(operator.call, ...)`` calls functions written in C one after the other and stores what
-each returns. No signal's handler runs in between, with or without a GIL. So whoever is interrupted
-leaves nothing, or a complete note. Only before Python 3.12 the collector may run there, and what
-it calls may wait: if that takes long, the worker is ended before anything is decided (`_close`).
+Each note is made in one step of the interpreter together with the action that it records:
+``list.extend`` over ``map(operator.call, ...)`` calls functions written in C one after the other
+and stores their results. No signal's handler runs in between, with or without a GIL. So an
+interrupted thread leaves nothing, or a complete note. Only before Python 3.12 the collector may
+run there, and what it calls may wait: if that takes long, the worker is ended before anything is
+decided (`_close`).
 
     What is decided                              by
     who has the turn: a caller or the scheduler  ``free.pop()``
@@ -25,15 +26,16 @@ it calls may wait: if that takes long, the worker is ended before anything is de
     whether another turn follows                 ``marks.setdefault("next", ...)``
     whether the call was sent                    ``marks.setdefault("sent", ...)``
 
-Whoever asks for the future in another way than by ``result()`` in one thread wakes the scheduler
-(``tasks.PoolFuture``), and so does a caller that finds something else than a plain answer. After a
+A caller that asks the future in another way than by ``result()`` in one thread wakes the scheduler
+(``tasks.PoolFuture``), as does a caller that finds something other than a plain answer. After a
 few of these the scheduler goes on to listen while it lends workers, and reads the answers itself.
 
 Not covered, these go the usual way:
-    * A call with a timeout, one submitted in a thread with a running event loop, and those of a
+    * Calls with a timeout, calls submitted in a thread with a running event loop, and calls of a
       pool that is traced, or that replaces workers after some tasks or by their memory.
-    * Whatever a worker has to be sent before, or that runs code of the program to be pickled.
-    * Where there is no eventfd(2), poll(2) or board (elsewhere than on Linux).
+    * Calls that need another message to the worker first, or whose pickling runs code of the
+      program.
+    * Calls on systems without eventfd(2), poll(2) or a board (all but Linux).
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ TICK_S = 0.05
 """So long a call may be unknown to the scheduler's thread, in seconds."""
 # Lanes are made for so long after the last call that could use one. An idle pool sleeps.
 _WARM_S = 1.0
-# For that time the scheduler goes on to listen, after so many calls in a row that it had to take
-# over, as their futures were waited for in another way.
+# The scheduler listens for that time after it had to take over so many calls in a row, because
+# callers waited for their futures in another way.
 _MOST_MISSED = 3
 # More callers at a time are better off if their calls are sent ahead; and each lane costs the
 # scheduler's thread two system calls whenever it wakes up.
@@ -78,7 +80,7 @@ _MOST_LANES = 4
 _MOST_BYTES = 32 * 1024
 _READ_BYTES = 64 * 1024
 # Pickles that were read here since the scheduler has last looked at the memory that is left; and
-# how large one is to count. As in `settling`.
+# how large one is to count. The same as in `settling`.
 _ARRIVED_BYTES, _COUNTED_BYTES = 128 * 1024, 128
 # The number of a descriptor may be another's by now if its pool has ended: look again.
 _LOOK_MS = 250
@@ -97,7 +99,7 @@ _POLLIN: int = getattr(select, "POLLIN", 0)
 
 
 class _Lane:
-    """One worker that may be sent calls from any thread, until the scheduler wakes up.
+    """One worker that any thread may send calls, until the scheduler wakes up.
 
     Attributes:
         worker: Which.
@@ -134,7 +136,7 @@ class _Lane:
 
 
 class Turn:
-    """One call that may be made on a lane.
+    """One call in a lane.
 
     Attributes:
         lane: Which.
@@ -145,7 +147,7 @@ class Turn:
         reader: List with one entry. The thread that pops it reads the answer.
         answer: Answer that ``reader`` gave, and the bytes that were read.
         seat: List with one entry. The thread that pops it may wait for the answer.
-        bells: The descriptor that wakes who waits.
+        bells: The descriptor that wakes the waiting thread.
         marks: Decisions, by name.
     """
 
@@ -176,10 +178,10 @@ class Turn:
         self.bells: list[int] = []
         self.marks: dict[str, object] = {}
 
-    # Its caller's thread.
+    # For its caller's thread.
 
     def send(self, task: Task, frame: bytes) -> bool:
-        """Make the call; ``False`` if the turn is somebody else's, or the worker is gone."""
+        """Send the call; ``False`` if another thread has the turn, or the worker is gone."""
         self.task = task
         self.frame = frame
         task.position = self.position
@@ -193,7 +195,7 @@ class Turn:
         return len(self.record) == 2 and self.marks.setdefault("sent", True) is True
 
     def ask(self) -> None:
-        """Let the scheduler have the call: somebody asks for it in another way than `collect`."""
+        """Give the call to the scheduler: a thread asks for it in another way than `collect`."""
         if not (self.lane.watched or "asked" in self.marks):
             self.lane.turns.wake()
             self.marks["asked"] = True
@@ -201,7 +203,7 @@ class Turn:
     def collect(self, future: PoolFuture, timeout_s: float | None) -> None:
         """Wait for the answer, and end the future by it.
 
-        It may also return because that is left to the scheduler, or the time is over.
+        It may also return because the scheduler takes over, or the time is over.
 
         Args:
             future: The call's.
@@ -230,7 +232,7 @@ class Turn:
             turns.bells.append(bell)
 
     def _await(self, bell: int, deadline: float | None) -> bool:
-        """Wait, and read the answer; ``False`` if somebody else does, or the time is over."""
+        """Wait, and read the answer; ``False`` if another thread does, or the time is over."""
         poll = _poll()
         poll.register(self.lane.fileno, _POLLIN)
         poll.register(bell, _POLLIN)
@@ -251,7 +253,7 @@ class Turn:
                 return True
             if (bell, _POLLIN) in events:
                 if self.reader:  # else the pool may have ended, and this be another's by now
-                    _silence(bell)  # it was meant for who had it before
+                    _silence(bell)  # it was meant for the former owner
             elif events:  # the worker is gone
                 self.ask()
                 return False
@@ -260,7 +262,7 @@ class Turn:
         return False
 
     def _end(self, future: PoolFuture) -> None:
-        """End the future by what was read, or leave that to the scheduler."""
+        """End the future by the answer, or leave that to the scheduler."""
         lane, task = self.lane, self.task
         assert task is not None
         found = read_answer(self.answer[1], self.position)
@@ -275,7 +277,7 @@ class Turn:
             self.ask()
             return
         if not future.end_alone(value):
-            self.ask()  # it was cancelled, or somebody else waits for it as well
+            self.ask()  # it was cancelled, or another thread waits for it as well
             return
         lane.spent = task.name, microseconds * 1000
         after = Turn(lane, self.position + 1)
@@ -305,7 +307,7 @@ class Turn:
         return True
 
     def is_decided(self) -> bool:
-        """Tell whether it is known if the call was sent; wait a moment for who is sending it."""
+        """Return whether it is known if the call was sent; wait a moment for a sending thread."""
         return _soon(lambda: len(self.record) == 2 or "sent" in self.marks)
 
     def has_begun(self) -> bool:
@@ -318,9 +320,9 @@ class Turn:
         return self.frame[self.record[1] :] if len(self.record) == 2 else b""
 
     def take_answer(self) -> bytes | None:
-        """Take over the reading; return what was read, ``None`` if that cannot be told.
+        """Take over the reading; return the bytes that were read, ``None`` if that is unknown.
 
-        Who reads does so without waiting.
+        The reader reads without waiting.
         """
         if self.lane.watched:
             return b""
@@ -334,7 +336,7 @@ class Turn:
         return b""
 
     def ring(self) -> None:
-        """Wake who waits for the answer."""
+        """Wake the thread that waits for the answer."""
         for bell in self.bells:
             _ring(bell)
 
@@ -348,7 +350,7 @@ class Turns:
         wake: Wakes its thread.
         is_same_user: Function that tells whether the program has the user for whom workers were
             started.
-        settling: Told of calls that were ended here.
+        settling: Object that counts the calls that were ended here.
         allowed: No option of the pool is against it.
 
     Attributes:
@@ -403,7 +405,7 @@ class Turns:
             self._queued
             or task.pickled is not None
             or task.policy.timeout_s is not None
-            # It is back with its next call before there are lanes again.
+            # Its next call comes before there are lanes again.
             or runs_a_loop()
         ):
             return False
@@ -509,8 +511,9 @@ class Turns:
         self._was_used(worker)
         self._missed = self._missed + 1 if "asked" in turn.marks else 0
         if not turn.is_decided():
-            # Its caller's thread is kept in the middle of that by others, or by a finalizer.
-            # First nothing more can begin there, then it is looked at what has.
+            # Its caller's thread is kept in the middle of that by other threads, or by a
+            # finalizer. First no new call can begin there, then the calls that have begun are
+            # looked at.
             self._kill(staff, worker)
             turn.marks.setdefault("sent", turn.has_begun())
         if turn.marks.get("sent", True) is not True:
@@ -540,11 +543,11 @@ class Turns:
         self._until = time.monotonic() + _WARM_S
 
     def descriptors(self) -> list[int]:
-        """Return what a forked worker must not keep. From any thread."""
+        """Return the descriptors that a forked worker must close. From any thread."""
         return [*self._made]
 
     def close(self) -> None:
-        """Give back every descriptor. Whoever waits has been rung for."""
+        """Give back every descriptor. All waiting threads have been woken."""
         self._allowed = False
         self.bells.clear()
         made, self._made = self._made, []
@@ -570,7 +573,7 @@ def _soon(is_true: Callable[[], bool]) -> bool:
 
 
 if sys.platform == "linux":
-    # Not of every C library.
+    # Some C libraries lack it.
     _HAS_BELLS = hasattr(os, "eventfd")
 
     def _make_bell() -> int:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Variables", "devices_of"]
 
-# Computed with the pool, so that what is wrong is raised there; those of further workers later.
+# Variables computed with the pool, so that an error is raised there; those of later workers are
+# computed later.
 _MOST_AHEAD = 256
 # More than any machine has: a number is taken at its word where no device can be counted.
 _MOST_DEVICES = 4096
@@ -26,9 +27,10 @@ class Variables:
     """Variables of single workers beside those of all.
 
     Args:
-        devices: By variable, what it says in the first, second, ... worker, and again from the
-            first on.
-        function: The caller's; what it says wins. Called once for each place, here in the program.
+        devices: By variable, its values in the first, second, ... worker, and again from the
+            first.
+        function: The caller's function, whose variables take precedence. Called once for each
+            place, here in the program.
     """
 
     def __init__(
@@ -74,13 +76,13 @@ class Variables:
 
 
 def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, tuple[str, ...]]:
-    """Return by variable what it is to say in one worker after the other.
+    """Return, by variable, its values in one worker after the other.
 
     Args:
         gpus: The same as for :class:`safepool.ProcessPool`.
 
     Raises:
-        ValueError: There are fewer than ``gpus``.
+        ValueError: There are fewer devices than ``gpus``.
     """
     found = read_gpus(os.environ)
     lists = {name: ids for name, ids in found.lists.items() if ids}

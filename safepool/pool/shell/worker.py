@@ -1,4 +1,4 @@
-"""A worker as its pool sees it: the process, what it owes, and what it is up to."""
+"""A worker as its pool sees it: the process, its open calls and its state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Worker"]
 
-# Of which faulthandler leaves the stack (Modules/faulthandler.c, faulthandler_handlers).
+# Signals whose stack faulthandler writes (Modules/faulthandler.c, faulthandler_handlers).
 _CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL}
 if sys.platform != "win32":
     _CRASHES.add(signal.SIGBUS)
@@ -48,16 +48,16 @@ class Worker(Member, WorkerProcess):
         settings: Settings of the program that it was sent last, by name.
         told: Settings that it was told, all in all.
         shared: Numbers of the shared objects that it keeps.
-        logged: Whether it has sent a log record, and nothing else since.
+        logged: Whether its last message was a log record.
         memory_look_ns: When its memory is next to be looked at.
         memory: Memory that it holds, and ``gauge``: when to look; ``None`` without
             ``memory_limit``.
         terminated: Whether it was sent ``SIGTERM``.
         killed: Whether it was sent ``SIGKILL``, or its life-line was cut.
-        unkillable: That has not ended it: the pool goes on without it.
+        unkillable: Reason why it could not be ended: the pool goes on without it.
         tree: Its end together with all that it has started.
         signals: Signals that the pool has sent it.
-        fault: Why the pool ended it, if what it sent could not be read or no more could come.
+        fault: Reason why the pool ended it, if its messages were invalid or its channel failed.
         failure: Exception of its initializer.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
             sent.
@@ -117,7 +117,8 @@ class Worker(Member, WorkerProcess):
     def stack(self, exitcode: int | None) -> str:
         """Return the stack that it was asked for, or that it has left if it crashed."""
         asked, crashed = self.stack_begin is not None, exitcode is None or -exitcode in _CRASHES
-        # Not in any case: what a task has forked leaves its stack on the same board if it crashes.
+        # Not in every case: a process that a task has forked leaves its stack on the same board if
+        # it crashes.
         if self.board is None or not (asked or crashed):
             return ""
         return users_stack(self.board.fault(self.stack_begin))

@@ -1,7 +1,7 @@
 """Costs of calls in the program before a worker has them.
 
-A call notes when it was submitted, and any work how long it took to be pickled; the calls of a run
-are too many for that, so the run notes when each portion of them was queued.
+A call notes when it was submitted, and work notes how long its pickling took. The calls of a run
+are too many for that: the run notes when each portion of them was queued.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Events that are written into a trace, in the Trace Event Format, and their number.
 
-Events, all of one process, each in a line of its own (``file``):
+Events of one process, one in each line (``file``):
 
     X   cat "task": a call, in the row of its worker: name of the function, begin, duration; args:
             outcome        returned, raised, retried (its worker died, it is run again), died,
@@ -27,10 +27,10 @@ Events, all of one process, each in a line of its own (``file``):
 
 A row is a place: a worker that replaces one which has ended gets its row.
 
-Size: calls that end within a millisecond of the row's last event are joined with it. So a row
-has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
-doubles, and so does the one between two looks at the counters: twice as long a run adds 32 MiB,
-not twice as much. Workers that end and are replaced are each told, in half a kilobyte.
+Size: calls that end within a millisecond of the row's last event are joined with it. So a row has
+at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time doubles,
+and so does the pause between two readings of the counters: a run twice as long adds 32 MiB, not
+twice as much. Each worker that ends and is replaced adds half a kilobyte.
 
 Not covered:
     * When calls began and ended: ``rows``.
@@ -55,16 +55,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PLAIN", "SCHEMA", "Calls", "Events"]
 
-# Of the form above; keys are added without a new number.
+# Number of the format above; new keys do not change it.
 SCHEMA = 1
 
-# As above.
+# The same as above.
 _SHORT_NS = 1_000_000
 _DOUBLES_BYTES = 32 << 20
 # Functions that are named in an event of several.
 _MOST_NAMES = 20
 
-# Nothing is lost that somebody would look for if calls that end so are joined with others.
+# Calls with these outcomes are joined with others, without losing anything of interest.
 PLAIN = frozenset({"returned", "raised"})
 
 
@@ -108,7 +108,7 @@ class Events:
     """Writes the events of one pool.
 
     Args:
-        path: Where. An existing file is replaced.
+        path: Path of the file. An existing file is replaced.
 
     Attributes:
         short_ns: Calls that end within this time of an event's begin are joined with it; grows
@@ -146,19 +146,19 @@ class Events:
 
     @property
     def look_every_ns(self) -> int:
-        """The time between two looks at what is counted."""
+        """The time between two readings of the counters."""
         return int(EVERY_S * 1e9) * (self.short_ns // _SHORT_NS)
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return self._file.descriptors()
 
     def start(self, look: Callable[[], object]) -> None:
-        """Write from now on in a thread of its own, which calls ``look`` each time before."""
+        """Start a thread that writes, and that calls ``look`` before each write."""
         self._file.start(look)
 
     def close(self) -> None:
-        """Write what is left and the end, and close the file. Twice is once."""
+        """Write the remaining lines and the end, and close the file. Twice is once."""
         if self.ours:
             now, dropped = time.monotonic_ns(), ""
             if self.dropped:  # also if the counter's own event was
@@ -170,7 +170,7 @@ class Events:
             self._file.close()
 
     def row(self, number: int) -> None:
-        """There is a further row."""
+        """Begin another row."""
         self._meta("thread_name", number, name=f"worker {number}")
         self._meta("thread_sort_index", number, sort_index=number)
 
@@ -191,7 +191,7 @@ class Events:
 
     def count(self, name: str, now_ns: int, args: str) -> None:
         """Write the values of counters; nothing is written again if nothing has changed."""
-        # A counter keeps its value until it is told another.
+        # A counter keeps its value until the next event.
         if self._counted.get(name) != args:
             self._counted[name] = args
             self._file.add(self._line("C", 0, now_ns, f'"name":"{name}","args":{{{args}}}'))

@@ -1,8 +1,8 @@
-"""The file of a trace: lines in, written out in pieces by a thread of its own.
+"""The file of a trace: a thread of its own writes the lines in pieces.
 
-The form is the Trace Event Format's JSON array, one event in each line, which its viewers read
-without the closing bracket as well: so a file is good at any moment, also after ``kill -9``,
-up to the last half second. A thread writes, so that a slow disk holds up no worker.
+The format is the Trace Event Format's JSON array, one event in each line. Viewers read it without
+the closing bracket as well: so a file is valid at any moment, also after ``kill -9``, up to the
+last half second. A thread writes, so that a slow disk holds up no worker.
 
 An existing file is replaced, unless a running pool writes it.
 
