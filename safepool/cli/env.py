@@ -9,12 +9,13 @@ What the user has set is left out: it stays.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import sys
 from typing import TYPE_CHECKING
+
+from safepool.cli.text import json_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ def as_json(changes: Mapping[str, str | None]) -> str:
           "B": null
         }
     """
-    return json.dumps(changes, indent=2) + "\n"
+    return json_of(changes, schema=None) + "\n"
 
 
 FORMATS: dict[str, Callable[[Mapping[str, str | None]], str]] = {

@@ -31,12 +31,15 @@ def as_ascii(text: str) -> str:
     return text.translate(_CONTROL).encode("ascii", "backslashreplace").decode("ascii")
 
 
-def json_of(told: Mapping[str, object], *, schema: int = 1) -> str:
-    """Return what a command prints for programs: one object, with the number of its schema.
+def json_of(told: Any, *, schema: int | None = 1, indent: int | None = 2) -> str:
+    """Return the one object that a command prints for programs.
 
     Args:
-        told: Its keys and values; dataclasses are objects too.
-        schema: Keys are added within a schema, and none is renamed or removed.
+        told: Mapping or dataclass of its keys and values; dataclasses in it are objects too.
+        schema: Number of its schema, the first key. Keys are added within a schema, and none is
+            renamed or removed. ``None`` where the keys are names from elsewhere, or each line is
+            an object.
+        indent: Columns by level; ``None`` prints one line.
 
     Example:
         >>> print(json_of({"pid": 7}))
@@ -45,10 +48,11 @@ def json_of(told: Mapping[str, object], *, schema: int = 1) -> str:
           "pid": 7
         }
     """
-    return json.dumps({"schema": schema, **told}, indent=2, default=_parts)
+    number = {} if schema is None else {"schema": schema}
+    return json.dumps(number | _parts(told), indent=indent, default=_parts)
 
 
-def _parts(value: Any) -> object:
+def _parts(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else dataclasses.asdict(value)
 
 

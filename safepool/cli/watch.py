@@ -12,15 +12,14 @@ A line is ASCII of at most 80 columns, or with ``--json`` an object of its own:
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from safepool.cli.colour import paint_for, plain
-from safepool.cli.text import counted
+from safepool.cli.text import counted, json_of
 
 if TYPE_CHECKING:
     from safepool.cli.colour import Paint, Style
@@ -91,7 +90,7 @@ class Line:
 
     def as_json(self) -> str:
         """Return the line for programs."""
-        return json.dumps(asdict(self))
+        return json_of(self, schema=None, indent=None)
 
 
 def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -> None:
