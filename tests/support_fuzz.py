@@ -31,9 +31,9 @@ from safepool.limits.environment import (
     read_environment,
 )
 from safepool.limits.gpus import parse_visible, read_gpus
-from safepool.limits.memory import parse_bytes, parse_memory_stat
+from safepool.limits.levels import parse_number
+from safepool.limits.memory import parse_memory_stat
 from safepool.limits.mounts import parse_mountinfo, reachable, unescape
-from safepool.limits.pids import parse_pids
 from safepool.limits.place import components, parse_own_groups
 from safepool.limits.quota import parse_cfs_quota, parse_cpu_max, parse_cpu_stat
 from safepool.limits.waiting import parse_idle, parse_schedstat
@@ -72,9 +72,9 @@ _PARSERS: tuple[Callable[[str], object], ...] = (
     lambda text: parse_cfs_quota(text, "100000", source="s"),
     lambda text: parse_cfs_quota("1000", text, source="s"),
     lambda text: parse_cpu_stat(text, source="s"),
-    lambda text: parse_bytes(text, source="s"),
+    lambda text: parse_number(text, source="s"),
     parse_memory_stat,
-    lambda text: parse_pids(text, source="s"),
+    lambda text: parse_number(text, source="s", unit="tasks"),
     lambda text: parse_cpu_list(text, source="s"),
     lambda text: parse_count(text, source="s"),
     parse_own_groups,

@@ -8,6 +8,7 @@ made of, in the order in which data goes through it:
     place        /proc/self/cgroup -> own groups; both together are where we are
     hidden       a group's directory that has no name, found by looking
     cgroup       own group x mounts x ancestors -> directories, innermost first
+    levels       each of these directories, read for one kind of limit
     quota, memory, pids, oom, affinity, environment
                  the text of each -> limits, each with its source and raw text
     left         the memory that all of them leave, read again and again

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
-from safepool.limits.memory import read_bytes, read_memory
+from safepool.limits.levels import read_number
+from safepool.limits.memory import read_memory
 from safepool.limits.place import read_own_groups_text, read_place
 
 if TYPE_CHECKING:
@@ -109,12 +110,12 @@ def _left_below(machine: Machine, limit: MemoryLimit, swap: int) -> MemoryLeft |
 
 def _with_swap(machine: Machine, group: str, left: int, reclaimable: int, swap: int) -> int:
     # A missing file is no ceiling of its own: the machine's swap is the group's.
-    ceiling = read_bytes(machine, f"{group}/memory.swap.max")
+    ceiling = read_number(machine, f"{group}/memory.swap.max")
     if ceiling is not None:
-        used = read_bytes(machine, f"{group}/memory.swap.current") or 0
+        used = read_number(machine, f"{group}/memory.swap.current") or 0
         return left + max(0, min(swap, ceiling - used))
-    ceiling = read_bytes(machine, f"{group}/memory.memsw.limit_in_bytes")
+    ceiling = read_number(machine, f"{group}/memory.memsw.limit_in_bytes")
     if ceiling is not None:
-        used = read_bytes(machine, f"{group}/memory.memsw.usage_in_bytes") or 0
+        used = read_number(machine, f"{group}/memory.memsw.usage_in_bytes") or 0
         return min(left + swap, ceiling - used + reclaimable)
     return left + swap

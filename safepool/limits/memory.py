@@ -12,23 +12,20 @@ Not covered:
 from __future__ import annotations
 
 import re
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from safepool.errors import UnreadableLimitError
 from safepool.limits._types import MemoryLimit
+from safepool.limits.levels import NO_LIMIT, parse_number, read_levels, read_number
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["NO_LIMIT_BYTES", "parse_bytes", "parse_memory_stat", "read_bytes", "read_memory"]
-
-# Version 1 has no word for "no limit": it prints the largest number of whole pages below
-# 2**63 (memory.rst; mm/page_counter.c, PAGE_COUNTER_MAX). Which one depends on the size of
-# a page: 0x7FFFFFFFFFFFF000 for 4 KiB, 0x7FFFFFFFFFFF0000 for 64 KiB. No machine has 4 EiB.
-NO_LIMIT_BYTES = 1 << 62
+__all__ = ["parse_memory_stat", "read_memory"]
 
 # Per version: the files that hold a ceiling, the file that tells the use, and the lines of
 # memory.stat that the kernel gives back under pressure. Both file lists, as in the kernel's
@@ -45,35 +42,7 @@ _RECLAIMABLE = {
 # shows included (memory.rst, "stat file").
 _HIERARCHICAL = "hierarchical_memory_limit"
 
-_BYTES = re.compile(r"\s*(max|[0-9]{1,20})\s*", re.ASCII)
 _STAT_LINE = re.compile(r"^(\w+) ([0-9]{1,20})$", re.ASCII | re.MULTILINE)
-
-
-def parse_bytes(text: str, *, source: str) -> int | None:
-    r"""Parse a file that holds a number of bytes, of either version.
-
-    Args:
-        text: One number of bytes, or the word ``max``.
-        source: Path the text was read from. Kept in the error.
-
-    Returns:
-        The number; ``None`` for no ceiling, which is ``max`` or from 2**62.
-
-    Raises:
-        UnreadableLimitError: The text has another shape.
-
-    Example:
-        >>> parse_bytes("1073741824\n", source="memory.max")
-        1073741824
-        >>> parse_bytes("9223372036854771712\n", source="memory.limit_in_bytes") is None
-        True
-    """
-    match = _BYTES.fullmatch(text)
-    if match is None:
-        raise UnreadableLimitError(source, text, "a number of bytes, or 'max'")
-    if match[1] == "max" or int(match[1]) >= NO_LIMIT_BYTES:
-        return None
-    return int(match[1])
 
 
 def parse_memory_stat(text: str) -> dict[str, int]:
@@ -86,30 +55,25 @@ def parse_memory_stat(text: str) -> dict[str, int]:
     return {name: int(number) for name, number in _STAT_LINE.findall(text)}
 
 
-def read_memory(machine: Machine, levels: Iterable[Level]) -> tuple[MemoryLimit, ...]:
+def read_memory(machine: Machine, levels: Sequence[Level]) -> tuple[MemoryLimit, ...]:
     """Read the ceilings of every level, in their order; levels without the files are left out."""
-    found: list[MemoryLimit] = []
-    for index, level in enumerate(levels):
-        for directory in level.directories:
-            here = _read_directory(machine, directory, level.version, innermost=index == 0)
-            found.extend(here)
-            if here:
-                break
-    return tuple(found)
+    innermost = {path.rstrip("/") for level in levels[:1] for path in level.directories}
+
+    def read(machine: Machine, directory: str, version: int) -> list[MemoryLimit] | None:
+        return _read(machine, directory, version, innermost=directory in innermost) or None
+
+    return tuple(chain.from_iterable(read_levels(machine, levels, read)))
 
 
-def _read_directory(
-    machine: Machine, directory: str, version: int, *, innermost: bool
-) -> list[MemoryLimit]:
+def _read(machine: Machine, prefix: str, version: int, *, innermost: bool) -> list[MemoryLimit]:
     ceilings: list[tuple[str, str, str, int | None]] = []
-    prefix = directory.rstrip("/")
     for name in _CEILINGS[version]:
         source = f"{prefix}/{name}"
         text = machine.read(source)
         if text is None:
             continue
         try:
-            ceilings.append((name, source, text.strip(), parse_bytes(text, source=source)))
+            ceilings.append((name, source, text.strip(), parse_number(text, source=source)))
         except UnreadableLimitError as error:
             machine.note_unreadable(error)
     computed = version == 1 and innermost
@@ -119,7 +83,7 @@ def _read_directory(
         used = reclaimable = None
         stat = None
     else:
-        used = read_bytes(machine, f"{prefix}/{_USED[version]}")
+        used = read_number(machine, f"{prefix}/{_USED[version]}")
         text = machine.read(f"{prefix}/memory.stat")
         stat = parse_memory_stat(text) if text is not None else {}
         parts = [stat[name] for name in _RECLAIMABLE[version] if name in stat]
@@ -131,7 +95,7 @@ def _read_directory(
                 _HIERARCHICAL,
                 f"{prefix}/memory.stat",
                 f"{_HIERARCHICAL} {value}",
-                None if value >= NO_LIMIT_BYTES else value,
+                None if value >= NO_LIMIT else value,
             )
         )
     return [
@@ -145,15 +109,3 @@ def _read_directory(
         )
         for name, source, raw, ceiling in ceilings
     ]
-
-
-def read_bytes(machine: Machine, source: str) -> int | None:
-    """Read a file of one number; ``None`` if there is none, or it is no number (noted)."""
-    text = machine.read(source)
-    if text is None:
-        return None
-    try:
-        return parse_bytes(text, source=source)
-    except UnreadableLimitError as error:
-        machine.note_unreadable(error)
-        return None

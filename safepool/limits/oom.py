@@ -21,7 +21,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safepool.limits._types import OutOfMemoryCount
-from safepool.limits.memory import parse_memory_stat, read_bytes
+from safepool.limits.levels import read_levels, read_number
+from safepool.limits.memory import parse_memory_stat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,33 +41,30 @@ _PEAK = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
 
 def read_oom_counts(machine: Machine, levels: Iterable[Level]) -> tuple[OutOfMemoryCount, ...]:
     """Read the counters of every level, in their order; levels without them are left out."""
-    found = (_read_level(machine, level) for level in levels)
-    return tuple(count for count in found if count is not None)
+    return read_levels(machine, levels, _read)
 
 
-def _read_level(machine: Machine, level: Level) -> OutOfMemoryCount | None:
-    for directory in level.directories:
-        prefix = directory.rstrip("/")
-        source = f"{prefix}/{_KILLS[level.version]}"
-        # Both are lines of a name and a number, as memory.stat is.
-        events = parse_memory_stat(machine.read(source) or "")
-        if "oom_kill" in events:
-            return OutOfMemoryCount(
-                kills=events["oom_kill"],
-                used_up=_read_used_up(machine, prefix, level.version, events),
-                limit_bytes=read_bytes(machine, f"{prefix}/{_CEILING[level.version]}"),
-                peak_bytes=read_bytes(machine, f"{prefix}/{_PEAK[level.version]}"),
-                group=prefix or "/",
-                source=source,
-            )
-    return None
+def _read(machine: Machine, directory: str, version: int) -> OutOfMemoryCount | None:
+    source = f"{directory}/{_KILLS[version]}"
+    # Both are lines of a name and a number, as memory.stat is.
+    events = parse_memory_stat(machine.read(source) or "")
+    if "oom_kill" not in events:
+        return None
+    return OutOfMemoryCount(
+        kills=events["oom_kill"],
+        used_up=_read_used_up(machine, directory, version, events),
+        limit_bytes=read_number(machine, f"{directory}/{_CEILING[version]}"),
+        peak_bytes=read_number(machine, f"{directory}/{_PEAK[version]}"),
+        group=directory or "/",
+        source=source,
+    )
 
 
 def _read_used_up(
-    machine: Machine, prefix: str, version: int, events: dict[str, int]
+    machine: Machine, directory: str, version: int, events: dict[str, int]
 ) -> int | None:
     if version == 1:
-        return read_bytes(machine, f"{prefix}/memory.failcnt")
+        return read_number(machine, f"{directory}/memory.failcnt")
     # memory.events counts the groups below as well (Linux 5.2 has the local file).
-    local = parse_memory_stat(machine.read(f"{prefix}/memory.events.local") or "")
+    local = parse_memory_stat(machine.read(f"{directory}/memory.events.local") or "")
     return local.get("oom", events.get("oom"))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import UnreadableLimitError
 from safepool.limits._types import Limit, Throttling
+from safepool.limits.levels import read_levels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -166,8 +167,7 @@ def read_quotas(machine: Machine, levels: Iterable[Level]) -> tuple[Limit, ...]:
     The leaf alone is not enough: a group gets no more than any group above it, and
     systemd writes a slice's CPUQuota= above the groups of the slice's services.
     """
-    found = (_read_level(machine, level) for level in levels)
-    return tuple(limit for limit in found if limit is not None)
+    return read_levels(machine, levels, _read)
 
 
 def read_throttling(machine: Machine, levels: Iterable[Level]) -> Throttling | None:
@@ -187,33 +187,13 @@ def read_throttling(machine: Machine, levels: Iterable[Level]) -> Throttling | N
         return None
 
 
-def _read_level(machine: Machine, level: Level) -> Limit | None:
-    read = _READERS[level.version]
-    for directory in level.directories:
-        try:
-            limit = read(machine, directory)
-        except UnreadableLimitError as error:
-            machine.note_unreadable(error)
-            continue
-        if limit is not None:
-            return limit
-    return None
-
-
-def _read_cpu_max(machine: Machine, directory: str) -> Limit | None:
-    source = f"{directory.rstrip('/')}/cpu.max"
+def _read(machine: Machine, directory: str, version: int) -> Limit | None:
+    source = f"{directory}/{'cpu.max' if version == 2 else 'cpu.cfs_quota_us'}"
     text = machine.read(source)
-    return None if text is None else parse_cpu_max(text, source=source)
-
-
-def _read_cfs_quota(machine: Machine, directory: str) -> Limit | None:
-    source = f"{directory.rstrip('/')}/cpu.cfs_quota_us"
-    quota = machine.read(source)
-    if quota is None:
+    if text is None:
         return None
+    if version == 2:
+        return parse_cpu_max(text, source=source)
     # Most groups have no quota; then the second file need not be opened.
-    period = "" if quota.strip() == "-1" else machine.read(f"{source[:-8]}period_us")
-    return parse_cfs_quota(quota, period or "", source=source)
-
-
-_READERS = {1: _read_cfs_quota, 2: _read_cpu_max}
+    period = "" if text.strip() == "-1" else machine.read(f"{directory}/cpu.cfs_period_us")
+    return parse_cfs_quota(text, period or "", source=source)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from safepool.errors import UnreadableLimitError
 from safepool.limits.affinity import parse_cpu_list
 from safepool.limits.environment import parse_count
-from safepool.limits.memory import NO_LIMIT_BYTES, parse_bytes, parse_memory_stat
+from safepool.limits.levels import NO_LIMIT, parse_number
+from safepool.limits.memory import parse_memory_stat
 from safepool.limits.mounts import parse_mountinfo, reachable, unescape
-from safepool.limits.pids import parse_pids
 from safepool.limits.place import components, parse_own_groups
 from safepool.limits.quota import parse_cfs_quota, parse_cpu_max, parse_cpu_stat
 
@@ -75,7 +75,7 @@ BYTES: dict[str, int | type[Exception] | None] = {
     "9223372036854771712\n": None,  # 4 KiB pages
     "9223372036854710272\n": None,  # 64 KiB pages
     "9223372036854775807\n": None,  # before Linux 3.19
-    str(NO_LIMIT_BYTES - 1): NO_LIMIT_BYTES - 1,
+    str(NO_LIMIT - 1): NO_LIMIT - 1,
     "-1\n": UnreadableLimitError,
     "1G\n": UnreadableLimitError,
     "": UnreadableLimitError,
@@ -145,13 +145,13 @@ def test_cfs_quota(texts: tuple[str, str]) -> None:
 @pytest.mark.parametrize("text", BYTES, ids=repr)
 def test_bytes(text: str) -> None:
     """The kernel's ways of saying "no limit" are none; a real number stays exact."""
-    assert _outcome(lambda: parse_bytes(text, source="s")) == BYTES[text]
+    assert _outcome(lambda: parse_number(text, source="s")) == BYTES[text]
 
 
 @pytest.mark.parametrize("text", TASKS, ids=repr)
 def test_pids(text: str) -> None:
     """A number of tasks or max."""
-    assert _outcome(lambda: parse_pids(text, source="s")) == TASKS[text]
+    assert _outcome(lambda: parse_number(text, source="s", unit="tasks")) == TASKS[text]
 
 
 @pytest.mark.parametrize("text", CPU_LISTS, ids=repr)
@@ -298,9 +298,9 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "cfs quota": lambda text: parse_cfs_quota(text, "100000", source="s"),
     "cfs period": lambda text: parse_cfs_quota("1000", text, source="s"),
     "cpu.stat": lambda text: parse_cpu_stat(text, source="s"),
-    "bytes": lambda text: parse_bytes(text, source="s"),
+    "bytes": lambda text: parse_number(text, source="s"),
     "memory.stat": parse_memory_stat,
-    "pids": lambda text: parse_pids(text, source="s"),
+    "pids": lambda text: parse_number(text, source="s", unit="tasks"),
     "cpu list": lambda text: parse_cpu_list(text, source="s"),
     "count": lambda text: parse_count(text, source="s"),
     "own groups": parse_own_groups,
