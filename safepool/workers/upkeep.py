@@ -239,11 +239,18 @@ class Server:
         """
         if self._plan is None:
             return
-        try:
-            self._start().run_script(wish.given_up, again=False)
-        except BaseException:
-            self._stop()
-            raise
+        for attempt in range(_MOST_STARTS):
+            running = self._start()
+            try:
+                running.run_script(wish.given_up, again=attempt < 2)
+            except (asking.LostError, ConnectionError) as error:
+                why = self._lose(running, error, attempt)
+            except BaseException:
+                self._stop()
+                raise
+            else:
+                return
+        raise asking.CannotRunError(f"{_MOST_STARTS} fork servers in a row failed; the last {why}")
 
     def _in_a_server(self, deed: Callable[[asking.RunningServer], _T], wish: asking.Wish) -> _T:
         """Do something with a server that has preloaded what is new and run the script."""

@@ -141,6 +141,33 @@ def test_the_reason_why_workers_are_started_afresh_is_said_once(tmp_path: Path) 
     assert "it had threads from its start, which an agent or a debugger brings: " in line
 
 
+# What tells new workers what the script has made is the second server that is started.
+KILL_THE_SECOND = """
+    from safepool.workers import asking
+    start, started = asking.RunningServer.__init__, []
+
+    def kill_the_second(server, *arguments, **keywords):
+        start(server, *arguments, **keywords)
+        started.append(server)
+        if len(started) == 2:
+            server._process.kill()
+            server._process.wait()
+
+    asking.RunningServer.__init__ = kill_the_second
+"""
+
+
+def test_a_server_that_is_killed_where_none_can_fork_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(THREAD)
+    text = LOGGED.replace(
+        "    work()\n", KILL_THE_SECOND + "    work()\n    print(len(started))\n"
+    )
+    done = run(tmp_path, text=text, PYTHONPATH=str(tmp_path))
+
+    assert done.stdout.splitlines()[-2:] == ["worked", "3"], done.stdout + done.stderr
+    assert done.stdout.count(AFRESH) == 1
+
+
 def test_a_pool_works_under_a_thread_of_a_pth_file_and_without_the_site(tmp_path: Path) -> None:
     """A ``.pth`` file of a virtual environment runs code (coverage, debuggers, setuptools)."""
     packages = tmp_path / "packages"
