@@ -14,9 +14,11 @@ import pytest
 import safepool
 from safepool import machine
 from safepool.budget import Budget, fit
-from safepool.cli import doctor, limits_screen, main, report, run
+from safepool.cli import cluster_screen, doctor, limits_screen, main, report, run, top
 from safepool.cli.demo_report import Half
 from safepool.cli.demo_report import Report as DemoReport
+from safepool.cli.text import json_of
+from safepool.cluster import NodeInfo, NodeLostError
 from safepool.limits import Limit, Limits, MemoryLimit, PidsLimit, SharedMemory, Throttling
 from safepool.limits._types import Skipped
 from safepool.pool.core.ending import Ending, Lost, Stage
@@ -145,11 +147,24 @@ SCREENS: dict[str, Callable[[Path], list[str]]] = {
         *demo_report().closing_lines(),
         demo_report().as_json(),
     ],
+    "top": lambda _: [
+        top.as_text(7, [top.Row(7, HOSTILE, 1.0, 1, 1)]),
+        json_of({"workers": [top.Row(7, HOSTILE, 1.0, 1, 1)]}),
+    ],
+    "--cluster": lambda _: [
+        cluster_screen._as_text(*nodes()),
+        cluster_screen._as_json(*nodes()),
+    ],
     "report": lambda folder: [
         report.read(str(trace(folder))).as_text(),
         report.read(str(trace(folder))).as_json(),
     ],
 }
+
+
+def nodes() -> tuple[dict[str, NodeInfo], dict[str, limits_screen.Screen], dict[str, str]]:
+    node = NodeInfo(place=HOSTILE, name=HOSTILE, workers=1, calls=0)
+    return {HOSTILE: node}, {HOSTILE: screen()}, {HOSTILE: HOSTILE}
 
 
 def assert_harmless(text: str) -> None:
@@ -228,6 +243,7 @@ TEXTS: dict[str, Callable[[], object]] = {
     "MemoryLimitError": lambda: safepool.MemoryLimitError(1, 1, 1, HOSTILE),
     "TaskTimeoutError": lambda: safepool.TaskTimeoutError(7, 1.0, HOSTILE),
     "TraceFileError": lambda: safepool.TraceFileError(2, "No such file", HOSTILE),
+    "NodeLostError": lambda: NodeLostError(HOSTILE, HOSTILE, 7, HOSTILE),
     "a worker's death": lambda: ending().line[1],
     "a call's death": lambda: ending().line_of(LOST, ending().error_of(LOST))[1],
     "a call that is run again": lambda: ending().line_of(LOST, None)[1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from safepool.errors import PoolBrokenError, SafepoolError, WorkerDiedError
+from safepool.shown import printable
 
 __all__ = ["NoNodesError", "NodeLostError", "NodeRefusedError"]
 
@@ -32,7 +33,8 @@ class NodeLostError(WorkerDiedError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"node {self.node} was lost while it ran {self.task}: {self.reason}"
+        told = f"node {self.node} was lost while it ran {self.task}: {self.reason}"
+        return printable(told)
 
 
 class NoNodesError(PoolBrokenError):

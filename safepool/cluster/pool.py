@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
@@ -20,6 +19,7 @@ from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.watch import WorkerInfo
 from safepool.transport import payloads
+from safepool.workers.contained import ContainedLogger
 from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClusterPool", "NodeInfo", "NodeWorkerInfo"]
 
-_log = logging.getLogger("safepool")
+_log = ContainedLogger()
 
 # Beside what a node itself waits for: an answer through a Dask scheduler takes milliseconds.
 _ASK_S = 5.0

@@ -57,6 +57,7 @@ from safepool.pool.core.work import Call
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
 from safepool.pool.shell.exits import finish_at_exit, last_uncaught
+from safepool.shown import printable
 from safepool.transport import payloads
 from safepool.workers.contained import ContainedLogger
 
@@ -840,7 +841,7 @@ class Shell:
     def _fail(self, action: c.Fail) -> None:
         kind = NoNodesError if action.no_nodes else PoolBrokenError
         for call in action.calls:
-            call.fail(kind(action.reason))
+            call.fail(kind(printable(action.reason)))
 
     def _cancel(self, action: c.Cancel) -> None:
         for call in action.calls:

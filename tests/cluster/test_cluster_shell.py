@@ -106,6 +106,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         raises(ModuleNotFoundError("No module named 'safepool'")),
         "ModuleNotFoundError: No module named 'safepool'",
     ),
+    "what clears a terminal": (lambda: welcome(python="3\x1b[2J"), r"it has Python 3\\x1b\[2J "),
 }
 
 
