@@ -44,15 +44,14 @@ class CallBar:
 
     Attributes:
         begun: ``Parallel`` has dispatched what it does at once.
-        failed: Batches that raised, or whose worker died.
+        progress: The counter. Batches that raised, or whose worker died, have failed.
     """
 
     def __init__(self, parallel: Any, label: str) -> None:
         self.begun = False
-        self.failed: int = 0
         # The drawing thread must not keep what the caller has dropped.
         self._parallel = weakref.ref(parallel)
-        self._progress = Progress(label, parallel.n_tasks, look=self._look)
+        self.progress = Progress(label, parallel.n_tasks, look=self._look)
 
     @classmethod
     def of(cls, parallel: Any, label: str) -> Self | None:
@@ -62,11 +61,11 @@ class CallBar:
     def count(self, future: Future[Any]) -> None:
         """Count a batch that has ended, if it failed."""
         if not future.cancelled() and future.exception() is not None:
-            self.failed += 1
+            self.progress.failed += 1
 
     def close(self) -> None:
         """Show the last numbers and end the bar; twice is once."""
-        self._progress.close()
+        self.progress.close()
 
     def _look(self, progress: Progress) -> bool:
         parallel = self._parallel()
@@ -74,8 +73,7 @@ class CallBar:
             return False
         if progress.total is None and self._is_exhausted(parallel):
             progress.total = parallel.n_dispatched_tasks
-        progress.failed = self.failed
-        progress.done = parallel.n_completed_tasks + self.failed
+        progress.done = parallel.n_completed_tasks + progress.failed
         return progress.total is None or progress.done < progress.total
 
     def _is_exhausted(self, parallel: Any) -> bool:
@@ -128,7 +126,7 @@ class SequentialWithBar(SequentialBackend):
                 return
             # Called for the last time, in a "finally".
             if isinstance(sys.exception(), Exception):
-                bar.failed = parallel.n_dispatched_tasks - parallel.n_completed_tasks
+                bar.progress.failed = parallel.n_dispatched_tasks - parallel.n_completed_tasks
             calls.remove(parallel)
             del parallel.print_progress
             bar.close()

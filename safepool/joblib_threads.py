@@ -101,7 +101,7 @@ class HeldThreads(ThreadingBackend):
                     return func()
             except BaseException:
                 if bar is not None:
-                    bar.failed += 1
+                    bar.progress.failed += 1
                 raise
 
         return super().submit(held, callback)

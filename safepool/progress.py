@@ -119,7 +119,9 @@ class Progress:
                 pass
             self._draw_once()
         finally:
-            _open.discard(self)
+            with self._drawing:
+                _open.discard(self)
+                self._look = None  # it holds the calls and their results
             self._end()
 
     def _draw_once(self) -> bool:

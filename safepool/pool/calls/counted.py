@@ -22,22 +22,20 @@ __all__ = ["CountedRun", "total_of"]
 
 
 class CountedRun(MapRun):
-    """Run that counts the results that are put down."""
+    """Run that counts in its bar the results that are put down."""
 
-    done: int = 0
-    failed: int = 0
+    _bar: Progress
     _shown: weakref.ref[ResultIterator] | None = None
-    _bar: weakref.ref[Progress] | None = None
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Put results down and count them."""
-        self.done += len(results)
+        self._bar.done += len(results)
         super().put(index, results, size_bytes)
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Put an error down and count it."""
-        self.done += 1
-        self.failed += 1
+        self._bar.done += 1
+        self._bar.failed += 1
         super().put_error(index, error)
 
     def take(self, index: int, deadline: float | None) -> list[Any]:
@@ -45,27 +43,21 @@ class CountedRun(MapRun):
         try:
             return super().take(index, deadline)
         except BaseException:
-            bar = None if self._bar is None else self._bar()
-            if bar is not None:
-                bar.draw_now()
+            self._bar.draw_now()
             raise
 
-    def bar(self, label: str, total: int | None) -> Progress:
-        """Return the bar of this run, before anything is queued: tqdm may be missing.
+    def shown(
+        self, label: str, total: int | None, start: Callable[[], ResultIterator]
+    ) -> ResultIterator:
+        """Return the results, beside which the bar stands until they end or are dropped.
 
         Args:
             label: Text before the bar.
             total: Number of calls, ``None`` if unknown.
-        """
-        return Progress(label, total, look=self._look)
-
-    def shown(self, bar: Progress, start: Callable[[], ResultIterator]) -> ResultIterator:
-        """Return the results, beside which the bar stands until they end or are dropped.
-
-        Args:
-            bar: From `bar`.
             start: Queues the calls and returns the iterator over their results.
         """
+        # Before anything is queued: tqdm may be missing.
+        bar = self._bar = Progress(label, total, look=self._look)
         try:
             results = start()
         except BaseException:
@@ -73,7 +65,6 @@ class CountedRun(MapRun):
             raise
         # The drawing thread must not keep results that the caller has dropped.
         self._shown = weakref.ref(results)
-        self._bar = weakref.ref(bar)
         assert results.results is not None
         results.results.at_end = bar.close
         return results
@@ -81,8 +72,6 @@ class CountedRun(MapRun):
     def _look(self, progress: Progress) -> bool:
         if progress.total is None and self.fed:
             progress.total = self.count
-        progress.failed = self.failed
-        progress.done = self.done
         all_ended = progress.total is not None and progress.done >= progress.total
         dropped = self._shown is not None and self._shown() is None
         return not (dropped or all_ended)

@@ -290,8 +290,11 @@ class PoolCalls(AwaitedCalls):
         from safepool.progress import label_of  # noqa: PLC0415 -- seldom
 
         counted = make(CountedRun)
-        bar = counted.bar(label_of(progress) or "", total_of(iterables))
-        return counted.shown(bar, lambda: runner.map(counted, items, ahead, deadline, keep=self))
+        return counted.shown(
+            label_of(progress) or "",
+            total_of(iterables),
+            lambda: runner.map(counted, items, ahead, deadline, keep=self),
+        )
 
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
         """Cancel a task, on request also one that runs.
