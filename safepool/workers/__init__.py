@@ -1,7 +1,7 @@
 """Floor 5: worker processes. A worker knows tasks as numbers and payloads, and no futures.
 
-Each module imports only from those below it here; an import contract holds it. Those of one
-group are in the order in which one start goes through them.
+Each module imports only from those below it here; an import contract holds it. Within a group they
+stand in the order in which one start uses them.
 
     In the program: what starts a worker
     methods         which start method a pool gets

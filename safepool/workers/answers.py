@@ -1,8 +1,8 @@
 """Answers of a worker to its pool: left on the board, and sent together.
 
-When nothing else is here to do, else after a millisecond. So a result costs no system
-call, and is not lost when the next call kills the process. That of a call that has logged, or has
-arrived alone, is sent at once: the pool is to see it after what was logged, or waits for it.
+It is sent when no other work is here, otherwise after a millisecond. So a result costs no system
+call, and is not lost if the next call kills the process. The answer of a call that has logged, or
+has arrived alone, is sent at once: it must follow its log records, or the pool waits for it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _RESULT = int(Kind.RESULT)
 
 
 class Answers:
-    """Ends of calls that nobody was told yet.
+    """Ends of calls that the pool does not know yet.
 
-    Three forms, never two at a time: numbers in the board's lane; plain values that follow each
-    other, on the board as records and here as a list; records of any answers.
+    They have three forms, never two at a time: numbers in the board's lane; consecutive plain
+    values, on the board as records and here as a list; records of any answers.
 
     Args:
         outbox: By which they are sent.
@@ -173,7 +173,7 @@ class Answers:
         self._count = last + 1 - self._first
 
     def flush(self) -> None:
-        """Send what was left on the board."""
+        """Send the results that were left on the board."""
         board = self._board
         if board is None or not (self._kind or self._values or self._others):
             return
@@ -194,6 +194,7 @@ class Answers:
             self._others = False
         if frame:
             self._send(frame)
-        # Only now: who is killed in between leaves them twice, and the pool takes them once.
+        # Only now: if the worker is killed in between, they are there twice, and the pool takes
+        # them once.
         board.flushed()
         self._flushed_ns = now

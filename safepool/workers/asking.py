@@ -1,4 +1,4 @@
-"""One fork server that runs: what it is asked, and what its answers mean.
+"""One running fork server: requests to it, and the meaning of its answers.
 
 The letters are those of ``server``. A server that does not answer, or has something that makes it
 useless, is for ``upkeep``, which starts another.
@@ -45,11 +45,12 @@ _log = ContainedLogger()
 
 # Seconds for one fork: of a few hundred megabytes it takes milliseconds.
 _FORK_S = 5.0
-# For the script's top level: whoever computes there for longer has a reason to be told.
+# Time limit for the script's top level. A script that computes longer there gets a message.
 _RUN_S = 600.0
-# A top level that takes longer is worth a word: each server waits for it.
+# A top level that takes longer is logged: each server waits for it.
 _LONG_RUN_S = 2.0
-# One that has not ended by then may never: it may wait for what the program holds.
+# A top level that has not ended by then may never end: it may wait for a lock or the like that the
+# program holds.
 _WAITING_S = 10.0
 # From the end of its socket to that of the process.
 _ENDING_S = 1.0
@@ -58,8 +59,8 @@ LOOK_S = 0.1
 
 _HAD_THREADS = "it had threads from its start, which an agent or a debugger brings: {}"
 
-# What cannot be preloaded in this program: the first part of its name, and whether it was asked
-# for by name, which overrules what else than threads an import leaves.
+# Modules that cannot be preloaded in this program: the first part of the name, and whether it was
+# requested by name. A request by name is refused only for threads.
 _left_out: set[tuple[str, bool]] = set()
 # The script's code as it was run first: its file may be changed while the program runs.
 _codes: dict[tuple[str, str], bytes] = {}
@@ -74,7 +75,7 @@ class StartedThreadsError(Exception):
 
 
 class CannotForkError(Exception):
-    """No server can be forked, whatever is left out."""
+    """No server can be forked, even without any preloaded module."""
 
 
 class HasReadError(Exception):
@@ -82,7 +83,7 @@ class HasReadError(Exception):
 
 
 class CannotRunError(Exception):
-    """The script's top level cannot be run in a server, for a reason of its own."""
+    """The script's top level cannot be run in a server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,10 @@ class RunningServer:
     """A fork server's process, and this end of its socket.
 
     Args:
-        changes: To its environment.
+        changes: Changes to its environment.
         plan: The script that it is to run.
-        forks: Or each worker is an interpreter of its own, and it is there to be asked.
+        forks: ``False`` if each worker is an interpreter of its own, and the server only answers
+            questions.
         is_kept: Whether it is below a keeper.
 
     Attributes:
@@ -115,7 +117,7 @@ class RunningServer:
 
     Raises:
         OSError: The system has no room for it.
-        NoInterpreterError: There is nothing to be started.
+        NoInterpreterError: There is no interpreter to start.
     """
 
     def __init__(
@@ -132,10 +134,10 @@ class RunningServer:
         self._process, self._sock = launch.launch(changes, becomes=False, is_kept=is_kept)
         self.marks: Mapping[str, bytes] | None = None
         self.answers: bool = False
-        # It has something to do at its end.
+        # It has exit functions to run.
         self._exits = False
         self._asked: set[str] = set()
-        # Answers to what was asked for ahead are still to come.
+        # Answers to earlier requests are still to come.
         self._ahead = False
         # Variables that its imports have read, as they were in the program.
         self._read: dict[str, str | None] = {}
@@ -143,7 +145,7 @@ class RunningServer:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; ``None`` while it is not known."""
+        """Its process id; ``None`` if unknown."""
         return self._process.pid or None
 
     def fileno(self) -> int:
@@ -152,24 +154,24 @@ class RunningServer:
 
     @property
     def was_ended_from_outside(self) -> bool:
-        """Whether it was killed by somebody: no fault of its own."""
+        """Whether it was killed from outside."""
         return self._process.returncode in FROM_OUTSIDE
 
     def has_read_otherwise(self) -> bool:
         """Return whether its imports have read a variable that is another by now."""
-        if self._plan is not None:  # the script has read what it wanted, when it was run
+        if self._plan is not None:  # its script has read its variables
             return False
         return any(value_of(name, self._changes) != value for name, value in [*self._read.items()])
 
     def _send(self, message: object, descriptors: Sequence[int] = ()) -> None:
-        # One that still starts reads nothing, and a long path does not fit into the socket.
+        # A server that still starts reads nothing, and a long path does not fit into the socket.
         self._sock.settimeout(_FORK_S if self.answers else launch.IMPORT_S)
         letters.send(self._sock, message, descriptors)
 
     def _receive(
         self, timeout_s: float, given_up: Callable[[], bool] | None = None
     ) -> tuple[Any, list[int]]:
-        # What it says first is that it is there: until then it does not do what it was asked for.
+        # Its first message reports that it has started. Before that it does not process requests.
         limit_s = timeout_s if self.answers else max(timeout_s, launch.IMPORT_S)
         self._sock.settimeout(limit_s)
         deadline = time.monotonic() + limit_s
@@ -195,7 +197,7 @@ class RunningServer:
         return bool(told == (identity.rights(), identity.place()))
 
     def preload(self, wish: Wish) -> None:
-        """Let it import what is new.
+        """Let it import new modules.
 
         Raises:
             StartedThreadsError: The server is useless now. The cause is left out from now on.
@@ -207,7 +209,7 @@ class RunningServer:
             self._hear_of_imports(wish.given_up, strict=wish.strict, imported=before)
 
     def preload_ahead(self, modules: Sequence[str]) -> None:
-        """Ask for what is new, and do not wait for it."""
+        """Request the import of new modules, and do not wait for it."""
         if not self._ahead and (self._plan is None or self.marks is not None):
             self._ahead = self._ask_for(modules, strict=False)
 
@@ -260,7 +262,7 @@ class RunningServer:
         self._read |= {name: value_of(name, self._changes) for name in told["read"]}
 
     def run_script(self, given_up: Callable[[], bool], *, again: bool) -> Mapping[str, bytes]:
-        """Run the script of the plan, and return what it has made.
+        """Run the script of the plan, and return its names.
 
         Args:
             given_up: Function that returns ``True`` when the server is no longer needed.
@@ -325,7 +327,7 @@ class RunningServer:
         return self._receive(_RUN_S - _WAITING_S, given_up)
 
     def ask_prints(self, names: list[str], tell: int) -> bool:
-        """Ask what globals of the script are like, to be told through a pipe."""
+        """Request prints of the script's globals, through a pipe."""
         if self.marks is None:
             return False
         self._send(("prints", names), [tell])
@@ -340,8 +342,9 @@ class RunningServer:
             OSError: The system has no room for it.
             CannotForkError: The server never will.
             CannotRunError: The script has left threads.
-            StartedThreadsError: Something else has.
-            HasReadError: This worker needs a server of its own variables.
+            StartedThreadsError: The script or another import has started threads.
+            HasReadError: This worker needs another server, because an import has read variables
+                that it changes.
         """
         own: Mapping[str, str] = more["told"].own
         if any(name in self._read and self._read[name] != own[name] for name in own):
@@ -365,7 +368,7 @@ class RunningServer:
         raise self._useless(answer, imported=bool(self._asked))
 
     def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:
-        """Leave out what may have started threads, and return what the server is given up for."""
+        """Leave out modules that may have started threads; return the reason to stop."""
         told = ", ".join(dict.fromkeys(threads))
         if not imported:
             return CannotForkError(_HAD_THREADS.format(told))
@@ -383,7 +386,7 @@ class RunningServer:
             return "closed its socket"
 
     def stop(self) -> str:
-        """End what is left of it, and say how it ended."""
+        """End it, and return how it ended."""
         process = self._process
         self._sock.close()
         if self._exits and process.poll() is None:
@@ -396,8 +399,8 @@ class RunningServer:
                 process.kill()
                 process.wait(_ENDING_S)
             except (PermissionError, subprocess.TimeoutExpired):
-                # Another user's by now: it ends by itself, as its socket was closed. Or it is in a
-                # system call that nothing ends.
+                # It has another user by now: it ends by itself, as its socket was closed. Or it is
+                # in a system call that nothing ends.
                 process.returncode = 0
             return "did not answer and was ended"
         return describe_exit(process.returncode)
@@ -409,7 +412,7 @@ class RunningServer:
 
 
 def to_run(plan: MainPlan) -> dict[str, Any]:
-    """Return what a process is told that runs the script."""
+    """Return the details for a process that runs the script."""
     process: Any = known
     return {
         "argv": list(plan.argv),
@@ -430,6 +433,6 @@ def _leave_out(names: Iterable[str], wanted: Sequence[bool] = (True, False)) -> 
 
 
 def check(given_up: Callable[[], bool]) -> None:
-    """Raise ``InterruptedError`` if nobody wants the server any more."""
+    """Raise ``InterruptedError`` if the server is no longer needed."""
     if given_up():
         raise InterruptedError("the pool was shut down while the server imported")

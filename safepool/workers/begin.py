@@ -1,12 +1,12 @@
 """First steps of a standard start method, before the program: CPUs, variables, then caps.
 
-``spawn`` and ``forkserver`` import the program's script, and NumPy with it, before anything of
-ours gets its turn there. Both evaluate an expression of the program before that: the process's
+``spawn`` and ``forkserver`` import the program's script, and NumPy with it, before any code of
+this package can run there. Both evaluate an expression of the program before that: the process's
 name when it is unpickled, the fork server's command line.
 
 Not covered:
-    * A program to which this package is importable by nothing but a finder of its own: there
-      the variables are set first, and the caps that are calls come with the worker's own start.
+    * A program that can import this package only by a finder of its own: there the variables are
+      set first, and the caps that are calls follow at the worker's own start.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if "safepool.threads.cap" not in sys.modules:
 def facts_for(
     environment: Mapping[str, str | None], threads: int, cpus: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Return what the first statements of a worker use, all of it with a literal's text.
+    """Return the values for the first statements of a worker, each with the text of a literal.
 
     Args:
         environment: Environment of the worker, ``None`` for a variable that it is born without.
@@ -57,7 +57,7 @@ def facts_for(
 def popen_with(kind: Any, **names: object) -> Any:
     """Return a ``Popen`` of the standard library that finds other modules under these names.
 
-    Its own code starts the process, whatever it is in this version of Python.
+    The class's own code starts the process, in any version of Python.
     """
     launch = types.FunctionType(kind._launch.__code__, {**kind._launch.__globals__, **names})
     return type("Popen", (kind,), {"_launch": launch})

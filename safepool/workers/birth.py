@@ -46,7 +46,7 @@ _LIMITS = (
 
 
 def circumstances() -> dict[str, Any]:
-    """Return what a child of this process would inherit, and can still be set later."""
+    """Return the inherited state that a child of this process can still set later."""
     return {
         "path": [entry for entry in sys.path if isinstance(entry, str)],
         "argv": list(sys.argv),
@@ -59,7 +59,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def _asked(call: Callable[..., Any], *arguments: int) -> Any:
-    """Return what the system answers; ``None`` if a filter refuses the call."""
+    """Return the system's answer; ``None`` if a filter refuses the call."""
     try:
         return call(*arguments)
     except (OSError, ValueError):  # getrlimit() makes a ValueError of some
@@ -81,7 +81,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     """Be a worker until the pool says stop; return the exit code.
 
     Args:
-        details: :func:`circumstances`, and what the pool says besides.
+        details: :func:`circumstances`, and the pool's own entries.
         line: The reading end of the life-line.
         own: This worker's descriptors: the program's working directory, standard output and
             error, the pipe to multiprocessing's resource tracker; its end of the channel, the
@@ -124,10 +124,10 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
 
 
 def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) -> dict[str, Any]:
-    """Run the program's script in this process, which is what it finds in a child.
+    """Run the program's script in this process, which has the state of a child.
 
     Args:
-        details: The same as for :func:`be_born`, and what is run.
+        details: The same as for :func:`be_born`, and the script.
         line: The reading end of the life-line.
         folder: The program's working directory.
         tracker: The pipe to multiprocessing's resource tracker.
@@ -163,7 +163,7 @@ def _set_streams(out: int, err: int) -> None:
     for descriptor in {nothing, out, err} - {0, 1, 2}:
         os.close(descriptor)
     # Written by lines where a person looks on, as at the start of an interpreter.
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else the script has put another there
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else the script has put another object there
         sys.stdout.reconfigure(line_buffering=os.isatty(1))
 
 
@@ -220,7 +220,7 @@ def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> 
     }
     child._popen = None
     known._current_process = child
-    known._process_counter = itertools.count(1)  # of its own children
+    known._process_counter = itertools.count(1)  # for its own children
     # The life-line turns readable when the program is gone, as this sentinel should.
     known._parent_process = known._ParentProcess(details["parent_name"], details["parent"], line)
     threading.current_thread().name = "MainThread"
@@ -238,7 +238,7 @@ def _exit_code(error: SystemExit) -> int:
 
 
 def _finish() -> None:
-    """Do what an interpreter's end does for the program, and not what it does for itself."""
+    """Do the steps of an interpreter's end that concern the program."""
     known: Any = threading
     for step in (known._shutdown, getattr(atexit, "_run_exitfuncs")):  # noqa: B009 -- not in the stubs
         try:
@@ -249,7 +249,7 @@ def _finish() -> None:
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
-            pass  # closed, or nobody reads it
+            pass  # closed, or without a reader
 
 
 def _try(call: Any, *arguments: Any) -> None:

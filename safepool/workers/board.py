@@ -1,9 +1,9 @@
 """The board: a few pages of memory that a worker and its pool share.
 
-What a task sent ahead needs, and no message can give in time: the worker chalks up what it
-begins and what it has finished; the pool reads that when the worker is dead, stuck or slow, and
-chalks up what it takes back. Nothing on it is ever waited for and no lock exists, so a worker
-that is killed at any instruction leaves the board readable.
+It serves tasks that were sent ahead, where a message would come too late. The worker notes which
+calls it has begun and finished; the pool reads that when the worker is dead, stuck or slow, and
+notes which calls it takes back. No process ever waits for the other there and no lock exists, so a
+worker that is killed at any instruction leaves the board readable.
 
     0          8        16       24        32       40      48      56
     | claimed  | since  | began  | revoked | era,   | lane: | first | last
@@ -12,18 +12,18 @@ that is killed at any instruction leaves the board readable.
     | mark     | lane: a number for each call       | records of results since the last flush
 
 All cells are u64, written by the worker, but ``revoked`` and ``mark``: by the pool. Positions
-count what was sent to this worker, from 1.
+count the calls that this worker was sent, from 1.
 
 Results are left in one of two forms, as records of any kind, or in the lane: for the shortest
 calls, one after the other, that return numbers of one kind. A slot of the lane holds the mark, a
-random number, until its call has ended. So one store says that a call has ended, with what, and
-that the next one begins, up to the last of the lane.
+random number, until its call has ended. So one store notes the end of a call, its result, and the
+begin of the next, up to the last of the lane.
 
 Two agreements rest on the order of memory accesses:
 
-    claim     The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
-              ``revoked`` and then reads those. One of the two sees the other's, if neither
-              processor lets its read overtake its write. A fence in the worker for every task
+    claim The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
+              ``revoked`` and then reads those. At least one of the two sees the other's store, if
+              no processor lets its read overtake its write. A fence in the worker for every task
               would cost more than a tiny task; so the pool pays for both (``fence``).
     results   The worker writes a result and then how much is filled; with each flush it closes
               the lane, and sets the filled bytes to zero and the era, in the same cell, one
@@ -31,14 +31,14 @@ Two agreements rest on the order of memory accesses:
               the barrier, copies, passes the barrier, and throws the copy away if the era has
               changed: then the results are on their way as a frame.
 
-The same unnamed file takes faulthandler's report, behind the board: a crash is written down by a
-process that can do nothing else any more.
+The same unnamed file takes faulthandler's report, behind the board: a crashing process can still
+write there.
 
 Not covered:
-    * Where there is no memfd_create(2) or membarrier(2), ``create`` returns ``None``; a worker
+    * Systems without memfd_create(2) or membarrier(2): ``create`` returns ``None``, and a worker
       then holds one task at a time.
-    * A worker that is killed between the end of a call in the lane and its look at ``revoked``
-      has begun the next one, as far as anybody can tell.
+    * A worker that is killed between the end of a call in the lane and its read of ``revoked``: it
+      counts as having begun the next call.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ _NAME_END = _CELLS_BYTES + _NAME_BYTES
 # Calls that the lane has room for. With a flush each millisecond, those of half a microsecond.
 LANE_CALLS = 2048
 _LANE_END = _NAME_END + 8 * LANE_CALLS
-# The last cell's lower half; the era is above it. In one cell, so that nobody ever sees the
-# bytes of one era with the number of the next.
+# The last cell's lower half; the era is above it. Both are in one cell, so that no reader ever
+# sees the bytes of one era with the number of the next.
 _FILLED_MASK = (1 << 32) - 1
 _CELL_MASK = (1 << 64) - 1
-# Larger results go as a frame of their own. Large enough for a few hundred small ones: that
+# Larger results travel in a frame of their own. Large enough for a few hundred small ones: that
 # many are flushed in one message.
 _BYTES = _LANE_END + 64 * 1024
 # Before each result: position, microseconds it took, length, kind of frame.
@@ -102,15 +102,15 @@ LANES: dict[type, int] = {int: _INTEGER, float: _FLOAT, bool: _BOOL, type(None):
 
 _FILE = "safepool-board"
 
-# Makes a worker write its Python stack behind the board. A real-time signal, which
-# neither the system nor, as good as ever, a program uses; glibc keeps the first two.
+# Makes a worker write its Python stack behind the board. A real-time signal, which the system
+# never uses and programs very rarely; glibc keeps the first two.
 if sys.platform == "linux":
     STACK_SIGNAL = int(signal.SIGRTMAX) - 3
 else:
     STACK_SIGNAL = 0
 
-# How faulthandler begins when a signal ends the process (Modules/faulthandler.c,
-# faulthandler_fatal_error); a stack that was asked for begins with a thread.
+# Begin of faulthandler's report when a signal ends the process (Modules/faulthandler.c,
+# faulthandler_fatal_error). A requested stack begins with a thread.
 _CRASH = b"Fatal Python error: "
 
 
@@ -133,7 +133,7 @@ class Board:
     """One worker's board, mapped.
 
     Args:
-        descriptor: The file that :meth:`create` made. It is owned by the board from now on.
+        descriptor: The file that :meth:`create` made. The board owns it from now on.
     """
 
     __slots__ = (
@@ -157,11 +157,11 @@ class Board:
         self._cells = whole[:_CELLS_BYTES].cast("Q")
         self._name = whole[_CELLS_BYTES:_NAME_END]
         self._lane = whole[_NAME_END:_LANE_END]
-        # The same memory, as what is stored there and as what is compared with the mark.
+        # Two views of the same memory: one to store, one to compare with the mark.
         self._numbers, self._floats = self._lane.cast("q"), self._lane.cast("d")
         self._slots = self._lane.cast("Q")
         self._results = whole[_LANE_END:]
-        # As the worker has last written it, and slots of the lane that hold no mark.
+        # The worker's last value of it, and the number of slots of the lane without a mark.
         self._filled, self._used = 0, LANE_CALLS
 
     @classmethod
@@ -204,10 +204,10 @@ class Board:
         except OSError:
             pass  # a task has closed it
 
-    # What the worker writes.
+    # Methods for the worker.
 
     def sign(self, pid: int) -> None:
-        """Say whose board it is, for who looks at it from another process."""
+        """Write the worker's process id, for readers in another process."""
         self._cells[_PID] = pid
 
     def tell(self, name: str, now_ns: int = 0) -> None:
@@ -227,7 +227,8 @@ class Board:
         Args:
             position: Which.
             now_ns: By the monotonic clock.
-            reading: Its arguments are read first, with those of others, and it begins then.
+            reading: ``True`` if its arguments are read first, with those of others; it begins
+                then.
         """
         cells = self._cells
         cells[_SINCE] = now_ns
@@ -296,23 +297,23 @@ class Board:
         return bytes(self._lane[: 8 * count])
 
     def flushed(self) -> None:
-        """Use the space again: what was left there has been sent."""
-        # First: who sees the new era must not take old results for new ones.
+        """Release the space after the results there were sent."""
+        # First: a reader that sees the new era must not take old results for new ones.
         self._cells[_KIND] = 0
         self._filled = ((self._filled | _FILLED_MASK) + 1) & _CELL_MASK
         self._cells[_FILLED] = self._filled
 
-    # What the pool reads and writes.
+    # Methods for the pool.
 
     def revoke(self, position: int) -> None:
-        """Take back what is not claimed, up to this position; then pass the barrier."""
+        """Take back unclaimed calls, up to this position; then pass the barrier."""
         self._cells[REVOKED] = position
 
     @property
     def claimed(self) -> int:
         """The last position that the worker has claimed: begun, or found revoked."""
         # The lane first: the cell has its last position before the lane is closed. In the other
-        # order both could be from before what the worker does between the two looks.
+        # order both values could be older than the worker's step between the two reads.
         return max(self._entered(), self._cells[_CLAIMED])
 
     @property
@@ -372,7 +373,7 @@ class Board:
 
         Args:
             begin: From this byte on, such as :attr:`written` when the worker was asked. ``None``
-                is what it wrote of a crash, and nothing that it was asked for.
+                returns the report of a crash, and no requested stack.
         """
         skipped = begin or 0
         size = self.written - skipped
@@ -389,7 +390,8 @@ class Board:
     def drop_faults(self) -> None:
         """Give back the memory of what faulthandler has written."""
         try:
-            # Where it writes next is a property of the file that both processes hold open.
+            # The position of the next write belongs to the file description, which both processes
+            # share.
             os.lseek(self._descriptor, _BYTES, os.SEEK_SET)
             os.ftruncate(self._descriptor, _BYTES)
         except OSError:
@@ -417,7 +419,7 @@ def boards_of(process: int) -> list[Seen]:
     The kernel shows the descriptors of a process to its own user and to root alone.
 
     Raises:
-        OSError: There is no such process, or it may not be looked at.
+        OSError: There is no such process, or access is refused.
 
     Source:
         proc_pid_fd(5).
@@ -450,7 +452,7 @@ def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
     """Return the results that a lane held.
 
     Raises:
-        ValueError: There is no such kind, or they are cut off.
+        ValueError: There is no such kind, or the data are cut off.
     """
     if kind not in LANES.values() or len(data) % 8:
         raise ValueError(f"invalid content of a result slot: {len(data)} bytes of kind {kind}")

@@ -1,8 +1,8 @@
 """``multiprocessing``'s fork server, for ``mp_context="forkserver"``: capped before it imports.
 
-From Python 3.14 on that server imports the program's script, and whatever that imports, before
-it forks the first worker. So a pool does not use the program's one, which may have begun
-without caps and whose other children are not to have any, but one of its own:
+From Python 3.14 on that server imports the program's script, with all of its imports, before it
+forks the first worker. So a pool has a server of its own. The program's server may have begun
+without caps, and its other children must not have any:
 
     settings    one server for each environment of workers, kept until the program ends
     start       the command that starts it sets the variables and watches imports, then preloads
@@ -60,8 +60,8 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
     Args:
         environment: Environment of the worker, ``None`` for a variable that it is born without.
         threads: For each of its native pools.
-        cpus: CPUs that it is bound to; empty if to none. Its server is bound to those of the
-            first, so that a library starts as many threads as there are CPUs for one worker.
+        cpus: CPUs that it is bound to; empty if to none. Its server is bound to the CPUs of the
+            first, so that a library starts as many threads as one worker has CPUs.
         more: The same as for ``multiprocessing.Process``.
     """
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ContainedLogger", "report"]
 
-# What happens to a worker is told by its task's future; a program that wants to read it in
-# its log as well configures logging.
+# The future of a task reports the end of its worker. A program that wants it in its log configures
+# logging.
 logging.getLogger("safepool").addHandler(logging.NullHandler())
 # For its handling of errors alone.
 _errors = logging.Handler()
-# What a line of the log is written in. A bar on the screen takes itself away for it.
+# Context in which each line of the log is written. A bar on the screen hides itself there.
 around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
@@ -42,8 +42,7 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
                 self._log_elsewhere(level, msg, args, keywords)
             elif self.isEnabledFor(level):
                 with around():
-                    # The caller of the caller: this frame is ours, and not what the record is
-                    # about.
+                    # The caller's caller: the record is not about this frame.
                     super().log(level, msg, *_shown(args), stacklevel=2, **keywords)
         except Exception:  # noqa: BLE001 -- user code
             report(self.logger.makeRecord(self.logger.name, level, "", 0, msg, args, None))
@@ -51,7 +50,8 @@ class ContainedLogger(logging.LoggerAdapter[logging.Logger]):
     def _log_elsewhere(
         self, level: int, msg: object, args: tuple[object, ...], keywords: dict[str, Any]
     ) -> None:
-        # Whether a level is wanted is mostly known, and else asked for under a lock of logging's.
+        # The answer for a level is usually in the cache; otherwise logging computes it under a
+        # lock.
         wanted: dict[int, bool] = getattr(self.logger, "_cache", {})
         if wanted.get(level) is False or not _is_heard(self.logger):
             return
@@ -81,7 +81,7 @@ def _shown(args: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _is_heard(logger: logging.Logger) -> bool:
-    """Tell whether any handler may take what is logged: else no thread is needed for it."""
+    """Return whether any handler may take the record: otherwise no thread is needed."""
     if not logger.handlers:
         return True  # logging's last resort
     heard: logging.Logger | None = logger
@@ -93,7 +93,7 @@ def _is_heard(logger: logging.Logger) -> bool:
 
 
 def report(record: logging.LogRecord) -> None:
-    """Tell of a handler that has raised, as :mod:`logging` does."""
+    """Report the exception of a handler, as :mod:`logging` does."""
     try:
         _errors.handleError(record)
     except Exception:  # noqa: BLE001 -- stderr is user code as well

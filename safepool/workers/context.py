@@ -1,7 +1,8 @@
 """Start of workers by default: forked from a server that has no threads (``forkserver``).
 
-One `ServerContext` is one pool's: what its server preloads, and how ``__main__`` gets there. It
-decides what becomes of a script that cannot be run in a server: its functions travel by value.
+One `ServerContext` belongs to one pool: the modules that its server preloads, and the way of
+``__main__``. It decides what becomes of a script that cannot be run in a server: its functions
+travel by value.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ _log = ContainedLogger()
 class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     """Start of workers by default: forked from a server that has no threads.
 
-    Everything else that a ``multiprocessing`` context offers is that of ``spawn``.
+    All other attributes of a ``multiprocessing`` context are those of ``spawn``.
 
     Args:
         preload: Modules that the server imports ahead: ``"auto"``, or names of modules.
         plan: Way of ``__main__`` into the workers; ``None`` is by value.
         kept: Whether the programs that tasks have started end with the program.
-        asked_only: Nothing is forked. It tells what workers have that run the script themselves.
+        asked_only: ``True`` if nothing is forked, and the server only reports the names that
+            workers have which run the script themselves.
 
     Attributes:
-        plan: The same, or what has become of it: a script that cannot be run is sent by value.
+        plan: The same, or its replacement: a script that cannot be run is sent by value.
     """
 
     _name = "safepool"
@@ -103,7 +105,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 with self._server(changes, self._plan_now(changes)) as server:
                     server.preload_ahead(self._known())
             except OSError:
-                pass  # no descriptor is left: the next pool asks by itself
+                pass  # no descriptor is left: the next pool asks again
 
     def run_script(
         self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
@@ -155,8 +157,8 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         if attempt not in forkserver.not_runnable:
             forkserver.not_runnable[attempt] = problem
             _log.log(
-                # With more threads a BLAS starts some when the script imports it.
-                # And who asks for the standard library's way learns it from that.
+                # With more threads a BLAS starts some when the script imports it. This also tells
+                # a user of the standard library's way.
                 logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
                 'Move what is not for workers below if __name__ == "__main__":, or pass '
@@ -168,13 +170,14 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     def _wish(self, threads: int, given_up: Callable[[], bool]) -> asking.Wish:
         if self.preload != "auto":
             return asking.Wish(list(self.preload), True, given_up)
-        # With more threads a BLAS starts them when it is loaded, and nobody could fork that.
+        # With more threads a BLAS starts them when it is loaded, and the process could not be
+        # forked.
         self._learns = threads == 1
         return asking.Wish(self._known() if self._learns else [], False, given_up)
 
     def _known(self) -> list[str]:
-        """Return what the program and its tasks have imported."""
-        if self._imported is None:  # what is there when the pool begins its work
+        """Return the modules that the program and its tasks have imported."""
+        if self._imported is None:  # the modules at the start of the pool's work
             self._imported = modules_of_the_program()
         return [*dict.fromkeys([*self._imported, *modules_learned()])]
 

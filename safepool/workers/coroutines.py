@@ -1,11 +1,11 @@
-"""A task that is a coroutine function: what the call returns is run to its end, in the worker.
+"""A task that is a coroutine function: the worker runs its coroutine to the end.
 
 What a task returns is looked at, not its function: a partial, a decorated function, and an object
 with an asynchronous ``__call__`` return the same. ``asyncio`` is imported by the first one.
 
 Not covered:
-    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator.
-    * Coroutines inside of a result, such as a list of them: they cannot be pickled.
+    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator. *
+      Coroutines inside of a result, such as a list of them: they cannot be pickled.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ __all__ = ["run_to_its_end"]
 
 
 def run_to_its_end(awaitable: Any) -> Any:
-    """Return what a coroutine returns, run by ``asyncio.run()`` in an event loop of its own.
+    """Run a coroutine by ``asyncio.run()`` in an event loop of its own, and return its result.
 
     Args:
-        awaitable: The coroutine, or whatever else can be awaited.
+        awaitable: The coroutine, or another awaitable object.
 
     Raises:
         BaseException: The exception of the coroutine, without the frames of the event loop.

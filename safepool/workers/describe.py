@@ -34,7 +34,7 @@ def name_of(function: Callable[..., Any]) -> str:
         >>> name_of(len)
         'builtins.len'
     """
-    function = getattr(function, "func", function)  # what a functools.partial calls
+    function = getattr(function, "func", function)  # the function of a functools.partial
     module = getattr(function, "__module__", None) or type(function).__module__
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return f"{module}.{name}"
@@ -43,7 +43,7 @@ def name_of(function: Callable[..., Any]) -> str:
 def get_ready() -> None:
     """Load the modules that a description takes, before a task runs.
 
-    An import takes a descriptor, and a task may have used up all of them.
+    An import needs a descriptor, and a task may have used up all of them.
     """
     for name in _IMPORTED_WITHIN:
         try:
@@ -52,8 +52,8 @@ def get_ready() -> None:
             pass  # of another version
 
 
-# By traceback, inside its functions or lazily (Python 3.11 to 3.15), to show what is special in an
-# error: columns of a line, a wrong name, a typing error in a keyword.
+# ``traceback`` imports these inside its functions or lazily (Python 3.11 to 3.15), for details of
+# an error: columns of a line, a wrong name, a typing error in a keyword.
 _IMPORTED_WITHIN = (
     "_colorize",
     "_suggestions",
@@ -71,7 +71,8 @@ def say_what(error: Exception, result: object, *, look: bool) -> None:
     Args:
         error: The exception of the pickler.
         result: The value that it was given.
-        look: Whether to look for what could not be pickled, which pickles parts of it again.
+        look: Whether to search for the object that could not be pickled, which pickles parts
+            again.
     """
     culprit = find_unpicklable(result, dumps_to_send) if look else ""
     try:
@@ -106,7 +107,7 @@ def _pickled(error: BaseException | Sendable) -> tuple[list[bytes] | None, str]:
         # costs one task and not a pool.
         arrived = loads(segments)
         if isinstance(error, Sendable) and _speaks(error.error):
-            str(arrived)  # it may need what is left out
+            str(arrived)  # it may need the attributes that were left out
     except BaseException as problem:  # noqa: BLE001 -- user code runs in both directions
         return None, f"{type(problem).__name__}: {text_of(problem)}"
     return segments, ""
@@ -124,7 +125,7 @@ def _trace(error: BaseException, frames: TracebackType | None) -> str:
     try:
         return "".join(traceback.format_exception(type(error), error, frames))
     except BaseException as problem:  # noqa: BLE001 -- user code, a SyntaxError with odd details
-        # By hand: what has failed may fail again.
+        # By hand: the failed import may fail again.
         lines = []
         while frames is not None:
             code = frames.tb_frame.f_code
@@ -137,7 +138,7 @@ def _trace(error: BaseException, frames: TracebackType | None) -> str:
 
 def _name(kind: type) -> str:
     try:
-        # As the program knows it.
+        # The name that the program knows.
         return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__.", "__main__.", 1)
     except BaseException:  # noqa: BLE001 -- a metaclass may do anything
         return "(an exception whose type has no name)"

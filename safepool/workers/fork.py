@@ -1,4 +1,4 @@
-"""Code of the user's that forks: its child goes on with none of ours."""
+"""Forks by code of the user: the child must not continue as a worker."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A process that a fork server has started: signalled, waited for, asked how it ended.
 
-It is no child of this process, so the server reaps it and writes its exit code into a pipe; a
-pidfd refers to it alone and tells of its end (pidfd_open(2), Linux 5.3). A worker that is started
-afresh is a child, and in all else the same.
+It is no child of this process, so the server reaps it and writes its exit code into a pipe. A
+pidfd refers to it alone and reports its end (pidfd_open(2), Linux 5.3). A worker that is started
+afresh is a child, and otherwise the same.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class ForkedProcess:
     """A process that a fork server has started, in the words of ``multiprocessing.Process``.
 
     Attributes:
-        name: Its name.
-        pid: Its process id.
+        name: Name of the process.
+        pid: Process id.
         pidfd: Refers to this process alone; ``None`` before Linux 5.3.
         sentinel: Descriptor that turns readable when it has ended.
         daemon: ``False``: it may have children.
@@ -46,7 +46,7 @@ class ForkedProcess:
         self.pid = pid
         self.pidfd = pidfd
         self._status = status
-        # Its life-line: the end that, closed, ends it.
+        # Its life-line: closing this end ends it.
         self._line = line
         self._exitcode: int | None = None
         self._lost = False
@@ -135,7 +135,7 @@ class ForkedProcess:
         """Send it a signal, unless it has ended."""
         with self._lock:
             if number == signal.SIGKILL:
-                self.drop_line()  # whatever this process may signal
+                self.drop_line()  # even where this process may not send it a signal
             try:
                 if self.pidfd is not None:
                     linux.pidfd_send_signal(self.pidfd, number)
@@ -184,10 +184,10 @@ class ChildProcess(ForkedProcess):
     """A worker that this process has started itself, and so waits for itself.
 
     Args:
-        name: Its name.
+        name: Name of the process.
         started: The process.
         status: A pipe that turns readable when it has ended.
-        line: Its life-line.
+        line: The writing end of its life-line.
     """
 
     def __init__(

@@ -9,10 +9,10 @@
     program  --- unnamed socket pair --->  server  --- fork --->  worker, worker, ...
              --- life-line (a pipe) ---->          ----------->
 
-A server is born with the caps in its environment, imports what its workers will need
-(``server``, ``preload``), runs the program's script if that is the plan (``plan``, ``script``),
-and forks a worker in milliseconds. There is one for each distinct setting,
-shared by the pools of this process and kept for the next ones; it ends with the program.
+A server is born with the caps in its environment and imports the modules that its workers will
+need (``server``, ``preload``). If the plan says so it runs the program's script (``plan``,
+``script``). Then it forks a worker in milliseconds. There is one for each distinct setting, shared
+by the pools of this process and kept for the next ones; it ends with the program.
 
 What goes wrong, and what is done:
     It is killed            its workers live on; another is started when one is needed. The script
@@ -87,11 +87,11 @@ class _Setting:
     # User, groups, capabilities, control group, name spaces, root directory: a program that
     # has given up rights must not get workers that still have them.
     identity: tuple[str, ...]
-    # Of the script that it has run: nothing of it may be in another pool's workers.
+    # The script that it has run. Workers of another pool must not have anything of it.
     script: tuple[str, ...]
-    # It is below a keeper.
+    # It has a keeper above it.
     kept: bool
-    # It forks nothing.
+    # It forks no worker.
     asked_only: bool
     # Of a server whose imports have read another environment: it has no new workers.
     outdated: int = 0
@@ -116,7 +116,7 @@ def server_for(
     kept: bool = False,
     asked_only: bool = False,
 ) -> Iterator[upkeep.Server]:
-    """Give the server of a setting, which nobody ends meanwhile."""
+    """Lend the server of a setting, which is not ended meanwhile."""
     key = () if plan is None else plan.key
     identity = (*rights(), *place())
     setting = _Setting(tuple(sorted(changes.items())), identity, key, kept, asked_only)

@@ -22,10 +22,10 @@ __all__ = ["details_of", "handing", "let_in", "open_directory", "tracker"]
 
 
 def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
-    """Return what a child of this process has, besides descriptors.
+    """Return the state of a child of this process, besides descriptors.
 
     Args:
-        changes: To the environment.
+        changes: Changes to the environment.
         script: Whether it has run the script.
     """
     me = multiprocessing.current_process()
@@ -44,7 +44,7 @@ def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, 
 def handing(
     details: Mapping[str, Any], files: Sequence[int]
 ) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
-    """Open what a worker is given, for as long as it is handed over.
+    """Open the descriptors for a worker, for the time of handing them over.
 
     Args:
         details: From :func:`details_of`, and more.
@@ -54,8 +54,8 @@ def handing(
         Its details, its descriptors, and this side of it: for :func:`let_in`.
     """
     me: Any = multiprocessing.current_process()
-    # As multiprocessing numbers the children of a process, all its pools together: nobody
-    # gets the number of one that has ended.
+    # Numbered as multiprocessing numbers the children of a process, over all its pools: no number
+    # is used again.
     number = next(multiprocessing.process._process_counter)  # type: ignore[attr-defined]
     identity = (*me._identity, number)
     name = f"safepool-{':'.join(map(str, identity))}"
@@ -82,7 +82,7 @@ def handing(
 
 
 def let_in(ours: list[int]) -> tuple[int, int]:
-    """Let a worker begin that is known now, and take over where its end is told, and its line."""
+    """Let a worker begin, now that its pid is known; take over its exit-code pipe and its line."""
     status, key = ours
     os.write(key, b"\0")
     ours.clear()
@@ -92,7 +92,7 @@ def let_in(ours: list[int]) -> tuple[int, int]:
 def tracker() -> int:
     """Return the pipe to the resource tracker.
 
-    Shared, so that shared memory is not unlinked by the worker's own at its end.
+    Shared, so that the worker's own tracker does not unlink shared memory at its end.
     """
     with safe_path():
         found = resource_tracker.getfd()

@@ -37,7 +37,7 @@ def rights() -> tuple[str, ...]:
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise
-        # Else it is not Linux, or not shown.
+        # Not Linux, or not shown.
     return (*found, repr(_users()))
 
 
@@ -57,7 +57,7 @@ def place() -> tuple[str, ...]:
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise
-        # Else it is not Linux, or not shown; what was read still counts.
+        # Not Linux, or not shown; the values read so far still count.
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Which worker of its pool this process is."""
+"""The number of this process among the workers of its pool."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
 def _owner(initializer: object) -> dict[str, object]:
     """Return the global of the script whose method this is (``CACHE.update``), by its name.
 
-    It is the worker's own global that is to be changed, as in a fork, and not a copy of it.
+    The worker's own global is to be changed, as in a fork, and not a copy of it.
     """
     while isinstance(initializer, functools.partial):
         initializer = initializer.func

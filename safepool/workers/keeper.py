@@ -1,18 +1,18 @@
 """The keeper's own program: the parent of a fork server, which ends what tasks have started.
 
-A program that a task starts and does not wait for is nobody's when its worker has ended, and a
-daemon has left its parent by itself. With ``end_subprocesses=True`` a fork server is the child of
-a small process that adopts all of them (prctl(2), ``PR_SET_CHILD_SUBREAPER``), so each is its
-descendant for as long as it lives, whatever happens to the server:
+A program that a task starts and does not wait for has no parent of its own after its worker's end,
+and a daemon has left its parent by itself. With ``end_subprocesses=True`` a fork server is the
+child of a small process that adopts all of them (prctl(2), ``PR_SET_CHILD_SUBREAPER``). So each is
+its descendant for life, even after the server's end:
 
     program  --- unnamed socket pair --->  keeper  --- posix_spawn --->  server  --- fork --->  ...
 
     to the keeper     one byte: end the server       from it    SERVER_END, when it has ended
                       its end: the program is gone
 
-It runs until the program is gone, and then kills its descendants until there is none; or until
-the server and all that has come from it have ended. It imports next to nothing, holds nothing of
-the program's but its end of the socket, and no signal ends it that is sent to a whole group.
+It waits for the program's end, and then kills its descendants until there is none. It also ends
+when the server and all of its descendants have ended. It imports almost nothing, and holds only
+its end of the program's socket. Signals to a whole process group do not end it.
 
 Not covered:
     * A keeper that is killed. The server ends with it, so the next workers have another.
@@ -58,7 +58,7 @@ _IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 def keep(
     sock_descriptor: int, program: int, command: Sequence[str], handed: Sequence[int]
 ) -> None:
-    """Start the server, and see to it that nothing of it outlives the program.
+    """Start the server, and end all of its descendants with the program.
 
     Args:
         sock_descriptor: This end of an unnamed stream socket pair.
@@ -93,7 +93,7 @@ class _Keeper:
     def __init__(self, sock: socket.socket, woken: socket.socket, server: int) -> None:
         self._sock = sock
         self._woken = woken
-        # Its process id; 0 when it has ended.
+        # Its process id; 0 after its end.
         self._server = server
 
     def run(self, poll: select.poll) -> None:
@@ -115,7 +115,7 @@ class _Keeper:
             return False
 
     def _reap(self) -> bool:
-        """Wait for those who have ended; return whether anybody is left."""
+        """Wait for ended children; return whether any child is left."""
         ended = None
         left = True
         try:
@@ -145,7 +145,7 @@ class _Keeper:
 
 
 def adopt_orphans() -> None:
-    """Let what a descendant leaves behind come to this process, not to the container's first."""
+    """Become the parent of descendants' orphans, instead of the container's first process."""
     import ctypes  # noqa: PLC0415
 
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -162,12 +162,12 @@ def _let_go(handed: Sequence[int]) -> None:
 
 
 def _watch(program: int, poll: select.poll) -> None:
-    """Hear of the program's end also when a fork of it has kept its end of the socket."""
+    """Notice the program's end also when a fork of it has kept its end of the socket."""
     try:
         pidfd = linux.pidfd_open(program)
     except OSError:  # before Linux 5.3, or it is gone: the socket tells
         return
-    # In a name space of its own the number is another process's, or nobody's.
+    # In another pid name space the number belongs to another process, or to none.
     if os.getppid() == program:
         poll.register(pidfd, select.POLLIN)
     else:

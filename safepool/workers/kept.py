@@ -1,7 +1,7 @@
 """A fork server below a keeper, in the words of ``subprocess.Popen``.
 
-The keeper (``keeper``) is this process's child, the server the keeper's: so the keeper ends the
-server when it is asked to, and tells how it ended.
+The keeper (``keeper``) is this process's child, the server the keeper's. So the keeper ends the
+server on request, and reports how it ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KeptServer:
 
     Attributes:
         pid: The process id of the server; 0 until it has said it.
-        keeper: That of the keeper.
+        keeper: Process of the keeper.
         returncode: Exit code of the server; ``None`` while it is not known.
     """
 
@@ -49,7 +49,7 @@ class KeptServer:
         process.returncode = 0  # waited for here
 
     def __del__(self) -> None:
-        # At the program's end: one that its keeper outlives is never closed by anybody else.
+        # At the program's end: no other code closes a server that its keeper outlives.
         self._sock.close()
 
     def fileno(self) -> int:
@@ -72,7 +72,7 @@ class KeptServer:
         return found
 
     def kill(self) -> None:
-        """End the server. What tasks have started goes on, and the keeper with it."""
+        """End the server. Processes that tasks have started go on, and the keeper with them."""
         try:
             if self.pid:
                 self._sock.send(b"\0")
@@ -117,5 +117,5 @@ class KeptServer:
         return self._has_ended
 
     def close(self) -> None:
-        """Give the socket back: the keeper ends whatever there is."""
+        """Close the socket: the keeper then ends its descendants."""
         self._sock.close()

@@ -59,9 +59,9 @@ _NOT_EXECUTABLE = {
     errno.ELOOP,
     errno.EISDIR,
 }
-# How a server begins. The path comes over the socket: one argument has 128 KiB at most
-# (execve(2), MAX_ARG_STRLEN). Nothing is imported before it is set but what is built in; for "-c"
-# itself Python 3.13 imports linecache.
+# First statements of a server. The path comes over the socket: one argument has 128 KiB at most
+# (execve(2), MAX_ARG_STRLEN). Only built-in modules are imported before it is set; for "-c" itself
+# Python 3.13 imports linecache.
 _BOOTSTRAP = """
 import marshal, posix, sys
 def take(count):
@@ -124,7 +124,7 @@ def launch(
     """Start an interpreter that serves, or becomes a worker itself.
 
     Args:
-        changes: To the environment.
+        changes: Changes to the environment.
         becomes: Whether it is to become a worker.
         is_kept: Whether it is to be below a keeper.
 
@@ -133,7 +133,7 @@ def launch(
 
     Raises:
         OSError: The system has no room for it.
-        NoInterpreterError: There is nothing to be started.
+        NoInterpreterError: There is no interpreter to start.
     """
     ours, theirs = _pair()
     # Above the standard streams, which the child gets others for; a program may have closed
@@ -164,7 +164,7 @@ def launch(
 def _pair() -> tuple[socket.socket, socket.socket]:
     with naming("socketpair()"):
         ours, theirs = socket.socketpair()
-    # Whatever socket.setdefaulttimeout() was told: it may read before anything was sent.
+    # Independent of socket.setdefaulttimeout(): it may read before anything was sent.
     theirs.setblocking(True)
     return ours, theirs
 
@@ -235,14 +235,14 @@ def _send_path(sock: socket.socket) -> None:
         sock.settimeout(IMPORT_S)
         sock.sendall(len(path).to_bytes(8, "little") + path)
     except OSError:
-        pass  # it has ended, which is found out by whoever asks it for something
+        pass  # it has ended; the next request notices that
 
 
 def executable() -> str:
     """Return the interpreter, as multiprocessing's own start methods find it.
 
     Raises:
-        NoInterpreterError: Nothing says where it is: Python is embedded in another program.
+        NoInterpreterError: Its path is unknown: Python is embedded in another program.
     """
     found = multiprocessing.spawn.get_executable()
     if not found:
@@ -255,7 +255,7 @@ def executable() -> str:
 
 
 def no_interpreter(what: str) -> NoInterpreterError:
-    """Return the error that says what is wrong with the interpreter."""
+    """Return the error that describes the problem with the interpreter."""
     name = os.fsdecode(multiprocessing.spawn.get_executable() or sys.executable or "")
     return NoInterpreterError(
         f"the interpreter for workers, {name!r} (sys.executable, or what "

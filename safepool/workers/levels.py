@@ -1,11 +1,11 @@
 """The levels of the program's loggers, in a worker. No logger is made to be given one.
 
-A library with a class of loggers of its own makes its logger when it is imported, and fails or
-gets another class if the name is taken. So a level waits here for a logger that is not there.
+A library with a class of loggers of its own makes its logger at its import, and fails or gets
+another class if the name is taken. So a level waits here until its logger exists.
 
-A level that a library sets for its logger while it is imported gives way to the program's: the
-program has imported the library too, and what holds there was said later. What an initializer
-or a task sets holds, until the program changes its own.
+A level that a library sets for its logger at its import gives way to the program's: the program
+has imported the library too, and has set its level later. A level that an initializer or a task
+sets holds until the program changes its own.
 
 Not covered:
     * A level that is assigned (``logger.level = 10``) and not set.
@@ -26,7 +26,7 @@ __all__ = ["Levels", "apply_levels", "glance_at_levels", "levels_of_the_program"
 
 
 def levels_of_the_program() -> tuple[int, dict[str, int]]:
-    """Return what ``logging.disable()`` was told, and the levels that are set, by logger."""
+    """Return the value of ``logging.disable()``, and the levels that are set, by logger."""
     root = logging.root
     loggers = list(root.manager.loggerDict.items())
     levels = {
@@ -55,13 +55,13 @@ class Levels:
 
     def __init__(self) -> None:
         self._told: dict[str, int] = {}
-        # Of loggers that are not there.
+        # Levels of loggers that do not exist yet.
         self._waiting: dict[str, int] = {}
         self._came_later: set[str] = set()
         self._watches = False
 
     def apply(self, disabled: int, levels: Mapping[str, int]) -> None:
-        """Set what has changed since the last time.
+        """Set the levels that have changed since the last time.
 
         Args:
             disabled: For ``logging.disable()``.
@@ -111,11 +111,12 @@ class Levels:
                 name = name.rpartition(".")[0]
             return effective_level(self_)
 
-        # Of this object: whose manager is another one gets what it asks for.
+        # For this manager only: another one keeps its method.
         manager.getLogger = get_logger  # type: ignore[method-assign]
         kind: Any = logging.Logger
         kind.setLevel = set_level_unless_imported
-        # What has no level has that of the next logger above it, be it there or not.
+        # A logger without a level has the level of the next logger above it, which may not exist
+        # yet.
         kind.getEffectiveLevel = get_effective_level
 
 

@@ -1,10 +1,10 @@
 """The life-line: a pipe that tells the kernel to end a process when the program is gone.
 
-Only the program holds the writing end. Each process that must not outlive it holds the reading
-end in a description of its own and asks the kernel for ``SIGKILL`` when that turns readable,
+Only the program holds the writing end. Each process that must not outlive it holds the reading end
+in a file description of its own. It asks the kernel for ``SIGKILL`` when that becomes readable,
 which is when the last writer has gone (fcntl(2), ``F_SETOWN``, ``F_SETSIG``, ``O_ASYNC``). So a
-worker ends in the middle of C code too, whatever ended the program, and lives on when the fork
-server is killed. ``PR_SET_PDEATHSIG`` cannot give both: it tells of the server's end, not the
+worker ends even in the middle of C code, in every case of the program's end, and lives on when the
+fork server is killed. ``PR_SET_PDEATHSIG`` cannot give both: it reports the server's end, not the
 program's.
 
 Each worker has a second one of its own, whose writing end only the program holds: closing it ends
@@ -46,7 +46,7 @@ def hold(descriptor: int) -> int:
         descriptor: The reading end, inherited. It is closed.
 
     Returns:
-        The reading end in a description of its own, whose signal is this process's.
+        The reading end in a description of its own, which sends its signal to this process.
 
     Raises:
         OSError: The system has no such thing (some emulations of Linux do not, nor has an old

@@ -3,8 +3,8 @@
 Its worker would import it again, and so on: a chain of processes without an end. The standard
 library's ``spawn`` meets it with an error, ``fork`` does not know it.
 
-The program's own script is such a module if the fork server runs it and its top level asks for
-a pool.
+The program's own script is such a module if the fork server runs it and its top level requests a
+pool.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ asked_for: str = ""
 class AskedForPoolError(BaseException):
     """The script's top level asks for a pool or a process while the fork server runs it.
 
-    No ``Exception``: it ends the run, whatever the script catches.
+    It is no ``Exception``: it ends the run, even if the script catches exceptions.
     """
 
 
@@ -38,7 +38,7 @@ def refuse(what: str) -> NoReturn:
     """End the run of the script.
 
     Args:
-        what: Name of what it asks for, in words.
+        what: Name of the requested object, in words.
 
     Raises:
         AskedForPoolError: Always.

@@ -1,28 +1,28 @@
 """Log records of a worker, on their way to the loggers of its program.
 
-A program configures logging once, in its own process, and workers know nothing of it. So a
-record that no handler of the worker takes travels to the pool, whose program handles it as if it
-had been logged there. A worker that has handlers of its own, because a task or an initializer
-configured logging or a library came with one, keeps what they take: each record is
-handled in one place. A ``NullHandler`` takes nothing.
+A program configures logging once, in its own process, and workers do not have that configuration.
+So a record that no handler of the worker takes travels to the pool, and the program handles it as
+its own. A worker may have handlers of its own, because a task, an initializer or a library has
+configured logging. It keeps the records that they take: each record is handled in one place. A
+``NullHandler`` takes nothing.
 
-This happens where a logger calls its handlers (``Logger.callHandlers``), and not in a handler of
+The hook is in the logger's call of its handlers (``Logger.callHandlers``), and not a handler of
 the root logger: a record of a logger that does not propagate would never get there, and
 ``logging.basicConfig`` in an initializer would find a handler and do nothing.
 
-``logging.warning()`` and its kind call that by themselves, without arguments, when the root logger
-has no handler: in a worker it does nothing then, or one such call would keep every later record
-there.
+``logging.warning()`` and its relatives call ``basicConfig()`` themselves, without arguments, when
+the root logger has no handler. In a worker that does nothing: otherwise one such call would keep
+every later record there.
 
-Records never hold up the task. What the pool is too slow to read waits here, up to a bound; beyond
-that records are dropped, and their number is told in a record of its own. Those of
-a task arrive before its result does.
+Records never hold up the task. Records wait here while the pool is slow, up to a bound. Beyond it
+records are dropped, and a record of its own says how many. Records of a task arrive before its
+result.
 
 Not covered:
     * A process that a task forks: its records go to the handlers that it has, or as anywhere
       to stderr from ``WARNING`` on. The channel is the worker's.
-    * What waits when a worker falls idle is sent with its next record or answer.
-    * Where a send cannot be told not to wait (Windows), records travel with the task's answer.
+    * Records that wait when a worker falls idle are sent with its next record or answer.
+    * Systems where a send cannot be non-blocking (Windows): records travel with the task's answer.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = ["Outbox", "forward_records", "pack_record", "unpack_record"]
 
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
-# As themselves in one pickle; anything else in one of its own, which may fail by itself.
+# These travel in one pickle; anything else in one of its own, which may fail by itself.
 
 _formatter = logging.Formatter()
 
@@ -63,10 +63,10 @@ class Outbox:
     has the lock looks for what was added meanwhile when it has let go of it.
 
     Args:
-        channel: To the pool. Nobody else sends on it.
+        channel: Channel to the pool. It has no other sender.
 
     Attributes:
-        logged: There was a record since the runner last set this to ``False``.
+        logged: ``True`` if there was a record since the runner last set this to ``False``.
     """
 
     __slots__ = ("_channel", "_dropped", "_lock", "_open", "_waiting", "logged")
@@ -85,7 +85,7 @@ class Outbox:
         return self._open
 
     def hand_over(self, segments: Sequence[Segment]) -> Sequence[Segment]:
-        """Send the files of an answer, just before the frame that tells of them.
+        """Send the files of an answer, just before the frame that refers to them.
 
         Raises:
             MemoryError: They could not go, and there is no memory to send them otherwise.
@@ -188,15 +188,15 @@ def forward_records(outbox: Outbox) -> None:
     removed, and what they would take goes to the program's own.
 
     Args:
-        outbox: Where records go.
+        outbox: Receiver of the records.
     """
     manager = logging.root.manager
     for logger in [logging.root, *manager.loggerDict.values()]:
         if isinstance(logger, logging.Logger):
             logger.handlers.clear()
             logger.propagate = True
-    # Of the class: a logger that is made later has it as well. Whatever somebody else has put
-    # there (Sentry's SDK does) goes on to be called for what stays in this process.
+    # On the class, so that later loggers have it as well. A replacement by another package
+    # (Sentry's SDK) is still called for records that stay in this process.
     logging.Logger.callHandlers = _forwarding(  # type: ignore[assignment, method-assign]
         outbox, logging.Logger.callHandlers
     )
@@ -215,7 +215,7 @@ def _unless_asked(outbox: Outbox, configure: Callable[..., None]) -> Callable[..
 def _forwarding(
     outbox: Outbox, otherwise: Callable[[logging.Logger, logging.LogRecord], None]
 ) -> Callable[[logging.Logger, logging.LogRecord], None]:
-    # For its handling of errors alone: what is logged must not end the task.
+    # Only for its handling of errors: logging must not end the task.
     errors = logging.Handler()
 
     def call_handlers(self: logging.Logger, record: logging.LogRecord) -> None:
@@ -249,8 +249,8 @@ def pack_record(record: logging.LogRecord) -> bytes:
         record: The record, which is not changed.
 
     Returns:
-        Bytes that :func:`unpack_record` reads. What ``extra=`` added travels as itself; where it
-        cannot be pickled, as its ``repr()``.
+        Bytes that :func:`unpack_record` reads. Values of ``extra=`` travel as themselves, or as
+        their ``repr()`` if they cannot be pickled.
 
     Raises:
         Exception: The exception of user code that makes text of the arguments.

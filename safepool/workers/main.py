@@ -1,7 +1,7 @@
 """Steps of a worker process before its first task: environment, caps, signals, channel.
 
-It imports only the standard library and the floors below; threadpoolctl comes with the
-first cap, cloudpickle with the first object that needs it.
+It imports only the standard library and the floors below. threadpoolctl comes with the first cap,
+cloudpickle with the first object that needs it.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def be_worker(
 ) -> None:
     """Serve one pool over one channel until it says stop or is gone.
 
-    Most start methods have set the variables before anything of ours runs; in a forked worker this
-    is the earliest place.
+    Most start methods have set the variables earlier; in a forked worker this is the earliest
+    place.
 
     Args:
         sock: This worker's end of the channel.
@@ -97,7 +97,7 @@ def be_worker(
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _do_nothing)
     _unblock_interrupt()
-    sock.setblocking(True)  # whatever socket.setdefaulttimeout() was told
+    sock.setblocking(True)  # independent of socket.setdefaulttimeout()
     try:
         channel = Channel(sock, accept(sock))
     except OSError:
@@ -116,15 +116,15 @@ def be_worker(
 def be_taken_before_the_program(*, server: bool = False) -> None:
     """Let the kernel take this process, out of memory, and what its tasks start; not the program.
 
-    It takes whoever has most, counted in thousandths of the memory there is, plus this number. So
-    1000 more than the program has is always first, whatever the program holds itself: that loses
-    a task, which is told. Everybody may raise it; 1000 is also the most there is, so that
-    beside a program that is born with as much (a pod of Kubernetes without requests) the size
-    decides.
+    The kernel takes the process with the highest sum of its memory, in thousandths of the
+    machine's, and this number. So 1000 more than the program's is always first, whatever the
+    program holds: that loses one task, with an error. Every process may raise its own; 1000 is
+    also the maximum. If the program is born with 1000 (a pod of Kubernetes without requests), the
+    size decides.
 
     Args:
-        server: This process is a fork server, whose end gives next to nothing back. It has the
-            middle between the program and the workers that are forked from it.
+        server: This process is a fork server, whose end gives next to nothing back. The server has
+            the middle between the program and its workers.
 
     Source:
         proc_pid_oom_score_adj(5); Linux, mm/oom_kill.c, ``oom_badness``.
@@ -138,9 +138,10 @@ def be_taken_before_the_program(*, server: bool = False) -> None:
         wanted = min(programs + 1000, 1000)
         if server:
             wanted = (programs + wanted) // 2
-        # What forks a worker from here on is a server's, or has this one as its program.
+        # A process that is forked from here on belongs to a server, or has this one as its
+        # program.
         _programs_score = programs if server else None
-        if wanted > score:  # else it was raised by somebody else
+        if wanted > score:  # else it was raised before
             with open(_OOM_SCORE, "wb") as file:
                 file.write(b"%d" % wanted)
     except (OSError, ValueError):
@@ -148,7 +149,7 @@ def be_taken_before_the_program(*, server: bool = False) -> None:
 
 
 _OOM_SCORE = "/proc/self/oom_score_adj"
-# In a fork server and its forks, until they are workers: what the program has.
+# In a fork server and its forks, until they are workers: the program's value.
 _programs_score: int | None = None
 
 
@@ -176,7 +177,7 @@ def _open_board(handle: Any) -> Board | None:
 
 
 def _take(handle: Connection) -> int:
-    # A duplicate is closed on exec again, which what a start method hands over is not.
+    # A duplicate is closed on exec, unlike the descriptor of a start method.
     descriptor = os.dup(handle.fileno())
     handle.close()
     return descriptor
@@ -201,9 +202,9 @@ if sys.platform == "linux":
 
         from safepool import linux  # noqa: PLC0415 -- for this platform alone
 
-        # Also in the middle of a task in C code, where no thread of ours could run
-        # (prctl(2), PR_SET_PDEATHSIG = 1). The signal is tied to the thread that started
-        # this process: the pool's own, which outlives its workers.
+        # Works even in the middle of C code, where no thread of this package could run (prctl(2),
+        # PR_SET_PDEATHSIG = 1). The signal is tied to the thread that started this process: the
+        # pool's own, which outlives its workers.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         # The parent may have died before the call above.
         poll = select.poll()

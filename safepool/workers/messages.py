@@ -146,11 +146,11 @@ def batch_frame(
 
     Args:
         position: The first one's.
-        function: Its number.
+        function: Number of the function.
         segments: A pickle of the list of items, one for each call.
         starred: An item is the tuple of the call's arguments, not the only one itself.
         timed: The worker is to say exactly when each begins.
-        apart: Each item is a pickle by itself.
+        apart: ``True`` if each item is a separate pickle.
     """
     return encode(Kind.BATCH, position, [_BATCH.pack(function, starred, timed, apart), *segments])
 

@@ -1,4 +1,4 @@
-"""Which start method a pool gets.
+"""Choice of a pool's start method.
 
 safepool      forked from a server that has no threads (``context``); Linux, by default
 loky          a fresh interpreter each, ``__main__`` never imported; the default elsewhere
@@ -96,8 +96,8 @@ if sys.platform == "linux":
         """Return what tells which names of the script workers have.
 
         Args:
-            method: The method that starts them: itself, but where each worker runs the script and
-                says nothing of it.
+            method: The method that starts them. The result is the same one, unless each worker
+                runs the script without reporting its names.
             main: The same as for :func:`find_context`.
         """
         if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):

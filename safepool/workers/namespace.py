@@ -5,8 +5,8 @@ data of the script arrive as names, each before the first call that asks for it 
 and are bound there once. From then on they are the worker's: what its initializer or a task does
 to them stays, until the program's own value has changed and arrives again.
 
-A list, dictionary, set or bytearray that arrives again is filled anew and stays the same object,
-as it is in the program: whatever else refers to it in the worker follows.
+A list, dictionary, set or bytearray that arrives again keeps its identity and gets the new
+content, as in the program: other references to it in the worker see the change.
 """
 
 from __future__ import annotations
@@ -41,11 +41,14 @@ class MainNamespace:
             sys.modules["__main__"] = types.ModuleType("__main__")
         # Names that are not there, and why.
         self._missing: dict[str, str] = {}
-        # Numbers of what the script has put into modules.
+        # Numbers of the script's changes to modules.
         self._added: set[int] = set()
 
     def receive(self, segments: Sequence[Received]) -> None:
-        """Bind what a frame brings. What cannot be had is left to the calls that ask for it."""
+        """Bind the names of a frame.
+
+        A value that cannot be unpickled is reported to the calls that use it.
+        """
         head = pickle.loads(segments[0])
         _import_all(head.get("imports", ()))
         self._missing.update(head.get("missing", ()))
@@ -82,7 +85,7 @@ class MainNamespace:
         try:
             values = loads(segments)
         except BaseException:
-            for name in names:  # not what was there before, which is out of date
+            for name in names:  # not the worker's former value, which is out of date
                 main_space().pop(name, None)
             raise
         for name, kind, value in zip(names, kinds, values, strict=True):
@@ -93,7 +96,7 @@ class MainNamespace:
             self._missing.pop(name, None)
 
     def explain(self, error: BaseException) -> None:
-        """Add to what a call has raised why the name that it asked for is not there."""
+        """Add a note to an exception of a call that explains why a name is missing."""
         name = getattr(error, "name", None) if isinstance(error, NameError) else None
         if isinstance(error, KeyError) and len(error.args) == 1:
             name = error.args[0]

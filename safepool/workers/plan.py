@@ -6,7 +6,7 @@
     value    nothing is run; functions and classes travel by value.
 
 A script is run if it says itself that it may be imported: by ``if __name__ == "__main__":`` at its
-top level. One without such a guard would do its work again, or ask for the next pool.
+top level. A script without such a guard would do its work again, or request the next pool.
 
 Source: Python, Lib/multiprocessing/spawn.py, ``get_preparation_data``.
 
@@ -52,7 +52,7 @@ _RUNNERS = frozenset({"ipykernel_launcher", "ipython", "ipython3", "jupyter", "p
 
 
 class ScriptLostError(OSError):
-    """The script was run for a pool, and no further worker has what it has made."""
+    """The script was run for a pool, and later workers do not have its results."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ class MainPlan:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Key that tells servers apart: one that ran a script serves nobody else."""
+        """Key that tells servers apart: a server that ran a script serves only this script."""
         return () if self.mode == "value" else (self.name, self.path, *self.argv)
 
     def without(self, because: str) -> MainPlan:
@@ -104,13 +104,13 @@ class MainPlan:
 
 
 def plan_main(wanted: str) -> MainPlan:
-    """Decide how ``__main__`` gets into workers that are forked from a server of ours.
+    """Choose the way of ``__main__`` into workers that are forked from a fork server.
 
     Args:
         wanted: One of :data:`MAINS`.
 
     Raises:
-        ValueError: ``wanted`` is none of them; or it is ``"run"``, and there is no script.
+        ValueError: ``wanted`` is none of them, or is ``"run"`` without a script.
 
     Example:
         >>> plan_main("value").because
@@ -150,7 +150,7 @@ def plan_main(wanted: str) -> MainPlan:
 
 
 def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each reason
-    """Return the module's name, or the file's path, or why there is neither."""
+    """Return the module's name or the file's path, or the reason why there is neither."""
     if hasattr(sys, "ps1") or "get_ipython" in vars(builtins):
         return "", "", "the program is a prompt or a notebook"
     space = main_space()
@@ -223,7 +223,7 @@ def guarded_lines(source: str) -> tuple[tuple[int, int], ...]:
     r"""Return where a script's top level asks whether it is run or imported.
 
     Args:
-        source: Its text.
+        source: Text of the script.
 
     Returns:
         First and last line of each such statement; empty if there is none, or the text is no

@@ -1,13 +1,13 @@
 """Modules that a fork server imports ahead: the program's libraries, and those of its tasks.
 
 Only installed modules are, those of the standard library and of ``site-packages``: to import one
-of the program's own, from its folder or an editable install, runs the program's code. Of the
-installed ones it is
+of the program's own, from its folder or an editable install, runs the program's code. The
+installed modules among them are
 
-* what the program has imported. Behind a front end (a notebook, IPython, pytest), which has
-  imported a thousand modules that no task needs, it is what the program's own modules refer to:
-  modules, functions and classes among the globals of ``__main__`` and of whatever else is not
-  installed;
+* the modules that the program has imported. Behind a front end (a notebook, IPython, pytest),
+  which has imported a thousand modules that no task needs, it is what the program's own modules
+  refer to: modules, functions and classes among the globals of ``__main__`` and of whatever else
+  is not installed;
 * what tasks have imported, as their workers tell (``Imports``): the next worker has it.
 
 The server looks at what each import leaves beside its modules (``traces``). One that leaves
@@ -44,7 +44,7 @@ __all__ = [
 
 NOT_PRELOADED = {
     "safepool": "in the server as far as it is needed there",
-    # Of the interpreter, and of whoever sits in front of it.
+    # Modules of the interpreter and of front ends.
     "sitecustomize": "run by each interpreter itself",
     "usercustomize": "run by each interpreter itself",
     "readline": "sets up the terminal",
@@ -56,7 +56,7 @@ NOT_PRELOADED = {
     "pdb": "a debugger, which sets up the terminal",
     "antigravity": "opens a browser",
     "this": "prints",
-    # Threads by their import alone, without a name that tells whose they are (measured).
+    # Modules whose import starts threads without a recognisable name (measured).
     "onnxruntime": "starts a thread",
     "openvino": "starts a thread",
 }
@@ -66,9 +66,9 @@ _FRONT_ENDS = frozenset({"IPython", "_pytest", "bpython", "ipykernel", "ptpython
 
 BACKGROUND_THREADS = frozenset(
     {
-        # jemalloc, background_thread:true: its child re-creates what it needs
-        # (jemalloc, src/background_thread.c, background_thread_postfork_child). In the wheels
-        # of pyarrow and polars. 400 of 400 children worked.
+        # jemalloc, background_thread:true: its child restores the thread when needed (jemalloc,
+        # src/background_thread.c, background_thread_postfork_child). In the wheels of pyarrow and
+        # polars. 400 of 400 children worked.
         "jemalloc_bg_thd",
         # polars: removes its spill files; a child that does not spill never needs it.
         "polars-ooc-clea",
@@ -77,7 +77,7 @@ BACKGROUND_THREADS = frozenset(
 """Names of threads that a fork may lose, as in ``/proc/PID/task/TID/comm`` (15 characters)."""
 
 
-# What tasks have imported in workers, in their order. Kept for the life of the process.
+# Modules that tasks have imported in workers, in their order. Kept for the life of the process.
 _learned: dict[str, None] = {}
 _MOST_LEARNED = 20_000
 
@@ -101,7 +101,7 @@ def modules_learned() -> list[str]:
 
 
 def learn(told: bytes) -> None:
-    """Remember what a task has imported: what a worker tells by :meth:`Imports.new`."""
+    """Remember the imports of a task, from a worker's :meth:`Imports.new`."""
     names = told.decode(errors="replace").split("\n")
     if len(_learned) < _MOST_LEARNED:
         _learned.update((name, None) for name in names if name and _may_be_preloaded(name))
@@ -118,7 +118,7 @@ class Imports:
 
     def new(self) -> bytes:
         """Return those since the last look, in their order, for :func:`learn`; it may be none."""
-        # The newest are the last of the table. If others were removed, some are told again.
+        # The newest are the last of the table. If modules were removed, some are reported again.
         begin, self._count = self._count, len(sys.modules)
         # A list of all: another thread may import meanwhile.
         recent = [*sys.modules.items()][min(begin, self._count) :]
@@ -170,7 +170,8 @@ def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
                 yield found
                 if issubclass(type(value), ModuleType):
                     tops.add(found)
-    # "import a.b" leaves but "a" among the globals. What "a" has imported itself costs nothing.
+    # "import a.b" leaves but "a" among the globals. Modules that "a" itself has imported cost
+    # nothing.
     for name, module in modules.items():
         if not _may_be_preloaded(name):
             continue
@@ -181,7 +182,7 @@ def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
 
 
 def _lazy() -> Iterator[str]:
-    """Yield what the program imports lazily: it would have, and the server has it in time."""
+    """Yield the modules that the program imports lazily: the server imports them ahead of time."""
     for name in lazy_names():
         top = name.partition(".")[0]
         spec = None if top in sys.builtin_module_names else _find_spec(top)

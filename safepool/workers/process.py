@@ -25,8 +25,8 @@ class WorkerProcess:
 
     Args:
         method: The way to start it.
-        told: All that it is told.
-        board: To be shared with it; closed with this object, also if it cannot start.
+        told: The facts for it.
+        board: Its shared board; closed with this object, also if the start fails.
         given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
             during a slow start.
 
@@ -35,7 +35,7 @@ class WorkerProcess:
 
     Attributes:
         process: In the words of ``multiprocessing.Process``; ``None`` when this was closed.
-        pid: Its process id.
+        pid: Process id.
         cpus: CPUs that it is bound to; empty if to none.
         board: Memory that it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.

@@ -58,7 +58,8 @@ _AT_ONCE_NS = 20_000
 # Calls of a batch whose results did not go to the lane, until it is given up for the rest.
 _MOST_MISSES = 3
 _NOTHING = object()
-# Results of a type of which it is found out what in them cannot be pickled. Not of each of many.
+# Results of a type of which it is found out what in them cannot be pickled. The most calls of a
+# message that name an error's cause.
 _MOST_BLAMED = 3
 
 _dumps = pickle.dumps
@@ -68,11 +69,12 @@ class Runner:
     """The calls of one pool in this process.
 
     Args:
-        channel: To the pool. Blocking.
+        channel: Channel to the pool. Blocking.
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
         cap: Checked again before each call.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
-        imports: Listener to the imports of tasks, which are told to the pool; ``None`` tells none.
+        imports: Listener to the imports of tasks, which the worker reports to the pool; ``None``
+            reports none.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Runner:
         self._lane: type = object
 
     def serve(self) -> None:
-        """Do what the pool says until it says stop.
+        """Process the pool's messages until it sends stop.
 
         Raises:
             ChannelClosedError: The pool is gone.
@@ -123,15 +125,15 @@ class Runner:
                     return
                 self._answers.begin()
                 self._handle(frame)
-                # Nothing of the task may live on in this frame while the worker waits.
+                # This frame must not keep objects of the task while the worker waits.
                 del frame
                 if self._answers.are_due(time.monotonic_ns()):
                     self._answers.flush()
             self._answers.flush()
-            self._tell_imports()  # when nobody waits for this worker
+            self._tell_imports()  # only when no caller waits for this worker
 
     def _run_alone(self) -> None:
-        """Run calls that arrive one by one, until something else has come.
+        """Run calls that arrive one by one, until another message has come.
 
         They need neither board nor frame reader, which cost more than a tiny call
         (benchmarks/dispatch.py, round-trip).
@@ -254,15 +256,15 @@ class Runner:
                 initializer(*arguments)
         except BaseException as error:  # the pool must learn of SystemExit as well
             self._main.explain(error)
-            # Where the standard pool's workers say it, for a program that collects it there.
+            # The standard pool's workers log it there, and programs collect it there.
             logging.getLogger("concurrent.futures").critical(
                 "Exception in initializer:", exc_info=True
             )
             reply, described = Kind.INITIALIZER_FAILED, describe(error)
         else:
-            # Whether what the pool writes on the board is heeded.
+            # Whether the pool's entries on the board are read.
             reply, described = Kind.READY, [b"board"] if self._board else []
-        self._cap.apply()  # what the initializer has loaded or changed
+        self._cap.apply()  # libraries that the initializer has loaded or changed
         self._fork.leave()
         self._outbox.send(encode(reply, 0, described))
 
@@ -285,7 +287,7 @@ class Runner:
             else:
                 arguments, keywords = self._loads(pickled)
             if len(segments) > 2:
-                segments.clear()  # the buffers live on in the arrays made of them
+                segments.clear()  # the arrays made of them keep the buffers
             del pickled
             result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.
@@ -336,7 +338,7 @@ class Runner:
         many, most, misses = 1, 1 if timed else _MOST_AT_ONCE, 0
         while items:
             if now - checked > _LOADING_NS:
-                self._cap.recheck()  # what the calls before have loaded
+                self._cap.recheck()  # libraries that earlier calls have loaded
                 checked = now
             if board is not None and position != begun and not board.claim(position, now):
                 self._skip(position)
@@ -394,8 +396,8 @@ class Runner:
         Returns:
             The last position that has begun, and whether its result went there.
         """
-        # Names of this frame, no look at the clock: for the shortest calls this loop is most
-        # of what they cost (benchmarks/dispatch.py, map).
+        # Local names, and no look at the clock: for the shortest calls this loop is most of the
+        # cost (benchmarks/dispatch.py, map).
         board, answers, fork, outbox = self._board, self._answers, self._fork, self._outbox
         assert board is not None
         kind = self._lane
@@ -438,7 +440,7 @@ class Runner:
         return at, False
 
     def _claim(self, position: int, *, reading: bool = False) -> bool:
-        self._cap.recheck()  # what the task before has loaded
+        self._cap.recheck()  # libraries that the task before has loaded
         board = self._board
         if self._fork.here:  # while it read the arguments: the call is the worker's
             os._exit(0)

@@ -53,7 +53,7 @@ def _flags() -> list[str]:
 def is_safe(module: str = "os") -> bool:
     """Return whether the program does not import from the working directory itself.
 
-    Not for a frozen program, which takes no options of Python's.
+    Not for a frozen program, which takes no options of Python.
 
     Args:
         module: Name of the module that the new interpreter has to import. Directories on

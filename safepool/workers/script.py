@@ -1,15 +1,14 @@
-"""The program's script, run once in the fork server, so that every worker has what it has made.
+"""The program's script, run once in the fork server, so that every worker has its results.
 
-It is run as ``spawn`` and ``forkserver`` of the standard library run it: as ``__mp_main__``, in
-a process that is a child of ``multiprocessing``, with the program's arguments, path, directory
-and environment. What it imports, sets, registers and computes is there once, and shared by all
-workers.
+It is run as ``spawn`` and ``forkserver`` of the standard library run it: as ``__mp_main__``, in a
+process that is a child of ``multiprocessing``, with the program's arguments, path, directory and
+environment. Its imports, settings, registrations and data exist once, and all workers share them.
 
     Unlike there, functions of the script and ``sys.modules["__main__"]`` have one namespace, so
     that a global which a worker gets is the one that its functions see.
 
-    What is to be done at the exit is done once, when the server ends, and by no worker: it would
-    remove the folders that all of them use.
+    Exit functions run once, when the server ends, and in no worker: they would remove folders that
+    all workers use.
 
 The server lives on only if a fork of it can work: no exception, no thread, no child process that
 stays. Otherwise the reason is reported, and the program starts another server without the script.
@@ -62,13 +61,13 @@ __all__ = [
     "tell_prints",
 ]
 
-# For what the script's own classes do when they are pickled.
+# Time for the script's own classes to be pickled.
 _PRINTS_S = 30.0
 # For processes that it has started, between SIGTERM and SIGKILL.
 _ENDING_S = 1.0
 
 
-# What the script wants to be done at the exit.
+# Exit functions of the script.
 _at_exit: list[Callable[[], object]] = []
 # And with which signals.
 _handlers: dict[signal.Signals, Any] = {}
@@ -77,7 +76,7 @@ _handlers: dict[signal.Signals, Any] = {}
 def run_script(
     name: str, path: str, held: Mapping[str, str | None], code: bytes = b""
 ) -> dict[str, Any]:
-    """Run the program's script in this process, and say what became of it.
+    """Run the program's script in this process, and return a report.
 
     Directory, environment, path and arguments are those of the program by now.
 
@@ -89,14 +88,14 @@ def run_script(
 
     Returns:
         ``problem``, in words, empty if there is none; ``seconds`` of its run; ``exits``, whether
-        there is anything to do for :func:`finish`; ``marks``, as
-        :func:`~safepool.transport.marks.marks_of`; and ``code``, its code object in bytes.
+        :func:`finish` has work; ``marks``, from :func:`~safepool.transport.marks.marks_of`; and
+        ``code``, its code object in bytes.
     """
     server = os.getpid()
     module = types.ModuleType("__mp_main__")
     problem, begin = "", time.monotonic()
     before = {key: sys.modules.get(key) for key in ("__main__", "__mp_main__")}
-    others = _children()  # of whatever starts some in every interpreter
+    others = _children()  # started by a start file of every interpreter
     sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     _share_loggers()
     with _as_imported(), _held(held), _exits_kept(module):
@@ -137,7 +136,7 @@ def be_worker() -> None:
 
 
 def finish() -> None:
-    """Do what the script wants to be done at the exit, in the server that has run it."""
+    """Run the script's exit functions, in the server that has run the script."""
     while _at_exit:
         try:
             _at_exit.pop()()
@@ -181,7 +180,7 @@ def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> t
     Raises:
         ImportError: There is no such module, or it has no code.
         OSError: The file cannot be read.
-        SyntaxError: Its text is no Python.
+        SyntaxError: The text is no Python.
     """
     spec: Any = None
     if name:
@@ -223,7 +222,7 @@ def _code_of(path: str) -> types.CodeType:
 def _share_loggers() -> None:
     """Let ``getLogger(__name__)`` of the script be the logger that the program has so.
 
-    What the program sets for it holds here by its name, which is ``__main__``, and handlers and
+    Settings of the program for it apply here by its name, which is ``__main__``, and handlers and
     filters see that name in its records.
     """
     manager: Any = logging.root.manager
@@ -267,7 +266,7 @@ def _as_imported() -> Iterator[None]:
 
 @contextmanager
 def _exits_kept(module: types.ModuleType) -> Iterator[None]:
-    """Keep for :func:`finish` what the script, and no library, registers for the exit.
+    """Keep for :func:`finish` the exit functions of the script, but not those of libraries.
 
     And what its objects do at the exit, whoever made them: temporary folders remove themselves.
     """
@@ -300,7 +299,7 @@ def _exits_kept(module: types.ModuleType) -> Iterator[None]:
 
 @contextmanager
 def _held(held: Mapping[str, str | None]) -> Iterator[None]:
-    """Keep some variables as they are, whatever the script sets: what it imports reads them."""
+    """Keep some variables unchanged by the script: modules that it imports read them."""
     environ: Any = os.environ
     kind: Any = type(environ)
     before = {key: environ[key] for key in held if key in environ}
@@ -325,7 +324,7 @@ def _held(held: Mapping[str, str | None]) -> Iterator[None]:
 
 
 def _described(error: BaseException, path: str) -> str:
-    """Say what the script raised, and in which of its lines."""
+    """Return the script's exception, and the line that raised it."""
     if isinstance(error, loading.AskedForPoolError):
         return text_of(error)
     line, trace = 0, error.__traceback__
@@ -345,7 +344,7 @@ def _children() -> dict[int, str]:
 
 
 def end_children(children: Collection[int]) -> None:
-    """End what the script, or an import, has started: nobody else knows of it."""
+    """End processes that the script, or an import, has started: no other process knows them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in children:
             try:

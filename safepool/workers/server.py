@@ -1,9 +1,9 @@
 """The fork server's own program: import, run the script, check, fork, report. It runs no task.
 
-One thread, one socket to the program that started it. It imports what it is asked to, runs the
-top level of the program's script if that is asked for (``script``), forks a worker on request,
-and reports how each ended. It ends with the program: when the
-socket closes or, should it be in the middle of a long import, by the life-line.
+One thread, one socket to the program that started it. On request it imports modules, runs the top
+level of the program's script (``script``) and forks workers, and it reports how each ended. It
+ends with the program: when the socket closes or, should it be in the middle of a long import, by
+the life-line.
 
     to the server     ("preload", details)        from it    ("importing", name) before each
                                                              ("preloaded", report), or
@@ -57,7 +57,7 @@ __all__ = ["EXIT_CODE", "serve"]
 EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
-# What calls of any kind bring along, and a worker imports with the first.
+# Modules that calls of any kind need, and that a worker would import with the first.
 _NEEDED = ("safepool.decorator", "safepool.transport.by_value")
 
 
@@ -71,7 +71,7 @@ def serve(
         lifeline_descriptor: The reading end of a pipe whose writing end is the program's alone.
         greets: Say that it is up. One that is to become a worker must not: a socket that is closed
             with something unread fails at its other end (unix(7)).
-        kept: Its parent is a keeper (``keeper``), with which it ends.
+        kept: ``True`` if its parent is a keeper (``keeper``), with which it ends.
     """
     if kept:
         birth.end_with(os.getppid())
@@ -81,7 +81,7 @@ def serve(
     # Modules that are imported here ask for the number of CPUs, or keep the function that does.
     share = os.environ.get("PYTHON_CPU_COUNT", "")
     pretend(int(share) if share.isdecimal() else 1)
-    # A description of its own for each worker is opened from this one; the server's is another.
+    # Each worker opens a description of its own from this one; the server's is another.
     line = os.dup(lifeline_descriptor)
     try:
         lifeline.hold(lifeline_descriptor)
@@ -92,14 +92,14 @@ def serve(
     sock = socket.socket(fileno=sock_descriptor)
     try:
         if greets:
-            # The program knows nothing of them, and would keep them as zombies.
+            # The program does not know them, and would keep them as zombies.
             keeper.adopt_orphans()
             letters.send(sock, ("up", os.getpid()))
         _Server(sock, line).run()
     except ConnectionError:
         pass
     script.finish()
-    # Nobody else's exit functions: what was imported belongs to the workers.
+    # Exit functions of imported modules must not run: they belong to the workers.
     os._exit(0)
 
 
@@ -108,12 +108,12 @@ class _Server:
         self._sock = sock
         self._line = line
         self._mask: set[int] = set()
-        # By process id, where to tell how it ended.
+        # For each process id the pipe for its exit code.
         self._workers: dict[int, int] = {}
         # Variables that imports have set.
         self._made: dict[str, str] = {}
         self._reaping = self._ending = False
-        # Or it is there to tell what the script has made.
+        # Or it only reports the script's names.
         self._forks = True
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._wake_receiver.setblocking(False)
@@ -159,15 +159,15 @@ class _Server:
         self._reap()
 
     def _preload(self, details: dict[str, Any]) -> None:
-        if threads := _foreign_threads():  # nothing was imported yet: nobody could fork this
+        if threads := _foreign_threads():  # before any import: it can never fork
             letters.send(self._sock, ("threads", threads))
             return
         strict: bool = details["strict"]
         failed: dict[str, str] = {}
         culprits: dict[str, str] = {}
         variables = dict(os.environ)
-        # Its rounds find next to nothing, as what an import makes stays, and are a good part of a
-        # long import (benchmarks/joblib_backend.py, first calls).
+        # A collection finds almost nothing, as the objects of an import stay, and takes a good
+        # part of a long import (benchmarks/joblib_backend.py, first calls).
         gc.disable()
         with script.silence(), eager_imports(), traces.recorded_environment() as read:
             before = traces.Traces.look()
@@ -190,8 +190,8 @@ class _Server:
                     before = traces.Traces.look()
         self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
         find_ahead()
-        # What is there now is there for good; a collection in a worker would write to, and
-        # so copy, every page of it.
+        # These objects stay for good. A collection in a worker would write to, and so copy, every
+        # page of them.
         gc.freeze()
         gc.enable()
         report = {"failed": failed, "culprits": culprits, "read": read}
@@ -217,7 +217,7 @@ class _Server:
 
     def _take_rights(self, users: tuple[Any, ...]) -> None:
         """Give up the rights that the program has given up: its user can start no other server."""
-        # What workers may need of ours, as long as it may be read.
+        # Modules of this package for workers, as long as they may be read.
         for name in _NEEDED:
             importlib.import_module(name)
         try:
@@ -227,8 +227,8 @@ class _Server:
         letters.send(self._sock, ("rights", (identity.rights(), identity.place())))
 
     def _tell_prints(self, names: list[str], pipe: int) -> None:
-        """Write what the script's globals are like, in a child: pickling runs the user's code."""
-        if not self._forks:  # it has threads, and is there for nothing else
+        """Write prints of the script's globals, in a child: pickling runs the user's code."""
+        if not self._forks:  # it has threads, and serves no other purpose
             script.tell_prints(names, pipe)
             return
         try:
@@ -243,7 +243,7 @@ class _Server:
                 script.tell_prints(names, pipe)
             finally:
                 os._exit(0)
-        # Nobody asks how it ends.
+        # Its exit code is not needed.
         self._workers[pid] = os.open(os.devnull, os.O_WRONLY)
         os.close(pipe)
 
@@ -300,7 +300,7 @@ class _Server:
         self._become_worker(details, descriptors)
 
     def _reap(self) -> None:
-        """Report who has ended. Also called by the signal's handler, in the middle of itself."""
+        """Report ended workers. Also called by the signal's handler, in the middle of itself."""
         self._ending = True
         if self._reaping:
             return
@@ -320,15 +320,15 @@ class _Server:
             if ended:
                 os.write(status, EXIT_CODE.pack(os.waitstatus_to_exitcode(code)))
         except ChildProcessError:
-            ended = pid  # reaped by something that was imported: nobody knows how it ended
+            ended = pid  # reaped by an imported module: its exit code is unknown
         except OSError:
-            pass  # nobody asks any more
+            pass  # no reader is left
         if ended:
             del self._workers[pid]
             os.close(status)
 
     def _leave(self) -> None:
-        """Be no server any more, in a child of it."""
+        """Stop being a server, in a child of it."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake_receiver.close()
@@ -339,7 +339,7 @@ class _Server:
     def _bury_orphans(self) -> None:
         """Wait for what workers have left that ended before it did: it has come here.
 
-        Only between two requests: what is imported waits for the programs that it runs.
+        Only between two requests: an import waits for the programs that it runs.
         """
         try:
             while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -359,8 +359,8 @@ class _Server:
             if not os.read(gate, 1):
                 os._exit(0)  # the program has not waited for the answer, or is gone
             try:
-                # The program's other end of it is this worker's alone: closed, it ends the worker,
-                # also one that the program may not signal any more.
+                # Only this worker's life-line has that other end: closing it ends the worker, even
+                # one that the program may not signal any more.
                 lifeline.hold(gate)
             except OSError:
                 os.close(gate)

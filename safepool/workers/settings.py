@@ -1,12 +1,11 @@
 """Settings of the program, in its workers: which there are, and how a worker takes them.
 
-The pool reads what the program has set (``pool.settings``) and sends what has changed. Here it is
-set: at once where its module is there, otherwise when somebody has imported that. Nothing is ever
-imported in order to set it, nor for what a value refers to, such as the class of a warning that
-a library defines: it waits as well.
+The pool reads the program's settings (``pool.settings``) and sends changes. Here it is
+set: at once where its module is there, otherwise when somebody has imported that. No module is
+    ever imported for a setting, nor for the objects in its value, such as the warning class of a
+    library: the setting waits for that import as well.
 
-What an initializer or a task sets is the worker's own from then on, until the program changes its
-own.
+A setting of an initializer or a task belongs to the worker until the program changes its own.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def register_setting(
     their worker.
 
     Args:
-        name: Name of the setting. One of the same name that was registered before is replaced.
+        name: Name of the setting. A registration of the same name is replaced.
         module: The module that holds it, by its full name. It is never imported: a worker
             sets it when something has imported that.
         read: Given the module, returns a copy of the setting as it is now, which can be compared
@@ -103,7 +102,7 @@ def register_setting(
 
 
 def unregister_setting(name: str) -> None:
-    """Take back what was registered under ``name``; nothing happens if nothing was."""
+    """Remove the registration of ``name``, if there is one."""
     _added.pop(name, None)
     _changed()
 
@@ -124,7 +123,7 @@ class Packed:
 
     Attributes:
         name: Name of the row.
-        module: Its module.
+        module: Module of the setting.
         values: A payload for each part of the value. Only warning filters have several: each
             may wait for another module.
         write: A payload of the function that sets it; ``None`` for a row of the table.
@@ -139,7 +138,7 @@ class Packed:
 
 
 def pack_setting(row: Setting, value: Any) -> Packed:
-    """Pickle what was read.
+    """Pickle the value of a setting.
 
     Args:
         row: The setting.
@@ -158,7 +157,7 @@ def _dumps_filters(value: list[Any]) -> list[list[bytes]]:
     parts = []
     for one in value:
         try:
-            # Most filters name modules, "__main__" among them, and none holds anything of it.
+            # Most filters name modules, "__main__" among them, and none refers to its objects.
             of_main = one[2].__module__ in ("__main__", "__mp_main__")
             parts.append(_dumps(one) if of_main else [pickle.dumps(one, protocol=5)])
         except Exception as error:  # noqa: BLE001 -- user code; the other filters hold
@@ -186,7 +185,7 @@ class _NotThereError(Exception):
     """A value refers to a module that this process has not imported."""
 
 
-# What is part of Python or of this package may be imported for a value, and the script is there.
+# Modules of Python and of this package may be imported for a value, and the script is there.
 _OURS = {*sys.stdlib_module_names, "__main__", "__mp_main__", "cloudpickle", "loky", "safepool"}
 
 
@@ -218,13 +217,13 @@ class WorkerSettings:
         # By the module that they wait for, then by name.
         self._waiting: dict[str, dict[str, Packed]] = {}
         self._imports = AfterImport(self._imported)
-        # One that has run to its end, and whose import has not returned yet.
+        # A module that has run to its end, and whose import has not returned yet.
         self._just: ModuleType | None = None
         # The filters that were sent last, and those of them that could be read.
         self._found: tuple[Packed | None, list[Any]] = (None, [])
 
     def apply(self, frame: Buffer) -> None:
-        """Set what a frame of :func:`settings_frame` brings."""
+        """Apply the settings in a frame of :func:`settings_frame`."""
         for told in pickle.loads(frame):
             packed = Packed(*told)
             for others in self._waiting.values():
@@ -290,8 +289,8 @@ class WorkerSettings:
         (before, known), self._found = self._found, (packed, values)
         if before is not packed:
             return values
-        # What the worker has changed by itself meanwhile stays. What the import has just added is
-        # among those that have waited, if the program has imported it too.
+        # Changes by the worker itself stay. Filters that the import has just added are among the
+        # waiting ones, if the program has imported it too.
         new = [one for one in values if one not in known]
         found = [one for one in filters_of(warnings) if one not in new]
         for place in reversed(range(len(values))):

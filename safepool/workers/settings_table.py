@@ -5,13 +5,13 @@ script that workers run, and loses it silently if not: warnings come back, numbe
 digits, arrays another type.
 
 Left out on purpose:
-    * The state of random generators: each worker draws numbers of its own, as in no forked pool.
-      Give each task its seed.
+    * The state of random generators: each worker draws numbers of its own. Give each task its
+      seed.
     * ``faulthandler``: a worker's writes the stack of a crash where the pool reads it.
     * ``gc.disable()``: ``timeit`` and its like do that for a moment.
     * ``tracemalloc``, tracers and profilers: they measure a process, and slow it down.
     * Native threads, and the number of CPUs: the cap's (``safepool.threads``).
-    * ``threading.stack_size()``: to ask for it resets it.
+    * ``threading.stack_size()``: reading it resets it.
     * What registers a thing (``csv.register_dialect``, ``codecs.register``): it belongs at the top
       level of a guarded script or into a module, and is there then. Of a script without the guard
       see also ``transport.additions``.
@@ -41,7 +41,7 @@ class Setting:
     """One setting of a process.
 
     Attributes:
-        name: Its name.
+        name: Name of the setting.
         module: The module that holds it, by the full name that is imported. Where that is not
             there, there is nothing to read; and in a worker it is set when it has been imported,
             at once if it is built into the interpreter.
@@ -49,11 +49,11 @@ class Setting:
             be pickled.
         write: Given the module and what ``read`` returned, sets it.
         of_thread: Each thread has its own: that of the thread which made the pool counts.
-        glance: Given the module, returns an object that is another one as soon as the setting has
-            changed, or ``None`` if that cannot be told; where ``read`` takes longer.
+        glance: Function of the module that returns another object as soon as the setting has
+            changed, or ``None`` if that is unknown. It is used where ``read`` takes longer.
         seldom: Whether it seldom changes while a program runs, or takes long to read: it is read
             less often.
-        source: Where this is documented.
+        source: Documentation of the setting.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _glance_at_filters(warnings: Any) -> object:
 
 
 def _write_filters(warnings: Any, value: list[Any]) -> None:
-    # It also lets the C code know of the change.
+    # It also informs the C code.
     warnings.resetwarnings()
     ours = filters_of(warnings)
     ours[:] = value
@@ -116,13 +116,13 @@ def _write_filters(warnings: Any, value: list[Any]) -> None:
 
 
 def _in_order(warnings: Any, add: Callable[..., None], ours: list[Any]) -> Callable[..., None]:
-    """Let a library that is imported here put no filter of its own above the program's."""
+    """Keep the filters of a library that is imported here below the program's."""
 
     @functools.wraps(add)
     def add_filter(*arguments: Any, **keywords: Any) -> None:
         before = [*ours]
         add(*arguments, **keywords)
-        # The program has imported it too, and said later what is to hold. In a block of
+        # The program has imported it too, and has set its filters later. In a block of
         # catch_warnings() there is another list.
         only_moved = len(before) == len(ours) and filters_of(warnings) is ours
         if only_moved and is_importing(sys._getframe(1)):

@@ -1,9 +1,9 @@
 """Workers that a context of ``multiprocessing`` or loky starts, each in its own way.
 
-Every one is told the same (``main.worker_main``). The methods differ in what sets the caps before
-anything of the caller's is imported: loky takes an environment; ``spawn`` and ``forkserver``
-unpickle the process's name first, and ``forkserver`` has a server that is capped besides; a fork
-is capped by ``worker_main`` itself.
+All workers get the same facts (``main.worker_main``). The methods differ in the way to set the
+caps before any import of the caller's modules. loky takes an environment. ``spawn`` and
+``forkserver`` unpickle the process's name first, and ``forkserver`` has a capped server as well.
+In a fork ``worker_main`` sets the caps.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "Standard"]
 
-# Two pipes to the worker and back, one that tells whether exec worked, and a few for what a
-# start method opens on the way.
+# Two pipes to the worker and back, one that reports the exec, and a few that a start method opens
+# meanwhile.
 _START_DESCRIPTORS = 8
 
 
@@ -53,7 +53,7 @@ class StandardProcess:
         process: A process that runs.
 
     Attributes:
-        pid: Its process id.
+        pid: Process id.
         sentinel: Descriptor that turns readable when it ends. Before Linux 5.3 and elsewhere it is
             a pipe, which the worker's own children can hold open; ``None`` on Windows, where only
             the channel tells.
@@ -81,7 +81,7 @@ class StandardProcess:
                 pass  # a filter refuses this call, and not kill(2)
             else:
                 return
-        # Not yet waited for by us, so the number cannot belong to another process.
+        # It was not waited for yet, so the number cannot belong to another process.
         if self.is_alive():
             try:
                 os.kill(self.pid, number)
@@ -91,8 +91,8 @@ class StandardProcess:
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its end and return the exit code, ``None`` if unknown."""
         deadline = time.monotonic() + timeout_s
-        # Not by join(): that waits for multiprocessing's pipe, which a child of the worker
-        # may hold open. And a fork server passes the code on a moment after the end.
+        # Not by join(): that waits for multiprocessing's pipe, which a child of the worker may
+        # hold open. And a fork server passes the code on a moment after the end.
         exitcode: int | None
         while (exitcode := self.process.exitcode) is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -101,12 +101,12 @@ class StandardProcess:
         return exitcode
 
     def close(self) -> None:
-        """Give back every descriptor of ours."""
+        """Close every descriptor of this object."""
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        # multiprocessing's is not closed: who holds it from _processes may still join() it, or
-        # ask how it ended. Its descriptors go with the last reference.
+        # multiprocessing's object is not closed: a caller that has it from _processes may still
+        # join() it, or read its exit code. Its descriptors go with the last reference.
         self.process = None
 
 
@@ -127,7 +127,7 @@ class Standard(StartMethod):
         board: Board | None,
         given_up: Callable[[], bool],
     ) -> StandardProcess:
-        """Start a worker, whatever ``given_up`` says."""
+        """Start a worker, without regard to ``given_up``."""
         del given_up
         handles = [_handle(end)]
         try:
@@ -137,7 +137,7 @@ class Standard(StartMethod):
                 handles.append(shared)
             inherited = [_handle_of(os.dup(number)) for number in told.descriptors]
             handles += inherited
-            # What was another pool's a moment ago may be closed there and open here.
+            # A descriptor of another pool may be closed there and open here.
             own = {handle.fileno() for handle in handles if self.is_fork}
             foreign = tuple(one for one in told.foreign if self.is_fork and one not in own)
             told = replace(told, descriptors=(), foreign=foreign, forked=self.is_fork)
@@ -145,8 +145,8 @@ class Standard(StartMethod):
             _check_descriptors(handles[0].fileno())
             with safe_path():
                 self.begin(process)
-            # The pool sees to its end. multiprocessing would join it at the exit of the program,
-            # and at that of a fork of the program, where that fails with a traceback.
+            # The pool waits for its end. multiprocessing would join it at the exit of the program,
+            # and of a fork of the program, where that fails with a traceback.
             multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
         finally:
             for handle in handles:
@@ -156,8 +156,8 @@ class Standard(StartMethod):
     def create(self, told: WorkerStart, arguments: tuple[Any, ...]) -> Any:
         """Return a process that is not started yet."""
         process = self.kind(told)(target=worker_main, args=arguments)
-        # spawn imports the caller's ``__main__`` before anything of ours runs; the process's
-        # name is what it unpickles before that.
+        # spawn imports the caller's ``__main__`` before any code of this package runs; the
+        # process's name is unpickled before that.
         process.name = _NameWithCaps(
             f"safepool-{process.name}", facts_for(told.variables, told.threads, told.cpus)
         )
@@ -211,8 +211,8 @@ class _Spawn(Standard):
 class _Loky(Standard):
     def create(self, told: WorkerStart, arguments: tuple[Any, ...]) -> Any:
         """Return a process that is born with the variables."""
-        # loky's can only set. What is to be removed is removed by worker_main, before
-        # anything that reads it is imported.
+        # loky's can only set. Variables to remove are removed by worker_main, before any import
+        # that reads them.
         given = {name: value for name, value in told.variables.items() if value is not None}
         if is_safe("loky") and SAFE_PATH not in {**os.environ, **given}:
             given[SAFE_PATH] = "1"
@@ -276,7 +276,7 @@ class _NameWithCaps(str):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Builtins only: the child has no sys.path yet to find a function of ours on.
+        # Builtins only: the child has no sys.path yet to find a function of this package.
         own_name = str(self)
         return eval, (f"(exec({BEGIN!r}), {own_name!r})[1]", self.facts)
 
@@ -327,7 +327,7 @@ else:
             from safepool.workers.capped_server import CappedProcess  # noqa: PLC0415 -- seldom
 
             # What follows gets into a command line, where everybody may read it: no variable that
-            # bounds no threads. Those are set by the name of the process.
+            # bounds no threads. The name of the process sets those.
             known = worker_environment(told.threads)
             caps = {name: text for name, text in told.environment.items() if name in known}
             return lambda **more: CappedProcess(caps, told.threads, told.cpus, **more)
@@ -356,7 +356,7 @@ else:
             names: list[str],
             given_up: Callable[[], bool],
         ) -> Mapping[str, bytes | None]:
-            """Return that data may have changed, and that what cannot be pickled is there."""
+            """Return marks of changed data and of objects that cannot be pickled."""
             del environment, given_up
             # Attributes of functions and classes among them, by their path.
             there = (name.partition(".")[0] in self._names for name in names)
@@ -379,8 +379,8 @@ else:
         """A process whose fork does not raise a warning, which may come too late to be one.
 
         From Python 3.12 on ``os.fork()`` warns in a process that has threads. Where warnings are
-        errors (``-W error``), Python 3.15 raises it when there is a child already, which nobody
-        knows of then. A pool has told what to tell before (:class:`safepool.ProcessPool`).
+        errors (``-W error``), Python 3.15 raises it after the fork, and the child would be
+        unknown. The pool has warned before (:class:`safepool.ProcessPool`).
         """
 
         @staticmethod

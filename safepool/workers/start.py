@@ -1,4 +1,4 @@
-"""Facts that a new worker is told, and the interface of what can start one.
+"""Facts for a new worker, and the interface of its start method.
 
 A new option of workers is a field of `WorkerStart`, and what ``main`` does with it. A new way to
 start them is a `StartMethod`, and its row in ``methods``.
@@ -22,21 +22,21 @@ __all__ = ["StartMethod", "Started", "WorkerStart"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStart:
-    """Everything that a new worker is told.
+    """Facts for a new worker.
 
     Attributes:
         environment: Variables it is born with, ``None`` for those it is born without.
         threads: Threads for each of its native pools.
-        own: Variables that it has beside those of all workers, and in the place of them.
-        index: Its place in the pool, from 0 up.
+        own: Variables of this worker, which take precedence over those of all workers.
+        index: Number of the worker in the pool, from 0 up.
         cpus: Bound to these, before it imports anything of the caller's; to none if empty.
         by_name: Functions of the script are sent as names; the worker has run the script.
         learns: Whether it tells the pool which libraries tasks import.
         descriptors: The program's, to which the initializer's arguments refer.
         forked: Whether it is a fork of the program, and has all that this had when it was started.
         initializer: For a fork of the program, instead of a pickle of it.
-        foreign: The program's, which a fork of it must close: another worker's channel would
-            never be seen closed.
+        foreign: Descriptors of the program, which a fork must close: another worker's channel
+            would never be seen closed.
     """
 
     environment: Mapping[str, str | None]
@@ -61,7 +61,7 @@ class Started(Protocol):
     """A worker process that was started.
 
     Attributes:
-        pid: Its process id.
+        pid: Process id.
         sentinel: Descriptor that turns readable when it has ended; ``None`` where nothing does.
         process: In the words of ``multiprocessing.Process``.
     """
@@ -91,7 +91,7 @@ class Started(Protocol):
 
 
 class StartMethod:
-    """One way to start workers. What it does not say holds for most of them.
+    """One way to start workers. The defaults here hold for most of them.
 
     Attributes:
         is_fork: A worker is a copy of this process.
@@ -113,9 +113,9 @@ class StartMethod:
         """Start a worker.
 
         Args:
-            told: All that it is told.
-            end: Its end of the channel. It is closed here by whoever calls.
-            board: To be shared with it.
+            told: The facts for the worker.
+            end: The worker's end of the channel. The caller closes it here.
+            board: Board to be shared with the worker.
             given_up: Function that returns ``True`` when the pool no longer needs this worker.
                 Polled during a slow start.
 
@@ -129,7 +129,7 @@ class StartMethod:
         """Take note of the caller that the first worker is for, before it is started."""
 
     def prepare(self, environment: Mapping[str, str | None]) -> bool:
-        """Do what is done before the first worker; return whether others need no new process.
+        """Prepare the first worker; return whether later ones need no new process.
 
         Raises:
             OSError: The system has no room for it.
@@ -144,7 +144,7 @@ class StartMethod:
         """Run the program's script where workers come from, if that is the plan.
 
         Returns:
-            Names that workers have of it, as :func:`~safepool.transport.marks.marks_of` says.
+            Names that workers have of it, from :func:`~safepool.transport.marks.marks_of`.
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
@@ -168,4 +168,4 @@ class StartMethod:
         return {}
 
     def finish(self, environment: Mapping[str, str | None]) -> None:
-        """Do what makes the start of the next pool faster, without waiting for it."""
+        """Prepare a faster start of the next pool, without waiting for it."""

@@ -1,13 +1,13 @@
 """When calls began and ended, by the worker's own clock: only for a pool that is traced.
 
-The times travel just ahead of the answers, in a frame of their own (``Kind.TIMES``): one entry
-for a call, or for several of a batch that took next to no time. The clock is the monotonic one,
-which all processes of a machine share.
+The times travel just ahead of the answers, in a frame of their own (``Kind.TIMES``): one entry for
+a call, or for several very short ones of a batch. The clock is the monotonic one, which all
+processes of a machine share.
 
 Not covered:
-    * Calls of a batch that are called without a look at the clock (the shortest ones) have one
-      entry together, also if the last of them took long.
-    * A worker that is killed leaves no times of what it had not sent yet.
+    * Calls of a batch that run without a look at the clock (the shortest ones) have one entry
+      together, even if the last of them took long.
+    * A worker that is killed: times that it had not sent are lost.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Timed(NamedTuple):
 
 
 def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed]:
-    """Return what a frame of times says.
+    """Return the entries of a frame of times.
 
     Raises:
         CorruptFrameError: The frame is none of times.
@@ -78,7 +78,8 @@ class TimedAnswers(Answers):
         super().__init__(outbox, board, fork)
         self._times: list[Timed] = []
         self._send = self._send_timed
-        # When what is counted next began, and what of it was spent on what.
+        # Begin of the next measurement, and the parts of it that were spent on reading and
+        # packing.
         self._since_ns = self._loaded_ns = self._packed_ns = 0
         # The last entry is of calls that others may join.
         self._joins = False
@@ -113,7 +114,7 @@ class TimedAnswers(Answers):
         """Count the time of what comes from now on."""
         super().begin()
         self._joins = False
-        # What was read may be the function that the next call needs.
+        # It may have read the function for the next call.
         apart_ns = self._mark_ns - self._since_ns - self._loaded_ns
         if not self._loaded_ns or apart_ns > _APART_NS:
             self._since_ns, self._loaded_ns = self._mark_ns, 0

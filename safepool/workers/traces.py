@@ -1,12 +1,12 @@
 """Traces of an import in a process beside its modules, and files that it has read.
 
-A worker that is forked afterwards has it as well. Threads it would lose, descriptors and children
-it would share with all others; and some states are set anew in each worker, as they are in the
-program (``birth``): there the import's own change is lost. So such a module is imported
-by the tasks, in each worker.
+A worker that is forked afterwards has it as well. Threads would be lost in a worker, and all
+workers would share descriptors and children. Some states are set anew in each worker to the
+program's (``birth``), which would undo the import's change. So the tasks import such a module, in
+each worker.
 
-The environment is that of the program at the time of the import. Which variables were read is
-recorded: when one of them has changed in the program, the server is of no more use.
+The environment is that of the program at the time of the import. Reads of variables are recorded:
+the server is useless after one of them has changed in the program.
 
 Not covered:
     * Variables that native code reads by getenv(3); those that bound threads are the server's.
@@ -54,7 +54,7 @@ class Traces:
 
     @classmethod
     def look(cls) -> Traces:
-        """Return what is there now."""
+        """Return the present state."""
         status = procfs.fields("thread-self")
         return cls(
             files=_files(),
@@ -71,10 +71,10 @@ class Traces:
         return [*(Traces.look().children - self.children)]
 
     def new(self) -> str:
-        """Return what has changed since then, as the end of a sentence; empty if nothing."""
+        """Return the changes since then, as the end of a sentence; empty if there are none."""
         now = Traces.look()
         if now.files.items() - self.files.items():
-            gc.collect()  # what was forgotten to be closed, and is closed with its object
+            gc.collect()  # files that were not closed, and are closed with their object
             now = Traces.look()
         files = now.files.items() - self.files.items()
         if files:

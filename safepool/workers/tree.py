@@ -1,4 +1,4 @@
-"""A process and what it has started, ended together.
+"""A process and its descendants, ended together.
 
 Off Linux only the process itself is ended.
 
@@ -54,9 +54,8 @@ else:
 class TreeEnd:
     """The end of a worker and of every process that descends from it, in steps that do not wait.
 
-    First everybody is stopped. Who is stopped can start nothing more, nor end and leave its
-    children to others; a fork that is under way ends before that, and its child is found. Then
-    all are killed.
+    First everybody is stopped. A stopped process can start no other, and cannot end and orphan its
+    children. A fork in progress ends before the stop, and its child is found. Then all are killed.
 
     Args:
         worker: Which.
@@ -72,11 +71,11 @@ class TreeEnd:
         worker.end(_STOP)
 
     def advance(self) -> bool:
-        """Go on as far as possible; return whether all were killed, else call it again soon."""
+        """Go on as far as possible; return whether all were killed, else call again soon."""
         worker = self._worker
         elapsed_s = time.monotonic() - self._begun
         at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
-        if worker.is_alive():  # else its number may be somebody else's by now
+        if worker.is_alive():  # else its number may belong to another process by now
             pids = [worker.pid, *(one.pid for one in self.found)]
             stopped = all(procfs.states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.
@@ -94,7 +93,7 @@ class Descendant(NamedTuple):
     """One process, which its number alone does not name: that may be another's later.
 
     Attributes:
-        pid: Its process id.
+        pid: Process id.
         started: When, in ticks since the system started.
     """
 
@@ -123,7 +122,7 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
     for pid, started in processes:
         stat = procfs.read_stat(pid)
         if stat is None or stat.started != started:
-            continue  # it has ended, and this one is nobody's business
+            continue  # it has ended, and this process is not related
         try:
             os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
@@ -133,7 +132,7 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
 def bury(processes: Collection[Descendant]) -> set[Descendant]:
     """Take the exit status of those that have come to this process, which has not started them.
 
-    So they do to the first process of a container. Never waits.
+    In a container they come to its first process. Never waits.
 
     Returns:
         Processes that have not ended yet.
@@ -143,7 +142,7 @@ def bury(processes: Collection[Descendant]) -> set[Descendant]:
     for one in processes:
         stat = procfs.read_stat(one.pid)
         if stat is None or stat.started != one.started:
-            continue  # somebody else has waited for it
+            continue  # another thread has waited for it
         if stat.parent in pids:
             left.add(one)  # it comes to this process when that one ends
         elif stat.parent == os.getpid():

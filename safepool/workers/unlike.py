@@ -26,7 +26,7 @@ _MOST_PARTS = 1000
 
 
 def summary(value: Any) -> bytes | None:
-    """Return what is the same for values that are alike; ``None`` for one that is not looked at.
+    """Return an equal value for equal objects; ``None`` if the type is not compared.
 
     Example:
         >>> summary({"a": [1]}) == summary({"a": [1]}) != summary({"a": [2]})

@@ -37,7 +37,7 @@ class Server:
     """One fork server, started when it is needed.
 
     Args:
-        changes: To its environment.
+        changes: Changes to its environment.
         plan: The script that it runs.
         is_kept: Whether it is below a keeper.
         asked_only: Whether it forks nothing.
@@ -60,7 +60,7 @@ class Server:
         self._changes = dict(changes)
         self._plan = plan
         self._kept = is_kept
-        # Each worker is an interpreter of its own from now on.
+        # From now on each worker is an interpreter of its own.
         self._afresh = asked_only
         self._lock = threading.Lock()
         self.running: asking.RunningServer | None = None
@@ -70,7 +70,7 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; ``None`` while none runs."""
+        """Its process id; ``None`` if none runs."""
         running = self.running
         return None if running is None else running.pid
 
@@ -80,18 +80,18 @@ class Server:
         return self.running is not None and not self._afresh
 
     def is_idle(self) -> bool:
-        """Return whether nobody uses it and no pool has a worker of it."""
+        """Return whether it is unused and no pool has a worker of it."""
         # Not whether they live: their exit codes are read once, by the threads of their pools.
         return not self.users and all(worker.closed for worker in self._workers)
 
     def fork_worker(
         self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
     ) -> forked.ForkedProcess:
-        """Preload what is new and fork a worker; start the server first, or again.
+        """Preload new modules and fork a worker; start the server first, or again.
 
         Args:
-            more: Details for it besides those of each child of the program.
-            files: Descriptors for it besides.
+            more: Details besides those for each child of the program.
+            files: Descriptors besides those.
             wish: Modules to preload.
 
         Raises:
@@ -115,7 +115,7 @@ class Server:
         return self._alone(start, wish.given_up)
 
     def run_script(self, wish: asking.Wish) -> Mapping[str, bytes]:
-        """Run the script of the plan, unless this server has run it, and return what it has made.
+        """Run the script of the plan, unless this server has run it, and return its names.
 
         Raises:
             CannotRunError: The script cannot be run here. The server has ended.
@@ -137,7 +137,7 @@ class Server:
         return self._alone(run, wish.given_up)
 
     def prints(self, names: list[str], given_up: Callable[[], bool]) -> Mapping[str, bytes | None]:
-        """Return what globals of the script are like, as far as that can be told."""
+        """Return prints of the script's globals, as far as they are known."""
 
         def ask() -> bool:
             return self.running is not None and self.running.ask_prints(names, tell)
@@ -165,20 +165,20 @@ class Server:
                 os.close(tell)
 
     def preload_ahead(self, modules: Sequence[str]) -> None:
-        """Ask for what is new, and do not wait for it."""
+        """Request the import of new modules, and do not wait for it."""
         if not self._lock.acquire(blocking=False):
-            return  # whoever uses it asks by himself
+            return  # its user will ask for it
         try:
             if self.running is not None and not self._afresh:
                 self.running.preload_ahead(modules)
         except OSError:
-            pass  # it is gone: found out by whoever wants a worker
+            pass  # it is gone: the next start of a worker notices that
         finally:
             self._lock.release()
 
     def start(self) -> bool:
         """Start it, if it does not run; return whether it forks the workers."""
-        if self.running is None:  # or somebody starts it now, who would not be waited for
+        if self.running is None:  # or another thread starts it now, without being waited for
             with self._lock:
                 if self.running is None and not self._afresh:
                     self._start()
@@ -232,7 +232,7 @@ class Server:
             )
 
     def _run_script_for_all(self, wish: asking.Wish) -> None:
-        """Run the script in a server that forks no worker: it tells what each of them has.
+        """Run the script in a server that forks no worker, and return the names that workers have.
 
         Raises:
             CannotRunError: The script cannot be run.
@@ -253,7 +253,7 @@ class Server:
         raise asking.CannotRunError(f"{_MOST_STARTS} fork servers in a row failed; the last {why}")
 
     def _in_a_server(self, deed: Callable[[asking.RunningServer], _T], wish: asking.Wish) -> _T:
-        """Do something with a server that has preloaded what is new and run the script."""
+        """Use a server that has preloaded new modules and run the script."""
         why = ""
         for attempt in range(_MOST_STARTS):
             running = self.running or self._start()
@@ -270,7 +270,7 @@ class Server:
                     running.preload(wish)
                 if self._plan is not None and running.marks is None:
                     running.run_script(wish.given_up, again=attempt < 2)
-                # After the script, which imports in its own order and sets before what it wants.
+                # After the script, which imports in its own order, and may set something before.
                 if not wish.strict and attempt < 2:
                     running.preload(wish)
                 return deed(running)
