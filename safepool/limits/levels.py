@@ -42,7 +42,7 @@ def read_levels(
             ``None`` if the directory lacks the file.
 
     Returns:
-        What the first directory of each level holds.
+        Values in the first directory of each level.
     """
     found = []
     for level in levels:
