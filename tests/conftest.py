@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import imports_ahead
 import leaks
+import outcomes
 import pytest
 
 if TYPE_CHECKING:
@@ -241,6 +242,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Harness(config), "time-limit")
     config.pluginmanager.register(leaks, "leaks")
     config.pluginmanager.register(imports_ahead, "imports-ahead")
+    # Of the process that leads the run alone, which hears of every test.
+    folder = os.environ.pop(outcomes.FOLDER_VARIABLE, "")
+    if folder:
+        config.pluginmanager.register(outcomes.Outcomes(folder), "outcomes")
     if config.pluginmanager.hasplugin("hypothesispytest"):
         _let_hypothesis_take_its_time()
 

@@ -20,9 +20,12 @@ from support_processes import wait_until
 
 import safepool
 from safepool import ProcessPool
+from safepool.pool.shell.hiring import Hiring
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from safepool.pool.shell.worker import Worker
 
 PoolType = Callable[..., Executor]
 
@@ -403,6 +406,22 @@ def test_workers_keep_nothing_of_a_task() -> None:
         list(pool.map(tasks.remember, [tasks.Remembered() for _ in range(3)], [False] * 3))
 
         assert pool.submit(tasks.remembered).result(timeout=30) == 0
+
+
+def test_a_worker_that_was_waited_for_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looks at ``_processes`` waits until it has one, not only until one was started."""
+    start, waited = Hiring.start, []
+
+    def started(hiring: Hiring, place: int) -> Worker:
+        worker = start(hiring, place)
+        waited.append(not hiring.hired.is_open)
+        return worker
+
+    monkeypatch.setattr(Hiring, "start", started)
+    with ProcessPool(1) as pool:
+        pool.submit(abs, -1)
+        assert len(pool._processes) == 1
+    assert waited == [True]
 
 
 def test_live_workers_are_seen_and_can_be_waited_for() -> None:

@@ -58,7 +58,7 @@ class Hiring:
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
-        hired: Set when there is a worker, or will be none.
+        hired: Set by whoever has the first worker on its list, or when there will be none.
         given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
             during a slow start.
     """
@@ -178,7 +178,6 @@ class Hiring:
             raise OSError(text_of(error)) from None
         self._refused_since = None
         self.started.open()
-        self.hired.open()
         return worker
 
     def _start(self, place: int) -> Worker:

@@ -1004,6 +1004,7 @@ class Scheduler:
             if not self._dispatch.hands.let_go():
                 raise
             worker = staff.hire(place)  # a thread that had nothing to do has made room
+        self._hiring.hired.open()
         if self._memory is not None:
             self._memory.meet(worker)
         self._tell(staff, Hired(worker, worker.board is not None))
