@@ -20,8 +20,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
-import weakref
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakSet
 
 from safepool.transport import payloads, references
 
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 __all__ = [
+    "KEPT_BYTES",
     "LARGE_ARGUMENT_BYTES",
     "LARGE_BYTES",
     "MESSAGE_BYTES",
     "PROTOCOL",
+    "Buffers",
     "DeliverMessage",
     "Packet",
     "Parcel",
@@ -57,6 +61,8 @@ LARGE_BYTES = 16 * 1024
 """A function of at least so many bytes (it has data with it) is sent to each node once."""
 LARGE_ARGUMENT_BYTES = 1 << 20
 """So is a buffer in arguments. On the node it is a mapping, and a descriptor."""
+KEPT_BYTES = 64 << 20
+"""Large functions and buffers that are kept, beside the last ones: they are memory."""
 
 Buffer = Any
 
@@ -209,21 +215,62 @@ class PickledFunction(NamedTuple):
 
 
 class _Large:
-    """A large buffer of arguments, copied once however many calls it is in.
+    """A copy of a large buffer of arguments.
 
     Args:
-        key: The same for the same content.
+        key: Given to no other content by this :class:`Buffers`.
+        sample: Size, and some of the bytes.
         content: Is copied.
     """
 
-    __slots__ = ("__weakref__", "key", "packet")
+    __slots__ = ("__weakref__", "content", "key", "packet", "sample")
 
-    def __init__(self, key: str, content: Buffer) -> None:
+    def __init__(self, key: str, sample: tuple[int, bytes], content: Buffer) -> None:
         self.key = key
-        self.packet = Packet(bytearray(content))
+        self.sample = sample
+        self.content = bytearray(content)
+        self.packet = Packet(self.content)
 
 
-_large: weakref.WeakValueDictionary[str, _Large] = weakref.WeakValueDictionary()
+class Buffers:
+    """Copies of large buffers of arguments: one of each content, however many calls have it.
+
+    A buffer is compared with the copies of the same sample. To hash 8 MB takes 9 ms, to copy or to
+    compare them less than one (benchmarks/cluster.py, 8 MB).
+    """
+
+    def __init__(self) -> None:
+        # A finalizer may submit calls as well.
+        self._guard = threading.RLock()
+        self._count = 0
+        self._copies: WeakSet[_Large] = WeakSet()
+        # The copies of calls that have ended: other calls with the same array may follow.
+        self._recent: OrderedDict[str, _Large] = OrderedDict()
+
+    def copy(self, part: memoryview) -> _Large:
+        """Return a copy of a buffer, an earlier one if there is one."""
+        nbytes = part.nbytes
+        sample = nbytes, bytes(part[:: nbytes // 64])
+        with self._guard:
+            equal = (one for one in self._copies if one.sample == sample and one.content == part)
+            found = next(equal, None)
+            equal.close()
+            if found is None or found.key not in self._recent:
+                self._drop(KEPT_BYTES - nbytes)
+            if found is None:
+                self._count += 1
+                found = _Large(str(self._count), sample, part)
+                self._copies.add(found)
+            self._recent[found.key] = found
+            self._recent.move_to_end(found.key)
+            return found
+
+    def _drop(self, nbytes: int) -> None:
+        """Keep no more than so much of what was not used lately."""
+        held = sum(one.packet.nbytes for one in self._recent.values())
+        while self._recent and held > nbytes:
+            _, one = self._recent.popitem(last=False)
+            held -= one.packet.nbytes
 
 
 class PickledArguments(NamedTuple):
@@ -256,20 +303,27 @@ def pickle_function(function: Callable[..., Any]) -> PickledFunction:
     return PickledFunction(digest.hexdigest(), Packet(*copied), shared.found)
 
 
-def pickle_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PickledArguments:
+def pickle_arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Buffers
+) -> PickledArguments:
     """Pickle the arguments of a call.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        buffers: Copies of large buffers.
 
     Raises:
         Exception: The exception of the pickler.
     """
     if not references.known():
-        return _copied(payloads.dumps((args, kwargs), into_main=True))
+        return _copied(payloads.dumps((args, kwargs), into_main=True), buffers)
     with references.Collected() as shared:
         segments = payloads.dumps((args, kwargs), into_main=True)
-    return _copied(segments)._replace(shared=shared.found)
+    return _copied(segments, buffers)._replace(shared=shared.found)
 
 
-def _copied(segments: Sequence[Buffer]) -> PickledArguments:
+def _copied(segments: Sequence[Buffer], buffers: Buffers) -> PickledArguments:
     # The program may change its arrays when submit() has returned.
     parts: list[Buffer] = [segments[0]]
     large: list[tuple[int, _Large]] = []
@@ -277,11 +331,7 @@ def _copied(segments: Sequence[Buffer]) -> PickledArguments:
         if part.nbytes < LARGE_ARGUMENT_BYTES:
             parts.append(bytearray(part))
         else:
-            key = hashlib.blake2b(part, digest_size=32).hexdigest()
-            found = _large.get(key)
-            if found is None:
-                found = _large[key] = _Large(key, part)
-            large.append((place, found))
+            large.append((place, buffers.copy(part)))
     return PickledArguments(Packet(*parts), tuple(large))
 
 

@@ -254,8 +254,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             fn: Any callable that pickle or cloudpickle can pickle.
             *args: Its positional arguments, pickled at once. An object of :func:`safepool.share`
                 is sent to each node once, and has one copy in memory there. The same holds for the
-                content of each array of at least 1 MiB. A node caches up to 64 MiB of arrays that
-                no recent call had.
+                content of each array of at least 1 MiB. The program and each node cache up to
+                64 MiB of arrays that no recent call had.
             **kwargs: Its keyword arguments.
 
         Returns:

@@ -33,9 +33,11 @@ from safepool.cluster.calls import RAISED
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.errors import NodeLostError, NoNodesError
 from safepool.cluster.messages import (
+    KEPT_BYTES,
     LARGE_BYTES,
     MESSAGE_BYTES,
     PROTOCOL,
+    Buffers,
     DeliverMessage,
     Packet,
     Parcel,
@@ -88,10 +90,9 @@ _ENDS: dict[str, str] = {
     "kill": "kill_workers() was called",
     "terminate": "the program was interrupted",
 }
-# Large functions and buffers that a node keeps beside those of the last message that had some:
-# their number, as each is a descriptor there, and their size, as it is memory.
+# Number of large functions and buffers that a node keeps beside those of the last message that had
+# some: each is a descriptor there.
 _MOST_KEPT = 64
-_KEPT_BYTES = 64 << 20
 
 
 class _Submitted(Call):
@@ -158,7 +159,7 @@ class _Mapped(Call):
         """Return function and arguments as they travel."""
         function: Any = self.run.sent
         if self.args is None:
-            self.args = pickle_arguments(self.run.arguments_of(self.item), {})
+            self.args = pickle_arguments(self.run.arguments_of(self.item), {}, self.shell.buffers)
             self.item = None
         return function, self.args
 
@@ -221,6 +222,7 @@ class Shell:
 
     Attributes:
         told: Maps whose readers are to look again.
+        buffers: Copies of large buffers of arguments.
     """
 
     def __init__(
@@ -247,6 +249,7 @@ class Shell:
         self._listed: tuple[str, ...] = ()
         self._list_at_s = 0.0
         self.told: set[MapRun] = set()
+        self.buffers = Buffers()
         self._inbox: queue.SimpleQueue[Callable[[], c.Event | None]] = queue.SimpleQueue()
         self._pid = os.getpid()
         self._me = weakref.ref(self)
@@ -290,7 +293,7 @@ class Shell:
         call = _Submitted(PoolFuture(self._me), name, policy)
         try:
             call.function = pickle_function(function)
-            call.args = pickle_arguments(args, kwargs)
+            call.args = pickle_arguments(args, kwargs, self.buffers)
         except Exception as error:  # noqa: BLE001 -- the call's, as in any pool
             call.fail(error)
             return call.future
@@ -788,7 +791,7 @@ class Shell:
         others = [key for key in node.kept if key not in used] if new else []
         nbytes = sum(node.kept[key] for key in others)
         for at, key in enumerate(others):
-            if len(others) - at <= _MOST_KEPT and nbytes <= _KEPT_BYTES:
+            if len(others) - at <= _MOST_KEPT and nbytes <= KEPT_BYTES:
                 break
             nbytes -= node.kept.pop(key)
             node.forget.append(key)

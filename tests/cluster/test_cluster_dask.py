@@ -111,6 +111,9 @@ with Client(sys.argv[1]) as client:
         told(repeated=[pool.submit(changed, array, n).result() for n in range(4)], same=float(array.sum()))
         kept = [one.kept for one in pool._scheduler._nodes.values()]
         told(sent_once=max(len(one) for one in kept))
+        reached = pool._scheduler._carrier._reached
+        await_(lambda: all(reached.values()), "large arguments go to the workers")
+        told(directly=pool.submit(total, np.ones(1 << 18), 3).result())
         shared = safepool.share(array)
         told(shared=[pool.submit(total, shared, n).result() for n in range(4)])
         table = bytes(100_000)
@@ -157,6 +160,7 @@ FACTS: dict[str, Any] = {
     "killed": True,
     "is_cancelled": True,
     "large": [2 * 2.0**19, True],
+    "directly": [3 * 2.0**18, True],
     "back": 2.0**19,
     "repeated": [1.0, 2.0, 3.0, 4.0],
     "same": 2.0**19,

@@ -7,6 +7,7 @@ import pickle
 import threading
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,12 +15,14 @@ from support_processes import wait_until
 
 import safepool
 from safepool import WorkerInfo
-from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, shell
+from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, messages, shell
 from safepool.cluster import pool as pool_module
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
+from safepool.cluster.carriers.dask import DaskCarrier
 from safepool.cluster.messages import (
     LARGE_ARGUMENT_BYTES,
     PROTOCOL,
+    Buffers,
     DeliverMessage,
     Packet,
     Parcel,
@@ -190,7 +193,15 @@ def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
     session = agent.Session("s", node_pool)
     function = pickle_function(time.sleep)
     calls = [
-        Parcel(number, "sleep", None, function.key, pickle_arguments((600,), {}).packet, (), ())
+        Parcel(
+            number,
+            "sleep",
+            None,
+            function.key,
+            pickle_arguments((600,), {}, Buffers()).packet,
+            (),
+            (),
+        )
         for number in (1, 2)
     ]
     functions = {function.key: (function.packet, ())}
@@ -245,7 +256,7 @@ def test_a_large_argument_is_sent_to_a_node_once(pool_of: Callable[..., ClusterP
 def test_a_node_keeps_what_was_used_last(
     pool_of: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "_KEPT_BYTES", LARGE_ARGUMENT_BYTES)
+    monkeypatch.setattr(shell, "KEPT_BYTES", LARGE_ARGUMENT_BYTES)
     engine = Engine(greet=lambda: welcome(workers=99), deliver=lambda: None)
     pool = pool_of(engine)
     keys: list[str] = []
@@ -266,6 +277,94 @@ def test_a_node_keeps_what_was_used_last(
     assert send(2) == (keys[1:], keys[:1])
     assert send(1) == ([keys[2], keys[1]], [])
     assert send(3) == ([keys[1], keys[4]], [keys[2]])
+
+
+def test_each_content_is_copied_once_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "KEPT_BYTES", 2 * LARGE_ARGUMENT_BYTES)
+    buffers = Buffers()
+
+    def key(content: bytearray) -> str:
+        (large,) = pickle_arguments((pickle.PickleBuffer(content),), {}, buffers).large
+        assert large[1].content == content
+        return large[1].key
+
+    zeros = bytearray(LARGE_ARGUMENT_BYTES)
+    # It differs between the bytes that are looked at first.
+    nearly = bytearray(zeros)
+    nearly[1] = 1
+    assert [key(one) for one in (zeros, nearly, bytearray(zeros), nearly)] == ["1", "2", "1", "2"]
+    zeros[-1] = 3
+    assert [key(zeros), key(nearly), key(bytearray(len(zeros)))] == ["3", "2", "4"]
+    zeros[-1] = 0
+    assert key(zeros) == "4"
+
+
+def test_a_copy_that_a_call_has_is_found_however_many_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(messages, "KEPT_BYTES", 0)
+    buffers = Buffers()
+    contents = [bytearray(bytes([n])) * LARGE_ARGUMENT_BYTES for n in range(3)]
+
+    def sent() -> list[str]:
+        args = [pickle_arguments((pickle.PickleBuffer(one),), {}, buffers) for one in contents]
+        return [large.key for one in args for _, large in one.large]
+
+    waiting = [pickle_arguments((pickle.PickleBuffer(one),), {}, buffers) for one in contents]
+    assert sent() == ["1", "2", "3"]
+    waiting.clear()
+    assert sent() == ["4", "5", "6"]
+    del contents[:2]
+    # The last one is kept for the next call.
+    assert sent() == ["6"]
+
+
+class Scheduler:
+    """A client of Dask whose workers can be reached, or not, or are others of that address."""
+
+    status = "running"
+
+    def __init__(self, kind: str) -> None:
+        self.loop = SimpleNamespace(asyncio_loop=asyncio.get_running_loop())
+        self.kind = kind
+        self.sent: list[bool] = []
+        self.data: dict[str, Any] = {}
+
+    async def scatter(self, values: Any, *, workers: Any, hash: bool, direct: bool) -> Any:  # noqa: A002
+        assert (workers, hash) == (["w"], False)
+        self.sent.append(direct)
+        if direct and (self.kind == "unreachable" or (self.kind == "cut" and len(self.data) == 2)):
+            raise OSError("no route to host")
+        key = f"k{len(self.data)}"
+        self.data[key] = values[0] if not direct or self.kind != "another" else None
+        return [SimpleNamespace(key=key)]
+
+    async def run(self, function: Callable[..., Any], *args: Any, workers: Any) -> Any:
+        data = {key: value for key, value in self.data.items() if value is not None}
+        return {workers[0]: function(*args, dask_worker=SimpleNamespace(data=data))}
+
+
+# Kind of worker: whether each message and the question before the second went past the scheduler.
+WAYS = {
+    "near": [False, True, True, True],
+    "unreachable": [False, True, False, False],
+    "another": [False, True, False, False],
+    "cut": [False, True, True, False, False],
+}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_what_is_large_goes_past_the_scheduler_where_it_can(kind: str) -> None:
+    async def send() -> list[bool]:
+        client = Scheduler(kind)
+        carrier = DaskCarrier(client)
+        for _ in range(3):
+            await carrier._send_ahead("w", [[b"large"]])
+            await asyncio.sleep(0)
+            await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+        return client.sent
+
+    assert asyncio.run(send()) == WAYS[kind]
 
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:

@@ -3,6 +3,7 @@ r"""Dask distributed: places are the workers of the user's own ``distributed.Cli
 Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs one again, keeps
 no result, counts no thread of the worker for it, and its scheduler passes messages on. The
 connection is the client's own, with its encryption: client and workers need not reach each other.
+If they do, large arguments go from client to worker.
 
 From a laptop to a cluster, one line of a program changes. The nodes need safepool, the program's
 libraries, and the same version of Python::
@@ -78,6 +79,7 @@ import importlib
 import inspect
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
@@ -92,9 +94,12 @@ __all__ = ["DaskCarrier", "connect", "is_client"]
 
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
-# More is sent ahead by ``Client.scatter``: frames that nobody on the way copies into messages.
-# An argument of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
+# More is sent ahead by ``Client.scatter``, in views, which nobody on the way copies. An argument
+# of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
 _LARGE_BYTES = 1 << 20
+# A worker that this process can reach answers within so long. Until then, and if it does not, the
+# scheduler passes on what is sent.
+_REACH_S = 5.0
 _PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
 _GONE = frozenset({"closing", "closed"})
 
@@ -147,6 +152,8 @@ class DaskCarrier:
         self._places: list[str] = []
         self._asking = False
         self._away_since_s: float | None = None
+        # Whether each worker that was sent something large can be reached by this process.
+        self._reached: dict[str, bool] = {}
 
     def places(self) -> Sequence[str]:
         """Return the workers that the scheduler has named last, and ask it again."""
@@ -186,9 +193,7 @@ class DaskCarrier:
         try:
             for at, packet in enumerate(args):
                 if isinstance(packet, Packet) and packet.nbytes > _LARGE_BYTES:
-                    held += await self._client.scatter(
-                        [packet.plain()], workers=[place], hash=False
-                    )
+                    held += await self._send_ahead(place, [[*packet.segments]])
                     sent[at] = _Ahead(held[-1].key)
             # A worker that has ended is given up at once: no other has its address.
             found = await self._client.run(safepool_call, function, *sent, workers=[place])
@@ -198,6 +203,34 @@ class DaskCarrier:
         if outcome == _RAISED:
             raise value
         return Packet(*value) if outcome == _PACKET else value
+
+    async def _send_ahead(self, place: str, values: list[Any]) -> list[Any]:
+        """Send values to a worker, past the scheduler if the worker can be reached."""
+        if place not in self._reached:
+            self._reached[place] = False
+            self._start(self._try_to_reach(place))
+        send = partial(self._client.scatter, values, workers=[place], hash=False)
+        found: list[Any]
+        if self._reached[place]:
+            try:
+                found = await send(direct=True)
+            except OSError:
+                self._reached[place] = False
+            else:
+                return found
+        found = await send(direct=False)
+        return found
+
+    async def _try_to_reach(self, place: str) -> None:
+        """Note whether what answers at a worker's address is that worker."""
+        try:
+            held = await asyncio.wait_for(
+                self._client.scatter([b""], workers=[place], hash=False, direct=True), _REACH_S
+            )
+            found = await self._client.run(_has, held[0].key, workers=[place])
+            self._reached[place] = found[place]
+        except Exception:  # noqa: BLE001 -- the scheduler passes on what is sent
+            pass
 
     def _start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         loop: asyncio.AbstractEventLoop = self._client.loop.asyncio_loop
@@ -228,7 +261,9 @@ async def safepool_call(
     try:
         result = function(
             *(
-                Packet(*dask_worker.data[one.key]) if isinstance(one, _Ahead) else one
+                Packet(*map(_writable, dask_worker.data[one.key]))
+                if isinstance(one, _Ahead)
+                else one
                 for one in args
             )
         )
@@ -237,6 +272,16 @@ async def safepool_call(
     except Exception as error:  # noqa: BLE001 -- for the caller
         return _RAISED, error
     return (_PACKET, result.plain()) if isinstance(result, Packet) else (_RETURNED, result)
+
+
+def _writable(segment: Any) -> Any:
+    # Dask may have made it read-only on the way: a call may write to its arrays.
+    is_view = isinstance(segment, memoryview)
+    return bytearray(segment) if is_view and segment.readonly else segment
+
+
+def _has(key: Any, dask_worker: Any = None) -> bool:
+    return key in dask_worker.data
 
 
 def _quiet(record: logging.LogRecord) -> bool:
