@@ -12,6 +12,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safepool.errors import FROM_OUTSIDE
 from safepool.transport import letters
 from safepool.workers import asking, forked, handing, launch, script
 from safepool.workers.contained import ContainedLogger
@@ -31,6 +32,8 @@ _T = TypeVar("_T")
 
 # With offenders left out, then with nothing preloaded, then once more for bad luck.
 _MOST_STARTS = 4
+# From the end of its socket to that of a worker that is started afresh.
+_ENDING_S = 1.0
 
 
 class Server:
@@ -314,7 +317,16 @@ class Server:
         try:
             with handing.handing(details, files) as (told, given, ours):
                 sock.settimeout(launch.IMPORT_S)
-                letters.send(sock, ("become", told), given)
+                try:
+                    letters.send(sock, ("become", told), given)
+                except ConnectionError:
+                    worker = forked.ChildProcess(told["name"], process, *handing.let_in(ours))
+                    if worker.wait(_ENDING_S) in FROM_OUTSIDE:
+                        return worker  # its pool counts those that end before they begin
+                    worker.kill()
+                    worker.wait(_ENDING_S)
+                    worker.close()
+                    raise
                 # Not waited for: several can start at the same time.
                 return forked.ChildProcess(told["name"], process, *handing.let_in(ours))
         except BaseException:

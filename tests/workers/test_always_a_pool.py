@@ -141,30 +141,35 @@ def test_the_reason_why_workers_are_started_afresh_is_said_once(tmp_path: Path) 
     assert "it had threads from its start, which an agent or a debugger brings: " in line
 
 
-# What tells new workers what the script has made is the second server that is started.
-KILL_THE_SECOND = """
-    from safepool.workers import asking
-    start, started = asking.RunningServer.__init__, []
+# The program starts a server, which has threads; one that tells what the script has made; workers.
+# Kills the second server, of which there is a third then, and the first worker.
+KILL_TWO = """
+    import os, signal
+    from safepool.workers import launch
+    start, started = launch.launch, []
 
-    def kill_the_second(server, *arguments, **keywords):
-        start(server, *arguments, **keywords)
-        started.append(server)
-        if len(started) == 2:
-            server._process.kill()
-            server._process.wait()
+    def start_or_kill(*arguments, **keywords):
+        process, sock = start(*arguments, **keywords)
+        started.append(process.pid)
+        if len(started) in (2, 4):
+            os.kill(process.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return process, sock
 
-    asking.RunningServer.__init__ = kill_the_second
+    launch.launch = start_or_kill
+    work()
+    print(len(started))
 """
 
 
-def test_a_server_that_is_killed_where_none_can_fork_is_started_again(tmp_path: Path) -> None:
+def test_what_is_killed_at_its_start_is_started_again_where_none_can_fork(tmp_path: Path) -> None:
+    """The out-of-memory killer may take an interpreter before it has read what it is to do."""
     (tmp_path / "sitecustomize.py").write_text(THREAD)
-    text = LOGGED.replace(
-        "    work()\n", KILL_THE_SECOND + "    work()\n    print(len(started))\n"
-    )
-    done = run(tmp_path, text=text, PYTHONPATH=str(tmp_path))
+    done = run(tmp_path, text=LOGGED.replace("    work()\n", KILL_TWO), PYTHONPATH=str(tmp_path))
 
-    assert done.stdout.splitlines()[-2:] == ["worked", "3"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[-2:-1] == ["worked"], done.stdout + done.stderr
+    assert "before it was initialized" in done.stdout
+    assert "cannot start" not in done.stdout
     assert done.stdout.count(AFRESH) == 1
 
 
