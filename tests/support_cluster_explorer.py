@@ -128,6 +128,8 @@ class World:
             self.sent[action.place] = [calls, [*action.back], [*action.kill]]
         elif isinstance(action, c.Settle):
             self.end(action.call.letter, "settled")
+        elif isinstance(action, c.Again):
+            must(action.call.letter not in self.outcomes, "it has ended and is run again")
         elif isinstance(action, c.Lose):
             must(
                 self.starts[action.call.letter] > 0,

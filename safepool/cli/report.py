@@ -1,6 +1,6 @@
 """Floor 7: ``safepool report run.json``: what a pool's workers did with their time.
 
-It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or torn off anywhere.
+It reads the file that ``trace=`` of a pool writes, line by line, whole or torn off anywhere.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -16,7 +16,7 @@ It reads the file that ``ProcessPool(trace=)`` writes, line by line, whole or to
     deaths          of workers
     retries         calls that were run again, as their worker had died
     outcomes        how many calls of each: "returned", "raised", as in ``pool.tracing.events``
-    workers         one object for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s
+    workers         for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s, and node
     slowest         the longest calls, the longest first: seconds, function, outcome
     broken          why the pool gave up; null if it did not
     damaged_lines   that could not be read
@@ -63,7 +63,7 @@ class ReportError(CommandError):
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
             f"cannot report on {as_ascii(path)}: {reason}. Pass a file that "
-            "safepool.ProcessPool(trace=) has written"
+            "safepool.ProcessPool(trace=) or ClusterPool(trace=) has written"
         )
 
 
@@ -72,6 +72,7 @@ class Row:
     """One worker's time, in seconds.
 
     Attributes:
+        node: Name of its node; empty if it is of this machine.
         calls: Number of calls that it ran.
         busy_s: Seconds in which it ran calls.
         starved_s: Seconds in which it had no call, while one waited.
@@ -81,6 +82,7 @@ class Row:
         last: When the calls of its last event were submitted, began and ended.
     """
 
+    node: str = ""
     calls: int = 0
     busy_s: float = 0.0
     starved_s: float = 0.0
@@ -105,14 +107,16 @@ class Row:
             self.lived_s += max(at_s, self.end_s) - self.begin_s
         self.begin_s = None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | str]:
         """Return it for programs."""
-        return {
+        node: dict[str, float | str] = {"node": self.node} if self.node else {}
+        told: dict[str, float | str] = {
             "calls": self.calls,
             "busy_s": self.busy_s,
             "starved_s": self.starved_s,
             "idle_s": self.idle_s,
         }
+        return told | node
 
 
 @dataclass(slots=True)
@@ -129,10 +133,13 @@ class Report:
     outcomes: dict[str, int] = field(default_factory=dict)
     workers: dict[str, Row] = field(default_factory=dict)
     slowest: list[tuple[float, str, str]] = field(default_factory=list)
+    # Processes of nodes, by the number that they have in the file.
+    nodes: dict[int, str] = field(default_factory=dict)
 
     def row(self, event: dict[str, Any]) -> Row:
         """Return the row of an event."""
-        return self.workers.setdefault(f"worker {int(_number(event['tid']))}", Row())
+        name = f"worker {int(_number(event['tid']))}"
+        return self.workers.setdefault(name, Row(self.nodes.get(event.get("pid", 0), "")))
 
     def total(self) -> Row:
         """Return the sum over the workers."""
@@ -173,6 +180,9 @@ class Report:
                 f"{as_ascii(name)[:12]:12}{row.calls:>10}{row.busy_s:>10.2f}"
                 f"{row.starved_s:>11.2f}{row.idle_s:>11.2f}"
             )
+        for node in dict.fromkeys(row.node for row in self.workers.values() if row.node):
+            rows = [name for name, row in self.workers.items() if row.node == node]
+            lines += wrapped(f"{as_ascii(node)}: {', '.join(rows)}", 0)
         lines.append("")
         lines.append(f"pickling {self.pickling_s:.2f} s, throttled {self.throttled_s:.2f} s")
         lines.append(f"deaths {self.deaths}, retries {self.outcomes.get('retried', 0)}")
@@ -310,6 +320,9 @@ def _take(report: Report, event: dict[str, Any]) -> None:
         report.throttled_s += _number(args["ms"]) / 1e3
     elif kind == "C" and event["name"] == "dropped events":
         report.dropped_events = max(report.dropped_events, int(_number(args["events"])))
+    elif kind == "M":
+        if event["name"] == "process_name" and str(args["name"]).startswith("node "):
+            report.nodes[event["pid"]] = str(args["name"])
     elif kind == "i" and event["name"] == "break":
         report.broken = str(args["why"])
     elif kind == "i" and event["cat"] == "worker":

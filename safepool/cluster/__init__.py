@@ -12,16 +12,17 @@
     messages    what travels, and how it is pickled
     carriers/   the boundary to engines, and the two that there are: Dask, and any executor
     agent       on the node: one pool for all cluster pools and all of the engine's processes there
+    tracing     the trace: what ran where, as far as the program hears of it
     calls       in a worker of that pool: unpickle, call, pickle
     errors      what only a cluster has
 
-Data flows one way: ``errors, core, messages, calls -> agent -> carriers -> shell -> pool``.
+Data flows one way: ``errors, core, messages, calls -> agent -> carriers, tracing -> shell ->
+pool``.
 
 One rule keeps "at most 1 + retries starts": a call that was sent may have begun, and is never sent
 again but on account of its retries. The engine's own ways to run something again are not used.
 
 Not covered:
-    * ``trace=``.
     * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask
       tasks: neither knows of the other.
     * Cluster pools with different options have different pools on a node, each as large as fits.

@@ -47,9 +47,11 @@ from safepool.cluster.messages import (
     PROTOCOL,
     Packet,
     Report,
+    Source,
     Welcome,
     own_version,
     python_version,
+    unpickle,
 )
 from safepool.errors import SafepoolError, WorkerDiedError, text_of
 from safepool.machine import read_budget
@@ -114,6 +116,8 @@ class NodePool:
             given.update(initializer=initialize, initargs=(initializer,))
         # The script of this process is the engine's, and none of the calls'.
         try:
+            if isinstance(env := given.get("env"), Packet):
+                given["env"] = unpickle(env, {})
             self.pool: ProcessPool = ProcessPool(**given, main="value")
         except Exception as error:  # noqa: BLE001 -- told by the program
             raise WrongOptionsError(f"{type(error).__name__}: {text_of(error)}") from None
@@ -144,7 +148,8 @@ class Session:
         self._functions: dict[str, tuple[Any, Mapping[int, Any]]] = {}
         self._large: dict[str, Packet] = {}
         self._futures: dict[int, Future[Any]] = {}
-        self._answers: deque[tuple[int, float, bool, Packet]] = deque()
+        self._answers: deque[tuple[int, float, bool, Packet, tuple[Any, ...] | None]] = deque()
+        self._traced = False
         self._returned: list[int] | None = None
         self._guard = threading.Lock()
         # Called when there is something to collect.
@@ -154,6 +159,7 @@ class Session:
     def take_in(self, message: DeliverMessage) -> None:
         """Begin calls, and give back or end others."""
         self.heard_s = time.monotonic()
+        self._traced = message.traced
         self._keep(message)
         functions = self._functions
         for parcel in message.calls:
@@ -217,15 +223,18 @@ class Session:
         if error is not None:
             self._answer(number, -1.0, error)
             return
-        seconds, packet = future.result()
-        self._put((number, seconds, False, packet))
+        ran, packet = future.result()
+        seconds = (ran[3] - ran[2]) / 1e9
+        self._put((number, seconds, False, packet, ran if self._traced else None))
 
     def _answer(self, number: int, seconds: float, error: BaseException) -> None:
         error.add_note(f"on node {socket.gethostname()}")
         died = isinstance(error, WorkerDiedError) and not error.by_pool
-        self._put((number, seconds, died, Packet(RAISED, *describe(error))))
+        pid, now_ns = getattr(error, "pid", 0), time.monotonic_ns()
+        ran = (pid, None, now_ns, now_ns, 0, 0) if pid and self._traced else None
+        self._put((number, seconds, died, Packet(RAISED, *describe(error)), ran))
 
-    def _put(self, answer: tuple[int, float, bool, Packet]) -> None:
+    def _put(self, answer: tuple[int, float, bool, Packet, tuple[Any, ...] | None]) -> None:
         self._answers.append(answer)
         self._tell()
 
@@ -269,7 +278,9 @@ class Session:
             nbytes += answers[-1][3].nbytes
         with self._guard:
             returned, self._returned = self._returned, None
-        return Report(answers, returned, self.node_pool.pool.size)
+        source = Source(socket.gethostname(), os.getpid(), time.monotonic_ns())
+        size = self.node_pool.pool.size
+        return Report(answers, returned, size, source if self._traced else None)
 
     def wait_for_all(self, number: int) -> None:
         """Return when so many answers are there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from types import CoroutineType
@@ -11,6 +12,7 @@ from safepool.cluster.messages import Packet, unpickle
 from safepool.transport import payloads
 from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, get_ready, say_what
+from safepool.workers.index import worker_index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,7 @@ def run(
     arguments: Packet,
     large: Sequence[tuple[int, Packet]],
     shared: Mapping[int, Any],
-) -> tuple[float, Packet]:
+) -> tuple[tuple[Any, ...], Packet]:
     """Run one call.
 
     Args:
@@ -45,9 +47,10 @@ def run(
         shared: Shared objects that these refer to.
 
     Returns:
-        Seconds that the call took, and what it returned or raised.
+        A :class:`~safepool.cluster.messages.Ran` as a plain tuple, and what the call returned or
+        raised.
     """
-    begun_s = time.perf_counter()
+    begin_ns = loaded_ns = packed_ns = time.monotonic_ns()
     result: object = None
     try:
         called = _functions.get(key)
@@ -61,10 +64,12 @@ def run(
             segments.insert(place, *buffer.segments)
         args, kwargs = unpickle(Packet(*segments), shared)
         del segments
+        loaded_ns = time.monotonic_ns()
         result = called(*args, **kwargs)
         del args, kwargs
         if type(result) is CoroutineType:
             result = run_to_its_end(result)
+        packed_ns = time.monotonic_ns()
         try:
             answered = payloads.dumps(result, into_main=True)
         except Exception as error:
@@ -74,7 +79,10 @@ def run(
     except BaseException as error:  # noqa: BLE001 -- SystemExit too is the call's, as in any pool
         get_ready()
         answer = Packet(RAISED, *describe(error))
-    return time.perf_counter() - begun_s, answer
+    end_ns = time.monotonic_ns()
+    packed_ns = end_ns - packed_ns if packed_ns > begin_ns else 0
+    ran = os.getpid(), worker_index(), begin_ns, end_ns, loaded_ns - begin_ns, packed_ns
+    return ran, answer
 
 
 def initialize(initializer: Packet | None) -> None:

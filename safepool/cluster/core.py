@@ -34,6 +34,7 @@ State of a place:
     Open(place)                  ask its agent
     Deliver(place, ...)          send calls, numbers of calls to give back, of calls to end
     Settle(call, answer)         a call has ended
+    Again(call, answer)          its worker has died, and it is going to be run again
     Lose(call, place, reason)    a call had begun, its place is gone, no retry is left
     Fail(calls, reason)          calls that nobody will run
     Cancel(calls)                calls that nobody wants
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from safepool.pool.core.work import Call
 
 __all__ = [
+    "Again",
     "Answer",
     "Answered",
     "Broke",
@@ -117,12 +119,14 @@ class Answer(NamedTuple):
         seconds: That it took; negative if it did not run to its end.
         died: Its worker has died, so that it may be run again.
         content: The value that it returned or the error that it raised, still pickled.
+        ran: The worker that had it and its times, for a trace.
     """
 
     number: int
     seconds: float
     died: bool
     content: Any
+    ran: Any = None
 
 
 # Events.
@@ -260,6 +264,14 @@ class Settle(NamedTuple):
     answer: Answer
 
 
+class Again(NamedTuple):
+    """The worker of a call has died, and it waits again."""
+
+    call: Any
+    place: str
+    answer: Answer
+
+
 class Lose(NamedTuple):
     """A call is lost with its place."""
 
@@ -308,7 +320,7 @@ Event = (
     | End
     | Look
 )
-Action = Open | Deliver | Settle | Lose | Fail | Cancel | Release | Finished
+Action = Open | Deliver | Settle | Again | Lose | Fail | Cancel | Release | Finished
 
 
 @dataclass(slots=True, eq=False)
@@ -413,6 +425,11 @@ class Core:
             for one in [*self._places.values()]
             if one.state is State.OPEN
         ]
+
+    @property
+    def waiting(self) -> int:
+        """Number of calls that no node has."""
+        return len(self._backlog)
 
     @property
     def unused_places(self) -> dict[str, str]:
@@ -555,6 +572,7 @@ class Core:
                 call.attempts += 1
                 if call.attempts <= (call.policy.retries or 0) and call.is_wanted():
                     again.append(call)
+                    self._actions.append(Again(call, place.name, answer))
                     continue
             self._actions.append(Settle(call, place.name, answer))
         self._put_back(again)

@@ -33,8 +33,8 @@ class NodeLostError(WorkerDiedError):
         self.reason = reason
 
     def __str__(self) -> str:
-        told = f"node {self.node} was lost while it ran {self.task}: {self.reason}"
-        return printable(told)
+        node, task, reason = (printable(one) for one in (self.node, self.task, self.reason))
+        return f"node {node} was lost while it ran {task}: {reason}"
 
 
 class NoNodesError(PoolBrokenError):

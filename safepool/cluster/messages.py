@@ -42,7 +42,9 @@ __all__ = [
     "Parcel",
     "PickledArguments",
     "PickledFunction",
+    "Ran",
     "Report",
+    "Source",
     "Welcome",
     "own_version",
     "pickle_arguments",
@@ -175,6 +177,7 @@ class DeliverMessage(NamedTuple):
         kill: Numbers of calls that are to be ended.
         forget: Numbers of shared objects, and keys of functions and buffers, that are no longer
             needed.
+        traced: Answers are to tell which worker had a call, and when.
     """
 
     calls: list[Parcel]
@@ -184,20 +187,58 @@ class DeliverMessage(NamedTuple):
     back: Sequence[int]
     kill: Sequence[int]
     forget: Sequence[Any]
+    traced: bool
+
+
+class Ran(NamedTuple):
+    """The run of a call, in nanoseconds by the monotonic clock of its node.
+
+    Attributes:
+        pid: Process id of the worker.
+        worker: The same as :func:`safepool.worker_index`; ``None`` if the worker has ended.
+        begin_ns: Begin of the call. All of the following is part of its time.
+        end_ns: End of the call.
+        loaded_ns: Time for reading function and arguments.
+        packed_ns: Time for pickling the result.
+    """
+
+    pid: int
+    worker: int | None
+    begin_ns: int
+    end_ns: int
+    loaded_ns: int
+    packed_ns: int
+
+
+class Source(NamedTuple):
+    """The agent that has sent a report.
+
+    Attributes:
+        host: Name of the machine.
+        pid: Process id.
+        now_ns: When the report was sent, by the clock of :class:`Ran`.
+    """
+
+    host: str
+    pid: int
+    now_ns: int
 
 
 class Report(NamedTuple):
     """From an agent to the pool.
 
     Attributes:
-        answers: Number, seconds, whether its worker died, what it returned or raised.
+        answers: Number, seconds, whether its worker died, what it returned or raised, and a
+            :class:`Ran` as a plain tuple if the pool has a trace.
         returned: Numbers of calls that come back; ``None`` if none were asked for.
         workers: Number of workers of the agent's pool.
+        source: Only if the pool has a trace.
     """
 
-    answers: Sequence[tuple[int, float, bool, Packet]]
+    answers: Sequence[tuple[int, float, bool, Packet, tuple[Any, ...] | None]]
     returned: Sequence[int] | None
     workers: int
+    source: Source | None = None
 
 
 class PickledFunction(NamedTuple):

@@ -8,7 +8,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
-from safepool.arguments import ENVIRONMENT, RULES, TIME_TO_WAIT, Rule, check, checked
+from safepool.arguments import RULES, TIME_TO_WAIT, Rule, check, checked
 from safepool.cluster.carriers.dask import DaskCarrier, is_client
 from safepool.cluster.carriers.executor import ExecutorCarrier
 from safepool.cluster.messages import Packet
@@ -18,15 +18,18 @@ from safepool.pool.calls.front import PoolCalls
 from safepool.pool.core.policy import Policy, policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.watch import WorkerInfo
+from safepool.shown import html_table
 from safepool.transport import payloads
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Coroutine, Mapping
 
     from safepool.budget import Rounding
     from safepool.cluster.carriers import Carrier
+    from safepool.cluster.tracing import ClusterTrace
 
 __all__ = ["ClusterPool", "NodeInfo", "NodeWorkerInfo"]
 
@@ -117,7 +120,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         memory_per_worker: Memory that one worker needs. A node starts no more workers than its
             free memory holds.
         pin_workers: Bind each worker to CPUs of its own.
-        env: Environment variables of the workers, as a dict. A function is not accepted.
+        env: Environment variables of the workers, as a dict, or a function that returns those of
+            one worker: each node calls it, in the engine's process, with the worker's index there.
         gpus: GPUs of each node, one for each worker in turn. ``"auto"`` is every GPU that the
             engine's process there may use.
         timeout: Seconds that a call may run, from its start on its node.
@@ -127,6 +131,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         memory_limit: The pool kills a worker that holds more during a call. Linux nodes only.
         preload: Modules that each node imports once, ahead of its workers. ``"auto"`` is each
             installed library that the engine's process there, or an earlier call, has imported.
+        trace: File for a picture of the run, such as ``"run.json"``: a row for each worker of each
+            node. https://ui.perfetto.dev and ``safepool report`` show it.
         end_subprocesses: ``True`` ends the processes that calls started when the node's engine
             ends.
 
@@ -138,20 +144,32 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     not exist, for example), all calls fail: as soon as all nodes have said so, or 5 seconds after
     the first.
 
-    Arguments of ``ProcessPool`` that are missing here: ``max_workers`` (use ``workers_per_node``),
-    ``mp_context``, ``on_worker_death`` and ``main``. The error for each says why.
+    Differences from ``ProcessPool``::
+
+        max_workers          is workers_per_node: nodes come and go
+        mp_context           refused: each node starts its workers in the way that works best there
+        on_worker_death      refused: a broken pool would break other programs' calls on the node
+        main                 refused: no node has the script; what calls need of it is sent
+        preload              () by default: the engine's process has imported what no call needs
+        resize()             refused: other cluster pools use the pool of the node as well
+        size                 of the nodes that are open now: 0 before the first call
+        workers()            names the node of each worker
+        dump_tracebacks()    has the name of the node in each key
+        nodes()              only here
+        map(chunksize=)      without effect: a batch is what takes a twentieth of a second
+        _max_workers, _processes, _broken    of the standard pool: not here
+        settings             of the program, such as warning filters: not sent, use initializer=
 
     A call counts as begun when it was sent to a node, and a lost node fails the calls that it was
     sent. So a node is sent only as many calls as it has workers, or as it can finish in a
     twentieth of a second.
 
-    ``map``, ``run``, ``amap`` and ``cancel`` are those of :class:`safepool.ProcessPool`. Calls of
-    a ``map`` are sent in batches by their duration, whatever ``chunksize`` is. An executor as
-    engine cannot end a call: its node finishes the call and the result is dropped.
+    An executor as engine cannot end a call: its node finishes the call and the result is dropped.
 
     Raises:
         TypeError: The engine is of another type, or a value has a wrong one.
         ValueError: A value is out of its range.
+        TraceFileError: The file of ``trace`` cannot be written, or another running pool writes it.
     """
 
     _scheduler: Shell
@@ -162,10 +180,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             "mp_context": "each node starts its workers in the way that works best there",
             "on_worker_death": "the pool of a node is that of other cluster pools as well, so a "
             "worker's death costs the one call",
-            "trace": "it shows the workers of one machine",
             "main": "no node has the script. Its functions, classes and data are sent",
         },
-        env=ENVIRONMENT,  # no function of a worker's index
         nodes=_NODES,
         no_nodes_timeout=replace(
             RULES["idle_worker_timeout"],
@@ -189,13 +205,14 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         reserve: float = 0.0,
         memory_per_worker: float | str | None = None,
         pin_workers: bool = False,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | Callable[[int], Mapping[str, str]] | None = None,
         gpus: Literal["auto"] | int | Sequence[int | str] | None = None,
         timeout: float | None = None,
         retries: int = 0,
         max_memory_per_worker: float | str | None = None,
         memory_limit: float | str | None = None,
         preload: Literal["auto"] | Sequence[str] = (),
+        trace: str | os.PathLike[str] | None = None,
         end_subprocesses: bool = False,
     ) -> None:
         options: dict[str, Any] = {
@@ -206,7 +223,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             "reserve": reserve,
             "memory_per_worker": memory_per_worker,
             "pin_workers": pin_workers,
-            "env": None if env is None else dict(env),
+            "env": _packed(env) if callable(env) else env and dict(env),
             "gpus": gpus,
             "max_memory_per_worker": max_memory_per_worker,
             "memory_limit": memory_limit,
@@ -214,16 +231,17 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             "end_subprocesses": end_subprocesses,
         }
         if initializer is not None:
-            given = initializer, tuple(initargs or ())
-            options["initializer"] = Packet(*payloads.dumps(given, into_main=True))
+            options["initializer"] = _packed((initializer, tuple(initargs or ())))
         self._policy = Policy(timeout_s=timeout, retries=retries)
         names = None if nodes is None or isinstance(nodes, int) else frozenset(nodes)
+        carrier = _carrier(client_or_executor, nodes)
         self._scheduler = Shell(
-            _carrier(client_or_executor, nodes),
+            carrier,
             options,
             names=names,
             most_nodes=nodes if isinstance(nodes, int) else None,
             no_nodes_s=no_nodes_timeout,
+            trace=None if trace is None else _trace(trace),
         )
         self._finalizer = weakref.finalize(self, self._scheduler.abandon)
         self._finalizer.atexit = False
@@ -354,6 +372,21 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         nodes = self.nodes()
         state = "closed " if self._scheduler.is_broken else ""
         return f"<{state}ClusterPool of {self.size} workers on {len(nodes)} nodes>"
+
+    def _repr_html_(self) -> str:
+        """Return a table for a notebook: what each node has to do."""
+        rows = ((node.name, node.workers, node.calls) for node in self.nodes())
+        return html_table(repr(self)[1:-1], ("node", "workers", "calls"), rows)
+
+
+def _packed(value: object) -> Packet:
+    return Packet(*payloads.dumps(value, into_main=True))
+
+
+def _trace(path: str | os.PathLike[str]) -> ClusterTrace:
+    from safepool.cluster.tracing import ClusterTrace  # noqa: PLC0415 -- seldom
+
+    return ClusterTrace(path)
 
 
 def _carrier(engine: Any, nodes: int | Sequence[str] | None) -> Carrier:

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from safepool.cluster.carriers import Carrier
+    from safepool.cluster.tracing import ClusterTrace
     from safepool.pool.calls.mapping import Item, MapRun, ResultIterator
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.worker import Worker
@@ -159,8 +160,11 @@ class _Mapped(Call):
         """Return function and arguments as they travel."""
         function: Any = self.run.sent
         if self.args is None:
+            before_ns = time.monotonic_ns()
             self.args = pickle_arguments(self.run.arguments_of(self.item), {}, self.shell.buffers)
             self.item = None
+            if self.shell.trace is not None:
+                self.shell.trace.pickled(self, before_ns)
         return function, self.args
 
     def begin(self) -> bool:
@@ -195,6 +199,7 @@ class _Node:
         label: Name of the place in errors.
         anyway: Whether it is used, whichever process of the machine has the agent.
         pid: Process id of the process there.
+        failed: Number of calls that have failed with it.
         objects: Numbers of shared objects that it has.
         kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
         due: By when each kind of message must be answered.
@@ -204,6 +209,7 @@ class _Node:
     label: str
     anyway: bool = False
     pid: int = 0
+    failed: int = 0
     objects: set[int] = field(default_factory=set)
     kept: OrderedDict[str, int] = field(default_factory=OrderedDict)
     forget: list[Any] = field(default_factory=list)
@@ -219,6 +225,7 @@ class Shell:
         names: Places, hosts or nodes to be used; ``None`` is all.
         most_nodes: Nodes used at a time; ``None`` is all.
         no_nodes_s: The same as in the core.
+        trace: Trace of calls and nodes; ``None`` for none.
 
     Attributes:
         told: Maps whose readers are to look again.
@@ -233,8 +240,10 @@ class Shell:
         names: frozenset[str] | None,
         most_nodes: int | None,
         no_nodes_s: float | None,
+        trace: ClusterTrace | None = None,
     ) -> None:
         self._carrier = carrier
+        self.trace: ClusterTrace | None = trace
         self._options = pickle.dumps(options, protocol=5)
         self._names = names
         self._core = c.Core(
@@ -291,12 +300,16 @@ class Shell:
         """
         self._check_open()
         call = _Submitted(PoolFuture(self._me), name, policy)
+        before_ns = time.monotonic_ns()
         try:
             call.function = pickle_function(function)
             call.args = pickle_arguments(args, kwargs, self.buffers)
         except Exception as error:  # noqa: BLE001 -- the call's, as in any pool
             call.fail(error)
             return call.future
+        if self.trace is not None:
+            self.trace.brought(call)
+            self.trace.pickled(call, before_ns)
         self._bring(c.Queued([call]))
         return call.future
 
@@ -387,6 +400,7 @@ class Shell:
         if self._thread is None:
             with self._starting:
                 self._over = True
+                self._close_trace()
                 self._ended.open()
             return
         if cancel:
@@ -410,8 +424,8 @@ class Shell:
         self.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def descriptors(self) -> Sequence[int]:
-        """Return what a forked worker must not keep: nothing here."""
-        return ()
+        """Return what a forked worker must not keep."""
+        return () if self.trace is None else [*self.trace.descriptors()]
 
     def workers(self) -> list[Worker]:
         """Return workers on this machine: none."""
@@ -493,6 +507,8 @@ class Shell:
     def _run(self) -> None:
         callbacks_by(self._callers.do, self._me)
         try:
+            if self.trace is not None:
+                self.trace.start(self._look)
             while not self._over:
                 self._step()
         except BaseException as error:  # noqa: BLE001 -- a fault of ours: nobody may wait for ever
@@ -506,7 +522,18 @@ class Shell:
             self._callers.close()
             self._refuse_late()
             self._answer_askers()
+            self._close_trace()
             self._ended.open()
+
+    def _look(self) -> tuple[int, int, int]:
+        """Calls that wait, workers that run something, workers. From another thread."""
+        nodes = self._core.open_places
+        running = sum(min(calls, workers) for _, _, workers, calls in nodes)
+        return self._core.waiting, running, sum(workers for _, _, workers, _ in nodes)
+
+    def _close_trace(self) -> None:
+        if self.trace is not None:
+            self.trace.close()
 
     def _step(self) -> None:
         now_s = time.monotonic()
@@ -621,7 +648,10 @@ class Shell:
         node = self._nodes.get(place)
         if node is None or node.session != session:
             return
+        was_open = self._core.is_open(place)
         self._handle(c.Lost(place, reason))
+        if self.trace is not None and (was_open or node.failed):
+            self.trace.lost(node.label, reason, node.failed)
         del self._nodes[place]
 
     def _refuse(self, place: str, reason: str, *, wrong: bool = False) -> None:
@@ -654,7 +684,11 @@ class Shell:
         which = place if one_call else welcome.node
         holds = one_call or node.anyway or welcome.holds
         self._handle(c.Opened(place, which, welcome.workers, wanted, holds))
-        if self._core.is_open(place) and not one_call:
+        if not self._core.is_open(place):
+            return
+        if self.trace is not None:
+            self.trace.opened(node.label, welcome.workers)
+        if not one_call:
             self._collect(place, node)
 
     def _collect(self, place: str, node: _Node) -> None:
@@ -667,6 +701,8 @@ class Shell:
         self._take_report(place, packet.value())
 
     def _take_report(self, place: str, report: Report) -> None:
+        if self.trace is not None and report.source is not None:
+            self.trace.reported(place, self._label(place), report.source)
         answers = [c.Answer(*answer) for answer in report.answers]
         if answers:
             self._handle(c.Answered(place, answers, report.workers))
@@ -696,7 +732,11 @@ class Shell:
         if self._over and items:
             run.stop(lambda: RuntimeError("cannot schedule new futures after shutdown"))
             return None
-        return c.Queued([_Mapped(self, run, first + at, item) for at, item in enumerate(items)])
+        calls = [_Mapped(self, run, first + at, item) for at, item in enumerate(items)]
+        if self.trace is not None:
+            for call in calls:
+                self.trace.brought(call)
+        return c.Queued(calls)
 
     def _drop(self, run: MapRun) -> None:
         run.drop()
@@ -712,7 +752,8 @@ class Shell:
         place = action.place
         node = self._nodes[place]
         self._forget_unshared()
-        message = DeliverMessage([], {}, {}, {}, action.back, action.kill, node.forget)
+        traced = self.trace is not None
+        message = DeliverMessage([], {}, {}, {}, action.back, action.kill, node.forget, traced)
         node.forget = []
         failed: list[c.Answer] = []
         left: list[int] = []
@@ -821,14 +862,26 @@ class Shell:
         flag, *segments = content.segments
         try:
             if bytes(flag) != RAISED:
-                call.succeed(payloads.loads(segments), content.nbytes)
+                value = payloads.loads(segments)
+                self._note_end(action, "returned")
+                call.succeed(value, content.nbytes)
                 return
             error = rebuild(segments, call=call.name)
         except BaseException as problem:  # noqa: BLE001 -- user code that unpickles
             error = problem
         if isinstance(error, WorkerDiedError):
             error.node = self._label(action.place)  # type: ignore[attr-defined]
+        self._note_end(action, "raised", error)
         call.fail(error)
+
+    def _again(self, action: c.Again) -> None:
+        self._note_end(action, "retried")
+
+    def _note_end(
+        self, action: c.Settle | c.Again, outcome: str, error: BaseException | None = None
+    ) -> None:
+        if self.trace is not None:
+            self.trace.ended(action.place, action.call, action.answer, outcome, error)
 
     def _label(self, place: str) -> str:
         node = self._nodes.get(place)
@@ -837,6 +890,8 @@ class Shell:
     def _lose_call(self, action: c.Lose) -> None:
         node = self._nodes.get(action.place)
         pid = 0 if node is None else node.pid
+        if node is not None:
+            node.failed += 1
         action.call.fail(
             NodeLostError(self._label(action.place), action.reason, pid, action.call.name)
         )
@@ -867,6 +922,7 @@ _DO: dict[type[c.Action], Callable[[Shell, Any], None]] = {
     c.Open: Shell._open,
     c.Deliver: Shell._deliver,
     c.Settle: Shell._settle,
+    c.Again: Shell._again,
     c.Lose: Shell._lose_call,
     c.Fail: Shell._fail,
     c.Cancel: Shell._cancel,

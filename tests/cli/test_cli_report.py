@@ -30,9 +30,17 @@ def start(row: int, at_s: float = 0.0) -> str:
     return line("i", row, at_s, "start", "worker", pid=100 + row)
 
 
+def process(number: int, name: str) -> str:
+    told = {"ph": "M", "pid": number, "tid": 0, "ts": 0, "name": "process_name"}
+    return json.dumps(told | {"args": {"name": name}}) + ",\n"
+
+
 def task(row: int, at_s: float, took_s: float, outcome: str = "returned", **args: Any) -> str:
+    process = args.pop("pid", 7)
     args = {"took_s": took_s, "outcome": outcome} | args
-    return line("X", row, at_s, "work.step", "task", **args)
+    return line("X", row, at_s, "work.step", "task", **args).replace(
+        '"pid": 7', f'"pid": {process}'
+    )
 
 
 def end(at_s: float) -> str:
@@ -74,6 +82,12 @@ SCREENS: dict[str, list[str]] = {
     ],
     "slow-program": [start(1), *(task(1, at, 0.5) for at in range(10)), end(10)],
     "waiting": [start(1), *(task(1, at, 0.5, waited_us=500_000) for at in range(10)), end(10)],
+    "nodes": [
+        process(8, "node tcp://10.0.0.3:4567 (n3), process 70"),
+        process(9, "node tcp://10.0.0.4:4567 (n4), process 70"),
+        *(task(row, at, 0.5, pid=8 + row % 2) for row in (1, 2, 3) for at in range(4)),
+        end(10),
+    ],
     "slow-disk": [
         start(1),
         task(1, 0, 5),

@@ -12,6 +12,8 @@ from support_cgroups import control_group
 from support_dask import NODE_A, NODE_B, dask_cluster
 from support_processes import has_ended, wait_until
 
+from safepool.cli import report
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -77,10 +79,10 @@ def counted(path):
 
 with Client(sys.argv[1]) as client:
     client.wait_for_workers(2)
-    with ClusterPool(client) as pool:
+    with ClusterPool(client, trace="run.json") as pool:
         told(first=pool.submit(times, 14).result())
         await_(lambda: len(pool.nodes()) == 2, "both nodes")
-        told(size=pool.size)
+        told(size=pool.size, places=[node.place for node in pool.nodes()])
         told(ordered=list(pool.map(times, range(2000))) == [3 * x for x in range(2000)])
         told(generator=list(pool.map(times, (x for x in range(5)))), two=list(pool.map(pow, [2, 3], [3, 2])))
         told(unordered=sorted(pool.map(times, range(50), ordered=False)))
@@ -217,6 +219,14 @@ def test_what_holds_in_a_pool_holds_on_nodes(tmp_path: Path) -> None:
         assert {fact: tour[fact] for fact in FACTS} == FACTS
         assert {fact: tour[fact][0] for fact in KINDS} == KINDS
         assert len(tour["nodes"]) == 2
+        trace = report.read(str(cluster.folder / "run.json"))
+        assert trace.damaged_lines == 0
+        assert trace.total().calls > 2000
+        assert {row.node.partition(" (")[0] for row in trace.workers.values()} == {
+            f"node {place}" for place in tour["places"]
+        }
+        assert trace.outcomes["timed out"] == 1
+        assert trace.outcomes["retried"] == 2
         assert {*tour["ended"]} <= {"CancelledError", "NodeLostError"}
         # Those that had begun, and those that waited.
         assert {*tour["client_closed"]} <= {"PoolBrokenError", "NodeLostError"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import threading
 import time
@@ -35,6 +36,7 @@ from safepool.pool.calls import mapping
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 
 class Engine:
@@ -137,12 +139,32 @@ def test_a_node_that_falls_silent_is_lost(
         pool_of(engine).submit(abs, 1).result(30)
 
 
-def test_a_place_that_is_lost_is_named(pool_of: Callable[..., ClusterPool]) -> None:
+def test_a_place_that_is_lost_is_named(
+    pool_of: Callable[..., ClusterPool], tmp_path: Path
+) -> None:
     engine = Engine(greet=welcome, deliver=raises(PlaceLostError("connection closed")))
+    pool = pool_of(engine, trace=tmp_path / "run.json")
     with pytest.raises(NodeLostError, match="connection closed") as caught:
-        pool_of(engine).submit(abs, 1).result(30)
+        pool.submit(abs, 1).result(30)
     assert caught.value.task == "builtins.abs"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    pool.kill_workers()
+    pool.shutdown()
+    events = json.loads((tmp_path / "run.json").read_text())
+    lost = [one["args"] for one in events if one["name"] == "node lost"]
+    assert lost[0] == {"node": "p (host)", "why": "connection closed", "calls": 1}
+
+
+def test_only_a_trace_is_told_which_worker_had_a_call(
+    pool_of: Callable[..., ClusterPool], tmp_path: Path
+) -> None:
+    for words in ({}, {"trace": tmp_path / "run.json"}):
+        engine = Engine(greet=welcome, deliver=lambda: None)
+        pool_of(engine, **words).submit(abs, 1)
+        wait_until(lambda engine=engine: engine.messages)
+        assert engine.messages[0].value().traced is bool(words)
+        # No question for it: where calls ran is told with their answers.
+        assert {*engine.asked} <= {"greet", "deliver", "collect"}
 
 
 def test_a_node_that_does_not_answer_a_question_is_told(
@@ -206,13 +228,13 @@ def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
     ]
     functions = {function.key: (function.packet, ())}
     try:
-        session.take_in(DeliverMessage(calls, functions, {}, {}, (), (), ()))
+        session.take_in(DeliverMessage(calls, functions, {}, {}, (), (), (), False))
         wait_until(lambda: any(worker.task for worker in node_pool.pool.workers()))
-        session.take_in(DeliverMessage([], {}, {}, {}, (), (1, 2), ()))
+        session.take_in(DeliverMessage([], {}, {}, {}, (), (1, 2), (), False))
         session.wait_for_all(2)
         answers = session.report().answers
         assert sorted(number for number, *_ in answers) == [1, 2]
-        assert not any(died for _, _, died, _ in answers)
+        assert not any(died for _, _, died, *_ in answers)
     finally:
         node_pool.close()
         node_pool.pool.shutdown()

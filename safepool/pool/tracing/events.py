@@ -1,6 +1,7 @@
 """Events that are written into a trace, in the Trace Event Format, and their number.
 
-Events of one process, one in each line (``file``):
+Events of one process, one in each line (``file``). A ``ClusterPool`` has a process for each node
+as well, with the rows of its workers, and numbers the rows of all nodes together:
 
     X   cat "task": a call, in the row of its worker: name of the function, begin, duration; args:
             outcome        returned, raised, retried (its worker died, it is run again), died,
@@ -20,6 +21,7 @@ Events of one process, one in each line (``file``):
     i   cat "worker", in its row: start, end, death; args: pid, and how it ended
         cat "pool": safepool, the first event; args: schema (of this form), began
             resize; args: before, after, why; break; args: why; end
+            node opened; args: node, workers; node lost; args: node, why, calls (that failed)
     C   calls that wait; workers that run something or none; milliseconds for which the kernel
         has frozen the group, and the periods of the quota in which it did; CPU time of the
         scheduler's thread in percent; events that were left out, as the disk was too slow
@@ -126,11 +128,13 @@ class Events:
         self._next_bytes = _DOUBLES_BYTES
         # Functions' names as they are written.
         self._quoted: dict[str, str] = {}
+        # Of rows and processes that are not the pool's own.
+        self._pids: dict[int, int] = {}
         self._counted: dict[str, str] = {}
         began = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._file.add("[\n")
         self.of_pool("safepool", schema=SCHEMA, began=began)
-        self._meta("process_name", 0, name=f"pool of process {self._pid}")
+        self.process(0, f"pool of process {self._pid}")
         self._meta("thread_name", 0, name="pool")
         self._file.flush()
 
@@ -169,8 +173,15 @@ class Events:
         else:
             self._file.close()
 
-    def row(self, number: int) -> None:
-        """Begin another row."""
+    def process(self, number: int, name: str) -> None:
+        """Begin another process; the pool's own has the number 0."""
+        zero = self._zero_ns
+        rest = f'"name":"process_name","args":{_compact({"name": name})}'
+        self._file.add(self._line("M", 0, zero, rest, self._pid + number))
+
+    def row(self, number: int, process: int = 0) -> None:
+        """Begin another row, of the process of that number."""
+        self._pids[number] = self._pid + process
         self._meta("thread_name", number, name=f"worker {number}")
         self._meta("thread_sort_index", number, sort_index=number)
 
@@ -179,10 +190,11 @@ class Events:
         rest = f"{_instant('pool', name, 'p')}{_compact(args)}"
         self._file.add(self._line("i", 0, time.monotonic_ns(), rest))
 
-    def of_worker(self, name: str, number: int, **args: Any) -> None:
-        """Something happened to the worker of a row."""
+    def of_worker(self, name: str, number: int, at_ns: int | None = None, **args: Any) -> None:
+        """Something happened to the worker of a row, now if no time is given."""
+        at_ns = time.monotonic_ns() if at_ns is None else at_ns
         rest = f"{_instant('worker', name, 't')}{_compact(args)}"
-        self._file.add(self._line("i", number, time.monotonic_ns(), rest))
+        self._file.add(self._line("i", number, at_ns, rest))
 
     def start_of_worker(self, number: int, begin_ns: int, end_ns: int, pid: int) -> None:
         """A worker has started."""
@@ -217,9 +229,10 @@ class Events:
     def _span(self, number: int, begin_ns: int, end_ns: int, rest: str) -> str:
         return self._line("X", number, begin_ns, f'"dur":{_us(end_ns - begin_ns)},{rest}')
 
-    def _line(self, kind: str, number: int, at_ns: int, rest: str) -> str:
+    def _line(self, kind: str, number: int, at_ns: int, rest: str, pid: int | None = None) -> str:
         at = _us(at_ns - self._zero_ns)
-        return f'{{"ph":"{kind}","pid":{self._pid},"tid":{number},"ts":{at},{rest}}},\n'
+        pid = pid or self._pids.get(number, self._pid)
+        return f'{{"ph":"{kind}","pid":{pid},"tid":{number},"ts":{at},{rest}}},\n'
 
     def _meta(self, name: str, number: int, /, **args: Any) -> None:
         rest = f'"name":"{name}","args":{_compact(args)}'

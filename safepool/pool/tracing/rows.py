@@ -103,7 +103,7 @@ class Row:
         lost = [*lost]
         self._estimate(begin if lost else now_ns)
         for work, place, outcome, attempt in lost:
-            self._add(Settled(0, 1, work, place, outcome, None), begin, now_ns, attempt)
+            self.add(Settled(0, 1, work, place, outcome, None), begin, now_ns, attempt)
             begin = now_ns
         self._write()
 
@@ -164,7 +164,7 @@ class Row:
             whole = replace(done, count=end - done.first)
             done.count -= whole.count
             done.first, done.place = end, done.place + whole.count
-        self._add(whole, part.begin_ns, part.end_ns, 0, part.loaded_ns, part.packed_ns)
+        self.add(whole, part.begin_ns, part.end_ns, 0, part.loaded_ns, part.packed_ns)
 
     def _estimate(self, end_ns: int, most: int = sys.maxsize) -> None:
         """Add calls whose times never came: between the last event and this moment."""
@@ -174,9 +174,9 @@ class Row:
         each = max(0, end_ns - self._end_ns) // count
         for _ in range(count):
             begin = self._end_ns
-            self._add(self._settled.popleft(), begin, begin + each)
+            self.add(self._settled.popleft(), begin, begin + each)
 
-    def _add(
+    def add(
         self,
         done: Settled,
         begin_ns: int,
@@ -185,6 +185,16 @@ class Row:
         loaded_ns: int = 0,
         packed_ns: int = 0,
     ) -> None:
+        """Add calls that follow those added before.
+
+        Args:
+            done: The calls.
+            begin_ns: When the first began.
+            end_ns: When the last ended.
+            attempt: Number of the attempt; 0 is the one after those counted.
+            loaded_ns: Time for reading function and arguments.
+            packed_ns: Time for pickling the result.
+        """
         work, count, outcome = done.work, done.count, done.outcome
         name = work.name[:_LONGEST_NAME]
         # By two clocks that are one, but read in another order: never over each other.

@@ -1,0 +1,222 @@
+"""The trace of a cluster pool: one file that shows which worker of which node ran each call.
+
+Times travel with the answers of calls, so a trace costs neither engine nor network a message.
+
+    in the file                               comes from
+    a process for each node, with its name    the first answers of its agent
+    a row for each worker of it               its place in the node's pool (``worker_index``)
+    calls that have ended                     the worker: when it began and ended them
+                                              the program: the outcome, when they were submitted
+    node opened, node lost                    the shell
+
+The clock of each node is set against the program's by the answer that was the fastest to arrive:
+what is shown of a node is too late by the time that took, some milliseconds at the most.
+
+Not covered:
+    * When a call began whose worker died: it is shown from the end of the one before it.
+    * The worker of a call that was cancelled, or lost with its node: these have no row. The event
+      of the node says how many it has cost.
+    * Starts of workers, and how often the kernel freezes a node's group: ``safepool --cluster``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from safepool.cluster.messages import Ran
+from safepool.errors import TaskTimeoutError
+from safepool.pool.tracing.costs import note_brought, note_pickled, queued_ns
+from safepool.pool.tracing.events import Events
+from safepool.pool.tracing.rows import Row, Settled
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+
+    from safepool.cluster.core import Answer
+    from safepool.cluster.messages import Source
+    from safepool.pool.core.work import Call
+
+__all__ = ["ClusterTrace"]
+
+
+@dataclass(slots=True)
+class _Seat:
+    """A worker's place in the pool of its node.
+
+    Attributes:
+        row: Row of the file.
+        pid: Process id of the worker; 0 if none is there.
+    """
+
+    row: Row
+    pid: int = 0
+
+
+@dataclass(slots=True)
+class _Node:
+    """The process that holds the pool of a node.
+
+    Attributes:
+        number: Number of its process in the file.
+        ahead_ns: The program's clock is so far ahead of the node's.
+        seats: Its workers, by their index.
+    """
+
+    number: int
+    ahead_ns: int
+    seats: dict[int, _Seat] = field(default_factory=dict)
+
+
+class ClusterTrace:
+    """The trace of one cluster pool.
+
+    Args:
+        path: Path of the file. An existing one is replaced.
+
+    Raises:
+        TraceFileError: The file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._events = Events(path)
+        self._lock = threading.Lock()
+        # By host and process id of the agent: an executor may run the next call anywhere.
+        self._nodes: dict[tuple[str, int], _Node] = {}
+        self._at: dict[str, _Node] = {}
+        self._rows = 0
+        self._look: Callable[[], tuple[int, int, int]] | None = None
+        self._look_at_ns = 0
+
+    def descriptors(self) -> Iterable[int]:
+        """Return what a forked worker must not keep."""
+        return self._events.descriptors()
+
+    def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
+        """Begin to write.
+
+        Args:
+            look: Returns how many calls wait, how many workers run something, and how many
+                there are. Called in another thread.
+        """
+        self._look = look
+        self._events.start(self._tick)
+
+    def close(self) -> None:
+        """Write what is left, and close the file. Twice is once."""
+        if self._events.ours:
+            self._tick(last=True)
+        self._events.close()
+
+    def brought(self, call: Call) -> None:
+        """A call was submitted."""
+        note_brought(call)
+
+    def pickled(self, call: Call, since_ns: int) -> None:
+        """The arguments of a call were pickled since then."""
+        note_pickled(call, since_ns)
+
+    def opened(self, node: str, workers: int) -> None:
+        """A node is used from now on."""
+        self._events.of_pool("node opened", node=node, workers=workers)
+
+    def lost(self, node: str, why: str, calls: int) -> None:
+        """A node is lost, and so many calls failed with it."""
+        self._events.of_pool("node lost", node=node, why=why, calls=calls)
+
+    def reported(self, place: str, name: str, source: Source) -> None:
+        """Answers have arrived; :meth:`ended` follows for each.
+
+        Args:
+            place: The engine's name of where the agent is.
+            name: Name of the node.
+            source: The agent that has sent them.
+        """
+        ahead_ns = time.monotonic_ns() - source.now_ns
+        key = source.host, source.pid
+        node = self._nodes.get(key)
+        if node is None:
+            number = len(self._nodes) + 1
+            node = self._nodes[key] = _Node(number, ahead_ns)
+            self._events.process(number, f"node {name}, process {source.pid}")
+        node.ahead_ns = min(node.ahead_ns, ahead_ns)
+        self._at[place] = node
+
+    def ended(
+        self, place: str, call: Call, answer: Answer, outcome: str, error: object = None
+    ) -> None:
+        """A call has ended, or is to be run again.
+
+        Args:
+            place: The engine's name of where the agent is.
+            call: The call.
+            answer: Its answer.
+            outcome: Word of ``safepool.pool.tracing.events``; "raised" is looked at more closely.
+            error: The exception that it has raised.
+        """
+        node = self._at.get(place)
+        if node is None or answer.ran is None:
+            return
+        ran = Ran(*answer.ran)
+        begin_ns, end_ns = ran.begin_ns + node.ahead_ns, ran.end_ns + node.ahead_ns
+        ends = ran.worker is None
+        if isinstance(error, TaskTimeoutError):
+            outcome, begin_ns = "timed out", end_ns - int(error.timeout_s * 1e9)
+        elif ends:
+            begin_ns = queued_ns(call, 0) or end_ns
+            outcome = "died" if outcome == "raised" else outcome
+        # The core has counted one that died.
+        attempt = call.attempts + (not answer.died)
+        with self._lock:
+            seat = self._seat(node, ran, begin_ns)
+            told = type(error).__name__ if outcome == "raised" else None
+            settled = Settled(0, 1, call, 0, outcome, told)
+            seat.row.add(settled, begin_ns, end_ns, attempt, ran.loaded_ns, ran.packed_ns)
+            if ends:
+                seat.pid = 0
+                number = seat.row.number
+                self._events.of_worker("death", number, end_ns, pid=ran.pid, how=outcome)
+
+    def _seat(self, node: _Node, ran: Ran, begin_ns: int) -> _Seat:
+        index = ran.worker
+        if index is None:
+            # A worker that has ended nothing has the first place where none is known to be.
+            free = next(n for n in range(len(node.seats) + 1) if not self._is_taken(node, n))
+            index = next((n for n, one in node.seats.items() if one.pid == ran.pid), free)
+        seat = node.seats.get(index)
+        if seat is None:
+            self._rows += 1
+            self._events.row(self._rows, node.number)
+            seat = node.seats[index] = _Seat(Row(self._rows, self._events, begin_ns))
+        if seat.pid != ran.pid:
+            seat.row.end(begin_ns, begin_ns, ())
+            seat.pid = ran.pid
+            self._events.of_worker("start", seat.row.number, begin_ns, pid=ran.pid)
+        return seat
+
+    def _is_taken(self, node: _Node, index: int) -> bool:
+        return index in node.seats and node.seats[index].pid != 0
+
+    # In the thread that writes.
+
+    def _tick(self, *, last: bool = False) -> None:
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            for node in self._nodes.values():
+                for seat in node.seats.values():
+                    if last:
+                        seat.row.end(now_ns, now_ns, ())
+                    else:
+                        seat.row.write_old(now_ns)
+        due = now_ns - self._look_at_ns > self._events.look_every_ns * 0.9
+        if self._look is None or not (last or due):
+            return
+        self._look_at_ns = now_ns
+        waiting, running, workers = self._look()
+        self._events.count("queue", now_ns, f'"calls":{waiting}')
+        self._events.count("workers", now_ns, f'"running":{running},"idle":{workers - running}')
+        if self._events.dropped:
+            self._events.count("dropped events", now_ns, f'"events":{self._events.dropped}')
