@@ -67,11 +67,15 @@ class BornWith:
             folder = ""
         ours = _variables_of_workers(revision())
         affinity: Any = getattr(os, "sched_getaffinity", None)
+        try:
+            cpus = None if affinity is None else affinity(0)
+        except OSError:  # a filter refuses the call
+            cpus = None
         return cls(
             environ={name: value for name, value in os.environ.items() if name not in ours},
             folder=folder,
             path=[*sys.path],
-            cpus=None if affinity is None else affinity(0),
+            cpus=cpus,
             contents=b"" if initializer is None else _digest((initializer, initargs)),
         )
 

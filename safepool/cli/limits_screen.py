@@ -396,8 +396,8 @@ def _joblib_count() -> int | None:
 
     try:
         count = cpu_count()
-    except ValueError:  # LOKY_MAX_CPU_COUNT is no number; the limits say so
-        return None
+    except (OSError, ValueError):
+        return None  # LOKY_MAX_CPU_COUNT is no number, or a filter refuses the affinity
     return count if isinstance(count, int) else None
 
 

@@ -8,7 +8,6 @@ machine's own system and this Python. ``runc`` makes it where it is installed, a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
@@ -20,11 +19,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import support_cgroups
+import support_containers
 
 import safepool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0, reason="root makes containers, on Linux"
@@ -69,27 +70,9 @@ def by_unshare(folder: Path, command: Sequence[str]) -> Iterator[list[str]]:
         yield group.command([*unshare, "--cgroup", "sh", "-ec", "\n".join(lines)])
 
 
-@contextlib.contextmanager
-def by_runc(folder: Path, command: Sequence[str]) -> Iterator[list[str]]:
-    (folder / "rootfs").mkdir()
-    subprocess.run(["runc", "spec"], cwd=folder, check=True)
-    file = folder / "config.json"
-    spec = json.loads(file.read_text())
-    environ = [f"{name}={value}" for name, value in ENVIRON.items()]
-    spec["process"] |= {"terminal": False, "args": [*command], "env": environ}
-    spec["root"]["readonly"] = False
-    spec["mounts"] += [
-        {"destination": path, "source": path, "type": "bind", "options": ["rbind", "ro"]}
-        for path in SHARED
-    ]
-    spec["linux"]["resources"] = {"cpu": {"quota": 100_000, "period": 100_000}}
-    file.write_text(json.dumps(spec))
-    runc = ["runc", "--root", str(folder / "state")]
-    name = f"{support_cgroups.PREFIX}{os.getpid()}-{folder.name}"
-    try:
-        yield [*runc, "run", "--pid-file", str(folder / "pid"), "--bundle", str(folder), name]
-    finally:
-        subprocess.run([*runc, "delete", "--force", name], capture_output=True, check=False)
+def by_runc(folder: Path, command: Sequence[str]) -> AbstractContextManager[list[str]]:
+    settings = support_containers.Settings(cpus=1, environ=ENVIRON)
+    return support_containers.container("runc", folder, command, settings)
 
 
 ENGINES = {"unshare": by_unshare, "runc": by_runc}

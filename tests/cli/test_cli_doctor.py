@@ -17,6 +17,7 @@ import support_natives as natives
 import support_schemas
 
 import safepool
+from safepool import linux
 from safepool.cli import doctor, doctor_child, main
 from safepool.cli.doctor import Change, DoctorError, Guest, Library, Report
 from safepool.threads import NativePool
@@ -496,6 +497,25 @@ def test_a_system_that_is_read_only_is_no_obstacle(
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
     assert told(capsys, "json")[0] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files in memory")
+def test_no_place_for_a_file_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not that the last resort was refused as well."""
+
+    def refuse(*_: object) -> None:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    def refuse_memory(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(linux, "memfd_create", refuse_memory)
+
+    assert main(["doctor", "json"]) == 1
+    assert "No usable temporary directory" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pread there")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import support_seccomp
+from support_processes import run_script
 
 from safepool.pool.shell import refused_calls
 
@@ -80,6 +81,35 @@ ROWS: dict[tuple[str, str, str], str] = {
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_a_refused_call_is_named_or_not_needed(row: tuple[str, str, str], tmp_path: Path) -> None:
     assert outcome(*row, tmp_path) == ROWS[row]
+
+
+# All that has to do with limits and pools, beside a pool itself.
+FRONT_ENDS = """
+import errno
+from concurrent.futures import ThreadPoolExecutor
+import joblib, support_seccomp
+import safepool
+from safepool.cli import main
+
+if __name__ == "__main__":
+    support_seccomp.refuse(*support_seccomp.OPTIONAL, error=errno.EPERM)
+    with safepool.parallel_backend():
+        print("joblib", joblib.Parallel(2)(joblib.delayed(abs)(x) for x in (-1, -2)))
+    with ThreadPoolExecutor(1) as engine, safepool.ClusterPool(engine) as pool:
+        print("ClusterPool", [*pool.map(abs, (-1, -2))])
+    with safepool.Pool() as pool:
+        print("Pool", pool.map(abs, (-1, -2)))
+    print("limits", main(["limits"]) in (0, 1))
+    print("doctor", main(["doctor", "json"]))
+"""
+ANSWERS = ["joblib [1, 2]", "ClusterPool [1, 2]", "Pool [1, 2]", "limits True", "doctor 0"]
+
+
+def test_front_ends_work_where_calls_are_refused(tmp_path: Path) -> None:
+    done = run_script(FRONT_ENDS, cwd=tmp_path)
+
+    assert done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if line in ANSWERS] == ANSWERS
 
 
 # Where Python's own import system fails, before there is a pool: loky is imported for it.
