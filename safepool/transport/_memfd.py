@@ -1,8 +1,9 @@
 """Unnamed files on Linux: written once, sealed, sent, mapped privately.
 
 Not covered:
-    * Buffers that share a file share its fate: the memory is freed when the last of them is
-      dropped. Those of at least 8 MiB have one of their own, the first 16 of a payload.
+    * Freeing a single buffer of a shared file: the kernel frees a file when the last of its
+      buffers is dropped. Buffers of at least 8 MiB have a file of their own, the first 16 of a
+      payload.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ __all__ = ["Side", "Stored", "accept", "invite", "store"]
 
 # Where each buffer begins in its file: a cache line, and as much as any vector instruction needs.
 _ALIGNED_BYTES = 64
-# A buffer of at least so many bytes has a file of its own, so that it can be freed alone.
+# A buffer of at least this size has a file of its own, so that it can be freed alone.
 _OWN_BYTES = 8 << 20
 _MOST_OWN_FILES = 16
 # write(2) takes no more at once: "at most 0x7ffff000 bytes".
 _MOST_WRITTEN_BYTES = 0x7FFF_F000
 _HUGE_BYTES = 2 << 20
-# A file of at least so many bytes is given large pages, in steps of so many: between two of them
-# it is asked whether anybody still wants it.
+# A file of at least this size gets large pages, in steps of this size. Between two steps the copy
+# checks whether it is still needed.
 _PREPARED_BYTES = 2 << 20
 _STEP_BYTES = 16 << 20
 # madvise(2): MADV_COLLAPSE, Linux 6.1.
 _COLLAPSE = 25
 # memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 there is nothing without it.
 _NOEXEC = 8
-# Nobody can change the file, nor make it shorter than it is mapped, which would be a SIGBUS.
+# The file cannot be changed, nor made shorter than its mapping, which would cause a SIGBUS.
 _SEALS = linux.F_SEAL_SHRINK | linux.F_SEAL_GROW | linux.F_SEAL_WRITE | linux.F_SEAL_SEAL
 _NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOSPC})
 # Beside a descriptor: its number, counted by side from 1.
@@ -60,7 +61,7 @@ _DECLINED = b"\x00"
 
 
 class Stored(Filed):
-    """One file that holds some segments of a payload, one after the other.
+    """One file with consecutive segments of a payload.
 
     Args:
         descriptor: The sealed file. Owned by this object from now on.
@@ -78,11 +79,11 @@ class Stored(Filed):
         return self._descriptor
 
     def filenos(self) -> list[int]:
-        """Return what is sent."""
+        """Return the descriptors to send."""
         return [self._descriptor]
 
     def segments(self) -> list[memoryview]:
-        """Return what the file holds, mapped or read.
+        """Return the content of the file, mapped or read.
 
         Raises:
             MemoryError: There is no memory for it.
@@ -90,7 +91,7 @@ class Stored(Filed):
         return [*_map(self._descriptor, self.lengths)]
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
-        """Close the file; it is freed when nobody maps it any more. May be called again.
+        """Close the file; the kernel frees it after its last mapping. May be called again.
 
         Args:
             close: Known here when the interpreter has cleared this module.
@@ -240,7 +241,7 @@ def _places(lengths: Sequence[int]) -> tuple[list[int], int]:
 
 
 def _prepare(descriptor: int, begin: int, end: int) -> None:
-    """Give a part of a new file large pages where the system can: half of what a copy costs.
+    """Give a part of a new file large pages if the system can: half of a copy's cost.
 
     Small ones are got one by one, 25,000 for 100 MB. Without it (before Linux 6.1, or when memory
     is in small pieces) everything works as well (benchmarks/arrays.py, pages).
@@ -256,7 +257,7 @@ def _prepare(descriptor: int, begin: int, end: int) -> None:
     length = (end - begin) // _HUGE_BYTES * _HUGE_BYTES
     if not (_collapses and length):
         return
-    # It fills holes, but does not begin with nothing.
+    # The kernel fills holes with large pages, but does not begin an empty file with one.
     for place in range(begin, begin + length, _HUGE_BYTES):
         os.pwrite(descriptor, b"\0", place)
     libc = _libc()
@@ -279,7 +280,7 @@ def _map(descriptor: int, lengths: Sequence[int]) -> Iterator[memoryview]:
     """Yield the segments of a file, in private memory of this process.
 
     Raises:
-        MemoryError: There is none.
+        MemoryError: There is no memory.
     """
     places, size = _places(lengths)
     view = _map_whole(descriptor, size)
@@ -289,8 +290,8 @@ def _map(descriptor: int, lengths: Sequence[int]) -> Iterator[memoryview]:
 
 def _map_whole(descriptor: int, size: int) -> memoryview:
     # An anonymous mapping replaced by one of the file, because Python's own keeps the descriptor
-    # open as long as the array lives (until 3.13, ``trackfd``). Whoever drops the last view
-    # of it unmaps both.
+    # open as long as the array lives (until 3.13, ``trackfd``). Dropping the last view unmaps
+    # both.
     spare = _HUGE_BYTES if size >= _HUGE_BYTES else 0  # large pages are mapped where they fit
     try:
         room = mmap.mmap(-1, size + spare, mmap.MAP_PRIVATE)
@@ -341,7 +342,7 @@ def _libc() -> Any:
 
 
 class Side:
-    """One end of the socket pair that takes a channel's descriptors.
+    """One end of the socket pair for a channel's descriptors.
 
     Args:
         sock: Connected, of the kind that keeps messages apart. Owned by this object.
@@ -360,7 +361,7 @@ class Side:
         return self._sock.fileno()
 
     def send(self, stored: Stored | Handed) -> bool:
-        """Send a file's descriptor, or others, ahead of the frame that tells of it.
+        """Send the descriptor of a file, or others, ahead of the frame that refers to it.
 
         Returns:
             Whether it went. If not, there are too many under way, or the other end is gone.
@@ -376,7 +377,7 @@ class Side:
         return True
 
     def receive(self, lengths: tuple[int, ...], *, mapped: bool = True) -> list[Any]:
-        """Return the segments of a file of which a frame has told.
+        """Return the segments of a file that a frame refers to.
 
         Args:
             lengths: Theirs; a descriptor that is no file has none.
@@ -388,7 +389,7 @@ class Side:
             descriptor for them.
 
         Raises:
-            CorruptFrameError: The file was not sent, or holds something else.
+            CorruptFrameError: The file was not sent, or has another content.
         """
         self._received += 1
         handed = not any(lengths)
@@ -411,14 +412,14 @@ class Side:
         """Take the descriptors of the next message.
 
         Raises:
-            CorruptFrameError: There is none.
+            CorruptFrameError: No descriptor was sent.
             OSError: This process has as many as it may have.
         """
         descriptors = self._look(count)
         if not descriptors:
             _spare.give_back()
             descriptors = self._look(count)
-        # Only now it is taken: what was looked at and could not be had was not lost.
+        # Only now the number is taken: a descriptor that could not be received is not lost.
         self._sock.recv(_NUMBER.size, socket.MSG_DONTWAIT)
         if not descriptors:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -449,7 +450,7 @@ class Side:
         return []
 
     def close(self) -> None:
-        """Close the socket; what has not been taken is freed. May be called again."""
+        """Close the socket; descriptors that were not taken are closed. May be called again."""
         if not self._open:
             return
         self._open = False
@@ -539,13 +540,14 @@ _spare = _Spare()
 
 
 def invite(sock: socket.socket) -> Side | None:
-    """Make the side of a new channel, and send the other end of it ahead of everything else.
+    """Make this end of the side of a new channel, and send the other end ahead of everything else.
 
     Args:
         sock: The channel's, nothing sent on it so far.
 
     Returns:
-        This end; ``None`` if the system has no descriptor for it: then all goes by the stream.
+        This end; ``None`` if the system has no descriptor for it: then everything goes by the
+        stream.
     """
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -565,7 +567,7 @@ def invite(sock: socket.socket) -> Side | None:
 
 
 def accept(sock: socket.socket) -> Side | None:
-    """Take the other end, in a worker and before it reads anything else.
+    """Take the other end, in a worker, before it reads anything else.
 
     Raises:
         ConnectionError: The pool is gone.
@@ -577,5 +579,5 @@ def accept(sock: socket.socket) -> Side | None:
     if data != _INVITATION or not numbers:
         return None
     side = socket.socket(fileno=numbers[0])
-    side.setblocking(True)  # whatever socket.setdefaulttimeout() was told
+    side.setblocking(True)  # independent of socket.setdefaulttimeout()
     return Side(side, waits=True)

@@ -78,26 +78,26 @@ def store(
 
 
 def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
-    """Return: what is left is not known here."""
+    """Return: the remaining memory is not known here."""
 
 
 def refusal(_size_bytes: int) -> MemoryLimitError | None:
-    """Return ``None``: what is left is not known here."""
+    """Return ``None``: the remaining memory is not known here."""
     return None
 
 
 def be_full() -> None:
-    """Do nothing: what is left is not known here."""
+    """Do nothing: the remaining memory is not known here."""
 
 
 def make_room() -> None:
-    """Do nothing: what is left is not known here."""
+    """Do nothing: the remaining memory is not known here."""
 
 
 def require_to_pickle(values: Iterable[Any]) -> None:
-    """Return: what is left is not known here."""
+    """Return: the remaining memory is not known here."""
 
 
 def held_at_most(most_bytes: int) -> int:
-    """Return the same: what is left is not known here."""
+    """Return the same: the remaining memory is not known here."""
     return most_bytes

@@ -7,15 +7,15 @@
     ``functools.singledispatch``  ``plugins.show.register(C)(f)``
 
 Looked for: functions and classes of the script, its instances, and what holds such (a partial, a
-bound method, an entry that a decorator has made). Looked through: the modules that the script
-imports, and those that its names come from: their containers, their classes, and the attributes
-of their own objects. Of the standard library only functions and classes count, as attributes, and
-a table of registries.
+bound method, an entry that a decorator has made). The search covers the modules that the script
+imports, and the modules of its names: their containers, their classes, and the attributes of their
+own objects. In the standard library it covers only functions and classes, as attributes, and a
+table of registries.
 
 Not covered:
-    * What no module's namespace leads to: ``codecs.register``, ``atexit.register``.
-    * Data (``plugins.LEVEL = 5``): nothing says who has set it.
-    * What was taken out of a container.
+    * Changes that no module's namespace leads to: ``codecs.register``, ``atexit.register``.
+    * Data (``plugins.LEVEL = 5``): its origin is unknown.
+    * Removals from a container.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ _DEFINITIONS = frozenset({types.FunctionType, type, abc.ABCMeta})
 
 
 def additions_to(modules: Iterable[str]) -> list[Addition]:
-    """Return what the script has put into modules. No code of theirs is called."""
+    """Return the script's changes to modules. No code of the modules is called."""
     found: list[Addition] = []
     seen: set[int] = set()
     for name in modules:
@@ -291,7 +291,7 @@ def _is_defined_by_script(value: Any) -> bool:
 
 
 def _is_of(value: Any) -> bool:
-    """Tell whether this is the script's, or an object that holds what is."""
+    """Return whether this belongs to the script, or holds such an object."""
     kind = type(value)
     if kind in _NOTHING:
         return kind is tuple and any(map(_is_defined_by_script, value))

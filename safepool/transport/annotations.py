@@ -1,7 +1,7 @@
 """Annotations travel as Python keeps them; from Python 3.14 on, as the function that makes them.
 
-They are never evaluated in order to be sent: what they name may be imported for a type checker
-only (``if TYPE_CHECKING:``), and would raise ``NameError``.
+They are never evaluated for sending: their names may be imported for a type checker only (``if
+TYPE_CHECKING:``), and would raise ``NameError``.
 
 Source: PEP 649 and PEP 749.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["annotations_of", "closure_of", "global_names"]
 
-# The variable by which an annotation in a class's body finds what else is there.
+# Variable by which an annotation in a class's body finds the class's other names.
 _CLASS_SPACE = "__classdict__"
 
 
@@ -45,7 +45,7 @@ else:
 
 
 def annotations_of(thing: Any) -> dict[str, Any]:
-    """Return what is to be set on a copy of a function, so that it has the same annotations."""
+    """Return the attributes that give a copy of a function the same annotations."""
     found: dict[str, Any] = {}
     if sys.version_info >= (3, 14) and thing.__annotate__ is not None:
         found["__annotate__"] = thing.__annotate__
@@ -63,7 +63,7 @@ def closure_of(
 
     Args:
         function: The function.
-        stand_in: Returns what is sent in the place of a value, by the function's globals.
+        stand_in: Function that returns the replacement of a value, by the function's globals.
     """
     cells = function.__closure__
     if cells is None:
@@ -101,7 +101,7 @@ class _Space:
 def _class_with(space: Any) -> type | None:
     """Return the class that has these attributes; ``None`` if it is gone.
 
-    Looked for among all classes: the collector does not find who refers to it after gc.freeze().
+    The search goes through all classes: after gc.freeze() the collector does not find references.
     """
     rest: list[type] = [object]
     seen: set[type] = set()

@@ -1,7 +1,7 @@
 """Search for the part of a value that could not be pickled. Run after the failure.
 
-The pickler's own words name a type: "cannot pickle '_thread.lock' object". Which of the program's
-globals that was, it has forgotten.
+The pickler's own words name a type: "cannot pickle '_thread.lock' object". It no longer knows
+which of the program's globals that was.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ __all__ = ["find_unpicklable"]
 # Deeper or wider than this the way says nothing that helps, and each step pickles again.
 _MOST_STEPS = 8
 _MOST_PARTS = 256
-# Whoever asks has other work waiting.
+# The caller has other work waiting.
 _MOST_S = 0.2
 
 
 def find_unpicklable(value: object, dumps: Callable[[object], object]) -> str:
-    """Return the way to what cannot be pickled in ``value``, as words.
+    """Return the path to the object in ``value`` that cannot be pickled, in words.
 
     Args:
         value: The value that could not be pickled.
-        dumps: Pickles an object, and raises what it raised for ``value``.
+        dumps: Function that pickles an object, and that has raised for ``value``.
 
     Returns:
-        The innermost that was found first, with ``of`` in between; empty if it is ``value``
-        itself, or cannot be told.
+        The innermost object that was found first, with ``of`` in between; empty if it is ``value``
+        itself, or unknown.
 
     Example:
         >>> import pickle, threading
@@ -94,7 +94,8 @@ def _parts(value: Any) -> Iterator[tuple[str, object]]:
             wrapped = getattr(value, "__wrapped__", None)
             if wrapped is not None:
                 yield "the wrapped function", wrapped
-            # The standard library's own travels by its name, or is what cannot be pickled.
+            # An object of the standard library travels by its name, or is the one that cannot be
+            # pickled.
             if type(value).__module__.partition(".")[0] not in sys.stdlib_module_names:
                 yield "the class", type(value)
             state = getattr(value, "__dict__", {})

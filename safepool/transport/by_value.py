@@ -1,4 +1,4 @@
-"""The pickler for what a worker cannot import: cloudpickle, and what it cannot do itself.
+"""The pickler for objects that a worker cannot import: cloudpickle, and additions to it.
 
     a class that is known        is looked up by cloudpickle's own number for it before it is made
                                  again: no second run of ``__init_subclass__`` or a metaclass,
@@ -57,7 +57,7 @@ _LRU_CACHE = type(functools.lru_cache(lambda: None))
 _dispatching: Any = functools.singledispatch(repr)
 _SINGLE_DISPATCH: types.CodeType = _dispatching.__code__
 
-# What the standard library puts beside a function in the attributes of what wraps it.
+# Attributes that the standard library adds to a wrapper besides the function.
 _WRAPPER_NAMES = frozenset(
     {
         *functools.WRAPPER_ASSIGNMENTS,
@@ -70,15 +70,15 @@ _WRAPPER_NAMES = frozenset(
     }
 )
 
-# Of types that have a descriptor.
+# Modules of types with a descriptor.
 _HANDED = frozenset({"socket", "multiprocessing.connection"})
 
-# cloudpickle keeps the classes that it has sent or made by a number of its own.
+# cloudpickle keeps the classes that it has sent or made under a number of its own.
 _classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 
-# A program's own class or cache is sent with every call that uses it. It is kept in between, the
-# last of each name, as it would be by a module that was imported: the class would be made
-# again, and the cache be empty each time.
+# A program's own class or cache is sent with every call that uses it. The last of each name is
+# kept in between, as an imported module would keep it: otherwise the class would be made again,
+# and the cache would be empty each time.
 _kept: dict[tuple[str, str], Any] = {}
 _MOST_KEPT = 1024
 
@@ -148,7 +148,7 @@ class ByValuePickler(CloudPickler):
         of_main = is_of_main(obj) or (
             kind is types.FunctionType and obj.__globals__ is main_space()
         )
-        # What a decorator has made says that it is of the decorator's module.
+        # A decorator's result claims to belong to the decorator's module.
         if self.script is not None and (of_main or "<" in getattr(obj, "__qualname__", "")):
             path = self.script.path_of(obj)
             if path is not None:
@@ -172,7 +172,7 @@ def reducer_table(
     """Return the reducers for other objects than classes and functions.
 
     Args:
-        special: Reducers for arrays, and what was registered with ``multiprocessing``.
+        special: Reducers for arrays, and those registered with ``multiprocessing``.
         loky_imported: Reducers may have been registered with loky, and hold here.
     """
     own: dict[type, Callable[[Any], Any]] = {
@@ -188,8 +188,8 @@ def reducer_table(
     theirs: Any = cloudpickle.Pickler.dispatch_table
     table = ChainMap(own, *theirs.maps)
     if loky_imported:
-        # loky's is live, so later registrations hold. Its own for sockets and connections are a
-        # copy of the standard library's, which open a listening socket.
+        # loky's is live, so later registrations hold. loky's own reducers for sockets and
+        # connections are a copy of the standard library's, which open a listening socket.
         handed = {kind: special[kind] for kind in special if kind.__module__ in _HANDED}
         table.maps[:0] = [handed, sys.modules["loky.backend.reduction"]._dispatch_table]
     return table
@@ -200,7 +200,7 @@ def _state_of(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what cloudpickle sets on a function that it has made, modules' objects as names.
 
-    What a function of the script finds in its globals is sent by itself (``pool.names``).
+    Globals of a script's function are sent separately (``pool.names``).
     """
     globals_ = function.__globals__
     names = global_names(function.__code__)
@@ -247,7 +247,7 @@ def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
 
 
 def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
-    # Not of one that imports something when it is asked for an attribute.
+    # Not for a module that imports something when it is asked for an attribute.
     safe = [one for one in values if type(one) is types.ModuleType and not arrived_lazily(one)]
     return _internals._find_imported_submodules(code, safe) if safe else []
 
@@ -349,8 +349,8 @@ def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]
 
 
 def _fill_class(kind: type, attributes: dict[str, Any]) -> None:
-    # What was defined here stays as it is: its functions have this process's globals. What
-    # was made of what the program sent follows the program, which may have changed it.
+    # What was defined here stays as it is: its functions have this process's globals. A class made
+    # from the program's follows the program's, which may have changed.
     if kind in arrived:
         attributes.pop(_METHODS_FIRST, None)
         fill_class(kind, attributes)
@@ -426,7 +426,7 @@ def _cached_property(
 
 
 def _attributes(wrapper: Any) -> dict[str, Any] | None:
-    """Return what was set on a wrapper beside what the standard library sets."""
+    """Return the attributes of a wrapper that the standard library has not set."""
     of_function = vars(wrapper.__wrapped__) if hasattr(wrapper.__wrapped__, "__dict__") else {}
     own = {
         name: value

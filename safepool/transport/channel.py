@@ -1,6 +1,6 @@
 """One end of the private channel between a pool and one worker.
 
-An unnamed socket pair: no path, no port, nobody else can reach it, and the kernel frees
+An unnamed socket pair has no path and no port, no other process can reach it, and the kernel frees
 it with its last descriptor. The pool's end never blocks; the worker's end always does.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_larg
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
 _PIECES = 256
-# What is read at a time outside the frame reader, as much as that takes at once.
+# Bytes that are read at a time outside the frame reader, as many as it takes at once.
 _RAW_BYTES = 8 * 1024
 # Reads of at most a socket buffer each before another worker has its turn.
 _ROUNDS = 64
@@ -46,8 +46,8 @@ class Channel:
     """Send and receive frames on one socket.
 
     Args:
-        sock: A connected stream socket, blocking for a worker and not for a pool. It is
-            owned by the channel from now on.
+        sock: A connected stream socket, blocking for a worker and not for a pool. The channel owns
+            it from now on.
         side: Takes descriptors; ``None`` if there is none, then all goes by the stream.
     """
 
@@ -96,11 +96,11 @@ class Channel:
         return list(segments)
 
     def hand_over(self, segments: Sequence[Segment]) -> list[Segment]:
-        """Send the files of a payload, just before the frame that tells of them.
+        """Send the files of a payload, just before the frame that refers to them.
 
         Returns:
-            Content of the frame: the same, with what could not go read into memory.
-            Descriptors that could not go are empty segments: whoever asks for one is told.
+            Content of the frame: the same, with what could not go read into memory. Descriptors
+            that cannot be sent become empty segments; using one raises an error.
 
         Raises:
             MemoryError: There is no memory for that.
@@ -168,7 +168,7 @@ class Channel:
             self.send([frame[sent:]])
 
     def offer(self, frame: bytes) -> bool:
-        """Send a frame without waiting for the other end, whatever the socket.
+        """Send a frame without waiting for the other end, on any socket.
 
         Returns:
             Whether it was taken: sent, or queued as the only one. ``False`` while an earlier
@@ -187,7 +187,7 @@ class Channel:
         return True
 
     def flush(self, flags: int = 0) -> None:
-        """Send what is queued, as far as the kernel takes it.
+        """Send queued frames, as far as the kernel takes them.
 
         Args:
             flags: Flags of send(2), for this time.
@@ -215,9 +215,9 @@ class Channel:
         self._unsent.clear()
 
     def receive_raw(self) -> bytes:
-        """Wait for the first bytes of a frame, and return what there is of it and behind it.
+        """Wait for the first bytes of a frame; return them with all that has arrived.
 
-        What is no message that the caller knows by sight goes to :meth:`feed`.
+        Bytes that are no complete message the caller knows go to :meth:`feed`.
 
         Returns:
             Nothing, at once, if a part of a frame is here: :meth:`receive` is to be called.
@@ -243,9 +243,9 @@ class Channel:
         """Yield frames that have arrived, or on a blocking socket wait for some.
 
         Args:
-            everything: Go on until nothing is left to read. Without it the call ends after
-                a while, so that one worker with much to say does not keep the others; on a
-                blocking socket before it would have to wait again.
+            everything: Go on until nothing is left to read. Without it the call ends after a
+                while, so that one busy worker does not delay the others; on a blocking socket it
+                ends before it would wait again.
 
         Raises:
             ChannelClosedError: The other end is gone and everything it sent was yielded.
@@ -266,10 +266,10 @@ class Channel:
                 raise ChannelClosedError from error
             if not count:
                 raise ChannelClosedError
-            del buffer  # who takes a frame may drop it while this waits for more
+            del buffer  # the owner of a frame may drop it while this waits for more
             yield from self._reader.received(count)
             if count < room and not everything:
-                # That was all: to be told so by another call would cost as much as the first
+                # That was all: another call to find that out would cost as much as the first
                 # (benchmarks/dispatch.py, round-trip).
                 return
 
@@ -282,7 +282,7 @@ class Channel:
             yield from self._reader.received(count)
 
     def close(self) -> None:
-        """Close the socket; what is unsent is dropped. May be called again."""
+        """Close the socket; unsent bytes are dropped. May be called again."""
         self._unsent.clear()
         if self._side is not None:
             self._side.close()
@@ -296,7 +296,7 @@ class Channel:
             raise CorruptFrameError(
                 "a frame refers to a file, and this channel cannot receive files"
             )
-        # What is shared is mapped when it is needed, perhaps more than once.
+        # Shared objects are mapped when they are needed, perhaps more than once.
         return self._side.receive(lengths, mapped=kind is not Kind.SHARE)
 
     if sys.platform == "win32":

@@ -44,9 +44,9 @@ Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
 _HEAP = 1 << 9
 _OWN_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
-# What the interpreter makes anew.
+# Attributes that the interpreter makes anew.
 _MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__", "__annotations_cache__"})
-# What enum.EnumType makes of the members.
+# Attributes that enum.EnumType makes from the members.
 _OF_MEMBERS = frozenset(
     {
         "_generate_next_value_",
@@ -59,7 +59,7 @@ _OF_MEMBERS = frozenset(
         "_unhashable_values_map_",
     }
 )
-# What classes of ctypes other than structures must have when they are made.
+# Attributes that classes of ctypes other than structures need when they are made.
 _OF_CTYPES = frozenset({"_type_", "_length_", "_flags_", "_argtypes_", "_restype_"})
 _SET_ONCE = frozenset({"__slots__", "_fields_"})
 _OF_A_MEMBER = frozenset({"_value_", "_name_", "__objclass__", "_sort_order_"})
@@ -71,8 +71,8 @@ def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
     """Return how to make a class again.
 
     Returns:
-        A function, its arguments and the attributes to be set afterwards, by :func:`fill_class`;
-        of a type that another one determines, only the former.
+        A function, its arguments, and the attributes that :func:`fill_class` sets afterwards. For
+        a type that another type determines, only the former.
     """
     derived = _reduce_derived(kind)
     if derived is not None:
@@ -129,7 +129,7 @@ def _registered_with(kind: type) -> list[type]:
         for one in [*space.values()]
         if issubclass(type(one), abc.ABCMeta) and any(kind is other for other in _registered(one))
     }
-    # Not for the others: a module may warn of a name that is asked for (ByteString).
+    # Not for the others: a module may warn when it is asked for a name (ByteString).
     return [one for one in found.values() if is_importable(one)]
 
 
@@ -179,7 +179,7 @@ def _first(meta: Any, is_wanted: Callable[[type], bool]) -> Any:
     return next(one for one in meta.__mro__ if is_wanted(one))
 
 
-# Made here of what another process has sent, and filled with what they have there.
+# Classes made here from another process's, and filled with their attributes there.
 arrived: weakref.WeakSet[type] = weakref.WeakSet()
 _HOOK = "__init_subclass__"
 _hooking = threading.RLock()
@@ -248,7 +248,7 @@ def _reduce_enum(kind: Any) -> Parts:
 
 
 def _data_of(kind: Any, member: Any) -> tuple[Any, ...]:
-    """Return what the member's plain part is made of: the text of one that is a ``str``."""
+    """Return the plain value of a member: the text of one that is a ``str``."""
     base = kind._member_type_
     if base.__new__ is object.__new__:
         return ()
@@ -275,13 +275,13 @@ def _make_enum(
         namespace[member] = made_of
     with _other_hooks(bases, _pass_on_if_as_sent):
         made: type = first.__new__(meta, name, bases, namespace, **boundary)
-    for own in ("__init__", "__new_member__"):  # else enumerations derived from it had them
+    for own in ("__init__", "__new_member__"):  # else enumerations derived from it would have them
         type.__delattr__(made, own)
     return made
 
 
 def _new_member(kind: Any, *arguments: Any) -> Any:
-    # An enumeration of tuples is given one of them.
+    # An enumeration of tuples takes one tuple.
     data, value = arguments if len(arguments) == 2 else arguments[0]
     base = kind._member_type_
     member = base.__new__(kind, *data)

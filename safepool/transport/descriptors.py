@@ -1,4 +1,4 @@
-"""Sockets, connections and whatever else ``multiprocessing`` has learned to pickle.
+"""Sockets, connections and other types with a reducer of ``multiprocessing``.
 
     sender                                      receiver
     reducer: reduction.DupFd(7)
@@ -11,7 +11,8 @@ included. Their descriptors go over the worker's own channel, instead of by the 
 and the thread that the standard library starts for them.
 
 Who owns what: the duplicates belong to the message, which may be sent to several workers, or again
-to another. What has arrived belongs to the object that is rebuilt; what no object takes is closed.
+to another. An arrived descriptor belongs to the object that is rebuilt; a descriptor without an
+object is closed.
 
 Not covered:
     * Other systems than Linux, where the standard library's own way is used.
@@ -52,7 +53,7 @@ __all__ = [
 
 # SCM_MAX_FD, unix(7).
 _MOST_AT_ONCE = 253
-# What the standard library registers for types that pickle or cloudpickle takes as well or better.
+# Types for which pickle or cloudpickle is as good as the standard library's reducer, or better.
 _REDUCTION = "multiprocessing.reduction"
 _NOT_NEEDED = frozenset(
     {
@@ -62,7 +63,7 @@ _NOT_NEEDED = frozenset(
         (_REDUCTION, "_reduce_partial"),
     }
 )
-# Pickle takes none of them, or what it makes of them is known by CONNECTION.
+# Pickle refuses these, or CONNECTION recognises its result.
 _REFUSED = frozenset(
     {
         (_REDUCTION, "_reduce_socket"),
@@ -174,11 +175,11 @@ class Outgoing:
         self._numbers: list[int] = []
 
     def take(self, descriptor: int) -> _Place:
-        """Return what is pickled for a descriptor, of which a duplicate is kept.
+        """Return the pickled form of a descriptor, and keep a duplicate of the descriptor.
 
         Raises:
             PicklingError: The descriptor cannot be sent.
-            OSError: The descriptor is not open, or this process can have no more of them.
+            OSError: The descriptor is not open, or this process has no free descriptor.
         """
         if not self.allowed:
             raise pickle.PicklingError(
@@ -265,10 +266,10 @@ class Incoming:
 
 
 def arrive(place: int) -> Descriptor:
-    """Return the descriptor at a place of this thread's payload; what a pickle calls.
+    """Return the descriptor at a place of this thread's payload. Called by a pickle.
 
     Raises:
-        LookupError: There is none: the pickle has come another way.
+        LookupError: There is no descriptor: the pickle has come another way.
     """
     incoming: Incoming | None = getattr(_thread, "incoming", None)
     if incoming is None:
@@ -285,7 +286,7 @@ class Registered:
 
     Attributes:
         reducers: By type; without those of the standard library that pickle does not need.
-        beyond: Some of them are for types that pickle takes, and takes otherwise.
+        beyond: Whether there are reducers for types that pickle itself accepts.
     """
 
     reducers: dict[type, Callable[[Any], Any]]
@@ -297,7 +298,7 @@ _registered = Registered({}, beyond=False)
 
 
 def are_beyond() -> bool:
-    """Tell whether pickle itself may make something else of a type than its registered reducer.
+    """Return whether pickle itself may treat a type otherwise than its registered reducer.
 
     With each task: a second registration for the same type is seen by :func:`registered` only.
     """

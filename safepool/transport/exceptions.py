@@ -2,14 +2,14 @@
 
 Pickle calls ``ParseError(*error.args)``. A constructor that takes other arguments than it passes
 on fails there, or makes another text. An exception is no more than its class, ``args`` and
-attributes, so these are sent, and the constructor of the class is not run. A class that says
-itself how it is pickled (``__reduce__`` and the like) is asked first.
+attributes, so these are sent, and the constructor of the class is not run. A class with a pickling
+method of its own (``__reduce__`` and others) is asked first.
 
 It holds wherever the exception is: raised, in a result, in an argument, in another exception.
 
 Not covered:
-    * ``__traceback__``, ``__cause__`` and ``__context__``: of what is raised they travel as text,
-      else not at all, as by pickle.
+    * ``__traceback__``, ``__cause__`` and ``__context__``: those of a raised exception travel as
+      text, others not at all, as with pickle.
     * ``AttributeError.obj``, which pickle leaves out as well.
 """
 
@@ -43,11 +43,11 @@ _reduce_by_itself = operator.methodcaller("__reduce_ex__", 5)
 class StandardTable(dict[type, "Callable[[Any], Any]"]):
     """The table of the standard pickler, with exceptions as above.
 
-    All other types are entered with what the pickler does without an entry: C code that finds
-    one is faster than a miss, and than a method of the pickler that is asked for each object.
+    All other types are entered with the pickler's own default: C code that finds an entry is
+    faster than a miss, and than a method of the pickler that is called for each object.
 
     Args:
-        special: Other reducers. It may answer for a type that it does not hold.
+        special: Other reducers. It may return an entry for a type that it does not hold.
     """
 
     def __init__(self, special: Mapping[type, Callable[[Any], Any]]) -> None:
@@ -78,7 +78,7 @@ def reduce_exception(error: BaseException) -> Any:
     if kind in copyreg.dispatch_table or any(_is_own(kind, way) for way in _WAYS):
         return NotImplemented
     if _base_of(kind).__module__ != "builtins":
-        return NotImplemented  # of C code, which may keep what nobody sees
+        return NotImplemented  # of C code, which may have invisible state
     try:
         return _reduced(error, error.args, _fields_of(error), _slots_of(error), vars(error))
     except TypeError:
@@ -131,7 +131,7 @@ def _fill(error: BaseException, state: tuple[Any, ...]) -> None:
 
 
 def _fields_of(error: BaseException) -> dict[str, Any]:
-    """Return what the interpreter's own class keeps beside ``args``: ``errno``, ``value``, ..."""
+    """Return fields of the interpreter's own class besides ``args``: ``errno``, ``value``, ..."""
     base = _base_of(type(error))
     names = [] if issubclass(base, BaseExceptionGroup) else _descriptors(base)
     values = {name: _get(getattr(base, name), error) for name in names if name not in _NOT_SENT}

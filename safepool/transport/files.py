@@ -5,13 +5,13 @@
     Side.send()  ---- its descriptor ---->   Side.receive() maps it privately, and closes it
     frame        ---- their lengths  ---->   (transport.frames)
 
-The one copy is made by whoever has the array; the receiver maps the same memory, so that it is
-writable, nobody else sees what is written, and the kernel frees it with its last user, however
-that ends. There is no name in ``/dev/shm`` or ``/tmp`` to be left behind, to race on or to fill.
+The sender of an array makes the only copy; the receiver maps the same memory. So it is writable,
+no other process sees the changes, and the kernel frees it with its last user, in every ending. No
+name in ``/dev/shm`` or ``/tmp`` can be left behind, raced for or filled.
 
 Descriptors have a socket pair of their own, the *side* of a channel. So the stream is read without
-looking for descriptors, and a descriptor that cannot be taken now (``EMFILE``) stays where it
-is until a spare one is given back for it: nothing is lost.
+looking for descriptors. A descriptor that cannot be taken now (``EMFILE``) stays there until a
+spare one is given back for it: nothing is lost.
 
 Wherever a file is refused, buffers go through the stream instead: ``store`` returns them as they
 are, or ``Side.send`` says no. Elsewhere than on Linux that is always so.

@@ -1,12 +1,12 @@
-"""Have two processes the same value? A short hash of what it would be as a pickle.
+"""Have two processes the same value? A short hash of an object's pickle.
 
 The fork server that ran the script, and the program itself, compare the script's globals by it
 without sending them. Functions and classes of ``__main__`` count by their name and definition, as
 they are other objects, of a module with another name, in each process. Equal hashes mean equal
-values. A set of text has another order in each process: where there is one, in not more than
-1 MiB, everything is pickled again, with the items of sets in order.
+values. A set of text has another order in each process. If there is a set, in not more than 1 MiB,
+everything is pickled again, with the items of sets in order.
 
-Not covered, so that unequal hashes may be equal values too:
+Not covered, so that different hashes may belong to equal values:
     * Sets of instances.
     * Values of more than 16 MiB: they are sent, equal or not.
 """
@@ -41,9 +41,9 @@ _LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, _LRU_CACHE)
 ABSENT: Final = b"absent"
 """What is said of a name that is not there."""
 
-# As much is hashed in some tens of milliseconds.
+# This many bytes are hashed in some tens of milliseconds.
 _MOST_BYTES = 16 << 20
-# To find the sets takes six times as long, also where a number only looks like one.
+# Finding the sets takes six times as long, even if a number only looks like a set.
 _MOST_ORDERED_BYTES = 1 << 20
 
 
@@ -55,7 +55,7 @@ def fingerprint(value: object) -> bytes | None:
     """Return what tells a value from others in another process.
 
     Args:
-        value: Anything. What it defines for the pickler is called, and nothing else.
+        value: Anything. Only its own pickling methods are called.
 
     Returns:
         A hash; :data:`UNKNOWN` if it is larger than 16 MiB, or shared; ``None`` if it cannot be
@@ -83,12 +83,12 @@ def fingerprint(value: object) -> bytes | None:
 
 
 class _Sink:
-    """A file that keeps nothing but the hash of what is written.
+    """A file that keeps only the hash of the written bytes.
 
     Attributes:
-        hash: Hash of all of it.
+        hash: Hash of all bytes.
         size: Size of that, in bytes.
-        may_have_sets: There are bytes in the pickle that may make a set.
+        may_have_sets: Whether the pickle has bytes that may make a set.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class _Sink:
         self.size = 0
 
     def write(self, data: Any) -> int:
-        """Add what is written."""
+        """Add bytes to the hash."""
         size = memoryview(data).nbytes
         self.size += size
         if type(data) is bytes and not self.may_have_sets:
@@ -118,7 +118,7 @@ class _Sink:
 
 
 class _Pickler(pickle.Pickler):
-    """Also takes what travels by value; nobody ever reads what it writes."""
+    """Accepts objects that travel by value as well; its pickle is never read."""
 
     dispatch_table = ChainMap(  # noqa: RUF012 -- the C pickler reads it from the class
         weak.containers(), cast("dict[type, Any]", copyreg.dispatch_table)
@@ -128,7 +128,7 @@ class _Pickler(pickle.Pickler):
         if isinstance(obj, types.ModuleType):
             return str, (attribute_of(obj, "__name__"),)  # one may be loaded when it is asked
         if isinstance(obj, Shared):
-            raise _TooLargeError  # the program's own, whatever it holds
+            raise _TooLargeError  # the program's own, of any content
         if not isinstance(obj, _LOOKED_INTO):
             return NotImplemented
         name = f"{obj.__module__}.{obj.__qualname__}"

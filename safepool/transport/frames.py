@@ -34,7 +34,7 @@ __all__ = ["CorruptFrameError", "Filed", "Frame", "FrameReader", "Kind", "Missin
 _HEADER = struct.Struct("!2sBBIQ")
 _MAGIC = b"sp"
 _VERSION = 2
-# One pickle and its buffers; no task needs more, and a corrupt count must not allocate.
+# One pickle and its buffers: no task needs more, and a corrupt count must not allocate memory.
 _MOST_SEGMENTS = 1 << 20
 # Small frames are read many at a time into one buffer of this size (a socket's default
 # receive buffer is about three times as large). A segment with at least a quarter of it
@@ -50,7 +50,7 @@ _HELD_BYTES = 1 << 20
 # whenever that is full.
 _FIRST_BYTES = 1 << 24
 _IN_A_FILE, _FIRST_OF_FILE = 1 << 63, 1 << 62
-# Of one frame: what a process has addresses for.
+# The most bytes of a frame: the address space of a process.
 _MOST_BYTES = 1 << 47
 _TABLES = [struct.Struct(f"!{count}Q") for count in range(4)]
 
@@ -113,8 +113,8 @@ class Frame(NamedTuple):
         kind: Kind of the message.
         task: Position of the task it is about, counted by worker from 1; 0 where it is
             about none.
-        segments: Its payload, each part in memory of its own that may be written to; in the
-            place of one that could not be had, why.
+        segments: Its payload, each part in separate writable memory. A part that could not be
+            received is replaced by its error.
     """
 
     kind: Kind
@@ -207,16 +207,17 @@ def _fetch_nothing(_kind: Kind, _lengths: tuple[int, ...]) -> list[Received]:
 
 
 class FrameReader:
-    """Cut received bytes into frames, whatever the pieces they arrive in.
+    """Cut received bytes into frames, independent of the pieces in which they arrive.
 
     Ask :meth:`buffer` where the next bytes go, receive into it, and tell
     :meth:`received` how many came.
 
     Args:
-        fetch: Function that is asked for the segments of a file, by the frame's kind and their
-            lengths, when the frame is complete.
-        hold: Told how many bytes an answer will take here. If it raises `MemoryError`, the answer
-            is read and dropped, and that error stands for each of its segments.
+        fetch: Function that returns the segments of a file, by the frame's kind and their lengths,
+            when the frame is complete.
+        hold: Called with the number of bytes that an answer will take here. If it raises
+            `MemoryError`, the answer is read and dropped, and that error stands for each of its
+            segments.
     """
 
     __slots__ = (
@@ -246,15 +247,15 @@ class FrameReader:
         self._view = memoryview(self._scratch)
         self._start = 0
         self._end = 0
-        # The frame under way: its kind and task; the lengths of its parts, which are the table
-        # of lengths, and then the segments; the parts up to the one that is filled now, and the
-        # place in it.
+        # State of the incomplete frame: its kind and task; the lengths of its parts, which are the
+        # table of lengths and then the segments; the parts up to the current one, and the place in
+        # it.
         self._head: tuple[Kind, int] | None = None
         self._table: bytearray | None = None
         self._lengths: list[int] = []
         self._parts: list[bytearray] = []
         self._filled: tuple[int, int] = (0, 0)
-        # Of an answer that there is no room for.
+        # Parts of an answer that there is no room for.
         self._missing: list[Received] = []
         # The segments in files: how many of the parts go before each file, and the lengths in it.
         self._files: list[tuple[int, list[int]]] = []
@@ -276,7 +277,7 @@ class FrameReader:
         return self._view[self._end :]
 
     def received(self, count: int) -> Iterator[Frame]:
-        """Account for ``count`` bytes in the last :meth:`buffer`; yield what is complete.
+        """Account for ``count`` bytes in the last :meth:`buffer`; yield the complete frames.
 
         Raises:
             CorruptFrameError: The bytes are not a frame of this version.
@@ -288,7 +289,7 @@ class FrameReader:
             index, filled = self._filled
             self._filled = (index, filled + count)
         while (frame := self._whole()) is not None or self._complete():
-            # Nothing is kept here: who takes a frame may drop it while it waits for more.
+            # No reference is kept here: the owner of a frame may drop it while it waits for more.
             yield self._take() if frame is None else frame
             frame = None
             if self.is_empty:
@@ -390,7 +391,7 @@ class FrameReader:
             try:
                 self._hold(whole)
             except MemoryError as error:
-                # What arrives goes to one small piece of memory, again and again.
+                # All arriving bytes go to the same small piece of memory.
                 self._missing = [Missing(error.with_traceback(None)) for _ in in_stream]
                 self._expect([whole], bytearray(_HELD_BYTES))
 
@@ -399,7 +400,7 @@ class FrameReader:
         return bool(self._files) and self._files[-1][0] == place
 
     def _fill(self) -> bool:
-        """Move what is in the scratch buffer to the parts; tell whether all are full."""
+        """Move the bytes in the scratch buffer to the parts; return whether all parts are full."""
         index, filled = self._filled
         while index < len(self._lengths):
             if index == len(self._parts):
@@ -423,7 +424,7 @@ class FrameReader:
 
 
 def _could_be_had(size_bytes: int) -> bool:
-    """Ask the system for so much, and use none of it.
+    """Ask the system for that much memory, without using it.
 
     A frame that can never be complete must not be waited for: it would swallow the next ones.
     """

@@ -1,7 +1,7 @@
 """Files for picklers and unpicklers, held against the memory that is left as they go on.
 
-How long a pickle becomes is known when it is there, and what it takes as objects when it is
-loaded. So each step of either is held against what is left (``room``), and one that does not fit
+The size of a pickle is known when it is complete, and that of its objects when it is loaded. So
+each step of both is compared with the remaining memory (``room``), and a step that does not fit
 ends with `MemoryLimitError`. The C code of `pickle` makes steps by itself, with protocol 4 and 5:
 
     step                                            written by      read by
@@ -9,11 +9,11 @@ ends with `MemoryLimitError`. The C code of `pickle` makes steps by itself, with
     header of what is large in one piece            one write()     read()
     bytes or text of at least 64 KiB                one write()     one readinto() or read()
 
-What is small has one step, which is not looked at.
+Small objects take one step, which is not checked.
 
 Not covered:
-    * Text beside ASCII: Python encodes all of it, and keeps that, before the first write.
-      ``require_to_pickle`` looks for it in arguments, not in objects.
+    * Text outside ASCII: Python encodes all of it, and keeps that, before the first write.
+      ``require_to_pickle`` looks for it in arguments, but not inside of objects.
 
 Sources: Python, Modules/_pickle.c, _Pickler_write_bytes, FRAME_SIZE_TARGET, PyMemoTable.
 """
@@ -49,8 +49,8 @@ _LEAST_FRAMED = 4
 _TEXTS = ((0x8D, 8), (0x58, 4))
 # Opcodes that a length follows, of so many bytes.
 _LENGTHS = {0x95: 8, 0x42: 4, 0x58: 4, 0x8D: 8, 0x8E: 8, 0x96: 8}
-# Of the table of what was pickled: of a slot, and how many slots there are when it doubles for
-# the first time that matters. It does when two thirds are used, and has then both tables.
+# Of the table of what was pickled: of a slot, and how many slots there are when it doubles for the
+# first time that matters. A table grows when two thirds are used, and then both tables exist.
 _SLOT_BYTES = 16
 _FIRST_SLOTS = 1 << 18
 # More than are used by one frame.
@@ -63,7 +63,7 @@ class Sink(io.BytesIO):
     """File that a pickler writes to.
 
     Raises:
-        MemoryLimitError: By `write`. What was written before is dropped.
+        MemoryLimitError: By `write`. Bytes that were written before are dropped.
     """
 
     _done = _used = 0
@@ -112,7 +112,7 @@ class Source:
     """File that an unpickler reads from.
 
     Args:
-        pickled: Not copied.
+        pickled: The pickle, which is not copied.
 
     Raises:
         MemoryLimitError: By `read` and `readinto`.
@@ -156,7 +156,7 @@ def load(pickled: Buffer, buffers: Iterable[Any] = ()) -> Any:
     """Unpickle.
 
     Raises:
-        MemoryLimitError: There is no room for all that it becomes.
+        MemoryLimitError: There is no room for its objects.
         Exception: The exception of unpickling.
     """
     if len(pickled) < STEP_BYTES:
@@ -165,7 +165,7 @@ def load(pickled: Buffer, buffers: Iterable[Any] = ()) -> Any:
 
 
 def loaded_bytes(pickled: Buffer) -> int:
-    """Return about how much memory what a pickle becomes takes, at the least.
+    """Return a lower bound of the memory that the objects of a pickle take.
 
     Example:
         >>> numbers = pickle.dumps([float(number) for number in range(20_000)], protocol=5)

@@ -4,8 +4,8 @@
     pickle    attribute_of("app", "settings")
     worker    imports app, and finds app.settings
 
-So a counter, a cache or a setting of a module is the module's own in a worker, as it is in one of
-the standard pool, and an object that cannot be pickled (a lock, a client) does not have to be.
+So a counter, a cache or a setting of a module is the module's own in a worker, as in the standard
+pool, and an object that cannot be pickled (a lock, a client) need not be.
 
 The script's source tells which module a name came from. Where there is none (standard input), it
 is the module that has the same object under the same name; or, for what cannot be pickled and for
@@ -54,14 +54,15 @@ _NO_OBJECTS = frozenset(
     {*_NAMELESS, *_NAMED, types.ModuleType, property, classmethod, staticmethod}
 )
 _NOT_IMPORTED = frozenset({"__main__", "__mp_main__", "builtins"})
-# A copy for workers whose module has something else under the name; a larger one is not sent.
+# Limit of a copy, for workers whose module has another object under the name; a larger copy is not
+# sent.
 _MOST_COPIED_BYTES = 64 * 1024
 # A larger container is data, which the program may have given to a module.
 _MOST_ITEMS = 1024
 
 
 class _Origins:
-    """Where a script says that its names come from.
+    """Origins of names, from the source of a script.
 
     Attributes:
         sources: Number of pieces of source that were read; a prompt adds to them.
@@ -170,7 +171,7 @@ def held_value(value: object, space: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _origins_of(space: dict[str, Any]) -> _Origins | None:
-    """Return what the source says; ``None`` if there is none."""
+    """Return the origins in the source; ``None`` if there is no source."""
     key = id(space)
     known = _origins.get(key)
     if known is not None and known.sources == _count_of_sources(space):
@@ -282,7 +283,7 @@ def _is_there(module: str, attribute: str, value: object) -> bool:
         return False
     try:
         if getattr(found, "__spec__", None) is None:
-            return False  # made by the program: nobody else can import it
+            return False  # made by the program: no other process can import it
         return _get(found, attribute) is value
     except Exception as error:  # noqa: BLE001 -- a module's own __getattr__
         let_handlers_pass(error)
@@ -296,7 +297,7 @@ def _get(module: Any, attribute: str) -> Any:
 
 
 def _name_of(module: types.ModuleType) -> str:
-    # Not by the module's own way to attributes: it may import what was to be imported later.
+    # Not by the module's own __getattribute__: it may start a lazy import.
     name: str = object.__getattribute__(module, "__name__")
     return name
 
@@ -335,18 +336,18 @@ class Held:
 
 
 def attribute_of(module: str, attribute: str, kind: str, copy: bytes | None) -> Any:
-    """Return an object of a module; what a pickle calls.
+    """Return an object of a module. Called by a pickle.
 
     Args:
         module: The module's name.
         attribute: The same as :func:`held_by_module` returns it.
         kind: The type of the sender's object.
-        copy: A pickle of it, for a module that has something else under this name here, because
-            the program has set it at run time; ``None`` if there is none.
+        copy: Pickle of the object, for a module that has another object under this name here,
+            because the program has set it at run time; ``None`` if there is none.
 
     Raises:
         ImportError: The module cannot be imported here.
-        AttributeError: The module has something else there, and there is no copy.
+        AttributeError: The module has another object there, and there is no copy.
     """
     found = importlib.import_module(module)
     try:

@@ -44,13 +44,13 @@ __all__ = ["reduce_other", "table"]
 
 # Objects without a name that are known to both ends; the oldest are forgotten.
 _MOST_NUMBERED = 1024
-# Of which nothing is to be known; emptied when there are more.
+# Types that need no treatment; emptied when there are too many.
 _plain: set[type] = set()
 _MOST_PLAIN = 256
 
 
 def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
-    """Return how to make an object that is neither function nor class; ``NotImplemented`` mostly.
+    """Return how to make an object that is no function or class; usually ``NotImplemented``.
 
     Args:
         obj: The object.
@@ -87,13 +87,13 @@ def _reduce_special(obj: Any, kind: Any) -> Any:
 
 
 def _only_adds(kind: Any) -> bool:
-    """Tell whether a class leaves to the standard library's what a weak container is made of."""
+    """Return whether a class keeps the storage of the standard library's weak container."""
     base = next(one for one in weak.KINDS if issubclass(kind, one))
     return all(getattr(kind, name) is getattr(base, name) for name in ("__init__", "__reduce__"))
 
 
 def _reduce_c(obj: Any, kind: Any) -> Any:
-    """Reduce a library that ``ctypes`` has loaded, or a function of one; else return ``None``."""
+    """Reduce a library of ``ctypes``, or one of its functions; ``None`` for others."""
     ctypes = loaded("ctypes", "PyDLL")
     if ctypes is None:
         return None
@@ -177,7 +177,7 @@ def _keywords_only() -> object:
 
 
 def _reduce_count(counter: itertools.count[Any]) -> Any:
-    # Python 3.14 has taken away its own way. Its text is the only place that says where it is.
+    # Python 3.14 has taken away its own way. Its text is the only place with its origin.
     import ast  # noqa: PLC0415 -- seldom
 
     try:
@@ -205,7 +205,7 @@ def _partial_method(
 
 def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Any:
     try:
-        # What it was set to is the context's own.
+        # A value that was set belongs to the context.
         default: tuple[Any, ...] = (contextvars.Context().run(variable.get),)
     except LookupError:
         default = ()
@@ -229,7 +229,7 @@ def _reduce_variable(variable: Any) -> Any:
     about = _about_variable(variable)
     if "infer_variance" not in about[2]:
         return _by_name(variable, variable.__name__, _make_variable, about)
-    # Of "class Node[T: Node]": the class that it is of may be what it is bound to.
+    # Of "class Node[T: Node]": the bound may be the variable's own class.
     key = uuid.uuid4().hex
     made_of = key, _declared(*about, f"{key!r}, 0")
     reduced = _by_name(variable, variable.__name__, _make_declared, made_of)
@@ -237,7 +237,7 @@ def _reduce_variable(variable: Any) -> Any:
 
 
 def _about_variable(variable: Any) -> tuple[type, tuple[Any, ...], dict[str, Any]]:
-    """Return the kind of a type variable, its name and constraints, and what else it says."""
+    """Return the kind of a type variable, its name and constraints, and its other arguments."""
     kind = type(variable)
     words: dict[str, Any] = {}
     if kind is not typing.TypeVarTuple:
@@ -255,7 +255,7 @@ def _make_variable(kind: Any, arguments: tuple[Any, ...], words: dict[str, Any])
 
 
 def _ask(thing: object, name: str) -> Any:
-    """Return an attribute that is evaluated when it is asked for; ``None`` if it cannot be."""
+    """Return an attribute that is evaluated on access; ``None`` if that fails."""
     try:
         return getattr(thing, name, None)
     except Exception:  # noqa: BLE001 -- it names what only a type checker knows
@@ -278,7 +278,7 @@ def _reduce_alias(alias: Any) -> Any:
     declared = ", ".join(_declared(*one, f"{key!r}, {place}") for place, one in enumerate(about))
     numbers = [_number_of(one) for one in alias.__type_params__]
     reduced = _by_name(alias, name, _make_alias, (name, key, declared, numbers))
-    # Not evaluated where it does not have to be. As a state: an alias may name itself.
+    # Not evaluated unless necessary. As a state: an alias may name itself.
     evaluate = getattr(alias, "evaluate_value", None)
     value = evaluate or _ask(alias, "__value__")
     return _with_state(reduced, (key, evaluate is not None, value, [one[1:] for one in about]))
@@ -289,7 +289,7 @@ def _with_state(reduced: Any, state: tuple[str, bool, Any, list[Any]]) -> Any:
 
 
 def _declared(kind: type, arguments: tuple[Any, ...], words: dict[str, Any], where: str) -> str:
-    """Return a type variable in the syntax of a generic alias, evaluated when it is asked for."""
+    """Return a type variable in the syntax of a generic alias, evaluated on access."""
     stars = {"ParamSpec": "**", "TypeVarTuple": "*"}.get(kind.__name__, "")
     name, *constraints = arguments
     text = f"{stars}{name}"
@@ -309,7 +309,7 @@ _evaluated: dict[str, tuple[bool, Any, list[Any]]] = {}
 
 def _make_alias(name: str, key: str, declared: str, numbers: list[str]) -> Any:
     made = _make_by(f"type {name}{declared and f'[{declared}]'} = _value_of({key!r})", name, key)
-    # Its value names the same ones.
+    # Its value names the same variables.
     for number, variable in zip(numbers, made.__type_params__, strict=True):
         _remember(number, variable)
     return made
@@ -357,7 +357,7 @@ def _is_in_its_module(obj: Any, name: str) -> bool:
     return found_as(module, name) is obj
 
 
-# Made of what has arrived, by the name that it has in the other end's ``__main__``.
+# Objects made from arrived ones, by their name in the other end's ``__main__``.
 _named_objects: dict[str, Any] = {}
 
 
@@ -439,7 +439,7 @@ def _remember(number: str, obj: Any) -> None:
 
 
 def _reduce_module(module: types.ModuleType) -> Any:
-    # Not by the module's own way to attributes, which may import what was put off.
+    # Not by the module's own __getattribute__, which may start a lazy import.
     attributes = object.__getattribute__(module, "__dict__")
     name = attributes.get("__name__")
     found = sys.modules.get(name)

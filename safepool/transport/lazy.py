@@ -63,7 +63,7 @@ def reducers() -> dict[type, Callable[[Any], Any]]:
 
 
 def _reduce(lazy: object) -> tuple[Any, ...]:
-    # Its text is all that it shows without being loaded.
+    # Without loading it, only its text is known.
     name = repr(lazy)[len(_REPR[0]) : -len(_REPR[1])]
     base, _, last = name.rpartition(".")
     # An attribute of another lazy import: by ``from``, or of a submodule by ``as``.
@@ -97,10 +97,10 @@ class _Lazily:
 
 
 def arrived_lazily(value: object) -> object:
-    """Return what is sent for a module, function or class that has arrived as a lazy import.
+    """Return the pickled form of a module, function or class that has arrived as a lazy import.
 
     Returns:
-        ``None`` for anything else.
+        ``None`` for other objects.
     """
     if _arrived and issubclass(type(value), _IMPORTED):
         for statements, name in _arrived:
@@ -117,7 +117,7 @@ _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, ty
 
 @contextmanager
 def eager_imports() -> Iterator[None]:
-    """Import at once within the block, whatever ``-X lazy_imports`` says."""
+    """Import at once within the block, whatever ``-X lazy_imports`` is."""
     if not LAZY_TYPES:
         yield
         return
@@ -133,7 +133,8 @@ def eager_imports() -> Iterator[None]:
 def load_own() -> None:
     """Import what this package's modules need and ``-X lazy_imports=all`` has put off.
 
-    Whoever forks must have done it, and so must a worker whose task may use up the descriptors.
+    A process that forks must have done it, and so must a worker whose task may use up the
+    descriptors.
     """
     python: Any = sys
     if not LAZY_TYPES or python.get_lazy_imports() != "all":

@@ -43,7 +43,7 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
         descriptors: They stay open here. At most 253.
 
     Raises:
-        ValueError: There are more descriptors than one letter takes.
+        ValueError: There are more descriptors than one letter can carry.
         OSError: The other end is gone, or reads nothing in time (``TimeoutError``).
 
     Example:

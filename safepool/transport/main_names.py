@@ -1,9 +1,9 @@
-"""Which functions and classes of ``__main__`` a receiver has too, so that they travel by name.
+"""Functions and classes of ``__main__`` that a receiver has too, so that they travel by name.
 
-The fork server that ran the script reports what it has (``marks.marks_of``): the qualified name
-of each function and class, and a mark of how it was defined. What the program has under the same
-name, with the same mark, is pickled as that name. Everything else travels by value: what was
-defined below the guard, defined anew at a prompt, or lives in no namespace.
+The fork server that ran the script reports what it has (``marks.marks_of``): the qualified name of
+each function and class, and a mark of how it was defined. An object that the program has under the
+same name, with the same mark, is pickled as that name. Everything else travels by value: objects
+defined below the guard, redefined at a prompt, or without a namespace.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
 class MainNames:
     """Names of ``__main__`` that the workers of one pool have.
 
-    A pool whose workers do not run the script is told so by :meth:`learn` with nothing.
+    A pool whose workers do not run the script calls :meth:`learn` with no marks.
 
     Attributes:
-        learned: Number of times that something else was reported.
+        learned: Number of different reports so far.
 
-    What the program's data globals were at the end of the top level is asked for when it is
-    needed: see :meth:`changed`.
+    The values of the program's data globals at the end of the top level are requested when they
+    are needed: see :meth:`changed`.
     """
 
     def __init__(self) -> None:
         self.learned: int = 0
         self._marks: Mapping[str, bytes] | None = {}
-        # What was found to be the same, by name.
+        # Objects that were found to be the same, by name.
         self._same: dict[str, object] = {}
         self._ask: Callable[[list[str]], Mapping[str, bytes | None]] = _know_nothing
         self._prints: dict[str, bytes | None] = {}
@@ -53,7 +53,7 @@ class MainNames:
         Args:
             marks: The marks that :func:`marks_of` returned there.
             ask: Returns what :func:`~safepool.transport.fingerprints.fingerprint` says there of
-                globals that it is given the names of. One that it does not return is not known.
+                globals that it is given the names of. A name that it does not return is unknown.
         """
         self._ask = ask or _know_nothing
         if marks != self._marks:

@@ -1,4 +1,4 @@
-"""Functions and classes of ``__main__``: what they are called there, and what tells them apart.
+"""Functions and classes of ``__main__``: their names there, and marks that tell them apart.
 
 ``__mp_main__`` is the name of ``__main__`` in every process but the first one: in a worker, and in
 a child of ``multiprocessing`` by ``spawn`` or ``forkserver``.
@@ -43,7 +43,7 @@ PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(
 
 
 def found_as(module: str, name: str) -> Any:
-    """Return what a module has under a qualified name; ``None`` if there is nothing."""
+    """Return the object at a qualified name of a module; ``None`` if there is none."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = found_in(found, part)
@@ -79,7 +79,7 @@ def is_of_main(thing: Any) -> bool:
         return False
 
 
-# Of a program that runs in other globals than those of ``__main__``.
+# Globals of a program that runs in others than those of ``__main__``.
 _space: dict[str, Any] | None = None
 
 
@@ -141,8 +141,8 @@ def attributes_of(thing: Any) -> dict[str, Any]:
         thing: A function or class of ``__main__``.
 
     Returns:
-        Values that were set on it at any time. Not what it was defined with: functions, classes
-        and descriptors under their own names, and what the interpreter keeps there.
+        Values that were set on it at any time. Attributes of the definition itself are left out:
+        functions, classes and descriptors under their own names, and the interpreter's entries.
     """
     path: str = attribute_of(thing, "__qualname__")
     found = {}
@@ -155,12 +155,12 @@ def attributes_of(thing: Any) -> dict[str, Any]:
     return found
 
 
-# To ask one of these for what it has runs no code of the program.
+# Reading attributes of these types runs no code of the program.
 _WITHOUT_CODE = frozenset({types.FunctionType, type})
 
 
 def attribute_of(thing: Any, name: str) -> Any:
-    """Return an attribute; ``None`` if it has none. No code of the program is asked for it."""
+    """Return an attribute; ``None`` if it has none. It runs no code of the program."""
     if type(thing) in _WITHOUT_CODE:
         return getattr(thing, name, None)
     get: Any = type if issubclass(type(thing), type) else object
@@ -174,7 +174,7 @@ def space_of(thing: object) -> Mapping[str, Any]:
     """Return the names in a class, function or module, as :func:`attribute_of`."""
     if type(thing) in _WITHOUT_CODE or type(thing) is types.ModuleType:
         return vars(thing)
-    # That of a proxy is code, which asks what it stands for.
+    # That of a proxy is code, which asks the object behind it.
     kinds = [_vars_of_class(kind) for kind in attribute_of(type(thing), "__mro__")]
     if not all(type(kind.get("__dict__")) in _OF_OBJECTS for kind in kinds):
         return {}
@@ -214,7 +214,7 @@ _OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
 def find_attribute(path: str) -> tuple[Any, ...]:
     """Return what ``__main__`` has under a path, alone in a tuple; nothing if it has none.
 
-    No descriptor and no ``__getattr__`` is asked.
+    It calls no descriptor and no ``__getattr__``.
     """
     found: Any = None
     here: Mapping[str, Any] = main_space()
@@ -230,7 +230,7 @@ def marks_of(module: types.ModuleType) -> dict[str, bytes]:
     """Return a mark of each function and class that a module owns, by qualified name.
 
     Args:
-        module: ``__main__``. Nothing of it is called.
+        module: ``__main__``. It calls nothing of the script.
     """
     marks: dict[str, bytes] = {}
     for name, value in [*vars(module).items()]:
@@ -258,7 +258,7 @@ def _named(value: Any, path: str) -> Iterator[Any]:
                 yield part
 
 
-# Whose objects stand for the function that they were made of, under its name.
+# Modules whose objects stand for the function that they wrap, under its name.
 _WRAPPERS = frozenset({"functools", "safepool"})
 
 
@@ -284,7 +284,7 @@ def mark_of(thing: Any) -> bytes:
 
 
 def is_mark_of(mark: bytes, thing: Any) -> bool:
-    """Tell whether a function or class is what was marked in another process.
+    """Return whether a function or class has a mark from another process.
 
     Functions of the class that have been replaced since count for nothing.
     """
@@ -317,7 +317,7 @@ def _parts_of_class(kind: type) -> Iterator[bytes]:
     for name, part in [*space_of(kind).items()]:
         inner = _function_in(part)
         code = attribute_of(inner, "__code__")
-        # What dataclasses and named tuples have made stands in no file.
+        # Methods that dataclasses and named tuples generate are in no file.
         if (
             type(code) is types.CodeType
             and code.co_filename[:1] != "<"

@@ -6,7 +6,7 @@ is copied. It holds for views of one too, whatever their type, strides and order
 Source: NumPy, numpy/_core/memmap.py; what joblib does in joblib/_memmapping_reducer.py.
 
 Not covered:
-    * What a mode of ``"c"`` has changed in this process only: the file does not have it.
+    * Private changes in mode ``"c"``: the file does not have them.
     * A file without a name, or one that is gone or too short by now: copied as any array.
     * Subclasses of ``numpy.memmap``: they reduce themselves.
 """
@@ -30,7 +30,7 @@ __all__ = ["Prints", "Reducers", "read_only_reducers", "reopen"]
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
-    """A pickler's table: NumPy's arrays, and for all else what was registered with copyreg.
+    """A pickler's table: NumPy's arrays, and the reducers registered with copyreg.
 
     Args:
         arrays: NumPy is imported.
@@ -47,8 +47,8 @@ class Reducers(dict[type, "Callable[[Any], Any]"]):
 class Prints(Reducers):
     """Reducers for a pickle that is compared and never loaded.
 
-    Classes derived from arrays hand over their memory as well, instead of a copy of it; and
-    arrays with gaps a copy that is as large as its items.
+    Subclasses of arrays hand over their memory as well, instead of a copy. Arrays with gaps become
+    a copy as large as their items.
     """
 
     def __init__(self, *, arrays: bool = True) -> None:
@@ -90,11 +90,11 @@ def _never_loaded(*parts: object) -> None:
 
 
 def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any], Any]]:
-    """Return what is special about a value of which nobody may write to the arrays.
+    """Return the reducers for a value with read-only arrays.
 
     Args:
-        more_than_bytes: Size above which it holds. What is shared already, or mapped from
-            a file, has a mode of its own.
+        more_than_bytes: Size above which it holds. Shared arrays and arrays mapped from a file
+            have a mode of their own.
     """
     numpy = loaded("numpy", "ndarray")
     if numpy is None:
@@ -193,12 +193,12 @@ def reopen(
     Args:
         name: The file's.
         mode: The same as for ``numpy.memmap``.
-        place: Where in the file its bytes begin, how many they are, and how many of them
-            are before the first item.
-        dtype: Its type.
-        shape: Its lengths.
-        strides: Its steps, in bytes.
-        writeable: Its own flag.
+        place: Place of its bytes in the file: their begin, their number, and the number of them
+            before the first item.
+        dtype: Type of the items.
+        shape: Lengths of the dimensions.
+        strides: Steps of the dimensions, in bytes.
+        writeable: Whether the array may be written to.
         as_memmap: Whether it is a ``numpy.memmap`` itself, and not only a view of one.
     """
     np: Any = sys.modules["numpy"]  # the dtype has brought it

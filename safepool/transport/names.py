@@ -1,4 +1,4 @@
-"""Names of the script: what stands in a pickle for what a worker's ``__main__`` holds.
+"""Names of the script, which replace objects of the worker's ``__main__`` in a pickle.
 
     program   a function or class of the script, while a pool pickles     its name, ``Met.refs``
               the globals that a function's code names                    nothing, ``Met.uses``
@@ -7,8 +7,8 @@
 
 A worker that was forked from the program sends the same names back for what both have.
 
-So whatever a pool sends can refer to the script's functions, classes and data, which it sends by
-themselves and once (``pool.names``). Everywhere else functions travel with their globals.
+So every message of a pool can refer to the script's functions, classes and data, which the pool
+sends separately and once (``pool.names``). Everywhere else functions travel with their globals.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Met:
         if found is not thing:
             if self._held is None:
                 self._held = frozenset(map(id, list(here.values())))
-            if id(thing) not in self._held:  # most lambdas, and what a function has made
+            if id(thing) not in self._held:  # most lambdas, and functions made by a function
                 return None
             others = (name for name, value in reversed(list(here.items())) if value is thing)
             path = root = next(others, "")
@@ -166,9 +166,9 @@ class Met:
         """Prepare a pickler that has not pickled anything."""
         if not self.seeds:
             return
-        # A pickle may begin with opcodes that fill the memo: what the pickler believes to have
-        # pickled already is looked up by the receiver. No callback for each object, as a
-        # persistent id is.
+        # A pickle may begin with opcodes that fill the memo: the receiver looks up objects that
+        # the pickler regards as pickled already. No callback for each object, as a persistent id
+        # is.
         file.write(b"\x80\x05")
         for place, name in enumerate(self.seeds):
             text = name.encode()
@@ -179,16 +179,16 @@ class Met:
         pickler.memo = {id(value): (place, value) for place, value in seeds}
 
     def end(self, pickler: Any) -> None:
-        """Take from a pickler that is done what it has met."""
+        """Collect the names that a finished pickler has met."""
         if self.keeps_memo:
             self.memo = pickler.memo.copy()
 
 
 def of_script(path: str) -> Any:
-    """Return what the script's ``__main__`` has under a dotted name; what a pickle calls.
+    """Return the object at a dotted name of the script's ``__main__``. Called by a pickle.
 
     Raises:
-        NameError: There is nothing.
+        NameError: There is no such object.
     """
     root, _, rest = path.partition(".")
     try:
@@ -205,14 +205,14 @@ _born_with: dict[str, Any] = {}
 
 
 def be_fork() -> None:
-    """Send by its name from now on what the program has in its script, too."""
+    """From now on send objects that the program has in its script by name, too."""
     kinds = types.FunctionType, type
     here = main_space().items()
     _born_with.update({name: value for name, value in here if issubclass(type(value), kinds)})
 
 
 def reduce_by_program(thing: Any) -> tuple[Any, ...] | None:
-    """Reduce a function or class that the program has under its name, too; else ``None``."""
+    """Reduce a function or class that the program has under its name; ``None`` for others."""
     kind = type(thing)
     if not _born_with or not issubclass(kind, (types.FunctionType, type)) or not is_of_main(thing):
         return None

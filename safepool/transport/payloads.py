@@ -1,8 +1,8 @@
 """Objects to segments and back: pickle protocol 5 with its buffers out of band (PEP 574).
 
-What every worker can import is pickled by the standard pickler, by reference. What it
-cannot import (functions and classes of ``__main__``, lambdas, closures, notebook cells)
-travels by value, through cloudpickle with the reducers that were registered with loky.
+The standard pickler pickles objects that every worker can import, by reference. Other objects
+(functions and classes of ``__main__``, lambdas, closures, notebook cells) travel by value, through
+cloudpickle with the reducers that were registered with loky.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
     "segments_of",
 ]
 
-# A smaller buffer is cheaper to copy into the pickle than to send as a segment of its own.
+# Copying a smaller buffer into the pickle is cheaper than a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 # In the pickle of an ``object()``, which programs compare by identity.
@@ -66,9 +66,9 @@ def dumps(
 
     Args:
         value: Anything that pickle or cloudpickle can pickle.
-        into_main: Functions of ``__main__`` get the receiver's ``__main__`` as their globals,
-            all of them the same, also those that arrive later. Without it, those that
-            travel together share globals of their own.
+        into_main: ``True`` gives functions of ``__main__`` the receiver's ``__main__`` as their
+            globals, also those that arrive later. ``False`` gives functions that travel together
+            common globals of their own.
         by_value: Whether it is known to hold something of ``__main__``: pickle it once, and not by
             reference first to find that out.
         reducers: Ways to pickle certain types that hold for this value only.
@@ -236,7 +236,7 @@ def _standard_dumps(
     kind: Any = _table_pickler(known, entries, arrays="numpy" in sys.modules, prints=prints)
     if reducers:
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
-        # Of the class, where the C pickler looks for it.
+        # On the class, where the C pickler looks for it.
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     file = Sink()
     _finish(kind(file, protocol=5, buffer_callback=in_band), file, value, script)
@@ -281,12 +281,12 @@ def dump_by_value(
     into_main: bool = True,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> None:
-    """Write the pickle of what a receiver cannot import into a file.
+    """Write the pickle of an object that a receiver cannot import into a file.
 
     Args:
         value: The same as for :func:`dumps`.
-        file: Where to.
-        in_band: Function that is asked of each buffer; ``None`` keeps all in the pickle.
+        file: The file.
+        in_band: Function that is called with each buffer; ``None`` keeps all in the pickle.
         into_main: The same as for :func:`dumps`.
         reducers: The same as for :func:`dumps`.
     """
@@ -318,8 +318,8 @@ def main_namespace(package: str | None = None) -> dict[str, Any]:
     """Return the globals of this process's ``__main__``; what arrives by value asks for them.
 
     Args:
-        package: Where the sender's ``__main__`` belongs (``python -m package``), for relative
-            imports in its functions.
+        package: Package of the sender's ``__main__`` (``python -m package``), for relative imports
+            in its functions.
     """
     names = main_space()
     if package:
@@ -342,8 +342,8 @@ def _by_value_pickler(
     # Imported here: a worker or a program that sends only importable things never needs it.
     from safepool.transport.by_value import ByValuePickler, reducer_table  # noqa: PLC0415
 
-    # The C pickler reads the table from the class. Nobody can have registered a reducer with
-    # loky before it was imported.
+    # The C pickler reads the table from the class. No reducer can be registered with loky before
+    # its import.
     special = {**known.reducers, **Reducers(arrays=numpy_imported)}
     table = reducer_table(special, loky_imported=loky_imported)
     if prints:

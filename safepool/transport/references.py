@@ -3,7 +3,7 @@
     program   share() --> Shared[Any], number 7      pickled while a pool collects: attach(7)
     worker    Kind.SHARE brings it once         unpickled: attach(7) is the object itself
 
-Everywhere else than on the way to a pool's worker a shared object is pickled as a copy of itself.
+Outside of a message to a pool's worker, a shared object is pickled as a copy of itself.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ __all__ = [
 ]
 
 _thread = threading.local()
-# What was shared by this process and is alive, by number.
+# Shared objects of this process that are alive, by number.
 _made: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
-# What a pool has sent to this worker, by the pool's number.
+# Shared objects that a pool has sent to this worker, by the pool's number.
 _kept: dict[int, Handle] = {}
 # The arrays that are the values of both, by id(): to be recognized when they are sent on.
 _arrays: dict[int, weakref.ref[Handle]] = {}
 
 
 class Collected:
-    """Gathers what is shared and met by a pickler of this thread, inside a ``with`` block."""
+    """Collects the shared objects that a pickler of this thread meets, inside a ``with`` block."""
 
     __slots__ = ("_before", "_by_number")
 
@@ -113,13 +113,13 @@ def value_of(shared: Handle, value: object) -> None:
         _arrays[id(value)] = weakref.ref(shared)
 
 
-# Called with id() of a value that nobody can attach to any more, and None. A bound method, because
+# Called with id() of a value that can no longer be attached to, and None. A bound method, because
 # the last handles go when the interpreter has cleared this module.
 value_gone: Callable[..., object] = _arrays.pop
 
 
 def reduce(shared: Handle) -> tuple[Any, ...]:
-    """Return what is pickled in the place of a shared object."""
+    """Return the pickled form of a shared object."""
     collected: Collected | None = getattr(_thread, "collected", None)
     if collected is None:
         return _itself, (shared.value,)
@@ -128,7 +128,7 @@ def reduce(shared: Handle) -> tuple[Any, ...]:
 
 
 def reference_to(array: Any) -> tuple[Any, ...] | None:
-    """Return what is pickled for a shared array or a view of one; ``None`` for any other."""
+    """Return the pickled form of a shared array or a view of one; ``None`` for others."""
     if not _arrays or getattr(_thread, "collected", None) is None:
         return None
     shared = _shared_array(array)
@@ -150,7 +150,7 @@ def _shared_array(array: object) -> Handle | None:
 
 
 def attach(number: int) -> Any:
-    """Return the object that is shared under a number; what a pickle calls.
+    """Return the shared object of a number. Called by a pickle.
 
     Raises:
         LookupError: There is none.
@@ -183,10 +183,10 @@ def keep(number: int, shared: Handle) -> None:
 
 
 def drop(number: int) -> None:
-    """Drop it; whoever uses the object still has it."""
+    """Drop it; present users of the object keep it."""
     _kept.pop(number, None)
 
 
 def restart() -> None:
-    """Forget what a fork of a worker has inherited: numbers are those of its own pool."""
+    """Forget objects that a fork of a worker has inherited: its own pool has other numbers."""
     _kept.clear()

@@ -1,16 +1,16 @@
 """Room for a copy: held against the memory that is left, before the kernel must act.
 
-What is copied on its way between pool and worker counts for the control group, and a file in
-memory for no process: out of memory, the kernel would end one that is not to blame. A copy that
-does not fit is refused instead, and costs the one call that it belongs to.
+A copy on its way between pool and worker counts for the control group, and a memory file for no
+process: out of memory, the kernel would end a process that is not to blame. A copy that does not
+fit is refused instead, and costs the one call that it belongs to.
 
 A look costs about 0.1 ms. So it is not taken for each copy: after a look a part of what was left
 may be copied without another, for a second. Several processes look by themselves, and at each step
 of a long copy again, so that two that begin at the same time do not both count on the same memory.
 
 Not covered:
-    * What is copied between two looks by many workers at once, or used by tasks meanwhile: then
-      the kernel takes a worker (``workers.main``).
+    * Copies of many workers between two checks, and memory that tasks use meanwhile: then the
+      kernel takes a worker (``workers.main``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["be_full", "held_at_most", "make_room", "refusal", "require", "require_to_pickle"]
 
-# Copied without a look: in the beginning, and of what was left after one.
+# Bytes to copy without a check: at first, and of the memory that was left at the last check.
 _FIRST_BYTES = 4 << 20
 _PART_WITHOUT_LOOK = 16
 _LOOK_S = 1.0
@@ -41,15 +41,15 @@ _MOST_KEPT_BYTES = 64 << 20
 _PAUSES = 20
 # For so long a refusal holds: at the limit, a look for each of many would take most of the time.
 _REFUSED_S = 0.02
-# So many blocks that Python has freed since end either.
+# Or the release of this many blocks by Python.
 _FREED_BLOCKS = 100
-# Of what is left, for results that are there and that nobody has taken.
+# Part of the remaining memory for results that have arrived and were not taken.
 _PART_HELD = 4
 # What is pickled in one piece: as much again.
 _FLAT = frozenset({bytes, bytearray, str})
 # Worth a look at each.
 _LARGE_BYTES = 1 << 20
-# Characters of a text, to tell how many bytes each takes.
+# Characters of a text that are sampled for its bytes per character.
 _SAMPLE = 1 << 12
 # Where it is looked for: in containers of so few entries.
 _MOST_ENTRIES = 16
@@ -101,9 +101,9 @@ class _Room:
         return left // _PART_WITHOUT_LOOK
 
     def _gives_back(self) -> bool:
-        """Give back what can be, if it was not just tried, or if something was freed since.
+        """Give back free memory, unless that was just tried and nothing was freed since.
 
-        It takes long where much is in use.
+        It takes long if much memory is in use.
         """
         began, blocks = time.monotonic(), sys.getallocatedblocks()  # others free meanwhile
         if self._futile.lasts(began, blocks):
@@ -126,13 +126,13 @@ class _Room:
         return None
 
     def make(self) -> None:
-        """Give back what was freed since a copy was refused."""
+        """Give back memory that was freed since a copy was refused."""
         if self.full and self._gives_back():
             found = self.look()
             self.full = found is not None and _usable(found) < _FIRST_BYTES
 
     def look(self) -> MemoryLeft | None:
-        """Return what is left; ``None`` where that cannot be told."""
+        """Return the remaining memory; ``None`` if unknown."""
         self._until = time.monotonic() + _LOOK_S
         try:
             if self._watch is None:
@@ -150,11 +150,11 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
 
     Args:
         size_bytes: Size of the copy that is made now.
-        done_bytes: Size of what was copied before, of a copy that is made in steps.
-        whole_bytes: And what it will be at its end.
+        done_bytes: Size of the earlier steps of a copy.
+        whole_bytes: Size of the whole copy.
 
     Raises:
-        MemoryLimitError: There is not, and the kernel would have to end a process.
+        MemoryLimitError: There is no room, and the kernel would have to end a process.
     """
     _room.require(size_bytes, done_bytes, whole_bytes or size_bytes)
 
@@ -207,7 +207,7 @@ def held_at_most(most_bytes: int) -> int:
     """Return how many bytes of results may wait to be taken.
 
     Args:
-        most_bytes: Where there is room for everything.
+        most_bytes: The value if there is room for everything.
     """
     found = _room.look()
     return most_bytes if found is None else min(most_bytes, found.bytes // _PART_HELD)
@@ -219,7 +219,7 @@ def _usable(found: MemoryLeft) -> int:
 
 
 def _give_back() -> None:
-    """Give the system what this process has freed: glibc keeps it between what is in use."""
+    """Give the system memory that this process has freed: glibc keeps it between used blocks."""
     import ctypes  # noqa: PLC0415 -- seldom
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

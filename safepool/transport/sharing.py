@@ -80,7 +80,7 @@ def share(obj: _T, *, writable: bool = False) -> _T:
 
 
 def received(segments: Sequence[Buffer | Stored]) -> Shared[Any]:
-    """Return what a pool has sent to this worker, from the segments of :meth:`Shared.message`."""
+    """Return the object in a pool's message, from the segments of :meth:`Shared.message`."""
     flag, *placed = segments
     shared = Shared[Any](placed, writable=flag == _WRITABLE)
     references.made(shared)  # a pool inside of a task shares it further
@@ -94,7 +94,7 @@ class Shared(Generic[_T]):
     """The handle of a shared object.
 
     Args:
-        segments: Its pickle and buffers, as they are sent.
+        segments: Pickle and buffers of the object, as they are sent.
         writable: See :func:`share`.
 
     Attributes:
@@ -133,7 +133,7 @@ class Shared(Generic[_T]):
         return sum(len(p) if isinstance(p, Filed) else memoryview(p).nbytes for p in parts)
 
     def message(self) -> list[Segment]:
-        """Return what a worker is sent once."""
+        """Return the message for a worker, which is sent once."""
         head = _WRITABLE if self.writable else _READ_ONLY
         parts = self._segments
         return [head, *(memoryview(p) if isinstance(p, bytearray) else p for p in parts)]
@@ -144,7 +144,7 @@ class Shared(Generic[_T]):
             if isinstance(part, Stored):
                 found += part.segments()
             elif self.writable and found and not isinstance(part, Filed):
-                found.append(bytearray(part))  # of its own
+                found.append(bytearray(part))  # a writable copy
             else:
                 assert not isinstance(part, Filed)
                 found.append(part)

@@ -1,9 +1,9 @@
 """Pickling and unpickling that run no code of the program, or say that they would.
 
 A pickler calls the program's code: ``__reduce__``, ``__getstate__``, ``__setstate__``, imports,
-the ``__getattr__`` of a module. Such code may be slow, take a lock or wait for the pool. Here C
-code alone is trusted, the few special methods of the standard library and of NumPy, and instances
-whose class leaves pickling to ``object``. At anything else both stop before they call it.
+the ``__getattr__`` of a module. Such code may be slow, take a lock or wait for the pool. Only C
+code is trusted here, the few special methods of the standard library and of NumPy, and instances
+whose class leaves pickling to ``object``. Both stop before they call anything else.
 
 Not covered:
     * A reducer registered with ``copyreg`` for a type of the standard library or of NumPy.
@@ -42,7 +42,7 @@ __all__ = ["UntrustedError", "dumps", "imports_here", "is_found", "is_settled", 
 
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
-# What the picklers may call of a class, beside what `object` and C code bring.
+# Methods of a class that the picklers may call, besides those of `object` and C code.
 _CALLED = (
     "__reduce_ex__",
     "__reduce__",
@@ -86,7 +86,7 @@ def dumps(value: object) -> list[bytes | memoryview]:
     """Return the segments of a value, as :func:`~safepool.transport.payloads.dumps` does.
 
     Raises:
-        UntrustedError: That may run code of the program, or cannot be done at all.
+        UntrustedError: Pickling may run code of the program, or fails.
 
     Example:
         >>> pickle.loads(dumps({"a": [1, 2.0]})[0])
@@ -116,7 +116,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
     """Return the object that segments were made of.
 
     Raises:
-        UntrustedError: That may run code of the program.
+        UntrustedError: Unpickling may run code of the program.
         Exception: The exception of unpickling.
     """
     head, *buffers = segments
@@ -124,7 +124,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
         if isinstance(segment, Missing):
             raise segment.error
     assert not isinstance(head, Missing)
-    # No name in it (STACK_GLOBAL), nor a number for one: the usual result.
+    # The pickle has no name (STACK_GLOBAL), nor a number for one: the usual result.
     named = _NAME.search(head) if isinstance(head, memoryview) else b"\x93" in head
     if not named and not copyreg._extension_registry:  # type: ignore[attr-defined]
         return load(head, buffers)
@@ -133,7 +133,10 @@ def loads(segments: Sequence[Buffer]) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Refuses what is not known to be harmless. Asked for all but the exact built-in types."""
+    """Refuses objects that are not known to be harmless.
+
+    Asked for all but the exact built-in types.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
         if not _is_trusted(obj):
@@ -161,7 +164,7 @@ class _Unpickler(pickle.Unpickler):
         if not trusted:
             a_class = isinstance(found, type)
             trusted = _is_tame(found) if a_class else _is_library(module_name)
-        # Not eval() and the like, nor what makes a class.
+        # Not eval() and the like, nor functions that make a class.
         built_in = module_name == "builtins" and type(found) is not type
         if not trusted or found is None or found is type or built_in:
             raise UntrustedError
@@ -196,7 +199,7 @@ def _is_trusted(obj: Any) -> bool:
 
 
 def is_found(thing: Any) -> bool:
-    """Tell whether a function or class is pickled as a name, and nothing else is looked at."""
+    """Return whether a function or class is pickled as a name only."""
     name, module_name = thing.__qualname__, thing.__module__
     module = None if module_name in MAIN_NAMES else sys.modules.get(module_name)
     if module is None or not is_settled(module):

@@ -5,12 +5,12 @@
                                    holds it weakly, as in the program
     kept alive by anything else    kept by the container that arrives, for as long as that lives
 
-A reference (``weakref.ref``, ``WeakMethod``) keeps nothing: it arrives dead if nobody has what it
-refers to.
+A reference (``weakref.ref``, ``WeakMethod``) keeps nothing alive: it arrives dead if its object is
+not there otherwise.
 
 Not covered:
     * Callbacks of references.
-    * One object with a global that was delivered before the container was needed.
+    * An object shared with a global that was delivered before the container was needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary
 
 _KEPT = "_kept_by_safepool"
 _INTERNAL = {kind: frozenset({*vars(kind()), _KEPT}) for kind in KINDS}
-# How deep in what globals hold, and into how many objects, is looked for what keeps one alive.
+# Depth of the search in globals for an object that keeps another alive, and the most objects.
 _MOST_DEEP = 3
 _MOST_LOOKED_AT = 20_000
 
@@ -64,7 +64,7 @@ def reduce_container(weak: Any) -> tuple[Any, ...]:
     items = content.values() if base is weakref.WeakValueDictionary else content
     kept = _not_held(items)
     own = {name: value for name, value in vars(weak).items() if name not in _INTERNAL[base]}
-    # As a state: what it holds may refer to the container.
+    # As a state: its content may refer to the container.
     return _make, (type(weak), base), (content, kept, own), None, None, _fill
 
 
