@@ -368,7 +368,7 @@ def _view(pid: int) -> View:
             return ProcessView(pid)
         except ProcessLookupError as error:
             raise ScreenError(str(error)) from error
-    else:
+    else:  # not Linux
         raise ScreenError("--pid and --watch need Linux, whose /proc tells about processes")
 
 

@@ -463,7 +463,7 @@ if sys.platform == "linux":
             raise
         return holder
 
-else:
+else:  # not Linux
 
     def _bound(_name: str) -> socket.socket | None:
         return None

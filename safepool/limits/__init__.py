@@ -39,7 +39,7 @@ if sys.platform == "linux":
     from safepool.limits import _linux as _platform
 elif sys.platform == "darwin":
     from safepool.limits import _darwin as _platform
-else:
+else:  # not Linux
     from safepool.limits import _windows as _platform
 
 if TYPE_CHECKING:

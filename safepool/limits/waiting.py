@@ -113,7 +113,7 @@ if sys.platform == "linux":
     def _ticks_per_second() -> int:
         return os.sysconf("SC_CLK_TCK")
 
-else:
+else:  # not Linux
 
     def _idle_ticks() -> int | None:
         return None

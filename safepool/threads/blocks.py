@@ -335,7 +335,7 @@ if sys.platform == "linux":
         except OSError:  # a filter refuses the call
             return os.cpu_count() or 1
 
-else:
+else:  # not Linux
 
     def _cpus() -> int:
         return os.cpu_count() or 1

@@ -107,5 +107,5 @@ if sys.platform == "linux":
             if not pinned:
                 self._instead = _ImportedModules()
 
-else:
+else:  # not Linux
     LoadedLibraries = _ImportedModules

@@ -112,7 +112,7 @@ if sys.platform == "linux":
         except OSError:
             pass  # taken from the whole group since they were chosen; they are no loss
 
-else:
+else:  # not Linux
 
     def _mask() -> set[int]:
         return set()

@@ -31,7 +31,7 @@ if sys.platform == "linux":
         require,
         require_to_pickle,
     )
-else:
+else:  # not Linux
     from safepool.transport._no_files import (
         Side,
         Stored,

@@ -106,7 +106,7 @@ _FILE = "safepool-board"
 # never uses and programs very rarely; glibc keeps the first two.
 if sys.platform == "linux":
     STACK_SIGNAL = int(signal.SIGRTMAX) - 3
-else:
+else:  # not Linux
     STACK_SIGNAL = 0
 
 # Begin of faulthandler's report when a signal ends the process (Modules/faulthandler.c,
@@ -496,7 +496,7 @@ if sys.platform == "linux":
     def _read_at(descriptor: int, size: int, at: int) -> bytes:
         return os.pread(descriptor, size, at)
 
-else:
+else:  # not Linux
 
     def _create_file() -> int | None:
         return None

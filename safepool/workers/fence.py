@@ -45,7 +45,7 @@ if sys.platform == "linux":
 
         return call
 
-else:
+else:  # not Linux
 
     def _membarrier() -> Callable[[int], int] | None:
         return None

@@ -212,7 +212,7 @@ if sys.platform == "linux":
         if any(event & (linux.POLLRDHUP | select.POLLHUP) for _, event in poll.poll(0)):
             os._exit(0)
 
-else:
+else:  # not Linux
 
     def _end_with_the_parent(_sock: socket.socket) -> None:
         import time  # noqa: PLC0415

@@ -107,7 +107,7 @@ if sys.platform == "linux":
             plan = plan.without("it is a package")
         return ServerContext([], plan, asked_only=True)
 
-else:
+else:  # not Linux
 
     def _server_context(
         _preload: str | Sequence[str], _main: str, _kept: bool

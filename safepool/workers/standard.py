@@ -426,7 +426,7 @@ if sys.platform == "linux":
         except OSError:
             return None
 
-else:
+else:  # not Linux
 
     def _open_pidfd(_pid: int) -> int | None:
         return None

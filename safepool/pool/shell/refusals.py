@@ -150,7 +150,7 @@ if sys.platform == "linux":
             told = f"{left.bytes >> 20:,} MiB are left of {left.limit_bytes >> 20:,} MiB"
             yield f"memory: {told} ({left.source})"
 
-else:
+else:  # not Linux
 
     def _used(limit: PidsLimit) -> int | None:
         return limit.used_tasks

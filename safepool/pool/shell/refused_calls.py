@@ -118,7 +118,7 @@ if sys.platform == "linux":
         except (ImportError, OSError):  # the filter keeps even that
             return None
 
-else:
+else:  # not Linux
 
     def refused_call() -> RefusedCallError | None:
         """Return nothing: no filter is known here."""

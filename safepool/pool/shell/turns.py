@@ -591,7 +591,7 @@ if sys.platform == "linux":
         except OSError as error:  # by another thread
             let_handlers_pass(error)
 
-else:
+else:  # not Linux
     _HAS_BELLS = False
 
     def _make_bell() -> int:

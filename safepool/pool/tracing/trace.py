@@ -239,7 +239,7 @@ class Trace(Listener):
                 share = (used - before) / max(1, now - since)
                 self._events.count("scheduler", now, f'"cpu_percent":{share:.0%}'.replace("%", ""))
 
-    else:
+    else:  # not Linux
 
         def _count_cpu(self, _now: int) -> None:
             pass
