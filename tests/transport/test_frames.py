@@ -225,7 +225,7 @@ def test_a_file_where_there_are_none_is_refused() -> None:
     reader = FrameReader()
     stream = b"".join(encode(Kind.RESULT, 1, [InFile((9,))]))
     reader.buffer()[: len(stream)] = stream
-    with pytest.raises(CorruptFrameError, match="in a file"):
+    with pytest.raises(CorruptFrameError, match="refers to a file"):
         list(reader.received(len(stream)))
 
 
