@@ -3,7 +3,8 @@
     python -m benchmarks --list                 what there is
     python -m benchmarks --quick                all, few rounds: whether they run, not how fast
     python -m benchmarks latency failure        some
-    python -m benchmarks --json --plot          all, kept in benchmarks/results
+    python -m benchmarks --json --plot          all, kept in benchmarks/results, and written into
+                                                benchmarks/README.md
 
 Each runs its contenders in turns in one run of several rounds, and prints medians with the lowest
 and the highest in parentheses, and ratios before them. Contenders that are not installed are left
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # benchmarks/figures.py has it, too.
 VARIABLE = "SAFEPOOL_FIGURES"
+_BEGIN, _END = "<!-- results: begin -->\n", "<!-- results: end -->"
 PEERS = (
     "joblib", "loky", "mpire", "pebble", "distributed", "ray",
     "numpy", "scipy", "scikit-learn", "threadpoolctl",
@@ -238,6 +240,68 @@ def lacking(benchmark: Benchmark) -> str | None:
     return None
 
 
+def as_markdown(result: dict[str, Any], picture: Path) -> str:
+    """Return a result for a reader: its question, where it comes from, and its tables.
+
+    Args:
+        result: Of `run`.
+        picture: Drawn by `draw`, if it was.
+    """
+    on, of = result["machine"], result["versions"]
+    lines = [f"### {result['benchmark']}", "", result["question"], ""]
+    lines += [
+        f"`{result['command']}`, {result['date']}, Python {on['python']}, {on['host_cpus']} CPUs, "
+        f"load before {on['load_before']}; "
+        + ", ".join(f"{name} {version}" for name, version in of.items() if name in PEERS)
+    ]
+    if picture.exists():
+        lines += ["", f"![{result['question']}]({picture.parent.name}/{picture.name})"]
+    for table in result["tables"]:
+        # What ends a cell in Markdown.
+        heads = [column.replace("|", "\\|") for column in ("", *table["columns"])]
+        lines += ["", f"**{table['title']}**", "", f"| {' | '.join(heads)} |"]
+        lines += ["|---" * len(heads) + "|"]
+        rows: dict[str, list[Any]] = table.get("rows") or table["outcomes"]
+        for name, cells in rows.items():
+            shown = [cell if isinstance(cell, str) else _cell(cell) for cell in cells]
+            lines += [f"| {' | '.join([name, *shown])} |"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    median, low, high, ratio = (cell[key] for key in ("median", "low", "high", "ratio"))
+    if median is None:
+        return "-"
+    if not isinstance(median, float | int):
+        return str(median)
+    begin = "" if not isinstance(ratio, float | int) else f"{ratio:.2f} x: "
+    return f"{begin}{_short(median)} ({_short(low)} to {_short(high)})"
+
+
+def _short(figure: Any) -> str:
+    if not isinstance(figure, float | int):
+        return str(figure)
+    return f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
+
+
+def write_readme(folder: Path, file: Path) -> None:
+    """Write all results of a folder into the block of a file that is for them.
+
+    Args:
+        folder: Has a file for each result.
+        file: Has ``<!-- results: begin -->`` and ``<!-- results: end -->``.
+    """
+    found = [folder / f"{name}.json" for name in BENCHMARKS]
+    texts = [
+        as_markdown(json.loads(one.read_text(encoding="utf-8")), one.with_suffix(".svg"))
+        for one in found
+        if one.exists()
+    ]
+    before, rest = file.read_text(encoding="utf-8").split(_BEGIN)
+    after = rest.partition(_END)[2]
+    file.write_text("".join([before, _BEGIN, *texts, _END, after]), encoding="utf-8")
+
+
 def _run_and_keep(name: str, asked: argparse.Namespace) -> bool:
     print(f"\n===== {name}: {BENCHMARKS[name].question}", flush=True)
     if reason := lacking(BENCHMARKS[name]):
@@ -280,6 +344,8 @@ def main() -> int:
             print(f"{name:18}{BENCHMARKS[name].question}")
         return 0
     failed = [name for name in names if not _run_and_keep(name, asked)]
+    if asked.json and not asked.quick and asked.into == RESULTS:
+        write_readme(RESULTS, RESULTS.parent / "README.md")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -31,6 +31,7 @@ __all__ = [
     "available",
     "cpu_s",
     "descendants",
+    "groups",
     "open_all",
     "pss_kb",
 ]
@@ -43,10 +44,12 @@ class Opened:
     Attributes:
         submit: Starts one call and returns something with ``result()`` or ``get()``.
         map: Runs many at the pool's defaults, and returns their results.
+        executor: What ``loop.run_in_executor()`` takes; ``None`` if there is nothing.
     """
 
     submit: Callable[[Function, Any], Any] | None
     map: Callable[[Function, Iterable[Any]], list[Any]]
+    executor: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +60,23 @@ class Contender:
         name: What the tables call it.
         module: Where it comes from; skipped if it is not installed.
         open: A context manager that is given the number of workers.
+        has_daemons: It has processes beside its workers, which use CPU time all the time: it is
+            opened alone beside ours.
     """
 
     name: str
     module: str
     open: Callable[[int], contextlib.AbstractContextManager[Opened]]
+    has_daemons: bool = False
 
 
 def _executor(make: Callable[[int], Any]) -> Any:
     @contextlib.contextmanager
     def opened(workers: int) -> Iterator[Opened]:
         with make(workers) as pool:
-            yield Opened(pool.submit, lambda function, items: list(pool.map(function, items)))
+            yield Opened(
+                pool.submit, lambda function, items: list(pool.map(function, items)), pool
+            )
 
     return opened
 
@@ -90,10 +98,13 @@ def _loky(workers: int) -> Any:
     return loky.ProcessPoolExecutor(workers)
 
 
-@contextlib.contextmanager
-def _multiprocessing(workers: int) -> Iterator[Opened]:
-    with multiprocessing.get_context("forkserver").Pool(workers) as pool:
-        yield Opened(lambda function, item: pool.apply_async(function, (item,)), pool.map)
+def _multiprocessing(method: str) -> Any:
+    @contextlib.contextmanager
+    def opened(workers: int) -> Iterator[Opened]:
+        with multiprocessing.get_context(method).Pool(workers) as pool:
+            yield Opened(lambda function, item: pool.apply_async(function, (item,)), pool.map)
+
+    return opened
 
 
 @contextlib.contextmanager
@@ -124,17 +135,66 @@ def _pebble(workers: int) -> Iterator[Opened]:
         )
 
 
-# The forked one first: it must be opened while this process has one thread.
+@contextlib.contextmanager
+def _dask(workers: int) -> Iterator[Opened]:
+    from distributed import Client
+
+    with Client(
+        n_workers=workers, threads_per_worker=1, dashboard_address=":0", silence_logs=50
+    ) as client:
+        executor = client.get_executor(pure=False)
+
+        def mapped(function: Function, items: Iterable[Any]) -> list[Any]:
+            found: list[Any] = client.gather(client.map(function, [*items], pure=False))
+            return found
+
+        yield Opened(executor.submit, mapped, executor)
+
+
+@contextlib.contextmanager
+def _ray(workers: int) -> Iterator[Opened]:
+    import ray
+
+    # Its workers begin in another folder.
+    variables = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(
+        num_cpus=workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env=variables,
+    )
+    remotes: dict[Function, Any] = {}
+
+    def started(function: Function, item: Any) -> Any:
+        if function not in remotes:
+            remotes[function] = ray.remote(function)
+        return remotes[function].remote(item)
+
+    try:
+        yield Opened(
+            lambda function, item: started(function, item).future(),
+            lambda function, items: ray.get([started(function, item) for item in items]),
+        )
+    finally:
+        ray.shutdown()
+
+
+# The forked ones first: they must be opened while this process has few threads.
 CONTENDERS = (
+    Contender("multiprocessing fork", "multiprocessing", _multiprocessing("fork")),
     Contender("stdlib fork", "concurrent.futures", _standard("fork")),
     Contender(OURS, "safepool", _executor(_ours)),
     Contender("stdlib forkserver", "concurrent.futures", _standard("forkserver")),
     Contender("stdlib spawn", "concurrent.futures", _standard("spawn")),
     Contender("loky", "loky", _executor(_loky)),
-    Contender("multiprocessing", "multiprocessing", _multiprocessing),
+    Contender("multiprocessing", "multiprocessing", _multiprocessing("forkserver")),
+    Contender("multiprocessing spawn", "multiprocessing", _multiprocessing("spawn")),
     Contender("joblib", "joblib", _joblib),
     Contender("mpire", "mpire", _mpire),
     Contender("pebble", "pebble", _pebble),
+    Contender("dask", "distributed", _dask, has_daemons=True),
+    Contender("ray", "ray", _ray, has_daemons=True),
 )
 
 
@@ -149,12 +209,22 @@ def available() -> list[Contender]:
     return found
 
 
+def groups() -> list[list[Contender]]:
+    """Return those that are installed, in the groups in which they are opened together."""
+    found = available()
+    ours = [one for one in found if one.name == OURS]
+    together = [one for one in found if not one.has_daemons]
+    return [together, *([*ours, one] for one in found if one.has_daemons)]
+
+
 @contextlib.contextmanager
-def open_all(workers: int, warm_up: Function) -> Iterator[dict[str, Opened]]:
-    """Open every pool that is installed, and let each of its workers run something."""
+def open_all(
+    contenders: Iterable[Contender], workers: int, warm_up: Function
+) -> Iterator[dict[str, Opened]]:
+    """Open pools, and let each of their workers run something."""
     with contextlib.ExitStack() as stack:
         pools: dict[str, Opened] = {}
-        for contender in available():
+        for contender in contenders:
             pools[contender.name] = stack.enter_context(contender.open(workers))
             pools[contender.name].map(warm_up, range(50 * workers))
         yield pools

@@ -30,7 +30,14 @@ POOLS = {
     "Pool spawn": ("multiprocessing", "Applied(context('spawn').Pool({n}))"),
     "loky": ("loky", "loky.ProcessPoolExecutor({n})"),
     "pebble": ("pebble", "Scheduled(pebble.ProcessPool({n}))"),
+    "mpire": ("mpire", "Applied(mpire.WorkerPool({n}))"),
+    "dask": (
+        "distributed",
+        "distributed.Client(n_workers=1, dashboard_address=':0').get_executor(pure=False)",
+    ),
 }
+# An initializer is another thing there, or none.
+WITHOUT_INITIALIZER = {"mpire", "dask"}
 HEAD = """
 import os, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor as executor
@@ -177,6 +184,8 @@ def outcome(pool: str, program: str, limit_s: float) -> str:
     module, needed = POOLS[pool][0], PROGRAMS[program][2]
     if any(importlib.util.find_spec(name) is None for name in (module, needed)):
         return "not installed"
+    if program == "failing initializer" and pool in WITHOUT_INITIALIZER:
+        return "has none"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "program.py")
         path.write_text(script(pool, program))

@@ -3,7 +3,8 @@
     python benchmarks/dispatch.py [--rounds 7] [--slow] [--only NAME ...]
 
 All pools are open at the same time and take turns, so that a slow moment of the machine
-meets each of them; figures are medians over the rounds. CPU is that of this process and
+meets each of them (Dask and Ray, each alone with ours); figures are medians over the
+rounds. CPU is that of this process and
 of all workers. Nothing here fails for being slow: read the ratios.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
+import math
 import os
 import signal
 import statistics
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tasks
-from contenders import OURS, Opened, cpu_s, descendants, open_all
+from contenders import OURS, Opened, cpu_s, descendants, groups, open_all
 from figures import show
 
 if TYPE_CHECKING:
@@ -37,7 +39,11 @@ MAPPED = 2000
 # For those that send them in chunks: enough for several of them.
 MAPPED_IN_CHUNKS = 40_000
 UNORDERED = 20_000
-CHUNKED = {OURS, "multiprocessing", "joblib", "mpire"}
+CHUNKED = {
+    OURS, "multiprocessing", "multiprocessing fork", "multiprocessing spawn", "joblib", "mpire",
+}  # fmt: skip
+# What is compared with pools that have daemons, too.
+OF_EACH = {"submit", "round-trip", "map"}
 SHORT_TASKS, SHORT_US, LONG_US = 2000, 100, 1_000_000
 
 
@@ -53,7 +59,14 @@ def compare(
     for _ in range(rounds):
         for name, pool in pools.items():
             cpu, begun = cpu_s(pids), time.perf_counter()
-            done = run(name, pool)
+            try:
+                done = run(name, pool)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                rows.setdefault(name, []).append((math.nan, math.nan))
+                continue
             took, used = time.perf_counter() - begun, cpu_s(pids) - cpu
             if done:
                 rows.setdefault(name, []).append((took / done * 1e6, used / done * 1e6))
@@ -268,10 +281,11 @@ def main() -> None:
     print(f"Python {sys.version.split()[0]}, {WORKERS} workers, {os.cpu_count()} CPUs, ", end="")
     print(f"load {os.getloadavg()[0]:.1f}, median of {options.rounds} rounds")
     if any(name in COMPARED for name in wanted):
-        with open_all(WORKERS, tasks.nothing) as pools:
-            for name, run in COMPARED.items():
-                if name in wanted:
-                    run(pools, options.rounds)
+        for number, group in enumerate(groups()):
+            with open_all(group, WORKERS, tasks.nothing) as pools:
+                for name, run in COMPARED.items():
+                    if name in wanted and (number == 0 or name in OF_EACH):
+                        run(pools, options.rounds)
     for name, measure in ALONE.items():
         if name in wanted:
             measure()

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py [--rounds 9] [--calls 300]
 
-One worker for a sequential caller, two for coroutines. The pools are open at the same time and
+One worker for a sequential caller, two for coroutines. All pools are open at the same time and
 take turns in every round; figures are medians over the rounds, in microseconds for each call, with
 the ratio to ours before them: above 1 is slower than ours. CPU is that of the program and of the
 workers, each for itself. Nothing here fails for being slow: read the ratios.
@@ -15,25 +15,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
+import contextlib
+import math
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import tasks
-from contenders import OURS, cpu_s
+from contenders import OURS, Opened, available, cpu_s, descendants
 from figures import show
 
-from safepool import ProcessPool
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     # Does so many calls.
     Run = Callable[[int], object]
-
-CONTEXT = multiprocessing.get_context("fork")
 
 
 def of_script(value: int) -> int:
@@ -41,16 +39,13 @@ def of_script(value: int) -> int:
     return value
 
 
-def round_trips(pool: Any, function: Callable[[int], int], calls: int) -> None:
+def round_trips(pool: Opened, function: Callable[[int], int], calls: int) -> None:
     """Submit one, wait for it, submit the next."""
+    assert pool.submit is not None
     for number in range(calls):
-        pool.submit(function, number).result()
-
-
-def applied(pool: Any, function: Callable[[int], int], calls: int) -> None:
-    """Do the same by ``apply()``."""
-    for number in range(calls):
-        pool.apply(function, (number,))
+        future = pool.submit(function, number)
+        # multiprocessing's and mpire's have get().
+        _ = future.result() if hasattr(future, "result") else future.get()
 
 
 def waited_for(pool: Any, calls: int) -> None:
@@ -69,7 +64,7 @@ def awaited(pool: Any, at_once: int, calls: int) -> None:
     """Let so many coroutines call and wait."""
 
     async def one(loop: asyncio.AbstractEventLoop) -> None:
-        for number in range(calls // at_once):
+        for number in range(max(1, calls // at_once)):
             await loop.run_in_executor(pool, tasks.nothing, number)
 
     async def all_of_them() -> None:
@@ -84,9 +79,16 @@ def compare(title: str, runs: dict[str, tuple[Run, list[int]]], rounds: int, cal
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (run, workers) in runs.items():
-            run(max(1, calls // 10))
-            program, both, begun = time.process_time(), cpu_s(workers), time.perf_counter()
-            run(calls)
+            try:
+                run(max(1, calls // 10))
+                program, both, begun = time.process_time(), cpu_s(workers), time.perf_counter()
+                run(calls)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                rows[name].append((math.nan, math.nan, math.nan))
+                continue
             took, used = time.perf_counter() - begun, time.process_time() - program
             in_workers = cpu_s(workers) - both - used
             rows[name].append((took, used, in_workers))
@@ -97,6 +99,22 @@ def compare(title: str, runs: dict[str, tuple[Run, list[int]]], rounds: int, cal
     show(title, ("wall us", "CPU program us", "CPU workers us"), each)
 
 
+@contextlib.contextmanager
+def opened(workers: int) -> Iterator[dict[str, tuple[Opened, list[int]]]]:
+    """Open pools, and yield each with the ids of its processes."""
+    with contextlib.ExitStack() as stack:
+        found: dict[str, tuple[Opened, list[int]]] = {}
+        for contender in available():
+            if contender.name == "ray" or contender.name.endswith("spawn"):
+                continue  # as with forkserver, once they are there
+            others = {*descendants()}
+            pool = stack.enter_context(contender.open(workers))
+            if pool.submit is not None:
+                pool.map(tasks.nothing, range(100))
+                found[contender.name] = pool, [*{*descendants()} - others]
+        yield found
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -104,56 +122,40 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=300)
     wanted = parser.parse_args()
     measure = partial(compare, rounds=wanted.rounds, calls=wanted.calls)
-    with (
-        ProcessPoolExecutor(1, mp_context=CONTEXT) as standard,
-        ProcessPoolExecutor(2, mp_context=CONTEXT) as standard_2,
-        CONTEXT.Pool(1) as multi,
-        ProcessPool(1) as ours,
-        ProcessPool(2) as ours_2,
-    ):
-        for pool in (standard, standard_2, ours, ours_2):
-            list(pool.map(tasks.nothing, range(100)))
-        multi.map(tasks.nothing, range(100))
-        # Their ids: what they are called differs.
-        pids = {
-            "standard": list(standard._processes),
-            "standard, two": list(standard_2._processes),
-            "multi": [process.pid for process in multi._pool],  # type: ignore[attr-defined]
-            OURS: list(ours._processes),
-            "ours, two": list(ours_2._processes),
+    with opened(1) as pools:
+        executors = {
+            name: (one.executor, pids) for name, (one, pids) in pools.items() if one.executor
         }
         for title, function in (("of a module", tasks.nothing), ("of the script", of_script)):
             measure(
                 f"submit(f, n).result(), a function {title}",
                 {
-                    OURS: (partial(round_trips, ours, function), pids[OURS]),
-                    "stdlib fork": (partial(round_trips, standard, function), pids["standard"]),
-                    "Pool.apply": (partial(applied, multi, function), pids["multi"]),
+                    name: (partial(round_trips, one, function), pids)
+                    for name, (one, pids) in pools.items()
+                    # Its workers are other programs.
+                    if name != "dask" or function is tasks.nothing
                 },
             )
             measure(
                 f"map(f, (1, 2)), a function {title}",
                 {
-                    OURS: (partial(maps_of_two, ours, function), pids[OURS]),
-                    "stdlib fork": (partial(maps_of_two, standard, function), pids["standard"]),
+                    name: (partial(maps_of_two, one, function), pids)
+                    for name, (one, pids) in executors.items()
+                    if name != "dask"  # takes no further arguments of map()
                 },
             )
         measure(
             "wait([submit(f, n)])",
-            {
-                OURS: (partial(waited_for, ours), pids[OURS]),
-                "stdlib fork": (partial(waited_for, standard), pids["standard"]),
-            },
+            {name: (partial(waited_for, one), pids) for name, (one, pids) in executors.items()},
         )
+    with opened(2) as pools:
         for at_once in (1, 8, 64):
             measure(
                 f"run_in_executor(), {at_once} at a time",
                 {
-                    OURS: (partial(awaited, ours_2, at_once), pids["ours, two"]),
-                    "stdlib fork": (
-                        partial(awaited, standard_2, at_once),
-                        pids["standard, two"],
-                    ),
+                    name: (partial(awaited, one.executor, at_once), pids)
+                    for name, (one, pids) in pools.items()
+                    if one.executor
                 },
             )
 

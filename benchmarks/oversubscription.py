@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -127,6 +128,35 @@ def _by_hand(work: Callable[[int], float]) -> None:
         list(pool.map(work, range(TASKS)))
 
 
+def _mpire(work: Callable[[int], float]) -> None:
+    import mpire
+
+    with mpire.WorkerPool() as pool:
+        pool.map(work, range(TASKS))
+
+
+def _pebble(work: Callable[[int], float]) -> None:
+    import pebble
+
+    with pebble.ProcessPool() as pool:
+        list(pool.map(work, range(TASKS)).result())
+
+
+def _dask(work: Callable[[int], float]) -> None:
+    from distributed import Client
+
+    with Client(dashboard_address=":0", silence_logs=50) as client:
+        client.gather(client.map(work, range(TASKS), pure=False))
+
+
+def _ray(work: Callable[[int], float]) -> None:
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    remote = ray.remote(work)
+    ray.get([remote.remote(n) for n in range(TASKS)])
+
+
 POOLS: dict[str, Callable[[Callable[[int], float]], None]] = {
     "safepool": _safepool,
     "stdlib": _standard,
@@ -134,7 +164,23 @@ POOLS: dict[str, Callable[[Callable[[int], float]], None]] = {
     "loky": _loky,
     "joblib": _joblib,
     "by hand": _by_hand,
+    "mpire": _mpire,
+    "pebble": _pebble,
+    "dask": _dask,
+    "ray": _ray,
 }
+# Each starts in its own way, and so is run with the case of the README alone.
+MORE = {"mpire": "mpire", "pebble": "pebble", "dask": "distributed", "ray": "ray"}
+
+
+def compared(work: str) -> list[str]:
+    """Return the pools that are installed and are run with a kind of work."""
+    return [
+        pool
+        for pool in POOLS
+        if pool not in MORE
+        or (work == "scipy" and importlib.util.find_spec(MORE[pool]) is not None)
+    ]
 
 
 def measure(pool: str, work: str) -> None:
@@ -227,7 +273,7 @@ def main() -> None:
     with host(options.host_cpus) as variables:
         for cpus in options.cpus:
             for work in options.work:
-                rows: dict[str, list[Any]] = {pool: [] for pool in POOLS}
+                rows: dict[str, list[Any]] = {pool: [] for pool in compared(work)}
                 with quota_group(cpus) as group:
                     for _ in range(options.rounds):
                         for pool, found in rows.items():

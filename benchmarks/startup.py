@@ -30,7 +30,8 @@ import tasks
 
 # Enough for each worker to get some, whatever the others do meanwhile.
 CALLS_PER_WORKER = 4
-MEASURED = ("stdlib forkserver", "stdlib spawn", "loky", "multiprocessing", contenders.OURS)
+# joblib's calls cannot be submitted one by one.
+MEASURED = tuple(one.name for one in contenders.CONTENDERS if one.name != "joblib")
 FIELDS = ("first_s", "second_s", "pss_mb", "cpu_s")
 LATE_FIELDS = ("first_s", "second_s", "pss_mb")
 HEADS = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
@@ -182,9 +183,10 @@ def _table(
     title: str, options: argparse.Namespace, more: list[str], fields: tuple[str, ...]
 ) -> None:
     """Measure all of them in turns and print one row for each."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in MEASURED}
+    names = [one.name for one in contenders.available() if one.name in MEASURED]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        for name in MEASURED:
+        for name in names:
             arguments = ["--child", name, "--workers", str(options.workers), *more]
             done = subprocess.run(
                 [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,59 @@ def test_figures_are_kept_with_what_they_come_from(tmp_path: Path) -> None:
         check(kept)
         assert not kept["quick"]
         assert kept["benchmark"] == file.stem
+
+
+def test_results_are_written_for_a_reader(tmp_path: Path) -> None:
+    write_readme = runpy.run_path(str(FOLDER / "__main__.py"))["write_readme"]
+    cell = {"median": 1234.5, "low": 0.5, "high": "never", "ratio": 2.0}
+    missing = dict.fromkeys(cell)
+    result = {
+        "benchmark": "latency",
+        "question": "How long?",
+        "command": "python benchmarks/latency.py",
+        "date": "2026-01-02",
+        "machine": {"python": "3.14.0", "host_cpus": 2, "load_before": 0.1},
+        "versions": {"safepool": "1", "loky": "3.7"},
+        "tables": [
+            {"title": "each", "columns": ["us", "a|b"], "rows": {"loky": [cell, missing]}},
+            {"title": "then", "columns": ["it"], "outcomes": {"loky": ["hangs"]}},
+        ],
+    }
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    folder.mkdir()
+    (folder / "latency.json").write_text(json.dumps(result))
+    (folder / "latency.svg").touch()
+    around = "before\n<!-- results: begin -->\n", "<!-- results: end -->\nafter\n"
+    readme.write_text("old\n".join(around))
+
+    write_readme(folder, readme)
+    write_readme(folder, readme)
+
+    assert readme.read_text() == around[0] + WRITTEN + around[1]
+    assert "<!-- results: begin -->" in (FOLDER / "README.md").read_text()
+
+
+WRITTEN = """\
+### latency
+
+How long?
+
+`python benchmarks/latency.py`, 2026-01-02, Python 3.14.0, 2 CPUs, load before 0.1; loky 3.7
+
+![How long?](results/latency.svg)
+
+**each**
+
+|  | us | a\\|b |
+|---|---|---|
+| loky | 2.00 x: 1,234 (0.5 to never) | - |
+
+**then**
+
+|  | it |
+|---|---|
+| loky | hangs |
+"""
 
 
 def check(found: dict[str, Any]) -> None:

@@ -1,0 +1,96 @@
+"""What calls cost, in counts: pickles, blocks of memory, switches to another thread. No times.
+
+The calls of the system in one round trip are counted in test_turns.py.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from typing import Any, ClassVar
+
+import pytest
+from support_processes import wait_until
+
+import safepool
+
+resource = pytest.importorskip("resource", reason="Windows has none")
+
+CALLS = 1000
+
+
+class Counted:
+    """Notes each time that one of its objects is pickled in this process."""
+
+    pickled: ClassVar[list[str]] = []
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.pickled.append(type(self).__name__)
+        return type(self), (self.number,)
+
+
+class Function(Counted):
+    """Is noted as well."""
+
+    def __call__(self, item: Counted) -> Counted:
+        return Counted(item.number + self.number)
+
+
+def pickled_here() -> list[str]:
+    return [*Counted.pickled]
+
+
+@pytest.mark.parametrize("way", ["map", "submit"])
+def test_arguments_and_results_are_pickled_once(way: str) -> None:
+    Counted.pickled.clear()
+    function, items = Function(1), [Counted(n) for n in range(CALLS)]
+    with safepool.ProcessPool(1) as pool:
+        if way == "map":
+            results = [*pool.map(function, items)]
+        else:
+            results = [one.result() for one in [pool.submit(function, item) for item in items]]
+        in_worker = pool.submit(pickled_here).result()
+    assert [one.number for one in results] == [*range(1, CALLS + 1)]
+    assert in_worker == ["Counted"] * CALLS
+    assert pickled_here().count("Counted") == CALLS
+    assert pickled_here().count("Function") == (1 if way == "map" else CALLS)
+
+
+def test_a_call_that_waits_takes_few_blocks_of_memory() -> None:
+    """It takes 9 or 10: future, call, arguments, name, and what they are kept in."""
+    with safepool.ProcessPool(1) as pool:
+        running = pool.submit(time.sleep, 600)
+        wait_until(running.running)
+        gc.collect()
+        before = sys.getallocatedblocks()
+        waiting = [pool.submit(abs, n) for n in range(CALLS)]
+        gc.collect()
+        taken = sys.getallocatedblocks() - before
+        pool.kill_workers()
+    assert all(one.done() for one in waiting)
+    assert taken < 16 * CALLS
+
+
+def test_calls_of_a_map_share_their_switches() -> None:
+    """Messages have many calls: neither the program nor a worker waits for each."""
+
+    def map_again() -> tuple[int, int]:
+        """Switches in this process, and in the worker."""
+        here, there = switches(), pool.submit(switches).result()
+        list(pool.map(abs, range(10 * CALLS)))
+        return switches() - here, pool.submit(switches).result() - there
+
+    with safepool.ProcessPool(1) as pool:
+        # On a busy machine a few have more: none needs one for each call.
+        counts = [map_again() for _ in range(5)]
+    assert min(here for here, _ in counts) < CALLS
+    assert min(there for _, there in counts) < CALLS // 10
+
+
+def switches() -> int:
+    """How often this process has given its CPU away to wait for something."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
