@@ -1,7 +1,7 @@
 """Print the oldest supported release of each dependency, as pip constraints.
 
-``name>=1.5`` becomes ``name==1.5``. Run it in the project's root, with the names of the
-extras to include: ``python .ci/lowest.py demo``. Without any: ``dependencies`` only.
+``name>=1.5``, on whatever system, becomes ``name==1.5``. Run it in the project's root, with the
+names of the extras to include: ``python .ci/lowest.py demo``. Without any: ``dependencies`` only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)$")
+REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)(\s*;.*)?$")
 
 
 def constraint(requirement: str) -> str:

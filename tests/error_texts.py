@@ -245,7 +245,7 @@ class _Source:
                 child, child.name if isinstance(child, ast.ClassDef) else inside
             )
 
-    def _of(self, node: ast.expr, depth: int = 0) -> list[str]:  # noqa: PLR0911 -- a table
+    def _of(self, node: ast.expr, depth: int = 0) -> list[str]:  # noqa: C901, PLR0911 -- a table
         """Return what an expression may say."""
         if isinstance(node, ast.Constant):
             return [str(node.value)]
@@ -262,6 +262,8 @@ class _Source:
             return _joined([self._of(node.left, depth), self._of(node.right, depth)])
         if isinstance(node, ast.IfExp):
             return [*self._of(node.body, depth), *self._of(node.orelse, depth)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "printable":
+            return self._of(node.args[0], depth)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("_.format"):
             return [f"{{{_short(node)}}}"]
         if (

@@ -26,6 +26,8 @@ prints one object; keys are added, and none is renamed or removed within a ``sch
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import os
 import sys
 import time
@@ -391,12 +393,18 @@ def _sampled(
 
 
 def _joblib_count() -> int | None:
-    # joblib counts with its copy of loky; joblib itself would import NumPy.
-    from loky import cpu_count  # noqa: PLC0415 -- importing the command stays light
-
+    # By its copy of loky, whose folder is imported under a name of ours: joblib itself would
+    # import NumPy, and start the threads that this command is asked about.
+    found = importlib.util.find_spec("joblib")
+    if found is None or not found.submodule_search_locations:
+        return None
+    folder = os.path.join(found.submodule_search_locations[0], "externals", "loky", "backend")
+    package = importlib.machinery.ModuleSpec("safepool_joblib", None, is_package=True)
+    package.submodule_search_locations = [folder]
+    sys.modules.setdefault(package.name, importlib.util.module_from_spec(package))
     try:
-        count = cpu_count()
-    except (OSError, ValueError):
+        count = importlib.import_module(f"{package.name}.context").cpu_count()
+    except (ImportError, OSError, ValueError):
         return None  # LOKY_MAX_CPU_COUNT is no number, or a filter refuses the affinity
     return count if isinstance(count, int) else None
 

@@ -147,9 +147,10 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         mp_context (context or str; default None): A ``multiprocessing`` context that starts the
             workers, or its name. ``None`` is ``"safepool"`` on Linux: workers are forked from a
             server process without threads. Elsewhere it is ``"loky"``: each worker is a fresh
-            interpreter. Neither needs ``if __name__ == "__main__"`` in the script. ``"fork"``
-            copies this process, and its threads may leave a lock held: a warning names the threads
-            that exist when the pool is made. Example: ``mp_context="spawn"``.
+            interpreter; on Linux the extra ``safepool[loky]`` brings it. Neither needs ``if
+            __name__ == "__main__"`` in the script. ``"fork"`` copies this process, and its threads
+            may leave a lock held: a warning names the threads that exist when the pool is made.
+            Example: ``mp_context="spawn"``.
         initializer (function; default None): Function that each worker calls once before its first
             task, after the native threads are capped. Example: ``initializer=connect,
             initargs=("db",)``.

@@ -1,7 +1,8 @@
 """Choice of a pool's start method.
 
 safepool      forked from a server that has no threads (``context``); Linux, by default
-loky          a fresh interpreter each, ``__main__`` never imported; the default elsewhere
+loky          a fresh interpreter each, ``__main__`` never imported; the default elsewhere, where
+              loky comes with safepool
 spawn, forkserver, fork    ``multiprocessing``'s own, if the caller asks for one
 """
 
@@ -12,6 +13,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Literal
 
+from safepool.errors import MissingExtraError
 from safepool.transport.lazy import eager_imports
 from safepool.workers.plan import plan_main
 from safepool.workers.standard import METHODS, Standard
@@ -42,6 +44,7 @@ def find_context(
         end_subprocesses: Whether the programs that tasks have started end with the program.
 
     Raises:
+        MissingExtraError: loky is asked for, and is not installed.
         ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
             script that could be run; or it cannot see to it that ``end_subprocesses`` holds.
     """
@@ -60,10 +63,15 @@ def find_context(
             'Linux with /proc, and with mp_context=None or "safepool". Leave it out'
         )
     if wanted is None or wanted == "loky":
-        # Its reducers are registered by imports, which -X lazy_imports=all would put off.
-        with eager_imports():
-            from loky.backend import get_context  # noqa: PLC0415 -- a pool's start, not our import
-
+        try:
+            # Its reducers are registered by imports, which -X lazy_imports=all would put off.
+            with eager_imports():
+                from loky.backend import get_context  # noqa: PLC0415 -- needed on few systems
+        except ImportError as error:
+            if wanted is None and sys.platform == "linux":
+                # Frozen into one file, or without /proc.
+                return multiprocessing.get_context("spawn")
+            raise MissingExtraError("loky", "pip install 'safepool[loky]'") from error
         context: BaseContext = get_context("loky")
         return context
     return multiprocessing.get_context(wanted) if isinstance(wanted, str) else wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,14 @@ def test_a_variable_that_stops_joblib_does_not_stop_the_screen(
     screen = json.loads(capsys.readouterr().out)
     assert screen["joblib_workers"] is None
     assert any("LOKY_MAX_CPU_COUNT" in finding["text"] for finding in screen["findings"])
+
+
+def test_joblib_is_counted_as_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from joblib.externals.loky import cpu_count
+
+    monkeypatch.setitem(sys.modules, "loky", None)
+
+    assert limits_screen._joblib_count() == cpu_count()
 
 
 def counters(periods: int, throttled: int) -> Throttling:
