@@ -19,7 +19,8 @@ from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys o
 ``help("safepool.threats")`` the threat model.
 
 The same at the prompt: ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
-Other messages of the package go to the logger ``safepool``.
+Other messages of the package go to the logger ``safepool``, which is silent until the program
+configures logging.
 
 Data flows one way through the modules, and each one imports only from its left:
 

@@ -1,12 +1,13 @@
 """Floor 0: what each parameter takes, in one table, and the errors of all the others.
 
-A parameter means the same wherever it stands, so there is one row for each name. A front-end is
-decorated by :func:`checked`, which compares what it is given with the rows, once, before its body
-runs: the code below relies on that. A value that is the parameter's default is never compared.
+A parameter means the same wherever it stands, so there is one row for each name. :func:`checked`
+decorates a front-end. It compares the arguments with the rows, once, before the body runs, and the
+code below relies on that. A value that is the parameter's default is never compared.
 
 Not covered:
     * Missing and surplus positional arguments: Python names them.
-    * What only the machine can tell, such as a module that is not there: said where it is found.
+    * Errors that depend on the machine, such as a missing module: they are raised where they are
+      found.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def check(name: str, value: object, rule: Rule | None = None, *, optional: bool 
         name: Name of the parameter.
         value: The argument.
         rule: The row; ``None`` is that of the name.
-        optional: Whether ``None`` is taken, whatever the row says.
+        optional: Whether ``None`` is accepted, independent of the row.
 
     Raises:
         TypeError: The value has the wrong type.
@@ -205,7 +206,7 @@ def _shown(value: object) -> str:
 
 
 def _meant(value: object, rule: Rule) -> Iterator[object]:
-    """Yield what the caller may have meant by a value that is wrong."""
+    """Yield guesses of what the caller meant by a wrong value."""
     if isinstance(value, str):
         import difflib  # noqa: PLC0415 -- of use to an error alone
 
@@ -354,7 +355,7 @@ def parse_bytes(size: float | str) -> int:
             1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
 
     Raises:
-        ValueError: The size is neither, or not above 0.
+        ValueError: The size is neither a number nor such a text, or is not above 0.
 
     Source:
         IEC 80000-13; Kubernetes, "Resource units".
@@ -368,7 +369,7 @@ def parse_bytes(size: float | str) -> int:
     else:
         match = _BYTES.fullmatch(size)
         unit = match[2] if match else ""
-        # Only the k of kilo is written small, and nobody means anything else by K.
+        # Only the k of kilo is written small, and K has no other meaning.
         unit = f"k{unit[1:]}" if unit.startswith("K") else unit
         if match is None or unit not in _UNITS:
             raise ValueError(f"a size must be {_SIZE}, not {size!r}")

@@ -2,7 +2,15 @@
 
 Every error keeps its facts as attributes and builds its message from them. It can be pickled: its
 arguments go to ``super().__init__`` unchanged. Each class derives from the standard library's
-error that existing ``except`` clauses name.
+error that existing ``except`` clauses name:
+
+    WorkerDiedError   a BrokenProcessPool: the task's worker died, or exceeded memory_limit=; other
+                      tasks go on
+    TaskTimeoutError  a TimeoutError: the task ran for more than its timeout=
+    MemoryLimitError  a MemoryError: no room for a task's arguments or result
+    PoolBrokenError   a BrokenProcessPool: the whole pool is broken, as its initializer raised or
+                      no worker can be started
+    RemoteTaskError   the class of the task's exception cannot be pickled; its text is sent
 """
 
 from __future__ import annotations

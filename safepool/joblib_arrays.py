@@ -8,7 +8,7 @@
 
 Not covered:
     * Placing an array that is inside of another argument: it travels with its batch.
-    * Writing for all tasks to see: that is what a ``numpy.memmap`` among the arguments does.
+    * Writes that all tasks are to see: a ``numpy.memmap`` among the arguments does that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _UNSET = parallel.default_parallel_config["mmap_mode"]
 
 
 def mode_of_block(mmap_mode: str | None) -> str | None:
-    """Return what is to hold in a block where a call says nothing.
+    """Return the default mode of a block for calls without one.
 
     Args:
         mmap_mode: ``"auto"`` is what holds around it, if anything was said there.
@@ -53,7 +53,7 @@ def mode_of_block(mmap_mode: str | None) -> str | None:
 def mode_asked_for(mmap_mode: str | None) -> str | None:
     """Return what somebody has asked for, of what joblib hands over.
 
-    Its ``"r"`` is what it says by itself as well, unless the call's context says something.
+    ``"r"`` is also its default, so it counts only if the call's context names it.
 
     Raises:
         ValueError: The mode is none of joblib's.
@@ -98,7 +98,7 @@ class Arrays:
 
     Args:
         more_than_bytes: Size from which an array is large; ``None`` is never.
-        read_only: Nobody may write to a large one, wherever in the arguments it is.
+        read_only: Whether large arrays are read-only, anywhere in the arguments.
     """
 
     def __init__(self, more_than_bytes: float | None, *, read_only: bool = False) -> None:
@@ -111,7 +111,7 @@ class Arrays:
         """Return a batch whose large arrays travel as handles.
 
         Raises:
-            MemoryLimitError: There is no room for the pickle of what is large otherwise.
+            MemoryLimitError: There is no room for the pickle of another large object.
         """
         items = getattr(batch, "items", None)
         numpy = sys.modules.get("numpy")
@@ -144,18 +144,19 @@ class Arrays:
         ]
 
     def _handle(self, array: Any) -> Any:
-        """Return the handle of an array; ``None`` if it travels by itself."""
+        """Return the handle of an array; ``None`` if it travels with the call."""
         name = id(array)
         met = self._met.get(name)
         handle = None if met is None else met.handle()
         wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
         if handle is None and wanted and not array.dtype.hasobject:
             try:
-                # In one piece: others are copied into the pickle, and by each task out of it.
+                # In one piece: an array with gaps would be copied into the pickle, and out of it
+                # by each task.
                 whole = array if array.flags.forc else array.copy()
                 handle = share(whole, writable=not self._read_only)
             except MemoryError:
-                pass  # it travels by itself, or says so there
+                pass  # it travels with the call, or raises there
         if met is None:
             gone = weakref.ref(array, lambda _: self._met.pop(name, None))
             self._met[name] = _Met(gone, _nothing if handle is None else weakref.ref(handle))

@@ -1,29 +1,29 @@
 """joblib on safepool's workers: ``with safepool.parallel_backend():`` and ``backend="safepool"``.
 
-Everything that runs with ``n_jobs=`` through joblib, scikit-learn above all, runs in a
-:class:`safepool.ProcessPool`: as many workers as fit the limits, native threads capped, one
-dead worker an error instead of a broken executor.
+Code that runs with ``n_jobs=`` through joblib, scikit-learn above all, runs in a
+:class:`safepool.ProcessPool`. The number of workers fits the limits, native threads are capped,
+and a dead worker is an error of its call instead of a broken executor.
 
-There is a pool for each setting in the process, kept from call to call and from block to block;
-its workers end when they have been idle. A pool is not used again when what its workers were born
-with has changed: environment, directory, ``sys.path``, CPUs, the initializer and what it is given.
+The process has a pool for each setting, which it keeps from call to call and from block to block.
+Idle workers end. A pool is not used again after a change of the state that its workers were born
+with: environment, directory, ``sys.path``, CPUs, the initializer and its arguments.
 
 Not covered:
-    * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An
-      array of more than ``max_nbytes`` is placed in memory once for all tasks of a call that
-      are given it, if it is an argument itself and not inside of another. As with joblib's
-      files they get it as it was when the first of them was sent.
-    * ``Parallel(mmap_mode="r")`` outside of a block: joblib says that by itself as well, so it
-      means nothing there. In a block, and said by a block or ``joblib.parallel_config``, arrays
-      of more than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` tasks write into
-      arrays of their own, as with ``"c"``, which is the default; with ``None`` nothing is placed.
+    * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An array
+      of more than ``max_nbytes`` is placed in memory once for all tasks of a call that have it, if
+      it is an argument itself and not inside of another. As with joblib's files, they get its
+      content at the time when the first of them was sent.
+    * ``Parallel(mmap_mode="r")`` outside of a block: this is also joblib's default, so it has no
+      effect there. In a block, and said by a block or ``joblib.parallel_config``, arrays of more
+      than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` each task writes into its
+      own arrays, as with ``"c"``, which is the default. With ``None`` no array is placed.
     * Without a block, native threads of this process: a call that is sequential because only
       one worker fits has as many as the libraries found CPUs.
     * Sequential calls in another thread than a block's: OpenMP's and MKL's native threads are
       each thread's own there, and not held.
-    * A call inside of a task that names a backend and a number itself, as
-      ``Parallel(n_jobs=4, backend="safepool")``: it is done as asked, in each worker. One that
-      does not is sequential there; one with ``n_jobs=-1`` has the worker's share.
+    * A call inside of a task that names a backend and a number itself, as ``Parallel(n_jobs=4,
+      backend="safepool")``: it is done as asked, in each worker. Without ``n_jobs`` it is
+      sequential there; with ``n_jobs=-1`` it has the worker's share.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
     The workers are started by the first call, shared by all calls of the block, and kept for the
-    next block or call with equal arguments. Where only one worker fits, ``n_jobs=-1`` is
-    sequential, in this process: then its own native threads are held at ``threads_per_worker``
-    inside the block.
+    next block or call with equal arguments. If only one worker fits, ``n_jobs=-1`` is sequential,
+    in this process: then its own native threads are capped at ``threads_per_worker`` inside the
+    block.
 
     A call that asks for threads (``require="sharedmem"`` or ``prefer="threads"``, as forests of
     scikit-learn do) has threads of this process, as many as workers fit, with their native pools
@@ -113,12 +113,12 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     that are started inside.
 
     Args:
-        n_jobs: Meaning of ``n_jobs=None`` inside the block, as joblib counts: -1 is as many
-            workers as fit the limits, -2 one less, a positive number that many workers, more
-            than fit as well; 1 is sequential, in this process.
-        threads_per_worker: Threads for each native pool in a worker, at least 1; the number
-            of workers that fit is the limit divided by it. joblib's
-            ``inner_max_num_threads`` is another word for it.
+        n_jobs: Meaning of ``n_jobs=None`` inside the block, in joblib's way: -1 is as many workers
+            as fit the limits, -2 one less. A positive number is that many workers, even if fewer
+            fit; 1 is sequential, in this process.
+        threads_per_worker: The most threads of each native pool in a worker, at least 1. The
+            number of workers that fit is the limit divided by it. joblib's
+            ``inner_max_num_threads`` means the same.
         rounding: Treatment of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
             1.5 CPUs are two workers: a program that waits for its calls has no use for what
             ``"floor"`` leaves to it, and one worker does two thirds of the work
@@ -136,9 +136,9 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             hold while it runs a batch of tasks. A call that is sequential cannot be ended, and a
             warning says so once.
         preload: The same as for :class:`safepool.ProcessPool`.
-        initializer: Called once in each worker before its first task; once in this process
-            where calls are sequential, in which tasks have what it has set as well.
-        initargs: Its arguments.
+        initializer: Function that each worker calls once before its first task. If calls are
+            sequential this process calls it once, so that its settings hold there as well.
+        initargs: Arguments of ``initializer``.
         progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
             is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
             A call inside of another has none. Needs ``safepool[progress]``.
@@ -165,7 +165,7 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
-        MissingExtraError: ``progress`` is asked for, and tqdm is not installed.
+        MissingExtraError: ``progress`` is given, and tqdm is not installed.
         NoNodesError: No node of the cluster could be used for 60 seconds. Raised by the call.
         TypeError: ``cluster`` is neither a client nor an executor.
 
@@ -256,7 +256,7 @@ class Words(TypedDict, total=False):
 
 
 _WORDS = Words.__annotations__.keys()
-# joblib's own max_nbytes: nobody has said anything.
+# joblib's own max_nbytes: it was not set.
 _UNSAID_BYTES = 1 << 20
 # And the context of multiprocessing's start method.
 _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
@@ -281,12 +281,12 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     Args:
         nesting_level: joblib's.
         inner_max_num_threads: The same as ``threads_per_worker``.
-        pools: Where pools are kept; ``None`` is this process's.
+        pools: The collection of pools; ``None`` is this process's.
         cluster: The same as for :func:`parallel_backend`.
         words: See :class:`Words`.
 
     Raises:
-        TypeError: There is no such word.
+        TypeError: An argument has an unknown name.
         ValueError: A number is out of its range.
         MissingExtraError: The same as for :func:`parallel_backend`.
     """
@@ -297,9 +297,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     supports_sharedmem = True
     uses_threads = False
     default_n_jobs = 1
-    # Each Parallel object gets one of its own.
+    # Each Parallel object gets a backend of its own.
     _is_of_one = False
-    # What holds for arrays in a thread that has no setting of its own.
+    # Settings for arrays in a thread that has no setting of its own.
     _arrays_of_block: Mapping[str, Any] | None = None
 
     def __init__(
@@ -323,7 +323,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         self._cluster = cluster
         self._pools = (_cluster_pools() if cluster is not None else pools) or SHARED
         self._lease: Lease | None = None
-        # Of its copies as well.
+        # Leases of its copies as well.
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
@@ -349,7 +349,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         self._memory = None if memory is None else parse_bytes(memory)
         self._memory_limit = None if most is None else parse_bytes(most)
         self._rounding: Rounding = words.get("rounding", "nearest")
-        # What is out of its range is said here, not by the first call.
+        # A value out of its range raises here, and not in the first call.
         self._request()
         self._label = label_of(words.get("progress", False))
         if self._label is not None:
@@ -413,7 +413,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             warnings.warn(f"{text}{hint}", RuntimeWarning, stacklevel=2)
         own = {word: options[word] for word in options.keys() & _WORDS}
         backend = self._of_one(cast("Words", own))
-        # Not by FallbackToBackend: whatever is raised then is raised "during handling" of it.
+        # Not by FallbackToBackend: an exception raised then would be "during handling" of it.
         parallel._backend = backend
         return backend._configure(n_jobs, parallel, **options)
 
@@ -490,8 +490,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def _of_one(self, words: Words) -> SafepoolBackend:
         """Return a backend like this one that a single ``Parallel`` object uses.
 
-        joblib gives all of a block the same one. What is known of a call must not be another's:
-        generators may be taken in turns.
+        joblib gives all of a block the same one. Facts about a call must not be another's:
+        generators may be used in turns.
 
         Args:
             words: The words that the object says itself.
@@ -548,8 +548,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
 
     def start_call(self) -> None:
         """Begin one call; what arrays hold is another matter in each."""
-        # What a call before that failed had made of its input and not sent: joblib would send it
-        # with this call's, and return what it returns.
+        # Batches that an earlier, failed call had prepared and not sent: joblib would send them
+        # with this call's, and return their results.
         self.parallel._ready_batches = queue.Queue()
         self._arrays = Arrays(self._max_nbytes, read_only=self._read_only)
         try:
@@ -562,8 +562,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def retrieval_context(self) -> AbstractContextManager[object]:
         """Wait for the end of a call whose results are wanted all at once.
 
-        Everything is dispatched that is to be at once. What follows here looks for results every
-        10 ms, which for a short call is most of its time.
+        Everything is dispatched that is to be at once. joblib's code after this looks for results
+        every 10 ms, which for a short call is most of its time.
         """
         if self._bar is not None:
             self._bar.begun = True
@@ -573,8 +573,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         if self._callbacks is not None and at_once:
             self._callbacks.wait()
         if parallel._aborting:
-            # Its input has raised. With ``pre_dispatch="all"`` joblib looks at that only while
-            # a call is still running, and returns what there is.
+            # The input of the call has raised. With ``pre_dispatch="all"`` joblib looks at that
+            # only while a call is still running, and returns what there is.
             parallel._raise_error_fast()
         return nullcontext()
 
@@ -624,7 +624,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return future
 
     def _facts_of(self, batch: Any) -> tuple[str, Policy]:
-        """Return what an error calls a batch, and what holds for it."""
+        """Return a batch's name for errors, and its policy."""
         items = getattr(batch, "items", None)
         if not items:
             return name_of(batch), self._policy
@@ -651,7 +651,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return size
 
     def retrieve_result_callback(self, future: Future[Any]) -> Any:
-        """Return what a batch returned, or raise what it raised."""
+        """Return the result of a batch, or raise its exception."""
         error = future.exception()
         if error is not None and was_not_sent(error):
             raise PicklingError(NOT_PICKLED) from error

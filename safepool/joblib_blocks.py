@@ -1,9 +1,9 @@
 """Blocks reach every thread: joblib's own settings are those of the thread that makes them.
 
-While a block is open, joblib's default backends are the block's, for threads that have no setting
-of their own: those of a library that calls ``Parallel`` in threads (optuna's ``n_jobs=2``), and
-the one in which a call's input is computed. Of several open blocks the last to begin counts; when
-the last one ends, joblib has its own defaults again.
+While a block is open, its backends are joblib's defaults in threads without a setting of their
+own: those of a library that calls ``Parallel`` in threads (optuna's ``n_jobs=2``), and the one
+that computes a call's input. Of several open blocks the latest counts. After the end of the last
+one, joblib has its own defaults again.
 
 Not covered:
     * A thread that was there before, and has nothing to do with the block: it is reached as well.

@@ -1,10 +1,10 @@
 """joblib's callbacks in a thread of their call's own.
 
-A callback takes the next calls from the program's iterator and submits them. The iterator may
-be slow, or wait for another parallel call: in the thread that serves the pool it would hold up
-every call there is, the one that it waits for included.
+A callback takes the next calls from the program's iterator and submits them. The iterator may be
+slow, or wait for another parallel call: in the thread that serves the pool it would delay every
+call, even the one that it waits for.
 
-It also lets a program wait for the end of its call: joblib looks for it every 10 ms.
+It also wakes a program at the end of its call: joblib itself looks every 10 ms.
 
 Not covered:
     * Batches that end after their call: their callbacks are dropped, joblib has no use for them.
@@ -26,7 +26,7 @@ __all__ = ["Callbacks"]
 
 # Ctrl-C is to bring the prompt back within a second.
 _WAIT_S = 0.5
-# Between two looks at a call whose end should have been told.
+# Pause between two checks of a call, in case that a wake-up is lost.
 _LOOK_S = 0.1
 
 
@@ -52,7 +52,7 @@ class Callbacks:
         future.add_done_callback(lambda done: self._done.put((callback, done)))
 
     def wait(self) -> None:
-        """Return when the call needs no further callback. Not from a callback."""
+        """Return when the call needs no further callback. Not to be called from a callback."""
         while self._goes_on():
             self._over.wait(_LOOK_S)
             self._over.clear()
@@ -61,7 +61,7 @@ class Callbacks:
         """Run no further ones, and wait for the one that runs; twice is once.
 
         A ``Parallel`` object may be called again at once, and joblib's callback would count its
-        batch for that call. One that is in the middle of a slow iterator is not waited for.
+        batch for that call. A callback in the middle of a slow iterator is not waited for.
         """
         self._closed = True
         self._done.put(None)
@@ -77,15 +77,16 @@ class Callbacks:
                 _fail(callback, error)
             if not self._goes_on():
                 self._over.set()
-            # What the call returned is the program's to drop.
+            # The program owns the result of the call.
             del entry, callback, future
 
 
 def _fail(callback: Any, error: BaseException) -> None:
     """Let a call raise what its callback has raised, as joblib does with an iterator's errors.
 
-    Nothing would be dispatched any more, and the program wait for ever. It is ``SystemExit`` or
-    ``KeyboardInterrupt`` from the iterator, or what prints the progress.
+    Otherwise no batch would be dispatched any more, and the program would wait without end. The
+    cause is ``SystemExit`` or ``KeyboardInterrupt`` from the iterator, or the printing of
+    progress.
     """
     parallel = callback.parallel
     with parallel._lock:

@@ -1,8 +1,8 @@
 """The pools of joblib's calls: kept from call to call, and shared by calls at the same time.
 
 Not covered:
-    * Who uses one: a backend says so when it takes it (``Pools.lease``), and no longer when it
-      has gone, however that was.
+    * Users of a pool: a backend takes a lease (``Pools.lease``), which ends with the backend in
+      every case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["IDLE_S", "NOT_PICKLED", "SHARED", "BornWith", "Lease", "Pools", "Set
 
 # In the words of joblib's own backend, which programs match.
 NOT_PICKLED = "Could not pickle the task to send to the workers."
-# How long a worker waits for the next call outside of a block, as loky's do.
+# Time that a worker waits for the next call outside of a block, as loky's workers do.
 IDLE_S = 300.0
 # Pools that no call uses; more end at once.
 _MOST_UNUSED = 4
@@ -44,7 +44,7 @@ class BornWith:
     """Settings that a program may change between two calls, and a worker has from its birth.
 
     Attributes:
-        environ: The environment, without what a worker gets of its own.
+        environ: The environment, without variables that are set for each worker.
         folder: The working directory; empty if there is none.
         path: ``sys.path``.
         cpus: The affinity mask; ``None`` where there is none.
@@ -60,7 +60,7 @@ class BornWith:
 
     @classmethod
     def now(cls, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> Self:
-        """Return what it is now."""
+        """Return the present state."""
         try:
             folder = os.getcwd()
         except OSError:
@@ -82,7 +82,7 @@ class BornWith:
 
 @functools.lru_cache(maxsize=1)
 def _variables_of_workers(_revision: int) -> frozenset[str]:
-    """Return what a worker gets of its own, and blocks of this process change meanwhile."""
+    """Return the variables that each worker gets and that blocks of this process change."""
     return frozenset(worker_environment(1))
 
 
@@ -94,7 +94,7 @@ class Settings:
         threads: Native threads of each worker.
         preload: The same as for :class:`safepool.ProcessPool`.
         initializer: Called in each worker.
-        initargs: Its arguments.
+        initargs: Arguments of ``initializer``.
         idle_s: Seconds after which a worker ends that has nothing to do.
         end_subprocesses: The same as for :class:`safepool.ProcessPool`.
         memory_limit: In bytes.
@@ -172,7 +172,7 @@ class _Pool(ProcessPool):
         return self._scheduler.submit(batch, (), {}, name=name, policy=policy)
 
     def size_to(self, workers: int) -> None:
-        # A call's own n_jobs= is nothing that its program needs to be told of.
+        # A call's own n_jobs= is no news for its program.
         self._scheduler.resize(workers, level=logging.DEBUG)
 
     def let_go_after(self, idle_s: float) -> None:
@@ -204,7 +204,7 @@ class Lease:
     settings: Settings
     pool: TaskPool
     workers: int
-    # One whose call was interrupted before joblib would end it goes with its object.
+    # The lease of a call that was interrupted before joblib would end it goes with its object.
     users: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def is_outdated(self, settings: Settings) -> bool:
@@ -234,7 +234,7 @@ class Pools:
             self._leases = [lease for lease in self._leases if not lease.pool.is_broken]
             self._end([lease for lease in self._leases if lease.is_outdated(settings)])
             fitting = [lease for lease in self._leases if settings.fit(lease.settings)]
-            # One of this size, which calls in several threads share; or one that is free.
+            # A pool of this size, which calls in several threads share, or a free one.
             fitting.sort(key=lambda lease: lease.workers != workers)
             for lease in fitting:
                 if lease.workers == workers or not lease.users:

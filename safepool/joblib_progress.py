@@ -4,13 +4,13 @@ In workers, and in threads that a call has asked for::
 
     start_call() -> CallBar         n_completed_tasks, n_dispatched_tasks     stop_call() -> closed
 
-One after the other in this process, where joblib asks a backend for nothing::
+One after the other in this process, where joblib makes no call to a backend::
 
     configure() -> CallBar          the same                     print_progress() -> closed
 
 Not covered:
     * ``require="sharedmem"`` in ``joblib.parallel_config(...)`` of another backend than ours.
-    * How many calls of a batch had ended when one of them raised: that one is counted.
+    * The number of ended calls of a batch in which one has raised: that one is counted.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class CallBar:
         label: Text before the bar; empty for none.
 
     Attributes:
-        begun: ``Parallel`` has dispatched what it does at once.
+        begun: ``Parallel`` has dispatched its first batches.
         progress: The counter. Batches that raised, or whose worker died, have failed.
     """
 
     def __init__(self, parallel: Any, label: str) -> None:
         self.begun = False
-        # The drawing thread must not keep what the caller has dropped.
+        # The drawing thread must not keep an object that the caller has dropped.
         self._parallel = weakref.ref(parallel)
         self.progress = Progress(label, parallel.n_tasks, look=self._look)
 

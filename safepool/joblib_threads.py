@@ -1,13 +1,13 @@
 """Threads of this process for joblib's calls that ask for them, with their native pools held.
 
-``require="sharedmem"`` cannot be had from processes. ``prefer="threads"`` is said by libraries
-whose tasks leave Python's lock to each other and share what they read: forests, neighbours, paths
-of coordinate descent. What they would send to workers and back takes longer than what they compute
+``require="sharedmem"`` cannot be had from processes. Libraries ask for ``prefer="threads"`` if
+their tasks release Python's lock and share the data that they read: forests, neighbours, paths of
+coordinate descent. Sending these data to workers and back takes longer than the computation
 (``benchmarks/joblib_backend.py``, boruta).
 
 Not covered:
     * A call that ends early: its tasks run on to their end, as nothing can end a thread. So a
-      function's own ``timeout=`` and ``retries=`` (:func:`safepool.worker`) do not hold here.
+      function's ``timeout=`` and ``retries=`` (:func:`safepool.worker`) have no effect here.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
 """Linux's calls and numbers that a Python may lack: the kernel has them all the same.
 
-A Python that was built with the C headers of an old system (manylinux2014 is CentOS 7, 2014)
-has no ``os.memfd_create``, no ``os.pidfd_open`` and no ``fcntl.F_SEAL_*``, whichever kernel it
-runs on. Many builds that are made to run everywhere are of this kind. All other modules take
-these names from here.
+A Python that was built with the C headers of an old system (manylinux2014 is CentOS 7, 2014) has
+no ``os.memfd_create``, no ``os.pidfd_open`` and no ``fcntl.F_SEAL_*``, on any kernel. Many builds
+that are made to run everywhere are of this kind. All other modules take these names from here.
 
 Sources:
     Linux, include/uapi/linux/fcntl.h, memfd.h and asm-generic/{fcntl,poll,unistd}.h; the values
     hold for every architecture that Python's own list of supported platforms names.
 
 Not covered:
-    * ``memfd_create`` on a C library before glibc 2.27: it is refused, as by a kernel that does
-      not have it, and whoever calls has another way.
+    * ``memfd_create`` on a C library before glibc 2.27: it is refused, as by a kernel without it,
+      and callers have another way.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _memfd_create(name: str, flags: int) -> int:
 
 
 def _pidfd_open(pid: int, flags: int = 0) -> int:
-    # The kernel sets close-on-exec by itself.
+    # The kernel always sets close-on-exec.
     return _call("syscall", _PIDFD_OPEN, pid, flags)
 
 
@@ -82,7 +81,7 @@ def _pidfd_send_signal(pidfd: int, number: int) -> None:
 
 
 def _preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Read into the first buffer alone, which counts as a short read of them all."""
+    """Read into the first buffer only, which counts as a short read of all."""
     read = os.pread(descriptor, len(buffers[0]), offset)
     buffers[0][: len(read)] = read
     return len(read)

@@ -1,7 +1,7 @@
 """Floor 3: what this process may use, asked now, decided now, and said where it surprises.
 
-It joins ``limits`` and ``budget`` and holds no rule of its own. Nothing is cached: limits
-change while a program runs.
+It joins ``limits`` and ``budget``, and has no rule of its own. Nothing is cached: limits change
+while a program runs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def cpu_limit() -> float:
     """Return the CPUs that the kernel will give this process, not rounded.
 
     Returns:
-        CPUs of run time per second of wall time, such as 2.5: the smallest of the
-        affinity mask, every control group's quota from this process's own up to the
-        mount point, and the upper bounds set in the environment. Always above 0.
+        CPUs of run time per second of wall time, such as 2.5. It is the smallest of the affinity
+        mask, the quotas of all control groups from this process's own up to the mount point, and
+        the upper bounds in the environment. Always above 0.
 
     Source:
         sched_getaffinity(2); Linux, Documentation/admin-guide/cgroup-v2.rst, "cpu.max".
@@ -74,7 +74,7 @@ def cpu_count() -> int:
 
 
 def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
-    """Read the limits and fit the request to them; say once what was ignored or dropped.
+    """Read the limits and fit the request to them; log once what was ignored or rounded down.
 
     Args:
         request: The wishes of the caller.
@@ -109,7 +109,7 @@ class BudgetWatch:
     Args:
         request: The wishes of the pool.
         limits: The limits at the time when it was made. The room for memory, processes and open
-            files is that of this moment: what is in use later includes the workers.
+            files is that of this moment: the later use includes the workers.
     """
 
     def __init__(self, request: Request, limits: Limits) -> None:
@@ -138,7 +138,7 @@ class BudgetWatch:
         return self._budget
 
     def look_for_hidden_limit(self, pids: Iterable[int], budget: Budget) -> None:
-        """Say once if the workers fit what can be seen and are held back all the same.
+        """Log once if the workers fit the visible limit and are held back all the same.
 
         Args:
             pids: The workers that have work.
@@ -192,7 +192,7 @@ def call_handlers(call: Callable[[], None]) -> None:
 
 
 def tell_once(text: str, *, subject: str | None = None) -> None:
-    """Warn of something once in this process; never raise, whatever the filters say.
+    """Warn once in this process; never raise, even if warnings are errors.
 
     Args:
         text: The warning.
@@ -212,7 +212,7 @@ def _warn(text: str) -> None:
     try:
         warnings.warn(printable(text), RuntimeWarning, stacklevel=3)
     except RuntimeWarning:
-        # Filtered to an error. What is wrong with the machine must not cost a pool.
+        # Filtered to an error. A problem of the machine must not prevent a pool.
         _log.warning("%s", printable(text))
 
 

@@ -7,6 +7,11 @@ all of them, and results into those of ``multiprocessing.pool``.
     map, starmap and their _async   `GatheredRun`       -->  MapResult
     imap, imap_unordered            `_Streamed`         -->  IMapIterator
 
+The same with futures, in `ProcessPool`: ``imap_unordered`` is ``map(..., ordered=False)``,
+``starmap(f, pairs)`` is ``map(f, *zip(*pairs))``, and ``terminate()`` is ``terminate_workers()``.
+A program that keeps the standard pool writes ``multiprocessing.Pool(safepool.cpu_count())``, and
+``@safepool.worker`` above its functions.
+
 Not covered:
     * ``Pool.Process``, ``_cache`` and ``_taskqueue``: internals of the standard pool.
     * Locks, queues and values of a "fork" context as globals of the script: a worker is no copy of

@@ -1,9 +1,9 @@
 """Opens a file for writing that the program has named, through no link that another user placed.
 
 In a folder that others may write to, such as ``/tmp``, another user may place a link at a name
-that a program is known to write: the program would then empty a file of its own user. The
-kernel forbids most of it where ``fs.protected_symlinks`` and its kind are on. This holds
-wherever they are off, and for links in any folder.
+that a program will write: the program would then empty a file of its own user. The kernel forbids
+most of it where ``fs.protected_symlinks`` and its kind are on. This holds wherever they are off,
+and for links in any folder.
 
     what is found on the way            what is done
     a link of this user, or of root     followed, and what it leads to is treated alike
@@ -14,7 +14,7 @@ wherever they are off, and for links in any folder.
 
 Not covered:
     * Other systems than Linux: every link is followed there.
-    * Folders of other users that are no links: whoever names one trusts its owner.
+    * Folders of other users that are no links: a program that names one trusts its owner.
 
 Source: Linux, Documentation/admin-guide/sysctl/fs.rst, "protected_symlinks",
 "protected_regular", "protected_hardlinks".
@@ -52,8 +52,7 @@ else:
             The descriptor.
 
         Raises:
-            OSError: The same as ``os.open``; ``EPERM`` if another user could have chosen what is
-                written.
+            OSError: The same as ``os.open``; ``EPERM`` if another user could have chosen the file.
         """
         left = path.split("/")[::-1]
         links = 0

@@ -1,7 +1,7 @@
 """``Pool`` as ``safepool run --patch`` puts it in the place of ``multiprocessing.pool.Pool``.
 
-Also in that of ``multiprocess.pool.Pool``. What the program asks by ``isinstance(x, Pool)`` has
-the same answer as before: a ``ThreadPool`` is such a pool, and goes on being what it was.
+Also in that of ``multiprocess.pool.Pool``. ``isinstance(x, Pool)`` in the program has the same
+answer as before: a ``ThreadPool`` is such a pool, and works as before.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class _InItsPlace(type):
 
 
 class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
-    """Pool for a program that does not know of it.
+    """Pool for a program that is not written for it.
 
     Args:
         processes: The most workers.
         initializer: Called once in each worker.
-        initargs: Its arguments.
+        initargs: Arguments of ``initializer``.
         maxtasksperchild: Replace a worker after this many tasks.
         context: The context of ``multiprocessing`` or ``multiprocess`` that starts the workers.
     """
@@ -57,6 +57,6 @@ class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
         context: Any | None = None,
     ) -> None:
         if context is not None and type(context).__module__.startswith("multiprocess."):
-            # Its processes would be pickled by a pickler that knows none of our arguments.
+            # A pickler without this package's arguments would pickle its processes.
             context = multiprocessing.get_context(context.get_start_method())
         super().__init__(processes, initializer, initargs, maxtasksperchild, context)

@@ -5,14 +5,14 @@ r"""Facts of Linux about processes under ``/proc``: files in, numbers and names 
     task              threads and their names; children
     statm, maps       memory, files that are mapped
 
-It is the one module that knows these formats; those of limits are beside what they mean
-(``limits``). Elsewhere than on Linux there is nothing to read, and so nothing known.
+Only this module knows these formats; the formats of limits are in ``limits``. Elsewhere than on
+Linux there is nothing to read, and so nothing known.
 
 Sources: proc_pid_status(5), proc_pid_stat(5), proc_pid_task(5), proc_tid_children(5),
 proc_pid_statm(5), proc_pid_maps(5).
 
 Not covered:
-    * A number that belongs to another process by now: who asks knows that its process runs.
+    * A number that belongs to another process by now: the caller knows that its process runs.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def parse_status(text: str) -> Status | None:
 
 
 def read_status(pid: int) -> Status | None:
-    """Return what the system says of a process; ``None`` if it says nothing."""
+    """Return the system's facts about a process; ``None`` if there are none."""
     return parse_status(read(f"/proc/{pid}/status") or "")
 
 
@@ -177,7 +177,7 @@ def parse_stat(text: str) -> Stat | None:
 
 
 def read_stat(process: int | str) -> Stat | None:
-    """Return what the system says of a process or a thread; ``None`` if it has ended."""
+    """Return the system's facts about a process or a thread; ``None`` if it has ended."""
     return parse_stat(read(f"/proc/{process}/stat") or "")
 
 
@@ -230,10 +230,10 @@ class MemoryFile:
     """A process's ``statm``, kept open: a read takes a tenth of what opening it takes.
 
     Args:
-        process: Its number, or ``"self"``.
+        process: Process id, or ``"self"``.
 
     Raises:
-        OSError: There is none, or it is hidden.
+        OSError: There is no such file, or it is hidden.
     """
 
     def __init__(self, process: int | str) -> None:

@@ -1,15 +1,15 @@
 """A bar that shows how far calls have come: tqdm's, on standard error, in its own thread.
 
-Whoever runs calls counts them in a `Progress`, which costs an addition; a thread looks at the
-numbers ten times a second and draws. So a terminal that does not read holds up no worker, and
-the bar moves while the program waits for its first result.
+Code that runs calls counts them in a `Progress`, which costs an addition. A thread reads the
+numbers ten times a second and draws. So a terminal that does not read delays no worker, and the
+bar moves while the program waits for its first result.
 
-tqdm's ``auto`` form is used: a terminal or a notebook. It is imported when the first bar is
-made, and its absence is an error that names the remedy.
+tqdm's ``auto`` form is used: a terminal or a notebook. It is imported for the first bar, and its
+absence is an error with the remedy.
 
 Not covered:
-    * What a worker writes to standard error by itself, past ``logging``: it goes to the terminal
-      directly, and may stand in the bar's line until the bar is drawn again.
+    * A worker's own writes to standard error, past ``logging``: they go to the terminal directly,
+      and may stand in the bar's line until the bar is drawn again.
     * What this process itself logs or prints meanwhile, joblib's calls included that run in it one
       after the other: ``tqdm.contrib.logging.logging_redirect_tqdm`` and ``tqdm.write`` do that.
 """
@@ -143,7 +143,7 @@ class Progress:
         bar = self._bar
         if self.total != bar.total:
             if hasattr(bar, "container"):
-                # A notebook's bar has a length of its own, and begins anew with another.
+                # A notebook's bar has a fixed length, and begins anew with another.
                 begun_s = bar.start_t
                 bar.reset(self.total)
                 bar.start_t = bar.last_print_t = begun_s
@@ -157,15 +157,15 @@ class Progress:
 
 
 def _close_all() -> None:
-    """End the bars of results that nobody has asked for to the end, with the program."""
+    """End the bars of results that were not taken to their end, at the program's exit."""
     for progress in [*_open]:
         progress.close()
 
 
 def beside_bars() -> AbstractContextManager[object]:
-    """Return a context in which something else may be written to the terminal.
+    """Return a context in which other text may be written to the terminal.
 
-    Bars are taken off the screen for it and drawn again below what was written.
+    Bars are removed from the screen meanwhile, and drawn again below that text.
 
     Example:
         >>> with beside_bars():
@@ -179,9 +179,10 @@ def beside_bars() -> AbstractContextManager[object]:
 
 
 class _Stream:
-    """A stream for tqdm that takes all, also when nobody reads it any more.
+    """A stream for tqdm that accepts all text, even if its reader is gone.
 
-    What a stream raises would leave tqdm's lock taken, and the next bar would wait for ever.
+    An exception of the stream would leave tqdm's lock held, and the next bar would wait without
+    end.
     """
 
     def __init__(self, stream: IO[str]) -> None:
@@ -199,7 +200,7 @@ class _Stream:
         return getattr(self._stream, name)
 
     def __eq__(self, other: object) -> bool:
-        # tqdm asks whether a bar is drawn on the stream that something else is written to.
+        # tqdm asks whether a bar is on the stream that other text is written to.
         return self is other or self._stream is other
 
     __hash__ = None  # type: ignore[assignment]

@@ -4,13 +4,13 @@
 
 ``-n auto`` is :func:`safepool.cpu_count`, not the CPUs of the host, unless
 ``PYTEST_XDIST_AUTO_NUM_WORKERS`` says something. With N workers the native thread pools of each
-have an N-th of :func:`safepool.cpu_limit`, at least 1 thread: by the variables that a worker is
-started with, and by :func:`safepool.limit_threads` for what its conftest files have imported.
+have an N-th of :func:`safepool.cpu_limit`, at least 1 thread. The variables at a worker's start
+set that, and :func:`safepool.limit_threads` for libraries that its conftest files have imported.
 Without ``-n`` they have the whole limit. The environment is restored at the end.
 
 Not covered:
-    * Workers on other hosts, or of another Python (``--tx``): they follow what the limit is there,
-      and only if this package is installed there.
+    * Workers on other hosts, or of another Python (``--tx``): they follow the limit there, and
+      only if this package is installed there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Restore what was there before."""
+    """Restore the former variables."""
     limit = config.stash.get(_LIMIT, None)
     if limit is not None:
         limit.__exit__(None, None, None)

@@ -19,8 +19,8 @@ def counted(number: float, noun: str) -> str:
 def printable(text: str) -> str:
     r"""Return a name or a path for a line of text, with all escaped that does not print.
 
-    A group's path, a function's name or a library's may hold the end of a line, what clears a
-    terminal, or what lets it write from the right to the left.
+    A group's path, or the name of a function or library, may contain the end of a line, an escape
+    that clears a terminal, or one that reverses the writing direction.
 
     Example:
         >>> print(printable("größe\x1b[2J\n\u202e"))

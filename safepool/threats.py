@@ -1,4 +1,4 @@
-"""Threat model: who can attack a program through its pools, what holds, what is out of scope.
+"""Threat model: possible attackers of a program's pools, the protection, and threats out of scope.
 
     who                               what holds
     another user of the machine       No socket, memory, file or temporary folder of a pool can be
@@ -25,11 +25,13 @@ Not covered:
     * Untrusted functions, arguments and results. They are pickles, and reading a pickle runs code.
       A pool is no sandbox: a task has all rights of the program, and its result can run code in
       the program. Run untrusted code in a container or as another user, and read no pickle of it.
-    * The same user, root, and whoever may debug the program (``ptrace``): they can do all that the
-      program can. Secrets in env= are in the environment of workers, and of what tasks start.
-    * Your network: :class:`safepool.ClusterPool` sends pickles through your engine. Whoever can
+    * The same user, root, and any user who may debug the program (``ptrace``): they can do all
+      that the program can. Secrets in env= are in the environment of workers, and of what tasks
+      start.
+    * Your network: :class:`safepool.ClusterPool` sends pickles through your engine. A user who can
       reach an unprotected Dask scheduler runs code on every node. Use its TLS.
-    * ``PYTHONPATH``, ``PATH``, the virtual environment: who can change those runs the program.
+    * ``PYTHONPATH``, ``PATH``, the virtual environment: a user who can change those runs the
+      program.
     * A machine with too little for all: another user may use up processors, memory or processes.
     * ``mp_context="forkserver"`` before Python 3.11.1: its socket has an abstract name, to which
       every user of the machine can connect (CVE-2022-42919).

@@ -1,7 +1,7 @@
 """Floor 0: what type checkers see in the place of a class of a library without types.
 
-They take such a class for unknown, and then every class that extends it, in the program of whoever
-uses this package too.
+They take such a class for unknown, and then every class that extends it, even in the user's
+program.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["Untyped", "UntypedMixin"]
 
 
 class Untyped:
-    """Takes any arguments, and has what the classes that extend it ask of their base."""
+    """Accepts any arguments, and has the attributes that derived classes need of their base."""
 
     compute_batch_size: Any
     configure: Any
@@ -29,4 +29,4 @@ class Untyped:
 
 
 class UntypedMixin:
-    """Has nothing that is asked of it, and is named before the other base."""
+    """Has none of these attributes, and is named before the other base."""

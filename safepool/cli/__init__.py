@@ -1,7 +1,7 @@
 """Floor 7: the command ``safepool``, also ``python -m safepool``. Arguments in, exit code out.
 
-It parses, calls one room, and turns whatever goes wrong into one line on standard error.
-What a command does is in its room, which is imported only when it is asked for:
+It parses, calls one room, and turns every error into one line on standard error. Each command has
+a room, which is imported only for that command:
 
     limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
                     ``verdict`` judges it, ``watch`` prints a line a second
@@ -13,8 +13,15 @@ What a command does is in its room, which is imported only when it is asked for:
     report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
     top             ``safepool top PID``: what the workers of a running process do
 
-What a command prints with ``--json`` is described by a JSON Schema in ``safepool/cli/schemas``,
-one file for each. Keys are added, and none is renamed or removed within the number ``schema``.
+A JSON Schema in ``safepool/cli/schemas`` describes the ``--json`` output of each command. Keys are
+added, and none is renamed or removed within the number ``schema``.
+
+Without ``--pid`` the command evaluates what an unmodified program would start. In a container with
+a quota that usually is a problem. A health check evaluates the running program, as that program's
+own user: ``safepool --pid 1 > /dev/null``.
+
+Output is ASCII in 80 columns. Colours are for terminals only: ``NO_COLOR=1`` and ``TERM=dumb``
+turn them off, ``FORCE_COLOR=1`` turns them on elsewhere.
 
 Exit codes:
     0    fine, also when the reader of the output has left (``safepool | head -1``)
@@ -54,7 +61,7 @@ __all__ = ["main"]
 
 _FINE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
 
-# What a full disk, a quota or a device answers to what is written.
+# Errors of a full disk, a quota or a device.
 _NO_ROOM = frozenset(
     getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO") if hasattr(errno, name)
 )
@@ -64,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: Its arguments; ``None`` is ``sys.argv[1:]``.
+        argv: Arguments of the command; ``None`` is ``sys.argv[1:]``.
 
     Returns:
         The exit code; the module lists them.
@@ -103,7 +110,7 @@ def _say(problem: str) -> None:
 
 
 def _drop_the_rest() -> None:
-    """Let the interpreter's last flush succeed: nobody is left to be told about it."""
+    """Let the interpreter's last flush succeed: the reader is gone."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -115,9 +122,9 @@ def _run(argv: Sequence[str] | None) -> int:
         options, unknown = parser.parse_known_args(ours)
         asked: argparse.ArgumentParser = options.parser
         if unknown:
-            # Said by the command that does not know it, whose help lists what it knows.
+            # The command that does not know it raises the error: its help lists the known ones.
             asked.error(f"unrecognized arguments: {' '.join(unknown)}")
-        # Of a first "--" that is the command's own, argparse must not hear.
+        # argparse must not see a first "--" that belongs to the command.
         if command:
             options.command = [*options.command, *command[bool(not options.command) :]]
         if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
@@ -142,7 +149,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> _split(["doctor", "--", "numpy"])
         (['doctor', '--', 'numpy'], [])
     """
-    # The first word that is neither an option nor a number, which is --pid's.
+    # The first word that is neither an option nor a number, which would belong to --pid.
     run = next((place for place, word in enumerate(argv) if word.isalpha()), len(argv))
     if "--" not in argv[run:] or argv[run] != "run":
         return list(argv), []
@@ -266,8 +273,8 @@ def _likely(name: str, commands: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="safepool",
-        description="Process pools that fit the machine they run on. Without a command: what\n"
-        "this process may use, who says so, and whether that is a problem.",
+        description="Process pools that fit the machine they run on. Without a command: the\n"
+        "limits of this process, their sources, and problems that follow from them.",
         epilog=_EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"safepool {safepool.__version__}")
@@ -277,13 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_run_limits, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
-    text = "what this process may use, who says so, and what fits (the default)"
+    text = "limits of this process, their sources, and the workers that fit (the default)"
     limits = commands.add_parser("limits", help=text, description=_LIMITS, epilog=_LIMITS_EXAMPLES)
     limits.set_defaults(run=_run_limits, parser=limits)
 
     doctor = commands.add_parser(
         "doctor",
-        help="which of your libraries brings which native threads, and what rules them",
+        help="native thread pools of your libraries, and the variables that bound them",
         description=_DOCTOR,
         epilog=_DOCTOR_EXAMPLES,
     )
@@ -300,7 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run_run, parser=run)
     run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_run_options(run)
-    run.add_argument("--explain", action="store_true", help="print what is set to standard error")
+    run.add_argument(
+        "--explain", action="store_true", help="print the variables to standard error"
+    )
 
     text = "print what 'safepool run' sets, for eval"
     env = commands.add_parser("env", help=text, description=_ENV, epilog=_ENV_EXAMPLES)
@@ -318,19 +327,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_run_demo, parser=demo)
     _add_demo_options(demo)
 
-    text = "what a pool's workers did with their time"
+    text = "how a pool's workers spent their time"
     report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
     report.set_defaults(run=_run_report, parser=report)
-    report.add_argument("trace", metavar="FILE", help="what the pool has written, whole or torn")
+    report.add_argument("trace", metavar="FILE", help="trace file of the pool, complete or torn")
 
-    text = "what each worker of a running process does now"
+    text = "the present task of each worker of a running process"
     top = commands.add_parser("top", help=text, description=_TOP, epilog=_TOP_EXAMPLES)
     top.set_defaults(run=_run_top, parser=top)
     top.add_argument(
         "process",
         type=_whole_number(at_least=1),
         metavar="PID",
-        help="the process that has made the pool",
+        help="process that has made the pool",
     )
     for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
@@ -345,11 +354,11 @@ def _parser() -> argparse.ArgumentParser:
 
 _EXAMPLES = """\
 examples:
-  safepool                           is this machine a problem?
+  safepool                           limits and problems of this machine
   safepool --pid 4711 --watch        a running process, a line a second
   safepool --cluster tcp://h:8786    each node of a Dask cluster
   safepool --json | jq .findings     for programs
-  safepool doctor numpy              which native threads a library brings
+  safepool doctor numpy              native threads of a library
   safepool run -- python train.py    start a program with its limits set
 
 Exit codes: 0 fine, 1 a problem was found, 2 wrong usage or a package is
@@ -358,10 +367,10 @@ container's health check: safepool --pid 1 > /dev/null
 Colours only on a terminal, and not with NO_COLOR=1."""
 
 _LIMITS = """\
-What this process may use and what each limit was read from, with an arrow (->)
-at the one that decides how many workers fit; how often the kernel has frozen
-the group ("throttled": it had used up its CPU time and had to wait); what the
-pools of Python would start here; and a verdict with what to do."""
+Print the limits of this process with their sources, and an arrow (->) at the
+limit that decides how many workers fit; the number of times that the kernel has
+throttled the group (frozen it, because it had used up its CPU time); the number
+of workers that Python's pools would start here; and a verdict with a remedy."""
 
 _LIMITS_EXAMPLES = """\
 examples:
@@ -375,10 +384,10 @@ no such process, 130 Ctrl-C."""
 
 
 _REPORT = """\
-What the workers of safepool.ProcessPool(trace=FILE) did with their time: busy,
-waiting though calls were there, and without work; what pickling took, how long
-the kernel froze the group, deaths, retries and the slowest calls; and what
-follows. A file that a crash has torn is read as far as it goes."""
+Print how the workers of safepool.ProcessPool(trace=FILE) spent their time:
+busy, waiting while calls were there, and without work; the time for pickling,
+the time for which the kernel froze the group, deaths, retries and the slowest
+calls; and a conclusion. A file that a crash has torn is read up to its end."""
 
 _REPORT_EXAMPLES = """\
 examples:
@@ -390,10 +399,10 @@ Exit codes: 0 it was read, 2 there is no such file, or it is no trace,
 
 
 _TOP = """\
-The workers of every safepool pool of a process: the task that each runs, for
-how many seconds, memory and threads. On a terminal it is drawn again each
-second until Ctrl-C, else printed once. It reads /proc and disturbs nobody.
-Linux, for processes of your own user."""
+Print the workers of every safepool pool of a process: task, seconds, memory and
+threads of each. On a terminal the table is drawn again each second until
+Ctrl-C, otherwise it is printed once. The command reads /proc and sends nothing
+to the process. Linux, for processes of your own user."""
 
 _TOP_EXAMPLES = """\
 examples:
@@ -409,13 +418,13 @@ def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None
         "--pid",
         type=_whole_number(at_least=1),
         metavar="N",
-        help="look at another running process (Linux)",
+        help="evaluate another running process (Linux)",
         **default,
     )
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="a line a second: CPU time used, and how often the kernel froze it (Linux)",
+        help="print a line a second: CPU time used, and throttling (Linux)",
         **default,
     )
 
@@ -424,18 +433,18 @@ def _add_cluster_option(parser: argparse.ArgumentParser, **default: Any) -> None
     parser.add_argument(
         "--cluster",
         metavar="ADDRESS",
-        help="look at each node of a Dask scheduler, such as tcp://10.0.0.1:8786 (needs "
-        "safepool[dask]; waits 10 s for the scheduler, and 10 s for the nodes)",
+        help="print the limits of each node of a Dask scheduler, such as tcp://10.0.0.1:8786 "
+        "(needs safepool[dask]; waits 10 s for the scheduler, and 10 s for the nodes)",
         **default,
     )
 
 
 _DOCTOR = """\
 Import libraries one after the other in a fresh process, in which nothing is
-capped, and say for each one: which native thread pools came with it, from which
-file, how many threads they have here by default, which environment variable
-rules them, whether it is set, and how many threads the process then has.
-Without a library: what this process may use, as 'safepool limits'."""
+capped, and print for each one: the native thread pools that came with it, their
+files, their default number of threads here, the environment variable that
+bounds them and its value, and the number of threads of the process afterwards.
+Without a library: the same as 'safepool limits'."""
 
 _DOCTOR_EXAMPLES = """\
 examples:
@@ -449,7 +458,7 @@ Exit codes: 0 fine, 1 a library could not be imported (the others are reported),
 
 def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
     doctor.add_argument(
-        "libraries", nargs="*", metavar="LIBRARY", help="what to import, such as numpy"
+        "libraries", nargs="*", metavar="LIBRARY", help="module to import, such as numpy"
     )
     doctor.add_argument(
         "--timeout",
@@ -465,9 +474,9 @@ Start a program with every variable set that bounds its native threads
 (OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...), its pools of
 processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...) and tools in other
 languages (GOMAXPROCS, CARGO_BUILD_JOBS, MAX_JOBS, ...), so that workers x
-threads fit the limit as it is now. What you have set stays. By default there
-are as many workers as CPUs, of one thread each; a program of one process gets
-all threads with --workers 1. The exit status and the signals are the program's,
+threads fit the present limit. Variables that you have set stay. The default is
+as many workers as CPUs, of one thread each; a program of one process gets all
+threads with --workers 1. The exit status and the signals are the program's,
 also as the first process of a container."""
 
 _RUN_EXAMPLES = """\
@@ -476,10 +485,10 @@ examples:
   safepool run --workers 1 -- python one_process.py   all threads to one process
   safepool run --workers 2 --threads auto -- pytest -n auto
   safepool run --patch -- python uses_executor.py     safepool's pools inside
-  safepool run --explain -- true                      only say what is set
+  safepool run --explain -- true                      only print the variables
 
---patch reaches Python programs for whose Python safepool is installed, and the
-Python processes that they start; python -I, -E and -S cannot be reached.
+--patch needs safepool in the program's Python. It also affects the Python
+processes that the program starts. It has no effect on python -I, -E and -S.
 
 Exit codes: the program's; 126 it cannot be run, 127 it was not found, 2 wrong
 usage."""
@@ -487,8 +496,8 @@ usage."""
 
 _ENV = """\
 Print the variables that 'safepool run' sets with the same options, as
-statements for a shell: eval "$(safepool env)". What you have set stays, and is
-left out."""
+statements for a shell: eval "$(safepool env)". Variables that you have set
+stay, and are left out."""
 
 _ENV_EXAMPLES = """\
 examples:
@@ -522,15 +531,15 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         metavar="X",
         help="CPUs to leave free, such as 0.5 (%(default)g)",
     )
-    run.add_argument("--force", action="store_true", help="replace what you have set, too")
     run.add_argument(
-        "--makeflags", action="store_true", help="set MAKEFLAGS=-jN, too, which make reads"
+        "--force", action="store_true", help="also replace variables that you have set"
     )
+    run.add_argument("--makeflags", action="store_true", help="also set MAKEFLAGS=-jN, for make")
     run.add_argument(
         "--patch",
         action="store_true",
-        help="put safepool's pools in the place of ProcessPoolExecutor, of multiprocessing.Pool "
-        "and of joblib's default backend",
+        help="replace ProcessPoolExecutor, multiprocessing.Pool and joblib's default backend by "
+        "safepool's",
     )
 
 
@@ -540,12 +549,12 @@ def _threads(text: str) -> int | Literal["auto"]:
 
 _DEMO = """\
 Run the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's
-pool, under the limit that there is here or under a quota made for it, and
-compare their time, threads and results. A pool that takes too long is cut off."""
+pool, under the present limit or under a quota made for it, and compare
+their time, threads and results. A pool that takes too long is cut off."""
 
 _DEMO_EXAMPLES = """\
 examples:
-  safepool demo                      under the limits that there are
+  safepool demo                      under the present limits
   safepool demo --cpus 1             with one CPU, as in a small container
   safepool demo --cpus 1 --pretend-host-cpus 48   on a host of 48 CPUs
   safepool demo --plot demo.svg      and a picture of it
@@ -602,7 +611,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         "--plot",
         type=_picture,
         metavar="FILE",
-        help="draw it, in a file that ends in .svg or .png (needs safepool[plot])",
+        help="draw the result, in a file that ends in .svg or .png (needs safepool[plot])",
     )
 
 

@@ -32,7 +32,7 @@ __all__ = ["run"]
 
 _CONNECT_S = 10.0
 _ANSWER_S = 10.0
-# As of a screen of this machine.
+# The same as on a screen of this machine.
 _SAMPLE_S = 0.3
 
 

@@ -35,7 +35,7 @@ def paint_for(stream: IO[str] | None, environ: Mapping[str, str]) -> Paint:
     r"""Return what colours text for a stream, or leaves it as it is.
 
     Args:
-        stream: Where the text will go; ``None`` if it was closed before the start.
+        stream: Destination of the text; ``None`` if it was closed before the start.
         environ: The environment's variables.
 
     Example:

@@ -2,10 +2,10 @@
 
 First ``concurrent.futures.ProcessPoolExecutor()`` as people write it, then
 ``safepool.ProcessPool()``: the same tasks, each half in a fresh child process (``demo_half``),
-under this process's own limits. It computes none of the numbers that it prints, and changes
-nothing of the environment that the halves run in. ``demo_report`` has the table, the sentence
-below it, and JSON. A quota, a pretended larger host and the picture are shared with the
-benchmarks (``benchmarks/host``; the wheel has the folder as ``safepool/cli/host``).
+under this process's own limits. It computes none of the printed numbers, and does not change the
+environment of the halves. ``demo_report`` has the table, the sentence below it, and JSON. A quota,
+a pretended larger host and the picture are shared with the benchmarks (``benchmarks/host``; the
+wheel has the folder as ``safepool/cli/host``).
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -70,8 +70,8 @@ __all__ = ["Setting", "compare", "host", "measure", "run", "undisturbed"]
 
 _NEEDED = ("numpy", "scipy")
 _PREFIX = "safepool-demo-"
-# Python's fork server makes a socket in a folder of its own in the demo's, and no socket's path
-# has more than 107 bytes (unix(7)). With a longer one it uses /tmp, and when it is killed it
+# Python's fork server makes a socket in a folder of its own inside of the demo's, and a socket's
+# path has at most 107 bytes (unix(7)). With a longer one it uses /tmp, and when it is killed it
 # leaves its folder there.
 _LONGEST = 107 - len(f"/{_PREFIX}12345678/pymp-12345678/sock-123456789012")
 
@@ -79,18 +79,18 @@ _LONGEST = 107 - len(f"/{_PREFIX}12345678/pymp-12345678/sock-123456789012")
 _SAMPLE_S = 0.02
 # SciPy's import alone takes seconds at half a CPU; a start that takes longer has failed.
 _START_WITHIN_S = 120.0
-# How long a child may take to shut its pool down; that is not part of what is measured.
+# Time for a child to shut its pool down, which is not part of the measurement.
 _LEAVE_WITHIN_S = 10.0
 # A process that its quota has frozen dies when it runs again: at most one period (0.1 s) for
 # each share of the quota that it owes. Longer means that the kernel itself holds it.
 _GONE_WITHIN_S = 5.0
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# Runs first in the child. It joins the group before anything else, so that imports and
-# workers are inside too. If memory runs out, the kernel is to take one of the demo's processes
-# and nobody else's (proc_pid_oom_score_adj(5)). The interpreter it came from is the caller's own.
-# The package's folder goes last: it must not shadow anything, and is only needed where the
-# caller's path was changed by hand.
+# Runs first in the child. It joins the group before anything else, so that imports and workers are
+# inside too. If memory runs out, the kernel shall take one of the demo's processes and no other
+# (proc_pid_oom_score_adj(5)). The interpreter it came from is the caller's own. The package's
+# folder goes last: it must not shadow anything, and is only needed where the caller's path was
+# changed by hand.
 _BOOTSTRAP = """\
 import sys
 members_file, folder = sys.argv[1:3]
@@ -141,7 +141,7 @@ def run(
     plot: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Run both halves, print what was measured, and leave nothing behind.
+    """Run both halves, print the measurements, and leave nothing behind.
 
     Args:
         tasks: Number of tasks.
@@ -149,7 +149,7 @@ def run(
         bound_s: Seconds after which a half is cut off.
         cpus: Quota to run under, at least 0.01; ``None`` for the limits there are.
         pretend_host_cpus: CPUs that both halves believe in; ``None`` for those that there are.
-        plot: Where to draw a picture.
+        plot: File for a picture.
         as_json: Print one JSON object in place of the table.
 
     Returns:
@@ -269,10 +269,10 @@ def measure(name: str, asked: Report, setting: Setting, results_file: Path) -> H
                 stdin=subprocess.PIPE,
                 stdout=stdout,
                 stderr=stderr,
-                # Else the environment is the caller's, word for word.
+                # Otherwise the environment is the caller's, word for word.
                 env={**os.environ, **setting.variables} if setting.variables else None,
-                # A process group of its own, that can be ended as one, and that the terminal's
-                # Ctrl-C does not reach: whoever measures ends it.
+                # A process group of its own can be ended as a whole, and the terminal's Ctrl-C
+                # does not reach it: the measuring process ends it.
                 start_new_session=True,
             )
         with told.open(errors="replace") as lines:
@@ -335,7 +335,7 @@ def _follow(
 
 
 def _message(line: str) -> dict[str, Any]:
-    # Native libraries print what they like; only lines of the protocol count.
+    # Native libraries may print anything; only lines of the protocol count.
     try:
         found = json.loads(line)
     except ValueError:
@@ -393,7 +393,7 @@ else:
         process.send_signal(signal.SIGSTOP)
         below = descendants(process.pid) if process.returncode is None else set()
         signal_all(below, signal.SIGKILL)
-        # Its own session is its own process group: this reaches what has lost its parent.
+        # Its session is its process group: this reaches orphans as well.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -432,5 +432,5 @@ def _signals(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
-    # As a shell reports a program that a signal has ended; it unwinds as Ctrl-C does.
+    # A shell reports a program that a signal has ended in this way; it unwinds as Ctrl-C does.
     raise SystemExit(128 + number)

@@ -1,12 +1,12 @@
 """Floor 7: one half of ``safepool demo``: one pool, the whole batch, in a process of its own.
 
 The script that people write: NumPy and SciPy imported at the top, a pool with its defaults, every
-task submitted, results taken as they come. It measures nothing but its own seconds.
+task submitted, results taken as they come. It measures only its own seconds.
 
 Arguments: ``standard`` or ``safepool``, tasks, points, and the ``.npy`` file to make for the
-results: one row per task, whose first number turns from 0 to 1 when the rest is there.
-So what a half has done before a signal ended it can still be compared. Standard output
-carries one JSON object a line:
+results: one row per task, whose first number turns from 0 to 1 when the rest is there. So the work
+of a half can be compared even if a signal ended it. Standard output carries one JSON object a
+line:
 
     {"start_method": "fork"}    imports are done, the clock starts
     {"pids": [17, 18]}          the pool's worker processes, when they change
@@ -94,7 +94,8 @@ def _main(name: str, tasks: int, points: int, results_file: str) -> None:
     with _pool(name) as pool:
         numbers, known = {}, list[int]()
         for number in range(tasks):
-            # Unless it forks by itself, the standard pool starts a worker with each of the first.
+            # Unless it forks by itself, the standard pool starts a worker with each of the first
+            # calls.
             numbers[pool.submit(interpolate_and_solve, number, points)] = number
             known = _tell_workers(pool, known=known)
         for done, future in enumerate(as_completed(numbers), 1):

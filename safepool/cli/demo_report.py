@@ -1,7 +1,7 @@
 """Floor 7: measurements of the demo in a table, in one sentence, and as JSON.
 
-It starts and reads nothing. The sentence is chosen by what was measured; where nothing was
-oversubscribed, it says that there is nothing to win.
+It starts and reads nothing. The measurements choose the sentence. If nothing was oversubscribed,
+it says that nothing can be gained.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class Report:
         return ["", *lines, f"results: {results}", "", *verdict]
 
     def verdict(self) -> str:  # noqa: PLR0911 -- a table
-        """Say in one sentence, or two, what the numbers mean."""
+        """Say in one or two sentences what the numbers mean."""
         standard, ours, found = self.standard, self.safepool, self.comparison
         if ours.error is not None:
             return f"The comparison failed: {ours.pool} ended: {ours.error}"

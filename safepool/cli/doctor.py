@@ -1,8 +1,8 @@
 """Floor 7: which library brings which native threads into a process, and what rules them.
 
-The libraries are imported one after the other in a fresh process (``doctor_child``) that
-nothing caps; one that crashes it or hangs is reported, and the others are looked at in
-another. Nothing here imports them.
+The libraries are imported one after the other in a fresh process (``doctor_child``) that nothing
+caps; one that crashes it or hangs is reported, and the others are looked at in another. This
+process imports none of them.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -73,7 +73,7 @@ _LAST_WORDS_S = 0.5
 # Before the first import it starts an interpreter, on a machine that may be frozen.
 _START_S = 60.0
 _LOOK_S = 0.02
-# Of what a process has written that ended before its time.
+# Lines of output of a process that ended too early.
 _MOST_LINES = 8
 _OURS = (
     "importlib",
@@ -103,9 +103,9 @@ class Change:
     """A pool whose size an import has changed that did not bring it.
 
     Attributes:
-        runtime: Its row in the table.
+        runtime: Name of the runtime in the table.
         library: The file it was loaded from.
-        threads_before: Its threads before the import, ``None`` if it did not say.
+        threads_before: Its threads before the import, ``None`` if unknown.
         threads: And after it.
     """
 
@@ -120,7 +120,7 @@ class Guest:
     """A library that computes in the threads of another runtime.
 
     Attributes:
-        runtime: Its row in the table.
+        runtime: Name of the runtime in the table.
         through: The row whose threads it uses.
         fixed: The same as in :class:`safepool.threads.NativePool`.
         hole: The same as in :class:`safepool.threads.NativePool`.
@@ -139,7 +139,7 @@ class Library:
     Attributes:
         name: Name of the imported module.
         error: Why it could not be; empty if it could.
-        version: Its own, empty if it does not say.
+        version: Version of the library, empty if unknown.
         os_threads_before: Threads that the kernel counted before, ``None`` if it does not.
         os_threads: And after.
         pools: Native pools that came with it.
@@ -233,7 +233,7 @@ class Report:
         return paint(f"{counted(threads, 'thread')} for {counted(self.cpus, 'CPU')}", "advice")
 
     def _section(self, title: str, field: str) -> Iterator[str]:
-        """Yield what is to be known of each runtime, once."""
+        """Yield the facts about each runtime, once."""
         told: dict[str, str] = {}
         for library in self.libraries:
             items: tuple[NativePool | Guest, ...] = (*library.pools, *library.guests)
@@ -309,7 +309,7 @@ def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
 
 
 class _Child:
-    """One run of the process that imports.
+    """One run of the importing process.
 
     Attributes:
         libraries: The libraries that it has imported.
@@ -406,14 +406,14 @@ else:
             raise
 
     def _read_from(file: IO[bytes], start: int) -> bytes:
-        # Not by seek(): the process that writes shares the place in the file.
+        # Not by seek(): the writing process shares the position in the file.
         return os.pread(file.fileno(), os.fstat(file.fileno()).st_size - start, start)
 
 
 def _of_the_library(lines: Sequence[str]) -> list[str]:
     """Return the innermost lines of a stack that are not the import system's or ours.
 
-    Where there is no stack, what was written last.
+    Without a stack, the last lines of the output.
     """
     starts = [n for n, line in enumerate(lines) if line.endswith("(most recent call first):")]
     if not starts:
@@ -463,8 +463,8 @@ else:
     def _end(process: subprocess.Popen[bytes]) -> None:
         """End the process and whatever an import has started: its whole session's group."""
         try:
-            # Also when it has ended: its number stays the group's while one of it is left,
-            # and is nobody's in the moments after.
+            # Also after its end: its number stays the group's while a member is left, and belongs
+            # to no other process for a moment after that.
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass

@@ -8,8 +8,8 @@ there, numpy.py for one, is no library. On standard output, one line of JSON for
     {"name": NAME, ...}               it has ended: the fields of ``doctor.Library``
     {"end": true}                     nothing follows
 
-What a library prints goes to standard error. Nothing is capped: this is what the libraries
-do by themselves.
+Output of a library goes to standard error. Nothing is capped: the report shows the libraries' own
+behaviour.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     pools_before = _by_key(inspect())
     guests_before = _guests()
     error = ""
-    # A stack that the parent can show, just before it loses its patience. It takes a thread,
-    # so not while threads are counted.
+    # A stack that the parent can show, just before it loses its patience. It takes a thread, so
+    # not while threads are counted.
     me = os.getpid()
     before = set(procfs.threads())
     with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then
@@ -127,7 +127,7 @@ def _by_key(pools: Iterable[NativePool]) -> dict[_Key, NativePool]:
 
 
 def _guests() -> list[dict[str, str]]:
-    """Return what is imported and computes in the threads of another row."""
+    """Return imported libraries that compute in the threads of another row's runtime."""
     return [
         {"runtime": row.name, "through": row.through, "fixed": row.fixed, "hole": row.hole}
         for row in runtimes()

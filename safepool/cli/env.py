@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "run"]
 
-# What no reader of such a file takes for a quote, an escape, a comment or a variable.
+# Characters that no reader of such a file takes for a quote, an escape, a comment or a variable.
 _PLAIN = re.compile(r"[\w./:,@%+=-]+", re.ASCII)
 _PLAIN_IN_FILES = re.compile(r"[\w./:,@%+=\\-]*", re.ASCII)
 

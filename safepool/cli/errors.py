@@ -8,7 +8,7 @@ __all__ = ["CommandError"]
 
 
 class CommandError(SafepoolError):
-    """A command cannot do what it was asked.
+    """A command cannot do its work.
 
     Args:
         reason: The event, its place and the remedy.

@@ -1,7 +1,7 @@
-"""Floor 7: what this process may use, who says so, and what follows: text, or JSON.
+"""Floor 7: the limits of this process, their sources, and the consequences: text, or JSON.
 
-It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
-value with its source and raw text. It has no opinion of its own on a limit.
+It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every value
+with its source and raw text. It judges no limit itself.
 
 The exit code is 1 if a problem was found. A health check asks for ``--pid 1``: without it the
 pools are judged that an unmodified program would start here, not those that one has. ``--json``
@@ -155,7 +155,7 @@ class Screen:
 
     @property
     def has_problem(self) -> bool:
-        """Whether the exit code tells of one."""
+        """Whether the exit code reports a problem."""
         return any(finding.problem for finding in self.findings)
 
     def as_text(self, paint: Paint = plain, *, who: str = "") -> str:
@@ -314,7 +314,7 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
 
 def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
     """Read another process's limits, threads and libraries; else as `read_screen`."""
-    # First, so that what hides them is among what was skipped.
+    # First, so that the reason for hidden libraries is among the skipped sources.
     libraries = _native_libraries(view.libraries())
     limits = view.read_limits()
     environ = view.environ()
@@ -343,7 +343,7 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
         The exit code: 1 if there is a problem.
 
     Raises:
-        ScreenError: There is no such process, or this system shows none.
+        ScreenError: There is no such process, or this system does not show it.
     """
     view = _view(pid or os.getpid()) if pid is not None or watched else None
     if view is not None and pid is not None:
@@ -419,7 +419,7 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _native_threads(limits: Limits, environ: Mapping[str, str]) -> int:
-    """Return what OpenBLAS or OpenMP starts: a variable's number, else one for each CPU it sees.
+    """Return the threads that OpenBLAS or OpenMP starts: a variable's number, or one per CPU.
 
     They see the affinity mask and no quota.
     """
@@ -442,7 +442,7 @@ def _native_libraries(files: Sequence[str]) -> tuple[NativeLibrary, ...]:
 # eq=False: two groups may have equal limits, and each is a row of its own.
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Row:
-    """One limit on the screen: its value, then where that was read and what it said."""
+    """One limit on the screen: its value, source and text."""
 
     limit: object
     name: str
@@ -452,7 +452,7 @@ class _Row:
 
     def lines(self, *, arrow: bool) -> Iterator[str]:
         yield f"{'->' if arrow else '  '} {self.name:<{_NAME_WIDTH}} {self.value}"
-        # The whole source and the whole text, however long: they are what can be looked up.
+        # The whole source and the whole text, of any length: a reader may look them up.
         parts = [as_ascii(self.source)]
         if self.raw is not None:
             parts.append(f"says {self.raw!a}")

@@ -1,6 +1,6 @@
-"""Floor 7: ``safepool report run.json``: what a pool's workers did with their time.
+"""Floor 7: ``safepool report run.json``: how a pool's workers spent their time.
 
-It reads the file that ``trace=`` of a pool writes, line by line, whole or torn off anywhere.
+It reads the file that ``trace=`` of a pool writes, line by line, complete or torn.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
 
 _SLOWEST = 5
-# What a line may raise that no pool has written.
+# Exceptions for a line that no pool has written.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 # No number in a trace is as large: microseconds, they are three centuries.
 _MOST = 1e16
@@ -53,7 +53,7 @@ _MOST = 1e16
 _LONGEST_LINE = 16 << 20
 # A shorter run is not judged: the start of workers, and what they import, takes up to a second.
 _LEAST_S = 2.0
-# What adding and dividing may lose of a time.
+# Rounding error of adding and dividing times.
 _ROUNDING_S = 1e-5
 
 
@@ -154,7 +154,8 @@ class Report:
     def tail_s(self) -> float:
         """Return for how long the last call kept one worker busy while no other was.
 
-        Only of one that was there before the others had ended theirs: else nothing was to gain.
+        Only if the call was there before the other workers had ended theirs: otherwise nothing
+        could be gained.
         """
         if len(self.workers) < 2:
             return 0.0
@@ -266,7 +267,7 @@ def read(path: str) -> Report:
     """Read a trace.
 
     Raises:
-        ReportError: There is none.
+        ReportError: There is no such file.
     """
     report, known = Report(), False
     try:
@@ -313,7 +314,7 @@ def _number(value: object) -> float:
 
 
 def _take(report: Report, event: dict[str, Any]) -> None:
-    """Count an event. One that is damaged raises before anything is counted."""
+    """Count an event. A damaged line raises before anything is counted."""
     kind, args, at_s = event["ph"], event["args"], _number(event["ts"]) / 1e6
     took_s = _number(event.get("dur", 0)) / 1e6
     if kind == "C" and event["name"] == "throttled":

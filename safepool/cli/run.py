@@ -1,29 +1,29 @@
 """Floor 7: start an unmodified program with the limits in its environment.
 
-It computes a budget, writes it into every variable that bounds a native thread pool, a pool
-of processes, or a tool in another language, and becomes the program: the process id, the signals
-and the exit status are the program's own, also as the first process of a container. What the user
-has set stays, and what the user has set for a whole family of runtimes (``OMP_NUM_THREADS``) also
-rules those that fall back to it.
+It computes a budget and writes it into every variable that bounds a native thread pool, a pool of
+processes, or a tool in another language. Then it becomes the program: process id, signals and exit
+status are the program's own, also as the first process of a container. Variables that the user has
+set stay. A variable for a family of runtimes (``OMP_NUM_THREADS``) also bounds those that fall
+back to it.
 
-``PROGRAM_VARIABLES`` and ``safepool.threads.table`` list the variables with their sources;
-``--explain`` prints what is set, ``--force`` replaces what the user has set, ``safepool env``
-prints the same for a shell, as dotenv or as JSON.
+``PROGRAM_VARIABLES`` and ``safepool.threads.table`` list the variables with their sources.
+``--explain`` prints the variables, ``--force`` also replaces the user's, ``safepool env`` prints
+them for a shell, as dotenv or as JSON.
 
 As the first process of a container the program is in the same position as without safepool: a
-signal that it has no handler for does not end it, and nobody reaps its orphans, unless the
-container has an init (``docker run --init``).
+signal without a handler does not end it, and its orphans become zombies, unless the container has
+an init (``docker run --init``).
 
-``ProcessPoolExecutor()`` reads no variable before Python 3.13, and ``multiprocessing.Pool()``
-none at all: there ``--patch`` is what bounds them. It puts ``safepool.ProcessPool`` and
-``safepool.Pool`` in their places, also in that of ``multiprocess.Pool``, however they are
-imported, and makes joblib use the backend. A start method that the program has chosen
-(``get_context("spawn").Pool()``) stays. An object that only a fork can share with a program,
-such as a lock or a ``Value`` of ``multiprocessing`` in a global or among ``initargs``, makes
-workers forks; a warning names it. Another names the globals of modules that called functions use
-and that the program has set (``config.LEVEL = 5``): forks would have the value, our workers have
-what the import leaves. ``--patch`` reaches Python programs, and the Pythons they start, for
-whose Python safepool is installed, but not ``python -I``, ``-E`` and ``-S``.
+``ProcessPoolExecutor()`` reads no variable before Python 3.13, and ``multiprocessing.Pool()`` none
+at all: there ``--patch`` is what bounds them. It replaces the standard pools by
+``safepool.ProcessPool`` and ``safepool.Pool``, also ``multiprocess.Pool``, for every way of
+importing them, and makes joblib use the backend. A start method that the program has chosen
+(``get_context("spawn").Pool()``) stays. An object that only a fork can share with a program, such
+as a lock or a ``Value`` of ``multiprocessing`` in a global or among ``initargs``, makes workers
+forks; a warning names it. Another names the globals of modules that called functions use and that
+the program has set (``config.LEVEL = 5``): forks would have the value, clean workers have that of
+the import. ``--patch`` reaches Python programs, and the Pythons they start, for whose Python
+safepool is installed, but not ``python -I``, ``-E`` and ``-S``.
 
 Exit codes of its own: 126 the command cannot be run, 127 it was not found, as env(1).
 """
@@ -61,15 +61,15 @@ __all__ = ["PROGRAM_VARIABLES", "Plan", "RunError", "plan", "plan_here", "run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramVariable:
-    """One variable that bounds what a program starts, beside those of native thread pools.
+    """One variable that bounds a program, besides those of native thread pools.
 
     Attributes:
         name: Name of the variable.
         counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
             is one process and has all CPUs to itself, workers x threads.
         only_if: The option without which it is not set; empty if it always is.
-        form: Its text, with ``{}`` for the number.
-        source: Where it is documented.
+        form: Text of the variable, with ``{}`` for the number.
+        source: Documentation of the variable.
     """
 
     name: str
@@ -79,8 +79,8 @@ class ProgramVariable:
     source: str
 
 
-# Not here: oneTBB reads no variable; Java and .NET read the quota by themselves; ninja and Julia
-# are told by their command lines. RAYON_NUM_THREADS is a row of the table of native thread pools.
+# Not listed: oneTBB reads no variable; Java and .NET read the quota themselves; ninja and Julia
+# take command-line options. RAYON_NUM_THREADS is a row of the table of native thread pools.
 PROGRAM_VARIABLES = (
     ProgramVariable(
         name="LOKY_MAX_CPU_COUNT", source="loky, README, loky.cpu_count; joblib's n_jobs=-1"
@@ -113,7 +113,7 @@ PROGRAM_VARIABLES = (
     ),
 )
 
-# Of the line, Linux reads so many; linux/binfmts.h, BINPRM_BUF_SIZE.
+# Length of the line that Linux reads; linux/binfmts.h, BINPRM_BUF_SIZE.
 _SHEBANG_BYTES = 256
 
 _START = Path(__file__).with_name("start")
@@ -182,7 +182,7 @@ def plan(
         environ: The environment that the program would be started with.
         budget: Workers and threads.
         exact: The user has said how many workers.
-        force: Replace what the user has set, too.
+        force: Also replace variables that the user has set.
         patch: Put safepool's pools in the place of the standard ones.
         makeflags: Set ``MAKEFLAGS``, too.
 
@@ -212,7 +212,7 @@ def plan(
             if environ.get(name):
                 kept[name] = environ[name]
         for pool in runtimes():
-            # A variable of its own would beat the one that the user has set.
+            # A variable of its own would overrule the one that the user has set.
             if any(name in kept for name in _rulers(pool)):
                 for variable in pool.variables:
                     wanted.pop(variable.name, None)
@@ -247,12 +247,12 @@ def plan_here(
         patch: Put safepool's pools in the place of the standard ones.
         makeflags: Set ``MAKEFLAGS``, too.
     """
-    # What decides must be the machine, not the variables that are about to be replaced.
+    # The machine must decide, not the variables that are about to be replaced.
     limits = read_limits(environ=_without_ours(os.environ) if force else None)
     request = Request(max_workers=workers, threads_per_worker=threads, reserve=reserve)
     budget = fit(limits, request)
     if workers is not None and isinstance(budget.because, Limit):
-        # It was not in Python that they were asked for.
+        # The number came from the command line, not from Python.
         because = replace(budget.because, name="--workers", source="the command line")
         budget = replace(budget, because=because)
     exact = workers is not None
@@ -263,7 +263,7 @@ def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
     """Become the program.
 
     Args:
-        found: The variables to set for it.
+        found: Variables to set for the program.
         command: The program and its arguments.
         explain: Print the plan to standard error.
 

@@ -1,4 +1,4 @@
-"""Floor 7: how what the commands print is laid out: ASCII, 80 columns."""
+"""Floor 7: the layout of the commands' output: ASCII, 80 columns."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
 def as_ascii(text: str) -> str:
     r"""Return a part of a line with all but printable ASCII escaped.
 
-    A path or a function's name may hold anything: what a terminal in the C locale cannot show,
-    the end of a line, or what clears the screen.
+    A path or a function's name may contain anything: characters that a terminal in the C locale
+    cannot show, the end of a line, or an escape that clears the screen.
 
     Example:
         >>> print(as_ascii("a\nb\u2192"))

@@ -1,7 +1,7 @@
-"""Floor 7: ``safepool top PID``: what the workers of another process do now. Linux.
+"""Floor 7: ``safepool top PID``: present work of another process's workers. Linux.
 
-It reads the boards that the process shares with its workers (``workers.board``), and ``/proc``.
-It sends nothing, so no worker and no pool is disturbed, and a pool that is stuck is shown as well.
+It reads the boards that the process shares with its workers (``workers.board``), and ``/proc``. It
+sends nothing, so it disturbs no worker and no pool, and shows a stuck pool as well.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -67,7 +67,7 @@ def read(pid: int) -> list[Row]:
     """Read the workers of a process.
 
     Raises:
-        TopError: There is no such process, or it may not be looked at.
+        TopError: There is no such process, or access is refused.
     """
     if not os.path.isdir("/proc/self/fd"):
         raise TopError("top needs Linux, whose /proc tells about processes")

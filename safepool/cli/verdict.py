@@ -1,4 +1,4 @@
-"""Floor 7: what is wrong with what was read, in one sentence each. It reads nothing."""
+"""Floor 7: problems in the limits that were read, in one sentence each. It reads nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Finding:
 
     Attributes:
         code: Its name for programs, one of ``CODES``.
-        problem: Whether the exit code tells of it; otherwise it is advice.
+        problem: ``True`` if the exit code reports it, ``False`` if it is advice.
         text: The observation and its reason.
         remedy: The action to take.
     """
@@ -67,7 +67,7 @@ def judge(
     standard_reads_variable: bool = True,
     joblib_workers: int | None = None,
 ) -> tuple[Finding, ...]:
-    """Say what is wrong, the most pressing first.
+    """Return the findings, the most pressing first.
 
     Args:
         limits: The limits that were read.

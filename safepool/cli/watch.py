@@ -30,7 +30,7 @@ __all__ = ["Line", "View", "watch"]
 
 _BAR = 20
 _EVERY_S = 1.0
-# What is used up within the accuracy of a sample.
+# Share that counts as used up, within the accuracy of a sample.
 _ALL = 0.95
 
 
@@ -44,7 +44,7 @@ class View(Protocol):
         ...
 
     def read_limits(self) -> Limits:
-        """Read every limit that holds for it."""
+        """Read all limits of the process."""
         ...
 
     def read_throttling(self) -> Throttling | None:
@@ -110,7 +110,7 @@ def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -
             return
         now, used, frozen = time.monotonic(), view.read_usage(), view.read_throttling()
         line = _between(now - before, cpus, (usage, used), (throttling, frozen))
-        # Flushed: whoever reads a pipe wants the line now.
+        # Flushed: the reader of a pipe needs the line now.
         print(line.as_json() if as_json else line.as_text(paint), flush=True)
         before, usage, throttling = now, used, frozen
         lines = None if lines is None else lines - 1

@@ -19,8 +19,8 @@
 Data flows one way: ``errors, core, messages, calls -> agent -> carriers, tracing -> shell ->
 pool``.
 
-One rule keeps "at most 1 + retries starts": a call that was sent may have begun, and is never sent
-again but on account of its retries. The engine's own ways to run something again are not used.
+One rule keeps "at most 1 + retries starts": a call that was sent may have begun, and is sent again
+only as one of its retries. The engine's own ways to run something again are not used.
 
 Not covered:
     * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask

@@ -106,7 +106,7 @@ class NodePool:
     Attributes:
         pool: The pool; its workers start with the first call.
         sessions: Sessions that use it.
-        idle_since_s: When the last of them went.
+        idle_since_s: Time at which the last of them went.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Session:
 
     Args:
         name: Given by the cluster pool, and never given again.
-        node_pool: Where its calls run.
+        node_pool: The pool that runs its calls.
     """
 
     def __init__(self, name: str, node_pool: NodePool) -> None:
@@ -179,7 +179,7 @@ class Session:
             self._large.pop(name, None)
 
     def _keep(self, message: DeliverMessage) -> None:
-        """Place what is large in this machine's memory: the workers have one copy together."""
+        """Place large objects in this machine's memory: the workers share one copy."""
         for number, packet in message.objects.items():
             self._objects[number] = _placed(packet)
         for key, content in message.large.items():
@@ -217,7 +217,7 @@ class Session:
 
     def _ended(self, number: int, future: Future[Any]) -> None:
         self._futures.pop(number, None)
-        if future.cancelled():  # it was told who has cancelled it
+        if future.cancelled():  # its canceller was told already
             return
         error = future.exception()
         if error is not None:
@@ -263,7 +263,7 @@ class Session:
             self.heard_s = time.monotonic()
 
     def has_lapsed(self, now_s: float) -> bool:
-        """Tell whether nobody asks for answers any more."""
+        """Return whether the program has stopped asking for answers."""
         return self._waiter is None and self.heard_s + _LAPSE_S < now_s
 
     def _has_something(self) -> bool:
@@ -338,7 +338,7 @@ class Agent:
         """Return a session.
 
         Raises:
-            SessionLostError: There is none of that name.
+            SessionLostError: There is no session of that name.
         """
         session = self._sessions.get(name)
         if session is None:
@@ -379,7 +379,7 @@ class Agent:
             session.end()
 
     def _watch(self) -> None:
-        """End what nobody uses any more; end when there is nothing left."""
+        """End unused sessions and pools; end when nothing is left."""
         while True:
             time.sleep(_LOOK_S)
             now_s = time.monotonic()
@@ -472,13 +472,13 @@ else:  # not Linux
 def _node(*binding: str) -> str:
     """Return what processes have in common that share one machine and one limit.
 
-    The limit that binds and not the process's own group: SLURM gives each task a group of its own
-    below the job's, whose limit holds for all of them.
+    The limit that binds and not the process's own group: SLURM gives each task a group below the
+    job's, whose limit holds for all of them.
     """
     facts = [*binding]
     if sys.platform != "win32":
         facts.append(str(os.getuid()))
-    # A container has a namespace of process ids of its own, and files of the same names.
+    # A container has process ids of its own, and files of the same names.
     for path in ("/proc/sys/kernel/random/boot_id",):
         try:
             with open(path, encoding="ascii") as file:
@@ -535,7 +535,7 @@ def agent_work(session: str, options: bytes, message: Packet) -> Packet:
     delivered: DeliverMessage = message.value()
     one.take_in(delivered)
     one.wait_for_all(len(delivered.calls))
-    one.forget()  # the next message may go to another process, and has all of it again
+    one.forget()  # the next message may go to another process, with all of it
     return Packet.of(one.report())
 
 

@@ -47,8 +47,8 @@ def run(
         shared: Shared objects that these refer to.
 
     Returns:
-        A :class:`~safepool.cluster.messages.Ran` as a plain tuple, and what the call returned or
-        raised.
+        A :class:`~safepool.cluster.messages.Ran` as a plain tuple, and the result or exception of
+        the call.
     """
     begin_ns = loaded_ns = packed_ns = time.monotonic_ns()
     result: object = None

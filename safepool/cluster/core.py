@@ -41,7 +41,7 @@ State of a place:
     Release(place)               its agent may forget this pool
     Finished()                   nothing is left to do
 
-A call that was delivered counts as begun, as nobody can ask a dead node. So no more is delivered
+A call that was delivered counts as begun: a dead node cannot be asked. So no more is delivered
 than begins at once, or within a moment: `_AHEAD_S` of work for each worker.
 """
 
@@ -97,7 +97,7 @@ _MOST_CALLS = 2000
 # A node has refused the pool's arguments: others that were asked have so long to take them.
 _WRONG_S = 5.0
 _WRONG = "takes the arguments of this pool"
-# A call that was delivered so long ago and has not begun is asked back for an idle node.
+# Age from which a delivered call that has not begun is requested back for an idle node.
 _LATE_S = 0.25
 
 
@@ -116,8 +116,8 @@ class Answer(NamedTuple):
 
     Attributes:
         number: Number of the call's delivery.
-        seconds: That it took; negative if it did not run to its end.
-        died: Its worker has died, so that it may be run again.
+        seconds: Duration of the call; negative if it did not run to its end.
+        died: ``True`` if its worker has died, so that it may run again.
         content: The value that it returned or the error that it raised, still pickled.
         ran: The worker that had it and its times, for a trace.
     """
@@ -203,7 +203,7 @@ class Returned(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """Nobody wants a call any more that may run."""
+    """A call that may be running is cancelled."""
 
     call: Any
 
@@ -219,11 +219,11 @@ class CancelWaiting(NamedTuple):
 
 
 class Close(NamedTuple):
-    """There will be no further calls."""
+    """No further calls will come."""
 
 
 class End(NamedTuple):
-    """There will be no further calls, and what runs is lost."""
+    """No further calls will come, and running ones are lost."""
 
     reason: str
 
@@ -281,7 +281,7 @@ class Lose(NamedTuple):
 
 
 class Fail(NamedTuple):
-    """Calls that nobody will run."""
+    """Calls that can no longer run."""
 
     calls: Sequence[Any]
     reason: str
@@ -289,7 +289,7 @@ class Fail(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """Calls that nobody wants."""
+    """Calls that were cancelled."""
 
     calls: Sequence[Any]
 
@@ -301,7 +301,7 @@ class Release(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Nothing is left to do."""
+    """All work is done."""
 
 
 Event = (
@@ -330,7 +330,7 @@ class _Place:
     Attributes:
         name: The engine's.
         state: Stage that the node has reached.
-        node: Which node it belongs to; empty until it has answered.
+        node: Name of its node; empty until it has answered.
         workers: Number of workers of the node's pool.
         wanted: Whether the user has named it, or no node at all.
         gives_way: Another process of its node has the agent.
@@ -410,7 +410,7 @@ class Core:
         }
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
-        """Take note of an event, and return what is to be done, in order."""
+        """Process an event, and return the actions, in order."""
         self._now_s = now_s
         self._handlers[type(event)](event)
         self._go_on()
@@ -633,9 +633,9 @@ class Core:
         return calls
 
     def _look(self, _: Look) -> None:
-        """Nothing beside what is done after every event."""
+        """Does nothing besides the work after every event."""
 
-    # What is done after every event.
+    # The work after every event.
 
     def _go_on(self) -> None:
         if self._broken and self._backlog:
@@ -662,7 +662,7 @@ class Core:
         full = self._most_nodes is not None and len(taken) >= self._most_nodes
         taken |= {one.node for one in self._places.values() if one.state is State.OPENING}
         spare = [one for one in self._places.values() if one.state is State.SPARE and one.wanted]
-        # Those that give way last, and only if no place has the agent that they give way to.
+        # Places that give way come last, and only if no place has the agent that they give way to.
         for one in [] if full else sorted(spare, key=lambda one: one.gives_way):
             if one.node not in taken and not (one.gives_way and self.is_asking):
                 taken.add(one.node)
@@ -674,7 +674,7 @@ class Core:
 
     def _hand_out(self) -> None:
         free = [one for one in self._open() if not one.posting]
-        # Who has the least to do first.
+        # The node with the least work first.
         free.sort(key=lambda one: len(one.sent) / one.workers)
         workers = sum(one.workers for one in free)
         for place in free:

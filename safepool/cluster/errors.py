@@ -27,7 +27,7 @@ class NodeLostError(WorkerDiedError):
 
     def __init__(self, node: str, reason: str, pid: int, task: str) -> None:
         super().__init__(pid, None, task)
-        # What a pickle gives to the class.
+        # Arguments from which a pickle makes it again.
         self.args: tuple[Any, ...] = (node, reason, pid, task)
         self.node = node
         self.reason = reason

@@ -5,8 +5,8 @@
     to the program   `Welcome`           limits, versions
                      `Report`            answers, calls that come back
 
-Calls and answers are pickled by their ends, the program and a worker, and are bytes for all that
-is between them: the engine and the agent import nothing that a call needs.
+The program and a worker pickle calls and answers. The engine and the agent see only bytes, and
+import nothing that a call needs.
 
 Not covered:
     * Settings of libraries, warning filters and changes of the script's globals while it runs,
@@ -114,7 +114,7 @@ class Packet:
 
     @classmethod
     def of(cls, value: object) -> Packet:
-        """Pickle a message of ours."""
+        """Pickle a message of this package."""
         buffers: list[pickle.PickleBuffer] = []
         head = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         return cls(head, *(buffer.raw() for buffer in buffers))
@@ -151,7 +151,7 @@ class Parcel(NamedTuple):
         timeout_s: Seconds that it may run.
         function: Key of its function.
         segments: The pickle of positional and keyword arguments, and its buffers.
-        large: Places among these of buffers that travel by themselves, and their keys.
+        large: Places of buffers that travel separately, and their keys.
         shared: Numbers of the shared objects that its arguments refer to.
     """
 
@@ -168,7 +168,7 @@ class DeliverMessage(NamedTuple):
     """From the pool to an agent.
 
     Attributes:
-        calls: To be begun.
+        calls: Calls to begin.
         functions: By key: the pickle, and numbers of the shared objects that it refers to. Small
             ones each time that they are needed, those of `LARGE_BYTES` until they are forgotten.
         large: Large buffers of arguments that the agent does not have, by key.
@@ -228,8 +228,8 @@ class Report(NamedTuple):
     """From an agent to the pool.
 
     Attributes:
-        answers: Number, seconds, whether its worker died, what it returned or raised, and a
-            :class:`Ran` as a plain tuple if the pool has a trace.
+        answers: For each call its number, seconds, whether its worker died, its result or
+            exception, and a :class:`Ran` as a plain tuple if the pool has a trace.
         returned: Numbers of calls that come back; ``None`` if none were asked for.
         workers: Number of workers of the agent's pool.
         source: Only if the pool has a trace.
@@ -276,8 +276,8 @@ class _Large:
 class Buffers:
     """Copies of large buffers of arguments: one of each content, however many calls have it.
 
-    A buffer is compared with the copies of the same sample. To hash 8 MB takes 9 ms, to copy or to
-    compare them less than one (benchmarks/cluster.py, 8 MB).
+    A buffer is compared with the copies of the same sample. Hashing 8 MB takes 9 ms, copying or
+    comparing them less than one (benchmarks/cluster.py, 8 MB).
     """
 
     def __init__(self) -> None:
@@ -307,7 +307,7 @@ class Buffers:
             return found
 
     def _drop(self, nbytes: int) -> None:
-        """Keep no more than so much of what was not used lately."""
+        """Drop the content that was unused for longest, above a size."""
         held = sum(one.packet.nbytes for one in self._recent.values())
         while self._recent and held > nbytes:
             _, one = self._recent.popitem(last=False)
@@ -329,7 +329,7 @@ class PickledArguments(NamedTuple):
 
 
 def pickle_function(function: Callable[..., Any]) -> PickledFunction:
-    """Pickle a function, by value what a worker of another machine cannot import.
+    """Pickle a function; parts that a worker of another machine cannot import travel by value.
 
     Raises:
         Exception: The exception of the pickler.
@@ -377,14 +377,14 @@ def _copied(segments: Sequence[Buffer], buffers: Buffers) -> PickledArguments:
 
 
 def placed_bytes(shared: Any) -> Packet:
-    """Return what a shared object was placed as, to be sent to another machine."""
+    """Return the placed form of a shared object, to be sent to another machine."""
     parts: list[Any] = shared._parts()
     flag = b"w" if shared.writable else b"r"
     return Packet(flag, *(part if isinstance(part, bytes) else memoryview(part) for part in parts))
 
 
 def unpickle(packet: Packet, shared: Mapping[int, Any]) -> Any:
-    """Return what was pickled by the program. In a worker.
+    """Unpickle an object of the program. In a worker.
 
     Args:
         packet: The pickle.
@@ -399,7 +399,7 @@ def unpickle(packet: Packet, shared: Mapping[int, Any]) -> Any:
 
 def own_version() -> str:
     """Return safepool's version."""
-    # Not by an import, which leads back to this package.
+    # Not by an import, which would be a circle.
     version: str = sys.modules["safepool"].__version__
     return version
 

@@ -1,11 +1,11 @@
-"""Does what the core decides, and brings it what happens. One thread for each cluster pool.
+"""Executes the core's actions, and delivers its events. One thread for each cluster pool.
 
     who            what                               comes by
     callers        submit, map, cancel, shutdown      the inbox
     the carrier    answers to messages                the inbox
     this thread    the list of places, the clock      `_look_around`
 
-All of it goes to `Core.handle()`, and its actions are done here.
+All events go to `Core.handle()`, and its actions are executed here.
 
 Not covered:
     * Code of the program that pickles the items of a map, or unpickles results, runs in this
@@ -274,7 +274,7 @@ class Shell:
         self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._watched: set[int] = set()
 
-    # What callers use, from any thread.
+    # Methods for callers, from any thread.
 
     def begin(self) -> None:
         """Ask the places that there are, ahead of the first call."""
@@ -296,7 +296,7 @@ class Shell:
         """Queue a call and return its future.
 
         Raises:
-            RuntimeError: The pool was shut down, or this process is a fork of its own.
+            RuntimeError: The pool was shut down, or this process is a fork of its owner.
         """
         self._check_open()
         call = _Submitted(PoolFuture(self._me), name, policy)
@@ -345,7 +345,7 @@ class Shell:
         self._put(partial(self._fed, run, items, last))
 
     def give_up(self, run: MapRun) -> None:
-        """Drop the calls that no node has: nobody wants the rest."""
+        """Drop the calls that no node has: they are not needed."""
         self._put(partial(self._drop, run))
 
     def end_calls(self, run: MapRun) -> None:
@@ -395,7 +395,7 @@ class Shell:
         if os.getpid() != self._pid:
             return
         if not (cancel or end or self._closing or threading.current_thread() is self._thread):
-            self._open_maps.finish()  # what the standard pool has taken by now
+            self._open_maps.finish()  # items that the standard pool would have taken by now
         self._closing = True
         if self._thread is None:
             with self._starting:
@@ -415,7 +415,7 @@ class Shell:
             self._callers.join()
 
     def abandon(self) -> None:
-        """Finish without anybody waiting: nobody holds the pool any more."""
+        """Finish in the background: the pool object is gone."""
         self.shut_down(wait=False)
 
     def exit(self) -> None:
@@ -460,8 +460,8 @@ class Shell:
 
         Args:
             question: A function of this package, called there with the node's pool first.
-            *args: Its further arguments.
-            timeout_s: Seconds to wait for all of them together.
+            *args: Further arguments of the function.
+            timeout_s: Seconds to wait for all places together.
 
         Returns:
             By the node's label the answer, or the exception that came in its place.
@@ -817,7 +817,7 @@ class Shell:
         return nbytes
 
     def _note_kept(self, node: _Node, message: DeliverMessage) -> None:
-        """Note what large a node has now; let it forget what was not used lately."""
+        """Note the large content that a node has now; let it forget the oldest."""
         new = {
             key: packet.nbytes
             for key, (packet, _) in message.functions.items()

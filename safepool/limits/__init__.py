@@ -1,4 +1,4 @@
-"""Floor 1: what the machine grants this process. It reads and asks; it never decides.
+"""Floor 1: the limits of this process. It reads files and asks the system; it never decides.
 
 No rounding, no cache, nothing read at import. One reader, `read_limits`, and what it is
 made of, in the order in which data goes through it:
@@ -15,7 +15,7 @@ made of, in the order in which data goes through it:
     _linux, _darwin, _windows
                  one of them is chosen here, and asks the system
 
-Not covered: see each module; most of all, what the kernel enforces and does not show.
+Not covered: see each module; above all, limits that the kernel enforces and does not show.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ def read_limits(
 
     Args:
         root: ``"/"`` for this machine, or a folder with files captured on another one
-            (``proc/self/cgroup``, ``proc/self/mountinfo``, ``sys/fs/cgroup/...``). Of a
-            captured machine only the files are used; this system is not asked.
+            (``proc/self/cgroup``, ``proc/self/mountinfo``, ``sys/fs/cgroup/...``). For a captured
+            machine it reads only the files, and does not ask this system.
         environ: The environment. ``None`` is this process's, and is empty for a captured
             machine.
 
     Returns:
-        Every value with its source and raw text. What was missing, unreadable or of another
-        shape than documented is in ``skipped``; it never raises for what it finds.
+        Every value with its source and raw text. Missing, unreadable and invalid sources are in
+        ``skipped``; they never raise.
 
     Example:
         >>> limits = read_limits(environ={"SLURM_CPUS_PER_TASK": "1"})
@@ -106,21 +106,21 @@ def read_cpu_limits(
 def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
     """Read how often the group whose quota binds has been frozen.
 
-    That is the group with the smallest quota among this process's own and its ancestors
-    (of equal ones the innermost): the kernel counts in the group that has the quota, not in
-    the groups below it.
+    That is the group with the smallest quota among this process's own and its ancestors (the
+    innermost of equal ones): the kernel counts in the group that has the quota, not in the groups
+    below it.
 
     Args:
         root: The same as for `read_limits`.
 
     Returns:
-        Its counters; ``None`` if no group that can be seen sets a quota.
+        The counters; ``None`` if no visible group sets a quota.
     """
     return _platform.read_throttling(root)
 
 
 def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCount, ...]:
-    """Read what the kernel's out-of-memory killer has counted in this thread's groups.
+    """Read the counts of the kernel's out-of-memory killer for this thread's groups.
 
     Args:
         root: The same as for `read_limits`.

@@ -148,7 +148,7 @@ def _is_machines_root(machine: Machine) -> bool:
 def _open_files(machine: Machine) -> OpenFilesLimit:
     soft, raw = _soft_limit(machine, "RLIMIT_NOFILE")
     try:
-        # One of them is the listing's own.
+        # One of them belongs to the listing.
         used = len(os.listdir("/proc/self/fd")) - 1
     except OSError:
         used = None
@@ -161,7 +161,7 @@ def _open_files(machine: Machine) -> OpenFilesLimit:
 
 
 def _soft_limit(machine: Machine, name: str) -> tuple[int, str]:
-    """Ask for a soft limit; return it and what is to be shown of it."""
+    """Ask for a soft limit; return it and its text for the screen."""
     try:
         soft, _ = resource.getrlimit(getattr(resource, name))
     except (OSError, ValueError) as error:  # a filter refuses the call

@@ -1,6 +1,6 @@
 """Floor 1, limits on systems without control groups: number of CPUs and environment.
 
-Shared by the platforms' modules, which add how their system is asked.
+Shared by the modules of platforms, which add the calls of their system.
 
 Not covered:
     * Captured machines: their trees are Linux's, and are read on Linux.

@@ -59,11 +59,11 @@ class MemoryLimit:
         name: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes`` or
             ``hierarchical_memory_limit``.
         bytes: The ceiling; ``None`` means the source was read and sets none.
-        used_bytes: Memory of the group now, page cache included; ``None`` if not told, or
-            not asked because the group has no ceiling. For ``hierarchical_memory_limit``,
-            whose ancestor may be hidden, it is the own group's: at least so much is used.
-        reclaimable_bytes: The part of it that the kernel gives back under pressure (clean
-            page cache, inactive files, reclaimable slab); ``None`` if not told.
+        used_bytes: Present memory of the group, page cache included; ``None`` if unknown, or not
+            read because the group has no ceiling. For ``hierarchical_memory_limit``, whose
+            ancestor may be hidden, it is the own group's: at least so much is used.
+        reclaimable_bytes: The part of it that the kernel gives back under pressure (clean page
+            cache, inactive files, reclaimable slab); ``None`` if unknown.
         source: The file that was read.
         raw: Text of the source, word for word.
     """
@@ -83,8 +83,8 @@ class PidsLimit:
     Attributes:
         name: ``pids.max``, or ``RLIMIT_NPROC``.
         tasks: The ceiling; ``None`` means the source was read and sets none.
-        used_tasks: Number of tasks now; ``None`` if not told, or not asked because there
-            is no ceiling.
+        used_tasks: Present number of tasks; ``None`` if unknown, or not read because there is no
+            ceiling.
         source: The file or the call that was read.
         raw: Text of the source, word for word.
     """
@@ -103,7 +103,7 @@ class OpenFilesLimit:
     Attributes:
         name: ``RLIMIT_NOFILE``, whose soft value it is.
         files: The ceiling; ``None`` means no ceiling.
-        used_files: Number of open files now; ``None`` if not told.
+        used_files: Present number of open files; ``None`` if unknown.
         source: The call that was made.
         raw: Text of the source, word for word.
     """
@@ -136,7 +136,7 @@ class Skipped:
 
     Attributes:
         source: The file, the call or the variable.
-        reason: Why it was skipped, in words, with what was found.
+        reason: Reason in words, with the value that was found.
         was_set: Whether the user or a scheduler has set this variable, and will want to
             know that it is ignored.
     """
@@ -181,13 +181,13 @@ class OutOfMemoryCount:
     The counters only grow; compare two readings to learn about the time between them.
 
     Attributes:
-        kills: Processes of this group that it has killed, for whatever limit; on version 2
+        kills: Number of processes of this group that it has killed, for any limit; on version 2
             those of the groups below as well (``oom_kill``).
-        used_up: Number of times that this group's own ceiling was met: on version 1 whatever came
-            of it (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
-            ``None`` if not told.
+        used_up: Number of times that this group's own ceiling was met: on version 1 with any
+            outcome (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
+            ``None`` if unknown.
         limit_bytes: The ceiling now; ``None`` if the group sets none.
-        peak_bytes: The most that the group has used so far; ``None`` if not told.
+        peak_bytes: Peak use of the group; ``None`` if unknown.
         group: The group's directory.
         source: The file with ``kills``.
     """
@@ -202,7 +202,7 @@ class OutOfMemoryCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Every limit that was read on one machine for one process, and what was skipped.
+    """All limits of one process on one machine, and the sources that were skipped.
 
     Attributes:
         affinity: Number of CPUs on which the scheduler may place this process; ``cpus`` is
@@ -243,7 +243,7 @@ class Limits:
     def binding(self) -> Limit:
         """The smallest of affinity, quotas and bounds; on a tie the first of them.
 
-        Where nothing sets a ceiling it is the affinity entry, whose ``cpus`` is ``None``.
+        Without any ceiling it is the affinity entry, whose ``cpus`` is ``None``.
         """
         ceilings = [
             limit

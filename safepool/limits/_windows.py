@@ -38,14 +38,14 @@ def read_cpu_limits(
 
 
 def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:  # noqa: ARG001
-    """Return ``None``: without control groups nobody is throttled."""
+    """Return ``None``: without control groups no process is throttled."""
     return None
 
 
 def read_oom_counts(
     root: str | os.PathLike[str] = "/",  # noqa: ARG001
 ) -> tuple[OutOfMemoryCount, ...]:
-    """Return nothing: without control groups nobody counts."""
+    """Return nothing: without control groups there are no counts."""
     return ()
 
 
@@ -68,7 +68,7 @@ def _affinity() -> Limit:
 
 
 def _restricted_mask() -> int | None:
-    """Ask for this process's mask; ``None`` if it is not restricted or not told.
+    """Ask for this process's mask; ``None`` if it is not restricted or unknown.
 
     Source:
         Microsoft, Win32, winbase.h, GetProcessAffinityMask: both masks are of one processor

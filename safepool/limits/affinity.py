@@ -1,8 +1,8 @@
 """Floor 1, limits: on how many CPUs a captured process may be placed: text in, number out.
 
 Not covered:
-    * This machine's own process: the system is asked (`os.sched_getaffinity`), which also
-      works without ``/proc``.
+    * This machine's own process: its mask comes from `os.sched_getaffinity`, which also works
+      without ``/proc``.
 """
 
 from __future__ import annotations

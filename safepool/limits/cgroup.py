@@ -93,8 +93,8 @@ def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level,
                 OWN_GROUP_FILES[-1],
                 f"no mount shows the group /{'/'.join(own)}: the limits of the mount points count",
             )
-    # Nothing known about this process's own place: what a container's runtime has mounted
-    # is most likely the container's own group, and a limit too small beats one too big.
+    # The process's own place is unknown: the mount of a container's runtime is most likely the
+    # container's own group, and a limit too small is better than one too big.
     if not seen:
         for mount in mounts:
             seen.setdefault(components(mount.root) or (), []).append(mount.point)
@@ -126,7 +126,7 @@ def _holds(mount: Mount, version: int, controller: str) -> bool:
 
 
 def _shows(mount: Mount, group: GroupPath) -> bool:
-    """Tell whether a group lies in what a mount shows, by whole components."""
+    """Return whether a mount shows a group, by whole components of the path."""
     root = components(mount.root)
     return (
         root is not None and leading_ups(root) == leading_ups(group) and group[: len(root)] == root
@@ -143,8 +143,8 @@ def _show_ancestors(seen: dict[GroupPath, list[str]], mounts: list[Mount], own: 
                 path = "/".join((mount.point.rstrip("/"), *own[len(root) : length]))
                 seen.setdefault(own[:length], []).append(path or "/")
         elif leading_ups(root) > leading_ups(own) and leading_ups(root) == len(root):
-            # Above the namespace's root: an ancestor of ours for certain, but the names
-            # between it and us are not told.
+            # Above the namespace's root: certainly an ancestor, but the names in between are
+            # unknown.
             seen.setdefault(root, []).append(mount.point)
 
 

@@ -1,7 +1,7 @@
-"""Floor 1, limits: what the environment says about CPUs. It sets nothing and decides nothing.
+"""Floor 1, limits: variables of the environment about CPUs. It sets nothing and decides nothing.
 
-Schedulers and other libraries say how many CPUs a job may use; such a number only ever
-lowers ours. `SAFEPOOL_MAX_WORKERS` is the one that replaces the computed number.
+Schedulers and other libraries set the number of CPUs that a job may use; such a number only ever
+lowers the pool's. `SAFEPOOL_MAX_WORKERS` is the one that replaces the computed number.
 
 Not covered:
     * ``OMP_NUM_THREADS`` and its like: threads of one process, not workers.
@@ -31,7 +31,7 @@ class BoundVariable:
     Attributes:
         name: Name of the variable.
         set_by: Programs or users that set it.
-        documented: Where its meaning is written down.
+        documented: Documentation of its meaning.
         no_ceiling: A word that sets no ceiling, if the variable has one.
     """
 
@@ -95,7 +95,7 @@ def parse_count(text: str, *, source: str) -> int:
         The number.
 
     Raises:
-        UnreadableLimitError: The text is anything else: empty, zero, negative, ``24(x2)``.
+        UnreadableLimitError: The text has another form: empty, zero, negative, ``24(x2)``.
 
     Example:
         >>> parse_count("4", source="SLURM_CPUS_PER_TASK")

@@ -1,4 +1,6 @@
-"""Floor 1, limits: one machine's files, read as text. What cannot be read is noted, never raised.
+"""Floor 1, limits: one machine's files, read as text.
+
+A file that cannot be read is noted, and raises nothing.
 
 A machine is a folder: ``/`` for the one we run on, or a folder with files captured on
 another one. It knows no format and no limit.
@@ -31,7 +33,7 @@ _LINKS_MAX = 40
 
 
 class Machine:
-    """The file tree of one machine, and what could not be used of it.
+    """The files of one machine, and the ones that could not be used.
 
     Attributes:
         root: Folder that holds the tree; ``"/"`` is this machine.
@@ -56,7 +58,7 @@ class Machine:
 
         Returns:
             Its text: UTF-8, where any other byte becomes a surrogate, as in ``os.fsdecode``.
-            ``None`` if there is no such file or it cannot be read; the latter is noted.
+            ``None`` if there is no such file or it cannot be read, which is noted.
         """
         try:
             actual = self._actual(path)
@@ -137,8 +139,7 @@ class Machine:
 
 
 def _read_all(file: FileIO) -> bytes:
-    # Files under /proc and /sys/fs/cgroup have no size to ask for; a short read is not
-    # the end of them.
+    # Files under /proc and /sys/fs/cgroup have no size, and a short read is not their end.
     parts: list[bytes] = []
     size = 0
     while size < _READ_MAX_BYTES:

@@ -12,7 +12,7 @@ Sources: NVIDIA, CUDA C++ Programming Guide, "CUDA Environment Variables"; AMD, 
 "GPU isolation techniques".
 
 Not covered:
-    * How many devices AMD's driver has: in a container its files show those of the machine.
+    * The number of AMD's devices: in a container its files show those of the machine.
     * Parts of a device (MIG): only a variable or the caller names them.
 """
 
@@ -41,7 +41,8 @@ class Gpus:
         lists: For each variable that says which a process may use, what it may say: one entry for
             each device.
         source: The variable or folder that was read.
-        is_said: A variable says so; else devices were counted, and some may not have been seen.
+        is_said: ``True`` if a variable lists them; ``False`` if devices were counted, and some may
+            be invisible.
     """
 
     lists: Mapping[str, tuple[str, ...]]
@@ -69,8 +70,8 @@ def read_gpus(environ: Mapping[str, str], root: str = "/") -> Gpus:
     """Return the devices that a process of this environment may use.
 
     Args:
-        environ: Its variables.
-        root: Where ``/dev`` and ``/proc`` are.
+        environ: Variables of the environment.
+        root: Directory that holds ``dev`` and ``proc``.
 
     Returns:
         At least one variable; with no entry if no device was found.
@@ -88,7 +89,7 @@ def read_gpus(environ: Mapping[str, str], root: str = "/") -> Gpus:
         folder = os.path.join(root, "proc/driver/nvidia/gpus")
         found = _list(folder)
         folder = folder if found else "/dev/nvidia* and /proc/driver/nvidia/gpus"
-    # Not the files' own numbers: in a container CUDA counts those that there are, from 0.
+    # Not the files' own numbers: in a container CUDA counts the visible devices from 0.
     numbers = tuple(map(str, range(len(found))))
     if not found and os.path.exists(os.path.join(root, "dev/kfd")):
         return Gpus(lists={"HIP_VISIBLE_DEVICES": ()}, source="/dev/kfd", is_said=False)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SCAN_DIRECTORIES", "SCAN_SECONDS", "find_own_directory"]
 
-# A desktop has some hundred groups, a full Kubernetes node about 2,000; each costs about
-# 30 microseconds. Whatever the machine, the caller waits no longer than this.
+# A desktop has some hundred groups, a full Kubernetes node about 2,000; each costs about 30
+# microseconds. The caller waits no longer than this, on any machine.
 SCAN_DIRECTORIES = 4096
 SCAN_SECONDS = 0.1
 

@@ -1,7 +1,7 @@
 r"""Floor 1, limits: the memory that this process can still be given, of all ceilings the least.
 
-A ceiling leaves what it is above the use, and the part of the use that the kernel takes back
-first (page cache), and swap. The machine's own memory is a ceiling as well:
+The room below a ceiling is the ceiling minus the use, plus the part of the use that the kernel
+takes back first (page cache), plus swap. The machine's own memory is a ceiling as well:
 
     ceiling                     use                     swap, where the machine has any free
     memory.max                  memory.current          memory.swap.max - memory.swap.current
@@ -77,7 +77,7 @@ class MemoryWatch:
         self._levels: tuple[Level, ...] = ()
 
     def read(self) -> MemoryLeft | None:
-        """Return what is left now; ``None`` where nothing tells."""
+        """Return the remaining memory; ``None`` if unknown."""
         machine = self._machine
         machine.skipped.clear()
         own = read_own_groups_text(machine)

@@ -5,7 +5,7 @@ cgroup-v1/memory.rst.
 
 Not covered:
     * ``memory.low``, ``memory.min``, soft limits: guarantees to the group, not ceilings.
-    * Swap and kernel memory, which have ceilings of their own.
+    * Swap and kernel memory, which have separate ceilings.
     * 32-bit kernels, whose "no limit" is a smaller number.
 """
 
@@ -77,8 +77,8 @@ def _read(machine: Machine, prefix: str, version: int, *, innermost: bool) -> li
         except UnreadableLimitError as error:
             machine.note_unreadable(error)
     computed = version == 1 and innermost
-    # memory.stat is the expensive file (the kernel sums its counters over all CPUs first):
-    # read only where a number of it is needed.
+    # memory.stat is the expensive file (the kernel first sums its counters over all CPUs): it is
+    # read only if one of its numbers is needed.
     if not computed and all(ceiling is None for *_, ceiling in ceilings):
         used = reclaimable = None
         stat = None

@@ -49,7 +49,7 @@ class Mount:
         parent: Number of the mount it is mounted on; that may be missing in the text.
         root: Directory of the file system that appears at the mount point. For control
             groups it is relative to the reader's namespace and may begin with ``/..``.
-        point: Where it appears.
+        point: Directory where it appears.
         type: Type of the file system: ``cgroup``, ``cgroup2``, ``tmpfs``, ...
         options: Options of the file system: for version 1 they name the controllers.
     """
@@ -81,7 +81,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
         ('/sys/a b', 'cgroup2')
     """
     mounts = []
-    # Not splitlines(): it also splits at characters that a path may hold as they are.
+    # Not splitlines(): it also splits at characters that a path may contain.
     for line in text.split("\n"):
         # Blanks in paths are escaped, so the first lone hyphen is the separator.
         head, _, tail = line.partition(" - ")
@@ -174,8 +174,8 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
         point = mounts[index].point
         if not is_inside(point, mounts[other].point):
             return False
-        # Over the whole parent: nothing else mounted on the parent is seen. Over a directory
-        # of it: only what was mounted there before, which has an earlier line.
+        # It covers the whole parent: no other mount on the parent is visible. It covers a
+        # directory of the parent: only earlier mounts there, which have an earlier line.
         over_parent = parent is not None and mounts[other].point == mounts[parent].point != point
         return over_parent or other > index
 
@@ -192,7 +192,7 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
 def around_control_groups(mounts: Iterable[Mount]) -> list[Mount]:
     r"""Keep the control groups' mounts and those that can hide them or lie below them.
 
-    A host of containers has thousands of others, most of them on one parent.
+    A host of containers has thousands of other mounts, most of them on one parent.
 
     Example:
         >>> text = "1 0 0:1 / / rw - ext4 none rw\n2 1 0:2 / /a rw - ext4 none rw"

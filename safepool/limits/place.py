@@ -1,4 +1,4 @@
-"""Floor 1, limits: where this process is: its control groups, and what is mounted.
+"""Floor 1, limits: the control groups of this process, and the mounts.
 
 Two files of ``/proc`` in, their meaning out. It opens no other file.
 
@@ -41,7 +41,7 @@ class Place:
     """Place of this process in a machine's groups and mounts.
 
     Attributes:
-        own: Its group for each controller of version 1, and for version 2 under ``""``.
+        own: Group of the process for each controller of version 1, and for version 2 under ``""``.
             Empty if the machine does not say.
         mounts: The mounts that can be reached; ``None`` if the machine does not say.
     """
@@ -104,7 +104,7 @@ def read_own_groups_text(machine: Machine) -> str | None:
 
 
 def read_place(machine: Machine) -> Place:
-    """Read where this process is, and what is mounted."""
+    """Read the groups of this process, and the mounts."""
     own: dict[str, GroupPath] = {}
     for path in OWN_GROUP_FILES:
         # The thread's file exists since Linux 3.17 and in few captures: no note without it.

@@ -1,15 +1,15 @@
 """Floor 1, limits on Linux: those of another running process. It reads; it decides nothing.
 
-The process is a machine like a captured one: its own files of ``/proc``, and control groups
-where *it* sees them. Its affinity is that of its first thread, of those that have not ended; its
-environment the one that it was started with.
+The process is a machine like a captured one: its own files of ``/proc``, and control groups where
+*it* sees them. Its affinity is that of its first living thread; its environment is the one that it
+was started with.
 
 Sources: proc_pid_cgroup(5), proc_pid_mountinfo(5), proc_pid_environ(5), proc_pid_limits(5),
 proc_pid_maps(5), proc_pid_root(5), proc_pid_stat(5); cgroup-v2.rst, "cpu.stat";
 cgroup-v1/cpuacct.rst.
 
 Not covered:
-    * What only its owner and root may read of it: noted as skipped.
+    * Files that only its owner and root may read: noted as skipped.
     * ``RLIMIT_NPROC`` of a process: it counts the tasks of a user (``tasks_of_user``).
 """
 
@@ -43,7 +43,7 @@ class ProcessView:
     """Limits and use of one process, as seen from here.
 
     Args:
-        pid: Its process id.
+        pid: Process id.
 
     Raises:
         ProcessLookupError: There is no such process, or it has ended.
@@ -165,7 +165,7 @@ class ProcessView:
 def tasks_of_user(user: int) -> int | None:
     """Count the processes and threads that ``RLIMIT_NPROC`` counts: those of one real user.
 
-    Those that cannot be seen from here are left out, such as another container's.
+    Tasks that are not visible from here are left out, such as those of another container.
 
     Args:
         user: Number of the real user.

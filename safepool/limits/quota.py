@@ -3,8 +3,8 @@
 Formats: Linux, Documentation/admin-guide/cgroup-v2.rst, "CPU Interface Files", and
 Documentation/scheduler/sched-bwc.rst for version 1.
 
-Not covered, because none of them is a ceiling on sustained run time:
-    * ``cpu.shares``, ``cpu.weight``, ``cpu.idle``: they divide what is there.
+Not covered, because none of them limits sustained run time:
+    * ``cpu.shares``, ``cpu.weight``, ``cpu.idle``: they divide the available time.
     * Burst (``cpu.cfs_burst_us``, ``cpu.max.burst``): a bank, filled from the same quota.
     * ``cpu.rt_runtime_us``: real-time tasks only.
 """

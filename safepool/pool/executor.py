@@ -470,7 +470,9 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
     def workers(self) -> tuple[WorkerInfo, ...]:
         """Return what each worker does at this moment.
 
-        Can be called from any thread. The call never waits, even if the pool is stuck.
+        Can be called from any thread. The call never waits, even if the pool is stuck. From
+        another terminal ``safepool top PID`` shows the same. From Python 3.15 on, ``python -m
+        profiling.sampling attach PID`` profiles one of the workers.
 
         Returns:
             One entry for each worker process, oldest first; none before the first task.

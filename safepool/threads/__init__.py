@@ -13,8 +13,7 @@
     cap           the three layers of a worker, and the block around a function
     pools         what is loaded now
 
-It never measures limits: the number of threads is given. It never imports a library in
-order to cap it.
+It never measures limits: the number of threads is given. It never imports a library to cap it.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Blocks that hold native pools at a number: set by the first, restored by the last.
 
-Some numbers belong to the whole process (the environment, OpenBLAS, most further runtimes),
-others to the calling thread alone (OpenMP's, MKL's). A block sets both when it begins. When it
-ends, its thread has its own numbers again, and the process those of the blocks that are
-left, in whatever order the blocks of several threads end.
+Some numbers belong to the whole process (the environment, OpenBLAS, most further runtimes), others
+to the calling thread alone (OpenMP's, MKL's). A block sets both when it begins. At its end its
+thread has the former numbers again, and the process has those of the remaining blocks, in any
+order in which blocks of several threads end.
 
 Not covered:
     * A library whose number is fixed once it is loaded (the table's ``fixed``): imported
       inside a block for the first time, it keeps the block's number.
-    * OpenMP and MKL in threads that are started inside: those begin with what the variables
-      said when the library was loaded.
+    * OpenMP and MKL in threads that start inside a block: such a thread begins with the variables'
+      values at the library's load.
     * A fork while another thread computes in several threads of OpenBLAS's: the child inherits
-      OpenBLAS's own lock, and hangs when it sets the number. No pool of ours forks so.
-    * What a block's body sets itself: put back to what was before the block.
+      OpenBLAS's own lock, and hangs when it sets the number. No pool of this package forks so.
+    * Changes by a block's body: the end of the block undoes them.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ _FORK_WAITS_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One block that is open.
+    """One open block.
 
     Attributes:
-        threads: Its number.
+        threads: Number of threads.
         lowers: Whether it lowers larger numbers only, and leaves smaller ones alone.
         thread: The thread that it is open in.
         own: Former numbers of libraries whose number is one of the thread.
@@ -77,11 +77,11 @@ class Hold:
     own: dict[str, tuple[Any, int]] = field(default_factory=dict, repr=False)
 
     def number(self, before: int) -> int:
-        """Return what a pool has inside that has ``before`` outside; 0 is all CPUs."""
+        """Return the number of a pool inside, given ``before`` outside; 0 is all CPUs."""
         return min(before, self.threads) if self.lowers and before > 0 else self.threads
 
     def environment(self, values: Mapping[str, str | None]) -> Mapping[str, str | None]:
-        """Return the variables that it changes, given what they say outside."""
+        """Return the variables that it changes, given their values outside."""
         if self.lowers:
             return lowered_environment(self.threads, values)
         return block_environment(self.threads)
@@ -126,12 +126,12 @@ class _Blocks:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        # Of a thread's own: a finalizer that runs while it is held may be a block's end.
+        # An RLock: a finalizer that runs while it is held may end a block.
         self._lock = threading.RLock()
         self._holds: list[Hold] = []
         self._native = NativeLibraries()
         self._imports = AfterImport(self._cap_module)
-        # What belongs to the process and was changed: what it was.
+        # Changed properties of the process, with their former values.
         self._variables: dict[str, str | None] = {}
         self._written: dict[str, str | None] = {}
         self._calls: dict[str, tuple[Call, ModuleType, int]] = {}
@@ -157,8 +157,8 @@ class _Blocks:
             try:
                 self._remember(hold, loaded_inside=True)
             finally:
-                # Whatever is raised: one that stayed would hold the process for ever. Where
-                # the stack ends, the blocks around this one set everything once more.
+                # Whatever is raised: one that stayed would hold the process for ever. At the end
+                # of the stack, the blocks around this one set everything once more.
                 self._holds.remove(hold)
                 try:
                     self._end(hold)
@@ -196,22 +196,22 @@ class _Blocks:
     def fork_begins(self) -> None:
         """Wait for blocks that other threads begin or end.
 
-        OpenBLAS's own lock, with which one of them sets the number, would be locked in the child
-        for ever.
+        OpenBLAS's own lock, which a thread holds while it sets the number, would be locked in the
+        child without end.
         """
         self._lock.acquire(timeout=_FORK_WAITS_S)
 
     def fork_ended(self) -> None:
         """Let blocks begin and end again, in the parent."""
-        # Not this thread's: another one had it for too long.
+        # Another thread held it for too long.
         with suppress(RuntimeError):
             self._lock.release()
 
     def forked(self) -> None:
         """Be usable in a forked child, which has none of the parent's other threads.
 
-        One of them may have held a lock, and may have been about to set what is noted here
-        as set. What their blocks hold is given back with the next block that ends here.
+        Another thread may have held a lock, and may have been about to set a number that is noted
+        here as set. The next block that ends here restores what their blocks have changed.
         """
         self._lock = threading.RLock()
         here = threading.get_ident()
@@ -221,7 +221,7 @@ class _Blocks:
         self._native.forked()
 
     def _remember(self, hold: Hold, *, loaded_inside: bool) -> None:
-        """Note what the libraries have, or would have, without the blocks."""
+        """Note the numbers that the libraries have, or would have, without the blocks."""
         for library in self._native.found():
             path = library.filepath
             of_the_process = is_of_the_process(library)
@@ -258,7 +258,7 @@ class _Blocks:
                     self._calls[row.name] = (call, module, before)
 
     def _set(self) -> None:
-        """Give the process what the open blocks say, from the first to the last."""
+        """Apply the open blocks to the process, from the first to the last."""
         for library, before in self._libraries.values():
             set_threads(library, self._number(before))
         asked = self._asked()
@@ -289,16 +289,16 @@ class _Blocks:
                     if values.get(name) != self._written.get(name, before)
                 }
             )
-        except BaseException:  # Ctrl-C: who knows which of them
+        except BaseException:  # Ctrl-C: the state is unknown
             self._forget_what_is_written()
             raise
         self._written = values
 
     def _forget_what_is_written(self) -> None:
-        self._written = dict.fromkeys(self._variables, "")  # as if something else were there
+        self._written = dict.fromkeys(self._variables, "")  # as if another value were there
 
     def _asked(self) -> list[tuple[int, bool]]:
-        """Return the blocks that matter: what is below one that sets a number does not."""
+        """Return the blocks that matter: a block that sets a number hides the blocks below it."""
         asked: list[tuple[int, bool]] = []
         for hold in self._holds:
             key = (hold.threads, hold.lowers)
@@ -321,7 +321,7 @@ class _Blocks:
             found = attempt(call.read, module) if call.read and call.undone else None
             otherwise = self._otherwise(row, call.default)
             if found is not None:
-                # Another number than the variables' is what it begins with whatever they say.
+                # A number other than the variables' is the library's own start value.
                 ruled = found == self._number(otherwise)
                 self._calls[row.name] = (call, module, otherwise if ruled else found)
             attempt(call.write, module, self._number(otherwise))

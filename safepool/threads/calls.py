@@ -1,7 +1,7 @@
 """The calls that cap a loaded runtime, one for each row of the table that names one.
 
-They are handed the module, which somebody else has imported: nothing here imports a
-library. What threadpoolctl caps is not here, it finds its libraries itself (``cap``).
+They are handed the module, which somebody else has imported: nothing here imports a library.
+threadpoolctl finds its libraries itself (``cap``), and they are not here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Call:
 
     Attributes:
         read: Given the module, its threads now, ``None`` if it does not say.
-        write: Given the module and a number of threads, sets it. Raises whatever the
-            library raises when it cannot.
+        write: Given the module and a number of threads, sets it. It raises the library's exception
+            if that refuses.
         undone: The number can be put back, so a block may change it (``cap.capped``);
             otherwise it is changed in workers only.
         default: The threads that it begins with where nothing rules them; ``None`` is one
@@ -38,11 +38,10 @@ class Call:
 
 
 def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call what a library may refuse; ``None`` if it does.
+    """Make a call that a library may refuse; return ``None`` if it does.
 
-    A cap that is refused, because the pool has been used or the release lacks the call, must
-    not cost the task: the table's ``fixed`` says what cannot be changed, and
-    ``safepool.threads.inspect()`` what there is.
+    A refused cap must not fail the task: the pool may be in use, or the release may lack the call.
+    The table's ``fixed`` names such pools, and ``safepool.threads.inspect()`` the present sizes.
     """
     try:
         return call(*arguments)
@@ -67,7 +66,7 @@ def _set_numba(numba: Any, threads: int) -> None:
     if launcher is None:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     elif threads != numba.config.NUMBA_NUM_THREADS:
-        # numba.set_num_threads() would launch them all now, to let one of them work.
+        # numba.set_num_threads() would start all of them now.
         numba.config.NUMBA_NUM_THREADS = threads
         launcher.NUM_THREADS = threads
 

@@ -1,6 +1,6 @@
 """Cap the native thread pools that are loaded in this process, and those that will be.
 
-A worker is capped in three layers, because none of them reaches everything:
+A worker is capped in three layers, because no single one reaches everything:
 
     environment   set before the interpreter starts; read by a library when it is loaded.
                   Some pools have no variable, and a forked worker has them loaded already.
@@ -10,10 +10,10 @@ A worker is capped in three layers, because none of them reaches everything:
                   task's own imports are met as they end (``imports``).
 
 Not covered:
-    * OpenMP and MKL in another thread: their run-time cap is one of the calling thread
-      alone (OpenMP 5.2, section 2.4, nthreads-var). A worker runs its tasks in the thread
-      that was capped; for threads that a task starts the variables count, so in a worker
-      that was forked from a process with these libraries loaded they are not capped.
+    * OpenMP and MKL in another thread: their run-time cap is one of the calling thread alone
+      (OpenMP 5.2, section 2.4, nthreads-var). A worker runs its tasks in the thread that was
+      capped. Threads that a task starts follow the variables, so in a worker that was forked from
+      a process with these libraries they are not capped.
     * A task that raises a cap itself: the number stays until something new is loaded.
 """
 
@@ -63,8 +63,8 @@ class WorkerCap:
         self._of: dict[str, int] = {}
         self._native = _found or NativeLibraries()
         self._imports = AfterImport(self._cap_new)
-        # How often something new was capped, and which of these times in this thread.
-        self._times = 1  # what was found ahead, if anything
+        # Number of caps so far, in all and in this thread.
+        self._times = 1  # libraries that were found ahead
         self._here = threading.local()
 
     def apply(self) -> None:
@@ -96,7 +96,7 @@ class WorkerCap:
         counts.answer_in(name, module, self.threads)
         for row, call in brought_by(name):
             attempt(call.write, module, self._of.get(row.name, self.threads))
-        # Importing blosc2 sets NumExpr to all CPUs; others may do the like.
+        # Importing blosc2 sets NumExpr to all CPUs; others may do so too.
         self._cap_imported()
 
 
@@ -105,10 +105,10 @@ _found: NativeLibraries | None = None
 
 
 def find_ahead() -> None:
-    """Find what is loaded here, for workers that are forked from this process.
+    """Find the libraries loaded here, for workers that are forked from this process.
 
-    It takes milliseconds, most of a worker's start. Nothing is set, and the libraries are
-    asked for nothing but their names and versions.
+    It takes milliseconds, most of a worker's start. It sets nothing, and reads only the names and
+    versions of the libraries.
     """
     global _found  # noqa: PLW0603 -- a fact about the process
     _found = NativeLibraries()
@@ -138,7 +138,7 @@ def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None
 
 
 def worker_threads() -> int | None:
-    """Return the threads of this process if it is a worker of a pool, else ``None``."""
+    """Return the threads of this process if it is a worker of a pool, otherwise ``None``."""
     return None if _worker_cap is None else _worker_cap.threads
 
 
@@ -154,10 +154,9 @@ def is_capped(threads: int) -> bool:
 class capped:  # noqa: N801 -- used as a function is
     """Hold native pools at ``threads`` inside the block, then restore them.
 
-    A library that is first imported inside is capped when it has been imported, and has
-    afterwards what it would have had outside, where that can still be changed. In a block
-    within a block, or beside one in another thread, the number of the last one to begin
-    holds for what belongs to the whole process.
+    A library that is first imported inside is capped after its import. Afterwards it has its size
+    from outside, if it can still be changed. In a block within a block, or beside one in another
+    thread, the number of the last one to begin holds for what belongs to the whole process.
 
     Args:
         threads: Threads for each pool, at least 1. In a worker that is capped to the same

@@ -1,9 +1,9 @@
 """Questions for a number of CPUs, and their answers in a worker. Knowledge, and the calls.
 
-A library that sizes a pool of threads by the machine would start 48 of them in each worker of a
-host with 48 CPUs. So whoever asks is told the worker's share, as far as the question can be met:
-what asks the kernel, a file or another program is told of the machine, and only a variable of the
-library's own (``table``) or the affinity mask helps (``ProcessPool(pin_workers=True)``).
+A library that sizes its pool of threads by the machine would start 48 of them in each worker of a
+host with 48 CPUs. So functions that count CPUs return the worker's share where that is possible.
+Code that asks the kernel, a file or another program gets the machine's number: only a variable of
+the library (``table``) or the affinity mask helps there (``ProcessPool(pin_workers=True)``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Question:
         by: The cause of that answer; the remedy where it says ``"machine"``.
         module: The module that is changed in the worker when it is there; empty if none.
         write: Given the module and the share, changes it.
-        source: Where this is documented.
+        source: Documentation of the question.
     """
 
     asked: str
@@ -53,7 +53,7 @@ def _set_loky(context: Any, count: int) -> None:
 
 
 def _set_psutil(psutil: Any, count: int) -> None:
-    # Of the platform: who has imported psutil.cpu_count by name asks here as well.
+    # The platform's function: code that has imported psutil.cpu_count by name calls it as well.
     for name in ("cpu_count_logical", "cpu_count_cores", "cpu_count_physical"):
         if hasattr(psutil._psplatform, name):
             setattr(psutil._psplatform, name, functools.partial(int, count))
@@ -266,5 +266,5 @@ def process_cpu_count() -> int | None:
     return _count
 
 
-# They are pickled as what they stand for.
+# They are pickled as the functions that they replace.
 cpu_count.__module__ = process_cpu_count.__module__ = "os"

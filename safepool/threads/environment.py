@@ -1,7 +1,7 @@
 """The environment that a worker is born with: computed here, never set on the caller.
 
-A library reads its variables once, when it is loaded; what is set later is ignored. So
-they must be in the environment that the process is started with.
+A library reads its variables once, when it is loaded; a later change is ignored. So they must be
+in the environment at the start of the process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Override:
     """A thread variable that the user has set for workers, in place of the cap.
 
     Attributes:
-        variable: Its name.
+        variable: Name of the variable.
         value: The user's value.
         instead_of: The cap's value; ``None`` if it would have removed the variable or
             not have touched it.
@@ -104,8 +104,8 @@ def lowered_environment(
 ) -> dict[str, str | None]:
     """Return the changes that bring an environment down to a number of threads.
 
-    What says less already stays, word for word, and so do the variables that count workers and
-    not threads: a program with one native thread may still have a pool of many processes.
+    A lower value stays, word for word, and so do variables that count workers and not threads: a
+    program with one native thread may still have a pool of many processes.
 
     Args:
         threads: The most threads of each native pool, at least 1.
@@ -190,8 +190,8 @@ def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ..
         overrides: The same as for :func:`worker_environment`.
 
     Returns:
-        One entry for each thread variable whose value is not the cap's; other variables
-        are not ours to report.
+        One entry for each thread variable whose value is not the cap's; other variables are not
+        reported.
 
     Example:
         >>> [o.variable for o in overridden(1, {"OMP_NUM_THREADS": "2", "HOME": "/tmp"})]

@@ -1,12 +1,12 @@
-"""Be told when one of certain modules has been imported, before its importer goes on.
+"""Calls a function when one of certain modules has been imported, before its importer goes on.
 
-A library that is first imported inside a task is met by nothing else: the check before
-the task came too early, the next comes too late, and some pools have no variable.
+Only this reaches a library that is first imported inside a task: the check before the task came
+too early, the next comes too late, and some pools have no variable.
 
 Not covered:
     * A module whose loader takes no attributes, or is the class itself (frozen, built in).
-    * A module that loads itself lazily: it counts as imported when it has been loaded,
-      and nobody is told then.
+    * A module that loads itself lazily: it counts as imported when it has been loaded, and no call
+      is made then.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["AfterImport", "imported", "is_importing"]
 
 
 def imported(name: str) -> ModuleType | None:
-    """Return the module of that name if it has been imported to its end, else ``None``."""
+    """Return the module of that name if its import has ended, otherwise ``None``."""
     module = sys.modules.get(name)
-    # importlib's lazy module would be loaded by the first attribute that is asked of it.
+    # The first read of an attribute would load importlib's lazy module.
     if module is None or type(module).__name__ == "_LazyModule":
         return None
-    # Another thread may be in the middle of it.
+    # Another thread may still import it.
     spec = getattr(module, "__spec__", None)
     return None if getattr(spec, "_initializing", False) else module
 
@@ -48,8 +48,7 @@ class AfterImport:
     """Stand first in ``sys.meta_path`` and call back after certain imports.
 
     Args:
-        tell: Called with the full name of such a module and the module, in the importing
-            thread.
+        tell: Called with the full name of such a module and the module, in the importing thread.
     """
 
     def __init__(self, tell: Callable[[str, ModuleType], None]) -> None:

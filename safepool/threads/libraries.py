@@ -1,4 +1,4 @@
-"""Which shared libraries were loaded since the last look. Nearly free if none was.
+"""Shared libraries that were loaded since the last check. Nearly free if none was.
 
 The loader keeps its libraries in a list that only grows at its end (``dlinfo(3)``,
 ``RTLD_DI_LINKMAP``; ``struct link_map`` in ``<link.h>``), so one pointer in memory says
@@ -79,7 +79,7 @@ if sys.platform == "linux":
             return self._next.value is not None or self._first
 
         def fresh(self) -> list[str] | None:
-            """Return the files loaded since the last call; ``None`` if that cannot be told."""
+            """Return the files loaded since the last call; ``None`` if unknown."""
             if self._instead is not None:
                 return self._instead.fresh()
             self._first = False

@@ -19,7 +19,7 @@ class NativeLibraries:
     """Libraries that threadpoolctl finds in this process; nothing is loaded to find out."""
 
     def __init__(self) -> None:
-        # Of a thread's own: a finalizer that runs while it is held may be a block's end.
+        # An RLock: a finalizer that runs while it is held may end a block.
         self._lock = threading.RLock()
         self._libraries: LoadedLibraries | None = None
         self._controller: Any = None
@@ -57,7 +57,7 @@ class NativeLibraries:
 
 def runtime_of(library: Any) -> str:
     """Return the row of the table that a library's number is the one of."""
-    # An OpenBLAS that computes with OpenMP's threads has no number of its own.
+    # An OpenBLAS that uses OpenMP's threads has no number of its own.
     on_openmp = getattr(library, "threading_layer", None) == "openmp"
     return "openmp" if on_openmp else str(library.internal_api)
 

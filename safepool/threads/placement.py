@@ -1,13 +1,13 @@
-"""Which CPUs a worker is bound to, and the binding itself (Linux; elsewhere nothing is bound).
+"""The choice of a worker's CPUs, and the binding (Linux; elsewhere nothing is bound).
 
 Nearly every native library asks the affinity mask how many threads to start, also those
 that no variable reaches: JAX's pool that compiles, FFmpeg's, gRPC's, oneTBB's, CatBoost's.
 A worker that may run on one CPU makes them start one.
 
 Not covered:
-    * What CPUs share: caches, memory, one core's two threads. They are taken by number,
-      which on most machines counts every core before it counts the second thread of any.
-    * What other programs run on them. The kernel shows nothing that would stay true.
+    * Resources that CPUs share: caches, memory, the two threads of one core. They are taken by
+      number, which on most machines counts every core before it counts the second thread of any.
+    * Other programs on these CPUs. The kernel shows nothing that would stay true.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def choose_cpus(
         mask: The CPUs there are, by the kernel's numbers; at least one.
         threads: Number of threads of the worker, at least 1. More than there are is all.
         load: Number of workers that are bound to each CPU; one that is missing has none.
-        first: Where to begin among equals, counted along the mask and round it, 0 or more.
+        first: Begin of the choice among equals, counted along the mask and round it, 0 or more.
 
     Returns:
         Their numbers, ascending.
@@ -69,11 +69,11 @@ class Placement:
         self._first = random.randrange(1 << 16) if first is None else first
 
     def choose(self, taken: Iterable[Iterable[int]]) -> tuple[int, ...]:
-        """Return the CPUs of one more worker; none where nothing can be bound.
+        """Return the CPUs of one more worker; none where binding is impossible.
 
         Args:
-            taken: The CPUs of each worker that stays. Those of one that goes are free, so
-                the worker that follows it takes them.
+            taken: The CPUs of each worker that stays. The CPUs of an ended worker are free, so its
+                replacement takes them.
         """
         mask = _mask()
         if not mask:
@@ -93,7 +93,7 @@ if sys.platform == "linux":
     def why_not_bound() -> str:
         """Return why no worker can be bound to CPUs here; empty if it can."""
         try:
-            # What holds already, so nothing changes.
+            # This sets the present mask, so nothing changes.
             os.sched_setaffinity(0, os.sched_getaffinity(0))
         except OSError as error:
             return f"sched_setaffinity is refused here: {error.strerror}"
@@ -103,7 +103,7 @@ if sys.platform == "linux":
         """Let this thread, and those that it will start, run on these CPUs alone.
 
         Args:
-            cpus: Their numbers; none of them changes nothing.
+            cpus: Numbers of the CPUs; an empty set changes nothing.
         """
         if not cpus:
             return
@@ -122,4 +122,4 @@ else:  # not Linux
         return f"{sys.platform} has no call for it that this package uses"
 
     def bind(cpus: Collection[int]) -> None:
-        """Do nothing: there is no call for it."""
+        """Do nothing: the system has no such call."""

@@ -1,4 +1,4 @@
-"""Which native thread pools are loaded in this process, how large, and what rules them."""
+"""Native thread pools in this process, their sizes, and the variables that bound them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NativePool:
     """One native thread pool that is loaded in this process.
 
     Attributes:
-        runtime: Its row in the table, such as ``openblas``; threadpoolctl's own name for a
+        runtime: Name of its row in the table, such as ``openblas``; threadpoolctl's own name for a
             library that only threadpoolctl knows.
         library: The file it was loaded from; for a Python module its file. Empty if neither
             is known, as for a pool that is recognised by the names of its threads.
@@ -36,7 +36,7 @@ class NativePool:
             library has read it when it was loaded.
         fixed: Part that cannot be changed now that it is loaded; empty if all can.
         hole: Part that neither variable nor call reaches, and the remedy; empty if none.
-        source: Where this is documented.
+        source: Documentation of the pool.
     """
 
     runtime: str
@@ -53,10 +53,9 @@ def inspect() -> tuple[NativePool, ...]:
     """Return the native thread pools that are loaded in this process.
 
     Returns:
-        Pools that threadpoolctl finds, then the table's further runtimes whose module is
-        imported, whose library is loaded or whose threads run. A pool that a library takes
-        from another, such as scikit-learn's from OpenMP, is listed there. Nothing is
-        imported or started to find out.
+        Pools that threadpoolctl finds, then the table's further runtimes whose module is imported,
+        whose library is loaded or whose threads run. A pool that a library takes from another,
+        such as scikit-learn's from OpenMP, is listed there. It imports and starts nothing.
 
     Example:
         >>> for pool in inspect():

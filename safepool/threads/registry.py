@@ -38,7 +38,7 @@ def when_added(tell: Callable[[], object]) -> None:
 
 
 def revision() -> int:
-    """Return how often the rows have changed: what was made of them holds until it grows."""
+    """Return the number of changes of the rows: results from them are valid until it grows."""
     return _revision
 
 
@@ -85,10 +85,9 @@ def register(
 ) -> None:
     """Add a native thread pool that this package does not know.
 
-    Its variables hold in every pool that is made afterwards. Its call holds in the
-    processes that register it: a library does so best when it is imported, which it is in
-    the workers that use it; a program does so in its initializer. A process that is a
-    worker already is capped at once.
+    Its variables hold in every pool made afterwards. Its call holds in processes that register it.
+    A library registers at its import, which happens in the workers that use it; a program
+    registers in its initializer. A process that is a worker already is capped at once.
 
     Args:
         runtime: The row. A row of the same name that was registered before is replaced.
@@ -134,7 +133,7 @@ def register(
 
 
 def unregister(name: str) -> None:
-    """Take back what was registered under ``name``; nothing happens if nothing was."""
+    """Remove the registration of ``name``, if there is one."""
     _added.pop(name, None)
     _changed()
 

@@ -1,17 +1,17 @@
 """Every native thread pool that a worker can meet, one row each. Knowledge, no code.
 
-A row says which variables bound a pool and in which order they win, how the pool is
-recognised once it is loaded, which call caps it then, and what neither can reach. The
-code that acts on it is in ``environment`` (variables), ``calls`` (run time) and ``pools``
-(what is loaded now).
+A row has the variables that bound a pool, in their order of precedence; the sign by which the
+loaded pool is recognised; the call that caps it then; and its hole, the part that neither can
+reach. The code that uses it is in ``environment`` (variables), ``calls`` (run time) and ``pools``
+(loaded pools).
 
 Left out on purpose, because setting them does harm:
     * ``OMP_THREAD_LIMIT``: an OpenBLAS built on OpenMP spins for ever as soon as
       ``omp_get_max_threads()`` is above it. It is the one variable that also bounds an
       explicit ``num_threads(4)``, so it is there for those who set it (``opt_in``).
     * ``POLARS_MAX_BLOCKING_THREAD_COUNT=1``: Polars' ``scan_csv`` never returns.
-    * ``XLA_FLAGS``: its thread flags have no effect any more, and a value of ours would
-      replace the user's.
+    * ``XLA_FLAGS``: its thread flags have no effect any more, and setting it would replace the
+      user's value.
     * ``SLURM_CPUS_ON_NODE``: DuckDB reads it, but so do schedulers' own tools, to which
       it says how large the machine is (``opt_in``).
 
@@ -46,7 +46,7 @@ class NativeRuntime:
     """One kind of native thread pool.
 
     Attributes:
-        name: Its name, lower case; threadpoolctl's ``internal_api`` where it knows it.
+        name: Name in lower case; threadpoolctl's ``internal_api`` where it knows it.
         used_by: Libraries that bring it into a process.
         variables: Set in a worker's environment, the one that wins first.
         falls_back_to: Variables of other rows that it reads where its own are not set,
@@ -57,15 +57,15 @@ class NativeRuntime:
         opt_in: Bound it as well, and are set only by the user (the module says why).
         libraries: Beginnings of the file names of its shared libraries, lower case.
         modules: The Python modules that bring it, by the full name that is imported.
-        thread_names: Names of its threads, as a regular expression, where they have
-            names of their own.
+        thread_names: Names of its threads, as a regular expression, if they have names of their
+            own.
         call: Call that caps it once it is loaded; ``None`` if nothing does.
         through: The row whose pool it uses, when it has none of its own.
-        counts_workers: Its variables say how many workers a program may have beside each
-            other, not how many threads.
+        counts_workers: ``True`` if its variables limit the number of parallel workers of a
+            program, and not of threads.
         fixed: Part that cannot be changed once it is loaded; empty if all can.
         hole: Part that neither variable nor call reaches, and the remedy; empty if none.
-        source: Where this is documented.
+        source: Documentation of the runtime.
     """
 
     name: str
@@ -90,7 +90,7 @@ def _numbers(*names: str) -> tuple[ThreadVariable, ...]:
     return tuple(ThreadVariable(name=name) for name in names)
 
 
-# What a hole is closed with where nothing of the runtime's own does it.
+# The remedy for a hole that no setting of the runtime closes.
 _AFFINITY = "ProcessPool(pin_workers=True) bounds it"
 
 RUNTIMES: tuple[NativeRuntime, ...] = (
@@ -210,7 +210,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         fixed="the number, once it was set or the pool was used",
         source="PyTorch docs/source/notes/cpu_threading_torchscript_inference.rst",
     ),
-    # Pools of their own.
+    # Separate pools.
     NativeRuntime(
         name="tbb",
         used_by="oneTBB: MKL's and Numba's TBB layers, scikit-learn-intelex",
@@ -467,7 +467,7 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
     ),
 )
 
-# Those that say a number: what a worker finds in its environment is its threads.
+# Variables with a number: the worker's threads.
 THREAD_VARIABLES: tuple[ThreadVariable, ...] = tuple(
     variable for row in RUNTIMES for variable in row.variables if variable.off is None
 )

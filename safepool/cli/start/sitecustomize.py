@@ -7,8 +7,8 @@ package) or ``joblib.parallel``, and lets ``os.cpu_count()`` say what
 ``PYTHON_CPU_COUNT`` says, where Python does not; then it takes its folder off ``sys.path``
 and runs the ``sitecustomize`` that would have been found without it.
 
-Any Python may find it, also one that is older or has no safepool: such a one is told so, and
-runs the program as it is. So it keeps to what every Python 3 understands.
+Any Python may find it, also one that is older or lacks safepool: such a one prints that, and runs
+the program unchanged. So its syntax is that of every Python 3.
 
 Not covered: ``python -I``, ``-E`` and ``-S``, which do not look here.
 """
@@ -38,8 +38,8 @@ def _patch_futures(module):
         return ProcessPool
 
     module.__getattr__ = look_up
-    # The package keeps what it was asked for. Without it asks this module again, before Python
-    # 3.15; there it holds a lazy import until then, which asks as well.
+    # The package keeps an attribute after its first access. Without it asks this module again,
+    # before Python 3.15; there it holds a lazy import until then, which asks as well.
     package = sys.modules["concurrent.futures"]
     if vars(package).get("ProcessPoolExecutor") is replaced:
         del package.ProcessPoolExecutor
@@ -48,8 +48,8 @@ def _patch_futures(module):
 
 
 def _patch_pool(module):
-    # Its own code, such as that of ThreadPool, finds the class in its namespace as before. Whoever
-    # imports the module gets one that has it not, and looks ours up.
+    # Its own code, such as that of ThreadPool, still finds the class in its namespace. An importer
+    # of the module gets one without it, and looks up the replacement.
     shown = type(module)(module.__name__)
     vars(shown).update(vars(module))
     shown._safepool_replaces = vars(shown).pop("Pool")
@@ -71,7 +71,7 @@ def _patch_pool(module):
 def _patch_context(module):
     package = sys.modules[module.__package__]
 
-    # Of the default context alone: who has chosen a start method gets that.
+    # Only for the default context: a program that has chosen a start method gets it.
     def Pool(self, processes=None, initializer=None, initargs=(), maxtasksperchild=None):  # noqa: ARG001
         """Return a process pool object."""
         pool = import_module(package.__name__ + ".pool")
@@ -80,7 +80,7 @@ def _patch_context(module):
     module.DefaultContext.Pool = Pool
     names = ["Pool"]
     if package.__name__ == "multiprocess":
-        # Which results of ours raise.
+        # Exception of safepool's results.
         from multiprocessing.context import TimeoutError as raised  # noqa: N813, PLC0415 -- on first use
 
         module.TimeoutError = module.BaseContext.TimeoutError = raised
@@ -114,7 +114,7 @@ _PATCHES = {
 
 
 class _Finder:
-    """Finds what the others find, and has it patched once it is loaded."""
+    """Finds modules as the other finders do, and patches them after loading."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):  # noqa: ARG004 -- the import system's interface
@@ -139,7 +139,7 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
-        # Nobody sees this loader: what is read from a module's loader is there as before.
+        # The loader stays hidden: attributes of a module's loader are there as before.
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         _PATCHES[module.__name__](module)

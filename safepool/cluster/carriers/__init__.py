@@ -33,8 +33,8 @@ class Carrier(Protocol):
 
     Attributes:
         at_once: A place runs one call at a time, and may be any process: a message must hold all
-            that its calls need. Without it, a place is one process and runs coroutines of ours
-            beside each other.
+            that its calls need. Otherwise a place is one process that runs coroutines beside each
+            other.
     """
 
     at_once: bool
@@ -51,8 +51,8 @@ class Carrier(Protocol):
         """Call a function of this package at a place.
 
         Returns:
-            A future with what it returned or raised; with :class:`PlaceLostError` if the place is
-            gone. It need not be cancellable. The engine must not run the function again.
+            A future with the function's result or exception; with :class:`PlaceLostError` if the
+            place is gone. It need not be cancellable. The engine must not run the function again.
 
         Raises:
             EngineGoneError: The engine takes no more calls.

@@ -1,9 +1,9 @@
 r"""Dask distributed: places are the workers of the user's own ``distributed.Client``.
 
-Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs one again, keeps
-no result, counts no thread of the worker for it, and its scheduler passes messages on. The
-connection is the client's own, with its encryption: client and workers need not reach each other.
-If they do, large arguments go from client to worker.
+Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs a call again,
+keeps no result and counts no thread of the worker for it; its scheduler only passes messages on.
+The connection is the client's own, with its encryption: client and workers need not reach each
+other. If they do, large arguments go from client to worker.
 
 From a laptop to a cluster, one line of a program changes. The nodes need safepool, the program's
 libraries, and the same version of Python::
@@ -19,7 +19,7 @@ pool has as many workers as the job has CPUs::
     cluster = SLURMCluster(cores=16, processes=1, memory="64GB", walltime="01:00:00")
     cluster.scale(jobs=4)
 
-``print(cluster.job_script())`` shows what it submits::
+``print(cluster.job_script())`` shows the script that it submits::
 
     #!/usr/bin/env bash
     #SBATCH -J dask-worker
@@ -94,8 +94,8 @@ __all__ = ["DaskCarrier", "connect", "is_client"]
 
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
-# More is sent ahead by ``Client.scatter``, in views, which nobody on the way copies. An argument
-# of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
+# Larger messages are sent ahead by ``Client.scatter``, in views, which are never copied on the
+# way. An argument of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
 _LARGE_BYTES = 1 << 20
 # A worker that this process can reach answers within so long. Until then, and if it does not, the
 # scheduler passes on what is sent.
@@ -184,7 +184,7 @@ class DaskCarrier:
             self._asking = False
 
     def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Call a function of ours in a worker."""
+        """Call a function of this package in a worker."""
         return self._start(self._run(place, function, args))
 
     async def _run(self, place: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -250,10 +250,10 @@ class _Ahead(NamedTuple):
 async def safepool_call(
     function: Callable[..., Any], *args: Any, dask_worker: Any = None
 ) -> tuple[str, Any]:
-    """Call a function in a worker's event loop; return what has come of it, and what it was.
+    """Call a function in a worker's event loop; return its result or exception, and which it is.
 
     What it raises is returned: Dask would write it into the worker's log. Segments of a packet are
-    returned one by one: Dask sends them as they are, and pickles anything else.
+    returned one by one: Dask sends bytes as they are, and pickles other objects.
     """
     logger = logging.getLogger("distributed.worker")
     if _quiet not in logger.filters:

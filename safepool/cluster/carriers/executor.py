@@ -1,6 +1,6 @@
 """Any executor of one long call per node: executorlib's on SLURM and flux, ``mpi4py.futures``.
 
-What such an executor cannot tell, and what that means:
+Restrictions of such an executor, and their consequences:
 
     which node runs a call     functions and shared objects travel with each message again
     anything while it works    results arrive when all calls of a message have ended: a second of
@@ -28,7 +28,7 @@ class ExecutorCarrier:
 
     Args:
         executor: The user's.
-        nodes: Calls that it runs at a time, each on a node of its own.
+        nodes: Number of its parallel calls, each on a node of its own.
     """
 
     at_once = True

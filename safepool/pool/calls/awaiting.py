@@ -8,6 +8,8 @@
 Nothing here blocks the event loop, and nothing here knows of processes: another executor whose
 ``map`` returns a `ResultIterator` may have the same.
 
+uvloop's loops and anyio (on asyncio) work, and each thread may have a loop of its own.
+
 Not covered:
     * Event loops that are not asyncio's: trio.
     * A loop that is closed while calls run: they go on to their end. ``asyncio.run()`` cancels its
