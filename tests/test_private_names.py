@@ -321,7 +321,9 @@ def _own() -> set[str]:
             match node:
                 case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
                     found.add(name)
-                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                    found.add(name)
+                case ast.ClassDef(name=name):
                     found.add(name)
                 case ast.Call(
                     func=ast.Attribute(
