@@ -114,6 +114,7 @@ class Scenario:
             was taken back from it. Where one has more of that before it, nothing more is tried.
         budget: How often each step of a caller, of the clock or of death may come.
         late: Calls that come when workers may be idle.
+        together: Those are the calls of one map.
     """
 
     calls: dict[str, str] = field(default_factory=dict)
@@ -131,6 +132,7 @@ class Scenario:
     unread: int | None = None
     budget: dict[str, int] = field(default_factory=dict)
     late: tuple[str, ...] = ()
+    together: bool = False
 
     def __post_init__(self) -> None:
         _scenarios[id(self)] = self
@@ -162,7 +164,7 @@ class Worker(Member):
         self.condemned_for = ""
         # Of the calls that callers have sent it themselves: how many were answered, and the last.
         self.lent, self.answered = False, 0
-        self.under_way: Given | None = None
+        self.under_way: Given | Span | None = None
 
     @property
     def coming(self) -> list[int]:
@@ -189,7 +191,7 @@ class World:
         self.paused = False
         self.letters = {**scenario.calls, **scenario.poison, **dict.fromkeys(scenario.late, "")}
         self.late = scenario.late
-        policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
+        policy = self.policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
         self.aside: list[Given] = []
         self.outcomes: dict[str, str] = {}
         self.starts: dict[str, int] = {}
@@ -201,9 +203,7 @@ class World:
         for keys in scenario.maps:
             for key in keys:
                 self.letters.setdefault(key, "")
-            run = FakeRun([*keys], policy, scenario.at_once)
-            self.runs.append(run)
-            self.tell(e.Fed(run, [*keys], last=True))
+            self.tell(e.Fed(self.run_of([*keys]), [*keys], last=True))
         self.turn()
 
     # The scheduler.
@@ -243,8 +243,8 @@ class World:
             if answered or call is not None:
                 self.tell(e.Turned(worker, answered, ("f", MS), call))
                 if call is not None:
-                    at = call.position
-                    must(worker.keys[at] == call.key, f"{call.key} is not at {at}")
+                    at, key = call.position, call.items[0] if isinstance(call, Span) else call.key
+                    must(worker.keys[at] == key, f"{key} is not at {at}")
 
     def check(self) -> None:
         core = self.core
@@ -656,30 +656,47 @@ class World:
                     self.tell(e.Cancelled(worker, run))
 
     def on_submit(self) -> None:
+        if self.scenario.together:
+            keys, self.late = [*self.late], ()
+            self.tell(e.Fed(self.run_of(keys), keys, last=True))
+            return
         key, *late = self.late
         self.late = (*late,)
         self.tell(e.Queued([self.calls[key]]))
 
+    def run_of(self, keys: list[str]) -> FakeRun:
+        run = FakeRun([*keys], self.policy, self.scenario.at_once)
+        self.runs.append(run)
+        return run
+
     def on_turn(self, worker: Worker) -> bool:
-        key, *late = self.late
-        self.late = (*late,)
-        call = worker.under_way = self.calls[key]
-        at = call.position = worker.ledger.last + worker.answered + 1
-        worker.keys[at] = key
+        many = len(self.late) if self.scenario.together else 1
+        keys, self.late = self.late[:many], self.late[many:]
+        work: Given | Span = self.calls[keys[0]]
+        if self.scenario.together:
+            run = self.run_of([*keys])
+            run.sent = many
+            work = Span(run, 0, [*keys])
+        worker.under_way = work
+        at = work.position = worker.ledger.last + worker.answered + 1
+        places = [*range(at, at + many)]
+        worker.keys.update(zip(places, keys, strict=True))
         if worker.alive:
-            worker.inbox.append(("tasks", [at]))
+            worker.inbox.append(("tasks" if many == 1 else "batch", places))
         return True
 
     def on_collect(self, worker: Worker) -> bool:
-        call = worker.under_way
-        assert call is not None
-        if worker.outbox[0][1] != [call.position]:
-            self.awake()  # an answer that was read from the board before: left to the pool
+        work = worker.under_way
+        assert work is not None
+        places = [*range(work.position, work.position + work.count)]
+        if worker.outbox[0][1] != places:
+            self.awake()  # a part, or an answer that was read from the board before: for the pool
             return True
         worker.outbox.popleft()
         worker.under_way = None
-        self.end_call(call.key, "returned")
-        worker.answered += 1
+        for at in places:
+            self.end_call(worker.keys[at], "returned")
+        worker.answered += len(places)
         return True
 
     def on_wake(self, _: Worker) -> bool:

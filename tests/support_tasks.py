@@ -11,8 +11,21 @@ import sys
 import threading
 import time
 import weakref
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+
+def itself(value: Any) -> Any:
+    return value
+
+
+def a_third(of: int) -> Fraction:
+    return Fraction(of, 3)
+
+
+def do_or_return(value: Any) -> Any:
+    return value() if callable(value) else value
 
 
 def square(x: int) -> int:
@@ -262,6 +275,15 @@ def wait_for(path: str, value: Any = None) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     return value
+
+
+def touch_or_wait(path: str) -> str:
+    """Make a file; one whose name begins with an exclamation mark is waited for."""
+    if path.startswith("!"):
+        wait_for(path[1:])
+    else:
+        Path(path).touch()
+    return path
 
 
 def touch_and_wait_for(begun: str, path: str) -> None:

@@ -154,8 +154,8 @@ def _works(worker: Worker) -> list[Task | Span]:
     while True:
         lane = worker.lane
         try:
-            task = None if lane is None else lane.task
-            return list(worker.ledger) if task is None else [task]
+            work = None if lane is None else lane.work
+            return list(worker.ledger) if work is None else [work]
         except RuntimeError:  # the scheduler's thread has just changed it
             pass
 

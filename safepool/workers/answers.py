@@ -53,7 +53,7 @@ class Answers:
         self._send: Callable[[Sequence[bytes | memoryview]], None] = outbox.send
         self._board = board
         self._fork = fork
-        # When the call under way began to cost time, and when answers were last sent.
+        # When the call under way began to cost time, and since when answers wait at the most.
         self._mark_ns = self._flushed_ns = 0
         # The position of the first, with the lane's kind and how many numbers are there.
         self._first = self._kind = self._count = 0
@@ -64,6 +64,11 @@ class Answers:
     def begin(self) -> None:
         """Count the time of what comes from now on."""
         self._mark_ns = time.monotonic_ns()
+
+    def begin_many(self, now_ns: int) -> None:
+        """Let the answers of calls that travel together wait from now on, if no other does."""
+        if not (self._kind or self._values or self._others):
+            self._flushed_ns = now_ns
 
     def are_due(self, now_ns: int) -> bool:
         """Tell whether they have waited long enough."""

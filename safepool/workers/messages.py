@@ -11,10 +11,10 @@ import struct
 from typing import TYPE_CHECKING
 
 from safepool.transport.frames import CorruptFrameError, Kind, encode
-from safepool.workers.board import RECORD, numbers_of
+from safepool.workers.board import RECORD, numbers_of, records_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from safepool.transport.frames import Segment
 
@@ -25,6 +25,7 @@ __all__ = [
     "function_of",
     "numbers_frame",
     "read_answer",
+    "read_answers",
     "read_batch",
     "read_call",
     "read_tasks",
@@ -49,6 +50,7 @@ _CALL_BEGIN = encode(Kind.TASKS, 0, [b"", b""])[0][:8]
 _CALL_BYTES = _CALL_HEAD.size + _CALL.size
 _ANSWER_HEAD = struct.Struct("!8sQQ")
 _ANSWER_BEGIN = encode(Kind.RESULTS, 0, [b""])[0][:8]
+_VALUES_BEGIN = encode(Kind.VALUES, 0, [b"", b""])[0][:8]
 
 Pieces = list[bytes | memoryview]
 
@@ -131,6 +133,43 @@ def read_answer(data: bytes, position: int) -> tuple[int, memoryview] | None:
     if at != position or length != size - RECORD.size or kind != Kind.RESULT:
         return None
     return microseconds, record[RECORD.size :]
+
+
+def read_answers(
+    data: bytes, position: int, count: int, loads: Callable[[Sequence[memoryview]], object]
+) -> tuple[int, list[object]] | None:
+    """Return microseconds and results of several calls; ``None`` if these bytes are another thing.
+
+    Args:
+        data: All that has arrived.
+        position: Of the first call.
+        count: How many there are.
+        loads: Reads the pickle of one result.
+
+    Raises:
+        ValueError: They are cut off.
+        Exception: What ``loads`` raised.
+
+    Example:
+        >>> read_answers(b"".join(values_frame(7, 5, [1, None])), 7, 2, pickle.loads)
+        (5, [1, None])
+        >>> read_answers(b"".join(values_frame(7, 5, [1, None])), 7, 3, pickle.loads)
+    """
+    if len(data) < _CALL_HEAD.size:
+        return None
+    begin, at, size, length = _CALL_HEAD.unpack_from(data)
+    if begin == _ANSWER_BEGIN and size == len(data) - _ANSWER_HEAD.size:
+        found = [*records_of(data[_ANSWER_HEAD.size :])]
+        wanted = [(position + place, Kind.RESULT) for place in range(count)]
+        if [(one, kind) for one, _, kind, _ in found] == wanted:
+            spent = sum(microseconds for _, microseconds, _, _ in found)
+            return spent, [loads([pickled]) for *_, pickled in found]
+    elif begin == _VALUES_BEGIN and _CALL_HEAD.size + size + length == len(data):
+        parts = memoryview(data)[_CALL_HEAD.size :]
+        spent, values = read_values([parts[:size], parts[size:]])
+        if at == position and len(values) == count:
+            return spent, values
+    return None
 
 
 def batch_frame(

@@ -335,6 +335,7 @@ class Runner:
         """Call the function with each item, from the last to the first; that one has begun."""
         board, answers, clock = self._board, self._answers, time.monotonic_ns
         begun, now, checked = position, clock(), 0
+        answers.begin_many(now)
         many, most, misses = 1, 1 if timed else _MOST_AT_ONCE, 0
         while items:
             if now - checked > _LOADING_NS:

@@ -92,6 +92,15 @@ SCENARIOS: dict[str, Scenario] = {
     "a pool is closed while callers send calls": Scenario(
         {"a": ""}, size=1, late=("b", "c"), budget={"close": 1, "terminate": 1}
     ),
+    "callers send the calls of a map themselves": Scenario(
+        {"a": ""}, size=1, retries=1, late=("b", "c"), together=True, budget={"die": 1}
+    ),
+    "a map that a caller has sent is left": Scenario(
+        {"a": ""}, size=1, late=("b", "c"), together=True, budget={"leave": 1}
+    ),
+    "a map that a caller has sent, and two workers": Scenario(
+        {"a": ""}, late=("b", "c"), together=True, unread=2
+    ),
     "arguments that cannot be read": Scenario({"z": ""}, maps=MAP, size=1, poison={"b": "u"}),
     "arguments that kill who reads them": Scenario(maps=MAP, size=1, poison={"b": "p"}),
 }

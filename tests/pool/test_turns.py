@@ -6,6 +6,7 @@ Nothing is lost and nothing runs twice, whoever comes in between: a handler befo
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import itertools
 import os
@@ -26,9 +27,15 @@ from support_interrupts import Interrupt, interrupted_at, others_uncollected, pl
 from support_processes import run_script
 
 from safepool import ProcessPool, WorkerDiedError
+from safepool.pool.calls.awaiting import AsyncResults
+from safepool.pool.calls.mapping import MapRun
+from safepool.pool.calls.tasks import PoolFuture, Task
+from safepool.pool.core.pace import Pace
+from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import turns
 from safepool.transport.channel import NO_SIGPIPE, Channel
 from safepool.transport.frames import Kind
+from safepool.workers.describe import name_of
 from safepool.workers.messages import answer_frame, call_frame
 
 if TYPE_CHECKING:
@@ -57,18 +64,24 @@ class Table:
         )
         self.woken = 0
         self.turns = turns.Turns(
-            lambda *_: None, [], self._wake, lambda: True, settling=Any, allowed=True
+            lambda *_: None,
+            [],
+            self._wake,
+            lambda: True,
+            settling=Any,
+            pace=Pace(),
+            allowed=True,
         )
         self.turns._make_bells(1)
         self.lane = turns._Lane(self.turns, worker)
         self.turn = self.lane.turn
-        self.future = concurrent.futures.Future[Any]()
+        self.future = PoolFuture()
 
     def _wake(self) -> None:
         self.woken += 1
 
     def send(self, turn: Turn) -> bool:
-        task: Any = SimpleNamespace(name="f", pickled=None, call=None, position=0)
+        task = Task(self.future, (abs, (), {}), "f", NO_POLICY)
         return turn.send(task, call_frame(turn.position, 1, b"call"))
 
     def close(self) -> None:
@@ -160,7 +173,7 @@ def test_what_is_no_plain_answer_is_left_to_the_scheduler(table: Table, answer: 
     table.send(table.turn)
     table.turn.answer = [True, answer]
 
-    table.turn._end(table.future)  # type: ignore[arg-type]
+    table.turn._end()
 
     assert table.woken == 1
     assert not table.future.done()
@@ -212,7 +225,27 @@ def submit_alone(pool: ProcessPool, *call: Any) -> Any:
         future.result(timeout=PATIENCE_S)
 
 
-def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_that_are_wanted_soon_are_asked_of_the_scheduler(table: Table) -> None:
+    """It would look at its workers later than that."""
+    run = MapRun(abs, "f", NO_POLICY, None)
+    table.send(table.turn)
+    run.turns.append(table.turn)
+
+    assert not run.wait(0, time.monotonic() + 0.01)
+
+    assert table.woken == 1
+
+
+ALONE: dict[str, Callable[[ProcessPool], Any]] = {
+    "submit": lambda pool: pool.submit(abs, -1).result(timeout=PATIENCE_S) == 1,
+    "map": lambda pool: [*pool.map(abs, [-1, -2])] == [1, 2],
+}
+
+
+@pytest.mark.parametrize("call", ALONE)
+def test_a_round_trip_takes_so_many_calls_of_the_system(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One send, one poll, one receive; the scheduler's thread sleeps; one wake-up here."""
     steps: list[object] = []
     polls = itertools.count()
@@ -222,7 +255,7 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.Monk
         next(polls)
         return _poll()
 
-    def call(step: Callable[[], object]) -> object:
+    def do(step: Callable[[], object]) -> object:
         steps.append(step)
         return _call(step)
 
@@ -231,7 +264,7 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.Monk
         submit_alone(pool, abs, -1).result(timeout=PATIENCE_S)
         wake = pool._scheduler._turns.wake
         monkeypatch.setattr(turns, "_poll", poll)
-        monkeypatch.setattr(turns, "_call", call)
+        monkeypatch.setattr(turns, "_call", do)
         monkeypatch.setattr(pool._scheduler._turns, "wake", lambda: next(woken) and wake())
         # A tick of the scheduler's may fall into one; not into each of many.
         for _ in range(100):
@@ -239,10 +272,8 @@ def test_a_round_trip_takes_so_many_calls_of_the_system(monkeypatch: pytest.Monk
             begun = next(polls), next(woken)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
             await_a_turn(pool)
-            future = pool.submit(abs, -1)
-            value = future.result(timeout=PATIENCE_S)
+            assert ALONE[call](pool)
             switches = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
-            assert value == 1
             counted = next(polls) - begun[0] - 1, next(woken) - begun[1] - 1, len(steps)
             if counted == (1, 0, 4) and switches <= 1:
                 break
@@ -268,6 +299,7 @@ def counted(pool, function):
 
 if __name__ == "__main__":
     with safepool.ProcessPool(1) as pool:
+        pool._scheduler._settings.look_before = lambda _: None  # now and then at more
         print(*(min(counted(pool, f) for _ in range(50)) for f in (operator.neg, own)))
 """
 
@@ -286,10 +318,8 @@ def test_the_time_of_calls_that_go_alone_is_known() -> None:
     with warmed() as pool:
         for _ in range(3):
             submit_alone(pool, tasks.sleep_and_return, 0.01, 1).result(timeout=PATIENCE_S)
-        list(pool.map(tasks.pid, range(3)))  # it wakes the scheduler, which is told then
-
         pace = pool._scheduler._core.pace
-        assert pace.expected_ns("support_tasks.sleep_and_return") > 1_000_000
+        _until(lambda: pace.expected_ns("support_tasks.sleep_and_return") > 1_000_000)
 
 
 def _in_time(future: Any, timeout_s: float) -> None:
@@ -434,6 +464,171 @@ def test_a_handler_comes_before_any_instruction(call: str, handler: str) -> None
     assert call == "submit" or alone > 8
 
 
+_SHORT_NS, _LONG_NS = 1e3, 1e9
+
+
+def map_alone(pool: ProcessPool, function: Any, *items: Any, thought_ns: float = _SHORT_NS) -> Any:
+    """Map until the calls were sent by this thread: return the iterator.
+
+    Args:
+        pool: Where.
+        function: Which.
+        *items: Its arguments.
+        thought_ns: Expected time of a call. One worker is sent all that are short; of those that
+            are long or unknown each idle worker is sent one.
+    """
+    while True:
+        await_a_turn(pool)
+        pool._scheduler._core.pace._nanoseconds[name_of(function)] = thought_ns
+        iterator: Any = pool.map(function, *items)
+        if iterator.results._run.turns:
+            return iterator
+        list(iterator)
+
+
+def _close_early(iterator: Any) -> list[Any]:
+    first = next(iterator)
+    iterator.close()
+    return [first, "b"]
+
+
+def _when_all_is_idle(iterator: Any, pool: ProcessPool) -> list[Any]:
+    _until(lambda: all(worker.state == "idle" for worker in pool.workers()))
+    return [*iterator]
+
+
+def _after_a_shutdown(iterator: Any, pool: ProcessPool) -> list[Any]:
+    pool.shutdown()
+    return [*iterator]
+
+
+def _in_a_coroutine(iterator: Any) -> list[Any]:
+    async def taken() -> list[Any]:
+        return [value async for value in AsyncResults(iterator)]
+
+    return asyncio.run(taken())
+
+
+# What may be done with the results of a map that the scheduler does not know yet.
+TAKEN: dict[str, Callable[[Any, ProcessPool], list[Any]]] = {
+    "all": lambda iterator, _: [*iterator],
+    "one": lambda iterator, _: _close_early(iterator),
+    "late": _when_all_is_idle,
+    "in a coroutine": lambda iterator, _: _in_a_coroutine(iterator),
+    "none": lambda *_: ["a", "b"],
+    "none any more": _after_a_shutdown,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_of_a_short_map_are_taken_in_any_way(workers: int) -> None:
+    with ProcessPool(workers) as pool:
+        for function in (abs, tasks.sleep_and_return):
+            [*pool.map(function, [0] * 8)]
+        for (way, take), seconds in itertools.product(TAKEN.items(), (0.0, 0.002, 0.06)):
+            if way == "none any more" and seconds < 0.06:
+                continue
+            thought_ns = _SHORT_NS if workers == 1 else _LONG_NS
+            calls = (tasks.sleep_and_return, [seconds] * 2, "ab")
+            iterator = map_alone(pool, *calls, thought_ns=thought_ns)
+            assert take(iterator, pool) == ["a", "b"], (way, seconds)
+
+
+# Short maps by the kind of their results: some of them can only be read by the scheduler.
+KINDS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+    "numbers": (tasks.itself, [1, 2]),
+    "of two kinds": (tasks.itself, [1.5, None]),
+    "truth": (tasks.itself, [True, False]),
+    "text": (tasks.itself, ["a", b"b"]),
+    "containers": (tasks.itself, [(1, [2]), {3: 4}]),
+    "too large for a number's place": (tasks.itself, [2**70, -1]),
+    "larger than what is read at once": (tasks.zeros, [80_000, 1]),
+    "large together": (tasks.zeros, [10_000, 10_000]),
+    "read by code": (tasks.a_third, [1, 2]),
+    "as many as may be": (tasks.itself, list(range(16))),
+    "as many lists": (tasks.itself, [[number] for number in range(16)]),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_of_any_kind_arrive(workers: int) -> None:
+    with ProcessPool(workers) as pool:
+        for kind, (function, items) in KINDS.items():
+            found = [*map_alone(pool, function, items)]
+            assert found == [*map(function, items)], kind
+            assert [*map(type, found)] == [type(function(item)) for item in items]
+        assert [*pool.map(tasks.fail_at_three, [1, 2])] == [1, 2]
+        iterator = map_alone(pool, tasks.fail_at_three, [3, 4])
+        with pytest.raises(KeyError, match="3"):
+            next(iterator)
+        assert [*iterator] == [4]
+        with pytest.raises(TypeError) as raised:
+            [*pool.map(tasks.pid_after, [(1, 2), (3, 4)])]
+        assert not hasattr(raised.value, "__notes__")
+
+
+def test_idle_workers_have_a_call_each_and_take_what_waits_behind_a_long_one(
+    tmp_path: Path,
+) -> None:
+    with ProcessPool(2) as pool:
+        pids = map_alone(pool, tasks.pid_after, [0.005, 0.005], thought_ns=_LONG_NS)
+        assert len({*pids}) == 2
+        [*pool.map(tasks.touch_or_wait, [str(tmp_path / "0")] * 2)]
+        path = tmp_path / "1"
+        iterator = map_alone(pool, tasks.touch_or_wait, [f"!{path}", str(path)])
+        assert len(iterator.results._run.turns) == 1
+        assert [*iterator] == [f"!{path}", str(path)]
+
+
+@pytest.mark.parametrize("handler", ["raises", "submits", "waits"])
+@pytest.mark.parametrize("call", ["map", "next"])
+def test_a_handler_comes_before_any_instruction_of_a_map(call: str, handler: str) -> None:
+    numbers = itertools.count()
+    kept: list[tuple[list[int], Any]] = []
+
+    def handle(pool: ProcessPool) -> None:
+        if handler == "raises":
+            raise Interrupt
+        mine = [next(numbers), next(numbers)]
+        kept.append((mine, pool.map(tasks.note_order, mine)))
+        if handler == "waits":
+            assert [*kept.pop()[1]] == mine
+
+    def take(iterator: Any, mine: list[int]) -> None:
+        assert [*iterator] == mine
+
+    sent: set[int] = set()
+    with ProcessPool(1) as pool:
+        pool.submit(tasks.remember_order).result(timeout=PATIENCE_S)
+        for _ in range(3):
+            [*pool.map(tasks.note_order, [-1, -1])]
+        alone = missed = 0
+        for place in places(29):
+            mine = [next(numbers), next(numbers)]
+            if call == "map":
+                await_a_turn(pool)
+                act = partial(_keep_map, kept, pool, mine)
+            else:
+                act = partial(take, map_alone(pool, tasks.note_order, mine), mine)
+                sent |= {*mine}
+                alone += 1
+            missed = 0 if interrupted_at(place, act, partial(handle, pool)) else missed + 1
+            if missed == 4:
+                break
+            assert [*pool.map(abs, [-3, -4])] == [3, 4]
+        for mine, iterator in kept:
+            assert [*iterator] == mine
+            sent |= {*mine}
+        begun = [n for n in pool.submit(tasks.order).result(timeout=PATIENCE_S) if n >= 0]
+    assert len(begun) == len(set(begun))
+    assert sent <= set(begun)
+    assert call == "map" or alone > 8
+
+
+def _keep_map(kept: list[Any], pool: ProcessPool, mine: list[int]) -> None:
+    kept.append((mine, pool.map(tasks.note_order, mine)))
+
+
 def _keep(kept: list[Any], pool: ProcessPool, number: int) -> None:
     kept.append((number, pool.submit(tasks.note_order, number)))
 
@@ -470,6 +665,22 @@ def test_real_interrupts_in_bursts() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_worker_dies_under_a_map_that_the_scheduler_does_not_know() -> None:
+    with warmed() as pool:
+        for _ in range(3):
+            [*pool.map(tasks.do_or_return, [1, 2])]
+        for values in ([tasks.be_killed, 2], [1, tasks.be_killed]):
+            iterator = map_alone(pool, tasks.do_or_return, values)
+            for value in values:
+                if value is tasks.be_killed:
+                    with pytest.raises(WorkerDiedError):
+                        next(iterator)
+                else:
+                    assert next(iterator) == value
+            for _ in range(3):
+                [*pool.map(tasks.do_or_return, [1, 2])]
 
 
 @pytest.mark.parametrize("waits", [True, False])
@@ -537,7 +748,7 @@ def test_a_fork_of_the_program_reads_no_answer_of_it() -> None:
         if not child:
             code = 1
             try:
-                vars(future)["_turn"].collect(future, None)
+                vars(future)["_turn"].collect(None)
                 pool.submit(abs, -1)
             except RuntimeError:
                 code = 0

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.deliveries import Delivery
     from safepool.pool.calls.functions import SentFunction
+    from safepool.pool.calls.tasks import Turn
     from safepool.pool.core.policy import Policy
     from safepool.pool.latch import Bell, Place
 
@@ -179,6 +180,7 @@ class MapRun:
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
         count: Number of calls that were queued.
+        turns: Turns by which calls were sent that the scheduler does not know yet, in order.
         taken: Number of results that were taken.
         length: Number of calls that there will be; ``None`` if that is not known here.
         iterator: The iterator that the caller has.
@@ -229,6 +231,7 @@ class MapRun:
         self.sent: SentFunction | None = None
         self.needs: Sequence[Delivery] = ()
         self._cut = 0
+        self.turns: deque[Turn] = deque()
         # By the index of the first: values of calls that follow each other, or an error.
         self._results: dict[int, list[Any] | _Raised] = {}
         # The keys of that in the order of their arrival, if that is the one to take them in.
@@ -244,12 +247,34 @@ class MapRun:
 
     def add(self, items: list[Item], *, last: bool) -> None:
         """Take further calls from the thread that iterates."""
+        self._count(items)
+        self.waiting.add(items)
+        self.fed = self.fed or last
+
+    def _count(self, items: list[Item]) -> None:
         if not self.count and items and not self.starred and type(items[0]) in (tuple, list):
             self._width = len(items[0])
-        self.waiting.add(items)
         self.unsettled += len(items)
         self.count += len(items)
-        self.fed = self.fed or last
+
+    @property
+    def may_go_alone(self) -> bool:
+        """Whether the thread that iterates may send all calls itself, and read the answers."""
+        plain = type(self) is MapRun and self._arrived is None and self.at_once is None
+        return plain and not self.count and self.policy.timeout_s is None
+
+    def draw(self, items: list[Item]) -> Span:
+        """Return the next calls, which do not wait for a worker."""
+        self._count(items)
+        span = Span(self, self._cut, items, alone=len(items) == 1)
+        self._cut += len(items)
+        return span
+
+    def undraw(self, span: Span) -> None:
+        """Take back what was drawn last, and not sent."""
+        self.unsettled -= span.count
+        self.count -= span.count
+        self._cut -= span.count
 
     def has_run_out(self, fed: int) -> bool:
         """Tell whether nothing waits of so many calls that were queued. From any thread."""
@@ -396,13 +421,29 @@ class MapRun:
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 return False
-            self._waiters.wait(is_over, left_s)
+            if self.turns:
+                self._collect(left_s)
+            else:
+                self._waiters.wait(is_over, left_s)
         return True
+
+    def _collect(self, timeout_s: float | None) -> None:
+        """Read the next answers that this thread has asked for itself."""
+        try:
+            turn = self.turns.popleft()
+        except IndexError as error:  # another thread does
+            let_handlers_pass(error)
+            return
+        turn.collect(timeout_s)
+        if not turn.is_over:
+            turn.ask()
 
     def look(self, index: int, bell: Bell | None) -> bool:
         """Return whether :meth:`take` need not wait; ring when it is time to look again."""
         if bell is not None:
             self._waiters.add(bell)
+        for turn in [*self.turns]:
+            turn.ask()
         return self._is_over(index)
 
     def _is_over(self, index: int) -> bool:

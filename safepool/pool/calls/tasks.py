@@ -36,7 +36,10 @@ if TYPE_CHECKING:
 
         def ask(self) -> None: ...
 
-        def collect(self, future: PoolFuture, timeout_s: float | None) -> None: ...
+        def collect(self, timeout_s: float | None) -> None: ...
+
+        @property
+        def is_over(self) -> bool: ...
 
     Parts = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
@@ -393,10 +396,10 @@ class PoolFuture(Future[Any]):
     def _collect(self, turn: Turn, timeout_s: float | None) -> float | None:
         """Wait for the answer in this thread; return the remaining time."""
         if timeout_s is None:
-            turn.collect(self, None)
+            turn.collect(None)
             return None
         begun_s = time.monotonic()
-        turn.collect(self, timeout_s)
+        turn.collect(timeout_s)
         return max(0.0, timeout_s - (time.monotonic() - begun_s))
 
     def _wait(self, timeout_s: float | None) -> _Verdict:

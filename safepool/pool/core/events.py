@@ -193,15 +193,15 @@ class Turned(NamedTuple):
     Attributes:
         worker: Which, of those that were lent.
         answered: Number of calls that were answered.
-        spent: Name and nanoseconds of the last of them.
-        call: The call that was sent after them, and is not answered: from now on one like any
+        spent: Name of the last of them, and nanoseconds of each call that was sent with it.
+        call: The work that was sent after them, and is not answered: from now on it is like any
             other.
     """
 
     worker: Member
     answered: int
     spent: tuple[str, int] | None
-    call: Call | None
+    call: Given | None
 
 
 class Copied(NamedTuple):

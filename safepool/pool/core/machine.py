@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from safepool.pool.core.work import Run
     from safepool.pool.core.worker import Member
 
-__all__ = ["Core"]
+__all__ = ["MOST_LENT", "Core"]
 
+MOST_LENT = 16
+"""So many calls of a map a caller may send to workers itself."""
 # Sixths of a task may add up to a little less than one.
 _ROUNDING = 1e-6
 # Nobody is lent so long after calls were sent several at a time: to send them ahead costs less for
@@ -230,6 +232,8 @@ class Core:
         self._drop_waiting()
 
     def _fed(self, event: e.Fed) -> None:
+        if len(event.items) > MOST_LENT:
+            self._pressed_ns = self._now_ns
         self.backlog.add_items(event.run, event.items, last=event.last)
         self._drop_waiting()
 
@@ -316,7 +320,7 @@ class Core:
             member.ledger.give(work)
         if event.given:
             member.sent_ns = self._now_ns
-            if member.ledger.owed > 1:
+            if member.ledger.owed > event.given[-1].count:
                 self._pressed_ns = self._now_ns
             member.exclusive, member.unsent = event.exclusive, event.unsent
         if event.back:

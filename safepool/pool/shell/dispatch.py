@@ -394,8 +394,10 @@ class Dispatch:
             except Exception:  # noqa: BLE001 -- as above
                 pass
 
-    def pack_alone(self, worker: Worker, task: Task) -> tuple[int, bytes | memoryview] | None:
-        """Pickle a call for a worker that needs no other message before it.
+    def pack_alone(
+        self, worker: Worker, work: Task | Span
+    ) -> tuple[int, bytes | memoryview] | None:
+        """Pickle calls for a worker that needs no other message before them.
 
         In any thread, without any lock.
 
@@ -403,11 +405,15 @@ class Dispatch:
             The function's number and the pickle; ``None`` if the worker lacks something, it is
             large, or to pickle it may run code of the program.
         """
-        pickled = task.pickled = self._pickle_task_here(task)
-        if pickled is None or pickled.function is None or pickled.shared:
+        if isinstance(work, Span):
+            pickled = self._pickle_span_here(work)
+            function, needs = work.run.sent, work.run.needs
+        else:
+            pickled = work.pickled = self._pickle_task_here(work)
+            function, needs = (pickled.function, pickled.needs) if pickled else (None, ())
+        if pickled is None or function is None or pickled.shared or not pickled.segments:
             return None
-        number, needs = pickled.function.number, pickled.needs
-        small = _small(pickled.segments)
+        number, small = function.number, _small(pickled.segments)
         if (
             small is None
             or number not in worker.functions

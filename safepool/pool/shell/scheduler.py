@@ -276,6 +276,7 @@ class Scheduler:
             self.wake,
             self._rights.is_same_user,
             settling=self._settling,
+            pace=self._core.pace,
             allowed=type(listener) is Listener and memory_per_worker is None and memory is None,
         )
         self._hiring = hiring
@@ -433,7 +434,9 @@ class Scheduler:
         self._check_fork()
         if items:
             self._check_open()
-        self._bring(Fed(run, items, last))
+        rest = self._turns.share(run, items) if items and last else items
+        if rest or not items:
+            self._bring(Fed(run, rest, last))
         if items:
             self._wait_for_the_first_worker()
 

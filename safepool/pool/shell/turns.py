@@ -1,13 +1,15 @@
-"""The shortest way for one call: its caller sends it to an idle worker, and reads the answer.
+"""The shortest way for one call, or a few: the caller sends them, and reads the answer.
 
 While the scheduler's thread sleeps, each idle worker has a lane, and a lane a *turn*: one call
 that any thread may make. No lock is held, and a caller changes nothing of the scheduler's. It
 leaves notes in the turn, which the scheduler's thread writes into its books when it wakes up: at
-the latest after :data:`TICK_S`. From then on the call is one like any other.
+the latest after :data:`TICK_S`. From then on the call is one like any other. The calls of a short
+map are sent together, as one; if several workers are idle, divided among them.
 
     caller's thread                              scheduler's thread
-    call()     pop `free`, send, note that       park()   make lanes, listen no more to their
+    call(),    pop `free`, send, note that       park()   make lanes, listen no more to their
                                                           workers, sleep for a tick
+    share()
     collect()  poll the channel,                 awake()  close the last turn of each lane: pop
                pop `reader`, read, note that              `free`, or the call is the ledger's;
                end the future                             pop `reader`, or what was read goes to
@@ -35,6 +37,8 @@ Not covered, these go the usual way:
       pool that is traced, or that replaces workers after some tasks or by their memory.
     * Calls that need another message to the worker first, or whose pickling runs code of the
       program.
+    * Maps of many items, with a chunk size or unordered, and maps that need more workers than are
+      idle.
     * Calls on systems without eventfd(2), poll(2) or a board (all but Linux).
 """
 
@@ -51,15 +55,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safepool.errors import let_handlers_pass
+from safepool.pool.calls.tasks import Task
 from safepool.pool.core.events import Turned
+from safepool.pool.core.machine import MOST_LENT
 from safepool.transport import trusted
 from safepool.transport.channel import NO_SIGPIPE
-from safepool.workers.messages import call_frame, read_answer
+from safepool.transport.growing import OBJECTS
+from safepool.workers.messages import batch_frame, call_frame, read_answer, read_answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from safepool.pool.calls.tasks import PoolFuture, Task
+    from safepool.pool.calls.mapping import Item, MapRun
+    from safepool.pool.core.pace import Pace
+    from safepool.pool.core.work import Span
     from safepool.pool.shell.settling import Settling
     from safepool.pool.shell.staff import Staff
     from safepool.pool.shell.worker import Worker
@@ -76,6 +85,9 @@ _MOST_MISSED = 3
 # More callers at a time are better off if their calls are sent ahead; and each lane costs the
 # scheduler's thread two system calls whenever it wakes up.
 _MOST_LANES = 4
+# Calls of a map. Those that take less time in all stay with one worker. A worker is sent more than
+# one only if they are known to take no longer than that: its answers wait for each other so long.
+_LITTLE_NS, _MOST_NS = 100_000, 500_000
 # A larger pickle may not go at once.
 _MOST_BYTES = 32 * 1024
 _READ_BYTES = 64 * 1024
@@ -106,7 +118,7 @@ class _Lane:
         watched: The scheduler listens to it, and its thread alone reads the answers.
         first: The position of the first turn.
         turn: The last one; an earlier one if a caller was interrupted.
-        spent: Name and microseconds of the last call that was ended here.
+        spent: As of `Turned`.
     """
 
     __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
@@ -129,19 +141,19 @@ class _Lane:
         return self.turn.position - self.first
 
     @property
-    def task(self) -> Task | None:
-        """Call that is under way, if any."""
+    def work(self) -> Task | Span | None:
+        """Work that is under way, if any."""
         turn = self.turn
-        return turn.task if turn.record else None
+        return turn.work if turn.record else None
 
 
 class Turn:
-    """One call in a lane.
+    """One call in a lane, or several calls of a map that travel together.
 
     Attributes:
         lane: Which.
-        position: By which the worker and its ledger know the call.
-        task: The call. It counts if it was sent.
+        position: By which the worker and its ledger know the first call.
+        work: The calls. They count if they were sent.
         free: List with one entry. The thread that pops it has the turn.
         record: Record that ``free`` gave, and the number of bytes that were sent.
         reader: List with one entry. The thread that pops it reads the answer.
@@ -162,13 +174,13 @@ class Turn:
         "reader",
         "record",
         "seat",
-        "task",
+        "work",
     )
 
     def __init__(self, lane: _Lane, position: int) -> None:
         self.lane: _Lane = lane
         self.position: int = position
-        self.task: Task | None = None
+        self.work: Task | Span | None = None
         self.frame: bytes = b""
         self.free: list[bool] = [True]
         self.reader: list[bool] = [True]
@@ -180,11 +192,11 @@ class Turn:
 
     # For its caller's thread.
 
-    def send(self, task: Task, frame: bytes) -> bool:
-        """Send the call; ``False`` if another thread has the turn, or the worker is gone."""
-        self.task = task
+    def send(self, work: Task | Span, frame: bytes) -> bool:
+        """Send the calls; ``False`` if another thread has the turn, or the worker is gone."""
+        self.work = work
         self.frame = frame
-        task.position = self.position
+        work.position = self.position
         steps: _Steps = (self.free.pop, partial(self.lane.send, frame, NO_SIGPIPE))
         try:
             self.record.extend(map(_call, steps))
@@ -194,19 +206,23 @@ class Turn:
             let_handlers_pass(error)
         return len(self.record) == 2 and self.marks.setdefault("sent", True) is True
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the calls were ended here, or are the scheduler's."""
+        return "next" in self.marks
+
     def ask(self) -> None:
-        """Give the call to the scheduler: a thread asks for it in another way than `collect`."""
+        """Give the calls to the scheduler: a thread asks in another way than `collect`."""
         if not (self.lane.watched or "asked" in self.marks):
             self.lane.turns.wake()
             self.marks["asked"] = True
 
-    def collect(self, future: PoolFuture, timeout_s: float | None) -> None:
-        """Wait for the answer, and end the future by it.
+    def collect(self, timeout_s: float | None) -> None:
+        """Wait for the answer, and end the calls by it.
 
         It may also return because the scheduler takes over, or the time is over.
 
         Args:
-            future: The call's.
             timeout_s: Seconds to wait.
         """
         turns = self.lane.turns
@@ -227,7 +243,7 @@ class Turn:
             # First this, then the look: the scheduler pops the reader, then it rings.
             self.bells.append(bell)
             if self._await(bell, deadline):
-                self._end(future)
+                self._end()
         finally:
             turns.bells.append(bell)
 
@@ -261,30 +277,38 @@ class Turn:
                 return False
         return False
 
-    def _end(self, future: PoolFuture) -> None:
-        """End the future by the answer, or leave that to the scheduler."""
-        lane, task = self.lane, self.task
-        assert task is not None
-        found = read_answer(self.answer[1], self.position)
-        if found is None or lane.turns.is_full(len(found[1])):
-            self.ask()
-            return
-        microseconds, pickled = found
+    def _end(self) -> None:
+        """End the calls by the answer, or leave that to the scheduler."""
+        lane, work, data = self.lane, self.work, self.answer[1]
+        assert work is not None
         try:
-            value = trusted.loads([pickled])
-        except Exception as error:  # noqa: BLE001 -- it is read again, where it may run any code
+            # The scheduler reads again what cannot be read here: there it may run any code.
+            if work.count == 1:
+                found = read_answer(data, self.position)
+                read = found and (found[0], [trusted.loads([found[1]])])
+            else:
+                read = read_answers(data, self.position, work.count, trusted.loads)
+        except Exception as error:  # noqa: BLE001 -- as above
             let_handlers_pass(error)
+            read = None
+        if read is None or lane.turns.is_full(len(data)):
             self.ask()
             return
-        if not future.end_alone(value):
-            self.ask()  # it was cancelled, or another thread waits for it as well
-            return
-        lane.spent = task.name, microseconds * 1000
-        after = Turn(lane, self.position + 1)
-        # Unless the scheduler has closed this lane; then the call is one of the ledger's.
+        microseconds, values = read
+        if isinstance(work, Task):
+            if not work.future.end_alone(values[0]):
+                self.ask()  # it was cancelled, or another thread waits for it as well
+                return
+        else:
+            work.run.put(work.start, values, OBJECTS * len(data))
+            work.run.tell()
+        lane.spent = work.name, microseconds * 1000 // work.count
+        after = Turn(lane, self.position + work.count)
+        # Unless the scheduler has closed this lane; then they are calls of the ledger's.
         if self.marks.setdefault("next", after) is after:
-            task.pickled = None
-            future.forget_turn()
+            if isinstance(work, Task):
+                work.pickled = None
+                work.future.forget_turn()
             lane.turn = after
             lane.turns.idle.append(after)
 
@@ -345,12 +369,13 @@ class Turns:
     """The lanes of one pool.
 
     Args:
-        pack: Returns number and pickle of a call if a worker needs nothing else for it.
+        pack: Returns number and pickle of calls if a worker needs nothing else for them.
         queued: Work that was brought to the scheduler, and not taken.
         wake: Wakes its thread.
         is_same_user: Function that tells whether the program has the user for whom workers were
             started.
         settling: Object that counts the calls that were ended here.
+        pace: Expected times of calls.
         allowed: No option of the pool is against it.
 
     Attributes:
@@ -363,12 +388,13 @@ class Turns:
 
     def __init__(
         self,
-        pack: Callable[[Worker, Task], tuple[int, bytes | memoryview] | None],
+        pack: Callable[[Worker, Task | Span], tuple[int, bytes | memoryview] | None],
         queued: Collection[object],
         wake: Callable[[], None],
         is_same_user: Callable[[], bool],
         *,
         settling: Settling,
+        pace: Pace,
         allowed: bool,
     ) -> None:
         self.pid: int = os.getpid()
@@ -378,6 +404,7 @@ class Turns:
         self.worked: set[int] = set()
         self._pack = pack
         self._settling = settling
+        self._pace = pace
         self._queued = queued
         self._is_same_user = is_same_user
         self._allowed = allowed and _HAS_BELLS and _poll is not None
@@ -396,38 +423,73 @@ class Turns:
 
     def call(self, task: Task) -> bool:
         """Send a call to an idle worker; ``False`` if it is to be queued."""
+        if not self.idle and self._asked and self.wanted:
+            return False  # as of each of many that are submitted at once
+        if not self._may_send() or task.pickled is not None or task.policy.timeout_s is not None:
+            return False
+        if self._send(task) is None:
+            return False
+        task.call = None
+        return True
+
+    def share(self, run: MapRun, items: list[Item]) -> list[Item]:
+        """Send the calls of a map to idle workers; return the items of those to be queued."""
+        count = len(items)
+        each_ns = self._pace.expected_ns(run.name) or _MOST_NS
+        most = max(1, _MOST_NS // each_ns)
+        if count > min(MOST_LENT, _MOST_LANES * most):
+            return items
+        if not (run.may_go_alone and self._may_send()):
+            return items
+        lanes = 1 if each_ns * count <= _LITTLE_NS else max(1, min(count, len(self.idle)))
+        many = -(-count // lanes)
+        if many > most:
+            return items
+        while items:
+            span = run.draw(items[:many])
+            turn = self._send(span)
+            if turn is None:
+                run.undraw(span)
+                return items
+            run.turns.append(turn)
+            items = items[many:]
+        run.fed = True
+        return items
+
+    def _may_send(self) -> bool:
+        """Tell whether an idle worker may be sent something now; if not, whether soon."""
         if not self.idle:
             if self._allowed and not ((self._asked and self.wanted) or runs_a_loop()):
                 self._asked = self.wanted = True
             return False
         self._asked = True
-        if (
-            self._queued
-            or task.pickled is not None
-            or task.policy.timeout_s is not None
-            # Its next call comes before there are lanes again.
-            or runs_a_loop()
-        ):
-            return False
+        # The next call of a loop comes before there are lanes again.
+        return not (self._queued or runs_a_loop())
+
+    def _send(self, work: Task | Span) -> Turn | None:
+        """Send calls to an idle worker; return the turn, ``None`` if they are to be queued."""
         try:
             turn = self.idle.pop()
         except IndexError as error:
             let_handlers_pass(error)
-            return False
-        packed = self._pack(turn.lane.worker, task)
+            return None
+        packed = self._pack(turn.lane.worker, work)
         if packed is None or len(packed[1]) > _MOST_BYTES or not self._is_same_user():
-            return False
-        future = task.future
-        frame = call_frame(turn.position, *packed)
-        future.begin_alone(turn)
-        if not turn.send(task, frame):
-            future.forget_turn()
-            future.wait_again()
-            return False
-        task.call = None
+            return None
+        if work.count == 1:
+            frame = call_frame(turn.position, *packed)
+        else:
+            frame = _batch(turn.position, work, *packed)
+        if isinstance(work, Task):
+            work.future.begin_alone(turn)
+        if not turn.send(work, frame):
+            if isinstance(work, Task):
+                work.future.forget_turn()
+                work.future.wait_again()
+            return None
         if turn.record[1] < len(frame):
             self.wake()
-        return True
+        return turn
 
     def is_full(self, size_bytes: int) -> bool:
         """Tell whether the scheduler is to look at the memory that is left for results."""
@@ -497,8 +559,8 @@ class Turns:
                 tell(Turned(lane.worker, lane.done, lane.spent, call))
         return [lane.worker for lane, call in found if call is not None and not lane.watched]
 
-    def _close(self, staff: Staff, lane: _Lane) -> Task | None:
-        """Take a lane back; return the call that is under way, which the ledger gets."""
+    def _close(self, staff: Staff, lane: _Lane) -> Task | Span | None:
+        """Take a lane back; return what is under way, which the ledger gets."""
         worker = lane.worker
         turn = lane.turn = lane.turn.last()
         if not lane.watched:
@@ -520,18 +582,19 @@ class Turns:
             if worker.deadline is None:
                 staff.send_no_more(worker)
             return None
-        task = turn.task
-        assert task is not None
+        work = turn.work
+        assert work is not None
         read = turn.take_answer()
         if read is None:
             self._kill(staff, worker)
         else:
             worker.channel.feed(read)
-        task.future.forget_turn()
+        if isinstance(work, Task):
+            work.future.forget_turn()
         turn.ring()
         if rest := turn.rest():
             staff.send(worker, [rest])
-        return task
+        return work
 
     def _kill(self, staff: Staff, worker: Worker) -> None:
         worker.end(_KILL)
@@ -560,6 +623,13 @@ def runs_a_loop() -> bool:
     events = sys.modules.get("asyncio.events")
     running = getattr(events, "_get_running_loop", None)
     return running is not None and running() is not None
+
+
+def _batch(position: int, span: Any, number: int, pickled: bytes | memoryview) -> bytes:
+    """Return the frame of several calls of the function with this number."""
+    starred, apart = span.run.starred, span.apart
+    batch = batch_frame(position, number, [pickled], starred=starred, timed=False, apart=apart)
+    return b"".join(batch)
 
 
 def _soon(is_true: Callable[[], bool]) -> bool:

@@ -15,6 +15,7 @@ from safepool.workers.process import WorkerProcess
 if TYPE_CHECKING:
     from safepool.pool.calls.tasks import Task
     from safepool.pool.core.gauge import Gauge
+    from safepool.pool.core.work import Span
     from safepool.procfs import MemoryFile
     from safepool.workers.board import Board
     from safepool.workers.settings import Packed
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         def done(self) -> int: ...
 
         @property
-        def task(self) -> Task | None: ...
+        def work(self) -> Task | Span | None: ...
 
 
 __all__ = ["Worker"]
