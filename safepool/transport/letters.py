@@ -68,7 +68,9 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
             sent = socket.send_fds(sock, [data], descriptors)
     else:
         sent = sock.send(data)
-    sock.sendall(data[sent:])
+    # Whoever has read the whole of it may have closed the other end: no empty rest is sent.
+    if sent < len(data):
+        sock.sendall(data[sent:])
 
 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:

@@ -8,7 +8,7 @@ import resource
 import socket
 import struct
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -141,3 +141,32 @@ def test_what_comes_with_a_later_byte_is_nobodys(ends: Pair) -> None:
 
     assert letters.receive(there) == ("a letter", [])
     assert open_descriptors() == before
+
+
+class ReadAtOnce(socket.socket):
+    """Whoever is at the other end reads what is sent, and ends, before the sender goes on."""
+
+    other: socket.socket
+
+    def send(self, *arguments: Any) -> int:
+        return self._be_read(super().send(*arguments))
+
+    def sendmsg(self, *arguments: Any) -> int:
+        return self._be_read(super().sendmsg(*arguments))
+
+    def _be_read(self, sent: int) -> int:
+        letter = letters.receive(self.other)
+        assert letter is not None
+        for descriptor in letter[1]:
+            os.close(descriptor)
+        self.other.close()
+        return sent
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_whoever_has_read_a_letter_may_close_at_once(ends: Pair, count: int) -> None:
+    """A worker that is started afresh does so; its start failed with a broken pipe."""
+    here, there = ends
+    with ReadAtOnce(fileno=here.detach()) as sender:
+        sender.other = there
+        letters.send(sender, "a letter", [sender.fileno()] * count)
