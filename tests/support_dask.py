@@ -38,7 +38,7 @@ from safepool.cluster import ClusterPool, NodeLostError, NoNodesError
 def told(**facts):
     print(json.dumps(facts), flush=True)
 
-def await_(holds, what, s=60):
+def await_(holds, what, s=200):
     end = time.monotonic() + s
     while not holds():
         assert time.monotonic() < end, what
@@ -215,7 +215,7 @@ class DaskCluster:
     def told_by(self, program: subprocess.Popen[str]) -> dict[str, Any]:
         """Wait for the end of a program; return what it has told."""
         try:
-            output, _ = program.communicate(timeout=100)
+            output, _ = program.communicate(timeout=300)
         finally:
             program.kill()
             program.wait()

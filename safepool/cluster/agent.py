@@ -229,7 +229,7 @@ class Session:
 
     def _answer(self, number: int, seconds: float, error: BaseException) -> None:
         error.add_note(f"on node {socket.gethostname()}")
-        died = isinstance(error, WorkerDiedError) and not error.by_pool
+        died = isinstance(error, WorkerDiedError) and (not error.by_pool or bool(error.exceeded))
         pid, now_ns = getattr(error, "pid", 0), time.monotonic_ns()
         ran = (pid, None, now_ns, now_ns, 0, 0) if pid and self._traced else None
         self._put((number, seconds, died, Packet(RAISED, *describe(error)), ran))
