@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safepool.arguments import parse_bytes
-from safepool.budget import Request, fit, is_held_back
+from safepool.budget import Budget, Request, fit, is_held_back
 from safepool.limits import Limit, Limits, MemoryLimit, OpenFilesLimit, PidsLimit
 from safepool.limits.waiting import WaitSample
 
@@ -61,6 +62,7 @@ CASES: dict[str, tuple[Limits, Request, int, str]] = {
     "the mask is tighter": (machine(4.0, affinity=2.0), Request(), 2, "sched_getaffinity"),
     "just below an integer": (machine(1.99), Request(), 2, "level 0"),
     "an odd period": (machine(1.99999), Request(), 2, "level 0"),
+    "just so near": (machine(1.98), Request(), 2, "level 0"),
     "not so near": (machine(1.97), Request(), 1, "level 0"),
     "near a large integer": (machine(63.5, affinity=64.0), Request(), 64, "level 0"),
     "nothing is known": (machine(affinity=None), Request(), 1, "sched_getaffinity"),
@@ -80,6 +82,12 @@ CASES: dict[str, tuple[Limits, Request, int, str]] = {
         machine(2.0, exact_workers=exact_7),
         Request(),
         7,
+        "SAFEPOOL_MAX_WORKERS",
+    ),
+    "our variable may be one": (
+        machine(2.0, exact_workers=replace(exact_7, cpus=1.0)),
+        Request(),
+        1,
         "SAFEPOOL_MAX_WORKERS",
     ),
     "the argument beats everything": (
@@ -102,11 +110,35 @@ CASES: dict[str, tuple[Limits, Request, int, str]] = {
     "a reserve of nearly nothing counts": (machine(4.0), Request(reserve=0.01), 3, "level 0"),
     "a reserve beyond the limit": (machine(4.0), Request(reserve=9.0), 1, "level 0"),
     "two threads each": (machine(6.0), Request(threads_per_worker=2), 3, "level 0"),
+    "two threads each, and one CPU is left": (
+        machine(7.0),
+        Request(threads_per_worker=2),
+        3,
+        "level 0",
+    ),
     "more threads than CPUs": (machine(1.0), Request(threads_per_worker=4), 1, "level 0"),
     "memory for three": (
         machine(memory=(memory(8 * GIB, used=2 * GIB, reclaimable=GIB),)),
         Request(memory_per_worker=2 * GIB),
         3,
+        "memory.max",
+    ),
+    "memory that the kernel can take back is free": (
+        machine(memory=(memory(8 * GIB, used=3 * GIB, reclaimable=2 * GIB),)),
+        Request(memory_per_worker=GIB),
+        7,
+        "memory.max",
+    ),
+    "memory of which nothing is known to be used": (
+        machine(memory=(memory(4 * GIB, None, None),)),
+        Request(memory_per_worker=GIB),
+        4,
+        "memory.max",
+    ),
+    "memory of which one byte is used": (
+        machine(memory=(memory(2 * GIB, used=1, reclaimable=None),)),
+        Request(memory_per_worker=GIB),
+        1,
         "memory.max",
     ),
     "memory for none": (
@@ -123,6 +155,18 @@ CASES: dict[str, tuple[Limits, Request, int, str]] = {
         "sched_getaffinity",
     ),
     "room for few processes": (machine(pids=(pids(40, 16),)), Request(), 4, "pids.max"),
+    "room for few processes and some threads": (
+        machine(pids=(pids(30, 0),)),
+        Request(),
+        5,
+        "pids.max",
+    ),
+    "room for as many processes as CPUs": (
+        machine(pids=(pids(40, None),)),
+        Request(),
+        8,
+        "sched_getaffinity",
+    ),
     "room for no process": (machine(pids=(pids(10, 10),)), Request(), 1, "pids.max"),
     "room for many processes": (
         machine(pids=(pids(10_000), pids(None))),
@@ -131,6 +175,18 @@ CASES: dict[str, tuple[Limits, Request, int, str]] = {
         "sched_getaffinity",
     ),
     "few descriptors": (machine(open_files=files(64, 12)), Request(), 5, "RLIMIT_NOFILE"),
+    "descriptors that are no whole number of workers": (
+        machine(open_files=files(66, 12)),
+        Request(),
+        5,
+        "RLIMIT_NOFILE",
+    ),
+    "descriptors for as many as CPUs": (
+        machine(open_files=files(64, None)),
+        Request(),
+        8,
+        "sched_getaffinity",
+    ),
     "descriptors without a ceiling": (
         machine(open_files=files(None, None)),
         Request(),
@@ -149,7 +205,13 @@ def test_the_workers_and_what_decided(case: str) -> None:
 
 
 # One row per limit and rounding: what is left over, in CPUs.
-DROPPED = {(2.5, "floor"): 0.5, (2.5, "ceil"): 0.0, (3.0, "floor"): 0.0, (0.5, "floor"): 0.0}
+DROPPED = {
+    (2.5, "floor"): 0.5,
+    (2.5, "ceil"): 0.0,
+    (3.0, "floor"): 0.0,
+    (1.5, "floor"): 0.5,
+    (0.5, "floor"): 0.0,
+}
 
 
 @pytest.mark.parametrize("case", DROPPED, ids=str)
@@ -162,11 +224,25 @@ def test_auto_threads_share_the_limit_among_the_workers() -> None:
     budget = fit(machine(7.0), Request(max_workers=3, threads_per_worker="auto"))
     assert (budget.workers, budget.threads_per_worker) == (3, 2)
 
+    budget = fit(machine(7.0), Request(max_workers=2, threads_per_worker="auto", reserve=2.0))
+    assert (budget.workers, budget.threads_per_worker) == (2, 2)
+
     budget = fit(machine(7.0), Request(threads_per_worker="auto"))
     assert (budget.workers, budget.threads_per_worker) == (7, 1)
 
     budget = fit(machine(2.0), Request(max_workers=5, threads_per_worker="auto"))
     assert (budget.workers, budget.threads_per_worker) == (5, 1)
+
+
+def test_the_callers_numbers_are_taken_as_they_are() -> None:
+    budget = fit(machine(2.0), Request(max_workers=5, threads_per_worker=3))
+
+    assert budget == Budget(
+        workers=5,
+        threads_per_worker=3,
+        cpus=2.0,
+        because=Limit(name="max_workers", cpus=5.0, source="the max_workers= argument", raw="5"),
+    )
 
 
 # One row per argument that makes no sense.
@@ -241,6 +317,9 @@ SECONDS = {
     "busy": ((2.0, 0.0, 0.0), False),
     "an ordinary delay": ((1.9, 0.1, 0.1), False),
     "others use the CPUs": ((1.0, 1.0, 0.0), False),
+    "a delay of just below a quarter": ((1.0, 0.3, 1.0), False),
+    "just half of the waiting was needless": ((1.0, 1.0, 0.5), True),
+    "less than half of it": ((2.0, 2.0, 0.5), False),
     "idle tasks": ((0.0, 0.0, 2.0), False),
     "half a CPU each, others idle": ((1.0, 1.0, 1.0), True),
     "a tenth of a CPU": ((0.1, 0.9, 1.9), True),

@@ -63,6 +63,38 @@ def test_a_bound_chunk_is_taken_whole() -> None:
     assert take(backlog, 1, among=2).count == 4
 
 
+def test_a_bound_chunk_waits_for_room() -> None:
+    backlog, _ = run_of(4, at_once=4)
+    chunk = take(backlog, 100)
+    chunk.bound = True
+    backlog.put_back([chunk])
+
+    assert backlog.take(lambda *_: 0, lambda _: 0, 1, 10**6) == []
+    assert take(backlog, 1).count == 4
+
+
+def test_room_and_time_are_those_of_the_function() -> None:
+    """Nothing is held yet; of calls that are no chunks, at most so many are taken."""
+    backlog, _ = run_of(10)
+    asked: list[object] = []
+
+    def room(*about: object) -> int:
+        asked.append(about)
+        return 9
+
+    def expected_ns(name: str) -> int:
+        asked.append(name)
+        return 7
+
+    for most in (4, 3):  # cut from the run, and of a span that came back
+        asked.clear()
+        taken = backlog.take(room, expected_ns, 1, most)
+        assert isinstance(taken, Span)
+        assert (taken.count, taken.expected_ns) == (most, 7)
+        assert asked == [("square", 0), "square"]
+        backlog.put_back([taken])
+
+
 def test_a_call_that_was_lost_once_keeps_its_count() -> None:
     """Joined to those before it, its earlier attempt would be forgotten."""
     backlog, _ = run_of(4)
