@@ -3,6 +3,8 @@
     who                               what holds
     another user of the machine       No socket, memory, file or temporary folder of a pool can be
                                       opened by another user. Nothing listens on a network.
+                                      The agent of a node holds an abstract name that another user
+                                      could take first: the node is used all the same.
       the file of trace=              It is written through no link that another user placed, and
                                       in a folder for everybody over no file of another user. Your
                                       umask says who may read it: it has the names of functions

@@ -3,8 +3,8 @@
     python support_other_user.py UID < what.json > reached.json
 
 Both are JSON: ``processes`` and ``names`` are lists of process ids and of paths to try, and so
-are ``sockets``, the addresses of ``/proc/net/unix`` (``@name`` is abstract). The answer is a list
-of what could be read, entered or connected to.
+are ``sockets``: type and name of each, as ``/proc/net/unix`` has them (``1 @name`` is an abstract
+one). The answer is a list of what could be read, entered or connected to.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ def can_open(name: str) -> bool:
 
 def can_connect(address: str) -> bool:
     """Tell whether this user can connect to a socket of the file system, or an abstract one."""
-    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM):
-        with socket.socket(socket.AF_UNIX, kind) as tried:
-            try:
-                tried.connect(address.replace("@", "\0"))
-            except OSError:
-                continue
-            return True
-    return False
+    kind, _, name = address.partition(" ")
+    with socket.socket(socket.AF_UNIX, int(kind)) as tried:
+        try:
+            tried.connect(name.replace("@", "\0"))
+        except OSError:
+            return False
+    return True
 
 
 def be(user: int) -> None:

@@ -39,6 +39,7 @@ from concurrent.futures import CancelledError
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from safepool import procfs
 from safepool.budget import Request
 from safepool.cluster.calls import RAISED, initialize, run
 from safepool.cluster.messages import (
@@ -64,7 +65,7 @@ from safepool.transport.sharing import Shared, share
 from safepool.workers.describe import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from safepool.cluster.messages import DeliverMessage, Parcel
@@ -451,17 +452,42 @@ if sys.platform == "linux":
     def _bound(name: str) -> socket.socket | None:
         """Take a name that one process of a machine can have, and that its end gives back.
 
+        Returns:
+            Holder of the name; ``None`` if another user has taken it, to keep this one from it.
+
         Raises:
-            OSError: Another process has it.
+            OSError: Another process of this user has the name.
         """
-        # Of the abstract namespace: no file is left.
-        holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # Of the abstract namespace: no file is left. It does not listen: nobody can connect to it.
+        holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             holder.bind(f"\0{name}")
         except OSError:
             holder.close()
-            raise
+            if _is_own(name):
+                raise
+            return None
         return holder
+
+    def _is_own(name: str) -> bool:
+        """Return whether a process of this user has the name."""
+        lines = [line.split() for line in (procfs.read("/proc/net/unix") or "").splitlines()]
+        links = {f"socket:[{words[6]}]" for words in lines if words[-1] == f"@{name}"}
+        return any(not links.isdisjoint(_descriptors(pid)) for pid in procfs.processes())
+
+    def _descriptors(pid: int) -> Iterator[str]:
+        """Yield what the descriptors of a process lead to; nothing of another user's."""
+        folder = f"/proc/{pid}/fd"
+        try:
+            own = os.stat(f"/proc/{pid}").st_uid == os.geteuid()
+            numbers = os.listdir(folder) if own else []
+        except OSError:
+            return  # it has ended
+        for number in numbers:
+            try:
+                yield os.readlink(f"{folder}/{number}")
+            except OSError:
+                pass  # closed meanwhile
 
 else:  # not Linux
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from safepool.cluster import agent
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -112,19 +114,19 @@ def sockets_of(processes: list[int]) -> set[str]:
     return found
 
 
-def addresses(inodes: set[str]) -> list[str]:
-    """Return the names that their Unix sockets have, and the other sockets that wait for peers."""
-    found = []
+def addresses(inodes: set[str]) -> tuple[list[str], list[str]]:
+    """Return type and name of their Unix sockets, and the sockets of a network with open ports."""
+    found, listening = [], []
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        _, _, _, _, _, _, inode, *name = line.split(maxsplit=7)
+        _, _, _, _, kind, _, inode, *name = line.split(maxsplit=7)
         if inode in inodes:
-            found += name
+            found += [f"{int(kind)} {one}" for one in name]
     for kind in ("tcp", "tcp6", "udp", "udp6"):
         for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
             _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
             if inode in inodes and (state == "0A" or kind.startswith("udp")):
-                found.append(f"{kind} {local}")
-    return found
+                listening.append(f"{kind} {local}")
+    return found, listening
 
 
 def names_below(*folders: Path) -> set[str]:
@@ -174,11 +176,13 @@ def test_another_user_reaches_nothing_of_a_program_that_uses_all(tmp_path: Path)
                 # A worker for each pool, two for joblib, a server or more, trackers, a keeper.
                 assert len(processes) > len(METHODS) + 6
                 lines = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes)
-                names = names_below(Path("/dev/shm"), folder) - before
-                found = addresses(sockets_of(processes))
-                assert reached(processes=processes, names=sorted(names), sockets=found) == []
-                # An abstract socket or one of a network has no owner.
-                assert [one for one in found if one.startswith(("@", "tcp", "udp"))] == []
+                made = names_below(Path("/dev/shm"), folder) - before
+                found, listening = addresses(sockets_of(processes))
+                assert reached(processes=processes, names=sorted(made), sockets=found) == []
+                assert listening == []
+                # A name that one agent of the machine holds, and another session may hold it.
+                abstract = {one.rstrip("0123456789abcdef") for one in found if "@" in one}
+                assert abstract <= {"1 @safepool-agent-"}
                 assert SECRET.encode() not in lines
                 assert Path("/proc/sysvipc/shm").read_text() == memory
                 print(file=program.stdin, flush=True)
@@ -198,8 +202,8 @@ def test_another_user_reaches_what_is_open_to_everybody() -> None:
             (folder / "file").touch(0o644)
             listener.bind(f"\0{folder}")
             listener.listen()
-            name = f"@{folder}"
-            assert name in addresses({str(os.fstat(listener.fileno()).st_ino)})
+            name = f"1 @{folder}"
+            assert addresses({str(os.fstat(listener.fileno()).st_ino)}) == ([name], [])
             found = reached(
                 processes=[os.getpid(), other.pid], names=[str(folder / "file")], sockets=[name]
             )
@@ -209,3 +213,34 @@ def test_another_user_reaches_what_is_open_to_everybody() -> None:
     assert {f"/proc/{other.pid}/environ", f"/proc/{other.pid}/fd", f"kill {other.pid}"} < {*found}
     assert found[-2:] == [str(folder / "file"), name]
     assert not any(str(os.getpid()) in one for one in found)
+
+
+HOLDER = """
+import socket, sys
+import support_other_user
+with socket.socket(socket.AF_UNIX) as holder:
+    support_other_user.be(int(sys.argv[1]))
+    holder.bind("\\0" + sys.argv[2])
+    print("bound", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("user", [0, ANOTHER])
+def test_the_name_of_an_agent_is_held_by_this_user_alone(user: int) -> None:
+    """Whoever else takes it keeps no node from a cluster pool."""
+    name = f"safepool-test-{os.getpid()}-{user}"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(user), name],
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "bound\n"
+        with pytest.raises(OSError, match="in use") if user == 0 else contextlib.nullcontext():
+            assert agent._bound(name) is None
+        holder.communicate()
+
+    free = agent._bound(name)
+    assert free is not None
+    free.close()
