@@ -69,9 +69,19 @@ class ControlGroup:
         name = "memory.max" if self.version == 2 else "memory.limit_in_bytes"
         self._write("memory", name, str(limit_bytes))
 
-    def set_tasks(self, tasks: int) -> None:
-        """Write the ceiling on processes and threads."""
-        self._write("pids", "pids.max", str(tasks))
+    def set_tasks(self, tasks: int | None) -> None:
+        """Write the ceiling on processes and threads; ``None`` is none."""
+        self._write("pids", "pids.max", "max" if tasks is None else str(tasks))
+
+    def tasks(self) -> int:
+        """Return how many processes and threads are in it."""
+        return int((self.directories["pids"] / "pids.current").read_text())
+
+    def oom_kills(self) -> int:
+        """Return how many processes the kernel has killed in it for want of memory."""
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        lines = (self.directories["memory"] / name).read_text().splitlines()
+        return int(dict(line.split() for line in lines).get("oom_kill", 0))
 
     def add(self, pid: int) -> None:
         """Move a process here."""

@@ -1,4 +1,9 @@
-"""Workers are killed at random moments in twenty thousand calls; each is accounted for."""
+"""Whatever is harmed at random moments, each call is accounted for.
+
+First in thousands of short calls whose workers are killed, then in rounds of everything
+(``support_chaos.py``): the same ones in each run, for ``SAFEPOOL_TEST_CHAOS_S`` seconds; with
+``-m slow`` others each time. ``SAFEPOOL_TEST_CHAOS_SEED`` chooses them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_machine as calls
+from support_chaos import ROUND_LIMIT_S, chaos
 
 from safepool import ProcessPool, WorkerDiedError
 
@@ -28,6 +34,10 @@ APART_BYTES = 4_800
 TASKS_AT_ONCE = 250
 # The slow version goes on for so long.
 SLOW_S = float(os.environ.get("SAFEPOOL_TEST_SLOW_S", "10"))
+# Of everything that is harmed, in every run and for each seed of the slow version.
+CHAOS_S = float(os.environ.get("SAFEPOOL_TEST_CHAOS_S", "10"))
+SLOW_CHAOS_S = max(CHAOS_S, 2 * SLOW_S)
+CHAOS_SEED = os.environ.get("SAFEPOOL_TEST_CHAOS_SEED")
 
 
 class Killer(threading.Thread):
@@ -165,3 +175,22 @@ def test_chaos_of_any_seed(tmp_path: Path) -> None:
         assert chaos.lost <= chaos.kills, number
         assert chaos.values + chaos.lost + chaos.dropped == count, number
         assert max(chaos.runs.values()) == 1, number
+
+
+@pytest.mark.timeout(CHAOS_S + 2 * ROUND_LIMIT_S)
+def test_all_is_accounted_for_whatever_is_harmed() -> None:
+    """Kills, stops, limits, forks and signals while calls of every kind run; see `HARMS`."""
+    # With this seed the first four rounds have every harm, the first six most endings.
+    done = chaos(CHAOS_SEED or "17117", CHAOS_S)
+
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SLOW_CHAOS_S + 2 * ROUND_LIMIT_S)
+@pytest.mark.parametrize("number", range(3))
+def test_all_is_accounted_for_with_any_seed(number: int) -> None:
+    """As above, for longer."""
+    done = chaos(f"{CHAOS_SEED or time.time_ns()}-{number}", SLOW_CHAOS_S)
+
+    assert done.returncode == 0, done.stdout
