@@ -61,7 +61,7 @@ service managers send. It says nothing about what they ran."""
 
 
 class SafepoolError(Exception):
-    """Every error that safepool raises itself, and what catches them all.
+    """Base class of all errors of this package: ``except SafepoolError`` catches each of them.
 
     Example:
         >>> issubclass(WorkerDiedError, SafepoolError)

@@ -208,7 +208,9 @@ def _find_v2_site(groups: list[Path]) -> Site:
             return Site(version=2, parent=group)
         if any(_words(group / name)[:1] not in ([], ["max"]) for name in _CEILINGS):
             raise NoGroupError(f"{group} has limits of its own and holds processes")
-    raise NoGroupError(f"no group from {own} upwards hands out the cpu controller")
+    raise NoGroupError(
+        f"no control group from {own} upwards passes the cpu controller to its children"
+    )
 
 
 def _handed_out(group: Path) -> list[str]:

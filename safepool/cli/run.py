@@ -293,7 +293,9 @@ def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
                 stream.flush()
     name = as_ascii(command[0])
     if not name:
-        raise RunError("the command is an empty word", 127)
+        raise RunError(
+            "the command is empty. Write it after --, as in: safepool run -- python train.py", 127
+        )
     try:
         return _exec(command, environ)
     except FileNotFoundError as error:

@@ -288,7 +288,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         )
 
     def resize(self, max_workers: int) -> None:
-        """Refuse: the pool of a node is that of other cluster pools as well.
+        """Raise an error: cluster pools with the same options share the pool of a node.
 
         Raises:
             NotImplementedError: Always. ``workers_per_node=`` is the most workers of each node.

@@ -65,24 +65,25 @@ def register_setting(
     write: Callable[[ModuleType, Any], object],
     of_thread: bool = False,
 ) -> None:
-    """Let the workers of this program have a setting that this package does not know.
+    """Make workers take over one more setting of the program, such as an option of a library.
 
-    A library does so when it is imported, a program before its pools. From then on a call that is
-    given to a pool finds out whether the setting has changed, and the next calls find it in
-    their worker.
+    A library calls this at its import, a program before it makes pools. From then on each call
+    to a pool checks whether the setting has changed. Workers set a changed value before they run
+    the next calls.
 
     Args:
         name: Name of the setting. A registration of the same name is replaced.
-        module: The module that holds it, by its full name. It is never imported: a worker
-            sets it when something has imported that.
-        read: Given the module, returns a copy of the setting as it is now, which can be compared
-            by ``==`` and pickled. It takes microseconds: it is called for most calls of a pool.
-        write: Given the module and what ``read`` has returned, sets it. Workers call it: a
-            function of a module, or one of the script.
-        of_thread: Each thread has its own; that of the thread which has made the pool counts.
+        module: Full name of the module that holds the setting. Workers do not import it for the
+            setting: they set the value once a task has imported it.
+        read: Function of the module that returns a copy of the present value, which ``==`` can
+            compare and pickle can pickle. It must take microseconds: most calls of a pool call it.
+        write: Function of the module and a value of ``read`` that sets the value. Workers call
+            it, so it must be a function of a module or of the script.
+        of_thread: ``True`` if each thread has a value of its own. Workers then take that of the
+            thread that made the pool.
 
     Raises:
-        ValueError: The table has a row of this name already.
+        ValueError: The package's own table already has this setting.
 
     Example:
         >>> register_setting(

@@ -98,7 +98,7 @@ SITES: dict[str, tuple[dict[str, str], tuple[int, str, bool] | str]] = {
     ),
     "v2, a container's own root with processes in it": (
         v2("/", {TOP: LEAF | {"cgroup.controllers": "cpu memory\n"}}),
-        "hands out the cpu controller",
+        "passes the cpu controller to its children",
     ),
     "no control groups": ({"proc/self/mountinfo": ""}, "no control group of its own"),
     "no mount": (

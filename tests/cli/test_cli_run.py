@@ -164,7 +164,7 @@ UNSTARTABLE = {
     "only dashes": (["--"], 2, "a command is missing"),
     "not there": (["--", "no-such-command"], 127, "no-such-command: command not found"),
     "a folder": (["--", "/"], 126, "/: cannot be run"),
-    "an empty word": (["--", ""], 127, "the command is an empty word"),
+    "an empty word": (["--", ""], 127, "the command is empty."),
     "no workers": (["--workers", "0", "--", "true"], 2, "at least 1, found '0'"),
     "odd threads": (["--threads", "many", "--", "true"], 2, "found 'many'"),
     "a misspelled option": (["--wrokers", "3"], 2, "--wrokers (see safepool run --help)"),
