@@ -230,8 +230,8 @@ class Server:
         )
         if self._kept:
             _log_once(
-                "end_subprocesses=True has no effect on workers that are started "
-                "afresh: processes that their tasks start may outlive this program. End them in the task"
+                "end_subprocesses=True has no effect on workers that are started afresh: "
+                "processes that their tasks start may outlive this program. End them in the task"
             )
 
     def _run_script_for_all(self, wish: asking.Wish) -> None:
