@@ -14,8 +14,8 @@ State of a place:
               process of a node that is asked has its agent, whichever cluster pool asks
     REFUSED   cannot be used
 
-    event                    what it means                        actions that may follow
-    Listed(places)           the engine's list of places          Open; as Lost for who is missing
+    event                    meaning                              actions that may follow
+    Listed(places)           the engine's list of places          Open; as Lost for missing places
     Opened(place, ...)       its agent answers                    Deliver, Release
     Refused(place, reason)   it cannot be used                    Fail
     Lost(place, reason)      the engine says that it is gone      Lose, Open (a spare), Deliver
@@ -23,21 +23,21 @@ State of a place:
     Delivered(place)         a message has arrived                Deliver
     Answered(place, ...)     calls have ended there               Settle, Deliver
     Returned(place, ...)     calls that had not begun come back   Deliver
-    Kill(call)               nobody wants a call that runs        Deliver
+    Kill(call)               a running call is cancelled          Deliver
     Broke(reason)            the engine itself is gone            Fail
-    CancelWaiting()          drop what waits                      Cancel
+    CancelWaiting()          waiting calls are dropped            Cancel
     Close()                  no further calls                     Release, Finished
-    End()                    close, and lose what runs            Cancel, Lose, Release, Finished
+    End()                    close, and lose running calls        Cancel, Lose, Release, Finished
     Look()                   time has passed                      Fail, Deliver
 
-    action                       what is to be done
+    action                       effect
     Open(place)                  ask its agent
     Deliver(place, ...)          send calls, numbers of calls to give back, of calls to end
     Settle(call, answer)         a call has ended
     Again(call, answer)          its worker has died, and it is going to be run again
     Lose(call, place, reason)    a call had begun, its place is gone, no retry is left
-    Fail(calls, reason)          calls that nobody will run
-    Cancel(calls)                calls that nobody wants
+    Fail(calls, reason)          calls that can no longer run
+    Cancel(calls)                calls that were cancelled
     Release(place)               its agent may forget this pool
     Finished()                   nothing is left to do
 

@@ -2,8 +2,8 @@
 
     payloads    objects -> segments: a pickle, and the buffers of arrays beside it
     memmaps     ... arrays of a file as the file's name
-    sharing     ... what was shared as a number (references)
-    files       segments -> unnamed files, if there is much of them
+    sharing     ... shared objects as a number (references)
+    files       segments -> unnamed files, if they are large
     frames      segments -> one message, and back
     channel     sends and receives messages, without ever blocking the pool
     letters     rare messages with descriptors, to a fork server

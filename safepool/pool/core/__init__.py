@@ -1,14 +1,14 @@
 """Decisions of the pool, without a process, a clock, a lock, a future or a file.
 
-events     what happens to a pool, and what is done about it: a table of each
-machine    an event in, actions out
-reclaim    from whom calls are taken back, and when to look
-worker     what is known of one worker; its phase
-work       what workers are given: calls, and spans of calls of a map
-policy     what holds for a call: its time, its retries
-backlog    what waits, in order
-pace       how long calls take, so how many are sent ahead
-ledger     what one worker owes
-ending     how a worker ended, and what that means for its calls and the pool
-patience   when to give up on workers that are of no use
+events     events of a pool, and actions: a table of each
+machine    the state machine: an event in, actions out
+reclaim    the choice of workers that give calls back, and the time of the next check
+worker     state of one worker, with its phase
+work       units of work: a call, or a span of calls of a map
+policy     timeout and retries of a call
+backlog    waiting work, in order
+pace       duration of calls, and so the number that is sent ahead
+ledger     unanswered calls of one worker
+ending     how a worker ended, and the consequence for its calls and the pool
+patience   the limit of workers that end before they did any work
 """

@@ -1,12 +1,12 @@
-"""End of a worker: put together once, read by all who tell of it or decide by it.
+"""Facts about the end of a worker, collected once, for every report and decision.
 
-    who reads it          what
+    reader                attributes
     the futures' errors   `error_of`
     the log               `line`, `line_of`
     the trace             `how`, `died`, `outcome_of`
     the pool              `was_of_use`, `was_for_nothing`, `unasked`, `breaks`
 
-Computes; no process, no clock.
+It computes; no process, no clock.
 """
 
 from __future__ import annotations

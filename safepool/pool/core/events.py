@@ -1,47 +1,47 @@
-"""Events of a pool that the core is told of, and actions that it wants done.
+"""Events of a pool, which the core processes, and actions, which it returns.
 
-event           brought when                                       by
+event           delivered when                                     by
 Hired           a worker was started                               `Hire`
 Ready           its initializer has ended well                     the worker
 InitFailed      its initializer has failed                         the worker
 Queued          calls were submitted                              a caller
 Fed             further calls of a map were queued                 a caller
 Answered        answers have arrived                               the worker
-Revoked         what it has not begun was taken back               `Revoke`
+Revoked         calls that it had not begun were taken back        `Revoke`
 Seen            boards were read                                   `Look`
 Skipped         it came to a call that was taken back              the worker
 Unreadable      it could not read a batch                          the worker
 Sent            it was sent work, or some of it                    `Send`
 Turned          callers have sent it calls, and read answers       the turns
-Copied          what was being copied for it is on its way         the packer
-NotSent         what was being copied for it could not be sent     the packer
-Returned        what was pickled beside the pool may be sent       the hands
-Cancelled       a call, or a run, that a worker has is not wanted  a caller
+Copied          work that was being copied for it was sent         the packer
+NotSent         work that was being copied for it cannot be sent   the packer
+Returned        work that the hands have pickled may be sent       the hands
+Cancelled       a call or run that a worker has was cancelled      a caller
 Outgrown        it holds too much memory, to be replaced           a look at it
 Exceeded        it holds too much memory, to be ended              a look at it
 Strangers       workers have rights that the program gave up       a look at them
-Parted          nothing more can be sent to it                     the staff
+Parted          it can no longer be sent anything                  the staff
 Died            its process has ended                              the staff
-Step            the pool looks after all of its workers            the scheduler
-HandOut         it gives them what waits                           the scheduler
-CancelWaiting   what waits is not wanted, nor what comes           a caller
-Break           the pool gives up                                  a caller, `GiveUp`
+Step            the pool checks all of its workers                 the scheduler
+HandOut         the pool gives its workers the waiting work        the scheduler
+CancelWaiting   waiting and later calls are cancelled              a caller
+Break           the whole pool breaks                              a caller, `GiveUp`
 End             all workers are to end                             the scheduler
 
-action          what is done                                       answered by
+action          effect                                             answered by
 Send            pickle work, and send it to a worker               `Sent`
 Hire            start workers                                      `Hired` for each
 Look            read boards                                        `Seen`
-Revoke          take back what a worker has not begun              `Revoked`
+Revoke          take back calls that a worker has not begun        `Revoked`
 Settle          end calls by their answers
 Wait            calls wait again that were marked as running
 Cancel          calls end as cancelled
 Fail            calls end as the pool breaks
-Bury            tell how a worker ended, fail what it took along
+Bury            report how a worker ended, fail its lost calls
 Stop            tell a worker to end
 Condemn         end a worker in the middle of a call
-EndNow          end a worker, whatever it does
-Distrust        end a worker that sends what it should not
+EndNow          end a worker at once
+Distrust        end a worker that has violated the protocol
 Pause           start no worker for some time
 GiveUp          break the pool                                     `Break`
 """

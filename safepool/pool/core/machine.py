@@ -1,18 +1,18 @@
 """The pool's decisions: an event comes in, actions come out (``events`` has the tables).
 
-    what                                       decided by
-    who gets what waits                        `HandOut`, and each `Sent`
-    whom callers may send a call themselves    `Core.lend`, then `Turned`
-    what a worker's answers end                `Answered`
-    what is had back, and from whom            `Step`, `Seen`, `Revoked`
-    whose time is over, whose call is dropped  `Seen`, `Cancelled`, then `Revoked`
-    who is ended for what it holds             `Exceeded`, then `Revoked`
-    what the dead leave                        `Died`: answers, calls for others, lost calls
-    who is hired, let go, given up             `HandOut`, `Step`, `Died`
-    which place a worker has                   `place_of_next`, before it is started
+    decision                                     made by
+    distribution of waiting calls                `HandOut`, and each `Sent`
+    workers that callers may send calls          `Core.lend`, then `Turned`
+    calls that an answer ends                    `Answered`
+    calls to take back, and the workers          `Step`, `Seen`, `Revoked`
+    timeouts and cancelled running calls         `Seen`, `Cancelled`, then `Revoked`
+    workers to end for their memory              `Exceeded`, then `Revoked`
+    calls of a dead worker                       `Died`: answers, calls for others, lost calls
+    workers to hire, let go, give up             `HandOut`, `Step`, `Died`
+    place of a worker                            `place_of_next`, before it is started
 
-Actions are done in the order in which they are returned, and the events that answer one are
-brought before the next is done. Letters name the scheduler's races.
+Actions are executed in the order in which they are returned, and the events that answer one are
+delivered before the next is executed. Letters name the scheduler's races.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Brings events to the core and does its actions: here are the threads, processes and files.
+"""Delivers events to the core and executes its actions, with threads, processes and files.
 
-scheduler    the thread that owns every worker; `turns`: the way beside it for a lone call
-dispatch     work -> messages; `packing`: large payloads; `settings`: what the program has set
+scheduler    the thread that owns every worker; `turns`: direct calls by the caller's thread
+dispatch     work -> messages; `packing`: large payloads; `settings`: settings of the program
 settling     answers -> results
-staff        workers: listened to, seen to their end; `worker` is one of them
-hiring       starts them, with `variables`; `refusals`, `refused_calls`: why the system gives none
-size         how many there may be
-memory, oom  what they hold; which of them the kernel took
-records      their log records, and the pool's own
-listener     how somebody listens to all this
-exits        the pools that work, for the interpreter's end and for forks
+staff        all workers, from start to end; `worker` is one of them
+hiring       starts workers, with `variables`; `refusals`, `refused_calls`: reasons of the system
+             for refusing one
+size         the number of workers
+memory, oom  memory of workers; kills by the kernel's out-of-memory killer
+records      log records of workers, and the pool's own
+listener     the interface for a listener to all this
+exits        the running pools, for the interpreter's end and for forks
 """

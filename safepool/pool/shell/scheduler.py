@@ -6,36 +6,36 @@
                         futures,                <------------>  ...         board each)
                         results
 
-What happens to a call and to a worker is decided by the core (``core.machine``), which is told of
-events and returns actions; here they are brought and done (``_tell``, and the table at the end).
-What is submitted waits there, is made into messages (``dispatch``), belongs to exactly one worker
-until it is settled or taken back, and ends (``settling``) by its future or among its map's results
-(``mapping``). Callers only append to the inbox or raise a flag, and then wake the thread up. No
-lock is shared with them: a signal's handler may wait for the pool above any call.
+The core (``core.machine``) decides about calls and workers: it gets events and returns actions.
+The scheduler delivers the events and executes the actions (``_tell``, and the table at the end). A
+submitted call waits in the core, then becomes a message (``dispatch``). It belongs to exactly one
+worker until it is settled or taken back. It ends (``settling``) by its future or among its map's
+results (``mapping``). Callers only append to the inbox or raise a flag, and then wake the thread.
+They share no lock with it: a signal handler may wait for the pool during any call.
 
 Code of the program that may be slow, or wait, runs in other threads (``hands``):
 
-    what                                             where
+    code                                             thread
     pickling of arguments, functions, initializers   the dispatch's hands, if not ``trusted``
     unpickling of results and exceptions             the settling's hands, if not ``trusted``
     callbacks of futures                             one thread, in order (asyncio's: this one)
     handlers of log records and warnings             one thread, in order (``records``)
-    items of a ``map`` that nobody looked at         the callbacks' thread
+    items of a ``map`` whose results were not used   the callbacks' thread
 
-The workers themselves are the staff's (``staff``): started (``hiring``), listened to, seen to
-their end.
+The staff (``staff``) owns the processes of the workers: it starts them (``hiring``), reads their
+messages and waits for their end.
 
-A worker is sent several short tasks at a time. What it has not begun can be had back at any time,
-by the board that it shares with the pool (``workers.board``): when another worker is idle, when
-one task turns out to be long, when a task's time is over, when the worker dies.
+A worker is sent several short tasks at a time. The pool can take back tasks that have not begun,
+by the board that it shares with the worker (``workers.board``). It does so when another worker is
+idle, a task turns out to be long, a task exceeds its timeout, or the worker dies.
 
 Races, each handled where its letter stands, here or in the core (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: nobody waits for
        the thread that it runs in. A finalizer that the collector runs in the scheduler's thread
        and that waits for a call of the pool gets an error.
     E  The pool object is dropped by the garbage collector in any thread, under any lock:
-       the weak reference's callback sets a flag and wakes the thread, nothing more. (That of
-       the iterator of a ``map`` which nobody looked at takes what is left of its items.)
+       the weak reference's callback sets a flag and wakes the thread, nothing more. (The
+       callback of an unused iterator of a ``map`` takes the remaining items.)
     F  The interpreter shuts down: it refuses new processes, so the first worker is started
        before submit() returns, and what cannot be run any more fails instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
