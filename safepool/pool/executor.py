@@ -221,7 +221,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
 
     _scheduler: Scheduler
 
-    # Under "safepool run --patch": it may have to share with its workers what a fork shares.
+    # Under "safepool run --patch": it may have to share objects with its workers as a fork does.
     _inherits = True
 
     @checked("ProcessPool")
@@ -330,8 +330,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             listener=listener,
         )
         self._stacks = Stacks()
-        # The scheduler lives on until the submitted work is done; it must not keep the
-        # pool alive, nor the pool's end need the pool.
+        # The scheduler lives until the submitted work is done. It must not keep the pool alive,
+        # and its end must not need the pool.
         self._finalizer = weakref.finalize(self, self._scheduler.abandon)
         self._finalizer.atexit = False
 

@@ -354,7 +354,7 @@ class Hands:
             self.pump()
 
     def close(self, *, busy_too: bool = False) -> None:
-        """Begin no more jobs. What still runs is finished by its own thread.
+        """Begin no more jobs. Running jobs are finished by their own threads.
 
         Args:
             busy_too: Wait for that: it ends soon.

@@ -1,8 +1,8 @@
 """A pool seen from outside: what each worker does, and where it is in its code.
 
 From any thread, also while the scheduler's is stuck in somebody's callback: nothing here waits for
-it. What it writes is read as it is at that moment; a worker's descriptors are used under the
-worker's ``guard``, so that none is closed, and its number given to something else, in between.
+it. A worker's notes are read as they are at that moment. Its descriptors are used under its
+``guard``, so that none is closed and reused meanwhile.
 
 Not covered:
     * An answer that a worker has given and the scheduler not yet read: the worker counts as
@@ -45,8 +45,8 @@ class WorkerInfo:
         pid: Process id.
         index: Its place in the pool, as :func:`safepool.worker_index` says there.
         state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
-            else ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after what
-            it has.
+            otherwise ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after its
+            present ones.
         task: Name of the call that it runs, such as ``"package.module.function"``; ``None`` if
             none.
         running_s: Seconds since that began; ``None`` if nothing runs.
@@ -140,7 +140,7 @@ def _place(worker: Worker) -> tuple[int, int]:
                 return at, since_ns
         except ValueError:
             break  # it has ended, and its board is closed
-    # It does what it was sent one by one, from the moment in which it was.
+    # It runs its calls one by one, from the moment in which they were sent.
     head = next(iter(_works(worker)), None)
     return (0 if head is None else head.position + head.done), worker.sent_ns
 
@@ -203,7 +203,7 @@ class _Request:
                 return
             assert status is not None
             assert worker.board is not None
-            # What others have asked for, and what came too late, is not the answer.
+            # Answers to other requests, and late ones, do not count.
             self._begin = worker.board.written
             self._blocking = threads_that_block(worker.pid, STACK_SIGNAL)
             if not status.awaits(STACK_SIGNAL):

@@ -83,9 +83,9 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     Args:
         details: :func:`circumstances`, and the pool's own entries.
         line: The reading end of the life-line.
-        own: This worker's descriptors: the program's working directory, standard output and
+        own: Descriptors for this worker: the program's working directory, standard output and
             error, the pipe to multiprocessing's resource tracker; its end of the channel, the
-            board if there is one, and what its initializer inherits.
+            board if there is one, and those that its initializer inherits.
     """
     folder, out, err, tracker, channel, *more = own
     board = more.pop(0) if details["board"] else None

@@ -16,7 +16,7 @@ its end of the program's socket. Signals to a whole process group do not end it.
 
 Not covered:
     * A keeper that is killed. The server ends with it, so the next workers have another.
-    * A process of another user, whom the program may not signal.
+    * A process of another user, which the program may not signal.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ def hold(descriptor: int) -> int:
         The reading end in a description of its own, which sends its signal to this process.
 
     Raises:
-        OSError: The system has no such thing (some emulations of Linux do not, nor has an old
-            one).
+        OSError: The system lacks this (some emulations of Linux, and old ones).
     """
     if not _tells_of_the_last_writer(os.uname().release):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

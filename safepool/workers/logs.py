@@ -58,9 +58,9 @@ _formatter = logging.Formatter()
 class Outbox:
     """Frames that a worker sends, from whichever thread: whole, one after the other.
 
-    Answers wait until the pool reads; records do not. Nothing that logs ever waits for the
-    lock, so a signal's handler may log, and a thread, while an answer is being sent: who
-    has the lock looks for what was added meanwhile when it has let go of it.
+    Answers wait until the pool reads; records do not. Logging never waits for the lock, so a
+    signal handler or a thread may log while an answer is being sent. The thread that holds the
+    lock checks for new records after it has released it.
 
     Args:
         channel: Channel to the pool. It has no other sender.
@@ -183,9 +183,9 @@ class Outbox:
 def forward_records(outbox: Outbox) -> None:
     """Hand over to the pool what no handler of this process takes, from now on.
 
-    Handlers that are here already were set up for the program, not for its worker (a fork
-    inherits them, ``spawn`` makes them again when it imports ``__main__``): they are
-    removed, and what they would take goes to the program's own.
+    Handlers that exist already were set up for the program, not for its worker (a fork inherits
+    them, ``spawn`` makes them again when it imports ``__main__``). They are removed, and their
+    records go to the program's own handlers.
 
     Args:
         outbox: Receiver of the records.

@@ -106,7 +106,7 @@ def read_call(data: bytes) -> tuple[int, int, memoryview] | None:
 def answer_frame(
     position: int, microseconds: int, kind: int, pickled: bytes | memoryview
 ) -> bytes:
-    """Return the frame of one record, in one piece, as of what a worker leaves on its board."""
+    """Return the frame of one record, in one piece, in the form of a record on the board."""
     length = len(pickled)
     head = _ANSWER_HEAD.pack(_ANSWER_BEGIN, 0, RECORD.size + length)
     return b"".join((head, RECORD.pack(position, microseconds, length, kind), pickled))

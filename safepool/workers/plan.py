@@ -179,13 +179,13 @@ def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each rea
 def find_space() -> None:
     """Find out whether the program's top level has other globals than ``__main__``.
 
-    ``python -m cProfile`` before Python 3.12, for one. What is found in ``__main__`` under a name
-    is then not what the script has under it.
+    ``python -m cProfile`` before Python 3.12, for one. Then ``__main__`` does not have the
+    script's objects under their names.
     """
     main = sys.modules["__main__"]
     if main.__name__ == "__mp_main__":
         # A child by spawn or forkserver, whose first frame is the standard library's. It has run
-        # the script by ``runpy``, and the module has a copy of what that has made.
+        # the script by ``runpy``, and the module has a copy of the result.
         for value in [*vars(main).values()]:
             if isinstance(value, types.FunctionType) and value.__module__ == "__mp_main__":
                 space = value.__globals__

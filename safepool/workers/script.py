@@ -16,8 +16,8 @@ stays. Otherwise the reason is reported, and the program starts another server w
 Source: Python, Lib/multiprocessing/spawn.py, ``_fixup_main_from_name`` and ``_from_path``.
 
 Not covered:
-    * What the top level writes into a file, sends or deletes happens again, once for each server,
-      as under ``spawn``. That belongs below the guard.
+    * Files that the top level writes, messages that it sends and files that it deletes: that
+      happens again, once for each server, as under ``spawn``. That belongs below the guard.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> t
             importlib.import_module(parent)
             spec = importlib.util.find_spec(name)
         else:
-            # Not by find_spec(): ``__main__`` of a folder or a zip file is also what runs here.
+            # Not by find_spec(): ``__main__`` of a folder or a zip file is the script here, too.
             spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
         loader = None if spec is None else spec.loader
         code = marshal.loads(known) if known else loader and loader.get_code(name)

@@ -295,7 +295,7 @@ class _Server:
                     importlib.import_module(name)
                 except BaseException:  # noqa: BLE001 -- user code; a worker may do without
                     pass
-        # Open until this process has ended, which is all that tells of it before Linux 5.3.
+        # Open until this process has ended: before Linux 5.3 nothing else reports its end.
         os.dup(descriptors[0])
         self._become_worker(details, descriptors)
 

@@ -12,9 +12,9 @@ Left out on purpose:
     * ``tracemalloc``, tracers and profilers: they measure a process, and slow it down.
     * Native threads, and the number of CPUs: the cap's (``safepool.threads``).
     * ``threading.stack_size()``: reading it resets it.
-    * What registers a thing (``csv.register_dialect``, ``codecs.register``): it belongs at the top
-      level of a guarded script or into a module, and is there then. Of a script without the guard
-      see also ``transport.additions``.
+    * Registrations (``csv.register_dialect``, ``codecs.register``): they belong at the top level
+      of a guarded script or into a module, and are there then. Of a script without the guard see
+      also ``transport.additions``.
     * Environment, directory, umask, limits, priority, path and ``sys.argv``: a worker is born with
       them (``birth``).
 """
@@ -45,8 +45,8 @@ class Setting:
         module: The module that holds it, by the full name that is imported. Where that is not
             there, there is nothing to read; and in a worker it is set when it has been imported,
             at once if it is built into the interpreter.
-        read: Given the module, returns what it is now: a copy, which ``==`` compares and which can
-            be pickled.
+        read: Function of the module that returns a copy of the present value, which ``==``
+            compares and which can be pickled.
         write: Given the module and what ``read`` returned, sets it.
         of_thread: Each thread has its own: that of the thread which made the pool counts.
         glance: Function of the module that returns another object as soon as the setting has

@@ -4,7 +4,7 @@ Off Linux only the process itself is ended.
 
 Not covered:
     * A process that its parent has left behind (a daemon): nothing says whose it was.
-    * A process of another user, whom this one may not signal.
+    * A process of another user, which this one may not signal.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One fork server for as long as pools want it: started when it is needed, and again when lost.
 
-A server that runs is a `RunningServer` (``asking``); what goes wrong with it, and what is done,
-is the table of ``forkserver``.
+A running server is a `RunningServer` (``asking``). The table in ``forkserver`` lists failures and
+their treatment.
 """
 
 from __future__ import annotations

@@ -373,7 +373,7 @@ def _is_defined_by_script(thing: Any) -> bool:
 
 
 def _is_frozen_array(value: Any) -> bool:
-    """Return whether neither this array, nor an array that it is a view of, can be written to."""
+    """Return whether an array is read-only, together with all arrays that it is a view of."""
     numpy = loaded("numpy", "ndarray")
     if numpy is None or type(value) is not numpy.ndarray or value.dtype.hasobject:
         return False

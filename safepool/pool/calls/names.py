@@ -1,4 +1,4 @@
-"""The script's names: what workers have of the program's ``__main__``, and what they lack.
+"""The script's names: state of the program's ``__main__`` in workers, and names that they lack.
 
 A function of the script travels without the globals that its code names. Each of those is a name
 of its own here, whatever it holds: a module, a function or class of the script, data. Before a
@@ -21,8 +21,8 @@ Not covered:
       delivered before the other was needed: each has its own.
     * A change that is undone before the next call.
     * An object whose pickle is another one each time: only rebinding the name is seen.
-    * What the program has changed between the fork of a worker (``mp_context="fork"``) and the
-      first call that needs it.
+    * Changes by the program between the fork of a worker (``mp_context="fork"``) and the first
+      call that needs them.
 
 No lock is held while code of the program is pickled: it may wait for another call, without end, or
 for a finalizer. A thread writes its findings into a draft of the table, and publishes the draft in

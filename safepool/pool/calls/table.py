@@ -116,8 +116,8 @@ class Table:
             base: The table that this one is a draft of.
 
         Returns:
-            The draft, and whether all news is in it: not what is about names of which the other
-            one has something new as well.
+            The draft, and whether it has all news: entries about a name stay out if the other
+            table has a newer one.
         """
         new = after.draft()
         if new._learned != self._learned:

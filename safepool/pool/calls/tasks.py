@@ -75,7 +75,7 @@ class Pickled(NamedTuple):
     needs: Sequence[Delivery]
 
 
-# How a future stands: who has claimed it, and what it has ended with.
+# State of a future: the thread that has claimed it, and its outcome.
 _RUN, _CANCEL = "run", "cancel"
 _Verdict = tuple[str, Any, "BaseException | None"]
 _CANCELLED: _Verdict = (_base.CANCELLED_AND_NOTIFIED, None, None)
@@ -207,7 +207,7 @@ class PoolFuture(Future[Any]):
         entry = [fn]
         callbacks: deque[list[Callable[[Future[Any]], object]]] = self._done_callbacks
         callbacks.append(entry)
-        # First this, then the look: who ends it does the two the other way round.
+        # First this, then the check: the ending thread does the two in the other order.
         if self.done():
             self._call(entry)
 
@@ -245,7 +245,7 @@ class PoolFuture(Future[Any]):
         """
         facts, verdict = self.__dict__, (_base.FINISHED, result, None)
         first = facts.setdefault("_verdict", verdict) is verdict
-        # After that: who asks for one of these looks for a verdict afterwards.
+        # After that: a thread that asks for one of these checks the verdict afterwards.
         return first and facts.keys().isdisjoint(_MADE_WHEN_ASKED)
 
     def begin(self) -> bool:
@@ -267,8 +267,8 @@ class PoolFuture(Future[Any]):
     def cancel_running(self) -> bool:
         """Become cancelled even if a worker runs it; ``False`` if it has already ended.
 
-        Those who wait for several futures are to be told (`tell`) by the scheduler's thread: an
-        interrupt of the caller's could leave the condition locked, and nobody told.
+        The scheduler's thread wakes those that wait for several futures (`tell`): an interrupt of
+        the caller could leave the condition locked, and the waiting threads asleep.
         """
         if not self.cancel():
             if self.__dict__.setdefault("_verdict", _CANCELLED) is not _CANCELLED:
@@ -292,7 +292,7 @@ class PoolFuture(Future[Any]):
         facts = self.__dict__
         mine = threading.RLock()
         mine.acquire()
-        # Nobody has asked for the condition: now who does waits for the end of this.
+        # The condition does not exist yet: a later request for it waits for the end of this.
         condition = facts.setdefault("_condition", mine)
         held = condition is mine or condition.acquire(timeout=_MOMENT_S)
         try:
@@ -435,7 +435,7 @@ _MADE_WHEN_ASKED: dict[str, Callable[[], Any]] = {
     "_latch": Latch,
 }
 
-# Of a scheduler's thread: its pool, and who calls the callbacks of its futures.
+# Attributes of a scheduler's thread: its pool, and the caller of its futures' callbacks.
 _callers = threading.local()
 
 
@@ -443,7 +443,7 @@ def callbacks_by(call: Callable[[Callable[[], None]], None], owner: object) -> N
     """Let callbacks of futures that this thread ends be called by ``call``.
 
     Args:
-        call: Runs what it is given, in order, in another thread.
+        call: Function that runs jobs, in order, in another thread.
         owner: Owner of the futures that this thread ends: it must not wait for one of them.
     """
     _callers.call, _callers.owner = call, owner

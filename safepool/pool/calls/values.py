@@ -55,7 +55,7 @@ class Pickled:
     """Names as they are pickled now.
 
     Attributes:
-        kinds: By name the type of a container, of which what it holds is pickled; else ``None``.
+        kinds: By name the type of a container whose content is pickled, or ``None``.
         by_identity: Workers have an object of their own: only another one is a change.
         there: Workers have it by themselves, as it is.
         draws: The same as in :class:`Delivery`.
@@ -85,10 +85,10 @@ class Looked:
 
     Attributes:
         look: Answer that identity alone gives.
-        printed: The pickle of what is in doubt; ``None`` if there is nothing.
+        printed: Pickle of the objects in doubt; ``None`` if there are none.
         replaced: That pickle is for comparing only.
         failed: Whether it cannot be made, as it was pickled in other company.
-        plain: There is one value, and identity tells all.
+        plain: There is one value, and its identity is enough.
     """
 
     look: Look
@@ -123,7 +123,7 @@ def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
 
     Args:
         values: Which.
-        by_identity: Identity tells all, whatever they are.
+        by_identity: Whether identity is enough, for any values.
     """
     if by_identity or (len(values) == 1 and is_plain(values[0])):
         return Looked(Look(), plain=True)
@@ -180,7 +180,7 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
 def pickle_additions(
     additions: Mapping[int, Addition],
 ) -> tuple[bytes, frozenset[str], Sequence[Shared[Any]]]:
-    """Pickle what the script has put into modules, each alone: what cannot be is left out.
+    """Pickle the script's changes to modules, each by itself; leave out those that fail.
 
     Args:
         additions: By a number, so that a worker makes each once.

@@ -62,8 +62,9 @@ class Walk:
     """The walk from some names to everything that they lead to.
 
     Args:
-        table: A draft, which gets what is new.
-        quiet: Leave out what cannot be pickled, and do not follow what functions use.
+        table: A draft, which gets the new entries.
+        quiet: Whether to leave out objects that cannot be pickled, and not to follow names in
+            functions.
 
     Attributes:
         reached: The names that there are.
@@ -121,7 +122,7 @@ class Walk:
             todo += known.names if known is not None else ()
 
     def _ask_ahead(self, roots: Iterable[str]) -> None:
-        """Ask what data is like where the script was run: for all of it at once."""
+        """Request the prints of all data at once, from the place where the script was run."""
         known, main = self._table.known, self._table.main
         assert main is not None
         data: list[str] = []
@@ -234,7 +235,7 @@ class Walk:
             return Pickled((name,), segments=[pickled], by_identity=True)
         if self._by_id is None:
             self._by_id = data_by_id()
-        # First: what is changed meanwhile, by another thread, is noticed with the next call.
+        # First: a change by another thread meanwhile is noticed with the next call.
         looked = look_at([value])
         one = pickle_names((name,), {})
         one.looked = looked

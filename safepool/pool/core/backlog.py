@@ -125,7 +125,7 @@ class Backlog:
         Args:
             room: Number of calls of a name to send on top of so many nanoseconds of work.
             expected_ns: Expected time of one call of a name.
-            among: Workers between whom what waits is to be divided.
+            among: Number of workers that share the waiting work.
             most: Number of tasks in all at most, nothing below 1.
 
         Returns:

@@ -65,7 +65,7 @@ class Ending:
         oom: Counts of the kernel, if its out-of-memory killer ended it.
         stage: Stage that it had reached.
         reading: The name of the function whose arguments it read.
-        dismissed: Whether it was told to stop, or was ended by the pool.
+        dismissed: Whether the pool told it to stop, or ended it.
         pool_ends: The pool ends all of them.
         condemned: Why the pool ended it in the middle of a task that is not wanted any more.
         exceeded: Memory of the worker, if the pool has ended it for that: a death like any other.

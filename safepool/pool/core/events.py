@@ -118,7 +118,7 @@ class Answered(NamedTuple):
 
 
 class Then(NamedTuple):
-    """Why calls are taken back: what is to be decided afterwards.
+    """Reason for taking calls back: the decision that follows.
 
     Attributes:
         overdue: The position of a call whose time is over; else 0.
@@ -175,7 +175,7 @@ class Sent(NamedTuple):
         given: Work that it has now, or that is being copied for it.
         back: Work that it must not have yet.
         exclusive: Nothing may follow until it is answered.
-        unsent: The position of what is being copied; else 0.
+        unsent: Position of the work that is being copied; otherwise 0.
         full: The same as in :class:`HandOut`, from now on.
     """
 
@@ -302,7 +302,7 @@ class HandOut(NamedTuple):
 
     Attributes:
         told: Number up to which workers must know names first.
-        full: Nothing is to be pickled before what is being pickled.
+        full: Whether no more may be pickled before the present pickling has ended.
     """
 
     told: bool = True
@@ -322,7 +322,7 @@ class Break(NamedTuple):
 
 
 class End(NamedTuple):
-    """Workers are to end: when they have done what they have, or by force.
+    """Workers are to end: after their calls, or by force.
 
     Attributes:
         force: The way to end it.

@@ -82,7 +82,7 @@ class Ledger(Generic[_W]):
             ``None`` if they were answered before.
 
         Raises:
-            ValueError: They are not what is owed next.
+            ValueError: They are not the next calls of the ledger.
         """
         if position >= self._next:
             raise ValueError(f"answer for position {position}, last sent {self.last}")

@@ -366,9 +366,8 @@ class Core:
         staying = [member for member in members if not member.leaving]
         # Not in the place of one that cannot be ended: the next would hang in the same way.
         most = max(1, self._size - self._lost) - len(staying)
-        # A worker that fails to start may break the pool. Whatever nobody wants is dropped here:
-        # without a worker nobody would take it, and a pool that has something waiting does not
-        # end.
+        # A worker that fails to start may break the pool. Cancelled work is dropped here: without
+        # a worker it would stay, and a pool with waiting work does not end.
         if (
             most <= 0
             or any(member.fails_to_start for member in members)
@@ -478,8 +477,8 @@ class Core:
             # Taken back from one further on; but it passes over the rest of a batch unseen.
             member.awaited = 0
         if member.phase is not Phase.CONDEMNED and member.next == position:
-            # It alone, with what was to follow in the same message: what was sent since then
-            # is not revoked, and may have begun.
+            # It alone, with the calls behind it in the same message: later messages are not
+            # revoked, and may have begun.
             self._queue_again([member.ledger.withdraw()])
             self._end_unwanted(member)
 
@@ -501,7 +500,7 @@ class Core:
                 )
             )
 
-    # The look at all workers: who is too many, too slow, or has had its time.
+    # The check of all workers: surplus ones, slow ones, and calls that exceed their timeout.
 
     def _step(self, event: e.Step) -> None:
         self._size, self._lost = event.size, event.lost
@@ -602,8 +601,8 @@ class Core:
             if _is_of(head, unwanted) and member.can_be_at(head.position + head.count - 1):
                 self._condemn(member, RuntimeError("cancelled"), stack=False)
             elif any(_is_of(work, unwanted) for work in member.ledger if work is not head):
-                # What was before it has ended, and its answers are on their way: only then is
-                # it sure that the signal meets this call.
+                # The calls before it have ended, and their answers are on their way: only then the
+                # signal is sure to meet this call.
                 self._unwanted.append((member, unwanted))
         if then.exceeded is not None and member.is_in_a_call:
             self._condemn(member, then.exceeded, stack=True)
@@ -661,7 +660,7 @@ class Core:
                 fault = fault or self._settle(results)
         back, choked_on = self._have_back(event)
         lost = [(*ledger.strike(), True) for _ in range(ledger.owed)]
-        # One that was large was not kept: what it refers to may have changed since (race H).
+        # A large call was not kept: objects that it refers to may have changed since (race H).
         lost += [(work, 0, False) for work in back if not _can_wait_again(work)]
         self._queue_again([work for work in back if _can_wait_again(work)])
         # A worker that the kernel kills for its memory and one that the pool kills count the same.
@@ -714,7 +713,7 @@ class Core:
             self._bear(member, ending)
 
     def _have_back(self, event: e.Died) -> tuple[list[Given], Span | None]:
-        """Take what a worker that has ended had not begun.
+        """Take the calls that an ended worker had not begun.
 
         Returns:
             That, and the calls whose arguments it read, all at once, when it ended.

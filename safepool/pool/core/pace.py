@@ -51,7 +51,7 @@ class Pace:
 
         Args:
             name: The function's.
-            held_ns: Expected time of what it holds.
+            held_ns: Expected time of the calls that it holds.
             idle: Whether it holds nothing.
 
         Returns:

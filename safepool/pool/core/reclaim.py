@@ -1,4 +1,4 @@
-"""From whom calls are taken back: none waits behind a long one, nor while a worker is idle.
+"""Choice of workers to give calls back, so that none waits behind a long one, or needlessly.
 
 Workers are sent short calls ahead (``pace``). Calls that one of them has not begun are better off
 with another worker when a call turns out to be long, or when another worker is idle.

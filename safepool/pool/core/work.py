@@ -53,8 +53,8 @@ class Run(Protocol):
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         most_at_once: Calls whose arguments are thought to fit one message.
         waiting: Work that no worker has, in order.
-        stopped: Nobody wants, or nobody will compute, the rest.
-        dropped: Nobody will take further results.
+        stopped: The rest is not needed, or cannot be computed.
+        dropped: No further results will be taken.
         queued: Whether it is in the backlog.
         held: No further calls are sent, as too much waits to be taken.
         is_full: Whether as much does, and somebody can take it.
@@ -129,7 +129,7 @@ class Call:
         return True
 
     def tasks_in(self, calls: int) -> float:
-        """Tell how many tasks so many calls are."""
+        """Return the number of tasks in that many calls."""
         return calls
 
     def split(self, at: int) -> Self:

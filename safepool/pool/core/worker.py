@@ -1,4 +1,4 @@
-"""A worker as the core knows it: what it owes, how far it was seen to come, and its phase.
+"""A worker as the core knows it: its open calls, its last known progress, and its phase.
 
 `Phase` only ever goes up, and only the core moves it (``machine``):
 
@@ -60,9 +60,11 @@ class Member:
         tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
         claimed: The last position that it was seen to have claimed.
         since_ns: When it did.
-        awaited: The first position of what was taken back from it last; 0 once it came there.
+        awaited: First position of the calls that were last taken back from it; 0 once it came
+            there.
         sent_ns: When it was last sent something.
-        unsent: The position of what is being copied for it; nothing else is sent meanwhile. Or 0.
+        unsent: Position of the work that is being copied for it; nothing else is sent meanwhile.
+            Or 0.
         exclusive: Whether nothing may follow the work that it holds.
         overdue: The position whose time was over at the last look.
         idle_since_ns: Since when it was seen to have nothing to do.
@@ -97,7 +99,7 @@ class Member:
 
     @property
     def dismissed(self) -> bool:
-        """Whether its end is what the pool wants, or what a failed initializer leads to."""
+        """Whether the pool wants its end, or a failed initializer leads to it."""
         return self.phase in (Phase.STOPPING, Phase.FAILED)
 
     @property
@@ -113,7 +115,7 @@ class Member:
 
     @property
     def is_in_a_call(self) -> bool:
-        """Whether what it is to answer next is what it runs, as far as it was seen."""
+        """Whether the next call to be answered is the running one, as far as it was seen."""
         return self.next > 0 and (not self.has_board or self.claimed == self.next)
 
     @property
@@ -136,11 +138,11 @@ class Member:
 
     @property
     def takes_more(self) -> bool:
-        """Whether anything may be sent to it behind what it has."""
+        """Whether it may be sent anything behind its present calls."""
         tail = self.ledger.tail
         if tail is None:
             return not self.unsent
-        # What is behind a bound chunk could not be taken back without a part of that.
+        # Calls behind a bound chunk could not be taken back without a part of the chunk.
         return self.has_board and not (self.exclusive or self.unsent or tail.bound)
 
     @property
@@ -150,7 +152,7 @@ class Member:
 
     @property
     def may_be_unheard(self) -> bool:
-        """Whether what it is to do next may be had back if it has not come to it."""
+        """Whether its next call may be taken back if it has not come to it."""
         return (
             self.ledger.owed > 0
             and self.has_board

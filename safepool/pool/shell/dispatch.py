@@ -246,7 +246,7 @@ class Dispatch:
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
         """Return the pieces of a payload that was copied.
 
-        If there are none it failed; then what is to be queued again.
+        Without events it failed: return the work to queue again.
         """
         work, error = packing.work, packing.error
         if error is None:
@@ -642,7 +642,7 @@ class Dispatch:
         self._first = self.names.needed(names)
 
     def bring_settings(self, worker: Worker) -> Pieces:
-        """Return a message with the settings that have changed since a worker was last told."""
+        """Return a message with the settings that have changed since the worker's last one."""
         changed = self.telling.changed_for(worker)
         pieces: Pieces = []
         for _, needs in changed:

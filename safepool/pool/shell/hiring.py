@@ -43,7 +43,7 @@ class Hiring:
 
     Args:
         method: The way of starting workers.
-        told: Facts that each of them is told.
+        told: Facts for each of them.
         initializer: Run once in each worker before its first task.
         initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
@@ -54,7 +54,8 @@ class Hiring:
     Attributes:
         names: Names of ``__main__`` that workers have under its own name.
         inheritance: Content of the first message to a new worker.
-        need: Told the names of the script that the initializer asks for, when it is pickled.
+        need: Function that gets the names of the script that the initializer uses, when it is
+            pickled.
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
@@ -147,7 +148,7 @@ class Hiring:
             )
 
     def take_packed(self) -> None:
-        """Let workers that are started from now on get what was pickled.
+        """Give workers that are started from now on the pickled initializer.
 
         Raises:
             PoolBrokenError: The initializer cannot be pickled.
@@ -196,7 +197,7 @@ class Hiring:
         return worker
 
     def refused(self, error: BaseException, *, alone: bool) -> PoolBrokenError | None:
-        """Decide what a start that failed means.
+        """Decide about a failed start.
 
         Args:
             error: Why, as ``refusals.explain`` returns it.

@@ -1,8 +1,8 @@
 """Log records in the program: those of its workers, and the pool's own.
 
 Both are handled by handlers that the program has chosen, in a thread of their own: they may be
-slow, and wait for the pool. Their exceptions are reported as :mod:`logging` does it, on stderr,
-and disturb neither pool nor task (``workers.contained``).
+slow, and wait for the pool. Their exceptions are reported as by :mod:`logging`, on stderr, and do
+not disturb pool or task (``workers.contained``).
 
 Records of a call are handled before its result arrives, unless that takes long. When handlers are
 slow a thousand records wait; further ones are dropped, and counted.

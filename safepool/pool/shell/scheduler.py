@@ -36,8 +36,8 @@ Races, each handled where its letter stands, here or in the core (A to C: ``staf
     E  The pool object is dropped by the garbage collector in any thread, under any lock:
        the weak reference's callback sets a flag and wakes the thread, nothing more. (The
        callback of an unused iterator of a ``map`` takes the remaining items.)
-    F  The interpreter shuts down: it refuses new processes, so the first worker is started
-       before submit() returns, and what cannot be run any more fails instead of waiting.
+    F The interpreter shuts down: it refuses new processes, so the first worker is started before
+    submit() returns, and later calls fail instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
     H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
        another. Only a large one that was sent in part is lost with its worker.

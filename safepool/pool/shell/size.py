@@ -1,4 +1,4 @@
-"""Number of workers that a pool may have: set by hand, or what the limits leave now."""
+"""Number of workers that a pool may have: set by hand, or by the present limits."""
 
 from __future__ import annotations
 

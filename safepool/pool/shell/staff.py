@@ -189,7 +189,8 @@ class Staff:
 
         Args:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
-            awake: Called when the waiting is over. Returns whom to listen to in any case.
+            awake: Called when the waiting is over. Returns the descriptors to listen to in any
+                case.
         """
         for worker in self._all:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
@@ -252,7 +253,7 @@ class Staff:
         """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``.
 
         Args:
-            worker: Whom.
+            worker: The worker.
             at_once: Do not ask.
         """
         if worker.killed:

@@ -372,8 +372,8 @@ class Turns:
         pack: Returns number and pickle of calls if a worker needs nothing else for them.
         queued: Work that was brought to the scheduler, and not taken.
         wake: Wakes its thread.
-        is_same_user: Function that tells whether the program has the user for whom workers were
-            started.
+        is_same_user: Function that returns whether the program still has the user for whom workers
+            were started.
         settling: Object that counts the calls that were ended here.
         pace: Expected times of calls.
         allowed: No option of the pool is against it.
@@ -543,7 +543,7 @@ class Turns:
 
         Args:
             staff: The workers.
-            tell: Told of what was done by each lane.
+            tell: Called with the work of each lane.
 
         Returns:
             Workers with a call under way, which has become one of their ledger.

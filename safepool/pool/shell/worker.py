@@ -47,7 +47,7 @@ class Worker(Member, WorkerProcess):
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
         settings: Settings of the program that it was sent last, by name.
-        told: Settings that it was told, all in all.
+        told: All settings that it was sent.
         shared: Numbers of the shared objects that it keeps.
         logged: Whether its last message was a log record.
         memory_look_ns: When its memory is next to be looked at.

@@ -39,10 +39,10 @@ __all__ = ["EVERY_S", "TraceFile"]
 
 _log = ContainedLogger()
 
-# Between two writes: what a kill costs, and twice a second is nothing.
+# Pause between two writes: a kill loses that time, and writing twice a second costs nothing.
 EVERY_S = 0.5
-# What waits longer in memory is written at once; a disk that is slower than that for long loses
-# events, not the program its memory.
+# A larger backlog in memory is written at once. A disk that stays slower than that loses events,
+# and not the program its memory.
 _MANY_BYTES = 256 * 1024
 _MOST_BYTES = 16 << 20
 # For the last writes, when the pool ends.
@@ -81,11 +81,11 @@ class TraceFile:
         return self._descriptor >= 0
 
     def descriptors(self) -> list[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return [self._descriptor] if self._descriptor >= 0 else []
 
     def start(self, look: Callable[[], object]) -> None:
-        """Write from now on what is added, and call ``look`` before each time."""
+        """Write new lines from now on, and call ``look`` before each write."""
 
         def run() -> None:
             while not self._ending:
@@ -119,7 +119,7 @@ class TraceFile:
                 self._write()
 
     def flush(self) -> None:
-        """Write what was added. Only before :meth:`start`."""
+        """Write the new lines. Only before :meth:`start`."""
         self._write()
 
     def close(self, last: str = "") -> None:
@@ -154,7 +154,7 @@ class TraceFile:
             while data:
                 data = data[os.write(descriptor, data) :]
         except OSError as error:
-            try:  # what was written of the last lines ends in the middle of one
+            try:  # a part of the last lines was written
                 os.ftruncate(descriptor, self._good_bytes)
             except OSError:
                 pass  # no regular file
@@ -179,7 +179,7 @@ class TraceFile:
 
 def _open(path: str) -> int:
     flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
-    # One that nobody reads is refused instead of waited for.
+    # A pipe without a reader is refused instead of waited for.
     flags |= getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = open_named(path, flags)

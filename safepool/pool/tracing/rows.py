@@ -1,12 +1,12 @@
 """A worker's row in a trace: which call ran from when to when, and how it ended.
 
-Two tell of it. The scheduler knows which calls were answered and how, the worker when each began
-and ended (``workers.timed``). Both come in the order of positions, either may come first, and here
-they are joined.
+Two sources report it. The scheduler knows which calls were answered and how, the worker when each
+began and ended (``workers.timed``). Both come in the order of positions, either may come first,
+and here they are joined.
 
 Not covered:
-    * What a worker that was killed had ended but not sent: its times are estimated from those
-      of the calls around.
+    * Calls that a killed worker had ended but not reported: their times are estimated from the
+      calls around them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Row:
 
     Args:
         number: From 1.
-        events: Where what happens is written.
+        events: Receiver of the events.
         hired_ns: When its worker was started.
 
     Attributes:
@@ -80,7 +80,7 @@ class Row:
             self._join()
 
     def time(self, times: Iterable[Timed]) -> None:
-        """The worker has told when calls began and ended."""
+        """The worker has sent the times of calls."""
         self._times += times
         if self._settled:
             self._join()
@@ -94,7 +94,7 @@ class Row:
         """The worker has ended.
 
         Args:
-            since_ns: When it began what it ran last.
+            since_ns: Begin of its last call.
             now_ns: When it was seen to have ended.
             lost: Calls that it took along, each with the work it is a part of, the place in it,
                 the outcome, and which attempt it was.

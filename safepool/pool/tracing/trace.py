@@ -1,4 +1,4 @@
-"""The listener that makes a trace of a pool: what it hears goes to the rows of the workers."""
+"""The listener that makes a trace of a pool: it passes events to the rows of the workers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Trace(Listener):
         self._cpu_ns = 0
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return self._events.descriptors()
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
@@ -72,7 +72,7 @@ class Trace(Listener):
         self._events.start(self._tick)
 
     def close(self) -> None:
-        """Write what is left, and close the file. Twice is once."""
+        """Write the remaining lines, and close the file. Twice is once."""
         if self._events.ours:
             self._tick(last=True)
         self._events.close()
@@ -82,7 +82,7 @@ class Trace(Listener):
         self._events.of_pool("resize", before=before, after=after, why=why)
 
     def timed(self, worker: Worker, segments: Sequence[Buffer]) -> None:
-        """A worker has told when calls began and ended.
+        """A worker has sent the times at which calls began and ended.
 
         Raises:
             CorruptFrameError: The worker has sent no times.
@@ -91,7 +91,7 @@ class Trace(Listener):
         with self._lock:
             self._rows[worker].time(times)
 
-    # What is put in the place of the pool's functions.
+    # Replacements of the pool's functions.
 
     def of_calls(self, bring: Bring) -> Bring:
         """Note when calls are submitted."""
@@ -114,7 +114,7 @@ class Trace(Listener):
         return noted
 
     def of_events(self, handle: Handle) -> Handle:
-        """Hear of workers that come, and of a pool that breaks before what they owe is struck."""
+        """Note new workers, and a breaking pool before its workers' calls are removed."""
         hears: dict[type[Event], Callable[[Any], None]] = {
             Hired: self._hired,
             Ready: self._ready,
@@ -156,7 +156,7 @@ class Trace(Listener):
 
         return heard
 
-    # What is heard, in the scheduler's thread.
+    # Events in the scheduler's thread.
 
     def _hired(self, event: Hired) -> None:
         with self._lock:
@@ -181,7 +181,7 @@ class Trace(Listener):
 
     def _ended(self, action: Bury) -> None:
         worker, ending = action.worker, action.ending
-        # What it began last; of the shortest calls it says so seldom.
+        # The call that it began last; of the shortest calls it reports few.
         since = worker.sent_ns if worker.board is None else worker.board.since_ns
         lost: Sequence[Lost] = ending.lost
         with self._lock:
