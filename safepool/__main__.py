@@ -8,7 +8,7 @@ import sys
 if __name__ == "__main__":
     # ``-m`` puts the current folder first: a file there, logging.py for one, would be run in the
     # place of a library. Neither the command nor this module imports from there, but child
-    # processes look for safepool where this module comes from.
+    # processes look there for safepool if this module comes from there.
     here: str = os.getcwd()
     if not sys.flags.safe_path and sys.path[:1] in ([here], [""]):
         del sys.path[0]

@@ -119,19 +119,19 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
         threads_per_worker: The most threads of each native pool in a worker, at least 1. The
             number of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` means the same.
-        rounding: Treatment of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here
-            1.5 CPUs are two workers: a program that waits for its calls has no use for what
-            ``"floor"`` leaves to it, and one worker does two thirds of the work
-            (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must
-            not be frozen.
+        rounding: Treatment of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here 1.5
+            CPUs are two workers: a program that waits for its calls does not need the fraction
+            that ``"floor"`` leaves to it, and one worker does two thirds of the work
+            (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must not
+            be frozen.
         timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
             and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
             joblib's own ``timeout`` counts the time that the caller waits for a batch. A call that
             is sequential cannot be ended, and a warning says so once.
         retries: Number of times that a task is run again after its worker died, at least 0, and
             with it those that travelled in the same batch.
-        memory_per_worker: Bytes, or text such as ``"2GiB"``: ``n_jobs=-1`` is no more workers
-            than fit into what the control groups have left.
+        memory_per_worker: Memory that one worker needs, in bytes or as text such as ``"2GiB"``.
+            ``n_jobs=-1`` is no more workers than the free memory of the control groups holds.
         memory_limit: The same as for :class:`safepool.ProcessPool`: the most that a worker may
             hold while it runs a batch of tasks. A call that is sequential cannot be ended, and a
             warning says so once.
@@ -147,8 +147,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
             is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
             the other modes see this module. A call may say it for itself.
         max_nbytes: Bytes, or text such as ``"1M"``: a larger array is placed once for all tasks of
-            a call. ``None`` places none. ``"auto"`` is joblib's, one mebibyte unless it was told
-            otherwise.
+            a call. ``None`` places none. ``"auto"`` is joblib's own value, by default one
+            mebibyte.
         prefer: ``"processes"`` has workers for calls that merely prefer threads as well: for tasks
             that keep Python's lock to themselves all the same.
         idle_worker_timeout: Seconds after which a worker ends that has nothing to do, after the

@@ -53,8 +53,7 @@ class Half:
         cut_off: Whether the half was ended because its time was up.
         error: The last line of a child that ended early.
         throttling: Number of times that the kernel froze the group between the end of the child's
-            imports and the last result; ``None`` if there is no quota or the kernel does not
-            tell.
+            imports and the last result; ``None`` without a quota, or if unknown.
     """
 
     pool: str
@@ -107,9 +106,9 @@ class Report:
         points: Size of each.
         cpus_asked: Quota that the user asked for, or ``None``.
         bound_s: Seconds after which a half is cut off.
-        versions: Versions of Python and of what the tasks use, by name.
+        versions: Versions of Python and of the tasks' libraries, by name.
         pretend_host_cpus: CPUs that both halves believe in; ``None`` for the machine's.
-        machine_cpus: CPUs of the machine, whoever may use them.
+        machine_cpus: CPUs of the machine.
         limit: The ceiling that binds in both halves; its ``cpus`` is ``None`` where none is
             known.
         no_group: Why there is no quota although one was asked for; ``None`` otherwise.
@@ -267,7 +266,7 @@ class Report:
             )
         if self.cpus <= 1:
             return said
-        known = standard.workers  # None where nothing tells of processes
+        known = standard.workers  # None where the system shows no processes
         workers = "workers" if known is None else counted(known, "worker")
         return (
             f"{said} 'safepool demo --cpus 1' shows what happens when the same {workers} of the "

@@ -290,7 +290,7 @@ def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
 
     Returns:
         The effects of each import, in the same order. After a crash the others are imported again,
-        without the one that crashed: what each brought depends on what was there.
+        without the one that crashed: each library's share depends on the libraries before it.
 
     Raises:
         DoctorError: The process ended before it imported anything.

@@ -73,8 +73,8 @@ _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _SAMPLE_S = 0.3
 _LONGER = 5
 
-# As concurrent/futures/process.py: os.cpu_count() until 3.12, and since 3.13 what the
-# affinity mask and PYTHON_CPU_COUNT leave of it.
+# The same as in concurrent/futures/process.py: os.cpu_count() until 3.12; since 3.13 the number
+# that the affinity mask and PYTHON_CPU_COUNT allow.
 _standard_count = getattr(os, "process_cpu_count", os.cpu_count)
 
 
@@ -393,8 +393,8 @@ def _sampled(
 
 
 def _joblib_count() -> int | None:
-    # By its copy of loky, whose folder is imported under a name of ours: joblib itself would
-    # import NumPy, and start the threads that this command is asked about.
+    # By its copy of loky, whose folder is imported under another name: joblib itself would import
+    # NumPy, and start the threads that this command is to report.
     found = importlib.util.find_spec("joblib")
     if found is None or not found.submodule_search_locations:
         return None

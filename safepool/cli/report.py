@@ -51,7 +51,7 @@ _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
 _MOST = 1e16
 # A longer line, of another file, is read in pieces of it.
 _LONGEST_LINE = 16 << 20
-# A shorter run is not judged: the start of workers, and what they import, takes up to a second.
+# A shorter run is not judged: starting workers, with their imports, takes up to a second.
 _LEAST_S = 2.0
 # Rounding error of adding and dividing times.
 _ROUNDING_S = 1e-5

@@ -424,7 +424,7 @@ class Shell:
         self.shut_down(wait=True, end="terminate" if interrupted else "")
 
     def descriptors(self) -> Sequence[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return () if self.trace is None else [*self.trace.descriptors()]
 
     def workers(self) -> list[Worker]:

@@ -9,8 +9,8 @@ Times travel with the answers of calls, so a trace costs neither engine nor netw
                                               the program: the outcome, when they were submitted
     node opened, node lost                    the shell
 
-The clock of each node is set against the program's by the answer that was the fastest to arrive:
-what is shown of a node is too late by the time that took, some milliseconds at the most.
+The clock of each node is set against the program's by the fastest answer: events of a node are too
+late by the time that it took, some milliseconds at the most.
 
 Not covered:
     * When a call began whose worker died: it is shown from the end of the one before it.
@@ -92,7 +92,7 @@ class ClusterTrace:
         self._look_at_ns = 0
 
     def descriptors(self) -> Iterable[int]:
-        """Return what a forked worker must not keep."""
+        """Return the descriptors that a forked worker must close."""
         return self._events.descriptors()
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
@@ -106,7 +106,7 @@ class ClusterTrace:
         self._events.start(self._tick)
 
     def close(self) -> None:
-        """Write what is left, and close the file. Twice is once."""
+        """Write the remaining lines, and close the file. Twice is once."""
         if self._events.ours:
             self._tick(last=True)
         self._events.close()

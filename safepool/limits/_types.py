@@ -117,7 +117,7 @@ class OpenFilesLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedMemory:
-    """The size of ``/dev/shm`` (docker gives 64 MB unless told otherwise).
+    """The size of ``/dev/shm`` (docker's default is 64 MB).
 
     Attributes:
         bytes: Size of the file system.

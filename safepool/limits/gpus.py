@@ -38,8 +38,8 @@ class Gpus:
     """The devices that this process may use.
 
     Attributes:
-        lists: For each variable that says which a process may use, what it may say: one entry for
-            each device.
+        lists: For each variable that selects devices, its possible values: one entry for each
+            device.
         source: The variable or folder that was read.
         is_said: ``True`` if a variable lists them; ``False`` if devices were counted, and some may
             be invisible.

@@ -5,8 +5,8 @@ Two files of ``/proc`` in, their meaning out. It opens no other file.
 Sources: cgroups(7), cgroup_namespaces(7); Linux, Documentation/admin-guide/cgroup-v2.rst.
 
 Not covered:
-    * A thread with mounts of its own (``unshare(CLONE_NEWNS)`` in one thread): the
-      process's mounts are read.
+    * A thread with separate mounts (``unshare(CLONE_NEWNS)`` in one thread): the process's mounts
+      are read.
 """
 
 from __future__ import annotations

@@ -384,8 +384,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
                 function is run there by ``asyncio.run()``.
             *args: Its positional arguments. They are pickled at once if a worker is idle,
                 otherwise when a worker takes the task. Pickling that runs code of the program
-                (``__reduce__``, ``__getstate__``) has a thread of its own, so that it may wait,
-                even for this pool. Large arrays are copied once; the task may write to its copy. A
+                (``__reduce__``, ``__getstate__``) has a separate thread, so that it may wait, even
+                for this pool. Large arrays are copied once; the task may write to its copy. A
                 ``numpy.memmap`` maps its file again. Place an object that many tasks need with
                 :func:`safepool.share`.
             **kwargs: Its keyword arguments.

@@ -43,7 +43,8 @@ class WorkerInfo:
 
     Attributes:
         pid: Process id.
-        index: Its place in the pool, as :func:`safepool.worker_index` says there.
+        index: Number of the worker in its pool, the same as :func:`safepool.worker_index` in the
+            worker.
         state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
             otherwise ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after its
             present ones.

@@ -7,9 +7,9 @@
 So a counter, a cache or a setting of a module is the module's own in a worker, as in the standard
 pool, and an object that cannot be pickled (a lock, a client) need not be.
 
-The script's source tells which module a name came from. Where there is none (standard input), it
-is the module that has the same object under the same name; or, for what cannot be pickled and for
-small containers, under another one.
+The script's source tells which module a name came from. Without a source (standard input), it is
+the module that has the same object under the same name. For objects that cannot be pickled and for
+small containers, the name may differ.
 
 Not covered:
     * Objects that the script got by a call (``get_settings()``): they travel as copies.

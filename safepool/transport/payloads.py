@@ -103,8 +103,8 @@ def dumps_to_send(
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
 
     Args:
-        value: Sockets and connections may be in it, and whatever else ``multiprocessing`` has been
-            taught to hand over.
+        value: May contain sockets, connections and other types with a reducer of
+            ``multiprocessing``.
         into_main: The same as for :func:`dumps`.
         by_value: The same as for :func:`dumps`.
 

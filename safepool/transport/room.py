@@ -4,9 +4,10 @@ A copy on its way between pool and worker counts for the control group, and a me
 process: out of memory, the kernel would end a process that is not to blame. A copy that does not
 fit is refused instead, and costs the one call that it belongs to.
 
-A look costs about 0.1 ms. So it is not taken for each copy: after a look a part of what was left
-may be copied without another, for a second. Several processes look by themselves, and at each step
-of a long copy again, so that two that begin at the same time do not both count on the same memory.
+A look costs about 0.1 ms. So it is not taken for each copy: after a check a part of the remaining
+memory may be copied without another, for a second. Several processes look by themselves, and at
+each step of a long copy again, so that two that begin at the same time do not both count on the
+same memory.
 
 Not covered:
     * Copies of many workers between two checks, and memory that tasks use meanwhile: then the

@@ -43,8 +43,8 @@ def share(obj: _T, *, writable: bool = False) -> _T:
         obj: Anything that can be pickled. Workers share the buffers of its arrays (those of
             NumPy, pandas, Arrow and others that support pickle protocol 5). Each worker unpickles
             the rest once.
-        writable: ``True`` gives each task its own writable view of the arrays: pages that a
-            task writes to are copied, and nobody else sees the change. ``False`` makes arrays
+        writable: ``True`` gives each task its own writable view of the arrays: pages that a task
+            writes to are copied, and no other process sees the change. ``False`` makes arrays
             read-only, and all tasks of a worker get the same object.
 
     Returns:

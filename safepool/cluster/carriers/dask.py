@@ -98,7 +98,7 @@ _RECONNECT_S = 10.0
 # way. An argument of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
 _LARGE_BYTES = 1 << 20
 # A worker that this process can reach answers within so long. Until then, and if it does not, the
-# scheduler passes on what is sent.
+# scheduler forwards the messages.
 _REACH_S = 5.0
 _PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
 _GONE = frozenset({"closing", "closed"})

@@ -87,9 +87,9 @@ _MOMENT_S = 0.02
 class PoolFuture(Future[Any]):
     """A future without a lock that could be held while a signal handler runs.
 
-    So a handler may wait for any call, whatever code it has interrupted. The base class holds a
-    condition in ``result()`` and ``cancel()``, and the thread that ends the future needs the same
-    condition.
+    So a handler may wait for any call, independent of the code that it has interrupted. The base
+    class holds a condition in ``result()`` and ``cancel()``, and the thread that ends the future
+    needs the same condition.
 
         claim     _RUN or _CANCEL: one of them, by ``dict.setdefault``, in one step
         verdict   state, result and exception: the first one counts, by the same

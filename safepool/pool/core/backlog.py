@@ -154,7 +154,7 @@ class Backlog:
 
     def _hold(self, run: Run) -> bool:
         """Let the first run wait if it is full."""
-        # Said before it is looked at: whoever takes a result does it the other way round.
+        # Set before the check: a thread that takes a result does the two in the other order.
         run.held = True
         run.held = run.is_full
         if run.held:

@@ -50,8 +50,8 @@ _ROUNDING = 1e-6
 _PRESSED_NS = 5_000_000
 # Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
 _MOST_LOST = 2
-# So long the place of a worker that ends is kept, so that two processes hardly ever have one: what
-# is named by it, a port or a device, may still be in use.
+# Time for which the place of an ending worker is kept, so that two processes rarely have the same:
+# a port or a device with its number may still be in use.
 _PLACE_NS = 1_000_000_000
 _NOTHING = e.Then()
 
@@ -716,7 +716,8 @@ class Core:
         """Take the calls that an ended worker had not begun.
 
         Returns:
-            That, and the calls whose arguments it read, all at once, when it ended.
+            The calls that it had not begun, and the calls whose arguments it read when it ended,
+            which fail at once.
         """
         member, ledger = event.worker, event.worker.ledger
         if not member.has_board:

@@ -1,4 +1,4 @@
-"""Work that workers are given: a call of its own, or calls of a map that travel together.
+"""Work for workers: a single call, or calls of a map that travel together.
 
 The caller's side adds the message and the place of the result (``tasks``, ``mapping``), which this
 module does not look at.
@@ -28,7 +28,7 @@ class Work(Protocol):
         count: Number of calls, at least 1.
         done: Number of them that are settled.
         expected_ns: Expected time of each.
-        bound: They stay together, whatever waits meanwhile.
+        bound: They stay together, even if other workers are idle.
     """
 
     position: int
@@ -142,14 +142,14 @@ class Span:
     """Calls of one run that follow each other: sent together, or taken back.
 
     Attributes:
-        run: Theirs, the :class:`Run` of whoever hands it over.
+        run: The :class:`Run` of their map.
         start: The index of the first.
         items: The arguments of each.
         attempts: Number of times that the first was begun and lost with its worker.
         alone: Whether it holds one call that must not travel with others.
         apart: Each item was pickled by itself.
-        bound: A chunk whose calls have something in common that one of them could change: it
-            is not divided, so that the others see that, as in the standard pool.
+        bound: Whether the calls of a chunk share an object that one of them could change. Such a
+            chunk is not divided, so that the others see the change, as in the standard pool.
         pickled: The pickle of its items, if it was made before a worker had room: nothing looks
             into it here. The span then stays in one piece.
         noted: Notes of a listener; not set without one.
@@ -192,7 +192,7 @@ class Span:
     def is_followed_by(self, other: Span) -> bool:
         """Tell whether both can be one: none of their calls has begun or must travel alone.
 
-        Nor may they be of two chunks, which have nothing in common in a worker.
+        Nor calls of two chunks, which share nothing in a worker.
         """
         at_once = self.run.at_once
         return (

@@ -210,7 +210,7 @@ class Dispatch:
             if not packing.wanted:  # it was taken back, or its worker has ended
                 events.append(Copied(worker))
             elif isinstance(work, Span) and work.run.dropped:
-                # The worker was meanwhile told to forget the function.
+                # The worker has meanwhile received an order to forget the function.
                 events.append(NotSent(worker, packing.position, [work]))
             else:
                 pieces, again = self._finish(packing)

@@ -59,7 +59,7 @@ class Hiring:
         not_before: When to try again, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
-        hired: Set by whoever has the first worker on its list, or when there will be none.
+        hired: Set when the first worker is on the list, or when there will be none.
         given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
             during a slow start.
     """

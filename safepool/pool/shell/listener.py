@@ -9,8 +9,7 @@ The pool asks its listener once, when it is made, for what to call in the place 
     of_actions    what does each kind of action              scheduler   actions
     of_answers    what settles calls by their answers        scheduler   what calls have raised
 
-So a pool to which nobody listens calls its own functions. Rare events are reported by calls
-instead.
+So a pool without a listener calls its own functions. Rare events are reported by calls instead.
 """
 
 from __future__ import annotations

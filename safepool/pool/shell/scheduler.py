@@ -30,14 +30,14 @@ by the board that it shares with the worker (``workers.board``). It does so when
 idle, a task turns out to be long, a task exceeds its timeout, or the worker dies.
 
 Races, each handled where its letter stands, here or in the core (A to C: ``staff``):
-    D  A callback of a future submits to, shuts down or breaks this pool: nobody waits for
-       the thread that it runs in. A finalizer that the collector runs in the scheduler's thread
-       and that waits for a call of the pool gets an error.
+    D  A callback of a future submits to, shuts down or breaks this pool: no thread waits for
+       its thread. A finalizer that the collector runs in the scheduler's thread and that waits
+       for a call of the pool gets an error.
     E  The pool object is dropped by the garbage collector in any thread, under any lock:
        the weak reference's callback sets a flag and wakes the thread, nothing more. (The
        callback of an unused iterator of a ``map`` takes the remaining items.)
-    F The interpreter shuts down: it refuses new processes, so the first worker is started before
-    submit() returns, and later calls fail instead of waiting.
+    F  The interpreter shuts down: it refuses new processes, so the first worker is started
+       before submit() returns, and later calls fail instead of waiting.
     G  The program forks: the child has no scheduler thread; its submit() says so.
     H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
        another. Only a large one that was sent in part is lost with its worker.
