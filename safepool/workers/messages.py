@@ -142,13 +142,13 @@ def read_answers(
 
     Args:
         data: All that has arrived.
-        position: Of the first call.
-        count: How many there are.
+        position: Position of the first call.
+        count: Number of the answers.
         loads: Reads the pickle of one result.
 
     Raises:
         ValueError: They are cut off.
-        Exception: What ``loads`` raised.
+        Exception: The exception of ``loads``.
 
     Example:
         >>> read_answers(b"".join(values_frame(7, 5, [1, None])), 7, 2, pickle.loads)

@@ -118,7 +118,7 @@ class _Lane:
         watched: The scheduler listens to it, and its thread alone reads the answers.
         first: The position of the first turn.
         turn: The last one; an earlier one if a caller was interrupted.
-        spent: As of `Turned`.
+        spent: The same as in `Turned`.
     """
 
     __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
