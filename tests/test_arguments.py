@@ -245,6 +245,32 @@ def test_a_cluster_pool_has_each_argument_of_a_pool_or_says_why_not() -> None:
             safepool.ClusterPool(None, **{name: 2})
 
 
+# Names of the standard pool that a cluster pool does not have: its workers are elsewhere.
+OF_THIS_MACHINE = {"_broken", "_max_workers", "_processes"}
+
+
+def test_each_difference_of_a_cluster_pool_is_documented() -> None:
+    _, _, after = str(safepool.ClusterPool.__doc__).partition("Differences from ``ProcessPool``::")
+    told = set(
+        re.findall(
+            r"\w+",
+            "".join(
+                line.strip().partition("  ")[0].partition("(")[0] + " "
+                for line in after.split("\n\n")[1].splitlines()
+            ),
+        )
+    )
+    # Those of the executor itself, and its inner ones that no pool of ours uses.
+    standard = set(dir(concurrent.futures.Executor)) | {"_inherits"}
+    own = {name for name in vars(safepool.ProcessPool) if name not in standard}
+    assert own - set(dir(safepool.ClusterPool)) == OF_THIS_MACHINE
+    of_cluster = set(dir(safepool.ClusterPool)) - set(dir(safepool.ProcessPool))
+    assert of_cluster == {"nodes"}
+    assert OF_THIS_MACHINE | of_cluster | set(REFUSED) | {"preload", "resize", "size"} <= told
+    # Same arguments, and an answer of another form.
+    assert {"workers", "dump_tracebacks"} <= told
+
+
 def test_a_cluster_pool_has_each_method_of_a_pool() -> None:
     def public(kind: type) -> dict[str, Any]:
         return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 TOUR = """
-import threading, numpy as np
+import asyncio, threading, numpy as np
 from concurrent.futures import CancelledError, as_completed
 from pickle import PicklingError
 
@@ -72,6 +72,9 @@ def error_of(call):
     except BaseException as error:
         return type(error).__name__, str(error)[:60], type(error.__cause__).__name__
 
+async def awaited(pool):
+    return [await pool.run(times, 2), sorted([one async for one in pool.amap(times, range(3), ordered=False)])]
+
 def counted(path):
     with open(path, "a") as file:
         file.write("x")
@@ -86,6 +89,7 @@ with Client(sys.argv[1]) as client:
         told(ordered=list(pool.map(times, range(2000))) == [3 * x for x in range(2000)])
         told(generator=list(pool.map(times, (x for x in range(5)))), two=list(pool.map(pow, [2, 3], [3, 2])))
         told(unordered=sorted(pool.map(times, range(50), ordered=False)))
+        told(awaited=asyncio.run(awaited(pool)))
         told(nodes=sorted(set(pool.map(where, range(40)))))
         told(caps=sorted({n for found in pool.map(pools, range(4)) for n in found}))
         found = list(pool.map(fragile, range(12), return_exceptions=True))
@@ -146,6 +150,7 @@ FACTS: dict[str, Any] = {
     "generator": [0, 3, 6, 9, 12],
     "two": [8, 9],
     "unordered": [3 * x for x in range(50)],
+    "awaited": [6, [0, 3, 6]],
     "caps": [1],
     "alone": [*["int"] * 5, "WorkerDiedError", *["int"] * 6],
     "code": 7,

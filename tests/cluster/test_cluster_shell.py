@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +38,6 @@ from safepool.pool.calls import mapping
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
 
 class Engine:
@@ -496,6 +497,20 @@ def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
 
 
 @pytest.mark.usefixtures("short_lives")
+def test_progress_counts_calls_of_all_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm", reason="pip install 'safepool[progress]'")
+    with ThreadPoolExecutor(2) as executor, ClusterPool(executor, workers_per_node=1) as pool:
+        assert list(pool.map(abs, range(-3, 0), progress="three")) == [3, 2, 1]
+        items: list[Any] = [-1, "x"]
+        found = pool.map(abs, items, progress=True, ordered=False, return_exceptions=True)
+        assert {type(one) for one in found} == {int, TypeError}
+    bars = capsys.readouterr().err
+    assert "three: 100%" in bars
+    assert "3/3" in bars
+    assert "2/2" in bars
+
+
+@pytest.mark.usefixtures("short_lives")
 def test_items_that_are_not_taken_yet_are_taken_when_the_block_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -506,6 +521,22 @@ def test_items_that_are_not_taken_yet_are_taken_when_the_block_ends(
         with ClusterPool(executor, workers_per_node=1) as pool:
             results = pool.map(abs, items)
         assert list(results) == [*range(2000)]
+
+
+def test_only_a_carrier_knows_an_engine() -> None:
+    package = Path(safepool.__file__).parent
+    knows = re.compile(
+        r"""^\s*(?:from|import) (?:dask|distributed|mpi4py|executorlib)\b"""
+        r"""|import_module\("distributed|\.scatter\(|\bdask_worker\b""",
+        re.MULTILINE,
+    )
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for text in [path.read_text(encoding="utf-8")]
+        if knows.search(text.partition("\nfrom __future__ import annotations\n")[2])
+    }
+    assert found == {"cluster/carriers/dask.py"}
 
 
 def test_an_executor_that_was_shut_down_is_an_error() -> None:
