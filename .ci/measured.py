@@ -34,6 +34,7 @@ def _saved_before(name):
 
 _SETTINGS = {
     "COVERAGE_PROCESS_START": str(_ROOT / "pyproject.toml"),
+    "SAFEPOOL_SOURCE": str(_ROOT / "safepool"),
     "COVERAGE_FILE": str(_ROOT / ".venv" / "coverage" / "data"),
 }
 os.environ.update(_SETTINGS)

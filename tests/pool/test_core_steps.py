@@ -50,6 +50,22 @@ def call() -> Call:
     return Call("f", NO_POLICY)
 
 
+def test_a_new_call_has_no_past() -> None:
+    new = call()
+
+    assert (new.pickled, new.attempts, new.position, new.done, new.expected_ns) == (
+        None,
+        0,
+        0,
+        0,
+        0,
+    )
+    assert (new.is_wanted(), new.tasks_in(3)) == (True, 3)
+    with pytest.raises(ValueError, match="1"):
+        new.split(1)
+    assert (span(0, 4).tasks_in(4), span(0, 4, at_once=2).tasks_in(4)) == (4, 2)
+
+
 def test_a_worker_that_is_idle_for_so_long_is_let_go() -> None:
     core = Core(2)
     core.idle_ns = IDLE_NS
