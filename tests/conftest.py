@@ -55,7 +55,7 @@ EXIT_LIMIT_S = 60.0
 SCREEN_VARIABLES = ("NO_COLOR", "FORCE_COLOR", "PY_COLORS", "COLUMNS", "LINES")
 
 # A module of the package that is one platform's implementation asserts it on import.
-PLATFORM_OF_MODULE = {"_linux": "linux", "_darwin": "darwin", "_windows": "win32"}
+PLATFORM_OF_MODULE = {"_linux": "linux", "_windows": "win32"}
 
 
 class TimeoutSettings(Protocol):

@@ -230,9 +230,7 @@ def test_every_private_name_that_is_used_is_in_the_table() -> None:
 def test_a_private_name_of_a_base_class_is_in_the_table() -> None:
     """Ours by its definition, and another package's too: what it overrides, reads or sets."""
     found = pkgutil.walk_packages(safepool.__path__, "safepool.")
-    names = {
-        one.name for one in found if not one.name.endswith(("_darwin", "_windows", "__main__"))
-    }
+    names = {one.name for one in found if not one.name.endswith(("_windows", "__main__"))}
     kinds = {
         kind
         for name in names

@@ -12,7 +12,7 @@ made of, in the order in which data goes through it:
     quota, memory, pids, oom, affinity, environment
                  the text of each -> limits, each with its source and raw text
     left         the memory that all of them leave, read again and again
-    _linux, _darwin, _windows
+    _linux, _no_groups
                  one of them is chosen here, and asks the system
 
 Not covered: see each module; above all, limits that the kernel enforces and does not show.
@@ -37,10 +37,8 @@ from safepool.limits._types import (
 
 if sys.platform == "linux":
     from safepool.limits import _linux as _platform
-elif sys.platform == "darwin":
-    from safepool.limits import _darwin as _platform
 else:  # not Linux
-    from safepool.limits import _windows as _platform
+    from safepool.limits import _no_groups as _platform
 
 if TYPE_CHECKING:
     import os

@@ -29,7 +29,7 @@ import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import let_handlers_pass
-from safepool.transport.marks import MAIN_NAMES, main_space
+from safepool.transport.marks import MAIN_NAMES, PLAIN, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -226,10 +226,11 @@ class _Search:
                     yield self._at(path, "registered", None, one)
 
 
-_NOTHING = frozenset(
-    {int, float, complex, bool, str, bytes, tuple, type(None), types.ModuleType}
+_NOTHING = (
+    PLAIN
+    | {tuple, types.ModuleType}
     | {types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType}
-    | {types.GetSetDescriptorType, types.MemberDescriptorType, types.GenericAlias, bool}
+    | {types.GetSetDescriptorType, types.MemberDescriptorType, types.GenericAlias}
 )
 _CONTAINERS = frozenset({*_DICTIONARIES, *_LISTS, set})
 _OF_INTERPRETER = frozenset({"__weakref__", "_abc_impl", "__init_subclass__"})

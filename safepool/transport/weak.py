@@ -21,7 +21,7 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.marks import main_space
+from safepool.transport.marks import PLAIN, main_space
 from safepool.transport.names import met
 
 if TYPE_CHECKING:
@@ -151,4 +151,4 @@ def _held_by(value: Any) -> Iterator[object]:
 
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
 _HEAP = 1 << 9
-_HOLD_NOTHING = frozenset({int, float, complex, bool, str, bytes, type(None), types.FunctionType})
+_HOLD_NOTHING = PLAIN | {types.FunctionType}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport import references
 from safepool.transport.frames import Kind, encode
+from safepool.transport.marks import PLAIN
 from safepool.transport.payloads import dumps_to_send, loads
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
@@ -45,8 +46,8 @@ __all__ = ["Runner"]
 
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
-_NUMBERS = frozenset({int, float, bool, type(None)})
+_PLAIN = PLAIN - {complex}
+_NUMBERS = _PLAIN - {str, bytes}
 
 # A library that brings threads takes longer to load: nothing new can be there before.
 _LOADING_NS = 20_000

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.fingerprints import fingerprint
+from safepool.transport.marks import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +20,6 @@ __all__ = ["CONTAINERS", "summary", "unlike"]
 CONTAINERS = frozenset({tuple, list, dict, set, frozenset, bytearray})
 """Types that are looked into."""
 
-_PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None)})
 # What is compared with a missing global: no value has it.
 _MISSING = b""
 _MOST_PARTS = 1000
@@ -37,7 +37,7 @@ def summary(value: Any) -> bytes | None:
         True
     """
     kind = type(value)
-    if kind not in _PLAIN and kind not in CONTAINERS:
+    if kind not in PLAIN and kind not in CONTAINERS:
         return kind.__qualname__.encode()
     todo, count = [value], 0
     while todo and count <= _MOST_PARTS:
@@ -47,7 +47,7 @@ def summary(value: Any) -> bytes | None:
             todo += one
             if type(one) is dict:
                 todo += one.values()
-        elif type(one) not in _PLAIN:
+        elif type(one) not in PLAIN:
             return None
     return None if todo else fingerprint(value)
 
