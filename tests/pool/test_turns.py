@@ -225,6 +225,20 @@ def submit_alone(pool: ProcessPool, *call: Any) -> Any:
         future.result(timeout=PATIENCE_S)
 
 
+def test_no_lane_is_kept_for_a_loop(table: Table) -> None:
+    """The calls of one do not go alone, and the scheduler lends workers as long as others ask."""
+
+    async def may_send() -> bool:
+        return table.turns._may_send()
+
+    table.turns.idle.append(table.turn)
+
+    assert not asyncio.run(may_send())
+    assert not table.turns._asked
+    assert table.turns._may_send()
+    assert table.turns._asked
+
+
 def test_results_that_are_wanted_soon_are_asked_of_the_scheduler(table: Table) -> None:
     """It would look at its workers later than that."""
     run = MapRun(abs, "f", NO_POLICY, None)

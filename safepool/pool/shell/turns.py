@@ -458,13 +458,15 @@ class Turns:
 
     def _may_send(self) -> bool:
         """Tell whether an idle worker may be sent something now; if not, whether soon."""
+        # The next call of a loop comes before there are lanes again: no lane is kept for it.
+        if runs_a_loop():
+            return False
         if not self.idle:
-            if self._allowed and not ((self._asked and self.wanted) or runs_a_loop()):
+            if self._allowed:
                 self._asked = self.wanted = True
             return False
         self._asked = True
-        # The next call of a loop comes before there are lanes again.
-        return not (self._queued or runs_a_loop())
+        return not self._queued
 
     def _send(self, work: Task | Span) -> Turn | None:
         """Send calls to an idle worker; return the turn, ``None`` if they are to be queued."""
