@@ -44,6 +44,10 @@ def pickled_here() -> list[str]:
     return [*Counted.pickled]
 
 
+def forget() -> None:
+    Counted.pickled.clear()
+
+
 @pytest.mark.parametrize("way", ["map", "submit"])
 def test_arguments_and_results_are_pickled_once(way: str) -> None:
     """On a busy machine a pool takes calls back and sends them again: not in each of many maps."""
@@ -51,8 +55,8 @@ def test_arguments_and_results_are_pickled_once(way: str) -> None:
     expected = ["Counted"] * count + ["Function"] * (1 if way == "map" else count)
     with safepool.ProcessPool(1) as pool:
         for _ in range(50):
-            pool.submit(Counted.pickled.clear).result()
-            Counted.pickled.clear()
+            pool.submit(forget).result()
+            forget()
             function, items = Function(1), [Counted(n) for n in range(count)]
             if way == "map":
                 results = [*pool.map(function, items)]
