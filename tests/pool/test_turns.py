@@ -585,8 +585,13 @@ def test_idle_workers_have_a_call_each_and_take_what_waits_behind_a_long_one(
     tmp_path: Path,
 ) -> None:
     with ProcessPool(2) as pool:
-        pids = map_alone(pool, tasks.pid_after, [0.005, 0.005], thought_ns=_LONG_NS)
-        assert len({*pids}) == 2
+        while True:  # until both workers know the function
+            iterator = map_alone(pool, tasks.pid_after, [0.005, 0.005], thought_ns=_LONG_NS)
+            sent = [*iterator.results._run.turns]
+            assert len([*iterator]) == 2
+            if len(sent) == 2:
+                break
+        assert len({turn.lane.worker.pid for turn in sent}) == 2
         [*pool.map(tasks.touch_or_wait, [str(tmp_path / "0")] * 2)]
         path = tmp_path / "1"
         iterator = map_alone(pool, tasks.touch_or_wait, [f"!{path}", str(path)])
