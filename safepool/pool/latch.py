@@ -12,6 +12,7 @@ queue sleeps at once.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Protocol
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Bell", "Latch", "Place", "Waiters", "arrives"]
+
+
+# A signal that comes in the moment before its thread sleeps does not wake it, nor does
+# _thread.interrupt_main(). Between two waits the interpreter looks for it.
+_LOOK_S = 1.0
 
 
 class Place(Protocol):
@@ -41,14 +47,19 @@ def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
         >>> arrives(place)
         True
     """
-    try:
-        if timeout_s is None or timeout_s > 0:
-            place.get(timeout=timeout_s)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        left_s = _LOOK_S if deadline is None else deadline - time.monotonic()
+        try:
+            if left_s > 0:
+                place.get(timeout=min(left_s, _LOOK_S))
+            else:
+                place.get_nowait()
+        except Empty:
+            if left_s <= _LOOK_S and deadline is not None:
+                return False
         else:
-            place.get_nowait()
-    except Empty:
-        return False
-    return True
+            return True
 
 
 class Waiters:

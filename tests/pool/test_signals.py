@@ -6,6 +6,7 @@ turn at each place where the interpreter may run one. After each the pool must w
 
 from __future__ import annotations
 
+import _thread
 import concurrent.futures
 import gc
 import itertools
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from functools import partial
@@ -31,7 +33,7 @@ from safepool.limits.files import Machine
 from safepool.transport.descriptors import Outgoing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def raise_it(_: ProcessPool, __: Any) -> None:
@@ -385,3 +387,43 @@ def test_a_pool_imports_nothing_of_ours_later_than_its_class(tmp_path: Path) -> 
         [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def submit_some(pool: ProcessPool, count: int) -> list[Any]:
+    return [pool.submit(tasks.sleep_and_return, 600.0) for _ in range(count)]
+
+
+# One row per way to wait for the pool.
+WAITS: dict[str, Callable[[ProcessPool], object]] = {
+    "result": lambda pool: submit_some(pool, 1)[0].result(),
+    "result, in time": lambda pool: submit_some(pool, 1)[0].result(600.0),
+    "result of a queued call": lambda pool: submit_some(pool, 2)[1].result(),
+    "map": lambda pool: list(pool.map(tasks.sleep_and_return, [600.0] * 3)),
+    "shutdown": lambda pool: submit_some(pool, 1) and pool.shutdown(),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_an_interrupt_that_wakes_no_thread_is_noticed(wait: str) -> None:
+    """As one that comes in the moment before the thread sleeps."""
+    here = threading.get_ident()
+
+    def names() -> Iterator[str]:
+        frame = sys._current_frames()[here]
+        while frame:
+            yield frame.f_code.co_name
+            frame = frame.f_back
+
+    def interrupt() -> None:
+        while not {"arrives", "_await"} & {*names()}:
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    with ProcessPool(1) as pool:
+        pool.submit(abs, -1).result(timeout=60.0)
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            WAITS[wait](pool)
+        interrupter.join()
+        pool.kill_workers()
