@@ -305,7 +305,7 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
         budget=fit(limits),
         throttling=throttling,
         sample=sample,
-        standard_workers=_standard_count() or 1,
+        standard_workers=_standard_workers(),
         joblib_workers=_joblib_count(),
         native_threads=_native_threads(limits, os.environ),
         variables=_variables(os.environ),
@@ -324,7 +324,7 @@ def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
         budget=fit(limits),
         throttling=throttling,
         sample=sample,
-        standard_workers=_standard_count() or 1,
+        standard_workers=_standard_workers(),
         native_threads=_native_threads(limits, environ),
         variables=_variables(environ),
         process=OtherProcess(pid=view.pid, threads=view.threads(), libraries=libraries),
@@ -390,6 +390,13 @@ def _sampled(
         if not sample.throttled_periods or more_s > sample_s:
             return now, sample
     return before, None
+
+
+def _standard_workers() -> int:
+    try:
+        return _standard_count() or 1
+    except OSError:  # a filter refuses the affinity, and the standard pool fails
+        return os.cpu_count() or 1
 
 
 def _joblib_count() -> int | None:
