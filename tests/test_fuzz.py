@@ -72,6 +72,7 @@ def test_atheris_finds_nothing(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, support_fuzz.__file__, name, str(ATHERIS_S)],
         cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # it leaves a file there
         capture_output=True,
         text=True,
         errors="replace",

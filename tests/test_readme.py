@@ -180,7 +180,8 @@ def test_all_that_is_documented_runs_in_each_way_to_start_a_program(
     with zipfile.ZipFile(tmp_path / "app.zip", "w") as app:
         app.writestr("__main__.py", program)
     cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
-    cells = [cell | {"source": program}]
+    # A cell runs in an event loop.
+    cells = [cell | {"source": program.replace("asyncio.run(main())", "await main()")}]
     notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
     (tmp_path / "program.ipynb").write_text(json.dumps(notebook))
     command, stdin = WAYS[way]

@@ -125,8 +125,7 @@ def test_each_call_of_a_pool_is_named_or_not_needed(
 ) -> None:
     found = outcome(way, call, error, tmp_path)
     if (way, call) in NOT_IMPORTED:
-        assert found.startswith("Traceback")
-        assert "loky" in found.splitlines()[-1]
+        assert found.startswith(("Traceback", "ModuleNotFoundError"))
     else:
         assert found in {WORKS, NAMED}
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,15 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs eventfd(2) and the board")
 
 PATIENCE_S = 60
+
+
+@pytest.fixture(autouse=True)
+def _no_further_reducers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects go the shortest way only if ``multiprocessing`` has no reducer for plain types.
+
+    It has one for ``c_int`` as soon as a ``multiprocessing.Value`` was made in this process.
+    """
+    monkeypatch.setattr(ForkingPickler, "_extra_reducers", {})
 
 
 # One turn between a caller and the scheduler, without a pool.
