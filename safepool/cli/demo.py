@@ -287,6 +287,7 @@ def measure(name: str, asked: Report, setting: Setting, results_file: Path) -> H
                 _end_all(child)
                 _close_stdin(child)
             setting.empty()
+    assert child is not None
     if half.seconds is None:
         texts = said.read_text(errors="replace").strip().splitlines()
         half.error = texts[-1] if texts else ending or describe_exit(child.returncode)

@@ -242,6 +242,7 @@ class Server:
         """
         if self._plan is None:
             return
+        why = ""
         for attempt in range(_MOST_STARTS):
             running = self._start()
             try:
