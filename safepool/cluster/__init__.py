@@ -30,7 +30,7 @@ Not covered:
 
 from __future__ import annotations
 
-from safepool.cluster.errors import NodeLostError, NodeRefusedError, NoNodesError
+from safepool.cluster.errors import NodeLostError, NoNodesError
 from safepool.cluster.pool import ClusterPool, NodeInfo, NodeWorkerInfo
 
 __all__ = [
@@ -38,6 +38,5 @@ __all__ = [
     "NoNodesError",
     "NodeInfo",
     "NodeLostError",
-    "NodeRefusedError",
     "NodeWorkerInfo",
 ]

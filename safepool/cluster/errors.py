@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from safepool.errors import PoolBrokenError, SafepoolError, WorkerDiedError
+from safepool.errors import PoolBrokenError, WorkerDiedError
 from safepool.shown import printable
 
-__all__ = ["NoNodesError", "NodeLostError", "NodeRefusedError"]
+__all__ = ["NoNodesError", "NodeLostError"]
 
 
 class NodeLostError(WorkerDiedError):
@@ -43,15 +43,3 @@ class NoNodesError(PoolBrokenError):
     Attributes:
         reason: The time that the call has waited, and why each node that is there cannot be used.
     """
-
-
-class NodeRefusedError(SafepoolError):
-    """A node cannot be used, for instance as it has another version of Python or of safepool.
-
-    Attributes:
-        reason: Why, and the remedy.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
