@@ -84,7 +84,7 @@ NAMES: dict[str, list[str]] = {
     "importlib._bootstrap:_load_unlocked": ["_initializing"],
     "logging": ["_levelToName", "_warnings_showwarning"],
     "logging:root": ["_cache"],
-    "multiprocessing.context": ["_default_context"],
+    "multiprocessing.context": ["_concrete_contexts", "_default_context"],
     "multiprocessing.context:ForkProcess": ["_Popen"],
     "multiprocessing.context:ForkServerProcess": ["_Popen"],
     "multiprocessing.context:SpawnContext": ["_name"],

@@ -32,7 +32,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safepool
 from safepool.budget import fit
@@ -408,11 +408,22 @@ def _joblib_count() -> int | None:
     folder = os.path.join(found.submodule_search_locations[0], "externals", "loky", "backend")
     package = importlib.machinery.ModuleSpec("safepool_joblib", None, is_package=True)
     package.submodule_search_locations = [folder]
-    sys.modules.setdefault(package.name, importlib.util.module_from_spec(package))
+    # The copy registers its contexts with multiprocessing, whose children would look for it.
+    contexts: dict[str, Any] = importlib.import_module(
+        "multiprocessing.context"
+    )._concrete_contexts
+    before = contexts.copy()
+    sys.modules[package.name] = importlib.util.module_from_spec(package)
     try:
         count = importlib.import_module(f"{package.name}.context").cpu_count()
     except (ImportError, OSError, ValueError):
         return None  # LOKY_MAX_CPU_COUNT is no number, or a filter refuses the affinity
+    finally:
+        for name in contexts.keys() - before.keys():
+            del contexts[name]
+        contexts.update(before)
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.name]:
+            del sys.modules[name]
     return count if isinstance(count, int) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -373,7 +374,9 @@ def test_joblib_is_counted_as_it_counts(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setitem(sys.modules, "loky", None)
 
+    before = multiprocessing.get_context("loky"), {*sys.modules}
     assert limits_screen._joblib_count() == cpu_count()
+    assert (multiprocessing.get_context("loky"), {*sys.modules}) == before
 
 
 def counters(periods: int, throttled: int) -> Throttling:
