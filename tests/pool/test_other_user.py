@@ -62,17 +62,16 @@ if __name__ == "__main__":
                 initargs=(SECRET,), env={"PASSWORD": SECRET}, end_subprocesses=method == "default",
                 trace=trace if method == "default" else None))
             shared = safepool.share(np.zeros(1 << 19))
-            for array in (large, shared):
-                futures.append(pool.submit(work, SECRET, array, gate))
+            futures.append([pool.submit(work, SECRET, array, gate) for array in (large, shared)])
         engine = stack.enter_context(ThreadPoolExecutor(1))
         cluster = stack.enter_context(ClusterPool(engine))
-        futures.append(cluster.submit(work, SECRET, large, gate))
-        while not all(future.running() for future in futures[::2]):
+        futures.append([cluster.submit(work, SECRET, large, gate)])
+        while not all(any(future.running() for future in pool) for pool in futures):
             time.sleep(0.01)
         print("ready", flush=True)
         sys.stdin.readline()
         open(gate, "w").close()
-        print({future.result() for future in futures} == {SECRET + "0"})
+        print({future.result() for pool in futures for future in pool} == {SECRET + "0"})
 """
 
 
