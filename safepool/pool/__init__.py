@@ -63,6 +63,9 @@ Differences from a forked pool:
       draws repeat, and a warning says so once. Pass a seed with each task instead.
     * Hashes of text. ``hash("a")`` and the order of a set differ between workers and program, as
       under ``spawn``, unless ``PYTHONHASHSEED`` is set.
+    * Calls begin in the order of their submission, unless the pickling of a call's arguments takes
+      longer than half a second: later calls then go ahead, also to the only worker. Wait for the
+      result of a call that others depend on.
     * ``map`` over a generator or a file takes 16,384 items before it returns, and more as you take
       results. An endless generator does not fill the memory.
     * The first pool of a program takes time to start its server: the start of a Python, and the
