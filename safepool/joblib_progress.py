@@ -51,7 +51,7 @@ class CallBar:
         self.begun = False
         # The drawing thread must not keep an object that the caller has dropped.
         self._parallel = weakref.ref(parallel)
-        self.progress = Progress(label, parallel.n_tasks, look=self._look)
+        self.progress: Progress = Progress(label, parallel.n_tasks, look=self._look)
 
     @classmethod
     def of(cls, parallel: Any, label: str) -> Self | None:

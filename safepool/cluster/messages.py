@@ -267,10 +267,10 @@ class _Large:
     __slots__ = ("__weakref__", "content", "key", "packet", "sample")
 
     def __init__(self, key: str, sample: tuple[int, bytes], content: Buffer) -> None:
-        self.key = key
-        self.sample = sample
-        self.content = bytearray(content)
-        self.packet = Packet(self.content)
+        self.key: str = key
+        self.sample: tuple[int, bytes] = sample
+        self.content: bytearray = bytearray(content)
+        self.packet: Packet = Packet(self.content)
 
 
 class Buffers:

@@ -258,7 +258,7 @@ class Shell:
         self._listed: tuple[str, ...] = ()
         self._list_at_s = 0.0
         self.told: set[MapRun] = set()
-        self.buffers = Buffers()
+        self.buffers: Buffers = Buffers()
         self._inbox: queue.SimpleQueue[Callable[[], c.Event | None]] = queue.SimpleQueue()
         self._pid = os.getpid()
         self._me = weakref.ref(self)
