@@ -147,10 +147,6 @@ def checked(
 def what_was_meant(word: str, names: Iterable[str]) -> str:
     """Return the end of a sentence about a keyword that is not among the names.
 
-    Args:
-        word: The keyword.
-        names: Keywords that there are.
-
     Example:
         >>> what_was_meant("n_jobs", ["max_workers", "timeout"])
         ': did you mean max_workers=?'

@@ -38,10 +38,6 @@ _thread = threading.local()
 class CallBar:
     """The bar of one call, from its start.
 
-    Args:
-        parallel: The ``Parallel`` object, whose numbers are shown.
-        label: Text before the bar; empty for none.
-
     Attributes:
         begun: ``Parallel`` has dispatched its first batches.
         progress: The counter. Batches that raised, or whose worker died, have failed.

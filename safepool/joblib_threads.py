@@ -31,12 +31,7 @@ __all__ = ["HeldThreads", "sequential"]
 
 
 def sequential(label: str | None, nesting_level: int | None) -> SequentialBackend:
-    """Return what runs calls one after the other, here.
-
-    Args:
-        label: Text before a bar; ``None`` shows none.
-        nesting_level: joblib's.
-    """
+    """Return what runs calls one after the other, here; ``None`` for the label shows no bar."""
     if label is None:
         return SequentialBackend(nesting_level=nesting_level)
     return SequentialWithBar(label, nesting_level=nesting_level)
@@ -48,8 +43,6 @@ class HeldThreads(ThreadingBackend):
     Args:
         count: Says how many threads ``n_jobs`` stands for.
         threads: Native threads of each.
-        label: The same as for :func:`sequential`.
-        nesting_level: joblib's.
     """
 
     def __init__(

@@ -74,14 +74,7 @@ def cpu_count() -> int:
 
 
 def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
-    """Read the limits and fit the request to them; log once what was ignored or rounded down.
-
-    Args:
-        request: The wishes of the caller.
-
-    Returns:
-        The budget, and the limits it was made of.
-    """
+    """Read the limits and fit the request to them; log once what was ignored or rounded down."""
     limits = read_limits()
     for skipped in limits.skipped:
         if skipped.was_set:

@@ -53,11 +53,6 @@ def size(number: int) -> str:
 def html_table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in HTML; ``None`` is an empty cell.
 
-    Args:
-        caption: Text above the table.
-        head: Names of the columns.
-        rows: The cells of each row.
-
     Example:
         >>> html_table("a < b", ["n"], [[None]])
         '<table><caption>a &lt; b</caption><tr><th>n</th></tr><tr><td></td></tr></table>'

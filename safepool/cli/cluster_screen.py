@@ -39,10 +39,6 @@ _SAMPLE_S = 0.3
 def run(address: str, *, as_json: bool) -> int:
     """Print the limits of each node.
 
-    Args:
-        address: Address of a Dask scheduler.
-        as_json: For programs.
-
     Returns:
         The exit code: 1 if a node has a problem.
 

@@ -115,7 +115,6 @@ class Setting:
     """Surroundings of both halves. By default they are this process's own.
 
     Attributes:
-        limit: The ceiling that binds in both halves.
         no_group: Why there is no quota although one was asked for; ``None`` otherwise.
         variables: Variables that are added to the environment of a half.
         members_file: File of a control group that a half joins by writing ``0`` to it.
@@ -354,12 +353,7 @@ def _count(pids: list[int], half: Half) -> None:
 
 
 def compare(standard: Path, safepool: Path) -> Comparison:
-    """Compare the results of the tasks that both halves had done.
-
-    Args:
-        standard: The file that one half made, if it got so far.
-        safepool: The file that the other half made, if it got so far.
-    """
+    """Compare the results of the tasks that both halves had done."""
     if not (standard.exists() and safepool.exists()):
         return Comparison()
     # Optional, so imported where it is used; and after the halves, which it cannot disturb.

@@ -42,7 +42,6 @@ class Half:
     """Measurements of one pool on the batch.
 
     Attributes:
-        pool: The call that made the pool, word for word.
         start_method: The default start method of ``multiprocessing`` here.
         workers: Most worker processes alive at once; ``None`` if none was seen.
         threads: Most native threads in all workers together, counted from outside; ``None``
@@ -102,7 +101,6 @@ class Report:
     """Conditions of both halves, and everything that the demo measured.
 
     Attributes:
-        tasks: Number of tasks.
         points: Size of each.
         cpus_asked: Quota that the user asked for, or ``None``.
         bound_s: Seconds after which a half is cut off.
@@ -112,9 +110,6 @@ class Report:
         limit: The ceiling that binds in both halves; its ``cpus`` is ``None`` where none is
             known.
         no_group: Why there is no quota although one was asked for; ``None`` otherwise.
-        standard: The half with the standard library's pool.
-        safepool: The half with safepool's.
-        comparison: Comparison of their results.
     """
 
     tasks: int

@@ -103,7 +103,6 @@ class Change:
     """A pool whose size an import has changed that did not bring it.
 
     Attributes:
-        runtime: Name of the runtime in the table.
         library: The file it was loaded from.
         threads_before: Its threads before the import, ``None`` if unknown.
         threads: And after it.
@@ -120,10 +119,7 @@ class Guest:
     """A library that computes in the threads of another runtime.
 
     Attributes:
-        runtime: Name of the runtime in the table.
         through: The row whose threads it uses.
-        fixed: The same as in :class:`safepool.threads.NativePool`.
-        hole: The same as in :class:`safepool.threads.NativePool`.
     """
 
     runtime: str
@@ -137,7 +133,6 @@ class Library:
     """Effects of one import.
 
     Attributes:
-        name: Name of the imported module.
         error: Why it could not be; empty if it could.
         version: Version of the library, empty if unknown.
         os_threads_before: Threads that the kernel counted before, ``None`` if it does not.
@@ -159,13 +154,7 @@ class Library:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Content of the screen. Built from data, so that any machine's can be.
-
-    Attributes:
-        python: Version of the interpreter.
-        cpus: CPUs that this process may use.
-        libraries: The effects of each import, in order.
-    """
+    """Content of the screen. Built from data, so that any machine's can be."""
 
     python: str
     cpus: float
@@ -255,16 +244,7 @@ _ENDING = wrapped(
 
 
 def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
-    """Print what each library brings.
-
-    Args:
-        names: Names of the modules to import.
-        limit_s: Seconds that one import may take.
-        as_json: For programs.
-
-    Returns:
-        The exit code: 1 if one could not be imported, which standard error says too.
-    """
+    """Print what each library brings; return the exit code."""
     names = list(dict.fromkeys(names))
     report = Report(
         python=platform.python_version(),

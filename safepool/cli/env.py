@@ -100,15 +100,7 @@ FORMATS: dict[str, Callable[[Mapping[str, str | None]], str]] = {
 
 
 def run(found: Plan, form: str) -> int:
-    """Print a plan.
-
-    Args:
-        found: The variables that ``safepool run`` would set.
-        form: A name in `FORMATS`.
-
-    Returns:
-        The exit code.
-    """
+    """Print a plan in a form of `FORMATS`; return the exit code."""
     if sys.stdout is not None:
         sys.stdout.flush()
         # A path may be of any bytes.

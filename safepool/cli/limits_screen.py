@@ -84,12 +84,7 @@ class ScreenError(CommandError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeLibrary:
-    """A native runtime that another process has loaded.
-
-    Attributes:
-        runtime: Its row in the table.
-        library: The file.
-    """
+    """A native runtime that another process has loaded."""
 
     runtime: str
     library: str
@@ -97,13 +92,7 @@ class NativeLibrary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherProcess:
-    """Facts about another process alone.
-
-    Attributes:
-        pid: Its process id.
-        threads: Number of its threads.
-        libraries: Native runtimes that it has loaded.
-    """
+    """Facts about another process alone."""
 
     pid: int
     threads: int
@@ -115,7 +104,6 @@ class Screen:
     """Content of the screen. Built from a captured machine as well as from this one.
 
     Attributes:
-        limits: Every limit that was read.
         budget: The workers and threads that ``safepool.ProcessPool()`` would start under them.
         throttling: Number of times that the kernel has frozen the group whose quota binds.
         standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
@@ -124,7 +112,6 @@ class Screen:
         joblib_workers: Workers that joblib starts, ``None`` if it was not asked.
         native_threads: Threads that a native pool starts in a process.
         variables: Thread variables that are set.
-        process: Another process, if it is not this one that is shown.
     """
 
     limits: Limits
@@ -159,12 +146,7 @@ class Screen:
         return any(finding.problem for finding in self.findings)
 
     def as_text(self, paint: Paint = plain, *, who: str = "") -> str:
-        """Return the screen for people: ASCII, one arrow, at the limit that decides.
-
-        Args:
-            paint: Colours lines.
-            who: May use what is shown, if it is neither this process nor `process`.
-        """
+        """Return the screen for people: ASCII, one arrow, at the limit that decides."""
         sections = self._sections()
         pointed = self._decisive_row(sections)
         if not who:

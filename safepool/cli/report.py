@@ -72,8 +72,6 @@ class Row:
     """One worker's time, in seconds.
 
     Attributes:
-        node: Name of its node; empty if it is of this machine.
-        calls: Number of calls that it ran.
         busy_s: Seconds in which it ran calls.
         starved_s: Seconds in which it had no call, while one waited.
         lived_s: Seconds between its start and its end.

@@ -64,7 +64,6 @@ class ProgramVariable:
     """One variable that bounds a program, besides those of native thread pools.
 
     Attributes:
-        name: Name of the variable.
         counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
             is one process and has all CPUs to itself, workers x threads.
         only_if: The option without which it is not set; empty if it always is.
@@ -131,7 +130,6 @@ class Plan:
     """Changes in the environment of the program, and their reason.
 
     Attributes:
-        budget: The budget that it was computed from.
         changes: The value of each variable; ``None`` removes it.
         kept: Variables of the user, which were left alone.
         patched: The program's pools are replaced as well.
@@ -237,16 +235,7 @@ def plan_here(
     patch: bool,
     makeflags: bool,
 ) -> Plan:
-    """Decide what to set for a program that is started by this process.
-
-    Args:
-        workers: Processes that it may start; ``None`` is as many as fit.
-        threads: Threads of each native pool in each; ``"auto"`` divides the limit.
-        reserve: CPUs to leave free.
-        force: Replace variables that are set.
-        patch: Put safepool's pools in the place of the standard ones.
-        makeflags: Set ``MAKEFLAGS``, too.
-    """
+    """Decide what to set for a program that is started by this process."""
     # The machine must decide, not the variables that are about to be replaced.
     limits = read_limits(environ=_without_ours(os.environ) if force else None)
     request = Request(max_workers=workers, threads_per_worker=threads, reserve=reserve)
@@ -261,11 +250,6 @@ def plan_here(
 
 def run(found: Plan, command: Sequence[str], *, explain: bool) -> int:
     """Become the program.
-
-    Args:
-        found: Variables to set for the program.
-        command: The program and its arguments.
-        explain: Print the plan to standard error.
 
     Returns:
         The program's exit code, where a process cannot become another one (Windows).

@@ -57,13 +57,7 @@ def _parts(value: Any) -> dict[str, Any]:
 
 
 def wrapped(text: str, indent: int, *, label: str = "") -> list[str]:
-    """Return the text in lines of the screen's width, a longer word in one piece.
-
-    Args:
-        text: The text to wrap.
-        indent: Columns before it.
-        label: Text of these columns in the first line.
-    """
+    """Return the text in lines of the screen's width, a longer word in one piece."""
     return textwrap.wrap(
         text,
         WIDTH,

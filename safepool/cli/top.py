@@ -46,15 +46,7 @@ class TopError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One worker.
-
-    Attributes:
-        pid: Process id.
-        task: Name of the function that runs; ``None`` if nothing does.
-        running_s: Seconds since it began; ``None`` if nothing runs.
-        resident_bytes: Memory that it holds.
-        native_threads: Threads that the system counts in it.
-    """
+    """One worker."""
 
     pid: int
     task: str | None
@@ -117,9 +109,6 @@ def as_text(pid: int, rows: Iterable[Row]) -> str:
 
 def run(pid: int, *, as_json: bool) -> int:
     """Print the workers of a process; on a terminal again and again until Ctrl-C.
-
-    Returns:
-        The exit code.
 
     Raises:
         TopError: They cannot be shown, or there are none.

@@ -39,7 +39,6 @@ class Level:
     """One control group that this process is in, or below.
 
     Attributes:
-        version: 1 or 2: which files to expect in it.
         directories: Where it can be seen: one entry for every mount that shows it.
     """
 

@@ -29,9 +29,6 @@ class BoundVariable:
     """One variable that holds an upper bound.
 
     Attributes:
-        name: Name of the variable.
-        set_by: Programs or users that set it.
-        documented: Documentation of its meaning.
         no_ceiling: A word that sets no ceiling, if the variable has one.
     """
 

@@ -65,7 +65,6 @@ class Hold:
     """One open block.
 
     Attributes:
-        threads: Number of threads.
         lowers: Whether it lowers larger numbers only, and leaves smaller ones alone.
         thread: The thread that it is open in.
         own: Former numbers of libraries whose number is one of the thread.
@@ -93,9 +92,6 @@ def enter(threads: int, *, lowers: bool = False) -> Hold:
     Args:
         threads: Threads for each native pool, at least 1.
         lowers: No pool is raised to that number.
-
-    Returns:
-        The value that :func:`leave` takes.
     """
     hold = Hold(threads, lowers)
     _blocks.enter(hold)
@@ -108,11 +104,7 @@ def leave(hold: Hold) -> None:
 
 
 def start_anew(threads: int) -> None:
-    """Forget every block: this process is a worker from now on.
-
-    Args:
-        threads: Threads of a library in this process that no variable rules.
-    """
+    """Forget every block: this process is a worker from now on."""
     global _blocks  # noqa: PLW0603 -- a fact about this process
     _blocks = _Blocks(threads)
 

@@ -44,20 +44,10 @@ __all__ = [
 
 
 class WorkerCap:
-    """The caps of this process for the rest of its life as a worker.
-
-    Attributes:
-        threads: Threads for each native pool.
-    """
+    """The caps of this process for the rest of its life as a worker."""
 
     def __init__(self, threads: int, environment: Mapping[str, str | None]) -> None:
-        """Decide the caps; :meth:`apply` sets them.
-
-        Args:
-            threads: Threads for each native pool, at least 1.
-            environment: Environment that the worker was born with: where the user has set a
-                variable, its runtime follows it.
-        """
+        """Decide the caps; :meth:`apply` sets them."""
         self.threads = threads
         self._environment = environment
         self._of: dict[str, int] = {}

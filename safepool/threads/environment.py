@@ -35,8 +35,6 @@ class Override:
     """A thread variable that the user has set for workers, in place of the cap.
 
     Attributes:
-        variable: Name of the variable.
-        value: The user's value.
         instead_of: The cap's value; ``None`` if it would have removed the variable or
             not have touched it.
         runtime: The row that it rules.
@@ -140,21 +138,12 @@ def lowered_environment(
 
 
 def ruled_threads(row: NativeRuntime, environment: Mapping[str, str | None]) -> int | None:
-    """Return the number that an environment rules a runtime to; ``None`` if it does not.
-
-    Args:
-        row: The runtime.
-        environment: The environment.
-    """
+    """Return the number that an environment rules a runtime to; ``None`` if it does not."""
     return _first_number((*_own(row), *row.falls_back_to), environment)
 
 
 def change_environment(changes: Mapping[str, str | None]) -> None:
-    """Make the changes of :func:`worker_environment` in this process.
-
-    Args:
-        changes: The value of each variable, ``None`` to remove it.
-    """
+    """Make the changes of :func:`worker_environment` in this process."""
     for name, value in changes.items():
         if value is None:
             os.environ.pop(name, None)
@@ -184,10 +173,6 @@ def runtime_threads(threads: int, environment: Mapping[str, str | None]) -> dict
 
 def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ...]:
     """Return which of the user's variables take the place of the cap, for a report.
-
-    Args:
-        threads: The worker's threads.
-        overrides: The same as for :func:`worker_environment`.
 
     Returns:
         One entry for each thread variable whose value is not the cap's; other variables are not

@@ -100,11 +100,7 @@ if sys.platform == "linux":
         return ""
 
     def bind(cpus: Collection[int]) -> None:
-        """Let this thread, and those that it will start, run on these CPUs alone.
-
-        Args:
-            cpus: Numbers of the CPUs; an empty set changes nothing.
-        """
+        """Let this thread, and those that it will start, run on these CPUs alone."""
         if not cpus:
             return
         try:

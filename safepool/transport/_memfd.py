@@ -65,7 +65,6 @@ class Stored(Filed):
 
     Args:
         descriptor: The sealed file. Owned by this object from now on.
-        lengths: Lengths of each segment, in bytes.
     """
 
     __slots__ = ("_descriptor",)
@@ -91,11 +90,7 @@ class Stored(Filed):
         return [*_map(self._descriptor, self.lengths)]
 
     def close(self, close: Callable[[int], None] = os.close) -> None:
-        """Close the file; the kernel frees it after its last mapping. May be called again.
-
-        Args:
-            close: Known here when the interpreter has cleared this module.
-        """
+        """Close the file; the kernel frees it after its last mapping. May be called again."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             close(descriptor)
@@ -361,11 +356,7 @@ class Side:
         return self._sock.fileno()
 
     def send(self, stored: Stored | Handed) -> bool:
-        """Send the descriptor of a file, or others, ahead of the frame that refers to it.
-
-        Returns:
-            Whether it went. If not, there are too many under way, or the other end is gone.
-        """
+        """Send descriptors ahead of the frame that refers to them; ``False`` if they cannot go."""
         numbers = stored.filenos()
         packed = struct.pack(f"{len(numbers)}i", *numbers)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, packed)]
@@ -409,12 +400,7 @@ class Side:
             return [Missing(_explain(error, lengths))] * len(lengths)
 
     def _take(self, count: int) -> list[int]:
-        """Take the descriptors of the next message.
-
-        Raises:
-            CorruptFrameError: No descriptor was sent.
-            OSError: This process has as many as it may have.
-        """
+        """Take the descriptors of the next message."""
         descriptors = self._look(count)
         if not descriptors:
             _spare.give_back()
@@ -541,9 +527,6 @@ _spare = _Spare()
 
 def invite(sock: socket.socket) -> Side | None:
     """Make this end of the side of a new channel, and send the other end ahead of everything else.
-
-    Args:
-        sock: The channel's, nothing sent on it so far.
 
     Returns:
         This end; ``None`` if the system has no descriptor for it: then everything goes by the

@@ -41,12 +41,10 @@ class Addition(NamedTuple):
     """Something of the script in a module.
 
     Attributes:
-        module: The module's name.
         path: From there to what holds it: names of attributes, and keys in a tuple of one.
         how: ``"attribute"``, ``"item"``, ``"first"`` or ``"last"`` of a list, ``"member"`` of a
             set, ``"registered"``.
         key: The attribute's name, the item's key, the type that a function is registered for.
-        value: The object that was added.
     """
 
     module: str
@@ -81,11 +79,7 @@ _NOT_LOOKED_AT = frozenset({"sys", "builtins", "signal", "faulthandler", *MAIN_N
 
 
 def homes(modules: Iterable[str]) -> dict[str, None]:
-    """Return the modules that are looked through.
-
-    Args:
-        modules: Modules that the script imports.
-    """
+    """Return the modules that are looked through, of those that the script imports."""
     found = dict.fromkeys(modules)
     found |= dict.fromkeys(_homes_of(main_space().copy().values()))
     for name in [*found]:

@@ -59,12 +59,7 @@ def annotations_of(thing: Any) -> dict[str, Any]:
 def closure_of(
     function: types.FunctionType, stand_in: Callable[[object, dict[str, Any]], object]
 ) -> tuple[types.CellType, ...] | None:
-    """Return a function's variables of functions around it, as they are sent.
-
-    Args:
-        function: The function.
-        stand_in: Function that returns the replacement of a value, by the function's globals.
-    """
+    """Return a function's variables of functions around it, as they are sent."""
     cells = function.__closure__
     if cells is None:
         return None

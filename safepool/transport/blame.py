@@ -29,10 +29,6 @@ _MOST_S = 0.2
 def find_unpicklable(value: object, dumps: Callable[[object], object]) -> str:
     """Return the path to the object in ``value`` that cannot be pickled, in words.
 
-    Args:
-        value: The value that could not be pickled.
-        dumps: Function that pickles an object, and that has raised for ``value``.
-
     Returns:
         The innermost object that was found first, with ``of`` in between; empty if it is ``value``
         itself, or unknown.

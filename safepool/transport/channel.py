@@ -81,11 +81,6 @@ class Channel:
     ) -> list[Segment]:
         """Return the payload as it is to be sent, in files if it is large: copied there.
 
-        Args:
-            segments: The payload.
-            given_up: Function that returns ``True`` when the arrays are no longer needed. Polled
-                during the copy.
-
         Raises:
             MemoryError: There is no memory for that.
             InterruptedError: The copy was given up.
@@ -188,9 +183,6 @@ class Channel:
 
     def flush(self, flags: int = 0) -> None:
         """Send queued frames, as far as the kernel takes them.
-
-        Args:
-            flags: Flags of send(2), for this time.
 
         Raises:
             ChannelClosedError: The other end is gone.

@@ -108,12 +108,7 @@ class Handed(Filed):
         close: Callable[[int], None] = os.close,
         getpid: Callable[[], int] = os.getpid,
     ) -> None:
-        """Close them. May be called again.
-
-        Args:
-            close: Known here when the interpreter has cleared this module.
-            getpid: The same. A forked worker has closed them when it began (``under_way``).
-        """
+        """Close them. May be called again."""
         while self._numbers and getpid() == self._pid:
             close(self._numbers.pop())
 

@@ -165,11 +165,7 @@ def _get(descriptor: Any, error: BaseException) -> Any:
 
 
 class Unsent:
-    """Stands in an exception's ``args`` for an object that cannot be pickled, in its words.
-
-    Attributes:
-        text: The worker's ``repr()`` of the value.
-    """
+    """Stands in an exception's ``args`` for an object that cannot be pickled, in its words."""
 
     def __init__(self, text: str) -> None:
         self.text = text

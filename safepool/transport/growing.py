@@ -111,9 +111,6 @@ def _announced(data: bytes) -> int:
 class Source:
     """File that an unpickler reads from.
 
-    Args:
-        pickled: The pickle, which is not copied.
-
     Raises:
         MemoryLimitError: By `read` and `readinto`.
     """

@@ -154,12 +154,7 @@ def held_by_module(
 
 
 def held_value(value: object, space: dict[str, Any]) -> tuple[str, str] | None:
-    """Tell the same of an object that code of a script holds under no name: a default, a variable.
-
-    Args:
-        value: The object.
-        space: The script's globals, which have it under some name.
-    """
+    """Tell the same of an object that code holds under no name: a default, a variable."""
     kind = type(value)
     if kind in _NO_OBJECTS or issubclass(kind, (*_NAMELESS, *_NAMED, types.ModuleType)):
         return None
@@ -318,12 +313,7 @@ def is_importable(thing: Any) -> bool:
 
 
 class Held:
-    """Stands in a pickle for an object of a module, and arrives as the receiver's own.
-
-    Args:
-        place: The same as :func:`held_by_module` returns it.
-        value: The object here.
-    """
+    """Stands in a pickle for an object of a module, and arrives as the receiver's own."""
 
     __slots__ = ("_place", "_value")
 

@@ -50,12 +50,7 @@ _MOST_PLAIN = 256
 
 
 def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
-    """Return how to make an object that is no function or class; usually ``NotImplemented``.
-
-    Args:
-        obj: The object.
-        dispatch_table: The pickler's; it goes first.
-    """
+    """Return how to make an object that is no function or class; usually ``NotImplemented``."""
     kind: Any = type(obj)
     if kind in _plain or kind in dispatch_table:
         return NotImplemented

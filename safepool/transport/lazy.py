@@ -97,11 +97,7 @@ class _Lazily:
 
 
 def arrived_lazily(value: object) -> object:
-    """Return the pickled form of a module, function or class that has arrived as a lazy import.
-
-    Returns:
-        ``None`` for other objects.
-    """
+    """Return the pickled form of an object that has arrived as a lazy import, or ``None``."""
     if _arrived and issubclass(type(value), _IMPORTED):
         for statements, name in _arrived:
             # "lazy import a.b", which binds "a", or "lazy from a import b".

@@ -76,9 +76,6 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
     """Return a message and the descriptors that came with it; ``None`` if there will be none.
 
-    Args:
-        sock: The same as for :func:`send`.
-
     Raises:
         OSError: The socket's time limit was exceeded (``TimeoutError``), or it failed.
         Exception: The exception of unpickling. The descriptors are closed, as in any other case.

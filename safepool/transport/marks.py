@@ -92,9 +92,6 @@ def use_space(space: dict[str, Any]) -> None:
     """Take other globals for those of ``__main__``.
 
     In a profiler or tracer that runs the script, and in a child of ``multiprocessing``.
-
-    Args:
-        space: In which the script's top level runs.
     """
     global _space  # noqa: PLW0603 -- a fact about this process
     if space is main_space():
@@ -227,11 +224,7 @@ def find_attribute(path: str) -> tuple[Any, ...]:
 
 
 def marks_of(module: types.ModuleType) -> dict[str, bytes]:
-    """Return a mark of each function and class that a module owns, by qualified name.
-
-    Args:
-        module: ``__main__``. It calls nothing of the script.
-    """
+    """Return a mark of each function and class that a module owns, by qualified name."""
     marks: dict[str, bytes] = {}
     for name, value in [*vars(module).items()]:
         for found in _named(value, name):

@@ -30,11 +30,7 @@ __all__ = ["Prints", "Reducers", "read_only_reducers", "reopen"]
 
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
-    """A pickler's table: NumPy's arrays, and the reducers registered with copyreg.
-
-    Args:
-        arrays: NumPy is imported.
-    """
+    """A pickler's table: NumPy's arrays, and the reducers registered with copyreg."""
 
     def __init__(self, *, arrays: bool = True) -> None:
         numpy: Any = sys.modules["numpy"] if arrays else None

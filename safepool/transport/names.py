@@ -137,11 +137,7 @@ class Met:
         return frozenset(self.refs | self.uses)
 
     def path_of(self, thing: Any) -> str | None:
-        """Return the dotted name by which the script has a function or class.
-
-        Returns:
-            ``None`` if it has none, or this one is to be pickled itself.
-        """
+        """Return the dotted name of a function or class in the script; ``None``: pickle it."""
         here = main_space()
         path = getattr(thing, "__qualname__", "")
         root, _, rest = path.partition(".")

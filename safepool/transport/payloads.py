@@ -102,12 +102,6 @@ def dumps_to_send(
 ) -> list[Segment]:
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
 
-    Args:
-        value: May contain sockets, connections and other types with a reducer of
-            ``multiprocessing``.
-        into_main: The same as for :func:`dumps`.
-        by_value: The same as for :func:`dumps`.
-
     Raises:
         Exception: The same as by :func:`dumps`.
     """
@@ -201,12 +195,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
 def segments_of(
     value: object, dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes]
 ) -> list[bytes | memoryview]:
-    """Return what ``dump`` makes of a value, and the buffers that are no part of that.
-
-    Args:
-        value: The value to pickle.
-        dump: Given a pickler's ``buffer_callback`` as well.
-    """
+    """Return what ``dump`` makes of a value, and the buffers that are no part of that."""
     buffers: list[memoryview] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -281,15 +270,7 @@ def dump_by_value(
     into_main: bool = True,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
 ) -> None:
-    """Write the pickle of an object that a receiver cannot import into a file.
-
-    Args:
-        value: The same as for :func:`dumps`.
-        file: The file.
-        in_band: Function that is called with each buffer; ``None`` keeps all in the pickle.
-        into_main: The same as for :func:`dumps`.
-        reducers: The same as for :func:`dumps`.
-    """
+    """Write the pickle of an object that a receiver cannot import into a file."""
     script = met()
     kind = _by_value_pickler(
         registered(),

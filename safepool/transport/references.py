@@ -78,11 +78,7 @@ class Collected:
 
 
 class Given:
-    """Objects that this thread finds by these numbers, inside a ``with`` block.
-
-    Args:
-        objects: By the numbers that another process has given them.
-    """
+    """Objects that this thread finds by these numbers, inside a ``with`` block."""
 
     __slots__ = ("_objects",)
 

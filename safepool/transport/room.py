@@ -205,11 +205,7 @@ def _needed_to_pickle(flat: Any) -> int:
 
 
 def held_at_most(most_bytes: int) -> int:
-    """Return how many bytes of results may wait to be taken.
-
-    Args:
-        most_bytes: The value if there is room for everything.
-    """
+    """Return how many bytes of results may wait to be taken, this many at most."""
     found = _room.look()
     return most_bytes if found is None else min(most_bytes, found.bytes // _PART_HELD)
 

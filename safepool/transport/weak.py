@@ -50,12 +50,7 @@ def references() -> dict[type, Callable[[Any], Any]]:
 
 
 def reduce_container(weak: Any) -> tuple[Any, ...]:
-    """Return how to make a container again.
-
-    Args:
-        weak: Container of one of :data:`KINDS`, or of a class that adds methods or attributes to
-            it.
-    """
+    """Return how to make a container again."""
     base = next(kind for kind in KINDS if isinstance(weak, kind))
     if base is weakref.WeakSet:
         content: Any = list(weak)

@@ -41,11 +41,6 @@ class Answers:
 
     They have three forms, never two at a time: numbers in the board's lane; consecutive plain
     values, on the board as records and here as a list; records of any answers.
-
-    Args:
-        outbox: By which they are sent.
-        board: Shared with the pool; ``None`` if there is none, then each is sent alone.
-        fork: Nothing is sent from one.
     """
 
     def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
@@ -106,27 +101,14 @@ class Answers:
             self.flush()
 
     def send_number(self, position: int, begun_ns: int, pickled: bytes) -> None:
-        """Answer a call that has arrived alone and returned a number, or nothing.
-
-        Args:
-            position: Which.
-            begun_ns: When it began, by the monotonic clock.
-            pickled: Pickle of the value that it has returned.
-        """
+        """Answer a call that has arrived alone and returned a number, or nothing."""
         microseconds = min((time.monotonic_ns() - begun_ns) // 1000, 0xFFFF_FFFF)
         outbox = self._outbox
         outbox.send_answer(answer_frame(position, microseconds, _RESULT, pickled))
         outbox.logged = False
 
     def send_alone(self, position: int, begun_ns: int, kind: Kind, segments: Segments) -> None:
-        """Answer a call that has arrived alone.
-
-        Args:
-            position: Which.
-            begun_ns: When it began, by the monotonic clock.
-            kind: Kind of the answer.
-            segments: Its payload.
-        """
+        """Answer a call that has arrived alone."""
         self._mark_ns = begun_ns
         self._outbox.logged = True  # nothing waits for what follows
         self.send(position, kind, segments)
@@ -156,16 +138,7 @@ class Answers:
         return True
 
     def lane(self, position: int, kind: int, calls: int) -> tuple[memoryview[Any], int, int]:
-        """Prepare the lane for the results of calls from this position on, which is claimed.
-
-        Args:
-            position: The first one's.
-            kind: Kind of the results.
-            calls: Number of calls, if there is room.
-
-        Returns:
-            The slots, the position of the first of them, and how many calls there is room for.
-        """
+        """Return slots for results from this claimed position on, the first one, and how many."""
         assert self._board is not None
         if kind != self._kind or self._count == LANE_CALLS:
             self.flush()

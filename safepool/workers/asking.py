@@ -91,7 +91,6 @@ class Wish:
     """Modules that a pool wants a server to have imported.
 
     Attributes:
-        modules: Their names.
         strict: They were asked for by name.
         given_up: Function that returns ``True`` when the server is no longer needed.
     """
@@ -105,11 +104,9 @@ class RunningServer:
     """A fork server's process, and this end of its socket.
 
     Args:
-        changes: Changes to its environment.
         plan: The script that it is to run.
         forks: ``False`` if each worker is an interpreter of its own, and the server only answers
             questions.
-        is_kept: Whether it is below a keeper.
 
     Attributes:
         marks: Names that the script has made; ``None`` before it was run.
@@ -263,10 +260,6 @@ class RunningServer:
 
     def run_script(self, given_up: Callable[[], bool], *, again: bool) -> Mapping[str, bytes]:
         """Run the script of the plan, and return its names.
-
-        Args:
-            given_up: Function that returns ``True`` when the server is no longer needed.
-            again: A server that is killed from outside may be started again.
 
         Raises:
             CannotRunError: The script cannot be run.

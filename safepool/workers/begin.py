@@ -43,13 +43,7 @@ if "safepool.threads.cap" not in sys.modules:
 def facts_for(
     environment: Mapping[str, str | None], threads: int, cpus: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Return the values for the first statements of a worker, each with the text of a literal.
-
-    Args:
-        environment: Environment of the worker, ``None`` for a variable that it is born without.
-        threads: For each of its native pools.
-        cpus: CPUs that it is bound to; empty if to none.
-    """
+    """Return the values for the first statements of a worker, each with the text of a literal."""
     path = spawn.get_preparation_data("")["sys_path"]
     return {"environment": dict(environment), "threads": threads, "cpus": cpus, "path": path}
 

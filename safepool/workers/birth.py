@@ -131,9 +131,6 @@ def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) ->
         line: The reading end of the life-line.
         folder: The program's working directory.
         tracker: The pipe to multiprocessing's resource tracker.
-
-    Returns:
-        The same as :func:`~safepool.workers.script.run_script`.
     """
     from multiprocessing import process  # noqa: PLC0415
 

@@ -119,8 +119,6 @@ class Left:
     """Results that a worker has left on its board.
 
     Attributes:
-        records: The same as :func:`records_of` reads them.
-        first: The position of the first number.
         numbers: Numbers that calls that follow each other returned.
     """
 
@@ -261,12 +259,7 @@ class Board:
         return bytes(self._results[: self._cells[_FILLED] & _FILLED_MASK])
 
     def open_lane(self, position: int, kind: int) -> memoryview[Any]:
-        """Return slots for the results of calls from this position on, which is claimed.
-
-        Args:
-            position: The first one's.
-            kind: From :data:`LANES`.
-        """
+        """Return slots for the results of calls from this position on, which is claimed."""
         cells, used = self._cells, self._used
         self._lane[: 8 * used] = cells[_MARK].to_bytes(8, sys.byteorder) * used
         self._used = 0
@@ -369,12 +362,7 @@ class Board:
             return 0
 
     def fault(self, begin: int | None = None) -> str:
-        """Return what faulthandler has written, empty if nothing.
-
-        Args:
-            begin: From this byte on, such as :attr:`written` when the worker was asked. ``None``
-                returns the report of a crash, and no requested stack.
-        """
+        """Return what faulthandler wrote from this byte on, or the report of a crash."""
         skipped = begin or 0
         size = self.written - skipped
         if size <= 0:
@@ -403,7 +391,6 @@ class Seen:
     """One worker's board, read from another process.
 
     Attributes:
-        pid: The worker.
         name: The name of the function that runs; ``None`` while nothing runs.
         since_ns: When it began, by the monotonic clock.
     """
@@ -449,11 +436,7 @@ def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> 
 
 
 def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
-    """Return the results that a lane held.
-
-    Raises:
-        ValueError: There is no such kind, or the data are cut off.
-    """
+    """Return the results that a lane held."""
     if kind not in LANES.values() or len(data) % 8:
         raise ValueError(f"invalid content of a result slot: {len(data)} bytes of kind {kind}")
     if kind == _NONE:

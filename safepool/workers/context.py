@@ -45,7 +45,6 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     Args:
         preload: Modules that the server imports ahead: ``"auto"``, or names of modules.
         plan: Way of ``__main__`` into the workers; ``None`` is by value.
-        kept: Whether the programs that tasks have started end with the program.
         asked_only: ``True`` if nothing is forked, and the server only reports the names that
             workers have which run the script themselves.
 

@@ -18,9 +18,6 @@ __all__ = ["run_to_its_end"]
 def run_to_its_end(awaitable: Any) -> Any:
     """Run a coroutine by ``asyncio.run()`` in an event loop of its own, and return its result.
 
-    Args:
-        awaitable: The coroutine, or another awaitable object.
-
     Raises:
         BaseException: The exception of the coroutine, without the frames of the event loop.
 

@@ -66,14 +66,7 @@ _IMPORTED_WITHIN = (
 
 
 def say_what(error: Exception, result: object, *, look: bool) -> None:
-    """Add to a pickling error that it was a result, and what in it.
-
-    Args:
-        error: The exception of the pickler.
-        result: The value that it was given.
-        look: Whether to search for the object that could not be pickled, which pickles parts
-            again.
-    """
+    """Add to a pickling error that it was a result, and what in it if it is to ``look``."""
     culprit = find_unpicklable(result, dumps_to_send) if look else ""
     try:
         error.add_note(f"{UNSENT_RESULT}. It is {culprit}" if culprit else UNSENT_RESULT)

@@ -16,9 +16,6 @@ __all__ = ["Fork", "leave_fork"]
 class Fork:
     """Knows whether this process is a fork of the worker.
 
-    Attributes:
-        here: Whether this process is a fork.
-
     Args:
         forked: Called in one, at once.
     """
@@ -46,11 +43,7 @@ class Fork:
 
 
 def leave_fork(error: BaseException | None = None) -> NoReturn:
-    """End this process, as a fork of any program ends.
-
-    Args:
-        error: The exception that was raised in it.
-    """
+    """End this process, as a fork of any program ends."""
     code = 0
     if isinstance(error, SystemExit):
         code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1

@@ -30,8 +30,6 @@ class ForkedProcess:
     """A process that a fork server has started, in the words of ``multiprocessing.Process``.
 
     Attributes:
-        name: Name of the process.
-        pid: Process id.
         pidfd: Refers to this process alone; ``None`` before Linux 5.3.
         sentinel: Descriptor that turns readable when it has ended.
         daemon: ``False``: it may have children.
@@ -184,8 +182,6 @@ class ChildProcess(ForkedProcess):
     """A worker that this process has started itself, and so waits for itself.
 
     Args:
-        name: Name of the process.
-        started: The process.
         status: A pipe that turns readable when it has ended.
         line: The writing end of its life-line.
     """

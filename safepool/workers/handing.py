@@ -22,12 +22,7 @@ __all__ = ["details_of", "handing", "let_in", "open_directory", "tracker"]
 
 
 def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
-    """Return the state of a child of this process, besides descriptors.
-
-    Args:
-        changes: Changes to the environment.
-        script: Whether it has run the script.
-    """
+    """Return the state of a child of this process, besides descriptors."""
     me = multiprocessing.current_process()
     return {
         **birth.circumstances(),
@@ -45,10 +40,6 @@ def handing(
     details: Mapping[str, Any], files: Sequence[int]
 ) -> Iterator[tuple[dict[str, Any], list[int], list[int]]]:
     """Open the descriptors for a worker, for the time of handing them over.
-
-    Args:
-        details: From :func:`details_of`, and more.
-        files: Descriptors that it is given besides.
 
     Yields:
         Its details, its descriptors, and this side of it: for :func:`let_in`.

@@ -106,10 +106,7 @@ if sys.platform == "linux":
         return os.getgroups(), os.getresgid(), os.getresuid()
 
     def take(wanted: tuple[Any, ...]) -> None:
-        """Become these users and groups.
-
-        Args:
-            wanted: From :func:`users` of another process.
+        """Become these users and groups, from :func:`users` of another process.
 
         Raises:
             OSError: This process may not.

@@ -57,10 +57,6 @@ class Inheritance:
 def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
     """Make the initializer and its arguments ready for a worker that is about to start.
 
-    Args:
-        initializer: The initializer, and its arguments.
-        forked: The worker is a fork of this process.
-
     Raises:
         Exception: The exception of the pickler.
     """

@@ -58,14 +58,7 @@ _IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 def keep(
     sock_descriptor: int, program: int, command: Sequence[str], handed: Sequence[int]
 ) -> None:
-    """Start the server, and end all of its descendants with the program.
-
-    Args:
-        sock_descriptor: This end of an unnamed stream socket pair.
-        program: The process id of the program, which is this process's parent.
-        command: Starts the server.
-        handed: Descriptors that the server inherits, and this process closes.
-    """
+    """Start the server by a command, and end all of its descendants with the program."""
     # Ctrl-C, a hang-up and the end of a session are sent to the whole group.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGCHLD})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})

@@ -121,15 +121,7 @@ def forget() -> None:
 def launch(
     changes: Mapping[str, str | None], *, becomes: bool, is_kept: bool
 ) -> tuple[subprocess.Popen[bytes] | kept.KeptServer, socket.socket]:
-    """Start an interpreter that serves, or becomes a worker itself.
-
-    Args:
-        changes: Changes to the environment.
-        becomes: Whether it is to become a worker.
-        is_kept: Whether it is to be below a keeper.
-
-    Returns:
-        The process, and this end of its socket.
+    """Start an interpreter that serves, or becomes a worker; return it and this end of its socket.
 
     Raises:
         OSError: The system has no room for it.

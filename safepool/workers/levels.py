@@ -61,12 +61,7 @@ class Levels:
         self._watches = False
 
     def apply(self, disabled: int, levels: Mapping[str, int]) -> None:
-        """Set the levels that have changed since the last time.
-
-        Args:
-            disabled: For ``logging.disable()``.
-            levels: By name, all that are set; ``""`` is the root logger's.
-        """
+        """Set the levels that have changed since the last time; ``""`` is the root logger's."""
         unset = dict.fromkeys(self._told.keys() - levels.keys(), logging.NOTSET)
         changed = {n: level for n, level in levels.items() if self._told.get(n) != level}
         self._told = dict(levels)

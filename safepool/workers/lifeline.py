@@ -40,13 +40,7 @@ _SINCE_LINUX = (5, 6)
 
 
 def hold(descriptor: int) -> int:
-    """End this process by ``SIGKILL`` as soon as the program is gone; it may be already.
-
-    Args:
-        descriptor: The reading end, inherited. It is closed.
-
-    Returns:
-        The reading end in a description of its own, which sends its signal to this process.
+    """End this process by ``SIGKILL`` as soon as the program is gone. Returns the new reading end.
 
     Raises:
         OSError: The system lacks this (some emulations of Linux, and old ones).

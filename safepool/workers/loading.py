@@ -35,14 +35,7 @@ class AskedForPoolError(BaseException):
 
 
 def refuse(what: str) -> NoReturn:
-    """End the run of the script.
-
-    Args:
-        what: Name of the requested object, in words.
-
-    Raises:
-        AskedForPoolError: Always.
-    """
+    """End the run of the script."""
     global asked_for  # noqa: PLW0603 -- a fact about this process
     asked_for = what
     raise AskedForPoolError(what)

@@ -62,9 +62,6 @@ class Outbox:
     signal handler or a thread may log while an answer is being sent. The thread that holds the
     lock checks for new records after it has released it.
 
-    Args:
-        channel: Channel to the pool. It has no other sender.
-
     Attributes:
         logged: ``True`` if there was a record since the runner last set this to ``False``.
     """
@@ -133,11 +130,7 @@ class Outbox:
         self._offer_records()
 
     def close(self, *, flush: bool = False) -> None:
-        """Take no more records.
-
-        Args:
-            flush: Send those that wait. May wait for the pool.
-        """
+        """Take no more records; ``flush`` sends those that wait."""
         self._open = False
         if flush:
             with self._lock:
@@ -186,9 +179,6 @@ def forward_records(outbox: Outbox) -> None:
     Handlers that exist already were set up for the program, not for its worker (a fork inherits
     them, ``spawn`` makes them again when it imports ``__main__``). They are removed, and their
     records go to the program's own handlers.
-
-    Args:
-        outbox: Receiver of the records.
     """
     manager = logging.root.manager
     for logger in [logging.root, *manager.loggerDict.values()]:
@@ -244,9 +234,6 @@ def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
 
 def pack_record(record: logging.LogRecord) -> bytes:
     """Pickle a record in words: its arguments and exception as text, as they are now.
-
-    Args:
-        record: The record, which is not changed.
 
     Returns:
         Bytes that :func:`unpack_record` reads. Values of ``extra=`` travel as themselves, or as

@@ -47,14 +47,7 @@ def worker_main(
     told: WorkerStart,
     inherited: Sequence[Connection] = (),
 ) -> None:
-    """Be a worker that a ``multiprocessing`` context has started.
-
-    Args:
-        end: This worker's end of the channel.
-        board: The board's descriptor; ``None`` if there is none.
-        told: Facts that the pool tells it.
-        inherited: Objects that its initializer finds beside the pickle.
-    """
+    """Be a worker that a ``multiprocessing`` context has started."""
     for descriptor in told.foreign:
         _close(descriptor)
     bind(told.cpus)
@@ -77,12 +70,6 @@ def be_worker(
 
     Most start methods have set the variables earlier; in a forked worker this is the earliest
     place.
-
-    Args:
-        sock: This worker's end of the channel.
-        board: The board's descriptor; ``None`` if there is none.
-        told: Facts that the pool tells it.
-        inherited: Descriptors that the initializer's arguments refer to.
     """
     be_taken_before_the_program()
     be_index(told.index)

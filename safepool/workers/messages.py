@@ -61,12 +61,7 @@ def task_frame(position: int, function: int, segments: Sequence[Segment]) -> Pie
 
 
 def tasks_frame(position: int, calls: Sequence[tuple[int, bytes | memoryview]]) -> Pieces:
-    """Return the frame of several small calls.
-
-    Args:
-        position: The first one's; they are numbered upwards from it.
-        calls: Function and pickle of each.
-    """
+    """Return the frame of several small calls, numbered upwards from the position."""
     table = b"".join([_CALL.pack(function, len(pickled)) for function, pickled in calls])
     return encode(Kind.TASKS, position, [table, b"".join([pickled for _, pickled in calls])])
 
@@ -84,9 +79,6 @@ def call_frame(position: int, function: int, pickled: bytes | memoryview) -> byt
 
 def read_call(data: bytes) -> tuple[int, int, memoryview] | None:
     """Return position, function and pickle of one call; ``None`` if these bytes are another thing.
-
-    Args:
-        data: All that has arrived.
 
     Example:
         >>> position, function, pickled = read_call(call_frame(7, 1, b"abc"))
@@ -115,10 +107,6 @@ def answer_frame(
 def read_answer(data: bytes, position: int) -> tuple[int, memoryview] | None:
     """Return microseconds and pickle of a result; ``None`` if these bytes are another thing.
 
-    Args:
-        data: All that has arrived.
-        position: Position of the call.
-
     Example:
         >>> microseconds, pickled = read_answer(answer_frame(7, 5, Kind.RESULT, b"abc"), 7)
         >>> microseconds, bytes(pickled)
@@ -139,12 +127,6 @@ def read_answers(
     data: bytes, position: int, count: int, loads: Callable[[Sequence[memoryview]], object]
 ) -> tuple[int, list[object]] | None:
     """Return microseconds and results of several calls; ``None`` if these bytes are another thing.
-
-    Args:
-        data: All that has arrived.
-        position: Position of the first call.
-        count: Number of the answers.
-        loads: Reads the pickle of one result.
 
     Raises:
         ValueError: They are cut off.
@@ -220,14 +202,7 @@ def values_frame(position: int, microseconds: int, values: list[object]) -> Piec
 
 
 def numbers_frame(position: int, microseconds: int, kind: int, numbers: bytes) -> Pieces:
-    """Return the frame of what several calls returned, as a board's lane holds it.
-
-    Args:
-        position: The first one's.
-        microseconds: Time that they took together.
-        kind: Kind of the lane.
-        numbers: Bytes that :func:`~safepool.workers.board.numbers_of` reads.
-    """
+    """Return the frame of what several calls returned, as a board's lane holds it."""
     head = _VALUES.pack(min(microseconds, 0xFFFF_FFFF), kind)
     return encode(Kind.VALUES, position, [head, numbers])
 

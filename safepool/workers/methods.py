@@ -101,13 +101,7 @@ if sys.platform == "linux":
         return ServerContext(preload, plan_main(main), kept=kept)
 
     def script_method(method: StartMethod, main: str) -> StartMethod:
-        """Return what tells which names of the script workers have.
-
-        Args:
-            method: The method that starts them. The result is the same one, unless each worker
-                runs the script without reporting its names.
-            main: The same as for :func:`find_context`.
-        """
+        """Return what tells which names of the script workers have."""
         if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):
             return method
         plan = plan_main("auto")

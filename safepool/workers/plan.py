@@ -106,9 +106,6 @@ class MainPlan:
 def plan_main(wanted: str) -> MainPlan:
     """Choose the way of ``__main__`` into workers that are forked from a fork server.
 
-    Args:
-        wanted: One of :data:`MAINS`.
-
     Raises:
         ValueError: ``wanted`` is none of them, or is ``"run"`` without a script.
 

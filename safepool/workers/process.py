@@ -24,8 +24,6 @@ class WorkerProcess:
     """One running worker.
 
     Args:
-        method: The way to start it.
-        told: The facts for it.
         board: Its shared board; closed with this object, also if the start fails.
         given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
             during a slow start.
@@ -35,7 +33,6 @@ class WorkerProcess:
 
     Attributes:
         process: In the words of ``multiprocessing.Process``; ``None`` when this was closed.
-        pid: Process id.
         cpus: CPUs that it is bound to; empty if to none.
         board: Memory that it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.

@@ -70,7 +70,6 @@ class Runner:
     """The calls of one pool in this process.
 
     Args:
-        channel: Channel to the pool. Blocking.
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
         cap: Checked again before each call.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
@@ -153,11 +152,7 @@ class Runner:
                 self._tell_imports()
 
     def _run_plain(self, position: int, number: int, pickled: memoryview) -> bool:
-        """Run a call and answer it at once: :meth:`_run_pickled` without what others need.
-
-        Returns:
-            ``False`` if the call has not begun.
-        """
+        """Run a call and answer it at once: :meth:`_run_pickled` without what others need."""
         board, fork, answers = self._board, self._fork, self._answers
         self._cap.recheck()
         now = time.monotonic_ns()
@@ -387,13 +382,6 @@ class Runner:
         starred: bool,
     ) -> tuple[int, bool]:
         """Call the function with the last items, as long as its results can go to the lane.
-
-        Args:
-            position: The first one's, which is claimed.
-            function: The same as for :meth:`_run_items`.
-            items: The same as there.
-            most: Number of calls, at most.
-            starred: The same as there.
 
         Returns:
             The last position that has begun, and whether its result went there.

@@ -123,8 +123,6 @@ class Packed:
     """A setting on its way to a worker.
 
     Attributes:
-        name: Name of the row.
-        module: Module of the setting.
         values: A payload for each part of the value. Only warning filters have several: each
             may wait for another module.
         write: A payload of the function that sets it; ``None`` for a row of the table.
@@ -140,10 +138,6 @@ class Packed:
 
 def pack_setting(row: Setting, value: Any) -> Packed:
     """Pickle the value of a setting.
-
-    Args:
-        row: The setting.
-        value: The value that ``read`` has returned.
 
     Raises:
         Exception: The exception of the pickler.
@@ -191,12 +185,7 @@ _OURS = {*sys.stdlib_module_names, "__main__", "__mp_main__", "cloudpickle", "lo
 
 
 class _Reader(pickle.Unpickler):
-    """Reads a value without importing anything of the user's.
-
-    Args:
-        segments: Segments that :func:`_dumps` made.
-        there: Returns a module that has been imported.
-    """
+    """Reads a value without importing anything of the user's."""
 
     def __init__(
         self, segments: Sequence[bytes], there: Callable[[str], ModuleType | None]

@@ -41,7 +41,6 @@ class Setting:
     """One setting of a process.
 
     Attributes:
-        name: Name of the setting.
         module: The module that holds it, by the full name that is imported. Where that is not
             there, there is nothing to read; and in a worker it is set when it has been imported,
             at once if it is built into the interpreter.
@@ -53,7 +52,6 @@ class Setting:
             changed, or ``None`` if that is unknown. It is used where ``read`` takes longer.
         seldom: Whether it seldom changes while a program runs, or takes long to read: it is read
             less often.
-        source: Documentation of the setting.
     """
 
     name: str

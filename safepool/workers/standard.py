@@ -49,15 +49,10 @@ _START_DESCRIPTORS = 8
 class StandardProcess:
     """A process of ``multiprocessing``, in the words of :class:`~safepool.workers.start.Started`.
 
-    Args:
-        process: A process that runs.
-
     Attributes:
-        pid: Process id.
         sentinel: Descriptor that turns readable when it ends. Before Linux 5.3 and elsewhere it is
             a pipe, which the worker's own children can hold open; ``None`` on Windows, where only
             the channel tells.
-        process: The same; ``None`` when this was closed.
     """
 
     def __init__(self, process: Any) -> None:
@@ -111,11 +106,7 @@ class StandardProcess:
 
 
 class Standard(StartMethod):
-    """Starts workers by any context that is like ``multiprocessing``'s.
-
-    Args:
-        context: The context.
-    """
+    """Starts workers by any context that is like ``multiprocessing``'s."""
 
     def __init__(self, context: BaseContext) -> None:
         self.context: Any = context
@@ -246,14 +237,7 @@ METHODS: dict[str, type[Standard]] = {
 
 
 def _check_descriptors(existing: int) -> None:
-    """Raise now what would be raised in the middle of a start, which then leaks its pipes.
-
-    Args:
-        existing: A descriptor, of which copies are made.
-
-    Raises:
-        OSError: There are fewer descriptors left than a start method opens.
-    """
+    """Raise now what would be raised in the middle of a start, which then leaks its pipes."""
     spare: list[int] = []
     try:
         while len(spare) < _START_DESCRIPTORS:

@@ -28,7 +28,6 @@ class WorkerStart:
         environment: Variables it is born with, ``None`` for those it is born without.
         threads: Threads for each of its native pools.
         own: Variables of this worker, which take precedence over those of all workers.
-        index: Number of the worker in the pool, from 0 up.
         cpus: Bound to these, before it imports anything of the caller's; to none if empty.
         by_name: Functions of the script are sent as names; the worker has run the script.
         learns: Whether it tells the pool which libraries tasks import.
@@ -61,7 +60,6 @@ class Started(Protocol):
     """A worker process that was started.
 
     Attributes:
-        pid: Process id.
         sentinel: Descriptor that turns readable when it has ended; ``None`` where nothing does.
         process: In the words of ``multiprocessing.Process``.
     """
@@ -111,13 +109,6 @@ class StartMethod:
         given_up: Callable[[], bool],
     ) -> Started:
         """Start a worker.
-
-        Args:
-            told: The facts for the worker.
-            end: The worker's end of the channel. The caller closes it here.
-            board: Board to be shared with the worker.
-            given_up: Function that returns ``True`` when the pool no longer needs this worker.
-                Polled during a slow start.
 
         Raises:
             OSError: The system gave no process or no descriptor.

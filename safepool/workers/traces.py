@@ -41,8 +41,6 @@ class Traces:
     """State of the process at one moment.
 
     Attributes:
-        files: Target of each open descriptor.
-        children: The numbers of this process's children.
         signals: The masks of signals that are blocked, ignored and handled.
         states: States that each worker is given anew.
     """

@@ -57,9 +57,6 @@ class TreeEnd:
     First everybody is stopped. A stopped process can start no other, and cannot end and orphan its
     children. A fork in progress ends before the stop, and its child is found. Then all are killed.
 
-    Args:
-        worker: Which.
-
     Attributes:
         found: Processes that descend from it, as far as they were seen.
     """
@@ -93,7 +90,6 @@ class Descendant(NamedTuple):
     """One process, which its number alone does not name: that may be another's later.
 
     Attributes:
-        pid: Process id.
         started: When, in ticks since the system started.
     """
 

@@ -40,7 +40,6 @@ class Server:
     """One fork server, started when it is needed.
 
     Args:
-        changes: Changes to its environment.
         plan: The script that it runs.
         is_kept: Whether it is below a keeper.
         asked_only: Whether it forks nothing.
@@ -91,11 +90,6 @@ class Server:
         self, more: Mapping[str, Any], files: Sequence[int], wish: asking.Wish
     ) -> forked.ForkedProcess:
         """Preload new modules and fork a worker; start the server first, or again.
-
-        Args:
-            more: Details besides those for each child of the program.
-            files: Descriptors besides those.
-            wish: Modules to preload.
 
         Raises:
             CannotRunError: The script cannot be run.
@@ -235,11 +229,7 @@ class Server:
             )
 
     def _run_script_for_all(self, wish: asking.Wish) -> None:
-        """Run the script in a server that forks no worker, and return the names that workers have.
-
-        Raises:
-            CannotRunError: The script cannot be run.
-        """
+        """Run the script in a server that forks no worker, for the names that workers have."""
         if self._plan is None:
             return
         why = ""

@@ -15,9 +15,6 @@ _N = TypeVar("_N")
 def components(edges: Mapping[_N, Sequence[_N]]) -> list[list[_N]]:
     """Return the nodes in circles, each circle behind those that it leads to.
 
-    Args:
-        edges: For each node the nodes that it leads to. All of them are keys as well.
-
     Source:
         R. Tarjan, Depth-first search and linear graph algorithms, 1972.
 

@@ -32,10 +32,6 @@ ADDED = "with"
 def close(table: Table, roots: frozenset[str]) -> Closure:
     """Find out what names lead to.
 
-    Args:
-        table: A draft, which gets the new entries.
-        roots: The names.
-
     Raises:
         Exception: The exception of the pickler for one of them.
     """

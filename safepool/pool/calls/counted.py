@@ -49,13 +49,7 @@ class CountedRun(MapRun):
     def shown(
         self, label: str, total: int | None, start: Callable[[], ResultIterator]
     ) -> ResultIterator:
-        """Return the results, beside which the bar stands until they end or are dropped.
-
-        Args:
-            label: Text before the bar.
-            total: Number of calls, ``None`` if unknown.
-            start: Queues the calls and returns the iterator over their results.
-        """
+        """Return the results, beside which the bar stands until they end or are dropped."""
         # Before anything is queued: tqdm may be missing.
         bar = self._bar = Progress(label, total, look=self._look)
         try:

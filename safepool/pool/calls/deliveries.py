@@ -27,7 +27,6 @@ class Delivery:
 
     Attributes:
         version: Higher than that of any that was made before.
-        names: In the order of the values.
         born: By name, the version with which its present object was delivered first. Workers keep
             a container or class when its content has changed.
         head: Facts for workers about the names.
@@ -45,11 +44,7 @@ class Delivery:
     draws: bool = False
 
     def message(self, has: dict[str, int]) -> list[Segment]:
-        """Return the message for a worker, and note that the worker has it.
-
-        Args:
-            has: Versions of the names that the worker has.
-        """
+        """Return the message for a worker that has these versions, and note that it has it."""
         keep = tuple(has.get(n, 0) >= v for n, v in zip(self.names, self.born, strict=True))
         has.update(dict.fromkeys(self.names, self.version))
         return [pickle.dumps({**self.head, "keep": keep}, protocol=5), *self.segments]

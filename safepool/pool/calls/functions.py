@@ -38,9 +38,7 @@ class SentFunction:
 
     Attributes:
         number: Number that names it, at least 1.
-        segments: Pickle of the function.
         lasting: Kept as long as the pool; another is forgotten with its ``map``.
-        shared: Shared objects that it refers to.
         names: Names of the script that it refers to or uses.
     """
 
@@ -57,7 +55,6 @@ class _Kept:
 
     Attributes:
         look: Look of it when it was pickled; ``None`` for one that workers find by its name.
-        sent: The pickle.
         changes: Number of times that it was pickled.
     """
 
@@ -84,12 +81,7 @@ class Functions:
         return self.importable(function) or self._main(function)
 
     def known(self, function: Callable[..., Any]) -> SentFunction | None:
-        """Return a module's own function, or one of ``__main__`` that has not changed.
-
-        Returns:
-            ``None`` if it is neither, or if finding it or pickling it would run code of the
-            program.
-        """
+        """Return a module's own function, or one of ``__main__`` that has not changed."""
         if type(function) not in (types.FunctionType, types.BuiltinFunctionType):
             return None
         sent = self._importable.get(function)

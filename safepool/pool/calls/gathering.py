@@ -21,11 +21,6 @@ __all__ = ["GatheredRun"]
 class GatheredRun(MapRun):
     """Run that ends a future.
 
-    Args:
-        function, name, policy, at_once, starred: The same as in the base.
-        count: Number of calls that there will be, at least 1.
-        owner: Owner of the future.
-
     Attributes:
         future: Ends when all calls have ended, with the list of results, or with the first
             exception that arrived.

@@ -24,11 +24,7 @@ __all__ = ["Imports"]
 
 
 class Imports:
-    """The imports of the script as it is now.
-
-    Attributes:
-        modules: Names of the modules, in the script's order.
-    """
+    """The imports of the script as it is now."""
 
     def __init__(self) -> None:
         self.modules: list[str] = []

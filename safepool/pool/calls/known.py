@@ -31,11 +31,8 @@ class Known:
     """Names that were pickled together.
 
     Attributes:
-        names: Names of the values.
-        look: The values as they were.
         doubts: Print of the objects that may have changed in place.
         print: Print of the whole pickle.
-        delivery: The delivery to send.
         refs: Names that it refers to.
         uses: Names that its functions use.
         stamp: The versions of the objects that it refers to.
@@ -70,11 +67,7 @@ class Known:
     asked: int = 0
 
     def is_still(self, space: Mapping[str, object]) -> bool:
-        """Tell whether the only value is still there, if identity tells all about it.
-
-        Args:
-            space: The script's.
-        """
+        """Tell whether the only value is still there, if identity tells all about it."""
         name, value, attributes = self.names[0], self.plain, self.attributes
         if (value_of(name) if "." in name else space.get(name, ABSENT)) is not value:
             return False
@@ -85,11 +78,7 @@ class Known:
         return attributes_of(value).keys() == attributes
 
     def is_unchanged(self, *, here: bool = False) -> bool:
-        """Return whether the values are still those that were pickled; ``False`` if in doubt.
-
-        Args:
-            here: Run no code of the program.
-        """
+        """Return whether the values are still those that were pickled; ``False`` if in doubt."""
         if self.short is not None:
             return self.short.is_still(value_of(self.names[0]))
         values = [*map(value_of, self.names)]

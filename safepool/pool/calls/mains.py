@@ -156,9 +156,6 @@ def is_data(value: object) -> bool:
 class Look:
     """State of some values at one moment.
 
-    Args:
-        values: Values by name.
-
     Attributes:
         doubts: Objects that are to be compared by content.
     """
@@ -286,12 +283,7 @@ def is_definition(value: Any) -> bool:
 def uses_of(
     thing: object, named_by: Callable[[types.CodeType], frozenset[str]] = names_of
 ) -> frozenset[str]:
-    """Return the globals of the script that a function or class names, with all that is in it.
-
-    Args:
-        thing: An object that no pickler looks into.
-        named_by: Returns what code names.
-    """
+    """Return the globals of the script that a function or class names, with all that is in it."""
     names: set[str] = set()
     seen: set[int] = set()
     todo: list[Any] = [thing]

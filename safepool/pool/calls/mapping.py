@@ -175,15 +175,12 @@ class MapRun:
     Attributes:
         waiting, queued, most_at_once, dropped, held, noted: The same as in the core's ``Run``.
             Only the scheduler's thread looks at what waits.
-        sent: The function as workers know it.
         needs: Names of the script that workers need for it.
         unsettled: Calls that were queued and have no result yet.
         fed: All calls were queued.
-        count: Number of calls that were queued.
         turns: Turns by which calls were sent that the scheduler does not know yet, in order.
         taken: Number of results that were taken.
         length: Number of calls that there will be; ``None`` if that is not known here.
-        iterator: The iterator that the caller has.
         reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
 
@@ -304,13 +301,7 @@ class MapRun:
         return held_bytes > self._most_held_bytes
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
-        """Store consecutive results; :meth:`tell` follows when these are all for now.
-
-        Args:
-            index: Index of the first.
-            results: In order.
-            size_bytes: Size of all results together.
-        """
+        """Store consecutive results; :meth:`tell` follows when these are all for now."""
         if self.dropped:
             return
         if size_bytes <= _COUNTED_BYTES:
@@ -549,12 +540,7 @@ class Results:
         return self._items is None
 
     def iterate(self, keep: object) -> ResultIterator:
-        """Return the iterator over the results.
-
-        Args:
-            keep: Object that is held until the end, so that a pool without other references goes
-                on.
-        """
+        """Return the iterator over the results; it holds ``keep``, the pool, until the end."""
         return self._run.iterator(self, keep)
 
     def feed(self, chunk: int) -> None:
@@ -564,9 +550,6 @@ class Results:
         result. There is no bound before the first request for a result, so that calls run for
         their effects. If the pool ends meanwhile, the calls of items already taken raise its
         error.
-
-        Args:
-            chunk: Items that are queued together.
         """
         items = self._items
         try:
@@ -841,9 +824,6 @@ class ResultIterator:
     Args:
         results: Source of the results.
         keep: Held until the end.
-
-    Attributes:
-        results: The same as above; ``None`` when it was closed.
     """
 
     __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "results")

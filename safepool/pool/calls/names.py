@@ -116,22 +116,14 @@ class Names:
         return closure.deliveries
 
     def needed_here(self, roots: frozenset[str]) -> Sequence[Delivery] | None:
-        """Return what :meth:`needed` does, if to find that out runs no code of the program.
-
-        Returns:
-            ``None`` if it may.
-        """
+        """Return what :meth:`needed` does; ``None`` if that may run code of the program."""
         if not (roots or self._adds or self._is_to_look()):
             return ()
         closure = self._fresh(roots, here=True)
         return None if closure is None else closure.deliveries
 
     def born_with(self, *, forked: bool) -> dict[str, int]:
-        """Return the versions of names that a new worker has.
-
-        Args:
-            forked: Whether the worker is a fork of the program, and has what that has.
-        """
+        """Return the versions of names that a new worker has."""
         if not forked:
             return Versions({}, lambda: self.table.there)
         known = {name: one.delivery.version for name, one in self.table.known.items()}

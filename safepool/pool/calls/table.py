@@ -44,7 +44,6 @@ class Closure:
         known: The names that there are.
         absent: Names that the script does not have.
         beside: The same as in the table.
-        deliveries: The deliveries that a worker is sent.
         seen_in: The number of the table in which all this was last.
     """
 
@@ -67,7 +66,6 @@ class Table:
         main: Names that workers have because they run the script; ``None`` if none do.
 
     Attributes:
-        number: Its own.
         known: The last pickled value of each name.
         made: The part of that which is new since the table before.
         first: Versions in which names were pickled first.
@@ -114,10 +112,6 @@ class Table:
         Args:
             after: The other one.
             base: The table that this one is a draft of.
-
-        Returns:
-            The draft, and whether it has all news: entries about a name stay out if the other
-            table has a newer one.
         """
         new = after.draft()
         if new._learned != self._learned:
@@ -147,12 +141,7 @@ class Table:
                 self.there[name] = version
 
     def is_fresh(self, closure: Closure, *, here: bool = False) -> bool:
-        """Tell whether that is what names lead to now; ``False`` if in doubt.
-
-        Args:
-            closure: The closure of these names.
-            here: Run no code of the program.
-        """
+        """Tell whether that is what names lead to now; ``False`` if in doubt."""
         space, main = main_space(), self.main
         if len(space) != self.look_at or not closure.absent.isdisjoint(space):
             return False

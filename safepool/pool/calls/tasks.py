@@ -64,8 +64,6 @@ class Pickled(NamedTuple):
 
     Attributes:
         function: If workers keep it; otherwise it is in the payload.
-        segments: The payload.
-        shared: Shared objects that it refers to, by :func:`safepool.share`.
         needs: Names of the script that a worker must have.
     """
 
@@ -104,11 +102,7 @@ class PoolFuture(Future[Any]):
     """
 
     def __init__(self, owner: object = None) -> None:
-        """Make one.
-
-        Args:
-            owner: Pool that ends the future.
-        """
+        """Make one that this pool ends."""
         # Not the base's: the condition that it makes costs as much as the pickling of a call.
         self.owner = owner
 
@@ -237,12 +231,7 @@ class PoolFuture(Future[Any]):
         self.__dict__.pop("_turn", None)
 
     def end_alone(self, result: Any) -> bool:
-        """End with a result, in the thread that waits for it.
-
-        Returns:
-            ``False`` if others wait as well, or it has ended otherwise: :meth:`tell` is to be
-            called, in another thread.
-        """
+        """End with a result, in the waiting thread; ``False``: another calls :meth:`tell`."""
         facts, verdict = self.__dict__, (_base.FINISHED, result, None)
         first = facts.setdefault("_verdict", verdict) is verdict
         # After that: a thread that asks for one of these checks the verdict afterwards.
@@ -493,11 +482,8 @@ class Task(Call):
     """A call with a future.
 
     Attributes:
-        future: Where its result goes.
         call: Function, positional and keyword arguments; ``None`` once they were sent, so
             that the pool keeps nothing alive.
-        pickled: The same as in the base: the function, the segments, and the shared objects that
-            they refer to.
     """
 
     __slots__ = ("call", "future")
@@ -557,11 +543,6 @@ def rebuild(
     call: str = "the call",
 ) -> BaseException:
     """Return the exception that a worker described, its remote traceback as the cause.
-
-    Args:
-        segments: The description.
-        loads: Unpickles the exception.
-        call: Name of the call in errors.
 
     Raises:
         UntrustedError: The same as ``loads``.

@@ -106,12 +106,7 @@ class Looked:
     def print_beside(
         self, pickled: Sequence[bytes | memoryview], stored: Sequence[Segment]
     ) -> Print | None:
-        """Return the print of the objects in doubt.
-
-        Args:
-            pickled: The pickle of the values themselves.
-            stored: The same as it is kept for workers: its buffers are not kept twice.
-        """
+        """Return the print of the objects in doubt."""
         if self.printed is None:
             return None
         same = [*map(length, self.printed[1:])] == [*map(length, pickled[1:])]
@@ -119,12 +114,7 @@ class Looked:
 
 
 def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
-    """Look at values that are about to be pickled.
-
-    Args:
-        values: Which.
-        by_identity: Whether identity is enough, for any values.
-    """
+    """Look at values that are about to be pickled."""
     if by_identity or (len(values) == 1 and is_plain(values[0])):
         return Looked(Look(), plain=True)
     looked = Looked(Look(*values))
@@ -139,12 +129,7 @@ def look_at(values: Sequence[object], *, by_identity: bool = False) -> Looked:
 
 
 def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled:
-    """Pickle the values of some names together.
-
-    Args:
-        group: The names.
-        seeds: Names that stay references, because workers have them.
-    """
+    """Pickle the values of some names together."""
 
     def attempt() -> Pickled:
         values: list[object] = []

@@ -185,16 +185,7 @@ class Row:
         loaded_ns: int = 0,
         packed_ns: int = 0,
     ) -> None:
-        """Add calls that follow those added before.
-
-        Args:
-            done: The calls.
-            begin_ns: When the first began.
-            end_ns: When the last ended.
-            attempt: Number of the attempt; 0 is the one after those counted.
-            loaded_ns: Time for reading function and arguments.
-            packed_ns: Time for pickling the result.
-        """
+        """Add calls that follow those added before."""
         work, count, outcome = done.work, done.count, done.outcome
         name = work.name[:_LONGEST_NAME]
         # By two clocks that are one, but read in another order: never over each other.
