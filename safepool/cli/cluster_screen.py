@@ -28,8 +28,6 @@ from safepool.cluster.pool import ClusterPool
 if TYPE_CHECKING:
     from safepool.cluster import NodeInfo
 
-__all__ = ["run"]
-
 _CONNECT_S = 10.0
 _ANSWER_S = 10.0
 # The same as on a screen of this machine.

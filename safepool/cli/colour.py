@@ -18,8 +18,6 @@ from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Paint", "Style", "paint_for", "plain"]
-
 Style: TypeAlias = Literal["good", "advice", "problem", "strong"]
 Paint: TypeAlias = "Callable[[str, Style], str]"
 

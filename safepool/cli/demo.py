@@ -66,8 +66,6 @@ if TYPE_CHECKING:
     from safepool.limits import Limit, Throttling
     from safepool.workers.tree import Descendant
 
-__all__ = ["Setting", "compare", "host", "measure", "run", "undisturbed"]
-
 _NEEDED = ("numpy", "scipy")
 _PREFIX = "safepool-demo-"
 # Python's fork server makes a socket in a folder of its own inside of the demo's, and a socket's

@@ -34,8 +34,6 @@ from scipy.interpolate import RBFInterpolator, griddata
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["interpolate_and_solve"]
-
 # Results kept of each of the five operations: enough to compare, small enough to send. A task has
 # as many points at least.
 _KEPT = 16

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from safepool.cli.colour import Paint
     from safepool.limits import Limit, Throttling
 
-__all__ = ["POOLS", "WORTH_IT", "Comparison", "Half", "Report"]
-
 POOLS = {"standard": "ProcessPoolExecutor()", "safepool": "safepool.ProcessPool()"}
 """The two halves of the demo, in their order: name for the child, and for people."""
 

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
     from safepool.cli.colour import Paint
 
-__all__ = ["Change", "DoctorError", "Guest", "Library", "Report", "examine", "run"]
-
 # Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"
 # By -P and not from the folder that it is started in, where a random.py of the user's would be

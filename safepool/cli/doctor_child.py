@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from safepool.threads import NativePool
 
-__all__ = ["main"]
-
 _Key = tuple[str, str]
 
 # More is no time for faulthandler.

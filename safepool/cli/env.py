@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from safepool.cli.run import Plan
 
-__all__ = ["FORMATS", "run"]
-
 # Characters that no reader of such a file takes for a quote, an escape, a comment or a variable.
 _PLAIN = re.compile(r"[\w./:,@%+=-]+", re.ASCII)
 _PLAIN_IN_FILES = re.compile(r"[\w./:,@%+=\\-]*", re.ASCII)

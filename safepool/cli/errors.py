@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from safepool.errors import SafepoolError
 
-__all__ = ["CommandError"]
-
 
 class CommandError(SafepoolError):
     """A command cannot do its work.

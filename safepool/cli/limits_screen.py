@@ -63,8 +63,6 @@ if TYPE_CHECKING:
 
     _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 
-__all__ = ["NativeLibrary", "OtherProcess", "Screen", "ScreenError", "read_screen", "run"]
-
 _NAME_WIDTH = 26
 # Of the runtimes that nearly every program has, the one that wins first.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")

@@ -42,8 +42,6 @@ from safepool.cli.text import WIDTH, as_ascii, counted, json_of, wrapped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CONCLUSIONS", "NOTHING", "Report", "ReportError", "Row", "read", "run"]
-
 _SLOWEST = 5
 # Exceptions for a line that no pool has written.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["PROGRAM_VARIABLES", "Plan", "RunError", "plan", "plan_here", "run"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramVariable:

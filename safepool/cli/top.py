@@ -33,8 +33,6 @@ from safepool.workers.board import boards_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Row", "TopError", "as_text", "read", "run"]
-
 _EVERY_S = 1.0
 # ECMA-48, 8.3.21 "CUP" and 8.3.39 "ED": to the top left, and nothing below.
 _CLEAR = "\x1b[H\x1b[J"

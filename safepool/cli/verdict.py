@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.limits import Limits, Throttling
 
-__all__ = ["CODES", "Finding", "judge"]
-
 # A period in which a burst was cut off is no problem; one in ten is felt.
 _FEWEST_THROTTLED = 2
 _THROTTLED_SHARE = 0.1

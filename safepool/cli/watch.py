@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from safepool.limits import Limits, Throttling
     from safepool.limits._types import CpuUsage
 
-__all__ = ["Line", "View", "watch"]
-
 _BAR = 20
 _EVERY_S = 1.0
 # Share that counts as used up, within the accuracy of a sample.

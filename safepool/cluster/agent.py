@@ -70,17 +70,6 @@ if TYPE_CHECKING:
 
     from safepool.cluster.messages import DeliverMessage, Parcel
 
-__all__ = [
-    "SessionLostError",
-    "WrongOptionsError",
-    "agent_ask",
-    "agent_collect",
-    "agent_deliver",
-    "agent_greet",
-    "agent_release",
-    "agent_work",
-]
-
 # A pool asks for answers all the time. After so long without a word it is gone.
 _LAPSE_S = 30.0
 # From the last session of a pool to its end: the next program may need it.

@@ -17,8 +17,6 @@ from safepool.workers.index import worker_index
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["RAISED", "RETURNED", "initialize", "run"]
-
 RETURNED, RAISED = b"=", b"!"
 """First segment of an answer: a result follows, or a description of what was raised."""
 

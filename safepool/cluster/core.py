@@ -58,35 +58,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.work import Call
 
-__all__ = [
-    "Again",
-    "Answer",
-    "Answered",
-    "Broke",
-    "Cancel",
-    "CancelWaiting",
-    "Close",
-    "Core",
-    "Deliver",
-    "Delivered",
-    "End",
-    "Fail",
-    "Finished",
-    "Kill",
-    "Listed",
-    "Look",
-    "Lose",
-    "Lost",
-    "Open",
-    "Opened",
-    "Queued",
-    "Refused",
-    "Release",
-    "Returned",
-    "Settle",
-    "State",
-]
-
 # Work for each worker of a node that is under way, by the mean time of the function. A round trip
 # through a Dask scheduler takes some 5 ms (benchmarks/cluster.py).
 _AHEAD_S = 0.05

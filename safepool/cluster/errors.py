@@ -7,8 +7,6 @@ from typing import Any
 from safepool.errors import PoolBrokenError, WorkerDiedError
 from safepool.shown import printable
 
-__all__ = ["NoNodesError", "NodeLostError"]
-
 
 class NodeLostError(WorkerDiedError):
     """The node that had begun this call is gone, and the call has no retries left.

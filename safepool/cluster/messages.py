@@ -30,30 +30,6 @@ from safepool.transport import payloads, references
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = [
-    "KEPT_BYTES",
-    "LARGE_ARGUMENT_BYTES",
-    "LARGE_BYTES",
-    "MESSAGE_BYTES",
-    "PROTOCOL",
-    "Buffers",
-    "DeliverMessage",
-    "Packet",
-    "Parcel",
-    "PickledArguments",
-    "PickledFunction",
-    "Ran",
-    "Report",
-    "Source",
-    "Welcome",
-    "own_version",
-    "pickle_arguments",
-    "pickle_function",
-    "placed_bytes",
-    "python_version",
-    "unpickle",
-]
-
 PROTOCOL = 1
 """Of these messages. Other versions of safepool may have the same."""
 

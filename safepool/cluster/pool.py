@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from safepool.cluster.carriers import Carrier
     from safepool.cluster.tracing import ClusterTrace
 
-__all__ = ["ClusterPool", "NodeInfo", "NodeWorkerInfo"]
-
 _log = ContainedLogger()
 
 # Beside what a node itself waits for: an answer through a Dask scheduler takes milliseconds.

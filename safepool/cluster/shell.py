@@ -73,8 +73,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Shell"]
-
 _log = ContainedLogger()
 
 # Between two looks at the list of places; the first ones are awaited.

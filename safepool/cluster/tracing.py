@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from safepool.cluster.messages import Source
     from safepool.pool.core.work import Call
 
-__all__ = ["ClusterTrace"]
-
 
 @dataclass(slots=True)
 class _Seat:

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_oom_counts", "read_throttling"]
-
 _SHARED_MEMORY = "/dev/shm"
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from safepool.limits._types import OutOfMemoryCount, Throttling
 
-__all__ = ["QuotaWatch", "read_cpu_limits", "read_limits", "read_oom_counts", "read_throttling"]
-
 
 def read_limits(
     root: str | os.PathLike[str] = "/", *, environ: Mapping[str, str] | None = None

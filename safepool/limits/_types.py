@@ -10,19 +10,6 @@ from safepool.shown import counted, html_table, size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = [
-    "CpuUsage",
-    "Limit",
-    "Limits",
-    "MemoryLimit",
-    "OpenFilesLimit",
-    "OutOfMemoryCount",
-    "PidsLimit",
-    "SharedMemory",
-    "Skipped",
-    "Throttling",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:

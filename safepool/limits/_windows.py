@@ -12,8 +12,6 @@ from safepool.limits._types import Limit
 
 assert sys.platform == "win32"
 
-__all__ = ["restricted_affinity"]
-
 
 def restricted_affinity() -> Limit | None:
     """Ask for this process's mask; ``None`` if it is not restricted or unknown.

@@ -17,8 +17,6 @@ from safepool.procfs import parse_fields
 if TYPE_CHECKING:
     from safepool.limits.files import Machine
 
-__all__ = ["AFFINITY", "parse_cpu_list", "read_captured_affinity"]
-
 AFFINITY = "affinity"
 
 _STATUS_FILES = ("/proc/thread-self/status", "/proc/self/status")

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from safepool.limits.files import Machine
 
-__all__ = ["Level", "find_levels"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:

@@ -21,8 +21,6 @@ from safepool.limits._types import Limit, Skipped
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BOUNDS", "EXACT_WORKERS", "BoundVariable", "parse_count", "read_environment"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundVariable:

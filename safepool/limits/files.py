@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from safepool.errors import UnreadableLimitError
 
-__all__ = ["Machine"]
-
 _READ_MAX_BYTES = 16 << 20
 
 # The kernel's own number of symbolic links in one path (path_resolution(7)).

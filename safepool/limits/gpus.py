@@ -26,8 +26,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Gpus", "parse_visible", "read_gpus"]
-
 _DEVICE_FILE = re.compile(r"nvidia[0-9]+", re.ASCII)
 # A number, or the id of a device or of a part of one, which may be cut short.
 _DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)

@@ -20,8 +20,6 @@ from safepool.procfs import parse_fields
 if TYPE_CHECKING:
     from safepool.limits.files import Machine
 
-__all__ = ["SCAN_DIRECTORIES", "SCAN_SECONDS", "find_own_directory"]
-
 # A desktop has some hundred groups, a full Kubernetes node about 2,000; each costs about 30
 # microseconds. The caller waits no longer than this, on any machine.
 SCAN_DIRECTORIES = 4096

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["MemoryLeft", "MemoryWatch"]
-
 _MEMINFO = "/proc/meminfo"
 _MEMINFO_LINE = re.compile(
     r"^(MemTotal|MemAvailable|SwapFree): +([0-9]{1,15}) kB$", re.MULTILINE | re.ASCII

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["NO_LIMIT", "parse_number", "read_levels", "read_number"]
-
 _T = TypeVar("_T")
 
 # Version 1 has no word for "no limit": it prints the largest number of whole pages below

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["parse_memory_stat", "read_memory"]
-
 # Per version: the files that hold a ceiling, the file that tells the use, and the lines of
 # memory.stat that the kernel gives back under pressure. Both file lists, as in the kernel's
 # own MemAvailable (fs/proc/meminfo.c): active pages are only given back later. Version 1's

@@ -25,17 +25,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = [
-    "GROUP_TYPES",
-    "Mount",
-    "around_control_groups",
-    "covering",
-    "is_inside",
-    "parse_mountinfo",
-    "reachable",
-    "unescape",
-]
-
 # Type of the file system, by version of the control groups.
 GROUP_TYPES = ("cgroup", "cgroup2")
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["read_oom_counts"]
-
 _KILLS = {1: "memory.oom_control", 2: "memory.events"}
 _CEILING = {1: "memory.limit_in_bytes", 2: "memory.max"}
 # The peak: the present use is of no help after the killed process has given back its part. Version

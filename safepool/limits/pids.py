@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = ["read_pids"]
-
 
 def read_pids(machine: Machine, levels: Iterable[Level]) -> tuple[PidsLimit, ...]:
     """Read ``pids.max`` of every level, in their order; levels without it are left out."""

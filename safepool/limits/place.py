@@ -21,17 +21,6 @@ if TYPE_CHECKING:
 
     from safepool.limits.files import Machine
 
-__all__ = [
-    "OWN_GROUP_FILES",
-    "GroupPath",
-    "Place",
-    "components",
-    "leading_ups",
-    "parse_own_groups",
-    "read_own_groups_text",
-    "read_place",
-]
-
 GroupPath = tuple[str, ...]
 """A group as the components of its path, leading ``..`` included."""
 

@@ -32,8 +32,6 @@ if sys.platform == "linux":
 
 assert sys.platform == "linux"
 
-__all__ = ["ProcessView", "tasks_of_user"]
-
 _OWN_FOLDERS = ("/proc/self/", "/proc/thread-self/")
 _OPEN_FILES = re.compile(r"^Max open files +([0-9]+|unlimited) ", re.ASCII | re.MULTILINE)
 _USAGE_US = re.compile(r"^usage_usec ([0-9]{1,19})$", re.ASCII | re.MULTILINE)

@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-__all__ = [
-    "DEFAULT_PERIOD_US",
-    "parse_cfs_quota",
-    "parse_cpu_max",
-    "parse_cpu_stat",
-    "read_quotas",
-    "read_throttling",
-]
-
 # sched-bwc.rst: the period of a group for which none was written.
 DEFAULT_PERIOD_US = 100_000
 

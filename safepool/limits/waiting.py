@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["WaitSample", "WaitWatch", "parse_idle", "parse_schedstat"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitSample:

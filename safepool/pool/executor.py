@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from safepool.pool.tracing.trace import Trace
     from safepool.pool.watch import WorkerInfo
 
-__all__ = ["ProcessPool"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

@@ -39,8 +39,6 @@ from safepool.workers.fork import leave_fork
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["HELD_UP_S", "Hands", "LateError", "Teller", "ThreadThatStarts", "within"]
-
 _T = TypeVar("_T")
 
 _log = ContainedLogger()

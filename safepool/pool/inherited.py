@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.mapping import MapRun, ResultIterator
     from safepool.pool.calls.tasks import PoolFuture
 
-__all__ = ["WatchingScheduler", "shared_with_forks"]
-
 # By the last part of the module's name: "multiprocess" is a fork of the module.
 _SHARED = frozenset(
     f"{package}.{module}"

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-__all__ = ["Bell", "Latch", "Place", "Waiters", "arrives"]
-
-
 # A signal that comes in the moment before its thread sleeps does not wake it, nor does
 # _thread.interrupt_main(). Between two waits the interpreter looks for it.
 _LOOK_S = 1.0

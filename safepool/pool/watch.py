@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.tasks import Task
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Stacks", "WorkerInfo", "look_at", "worker_table"]
-
 # Between two looks whether a worker has written its stack; that takes it microseconds.
 _LOOK_S = 0.002
 # More of old stacks is not kept in a worker's file: it is memory.

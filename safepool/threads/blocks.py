@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from safepool.threads.calls import Call
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["Hold", "enter", "leave", "start_anew"]
-
 # A block begins or ends in a millisecond, or in as long as an import takes. Longer means that
 # it waits for the thread that forks, as for a module that this one imports.
 _FORK_WAITS_S = 5.0

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CALLS", "Call", "attempt"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:

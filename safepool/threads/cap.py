@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType, TracebackType
 
-__all__ = [
-    "WorkerCap",
-    "cap_worker",
-    "capped",
-    "find_ahead",
-    "is_capped",
-    "worker_threads",
-]
-
 
 class WorkerCap:
     """The caps of this process for the rest of its life as a worker."""

@@ -20,8 +20,6 @@ from safepool.threads.imports import imported
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["MODULES", "QUESTIONS", "Question", "answer", "answer_in", "pretend"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:

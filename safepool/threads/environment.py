@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 
     from safepool.threads.table import NativeRuntime
 
-__all__ = [
-    "Override",
-    "block_environment",
-    "change_environment",
-    "lowered_environment",
-    "overridden",
-    "ruled_threads",
-    "runtime_threads",
-    "worker_environment",
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override:

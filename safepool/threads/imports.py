@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import FrameType, ModuleType
 
-__all__ = ["AfterImport", "imported", "is_importing"]
-
 
 def imported(name: str) -> ModuleType | None:
     """Return the module of that name if its import has ended, otherwise ``None``."""

@@ -17,8 +17,6 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["LoadedLibraries"]
-
 
 class _ImportedModules:
     """Stands in where the loader's list cannot be had."""

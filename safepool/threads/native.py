@@ -12,8 +12,6 @@ from safepool.threads.registry import runtimes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NativeLibraries", "is_of_the_process", "runtime_of", "set_threads"]
-
 
 class NativeLibraries:
     """Libraries that threadpoolctl finds in this process; nothing is loaded to find out."""

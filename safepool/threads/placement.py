@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["Placement", "bind", "choose_cpus", "why_not_bound"]
-
 
 def choose_cpus(
     mask: Collection[int], threads: int, load: Mapping[int, int], first: int = 0

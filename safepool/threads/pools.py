@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from safepool.threads.table import NativeRuntime
 
-__all__ = ["NativePool", "inspect"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativePool:

@@ -14,18 +14,6 @@ if TYPE_CHECKING:
 
     from safepool.threads.table import NativeRuntime
 
-__all__ = [
-    "brought_by",
-    "call_of",
-    "imported_runtimes",
-    "modules_to_cap",
-    "register",
-    "revision",
-    "runtimes",
-    "unregister",
-    "when_added",
-]
-
 _added: dict[str, tuple[NativeRuntime, Call | None]] = {}
 _revision = 0
 # Called when a row was added.

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["RUNTIMES", "THREAD_VARIABLES", "NativeRuntime", "ThreadVariable"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadVariable:

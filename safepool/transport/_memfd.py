@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["Side", "Stored", "accept", "invite", "store"]
-
 # Where each buffer begins in its file: a cache line, and as much as any vector instruction needs.
 _ALIGNED_BYTES = 64
 # A buffer of at least this size has a file of its own, so that it can be freed alone.

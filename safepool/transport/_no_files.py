@@ -14,20 +14,6 @@ if TYPE_CHECKING:
     from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
-__all__ = [
-    "Side",
-    "Stored",
-    "accept",
-    "be_full",
-    "held_at_most",
-    "invite",
-    "make_room",
-    "refusal",
-    "require",
-    "require_to_pickle",
-    "store",
-]
-
 
 class Stored(Filed):
     """Never made here."""

@@ -34,8 +34,6 @@ from safepool.transport.marks import MAIN_NAMES, PLAIN, main_space
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["Addition", "add", "additions_to", "homes"]
-
 
 class Addition(NamedTuple):
     """Something of the script in a module.

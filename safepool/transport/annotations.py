@@ -18,8 +18,6 @@ from cloudpickle import cloudpickle as _internals
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["annotations_of", "closure_of", "global_names"]
-
 # Variable by which an annotation in a class's body finds the class's other names.
 _CLASS_SPACE = "__classdict__"
 

@@ -17,8 +17,6 @@ from safepool.errors import let_handlers_pass
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["find_unpicklable"]
-
 # Deeper or wider than this the way says nothing that helps, and each step pickles again.
 _MOST_STEPS = 8
 _MOST_PARTS = 256

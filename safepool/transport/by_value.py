@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 else:
     from cloudpickle import Pickler as CloudPickler
 
-__all__ = ["ByValuePickler", "reducer_table"]
-
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Every function that singledispatch returns runs this code.
 _dispatching: Any = functools.singledispatch(repr)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from safepool.transport.files import Side
     from safepool.transport.frames import Frame, Segment
 
-__all__ = ["NO_SIGPIPE", "Channel", "ChannelClosedError", "size_of", "store_large"]
-
 # Pieces handed to the kernel in one call. Linux takes 1,024 (IOV_MAX, limits.h); POSIX
 # promises 16 and every system of today takes this many.
 _PIECES = 256

@@ -37,8 +37,6 @@ from safepool.transport.marks import find_in_main, main_space
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["arrived", "fill_class", "reduce_class"]
-
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.

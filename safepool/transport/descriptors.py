@@ -40,17 +40,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = [
-    "CONNECTION",
-    "Descriptor",
-    "Handed",
-    "Incoming",
-    "Outgoing",
-    "Registered",
-    "registered",
-    "under_way",
-]
-
 # SCM_MAX_FD, unix(7).
 _MOST_AT_ONCE = 253
 # Types for which pickle or cloudpickle is as good as the standard library's reducer, or better.

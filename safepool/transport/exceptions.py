@@ -25,8 +25,6 @@ from safepool.errors import text_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["Sendable", "StandardTable", "Unsent", "reduce_exception"]
-
 _WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__")
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
 _HEAP = 1 << 9

@@ -30,8 +30,6 @@ from safepool.transport.sharing import Shared
 if TYPE_CHECKING:
     from typing import Final
 
-__all__ = ["ABSENT", "UNKNOWN", "fingerprint"]
-
 UNKNOWN: Final = b""
 """Of a value that is too large to be looked at, or shared: it may be the same or not."""
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     Received: TypeAlias = "bytearray | memoryview"
     Segment: TypeAlias = "bytes | memoryview | Filed"
 
-__all__ = ["CorruptFrameError", "Filed", "Frame", "FrameReader", "Kind", "Missing", "encode"]
-
 _HEADER = struct.Struct("!2sBBIQ")
 _MAGIC = b"sp"
 _VERSION = 2

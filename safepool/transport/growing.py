@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["OBJECTS", "STEP_BYTES", "Sink", "Source", "load", "loaded_bytes"]
-
 STEP_BYTES = 64 * 1024
 # Objects take about so many times as much as their pickle: a float and its place in a list, whose
 # pickle has 9 bytes. On free-threaded builds more; small dictionaries take 10 times as much.

@@ -36,16 +36,6 @@ if TYPE_CHECKING:
     import ast
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = [
-    "Held",
-    "attribute_of",
-    "held_by_module",
-    "held_value",
-    "is_importable",
-    "modules_by_value",
-    "sources_of",
-]
-
 # Their identity tells nothing, or they are sent as names anyway.
 _NAMELESS = (int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
 _NAMED = (types.FunctionType, types.BuiltinFunctionType, type)

@@ -40,8 +40,6 @@ from safepool.transport.marks import MAIN_NAMES, find_in_main, found_as
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["reduce_other", "table"]
-
 # Objects without a name that are known to both ends; the oldest are forgotten.
 _MOST_NUMBERED = 1024
 # Types that need no treatment; emptied when there are too many.

@@ -18,16 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "LAZY_TYPES",
-    "arrived_lazily",
-    "eager_imports",
-    "lazy_names",
-    "load_own",
-    "loaded",
-    "reducers",
-]
-
 _LazyImport: Any = getattr(types, "LazyImportType", None)
 LAZY_TYPES: frozenset[type] = frozenset({_LazyImport} - {None})
 """Types of an import that has not been done; none before Python 3.15."""

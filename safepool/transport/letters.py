@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["receive", "send"]
-
 _HEADER = struct.Struct("!Q")
 # SCM_MAX_FD, unix(7).
 _MOST_DESCRIPTORS = 253

@@ -16,8 +16,6 @@ from safepool.transport.marks import find_in_main, is_mark_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["MainNames"]
-
 
 def _know_nothing(_names: list[str]) -> dict[str, bytes | None]:
     return {}

@@ -16,25 +16,6 @@ from safepool.errors import let_handlers_pass
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-__all__ = [
-    "MAIN_NAMES",
-    "PLAIN",
-    "alias_main",
-    "attribute_of",
-    "attributes_of",
-    "find_attribute",
-    "find_in_main",
-    "found_as",
-    "found_in",
-    "is_full",
-    "is_of_main",
-    "main_space",
-    "mark_of",
-    "marks_of",
-    "space_of",
-    "use_space",
-]
-
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
 """The names under which the program's ``__main__`` is known in this process or another one."""
 

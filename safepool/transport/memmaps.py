@@ -26,8 +26,6 @@ from safepool.transport.references import reference_to
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Prints", "Reducers", "read_only_reducers", "reopen"]
-
 
 class Reducers(dict[type, "Callable[[Any], Any]"]):
     """A pickler's table: NumPy's arrays, and the reducers registered with copyreg."""

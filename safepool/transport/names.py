@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from typing import Self
 
-__all__ = [
-    "Met",
-    "OfScript",
-    "be_fork",
-    "mentioned_in",
-    "met",
-    "names_of",
-    "of_script",
-    "reduce_by_program",
-]
-
 _thread = threading.local()
 _UINT = struct.Struct("<I")
 

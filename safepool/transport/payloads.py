@@ -38,16 +38,6 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Buffer, Segment
     from safepool.transport.names import Met
 
-__all__ = [
-    "by_value_modules",
-    "dump_by_value",
-    "dumps",
-    "dumps_to_send",
-    "loads",
-    "main_namespace",
-    "segments_of",
-]
-
 # Copying a smaller buffer into the pickle is cheaper than a segment of its own.
 _OUT_OF_BAND_BYTES = 32 * 1024
 

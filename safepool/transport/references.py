@@ -27,21 +27,6 @@ if TYPE_CHECKING:
             """The object."""
 
 
-__all__ = [
-    "Collected",
-    "Given",
-    "attach",
-    "drop",
-    "keep",
-    "known",
-    "made",
-    "reduce",
-    "reference_to",
-    "restart",
-    "value_gone",
-    "value_of",
-]
-
 _thread = threading.local()
 # Shared objects of this process that are alive, by number.
 _made: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from safepool.limits.left import MemoryLeft, MemoryWatch
 
-__all__ = ["be_full", "held_at_most", "make_room", "refusal", "require", "require_to_pickle"]
-
 # Bytes to copy without a check: at first, and of the memory that was left at the last check.
 _FIRST_BYTES = 4 << 20
 _PART_WITHOUT_LOOK = 16

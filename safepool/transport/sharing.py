@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer, Segment
 
-__all__ = ["Shared", "received", "share"]
-
 _T = TypeVar("_T")
 _numbers = itertools.count(1)
 

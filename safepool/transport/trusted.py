@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = ["UntrustedError", "dumps", "imports_here", "is_found", "is_settled", "loads"]
-
-
 _CODE = (types.FunctionType, types.BuiltinFunctionType)
 
 # Methods of a class that the picklers may call, besides those of `object` and C code.

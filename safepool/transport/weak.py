@@ -27,8 +27,6 @@ from safepool.transport.names import met
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["KINDS", "containers", "reduce_container", "references"]
-
 KINDS = (weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary)
 """Containers of the standard library."""
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     Segments = Sequence[Segment]
 
-__all__ = ["SMALL_BYTES", "Answers"]
-
 # Results wait for no more than this while further calls run. A message costs some 5
 # microseconds on each side, so it is paid by a few hundred of the shortest calls.
 _FLUSH_NS = 1_000_000

@@ -27,20 +27,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = [
-    "LOOK_S",
-    "CannotForkError",
-    "CannotRunError",
-    "HasReadError",
-    "LostError",
-    "RunningServer",
-    "StartedThreadsError",
-    "Wish",
-    "check",
-    "to_run",
-    "value_of",
-]
-
 _log = ContainedLogger()
 
 # Seconds for one fork: of a few hundred megabytes it takes milliseconds.

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BEGIN", "facts_for", "popen_with"]
-
 # A worker that was forked from a capped server has the caps, and needs them once. The server may
 # have fewer CPUs than the machine: then worker_main() asks the system for the worker's own.
 BEGIN = """

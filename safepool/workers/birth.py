@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["be_born", "circumstances", "end_with", "run_script"]
-
 _LIMITS = (
     "RLIMIT_AS",
     "RLIMIT_CORE",

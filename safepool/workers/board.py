@@ -61,21 +61,6 @@ if TYPE_CHECKING:
 
     Segment = bytes | memoryview
 
-__all__ = [
-    "LANES",
-    "LANE_CALLS",
-    "RECORD",
-    "REVOKED",
-    "STACK_SIGNAL",
-    "Board",
-    "Left",
-    "Seen",
-    "boards_of",
-    "numbers_of",
-    "record_of",
-    "records_of",
-]
-
 _CLAIMED, _SINCE, _BEGAN, REVOKED, _FILLED, _KIND, _FIRST, _LAST, _MARK, _PID, _RESTED = range(11)
 # After the cells: the name of what runs.
 _NAME_BYTES = 128

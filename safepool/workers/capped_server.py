@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 assert sys.platform != "win32"
 
-__all__ = ["CappedProcess", "descriptors", "running"]
-
 _MOST = 8
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-__all__ = ["ContainedLogger", "report"]
-
 # The future of a task reports the end of its worker. A program that wants it in its log configures
 # logging.
 logging.getLogger("safepool").addHandler(logging.NullHandler())

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["ServerContext"]
-
 _log = ContainedLogger()
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["run_to_its_end"]
-
 
 def run_to_its_end(awaitable: Any) -> Any:
     """Run a coroutine by ``asyncio.run()`` in an event loop of its own, and return its result.

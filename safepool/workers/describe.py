@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-__all__ = ["UNSENT_RESULT", "describe", "get_ready", "name_of", "say_what"]
-
 # Of a result that cannot be sent: its beginning, however large it is.
 _SHORT = Repr()
 _SHORT.maxother = _SHORT.maxstring = 200

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["barrier", "has_barrier", "register"]
-
 # membarrier(2): MEMBARRIER_CMD_GLOBAL_EXPEDITED and its registration, Linux 4.16.
 _EXPEDITED, _REGISTER_EXPEDITED = 1 << 1, 1 << 2
 # Linux, arch/*/entry/syscalls/*.tbl and include/uapi/asm-generic/unistd.h, by uname -m.

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-__all__ = ["Fork", "leave_fork"]
-
 
 class Fork:
     """Knows whether this process is a fork of the worker.

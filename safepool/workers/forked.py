@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["ChildProcess", "ForkedProcess", "is_readable"]
-
 
 class ForkedProcess:
     """A process that a fork server has started, in the words of ``multiprocessing.Process``.

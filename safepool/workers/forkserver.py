@@ -64,16 +64,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = [
-    "attempt_of",
-    "descriptors",
-    "keepers",
-    "not_runnable",
-    "running",
-    "server_for",
-    "stop_all",
-]
-
 # Servers without workers beyond this number are ended: a program may make pools of ever new
 # settings.
 _MOST_IDLE = 3

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["details_of", "handing", "let_in", "open_directory", "tracker"]
-
 
 def details_of(changes: Mapping[str, str | None], *, script: bool) -> dict[str, Any]:
     """Return the state of a child of this process, besides descriptors."""

@@ -14,8 +14,6 @@ import sys
 import time
 from typing import Any
 
-__all__ = ["RightsWatch", "can_start", "place", "rights", "take", "users"]
-
 _RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
 # What cannot be read without a descriptor is what it was: it has not changed for that.
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)

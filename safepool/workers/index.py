@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["be_index", "worker_index"]
-
 _index: int | None = None
 
 

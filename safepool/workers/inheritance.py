@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
-__all__ = ["Inheritance", "pack", "receive"]
-
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:

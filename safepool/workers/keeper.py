@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["SERVER_END", "adopt_orphans", "keep"]
-
 SERVER_END = struct.Struct("!i?")
 """How the server ended, and whether something is left that has come from it."""
 

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["KeptServer"]
-
 # From the end of the keeper's socket to that of the process.
 _ENDING_S = 1.0
 

@@ -30,20 +30,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = [
-    "IMPORT_S",
-    "NoInterpreterError",
-    "descriptors",
-    "environment_of",
-    "executable",
-    "forget",
-    "is_stream",
-    "keepers",
-    "launch",
-    "line",
-    "no_interpreter",
-]
-
 IMPORT_S = 60.0
 """For one import. Those of large libraries take ten seconds under a small quota."""
 

@@ -22,8 +22,6 @@ from safepool.threads.imports import is_importing
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Levels", "apply_levels", "glance_at_levels", "levels_of_the_program"]
-
 
 def levels_of_the_program() -> tuple[int, dict[str, int]]:
     """Return the value of ``logging.disable()``, and the levels that are set, by logger."""

@@ -34,8 +34,6 @@ from safepool import linux
 
 assert sys.platform == "linux"
 
-__all__ = ["hold"]
-
 _SINCE_LINUX = (5, 6)
 
 

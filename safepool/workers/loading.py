@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-__all__ = ["AskedForPoolError", "check_no_import", "refuse"]
-
 script_is_run = False
 """Whether this process is a fork server that runs the script's top level at this moment."""
 

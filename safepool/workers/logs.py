@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from safepool.transport.channel import Channel
     from safepool.transport.frames import Segment
 
-__all__ = ["Outbox", "forward_records", "pack_record", "unpack_record"]
-
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
 # These travel in one pickle; anything else in one of its own, which may fail by itself.

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.connection import Connection
 
-__all__ = ["be_taken_before_the_program", "be_worker", "worker_main"]
-
 
 def worker_main(
     end: Connection | socket.socket,

@@ -18,23 +18,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Segment
 
-__all__ = [
-    "answer_frame",
-    "batch_frame",
-    "call_frame",
-    "function_of",
-    "numbers_frame",
-    "read_answer",
-    "read_answers",
-    "read_batch",
-    "read_call",
-    "read_tasks",
-    "read_values",
-    "task_frame",
-    "tasks_frame",
-    "values_frame",
-]
-
 _FUNCTION = struct.Struct("<I")
 # Of each call in a frame of several: the function's number and the length of the pickle.
 _CALL = struct.Struct("<II")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from multiprocessing.context import BaseContext
 
-__all__ = ["find_context", "method_of", "script_method"]
-
 
 def find_context(
     wanted: BaseContext | str | None,

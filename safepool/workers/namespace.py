@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Received
 
-__all__ = ["MainNamespace"]
-
 
 class MainNamespace:
     """The names of the script in this worker."""

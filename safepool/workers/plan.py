@@ -34,15 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import FrameType
 
-__all__ = [
-    "MAINS",
-    "MainPlan",
-    "ScriptLostError",
-    "find_space",
-    "guarded_lines",
-    "plan_main",
-]
-
 MAINS = ("auto", "run", "value")
 """What the argument ``main=`` of a pool may be."""
 

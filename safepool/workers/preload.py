@@ -32,16 +32,6 @@ from safepool.transport.lazy import lazy_names
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = [
-    "BACKGROUND_THREADS",
-    "NOT_PRELOADED",
-    "Imports",
-    "is_own",
-    "learn",
-    "modules_learned",
-    "modules_of_the_program",
-]
-
 NOT_PRELOADED = {
     "safepool": "in the server as far as it is needed there",
     # Modules of the interpreter and of front ends.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.start import StartMethod, WorkerStart
 
-__all__ = ["WorkerProcess"]
-
 
 class WorkerProcess:
     """One running worker.

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
     Segments = Sequence[Segment]
 
-__all__ = ["Runner"]
-
 # Their pickle needs no second look for buffers or names of ``__main__``.
 # And they hold nothing, so that several in one pickle do not become one object.
 _PLAIN = PLAIN - {complex}

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SAFE_PATH", "is_safe", "safe_path"]
-
 SAFE_PATH = "PYTHONSAFEPATH"
 
 _util: Any = util

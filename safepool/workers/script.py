@@ -51,16 +51,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = [
-    "be_worker",
-    "end_children",
-    "finish",
-    "read_prints",
-    "run_script",
-    "silence",
-    "tell_prints",
-]
-
 # Time for the script's own classes to be pickled.
 _PRINTS_S = 30.0
 # For processes that it has started, between SIGTERM and SIGKILL.

@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["EXIT_CODE", "serve"]
-
 EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 

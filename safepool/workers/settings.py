@@ -30,18 +30,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer
 
-__all__ = [
-    "Packed",
-    "WorkerSettings",
-    "module_of",
-    "pack_setting",
-    "register_setting",
-    "revision",
-    "settings",
-    "settings_frame",
-    "unregister_setting",
-]
-
 _FILTERS = "warnings.filters"
 _added: dict[str, Setting] = {}
 _revision = 0

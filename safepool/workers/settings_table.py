@@ -33,8 +33,6 @@ from safepool.workers.levels import apply_levels, glance_at_levels, levels_of_th
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["SETTINGS", "Setting", "filters_of"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.start import WorkerStart
 
-__all__ = ["METHODS", "Standard"]
-
 # Two pipes to the worker and back, one that reports the exec, and a few that a start method opens
 # meanwhile.
 _START_DESCRIPTORS = 8

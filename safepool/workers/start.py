@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from safepool.workers.board import Board
     from safepool.workers.inheritance import Initializer
 
-__all__ = ["StartMethod", "Started", "WorkerStart"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStart:

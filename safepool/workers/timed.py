@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     Segments = Sequence[Segment]
 
-__all__ = ["Timed", "TimedAnswers", "read_times"]
-
 # Calls of a batch share an entry as long as they take no longer together.
 _TOGETHER_NS = 1_000_000
 # Between a function that was read and the call that needs it: more, and it was for another.

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["Traces", "recorded_environment"]
-
-
 # Signals 32 and 33: handled as soon as there has been a thread (nptl(7)).
 _OF_THE_C_LIBRARY = 3 << 31
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
             """Send it a signal."""
 
 
-__all__ = ["Descendant", "TreeEnd", "bury", "descendants", "signal_all"]
-
 # For all of them to stop: a fork that is under way in the kernel is finished first, which takes
 # tens of milliseconds for each gigabyte.
 _STOPPING_S = 1.0

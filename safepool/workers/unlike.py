@@ -15,8 +15,6 @@ from safepool.transport.marks import PLAIN
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CONTAINERS", "summary", "unlike"]
-
 CONTAINERS = frozenset({tuple, list, dict, set, frozenset, bytearray})
 """Types that are looked into."""
 

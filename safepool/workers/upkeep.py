@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 assert sys.platform == "linux"
 
-__all__ = ["Server"]
-
 _log = ContainedLogger()
 
 _T = TypeVar("_T")

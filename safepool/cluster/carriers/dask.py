@@ -90,8 +90,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from concurrent.futures import Future
 
-__all__ = ["DaskCarrier", "connect", "is_client"]
-
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
 # Larger messages are sent ahead by ``Client.scatter``, in views, which are never copied on the

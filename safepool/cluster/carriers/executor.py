@@ -20,8 +20,6 @@ from safepool.cluster.carriers import EngineGoneError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["ExecutorCarrier"]
-
 
 class ExecutorCarrier:
     """Carries calls by an executor.

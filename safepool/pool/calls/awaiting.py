@@ -59,8 +59,6 @@ if TYPE_CHECKING:
         return_exceptions: Required[bool]
 
 
-__all__ = ["AsyncResults", "AwaitedCalls"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _A = TypeVar("_A")

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.known import Known
     from safepool.pool.calls.table import Table
 
-__all__ = ["ADDED", "close", "find_additions"]
-
 # Markers for a name without an object.
 _IMPORTS, _MISSING = "import", "del"
 ADDED = "with"

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.mapping import ResultIterator
 
-__all__ = ["CountedRun", "total_of"]
-
 
 class CountedRun(MapRun):
     """Run that counts in its bar the results that are put down."""

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
-__all__ = ["Delivery", "Needs", "Versions", "versions"]
-
 versions: itertools.count[int] = itertools.count(1)
 """Of deliveries: each is higher than the one before."""
 

@@ -55,8 +55,6 @@ if TYPE_CHECKING:
             """Take no more calls; finish those that were submitted."""
 
 
-__all__ = ["PoolCalls"]
-
 _T = TypeVar("_T")
 _A = TypeVar("_A")
 _B = TypeVar("_B")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
-__all__ = ["Functions", "SentFunction"]
-
 # Each is kept alive, and in every worker; a program that makes functions without end sends
 # the later ones with each call.
 _MOST = 1024

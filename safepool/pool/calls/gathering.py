@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.policy import Policy
 
-__all__ = ["GatheredRun"]
-
 
 class GatheredRun(MapRun):
     """Run that ends a future.

@@ -20,8 +20,6 @@ from safepool.transport.marks import main_space
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Imports"]
-
 
 class Imports:
     """The imports of the script as it is now."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.deliveries import Delivery
 
-__all__ = ["Known"]
-
 # More time than this, of the program, to find out whether data has changed is worth a word.
 _MUCH_S = 1.0
 

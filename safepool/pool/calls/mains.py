@@ -37,21 +37,6 @@ from safepool.transport.sharing import Shared
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = [
-    "ABSENT",
-    "LRU_CACHE",
-    "Look",
-    "PlainFunction",
-    "is_data",
-    "is_definition",
-    "is_importable",
-    "is_of_main",
-    "is_plain",
-    "plain_function",
-    "runs_no_code",
-    "uses_of",
-]
-
 _PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
 LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Parts of annotations, which are pickled as names.

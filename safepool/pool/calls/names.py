@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from safepool.pool.calls.deliveries import Delivery
     from safepool.transport.main_names import MainNames
 
-__all__ = ["Names"]
-
 # Sets of names that calls have asked for.
 _MOST_CLOSURES = 1024
 # So long a call waits for another one that needs the same: that one may wait for this one.

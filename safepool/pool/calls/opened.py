@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.mapping import ResultIterator, Results
 
-__all__ = ["OpenMaps"]
-
 
 class OpenMaps:
     """The open maps of one pool."""

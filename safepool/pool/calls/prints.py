@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Segment
 
-__all__ = ["Print", "exposed", "is_equal", "length", "placed", "print_of", "steadily"]
-
 _T = TypeVar("_T")
 
 # Another thread may change the object during pickling; it is tried this often.

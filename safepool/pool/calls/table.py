@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from safepool.transport.additions import Addition
     from safepool.transport.main_names import MainNames
 
-__all__ = ["Added", "Closure", "Table"]
-
 
 @dataclass(frozen=True, slots=True)
 class Added:

@@ -34,27 +34,17 @@ if TYPE_CHECKING:
     class Turn(Protocol):
         """Way in which a call was sent that the scheduler does not know yet: of ``turns``."""
 
-        def ask(self) -> None: ...
+        def ask(self) -> None:
+            """Give the calls to the scheduler."""
 
-        def collect(self, timeout_s: float | None) -> None: ...
+        def collect(self, timeout_s: float | None) -> None:
+            """Wait for the answer, and end the calls by it."""
 
         @property
-        def is_over(self) -> bool: ...
+        def is_over(self) -> bool:
+            """Whether the calls were ended here, or are the scheduler's."""
 
     Parts = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-
-__all__ = [
-    "Pickled",
-    "PoolFuture",
-    "Task",
-    "begin",
-    "callbacks_by",
-    "cancel",
-    "fail",
-    "finish",
-    "fresh",
-    "rebuild",
-]
 
 _log = ContainedLogger()
 

@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Segment
     from safepool.transport.sharing import Shared
 
-__all__ = [
-    "OF_ANY_MODULE",
-    "Looked",
-    "Pickled",
-    "can_be_shared",
-    "data_by_id",
-    "definitions",
-    "look_at",
-    "pickle_additions",
-    "pickle_names",
-    "value_of",
-]
-
 # Objects in a pickle. A larger pickle is not searched for common objects.
 _MOST_MET = 200_000
 # A pickle that the scheduler's thread does not make.

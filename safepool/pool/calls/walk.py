@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.table import Table
 
-__all__ = ["QUIET_BYTES", "UNASKED_S", "Walk"]
-
 QUIET_BYTES = 1 << 20
 """A function or class that nothing names is sent in case it is asked for, unless it is larger."""
 

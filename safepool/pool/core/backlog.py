@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     # Arguments of `take`.
     _Offer = tuple[Callable[[str, int], int], Callable[[str], int], int, int]
 
-__all__ = ["Backlog"]
-
 # The most entries whose calls are counted; counting more would delay the submitting thread.
 _MOST_COUNTED = 1000
 

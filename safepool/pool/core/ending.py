@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from safepool.errors import MemoryExceeded, OutOfMemory
     from safepool.pool.core.work import Given
 
-__all__ = ["Ending", "Lost", "Stage"]
-
 # Levels of the log's, which is not imported here.
 _DEBUG, _WARNING = 10, 30
 

@@ -7,8 +7,6 @@ second.
 
 from __future__ import annotations
 
-__all__ = ["LEAST_NS", "Gauge"]
-
 LEAST_NS = 10_000_000
 """Between two looks at one worker: 10 MB more, of a task that allocates 1 GB a second."""
 

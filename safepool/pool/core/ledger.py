@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.work import Work
 
-__all__ = ["Ledger"]
-
-
 _W = TypeVar("_W", bound="Work")
 
 

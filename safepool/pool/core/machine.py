@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.work import Run
     from safepool.pool.core.worker import Member
 
-__all__ = ["MOST_LENT", "Core"]
-
 MOST_LENT = 16
 """So many calls of a map a caller may send to workers itself."""
 # Sixths of a task may add up to a little less than one.

@@ -6,8 +6,6 @@ time. So the number of calls sent ahead follows from the time that calls of the 
 
 from __future__ import annotations
 
-__all__ = ["Pace"]
-
 # Work that a worker holds. It is more than the 5 ms for which a thread of this process may keep
 # the interpreter (sys.getswitchinterval) and so keep the scheduler from sending. It is less than a
 # person or another task would notice.

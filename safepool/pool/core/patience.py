@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from safepool.errors import FROM_OUTSIDE
 
-__all__ = ["Patience"]
-
 _MOST_CRASHED = 3
 # With the pauses between them a quarter of a minute.
 _MOST_KILLED = 20

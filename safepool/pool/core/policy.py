@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NO_POLICY", "Policy", "policy_of"]
-
 # Attribute in which a decorated function keeps its policy; functools.wraps copies it.
 _ATTRIBUTE = "__safepool_policy__"
 

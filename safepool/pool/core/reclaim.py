@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.worker import Member
 
-__all__ = ["next_looks", "slow_workers", "to_look_at"]
-
 # A call that runs for so long keeps those behind it: they are taken back, at once if a
 # worker is idle. A worker that merely waits for a CPU looks the same, so not too soon.
 _LONG_NS = 20_000_000

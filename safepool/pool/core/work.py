@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.policy import Policy
 
-__all__ = ["Call", "Given", "Run", "Span", "Work"]
-
 # A call or a span, with what its owner has added: its type is the owner's.
 Given = Any
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from safepool.errors import MemoryExceeded
     from safepool.pool.core.work import Given
 
-__all__ = ["Member", "Phase"]
-
 
 class Phase(enum.IntEnum):
     """Phase in the life of a worker. From `DYING` on it is given nothing more."""

@@ -67,8 +67,6 @@ if TYPE_CHECKING:
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
 
-__all__ = ["Dispatch", "was_not_sent"]
-
 # A larger pickle goes to an idle worker only, in a message of its own, and is not kept. It cannot
 # be sent again: the program may change the objects it refers to as soon as it was sent.
 _SMALL_BYTES = 64 * 1024

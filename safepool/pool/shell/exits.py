@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Exiting", "finish_at_exit", "has_exited", "last_uncaught", "working"]
-
 
 class Exiting(Protocol):
     """Pool that has work to finish before the interpreter ends."""

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from safepool.threads.placement import Placement
     from safepool.workers.start import StartMethod, WorkerStart
 
-__all__ = ["Hiring"]
-
 _log = ContainedLogger()
 
 # Pause between two attempts to start a worker when the system refuses. A pool that has lost all

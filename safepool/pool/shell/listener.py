@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     Pickles = Callable[[Any], Any]
     Settles = Callable[[Settle], dict[int, BaseException]]
 
-__all__ = ["Listener"]
-
 
 class Listener:
     """Hears nothing: each function is used as it is.

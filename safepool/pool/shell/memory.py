@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["MemoryWatch"]
-
 _log = ContainedLogger()
 
 # Who is to be looked at so soon is looked at together with others: each time takes a wake-up.

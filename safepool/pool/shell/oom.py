@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from safepool.limits import OutOfMemoryCount
 
-__all__ = ["OutOfMemoryWatch"]
-
 # Between two looks: one costs about half a millisecond, and short-lived workers are started
 # all the time.
 _LOOK_S = 1.0

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.worker import Worker
     from safepool.transport.frames import Segment
 
-__all__ = ["Packing"]
-
 
 @dataclass(slots=True, eq=False)
 class Packing:

@@ -23,8 +23,6 @@ from safepool.workers.logs import unpack_record
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Records"]
-
 _log = ContainedLogger()
 
 # Time for handlers to end, before a call's result is delivered.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from safepool.limits import Limits
     from safepool.limits._types import PidsLimit
 
-__all__ = ["explain", "explained", "limit_met"]
-
 # A part of the use may have ended since.
 _NEARLY = 0.9
 # Memory that a thread's stack, or the first pages of a process, may need.

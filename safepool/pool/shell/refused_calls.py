@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 from safepool.errors import REFUSALS, RefusedCallError
 from safepool.procfs import fields
 
-__all__ = ["refused_call"]
-
 
 class _Call(NamedTuple):
     """A system call: its name there, and its number on each processor; -1 if it has none."""

@@ -155,8 +155,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.size import Size
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Scheduler"]
-
 _log = ContainedLogger()
 
 # Signal of the kernel's out-of-memory killer, and of any other SIGKILL.

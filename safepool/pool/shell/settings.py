@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.worker import Worker
     from safepool.workers.settings_table import Setting
 
-__all__ = ["Settings", "Telling"]
-
 _log = ContainedLogger()
 
 # Pause between two checks, as a multiple of the last check's duration.

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     _Segments = Sequence[bytes | bytearray | memoryview]
 
-__all__ = ["Settling", "answer_of", "answers_of", "left_by", "values_of"]
-
 _log = ContainedLogger()
 
 # A larger result counts individually against the bound of its map.

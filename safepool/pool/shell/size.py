@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.listener import Listener
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Size"]
-
 _log = ContainedLogger()
 
 # Between two readings of the limits.

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Frame
     from safepool.workers.tree import Descendant
 
-__all__ = ["Staff"]
-
 _log = ContainedLogger()
 
 # A worker whose channel is closed and that has not ended by then is ended (race A).

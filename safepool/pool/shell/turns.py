@@ -73,8 +73,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.staff import Staff
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["TICK_S", "Turn", "Turns", "runs_a_loop"]
-
 TICK_S = 0.05
 """So long a call may be unknown to the scheduler's thread, in seconds."""
 # Lanes are made for so long after the last call that could use one. An idle pool sleeps.

@@ -14,8 +14,6 @@ from safepool.machine import tell_once
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Variables", "devices_of"]
-
 # Variables computed with the pool, so that an error is raised there; those of later workers are
 # computed later.
 _MOST_AHEAD = 256

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
         """Calls that the scheduler does not know yet: of :mod:`safepool.pool.shell.turns`."""
 
         @property
-        def done(self) -> int: ...
+        def done(self) -> int:
+            """Number of calls that were ended here."""
 
         @property
-        def work(self) -> Task | Span | None: ...
+        def work(self) -> Task | Span | None:
+            """Work that is under way, if any."""
 
-
-__all__ = ["Worker"]
 
 # Signals whose stack faulthandler writes (Modules/faulthandler.c, faulthandler_handlers).
 _CRASHES = {signal.SIGSEGV, signal.SIGFPE, signal.SIGABRT, signal.SIGILL}

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.events import Fed
     from safepool.pool.core.work import Given
 
-__all__ = ["note_brought", "note_pickled", "pickled_ns", "queued_ns"]
-
 # Portions of a run whose time of submission is known; those before count as the oldest of these.
 _MOST_PORTIONS = 4096
 

@@ -55,8 +55,6 @@ from safepool.pool.tracing.file import EVERY_S, TraceFile
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["PLAIN", "SCHEMA", "Calls", "Events"]
-
 # Number of the format above; new keys do not change it.
 SCHEMA = 1
 

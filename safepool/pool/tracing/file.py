@@ -35,8 +35,6 @@ if sys.platform != "win32":
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["EVERY_S", "TraceFile"]
-
 _log = ContainedLogger()
 
 # Pause between two writes: a kill loses that time, and writing twice a second costs nothing.

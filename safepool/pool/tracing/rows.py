@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.work import Given
     from safepool.pool.tracing.events import Events
 
-__all__ = ["Row", "Settled"]
-
 # A function may have any name, and each of its events repeats it.
 _LONGEST_NAME = 200
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from safepool.pool.shell.listener import Bring, Buffer, Handle, Pickles, Settles, Table
     from safepool.pool.shell.worker import Worker
 
-__all__ = ["Trace"]
-
 
 class Trace(Listener):
     """The trace of one pool.
