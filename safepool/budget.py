@@ -215,8 +215,4 @@ def _snapped(cpus: float) -> float:
     return above if cpus >= above * (1 - _SNAP) else cpus
 
 
-_ROUND = {
-    "floor": math.floor,
-    "nearest": lambda cpus: math.floor(cpus + 0.5),
-    "ceil": math.ceil,
-}
+_ROUND = {"floor": math.floor, "nearest": lambda cpus: math.floor(cpus + 0.5), "ceil": math.ceil}

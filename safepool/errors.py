@@ -542,10 +542,7 @@ def users_frames(
     return trace
 
 
-_OURS = (
-    f"{os.path.dirname(__file__)}{os.sep}",
-    f"{os.sep}cloudpickle{os.sep}cloudpickle.py",
-)
+_OURS = (f"{os.path.dirname(__file__)}{os.sep}", f"{os.sep}cloudpickle{os.sep}cloudpickle.py")
 
 
 def users_stack(text: str) -> str:

@@ -243,10 +243,7 @@ class Pool(_StandardPool):
         return self._engine.workers()
 
     def apply(
-        self,
-        func: Callable[..., _T],
-        args: Iterable[Any] = (),
-        kwds: Mapping[str, Any] = {},
+        self, func: Callable[..., _T], args: Iterable[Any] = (), kwds: Mapping[str, Any] = {}
     ) -> _T:
         """Return ``func(*args, **kwds)``, called in a worker.
 

@@ -187,12 +187,7 @@ def _oversubscribed(
         (who, does, what), *others = too_many
         told = [f"{who} {does} {what}", *(f"{other} {many}" for other, _, many in others)]
         text = " and ".join([", ".join(told[:-1]), told[-1]] if others else told) + f", for {cpus}"
-        yield Finding(
-            code="oversubscribed",
-            problem=True,
-            text=text,
-            remedy=remedy,
-        )
+        yield Finding(code="oversubscribed", problem=True, text=text, remedy=remedy)
     elif standard_workers is not None and standard_workers * native_threads > most:
         yield Finding(
             code="threads-multiply",

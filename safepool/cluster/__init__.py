@@ -33,10 +33,4 @@ from __future__ import annotations
 from safepool.cluster.errors import NodeLostError, NoNodesError
 from safepool.cluster.pool import ClusterPool, NodeInfo, NodeWorkerInfo
 
-__all__ = [
-    "ClusterPool",
-    "NoNodesError",
-    "NodeInfo",
-    "NodeLostError",
-    "NodeWorkerInfo",
-]
+__all__ = ["ClusterPool", "NoNodesError", "NodeInfo", "NodeLostError", "NodeWorkerInfo"]

@@ -91,13 +91,7 @@ class WrongOptionsError(SafepoolError):
 
 
 class NodePool:
-    """A pool for all sessions of the same options.
-
-    Attributes:
-        pool: The pool; its workers start with the first call.
-        sessions: Sessions that use it.
-        idle_since_s: Time at which the last of them went.
-    """
+    """A pool for all sessions of the same options."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         given = dict(options)
@@ -123,12 +117,7 @@ class NodePool:
 
 
 class Session:
-    """State of one cluster pool here.
-
-    Args:
-        name: Given by the cluster pool, and never given again.
-        node_pool: The pool that runs its calls.
-    """
+    """State of one cluster pool here."""
 
     def __init__(self, name: str, node_pool: NodePool) -> None:
         self.name = name

@@ -34,20 +34,7 @@ def run(
     large: Sequence[tuple[int, Packet]],
     shared: Mapping[int, Any],
 ) -> tuple[tuple[Any, ...], Packet]:
-    """Run one call.
-
-    Args:
-        key: Key of its function.
-        function: The pickle of that.
-        needs: Shared objects that the function refers to.
-        arguments: The pickle of positional and keyword arguments.
-        large: Buffers that belong to it, with their places among its segments.
-        shared: Shared objects that these refer to.
-
-    Returns:
-        A :class:`~safepool.cluster.messages.Ran` as a plain tuple, and the result or exception of
-        the call.
-    """
+    """Run one call."""
     begin_ns = loaded_ns = packed_ns = time.monotonic_ns()
     result: object = None
     try:

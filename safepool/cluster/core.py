@@ -86,7 +86,6 @@ class Answer(NamedTuple):
     """End of a call on its node.
 
     Attributes:
-        number: Number of the call's delivery.
         seconds: Duration of the call; negative if it did not run to its end.
         died: ``True`` if its worker has died, so that it may run again.
         content: The value that it returned or the error that it raised, still pickled.
@@ -113,7 +112,6 @@ class Opened(NamedTuple):
     """The agent of a place answers.
 
     Attributes:
-        place: The engine's name.
         node: The same for all places of one machine and limit.
         workers: Number of workers of the node's pool.
         wanted: Whether the user has named it, or no node at all.
@@ -210,7 +208,6 @@ class Open(NamedTuple):
     """Ask the agent of a place.
 
     Attributes:
-        place: The engine's name.
         anyway: Use it also if another process of its node has the agent: that is at no place.
     """
 
@@ -299,9 +296,7 @@ class _Place:
     """Facts about one place.
 
     Attributes:
-        name: The engine's.
         state: Stage that the node has reached.
-        node: Name of its node; empty until it has answered.
         workers: Number of workers of the node's pool.
         wanted: Whether the user has named it, or no node at all.
         gives_way: Another process of its node has the agent.

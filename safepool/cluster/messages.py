@@ -123,7 +123,6 @@ class Parcel(NamedTuple):
 
     Attributes:
         number: Number of this delivery.
-        name: Name of the call in errors.
         timeout_s: Seconds that it may run.
         function: Key of its function.
         segments: The pickle of positional and keyword arguments, and its buffers.
@@ -170,7 +169,6 @@ class Ran(NamedTuple):
     """The run of a call, in nanoseconds by the monotonic clock of its node.
 
     Attributes:
-        pid: Process id of the worker.
         worker: The same as :func:`safepool.worker_index`; ``None`` if the worker has ended.
         begin_ns: Begin of the call. All of the following is part of its time.
         end_ns: End of the call.

@@ -196,7 +196,6 @@ class _Node:
         session: Session of the agent there; each opening has its own.
         label: Name of the place in errors.
         anyway: Whether it is used, whichever process of the machine has the agent.
-        pid: Process id of the process there.
         failed: Number of calls that have failed with it.
         objects: Numbers of shared objects that it has.
         kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
@@ -218,9 +217,6 @@ class Shell:
     """Runs calls by a carrier.
 
     Args:
-        carrier: Carrier of the engine.
-        options: Arguments of each node's pool.
-        names: Places, hosts or nodes to be used; ``None`` is all.
         most_nodes: Nodes used at a time; ``None`` is all.
         no_nodes_s: The same as in the core.
         trace: Trace of calls and nodes; ``None`` for none.

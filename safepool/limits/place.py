@@ -108,8 +108,7 @@ def read_place(machine: Machine) -> Place:
     if text is not None and not mounts:
         machine.note(MOUNTINFO, f"no line that describes a mount in {text[:80]!r}")
     return Place(
-        own=own,
-        mounts=tuple(reachable(around_control_groups(mounts))) if mounts else None,
+        own=own, mounts=tuple(reachable(around_control_groups(mounts))) if mounts else None
     )
 
 

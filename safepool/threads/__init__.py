@@ -27,14 +27,7 @@ if TYPE_CHECKING:
     from safepool.threads.registry import register, unregister
     from safepool.threads.table import NativeRuntime, ThreadVariable
 
-__all__ = [
-    "NativePool",
-    "NativeRuntime",
-    "ThreadVariable",
-    "inspect",
-    "register",
-    "unregister",
-]
+__all__ = ["NativePool", "NativeRuntime", "ThreadVariable", "inspect", "register", "unregister"]
 
 _HOMES = {
     "NativePool": "safepool.threads.pools",

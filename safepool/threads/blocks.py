@@ -32,12 +32,7 @@ from safepool.threads.environment import (
     ruled_threads,
 )
 from safepool.threads.imports import AfterImport
-from safepool.threads.native import (
-    NativeLibraries,
-    is_of_the_process,
-    runtime_of,
-    set_threads,
-)
+from safepool.threads.native import NativeLibraries, is_of_the_process, runtime_of, set_threads
 from safepool.threads.registry import (
     brought_by,
     imported_runtimes,

@@ -54,10 +54,7 @@ class AfterImport:
         self._names: frozenset[str] = frozenset()
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Let the other finders find it; a module that is wanted tells when it has run."""
         if fullname not in self._names:

@@ -169,10 +169,7 @@ _LEAST_BYTES = 16 * 1024
 
 
 def _write(
-    buffers: Sequence[memoryview],
-    given_up: Callable[[], bool],
-    done_bytes: int,
-    whole_bytes: int,
+    buffers: Sequence[memoryview], given_up: Callable[[], bool], done_bytes: int, whole_bytes: int
 ) -> Stored:
     lengths = tuple(len(buffer) for buffer in buffers)
     stored = Stored(_create(), lengths)

@@ -93,9 +93,7 @@ class Handed(Filed):
         return self._numbers
 
     def close(
-        self,
-        close: Callable[[int], None] = os.close,
-        getpid: Callable[[], int] = os.getpid,
+        self, close: Callable[[int], None] = os.close, getpid: Callable[[], int] = os.getpid
     ) -> None:
         """Close them. May be called again."""
         while self._numbers and getpid() == self._pid:

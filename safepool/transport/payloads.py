@@ -85,10 +85,7 @@ def dumps(
 
 
 def dumps_to_send(
-    value: object,
-    *,
-    into_main: bool = False,
-    by_value: bool = False,
+    value: object, *, into_main: bool = False, by_value: bool = False
 ) -> list[Segment]:
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
 
@@ -105,10 +102,7 @@ def dumps_to_send(
 
 
 def _by_reference(
-    value: object,
-    *,
-    into_main: bool,
-    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+    value: object, *, into_main: bool, reducers: Mapping[type, Callable[[Any], Any]] | None = None
 ) -> list[bytes | memoryview] | None:
     """Return the segments by the standard pickler; ``None`` if they may not be right."""
     if by_value_modules() or are_beyond():

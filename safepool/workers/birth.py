@@ -209,10 +209,7 @@ def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> 
     child: Any = process.BaseProcess(name=details["name"])
     child._identity = details["identity"]
     child._parent_pid = details["parent"]
-    child._config = {
-        "authkey": known.AuthenticationString(details["authkey"]),
-        "semprefix": "/mp",
-    }
+    child._config = {"authkey": known.AuthenticationString(details["authkey"]), "semprefix": "/mp"}
     child._popen = None
     known._current_process = child
     known._process_counter = itertools.count(1)  # for its own children

@@ -121,10 +121,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
             return {}
 
     def prints(
-        self,
-        changes: Mapping[str, str | None],
-        names: list[str],
-        given_up: Callable[[], bool],
+        self, changes: Mapping[str, str | None], names: list[str], given_up: Callable[[], bool]
     ) -> Mapping[str, bytes | None]:
         """Return what globals of the script are like in the server."""
         plan = self._plan_now(changes)

@@ -263,11 +263,7 @@ class Runner:
         self._outbox.send(encode(reply, 0, described))
 
     def _run_pickled(
-        self,
-        position: int,
-        number: int,
-        pickled: Sequence[Received],
-        segments: list[Received],
+        self, position: int, number: int, pickled: Sequence[Received], segments: list[Received]
     ) -> None:
         if not self._claim(position):
             return

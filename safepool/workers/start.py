@@ -143,10 +143,7 @@ class StartMethod:
         return {}
 
     def prints(
-        self,
-        environment: Mapping[str, str | None],
-        names: list[str],
-        given_up: Callable[[], bool],
+        self, environment: Mapping[str, str | None], names: list[str], given_up: Callable[[], bool]
     ) -> Mapping[str, bytes | None]:
         """Return what globals of the script are like where it was run, as far as that is known.
 

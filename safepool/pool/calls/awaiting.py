@@ -181,11 +181,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
-        fn: Callable[[_A], _T],
-        a: _Items[_A],
-        /,
-        **options: Unpack[Raising],
+        self: Executor, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Raising]
     ) -> AsyncResults[_T]: ...
 
     @overload
@@ -221,11 +217,7 @@ class AwaitedCalls:
 
     @overload
     def amap(
-        self: Executor,
-        fn: Callable[[_A], _T],
-        a: _Items[_A],
-        /,
-        **options: Unpack[Returning],
+        self: Executor, fn: Callable[[_A], _T], a: _Items[_A], /, **options: Unpack[Returning]
     ) -> AsyncResults[_T | BaseException]: ...
 
     @overload

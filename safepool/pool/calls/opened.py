@@ -23,10 +23,7 @@ class OpenMaps:
         self._results: dict[weakref.ref[Any], Results] = {}
 
     def add(
-        self,
-        iterator: ResultIterator,
-        results: Results,
-        do: Callable[[Callable[[], None]], None],
+        self, iterator: ResultIterator, results: Results, do: Callable[[Callable[[], None]], None]
     ) -> None:
         """Note a map. Even without a request for results, it runs all its calls.
 

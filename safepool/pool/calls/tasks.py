@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         @property
         def is_over(self) -> bool:
             """Whether the calls were ended here, or are the scheduler's."""
+            ...
 
     Parts = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 

@@ -56,20 +56,13 @@ class Ending:
     """Facts about a worker that has ended.
 
     Attributes:
-        pid: Its process id.
-        exitcode: The same as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
-            none.
         by_pool: The pool has sent the signal that ended it.
-        oom: Counts of the kernel, if its out-of-memory killer ended it.
-        stage: Stage that it had reached.
         reading: The name of the function whose arguments it read.
         dismissed: Whether the pool told it to stop, or ended it.
         pool_ends: The pool ends all of them.
-        condemned: Why the pool ended it in the middle of a task that is not wanted any more.
         exceeded: Memory of the worker, if the pool has ended it for that: a death like any other.
         fault: Why no more could come of it, if the pool ended it for that.
         stack: The Python stack in which it was.
-        lost: The calls that it has taken along.
     """
 
     pid: int
@@ -156,12 +149,7 @@ class Ending:
         return f"{self.pid} {self.how} {self.stage.value} {printable(self.reading)}".rstrip()
 
     def line_of(self, lost: Lost, error: BaseException | None) -> tuple[int, str]:
-        """Return the log line about one call, with its level.
-
-        Args:
-            lost: Which.
-            error: Its own; ``None`` if it is run again.
-        """
+        """Return the log line about one call, with its level."""
         if error is None:
             text = (
                 f"worker {self.pid} {self.how} while it ran {printable(lost.work.name)}, "

@@ -102,7 +102,6 @@ class Answered(NamedTuple):
     """Answers have arrived, or were read from the board.
 
     Attributes:
-        worker: Worker that answered.
         answers: For each: the first position, how many calls, and the microseconds that they took
             together, if that is known.
         payload: Contents of the answers, for `Settle`.
@@ -135,10 +134,8 @@ class Revoked(NamedTuple):
     """A worker was told which calls are taken back.
 
     Attributes:
-        worker: Which.
         claimed: The last position that it had claimed then.
         results: Results that were left on its board before.
-        then: The same as in :class:`Revoke`.
     """
 
     worker: Member
@@ -191,7 +188,6 @@ class Turned(NamedTuple):
     """Callers have sent calls to an idle worker, one after the other, and read the answers.
 
     Attributes:
-        worker: Which, of those that were lent.
         answered: Number of calls that were answered.
         spent: Name of the last of them, and nanoseconds of each call that was sent with it.
         call: The work that was sent after them, and is not answered: from now on it is like any
@@ -258,18 +254,12 @@ class Died(NamedTuple):
     """A worker's process has ended, and all that it sent was brought before.
 
     Attributes:
-        worker: Which.
-        exitcode: The same as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
-            none.
         by_pool: The pool has sent the signal that ended it.
         lost: Number of workers that could not be ended, and are still there.
         forced: The pool ends all of them.
         claimed: The last position that it had claimed, by its board.
         began: The last one that it had begun.
         results: Results that are left on its board.
-        oom: Counts of the kernel, if its out-of-memory killer ended it.
-        fault: Why no more could come of it, if the pool ended it for that.
-        stack: The Python stack in which it was.
     """
 
     worker: Member
@@ -365,11 +355,8 @@ class Settle(NamedTuple):
     """End calls by their answers.
 
     Attributes:
-        worker: Worker that answered.
         settled: For each part: the work, the place there of the first call, how many calls, and
             the place of the first answer in the payload.
-        payload: Contents of the answers.
-        plain: The same as in :class:`Answered`.
     """
 
     worker: Who
@@ -440,8 +427,6 @@ class GiveUp(NamedTuple):
     """Break the pool.
 
     Attributes:
-        worker: Worker whose end is the reason.
-        reason: In words.
         ask: Find out whether the system refuses something to every worker, which would be why.
     """
 

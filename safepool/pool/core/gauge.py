@@ -44,12 +44,7 @@ class Gauge:
         self._pause_ns = _MOST_NS
 
     def note(self, private_bytes: int, now_ns: int) -> int | None:
-        """Note a measurement; return the worker's memory if it exceeds the limit.
-
-        Args:
-            private_bytes: All that it has for itself.
-            now_ns: By the monotonic clock.
-        """
+        """Note a measurement; return the worker's memory if it exceeds the limit."""
         held = private_bytes - self.born_bytes
         if held - self._held_bytes > _GROWN_BYTES or held > self.limit_bytes:
             self._pause_ns = max(0, self.limit_bytes - held) // _FASTEST

@@ -102,11 +102,7 @@ class Ledger(Generic[_W]):
         return work, place, most
 
     def take_back(self, begun: int) -> list[_W]:
-        """Remove the calls that have not begun, and return them in order.
-
-        Args:
-            begun: The last position that has, or may have.
-        """
+        """Remove the calls that have not begun, and return them in order."""
         back: list[_W] = []
         while self._works:
             work = self._works[-1]

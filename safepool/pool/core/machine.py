@@ -63,9 +63,6 @@ class Core:
         break_on_death: One dead worker ends the pool as a whole, as the standard pool.
 
     Attributes:
-        members: The workers that have not ended, in the order in which they were hired.
-        backlog: Work that waits for them.
-        pace: Expected times of calls.
         idle_ns: Workers end that have had nothing to do for so long; ``None`` is never.
     """
 
@@ -96,12 +93,7 @@ class Core:
         self._now_ns = 0
 
     def handle(self, event: e.Event, now_ns: int) -> list[e.Action]:
-        """Process an event, and return the actions.
-
-        Args:
-            event: The event.
-            now_ns: By the monotonic clock.
-        """
+        """Process an event, and return the actions."""
         self._now_ns = now_ns
         _HANDLERS[type(event)](self, event)
         actions = self._actions
@@ -119,12 +111,7 @@ class Core:
         return False
 
     def is_busy(self, size: int, lost: int) -> bool:
-        """Tell whether a `Step` is due: a call is owed, a worker is to go, or these have changed.
-
-        Args:
-            size: The same as in `Step`.
-            lost: The same as in `Step`.
-        """
+        """Tell whether a `Step` is due: a call is owed, a worker is to go, or a number changed."""
         members = self.members
         if size != self._size or lost != self._lost or len(members) > size:
             return True

@@ -46,8 +46,6 @@ class Run(Protocol):
     """A map, as far as its calls wait for workers.
 
     Attributes:
-        name: Name of each call in errors.
-        policy: Holds for each.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         most_at_once: Calls whose arguments are thought to fit one message.
         waiting: Work that no worker has, in order.
@@ -89,7 +87,6 @@ class Call:
     """A call that travels alone.
 
     Attributes:
-        name: Name of the call in errors.
         policy: Policy of the call.
         attempts: Number of times that it was begun and lost with its worker.
         pickled: Bytes that were sent, kept while they may have to be sent again.

@@ -478,13 +478,7 @@ class Dispatch:
     def _dumps(
         self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
     ) -> Pickled:
-        """Pickle a call, or a part of it.
-
-        Args:
-            value: The value to pickle.
-            by_value: The same as in :func:`~safepool.transport.payloads.dumps`.
-            names: Names that the function needs.
-        """
+        """Pickle a call, or a part of it."""
         with Met() as met, references.Collected() as shared:
             segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value)
         needed = self.names.needed(names | met.names if met.refs or met.uses else names)

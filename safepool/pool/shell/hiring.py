@@ -40,17 +40,13 @@ class Hiring:
     """Starts workers.
 
     Args:
-        method: The way of starting workers.
         told: Facts for each of them.
-        initializer: Run once in each worker before its first task.
-        initargs: Its arguments.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         own: Variables of each worker alone; ``None`` if all have the same.
         may_fork: Where the initializer cannot be pickled, workers are forks of this process.
         main: Way of the script into workers.
 
     Attributes:
-        names: Names of ``__main__`` that workers have under its own name.
         inheritance: Content of the first message to a new worker.
         need: Function that gets the names of the script that the initializer uses, when it is
             pickled.

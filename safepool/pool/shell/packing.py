@@ -23,8 +23,6 @@ class Packing:
     """One payload.
 
     Attributes:
-        worker: Worker that is to get it.
-        work: The work, as written in that worker's ledger.
         position: There.
         function: Number of the function that is called, 0 if it is in the payload.
         segments: The payload; when it is done, as it is to be sent.

@@ -77,9 +77,6 @@ def _handle(segments: Sequence[bytes | bytearray | memoryview]) -> None:
 
     The level that its logger has here and now decides whether it is wanted; a worker knows the
     levels from its start.
-
-    Args:
-        segments: One, that :func:`~safepool.workers.logs.pack_record` made.
     """
     record = logging.LogRecord("safepool", logging.ERROR, "", 0, "", None, None)
     try:

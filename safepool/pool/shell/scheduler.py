@@ -198,8 +198,6 @@ class Scheduler:
     """Run tasks in worker processes, whatever a task does to its worker.
 
     Args:
-        size: The most worker processes at a time.
-        hiring: Starts them.
         tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
         memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
         memory: Looks at what workers hold while they run tasks; ``None`` limits that not.
@@ -387,15 +385,7 @@ class Scheduler:
         deadline: float | None,
         keep: object,
     ) -> ResultIterator:
-        """Queue the calls of a run, as :meth:`submit`, and return the iterator over its results.
-
-        Args:
-            run: Which.
-            items: The arguments of each.
-            ahead: The same as :class:`~safepool.pool.calls.mapping.Results`.
-            deadline: When waiting for a result ends, by the monotonic clock.
-            keep: Held as long as there are items to take.
-        """
+        """Queue the calls of a run and return the iterator over its results."""
         self._check_fork()
         if isinstance(items, Coming):  # of others the first are queued at once, or refused
             self._check_open()
@@ -742,12 +732,7 @@ class Scheduler:
         return not closing or bool(core.backlog) or self._is_awaited or core.owes
 
     def _look_around(self, staff: Staff, worked: set[int]) -> None:
-        """Check the conditions outside of the pool that change while it works.
-
-        Args:
-            staff: All workers.
-            worked: Ids of those that callers have sent something since the step before.
-        """
+        """Check the conditions outside of the pool that change while it works."""
         self._oom.look()
         self.size.follow(staff, worked, more=bool(self._core.backlog))
         if self._memory is not None:

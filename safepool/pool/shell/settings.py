@@ -21,13 +21,7 @@ from typing import TYPE_CHECKING
 from safepool.errors import let_handlers_pass
 from safepool.pool.hands import HELD_UP_S
 from safepool.workers.contained import ContainedLogger
-from safepool.workers.settings import (
-    Packed,
-    module_of,
-    pack_setting,
-    revision,
-    settings,
-)
+from safepool.workers.settings import Packed, module_of, pack_setting, revision, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -52,8 +52,6 @@ class _Answer:
     Attributes:
         value: The value or exception of the call, when it was read.
         failed: Whether the call raised.
-        index: Index of a map's call.
-        kind: Kind of the frame.
     """
 
     __slots__ = ("failed", "index", "kind", "segments", "value", "work")
@@ -173,9 +171,6 @@ class Settling:
         """Return the error if there is no room for unpickled objects; ``None`` if there is.
 
         Each result may be small, while the program keeps all of them.
-
-        Args:
-            size_bytes: Size of its pickle.
         """
         self._arrived_bytes += size_bytes
         if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
@@ -204,16 +199,7 @@ class Settling:
     def _settle_values(
         self, done: Settle, values: list[Any], size_bytes: int
     ) -> dict[int, BaseException]:
-        """End calls of runs, which returned plain values.
-
-        Args:
-            done: Which.
-            values: Values of all calls that were answered together.
-            size_bytes: Size of what these were read from.
-
-        Returns:
-            The same as :meth:`settle`.
-        """
+        """End calls of runs, which returned plain values."""
         refused, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         for work, place, count, at in done.settled:
             run: MapRun = work.run
@@ -250,11 +236,6 @@ def answer_of(worker: Member, position: int, kind: int, segments: _Segments) -> 
 
 def answers_of(worker: Member, records: bytes | bytearray, *, peeked: bool = False) -> Answered:
     """Return the event for answers that arrived together.
-
-    Args:
-        worker: Worker that answered.
-        records: Records as they were on its board.
-        peeked: ``True`` if they were read on the board, ``False`` if they were sent.
 
     Raises:
         ValueError: They are cut off.

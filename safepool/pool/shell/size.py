@@ -27,7 +27,6 @@ class Size:
 
     Args:
         workers: Number of workers that fit at first.
-        watch: Reads the limits again; ``None`` keeps the number.
         free_to_move: No worker is bound to CPUs.
         listener: Hears of each change.
     """

@@ -65,7 +65,6 @@ class Staff:
     """The workers of one pool.
 
     Args:
-        start: Starts a worker process that has this place.
         parted: Called with a worker that can no longer be sent anything.
         ended: Called with a worker whose process has ended, after all of its messages, and with
             its exit code as ``multiprocessing.Process.exitcode``; ``None`` if the system kept
@@ -248,12 +247,7 @@ class Staff:
             worker.end(signal.SIGTERM)
 
     def end(self, worker: Worker, *, at_once: bool = False) -> None:
-        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``.
-
-        Args:
-            worker: The worker.
-            at_once: Do not ask.
-        """
+        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``."""
         if worker.killed:
             return
         if at_once:

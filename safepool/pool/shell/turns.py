@@ -112,11 +112,9 @@ class _Lane:
     """One worker that any thread may send calls, until the scheduler wakes up.
 
     Attributes:
-        worker: Which.
         watched: The scheduler listens to it, and its thread alone reads the answers.
         first: The position of the first turn.
         turn: The last one; an earlier one if a caller was interrupted.
-        spent: The same as in `Turned`.
     """
 
     __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
@@ -149,7 +147,6 @@ class Turn:
     """One call in a lane, or several calls of a map that travel together.
 
     Attributes:
-        lane: Which.
         position: By which the worker and its ledger know the first call.
         work: The calls. They count if they were sent.
         free: List with one entry. The thread that pops it has the turn.
@@ -219,9 +216,6 @@ class Turn:
         """Wait for the answer, and end the calls by it.
 
         It may also return because the scheduler takes over, or the time is over.
-
-        Args:
-            timeout_s: Seconds to wait.
         """
         turns = self.lane.turns
         if self.lane.watched:
@@ -368,8 +362,6 @@ class Turns:
 
     Args:
         pack: Returns number and pickle of calls if a worker needs nothing else for them.
-        queued: Work that was brought to the scheduler, and not taken.
-        wake: Wakes its thread.
         is_same_user: Function that returns whether the program still has the user for whom workers
             were started.
         settling: Object that counts the calls that were ended here.
@@ -500,12 +492,7 @@ class Turns:
     # The scheduler's thread.
 
     def park(self, staff: Staff, lend: Callable[[int], Sequence[Any]]) -> bool:
-        """Make lanes for some workers, if they may be of use; return whether it did.
-
-        Args:
-            staff: All workers.
-            lend: The core's.
-        """
+        """Make lanes for some workers, if they may be of use; return whether it did."""
         now = time.monotonic()
         if self._asked:
             self._asked, self._until = False, now + _WARM_S

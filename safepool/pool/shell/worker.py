@@ -27,10 +27,12 @@ if TYPE_CHECKING:
         @property
         def done(self) -> int:
             """Number of calls that were ended here."""
+            ...
 
         @property
         def work(self) -> Task | Span | None:
             """Work that is under way, if any."""
+            ...
 
 
 # Signals whose stack faulthandler writes (Modules/faulthandler.c, faulthandler_handlers).
@@ -46,27 +48,22 @@ class Worker(Member, WorkerProcess):
         functions: Numbers of the functions that it keeps.
         names: The versions of the script's names that it has.
         delivered: Numbers of the needs that it was found to have.
-        settings: Settings of the program that it was sent last, by name.
-        told: All settings that it was sent.
         shared: Numbers of the shared objects that it keeps.
         logged: Whether its last message was a log record.
         memory_look_ns: When its memory is next to be looked at.
         memory: Memory that it holds, and ``gauge``: when to look; ``None`` without
             ``memory_limit``.
-        terminated: Whether it was sent ``SIGTERM``.
         killed: Whether it was sent ``SIGKILL``, or its life-line was cut.
         unkillable: Reason why it could not be ended: the pool goes on without it.
         tree: Its end together with all that it has started.
         signals: Signals that the pool has sent it.
         fault: Reason why the pool ended it, if its messages were invalid or its channel failed.
-        failure: Exception of its initializer.
         deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
             sent.
         events: Events for which the selector watches its channel.
         stack_begin: Where on its board the stack begins that it was asked for when it was
             condemned.
         guard: Held while another thread uses its descriptors, and while they are closed.
-        closed: They are.
         lane: By which callers may send it calls while the scheduler's thread sleeps.
     """
 
