@@ -32,10 +32,6 @@ def plain(text: str, style: Style) -> str:  # noqa: ARG001 -- as `Paint`
 def paint_for(stream: IO[str] | None, environ: Mapping[str, str]) -> Paint:
     r"""Return what colours text for a stream, or leaves it as it is.
 
-    Args:
-        stream: Destination of the text; ``None`` if it was closed before the start.
-        environ: The environment's variables.
-
     Example:
         >>> import io
         >>> paint_for(io.StringIO(), {"FORCE_COLOR": "1"})("fine", "good")

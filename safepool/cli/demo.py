@@ -244,12 +244,6 @@ def _short_folder() -> str | None:
 def measure(name: str, asked: Report, setting: Setting, results_file: Path) -> Half:
     """Run one half in a child process, and wait for its end.
 
-    Args:
-        name: A key of ``POOLS``.
-        asked: Has the number of tasks, their size and the bound.
-        setting: Surroundings of the half.
-        results_file: A ``.npy`` file for the child to make; ``demo_half`` says what is in it.
-
     Returns:
         The measurement. No process of the half is left.
     """

@@ -262,10 +262,6 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
 def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
     """Import libraries in a fresh process, in another if one of them ends it.
 
-    Args:
-        names: Names of the modules to import, each once.
-        limit_s: Seconds that one import may take.
-
     Returns:
         The effects of each import, in the same order. After a crash the others are imported again,
         without the one that crashed: each library's share depends on the libraries before it.

@@ -65,11 +65,6 @@ _DELETED = " (deleted)"
 def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level, ...]:
     """Find every directory that can hold a limit of one controller for this process.
 
-    Args:
-        machine: Where to look.
-        place: Place of this process in the groups.
-        controller: ``"cpu"``, ``"memory"`` or ``"pids"``.
-
     Returns:
         This process's group first, then its ancestors up to the mount point. Empty if no
         mount shows any of them.

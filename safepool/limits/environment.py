@@ -107,10 +107,6 @@ def read_environment(
 ) -> tuple[tuple[Limit, ...], Limit | None, tuple[Skipped, ...]]:
     """Read every variable of the table.
 
-    Args:
-        environ: The environment.
-        x_options: ``sys._xoptions``: options of the interpreter, by name.
-
     Returns:
         The upper bounds in the order of the table, the exact number of workers if one is
         set, and what could not be used.

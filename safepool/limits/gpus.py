@@ -67,10 +67,6 @@ def parse_visible(text: str) -> tuple[str, ...]:
 def read_gpus(environ: Mapping[str, str], root: str = "/") -> Gpus:
     """Return the devices that a process of this environment may use.
 
-    Args:
-        environ: Variables of the environment.
-        root: Directory that holds ``dev`` and ``proc``.
-
     Returns:
         At least one variable; with no entry if no device was found.
     """

@@ -121,9 +121,6 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
     A mount stays in ``mountinfo`` when something is mounted over it, or over a directory
     above its mount point; its path then leads to the other one.
 
-    Args:
-        mounts: All mounts, in the order of the file.
-
     Returns:
         Mounts whose mount point leads to them, in the same order.
 

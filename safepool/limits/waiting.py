@@ -79,9 +79,6 @@ class WaitWatch:
     def sample(self, pids: Iterable[int]) -> WaitSample | None:
         """Return what happened since the last call to the processes that were there then.
 
-        Args:
-            pids: Process ids.
-
         Returns:
             The differences; ``None`` the first time, and where the system does not tell.
         """

@@ -94,10 +94,6 @@ def lowered_environment(
     A lower value stays, word for word, and so do variables that count workers and not threads: a
     program with one native thread may still have a pool of many processes.
 
-    Args:
-        threads: The most threads of each native pool, at least 1.
-        environment: The environment now.
-
     Returns:
         The value of each variable; ``None`` removes it: it would beat the others.
 
@@ -142,10 +138,6 @@ def change_environment(changes: Mapping[str, str | None]) -> None:
 
 def runtime_threads(threads: int, environment: Mapping[str, str | None]) -> dict[str, int]:
     """Return the number that each runtime is capped to in a worker of that environment.
-
-    Args:
-        threads: The worker's threads.
-        environment: From :func:`worker_environment`.
 
     Returns:
         For each row of the table, by its name, the number that its ruling variable says,

@@ -177,11 +177,6 @@ class Sendable:
 
     An argument of that kind is replaced by :class:`Unsent`, an attribute is left out.
 
-    Args:
-        error: The exception.
-        dumps: Pickles an object, or raises.
-        left: Gets a text about each part that does not travel.
-
     Attributes:
         error: The value that was given.
     """

@@ -84,8 +84,6 @@ class _Sink:
     """A file that keeps only the hash of the written bytes.
 
     Attributes:
-        hash: Hash of all bytes.
-        size: Size of that, in bytes.
         may_have_sets: Whether the pickle has bytes that may make a set.
     """
 

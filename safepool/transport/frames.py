@@ -136,11 +136,7 @@ class Filed:
 
 
 class Missing(bytearray):
-    """Stands, empty, for a segment that has arrived and that this process cannot have.
-
-    Attributes:
-        error: Why.
-    """
+    """Stands, empty, for a segment that has arrived and that this process cannot have."""
 
     __slots__ = ("error",)
 

@@ -115,9 +115,6 @@ def _from_space(name: str) -> Any:
 def attributes_of(thing: Any) -> dict[str, Any]:
     """Return by its path what programs keep in a function or class of theirs: its own attributes.
 
-    Args:
-        thing: A function or class of ``__main__``.
-
     Returns:
         Values that were set on it at any time. Attributes of the definition itself are left out:
         functions, classes and descriptors under their own names, and the interpreter's entries.

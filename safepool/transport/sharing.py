@@ -93,11 +93,9 @@ class Shared(Generic[_T]):
 
     Args:
         segments: Pickle and buffers of the object, as they are sent.
-        writable: See :func:`share`.
 
     Attributes:
         number: Number of the object in its process.
-        writable: The value that was given.
     """
 
     def __init__(self, segments: Sequence[Buffer | Filed], *, writable: bool) -> None:

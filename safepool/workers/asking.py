@@ -78,7 +78,6 @@ class Wish:
 
     Attributes:
         strict: They were asked for by name.
-        given_up: Function that returns ``True`` when the server is no longer needed.
     """
 
     modules: Sequence[str]

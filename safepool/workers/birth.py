@@ -122,14 +122,7 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
 
 
 def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) -> dict[str, Any]:
-    """Run the program's script in this process, which has the state of a child.
-
-    Args:
-        details: The same as for :func:`be_born`, and the script.
-        line: The reading end of the life-line.
-        folder: The program's working directory.
-        tracker: The pipe to multiprocessing's resource tracker.
-    """
+    """Run the program's script in this process, which has the state of a child."""
     from multiprocessing import process  # noqa: PLC0415
 
     known: Any = process

@@ -101,11 +101,7 @@ _CRASH = b"Fatal Python error: "
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """Results that a worker has left on its board.
-
-    Attributes:
-        numbers: Numbers that calls that follow each other returned.
-    """
+    """Results that a worker has left on its board."""
 
     records: bytes = b""
     first: int = 0
@@ -207,11 +203,7 @@ class Board:
     def claim(self, position: int, now_ns: int, *, reading: bool = False) -> bool:
         """Say that this position begins now; ``False`` if the pool has taken it back.
 
-        Args:
-            position: Which.
-            now_ns: By the monotonic clock.
-            reading: ``True`` if its arguments are read first, with those of others; it begins
-                then.
+        With ``reading`` its arguments are read first, and it begins then.
         """
         cells = self._cells
         cells[_SINCE] = now_ns

@@ -12,11 +12,7 @@ if TYPE_CHECKING:
 
 
 class Fork:
-    """Knows whether this process is a fork of the worker.
-
-    Args:
-        forked: Called in one, at once.
-    """
+    """Knows whether this process is a fork of the worker."""
 
     def __init__(self, forked: Callable[[], object]) -> None:
         self.here: bool = False
@@ -32,9 +28,6 @@ class Fork:
         """End the process if it is one, as a fork of any program ends.
 
         The answer is the worker's to give, and so is the next task to take.
-
-        Args:
-            error: The exception that the task raised here.
         """
         if self.here:
             leave_fork(error)

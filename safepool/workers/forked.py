@@ -181,7 +181,6 @@ class ChildProcess(ForkedProcess):
 
     Args:
         status: A pipe that turns readable when it has ended.
-        line: The writing end of its life-line.
     """
 
     def __init__(

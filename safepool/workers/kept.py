@@ -29,12 +29,10 @@ class KeptServer:
     """A fork server that was started by a keeper, and the keeper.
 
     Args:
-        process: The keeper.
         sock: This end of its socket. Closed, it tells the keeper that the program is gone.
 
     Attributes:
         pid: The process id of the server; 0 until it has said it.
-        keeper: Process of the keeper.
         returncode: Exit code of the server; ``None`` while it is not known.
     """
 

@@ -76,11 +76,7 @@ def find_context(
 
 
 def method_of(context: BaseContext) -> StartMethod:
-    """Return how a context starts workers.
-
-    Args:
-        context: From :func:`find_context`.
-    """
+    """Return how a context starts workers."""
     if isinstance(context, StartMethod):
         return context
     return METHODS.get(context.get_start_method(), Standard)(context)

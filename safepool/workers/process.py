@@ -23,15 +23,12 @@ class WorkerProcess:
 
     Args:
         board: Its shared board; closed with this object, also if the start fails.
-        given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
-            during a slow start.
 
     Raises:
         OSError: The system gave no process or no descriptor.
 
     Attributes:
         process: In the words of ``multiprocessing.Process``; ``None`` when this was closed.
-        cpus: CPUs that it is bound to; empty if to none.
         board: Memory that it and the pool both read and write; ``None`` if there is none.
         channel: The pool's end, which never blocks.
         sentinel: A descriptor that turns readable when the process ends; ``None`` where only

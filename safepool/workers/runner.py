@@ -69,7 +69,6 @@ class Runner:
 
     Args:
         board: Shared with the pool; ``None`` if there is none, then calls come one by one.
-        cap: Checked again before each call.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
         imports: Listener to the imports of tasks, which the worker reports to the pool; ``None``
             reports none.

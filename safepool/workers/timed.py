@@ -42,7 +42,6 @@ class Timed(NamedTuple):
     """Calls that follow each other, and when.
 
     Attributes:
-        first: The position of the first.
         begin_ns: When the first began, its arguments still to be read.
         end_ns: When the last had ended, its result pickled.
         loaded_ns: Part of that time in which functions and arguments were read.

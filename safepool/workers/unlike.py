@@ -53,9 +53,6 @@ def summary(value: Any) -> bytes | None:
 def unlike(told: Mapping[str, Mapping[str, bytes]]) -> list[str]:
     """Return which globals have another value here.
 
-    Args:
-        told: By module and name, what :func:`summary` says of the program's.
-
     Returns:
         Name of the first such global, as in ``"LEVEL of config"``.
     """

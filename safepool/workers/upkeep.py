@@ -37,13 +37,7 @@ _ENDING_S = 1.0
 class Server:
     """One fork server, started when it is needed.
 
-    Args:
-        plan: The script that it runs.
-        is_kept: Whether it is below a keeper.
-        asked_only: Whether it forks nothing.
-
     Attributes:
-        running: The one that runs, as far as is known.
         takes_rights: Whether it has the rights that the program had before, and is to take those
             of now.
         users: Pools that use it at the moment; under the lock of the servers' table.

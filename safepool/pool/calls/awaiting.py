@@ -366,10 +366,6 @@ class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
 
     An error that a call raised is raised in its turn, and the next results follow when they are
     asked for.
-
-    Args:
-        iterator: Iterator over the results.
-        feeder: Takes the items from an asynchronous iterable.
     """
 
     def __init__(self, iterator: ResultIterator, feeder: asyncio.Task[None] | None = None) -> None:

@@ -28,8 +28,6 @@ class Delivery:
         born: By name, the version with which its present object was delivered first. Workers keep
             a container or class when its content has changed.
         head: Facts for workers about the names.
-        segments: The pickle of the values.
-        shared: Shared objects that the values refer to, by :func:`safepool.share`.
         draws: A generator of random numbers is among the values.
     """
 

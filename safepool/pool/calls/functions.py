@@ -52,7 +52,6 @@ class _Kept:
     """A function of ``__main__`` that is kept.
 
     Attributes:
-        look: Look of it when it was pickled; ``None`` for one that workers find by its name.
         changes: Number of times that it was pickled.
     """
 

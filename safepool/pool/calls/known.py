@@ -30,11 +30,7 @@ class Known:
 
     Attributes:
         doubts: Print of the objects that may have changed in place.
-        print: Print of the whole pickle.
-        refs: Names that it refers to.
-        uses: Names that its functions use.
         stamp: The versions of the objects that it refers to.
-        ids: Identities of the values.
         plain: The value, if identity tells all about it.
         attributes: Paths to the attributes that were set on it, if it is a function or class that
             workers have.
@@ -43,7 +39,6 @@ class Known:
         is_large: The check takes too long for the scheduler's thread.
         unsteady: The pickle differs each time: only identity can be compared.
         spent_s: CPU time spent so far on finding out whether it has changed.
-        asked: Number of those checks.
     """
 
     names: tuple[str, ...]

@@ -162,9 +162,6 @@ class MapRun:
     """One ``map``, between the iterating thread and the scheduler's thread.
 
     Args:
-        function: The function to call.
-        name: Name of a call in errors.
-        policy: Holds for each call.
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         starred: ``True`` if an item is the tuple of a call's arguments, ``False`` if it is the
             only argument.
@@ -175,11 +172,8 @@ class MapRun:
     Attributes:
         waiting, queued, most_at_once, dropped, held, noted: The same as in the core's ``Run``.
             Only the scheduler's thread looks at what waits.
-        needs: Names of the script that workers need for it.
         unsettled: Calls that were queued and have no result yet.
-        fed: All calls were queued.
         turns: Turns by which calls were sent that the scheduler does not know yet, in order.
-        taken: Number of results that were taken.
         length: Number of calls that there will be; ``None`` if that is not known here.
         reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
@@ -368,11 +362,6 @@ class MapRun:
     def take(self, index: int, deadline: float | None) -> list[Any]:
         """Return the next results, and keep them no longer; wait until ``deadline``.
 
-        Args:
-            index: Number of results that were taken before, which is the index of the first if
-                they are in order.
-            deadline: By the monotonic clock.
-
         Returns:
             At least one, in order; none at the end.
 
@@ -478,16 +467,8 @@ class Results:
     """Takes items from the caller's iterators, and results in their order.
 
     Args:
-        run: The run that stores the results.
-        items: The arguments of each call.
-        feed: Queues calls.
         ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy,
             0 none but by :meth:`feed`.
-        deadline: When waiting ends, by the monotonic clock.
-
-    Attributes:
-        seen: Somebody has asked for the first result.
-        at_end: Called when no more results will be taken.
     """
 
     def __init__(
@@ -820,10 +801,6 @@ class ResultIterator:
     The exception of a call is raised in its turn, and the iterator goes on when it is asked again.
     Other exceptions end it: the time is over, the pool takes no more items, a signal handler has
     raised.
-
-    Args:
-        results: Source of the results.
-        keep: Held until the end.
     """
 
     __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "results")

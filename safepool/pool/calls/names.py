@@ -88,12 +88,6 @@ class Names:
     def needed(self, roots: frozenset[str]) -> Sequence[Delivery]:
         """Return the deliveries that a worker needs before it runs code with these names.
 
-        Args:
-            roots: Names that the pickle of a call refers to, and that its functions use.
-
-        Returns:
-            In the order in which they are to be sent, each in its present version.
-
         Raises:
             Exception: The exception of the pickler for one of them.
         """

@@ -23,9 +23,6 @@ class Added:
 
     Attributes:
         what: The additions. A worker makes each once, by its number.
-        numbers: Numbers of the additions, by their places.
-        names: Names that they ask for.
-        delivery: The delivery to send.
     """
 
     what: tuple[Addition, ...]
@@ -39,9 +36,6 @@ class Closure:
     """All that some names lead to.
 
     Attributes:
-        known: The names that there are.
-        absent: Names that the script does not have.
-        beside: The same as in the table.
         seen_in: The number of the table in which all this was last.
     """
 
@@ -64,14 +58,12 @@ class Table:
         main: Names that workers have because they run the script; ``None`` if none do.
 
     Attributes:
-        known: The last pickled value of each name.
         made: The part of that which is new since the table before.
         first: Versions in which names were pickled first.
         there: Versions in which a worker that has run the script has names by itself.
         slow: Values that took too long to pickle, in case that they are asked for.
         beside: Deliveries that come with any names: the imports, and those that nothing names.
         added: The last delivery; ``None`` if there is nothing.
-        imports: The modules that the script had at the last look.
         look_at: Number of the script's names at the last look.
         heir: The table that was published after this one, by the key 0.
     """
@@ -105,12 +97,7 @@ class Table:
         self.added, self.look_at = other.added, other.look_at
 
     def on(self, after: Table, base: Table) -> tuple[Table, bool]:
-        """Return a draft with this one's new entries on top of another table.
-
-        Args:
-            after: The other one.
-            base: The table that this one is a draft of.
-        """
+        """Return a draft with this one's new entries on top of another table."""
         new = after.draft()
         if new._learned != self._learned:
             return new, False

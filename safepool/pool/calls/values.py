@@ -45,9 +45,6 @@ class Pickled:
         kinds: By name the type of a container whose content is pickled, or ``None``.
         by_identity: Workers have an object of their own: only another one is a change.
         there: Workers have it by themselves, as it is.
-        draws: The same as in :class:`Delivery`.
-        attributes: The same as in :class:`Known`.
-        looked: Look of the values just before.
         held: By ``id()``, objects that another name may hold as well. Objects made for the pickle
             are kept, so that their id() is not used again.
     """
@@ -71,7 +68,6 @@ class Looked:
     """State of values just before they were pickled.
 
     Attributes:
-        look: Answer that identity alone gives.
         printed: Pickle of the objects in doubt; ``None`` if there are none.
         replaced: That pickle is for comparing only.
         failed: Whether it cannot be made, as it was pickled in other company.

@@ -63,11 +63,6 @@ class Walk:
         table: A draft, which gets the new entries.
         quiet: Whether to leave out objects that cannot be pickled, and not to follow names in
             functions.
-
-    Attributes:
-        reached: The names that there are.
-        absent: Names that the script does not have.
-        missing: Names that could not be pickled, and why.
     """
 
     def __init__(self, table: Table, *, quiet: bool = False) -> None:
