@@ -164,3 +164,18 @@ def test_chunks_that_came_back_in_one_piece_are_still_so_many_tasks() -> None:
 
     assert isinstance(taken, Span)
     assert taken.count == 7
+
+
+def test_of_very_many_entries_each_further_one_counts_as_one_call() -> None:
+    backlog = Backlog()
+    held, first, last = (MapRun(abs, name, NO_POLICY, None) for name in "abc")
+    backlog.add_items(held, [(1,), (2,)])
+    held.put(0, ["large"], 1 << 40)
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9) == []
+    assert backlog.waiting() == 2
+    for number in range(999):
+        backlog.add(new_task(number))
+    backlog.add_items(first, [(1,), (2,), (3,)])
+    assert backlog.waiting() == 2 + 999 + 3
+    backlog.add_items(last, [(1,), (2,), (3,)])
+    assert backlog.waiting() == 2 + 999 + 3 + 1

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks
 
+from safepool.errors import MemoryExceeded
 from safepool.pool.calls.mapping import MapRun, Span
 from safepool.pool.core import events as e
 from safepool.pool.core.gauge import Gauge
 from safepool.pool.core.machine import Core
-from safepool.pool.core.policy import NO_POLICY
+from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 from safepool.pool.core.work import Call
 from safepool.pool.core.worker import Member, Phase
 
@@ -187,6 +189,96 @@ def test_pieces_of_a_span_are_what_it_was() -> None:
     ]
     assert (rest.start, rest.items, rest.bound, rest.expected_ns) == (5, [(1,), (2,)], True, 9)
     assert whole.items == [(0,)]
+
+
+def test_a_map_is_told_that_nothing_more_comes() -> None:
+    core, run = Core(1), MapRun(support_tasks.square, "square", NO_POLICY, None)
+    core.handle(e.Fed(run, [(1,)], last=False), 0)
+    assert not run.fed
+    core.handle(e.Fed(run, [(2,)], last=True), 0)
+    assert (run.fed, run.count) == (True, 2)
+
+
+def too_much(held: int) -> MemoryExceeded:
+    return MemoryExceeded(limit_bytes=1, held_bytes=held, born_bytes=0, source="statm")
+
+
+def test_the_first_reason_to_end_a_worker_stays() -> None:
+    core, first, second = Core(1), too_much(2), too_much(3)
+    member = hire(core)
+    lend(core, member, call())
+    ended = core.handle(e.Revoked(member, 1, (), e.Then(exceeded=first)), 0)
+
+    assert ended == [e.Condemn(member, stack=True)]
+    assert core.handle(e.Exceeded(member, second), 0) == []
+    assert core.handle(e.Revoked(member, 1, (), e.Then(exceeded=second)), 0) == []
+    assert member.condemned is first
+
+
+def test_a_call_that_is_cancelled_has_no_stack() -> None:
+    core, unwanted = Core(1), call()
+    member = hire(core)
+    lend(core, member, unwanted)
+    ended = core.handle(e.Revoked(member, 1, (), e.Then(cancelled=unwanted)), 0)
+
+    assert ended == [e.Condemn(member, stack=False)]
+
+
+def test_a_pool_that_breaks_fails_each_call_that_is_not_answered() -> None:
+    core, waiting, later = Core(1), call(), call()
+    member = hire(core)
+    core.handle(e.Turned(member, 0, None, span(0, 3)), 0)
+    core.handle(e.Answered(member, [(1, 1, None)], None), 0)
+    core.handle(e.Queued([waiting]), 0)
+    (failed,) = core.handle(e.Break(), 0)
+
+    assert isinstance(failed, e.Fail)
+    assert failed.works[0] is waiting
+    spans = [work for work in failed.works[1:] if isinstance(work, Span)]
+    assert [(one.start, one.items) for one in spans] == [(1, [(1,)]), (2, [(2,)])]
+    assert core.handle(e.Queued([later]), 0) == [e.Fail([later])]
+
+
+def test_a_call_that_could_not_be_sent_waits_again_and_occupies_nobody() -> None:
+    core, first, large = Core(1), call(), call()
+    member = hire(core)
+    lend(core, member, first)
+    core.handle(e.Sent(member, [large], [], exclusive=True, unsent=2), 0)
+    actions = core.handle(e.NotSent(member, 2, [large]), 0)
+
+    assert actions == [e.Wait([large])]
+    assert [*core.backlog] == [large]
+    assert (member.exclusive, member.unsent, [*member.ledger]) == (False, 0, [first])
+
+
+# One row per policy of a function and of its pool: what holds.
+POLICIES: dict[str, tuple[Policy | None, Policy, Policy]] = {
+    "of a function, of a pool without": (Policy(retries=2), NO_POLICY, Policy(retries=2)),
+    "of the pool alone": (None, Policy(timeout_s=3), Policy(timeout_s=3)),
+    "one each": (Policy(timeout_s=1), Policy(retries=4), Policy(timeout_s=1, retries=4)),
+    "the function's goes first": (
+        Policy(timeout_s=1, retries=0),
+        Policy(timeout_s=2, retries=4),
+        Policy(timeout_s=1, retries=0),
+    ),
+    "the pool's, where the function's says nothing": (
+        Policy(),
+        Policy(timeout_s=2, retries=4),
+        Policy(timeout_s=2, retries=4),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", POLICIES)
+def test_which_policy_holds(case: str) -> None:
+    own, default, held = POLICIES[case]
+
+    def function() -> None: ...
+
+    if own is not None:
+        own.attach(function)
+    assert policy_of(function, default) == held
+    assert policy_of(partial(function), default) == held
 
 
 MIB = 1 << 20

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from safepool import MemoryExceeded, TaskTimeoutError, WorkerDiedError
+from safepool.errors import OutOfMemory
 from safepool.pool.calls.tasks import PoolFuture, Task
 from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.policy import Policy
@@ -156,15 +157,19 @@ def test_what_an_ending_means_for_a_call(name: str) -> None:
 
 def test_the_error_of_a_call_holds_what_is_known() -> None:
     fault = OSError("unreadable")
-    found = ending(exitcode=-11, fault=fault, stack="File x", lost=(SENT,))
+    oom = OutOfMemory(
+        kills_before=0, kills=1, source="x", limit_bytes=None, used_bytes=None, group="/"
+    )
+    found = ending(exitcode=-11, fault=fault, stack="File x", lost=(SENT,), oom=oom, by_pool=True)
     error = found.error_of(SENT)
     assert isinstance(error, WorkerDiedError)
     assert (error.pid, error.exitcode, error.task) == (7, -11, "module.f")
     assert (error.stack, error.begun, error.__cause__) == ("File x", False, fault)
+    assert (error.oom, error.by_pool, error.exceeded) == (oom, True, None)
     assert found.error_of(SENT) is not error
 
 
 def test_the_error_of_a_call_whose_time_was_over_has_the_stack() -> None:
     error = ending(condemned=OVER, stack="File x").error_of(FAILED)
     assert isinstance(error, TaskTimeoutError)
-    assert (error.timeout_s, error.stack) == (1.5, "File x")
+    assert (error.pid, error.timeout_s, error.stack) == (7, 1.5, "File x")

@@ -95,6 +95,15 @@ def test_what_is_withdrawn_leaves_what_is_behind_it() -> None:
     assert ledger.owed == 0
 
 
+def test_calls_that_were_never_written_down_have_positions() -> None:
+    ledger, work = Ledger[Calls](), Calls([7])
+    ledger.skip(2)
+    ledger.skip(1)
+    assert ledger.last == 3
+    ledger.give(work)
+    assert (work.position, ledger.last, ledger.owed) == (4, 4, 1)
+
+
 # One row per answer that cannot be right: its position.
 WRONG = {"never sent": 5, "out of turn": 2}
 

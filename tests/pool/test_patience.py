@@ -49,6 +49,7 @@ SERIES: dict[str, tuple[list[tuple[int | None, bool]], int]] = {
 }
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", SERIES)
 def test_how_many_workers_in_a_row_may_be_of_no_use(name: str) -> None:
     series, borne = SERIES[name]
@@ -56,6 +57,16 @@ def test_how_many_workers_in_a_row_may_be_of_no_use(name: str) -> None:
     pauses = [patience.after(exitcode, ours=ours) for exitcode, ours in series]
     assert pauses.index(None) == borne
     assert all(pause is None or 0 <= pause <= 1 for pause in pauses)
+
+
+@pytest.mark.unit
+def test_pauses_grow_while_workers_are_killed_from_outside() -> None:
+    patience = Patience()
+    pauses = [patience.after(-9, ours=False) for _ in range(7)]
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert (patience.after(-11, ours=False), patience.in_a_row) == (0.0, 8)
+    patience.was_of_use()
+    assert (patience.in_a_row, patience.after(-15, ours=False)) == (0, 0.05)
 
 
 @on_linux
