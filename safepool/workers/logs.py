@@ -4,7 +4,8 @@ A program configures logging once, in its own process, and workers do not have t
 So a record that no handler of the worker takes travels to the pool, and the program handles it as
 its own. A worker may have handlers of its own, because a task, an initializer or a library has
 configured logging. It keeps the records that they take: each record is handled in one place. A
-``NullHandler`` takes nothing.
+``NullHandler`` takes nothing. A record that has passed filters of its logger in the worker does
+not pass them again in the program. Filters of the program's handlers run in the program.
 
 The hook is in the logger's call of its handlers (``Logger.callHandlers``), and not a handler of
 the root logger: a record of a logger that does not propagate would never get there, and
@@ -110,13 +111,17 @@ class Outbox:
         if self._waiting:
             self._offer_records()
 
-    def add(self, record: logging.LogRecord) -> None:
+    def add(self, record: logging.LogRecord, *, filtered: bool) -> None:
         """Send a record soon, or drop and count it. Never waits.
+
+        Args:
+            record: The record.
+            filtered: Its logger has filters in this process, and it has passed them.
 
         Raises:
             Exception: The exception of user code that makes text of its arguments.
         """
-        frame = b"".join(encode(Kind.LOG, 0, [pack_record(record)]))
+        frame = b"".join(encode(Kind.LOG, 0, [pack_record(record, filtered=filtered)]))
         self.logged = True
         # A copy: other threads add and take.
         waiting_bytes = sum(map(len, self._waiting.copy()))
@@ -211,7 +216,7 @@ def _forwarding(
             otherwise(self, record)
             return
         try:
-            outbox.add(record)
+            outbox.add(record, filtered=bool(self.filters))
         except RecursionError:  # as in logging's own handlers (bpo-36272)
             raise
         except Exception:  # noqa: BLE001 -- user code
@@ -230,7 +235,7 @@ def _is_taken(logger: logging.Logger, record: logging.LogRecord) -> bool:
     return False
 
 
-def pack_record(record: logging.LogRecord) -> bytes:
+def pack_record(record: logging.LogRecord, *, filtered: bool = False) -> bytes:
     """Pickle a record in words: its arguments and exception as text, as they are now.
 
     Returns:
@@ -247,25 +252,25 @@ def pack_record(record: logging.LogRecord) -> bytes:
     told["exc_info"] = None
     plain = {name: value for name, value in told.items() if type(value) in PLAIN}
     others = {name: _pickle(told[name]) for name in told.keys() - plain.keys()}
-    return pickle.dumps((plain, others), protocol=5)
+    return pickle.dumps((plain, others, filtered), protocol=5)
 
 
-def unpack_record(packed: bytes | bytearray | memoryview) -> Mapping[str, Any]:
-    """Return the attributes of a record that :func:`pack_record` packed.
+def unpack_record(packed: bytes | bytearray | memoryview) -> tuple[Mapping[str, Any], bool]:
+    """Return the attributes of a record that :func:`pack_record` packed, and ``filtered``.
 
     Example:
         >>> record = logging.makeLogRecord({"msg": "%d files", "args": (3,)})
-        >>> unpack_record(pack_record(record))["msg"]
+        >>> unpack_record(pack_record(record))[0]["msg"]
         '3 files'
     """
     attributes: dict[str, Any]
-    attributes, others = pickle.loads(packed)
+    attributes, others, filtered = pickle.loads(packed)
     for name, pickled in others.items():
         try:
             attributes[name] = pickle.loads(pickled)
         except Exception as error:  # noqa: BLE001 -- user code; the rest of the record is whole
             attributes[name] = f"(cannot be unpickled: {text_of(error)})"
-    return attributes
+    return attributes, filtered
 
 
 def _pickle(value: object) -> bytes:

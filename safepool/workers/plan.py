@@ -181,6 +181,10 @@ def find_space() -> None:
                     use_space(space)
                     return
         return
+    if getattr(main, "__loader__", None) is None:
+        # No interpreter has started with this module. A worker or a notebook has put it there
+        # while its launcher is still the first frame.
+        return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":

@@ -365,12 +365,18 @@ import logging, sys, warnings
 import safepool
 
 logging.basicConfig(filename=sys.argv[2], format="%(name)s %(message)s")
+class OnceMore(logging.Filter):
+    def filter(self, record):
+        record.msg = "own " + record.msg
+        return True
+
 own = logging.getLogger("own")
 own.propagate = False
+own.addFilter(OnceMore())
 own.addHandler(logging.FileHandler(sys.argv[2]))
 
 def task(number):
-    own.warning("own %d", number)
+    own.warning("%d", number)
     logging.getLogger("other").warning("other %d", number)
 
 if __name__ == "__main__":
@@ -381,11 +387,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["loky", "spawn", "forkserver", "fork"])
+@pytest.mark.parametrize("method", ["safepool", "loky", "spawn", "forkserver", "fork"])
 def test_handlers_that_a_worker_is_born_with_do_not_handle_twice(
     method: str, tmp_path: Path
 ) -> None:
-    """A fork inherits them, and spawn makes them again when it imports the script."""
+    """A fork inherits them, and spawn makes them again when it imports the script.
+
+    Filters of loggers neither.
+    """
     script, path = tmp_path / "script.py", tmp_path / "log"
     script.write_text(SCRIPT)
     subprocess.run([sys.executable, str(script), method, str(path)], timeout=60, check=True)

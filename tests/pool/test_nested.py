@@ -90,6 +90,20 @@ def test_pools_inside_workers_do_not_multiply(inner: Any) -> None:
             assert len(found) == 1
 
 
+def test_after_a_pool_in_a_task_the_script_is_still_there() -> None:
+    """A worker's first frame is its launcher's, whose globals are not those of the script."""
+
+    def use_a_pool() -> bool:
+        from safepool.transport.marks import main_space
+
+        with ProcessPool(1) as inner:
+            assert inner.submit(pow, 2, 3).result(timeout=60) == 8
+        return main_space() is vars(sys.modules["__main__"])
+
+    with ProcessPool(1) as pool:
+        assert pool.submit(use_a_pool).result(timeout=60)
+
+
 def test_a_pool_inside_joblib_does_not_multiply() -> None:
     from joblib import Parallel, delayed
 

@@ -80,13 +80,15 @@ def _handle(segments: Sequence[bytes | bytearray | memoryview]) -> None:
     """
     record = logging.LogRecord("safepool", logging.ERROR, "", 0, "", None, None)
     try:
-        record = logging.makeLogRecord(unpack_record(segments[0]))
+        attributes, filtered = unpack_record(segments[0])
+        record = logging.makeLogRecord(attributes)
         if _names_script_otherwise(record.name):
             record.name = record.name.replace("__mp_main__", "__main__", 1)
         logger = logging.getLogger(record.name)
         if logger.isEnabledFor(record.levelno):
             with beside_bars():
-                logger.handle(record)
+                # A filter of the script that adds to the message would do so twice.
+                (logger.callHandlers if filtered else logger.handle)(record)
     except Exception:  # noqa: BLE001 -- user code: handlers, filters, what is unpickled
         report(record)
 
