@@ -138,7 +138,7 @@ def test_threads_are_counted_in_the_workers() -> None:
 
 
 @needs_groups
-@pytest.mark.parametrize("cpus", [1.0, 0.5])
+@pytest.mark.parametrize("cpus", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_under_a_quota_safepool_has_one_worker(cpus: float) -> None:
     """The standard pool starts as many as ever; the group is gone afterwards."""
     told = measured(*SMALL, "--cpus", str(cpus))

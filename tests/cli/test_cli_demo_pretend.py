@@ -67,6 +67,8 @@ def run_demo(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
     )
 
 
+# Eight seconds of a processor at the least.
+@pytest.mark.slow
 @needs_groups
 @pytest.mark.usefixtures("folder", "room_for_48")
 def test_a_container_on_a_host_of_48_cpus() -> None:
