@@ -29,12 +29,11 @@ from typing import TYPE_CHECKING
 from safepool.cluster.messages import Ran
 from safepool.errors import TaskTimeoutError
 from safepool.pool.tracing.costs import note_brought, note_pickled, queued_ns
-from safepool.pool.tracing.events import Events
+from safepool.pool.tracing.counted import CountedTrace
 from safepool.pool.tracing.rows import Row, Settled
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
 
     from safepool.cluster.core import Answer
     from safepool.cluster.messages import Source
@@ -43,12 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Seat:
-    """A worker's place in the pool of its node.
-
-    Attributes:
-        row: Row of the file.
-        pid: Process id of the worker; 0 if none is there.
-    """
+    """A worker's place in the pool of its node."""
 
     row: Row
     pid: int = 0
@@ -59,7 +53,6 @@ class _Node:
     """The process that holds the pool of a node.
 
     Attributes:
-        number: Number of its process in the file.
         ahead_ns: The program's clock is so far ahead of the node's.
         seats: Its workers, by their index.
     """
@@ -69,45 +62,16 @@ class _Node:
     seats: dict[int, _Seat] = field(default_factory=dict)
 
 
-class ClusterTrace:
-    """The trace of one cluster pool.
-
-    Args:
-        path: Path of the file. An existing one is replaced.
-
-    Raises:
-        TraceFileError: The file cannot be written.
-    """
+class ClusterTrace(CountedTrace):
+    """The trace of one cluster pool."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._events = Events(path)
+        super().__init__(path)
         self._lock = threading.Lock()
         # By host and process id of the agent: an executor may run the next call anywhere.
         self._nodes: dict[tuple[str, int], _Node] = {}
         self._at: dict[str, _Node] = {}
         self._rows = 0
-        self._look: Callable[[], tuple[int, int, int]] | None = None
-        self._look_at_ns = 0
-
-    def descriptors(self) -> Iterable[int]:
-        """Return the descriptors that a forked worker must close."""
-        return self._events.descriptors()
-
-    def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
-        """Begin to write.
-
-        Args:
-            look: Returns how many calls wait, how many workers run something, and how many
-                there are. Called in another thread.
-        """
-        self._look = look
-        self._events.start(self._tick)
-
-    def close(self) -> None:
-        """Write the remaining lines, and close the file. Twice is once."""
-        if self._events.ours:
-            self._tick(last=True)
-        self._events.close()
 
     def brought(self, call: Call) -> None:
         """A call was submitted."""
@@ -198,10 +162,7 @@ class ClusterTrace:
     def _is_taken(self, node: _Node, index: int) -> bool:
         return index in node.seats and node.seats[index].pid != 0
 
-    # In the thread that writes.
-
-    def _tick(self, *, last: bool = False) -> None:
-        now_ns = time.monotonic_ns()
+    def _write_rows(self, now_ns: int, *, last: bool) -> None:
         with self._lock:
             for node in self._nodes.values():
                 for seat in node.seats.values():
@@ -209,12 +170,3 @@ class ClusterTrace:
                         seat.row.end(now_ns, now_ns, ())
                     else:
                         seat.row.write_old(now_ns)
-        due = now_ns - self._look_at_ns > self._events.look_every_ns * 0.9
-        if self._look is None or not (last or due):
-            return
-        self._look_at_ns = now_ns
-        waiting, running, workers = self._look()
-        self._events.count("queue", now_ns, f'"calls":{waiting}')
-        self._events.count("workers", now_ns, f'"running":{running},"idle":{workers - running}')
-        if self._events.dropped:
-            self._events.count("dropped events", now_ns, f'"events":{self._events.dropped}')

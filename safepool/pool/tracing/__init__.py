@@ -6,6 +6,7 @@ Without a trace none of these modules is imported.
 
 trace    the listener, which passes events to the rows, and on to the file
 costs    cost of calls before a worker has them
+counted  begin, counters and end of a trace, also of a cluster pool
 rows     begin and end of each call: a row for each worker
 events   the events, as lines, and the description of their format
 file     the file, and the thread that writes it

@@ -83,12 +83,7 @@ class Row:
         if self._settled:
             self._join()
 
-    def end(
-        self,
-        since_ns: int,
-        now_ns: int,
-        lost: Iterable[tuple[Given, int, str, int]],
-    ) -> None:
+    def end(self, since_ns: int, now_ns: int, lost: Iterable[tuple[Given, int, str, int]]) -> None:
         """The worker has ended.
 
         Args:

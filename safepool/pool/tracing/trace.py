@@ -13,14 +13,14 @@ from safepool.pool.core.events import Break, Bury, Hired, Ready
 from safepool.pool.core.work import Span
 from safepool.pool.shell.listener import Listener
 from safepool.pool.tracing.costs import note_brought, note_pickled
-from safepool.pool.tracing.events import Events
+from safepool.pool.tracing.counted import CountedTrace
 from safepool.pool.tracing.rows import Row, Settled
 from safepool.transport.frames import Kind, encode
 from safepool.workers.timed import read_times
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from safepool.limits import Throttling
     from safepool.pool.core.events import Event, Fed, Settle, Who
@@ -29,51 +29,27 @@ if TYPE_CHECKING:
     from safepool.pool.shell.worker import Worker
 
 
-class Trace(Listener):
-    """The trace of one pool.
-
-    Args:
-        path: Where it is written. An existing file is replaced.
-
-    Raises:
-        TraceFileError: The file cannot be written.
-    """
+class Trace(CountedTrace, Listener):
+    """The trace of one pool."""
 
     greeting: Sequence[bytes | memoryview] = encode(Kind.TRACE, 0)
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._events = Events(path)
+        super().__init__(path)
         # Reentrant: the collector may run a __del__ that resizes the pool, in the middle.
         self._lock = threading.RLock()
         self._rows: dict[Who, Row] = {}
         self._most_rows = 0
         self._free: list[int] = []
-        self._look: Callable[[], tuple[int, int, int]] | None = None
-        self._look_at_ns = self._cpu_at_ns = 0
         self._throttling: Throttling | None = None
         self._thread: threading.Thread | None = None
-        self._cpu_ns = 0
-
-    def descriptors(self) -> Iterable[int]:
-        """Return the descriptors that a forked worker must close."""
-        return self._events.descriptors()
+        self._cpu_ns = self._cpu_at_ns = 0
 
     def start(self, look: Callable[[], tuple[int, int, int]]) -> None:
-        """Begin to write, in the scheduler's thread.
-
-        Args:
-            look: Returns how many calls wait, how many workers run something, and how many
-                there are. Called in another thread.
-        """
+        """Begin to write, in the scheduler's thread."""
         self._thread = threading.current_thread()
-        self._look, self._throttling = look, read_throttling()
-        self._events.start(self._tick)
-
-    def close(self) -> None:
-        """Write the remaining lines, and close the file. Twice is once."""
-        if self._events.ours:
-            self._tick(last=True)
-        self._events.close()
+        self._throttling = read_throttling()
+        super().start(look)
 
     def resized(self, before: int, after: int, why: str) -> None:
         """The pool has another number of workers. From any thread."""
@@ -197,22 +173,15 @@ class Trace(Listener):
 
     # Counters, in the thread that writes.
 
-    def _tick(self, *, last: bool = False) -> None:
-        now = time.monotonic_ns()
+    def _write_rows(self, now_ns: int, *, last: bool) -> None:
+        del last
         with self._lock:
             for row in self._rows.values():
-                row.write_old(now)
-        due = now - self._look_at_ns > self._events.look_every_ns * 0.9
-        if self._look is None or not (last or due):
-            return
-        self._look_at_ns = now
-        waiting, running, workers = self._look()
-        self._events.count("queue", now, f'"calls":{waiting}')
-        self._events.count("workers", now, f'"running":{running},"idle":{workers - running}')
-        self._count_throttling(now)
-        self._count_cpu(now)
-        if self._events.dropped:
-            self._events.count("dropped events", now, f'"events":{self._events.dropped}')
+                row.write_old(now_ns)
+
+    def _count_more(self, now_ns: int) -> None:
+        self._count_throttling(now_ns)
+        self._count_cpu(now_ns)
 
     def _count_throttling(self, now: int) -> None:
         before, current = self._throttling, read_throttling()
