@@ -609,11 +609,8 @@ class _Shown:
         return self._text
 
 
-_SPREAD = "write starmap(function, items)"
-
-
-class _Gathered(GatheredRun):
-    spread = _SPREAD
+class _OfThePool(MapRun):
+    spread = "write starmap(function, items)"
 
     def put_error(self, index: int, error: BaseException) -> None:
         super().put_error(index, _of_the_pool(error))
@@ -622,14 +619,12 @@ class _Gathered(GatheredRun):
         super().stop(lambda: _of_its_end(error()))
 
 
-class _Streamed(MapRun):
-    spread = _SPREAD
+class _Gathered(_OfThePool, GatheredRun):
+    """A run whose results come as one list."""
 
-    def put_error(self, index: int, error: BaseException) -> None:
-        super().put_error(index, _of_the_pool(error))
 
-    def stop(self, error: Callable[[], BaseException]) -> None:
-        super().stop(lambda: _of_its_end(error()))
+class _Streamed(_OfThePool):
+    """A run whose results come one by one."""
 
 
 class ApplyResult(_StandardResult[_T]):

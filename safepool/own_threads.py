@@ -25,7 +25,6 @@ from safepool.threads.registry import runtimes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
 
     from safepool.threads.pools import NativePool
 
@@ -98,12 +97,7 @@ class ThreadLimit:
             self._holds.append(hold)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         here = threading.get_ident()
         with self._lock:
             # This thread's own: others may be in blocks of this object as well.

@@ -31,7 +31,7 @@ from safepool.threads.registry import brought_by, imported_runtimes, modules_to_
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import ModuleType, TracebackType
+    from types import ModuleType
 
 
 class WorkerCap:
@@ -158,12 +158,7 @@ class capped:  # noqa: N801 -- used as a function is
         if not is_capped(self._threads):
             self._hold = blocks.enter(self._threads)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         hold, self._hold = self._hold, None
         if hold is not None:
             blocks.leave(hold)

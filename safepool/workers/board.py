@@ -21,7 +21,7 @@ begin of the next, up to the last of the lane.
 
 Two agreements rest on the order of memory accesses:
 
-    claim The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
+    claim     The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
               ``revoked`` and then reads those. At least one of the two sees the other's store, if
               no processor lets its read overtake its write. A fence in the worker for every task
               would cost more than a tiny task; so the pool pays for both (``fence``).

@@ -4,8 +4,8 @@ What a task returns is looked at, not its function: a partial, a decorated funct
 with an asynchronous ``__call__`` return the same. ``asyncio`` is imported by the first one.
 
 Not covered:
-    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator. *
-      Coroutines inside of a result, such as a list of them: they cannot be pickled.
+    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator.
+    * Coroutines inside of a result, such as a list of them: they cannot be pickled.
 """
 
 from __future__ import annotations
