@@ -492,9 +492,6 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
 
         joblib gives all of a block the same one. Facts about a call must not be another's:
         generators may be used in turns.
-
-        Args:
-            words: The words that the object says itself.
         """
         backend = self._like(_is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
@@ -507,13 +504,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def _of_thread(
         self, n_jobs: int, arrays: Mapping[str, Any], nesting_level: int | None = None
     ) -> SafepoolBackend:
-        """Return a backend like this one for a thread that has no setting of joblib's own.
-
-        Args:
-            n_jobs: Meaning of ``n_jobs=None`` there.
-            arrays: The block's words about arrays.
-            nesting_level: joblib's.
-        """
+        """Return a backend like this one for a thread that has no setting of joblib's own."""
         return self._like(
             default_n_jobs=n_jobs, _arrays_of_block=arrays, nesting_level=nesting_level
         )

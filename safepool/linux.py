@@ -88,11 +88,7 @@ def _preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def _call(name: str, *arguments: bytes | int | None) -> int:
-    """Call a function of the C library that returns -1 and sets ``errno`` when it fails.
-
-    Raises:
-        OSError: The call failed, or the library has no such function.
-    """
+    """Call a function of the C library that returns -1 and sets ``errno`` when it fails."""
     import ctypes  # noqa: PLC0415 -- 5 ms, and most Pythons have the calls
 
     function: Any = getattr(ctypes.CDLL(None, use_errno=True), name, None)

@@ -296,12 +296,7 @@ def _refuse(constant: str) -> None:
 
 
 def _number(value: object) -> float:
-    """Return a number that was read.
-
-    Raises:
-        TypeError: The value is no number.
-        ValueError: The value is negative, or larger than any that is written here.
-    """
+    """Return a number that was read."""
     if not isinstance(value, (int, float)):
         raise TypeError(value)
     if not 0 <= value < _MOST:

@@ -436,11 +436,7 @@ class Core:
         return min(looks, default=None)
 
     def check(self) -> None:
-        """Check what holds between any two events.
-
-        Raises:
-            AssertionError: The state contradicts itself.
-        """
+        """Check what holds between any two events."""
         calls = [id(call) for call in self._backlog]
         for one in self._places.values():
             calls += [id(call) for call, _ in one.sent.values()]

@@ -230,13 +230,7 @@ class PickledFunction(NamedTuple):
 
 
 class _Large:
-    """A copy of a large buffer of arguments.
-
-    Args:
-        key: Given to no other content by this :class:`Buffers`.
-        sample: Size, and some of the bytes.
-        content: Is copied.
-    """
+    """A copy of a large buffer of arguments."""
 
     __slots__ = ("__weakref__", "content", "key", "packet", "sample")
 
@@ -303,11 +297,7 @@ class PickledArguments(NamedTuple):
 
 
 def pickle_function(function: Callable[..., Any]) -> PickledFunction:
-    """Pickle a function; parts that a worker of another machine cannot import travel by value.
-
-    Raises:
-        Exception: The exception of the pickler.
-    """
+    """Pickle a function; parts that a worker of another machine cannot import travel by value."""
     with references.Collected() as shared:
         segments = payloads.dumps(function, into_main=True)
     digest = hashlib.blake2b(digest_size=16)
@@ -327,9 +317,6 @@ def pickle_arguments(
         args: Positional arguments.
         kwargs: Keyword arguments.
         buffers: Copies of large buffers.
-
-    Raises:
-        Exception: The exception of the pickler.
     """
     if not references.known():
         return _copied(payloads.dumps((args, kwargs), into_main=True), buffers)

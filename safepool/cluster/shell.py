@@ -780,12 +780,7 @@ class Shell:
             self._bring(c.Returned(place, left))
 
     def _pack(self, node: _Node, message: DeliverMessage, number: int, call: Any) -> int:
-        """Add a call to a message; return how many bytes it has.
-
-        Raises:
-            CancelledError: The call was cancelled meanwhile.
-            BaseException: The exception of the pickler.
-        """
+        """Add a call to a message; return how many bytes it has."""
         function, args = call.packed()
         nbytes: int = args.packet.nbytes
         for _, large in args.large:

@@ -235,11 +235,6 @@ def _prepare(descriptor: int, begin: int, end: int) -> None:
 
     Small ones are got one by one, 25,000 for 100 MB. Without it (before Linux 6.1, or when memory
     is in small pieces) everything works as well (benchmarks/arrays.py, pages).
-
-    Args:
-        descriptor: The file, as long as it will be.
-        begin: A multiple of a large page.
-        end: Offset from which small pages are used, as the rest does not fill a large one.
     """
     global _collapses  # noqa: PLW0603 -- a fact about this system
     import ctypes  # noqa: PLC0415 -- as below
@@ -267,11 +262,7 @@ _MAP_FIXED = 0x10
 
 
 def _map(descriptor: int, lengths: Sequence[int]) -> Iterator[memoryview]:
-    """Yield the segments of a file, in private memory of this process.
-
-    Raises:
-        MemoryError: There is no memory.
-    """
+    """Yield the segments of a file, in private memory of this process."""
     places, size = _places(lengths)
     view = _map_whole(descriptor, size)
     for place, length in zip(places, lengths, strict=True):

@@ -81,11 +81,7 @@ def fingerprint(value: object) -> bytes | None:
 
 
 class _Sink:
-    """A file that keeps only the hash of the written bytes.
-
-    Attributes:
-        may_have_sets: Whether the pickle has bytes that may make a set.
-    """
+    """A file that keeps only the hash of the written bytes."""
 
     def __init__(self) -> None:
         self.hash = hashlib.blake2b(digest_size=16)

@@ -87,11 +87,7 @@ def dumps(
 def dumps_to_send(
     value: object, *, into_main: bool = False, by_value: bool = False
 ) -> list[Segment]:
-    """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors.
-
-    Raises:
-        Exception: The same as by :func:`dumps`.
-    """
+    """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors."""
     segments = None if by_value else _by_reference(value, into_main=into_main)
     if segments is not None:
         return [*segments]

@@ -53,11 +53,7 @@ class Inheritance:
 
 
 def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
-    """Make the initializer and its arguments ready for a worker that is about to start.
-
-    Raises:
-        Exception: The exception of the pickler.
-    """
+    """Make the initializer and its arguments ready for a worker that is about to start."""
     if forked:
         function, arguments = initializer
         values = (a.value if isinstance(a, Shared) else a for a in arguments)

@@ -165,13 +165,7 @@ def read_prints(data: bytes) -> dict[str, bytes | None]:
 
 
 def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> types.CodeType:
-    """Return the script's code, unless it is known, with the module ready for it.
-
-    Raises:
-        ImportError: There is no such module, or it has no code.
-        OSError: The file cannot be read.
-        SyntaxError: The text is no Python.
-    """
+    """Return the script's code, unless it is known, with the module ready for it."""
     spec: Any = None
     if name:
         parent = name.rpartition(".")[0]

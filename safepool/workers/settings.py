@@ -125,11 +125,7 @@ class Packed:
 
 
 def pack_setting(row: Setting, value: Any) -> Packed:
-    """Pickle the value of a setting.
-
-    Raises:
-        Exception: The exception of the pickler.
-    """
+    """Pickle the value of a setting."""
     with Met() as met:
         write = None if row.name not in _added else _dumps(row.write)
         parts = [_dumps(value)] if row.name != _FILTERS else _dumps_filters(value)

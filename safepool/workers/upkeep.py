@@ -271,11 +271,7 @@ class Server:
         raise asking.CannotForkError(f"{_MOST_STARTS} in a row failed; the last {why}")
 
     def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
-        """End a server that was lost, and say how it ended.
-
-        Raises:
-            NoInterpreterError: None has ever said a word.
-        """
+        """End a server that was lost, and say how it ended."""
         late = isinstance(error, TimeoutError)
         if not late:
             running.await_the_end()

@@ -152,11 +152,7 @@ class Functions:
         return sent
 
     def once(self, function: Callable[..., Any], *, of_main: bool) -> SentFunction:
-        """Return any callable, pickled now and for one ``map``.
-
-        Raises:
-            Exception: The exception of the pickler.
-        """
+        """Return any callable, pickled now and for one ``map``."""
         sent = self.lasting(function)
         if sent is None:
             with Collected() as shared, Met() as met:

@@ -718,13 +718,7 @@ class Results:
             self._pull()
 
     def _pull(self, *, everything: bool = False) -> None:
-        """Queue calls for the items that may be taken ahead.
-
-        Raises:
-            RuntimeError: The pool was shut down before it had any.
-            BaseException: The exception of the iterator of the items before the first result; a
-                later one is raised when its turn comes.
-        """
+        """Queue calls for the items that may be taken ahead."""
         with self._pulling:
             if self._items is None or self._pulls:  # the items' own iterator shuts the pool down
                 return

@@ -86,11 +86,7 @@ class Names:
         return table
 
     def needed(self, roots: frozenset[str]) -> Sequence[Delivery]:
-        """Return the deliveries that a worker needs before it runs code with these names.
-
-        Raises:
-            Exception: The exception of the pickler for one of them.
-        """
+        """Return the deliveries that a worker needs before it runs code with these names."""
         if not roots:
             self.look()
             if not self._adds:

@@ -533,11 +533,7 @@ def rebuild(
     loads: Callable[[Sequence[bytes | bytearray | memoryview]], Any] = payloads.loads,
     call: str = "the call",
 ) -> BaseException:
-    """Return the exception that a worker described, its remote traceback as the cause.
-
-    Raises:
-        UntrustedError: The same as ``loads``.
-    """
+    """Return the exception that a worker described, its remote traceback as the cause."""
     pickled, name, text, trace, reason = payloads.loads(segments)
     told = f"while the result of {call} was pickled"
     trace = trace.replace(UNSENT_RESULT, told)

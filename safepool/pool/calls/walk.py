@@ -78,11 +78,7 @@ class Walk:
         self.missing: dict[str, str] = {}
 
     def go(self, roots: Iterable[str]) -> None:
-        """Look at the names, and pickle those that have changed or are new.
-
-        Raises:
-            Exception: The exception of the pickler.
-        """
+        """Look at the names, and pickle those that have changed or are new."""
         if self._table.main:
             self._ask_ahead(roots)
         todo = sorted(roots, reverse=True)

@@ -160,11 +160,7 @@ class Core:
         ]
 
     def check(self) -> None:
-        """Check what holds between any two events.
-
-        Raises:
-            AssertionError: The state contradicts itself.
-        """
+        """Check what holds between any two events."""
         given: set[int] = set()
         for member in self.members:
             works = [*member.ledger]

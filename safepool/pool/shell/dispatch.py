@@ -499,11 +499,7 @@ class Dispatch:
             return None
 
     def _pickle_span(self, span: Span) -> Pickled:
-        """Return the pickle of what calls of a run need. In any thread.
-
-        Raises:
-            BaseException: All of them fail with it.
-        """
+        """Return the pickle of what calls of a run need. In any thread."""
         run: MapRun = span.run
         if run.sent is None:
             try:
@@ -690,11 +686,7 @@ def _is_name_in_main(name: str) -> bool:
 
 
 def _dumps_here(value: object) -> Pickled:
-    """Pickle what runs no code of the program.
-
-    Raises:
-        UntrustedError: The value may hold something of the script.
-    """
+    """Pickle what runs no code of the program."""
     if payloads.by_value_modules() or are_beyond():
         raise UntrustedError
     if not references.known():

@@ -166,11 +166,7 @@ _ENDING_S = 1.0
 
 
 class _Opening(Latch):
-    """One life of the scheduler's thread. Opens when the pool has its thread, or cannot have one.
-
-    Attributes:
-        error: Why it has none.
-    """
+    """A life of the scheduler's thread. Opens when the pool has its thread, or cannot have one."""
 
     __slots__ = ("error",)
 
@@ -361,11 +357,7 @@ class Scheduler:
         return future
 
     def _bring_in(self, what: Task | Fed) -> None:
-        """Let the scheduler's thread have something.
-
-        Raises:
-            RuntimeError: The pool has ended meanwhile.
-        """
+        """Let the scheduler's thread have something."""
         self._inbox.append(what)
         # The scheduler makes its bed first, then it looks.
         bed = self._bed
@@ -791,12 +783,7 @@ class Scheduler:
             self._tell(staff, Returned(self._dispatch.come_back(more=more)))
 
     def _cancel_waiting(self, staff: Staff, *, begun: bool = True) -> None:
-        """Cancel what waits, if that is wanted.
-
-        Args:
-            staff: All workers.
-            begun: ``True`` leaves workers all their calls, ``False`` only those that have begun.
-        """
+        """Cancel what waits, if that is wanted."""
         if self._cancelling:
             self._take_in(staff)
             self._tell(staff, CancelWaiting(all=not begun))
@@ -1015,12 +1002,7 @@ class Scheduler:
     # News from workers.
 
     def _receive(self, staff: Staff, worker: Worker, frame: Frame) -> None:
-        """Process a message of a worker.
-
-        Raises:
-            CorruptFrameError: The message is one that no worker should send.
-            ValueError: Its records are invalid.
-        """
+        """Process a message of a worker."""
         kind, position, segments = frame
         match kind:
             case Kind.RESULTS:

@@ -56,11 +56,7 @@ class Trace(CountedTrace, Listener):
         self._events.of_pool("resize", before=before, after=after, why=why)
 
     def timed(self, worker: Worker, segments: Sequence[Buffer]) -> None:
-        """A worker has sent the times at which calls began and ended.
-
-        Raises:
-            CorruptFrameError: The worker has sent no times.
-        """
+        """A worker has sent the times at which calls began and ended."""
         times = read_times(segments)
         with self._lock:
             self._rows[worker].time(times)
