@@ -47,7 +47,7 @@ WRONG: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "ClusterPool": {
         "client_or_executor": ("tcp://scheduler:8786", NOTHING),
-        "nodes": ("a", 0),
+        "nodes": (True, 0),
         "no_nodes_timeout": ("5s", -1),
         "workers_per_node": ("4", 0),
         "initializer": ("setup", NOTHING),

@@ -40,6 +40,14 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+def _is_nodes(value: object) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        return False
+    return all(isinstance(name, str) for name in value)
+
+
 def _lacks_as_nodes(value: object) -> str:
     if isinstance(value, int):
         return "" if value >= 1 else "at least 1"
@@ -48,7 +56,7 @@ def _lacks_as_nodes(value: object) -> str:
 
 _NODES = Rule(
     kind="a number of nodes of at least 1, or a list of names",
-    is_kind=lambda value: isinstance(value, (int, Sequence)) and not isinstance(value, str),
+    is_kind=_is_nodes,
     lacks=_lacks_as_nodes,
     remedy="Leave it out for all nodes. Names are those of hosts, or addresses of Dask workers",
 )
@@ -163,6 +171,10 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     twentieth of a second.
 
     An executor as engine cannot end a call: its node finishes the call and the result is dropped.
+
+    The event loop of an asynchronous client carries the calls. A coroutine there awaits
+    ``pool.run()``: ``result()`` of a call that has not ended raises ``RuntimeError`` instead of
+    blocking the loop for ever, and ``shutdown()`` returns while calls go on.
 
     Raises:
         TypeError: The engine is of another type, or a value has a wrong one.

@@ -94,6 +94,16 @@ _ENDS: dict[str, str] = {
 _MOST_KEPT = 64
 
 
+class _Future(PoolFuture):
+    """A future that refuses to be waited for by the thread that carries its call."""
+
+    def _wait(self, timeout_s: float | None) -> Any:
+        shell: Shell | None = self.owner()  # type: ignore[operator]
+        if shell is not None and timeout_s != 0 and not self.done():
+            shell.check_may_wait()
+        return super()._wait(timeout_s)
+
+
 class _Submitted(Call):
     """A call of ``submit()``."""
 
@@ -293,7 +303,7 @@ class Shell:
             RuntimeError: The pool was shut down, or this process is a fork of its owner.
         """
         self._check_open()
-        call = _Submitted(PoolFuture(self._me), name, policy)
+        call = _Submitted(_Future(self._me), name, policy)
         before_ns = time.monotonic_ns()
         try:
             call.function = pickle_function(function)
@@ -351,15 +361,20 @@ class Shell:
         self._put(c.Look)
 
     def check_may_wait(self) -> None:
-        """Refuse that this pool's own thread waits for a result.
+        """Refuse that a thread waits for a result that it has to bring itself.
 
         Raises:
-            RuntimeError: The caller is the thread that would have to end the call.
+            RuntimeError: The caller is this pool's own thread, or the engine's.
         """
-        if threading.current_thread() is self._thread:
+        if self._is_needed():
             raise RuntimeError(
-                "the pool's own thread would wait for itself: wait in another thread"
+                "this thread carries the pool's calls, and would wait for itself. Await "
+                "pool.run(), or wait in another thread: await asyncio.to_thread(future.result)"
             )
+
+    def _is_needed(self) -> bool:
+        own = threading.current_thread() is self._thread
+        return own or self._carrier.is_in_this_thread()
 
     def kill(self, future: Future[Any]) -> bool:
         """Cancel a call, and end it where it runs; ``False`` if it has ended.
@@ -382,7 +397,7 @@ class Shell:
         """Take no more calls; finish those that were submitted.
 
         Args:
-            wait: Return when that is done.
+            wait: Return when that is done; at once in a thread that has to do it.
             cancel: Cancel the calls that no node has.
             end: Do not wait for calls that run: why they are lost, or a word of a pool's core.
         """
@@ -400,7 +415,7 @@ class Shell:
         if cancel:
             self._bring(c.CancelWaiting())
         self._bring(c.End(_ENDS.get(end, end)) if end else c.Close())
-        if wait and threading.current_thread() is not self._thread:
+        if wait and not self._is_needed():
             try:
                 self._ended.wait()
             except KeyboardInterrupt:
@@ -468,6 +483,7 @@ class Shell:
                 "ClusterPool cannot look into the nodes of an executor: each node runs one call "
                 "until it has ended, and answers nothing else. Pass a distributed.Client instead"
             )
+        self.check_may_wait()
         asked: dict[str, Future[Any]] = {}
         for place, node in [*self._nodes.items()]:
             if self._core.is_open(place):

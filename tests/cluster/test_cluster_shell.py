@@ -44,6 +44,10 @@ class Engine:
     """One place, which answers as a test wants it."""
 
     at_once = False
+    needs_this_thread = False
+
+    def is_in_this_thread(self) -> bool:
+        return self.needs_this_thread
 
     def __init__(self, **answers: Callable[[], object]) -> None:
         self.answers = answers
@@ -102,6 +106,33 @@ def pool_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ClusterPo
     for one in made:
         one.kill_workers()
         one.shutdown()
+
+
+def test_the_thread_that_carries_calls_does_not_wait_for_them(
+    pool_of: Callable[..., ClusterPool],
+) -> None:
+    engine = Engine(greet=welcome)
+    pool = pool_of(engine)
+    futures, results = [pool.submit(abs, n) for n in range(3)], pool.map(abs, [-1])
+    wait_until(lambda: pool.size and futures[0].running())
+    engine.needs_this_thread = True
+    for wait in (futures[0].result, futures[2].exception, results.__next__, pool.workers):
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            wait()
+    with pytest.raises(TimeoutError):
+        futures[0].result(timeout=0)
+    pool.shutdown()
+    assert not futures[0].done()
+    assert pool.cancel(futures[2])
+    assert futures[2].cancelled()
+
+
+def test_the_loop_of_a_client_carries_its_calls() -> None:
+    async def told() -> list[bool]:
+        is_it = DaskCarrier(Scheduler("near")).is_in_this_thread
+        return [is_it(), await asyncio.to_thread(is_it)]
+
+    assert asyncio.run(told()) == [True, False]
 
 
 # What a node answers, and what the error of a call says of it.

@@ -47,6 +47,10 @@ class Carrier(Protocol):
         """
         ...
 
+    def is_in_this_thread(self) -> bool:
+        """Return whether no call is carried while the current thread waits for something."""
+        ...
+
     def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Call a function of this package at a place.
 

@@ -173,6 +173,10 @@ class DaskCarrier:
             self._start(self._ask())
         return self._places
 
+    def is_in_this_thread(self) -> bool:
+        """Return whether the client's event loop runs in the current thread."""
+        return asyncio._get_running_loop() is self._client.loop.asyncio_loop
+
     async def _ask(self) -> None:
         try:
             self._places = [*await self._client.nthreads()]

@@ -42,6 +42,10 @@ class ExecutorCarrier:
             raise EngineGoneError(self._gone)
         return self._places
 
+    def is_in_this_thread(self) -> bool:
+        """Return whether the executor needs the current thread: it has its own."""
+        return False
+
     def submit(self, place: str, function: Callable[..., Any], *args: Any) -> Future[Any]:  # noqa: ARG002
         """Call a function on whichever node the executor takes."""
         try:
