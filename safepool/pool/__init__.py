@@ -41,11 +41,14 @@ Differences from a forked pool:
       into modules that it imports: registries, hooks, replaced functions. Workers get these
       changes too (``safepool/transport/additions.py`` lists the kinds). Workers do not get
       ``codecs.register()``, ``mimetypes.add_type()``, an alias in ``sys.modules``,
-      ``atexit.register()`` and data (``module.LEVEL = 5``): write the guard, or set them in a
-      module of your own or in ``initializer=``.
+      ``signal.signal()``, ``atexit.register()``, filters of loggers and data
+      (``module.LEVEL = 5``): write the guard, or set them in a module of your own or in
+      ``initializer=``.
     * Large globals. Each worker is sent a large global once. Each ``map`` and ``submit`` checks
       once whether it has changed, in a few milliseconds for each 40 MiB. Read-only arrays
       (``table.flags.writeable = False``) and objects of ``safepool.share(table)`` need no check.
+    * Arrays that are read-only in the program are read-only arguments, as under loky. A forked
+      pool makes writable copies of them.
     * Locks, queues and values of ``multiprocessing``. They cannot be delivered as globals, except
       to forks. Those that the top level of a guarded script makes are shared among the workers,
       but not with the program. Make them by ``multiprocessing.get_context("spawn")`` and pass

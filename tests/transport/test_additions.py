@@ -11,9 +11,11 @@ import pytest
 
 from safepool.transport import marks
 from safepool.transport.additions import Addition, add, additions_to, homes
+from safepool.transport.held import sources_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 ABOVE = "added_by_test"
 
@@ -69,3 +71,16 @@ def copied(value: Any) -> Any:
     if isinstance(value, dict):
         return type(value)((key, copied(one)) for key, one in value.items())
     return value.copy() if hasattr(value, "copy") else value
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"), [([""], ["import json\n"]), (["", "a"], ["", "a"])]
+)
+def test_a_script_that_ipython_runs_has_no_cells(
+    cells: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    """``ipython script.py`` has the list of cells as well, with an empty text."""
+    script = tmp_path / "script.py"
+    script.write_text("import json\n")
+
+    assert [*sources_of({"In": cells, "__file__": str(script)})] == expected
