@@ -4,16 +4,18 @@
     python -m benchmarks --quick                all, few rounds: whether they run, not how fast
     python -m benchmarks latency failure        some
     python -m benchmarks --json --plot          all, kept in benchmarks/results, and written into
-                                                benchmarks/README.md
+                                                README.md and benchmarks/README.md
 
 Each runs its contenders in turns in one run of several rounds, and prints medians with the lowest
 and the highest in parentheses, and ratios before them. Contenders that are not installed are left
-out: ``pip install 'safepool[bench]'``. benchmarks/README.md says how to read each.
+out: ``pip install 'safepool[bench]'``. Figures are kept as soon as a benchmark ends, and the name
+of one measures it again. benchmarks/README.md says how to read each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime as dt
 import importlib.metadata
 import importlib.util
@@ -21,6 +23,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,15 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import readme
+from benchmarks.figures import VARIABLE
+from benchmarks.picture import as_svg
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# benchmarks/figures.py has it, too.
-VARIABLE = "SAFEPOOL_FIGURES"
-_BEGIN, _END = "<!-- results: begin -->\n", "<!-- results: end -->"
-PEERS = (
-    "joblib", "loky", "mpire", "pebble", "distributed", "ray",
-    "numpy", "scipy", "scikit-learn", "threadpoolctl",
-)  # fmt: skip
+# Seconds for one that was told to end, to end what it has started.
+END_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,67 +50,111 @@ class Benchmark:
         question: Asked by it.
         quick: Arguments with which it takes seconds.
         full: Arguments without ``--quick``.
+        limit_s: Seconds after which it is ended: three times what it takes on a machine with two
+            CPUs that does nothing else.
         needs: Modules without which it cannot run.
         root: It makes control groups.
+        compared: Packages whose versions matter.
     """
 
     question: str
     quick: str = ""
     full: str = ""
+    limit_s: float = 180
     needs: tuple[str, ...] = ()
     root: bool = False
+    compared: tuple[str, ...] = ()
 
 
+PEERS = ("joblib", "loky", "mpire", "pebble", "distributed", "ray")
+SCIENCE = ("numpy", "scipy", "scikit-learn")
 BENCHMARKS = {
+    "demo": Benchmark(
+        "What do both pools do with the README's case under a limit of one CPU?",
+        needs=("scipy",),
+        root=True,
+        compared=SCIENCE,
+    ),
     "oversubscription": Benchmark(
         "What do defaults do to numeric work in a container of half a CPU to two?",
         "--cpus 1 --rounds 1 --work blas",
+        limit_s=900,
         needs=("scipy", "sklearn"),
         root=True,
+        compared=(*PEERS, *SCIENCE),
     ),
     "deadlocks": Benchmark(
         "Which programs that hang some pool hang the others?",
         '--limit 20 --only "os._exit in a task"',
+        limit_s=500,
         needs=("sklearn",),
+        compared=(*PEERS, *SCIENCE),
     ),
     "failure": Benchmark(
         "What does a pool still do while a worker is killed every 100 ms?",
         "--seconds 1 --rounds 1",
+        limit_s=500,
+        compared=PEERS,
     ),
     "dispatch": Benchmark(
         "What does a call cost by submit and by map, and is a long one in the way?",
         "--rounds 1 --only submit round-trip map",
+        limit_s=500,
+        compared=PEERS,
     ),
     "latency": Benchmark(
         "How long does one call take to its caller and back, alone and with 8 and 64 at once?",
         "--rounds 1 --calls 50",
+        limit_s=300,
+        compared=PEERS,
     ),
     "scale": Benchmark(
-        "Does a call cost more when there are more calls, or more workers?",
-        "--rounds 1 --tasks 100 1000 --workers 1 4",
+        "Does a call cost more when there are more calls, more workers, or more that wait?",
+        "--rounds 1 --tasks 100 1000 --workers 1 4 --pending 1000",
+        limit_s=600,
+        compared=PEERS,
     ),
     "startup": Benchmark(
         "How long is it until workers have NumPy and SciPy, and what memory do they take?",
         "--rounds 1 --workers 2",
+        limit_s=600,
         needs=("scipy", "matplotlib"),
+        compared=(*PEERS, *SCIENCE),
     ),
     "arrays": Benchmark(
         "What does an array cost on its way to a worker, and back?",
         "transfer share memory --rounds 1 --sizes 1",
+        "transfer share memory --rounds 5",
+        limit_s=400,
         needs=("numpy",),
+        compared=(*PEERS, "numpy"),
     ),
     "joblib_backend": Benchmark(
         "How long do joblib and scikit-learn take in a container, by backend?",
-        "--rounds 1 --cpus 1 --only few tiny",
+        "--rounds 1 --cpus 1 --only few tiny --backends safepool loky",
+        "--only few tiny array grid scores forest-fit "
+        "--backends safepool loky multiprocessing threading",
+        limit_s=600,
         needs=("sklearn",),
         root=True,
+        compared=("joblib", "loky", *SCIENCE),
     ),
-    "decorator": Benchmark("What does @safepool.worker cost a call?", needs=("scipy",)),
+    "decorator": Benchmark(
+        "What does @safepool.worker cost a call?",
+        needs=("scipy",),
+        compared=("threadpoolctl", *SCIENCE),
+    ),
     "caps": Benchmark(
-        "What do caps on native threads cost a worker and its tasks?", needs=("scipy",)
+        "What do caps on native threads cost a worker and its tasks?",
+        needs=("scipy",),
+        compared=("threadpoolctl", *SCIENCE),
     ),
     "rounding": Benchmark(
-        "Is a fraction of a CPU worth a worker?", "--seconds 1 --rounds 1", root=True
+        "Is a fraction of a CPU worth a worker?",
+        "--seconds 1 --rounds 1",
+        "--seconds 2 --rounds 5",
+        limit_s=300,
+        root=True,
     ),
     "service": Benchmark(
         "How long do the clients of an asyncio service wait?", "--rounds 1 --requests 50"
@@ -116,15 +162,26 @@ BENCHMARKS = {
     "cluster": Benchmark(
         "What does a call over nodes cost, beside Dask's own ways?",
         "--nodes 1 --rounds 1",
+        limit_s=400,
         needs=("distributed",),
+        compared=("distributed", "joblib"),
     ),
     "memory_limit": Benchmark(
-        "What does memory_limit= cost, and how soon does it act?", "--workers 2 --seconds 1"
+        "What does memory_limit= cost, and how soon does it act?",
+        "--workers 2 --seconds 1",
+        "--seconds 5",
     ),
-    "names": Benchmark("What do the globals of a script cost?", "--mebibytes 4"),
-    "by_value": Benchmark("What does it cost to send functions and classes of a script?"),
-    "trace": Benchmark("What does a trace cost?", "--rounds 3", "--rounds 31"),
-    "limits": Benchmark("How long does it take to read the limits?"),
+    "names": Benchmark(
+        "What do the globals of a script cost?",
+        "--mebibytes 4",
+        needs=("numpy",),
+        compared=("numpy",),
+    ),
+    "by_value": Benchmark(
+        "What does it cost to send functions and classes of a script?", compared=("cloudpickle",)
+    ),
+    "trace": Benchmark("What does a trace cost?", "--rounds 3", "--rounds 15"),
+    "limits": Benchmark("How long does it take to read the limits?", compared=("joblib", "loky")),
     "import_time": Benchmark("How long does the import take?"),
 }
 
@@ -142,13 +199,13 @@ def run(name: str, *, quick: bool) -> dict[str, Any] | None:
         figures = Path(folder, "figures")
         figures.touch()
         load, begun = os.getloadavg()[0], time.monotonic()
-        done = subprocess.run(
-            command, env={**os.environ, VARIABLE: str(figures)}, cwd=ROOT, check=False
-        )
+        environ = {**os.environ, VARIABLE: str(figures)}
+        with subprocess.Popen(command, env=environ, cwd=ROOT, start_new_session=True) as program:
+            code = _wait(program, benchmark.limit_s)
         took_s = time.monotonic() - begun
-        tables = [json.loads(line) for line in figures.read_text().splitlines()]
+        tables = merged([json.loads(line) for line in figures.read_text().splitlines()])
     # 1 says that an aim was missed: the figures are there all the same.
-    if done.returncode not in (0, 1) or not tables:
+    if code not in (0, 1, None) or not tables:
         return None
     return {
         "benchmark": name,
@@ -157,10 +214,41 @@ def run(name: str, *, quick: bool) -> dict[str, Any] | None:
         "quick": quick,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "took_s": round(took_s, 1),
+        "ended_after_s": None if code is not None else benchmark.limit_s,
         "machine": machine(load),
-        "versions": versions(),
+        "versions": versions(benchmark.compared),
         "tables": tables,
     }
+
+
+def _wait(program: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """Return its exit code; ``None`` if its time was up. Nothing of its session is left."""
+    try:
+        return program.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        print(f"not done after {limit_s:g} s", file=sys.stderr)
+        # As by Ctrl-C: it ends what it has started, and takes its control groups away.
+        program.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            program.wait(END_S)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+
+
+def merged(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tables of which none has another's title.
+
+    Those of one title have ours in common: the others' ratios are to ours in their own run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        first = found.setdefault(table["title"], table)
+        if first is not table:
+            first["rows"] = {**table["rows"], **first["rows"]}
+            first["rounds"] = {**table["rounds"], **first["rounds"]}
+    return [*found.values()]
 
 
 def machine(load: float) -> dict[str, Any]:
@@ -177,57 +265,15 @@ def machine(load: float) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of those that are installed."""
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Return the versions of ours and of those that are installed."""
     import safepool
 
     found = {"safepool": safepool.__version__}
-    for name in PEERS:
-        try:
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the first figure of each table as bars, and write the picture.
-
-    Args:
-        result: Of `run`.
-        path: File of the picture; the end of its name says which format.
-    """
-    import matplotlib.pyplot as plt
-
-    tables = [table for table in result["tables"] if "rows" in table]
-    if not tables:
-        return
-    heights = [0.3 * len(table["rows"]) + 0.9 for table in tables]
-    figure, axes = plt.subplots(
-        len(tables), 1, figsize=(7, sum(heights)), height_ratios=heights, squeeze=False
-    )
-    for axis, table in zip(axes[:, 0], tables, strict=True):
-        rows = {
-            name: cells[0]
-            for name, cells in table["rows"].items()
-            if isinstance(cells[0]["median"], float | int)
-        }
-        names = sorted(rows, key=lambda name: rows[name]["median"], reverse=True)
-        medians = [rows[name]["median"] for name in names]
-        spread = [
-            [middle - rows[name]["low"] for middle, name in zip(medians, names, strict=True)],
-            [rows[name]["high"] - middle for middle, name in zip(medians, names, strict=True)],
-        ]
-        colours = ["#1f77b4" if name == table["base"] else "#bbbbbb" for name in names]
-        axis.barh(names, medians, color=colours, xerr=spread, ecolor="#555555", height=0.6)
-        axis.set_title(table["title"], fontsize=9, loc="left")
-        axis.set_xlabel(table["columns"][0], fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{result['question']}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": result["date"]})
-    plt.close(figure)
 
 
 def lacking(benchmark: Benchmark) -> str | None:
@@ -240,68 +286,6 @@ def lacking(benchmark: Benchmark) -> str | None:
     return None
 
 
-def as_markdown(result: dict[str, Any], picture: Path) -> str:
-    """Return a result for a reader: its question, where it comes from, and its tables.
-
-    Args:
-        result: Of `run`.
-        picture: Drawn by `draw`, if it was.
-    """
-    on, of = result["machine"], result["versions"]
-    lines = [f"### {result['benchmark']}", "", result["question"], ""]
-    lines += [
-        f"`{result['command']}`, {result['date']}, Python {on['python']}, {on['host_cpus']} CPUs, "
-        f"load before {on['load_before']}; "
-        + ", ".join(f"{name} {version}" for name, version in of.items() if name in PEERS)
-    ]
-    if picture.exists():
-        lines += ["", f"![{result['question']}]({picture.parent.name}/{picture.name})"]
-    for table in result["tables"]:
-        # What ends a cell in Markdown.
-        heads = [column.replace("|", "\\|") for column in ("", *table["columns"])]
-        lines += ["", f"**{table['title']}**", "", f"| {' | '.join(heads)} |"]
-        lines += ["|---" * len(heads) + "|"]
-        rows: dict[str, list[Any]] = table.get("rows") or table["outcomes"]
-        for name, cells in rows.items():
-            shown = [cell if isinstance(cell, str) else _cell(cell) for cell in cells]
-            lines += [f"| {' | '.join([name, *shown])} |"]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(cell: dict[str, Any]) -> str:
-    median, low, high, ratio = (cell[key] for key in ("median", "low", "high", "ratio"))
-    if median is None:
-        return "-"
-    if not isinstance(median, float | int):
-        return str(median)
-    begin = "" if not isinstance(ratio, float | int) else f"{ratio:.2f} x: "
-    return f"{begin}{_short(median)} ({_short(low)} to {_short(high)})"
-
-
-def _short(figure: Any) -> str:
-    if not isinstance(figure, float | int):
-        return str(figure)
-    return f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
-
-
-def write_readme(folder: Path, file: Path) -> None:
-    """Write all results of a folder into the block of a file that is for them.
-
-    Args:
-        folder: Has a file for each result.
-        file: Has ``<!-- results: begin -->`` and ``<!-- results: end -->``.
-    """
-    found = [folder / f"{name}.json" for name in BENCHMARKS]
-    texts = [
-        as_markdown(json.loads(one.read_text(encoding="utf-8")), one.with_suffix(".svg"))
-        for one in found
-        if one.exists()
-    ]
-    before, rest = file.read_text(encoding="utf-8").split(_BEGIN)
-    after = rest.partition(_END)[2]
-    file.write_text("".join([before, _BEGIN, *texts, _END, after]), encoding="utf-8")
-
-
 def _run_and_keep(name: str, asked: argparse.Namespace) -> bool:
     print(f"\n===== {name}: {BENCHMARKS[name].question}", flush=True)
     if reason := lacking(BENCHMARKS[name]):
@@ -312,11 +296,15 @@ def _run_and_keep(name: str, asked: argparse.Namespace) -> bool:
         return False
     if asked.json or asked.plot:
         asked.into.mkdir(parents=True, exist_ok=True)
+    picture = asked.into / f"{name}.svg"
     if asked.json:
         text = json.dumps(result, indent=1) + "\n"
         (asked.into / f"{name}.json").write_text(text, encoding="utf-8")
-    if asked.plot:
-        draw(result, asked.into / f"{name}.svg")
+        picture.unlink(missing_ok=True)  # of other figures
+    if asked.plot and (drawn := as_svg(result)):
+        picture.write_text(drawn, encoding="utf-8")
+    if asked.json and not asked.quick and asked.into == RESULTS:
+        readme.write(ROOT)
     return True
 
 
@@ -333,7 +321,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print their names and questions")
     parser.add_argument("--quick", action="store_true", help="few rounds")
     parser.add_argument("--json", action="store_true", help="keep the figures")
-    parser.add_argument("--plot", action="store_true", help="draw them as SVG; needs matplotlib")
+    parser.add_argument("--plot", action="store_true", help="draw them as SVG")
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="for both")
     asked = parser.parse_args()
     if unknown := [name for name in asked.names if name not in BENCHMARKS]:
@@ -343,9 +331,9 @@ def main() -> int:
         for name in names:
             print(f"{name:18}{BENCHMARKS[name].question}")
         return 0
+    begun = time.monotonic()
     failed = [name for name in names if not _run_and_keep(name, asked)]
-    if asked.json and not asked.quick and asked.into == RESULTS:
-        write_readme(RESULTS, RESULTS.parent / "README.md")
+    print(f"\n{len(names)} benchmarks, {time.monotonic() - begun:.0f} s")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

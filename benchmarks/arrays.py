@@ -15,16 +15,13 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-import joblib
-import loky
+import contenders
 import numpy as np
 import tasks
-from contenders import descendants, pss_kb
+from contenders import Opened, descendants, pss_kb, result_of
 from figures import show
 
 import safepool
@@ -33,40 +30,9 @@ from safepool.transport import _memfd, channel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Run = Callable[[Callable[[Any], Any], list[Any]], list[Any]]
-
 WORKERS = 2
 SHARED_TASKS = 100
 NEVER = sys.maxsize
-
-
-def open_pools(stack: ExitStack) -> dict[str, Run]:
-    """Return ways to run calls at the same time, one for each pool."""
-    ours = stack.enter_context(safepool.ProcessPool(WORKERS))
-    standard = stack.enter_context(
-        ProcessPoolExecutor(WORKERS, mp_context=get_context("forkserver"))
-    )
-    other = stack.enter_context(loky.ProcessPoolExecutor(WORKERS))
-    parallel = stack.enter_context(joblib.Parallel(WORKERS))
-
-    def submitted(pool: Any) -> Run:
-        def run(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
-            futures = [pool.submit(function, item) for item in items]
-            return [future.result() for future in futures]
-
-        return run
-
-    pools = {
-        "safepool": submitted(ours),
-        "stdlib": submitted(standard),
-        "loky": submitted(other),
-        "joblib memmap": lambda function, items: parallel(
-            joblib.delayed(function)(item) for item in items
-        ),
-    }
-    for run in pools.values():
-        run(tasks.touch, [np.ones(1000)] * 20)
-    return pools
 
 
 def took_ms(do: Callable[[], Any]) -> tuple[float]:
@@ -78,40 +44,38 @@ def took_ms(do: Callable[[], Any]) -> tuple[float]:
 
 def transfer(rounds: int, sizes_mb: list[float]) -> None:
     """Compare the pools."""
-    with ExitStack() as stack:
-        pools = open_pools(stack)
-        for size_mb in sizes_mb:
-            count = int(size_mb * 1e6 / 8)
-            source = np.random.default_rng(0).random(count)
-            for at_once in (1, WORKERS):
-                for what in ("argument", "result"):
-                    rows: dict[str, list[tuple[float]]] = {}
-
-                    def copy(array: Any = source, times: int = at_once) -> None:
-                        for _ in range(times):
-                            array.copy()
-
-                    for _ in range(rounds):
-                        rows.setdefault("array.copy()", []).append(took_ms(copy))
-                        for name, run in pools.items():
-                            rows.setdefault(name, []).append(
-                                took_ms(one_way(run, what, source, at_once))
-                            )
-                    title = f"{what} of {size_mb:g} MB, {at_once} at a time"
-                    show(title, ["ms"], rows)
+    for group in contenders.groups(lambda one: "spawn" not in one.name):
+        with contenders.open_all(group, WORKERS, tasks.nothing) as pools:
+            for pool in filter(None, pools.values()):
+                pool.map(tasks.touch, [np.ones(1000)] * 20)
+            for size_mb in sizes_mb:
+                _transfer(pools, size_mb, rounds)
 
 
-def one_way(run: Run, what: str, source: Any, at_once: int) -> Callable[[], None]:
-    """Return a call that sends an array to each worker, or gets one from each."""
+def _transfer(pools: contenders.Pools, size_mb: float, rounds: int) -> None:
+    source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
+    for at_once in (1, WORKERS):
 
-    def argument() -> None:
-        run(tasks.touch, [source] * at_once)
+        def copy(times: int = at_once) -> tuple[float]:
+            return took_ms(lambda: [source.copy() for _ in range(times)])
 
-    def result() -> None:
-        for array in run(tasks.make_array, [source.size] * at_once):
-            tasks.touch(array)
+        def argument(_: str, pool: Opened, times: int = at_once) -> tuple[float]:
+            return took_ms(lambda: run(pool, tasks.touch, [source] * times))
 
-    return argument if what == "argument" else result
+        def result(_: str, pool: Opened, times: int = at_once) -> tuple[float]:
+            arrays = [source.size] * times
+            return took_ms(lambda: [*map(tasks.touch, run(pool, tasks.make_array, arrays))])
+
+        for what, turn in {"argument": argument, "result made in the task": result}.items():
+            title = f"{what}, {size_mb:g} MB, {at_once} at a time"
+            contenders.compare(title, ["ms"], pools, turn, rounds, more={"array.copy()": copy})
+
+
+def run(pool: Opened, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    """Run calls at the same time; joblib's cannot be submitted one by one."""
+    if pool.submit is None:
+        return pool.map(function, items)
+    return [*map(result_of, [pool.submit(function, item) for item in items])]
 
 
 def share(rounds: int, size_mb: float = 100) -> None:

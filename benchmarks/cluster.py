@@ -1,11 +1,11 @@
 """What a call costs over nodes: `ClusterPool` beside Dask's own ways to run calls, in one run.
 
-    python benchmarks/cluster.py [--nodes 1 2] [--rounds 3] [--kill]
+    python benchmarks/cluster.py [--nodes 1 2] [--rounds 5] [--kill]
 
 Real ``dask scheduler`` and ``dask worker`` processes on the loopback interface, one worker process
 per node; nodes of one machine are told apart by a variable that bounds each to one CPU. Figures
-are milliseconds for each call, medians over the rounds, and in parentheses the ratio to ours:
-above 1 is slower than ours. With ``--kill`` calls of 100 ms run while the process that runs the
+are milliseconds for each call, medians over the rounds, and before them the ratio to ours: above 1
+is slower than ours. With ``--kill`` calls of 100 ms run while the process that runs the
 latest is killed every second. Nothing here fails for being slow: read the ratios.
 """
 
@@ -14,21 +14,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import joblib
 import numpy as np
 from distributed import Client
+from figures import compare
 
 import safepool
 
@@ -76,10 +76,10 @@ def noted(path: str) -> str:
 
 # Function, number of calls, and the argument of each.
 KINDS: dict[str, tuple[Callable[[Any], Any], int, Callable[[int], Any]]] = {
-    "tiny": (tiny, 1000, int),
-    "1 ms": (one_ms, 500, int),
-    "10 ms": (ten_ms, 100, int),
-    "8 MB": (total, 20, lambda number: np.full(1 << 20, float(number))),
+    "tiny": (tiny, 500, int),
+    "1 ms": (one_ms, 200, int),
+    "10 ms": (ten_ms, 50, int),
+    "8 MB": (total, 10, lambda number: np.full(1 << 20, float(number))),
 }
 
 
@@ -148,20 +148,22 @@ def measure(nodes: int, rounds: int) -> None:
     with cluster(nodes) as client, contenders(client) as ways:
         for run in ways.values():
             run(tiny, [*range(100)])
-        print(f"\n{nodes} node{'s' * (nodes > 1)}: ms per call (ratio to ClusterPool)")
-        print(" " * 8 + "".join(f"{name:>18}" for name in ways))
         for kind, (function, count, make) in KINDS.items():
-            spent: dict[str, list[float]] = {name: [] for name in ways}
-            for _ in range(rounds):
-                for name in random.sample([*ways], len(ways)):
-                    items = [make(number) for number in range(count)]
-                    begun = time.perf_counter()
-                    ways[name](function, items)
-                    spent[name].append((time.perf_counter() - begun) * 1000 / count)
-            medians = {name: statistics.median(times) for name, times in spent.items()}
-            ours = medians["ClusterPool"]
-            cells = [f"{each:8.2f} ({each / ours:5.2f} x)" for each in medians.values()]
-            print(f"{kind:<8}" + "".join(f"{cell:>18}" for cell in cells), flush=True)
+
+            def turn(
+                run: Run,
+                function: Callable[[Any], Any] = function,
+                count: int = count,
+                make: Callable[[int], Any] = make,
+            ) -> tuple[float]:
+                items = [make(number) for number in range(count)]
+                begun = time.perf_counter()
+                run(function, items)
+                return ((time.perf_counter() - begun) * 1000 / count,)
+
+            runs = {name: partial(turn, run) for name, run in ways.items()}
+            title = f"{nodes} node{'s' * (nodes > 1)}, {kind}, each call"
+            compare(title, ["ms"], runs, rounds, base="ClusterPool")
 
 
 def killed(count: int = 60, limit_s: float = 60.0) -> None:
@@ -199,7 +201,7 @@ def main() -> None:
     """Run what is asked for."""
     asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     asked.add_argument("--nodes", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    asked.add_argument("--rounds", type=int, default=3)
+    asked.add_argument("--rounds", type=int, default=5)
     asked.add_argument("--kill", action="store_true")
     options = asked.parse_args()
     if options.kill:

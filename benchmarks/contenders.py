@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from figures import OURS
+import figures
+from figures import OURS, TurnEndedError, at_most
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     Function = Callable[[Any], Any]
 
@@ -28,13 +33,20 @@ __all__ = [
     "CONTENDERS",
     "OURS",
     "Opened",
+    "Pools",
     "available",
+    "compare",
     "cpu_s",
     "descendants",
     "groups",
+    "last_line",
     "open_all",
     "pss_kb",
+    "result_of",
 ]
+
+# Seconds for a pool to open and run something, and to close.
+OPEN_S, CLOSE_S = 60.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +57,17 @@ class Opened:
         submit: Starts one call and returns something with ``result()`` or ``get()``.
         map: Runs many at the pool's defaults, and returns their results.
         executor: What ``loop.run_in_executor()`` takes; ``None`` if there is nothing.
+        pids: Ids of its processes.
     """
 
     submit: Callable[[Function, Any], Any] | None
     map: Callable[[Function, Iterable[Any]], list[Any]]
     executor: Any = None
+    pids: tuple[int, ...] = ()
+
+
+# By the names of contenders; None is one that has not opened, or has hung.
+Pools = dict[str, Opened | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,25 +227,123 @@ def available() -> list[Contender]:
     return found
 
 
-def groups() -> list[list[Contender]]:
+def groups(
+    wanted: Callable[[Contender], bool] = lambda _: True,
+) -> list[list[Contender]]:
     """Return those that are installed, in the groups in which they are opened together."""
-    found = available()
+    found = [one for one in available() if wanted(one)]
     ours = [one for one in found if one.name == OURS]
     together = [one for one in found if not one.has_daemons]
     return [together, *([*ours, one] for one in found if one.has_daemons)]
 
 
 @contextlib.contextmanager
-def open_all(
-    contenders: Iterable[Contender], workers: int, warm_up: Function
-) -> Iterator[dict[str, Opened]]:
-    """Open pools, and let each of their workers run something."""
+def open_all(contenders: Iterable[Contender], workers: int, warm_up: Function) -> Iterator[Pools]:
+    """Open pools, and let each of their workers run something.
+
+    One that cannot open, or cannot close, says so and is in nobody's way.
+    """
     with contextlib.ExitStack() as stack:
-        pools: dict[str, Opened] = {}
+        pools: Pools = {}
         for contender in contenders:
-            pools[contender.name] = stack.enter_context(contender.open(workers))
-            pools[contender.name].map(warm_up, range(50 * workers))
+            others = {*descendants()}
+            pools[contender.name] = pool = stack.enter_context(
+                _opened(contender, workers, warm_up)
+            )
+            if pool is not None:
+                pids = (*{*descendants()} - others,)
+                pools[contender.name] = replace(pool, pids=pids)
         yield pools
+
+
+@contextlib.contextmanager
+def _opened(contender: Contender, workers: int, warm_up: Function) -> Iterator[Opened | None]:
+    opening = contender.open(workers)
+    try:
+        with at_most(OPEN_S):
+            pool = opening.__enter__()
+            pool.map(warm_up, range(50 * workers))
+    except (Exception, TurnEndedError) as error:
+        if contender.name == OURS:
+            raise
+        print(f"{contender.name}: not opened: {error!r}", file=sys.stderr)
+        yield None
+        return
+    try:
+        yield pool
+    finally:
+        try:
+            with at_most(CLOSE_S):
+                opening.__exit__(None, None, None)
+        except (Exception, TurnEndedError) as error:  # noqa: BLE001 -- of each pool its own
+            print(f"{contender.name}: not closed: {error!r}", file=sys.stderr)
+
+
+def compare(
+    title: str,
+    columns: Sequence[str],
+    pools: Pools,
+    run: Callable[[str, Opened], Sequence[float]],
+    rounds: int,
+    *,
+    only: Callable[[str, Opened], object] = lambda *_: True,
+    more: Mapping[str, Callable[[], Sequence[float]]] | None = None,
+    **options: Any,
+) -> None:
+    """Let pools take turns, and show a table; one that hangs takes no part from then on.
+
+    Args:
+        title: Question that the table answers.
+        columns: Name and unit of each figure.
+        pools: Opened by `open_all`.
+        run: One turn, which returns its figures.
+        rounds: Turns of each.
+        only: Whether one takes part.
+        more: Contenders that are no pools.
+        options: For `figures.compare`.
+    """
+    runs = {
+        name: partial(run, name, pool)
+        for name, pool in pools.items()
+        if pool is not None and only(name, pool)
+    }
+    rows = figures.compare(title, columns, {**(more or {}), **runs}, rounds, **options)
+    pools.update({name: None for name in runs if rows[name] and rows[name][-1][0] == math.inf})
+
+
+def result_of(future: Any) -> Any:
+    """Wait for a future, or for what multiprocessing and mpire have in its place."""
+    return future.result() if hasattr(future, "result") else future.get()
+
+
+def last_line(
+    command: Sequence[str], *, limit_s: float | None = None, env: Mapping[str, str] | None = None
+) -> str | None:
+    """Run a program, and end all processes of its session when it ends or its time is up.
+
+    Args:
+        command: The program and its arguments.
+        limit_s: Seconds that it has.
+        env: Variables that it gets beside those of this process.
+
+    Returns:
+        The last line that it has printed, "" for none; ``None`` if it has not ended in time.
+    """
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **(env or {})},
+    ) as program:
+        try:
+            return (program.communicate(timeout=limit_s)[0].splitlines() or [""])[-1]
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
 
 
 def descendants() -> list[int]:

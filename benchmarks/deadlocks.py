@@ -1,6 +1,6 @@
 """Programs that are known to hang a pool: what each of them does under every pool.
 
-    python benchmarks/deadlocks.py [--limit 60] [--only NAME ...]
+    python benchmarks/deadlocks.py [--limit 20] [--only NAME ...]
 
 Each pair of program and pool is a script of its own, which is ended after some seconds: "hangs".
 "right" is the result that the program without a pool has. Everything else is the error that the
@@ -10,24 +10,22 @@ program gets, and can handle.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from contenders import last_line
 from figures import show_outcomes
 
 POOLS = {
     "safepool": ("safepool", "safepool.ProcessPool({n})"),
     "stdlib fork": ("concurrent.futures", "executor({n}, mp_context=context('fork'))"),
     "stdlib forkserver": ("concurrent.futures", "executor({n}, mp_context=context('forkserver'))"),
-    "Pool fork": ("multiprocessing", "Applied(context('fork').Pool({n}))"),
-    "Pool spawn": ("multiprocessing", "Applied(context('spawn').Pool({n}))"),
+    "multiprocessing fork": ("multiprocessing", "Applied(context('fork').Pool({n}))"),
+    "multiprocessing spawn": ("multiprocessing", "Applied(context('spawn').Pool({n}))"),
     "loky": ("loky", "loky.ProcessPoolExecutor({n})"),
     "pebble": ("pebble", "Scheduled(pebble.ProcessPool({n}))"),
     "mpire": ("mpire", "Applied(mpire.WorkerPool({n}))"),
@@ -35,9 +33,12 @@ POOLS = {
         "distributed",
         "distributed.Client(n_workers=1, dashboard_address=':0').get_executor(pure=False)",
     ),
+    "ray": ("ray", "Remote()"),
 }
 # An initializer is another thing there, or none.
-WITHOUT_INITIALIZER = {"mpire", "dask"}
+WITHOUT_INITIALIZER = {"mpire", "dask", "ray"}
+# Programs at the same time: most of them wait, and none is timed.
+AT_ONCE = 4
 HEAD = """
 import os, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor as executor
@@ -54,6 +55,12 @@ class Applied:
 class Scheduled(Applied):
     def submit(self, function, *args):
         return self.pool.schedule(function, args=args)
+class Remote:
+    def __init__(self):
+        quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=1, ignore_reinit_error=True, **quiet)
+    def submit(self, function, *args):
+        return ray.remote(function).remote(*args).future()
 """
 # By what is deadly in it: what a script says before its guard and behind it, and what it needs.
 PROGRAMS: dict[str, tuple[str, str, str]] = {
@@ -189,33 +196,24 @@ def outcome(pool: str, program: str, limit_s: float) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "program.py")
         path.write_text(script(pool, program))
-        with subprocess.Popen(
-            [sys.executable, str(path)],
-            stdout=-1,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        ) as running:
-            try:
-                said = running.communicate(timeout=limit_s)[0].split()
-                return said[-1] if said else "ends without a word"
-            except subprocess.TimeoutExpired:
-                return "hangs"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(running.pid, signal.SIGKILL)
+        said = last_line([sys.executable, str(path)], limit_s=limit_s)
+        return "hangs" if said is None else said or "ends without a word"
 
 
 def main() -> None:
     """Run every program under every pool."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds")
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     options = parser.parse_args()
-    rows = {
-        pool: [outcome(pool, program, options.limit) for program in options.only] for pool in POOLS
-    }
-    show_outcomes("programs that are deadly under some pool", options.only, rows)
+    pairs = [(pool, program) for pool in POOLS for program in options.only]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        found = list(threads.map(lambda pair: outcome(*pair, options.limit), pairs))
+    rows: dict[str, list[str]] = {pool: [] for pool in POOLS}
+    for (pool, _), what in zip(pairs, found, strict=True):
+        rows[pool].append(what)
+    title = f"programs that are deadly under some pool; hangs: not done after {options.limit:g} s"
+    show_outcomes(title, options.only, rows)
 
 
 if __name__ == "__main__":

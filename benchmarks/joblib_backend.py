@@ -1,6 +1,6 @@
 """joblib's backends beside ours, under real CPU quotas.
 
-    python benchmarks/joblib_backend.py                    # quotas of 1 and 1.5 CPUs
+    python benchmarks/joblib_backend.py                    # a quota of 1.5 CPUs
     python benchmarks/joblib_backend.py --cpus 1.5 --only tiny array
     python benchmarks/joblib_backend.py --backends safepool loky
     python benchmarks/joblib_backend.py --here             # without a group of its own
@@ -8,8 +8,7 @@
 Each pair of case and backend has fresh processes in the group, which time the first call,
 the start of workers included, the mean of repeated ones, and the first call of a second block; the
 backends take turns, and figures are medians. ``n_jobs=-1`` throughout, which each backend reads in
-its own way: the last column is the workers it took. "never" is a call that had not ended after a
-minute.
+its own way: the last column is the workers it took.
 Needs scikit-learn, and the right to make a control group (Linux).
 """
 
@@ -17,17 +16,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from figures import OURS, show
+import figures
+from contenders import last_line
+from figures import OURS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,12 +49,13 @@ MOST_TIMES_LOKY_AT_FIRST = 0.5
 # Repeated calls: so many at least, and for so many seconds. A quota holds over 100 ms; what is
 # shorter may use more than its share, and pays for it in the next calls.
 REPEATED = 3
-REPEATED_S = 1.0
+REPEATED_S = 0.5
 TINY_TASKS = 10_000
 ARRAY_TASKS = 100
 ARRAY_BYTES = 100_000_000
-# Seconds for one process: a forked worker that waits for its parent's OpenMP threads never ends.
-LIMIT_S = 60
+# Seconds for one process, and for those of one backend: a forked worker that waits for its
+# parent's OpenMP threads never ends.
+LIMIT_S, SHARE_S = 20.0, 20.0
 
 
 def sum_of_part(array: Any, part: int) -> float:
@@ -200,25 +201,16 @@ def measure(case: str, backend: str) -> None:
     print(json.dumps({**found, "second": second}))
 
 
-def run(case: str, backend: str, members: Path | None) -> dict[str, float]:
+def run(case: str, backend: str, members: Path | None) -> list[float]:
     """Measure in a process of its own that joins the group before it begins."""
     command = [sys.executable, __file__, "--measure", case, backend]
     if members is not None:
         command = ["sh", "-c", f'echo 0 > "{members}"; exec "$@"', "sh", *command]
-    # Its workers are of its session: all of them can be ended.
-    with subprocess.Popen(command, stdout=-1, text=True, start_new_session=True) as program:
-        try:
-            output, _ = program.communicate(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            never = dict.fromkeys(("first", "next", "second"), math.inf)
-            return {"workers": math.nan, **never}
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-    if program.returncode:
-        raise SystemExit(f"{case} with {backend} ended with {program.returncode}")
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
+    output = last_line(command, limit_s=LIMIT_S)
+    if output is None:
+        return [*[math.inf] * 3, math.nan]
+    found = json.loads(output)
+    return [*(found[key] * 1e3 for key in ("first", "next", "second")), found["workers"]]
 
 
 @contextlib.contextmanager
@@ -240,25 +232,21 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
     where = "no quota" if cpus is None else f"a quota of {cpus:g} CPUs"
     with group(cpus) as members:
         for case in cases:
-            found: dict[str, list[dict[str, float]]] = {backend: [] for backend in backends}
-            for _ in range(rounds):
-                for backend in backends:
-                    found[backend].append(run(case, backend, members))
-            rows = {
-                backend: [
-                    [
-                        *(outcome[key] * 1e3 for key in ("first", "next", "second")),
-                        outcome["workers"],
-                    ]
-                    for outcome in outcomes
-                ]
-                for backend, outcomes in found.items()
-            }
-            columns = ("first call ms", "repeated ms", "second block ms", "workers")
-            show(f"{where}: {case}", columns, rows, base=backends[0])
+            runs = {one: functools.partial(run, case, one, members) for one in backends}
+            rows = figures.compare(
+                f"{where}: {case}",
+                ("first call ms", "repeated ms", "second block ms", "workers"),
+                runs,
+                rounds,
+                base=backends[0],
+                turn_s=LIMIT_S,
+                share_s=SHARE_S,
+            )
             best = {
-                backend: [statistics.median(o[key] for o in outcomes) for key in ("first", "next")]
-                for backend, outcomes in found.items()
+                backend: [
+                    statistics.median(column) for column in list(zip(*turns, strict=True))[:2]
+                ]
+                for backend, turns in rows.items()
             }
             if not {OURS, LOKY} <= best.keys():
                 continue
@@ -275,7 +263,7 @@ def compare(cpus: float | None, cases: list[str], backends: list[str], rounds: i
 def main() -> int:
     """Print the tables; return 1 if an aim is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpus", type=float, nargs="+", default=[1.0, 1.5])
+    parser.add_argument("--cpus", type=float, nargs="+", default=[1.5])
     parser.add_argument("--here", action="store_true", help="no quota, no group")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))

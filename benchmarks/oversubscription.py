@@ -1,41 +1,43 @@
 """Numeric work in a container: pools at their defaults, and each one tuned by hand.
 
-    python benchmarks/oversubscription.py [--cpus 0.5 1 1.5 2] [--work blas fft scipy sklearn]
-                                          [--host-cpus 48] [--rounds 3] [--limit 60]
+    python benchmarks/oversubscription.py [--rounds 5] [--limit 10]
+                                          [--cpus 0.5 1 [--work blas fft scipy sklearn]
+                                                        [--host-cpus 48]]
 
 Linux, as root. Each run is a fresh program in a control group with a real quota, and the pools
-take turns. ``--host-cpus`` lets programs believe that the machine has so many CPUs (0: those that
-it has). "by hand" is what a user who has found the problem writes: as many workers as the quota
-has CPUs, at least one, and one native thread in each, by variables that are set before NumPy is
-imported. Figures are seconds for the batch, the most threads in all workers, and how long the
-kernel has frozen the group; "never" is a run that had not ended when its time was up.
+take turns. Without ``--cpus`` the cases are those of PLAN. ``--host-cpus`` lets programs believe
+that the machine has so many CPUs (0: those that it has). "by hand" is what a user who has found
+the problem writes: as many workers as the quota has CPUs, at least one, and one native thread in
+each, by variables that are set before NumPy is imported. Figures are seconds for the batch, the
+most threads in all workers, and how long the kernel has frozen the group.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import itertools
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from contenders import descendants
-from figures import show
+from contenders import descendants, last_line
+from figures import OURS, compare
 from host.groups import QuotaGroup, quota_group
 from host.pretend import environment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 COLUMNS = ("seconds", "threads", "frozen s")
 TASKS = 16
@@ -91,96 +93,105 @@ WORK: dict[str, Callable[[int], float]] = {
 }
 
 
-def _joblib(work: Callable[[int], float]) -> None:
+# Each runs one batch; workers is None for the pool's own default.
+def _joblib(work: Callable[[int], float], workers: int | None) -> None:
     import joblib
 
-    joblib.Parallel(n_jobs=-1)(joblib.delayed(work)(n) for n in range(TASKS))
+    joblib.Parallel(n_jobs=workers or -1)(joblib.delayed(work)(n) for n in range(TASKS))
 
 
-def _loky(work: Callable[[int], float]) -> None:
+def _loky(work: Callable[[int], float], workers: int | None) -> None:
     import loky
 
-    with loky.ProcessPoolExecutor() as pool:
+    with loky.ProcessPoolExecutor(workers) as pool:
         list(pool.map(work, range(TASKS)))
 
 
-def _safepool(work: Callable[[int], float]) -> None:
+def _safepool(work: Callable[[int], float], workers: int | None) -> None:
     import safepool
 
-    with safepool.ProcessPool() as pool:
+    with safepool.ProcessPool(workers) as pool:
         list(pool.map(work, range(TASKS)))
 
 
-def _standard(work: Callable[[int], float]) -> None:
-    with ProcessPoolExecutor() as pool:
+def _standard(work: Callable[[int], float], workers: int | None) -> None:
+    with ProcessPoolExecutor(workers) as pool:
         list(pool.map(work, range(TASKS)))
 
 
-def _pool(work: Callable[[int], float]) -> None:
+def _multiprocessing(work: Callable[[int], float], workers: int | None) -> None:
     import multiprocessing
 
-    with multiprocessing.Pool() as pool:
-        pool.map(work, range(TASKS))
+    with multiprocessing.Pool(workers) as pool:
+        pool.map(work, range(TASKS), chunksize=1)
 
 
-def _by_hand(work: Callable[[int], float]) -> None:
-    with ProcessPoolExecutor(int(os.environ["WORKERS"])) as pool:
-        list(pool.map(work, range(TASKS)))
-
-
-def _mpire(work: Callable[[int], float]) -> None:
+def _mpire(work: Callable[[int], float], workers: int | None) -> None:
     import mpire
 
-    with mpire.WorkerPool() as pool:
+    with mpire.WorkerPool(workers) as pool:
         pool.map(work, range(TASKS))
 
 
-def _pebble(work: Callable[[int], float]) -> None:
+def _pebble(work: Callable[[int], float], workers: int | None) -> None:
     import pebble
 
-    with pebble.ProcessPool() as pool:
+    with pebble.ProcessPool(workers or os.cpu_count() or 1) as pool:
         list(pool.map(work, range(TASKS)).result())
 
 
-def _dask(work: Callable[[int], float]) -> None:
+def _dask(work: Callable[[int], float], workers: int | None) -> None:
     from distributed import Client
 
-    with Client(dashboard_address=":0", silence_logs=50) as client:
+    sizes = {"n_workers": workers, "threads_per_worker": 1} if workers else {}
+    with Client(dashboard_address=":0", silence_logs=50, **sizes) as client:
         client.gather(client.map(work, range(TASKS), pure=False))
 
 
-def _ray(work: Callable[[int], float]) -> None:
+def _ray(work: Callable[[int], float], workers: int | None) -> None:
     import ray
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     remote = ray.remote(work)
     ray.get([remote.remote(n) for n in range(TASKS)])
 
 
-POOLS: dict[str, Callable[[Callable[[int], float]], None]] = {
-    "safepool": _safepool,
-    "stdlib": _standard,
-    "Pool": _pool,
-    "loky": _loky,
-    "joblib": _joblib,
-    "by hand": _by_hand,
-    "mpire": _mpire,
-    "pebble": _pebble,
-    "dask": _dask,
-    "ray": _ray,
+# By the names that they have in the other benchmarks: the module, and what it runs.
+POOLS: dict[str, tuple[str, Callable[[Callable[[int], float], int | None], None]]] = {
+    OURS: ("safepool", _safepool),
+    "stdlib fork": ("concurrent.futures", _standard),
+    "multiprocessing fork": ("multiprocessing", _multiprocessing),
+    "loky": ("loky", _loky),
+    "joblib": ("joblib", _joblib),
+    "mpire": ("mpire", _mpire),
+    "pebble": ("pebble", _pebble),
+    "dask": ("distributed", _dask),
+    "ray": ("ray", _ray),
 }
-# Each starts in its own way, and so is run with the case of the README alone.
-MORE = {"mpire": "mpire", "pebble": "pebble", "dask": "distributed", "ray": "ray"}
+BY_HAND = ", by hand"
+IDEAL = f"stdlib fork{BY_HAND}"
+# Those that take part everywhere; the others have the README's case alone.
+EVERYWHERE = (OURS, "stdlib fork", IDEAL, "multiprocessing fork", "loky", "joblib")
+# Quota, kind of work, CPUs that the host seems to have (0: those that it has): the README's case
+# under all quotas, and once on this machine and with other work.
+README_CASE = (1.0, "scipy", 48)
+PLAN = (
+    (0.5, "scipy", 48),
+    README_CASE,
+    (1.5, "scipy", 48),
+    (2.0, "scipy", 48),
+    (1.0, "scipy", 0),
+    (1.0, "blas", 48),
+    (1.0, "fft", 48),
+    (1.0, "sklearn", 48),
+)
 
 
-def compared(work: str) -> list[str]:
-    """Return the pools that are installed and are run with a kind of work."""
-    return [
-        pool
-        for pool in POOLS
-        if pool not in MORE
-        or (work == "scipy" and importlib.util.find_spec(MORE[pool]) is not None)
-    ]
+def compared(*case: object) -> list[str]:
+    """Return the pools that are installed and are run in a case of PLAN."""
+    installed = [name for name, (module, _) in POOLS.items() if find_spec(module) is not None]
+    both = [name for one in installed for name in (one, one + BY_HAND) if name != OURS + BY_HAND]
+    return [name for name in both if case == README_CASE or name in EVERYWHERE]
 
 
 def measure(pool: str, work: str) -> None:
@@ -195,7 +206,8 @@ def measure(pool: str, work: str) -> None:
     counter = threading.Thread(target=count, daemon=True)
     counter.start()
     begun = time.perf_counter()
-    POOLS[pool](WORK[work])
+    workers = int(os.environ["WORKERS"]) if pool.endswith(BY_HAND) else None
+    POOLS[pool.removesuffix(BY_HAND)][1](WORK[work], workers)
     took = time.perf_counter() - begun
     ended.set()
     counter.join()
@@ -216,33 +228,18 @@ def run(
     arguments = [sys.executable, __file__, "--child", pool, work]
     command = ["sh", "-c", f'echo 0 > "{group.members_file}"; exec "$@"', "sh", *arguments]
     before = group.throttling()
-    environ = {**os.environ, **variables}
-    if pool == "by hand":
-        environ |= dict.fromkeys(VARIABLES, "1")
-        environ["WORKERS"] = str(max(1, math.floor(group.limit.cpus or 1)))
-    with subprocess.Popen(
-        command,
-        stdout=-1,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=environ,
-    ) as program:
-        try:
-            output = program.communicate(timeout=limit_s)[0]
-        except subprocess.TimeoutExpired:
-            output = ""
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
+    if pool.endswith(BY_HAND):
+        workers = str(max(1, math.floor(group.limit.cpus or 1)))
+        variables = {**variables, **dict.fromkeys(VARIABLES, "1"), "WORKERS": workers}
+    output = last_line(command, limit_s=limit_s, env=variables)
     after = group.throttling()
     group.empty()
     frozen_s = math.nan
     if before is not None and after is not None:
         frozen_s = (after.throttled_us - before.throttled_us) / 1e6
-    if not output:
+    if output is None:
         return [math.inf, math.nan, frozen_s]
-    return [*json.loads(output.splitlines()[-1]), frozen_s]
+    return [*json.loads(output), frozen_s]
 
 
 @contextlib.contextmanager
@@ -258,11 +255,11 @@ def host(cpus: int) -> Iterator[dict[str, str]]:
 def main() -> None:
     """Compare the pools, quota by quota and work by work."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cpus", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0])
+    parser.add_argument("--cpus", type=float, nargs="+", help="quotas; else a plan of cases")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--host-cpus", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=10.0, help="seconds")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -270,20 +267,20 @@ def main() -> None:
         return
     # Ended by kill, it takes its group away all the same.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with host(options.host_cpus) as variables:
-        for cpus in options.cpus:
-            for work in options.work:
-                rows: dict[str, list[Any]] = {pool: [] for pool in compared(work)}
-                with quota_group(cpus) as group:
-                    for _ in range(options.rounds):
-                        for pool, found in rows.items():
-                            if math.inf in [one[0] for one in found]:
-                                continue  # it takes its whole time, and tells nothing new
-                            found.append(run(group, pool, work, variables, options.limit))
-                where = f"a quota of {cpus:g} CPUs"
-                if options.host_cpus:
-                    where += f", a host of {options.host_cpus}"
-                show(f"{work}, {TASKS} tasks, {where}", COLUMNS, rows)
+    plan: Iterable[tuple[float, str, int]] = PLAN
+    if options.cpus:
+        plan = itertools.product(options.cpus, options.work, [options.host_cpus])
+    for cpus, work, host_cpus in plan:
+        with host(host_cpus) as variables, quota_group(cpus) as group:
+            runs = {
+                pool: partial(run, group, pool, work, variables, options.limit)
+                for pool in compared(cpus, work, host_cpus)
+            }
+            where = f"a quota of {cpus:g} CPUs"
+            if host_cpus:
+                where += f", a host of {host_cpus}"
+            title = f"{work}, {TASKS} tasks, {where}"
+            compare(title, COLUMNS, runs, options.rounds, turn_s=options.limit)
 
 
 if __name__ == "__main__":

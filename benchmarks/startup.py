@@ -1,6 +1,6 @@
 """From nothing to workers that have NumPy and SciPy loaded: the time, and the memory.
 
-    python benchmarks/startup.py [--workers 8] [--rounds 5] [--library matplotlib.pyplot]
+    python benchmarks/startup.py [--workers 4] [--rounds 5] [--library matplotlib.pyplot]
 
 Each figure is from a fresh interpreter that has imported NumPy and SciPy itself; the pools
 take turns. Measured is what is the default of each pool; a pool that preloads what the
@@ -16,10 +16,10 @@ one worker, with the script run in the fork server and by value.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +30,17 @@ import tasks
 
 # Enough for each worker to get some, whatever the others do meanwhile.
 CALLS_PER_WORKER = 4
-# joblib's calls cannot be submitted one by one.
-MEASURED = tuple(one.name for one in contenders.CONTENDERS if one.name != "joblib")
+# joblib's calls cannot be submitted one by one, and multiprocessing's pools start as the standard
+# ones of the same method do.
+MEASURED = tuple(
+    one.name
+    for one in contenders.CONTENDERS
+    if one.name != "joblib" and not one.name.startswith("multiprocessing")
+)
+# For the late imports, one for each way to start.
+LATE = (figures.OURS, "stdlib fork", "stdlib spawn", "loky")
+# Seconds for a program, and for those of one pool.
+LIMIT_S, SHARE_S = 60, 25
 FIELDS = ("first_s", "second_s", "pss_mb", "cpu_s")
 LATE_FIELDS = ("first_s", "second_s", "pss_mb")
 HEADS = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
@@ -82,9 +91,7 @@ def measure_late(name: str, workers: int, library: str) -> dict[str, float]:
                     pool.submit(import_and_tell, library)
                     for _ in range(CALLS_PER_WORKER * workers)
                 ]
-                pids |= {
-                    call.result() if hasattr(call, "result") else call.get() for call in calls
-                }
+                pids |= {*map(contenders.result_of, calls)}
             found[f"{which}_s"] = time.perf_counter() - begun
             found["pss_mb"] = contenders.pss_kb(pids) / 1024
     return found
@@ -105,7 +112,7 @@ def _fill(pool: contenders.Opened, workers: int) -> set[int]:
         calls = [
             pool.submit(tasks.numpy_and_scipy_loaded, n) for n in range(CALLS_PER_WORKER * workers)
         ]
-        pids |= {call.result() if hasattr(call, "result") else call.get() for call in calls}
+        pids |= {*map(contenders.result_of, calls)}
     return pids
 
 
@@ -131,27 +138,26 @@ if __name__ == "__main__":
 
 def print_script_rows(library: str, rounds: int) -> None:
     """Print what the pools of a guarded script cost, by how its functions get into workers."""
-    runs: dict[str, list[list[float]]] = {"run": [], "value": []}
-    folder = os.path.dirname(os.path.abspath(__file__))
-    environ = {**os.environ, "PYTHONPATH": folder}
-    for _ in range(rounds):
-        for main, found in runs.items():
-            with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-                script.write(SCRIPT.format(library=library, main=main))
-                script.flush()
-                command = [sys.executable, script.name]
-                done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ)
-            found.append(json.loads(done.stdout))
-    shown = {f"main={main!r}": found for main, found in runs.items()}
+
+    def measured(main: str) -> list[float]:
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(SCRIPT.format(library=library, main=main))
+            script.flush()
+            command = [sys.executable, script.name]
+            found: list[float] = json.loads(contenders.last_line(command, env=environ) or "")
+        return found
+
+    environ = {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    runs = {f"main={main!r}": functools.partial(measured, main) for main in ("run", "value")}
     heads = ("first s", "first CPU s", "second s", "second CPU s")
     title = f"a guarded script that imports {library}, one worker"
-    figures.show(title, heads, shown, base="main='run'")
+    figures.compare(title, heads, runs, rounds, base="main='run'")
 
 
 def main() -> None:
     """Print one row per pool, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--library", default="matplotlib.pyplot", help="of the last two tables")
@@ -183,17 +189,19 @@ def _table(
     title: str, options: argparse.Namespace, more: list[str], fields: tuple[str, ...]
 ) -> None:
     """Measure all of them in turns and print one row for each."""
-    names = [one.name for one in contenders.available() if one.name in MEASURED]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(options.rounds):
-        for name in names:
-            arguments = ["--child", name, "--workers", str(options.workers), *more]
-            done = subprocess.run(
-                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True
-            )
-            runs[name].append(json.loads(done.stdout))
-    rows = {name: [[run[f] for f in fields] for run in found] for name, found in runs.items()}
-    figures.show(title, [HEADS[f] for f in fields], rows)
+
+    def measured(name: str) -> list[float]:
+        arguments = ["--child", name, "--workers", str(options.workers), *more]
+        found = json.loads(contenders.last_line([sys.executable, __file__, *arguments]) or "")
+        return [found[field] for field in fields]
+
+    runs = {
+        one.name: functools.partial(measured, one.name)
+        for one in contenders.available()
+        if one.name in (LATE if more else MEASURED)
+    }
+    heads = [HEADS[field] for field in fields]
+    figures.compare(title, heads, runs, options.rounds, turn_s=LIMIT_S, share_s=SHARE_S)
 
 
 if __name__ == "__main__":
