@@ -20,6 +20,7 @@ import datetime as dt
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import shlex
@@ -85,7 +86,7 @@ BENCHMARKS = {
     ),
     "deadlocks": Benchmark(
         "Which programs that hang some pool hang the others?",
-        '--limit 20 --only "os._exit in a task"',
+        '--only "os._exit in a task"',
         limit_s=500,
         needs=("sklearn",),
         compared=(*PEERS, *SCIENCE),
@@ -132,8 +133,7 @@ BENCHMARKS = {
     "joblib_backend": Benchmark(
         "How long do joblib and scikit-learn take in a container, by backend?",
         "--rounds 1 --cpus 1 --only few tiny --backends safepool loky",
-        "--only few tiny array grid scores forest-fit "
-        "--backends safepool loky multiprocessing threading",
+        "--only few tiny array grid forest-fit --backends safepool loky threading",
         limit_s=600,
         needs=("sklearn",),
         root=True,
@@ -152,7 +152,7 @@ BENCHMARKS = {
     "rounding": Benchmark(
         "Is a fraction of a CPU worth a worker?",
         "--seconds 1 --rounds 1",
-        "--seconds 2 --rounds 5",
+        "--seconds 1 --rounds 5",
         limit_s=300,
         root=True,
     ),
@@ -180,19 +180,25 @@ BENCHMARKS = {
     "by_value": Benchmark(
         "What does it cost to send functions and classes of a script?", compared=("cloudpickle",)
     ),
-    "trace": Benchmark("What does a trace cost?", "--rounds 3", "--rounds 15"),
+    "trace": Benchmark("What does a trace cost?", "--rounds 3", "--rounds 11"),
     "limits": Benchmark("How long does it take to read the limits?", compared=("joblib", "loky")),
     "import_time": Benchmark("How long does the import take?"),
 }
 
 
-def run(name: str, *, quick: bool) -> dict[str, Any] | None:
+def run(name: str, *, quick: bool, most_s: float = math.inf) -> dict[str, Any] | None:
     """Run one, with its output on this screen.
+
+    Args:
+        name: In BENCHMARKS.
+        quick: With few rounds.
+        most_s: Seconds after which it is ended, if its own limit is not shorter.
 
     Returns:
         All that is kept of it; ``None`` if it failed.
     """
     benchmark = BENCHMARKS[name]
+    limit_s = round(min(benchmark.limit_s, most_s), 1)
     arguments = shlex.split(benchmark.quick if quick else benchmark.full)
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *arguments]
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +207,7 @@ def run(name: str, *, quick: bool) -> dict[str, Any] | None:
         load, begun = os.getloadavg()[0], time.monotonic()
         environ = {**os.environ, VARIABLE: str(figures)}
         with subprocess.Popen(command, env=environ, cwd=ROOT, start_new_session=True) as program:
-            code = _wait(program, benchmark.limit_s)
+            code = _wait(program, limit_s)
         took_s = time.monotonic() - begun
         tables = merged([json.loads(line) for line in figures.read_text().splitlines()])
     # 1 says that an aim was missed: the figures are there all the same.
@@ -214,7 +220,7 @@ def run(name: str, *, quick: bool) -> dict[str, Any] | None:
         "quick": quick,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "took_s": round(took_s, 1),
-        "ended_after_s": None if code is not None else benchmark.limit_s,
+        "ended_after_s": None if code is not None else limit_s,
         "machine": machine(load),
         "versions": versions(benchmark.compared),
         "tables": tables,
@@ -286,12 +292,15 @@ def lacking(benchmark: Benchmark) -> str | None:
     return None
 
 
-def _run_and_keep(name: str, asked: argparse.Namespace) -> bool:
+def _run_and_keep(name: str, asked: argparse.Namespace, most_s: float) -> bool:
     print(f"\n===== {name}: {BENCHMARKS[name].question}", flush=True)
     if reason := lacking(BENCHMARKS[name]):
         print(f"skipped: {reason}")
         return True
-    result = run(name, quick=asked.quick)
+    if most_s <= 0:
+        print("skipped: no time is left")
+        return True
+    result = run(name, quick=asked.quick, most_s=most_s)
     if result is None:
         return False
     if asked.json or asked.plot:
@@ -322,6 +331,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds")
     parser.add_argument("--json", action="store_true", help="keep the figures")
     parser.add_argument("--plot", action="store_true", help="draw them as SVG")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end what is not done by then"
+    )
     parser.add_argument("--into", type=Path, default=RESULTS, metavar="FOLDER", help="for both")
     asked = parser.parse_args()
     if unknown := [name for name in asked.names if name not in BENCHMARKS]:
@@ -332,7 +344,8 @@ def main() -> int:
             print(f"{name:18}{BENCHMARKS[name].question}")
         return 0
     begun = time.monotonic()
-    failed = [name for name in names if not _run_and_keep(name, asked)]
+    end = begun + 60 * asked.minutes
+    failed = [name for name in names if not _run_and_keep(name, asked, end - time.monotonic())]
     print(f"\n{len(names)} benchmarks, {time.monotonic() - begun:.0f} s")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

@@ -54,7 +54,7 @@ def transfer(rounds: int, sizes_mb: list[float]) -> None:
 
 def _transfer(pools: contenders.Pools, size_mb: float, rounds: int) -> None:
     source = np.random.default_rng(0).random(int(size_mb * 1e6 / 8))
-    for at_once in (1, WORKERS):
+    for at_once in (1, WORKERS) if size_mb >= 100 else (1,):
 
         def copy(times: int = at_once) -> tuple[float]:
             return took_ms(lambda: [source.copy() for _ in range(times)])
@@ -68,7 +68,9 @@ def _transfer(pools: contenders.Pools, size_mb: float, rounds: int) -> None:
 
         for what, turn in {"argument": argument, "result made in the task": result}.items():
             title = f"{what}, {size_mb:g} MB, {at_once} at a time"
-            contenders.compare(title, ["ms"], pools, turn, rounds, more={"array.copy()": copy})
+            contenders.compare(
+                title, ["ms"], pools, turn, rounds, more={"array.copy()": copy}, share_s=4.0
+            )
 
 
 def run(pool: Opened, function: Callable[[Any], Any], items: list[Any]) -> list[Any]:

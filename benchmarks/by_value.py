@@ -53,7 +53,7 @@ def each_us(call: Callable[[], object]) -> float:
     """Return the microseconds of one call of many."""
     timer = timeit.Timer(call)
     number, _ = timer.autorange()
-    return min(timer.repeat(repeat=7, number=number)) / number * 1e6
+    return min(timer.repeat(repeat=3, number=number)) / number * 1e6
 
 
 def main() -> None:

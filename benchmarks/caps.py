@@ -19,7 +19,7 @@ from figures import OURS, show
 MOST_MS_FOR_THE_FIRST_CAP = 10.0
 MOST_US_FOR_A_CHECK = 1.0
 
-STARTS = 7
+STARTS = 5
 IMPORT = "import numpy, scipy.linalg"
 
 
@@ -39,7 +39,7 @@ def each_us(call: str, setup: str) -> float:
     """Return the microseconds of one call of many in a process that is set up."""
     timer = timeit.Timer(call, setup)
     number, _ = timer.autorange()
-    return min(timer.repeat(repeat=5, number=number)) / number * 1e6
+    return min(timer.repeat(repeat=3, number=number)) / number * 1e6
 
 
 def main() -> int:

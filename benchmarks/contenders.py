@@ -307,6 +307,8 @@ def compare(
         for name, pool in pools.items()
         if pool is not None and only(name, pool)
     }
+    if runs.keys() == {OURS} != pools.keys():
+        return
     rows = figures.compare(title, columns, {**(more or {}), **runs}, rounds, **options)
     pools.update({name: None for name in runs if rows[name] and rows[name][-1][0] == math.inf})
 

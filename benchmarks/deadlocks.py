@@ -1,6 +1,6 @@
 """Programs that are known to hang a pool: what each of them does under every pool.
 
-    python benchmarks/deadlocks.py [--limit 20] [--only NAME ...]
+    python benchmarks/deadlocks.py [--limit 25] [--only NAME ...]
 
 Each pair of program and pool is a script of its own, which is ended after some seconds: "hangs".
 "right" is the result that the program without a pool has. Everything else is the error that the
@@ -38,7 +38,7 @@ POOLS = {
 # An initializer is another thing there, or none.
 WITHOUT_INITIALIZER = {"mpire", "dask", "ray"}
 # Programs at the same time: most of them wait, and none is timed.
-AT_ONCE = 4
+AT_ONCE = 6
 HEAD = """
 import os, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor as executor
@@ -203,7 +203,7 @@ def outcome(pool: str, program: str, limit_s: float) -> str:
 def main() -> None:
     """Run every program under every pool."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds")
+    parser.add_argument("--limit", type=float, default=25.0, help="seconds")
     parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     options = parser.parse_args()
     pairs = [(pool, program) for pool in POOLS for program in options.only]

@@ -56,7 +56,7 @@ if {worker}:
 def each_us(call):
     timer = timeit.Timer(call)
     number, _ = timer.autorange()
-    return min(timer.repeat(repeat=7, number=number)) / number * 1e6
+    return min(timer.repeat(repeat=3, number=number)) / number * 1e6
 
 calls = {{
     "the bare function": lambda: bare(1),

@@ -49,7 +49,9 @@ CHUNKED = {
 }  # fmt: skip
 # What is compared with pools that have daemons, too.
 OF_EACH = {"submit", "round-trip", "map"}
-SHORT_TASKS, SHORT_US, LONG_US = 2000, 100, 500_000
+# One of each kind of queue.
+FAIR = (OURS, "stdlib forkserver", "multiprocessing", "mpire", "pebble")
+SHORT_TASKS, SHORT_US, LONG_US = 2000, 100, 300_000
 
 
 def each_us(
@@ -142,8 +144,7 @@ def fairness(pools: Pools, rounds: int) -> None:
             pools,
             turn,
             rounds,
-            # The others of a kind have the same queue.
-            only=lambda name, pool: pool.submit and name.partition(" ")[2] in ("", "forkserver"),
+            only=lambda name, _: name in FAIR,
         )
 
 
@@ -172,7 +173,7 @@ def lost_workers() -> None:
     show_outcomes(title, ["tasks that are lost", "tasks that returned"], rows)
 
 
-def idle(rounds: int, seconds: float = 0.5) -> None:
+def idle(rounds: int, seconds: float = 0.3) -> None:
     """Pools that have nothing to do, each alone."""
     rows: dict[str, list[tuple[float]]] = {}
     for contender in available():

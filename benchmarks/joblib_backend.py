@@ -49,7 +49,7 @@ MOST_TIMES_LOKY_AT_FIRST = 0.5
 # Repeated calls: so many at least, and for so many seconds. A quota holds over 100 ms; what is
 # shorter may use more than its share, and pays for it in the next calls.
 REPEATED = 3
-REPEATED_S = 0.5
+REPEATED_S = 0.3
 TINY_TASKS = 10_000
 ARRAY_TASKS = 100
 ARRAY_BYTES = 100_000_000

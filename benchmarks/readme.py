@@ -30,11 +30,11 @@ _COLUMNS = {
 }
 # Its rows: the question, and where the answer is: benchmark, beginning of a title, column.
 _ROWS = (
-    ("16 SciPy tasks, 1 CPU of 48, s", "oversubscription", "scipy, 16 tasks, a quota of 1 C", 0),
+    ("12 SciPy tasks, 1 CPU of 48, s", "oversubscription", "scipy, 12 tasks, a quota of 1 C", 0),
     ("a call that does nothing, µs: `submit`", "dispatch", "2000 tasks that do nothing", 0),
     ("`map`", "dispatch", "tasks that do nothing, by map", 0),
     ("there and back", "latency", "submit(f, n).result(), a function of a module", 0),
-    ("first results of 4 workers, s", "startup", "NumPy and SciPy", 0),
+    ("first results of 2 workers, s", "startup", "NumPy and SciPy", 0),
     ("results/s while workers are killed", "failure", "tasks of 5 ms", 0),
 )
 

@@ -1,6 +1,6 @@
 """From nothing to workers that have NumPy and SciPy loaded: the time, and the memory.
 
-    python benchmarks/startup.py [--workers 4] [--rounds 5] [--library matplotlib.pyplot]
+    python benchmarks/startup.py [--workers 2] [--rounds 5] [--library matplotlib.pyplot]
 
 Each figure is from a fresh interpreter that has imported NumPy and SciPy itself; the pools
 take turns. Measured is what is the default of each pool; a pool that preloads what the
@@ -40,7 +40,7 @@ MEASURED = tuple(
 # For the late imports, one for each way to start.
 LATE = (figures.OURS, "stdlib fork", "stdlib spawn", "loky")
 # Seconds for a program, and for those of one pool.
-LIMIT_S, SHARE_S = 60, 25
+LIMIT_S, SHARE_S = 60, 15
 FIELDS = ("first_s", "second_s", "pss_mb", "cpu_s")
 LATE_FIELDS = ("first_s", "second_s", "pss_mb")
 HEADS = {"first_s": "first s", "second_s": "second s", "pss_mb": "Pss MiB", "cpu_s": "CPU s"}
@@ -157,7 +157,7 @@ def print_script_rows(library: str, rounds: int) -> None:
 def main() -> None:
     """Print one row per pool, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--library", default="matplotlib.pyplot", help="of the last two tables")
