@@ -252,8 +252,8 @@ def merged(tables: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for table in tables:
         first = found.setdefault(table["title"], table)
         if first is not table:
-            first["rows"] = {**table["rows"], **first["rows"]}
-            first["rounds"] = {**table["rounds"], **first["rounds"]}
+            for part in ("rows", "rounds"):
+                first[part] = {**first[part], **table[part], **first[part]}
     return [*found.values()]
 
 

@@ -35,7 +35,7 @@ __all__ = [
 OURS = "safepool"
 VARIABLE = "SAFEPOOL_FIGURES"
 # Seconds for one turn of one contender, and for all of its turns in one table.
-TURN_S, SHARE_S = 10.0, 12.0
+TURN_S, SHARE_S = 10.0, 6.0
 # Seconds for what a turn has started, and ends itself.
 MORE_S = 5.0
 

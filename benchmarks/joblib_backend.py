@@ -55,7 +55,7 @@ ARRAY_TASKS = 100
 ARRAY_BYTES = 100_000_000
 # Seconds for one process, and for those of one backend: a forked worker that waits for its
 # parent's OpenMP threads never ends.
-LIMIT_S, SHARE_S = 20.0, 20.0
+LIMIT_S, SHARE_S = 20.0, 10.0
 
 
 def sum_of_part(array: Any, part: int) -> float:

@@ -279,7 +279,7 @@ def main() -> None:
             if host_cpus:
                 where += f", a host of {host_cpus}"
             title = f"{work}, {TASKS} tasks, {where}"
-            compare(title, COLUMNS, runs, options.rounds, turn_s=options.limit)
+            compare(title, COLUMNS, runs, options.rounds, turn_s=options.limit, share_s=12.0)
 
 
 if __name__ == "__main__":
