@@ -137,7 +137,7 @@ class OutOfMemory:
         group, source = printable(self.group), printable(self.source)
         if self.limit_bytes is None:
             return (
-                "no visible limit was used up: the machine's memory was, or a limit above "
+                "no visible limit was used up. The cause is the machine's memory or a limit above "
                 f"{group} ({counted} in {source}). Run fewer workers: see max_workers="
             )
         used = (
@@ -170,8 +170,8 @@ class MemoryExceeded:
         ...     source="/proc/4711/statm",
         ... ))  # doctest: +NORMALIZE_WHITESPACE
         'it held 2,310 MiB, and memory_limit= is 2,048 MiB (resident less shared memory in
-        /proc/4711/statm, without the 12 MiB that it was born with). Raise the limit, or give a
-        task less'
+        /proc/4711/statm, without the 12 MiB of its birth). Raise memory_limit=, or use less memory
+        in each task'
     """
 
     limit_bytes: int
@@ -183,9 +183,8 @@ class MemoryExceeded:
         return (
             f"it held {_mebibytes(self.held_bytes)}, and memory_limit= is "
             f"{_mebibytes(self.limit_bytes)} (resident less shared memory in {self.source}, "
-            f"without the {_mebibytes(self.born_bytes)} that it was born with). Raise the limit, "
-            "or "
-            "give a task less"
+            f"without the {_mebibytes(self.born_bytes)} of its birth). Raise memory_limit=, or "
+            "use less memory in each task"
         )
 
 
@@ -204,8 +203,8 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         oom: Counts of the kernel's out-of-memory killer, if it killed the worker.
         by_pool: ``True`` if the pool itself sent the signal: for ``kill_workers()``,
             ``terminate_workers()`` or Ctrl-C, or because the connection to the worker had failed.
-        begun: ``False`` if the worker died before it began the task: running it again is safe. The
-            pool itself does that if it still has the arguments; it does not keep large ones.
+        begun: ``False`` if the worker died before it began the task: a second run is safe. The
+            pool itself runs such a task again, unless its arguments were too large to keep.
         exceeded: Memory of the worker, if the pool killed it for its ``memory_limit``.
 
     Example:
@@ -274,8 +273,8 @@ class MemoryLimitError(SafepoolError, MemoryError):
         >>> str(MemoryLimitError(2 << 30, 400 << 20, 512 << 20, "/sys/fs/cgroup/memory.max"))
         ... # doctest: +NORMALIZE_WHITESPACE
         'a copy of 2,048 MiB on its way between pool and worker does not fit: 400 MiB are left of
-        512 MiB (/sys/fs/cgroup/memory.max). Send less at once, let go of results earlier, or run
-        fewer workers (max_workers=, memory_per_worker=)'
+        512 MiB (/sys/fs/cgroup/memory.max). Send less at once, drop results earlier, or run fewer
+        workers (max_workers=, memory_per_worker=)'
     """
 
     def __init__(self, wanted_bytes: int, left_bytes: int, limit_bytes: int, source: str) -> None:
@@ -289,8 +288,8 @@ class MemoryLimitError(SafepoolError, MemoryError):
         return (
             f"a copy of {_mebibytes(self.wanted_bytes)} on its way between pool and worker does "
             f"not fit: {_mebibytes(self.left_bytes)} are left of {_mebibytes(self.limit_bytes)} "
-            f"({printable(self.source)}). Send less at once, let go of results earlier, or run "
-            "fewer workers (max_workers=, memory_per_worker=)"
+            f"({printable(self.source)}). Send less at once, drop results earlier, or run fewer "
+            "workers (max_workers=, memory_per_worker=)"
         )
 
 
@@ -325,7 +324,7 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
     def __str__(self) -> str:
         told = (
             f"{printable(self.task)} ran for more than {self.timeout_s:g} s (timeout=) in worker "
-            f"{self.pid}, which was killed. Raise timeout= if it may take longer"
+            f"{self.pid}; the pool killed the worker. Raise timeout= if the task may take longer"
         )
         return f"{told}\n{self.stack.rstrip()}" if self.stack else told
 
@@ -385,7 +384,7 @@ class RemoteTaskError(SafepoolError):
 
     def __str__(self) -> str:
         return (
-            f"{self.type_name}: {self.text} (sent as text, as its class cannot be pickled: "
+            f"{self.type_name}: {self.text} (sent as text, because its class cannot be pickled: "
             f"{self.reason})"
         )
 

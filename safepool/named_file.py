@@ -135,9 +135,9 @@ else:
         about = os.fstat(file)
         _require_trusted(about, "a file")
         if stat.S_ISREG(about.st_mode) and about.st_nlink > 1:
-            reason = "in a folder for everybody, it is a second name of a file"
+            reason = "the file has a second hard link, and its folder is writable by all users"
             raise OSError(errno.EPERM, reason)
 
     def _require_trusted(about: os.stat_result, what: str) -> None:
         if about.st_uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, f"{what} on its way belongs to user {about.st_uid}")
+            raise OSError(errno.EPERM, f"{what} in its path belongs to user {about.st_uid}")

@@ -365,8 +365,9 @@ class Agent:
             for session in [*self._sessions.values()]:
                 if session.has_lapsed(now_s):
                     _log.warning(
-                        "cluster pool %s has sent nothing for too long: its calls are ended",
+                        "cluster pool %s has sent nothing for %d s: the node ends its calls",
                         session.name,
+                        _LAPSE_S,
                     )
                     self.release(session.name)
             with self._guard:

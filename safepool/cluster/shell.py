@@ -499,8 +499,8 @@ class Shell:
     def _check_open(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and this is its fork {os.getpid()}. "
-                "Make a new pool here"
+                f"this pool belongs to process {self._pid}, and process {os.getpid()} is a fork "
+                "of that process. Make a new pool in the fork"
             )
         if self._closing:
             raise RuntimeError("cannot schedule new futures after shutdown")

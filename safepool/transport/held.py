@@ -354,7 +354,7 @@ class _Short(io.BytesIO):
 
     def write(self, data: Any) -> int:
         if self.tell() + memoryview(data).nbytes > _MOST_COPIED_BYTES:
-            raise ValueError("too long")
+            raise ValueError(f"the pickle exceeds {_MOST_COPIED_BYTES} bytes")
         return super().write(data)
 
 

@@ -56,8 +56,8 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
     """
     if len(descriptors) > _MOST_DESCRIPTORS:
         raise ValueError(
-            f"{len(descriptors)} descriptors are to travel to a worker, at most "
-            f"{_MOST_DESCRIPTORS} can: hand it fewer locks, queues and pipes"
+            f"cannot send {len(descriptors)} descriptors to a worker: at most {_MOST_DESCRIPTORS} "
+            "fit one message. Pass fewer locks, queues and pipes"
         )
     pickled = pickle.dumps(message, protocol=5)
     data = memoryview(_HEADER.pack(len(pickled)) + pickled)

@@ -294,7 +294,7 @@ if sys.platform == "win32":
         return sock
 
     def _handle_of(descriptor: int) -> Any:
-        raise OSError(f"there is no board on Windows, and no descriptor {descriptor} of it")
+        raise OSError(f"cannot use descriptor {descriptor}: workers on Windows have no board")
 
     def _sentinel(_process: Any, _pidfd: int | None) -> int | None:
         return None

@@ -470,7 +470,7 @@ EVENTS: dict[str, tuple[Callable[[ProcessPool], None], list[tuple[str, str]]]] =
     "a task exceeds its time": (_times_out, []),
     "it is resized by hand": (
         _is_resized,
-        [("INFO", "resized by hand: N workers instead of N")],
+        [("INFO", "resize(): N workers instead of N")],
     ),
     "workers cannot be initialized": (
         _cannot_be_initialized,

@@ -265,7 +265,7 @@ def test_without_a_limit_that_was_used_up_it_was_the_machine() -> None:
 
     assert found is not None
     assert (found.limit_bytes, found.group) == (None, "/g/own")
-    assert "the machine's memory was, or a limit above /g/own (oom_kill 7 -> 8 in" in str(found)
+    assert "machine's memory or a limit above /g/own (oom_kill 7 -> 8 in" in str(found)
 
 
 # One row per reading that is of no use: before and after.

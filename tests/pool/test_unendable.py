@@ -54,7 +54,7 @@ def test_a_worker_that_cannot_be_ended_costs_its_place(
         assert list(pool.map(abs, range(-20, 0))) == [*range(20, 0, -1)]
         assert len(pool.workers()) == 1
         gate.touch()
-        wait_until(lambda: "has ended at last" in caplog.text)
+        wait_until(lambda: ", which could not be ended, has ended" in caplog.text)
         list(pool.map(time.sleep, [0.05] * 20))
         assert len(pool.workers()) == workers
 

@@ -708,7 +708,7 @@ def test_more_descriptors_than_can_travel_are_counted_in_the_error() -> None:
     queues = [multiprocessing.get_context("spawn").SimpleQueue() for _ in range(130)]
     with (
         ProcessPool(1, initializer=len, initargs=(queues,)) as pool,
-        pytest.raises(Exception, match="descriptors are to travel"),
+        pytest.raises(Exception, match="fit one message"),
     ):
         pool.submit(abs, -1).result(timeout=30)
     for queue in queues:

@@ -95,10 +95,10 @@ class Known:
     def _tell_of_time(self) -> None:
         name = self.names[0]
         tell_once(
-            f"to find out whether the global {name} of the script has changed has taken "
-            f"{self.spent_s:.1f} s in {self.asked} calls of submit() and map(), which ask it once "
-            "each. Give map() more items at once, make arrays read-only "
-            f"({name}.flags.writeable = False), or place what never changes once for all workers: "
+            f"checks whether the global {name} of the script has changed have taken "
+            f"{self.spent_s:.1f} s: one check for each of {self.asked} calls of submit() and "
+            "map(). Give map() more items at once, make arrays read-only "
+            f"({name}.flags.writeable = False), or place a constant object once for all workers: "
             f"{name} = safepool.share({name})",
             subject=f"time for {name}",
         )

@@ -48,7 +48,7 @@ QUIET_BYTES = 1 << 20
 
 # Time that the pickling of objects without a name may wait for something.
 UNASKED_S = 1.0
-_TOO_LONG = "no function that was called names it, and its pickling waits for something"
+_TOO_LONG = f"no called function uses the name, and its pickling took more than {UNASKED_S:g} s"
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # A global is worth a word when it is sent again and again; it takes tens of milliseconds.
@@ -104,7 +104,9 @@ class Walk:
                 continue
             if self._quiet and sum(map(length, one.segments)) > QUIET_BYTES:
                 del self._pickled[name]
-                self.missing[name] = "no function that was called names it, and it is large"
+                self.missing[name] = (
+                    f"no called function uses the name, and its pickle exceeds {QUIET_BYTES} bytes"
+                )
                 continue
             self.reached[name] = None
             todo += self._leads_on(name, one)

@@ -228,9 +228,7 @@ class Hiring:
             try:
                 self._method.finish(self._told.environment)
             except Exception:  # noqa: BLE001 -- it looks at modules of the program
-                _log.exception(
-                    "internal error: the next pool's fork server was not told what to import ahead"
-                )
+                _log.exception("internal error: the next pool's fork server preloads no modules")
 
     def _prints(self, names: list[str]) -> Mapping[str, bytes | None]:
         return self._script.prints(self._told.environment, names, self.given_up)

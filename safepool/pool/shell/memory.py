@@ -51,8 +51,8 @@ class MemoryWatch:
             MemoryFile("self").close()
         except OSError as error:
             raise ValueError(
-                "memory_limit= needs /proc/PID/statm, by which the kernel tells what a worker "
-                f"holds, and here it cannot be read ({error}). Leave memory_limit= out"
+                "memory_limit= needs /proc/PID/statm, the kernel's figures of a process's memory, "
+                f"and this system does not provide that file ({error}). Leave memory_limit= out"
             ) from error
 
     def meet(self, worker: Worker) -> None:
@@ -69,7 +69,7 @@ class MemoryWatch:
         idle = worker.phase is Phase.READY and not worker.ledger.owed
         exceeded = self._look_at(worker, time.monotonic_ns()) if idle else None
         if exceeded is not None:
-            _log.info("worker %d is replaced: %s", worker.pid, exceeded)
+            _log.info("the pool replaces worker %d: %s", worker.pid, exceeded)
         return exceeded is not None
 
     def look(self, workers: Iterable[Worker]) -> list[Exceeded]:

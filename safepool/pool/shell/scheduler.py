@@ -567,8 +567,8 @@ class Scheduler:
         # Race G.
         if os.getpid() != self._pid:
             raise RuntimeError(
-                f"this pool belongs to process {self._pid}, and this is its fork "
-                f"{os.getpid()}. Make a new pool here"
+                f"this pool belongs to process {self._pid}, and process {os.getpid()} is a fork "
+                "of that process. Make a new pool in the fork"
             )
         if not self._begun:
             self._hiring.pack_ahead()
@@ -731,7 +731,7 @@ class Scheduler:
             for exceeded in self._memory.look(staff):
                 self._tell(staff, exceeded)
         if self._rights.have_changed() and len(staff):
-            _log.info("this program has other rights than before: its workers are replaced")
+            _log.info("the program's user or rights have changed: the pool replaces its workers")
             self._tell(staff, Strangers())
 
     @property

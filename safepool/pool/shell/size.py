@@ -60,7 +60,7 @@ class Size:
         """
         before, self._by_hand = self.now, workers
         if before != workers:
-            _log.log(level, "resized by hand: %d workers instead of %d", workers, before)
+            _log.log(level, "resize(): %d workers instead of %d", workers, before)
             self._resized(before, workers, "by hand")
 
     def follow(self, workers: Iterable[Worker], worked: set[int], *, more: bool) -> None:
@@ -84,7 +84,7 @@ class Size:
             if self._free_to_move:
                 watch.look_for_hidden_limit(busy, budget)
         except Exception:  # noqa: BLE001 -- a limit that cannot be read must not cost a pool
-            _log.exception("the limits could not be read again; the pool keeps its size")
+            _log.exception("cannot read the limits again: the pool keeps its size")
             self._watch = None
             return
         before, self._fitting = self._fitting, min(budget.workers, MOST_WORKERS)

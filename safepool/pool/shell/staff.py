@@ -390,8 +390,8 @@ class Staff:
         """Go on without a worker that nothing ends; it costs its place until it has ended."""
         worker.unkillable, worker.deadline = True, None
         _log.error(
-            "worker %d cannot be ended: %s. The pool goes on without it and, until it has ended, "
-            "with one worker less",
+            "worker %d cannot be ended: %s. The pool goes on with one worker less until that "
+            "process has ended",
             worker.pid,
             obstacle(worker.pid),
         )
@@ -402,7 +402,7 @@ class Staff:
         worker.drop_board()
 
     def _part_with(self, worker: Worker) -> None:
-        _log.info("worker %d has ended at last", worker.pid)
+        _log.info("worker %d, which could not be ended, has ended", worker.pid)
         self._lost = tuple(one for one in self._lost if one is not worker)
         if worker.sentinel is not None:
             self._selector.unregister(worker.sentinel)
