@@ -330,7 +330,9 @@ class Pool(_StandardPool):
         callback: Callable[[list[_T]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> MapResult[_T]:
-        """Start what :meth:`map` does; arguments as there and of :meth:`apply_async`.
+        """Schedule the calls of :meth:`map` and return an object for the list of results.
+
+        ``callback`` and ``error_callback`` are the same as in :meth:`apply_async`.
 
         Example:
             >>> with Pool(1) as pool:
@@ -345,7 +347,7 @@ class Pool(_StandardPool):
         iterable: Iterable[Iterable[Any]],
         chunksize: int | None = None,
     ) -> list[_T]:
-        """Return the list of ``func(*item)`` for each item; otherwise as :meth:`map`.
+        """Return the list of ``func(*item)`` for each item, with the arguments of :meth:`map`.
 
         Example:
             >>> with Pool(1) as pool:
@@ -362,7 +364,7 @@ class Pool(_StandardPool):
         callback: Callable[[list[_T]], object] | None = None,
         error_callback: Callable[[BaseException], object] | None = None,
     ) -> MapResult[_T]:
-        """Start what :meth:`starmap` does; otherwise as :meth:`map_async`.
+        """Schedule the calls of :meth:`starmap`, with the arguments of :meth:`map_async`.
 
         Example:
             >>> with Pool(1) as pool:
@@ -401,7 +403,7 @@ class Pool(_StandardPool):
     def imap_unordered(
         self, func: Callable[[_S], _T], iterable: Iterable[_S], chunksize: int | None = 1
     ) -> IMapIterator[_T]:
-        """Return an iterator over the results as calls end; otherwise as :meth:`imap`.
+        """Return an iterator over the results as calls end, with the arguments of :meth:`imap`.
 
         Example:
             >>> with Pool(1) as pool:
@@ -411,7 +413,7 @@ class Pool(_StandardPool):
         return self._stream(func, iterable, chunksize, ordered=False)
 
     def close(self) -> None:
-        """Take no more calls; workers end when all that was given has ended.
+        """Accept no more calls. Workers end when all submitted calls have ended.
 
         Example:
             >>> pool = Pool(1)

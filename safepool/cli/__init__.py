@@ -29,8 +29,8 @@ Exit codes:
          doctor could not import a library
     2    wrong usage, a file that is no trace, a process without workers, or a package that the
          command needs is missing
-    126  ``run``: the command cannot be run; 127: it was not found; else it is the command's
-    130  Ctrl-C; 128 + the number for another signal that the demo has cleaned up after
+    126  ``run``: the command cannot be run; 127: it was not found; otherwise the command's own
+    130  Ctrl-C; 128 + the number of another signal, after the demo has cleaned up
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
     @property
     def size(self) -> int:
-        """Workers of all nodes that are open now."""
+        """Number of workers of all nodes that are open now."""
         return sum(node.workers for node in self.nodes())
 
     def nodes(self) -> tuple[NodeInfo, ...]:
@@ -358,16 +358,16 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         return found
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and finish those submitted. The engine stays open.
+        """Accept no more calls, and finish the submitted calls. The engine stays open.
 
         Args:
-            wait: Return only when that is done.
-            cancel_futures: Cancel the calls that no node has.
+            wait: Whether to return only after the last call has ended.
+            cancel_futures: Whether to cancel the calls that were sent to no node.
         """
         self._scheduler.shut_down(wait=wait, cancel=cancel_futures)
 
     def terminate_workers(self) -> None:
-        """End the calls of this pool on all nodes and close it, without waiting.
+        """End this pool's calls on all nodes and close the pool, without waiting.
 
         An executor as engine cannot end a call: its nodes finish their calls and the results are
         dropped.
@@ -375,7 +375,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         self._scheduler.shut_down(wait=False, end="ask")
 
     def kill_workers(self) -> None:
-        """Kill the workers that run this pool's calls, and close it without waiting."""
+        """Kill the workers that run this pool's calls, and close the pool, without waiting."""
         self._scheduler.shut_down(wait=False, end="kill")
 
     def __repr__(self) -> str:

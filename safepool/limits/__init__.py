@@ -1,7 +1,9 @@
-"""Floor 1: the limits of this process. It reads files and asks the system; it never decides.
+"""Floor 1: the limits of this process.
 
-No rounding, no cache, nothing read at import. One reader, `read_limits`, and what it is
-made of, in the order in which data goes through it:
+The package reads files and asks the system; it never decides.
+
+No rounding, no cache, nothing read at import. The one reader, `read_limits`, and its modules in
+the order in which data passes them:
 
     files        one machine's files as text; what cannot be read is noted
     mounts       mountinfo -> the mounts that can be reached
@@ -104,9 +106,9 @@ def read_cpu_limits(
 def read_throttling(root: str | os.PathLike[str] = "/") -> Throttling | None:
     """Read how often the group whose quota binds has been frozen.
 
-    That is the group with the smallest quota among this process's own and its ancestors (the
+    The group is the one with the smallest quota among this process's own and its ancestors (the
     innermost of equal ones): the kernel counts in the group that has the quota, not in the groups
-    below it.
+    below.
 
     Args:
         root: The same as for `read_limits`.
@@ -131,12 +133,12 @@ def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCoun
 
 
 class QuotaWatch(_platform.QuotaWatch):
-    """Reads the limits on CPU time again and again, cheaply.
+    """Repeated, cheap reading of the limits on CPU time.
 
-    It keeps the names of the directories that hold this thread's groups, and looks for them
-    again when the thread was moved to another group, or a group's files have gone. It keeps no
-    descriptor and no value. Not thread-safe; threads of one process may be in different
-    groups, so read in the thread that starts the workers.
+    The object keeps the names of the directories that hold this thread's groups, and looks for
+    them again when the thread was moved to another group, or a group's files have gone. The object
+    keeps no descriptor and no value. It is not thread-safe; threads of one process may be in
+    different groups, so read in the thread that starts the workers.
 
     Args:
         root: The same as for `read_limits`.

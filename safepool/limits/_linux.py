@@ -1,11 +1,11 @@
 """Floor 1, limits on Linux: control groups, affinity, resource limits, environment.
 
-It reads and asks; it decides nothing and keeps nothing.
+The module reads and asks; it decides nothing and keeps nothing.
 
 Not covered:
     * Limits that the kernel enforces and does not show: an ancestor outside a cgroup
       namespace, a quota on a hypervisor.
-    * Descriptors and ``/dev/shm`` of a captured machine: only this system can be asked.
+    * Descriptors and ``/dev/shm`` of a captured machine: the module asks this system only.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _is_machines_root(machine: Machine) -> bool:
 def _open_files(machine: Machine) -> OpenFilesLimit:
     soft, raw = _soft_limit(machine, "RLIMIT_NOFILE")
     try:
-        # One of them belongs to the listing.
+        # One descriptor belongs to the listing.
         used = len(os.listdir("/proc/self/fd")) - 1
     except OSError:
         used = None

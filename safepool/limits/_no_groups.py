@@ -49,7 +49,7 @@ def read_limits(
     )
 
 
-# There are no others.
+# This system has no other limits.
 read_cpu_limits = read_limits
 
 

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """One ceiling on CPU time, with the place it was read from.
+    """A ceiling on CPU time, with its source.
 
     Attributes:
-        name: The field's own term: ``affinity``, ``cpu.max``, ``cpu.cfs_quota_us``, or the
-            name of an environment variable such as ``SLURM_CPUS_PER_TASK``, or Python's
-            option ``-X cpu_count``.
-        cpus: Ceiling in CPUs of run time per second of wall time: 2.5 is two and a half
-            CPUs. ``None`` means the source was read and sets no ceiling.
+        name: Standard term: ``affinity``, ``cpu.max``, ``cpu.cfs_quota_us``, or the name of an
+            environment variable such as ``SLURM_CPUS_PER_TASK``, or Python's option ``-X
+            cpu_count``.
+        cpus: Ceiling in CPUs of run time per second of wall time: 2.5 is two and a half CPUs.
+            ``None`` means that the source sets no ceiling.
         source: The file, the call or the variable that was read.
-        raw: Text of the source, word for word. Where two files make one limit (version 1),
+        raw: Text of the source, word for word. If two files make one limit (version 1), both:
             ``150000 / 100000``.
 
     Example:
@@ -40,16 +40,16 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLimit:
-    """One ceiling on memory.
+    """A ceiling on memory, with its source.
 
     Attributes:
         name: ``memory.max``, ``memory.high``, ``memory.limit_in_bytes`` or
             ``hierarchical_memory_limit``.
-        bytes: The ceiling; ``None`` means the source was read and sets none.
+        bytes: The ceiling; ``None`` means that the source sets none.
         used_bytes: Present memory of the group, page cache included; ``None`` if unknown, or not
             read because the group has no ceiling. For ``hierarchical_memory_limit``, whose
-            ancestor may be hidden, it is the own group's: at least so much is used.
-        reclaimable_bytes: The part of it that the kernel gives back under pressure (clean page
+            ancestor may be hidden, the memory of the process's own group: a lower bound.
+        reclaimable_bytes: Part of ``used_bytes`` that the kernel frees under pressure (clean page
             cache, inactive files, reclaimable slab); ``None`` if unknown.
         source: The file that was read.
         raw: Text of the source, word for word.
@@ -65,11 +65,11 @@ class MemoryLimit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PidsLimit:
-    """One ceiling on processes and threads together (the kernel counts tasks).
+    """A ceiling on processes and threads together (the kernel counts tasks).
 
     Attributes:
         name: ``pids.max``, or ``RLIMIT_NPROC``.
-        tasks: The ceiling; ``None`` means the source was read and sets none.
+        tasks: The ceiling; ``None`` means that the source sets none.
         used_tasks: Present number of tasks; ``None`` if unknown, or not read because there is no
             ceiling.
         source: The file or the call that was read.
@@ -168,10 +168,10 @@ class OutOfMemoryCount:
     The counters only grow; compare two readings to learn about the time between them.
 
     Attributes:
-        kills: Number of processes of this group that it has killed, for any limit; on version 2
-            those of the groups below as well (``oom_kill``).
-        used_up: Number of times that this group's own ceiling was met: on version 1 with any
-            outcome (``memory.failcnt``), on version 2 when nothing could be given back (``oom``);
+        kills: Number of processes of this group that the killer has killed, for any limit; on
+            version 2 those of the groups below as well (``oom_kill``).
+        used_up: Number of times that the group met its own ceiling: on version 1 with any outcome
+            (``memory.failcnt``), on version 2 when the kernel could free nothing (``oom``);
             ``None`` if unknown.
         limit_bytes: The ceiling now; ``None`` if the group sets none.
         peak_bytes: Peak use of the group; ``None`` if unknown.
@@ -230,7 +230,7 @@ class Limits:
     def binding(self) -> Limit:
         """The smallest of affinity, quotas and bounds; on a tie the first of them.
 
-        Without any ceiling it is the affinity entry, whose ``cpus`` is ``None``.
+        Without any ceiling, the affinity entry, whose ``cpus`` is ``None``.
         """
         ceilings = [
             limit

@@ -1,4 +1,6 @@
-"""Floor 1, limits on Windows: the CPUs that a process is restricted to. It decides nothing.
+"""Floor 1, limits on Windows: the CPUs that a process is restricted to.
+
+The module decides nothing.
 
 Not covered:
     * Job objects with a CPU rate, and masks over several processor groups.

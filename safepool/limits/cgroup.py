@@ -1,6 +1,6 @@
 r"""Floor 1, limits: which control-group directories hold this process, innermost first.
 
-It finds directories and reads no limit. Own group (``/proc/thread-self/cgroup``) x mounts
+The module finds directories and reads no limit. Own group (``/proc/thread-self/cgroup``) x mounts
 (``/proc/self/mountinfo``) x every ancestor:
 
     4:cpu,cpuacct:/kubepods/pod1/c1   the group, relative to the namespace's root
@@ -12,7 +12,7 @@ Sources: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/cgroups.rs
 cgroups(7) and cgroup_namespaces(7).
 
 Not covered:
-    * Ancestors that no mount shows: the kernel tells nothing about them.
+    * Ancestors that no mount shows: the kernel reports nothing about them.
     * Version 1 mounted with ``noprefix`` (file names without ``cpu.``).
     * Version 1 emulated by a file system other than the kernel's.
 """
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """One control group that this process is in, or below.
+    """A control group that contains this process, directly or in a group below.
 
     Attributes:
-        directories: Where it can be seen: one entry for every mount that shows it.
+        directories: One directory for every mount that shows the group.
     """
 
     version: int
@@ -66,8 +66,8 @@ def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level,
     """Find every directory that can hold a limit of one controller for this process.
 
     Returns:
-        This process's group first, then its ancestors up to the mount point. Empty if no
-        mount shows any of them.
+        This process's group first, then its ancestors up to the mount point. Empty if no mount
+        shows the process's groups.
     """
     if place.mounts is None:
         return _conventional_levels(machine, place.own, controller)

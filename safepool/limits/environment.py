@@ -1,10 +1,12 @@
-"""Floor 1, limits: variables of the environment about CPUs. It sets nothing and decides nothing.
+"""Floor 1, limits: variables of the environment about CPUs.
 
-Schedulers and other libraries set the number of CPUs that a job may use; such a number only ever
-lowers the pool's. `SAFEPOOL_MAX_WORKERS` is the one that replaces the computed number.
+The module sets nothing and decides nothing.
+
+Schedulers and other libraries set the number of CPUs that a job may use; such a number only lowers
+the number of workers. Only `SAFEPOOL_MAX_WORKERS` replaces the computed number.
 
 Not covered:
-    * ``OMP_NUM_THREADS`` and its like: threads of one process, not workers.
+    * ``OMP_NUM_THREADS`` and similar variables: threads of one process, not workers.
     * ``SLURM_CPUS_ON_NODE`` and ``SLURM_JOB_CPUS_PER_NODE``: of the job, not of this task.
     * ``GOMAXPROCS``, ``DOTNET_PROCESSOR_COUNT``, ``RAYON_NUM_THREADS``: other run times.
 """
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundVariable:
-    """One variable that holds an upper bound.
+    """A variable with an upper bound.
 
     Attributes:
         no_ceiling: A word that sets no ceiling, if the variable has one.

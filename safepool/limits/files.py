@@ -2,8 +2,8 @@
 
 A file that cannot be read is noted, and raises nothing.
 
-A machine is a folder: ``/`` for the one we run on, or a folder with files captured on
-another one. It knows no format and no limit.
+A machine is a folder: ``/`` for this one, or a folder with files captured on another one. The
+module knows no format and no limit.
 
 Not covered:
     * A captured machine that changes while it is read.

@@ -6,13 +6,13 @@ r"""Floor 1, limits: the GPUs that a process may see: variables and device files
     /proc/driver/nvidia/gpus/*                   the same
     /dev/kfd                                     there is AMD's driver
 
-No library is imported and no driver is asked: to ask CUDA makes a process unfit for a fork.
+The module imports no library and asks no driver: asking CUDA makes a process unfit for a fork.
 
 Sources: NVIDIA, CUDA C++ Programming Guide, "CUDA Environment Variables"; AMD, ROCm documentation,
 "GPU isolation techniques".
 
 Not covered:
-    * The number of AMD's devices: in a container its files show those of the machine.
+    * The number of AMD's devices: in a container their files are those of the machine.
     * Parts of a device (MIG): only a variable or the caller names them.
 """
 
@@ -83,7 +83,7 @@ def read_gpus(environ: Mapping[str, str], root: str = "/") -> Gpus:
         folder = os.path.join(root, "proc/driver/nvidia/gpus")
         found = _list(folder)
         folder = folder if found else "/dev/nvidia* and /proc/driver/nvidia/gpus"
-    # Not the files' own numbers: in a container CUDA counts the visible devices from 0.
+    # The files' own numbers are not used: in a container CUDA counts the visible devices from 0.
     numbers = tuple(map(str, range(len(found))))
     if not found and os.path.exists(os.path.join(root, "dev/kfd")):
         return Gpus(lists={"HIP_VISIBLE_DEVICES": ()}, source="/dev/kfd", is_said=False)

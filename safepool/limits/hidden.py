@@ -1,11 +1,11 @@
-"""Floor 1, limits: the directory of this thread's own control group, found by looking for it.
+"""Floor 1, limits: search for the directory of this thread's own control group.
 
-Needed in one situation: a cgroup namespace of its own over the old mounts (``unshare -C``
-without a remount; some sandboxes). The kernel then calls the own group ``/`` and the
-mount's root ``/..``, and gives no name for what lies between.
+One situation needs the search: a separate cgroup namespace over the old mounts (``unshare -C``
+without a remount; some sandboxes). The kernel then calls the own group ``/`` and the mount's root
+``/..``, and gives no name for the groups between.
 
 Not covered:
-    * A tree with more directories than are looked at: the limits of the mount point count.
+    * A tree with more directories than the search reads: the limits of the mount point count.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def find_own_directory(machine: Machine, point: str, version: int) -> str | None
     """Look below a mount point for the group that lists this thread.
 
     Args:
-        machine: Where to look. On a captured one this is the process whose
+        machine: The machine to read. On a captured machine, the thread is the process whose
             ``/proc/self/status`` was captured.
-        point: The mount point. Not looked at itself: it is above our namespace.
+        point: The mount point. The search leaves it out, because it is above our namespace.
         version: Version of the control groups, 1 or 2.
 
     Returns:
-        The directory, or ``None`` if the scan ended without it; that is noted.
+        The directory, or ``None``, with a note, if the search ended without it.
     """
     own = _own_number(machine)
     if own is None:

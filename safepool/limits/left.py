@@ -58,10 +58,10 @@ class MemoryLeft:
 
 
 class MemoryWatch:
-    """Reads the memory that is left, again and again.
+    """Repeated reading of the memory that is left.
 
-    It keeps the names of the directories that hold this process's groups, and looks for them
-    again when the process was moved.
+    The object keeps the names of the directories that hold this process's groups, and looks for
+    them again when the process was moved.
 
     Args:
         root: The same as for `safepool.limits.read_limits`.

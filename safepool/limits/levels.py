@@ -34,10 +34,10 @@ def read_levels(
     """Read every level, in their order; levels without the file are left out.
 
     Args:
-        machine: Where to look.
+        machine: The machine to read.
         levels: This process's groups.
-        read: Reads one directory, given without a slash at its end, of a version. It returns
-            ``None`` if the directory lacks the file.
+        read: Function of a directory, without a slash at its end, and a version that reads the
+            directory; ``None`` if the directory lacks the file.
 
     Returns:
         Values in the first directory of each level.
@@ -60,12 +60,12 @@ def parse_number(text: str, *, source: str, unit: str = "bytes") -> int | None:
     r"""Parse a file that holds one number, of either version.
 
     Args:
-        text: One number, or the word ``max``.
-        source: Path the text was read from. Kept in the error.
+        text: A number, or the word ``max``.
+        source: Path the text was read from. The error names it.
         unit: ``bytes``, or ``tasks`` (threads count).
 
     Returns:
-        The number; ``None`` for no ceiling, which is ``max`` or from 2**62.
+        The number; ``None`` for no ceiling, which is ``max`` or a number of at least 2**62.
 
     Raises:
         UnreadableLimitError: The text has another shape.

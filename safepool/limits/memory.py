@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-# Per version: the files that hold a ceiling, the file that tells the use, and the lines of
-# memory.stat that the kernel gives back under pressure. Both file lists, as in the kernel's
-# own MemAvailable (fs/proc/meminfo.c): active pages are only given back later. Version 1's
-# total_ lines count the groups below, as version 2's lines do.
+# Per version: the files with a ceiling, the file with the use, and the lines of memory.stat that
+# the kernel frees under pressure. Both kinds of file pages, as in the kernel's own MemAvailable
+# (fs/proc/meminfo.c): active pages are only freed later. Version 1's total_ lines count the groups
+# below, as version 2's lines do.
 _CEILINGS = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
 _USED = {1: "memory.usage_in_bytes", 2: "memory.current"}
 _RECLAIMABLE = {

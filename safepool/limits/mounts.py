@@ -1,6 +1,6 @@
 r"""Floor 1, limits: the text of ``/proc/<pid>/mountinfo`` in, the mounts that can be reached out.
 
-It opens no file and knows no limit. One line of it:
+The module opens no file and knows no limit. A line:
 
     36 35 98:0 /mnt1 /mnt\0402 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
     (1)(2)(3)  (4)   (5)       (6)        (7)    (8) (9)  (10)      (11)
@@ -12,8 +12,8 @@ mounted, 5 mount point, 6 options, 7 any number of optional fields, 8 separator,
 Format: proc_pid_mountinfo(5); Linux, fs/proc_namespace.c, ``show_mountinfo``.
 
 Not covered:
-    * Mounts moved (``mount --move``) below a mount that is older than they are: the order
-      of the lines is taken for the order in which they were mounted.
+    * Mounts moved (``mount --move``) below an older mount: the module takes the order of the lines
+      for the order of mounting.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ GROUP_TYPES = ("cgroup", "cgroup2")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """One line of ``mountinfo``, unescaped.
+    """A line of ``mountinfo``, unescaped.
 
     Attributes:
         id: Number of this mount.
-        parent: Number of the mount it is mounted on; that may be missing in the text.
+        parent: Number of the parent mount, which may be missing in the text.
         root: Directory of the file system that appears at the mount point. For control
             groups it is relative to the reader's namespace and may begin with ``/..``.
-        point: Directory where it appears.
+        point: Directory at which the file system appears.
         type: Type of the file system: ``cgroup``, ``cgroup2``, ``tmpfs``, ...
         options: Options of the file system: for version 1 they name the controllers.
     """
@@ -70,7 +70,7 @@ def parse_mountinfo(text: str) -> list[Mount]:
         ('/sys/a b', 'cgroup2')
     """
     mounts = []
-    # Not splitlines(): it also splits at characters that a path may contain.
+    # splitlines() is not used: it also splits at characters that a path may contain.
     for line in text.split("\n"):
         # Blanks in paths are escaped, so the first lone hyphen is the separator.
         head, _, tail = line.partition(" - ")
@@ -178,7 +178,7 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
 def around_control_groups(mounts: Iterable[Mount]) -> list[Mount]:
     r"""Keep the control groups' mounts and those that can hide them or lie below them.
 
-    A host of containers has thousands of other mounts, most of them on one parent.
+    A host of containers has thousands of other mounts, most of them with one parent.
 
     Example:
         >>> text = "1 0 0:1 / / rw - ext4 none rw\n2 1 0:2 / /a rw - ext4 none rw"

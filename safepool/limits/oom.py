@@ -1,7 +1,7 @@
 r"""Floor 1, limits: counts of the kernel's out-of-memory killer in control groups.
 
-Two counters, in different groups. A kill is counted in the group of the killed process. A used-up
-ceiling is counted in the group that has the ceiling, which may be any ancestor:
+There are two counters, in different groups. A kill is counted in the group of the killed process.
+A used-up ceiling is counted in the group that has the ceiling, which may be any ancestor:
 
     version   killed here                    ceiling of this group used up
     1         memory.oom_control: oom_kill   memory.failcnt
@@ -11,7 +11,7 @@ Sources: Linux, Documentation/admin-guide/cgroup-v2.rst, "memory.events", and
 cgroup-v1/memory.rst, section 10; mm/memcontrol.c, memcg_memory_event.
 
 Not covered:
-    * The killed process: only the kernel's log names it, which few may read.
+    * The killed process: only the kernel's log names it, which few users may read.
     * Version 1 before Linux 4.13, whose oom_control counts nothing.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _KILLS = {1: "memory.oom_control", 2: "memory.events"}
 _CEILING = {1: "memory.limit_in_bytes", 2: "memory.max"}
-# The peak: the present use is of no help after the killed process has given back its part. Version
-# 2 has it from Linux 5.19.
+# The peak is read because the present use says nothing after the killed process has freed its
+# part. Version 2 has the peak from Linux 5.19.
 _PEAK = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
 
 
@@ -43,7 +43,7 @@ def read_oom_counts(machine: Machine, levels: Iterable[Level]) -> tuple[OutOfMem
 
 def _read(machine: Machine, directory: str, version: int) -> OutOfMemoryCount | None:
     source = f"{directory}/{_KILLS[version]}"
-    # Both have lines of a name and a number, as memory.stat.
+    # Both files have lines of a name and a number, like memory.stat.
     events = parse_memory_stat(machine.read(source) or "")
     if "oom_kill" not in events:
         return None

@@ -1,6 +1,6 @@
 """Floor 1, limits: the control groups of this process, and the mounts.
 
-Two files of ``/proc`` in, their meaning out. It opens no other file.
+The module reads two files of ``/proc``, opens no other file, and returns their meaning.
 
 Sources: cgroups(7), cgroup_namespaces(7); Linux, Documentation/admin-guide/cgroup-v2.rst.
 
@@ -39,9 +39,9 @@ class Place:
     mounts: tuple[Mount, ...] | None
 
 
-# The thread's file first: threads of one process may be in different groups (version 1
-# `tasks`, version 2 threaded groups), and a child is born in the group of the thread that
-# starts it. The process's file shows the group of its first thread.
+# The thread's file comes first: threads of one process may be in different groups (version 1
+# `tasks`, version 2 threaded groups), and a child is born in the group of the thread that starts
+# it. The process's file shows the group of its first thread.
 OWN_GROUP_FILES = ("/proc/thread-self/cgroup", "/proc/self/cgroup")
 MOUNTINFO = "/proc/self/mountinfo"
 

@@ -1,15 +1,17 @@
-"""Floor 1, limits on Linux: those of another running process. It reads; it decides nothing.
+"""Floor 1, limits on Linux: the limits of another running process.
+
+The module reads; it decides nothing.
 
 The process is a machine like a captured one: its own files of ``/proc``, and control groups where
-*it* sees them. Its affinity is that of its first living thread; its environment is the one that it
-was started with.
+*it* sees them. The affinity is that of the process's first living thread; the environment is the
+one at its start.
 
 Sources: proc_pid_cgroup(5), proc_pid_mountinfo(5), proc_pid_environ(5), proc_pid_limits(5),
 proc_pid_maps(5), proc_pid_root(5), proc_pid_stat(5); cgroup-v2.rst, "cpu.stat";
 cgroup-v1/cpuacct.rst.
 
 Not covered:
-    * Files that only its owner and root may read: noted as skipped.
+    * Files that only the owner and root may read: noted as skipped.
     * ``RLIMIT_NPROC`` of a process: it counts the tasks of a user (``tasks_of_user``).
 """
 
@@ -44,7 +46,7 @@ class ProcessView:
         pid: Process id.
 
     Raises:
-        ProcessLookupError: There is no such process, or it has ended.
+        ProcessLookupError: The process does not exist, or has ended.
 
     Example:
         >>> view = ProcessView(os.getpid())
@@ -74,7 +76,7 @@ class ProcessView:
         return {name: value for name, _, value in pairs}
 
     def read_limits(self) -> Limits:
-        """Read every limit that holds for it; see `safepool.limits.read_limits`."""
+        """Read every limit of the process; see `safepool.limits.read_limits`."""
         machine = self._machine
         place = read_place(machine)
         cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), self.environ())
@@ -94,11 +96,11 @@ class ProcessView:
         return quota.read_throttling(machine, find_levels(machine, read_place(machine), "cpu"))
 
     def read_usage(self) -> CpuUsage | None:
-        """Read the CPU time of the group whose quota binds, else of its own group.
+        """Read the CPU time of the group whose quota binds, otherwise of the process's own group.
 
         Returns:
-            ``None`` if nothing counts it for that group: of version 1, the hierarchy that counts
-            may be another one, in which the process is with others.
+            ``None`` if nothing counts the time of that group: in version 1, the counting hierarchy
+            may be another one, in which the process has other companions.
         """
         machine = self._machine
         place = read_place(machine)
@@ -109,7 +111,7 @@ class ProcessView:
         if not folders:
             folders = [path for level in levels[:1] for path in level.directories]
         if place.mounts is not None and place.own.get("cpuacct") == place.own.get("cpu"):
-            # Version 1: mounted with cpu, or in a hierarchy of its own.
+            # Version 1 mounts it with cpu, or as a separate hierarchy.
             for level in find_levels(machine, place, "cpuacct")[:1]:
                 folders.extend(level.directories)
         for folder in folders:

@@ -3,7 +3,7 @@
 Formats: Linux, Documentation/admin-guide/cgroup-v2.rst, "CPU Interface Files", and
 Documentation/scheduler/sched-bwc.rst for version 1.
 
-Not covered, because none of them limits sustained run time:
+Not covered, because these settings do not limit sustained run time:
     * ``cpu.shares``, ``cpu.weight``, ``cpu.idle``: they divide the available time.
     * Burst (``cpu.cfs_burst_us``, ``cpu.max.burst``): a bank, filled from the same quota.
     * ``cpu.rt_runtime_us``: real-time tasks only.
@@ -42,7 +42,7 @@ def parse_cpu_max(text: str, *, source: str) -> Limit:
         text: ``"<quota> <period>\n"``, both in microseconds. The quota may be the word
             ``max``, which sets no ceiling. A quota alone has the default period, 100 ms;
             what follows the period is left to future kernels.
-        source: Path the text was read from. Kept in the result and in the error.
+        source: Path the text was read from. The result and the error name it.
 
     Returns:
         The quota divided by the period, in CPUs. Division of two integers is correctly
@@ -75,13 +75,14 @@ def parse_cfs_quota(quota: str, period: str, *, source: str) -> Limit:
     r"""Parse the texts of ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` (version 1).
 
     Args:
-        quota: One number of microseconds, or ``-1``, which sets no ceiling.
-        period: One number of microseconds. Not looked at if there is no quota; empty, it is
-            the default of 100 ms.
-        source: Path of the quota's file. Kept in the result and in the error.
+        quota: Number of microseconds, or ``-1``, which sets no ceiling.
+        period: Number of microseconds. Ignored without a quota; an empty text is the default of
+            100 ms.
+        source: Path of the quota's file. The result and the error name it.
 
     Returns:
-        The quota divided by the period, in CPUs. Its raw text is both, ``150000 / 100000``.
+        The quota divided by the period, in CPUs. Its raw text has both numbers, ``150000 /
+        100000``.
 
     Raises:
         UnreadableLimitError: A text has another shape, or a number is zero.

@@ -81,11 +81,11 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         gpus ("auto", int or list; default None): One GPU for each worker, assigned in turn. The
             pool sets ``CUDA_VISIBLE_DEVICES``, or the variable that the program itself has set
             (``HIP_VISIBLE_DEVICES``, ``ROCR_VISIBLE_DEVICES``). ``"auto"`` uses every device that
-            this variable lists, MIG ids included; without the variable, every NVIDIA device that
-            has a file in ``/dev``. If there is no device, the pool logs that once and sets
-            nothing. A number uses that many of the devices, from the first. A list names the
-            devices, several for one worker if wished: ``["0,1", "2,3"]``. Variables in ``env=``
-            take precedence. Example: ``gpus="auto"``.
+            this variable lists, MIG ids included; without the variable, every NVIDIA device with a
+            file in ``/dev``. Without a device, the pool logs that once and sets nothing. A number
+            uses that many of the devices, from the first. A list names the devices; one entry may
+            name several: ``["0,1", "2,3"]``. Variables in ``env=`` take precedence. Example:
+            ``gpus="auto"``.
 
         *Threads*
         threads_per_worker (int or "auto", threads; default 1): The most threads of each native
@@ -130,8 +130,9 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             again. :func:`safepool.worker` sets timeout and retries of one function. Example:
             ``retries=2``.
         on_worker_death (str; default "replace"): Consequence of a worker's death. ``"replace"``
-            loses its one task. ``"break"`` ends the whole pool, as the standard pool does, when a
-            task without retries left is lost. Example: ``on_worker_death="break"``.
+            fails the worker's task and replaces the worker. ``"break"`` ends the whole pool, as
+            the standard pool does, if the task has no retries left. Example:
+            ``on_worker_death="break"``.
         end_subprocesses (bool; default False): ``True`` ends all processes that tasks started, and
             their descendants, within a second after the end of this program, even daemons and
             after ``kill -9`` of the program, a worker or the server. While the program runs they
@@ -428,7 +429,10 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         self._scheduler.shut_down(wait=False, end="ask")
 
     def kill_workers(self) -> None:
-        """Kill every worker and close the pool, as :meth:`terminate_workers` does.
+        """Send every worker ``SIGKILL`` and close the pool, without waiting.
+
+        Tasks that have not begun are cancelled. A running task ends with
+        :class:`safepool.WorkerDiedError`.
 
         Example:
             >>> import time
@@ -515,11 +519,11 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         return self._stacks.of(self._scheduler.workers(), timeout)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks, finish those submitted, end the workers.
+        """Accept no more tasks, finish the submitted tasks, and end the workers.
 
         Args:
-            wait: Return only when that is done.
-            cancel_futures: Cancel the tasks that have not begun.
+            wait: Whether to return only after the last worker has ended.
+            cancel_futures: Whether to cancel the tasks that have not begun.
 
         Example:
             >>> pool = ProcessPool(1)

@@ -13,7 +13,8 @@
     cap           the three layers of a worker, and the block around a function
     pools         what is loaded now
 
-It never measures limits: the number of threads is given. It never imports a library to cap it.
+The package never measures limits: the caller gives the number of threads. It imports no library in
+order to cap it.
 """
 
 from __future__ import annotations

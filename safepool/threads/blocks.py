@@ -1,17 +1,17 @@
-"""Blocks that hold native pools at a number: set by the first, restored by the last.
+"""Blocks that hold native pools at a number: the first block sets it, the last one restores it.
 
 Some numbers belong to the whole process (the environment, OpenBLAS, most further runtimes), others
 to the calling thread alone (OpenMP's, MKL's). A block sets both when it begins. At its end its
-thread has the former numbers again, and the process has those of the remaining blocks, in any
-order in which blocks of several threads end.
+thread has the former numbers again, and the process has those of the remaining blocks, in whatever
+order blocks of several threads end.
 
 Not covered:
-    * A library whose number is fixed once it is loaded (the table's ``fixed``): imported
-      inside a block for the first time, it keeps the block's number.
-    * OpenMP and MKL in threads that start inside a block: such a thread begins with the variables'
-      values at the library's load.
-    * A fork while another thread computes in several threads of OpenBLAS's: the child inherits
-      OpenBLAS's own lock, and hangs when it sets the number. No pool of this package forks so.
+    * A library whose number is fixed once it is loaded (the table's ``fixed``): if a block is the
+      first to import it, the library keeps the block's number.
+    * OpenMP and MKL in threads that start inside a block: such a thread begins with the values
+      that the variables had when the library was loaded.
+    * A fork while another thread computes in several threads of OpenBLAS: the child inherits
+      OpenBLAS's lock, and hangs when it sets the number. No pool of this package forks like that.
     * Changes by a block's body: the end of the block undoes them.
 """
 
@@ -55,12 +55,12 @@ _FORK_WAITS_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """One open block.
+    """An open block.
 
     Attributes:
-        lowers: Whether it lowers larger numbers only, and leaves smaller ones alone.
-        thread: The thread that it is open in.
-        own: Former numbers of libraries whose number is one of the thread.
+        lowers: Whether the block only lowers larger numbers, and leaves smaller ones alone.
+        thread: The thread in which the block is open.
+        own: Former numbers of libraries with a number for each thread.
     """
 
     threads: int

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """Functions that read and set the threads of a loaded runtime.
+    """Functions that read and set the number of threads of a loaded runtime.
 
     Attributes:
-        read: Given the module, its threads now, ``None`` if it does not say.
-        write: Given the module and a number of threads, sets it. It raises the library's exception
-            if that refuses.
-        undone: The number can be put back, so a block may change it (``cap.capped``);
-            otherwise it is changed in workers only.
-        default: The threads that it begins with where nothing rules them; ``None`` is one
-            for each CPU.
+        read: Function of the module that returns the present number of threads, or ``None`` if
+            unknown.
+        write: Function of the module and a number of threads that sets it. It raises the library's
+            exception if the library refuses.
+        undone: Whether the number can be restored, so that a block may change it (``cap.capped``);
+            otherwise only workers change it.
+        default: Number of threads where nothing bounds the runtime; ``None`` is one for each CPU.
     """
 
     read: Callable[[Any], int | None] | None
@@ -64,7 +64,7 @@ def _set_numba(numba: Any, threads: int) -> None:
     if launcher is None:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     elif threads != numba.config.NUMBA_NUM_THREADS:
-        # numba.set_num_threads() would start all of them now.
+        # numba.set_num_threads() would start all threads now.
         numba.config.NUMBA_NUM_THREADS = threads
         launcher.NUM_THREADS = threads
 

@@ -1,4 +1,4 @@
-"""Cap the native thread pools that are loaded in this process, and those that will be.
+"""Caps of the native thread pools that are loaded in this process, and of those loaded later.
 
 A worker is capped in three layers, because no single one reaches everything:
 
@@ -6,15 +6,15 @@ A worker is capped in three layers, because no single one reaches everything:
                   Some pools have no variable, and a forked worker has them loaded already.
     initializer   what is loaded by then, before the user's and after it. What a task
                   imports later it cannot know.
-    each task     a look at the loader's list; capped again if it has grown. In between, a
-                  task's own imports are met as they end (``imports``).
+    each task     a look at the loader's list; capped again if it has grown. In between, each of
+                  a task's own imports is capped at its end (``imports``).
 
 Not covered:
-    * OpenMP and MKL in another thread: their run-time cap is one of the calling thread alone
+    * OpenMP and MKL in another thread: their run-time cap holds for the calling thread only
       (OpenMP 5.2, section 2.4, nthreads-var). A worker runs its tasks in the thread that was
       capped. Threads that a task starts follow the variables, so in a worker that was forked from
       a process with these libraries they are not capped.
-    * A task that raises a cap itself: the number stays until something new is loaded.
+    * A task that raises a cap itself: the number stays until a further library is loaded.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ _found: NativeLibraries | None = None
 def find_ahead() -> None:
     """Find the libraries loaded here, for workers that are forked from this process.
 
-    It takes milliseconds, most of a worker's start. It sets nothing, and reads only the names and
-    versions of the libraries.
+    The search takes milliseconds, most of a worker's start. The function sets nothing, and reads
+    only the names and versions of the libraries.
     """
     global _found  # noqa: PLW0603 -- a fact about the process
     _found = NativeLibraries()

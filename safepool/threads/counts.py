@@ -1,9 +1,9 @@
-"""Questions for a number of CPUs, and their answers in a worker. Knowledge, and the calls.
+"""Questions for a number of CPUs, their answers in a worker, and the calls that change these.
 
 A library that sizes its pool of threads by the machine would start 48 of them in each worker of a
-host with 48 CPUs. So functions that count CPUs return the worker's share where that is possible.
-Code that asks the kernel, a file or another program gets the machine's number: only a variable of
-the library (``table``) or the affinity mask helps there (``ProcessPool(pin_workers=True)``).
+host with 48 CPUs. Hence functions that count CPUs return the worker's share where possible. Code
+that asks the kernel, a file or another program gets the machine's number: only a variable of the
+library (``table``) or the affinity mask helps there (``ProcessPool(pin_workers=True)``).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One way to ask for a number of CPUs.
+    """A way to ask for a number of CPUs.
 
     Attributes:
         asked: The expression, or the command.
-        told: Answer in a worker: its share, which is the threads of each native pool; the
+        told: Answer in a worker: the worker's share, which is the threads of each native pool; the
             affinity mask, which is the share if workers are pinned; or the machine.
-        by: The cause of that answer; the remedy where it says ``"machine"``.
-        module: The module that is changed in the worker when it is there; empty if none.
-        write: Given the module and the share, changes it.
+        by: Cause of the answer, or the remedy if the answer is ``"machine"``.
+        module: Module that is changed in the worker after its import; empty if none.
+        write: Function of the module and the share that changes the module.
         source: Documentation of the question.
     """
 

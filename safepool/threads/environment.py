@@ -1,7 +1,7 @@
 """The environment that a worker is born with: computed here, never set on the caller.
 
-A library reads its variables once, when it is loaded; a later change is ignored. So they must be
-in the environment at the start of the process.
+A library reads its variables once, when it is loaded; a later change is ignored. Hence the
+variables must be in the environment at the start of the process.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def lowered_environment(
 ) -> dict[str, str | None]:
     """Return the changes that bring an environment down to a number of threads.
 
-    A lower value stays, word for word, and so do variables that count workers and not threads: a
+    A lower value stays, word for word. So do variables that count workers and not threads: a
     program with one native thread may still have a pool of many processes.
 
     Returns:
-        The value of each variable; ``None`` removes it: it would beat the others.
+        The value of each variable; ``None`` removes a variable that would override the others.
 
     Example:
         >>> changes = lowered_environment(2, {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "1"})
@@ -153,10 +153,10 @@ def runtime_threads(threads: int, environment: Mapping[str, str | None]) -> dict
 
 
 def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ...]:
-    """Return which of the user's variables take the place of the cap, for a report.
+    """Return the user's variables that replace the cap, for a report.
 
     Returns:
-        One entry for each thread variable whose value is not the cap's; other variables are not
+        An entry for each thread variable whose value is not the cap's; other variables are not
         reported.
 
     Example:

@@ -1,12 +1,11 @@
-"""Calls a function when one of certain modules has been imported, before its importer goes on.
+"""Calls of a function when one of certain modules has been imported, before its importer goes on.
 
-Only this reaches a library that is first imported inside a task: the check before the task came
+Nothing else reaches a library that is first imported inside a task: the check before the task came
 too early, the next comes too late, and some pools have no variable.
 
 Not covered:
     * A module whose loader takes no attributes, or is the class itself (frozen, built in).
-    * A module that loads itself lazily: it counts as imported when it has been loaded, and no call
-      is made then.
+    * A module that loads itself lazily: it counts as imported after its loading, without a call.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class AfterImport:
     """Stand first in ``sys.meta_path`` and call back after certain imports.
 
     Args:
-        tell: Called with the full name of such a module and the module, in the importing thread.
+        tell: Function of a module's full name and the module, called in the importing thread.
     """
 
     def __init__(self, tell: Callable[[str, ModuleType], None]) -> None:

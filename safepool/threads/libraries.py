@@ -1,15 +1,16 @@
-"""Shared libraries that were loaded since the last check. Nearly free if none was.
+"""Shared libraries that were loaded since the last check, which is nearly free if none was.
 
 The loader keeps its libraries in a list that only grows at its end (``dlinfo(3)``,
-``RTLD_DI_LINKMAP``; ``struct link_map`` in ``<link.h>``), so one pointer in memory says
-whether anything is new: less than 0.1 microseconds (``benchmarks/caps.py``). It sees a
-plain ``dlopen``, takes no lock and calls nothing back; ``dl_iterate_phdr``, which has a
-counter, takes the loader's lock with the interpreter's lock held, and calls back.
+``RTLD_DI_LINKMAP``; ``struct link_map`` in ``<link.h>``), so one pointer in memory shows whether a
+library is new: less than 0.1 microseconds (``benchmarks/caps.py``). The check sees a plain
+``dlopen``, takes no lock and calls nothing back. ``dl_iterate_phdr``, which has a counter, takes
+the loader's lock with the interpreter's lock held, and calls back.
 
-Elsewhere the number of imported modules is watched, which misses a ``dlopen`` without one.
+Elsewhere the check is of the number of imported modules, and misses a ``dlopen`` without an
+import.
 
 Not covered:
-    * Libraries in a name space of their own (``dlmopen``).
+    * Libraries in a separate name space (``dlmopen``).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class NativeLibraries:
 
 def runtime_of(library: Any) -> str:
     """Return the row of the table that a library's number is the one of."""
-    # An OpenBLAS that uses OpenMP's threads has no number of its own.
+    # An OpenBLAS that uses OpenMP's threads has no separate number.
     on_openmp = getattr(library, "threading_layer", None) == "openmp"
     return "openmp" if on_openmp else str(library.internal_api)
 

@@ -67,7 +67,7 @@ class Placement:
         self._first = random.randrange(1 << 16) if first is None else first
 
     def choose(self, taken: Iterable[Iterable[int]]) -> tuple[int, ...]:
-        """Return the CPUs of one more worker; none where binding is impossible.
+        """Return the CPUs of another worker; empty where binding is impossible.
 
         Args:
             taken: The CPUs of each worker that stays. The CPUs of an ended worker are free, so its

@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativePool:
-    """One native thread pool that is loaded in this process.
+    """A native thread pool that is loaded in this process.
 
     Attributes:
         runtime: Name of its row in the table, such as ``openblas``; threadpoolctl's own name for a
             library that only threadpoolctl knows.
-        library: The file it was loaded from; for a Python module its file. Empty if neither
-            is known, as for a pool that is recognised by the names of its threads.
-        threads: The most threads it uses now; ``None`` if it does not say. Of a pool that
-            has no call for it, the threads that it has started, where they have its name.
-        variable: The environment variable that rules it in this process, or would if it
-            were set; ``None`` if it has none.
-        value: Value of that variable now, word for word; ``None`` if it is not set. The
-            library has read it when it was loaded.
-        fixed: Part that cannot be changed now that it is loaded; empty if all can.
+        library: The file that the pool was loaded from; for a Python module the module's file.
+            Empty if neither is known, as for a pool that is recognised by the names of its
+            threads.
+        threads: The most threads that the pool uses now; ``None`` if unknown. For a pool without a
+            call, the number of started threads with its name.
+        variable: The environment variable that bounds the pool in this process, or would if it
+            were set; ``None`` if the pool has none.
+        value: Value of that variable now, word for word; ``None`` if it is not set. The library
+            has read the value when it was loaded.
+        fixed: Part that cannot be changed after loading; empty if all can.
         hole: Part that neither variable nor call reaches, and the remedy; empty if none.
         source: Documentation of the pool.
     """
@@ -53,7 +54,8 @@ def inspect() -> tuple[NativePool, ...]:
     Returns:
         Pools that threadpoolctl finds, then the table's further runtimes whose module is imported,
         whose library is loaded or whose threads run. A pool that a library takes from another,
-        such as scikit-learn's from OpenMP, is listed there. It imports and starts nothing.
+        such as scikit-learn's from OpenMP, has no entry of its own. The function imports and
+        starts nothing.
 
     Example:
         >>> for pool in inspect():

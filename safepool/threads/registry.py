@@ -73,15 +73,16 @@ def register(
 ) -> None:
     """Add a native thread pool that this package does not know.
 
-    Its variables hold in every pool made afterwards. Its call holds in processes that register it.
-    A library registers at its import, which happens in the workers that use it; a program
-    registers in its initializer. A process that is a worker already is capped at once.
+    Its variables hold in every pool made afterwards, its call in processes that register it. A
+    library registers at its import, which happens in the workers that use it; a program registers
+    in its initializer. A process that is a worker already is capped at once.
 
     Args:
         runtime: The row. A row of the same name that was registered before is replaced.
-        read: Given the first of ``runtime.modules``, returns its threads now; needed to
-            put the number back after :func:`safepool.worker`.
-        write: Given the same module and a number of threads, sets it. May be called often.
+        read: Function of the first of ``runtime.modules`` that returns the present number of
+            threads; needed to restore the number after :func:`safepool.worker`.
+        write: Function of the same module and a number of threads that sets it. It may be called
+            often.
 
     Raises:
         ValueError: The table has a row of this name or for one of its variables, or

@@ -1,19 +1,19 @@
-"""Every native thread pool that a worker can meet, one row each. Knowledge, no code.
+"""Table of every native thread pool that a worker can meet, one row each, without code.
 
 A row has the variables that bound a pool, in their order of precedence; the sign by which the
-loaded pool is recognised; the call that caps it then; and its hole, the part that neither can
-reach. The code that uses it is in ``environment`` (variables), ``calls`` (run time) and ``pools``
-(loaded pools).
+loaded pool is recognised; the call that caps it then; and its hole, the part that no variable and
+no call reaches. The code that uses it is in ``environment`` (variables), ``calls`` (run time) and
+``pools`` (loaded pools).
 
-Left out on purpose, because setting them does harm:
+Excluded on purpose, because setting them does harm:
     * ``OMP_THREAD_LIMIT``: an OpenBLAS built on OpenMP spins for ever as soon as
-      ``omp_get_max_threads()`` is above it. It is the one variable that also bounds an
-      explicit ``num_threads(4)``, so it is there for those who set it (``opt_in``).
+      ``omp_get_max_threads()`` is above it. It is the only variable that also bounds an explicit
+      ``num_threads(4)``, so the table has it for users who set it (``opt_in``).
     * ``POLARS_MAX_BLOCKING_THREAD_COUNT=1``: Polars' ``scan_csv`` never returns.
     * ``XLA_FLAGS``: its thread flags have no effect any more, and setting it would replace the
       user's value.
-    * ``SLURM_CPUS_ON_NODE``: DuckDB reads it, but so do schedulers' own tools, to which
-      it says how large the machine is (``opt_in``).
+    * ``SLURM_CPUS_ON_NODE``: DuckDB reads it, but schedulers' own tools read it as the size of the
+      machine (``opt_in``).
 
 Not covered:
     * GPUs, and the threads that a task starts itself.
@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadVariable:
-    """One environment variable that bounds a native thread pool.
+    """An environment variable that bounds a native thread pool.
 
     Attributes:
         name: The variable.
-        off: The text that switches the pool off. A variable with it is a switch and no
-            number: it is set when the cap is one thread, and left alone otherwise.
-            ``None`` for the usual variable, whose text is the number of threads.
+        off: The text that switches the pool off. A variable with this text is a switch: it is set
+            when the cap is one thread, and left alone otherwise. ``None`` is a usual variable,
+            whose text is the number of threads.
     """
 
     name: str
@@ -41,27 +41,27 @@ class ThreadVariable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NativeRuntime:
-    """One kind of native thread pool.
+    """A kind of native thread pool.
 
     Attributes:
-        name: Name in lower case; threadpoolctl's ``internal_api`` where it knows it.
-        used_by: Libraries that bring it into a process.
-        variables: Set in a worker's environment, the one that wins first.
-        falls_back_to: Variables of other rows that it reads where its own are not set,
-            the one that wins first.
-        removed: Taken out of a worker's environment: they would beat the cap.
-        removed_win: They beat its own variables; otherwise they come between those and
-            the ones it falls back to.
-        opt_in: Bound it as well, and are set only by the user (the module says why).
-        libraries: Beginnings of the file names of its shared libraries, lower case.
-        modules: The Python modules that bring it, by the full name that is imported.
-        thread_names: Names of its threads, as a regular expression, if they have names of their
-            own.
-        call: Call that caps it once it is loaded; ``None`` if nothing does.
-        through: The row whose pool it uses, when it has none of its own.
-        counts_workers: ``True`` if its variables limit the number of parallel workers of a
-            program, and not of threads.
-        fixed: Part that cannot be changed once it is loaded; empty if all can.
+        name: Name in lower case; threadpoolctl's ``internal_api`` if threadpoolctl knows the pool.
+        used_by: Libraries that bring the pool into a process.
+        variables: Variables to set in a worker's environment, in order of precedence.
+        falls_back_to: Variables of other rows that the pool reads if its own are not set, in order
+            of precedence.
+        removed: Variables to remove from a worker's environment: they would override the cap.
+        removed_win: Whether these override the pool's own variables; otherwise they come between
+            those and ``falls_back_to``.
+        opt_in: Further variables that bound the pool, and that only the user sets (the module says
+            why).
+        libraries: Beginnings of the file names of the pool's shared libraries, in lower case.
+        modules: Full names of the Python modules that bring the pool.
+        thread_names: Names of the pool's threads, as a regular expression, if they have names.
+        call: Call that caps the loaded pool; ``None`` if nothing does.
+        through: The row whose pool it uses, if it has no pool.
+        counts_workers: Whether its variables limit the number of parallel workers of a program,
+            instead of threads.
+        fixed: Part that cannot be changed after loading; empty if all can.
         hole: Part that neither variable nor call reaches, and the remedy; empty if none.
         source: Documentation of the runtime.
     """

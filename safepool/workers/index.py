@@ -6,12 +6,12 @@ _index: int | None = None
 
 
 def worker_index() -> int | None:
-    """Return the place of this worker in its pool: 0 to ``max_workers`` - 1.
+    """Return the index of this worker in its pool: 0 to ``max_workers`` - 1.
 
-    No two workers of a pool that run tasks at the same time have the same number. A replacement
-    gets the number of the worker that it replaces when the old process has ended, or after a
-    second. Programs choose a device, a port or a file by it. ``env=`` and ``gpus=`` of
-    :class:`safepool.ProcessPool` use the same number.
+    No two workers of a pool that run tasks at the same time have the same index. A replacement
+    gets the index of the worker that it replaces when the old process has ended, or after a
+    second. Use the index to choose a device, a port or a file. ``env=`` and ``gpus=`` of
+    :class:`safepool.ProcessPool` use the same index.
 
     Returns:
         The number, in every task and initializer of a safepool pool, in joblib's calls, and in
