@@ -28,8 +28,8 @@ Data flows one way through the modules, and each one imports only from its left:
            -> pool -> cluster, decorator, multiprocessing_pool, own_threads -> joblib_backend
            -> cli
 
-Public names load on first use: ``import safepool`` itself imports no other package. It registers
-the joblib backend ``"safepool"`` without importing joblib.
+Public names load on first use: ``import safepool`` itself imports no other package. The import
+registers the joblib backend ``"safepool"`` without importing joblib.
 """
 
 from __future__ import annotations

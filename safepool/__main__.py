@@ -6,9 +6,9 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # ``-m`` puts the current folder first: a file there, logging.py for one, would be run in the
-    # place of a library. Neither the command nor this module imports from there, but child
-    # processes look there for safepool if this module comes from there.
+    # ``python -m`` puts the current folder first in ``sys.path``: Python would import a file
+    # there, such as logging.py, instead of a library. The command and this module import nothing
+    # from there. Child processes look there for safepool if this module was found there.
     here: str = os.getcwd()
     if not sys.flags.safe_path and sys.path[:1] in ([here], [""]):
         del sys.path[0]

@@ -1,13 +1,13 @@
-"""Floor 0: what each parameter takes, in one table, and the errors of all the others.
+"""Floor 0: one table with the valid values of each parameter, and the errors for all other values.
 
-A parameter means the same wherever it stands, so there is one row for each name. :func:`checked`
-decorates a front-end. It compares the arguments with the rows, once, before the body runs, and the
-code below relies on that. A value that is the parameter's default is never compared.
+A parameter has the same meaning in every function, so each name has one row. :func:`checked`
+decorates a front-end. The decorator compares the arguments with the rows once, before the body
+runs. The body relies on that. A value that is the parameter's default is never compared.
 
 Not covered:
-    * Missing and surplus positional arguments: Python names them.
-    * Errors that depend on the machine, such as a missing module: they are raised where they are
-      found.
+    * Missing and surplus positional arguments: Python's own errors name them.
+    * Errors that depend on the machine, such as a missing module: the code that needs the module
+      raises them.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def _shown(value: object) -> str:
 
 
 def _meant(value: object, rule: Rule) -> Iterator[object]:
-    """Yield guesses of what the caller meant by a wrong value."""
+    """Yield guesses of the caller's intention behind a wrong value."""
     if isinstance(value, str):
         import difflib  # noqa: PLC0415 -- of use to an error alone
 
@@ -351,7 +351,7 @@ def parse_bytes(size: float | str) -> int:
             1000, ``KiB``, ``MiB``, ``GiB`` of 1024, as are Kubernetes's ``Ki``, ``Mi``, ``Gi``.
 
     Raises:
-        ValueError: The size is neither a number nor such a text, or is not above 0.
+        ValueError: The size is no number and no such text, or is not above 0.
 
     Source:
         IEC 80000-13; Kubernetes, "Resource units".

@@ -120,7 +120,7 @@ def fit(limits: Limits, request: Request | None = None) -> Budget:
         request: The wishes of the caller.
 
     Returns:
-        The budget with the limit that decided it.
+        The budget, with the limit that decided.
 
     Example:
         >>> from safepool.limits import Limits

@@ -1,29 +1,30 @@
 """``@safepool.worker``: native threads capped around one function, in any pool.
 
-The decorator returns one of two shapes. The standard pickler takes a function by its name alone,
-so that name must lead to the object that is pickled:
+The standard pickler pickles a function as its name, so the name must lead to the pickled object.
+Hence the decorator returns one of two shapes:
 
     a function          of a ``def`` that is being decorated: its name will be the result's
     a ``WorkerCall``    of what has its name already, or none (``worker(f, timeout=5)``, a
                         method, a partial, a callable object): pickled as what it calls
 
 The body of a generator, a coroutine or an asynchronous generator runs in steps, each from a
-resumption to the next ``yield`` or ``await``. The cap holds during each step, in its thread. Code
-between the steps is not capped.
+resumption to the next ``yield`` or ``await``. The cap holds during each step, in its thread.
+Between the steps there is no cap.
 
 Not covered:
     * A plain function that returns another's generator or coroutine, whose body runs later.
-    * Wrong arguments of a generator or coroutine function: its first step raises the error.
+    * Wrong arguments of a generator or coroutine function: the error comes at its first step.
     * ``inspect.getfullargspec`` and ``getcallargs`` of a decorated ``def`` see ``(*args,
       **kwargs)``, as with every use of ``functools.wraps``; ``inspect.signature`` sees the
       function's own.
-    * Threads that the body starts (``threads.blocks``). Programs that it starts have only the
-      capped variables.
+    * Threads that the body starts (``threads.blocks``). Programs that the body starts have only
+      the capped variables.
     * Other threads outside of a worker: the thread variables of ``os.environ`` are set for the
       whole process while the function runs.
     * ``os.fork()`` while other threads compute with OpenBLAS. OpenBLAS ends its threads before a
-      fork, and waits without end for one that another thread has just woken. NumPy alone does the
-      same (0.3.31: 5 of 5 programs within 60 forks; none of 8 whose threads' work was decorated).
+      fork, and waits without end for a thread that another thread has just woken. NumPy alone does
+      the same (0.3.31: 5 of 5 programs within 60 forks; none of 8 whose threads' work was
+      decorated).
 """
 
 from __future__ import annotations

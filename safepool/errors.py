@@ -1,8 +1,8 @@
-"""Floor 0: the errors of the package and their messages. It imports only ``shown``.
+"""Floor 0: the errors of the package and their messages. The module imports only ``shown``.
 
-Every error keeps its facts as attributes and builds its message from them. It can be pickled: its
-arguments go to ``super().__init__`` unchanged. Each class derives from the standard library's
-error that existing ``except`` clauses name:
+Every error keeps its facts as attributes and builds its message from them. Errors can be pickled:
+the arguments go to ``super().__init__`` unchanged. Each class derives from the standard library's
+error in existing ``except`` clauses:
 
     WorkerDiedError   a BrokenProcessPool: the task's worker died, or exceeded memory_limit=; other
                       tasks go on
@@ -106,14 +106,15 @@ class OutOfMemory:
 
     Attributes:
         kills_before: Number of processes of the pool's group that the killer had taken before.
-        kills: The same number afterwards. It may have grown by more than one.
+        kills: The same number afterwards, larger by one or more.
         source: File of the counts: ``oom_kill`` in ``memory.events`` (version 1:
             ``memory.oom_control``).
         limit_bytes: The ceiling that was used up. ``None`` if no visible group had reached its
-            own: then it was the ceiling of a group that is not visible, or the machine's memory.
+            ceiling: the cause is then a group that is not visible, or the machine's memory.
         used_bytes: Peak use of the group with the ceiling, page cache included; ``None`` if
             unknown.
-        group: Directory of the group with the ceiling, or else of the pool's own group.
+        group: Directory of the group with the ceiling. Without a ceiling, that of the pool's
+            group.
 
     Example:
         >>> one = OutOfMemory(
@@ -191,7 +192,7 @@ class MemoryExceeded:
 class WorkerDiedError(SafepoolError, BrokenProcessPool):
     """The worker that ran this task ended before it gave a result.
 
-    The pool goes on: other tasks are not touched and the worker is replaced.
+    The pool goes on: it replaces the worker, and other tasks are not affected.
 
     Attributes:
         pid: Process id of the worker.
@@ -258,10 +259,10 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
 
 
 class MemoryLimitError(SafepoolError, MemoryError):
-    """The memory limits leave no room for data that is to travel between pool and worker.
+    """The memory limits leave no room for data of a task, on their way between pool and worker.
 
-    The error ends only the call that the data belongs to. It comes before the kernel's
-    out-of-memory killer would have to end a process.
+    The error ends only the call that the data belongs to. Without it, the kernel's out-of-memory
+    killer would have to end a process.
 
     Attributes:
         wanted_bytes: Size of the copy, or of its remaining part.
@@ -330,11 +331,10 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
 
 
 class PoolBrokenError(SafepoolError, BrokenProcessPool):
-    """The whole pool is broken; every task of it ends with this error.
+    """The whole pool is broken; every task of the pool ends with this error.
 
     Attributes:
-        reason: The reason, in words. The exception behind it, if there was one, is the
-            ``__cause__``.
+        reason: The reason, in words. ``__cause__`` is the exception that caused it, if any.
 
     Example:
         >>> from safepool import PoolBrokenError, ProcessPool
@@ -482,9 +482,9 @@ def describe_exit(
 
     Args:
         exitcode: The same as ``multiprocessing.Process.exitcode``.
-        oom: Counts of the kernel's out-of-memory killer, if it killed the process.
+        oom: Counts of the kernel's out-of-memory killer, if that killed the process.
         by_pool: The pool has sent the signal.
-        exceeded: Memory of the process, if the pool killed it for that.
+        exceeded: Memory of the process, if the pool killed the process for its memory.
 
     Returns:
         ``"was killed by SIGKILL (often the kernel's out-of-memory killer: ...)"``,
@@ -561,8 +561,9 @@ def _is_ours(code: CodeType) -> bool:
 def let_handlers_pass(error: Exception) -> None:
     """Raise an exception again if it comes from a signal handler of the program.
 
-    Called by code that goes on after any exception and that may run in a thread of the program:
-    the exception of a handler is not an error of that code, and the program expects it.
+    Code that goes on after any exception calls this function if it may run in a thread of the
+    program: the exception of a signal handler is no error of that code, and the program expects
+    it.
 
     Args:
         error: The exception that was caught.

@@ -1,4 +1,4 @@
-"""Large arrays in joblib's calls: one that tasks of a call are given is placed once.
+"""Large arrays in joblib's calls: an array among the arguments of several tasks is placed once.
 
     mmap_mode       a task gets                         joblib's own backend
     "c"             what it may write to, for itself    the same
@@ -7,8 +7,8 @@
     None            as "c", sent with each batch        a copy
 
 Not covered:
-    * Placing an array that is inside of another argument: it travels with its batch.
-    * Writes that all tasks are to see: a ``numpy.memmap`` among the arguments does that.
+    * Placing an array that is inside of another argument: the array travels with its batch.
+    * Writes that all tasks see: pass a ``numpy.memmap`` as an argument.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Arrays:
         """Return a batch whose large arrays travel as handles.
 
         Raises:
-            MemoryLimitError: There is no room for the pickle of another large object.
+            MemoryLimitError: The memory limits leave no room for the pickle of another large
+                object.
         """
         items = getattr(batch, "items", None)
         numpy = sys.modules.get("numpy")
@@ -151,8 +152,8 @@ class Arrays:
         wanted = met is not None or array.nbytes >= _AT_ONCE_BYTES
         if handle is None and wanted and not array.dtype.hasobject:
             try:
-                # In one piece: an array with gaps would be copied into the pickle, and out of it
-                # by each task.
+                # The copy is contiguous: pickle would copy an array with gaps, and each task would
+                # copy it again.
                 whole = array if array.flags.forc else array.copy()
                 handle = share(whole, writable=not self._read_only)
             except MemoryError:

@@ -10,20 +10,20 @@ with: environment, directory, ``sys.path``, CPUs, the initializer and its argume
 
 Not covered:
     * joblib's files for large arguments: ``temp_folder`` is accepted and without effect. An array
-      of more than ``max_nbytes`` is placed in memory once for all tasks of a call that have it, if
-      it is an argument itself and not inside of another. As with joblib's files, they get its
-      content at the time when the first of them was sent.
+      of more than ``max_nbytes`` is placed in memory once for all tasks of a call, if it is an
+      argument itself and not inside of another argument. Tasks get its content at the time when
+      the first of them was sent, as with joblib's files.
     * ``Parallel(mmap_mode="r")`` outside of a block: this is also joblib's default, so it has no
       effect there. In a block, and said by a block or ``joblib.parallel_config``, arrays of more
       than ``max_nbytes`` arrive read-only. With ``"r+"`` and ``"w+"`` each task writes into its
       own arrays, as with ``"c"``, which is the default. With ``None`` no array is placed.
-    * Without a block, native threads of this process: a call that is sequential because only
-      one worker fits has as many as the libraries found CPUs.
-    * Sequential calls in another thread than a block's: OpenMP's and MKL's native threads are
-      each thread's own there, and not held.
-    * A call inside of a task that names a backend and a number itself, as ``Parallel(n_jobs=4,
-      backend="safepool")``: it is done as asked, in each worker. Without ``n_jobs`` it is
-      sequential there; with ``n_jobs=-1`` it has the worker's share.
+    * Native threads of this process outside of a block: a sequential call (only one worker fits)
+      has as many as the libraries have counted CPUs.
+    * Native threads of sequential calls in other threads than a block's: OpenMP and MKL have a
+      number for each thread, and that number stays as it was.
+    * A call inside of a task that names a backend and a number itself, such as
+      ``Parallel(n_jobs=4, backend="safepool")``: each worker starts that many. Without ``n_jobs``
+      it is sequential there; with ``n_jobs=-1`` it has the worker's share.
 """
 
 from __future__ import annotations
@@ -99,75 +99,78 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
 ) -> Iterator[None]:
     """Run joblib's parallel calls in a safepool pool inside the ``with`` block.
 
-    The workers are started by the first call, shared by all calls of the block, and kept for the
-    next block or call with equal arguments. If only one worker fits, ``n_jobs=-1`` is sequential,
-    in this process: then its own native threads are capped at ``threads_per_worker`` inside the
-    block.
+    The first call starts the workers. All calls of the block share them, and the next block or
+    call with equal arguments uses them again. If only one worker fits, ``n_jobs=-1`` is
+    sequential, in this process. Inside the block the native threads of this process are then
+    capped at ``threads_per_worker``.
 
     A call that asks for threads (``require="sharedmem"`` or ``prefer="threads"``, as forests of
-    scikit-learn do) has threads of this process, as many as workers fit, with their native pools
-    held. A mere preference gives way to ``timeout``, ``retries``, ``memory_limit`` and
-    ``initializer``, which need workers.
+    scikit-learn do) runs in threads of this process: as many as workers fit, with capped native
+    pools. ``timeout``, ``retries``, ``memory_limit`` and ``initializer`` need workers, and
+    override ``prefer="threads"``.
 
-    The block holds in every thread of the process that has no setting of joblib's own, so in those
-    that are started inside.
+    The block holds in every thread of the process without a joblib setting of its own, also in
+    threads that are started inside the block.
 
     Args:
-        n_jobs: Meaning of ``n_jobs=None`` inside the block, in joblib's way: -1 is as many workers
-            as fit the limits, -2 one less. A positive number is that many workers, even if fewer
+        n_jobs: Meaning of ``n_jobs=None`` inside the block, as in joblib: -1 is as many workers as
+            fit the limits, -2 one fewer. A positive number is that many workers, even if fewer
             fit; 1 is sequential, in this process.
         threads_per_worker: The most threads of each native pool in a worker, at least 1. The
             number of workers that fit is the limit divided by it. joblib's
             ``inner_max_num_threads`` means the same.
         rounding: Treatment of a fraction of a CPU, as for :class:`safepool.ProcessPool`. Here 1.5
-            CPUs are two workers: a program that waits for its calls does not need the fraction
-            that ``"floor"`` leaves to it, and one worker does two thirds of the work
-            (``benchmarks/joblib_backend.py``). ``"floor"`` is for one with threads that must not
-            be frozen.
-        timeout: Seconds that one task may run, from its start; above 0. Then its worker is killed
-            and the call raises :class:`safepool.TaskTimeoutError`. Tasks then travel one by one.
-            joblib's own ``timeout`` counts the time that the caller waits for a batch. A call that
-            is sequential cannot be ended, and a warning says so once.
-        retries: Number of times that a task is run again after its worker died, at least 0, and
-            with it those that travelled in the same batch.
+            CPUs are two workers: a program that only waits for its calls does not need the
+            fraction that ``"floor"`` leaves to it, and one worker does two thirds of the work of
+            two (``benchmarks/joblib_backend.py``). ``"floor"`` is for a program with threads that
+            the kernel must not freeze.
+        timeout: Seconds that one task may run, from its start; above 0. Then the pool kills the
+            task's worker, and the call raises :class:`safepool.TaskTimeoutError`. Tasks then
+            travel one by one. joblib's own ``timeout`` counts the time that the caller waits for a
+            batch. A sequential call cannot be ended: a warning says so once.
+        retries: Number of times that a batch of tasks runs again after its worker died, at least
+            0.
         memory_per_worker: Memory that one worker needs, in bytes or as text such as ``"2GiB"``.
             ``n_jobs=-1`` is no more workers than the free memory of the control groups holds.
         memory_limit: The same as for :class:`safepool.ProcessPool`: the most that a worker may
-            hold while it runs a batch of tasks. A call that is sequential cannot be ended, and a
-            warning says so once.
+            hold while it runs a batch of tasks. A sequential call cannot be ended: a warning says
+            so once.
         preload: The same as for :class:`safepool.ProcessPool`.
         initializer: Function that each worker calls once before its first task. If calls are
-            sequential this process calls it once, so that its settings hold there as well.
+            sequential, this process calls the function once, so that its settings hold here as
+            well.
         initargs: Arguments of ``initializer``.
-        progress: Show a bar on standard error for each ``Parallel`` call, with this label if it
-            is one. It counts calls that have ended, as joblib learns of them: a batch at a time.
-            A call inside of another has none. Needs ``safepool[progress]``.
-        mmap_mode: Access of tasks to arrays of more than ``max_nbytes``, wherever in their
-            arguments: ``"r"`` read them; ``"c"`` write as well, each into its own view. ``"auto"``
-            is ``"c"``, unless ``joblib.parallel_config`` says something around the block. For
-            the other modes see this module. A call may say it for itself.
-        max_nbytes: Bytes, or text such as ``"1M"``: a larger array is placed once for all tasks of
-            a call. ``None`` places none. ``"auto"`` is joblib's own value, by default one
+        progress: ``True`` or a label: a bar on standard error for each ``Parallel`` call. The bar
+            counts ended calls, a batch at a time. A call inside of another call has no bar. Needs
+            ``safepool[progress]``.
+        mmap_mode: Access of tasks to arrays of more than ``max_nbytes`` anywhere in their
+            arguments. ``"r"``: read. ``"c"``: read and write, each task in its own view.
+            ``"auto"`` is ``"c"``, unless ``joblib.parallel_config`` around the block sets another
+            mode. ``help("safepool.joblib_backend")`` describes the other modes. A call may have a
+            mode of its own.
+        max_nbytes: Size in bytes, or text such as ``"1M"``. A larger array is placed once for all
+            tasks of a call. ``None`` places none. ``"auto"`` is joblib's own value, by default one
             mebibyte.
-        prefer: ``"processes"`` has workers for calls that merely prefer threads as well: for tasks
-            that keep Python's lock to themselves all the same.
-        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, after the
-            block as well; ``None`` is joblib's 300. With 0 all end with the block.
-        end_subprocesses: The same as for :class:`safepool.ProcessPool`: what tasks have started
-            ends with the program. Without effect on what calls start that run in this process.
+        prefer: ``"processes"`` uses workers also for calls with ``prefer="threads"``: right for
+            tasks that hold Python's lock all the time.
+        idle_worker_timeout: Seconds after which an idle worker ends, also after the block;
+            ``None`` is joblib's 300. With 0 all workers end with the block.
+        end_subprocesses: The same as for :class:`safepool.ProcessPool`: processes that tasks have
+            started end with the program. Without effect on calls that run in this process.
         cluster: A ``distributed.Client``, or an executor, as for :class:`safepool.ClusterPool`.
-            Calls run on its nodes, and all workers of all nodes are what ``n_jobs=-1`` stands for.
-            ``n_jobs=1`` and ``require="sharedmem"`` stay in this process; a mere preference for
-            threads does not.
+            Calls run on its nodes, and ``n_jobs=-1`` stands for all workers of all nodes.
+            ``n_jobs=1`` and ``require="sharedmem"`` stay in this process; ``prefer="threads"``
+            does not.
 
     Returns:
-        A context manager, which gives nothing to ``as``.
+        A context manager, without a value for ``as``.
 
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
         MissingExtraError: ``progress`` is given, and tqdm is not installed.
-        NoNodesError: No node of the cluster could be used for 60 seconds. Raised by the call.
-        TypeError: ``cluster`` is neither a client nor an executor.
+        NoNodesError: No node of the cluster could be used for 60 seconds. The ``Parallel`` call
+            raises it.
+        TypeError: ``cluster`` is no client and no executor.
 
     Source:
         joblib, ``parallel_config``.
@@ -235,10 +238,11 @@ class Words(TypedDict, total=False):
 
     Attributes:
         threads_per_worker, rounding, retries, memory_per_worker, memory_limit, preload,
-            initializer, initargs, progress, end_subprocesses: As for :func:`parallel_backend`.
-        timeout: The same as there. ``Parallel(timeout=)`` is joblib's own.
-        idle_worker_timeout: Seconds after which a worker ends that has nothing to do, as for
-            joblib's own backend; ``None`` is its 300.
+            initializer, initargs, progress, end_subprocesses: The same as for
+            :func:`parallel_backend`.
+        timeout: The same as for :func:`parallel_backend`. ``Parallel(timeout=)`` is joblib's own.
+        idle_worker_timeout: Seconds after which an idle worker ends, as for joblib's own backend;
+            ``None`` is joblib's 300.
     """
 
     threads_per_worker: int | None
@@ -297,9 +301,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     supports_sharedmem = True
     uses_threads = False
     default_n_jobs = 1
-    # Each Parallel object gets a backend of its own.
+    # Each Parallel object gets a separate backend.
     _is_of_one = False
-    # Settings for arrays in a thread that has no setting of its own.
+    # Settings for arrays in a thread that has no joblib setting.
     _arrays_of_block: Mapping[str, Any] | None = None
 
     def __init__(
@@ -413,7 +417,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             warnings.warn(f"{text}{hint}", RuntimeWarning, stacklevel=2)
         own = {word: options[word] for word in options.keys() & _WORDS}
         backend = self._of_one(cast("Words", own))
-        # Not by FallbackToBackend: an exception raised then would be "during handling" of it.
+        # FallbackToBackend is not raised here: a later exception would be "during handling" of it.
         parallel._backend = backend
         return backend._configure(n_jobs, parallel, **options)
 

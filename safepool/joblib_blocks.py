@@ -1,13 +1,14 @@
-"""Blocks reach every thread: joblib's own settings are those of the thread that makes them.
+"""Blocks that reach every thread: joblib's own settings hold only in the thread that makes them.
 
 While a block is open, its backends are joblib's defaults in threads without a setting of their
-own: those of a library that calls ``Parallel`` in threads (optuna's ``n_jobs=2``), and the one
-that computes a call's input. Of several open blocks the latest counts. After the end of the last
-one, joblib has its own defaults again.
+own. Such threads belong to a library that calls ``Parallel`` in threads (optuna's ``n_jobs=2``),
+or compute a call's input. The latest of several open blocks counts. After the end of the last one,
+joblib has its own defaults again.
 
 Not covered:
-    * A thread that was there before, and has nothing to do with the block: it is reached as well.
-    * ``joblib.parallel_config(backend="safepool")``, which is joblib's.
+    * A thread that existed before, and has nothing to do with the block: the block's defaults hold
+      there as well.
+    * ``joblib.parallel_config(backend="safepool")``: joblib itself applies that.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Callbacks:
         future.add_done_callback(lambda done: self._done.put((callback, done)))
 
     def wait(self) -> None:
-        """Return when the call needs no further callback. Not to be called from a callback."""
+        """Return when the call needs no further callback. Callbacks must not call this."""
         while self._goes_on():
             self._over.wait(_LOOK_S)
             self._over.clear()

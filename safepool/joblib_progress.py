@@ -1,16 +1,16 @@
-"""A bar for each ``Parallel`` call: joblib counts, a bar's thread looks at its numbers.
+"""A bar for each ``Parallel`` call: joblib counts, and a thread of the bar reads the counts.
 
 In workers, and in threads that a call has asked for::
 
     start_call() -> CallBar         n_completed_tasks, n_dispatched_tasks     stop_call() -> closed
 
-One after the other in this process, where joblib makes no call to a backend::
+For sequential calls in this process, where joblib makes no call to a backend::
 
     configure() -> CallBar          the same                     print_progress() -> closed
 
 Not covered:
     * ``require="sharedmem"`` in ``joblib.parallel_config(...)`` of another backend than ours.
-    * The number of ended calls of a batch in which one has raised: that one is counted.
+    * The number of ended calls of a batch that has raised: the bar counts one.
 """
 
 from __future__ import annotations

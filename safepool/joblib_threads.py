@@ -1,12 +1,12 @@
-"""Threads of this process for joblib's calls that ask for them, with their native pools held.
+"""Threads of this process for joblib's calls that ask for them, with capped native pools.
 
-``require="sharedmem"`` cannot be had from processes. Libraries ask for ``prefer="threads"`` if
+``require="sharedmem"`` is impossible with processes. Libraries ask for ``prefer="threads"`` if
 their tasks release Python's lock and share the data that they read: forests, neighbours, paths of
 coordinate descent. Sending these data to workers and back takes longer than the computation
 (``benchmarks/joblib_backend.py``, boruta).
 
 Not covered:
-    * A call that ends early: its tasks run on to their end, as nothing can end a thread. So a
+    * A call that ends early: its tasks run to their end, because nothing can end a thread. Hence a
       function's ``timeout=`` and ``retries=`` (:func:`safepool.worker`) have no effect here.
 """
 

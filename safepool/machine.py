@@ -1,7 +1,7 @@
-"""Floor 3: what this process may use, asked now, decided now, and said where it surprises.
+"""Floor 3: limits and budget of this process now, with warnings of surprising values.
 
-It joins ``limits`` and ``budget``, and has no rule of its own. Nothing is cached: limits change
-while a program runs.
+The module joins ``limits`` and ``budget``, and has no rule of its own. Nothing is cached: limits
+change while a program runs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def cpu_limit() -> float:
     """Return the CPUs that the kernel will give this process, not rounded.
 
     Returns:
-        CPUs of run time per second of wall time, such as 2.5. It is the smallest of the affinity
-        mask, the quotas of all control groups from this process's own up to the mount point, and
-        the upper bounds in the environment. Always above 0.
+        CPUs of run time per second of wall time, such as 2.5. The value is the smallest of the
+        affinity mask, the quotas of all control groups from this process's own up to the mount
+        point, and the upper bounds in the environment. Always above 0.
 
     Source:
         sched_getaffinity(2); Linux, Documentation/admin-guide/cgroup-v2.rst, "cpu.max".
@@ -74,7 +74,7 @@ def cpu_count() -> int:
 
 
 def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
-    """Read the limits and fit the request to them; log once what was ignored or rounded down."""
+    """Read the limits and fit the request to them; log once all ignored and rounded values."""
     limits = read_limits()
     for skipped in limits.skipped:
         if skipped.was_set:

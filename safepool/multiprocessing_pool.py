@@ -1,7 +1,7 @@
-"""``Pool``: in the place of ``multiprocessing.Pool``, on the same engine as ``ProcessPool``.
+"""``Pool``: the replacement of ``multiprocessing.Pool``, on the same engine as ``ProcessPool``.
 
-It translates calls into tasks and maps of a :class:`safepool.ProcessPool`, whose rules hold for
-all of them, and results into those of ``multiprocessing.pool``.
+``Pool`` translates calls into tasks and maps of a :class:`safepool.ProcessPool`, with the same
+rules, and results into those of ``multiprocessing.pool``.
 
     apply, apply_async              submit()            -->  ApplyResult
     map, starmap and their _async   `GatheredRun`       -->  MapResult
@@ -123,8 +123,8 @@ _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "contex
 class Pool(_StandardPool):
     """A pool that fits the machine, in the place of ``multiprocessing.Pool``.
 
-    It has all methods, errors and results of the standard pool. The differences come from the
-    engine:
+    ``Pool`` has all methods, errors and results of the standard pool. The engine is another one,
+    with these differences:
 
     ================================  ==========================================================
     ``multiprocessing.Pool``          here
@@ -142,7 +142,7 @@ class Pool(_StandardPool):
         initializer: Function that each worker calls once before its first call.
         initargs: Arguments of ``initializer``.
         maxtasksperchild: Replace a worker after this many tasks, at least 1. A chunk is a task.
-        context: A ``multiprocessing`` context that starts the workers, or the name of one; as
+        context: A ``multiprocessing`` context that starts the workers, or its name; the same as
             ``mp_context`` of :class:`safepool.ProcessPool`.
         **options: Arguments of :class:`safepool.ProcessPool` by name: ``timeout=``, ``retries=``,
             ``threads_per_worker=``, ``env=``, ``trace=`` and the others.
@@ -280,8 +280,7 @@ class Pool(_StandardPool):
             args: Positional arguments of ``func``.
             kwds: Keyword arguments of ``func``.
             callback: Called with the result, in a thread of the pool, before ``get()`` returns.
-            error_callback: Called with the exception. Neither callback is called after
-                ``terminate()``.
+            error_callback: Called with the exception. ``terminate()`` discards both callbacks.
 
         Raises:
             ValueError: The pool is not running.
@@ -794,11 +793,12 @@ class IMapIterator(ResultIterator, _StandardIterator[_T]):  # type: ignore[misc]
     """The results of ``imap`` and ``imap_unordered``."""
 
     def next(self, timeout: float | None = None) -> _T:
-        """Return the next result, in at most so many seconds.
+        """Return the next result; wait at most ``timeout`` seconds.
 
         Raises:
-            multiprocessing.TimeoutError: The result is not there by then. A later call may get it.
-            StopIteration: There are no more results.
+            multiprocessing.TimeoutError: The result has not come in time. A later call may return
+                it.
+            StopIteration: All results have been returned.
 
         Example:
             >>> with Pool(1) as pool:

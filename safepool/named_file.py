@@ -1,9 +1,9 @@
-"""Opens a file for writing that the program has named, through no link that another user placed.
+"""Opening of files that the program names, through no link that another user placed.
 
-In a folder that others may write to, such as ``/tmp``, another user may place a link at a name
-that a program will write: the program would then empty a file of its own user. The kernel forbids
-most of it where ``fs.protected_symlinks`` and its kind are on. This holds wherever they are off,
-and for links in any folder.
+In a folder that other users may write to, such as ``/tmp``, another user may place a link at a
+name that a program will write. The program would then empty a file of its own user. The kernel
+forbids most such cases where ``fs.protected_symlinks`` and the related settings are on. This
+module protects the program wherever they are off, and in any folder.
 
     what is found on the way            what is done
     a link of this user, or of root     followed, and what it leads to is treated alike
@@ -13,8 +13,9 @@ and for links in any folder.
                                         refused: others could read it, or it is another file
 
 Not covered:
-    * Other systems than Linux: every link is followed there.
-    * Folders of other users that are no links: a program that names one trusts its owner.
+    * Other systems than Linux: the module follows every link there.
+    * Folders of other users that are no links: a program that names such a folder trusts its
+      owner.
 
 Source: Linux, Documentation/admin-guide/sysctl/fs.rst, "protected_symlinks",
 "protected_regular", "protected_hardlinks".

@@ -1,10 +1,10 @@
 """``safepool.limit_threads()``: lower the native threads of this process to its budget.
 
 Not covered:
-    * OpenMP and MKL in threads that run already: each thread has a number of its own. Threads that
+    * OpenMP and MKL in threads that run already: each thread keeps its own number. Threads that
       start later have the new number only if the library is loaded later as well.
-    * Threads that a pool has started: they stay, idle.
-    * The number of workers of a process pool: that is ``max_workers=``.
+    * Threads that a pool has started: the idle threads stay.
+    * The number of workers of a process pool: see ``max_workers=``.
 """
 
 from __future__ import annotations
@@ -38,21 +38,20 @@ def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:
     Libraries that are loaded are lowered by their own calls. Libraries that are imported later,
     and child processes, find the variables in ``os.environ``. No number is ever raised: a pool
     with fewer threads, or a variable with a lower value, stays as it is. The result lists pools
-    that can no longer be changed. One warning names the variable that would have to be set before
-    the import.
+    that can no longer be changed. One warning names the variable to set before the import.
 
-    As a context manager it holds inside the block, and restores everything at its end.
+    As a context manager, the limit ends with the block, which restores the former numbers.
 
     Args:
         n: The most threads of each native pool, at least 1. ``"auto"`` is the budget,
             :func:`safepool.cpu_count`; in a worker of a pool it is the worker's share.
 
     Returns:
-        Report of the change. It is a context manager, for a change that is not to last.
+        Report of the change, and a context manager for a temporary change.
 
     Raises:
         ValueError: ``n`` is below 1.
-        TypeError: ``n`` is no integer.
+        TypeError: ``n`` is no integer and not ``"auto"``.
 
     Example:
         >>> with limit_threads(1) as limit:

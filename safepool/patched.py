@@ -1,7 +1,7 @@
-"""``Pool`` as ``safepool run --patch`` puts it in the place of ``multiprocessing.pool.Pool``.
+"""``Pool`` of ``safepool run --patch``, in the place of ``multiprocessing.pool.Pool``.
 
-Also in that of ``multiprocess.pool.Pool``. ``isinstance(x, Pool)`` in the program has the same
-answer as before: a ``ThreadPool`` is such a pool, and works as before.
+The class also replaces ``multiprocess.pool.Pool``. ``isinstance(x, Pool)`` in the program has the
+same answer as before: a ``ThreadPool`` is such a pool, and works as before.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class _InItsPlace(type):
 
 
 class Pool(multiprocessing_pool.Pool, metaclass=_InItsPlace):
-    """Pool for a program that is not written for it.
+    """Pool for an unmodified program.
 
     Args:
         processes: The most workers.
-        initializer: Called once in each worker.
+        initializer: Function that each worker calls once.
         initargs: Arguments of ``initializer``.
         maxtasksperchild: Replace a worker after this many tasks.
         context: The context of ``multiprocessing`` or ``multiprocess`` that starts the workers.

@@ -1,17 +1,17 @@
-"""A bar that shows how far calls have come: tqdm's, on standard error, in its own thread.
+"""A bar for the progress of calls: tqdm's, on standard error, drawn by a thread of its own.
 
 Code that runs calls counts them in a `Progress`, which costs an addition. A thread reads the
-numbers ten times a second and draws. So a terminal that does not read delays no worker, and the
-bar moves while the program waits for its first result.
+numbers ten times a second and draws. A terminal that does not read delays no worker, and the bar
+moves while the program waits for its first result.
 
-tqdm's ``auto`` form is used: a terminal or a notebook. It is imported for the first bar, and its
-absence is an error with the remedy.
+tqdm's ``auto`` form is used: a terminal or a notebook. The first bar imports tqdm. If tqdm is
+missing, the error names the remedy.
 
 Not covered:
     * A worker's own writes to standard error, past ``logging``: they go to the terminal directly,
-      and may stand in the bar's line until the bar is drawn again.
-    * What this process itself logs or prints meanwhile, joblib's calls included that run in it one
-      after the other: ``tqdm.contrib.logging.logging_redirect_tqdm`` and ``tqdm.write`` do that.
+      and disturb the bar's line until the next drawing.
+    * Logs and prints of this process, sequential joblib calls included: use
+      ``tqdm.contrib.logging.logging_redirect_tqdm`` and ``tqdm.write``.
 """
 
 from __future__ import annotations

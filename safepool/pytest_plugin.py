@@ -41,7 +41,7 @@ def share_of(cpus: float, workers: int) -> int:
     return max(1, int(cpus // workers))
 
 
-# First: xdist has an answer of its own.
+# This hook runs first because xdist has a hook that answers, too.
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int | None:
     """Say how many workers ``-n auto`` is."""
@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Restore the former variables."""
+    """Restore the environment variables."""
     limit = config.stash.get(_LIMIT, None)
     if limit is not None:
         limit.__exit__(None, None, None)

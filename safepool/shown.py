@@ -17,10 +17,10 @@ def counted(number: float, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return a name or a path for a line of text, with all escaped that does not print.
+    r"""Return a name or a path for a line of text, with unprintable characters escaped.
 
-    A group's path, or the name of a function or library, may contain the end of a line, an escape
-    that clears a terminal, or one that reverses the writing direction.
+    A group's path, or the name of a function or library, may contain a newline, a control sequence
+    that clears a terminal, or a character that reverses the writing direction.
 
     Example:
         >>> print(printable("größe\x1b[2J\n\u202e"))

@@ -1,10 +1,10 @@
-"""``safepool.ThreadPool``: as many threads as fit, each call with native pools held.
+"""``safepool.ThreadPool``: as many threads as fit, with capped native pools in each call.
 
-It suits work that releases Python's lock (NumPy, SciPy, I/O), and free-threaded Python: arguments
-and results are not copied, and nothing has to be pickled.
+The pool suits work that releases Python's lock (NumPy, SciPy, I/O), and free-threaded Python: no
+argument or result is copied or pickled.
 
 Not covered:
-    * Properties of a process: a call cannot be ended, and a crash in native code ends the program.
+    * Properties of a process: nothing can end a call, and a crash in native code ends the program.
     * Later changes of the limits: the number of threads is fixed when the pool is made.
 """
 

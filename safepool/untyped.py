@@ -1,7 +1,7 @@
-"""Floor 0: what type checkers see in the place of a class of a library without types.
+"""Floor 0: base classes for type checkers, in the place of classes of libraries without types.
 
-They take such a class for unknown, and then every class that extends it, even in the user's
-program.
+Otherwise type checkers treat those classes as unknown, and every class that extends them, also in
+the user's program.
 """
 
 from __future__ import annotations

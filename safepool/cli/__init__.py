@@ -1,7 +1,7 @@
 """Floor 7: the command ``safepool``, also ``python -m safepool``. Arguments in, exit code out.
 
-It parses, calls one room, and turns every error into one line on standard error. Each command has
-a room, which is imported only for that command:
+The module parses the arguments, calls one module, and turns every error into one line on standard
+error. The module of a command is imported only for that command:
 
     limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
                     ``verdict`` judges it, ``watch`` prints a line a second
@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _run(argv)
-        # Here and not at the interpreter's end, where a broken pipe is no longer caught.
-        # None: it was closed before the start.
+        # The stream is flushed here: at the interpreter's end nothing catches a broken pipe.
+        # ``None``: the stream was closed before the start.
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -149,7 +149,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         >>> _split(["doctor", "--", "numpy"])
         (['doctor', '--', 'numpy'], [])
     """
-    # The first word that is neither an option nor a number, which would belong to --pid.
+    # The first word that is no option and no number, which would belong to --pid.
     run = next((place for place, word in enumerate(argv) if word.isalpha()), len(argv))
     if "--" not in argv[run:] or argv[run] != "run":
         return list(argv), []
@@ -565,7 +565,7 @@ Exit codes: 0 fine, 1 safepool's pool failed, was cut off or had other results,
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     # The defaults end within a minute on a laptop: alone on one CPU the batch takes about a
-    # second, and the pool that takes longer than the bound is cut off.
+    # second, and a pool that exceeds the bound is cut off.
     demo.add_argument(
         "--tasks",
         # Their results, of 81 numbers each, are compared in memory.
@@ -592,9 +592,8 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     )
     demo.add_argument(
         "--pretend-host-cpus",
-        # The standard pool then has 128 x 128 threads (NumPy and SciPy bring an OpenBLAS each,
-        # compiled for 64): half of the 32,768 that Linux has numbers for by default
-        # (proc_sys_kernel(5)).
+        # The standard pool then has 128 x 128 threads (NumPy and SciPy each bring an OpenBLAS,
+        # compiled for 64): half of the 32,768 thread ids of Linux by default (proc_sys_kernel(5)).
         type=_whole_number(at_least=1, at_most=128),
         metavar="N",
         help="let Python and native libraries believe in N CPUs, as in a container on a host of "

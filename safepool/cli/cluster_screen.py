@@ -1,8 +1,8 @@
-"""Floor 7: ``safepool --cluster ADDRESS``: each node's limits, as `limits_screen` shows them here.
+"""Floor 7: ``safepool --cluster ADDRESS``: each node's limits, in the form of `limits_screen`.
 
-A Dask worker of each node reads them, so they are what calls of a ``ClusterPool`` have there. It
-gives up after `_CONNECT_S` seconds without a scheduler, and after `_ANSWER_S` seconds without a
-node. ``--json`` prints one object:
+A Dask worker of each node reads the limits, so the limits are those of a ``ClusterPool``'s calls
+there. The command gives up after `_CONNECT_S` seconds without a scheduler, and after `_ANSWER_S`
+seconds without a node. ``--json`` prints one object:
 
     schema     1
     version    of safepool

@@ -2,10 +2,10 @@
 
 First ``concurrent.futures.ProcessPoolExecutor()`` as people write it, then
 ``safepool.ProcessPool()``: the same tasks, each half in a fresh child process (``demo_half``),
-under this process's own limits. It computes none of the printed numbers, and does not change the
-environment of the halves. ``demo_report`` has the table, the sentence below it, and JSON. A quota,
-a pretended larger host and the picture are shared with the benchmarks (``benchmarks/host``; the
-wheel has the folder as ``safepool/cli/host``).
+under this process's own limits. The command computes none of the printed numbers, and does not
+change the environment of the halves. ``demo_report`` has the table, the sentence below it, and
+JSON. A quota, a pretended larger host and the picture are shared with the benchmarks
+(``benchmarks/host``; the wheel has the folder as ``safepool/cli/host``).
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -68,9 +68,9 @@ if TYPE_CHECKING:
 
 _NEEDED = ("numpy", "scipy")
 _PREFIX = "safepool-demo-"
-# Python's fork server makes a socket in a folder of its own inside of the demo's, and a socket's
-# path has at most 107 bytes (unix(7)). With a longer one it uses /tmp, and when it is killed it
-# leaves its folder there.
+# Python's fork server makes a socket in its own folder inside of the demo's, and a socket's path
+# has at most 107 bytes (unix(7)). With a longer path the server uses /tmp, and leaves its folder
+# there when it is killed.
 _LONGEST = 107 - len(f"/{_PREFIX}12345678/pymp-12345678/sock-123456789012")
 
 # 20 ms: some dozens of readings even of a fast batch, and under 1 % of a CPU for the counting.
@@ -84,11 +84,11 @@ _LEAVE_WITHIN_S = 10.0
 _GONE_WITHIN_S = 5.0
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-# Runs first in the child. It joins the group before anything else, so that imports and workers are
-# inside too. If memory runs out, the kernel shall take one of the demo's processes and no other
-# (proc_pid_oom_score_adj(5)). The interpreter it came from is the caller's own. The package's
-# folder goes last: it must not shadow anything, and is only needed where the caller's path was
-# changed by hand.
+# Runs first in the child. The child joins the group before all else, so that imports and workers
+# are inside too. Out of memory, the kernel must take one of the demo's processes and no other
+# (proc_pid_oom_score_adj(5)). The child's interpreter is the caller's. The package's folder comes
+# last: it must not shadow anything, and is only needed where the caller's path was changed by
+# hand.
 _BOOTSTRAP = """\
 import sys
 members_file, folder = sys.argv[1:3]
@@ -262,8 +262,8 @@ def measure(name: str, asked: Report, setting: Setting, results_file: Path) -> H
                 stderr=stderr,
                 # Otherwise the environment is the caller's, word for word.
                 env={**os.environ, **setting.variables} if setting.variables else None,
-                # A process group of its own can be ended as a whole, and the terminal's Ctrl-C
-                # does not reach it: the measuring process ends it.
+                # A separate process group can be ended as a whole, and the terminal's Ctrl-C does
+                # not reach it: the measuring process ends it.
                 start_new_session=True,
             )
         with told.open(errors="replace") as lines:

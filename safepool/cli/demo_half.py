@@ -1,11 +1,12 @@
-"""Floor 7: one half of ``safepool demo``: one pool, the whole batch, in a process of its own.
+"""Floor 7: one half of ``safepool demo``: one pool, the whole batch, in a separate process.
 
 The script that people write: NumPy and SciPy imported at the top, a pool with its defaults, every
-task submitted, results taken as they come. It measures only its own seconds.
+task submitted, results taken as they come. The process measures only its own seconds.
 
-Arguments: ``standard`` or ``safepool``, tasks, points, and the ``.npy`` file to make for the
-results: one row per task, whose first number turns from 0 to 1 when the rest is there. So the work
-of a half can be compared even if a signal ended it. Standard output carries one JSON object a
+Arguments: ``standard`` or ``safepool``, tasks, points, and the ``.npy`` file for the results: one
+    row for each task, whose first number turns from 0 to 1 when the row is complete. Hence the
+    work of a half can be compared even if a signal ended it. Standard output carries one JSON
+    object a
 line:
 
     {"start_method": "fork"}    imports are done, the clock starts
@@ -13,8 +14,8 @@ line:
     {"done": 17}                results that are in the file
     {"seconds": 0.45}           the last result is in, the pool still open
 
-Then it waits for the end of its standard input with its workers alive, so that even a batch of
-milliseconds can be counted from outside.
+Then the process waits for the end of its standard input with its workers alive, so that even a
+batch of milliseconds can be counted from outside.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def _main(name: str, tasks: int, points: int, results_file: str) -> None:
     with _pool(name) as pool:
         numbers, known = {}, list[int]()
         for number in range(tasks):
-            # Unless it forks by itself, the standard pool starts a worker with each of the first
-            # calls.
+            # Unless it forks workers itself, the standard pool starts a worker with each of the
+            # first calls.
             numbers[pool.submit(interpolate_and_solve, number, points)] = number
             known = _tell_workers(pool, known=known)
         for done, future in enumerate(as_completed(numbers), 1):
@@ -107,7 +108,7 @@ def _main(name: str, tasks: int, points: int, results_file: str) -> None:
 
 
 def _tell_workers(pool: Executor, *, known: list[int]) -> list[int]:
-    # Both pools keep their processes under the name that the standard library gave it.
+    # Both pools keep their processes under the standard library's name.
     pids: list[int] = list(getattr(pool, "_processes", None) or ())
     if pids != known:
         _tell(pids=pids)

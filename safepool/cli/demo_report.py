@@ -1,7 +1,7 @@
 """Floor 7: measurements of the demo in a table, in one sentence, and as JSON.
 
-It starts and reads nothing. The measurements choose the sentence. If nothing was oversubscribed,
-it says that nothing can be gained.
+The module starts and reads nothing. The measurements choose the sentence. If nothing was
+oversubscribed, the sentence says that nothing can be gained.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Half:
 
     @property
     def crew(self) -> str:
-        """The pool in words, with the numbers that were counted of it."""
+        """The pool in words, with its counted numbers."""
         if self.workers is None:
             return self.pool
         threads = "" if self.threads is None else f"{counted(self.threads, 'thread')} in "
@@ -77,14 +77,14 @@ class Comparison:
     """The results of the two halves, side by side.
 
     Attributes:
-        compared: Tasks that both halves had done.
-        equal: ``numpy.allclose(rtol=rtol, atol=atol)`` holds for all of them.
+        compared: Number of tasks that both halves had done.
+        equal: Whether ``numpy.allclose(rtol=rtol, atol=atol)`` holds for all of these tasks.
         largest_difference: The largest absolute difference of two numbers; ``None`` if
             nothing was compared.
-        rtol: Tight enough that any wrong result shows, wide enough for a sum in another order:
-            with one and with several BLAS threads these tasks differ by less than 1e-12 at up to
-            1,200 points.
-        atol: The same, absolute.
+        rtol: Relative tolerance: small enough to show any wrong result, and large enough for a sum
+            in another order. With one and with several BLAS threads these tasks differ by less
+            than 1e-12 at up to 1,200 points.
+        atol: Absolute tolerance, chosen in the same way.
     """
 
     compared: int = 0
@@ -155,7 +155,7 @@ class Report:
 
     @property
     def nothing_to_win(self) -> bool:
-        """Nothing was oversubscribed, or it made no difference."""
+        """Whether nothing was oversubscribed, or oversubscription made no difference."""
         if self.failed or self.standard.cut_off or self.ratio is None:
             return False
         return self.oversubscribed is False or self.ratio < WORTH_IT
@@ -221,7 +221,7 @@ class Report:
         return ["", *lines, f"results: {results}", "", *verdict]
 
     def verdict(self) -> str:  # noqa: PLR0911 -- a table
-        """Say in one or two sentences what the numbers mean."""
+        """Return the meaning of the numbers in one or two sentences."""
         standard, ours, found = self.standard, self.safepool, self.comparison
         if ours.error is not None:
             return f"The comparison failed: {ours.pool} ended: {ours.error}"

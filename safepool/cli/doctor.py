@@ -1,8 +1,8 @@
-"""Floor 7: which library brings which native threads into a process, and what rules them.
+"""Floor 7: native threads that libraries bring into a process, and the variables that bound them.
 
-The libraries are imported one after the other in a fresh process (``doctor_child``) that nothing
-caps; one that crashes it or hangs is reported, and the others are looked at in another. This
-process imports none of them.
+A fresh process without caps (``doctor_child``) imports the libraries one after the other; this
+process imports none of them. If a library crashes that process or hangs, the command reports it
+and examines the others in a new process.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -98,12 +98,12 @@ class DoctorError(SafepoolError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A pool whose size an import has changed that did not bring it.
+    """A pool whose size was changed by the import of another library.
 
     Attributes:
-        library: The file it was loaded from.
-        threads_before: Its threads before the import, ``None`` if unknown.
-        threads: And after it.
+        library: The file that the pool was loaded from.
+        threads_before: Number of threads before the import; ``None`` if unknown.
+        threads: Number of threads after the import.
     """
 
     runtime: str
@@ -131,13 +131,14 @@ class Library:
     """Effects of one import.
 
     Attributes:
-        error: Why it could not be; empty if it could.
+        error: Reason why the import failed; empty if it did not.
         version: Version of the library, empty if unknown.
-        os_threads_before: Threads that the kernel counted before, ``None`` if it does not.
-        os_threads: And after.
-        pools: Native pools that came with it.
-        changed: Pools that it found and changed.
-        guests: Libraries that came with it and have no pool of their own.
+        os_threads_before: Threads that the kernel counted before the import; ``None`` if it does
+            not count them.
+        os_threads: Number of threads after the import.
+        pools: Native pools that came with the library.
+        changed: Earlier pools that the library changed.
+        guests: Libraries that came with the library and have no pool of their own.
     """
 
     name: str
@@ -260,11 +261,11 @@ def run(names: Sequence[str], *, limit_s: float, as_json: bool) -> int:
 
 
 def examine(names: Sequence[str], *, limit_s: float) -> list[Library]:
-    """Import libraries in a fresh process, in another if one of them ends it.
+    """Import libraries in a fresh process; if a library ends it, import the others in a new one.
 
     Returns:
         The effects of each import, in the same order. After a crash the others are imported again,
-        without the one that crashed: each library's share depends on the libraries before it.
+        without the crashed library: each library's share depends on the libraries before it.
 
     Raises:
         DoctorError: The process ended before it imported anything.
@@ -286,11 +287,11 @@ class _Child:
     """One run of the importing process.
 
     Attributes:
-        libraries: The libraries that it has imported.
-        importing: The module that it was importing when it ended; ``None`` if it completed.
-        ending: The way it ended, as the second half of a sentence.
-        stack: Where it was, as :mod:`faulthandler` writes it, the importing left out; the
-            last that it wrote if it left no stack.
+        libraries: The libraries that the process has imported.
+        importing: The module whose import ended the process; ``None`` if the run is complete.
+        ending: The way the process ended, as the second half of a sentence.
+        stack: Last stack of the process in the format of :mod:`faulthandler`, without the
+            importing; or else the last text that it wrote.
     """
 
     def __init__(self, names: Sequence[str], limit_s: float) -> None:
@@ -380,7 +381,7 @@ else:
             raise
 
     def _read_from(file: IO[bytes], start: int) -> bytes:
-        # Not by seek(): the writing process shares the position in the file.
+        # seek() is not used: the writing process shares the position in the file.
         return os.pread(file.fileno(), os.fstat(file.fileno()).st_size - start, start)
 
 

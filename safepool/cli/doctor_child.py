@@ -69,8 +69,8 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     pools_before = _by_key(inspect())
     guests_before = _guests()
     error = ""
-    # A stack that the parent can show, just before it loses its patience. It takes a thread, so
-    # not while threads are counted.
+    # A stack that the parent can show, written just before the parent's time limit. The stack
+    # takes a thread, and so must not be written while threads are counted.
     me = os.getpid()
     before = set(procfs.threads())
     with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then

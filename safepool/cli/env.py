@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from safepool.cli.run import Plan
 
-# Characters that no reader of such a file takes for a quote, an escape, a comment or a variable.
+# Characters without meaning as a quote, an escape, a comment or a variable for every reader of
+# such a file.
 _PLAIN = re.compile(r"[\w./:,@%+=-]+", re.ASCII)
 _PLAIN_IN_FILES = re.compile(r"[\w./:,@%+=\\-]*", re.ASCII)
 

@@ -1,11 +1,11 @@
 """Floor 7: the limits of this process, their sources, and the consequences: text, or JSON.
 
-It reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every value
-with its source and raw text. It judges no limit itself.
+The module reads through ``safepool.limits``, decides through ``safepool.budget``, and shows every
+value with its source and raw text, without a rule of its own.
 
-The exit code is 1 if a problem was found. A health check asks for ``--pid 1``: without it the
-pools are judged that an unmodified program would start here, not those that one has. ``--json``
-prints one object; keys are added, and none is renamed or removed within a ``schema``:
+The exit code is 1 if a problem was found. A health check needs ``--pid 1``: without that, the
+command evaluates the pools that an unmodified program would start here. ``--json`` prints one
+object; keys are added, and none is renamed or removed within a ``schema``:
 
     schema              1
     version             of safepool
@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 
 _NAME_WIDTH = 26
-# Of the runtimes that nearly every program has, the one that wins first.
+# The variables of runtimes that nearly every program has, in order of precedence.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-# Three periods of the usual quota; and fifteen, if one of them was cut off. A health check must
-# not take one burst for a problem.
+# Three periods of the usual quota; and fifteen, if one of the three was cut off: a health check
+# must not take one burst for a problem.
 _SAMPLE_S = 0.3
 _LONGER = 5
 
@@ -293,7 +293,7 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
 
 
 def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
-    """Read another process's limits, threads and libraries; else as `read_screen`."""
+    """Read another process's limits, threads and libraries; otherwise as `read_screen`."""
     # First, so that the reason for hidden libraries is among the skipped sources.
     libraries = _native_libraries(view.libraries())
     limits = view.read_limits()
@@ -315,15 +315,15 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
     """Print the limits of this process or of another one.
 
     Args:
-        as_json: For programs.
-        pid: Another process.
-        watched: Go on with a line a second.
+        as_json: Whether to print JSON.
+        pid: Process id of another process.
+        watched: Whether to go on with a line a second.
 
     Returns:
         The exit code: 1 if there is a problem.
 
     Raises:
-        ScreenError: There is no such process, or this system does not show it.
+        ScreenError: The process does not exist, or this system does not show it.
     """
     view = _view(pid or os.getpid()) if pid is not None or watched else None
     if view is not None and pid is not None:
@@ -437,7 +437,7 @@ def _native_libraries(files: Sequence[str]) -> tuple[NativeLibrary, ...]:
     )
 
 
-# eq=False: two groups may have equal limits, and each is a row of its own.
+# eq=False: two groups may have equal limits, and each has a separate row.
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Row:
     """One limit on the screen: its value, source and text."""

@@ -1,6 +1,6 @@
 """Floor 7: ``safepool report run.json``: how a pool's workers spent their time.
 
-It reads the file that ``trace=`` of a pool writes, line by line, complete or torn.
+The command reads the file that ``trace=`` of a pool writes, line by line, complete or torn.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -24,7 +24,7 @@ It reads the file that ``trace=`` of a pool writes, line by line, complete or to
     conclusion      what follows, in a sentence
 
 Not covered:
-    * A pause between short calls that share an event counts as idle, also if one waited.
+    * A pause between short calls that share an event counts as idle, also if a call waited.
 
 Source: Trace Event Format, "Event Descriptions"; what is in them:
 ``safepool.pool.tracing.events``.
@@ -47,7 +47,7 @@ _SLOWEST = 5
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 # No number in a trace is as large: microseconds, they are three centuries.
 _MOST = 1e16
-# A longer line, of another file, is read in pieces of it.
+# The command reads a longer line, of another file, in pieces.
 _LONGEST_LINE = 16 << 20
 # A shorter run is not judged: starting workers, with their imports, takes up to a second.
 _LEAST_S = 2.0
@@ -67,15 +67,15 @@ class ReportError(CommandError):
 
 @dataclass(slots=True)
 class Row:
-    """One worker's time, in seconds.
+    """Time of one worker, in seconds.
 
     Attributes:
-        busy_s: Seconds in which it ran calls.
-        starved_s: Seconds in which it had no call, while one waited.
-        lived_s: Seconds between its start and its end.
-        begin_s: When the process that runs was started; ``None`` if none does.
-        end_s: When it last had something to do.
-        last: When the calls of its last event were submitted, began and ended.
+        busy_s: Seconds in which the worker ran calls.
+        starved_s: Seconds in which the worker was idle while a call waited.
+        lived_s: Seconds between the worker's start and end.
+        begin_s: Time at which the present process was started; ``None`` without one.
+        end_s: Time at which the worker last had work.
+        last: Times at which the calls of the last event were submitted, began and ended.
     """
 
     node: str = ""
@@ -263,7 +263,7 @@ def read(path: str) -> Report:
     """Read a trace.
 
     Raises:
-        ReportError: There is no such file.
+        ReportError: The file does not exist.
     """
     report, known = Report(), False
     try:

@@ -1,31 +1,31 @@
 """Floor 7: start an unmodified program with the limits in its environment.
 
-It computes a budget and writes it into every variable that bounds a native thread pool, a pool of
-processes, or a tool in another language. Then it becomes the program: process id, signals and exit
-status are the program's own, also as the first process of a container. Variables that the user has
-set stay. A variable for a family of runtimes (``OMP_NUM_THREADS``) also bounds those that fall
-back to it.
+The command computes a budget and writes it into every variable that bounds a native thread pool, a
+pool of processes, or a tool in another language. Then it becomes the program: process id, signals
+and exit status are the program's own, also as the first process of a container. Variables that the
+user has set stay. A variable for a family of runtimes (``OMP_NUM_THREADS``) also bounds runtimes
+that fall back to it.
 
 ``PROGRAM_VARIABLES`` and ``safepool.threads.table`` list the variables with their sources.
 ``--explain`` prints the variables, ``--force`` also replaces the user's, ``safepool env`` prints
 them for a shell, as dotenv or as JSON.
 
-As the first process of a container the program is in the same position as without safepool: a
-signal without a handler does not end it, and its orphans become zombies, unless the container has
-an init (``docker run --init``).
+As the first process of a container the program behaves as without safepool: a signal without a
+handler does not end it, and its orphans become zombies, unless the container has an init (``docker
+run --init``).
 
 ``ProcessPoolExecutor()`` reads no variable before Python 3.13, and ``multiprocessing.Pool()`` none
-at all: there ``--patch`` is what bounds them. It replaces the standard pools by
-``safepool.ProcessPool`` and ``safepool.Pool``, also ``multiprocess.Pool``, for every way of
-importing them, and makes joblib use the backend. A start method that the program has chosen
-(``get_context("spawn").Pool()``) stays. An object that only a fork can share with a program, such
-as a lock or a ``Value`` of ``multiprocessing`` in a global or among ``initargs``, makes workers
-forks; a warning names it. Another names the globals of modules that called functions use and that
-the program has set (``config.LEVEL = 5``): forks would have the value, clean workers have that of
-the import. ``--patch`` reaches Python programs, and the Pythons they start, for whose Python
-safepool is installed, but not ``python -I``, ``-E`` and ``-S``.
+at all: only ``--patch`` bounds these. The option replaces the standard pools, and
+``multiprocess.Pool``, by ``safepool.ProcessPool`` and ``safepool.Pool``, whatever the way of
+import, and makes safepool joblib's backend. A start method that the program has chosen
+(``get_context("spawn").Pool()``) stays. If an object can be shared only by a fork, such as a lock
+or a ``Value`` of ``multiprocessing`` in a global or among ``initargs``, workers are forks; a
+warning names the object. Another warning names the globals of modules that called functions use
+and that the program has set (``config.LEVEL = 5``): forks would have that value, and workers have
+the value of the import. ``--patch`` reaches Python programs whose Python has safepool, and the
+Pythons that they start, but not ``python -I``, ``-E`` and ``-S``.
 
-Exit codes of its own: 126 the command cannot be run, 127 it was not found, as env(1).
+Exit codes of the command itself: 126 the program cannot be run, 127 it was not found, as env(1).
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramVariable:
-    """One variable that bounds a program, besides those of native thread pools.
+    """A variable that bounds a program, besides those of native thread pools.
 
     Attributes:
         counts: ``"workers"``: processes beside each other. ``"cpus"``: threads of a program that
             is one process and has all CPUs to itself, workers x threads.
-        only_if: The option without which it is not set; empty if it always is.
+        only_if: Option that sets the variable; empty if it is always set.
         form: Text of the variable, with ``{}`` for the number.
         source: Documentation of the variable.
     """
@@ -172,15 +172,15 @@ def plan(
     patch: bool = False,
     makeflags: bool = False,
 ) -> Plan:
-    """Decide what to set for a program. It reads and sets nothing.
+    """Decide which variables to set for a program. The function reads and sets nothing.
 
     Args:
-        environ: The environment that the program would be started with.
+        environ: Environment of the program.
         budget: Workers and threads.
-        exact: The user has said how many workers.
-        force: Also replace variables that the user has set.
-        patch: Put safepool's pools in the place of the standard ones.
-        makeflags: Set ``MAKEFLAGS``, too.
+        exact: Whether the user has set the number of workers.
+        force: Whether to replace variables that the user has set.
+        patch: Whether to replace the standard pools by safepool's.
+        makeflags: Whether to set ``MAKEFLAGS``, too.
 
     Returns:
         The plan.
@@ -208,7 +208,7 @@ def plan(
             if environ.get(name):
                 kept[name] = environ[name]
         for pool in runtimes():
-            # A variable of its own would overrule the one that the user has set.
+            # The pool's own variable would overrule the user's variable.
             if any(name in kept for name in _rulers(pool)):
                 for variable in pool.variables:
                     wanted.pop(variable.name, None)

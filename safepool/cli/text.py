@@ -19,10 +19,10 @@ _CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}
 
 
 def as_ascii(text: str) -> str:
-    r"""Return a part of a line with all but printable ASCII escaped.
+    r"""Return a part of a line with all characters but printable ASCII escaped.
 
     A path or a function's name may contain anything: characters that a terminal in the C locale
-    cannot show, the end of a line, or an escape that clears the screen.
+    cannot show, a newline, or a control sequence that clears the screen.
 
     Example:
         >>> print(as_ascii("a\nb\u2192"))

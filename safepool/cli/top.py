@@ -1,7 +1,7 @@
-"""Floor 7: ``safepool top PID``: present work of another process's workers. Linux.
+"""Floor 7: ``safepool top PID``: present work of another process's workers, on Linux.
 
-It reads the boards that the process shares with its workers (``workers.board``), and ``/proc``. It
-sends nothing, so it disturbs no worker and no pool, and shows a stuck pool as well.
+The command reads the boards that the process shares with its workers (``workers.board``), and
+``/proc``. It sends nothing, so it disturbs no worker and no pool, and shows a stuck pool as well.
 
 ``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
 
@@ -44,7 +44,7 @@ class TopError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One worker."""
+    """State of one worker."""
 
     pid: int
     task: str | None
@@ -57,7 +57,7 @@ def read(pid: int) -> list[Row]:
     """Read the workers of a process.
 
     Raises:
-        TopError: There is no such process, or access is refused.
+        TopError: The process does not exist, or access is refused.
     """
     if not os.path.isdir("/proc/self/fd"):
         raise TopError("top needs Linux, whose /proc tells about processes")

@@ -1,4 +1,4 @@
-"""Floor 7: problems in the limits that were read, in one sentence each. It reads nothing."""
+"""Floor 7: problems in the limits, in one sentence each. The module reads nothing."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ CODES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was found.
+    """A problem or advice.
 
     Attributes:
-        code: Its name for programs, one of ``CODES``.
+        code: Name of the finding for programs, one of ``CODES``.
         problem: ``True`` if the exit code reports it, ``False`` if it is advice.
         text: The observation and its reason.
         remedy: The action to take.

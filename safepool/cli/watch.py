@@ -1,6 +1,6 @@
 """Floor 7: ``--watch``: one line a second about a group's CPU time and how often it is frozen.
 
-A line is ASCII of at most 80 columns, or with ``--json`` an object of its own:
+A line is ASCII of at most 80 columns, or with ``--json`` one object:
 
     seconds             since the line before
     cpus                that this process may use

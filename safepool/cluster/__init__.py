@@ -1,4 +1,4 @@
-"""Many nodes: one safe pool on each, carried by an engine that is there already.
+"""Many nodes: one safe pool on each, carried by an existing engine.
 
     program                        engine (the user's)          node (a machine with a limit)
     ClusterPool  --submit, map-->
@@ -19,8 +19,8 @@
 Data flows one way: ``errors, core, messages, calls -> agent -> carriers, tracing -> shell ->
 pool``.
 
-One rule keeps "at most 1 + retries starts": a call that was sent may have begun, and is sent again
-only as one of its retries. The engine's own ways to run something again are not used.
+One rule ensures "at most 1 + retries starts": a call that was sent may have begun, and is sent
+again only as one of its retries. The engine's own repetition of calls is not used.
 
 Not covered:
     * A ``ProcessPool`` that the program runs beside on the same machine, and other users' Dask

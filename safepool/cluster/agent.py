@@ -1,7 +1,7 @@
-"""The agent of a node: it holds the node's pool, and runs what cluster pools deliver.
+"""The agent of a node: it holds the node's pool, and runs the calls of cluster pools.
 
-It is in the process that the engine calls functions in (a Dask worker, a rank of MPI). A carrier
-calls the functions of this module, and no others, on a node:
+The agent is in the process in which the engine calls functions (a Dask worker, a rank of MPI). On
+a node, a carrier calls only the functions of this module:
 
     agent_greet     options in, `Welcome` out
     agent_deliver   calls in                                 a coroutine
@@ -19,7 +19,7 @@ calls the functions of this module, and no others, on a node:
     all of it                with the process: workers of a `ProcessPool` end with their parent
 
 Not covered:
-    * Elsewhere than on Linux, two Dask workers of one machine may each have an agent, for cluster
+    * Two Dask workers of one machine elsewhere than on Linux: each may have an agent, for cluster
       pools that begin at the same moment.
 """
 
@@ -196,7 +196,7 @@ class Session:
 
     def _ended(self, number: int, future: Future[Any]) -> None:
         self._futures.pop(number, None)
-        if future.cancelled():  # its canceller was told already
+        if future.cancelled():  # the canceller knows
             return
         error = future.exception()
         if error is not None:
@@ -317,7 +317,7 @@ class Agent:
         """Return a session.
 
         Raises:
-            SessionLostError: There is no session of that name.
+            SessionLostError: The agent has no session of that name.
         """
         session = self._sessions.get(name)
         if session is None:
@@ -437,7 +437,8 @@ if sys.platform == "linux":
         Raises:
             OSError: Another process of this user has the name.
         """
-        # Of the abstract namespace: no file is left. It does not listen: nobody can connect to it.
+        # The socket has an abstract name, so no file is left, and does not listen, so nobody can
+        # connect to it.
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             holder.bind(f"\0{name}")
@@ -455,7 +456,7 @@ if sys.platform == "linux":
         return any(not links.isdisjoint(_descriptors(pid)) for pid in procfs.processes())
 
     def _descriptors(pid: int) -> Iterator[str]:
-        """Yield what the descriptors of a process lead to; nothing of another user's."""
+        """Yield the targets of a process's descriptors; nothing of another user's process."""
         folder = f"/proc/{pid}/fd"
         try:
             own = os.stat(f"/proc/{pid}").st_uid == os.geteuid()
@@ -475,15 +476,15 @@ else:  # not Linux
 
 
 def _node(*binding: str) -> str:
-    """Return what processes have in common that share one machine and one limit.
+    """Return the common mark of processes that share one machine and one limit.
 
-    The limit that binds and not the process's own group: SLURM gives each task a group below the
-    job's, whose limit holds for all of them.
+    The mark is the binding limit, not the process's own group: SLURM gives each task a group below
+    the job's, whose limit holds for all of them.
     """
     facts = [*binding]
     if sys.platform != "win32":
         facts.append(str(os.getuid()))
-    # A container has process ids of its own, and files of the same names.
+    # A container has its own process ids, and files of the same names.
     for path in ("/proc/sys/kernel/random/boot_id",):
         try:
             with open(path, encoding="ascii") as file:
@@ -540,7 +541,7 @@ def agent_work(session: str, options: bytes, message: Packet) -> Packet:
     delivered: DeliverMessage = message.value()
     one.take_in(delivered)
     one.wait_for_all(len(delivered.calls))
-    one.forget()  # the next message may go to another process, with all of it
+    one.forget()  # the next message, with all of this, may go to another process
     return Packet.of(one.report())
 
 

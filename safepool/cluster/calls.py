@@ -1,4 +1,4 @@
-"""One call of a cluster pool, in a worker of a node's pool."""
+"""A call of a cluster pool, in a worker of a node's pool."""
 
 from __future__ import annotations
 

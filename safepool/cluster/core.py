@@ -1,6 +1,7 @@
 """The decisions of a cluster pool: an event comes in, actions come out.
 
-It touches no clock, thread, process, future or engine, so every order of events can be tried.
+The core touches no clock, thread, process, future or engine, so a test can try every order of
+events.
 
     a place     where an agent can run: a Dask worker, or one of the calls of an executor
     a node      one agent with one pool; several places of one machine and limit are one node
@@ -41,8 +42,8 @@ State of a place:
     Release(place)               its agent may forget this pool
     Finished()                   nothing is left to do
 
-A call that was delivered counts as begun: a dead node cannot be asked. So no more is delivered
-than begins at once, or within a moment: `_AHEAD_S` of work for each worker.
+A call that was delivered counts as begun, because a dead node cannot answer. Hence no more calls
+are delivered than begin at once, or soon: `_AHEAD_S` of work for each worker.
 """
 
 from __future__ import annotations

@@ -119,15 +119,15 @@ class Packet:
 
 
 class Parcel(NamedTuple):
-    """One call on its way to an agent.
+    """A call in a message to an agent.
 
     Attributes:
         number: Number of this delivery.
-        timeout_s: Seconds that it may run.
-        function: Key of its function.
+        timeout_s: Seconds that the call may run.
+        function: Key of the function.
         segments: The pickle of positional and keyword arguments, and its buffers.
-        large: Places of buffers that travel separately, and their keys.
-        shared: Numbers of the shared objects that its arguments refer to.
+        large: Indices of buffers that travel separately, and their keys.
+        shared: Numbers of the shared objects that the arguments refer to.
     """
 
     number: int
@@ -360,7 +360,7 @@ def unpickle(packet: Packet, shared: Mapping[int, Any]) -> Any:
 
 def own_version() -> str:
     """Return safepool's version."""
-    # Not by an import, which would be a circle.
+    # An import would be a cycle.
     version: str = sys.modules["safepool"].__version__
     return version
 

@@ -71,12 +71,12 @@ _ENGINE = Rule(
 
 
 class NodeInfo(NamedTuple):
-    """One node that a cluster pool uses.
+    """A node that a cluster pool uses.
 
     Attributes:
         place: The engine's name for the place of the node's agent, such as the address of a Dask
             worker.
-        name: The same, with the name of the host.
+        name: The same name, with the name of the host.
         workers: Number of workers of the node's pool.
         calls: Number of calls that were sent to the node and have not ended.
     """
@@ -89,7 +89,7 @@ class NodeInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeWorkerInfo(WorkerInfo):
-    """One worker of one node at one moment.
+    """State of one worker of one node at one moment.
 
     Attributes:
         node: Name of the node, as :class:`NodeInfo` has it. The other attributes are those of
@@ -105,11 +105,12 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
     You start and secure the nodes with an engine of your own, which carries the calls. Each node
     has the properties of a ``ProcessPool``: it fits the limits of the node, native threads are
-    capped, a worker that dies fails its one call, and timeouts are exact.
+    capped, a dead worker fails only its own call, and timeouts are exact.
 
     Args:
         client_or_executor: A ``distributed.Client``, or an executor that runs one long call on
-            each node (``executorlib``, ``mpi4py.futures``). The pool's end leaves it open.
+            each node (``executorlib``, ``mpi4py.futures``). The end of the pool leaves the client
+            or executor open.
         nodes: The most nodes to use, or names of hosts, or addresses of Dask workers. ``None`` is
             all nodes, including those that join later. With an executor, the number of its
             parallel calls, if it does not report that itself.
@@ -122,10 +123,10 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         max_tasks_per_child: The same as in :class:`safepool.ProcessPool`, as are the following.
         threads_per_worker: Threads of each native pool in a worker.
         rounding: Treatment of a fraction of a CPU.
-        reserve: CPUs of each node kept for what runs beside the pool.
+        reserve: CPUs of each node kept for programs beside the pool.
         memory_per_worker: Memory that one worker needs. A node starts no more workers than its
             free memory holds.
-        pin_workers: Bind each worker to CPUs of its own.
+        pin_workers: Bind each worker to separate CPUs.
         env: Environment variables of the workers, as a dict, or a function that returns those of
             one worker: each node calls it, in the engine's process, with the worker's index there.
         gpus: GPUs of each node, one for each worker in turn. ``"auto"`` is every GPU that the
@@ -144,11 +145,11 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
     A node has one pool for all cluster pools with the same options, also for those of other
     programs. All Dask workers of one host and one limit are one node: the engine's own numbers of
-    workers and threads are ignored. The node's pool starts with the first call. It ends 10 seconds
-    after the last cluster pool, or with the Dask worker. The calls of a program end if nothing was
-    heard from it for 30 seconds. If no node can use the arguments (a module of ``preload`` does
-    not exist, for example), all calls fail: as soon as all nodes have said so, or 5 seconds after
-    the first.
+    workers and threads are ignored. The node's pool starts with the first call. The pool of a node
+    ends 10 seconds after the last cluster pool, or with the Dask worker. A node ends the calls of
+    a program that has sent nothing for 30 seconds. If no node can use the arguments (for example,
+    a module of ``preload`` does not exist), all calls fail: when all nodes have reported that, or
+    5 seconds after the first.
 
     Differences from ``ProcessPool``::
 
@@ -167,7 +168,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         settings             of the program, such as warning filters: not sent, use initializer=
 
     A call counts as begun when it was sent to a node, and a lost node fails the calls that it was
-    sent. So a node is sent only as many calls as it has workers, or as it can finish in a
+    sent. Hence a node is sent only as many calls as it has workers, or as it can finish in a
     twentieth of a second.
 
     An executor as engine cannot end a call: its node finishes the call and the result is dropped.
@@ -177,7 +178,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     blocking the loop for ever, and ``shutdown()`` returns while calls go on.
 
     Raises:
-        TypeError: The engine is of another type, or a value has a wrong one.
+        TypeError: The engine or a value has a wrong type.
         ValueError: A value is out of its range.
         TraceFileError: The file of ``trace`` cannot be written, or another running pool writes it.
     """
@@ -280,14 +281,14 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
         Args:
             fn: Any callable that pickle or cloudpickle can pickle.
-            *args: Its positional arguments, pickled at once. An object of :func:`safepool.share`
-                is sent to each node once, and has one copy in memory there. The same holds for the
-                content of each array of at least 1 MiB. The program and each node cache up to
-                64 MiB of arrays that no recent call had.
-            **kwargs: Its keyword arguments.
+            *args: Positional arguments of ``fn``, pickled at once. An object of
+                :func:`safepool.share` is sent to each node once, and has one copy in memory there.
+                The same holds for the content of each array of at least 1 MiB. The program and
+                each node cache up to 64 MiB of arrays that recent calls did not use.
+            **kwargs: Keyword arguments of ``fn``.
 
         Returns:
-            A future, as in :meth:`safepool.ProcessPool.submit`. Its ``result()`` raises
+            A future, as in :meth:`safepool.ProcessPool.submit`. ``result()`` raises
             :class:`safepool.cluster.NodeLostError`, a ``WorkerDiedError``, if the node is lost.
 
         Raises:
@@ -318,7 +319,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             One entry for each worker process; none before the first call.
 
         Raises:
-            NotImplementedError: The engine is an executor. Its nodes answer nothing while they
+            NotImplementedError: The engine is an executor, whose nodes answer nothing while they
                 work.
         """
         found: list[NodeWorkerInfo] = []
@@ -335,7 +336,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
 
         Args:
             timeout: Seconds that each node waits for its workers, at least 0. The nodes have 5
-                seconds more to answer.
+                more seconds to answer.
 
         Returns:
             Stacks by name of the node and process id, in the format of
@@ -343,7 +344,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             process id 0, and the reason in parentheses.
 
         Raises:
-            NotImplementedError: The engine is an executor. Its nodes answer nothing while they
+            NotImplementedError: The engine is an executor, whose nodes answer nothing while they
                 work.
         """
         found: dict[tuple[str, int], str] = {}

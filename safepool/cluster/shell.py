@@ -1,15 +1,15 @@
-"""Executes the core's actions, and delivers its events. One thread for each cluster pool.
+"""Execution of the core's actions, and delivery of its events. Each cluster pool has one thread.
 
     who            what                               comes by
     callers        submit, map, cancel, shutdown      the inbox
     the carrier    answers to messages                the inbox
     this thread    the list of places, the clock      `_look_around`
 
-All events go to `Core.handle()`, and its actions are executed here.
+All events go to `Core.handle()`, whose actions are executed here.
 
 Not covered:
     * Code of the program that pickles the items of a map, or unpickles results, runs in this
-      thread: while it waits for something, all calls of this pool do.
+      thread: while that code waits, all calls of this pool wait.
 """
 
 from __future__ import annotations

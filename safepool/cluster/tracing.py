@@ -1,6 +1,6 @@
 """The trace of a cluster pool: one file that shows which worker of which node ran each call.
 
-Times travel with the answers of calls, so a trace costs neither engine nor network a message.
+Times travel with the answers of calls, so a trace adds no message for engine or network.
 
     in the file                               comes from
     a process for each node, with its name    the first answers of its agent
@@ -9,13 +9,13 @@ Times travel with the answers of calls, so a trace costs neither engine nor netw
                                               the program: the outcome, when they were submitted
     node opened, node lost                    the shell
 
-The clock of each node is set against the program's by the fastest answer: events of a node are too
-late by the time that it took, some milliseconds at the most.
+The clock of each node is set against the program's by the fastest answer: events of a node are
+late by the duration of that answer, some milliseconds at the most.
 
 Not covered:
-    * When a call began whose worker died: it is shown from the end of the one before it.
-    * The worker of a call that was cancelled, or lost with its node: these have no row. The event
-      of the node says how many it has cost.
+    * The begin of a call whose worker died: the trace shows it from the end of the call before.
+    * The worker of a call that was cancelled, or lost with its node: such calls have no row. The
+      event of the node has their number.
     * Starts of workers, and how often the kernel freezes a node's group: ``safepool --cluster``.
 """
 
@@ -53,8 +53,8 @@ class _Node:
     """The process that holds the pool of a node.
 
     Attributes:
-        ahead_ns: The program's clock is so far ahead of the node's.
-        seats: Its workers, by their index.
+        ahead_ns: Time by which the program's clock is ahead of the node's.
+        seats: Workers of the node, by index.
     """
 
     number: int
@@ -93,7 +93,7 @@ class ClusterTrace(CountedTrace):
         """Answers have arrived; :meth:`ended` follows for each.
 
         Args:
-            place: The engine's name of where the agent is.
+            place: The engine's name for the agent's place.
             name: Name of the node.
             source: The agent that has sent them.
         """
@@ -110,14 +110,15 @@ class ClusterTrace(CountedTrace):
     def ended(
         self, place: str, call: Call, answer: Answer, outcome: str, error: object = None
     ) -> None:
-        """A call has ended, or is to be run again.
+        """A call has ended, or will run again.
 
         Args:
             place: The engine's name of where the agent is.
             call: The call.
-            answer: Its answer.
-            outcome: Word of ``safepool.pool.tracing.events``; "raised" is looked at more closely.
-            error: The exception that it has raised.
+            answer: Answer of the call.
+            outcome: Word of ``safepool.pool.tracing.events``; for "raised" the error decides
+                further.
+            error: The exception that the call has raised.
         """
         node = self._at.get(place)
         if node is None or answer.ran is None:

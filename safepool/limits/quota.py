@@ -118,7 +118,7 @@ def parse_cpu_stat(text: str, *, source: str) -> Throttling:
     Args:
         text: Lines ``<name> <number>``. Version 2 tells ``throttled_usec``, version 1
             ``throttled_time`` in nanoseconds.
-        source: Path the text was read from. Kept in the result and in the error.
+        source: Path the text was read from. The result and the error name it.
 
     Returns:
         The counters since the group was made.

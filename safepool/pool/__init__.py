@@ -1,4 +1,4 @@
-"""Floor 6: the pool. It owns workers and futures; ``core`` decides about every call.
+"""Floor 6: the pool, which owns workers and futures. ``core`` decides about every call.
 
     executor    `ProcessPool`, the public class; `inherited`: a ProcessPool in the place of forks
     calls       the caller's side: calls, maps, functions, names of the script
@@ -25,21 +25,21 @@ Terms, one for each thing:
 Differences from a forked pool:
 
     * Top level of the script. With ``if __name__ == "__main__":`` the script runs once more, in
-      the server that workers are forked from. Work, output files and connections belong below
-      the guard. Values that ``main()`` has set are delivered to workers. Values that cannot be
-      pickled (a client, a lock) stay those that the worker's own run has made. If the top level
-      cannot be run there (it raises, or starts threads), the pool logs that once. ``__name__``
-      is ``__mp_main__`` in workers, as under ``spawn``; ``logging.getLogger(__name__)`` is still
-      the program's logger. Each worker runs the script itself with ``mp_context="spawn"`` and
-      ``"forkserver"``, and where no server can be forked (an agent or a debugger has threads in
-      every interpreter). With ``mp_context="loky"``, the default elsewhere than on Linux, the
-      script is not run: functions travel by value.
+      the server that workers are forked from. Work, output files and connections belong below the
+      guard. Values that ``main()`` has set are delivered to workers. Values that cannot be pickled
+      (a client, a lock) are not delivered: the worker keeps the object that its own run of the
+      script has made. If the script cannot be run there (it raises, or starts threads), the pool
+      logs that once. ``__name__`` is ``__mp_main__`` in workers, as under ``spawn``;
+      ``logging.getLogger(__name__)`` is still the program's logger. With ``mp_context="spawn"``
+      and ``"forkserver"`` each worker runs the script itself. The same holds where no server can
+      fork (an agent or a debugger has threads in every interpreter). With ``mp_context="loky"``,
+      the default elsewhere than on Linux, the script is not run: functions travel by value.
     * Globals of the script. A worker gets the value that a global has when the first call that
       uses it is sent, not when the pool was made. If the program changes the global later, also
       in place, it is delivered again and replaces the worker's value.
     * Changes to modules. A script without the guard may put its functions, classes and instances
       into modules that it imports: registries, hooks, replaced functions. Workers get these
-      changes too (``safepool/transport/additions.py`` lists the kinds). Workers do not get
+      changes too (``help("safepool.transport.additions")`` lists the kinds). Workers do not get
       ``codecs.register()``, ``mimetypes.add_type()``, an alias in ``sys.modules``,
       ``signal.signal()``, ``atexit.register()``, filters of loggers and data
       (``module.LEVEL = 5``): write the guard, or set them in a module of your own or in
@@ -50,16 +50,17 @@ Differences from a forked pool:
     * Arrays that are read-only in the program are read-only arguments, as under loky. A forked
       pool makes writable copies of them.
     * Locks, queues and values of ``multiprocessing``. They cannot be delivered as globals, except
-      to forks. Those that the top level of a guarded script makes are shared among the workers,
-      but not with the program. Make them by ``multiprocessing.get_context("spawn")`` and pass
-      them by ``initializer=`` and ``initargs=``. Open a database connection in the initializer.
-      Sockets, ``multiprocessing`` connections and managers' proxies may be arguments and results.
+      to forks. If the top level of a guarded script makes them, workers share them with each
+      other, but not with the program. Make them by ``multiprocessing.get_context("spawn")`` and
+      pass them by ``initializer=`` and ``initargs=``. Open a database connection in the
+      initializer. Sockets, ``multiprocessing`` connections and managers' proxies may be arguments
+      and results.
     * ``fork`` is used only with ``mp_context="fork"``, which warns if the process has threads.
     * Settings. Workers take over the program's settings, also later changes: warning filters,
       levels of logging, decimal, NumPy's error state, options of pandas, scikit-learn, Matplotlib,
-      PyTorch and JAX, the locale and others (``safepool/workers/settings_table.py`` lists them).
-      ``safepool.register_setting()`` adds one. A setting that an initializer or a task changes
-      belongs to its worker.
+      PyTorch and JAX, the locale and others (``help("safepool.workers.settings_table")`` lists
+      them). ``safepool.register_setting()`` adds one. A setting that an initializer or a task
+      changes belongs to its worker.
     * Random numbers. Each worker has random numbers of its own, those of ``np.random`` included;
       the program's ``np.random.seed()`` does not reach workers. A generator that is a global of
       the script (``rng = np.random.default_rng(1)``) is copied to each worker, as by a fork: its
@@ -67,11 +68,11 @@ Differences from a forked pool:
     * Hashes of text. ``hash("a")`` and the order of a set differ between workers and program, as
       under ``spawn``, unless ``PYTHONHASHSEED`` is set.
     * Calls begin in the order of their submission, unless the pickling of a call's arguments takes
-      longer than half a second: later calls then go ahead, also to the only worker. Wait for the
-      result of a call that others depend on.
+      longer than half a second: later calls then go ahead, even to an only worker. If a call
+      depends on an earlier call, wait for the earlier result before you submit it.
     * ``map`` over a generator or a file takes 16,384 items before it returns, and more as you take
       results. An endless generator does not fill the memory.
-    * The first pool of a program takes time to start its server: the start of a Python, and the
-      imports that workers share (NumPy, SciPy and the like). A forked pool needs neither: for a
-      script of one second, ``@safepool.worker`` with the standard pool is faster.
+    * The first pool of a program starts its server: a Python, and the imports that workers share
+      (NumPy, SciPy and others). A forked pool starts nothing: for a script of one second,
+      ``@safepool.worker`` with the standard pool is faster.
 """

@@ -69,7 +69,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             61). ``None`` is the number that fits, or the environment variable
             ``SAFEPOOL_MAX_WORKERS``: see :func:`safepool.cpu_count`. Example: ``max_workers=4``.
         rounding (str; default "floor"): Treatment of a fraction of a CPU. ``"floor"`` leaves it to
-            this process. ``"ceil"`` starts one worker more: the kernel then freezes all of them
+            this process. ``"ceil"`` starts one more worker: the kernel then freezes all workers
             for a part of every period. ``"nearest"`` rounds to the nearest whole number. Example:
             ``rounding="ceil"`` for a batch job.
         reserve (float, CPUs; default 0): CPUs kept for this process and for programs beside it.
@@ -135,12 +135,12 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             ``on_worker_death="break"``.
         end_subprocesses (bool; default False): ``True`` ends all processes that tasks started, and
             their descendants, within a second after the end of this program, even daemons and
-            after ``kill -9`` of the program, a worker or the server. While the program runs they
-            go on, after their task and the pool as well. It costs one small process above the fork
-            server. ``False`` leaves such processes alone. In both cases a timeout, or a kill of
-            the task, ends the processes that the task started. It needs workers forked from a
-            server; where each worker is started afresh, the pool logs once that it has no effect.
-            Example: ``end_subprocesses=True``.
+            after ``kill -9`` of the program, a worker or the server. While the program runs, such
+            processes go on, even after their task and after the pool. The option costs one small
+            process above the fork server. ``False`` leaves such processes alone. In both cases a
+            timeout, or a kill of the task, ends the processes that the task started. The option
+            needs workers that a server forks; where each worker is started afresh, the pool logs
+            once that the option has no effect. Example: ``end_subprocesses=True``.
 
         *Start*
         mp_context (context or str; default None): A ``multiprocessing`` context that starts the
@@ -173,11 +173,12 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             functions and classes travel by name. ``"value"``: nothing is run; functions, classes
             and data of the script are sent before the first call that uses them. ``"auto"`` is
             ``"run"`` for a script or module with ``if __name__ == "__main__":`` at its top level.
-            Without that guard, at a prompt, in a notebook and with ``-c`` it is ``"value"``, as it
-            is if the top level fails in the server, which the logger ``safepool`` says once.
-            ``"__main__"`` in ``preload`` is the same as ``"run"``. Workers of ``"spawn"`` and
-            ``"forkserver"`` run a guarded script themselves, as in the standard pool; ``"value"``
-            sends them in addition what they lack. Example: ``main="value"``.
+            ``"auto"`` is ``"value"`` without that guard, at a prompt, in a notebook and with
+            ``-c``. If the top level fails in the server, ``"auto"`` becomes ``"value"`` too, and
+            the logger ``safepool`` says so once. ``"__main__"`` in ``preload`` is the same as
+            ``"run"``. Workers of ``"spawn"`` and ``"forkserver"`` run a guarded script themselves,
+            as in the standard pool; ``"value"`` also sends them functions, classes and data that
+            their run did not define. Example: ``main="value"``.
 
         *Observation*
         trace (path; default None): File for a timeline of the run, for https://ui.perfetto.dev
@@ -185,17 +186,18 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             also after a crash; ``help("safepool.pool.tracing.events")`` describes its content and
             size. Example: ``trace="run.json"``.
 
-    A global of the script belongs to the worker after its first delivery: a change by the
-    initializer or a task stays in that worker. When the program changes its own value, also in
-    place, the next call that uses the global delivers it again and replaces the worker's.
+    A change of a global by the initializer or a task stays in that worker. When the program
+    changes its value of the global, also in place, the next call that uses the global delivers the
+    new value, and replaces the worker's.
 
-    A pool whose size comes from the limits follows them. While it has work it reads them once a
-    second, starts workers when they grow, and ends workers after their task when they shrink.
+    A pool whose size comes from the limits follows them. While it has work, the pool reads the
+    limits once a second, starts workers when they grow, and ends workers after their task when
+    they shrink.
 
     Workers have the settings that the program has when a call is submitted, such as warning
     filters, the context of decimal or the options of pandas: :func:`safepool.register_setting`
-    lists them, and adds others. A setting that each thread has for itself is taken from the
-    thread that made the pool.
+    lists them, and adds others. A setting with a value for each thread is taken from the thread
+    that made the pool.
 
     ``multiprocessing.current_process()._identity`` numbers workers as in the standard pools: from
     1, over all pools of the program, and no number is used again.
@@ -329,8 +331,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             listener=listener,
         )
         self._stacks = Stacks()
-        # The scheduler lives until the submitted work is done. It must not keep the pool alive,
-        # and its end must not need the pool.
+        # The scheduler lives until the submitted work is done. So the scheduler must not keep the
+        # pool alive, and its end must not need the pool.
         self._finalizer = weakref.finalize(self, self._scheduler.abandon)
         self._finalizer.atexit = False
 
@@ -338,7 +340,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
     def size(self) -> int:
         """The most workers that the pool may have now. Libraries such as dynesty read it.
 
-        It follows the limits and :meth:`resize`. Workers are started as tasks need them.
+        The number follows the limits and :meth:`resize`. Workers are started as tasks need them.
 
         Example:
             >>> with ProcessPool(3) as pool:
@@ -380,21 +382,21 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
 
         Args:
             fn: Any callable; lambdas, closures and functions of ``__main__`` as well. A coroutine
-                function is run there by ``asyncio.run()``.
-            *args: Its positional arguments. They are pickled at once if a worker is idle,
-                otherwise when a worker takes the task. Pickling that runs code of the program
-                (``__reduce__``, ``__getstate__``) has a separate thread, so that it may wait, even
-                for this pool. Large arrays are copied once; the task may write to its copy. A
-                ``numpy.memmap`` maps its file again. Place an object that many tasks need with
-                :func:`safepool.share`.
-            **kwargs: Its keyword arguments.
+                function is run in the worker by ``asyncio.run()``.
+            *args: Positional arguments of ``fn``. The pool pickles them at once if a worker is
+                idle, otherwise when a worker takes the task. Pickling that runs code of the
+                program (``__reduce__``, ``__getstate__``) has a separate thread, so that it may
+                wait, even for a result of this pool. Large arrays are copied once; the task may
+                write to its copy. A ``numpy.memmap`` maps its file again. Place an object that
+                many tasks need with :func:`safepool.share`.
+            **kwargs: Keyword arguments of ``fn``.
 
         Returns:
-            A future. Its ``result()`` raises the exception of ``fn``, with the remote traceback as
-            its cause; :class:`safepool.WorkerDiedError` if the worker died; the pickler's
-            exception if the call or its result cannot be pickled; ``MemoryError`` if there is no
-            room for the arguments or the result (:class:`safepool.MemoryLimitError` if the memory
-            limits are the reason).
+            A future. ``result()`` raises the exception of ``fn``, with the remote traceback as its
+            cause; :class:`safepool.WorkerDiedError` if the worker died; the pickler's exception if
+            the call or its result cannot be pickled; ``MemoryError`` if there is no room for the
+            arguments or the result (:class:`safepool.MemoryLimitError` if the memory limits are
+            the reason).
 
         Raises:
             BrokenProcessPool: The whole pool is broken.
@@ -470,7 +472,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         self._scheduler.resize(max_workers)
 
     def workers(self) -> tuple[WorkerInfo, ...]:
-        """Return what each worker does at this moment.
+        """Return the present state of each worker: its task, memory and threads.
 
         Can be called from any thread. The call never waits, even if the pool is stuck. From
         another terminal ``safepool top PID`` shows the same. From Python 3.15 on, ``python -m
@@ -499,12 +501,12 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         Can be called from any thread.
 
         Args:
-            timeout: Seconds to wait for all of them together, at least 0.
+            timeout: Seconds to wait for all workers together, at least 0.
 
         Returns:
-            Stacks by process id, in the format of :mod:`faulthandler`. Where there are none, the
-            reason in parentheses: the worker is stopped (``SIGSTOP``), still starting, has ended
-            or does not answer in time, or this system is not Linux.
+            Stacks by process id, in the format of :mod:`faulthandler`. A worker without stacks has
+            the reason in parentheses: it is stopped (``SIGSTOP``), is still starting, has ended or
+            does not answer in time, or this system is not Linux.
 
         Example:
             >>> import time

@@ -1,11 +1,10 @@
-"""Threads that run the program's code, so that the scheduler's thread need not wait for it.
+"""Threads that run the program's code, so that the scheduler's thread does not wait for it.
 
-    Hands     any number at a time: pickling of arguments, unpickling of results. A job that takes
-              its time keeps no other from beginning.
-    Teller    one after the other, in order: callbacks of futures, handlers of log records.
+    Hands any number at a time: pickling of arguments, unpickling of results. A slow job delays no
+    other job. Teller one after the other, in order: callbacks of futures, handlers of log records.
 
-A job that ends within the scheduler's patience is done as if the scheduler had done it itself, so
-what comes first is served first. A later one comes back by a wake-up.
+A job that ends within the scheduler's patience has its result in the scheduler's thread at once,
+so the order of jobs is kept. A later job ends by a wake-up of the scheduler.
 
     scheduler's thread                  a thread of the hands
     do(run, finish)  ---------------->  run()
@@ -56,10 +55,10 @@ _ENDING_S = 1.0
 
 
 class ThreadThatStarts(threading.Thread):
-    """A daemon thread. Its ``start`` holds no lock and waits for nothing.
+    """A daemon thread whose ``start`` holds no lock and does not wait.
 
-    The base class's ``start`` holds a lock that the new thread needs: a signal handler that waited
-    for the new thread meanwhile would wait without end.
+    ``Thread.start`` holds a lock that the new thread needs: a signal handler that waits for the
+    new thread at that moment would wait without end.
     """
 
     def __init__(self, target: Callable[[], None], name: str) -> None:
@@ -113,7 +112,7 @@ class ThreadThatStarts(threading.Thread):
 
 
 def _contain(run: Callable[[], None], failed: str) -> None:
-    """Run the program's code. Its exceptions are logged, and a fork that it makes ends with it."""
+    """Run the program's code: log its exceptions, and end a fork that it makes."""
     here = os.getpid()
     try:
         run()
@@ -138,11 +137,11 @@ class LateError(Exception):
 
 
 def within(patience_s: float, run: Callable[[], _T]) -> _T:
-    """Call the program's code in a thread of its own, and return its result.
+    """Call the program's code in a separate thread, and return its result.
 
     Raises:
-        LateError: The call has waited for so long, and not used its processor. The thread goes on,
-            and its result is dropped.
+        LateError: The call has waited for that time without using the processor. The thread goes
+            on, and its result is dropped.
         BaseException: The exception of the call.
 
     Example:
@@ -223,15 +222,15 @@ _clock_of: Any = getattr(time, "pthread_getcpuclockid", lambda _: 0)
 
 
 class Hands:
-    """Runs several jobs at the same time, each in a thread of its own.
+    """Threads that run several jobs at the same time, one each.
 
-    All methods are for the scheduler's thread.
+    Only the scheduler's thread calls the methods.
 
     Args:
         name: Name of the threads.
-        wake: Called when a late job has ended. From its thread; must not block.
+        wake: Function that a thread calls when a late job has ended; it must not block.
         most: Jobs that run at a time, not counting those that take long.
-        long_s: Duration from which a job counts as long: it may wait for something.
+        long_s: Seconds after which a job counts as long: it may wait for something.
     """
 
     def __init__(
@@ -261,10 +260,10 @@ class Hands:
         return bool(ages) and max(ages) < HELD_UP_S
 
     def rests_since(self) -> float:
-        """Return since when no job goes on, by the monotonic clock, as far as it was asked.
+        """Return the time since which no job has used the processor, by the monotonic clock.
 
         A waiting job uses no processor time. Where processor time is unknown, every job counts as
-        going on.
+        working.
         """
         now, used = time.monotonic(), 0
         jobs = [job for job in self._active if not job.ended]
@@ -284,15 +283,16 @@ class Hands:
         return thread in self._threads
 
     def do(self, run: Callable[[], None], finish: Callable[[], None], patience_s: float) -> bool:
-        """Run a job, and wait a moment for its end.
+        """Run a job, and wait for a short time for its end.
 
         Args:
-            run: Work of a thread. It raises nothing.
-            finish: Called when it has ended: before this returns, or by :meth:`come_back`.
+            run: Work of a thread; raises nothing.
+            finish: Function to call when the job has ended: before this returns, or by
+                :meth:`come_back`.
             patience_s: Seconds to wait.
 
         Returns:
-            Whether it has ended.
+            Whether the job has ended.
         """
         job = _Job(run, finish)
         self._waiting.append(job)
@@ -364,7 +364,7 @@ class Hands:
             self._given.put(None)
         deadline = time.monotonic() + _ENDING_S
         for thread in self._threads:
-            # If all threads are busy it does not wait: they end by themselves.
+            # If all threads are busy, this does not wait: they end by themselves.
             while thread.is_alive() and time.monotonic() < deadline:
                 busy = sum(not job.ended for job in self._active)
                 if busy and not busy_too and sum(one.is_alive() for one in self._threads) <= busy:

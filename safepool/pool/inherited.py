@@ -1,19 +1,19 @@
 """Objects that a forked worker inherits from the program, and a worker of the fork server lacks.
 
-Used by pools in the place of forked ones (``safepool run --patch``): their program is not written
-for it. Looked for is:
+Pools in the place of forked pools use the module (``safepool run --patch``), because the program
+relies on forks. The module looks for:
 
     what connects a fork with the program         lock, queue and value of ``multiprocessing``,
     (`shared_with_forks`)                         ``RawArray``, mmap, in globals of its own modules
     what the program has set in modules           data in globals of modules that a function names,
     (`WatchingScheduler`)                         or what it calls in the program's own modules
 
-The globals of the script itself are delivered, with a fork and without. Whether those of a module
-were set is found out in a worker, which has imported it: by a call of our own, before the first
-one of the function.
+Globals of the script itself are delivered in both cases. A worker, which has imported the module,
+finds out whether the program has set a global: the pool sends a call of its own before the
+function's first call.
 
 Not covered:
-    * Defaults of functions, closures, and what an object of a library holds.
+    * Defaults of functions, closures, and contents of library objects.
     * Objects made after the pool: a fork lacks them as well.
     * Globals that the called code itself sets, and containers that it changes: a cache, as a rule.
     * A function among a call's arguments; modules that are imported inside of functions.

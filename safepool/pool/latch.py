@@ -1,13 +1,13 @@
 """Waiting without a lock that a signal's handler could meet.
 
-Python's own primitives hold a lock for some moments while a thread waits. If a signal handler runs
-in such a moment, and waits for the pool, it waits for a thread that needs that lock: without end.
-So callers never wait for the pool by a ``Condition`` or an ``Event``.
+Python's own primitives hold a lock for some moments while a thread waits. A signal handler may run
+in such a moment and wait for the pool, hence for a thread that needs that lock: without end.
+Therefore callers never wait for the pool by a ``Condition`` or an ``Event``.
 
-They wait by a queue and not by a lock: on a Python without GIL, a thread that waits for a lock
-yields its processor forty times before it sleeps (CPython, Python/lock.c), to all other runnable
-threads. On a busy machine it gets the lock a tenth of a second late. A thread that waits for a
-queue sleeps at once.
+They wait by a queue instead of a lock: on a Python without GIL, a thread that waits for a lock
+yields its processor forty times to all other runnable threads before it sleeps (CPython,
+Python/lock.c). On a busy machine the thread gets the lock a tenth of a second late. A thread that
+waits for a queue sleeps at once.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-# A signal that comes in the moment before its thread sleeps does not wake it, nor does
-# _thread.interrupt_main(). Between two waits the interpreter looks for it.
+# A signal in the moment before the thread sleeps does not wake the thread, nor does
+# _thread.interrupt_main(). The interpreter looks for signals between two waits.
 _LOOK_S = 1.0
 
 
@@ -60,7 +60,7 @@ def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
 
 
 class Waiters:
-    """Threads that wait for something to become true. Each thread has a place of its own.
+    """Threads that wait for a condition, each with a separate queue.
 
     Example:
         >>> waiters, there = Waiters(), []
@@ -110,7 +110,7 @@ class Waiters:
 class Latch:
     """Opens once. Unlike ``threading.Event``, it holds no lock while it opens or waits.
 
-    So a signal's handler may run at any moment of either, and wait for the pool.
+    A signal handler may run at any moment of ``set`` and ``wait``, and may wait for the pool.
 
     Example:
         >>> latch = Latch()

@@ -1,12 +1,13 @@
-"""A pool seen from outside: what each worker does, and where it is in its code.
+"""State of a pool for callers outside: each worker's task and Python stacks.
 
-From any thread, also while the scheduler's is stuck in somebody's callback: nothing here waits for
-it. A worker's notes are read as they are at that moment. Its descriptors are used under its
-``guard``, so that none is closed and reused meanwhile.
+Any thread may ask, even while the scheduler's thread is stuck in a callback of the program:
+nothing here waits for that thread. Notes of a worker are read in their present state. The
+descriptors of a worker are used under its ``guard``, so that nothing closes and reuses a
+descriptor meanwhile.
 
 Not covered:
-    * An answer that a worker has given and the scheduler not yet read: the worker counts as
-      busy until then.
+    * An answer that the worker has sent and the scheduler has not read: the worker counts as busy
+      until then.
     * Stacks elsewhere than on Linux.
 """
 
@@ -37,7 +38,7 @@ _KEPT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
-    """One worker at one moment.
+    """State of one worker at one moment.
 
     Attributes:
         pid: Process id.
@@ -46,15 +47,15 @@ class WorkerInfo:
         state: ``"starting"`` until its initializer has ended; ``"busy"`` while it runs a task,
             otherwise ``"idle"``; ``"leaving"`` when it gets no more tasks and ends after its
             present ones.
-        task: Name of the call that it runs, such as ``"package.module.function"``; ``None`` if
-            none.
-        running_s: Seconds since that began; ``None`` if nothing runs.
-        tasks_done: Tasks that it has finished; each call of a ``map`` is one.
-        waiting: Tasks that were sent to it and that it has not begun. Another worker gets
-            them when it is idle.
-        resident_bytes: Memory that it holds; ``None`` where the system does not tell.
-        native_threads: Threads that the system counts in it, those of native libraries
-            included; ``None`` where it does not tell.
+        task: Name of the call that the worker runs, such as ``"package.module.function"``;
+            ``None`` if none.
+        running_s: Seconds since the call began; ``None`` if no call runs.
+        tasks_done: Number of tasks that the worker has finished; each call of a ``map`` is one.
+        waiting: Number of tasks that were sent to the worker and have not begun. An idle worker
+            takes them over.
+        resident_bytes: Resident memory of the worker; ``None`` if the system does not report it.
+        native_threads: Number of threads of the worker's process, those of native libraries
+            included; ``None`` if the system does not report it.
 
     Example:
         >>> from safepool import ProcessPool
@@ -139,7 +140,7 @@ def _place(worker: Worker) -> tuple[int, int]:
                 return at, since_ns
         except ValueError:
             break  # it has ended, and its board is closed
-    # It runs its calls one by one, from the moment in which they were sent.
+    # A worker runs its calls one by one, from the moment in which they were sent.
     head = next(iter(_works(worker)), None)
     return (0 if head is None else head.position + head.done), worker.sent_ns
 
@@ -166,11 +167,11 @@ class Stacks:
         self._lock = threading.Lock()
 
     def of(self, workers: Iterable[Worker], timeout_s: float) -> dict[int, str]:
-        """Return the stacks of each worker by its process id, or in parentheses why not.
+        """Return the stacks of each worker by its process id, or the reason in parentheses.
 
         Args:
             workers: Workers to ask.
-            timeout_s: Seconds to wait for all of them together.
+            timeout_s: Seconds to wait for all workers together.
         """
         deadline = time.monotonic() + timeout_s
         if not self._lock.acquire(timeout=max(0.0, timeout_s)):
@@ -188,7 +189,7 @@ class Stacks:
 
 
 class _Request:
-    """One worker that was asked for its stacks by ``STACK_SIGNAL``."""
+    """A worker that was sent ``STACK_SIGNAL`` for its stacks."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
@@ -216,7 +217,7 @@ class _Request:
         if status.state in "Tt":
             return "(it is stopped, by SIGSTOP or a debugger: it runs nothing)"
         if not status.catches(STACK_SIGNAL):
-            # Else the signal would end it.
+            # A worker without the handler would be ended by the signal.
             told = "it handles no such signal" if self.worker.ready else "it is still starting"
             return f"(it cannot be asked: {told})"
         return ""

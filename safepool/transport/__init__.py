@@ -8,5 +8,5 @@
     channel     sends and receives messages, without ever blocking the pool
     letters     rare messages with descriptors, to a fork server
 
-It knows nothing of tasks.
+The package knows nothing of tasks.
 """

@@ -2,8 +2,7 @@
 
 Not covered:
     * Freeing a single buffer of a shared file: the kernel frees a file when the last of its
-      buffers is dropped. Buffers of at least 8 MiB have a file of their own, the first 16 of a
-      payload.
+      buffers is dropped. Buffers of at least 8 MiB have separate files, up to 16 of a payload.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ assert sys.platform == "linux"
 
 # Where each buffer begins in its file: a cache line, and as much as any vector instruction needs.
 _ALIGNED_BYTES = 64
-# A buffer of at least this size has a file of its own, so that it can be freed alone.
+# A buffer of at least this size has a separate file, so that it can be freed alone.
 _OWN_BYTES = 8 << 20
 _MOST_OWN_FILES = 16
 # write(2) takes no more at once: "at most 0x7ffff000 bytes".
@@ -48,7 +47,7 @@ _STEP_BYTES = 16 << 20
 _COLLAPSE = 25
 # memfd_create(2): MFD_NOEXEC_SEAL, Linux 6.3. With vm.memfd_noexec=2 there is nothing without it.
 _NOEXEC = 8
-# The file cannot be changed, nor made shorter than its mapping, which would cause a SIGBUS.
+# Nobody can change the file, or make it shorter than its mapping, which would cause a SIGBUS.
 _SEALS = linux.F_SEAL_SHRINK | linux.F_SEAL_GROW | linux.F_SEAL_WRITE | linux.F_SEAL_SEAL
 _NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOSPC})
 # Beside a descriptor: its number, counted by side from 1.
@@ -62,7 +61,7 @@ class Stored(Filed):
     """One file with consecutive segments of a payload.
 
     Args:
-        descriptor: The sealed file. Owned by this object from now on.
+        descriptor: The sealed file. This object owns it from now on.
     """
 
     __slots__ = ("_descriptor",)
@@ -83,7 +82,7 @@ class Stored(Filed):
         """Return the content of the file, mapped or read.
 
         Raises:
-            MemoryError: There is no memory for it.
+            MemoryError: The process has no memory for the content.
         """
         return [*_map(self._descriptor, self.lengths)]
 
@@ -106,11 +105,11 @@ def store(segments: Sequence[Segment], given_up: Callable[[], bool] = bool) -> l
             during the copy.
 
     Returns:
-        The same, each run of segments that lies in one file replaced by it. As they are, if
-        the system refuses a file: no descriptor is left, or it gives none to this program.
+        The segments, with each run of segments in one file replaced by that file. Unchanged if the
+        system refuses a file because no descriptor is left or files are forbidden.
 
     Raises:
-        MemoryError: There is no memory for the copy, or less than it takes is left.
+        MemoryError: The memory that is left is too small for the copy.
         InterruptedError: The copy was given up.
     """
     stored: list[Segment] = []
@@ -327,7 +326,7 @@ class Side:
 
     Args:
         sock: Connected, of the kind that keeps messages apart. Owned by this object.
-        waits: Sending waits for room, as a worker does and a pool does not.
+        waits: Whether sending waits for room, as in a worker, or not, as in a pool.
     """
 
     def __init__(self, sock: socket.socket, *, waits: bool) -> None:
@@ -512,11 +511,10 @@ _spare = _Spare()
 
 
 def invite(sock: socket.socket) -> Side | None:
-    """Make this end of the side of a new channel, and send the other end ahead of everything else.
+    """Make this end of a new channel's side, and send the other end before all else.
 
     Returns:
-        This end; ``None`` if the system has no descriptor for it: then everything goes by the
-        stream.
+        This end; ``None`` if the system has no descriptor for it: then all data use the stream.
     """
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -536,7 +534,7 @@ def invite(sock: socket.socket) -> Side | None:
 
 
 def accept(sock: socket.socket) -> Side | None:
-    """Take the other end, in a worker, before it reads anything else.
+    """Receive the other end, in a worker, before it reads anything else.
 
     Raises:
         ConnectionError: The pool is gone.

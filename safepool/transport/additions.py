@@ -1,4 +1,4 @@
-"""Objects that a script has put into modules: a worker without the script puts them there too.
+"""Objects that a script has put into modules; a worker without the script puts them there too.
 
     entry of a dictionary         ``plugins.REGISTRY["x"] = f``, ``sqlite3.register_adapter(C, f)``
     item of a list or set         ``plugins.HOOKS.append(f)``
@@ -6,14 +6,14 @@
     virtual subclass              ``plugins.Base.register(C)``
     ``functools.singledispatch``  ``plugins.show.register(C)(f)``
 
-Looked for: functions and classes of the script, its instances, and what holds such (a partial, a
-bound method, an entry that a decorator has made). The search covers the modules that the script
-imports, and the modules of its names: their containers, their classes, and the attributes of their
-own objects. In the standard library it covers only functions and classes, as attributes, and a
-table of registries.
+The search is for functions and classes of the script, its instances, and objects that hold one of
+these (a partial, a bound method, an entry that a decorator has made). The search covers the
+modules that the script imports, and the modules of its names: their containers, their classes, and
+the attributes of their own objects. In the standard library it covers only functions and classes,
+as attributes, and a table of registries.
 
 Not covered:
-    * Changes that no module's namespace leads to: ``codecs.register``, ``atexit.register``.
+    * Changes outside of the modules' namespaces: ``codecs.register``, ``atexit.register``.
     * Data (``plugins.LEVEL = 5``): its origin is unknown.
     * Removals from a container.
 """
@@ -284,7 +284,7 @@ def _is_defined_by_script(value: Any) -> bool:
 
 
 def _is_of(value: Any) -> bool:
-    """Return whether this belongs to the script, or holds such an object."""
+    """Return whether this belongs to the script, or holds an object of the script."""
     kind = type(value)
     if kind in _NOTHING:
         return kind is tuple and any(map(_is_defined_by_script, value))

@@ -1,7 +1,7 @@
-"""Search for the part of a value that could not be pickled. Run after the failure.
+"""Search for the part of a value that could not be pickled. The search runs after the failure.
 
-The pickler's own words name a type: "cannot pickle '_thread.lock' object". It no longer knows
-which of the program's globals that was.
+The pickler's message names a type: "cannot pickle '_thread.lock' object". The message does not
+name the program's global.
 """
 
 from __future__ import annotations

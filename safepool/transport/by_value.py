@@ -9,8 +9,8 @@
     ``functools.cached_property``  its function
     an object of a module        the receiver's own, where the script has it by a name (``held``)
 
-Imported with the first object that needs it: a worker or a program that sends only importable
-things never imports cloudpickle.
+The first object that needs it imports the module: a worker or a program that sends only importable
+objects never imports cloudpickle.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ _WRAPPER_NAMES = frozenset(
 # Modules of types with a descriptor.
 _HANDED = frozenset({"socket", "multiprocessing.connection"})
 
-# cloudpickle keeps the classes that it has sent or made under a number of its own.
+# cloudpickle keeps the classes that it has sent or made, under its own numbers.
 _classes_by_number: Mapping[str, type] = getattr(_internals, "_DYNAMIC_CLASS_TRACKER_BY_ID", {})
 
-# A program's own class or cache is sent with every call that uses it. The last of each name is
-# kept in between, as an imported module would keep it: otherwise the class would be made again,
+# A program's own class or cache is sent with every call that uses it. The last object of each name
+# is kept in between, as an imported module would keep it: otherwise the class would be made again,
 # and the cache would be empty each time.
 _kept: dict[tuple[str, str], Any] = {}
 _MOST_KEPT = 1024
@@ -139,7 +139,7 @@ class ByValuePickler(CloudPickler):
         return self._cells.setdefault(id(cell), (cell, types.CellType()))[1]
 
     def _of_main(self, obj: Any) -> Any:
-        """Reduce a function or class of ``__main__``; ``None`` for anything else."""
+        """Reduce a function or class of ``__main__``; ``None`` for any other object."""
         kind = type(obj)
         if not (kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type)):
             return None
@@ -245,7 +245,7 @@ def _own_of(name: str, value: object, space: dict[str, Any]) -> object:
 
 
 def _submodules(code: types.CodeType, values: Iterable[object]) -> list[types.ModuleType]:
-    # Not for a module that imports something when it is asked for an attribute.
+    # Modules with lazy imports are excluded: reading an attribute would import something.
     safe = [one for one in values if type(one) is types.ModuleType and not arrived_lazily(one)]
     return _internals._find_imported_submodules(code, safe) if safe else []
 

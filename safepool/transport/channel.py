@@ -1,4 +1,4 @@
-"""One end of the private channel between a pool and one worker.
+"""An end of the private channel between a pool and one worker.
 
 An unnamed socket pair has no path and no port, no other process can reach it, and the kernel frees
 it with its last descriptor. The pool's end never blocks; the worker's end always does.
@@ -77,10 +77,10 @@ class Channel:
     def store(
         self, segments: Sequence[Segment], given_up: Callable[[], bool] = bool
     ) -> list[Segment]:
-        """Return the payload as it is to be sent, in files if it is large: copied there.
+        """Return the payload in the form to send: copied into files if it is large.
 
         Raises:
-            MemoryError: There is no memory for that.
+            MemoryError: The memory limits leave no room for the copy.
             InterruptedError: The copy was given up.
         """
         if self.takes_file(segments):
@@ -92,11 +92,12 @@ class Channel:
         """Send the files of a payload, just before the frame that refers to them.
 
         Returns:
-            Content of the frame: the same, with what could not go read into memory. Descriptors
-            that cannot be sent become empty segments; using one raises an error.
+            Content of the frame: the payload, with segments that could not be sent as files read
+            into memory. Descriptors that cannot be sent become empty segments; using one raises an
+            error.
 
         Raises:
-            MemoryError: There is no memory for that.
+            MemoryError: The process has no memory for these segments.
         """
         gone: list[Segment] = []
         for segment in segments:
@@ -314,10 +315,10 @@ def size_of(segment: Segment) -> int:
 
 
 def store_large(segments: Sequence[Segment]) -> list[Segment]:
-    """Return a payload that several workers will be sent, in files if it is large.
+    """Return a payload for several workers, in files if it is large.
 
     Raises:
-        MemoryError: There is no memory for that.
+        MemoryError: The memory limits leave no room for the copy.
     """
     return store(segments) if _is_large(segments) else list(segments)
 

@@ -1,4 +1,4 @@
-"""Classes by value: what cloudpickle leaves out of a class, or makes otherwise at the other end.
+"""Classes by value: parts of a class that cloudpickle leaves out or makes otherwise.
 
     ``__slots__``      given when the class is made, under the names that it has them. cloudpickle
                        sets the attribute afterwards, and makes a class that takes any other
@@ -7,9 +7,9 @@
     named tuples       by their real bases
     ``ctypes``         structures and unions: fields last, after what their layout depends on;
                        pointers, arrays and function types by how they were made
-    keyword arguments  of a class statement are not kept by anybody. Where ``__init_subclass__`` or
-                       a metaclass asks for them, the class is made without running that: what
-                       it has set is among the attributes
+    keyword arguments of a class statement are not kept by anybody. If ``__init_subclass__`` or a
+    metaclass asks for them, the class is made without running that: its effects are among the
+    attributes
 
 Not covered:
     * Metaclasses of C code, other than those of ``ctypes``, that need to see the class's body.
@@ -66,11 +66,11 @@ _REGISTERED_WITH = "<registered>"
 
 
 def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
-    """Return how to make a class again.
+    """Return the recipe for making a class again.
 
     Returns:
         A function, its arguments, and the attributes that :func:`fill_class` sets afterwards. For
-        a type that another type determines, only the former.
+        a type that another type determines, only the function and its arguments.
     """
     derived = _reduce_derived(kind)
     if derived is not None:
@@ -127,7 +127,7 @@ def _registered_with(kind: type) -> list[type]:
         for one in [*space.values()]
         if issubclass(type(one), abc.ABCMeta) and any(kind is other for other in _registered(one))
     }
-    # Not for the others: a module may warn when it is asked for a name (ByteString).
+    # Other names are not read: a module may warn when a name is read (ByteString).
     return [one for one in found.values() if is_importable(one)]
 
 
@@ -273,7 +273,7 @@ def _make_enum(
         namespace[member] = made_of
     with _other_hooks(bases, _pass_on_if_as_sent):
         made: type = first.__new__(meta, name, bases, namespace, **boundary)
-    for own in ("__init__", "__new_member__"):  # else enumerations derived from it would have them
+    for own in ("__init__", "__new_member__"):  # derived enumerations would inherit them
         type.__delattr__(made, own)
     return made
 

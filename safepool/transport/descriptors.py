@@ -7,17 +7,17 @@
     Side.send()   ---- its descriptors ---->    Side.receive(): a Descriptor each
 
 The reducers are those of :class:`multiprocessing.reduction.ForkingPickler`, the program's own
-included. Their descriptors go over the worker's own channel, instead of by the listening socket
-and the thread that the standard library starts for them.
+included. Their descriptors use the worker's own channel, instead of the listening socket and the
+thread that the standard library starts for them.
 
-Who owns what: the duplicates belong to the message, which may be sent to several workers, or again
-to another. An arrived descriptor belongs to the object that is rebuilt; a descriptor without an
-object is closed.
+Ownership: the duplicates belong to the message, which may be sent to several workers, or again to
+another worker. An arrived descriptor belongs to the object that is rebuilt; a descriptor without
+an object is closed.
 
 Not covered:
-    * Other systems than Linux, where the standard library's own way is used.
-    * PyTorch's tensors that are not in shared memory: they travel as any array does, since
-      ``/dev/shm``, into which PyTorch would move them, is 64 MB in many containers.
+    * Other systems than Linux, which use the standard library's own way.
+    * PyTorch's tensors that are not in shared memory: they travel like any array, because PyTorch
+      would move them into ``/dev/shm``, which has 64 MB in many containers.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ class Incoming:
 
 
 def arrive(place: int) -> Descriptor:
-    """Return the descriptor at a place of this thread's payload. Called by a pickle.
+    """Return the descriptor at a place of this thread's payload. Pickles call this function.
 
     Raises:
-        LookupError: There is no descriptor: the pickle has come another way.
+        LookupError: The descriptor was not sent: the pickle did not come from a pool's channel.
     """
     incoming: Incoming | None = getattr(_thread, "incoming", None)
     if incoming is None:
@@ -329,10 +329,10 @@ _redirected = sys.platform != "linux"
 
 
 def _redirect() -> None:
-    """Let reducers that run in our picklers hand descriptors to them.
+    """Let reducers that run in this package's picklers pass descriptors to them.
 
-    Not by ``set_spawning_popen()``, which tells locks and queues that a process is being started,
-    and that they may travel. ``reduction.DupFd`` looks here when it is called.
+    ``set_spawning_popen()`` is not used: locks and queues would take it for the start of a
+    process, in which they may travel. ``reduction.DupFd`` calls this.
     """
     global _redirected  # noqa: PLW0603 -- a fact about this process
     try:

@@ -1,15 +1,15 @@
-"""Exceptions are made again without their constructor: from class, arguments and attributes.
+"""Exceptions without their constructor: made from class, arguments and attributes.
 
 Pickle calls ``ParseError(*error.args)``. A constructor that takes other arguments than it passes
-on fails there, or makes another text. An exception is no more than its class, ``args`` and
-attributes, so these are sent, and the constructor of the class is not run. A class with a pickling
-method of its own (``__reduce__`` and others) is asked first.
+on fails in that call, or makes another text. An exception is no more than its class, ``args`` and
+attributes, so these are sent, and the constructor of the class is not run. If a class has its own
+pickling method (``__reduce__`` and others), that method comes first.
 
-It holds wherever the exception is: raised, in a result, in an argument, in another exception.
+This holds for every exception: raised, in a result, in an argument, in another exception.
 
 Not covered:
-    * ``__traceback__``, ``__cause__`` and ``__context__``: those of a raised exception travel as
-      text, others not at all, as with pickle.
+    * ``__traceback__``, ``__cause__`` and ``__context__``: text for a raised exception, left out
+      for others, as with pickle.
     * ``AttributeError.obj``, which pickle leaves out as well.
 """
 
@@ -41,11 +41,12 @@ _reduce_by_itself = operator.methodcaller("__reduce_ex__", 5)
 class StandardTable(dict[type, "Callable[[Any], Any]"]):
     """The table of the standard pickler, with exceptions as above.
 
-    All other types are entered with the pickler's own default: C code that finds an entry is
-    faster than a miss, and than a method of the pickler that is called for each object.
+    All other types have the pickler's default as entry: C code that finds an entry is faster than
+    a miss, and than a method of the pickler that is called for each object.
 
     Args:
-        special: Other reducers. It may return an entry for a type that it does not hold.
+        special: Other reducers. The mapping may return an entry for a type that it does not
+            contain.
     """
 
     def __init__(self, special: Mapping[type, Callable[[Any], Any]]) -> None:

@@ -1,20 +1,20 @@
-"""Buffers beside the stream: in unnamed files, whose descriptors go to the other end.
+"""Buffers in unnamed files beside the stream, whose descriptors are sent to the other end.
 
     sender                                   receiver
     store()  copies buffers into a memfd
     Side.send()  ---- its descriptor ---->   Side.receive() maps it privately, and closes it
     frame        ---- their lengths  ---->   (transport.frames)
 
-The sender of an array makes the only copy; the receiver maps the same memory. So it is writable,
-no other process sees the changes, and the kernel frees it with its last user, in every ending. No
-name in ``/dev/shm`` or ``/tmp`` can be left behind, raced for or filled.
+The sender of an array makes the only copy; the receiver maps the same memory. Hence the array is
+writable, no other process sees the changes, and the kernel frees it with its last user, in every
+ending. No name in ``/dev/shm`` or ``/tmp`` can be left behind, raced for or filled.
 
-Descriptors have a socket pair of their own, the *side* of a channel. So the stream is read without
-looking for descriptors. A descriptor that cannot be taken now (``EMFILE``) stays there until a
-spare one is given back for it: nothing is lost.
+Descriptors have a separate socket pair, the *side* of a channel. Hence the stream is read without
+looking for descriptors. A descriptor that cannot be received now (``EMFILE``) stays in the socket
+until a spare descriptor is freed for it: nothing is lost.
 
-Wherever a file is refused, buffers go through the stream instead: ``store`` returns them as they
-are, or ``Side.send`` says no. Elsewhere than on Linux that is always so.
+If the system refuses a file, buffers use the stream: ``store`` returns them unchanged, or
+``Side.send`` returns false. Elsewhere than on Linux this is always so.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Have two processes the same value? A short hash of an object's pickle.
+"""Comparison of a value in two processes, by a short hash of its pickle.
 
 The fork server that ran the script, and the program itself, compare the script's globals by it
-without sending them. Functions and classes of ``__main__`` count by their name and definition, as
-they are other objects, of a module with another name, in each process. Equal hashes mean equal
-values. A set of text has another order in each process. If there is a set, in not more than 1 MiB,
-everything is pickled again, with the items of sets in order.
+without sending them. Functions and classes of ``__main__`` count by their name and definition,
+because each process has its own objects, in a module of another name. Equal hashes mean equal
+values. A set of text has another order in each process. If the value has a set and at most 1 MiB,
+it is pickled again with the items of sets in order.
 
-Not covered, so that different hashes may belong to equal values:
+Not covered, so that equal values may have different hashes:
     * Sets of instances.
     * Values of more than 16 MiB: they are sent, equal or not.
 """
@@ -118,7 +118,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:  # noqa: PLR0911 -- one for each kind
         if isinstance(obj, types.ModuleType):
-            return str, (attribute_of(obj, "__name__"),)  # one may be loaded when it is asked
+            return str, (attribute_of(obj, "__name__"),)  # an attribute may be loaded on reading
         if isinstance(obj, Shared):
             raise _TooLargeError  # the program's own, of any content
         if not isinstance(obj, _LOOKED_INTO):

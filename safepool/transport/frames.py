@@ -1,4 +1,6 @@
-"""Frames: the unit that travels on a channel. Bytes in, frames out; no socket in sight.
+"""Frames: the unit that travels on a channel.
+
+The module turns bytes into frames, and knows no socket.
 
     0        2        3       4            8                16
     | "sp"   | version| kind  | segments   | task           | length x segments | bytes ...
@@ -109,10 +111,9 @@ class Frame(NamedTuple):
 
     Attributes:
         kind: Kind of the message.
-        task: Position of the task it is about, counted by worker from 1; 0 where it is
-            about none.
-        segments: Its payload, each part in separate writable memory. A part that could not be
-            received is replaced by its error.
+        task: Position of the message's task, counted by worker from 1; 0 without a task.
+        segments: Payload, each part in separate writable memory. An error replaces a part that
+            could not be received.
     """
 
     kind: Kind
@@ -241,9 +242,8 @@ class FrameReader:
         self._view = memoryview(self._scratch)
         self._start = 0
         self._end = 0
-        # State of the incomplete frame: its kind and task; the lengths of its parts, which are the
-        # table of lengths and then the segments; the parts up to the current one, and the place in
-        # it.
+        # State of the incomplete frame: its kind and task; the lengths of its parts (the table of
+        # lengths, then the segments); the parts up to the current one, and the offset in it.
         self._head: tuple[Kind, int] | None = None
         self._table: bytearray | None = None
         self._lengths: list[int] = []
@@ -275,7 +275,7 @@ class FrameReader:
 
         Raises:
             CorruptFrameError: The bytes are not a frame of this version.
-            MemoryError: There is no memory for the segment that arrives.
+            MemoryError: The process has no memory for the arriving segment.
         """
         if self._direct() is None:
             self._end += count

@@ -1,8 +1,8 @@
-"""Files for picklers and unpicklers, held against the memory that is left as they go on.
+"""Files for picklers and unpicklers, which compare each step with the memory that is left.
 
-The size of a pickle is known when it is complete, and that of its objects when it is loaded. So
-each step of both is compared with the remaining memory (``room``), and a step that does not fit
-ends with `MemoryLimitError`. The C code of `pickle` makes steps by itself, with protocol 4 and 5:
+The size of a pickle is known at its end, and that of its objects after loading. Hence each step of
+both is compared with the remaining memory (``room``), and a step that does not fit ends with
+`MemoryLimitError`. The C code of `pickle` works in steps, with protocols 4 and 5:
 
     step                                            written by      read by
     a frame: objects, from 64 KiB on                one write()     one read()
@@ -12,8 +12,8 @@ ends with `MemoryLimitError`. The C code of `pickle` makes steps by itself, with
 Small objects take one step, which is not checked.
 
 Not covered:
-    * Text outside ASCII: Python encodes all of it, and keeps that, before the first write.
-      ``require_to_pickle`` looks for it in arguments, but not inside of objects.
+    * Text outside ASCII: Python encodes and keeps the whole text before the first write.
+      ``require_to_pickle`` checks such text among arguments, but not inside of objects.
 
 Sources: Python, Modules/_pickle.c, _Pickler_write_bytes, FRAME_SIZE_TARGET, PyMemoTable.
 """
@@ -151,7 +151,7 @@ def load(pickled: Buffer, buffers: Iterable[Any] = ()) -> Any:
     """Unpickle.
 
     Raises:
-        MemoryLimitError: There is no room for its objects.
+        MemoryLimitError: The memory limits leave no room for the objects.
         Exception: The exception of unpickling.
     """
     if len(pickled) < STEP_BYTES:

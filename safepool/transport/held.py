@@ -1,11 +1,11 @@
-"""Objects of modules that a script has got by name: the worker's own module has its own.
+"""Objects of modules that a script has got by name: a worker uses the object of its own module.
 
     script    from app import settings as s     global "s" of its functions
     pickle    attribute_of("app", "settings")
     worker    imports app, and finds app.settings
 
-So a counter, a cache or a setting of a module is the module's own in a worker, as in the standard
-pool, and an object that cannot be pickled (a lock, a client) need not be.
+Hence a counter, a cache or a setting of a module is the module's own in a worker, as in the
+standard pool, and objects that cannot be pickled (a lock, a client) need no pickling.
 
 The script's source tells which module a name came from. Without a source (standard input), it is
 the module that has the same object under the same name. For objects that cannot be pickled and for
@@ -282,7 +282,7 @@ def _get(module: Any, attribute: str) -> Any:
 
 
 def _name_of(module: types.ModuleType) -> str:
-    # Not by the module's own __getattribute__: it may start a lazy import.
+    # The module's own __getattribute__ is avoided: it may start a lazy import.
     name: str = object.__getattribute__(module, "__name__")
     return name
 

@@ -1,4 +1,4 @@
-"""Further kinds of objects that a script has at its top level, and that are sent by value.
+"""Further kinds of objects at a script's top level, which are sent by value.
 
     what pickles as a name   ``NewType``, type variables and aliases, and objects whose
                              ``__reduce__`` returns a name: the receiver's own, if its ``__main__``
@@ -15,7 +15,7 @@
     libraries of ``ctypes``  loaded by name, and their functions, with the types that they were
                              given: an address is good in one process only
 
-Each is the program's own again where a result brings it back.
+An object that comes back in a result is the program's own again.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _keywords_only() -> object:
 
 
 def _reduce_count(counter: itertools.count[Any]) -> Any:
-    # Python 3.14 has taken away its own way. Its text is the only place with its origin.
+    # Python 3.14 has removed the type's own way. The text is the only place with the origin.
     import ast  # noqa: PLC0415 -- seldom
 
     try:
@@ -222,7 +222,7 @@ def _reduce_variable(variable: Any) -> Any:
     about = _about_variable(variable)
     if "infer_variance" not in about[2]:
         return _by_name(variable, variable.__name__, _make_variable, about)
-    # Of "class Node[T: Node]": the bound may be the variable's own class.
+    # For "class Node[T: Node]": the bound may be the variable's own class.
     key = uuid.uuid4().hex
     made_of = key, _declared(*about, f"{key!r}, 0")
     reduced = _by_name(variable, variable.__name__, _make_declared, made_of)
@@ -271,7 +271,7 @@ def _reduce_alias(alias: Any) -> Any:
     declared = ", ".join(_declared(*one, f"{key!r}, {place}") for place, one in enumerate(about))
     numbers = [_number_of(one) for one in alias.__type_params__]
     reduced = _by_name(alias, name, _make_alias, (name, key, declared, numbers))
-    # Not evaluated unless necessary. As a state: an alias may name itself.
+    # The value is evaluated only if necessary. It is a state, because an alias may name itself.
     evaluate = getattr(alias, "evaluate_value", None)
     value = evaluate or _ask(alias, "__value__")
     return _with_state(reduced, (key, evaluate is not None, value, [one[1:] for one in about]))
@@ -302,7 +302,7 @@ _evaluated: dict[str, tuple[bool, Any, list[Any]]] = {}
 
 def _make_alias(name: str, key: str, declared: str, numbers: list[str]) -> Any:
     made = _make_by(f"type {name}{declared and f'[{declared}]'} = _value_of({key!r})", name, key)
-    # Its value names the same variables.
+    # The alias's value names the same variables.
     for number, variable in zip(numbers, made.__type_params__, strict=True):
         _remember(number, variable)
     return made
@@ -432,7 +432,7 @@ def _remember(number: str, obj: Any) -> None:
 
 
 def _reduce_module(module: types.ModuleType) -> Any:
-    # Not by the module's own __getattribute__, which may start a lazy import.
+    # The module's own __getattribute__ is avoided: it may start a lazy import.
     attributes = object.__getattribute__(module, "__dict__")
     name = attributes.get("__name__")
     found = sys.modules.get(name)

@@ -103,7 +103,7 @@ _IMPORTED = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, ty
 
 @contextmanager
 def eager_imports() -> Iterator[None]:
-    """Import at once within the block, whatever ``-X lazy_imports`` is."""
+    """Import at once within the block, also with ``-X lazy_imports``."""
     if not LAZY_TYPES:
         yield
         return

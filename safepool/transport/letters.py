@@ -5,7 +5,7 @@
     | u64       |
 
 The descriptors travel with the first bytes (unix(7), ``SCM_RIGHTS``) and arrive closed on exec.
-Both ends are one program of one user, on an unnamed socket pair, so a pickle may be trusted.
+Both ends are the same program and user, on an unnamed socket pair, so a pickle may be trusted.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def send(sock: socket.socket, message: object, descriptors: Sequence[int] = ()) 
     Args:
         sock: A connected stream socket of the family ``AF_UNIX``; blocking, or with a time limit.
         message: Anything that pickle takes.
-        descriptors: They stay open here. At most 253.
+        descriptors: At most 253 descriptors, which stay open here.
 
     Raises:
-        ValueError: There are more descriptors than one letter can carry.
+        ValueError: ``descriptors`` has more descriptors than one letter can carry.
         OSError: The other end is gone, or reads nothing in time (``TimeoutError``).
 
     Example:
@@ -79,7 +79,7 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
         Exception: The exception of unpickling. The descriptors are closed, as in any other case.
     """
     descriptors = array("i")
-    # Not by socket.recv_fds(): it drops the flag (Python 3.11 to 3.13).
+    # socket.recv_fds() is not used: it drops the flag (Python 3.11 to 3.13).
     room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * descriptors.itemsize)
     header, ancillary, _, _ = sock.recvmsg(_HEADER.size, room, linux.MSG_CMSG_CLOEXEC)
     for level, kind, data in ancillary:

@@ -135,7 +135,7 @@ _WITHOUT_CODE = frozenset({types.FunctionType, type})
 
 
 def attribute_of(thing: Any, name: str) -> Any:
-    """Return an attribute; ``None`` if it has none. It runs no code of the program."""
+    """Return an attribute, or ``None``, without running code of the program."""
     if type(thing) in _WITHOUT_CODE:
         return getattr(thing, name, None)
     get: Any = type if issubclass(type(thing), type) else object
@@ -149,7 +149,7 @@ def space_of(thing: object) -> Mapping[str, Any]:
     """Return the names in a class, function or module, as :func:`attribute_of`."""
     if type(thing) in _WITHOUT_CODE or type(thing) is types.ModuleType:
         return vars(thing)
-    # That of a proxy is code, which asks the object behind it.
+    # A proxy's __class__ is code, which asks the object behind the proxy.
     kinds = [_vars_of_class(kind) for kind in attribute_of(type(thing), "__mro__")]
     if not all(type(kind.get("__dict__")) in _OF_OBJECTS for kind in kinds):
         return {}
@@ -187,9 +187,9 @@ _OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
 
 
 def find_attribute(path: str) -> tuple[Any, ...]:
-    """Return what ``__main__`` has under a path, alone in a tuple; nothing if it has none.
+    """Return the object of ``__main__`` under a path, alone in a tuple; ``()`` if it has none.
 
-    It calls no descriptor and no ``__getattr__``.
+    The search calls no descriptor and no ``__getattr__``.
     """
     found: Any = None
     here: Mapping[str, Any] = main_space()

@@ -1,13 +1,14 @@
-"""Arrays that are mapped from a file travel as the file's name: the receiver maps it again.
+"""Arrays that are mapped from a file: the file's name is sent, and the receiver maps the file.
 
-So several workers write into one ``numpy.memmap``, as joblib documents it, and no byte of the file
-is copied. It holds for views of one too, whatever their type, strides and order.
+Hence several workers write into one ``numpy.memmap``, as joblib documents it, and no byte of the
+file is copied. The same holds for views of a memmap, whatever their type, strides and order.
 
 Source: NumPy, numpy/_core/memmap.py; what joblib does in joblib/_memmapping_reducer.py.
 
 Not covered:
     * Private changes in mode ``"c"``: the file does not have them.
-    * A file without a name, or one that is gone or too short by now: copied as any array.
+    * A file without a name, or a file that is gone or too short by now: its array is copied like
+      any other.
     * Subclasses of ``numpy.memmap``: they reduce themselves.
 """
 
@@ -87,8 +88,8 @@ def read_only_reducers(more_than_bytes: float = -1) -> dict[type, Callable[[Any]
     """Return the reducers for a value with read-only arrays.
 
     Args:
-        more_than_bytes: Size above which it holds. Shared arrays and arrays mapped from a file
-            have a mode of their own.
+        more_than_bytes: Size in bytes above which an array is read-only. Shared arrays and arrays
+            mapped from a file keep their own mode.
     """
     numpy = loaded("numpy", "ndarray")
     if numpy is None:
@@ -185,15 +186,15 @@ def reopen(
     """Map an array from its file.
 
     Args:
-        name: The file's.
+        name: Path of the file.
         mode: The same as for ``numpy.memmap``.
-        place: Place of its bytes in the file: their begin, their number, and the number of them
-            before the first item.
+        place: Position of the array's bytes in the file: first byte, number of bytes, and number
+            of bytes before the first item.
         dtype: Type of the items.
         shape: Lengths of the dimensions.
         strides: Steps of the dimensions, in bytes.
         writeable: Whether the array may be written to.
-        as_memmap: Whether it is a ``numpy.memmap`` itself, and not only a view of one.
+        as_memmap: Whether the array is a ``numpy.memmap`` itself, and not only a view of a memmap.
     """
     np: Any = sys.modules["numpy"]  # the dtype has brought it
     offset, length, first = place

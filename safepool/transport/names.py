@@ -5,10 +5,11 @@
               an object that a global of the script holds (``seeds``)     its name
     worker    the name                                                    what is bound there
 
-A worker that was forked from the program sends the same names back for what both have.
+A worker that was forked from the program sends the same names back for objects of both.
 
-So every message of a pool can refer to the script's functions, classes and data, which the pool
-sends separately and once (``pool.names``). Everywhere else functions travel with their globals.
+Hence every message of a pool can refer to the script's functions, classes and data, which the pool
+sends separately and once (``pool.names``). Outside of pools' messages, functions travel with their
+globals.
 """
 
 from __future__ import annotations
@@ -170,10 +171,10 @@ class Met:
 
 
 def of_script(path: str) -> Any:
-    """Return the object at a dotted name of the script's ``__main__``. Called by a pickle.
+    """Return the object at a dotted name of the script's ``__main__``. Pickles call this function.
 
     Raises:
-        NameError: There is no such object.
+        NameError: ``__main__`` has no such object.
     """
     root, _, rest = path.partition(".")
     try:

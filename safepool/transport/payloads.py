@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from safepool.transport.frames import Buffer, Segment
     from safepool.transport.names import Met
 
-# Copying a smaller buffer into the pickle is cheaper than a segment of its own.
+# A smaller buffer is cheaper as a copy in the pickle than as a segment.
 _OUT_OF_BAND_BYTES = 32 * 1024
 
 # In the pickle of an ``object()``, which programs compare by identity.
@@ -57,19 +57,19 @@ def dumps(
     Args:
         value: Anything that pickle or cloudpickle can pickle.
         into_main: ``True`` gives functions of ``__main__`` the receiver's ``__main__`` as their
-            globals, also those that arrive later. ``False`` gives functions that travel together
-            common globals of their own.
-        by_value: Whether it is known to hold something of ``__main__``: pickle it once, and not by
-            reference first to find that out.
-        reducers: Ways to pickle certain types that hold for this value only.
+            globals, also functions that arrive later. ``False`` gives functions that travel
+            together common, separate globals.
+        by_value: Whether the value is known to hold something of ``__main__``: it is then pickled
+            once, without a first try by reference.
+        reducers: Reducers of certain types, for this value only.
 
     Returns:
-        At least one segment. The buffers are views of the value's own memory, so it must
-        not change before they are sent.
+        At least one segment. The buffers are views of the value's own memory, which must not
+        change before they are sent.
 
     Raises:
-        Exception: The exception of the pickler, usually ``pickle.PicklingError`` or
-            ``TypeError``; it names the object. So for what has an open descriptor:
+        Exception: The exception of the pickler, usually ``pickle.PicklingError`` or ``TypeError``;
+            it names the object. The same for a value with an open descriptor: only
             :func:`dumps_to_send` takes it.
 
     Example:
@@ -205,7 +205,7 @@ def _standard_dumps(
     kind: Any = _table_pickler(known, entries, arrays="numpy" in sys.modules, prints=prints)
     if reducers:
         table: Any = ChainMap(dict(reducers), kind.dispatch_table)
-        # On the class, where the C pickler looks for it.
+        # The table is an attribute of the class, where the C pickler looks for it.
         kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
     file = Sink()
     _finish(kind(file, protocol=5, buffer_callback=in_band), file, value, script)

@@ -131,10 +131,10 @@ def _shared_array(array: object) -> Handle | None:
 
 
 def attach(number: int) -> Any:
-    """Return the shared object of a number. Called by a pickle.
+    """Return the shared object of a number. Pickles call this function.
 
     Raises:
-        LookupError: There is none.
+        LookupError: No shared object has the number.
     """
     given: Mapping[int, Any] | None = getattr(_thread, "given", None)
     if given is not None:

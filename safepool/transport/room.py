@@ -1,13 +1,13 @@
-"""Room for a copy: held against the memory that is left, before the kernel must act.
+"""Room for a copy, compared with the memory that is left before the kernel must act.
 
-A copy on its way between pool and worker counts for the control group, and a memory file for no
-process: out of memory, the kernel would end a process that is not to blame. A copy that does not
-fit is refused instead, and costs the one call that it belongs to.
+A copy in transit between pool and worker counts for the control group, and a memory file for no
+process: out of memory, the kernel would end an innocent process. A copy that does not fit is
+    refused instead, and only its own call fails.
 
-A look costs about 0.1 ms. So it is not taken for each copy: after a check a part of the remaining
-memory may be copied without another, for a second. Several processes look by themselves, and at
-each step of a long copy again, so that two that begin at the same time do not both count on the
-same memory.
+A check costs about 0.1 ms. Hence not every copy is checked: after a check, a part of the remaining
+memory may be copied without another check, for a second. Each process checks separately, and
+repeats the check at each step of a long copy, so that two copies which begin at the same time do
+not both count on the same memory.
 
 Not covered:
     * Copies of many workers between two checks, and memory that tasks use meanwhile: then the
@@ -100,9 +100,9 @@ class _Room:
         return left // _PART_WITHOUT_LOOK
 
     def _gives_back(self) -> bool:
-        """Give back free memory, unless that was just tried and nothing was freed since.
+        """Return free memory to the system, unless nothing was freed since the last attempt.
 
-        It takes long if much memory is in use.
+        This takes long if much memory is in use.
         """
         began, blocks = time.monotonic(), sys.getallocatedblocks()  # others free meanwhile
         if self._futile.lasts(began, blocks):
@@ -145,7 +145,7 @@ class _Room:
 
 
 def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
-    """Return if there is room for a copy.
+    """Return if the memory limits leave room for a copy.
 
     Args:
         size_bytes: Size of the copy that is made now.
@@ -153,7 +153,7 @@ def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
         whole_bytes: Size of the whole copy.
 
     Raises:
-        MemoryLimitError: There is no room, and the kernel would have to end a process.
+        MemoryLimitError: Without room, the kernel would have to end a process.
     """
     _room.require(size_bytes, done_bytes, whole_bytes or size_bytes)
 

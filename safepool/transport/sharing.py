@@ -38,9 +38,9 @@ def share(obj: _T, *, writable: bool = False) -> _T:
     ended, or with this process, even after ``kill -9``.
 
     Args:
-        obj: Anything that can be pickled. Workers share the buffers of its arrays (those of
-            NumPy, pandas, Arrow and others that support pickle protocol 5). Each worker unpickles
-            the rest once.
+        obj: Anything that can be pickled. Workers share the buffers of its arrays (those of NumPy,
+            pandas, Arrow and others that support pickle protocol 5). Each worker unpickles the
+            other parts once.
         writable: ``True`` gives each task its own writable view of the arrays: pages that a task
             writes to are copied, and no other process sees the change. ``False`` makes arrays
             read-only, and all tasks of a worker get the same object.
@@ -51,7 +51,7 @@ def share(obj: _T, *, writable: bool = False) -> _T:
         the handle has the type of the object: write ``cast(Any, handle).value``.
 
     Raises:
-        MemoryError: There is no memory for the copy.
+        MemoryError: The system has no memory for the copy.
         Exception: The exception of the pickler.
 
     Another pickler than a safepool pool's, such as the standard pool's, pickles a handle as a copy
@@ -110,7 +110,7 @@ class Shared(Generic[_T]):
         """The object; with ``writable`` a new one each time.
 
         Raises:
-            MemoryError: There is no memory to map or to unpickle it.
+            MemoryError: The process has no memory to map or to unpickle the object.
             Exception: The exception of unpickling.
         """
         if self.writable:

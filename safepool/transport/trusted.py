@@ -1,9 +1,10 @@
-"""Pickling and unpickling that run no code of the program, or say that they would.
+"""Pickling and unpickling that run no code of the program, or report that they would.
 
 A pickler calls the program's code: ``__reduce__``, ``__getstate__``, ``__setstate__``, imports,
 the ``__getattr__`` of a module. Such code may be slow, take a lock or wait for the pool. Only C
 code is trusted here, the few special methods of the standard library and of NumPy, and instances
-whose class leaves pickling to ``object``. Both stop before they call anything else.
+whose class leaves pickling to ``object``. Pickler and unpickler stop before they call anything
+else.
 
 Not covered:
     * A reducer registered with ``copyreg`` for a type of the standard library or of NumPy.
@@ -121,7 +122,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
         if isinstance(segment, Missing):
             raise segment.error
     assert not isinstance(head, Missing)
-    # The pickle has no name (STACK_GLOBAL), nor a number for one: the usual result.
+    # Normally the pickle has no name (STACK_GLOBAL) and no number of a name.
     named = _NAME.search(head) if isinstance(head, memoryview) else b"\x93" in head
     if not named and not copyreg._extension_registry:  # type: ignore[attr-defined]
         return load(head, buffers)
@@ -161,7 +162,7 @@ class _Unpickler(pickle.Unpickler):
         if not trusted:
             a_class = isinstance(found, type)
             trusted = _is_tame(found) if a_class else _is_library(module_name)
-        # Not eval() and the like, nor functions that make a class.
+        # eval(), other such functions, and functions that make a class are excluded.
         built_in = module_name == "builtins" and type(found) is not type
         if not trusted or found is None or found is type or built_in:
             raise UntrustedError

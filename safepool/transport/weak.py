@@ -1,12 +1,12 @@
-"""Weak containers and references: they arrive with what they hold.
+"""Weak containers and references, which arrive together with their objects.
 
     what a container holds         sent with it
     a global that keeps it alive   sent with it too, so that it is one object: then the container
                                    holds it weakly, as in the program
     kept alive by anything else    kept by the container that arrives, for as long as that lives
 
-A reference (``weakref.ref``, ``WeakMethod``) keeps nothing alive: it arrives dead if its object is
-not there otherwise.
+A reference (``weakref.ref``, ``WeakMethod``) keeps nothing alive: it arrives dead if nothing else
+in the worker holds its object.
 
 Not covered:
     * Callbacks of references.

@@ -1,7 +1,7 @@
-"""Floor 5: worker processes. A worker knows tasks as numbers and payloads, and no futures.
+"""Floor 5: worker processes. A worker knows tasks as numbers and payloads, and has no futures.
 
-Each module imports only from those below it here; an import contract holds it. Within a group they
-stand in the order in which one start uses them.
+Each module imports only from modules below it in this list; an import contract checks that. Within
+a group, the order is that of use in one start.
 
     In the program: modules that start a worker
     methods         choice of a pool's start method

@@ -1,8 +1,9 @@
 """Answers of a worker to its pool: left on the board, and sent together.
 
-It is sent when no other work is here, otherwise after a millisecond. So a result costs no system
-call, and is not lost if the next call kills the process. The answer of a call that has logged, or
-has arrived alone, is sent at once: it must follow its log records, or the pool waits for it.
+A frame is sent when the worker has no other work, otherwise after a millisecond. Hence a result
+costs no system call, and is not lost if the next call kills the process. The answer of a call that
+has logged, or has arrived alone, is sent at once: it must follow its log records, or the pool
+waits for it.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _RESULT = int(Kind.RESULT)
 
 
 class Answers:
-    """Ends of calls that the pool does not know yet.
+    """Answers that the pool does not know yet.
 
-    They have three forms, never two at a time: numbers in the board's lane; consecutive plain
+    Answers have three forms, never two at a time: numbers in the board's lane; consecutive plain
     values, on the board as records and here as a list; records of any answers.
     """
 

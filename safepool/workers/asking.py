@@ -33,10 +33,10 @@ _log = ContainedLogger()
 _FORK_S = 5.0
 # Time limit for the script's top level. A script that computes longer there gets a message.
 _RUN_S = 600.0
-# A top level that takes longer is logged: each server waits for it.
+# The log names a top level that takes longer: each server waits for its end.
 _LONG_RUN_S = 2.0
-# A top level that has not ended by then may never end: it may wait for a lock or the like that the
-# program holds.
+# A top level that has not ended by then may never end: it may wait for a lock that the program
+# holds.
 _WAITING_S = 10.0
 # From the end of its socket to that of the process.
 _ENDING_S = 1.0
@@ -86,20 +86,20 @@ class Wish:
 
 
 class RunningServer:
-    """A fork server's process, and this end of its socket.
+    """A fork server's process, with this end of the socket to it.
 
     Args:
-        plan: The script that it is to run.
+        plan: The script that the server runs.
         forks: ``False`` if each worker is an interpreter of its own, and the server only answers
-            questions.
+            requests.
 
     Attributes:
-        marks: Names that the script has made; ``None`` before it was run.
-        answers: Whether it has said a word; until then it may still be starting.
+        marks: Names that the script has made; ``None`` before the run of the script.
+        answers: Whether the server has sent a message; until then it may still be starting.
 
     Raises:
-        OSError: The system has no room for it.
-        NoInterpreterError: There is no interpreter to start.
+        OSError: The system lacks memory, processes or descriptors.
+        NoInterpreterError: No interpreter can be started.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class RunningServer:
         self._process, self._sock = launch.launch(changes, becomes=False, is_kept=is_kept)
         self.marks: Mapping[str, bytes] | None = None
         self.answers: bool = False
-        # It has exit functions to run.
+        # Whether the server has exit functions to run.
         self._exits = False
         self._asked: set[str] = set()
         # Answers to earlier requests are still to come.
@@ -127,7 +127,7 @@ class RunningServer:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; ``None`` if unknown."""
+        """Process id of the server; ``None`` if unknown."""
         return self._process.pid or None
 
     def fileno(self) -> int:
@@ -153,7 +153,8 @@ class RunningServer:
     def _receive(
         self, timeout_s: float, given_up: Callable[[], bool] | None = None
     ) -> tuple[Any, list[int]]:
-        # Its first message reports that it has started. Before that it does not process requests.
+        # The server's first message reports its start. Before that the server processes no
+        # requests.
         limit_s = timeout_s if self.answers else max(timeout_s, launch.IMPORT_S)
         self._sock.settimeout(limit_s)
         deadline = time.monotonic() + limit_s
@@ -191,7 +192,7 @@ class RunningServer:
             self._hear_of_imports(wish.given_up, strict=wish.strict, imported=before)
 
     def preload_ahead(self, modules: Sequence[str]) -> None:
-        """Request the import of new modules, and do not wait for it."""
+        """Request the import of new modules, without waiting for it."""
         if not self._ahead and (self._plan is None or self.marks is not None):
             self._ahead = self._ask_for(modules, strict=False)
 
@@ -317,8 +318,8 @@ class RunningServer:
         """Fork a worker.
 
         Raises:
-            OSError: The system has no room for it.
-            CannotForkError: The server never will.
+            OSError: The system lacks memory, processes or descriptors.
+            CannotForkError: The server will never be able to fork.
             CannotRunError: The script has left threads.
             StartedThreadsError: The script or another import has started threads.
             HasReadError: This worker needs another server, because an import has read variables
@@ -377,8 +378,8 @@ class RunningServer:
                 process.kill()
                 process.wait(_ENDING_S)
             except (PermissionError, subprocess.TimeoutExpired):
-                # It has another user by now: it ends by itself, as its socket was closed. Or it is
-                # in a system call that nothing ends.
+                # The server has another user by now, and ends by itself because its socket was
+                # closed. Or it is in a system call that nothing ends.
                 process.returncode = 0
             return "did not answer and was ended"
         return describe_exit(process.returncode)

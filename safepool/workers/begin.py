@@ -5,8 +5,8 @@ this package can run there. Both evaluate an expression of the program before th
 name when it is unpickled, the fork server's command line.
 
 Not covered:
-    * A program that can import this package only by a finder of its own: there the variables are
-      set first, and the caps that are calls follow at the worker's own start.
+    * A program that can import this package only by its own finder: there the variables are set
+      first, and the caps that are calls follow at the worker's own start.
 """
 
 from __future__ import annotations

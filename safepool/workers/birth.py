@@ -76,14 +76,14 @@ def _umask() -> int | None:
 
 
 def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
-    """Be a worker until the pool says stop; return the exit code.
+    """Run as a worker until the pool sends a stop; return the exit code.
 
     Args:
         details: :func:`circumstances`, and the pool's own entries.
-        line: The reading end of the life-line.
+        line: Reading end of the life-line.
         own: Descriptors for this worker: the program's working directory, standard output and
-            error, the pipe to multiprocessing's resource tracker; its end of the channel, the
-            board if there is one, and those that its initializer inherits.
+            error, the pipe to multiprocessing's resource tracker, the worker's end of the channel,
+            the board if it has one, and descriptors that its initializer inherits.
     """
     folder, out, err, tracker, channel, *more = own
     board = more.pop(0) if details["board"] else None
@@ -151,7 +151,7 @@ def _set_streams(out: int, err: int) -> None:
     for descriptor in {nothing, out, err} - {0, 1, 2}:
         os.close(descriptor)
     # Written by lines where a person looks on, as at the start of an interpreter.
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else the script has put another object there
+    if isinstance(sys.stdout, io.TextIOWrapper):  # or the script has replaced it
         sys.stdout.reconfigure(line_buffering=os.isatty(1))
 
 

@@ -1,9 +1,9 @@
 """The board: a few pages of memory that a worker and its pool share.
 
-It serves tasks that were sent ahead, where a message would come too late. The worker notes which
-calls it has begun and finished; the pool reads that when the worker is dead, stuck or slow, and
-notes which calls it takes back. No process ever waits for the other there and no lock exists, so a
-worker that is killed at any instruction leaves the board readable.
+The board serves tasks that were sent ahead, for which a message would come too late. The worker
+notes which calls have begun and finished; the pool reads these notes when the worker is dead,
+stuck or slow, and notes which calls it takes back. No process waits for the other at the board,
+and it has no lock, so a worker that is killed at any instruction leaves the board readable.
 
     0          8        16       24        32       40      48      56
     | claimed  | since  | began  | revoked | era,   | lane: | first | last
@@ -11,15 +11,15 @@ worker that is killed at any instruction leaves the board readable.
     64         72
     | mark     | lane: a number for each call       | records of results since the last flush
 
-All cells are u64, written by the worker, but ``revoked`` and ``mark``: by the pool. Positions
-count the calls that this worker was sent, from 1.
+All cells are u64. The worker writes all of them but ``revoked`` and ``mark``, which the pool
+writes. Positions count the calls that this worker was sent, from 1.
 
-Results are left in one of two forms, as records of any kind, or in the lane: for the shortest
-calls, one after the other, that return numbers of one kind. A slot of the lane holds the mark, a
-random number, until its call has ended. So one store notes the end of a call, its result, and the
-begin of the next, up to the last of the lane.
+Results have one of two forms: records of any kind, or the lane, for the shortest calls that run
+one after the other and return numbers of one kind. A slot of the lane holds the mark, a random
+number, until its call has ended. Hence one store notes the end of a call, its result, and the
+begin of the next, up to the last slot of the lane.
 
-Two agreements rest on the order of memory accesses:
+Two rules depend on the order of memory accesses:
 
     claim     The worker writes ``claimed``, or a slot, and then reads ``revoked``; the pool writes
               ``revoked`` and then reads those. At least one of the two sees the other's store, if
@@ -37,8 +37,8 @@ write there.
 Not covered:
     * Systems without memfd_create(2) or membarrier(2): ``create`` returns ``None``, and a worker
       then holds one task at a time.
-    * A worker that is killed between the end of a call in the lane and its read of ``revoked``: it
-      counts as having begun the next call.
+    * A worker that is killed between the end of a call in the lane and its read of ``revoked``:
+      the next call counts as begun.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ _NAME_END = _CELLS_BYTES + _NAME_BYTES
 # Calls that the lane has room for. With a flush each millisecond, those of half a microsecond.
 LANE_CALLS = 2048
 _LANE_END = _NAME_END + 8 * LANE_CALLS
-# The last cell's lower half; the era is above it. Both are in one cell, so that no reader ever
-# sees the bytes of one era with the number of the next.
+# The lower half of the last cell; the upper half is the era. One cell holds both, so that no
+# reader ever sees the bytes of one era with the number of the next.
 _FILLED_MASK = (1 << 32) - 1
 _CELL_MASK = (1 << 64) - 1
-# Larger results travel in a frame of their own. Large enough for a few hundred small ones: that
-# many are flushed in one message.
+# Larger results travel in a separate frame. The size holds a few hundred small results, which are
+# flushed in one message.
 _BYTES = _LANE_END + 64 * 1024
 # Before each result: position, microseconds it took, length, kind of frame.
 RECORD = struct.Struct("<QIIB")
@@ -109,7 +109,7 @@ class Left:
 
 
 class Board:
-    """One worker's board, mapped.
+    """The mapped board of one worker.
 
     Args:
         descriptor: The file that :meth:`create` made. The board owns it from now on.
@@ -140,7 +140,7 @@ class Board:
         self._numbers, self._floats = self._lane.cast("q"), self._lane.cast("d")
         self._slots = self._lane.cast("Q")
         self._results = whole[_LANE_END:]
-        # The worker's last value of it, and the number of slots of the lane without a mark.
+        # The worker's last value of the cell, and the number of slots of the lane without a mark.
         self._filled, self._used = 0, LANE_CALLS
 
     @classmethod
@@ -201,7 +201,7 @@ class Board:
         cells[_RESTED] = cells[_SINCE]
 
     def claim(self, position: int, now_ns: int, *, reading: bool = False) -> bool:
-        """Say that this position begins now; ``False`` if the pool has taken it back.
+        """Note that this position begins now; ``False`` if the pool has taken the call back.
 
         With ``reading`` its arguments are read first, and it begins then.
         """
@@ -219,7 +219,7 @@ class Board:
         self._cells[_BEGAN] = position
 
     def publish(self, position: int, microseconds: int, kind: int, pickled: Segment) -> bool:
-        """Leave a result for the next flush; ``False`` if there is no room for it."""
+        """Store a result for the next flush; ``False`` if the board has no room for it."""
         filled = self._filled
         begin = filled & _FILLED_MASK
         end = begin + _RECORD_BYTES + len(pickled)
@@ -365,11 +365,11 @@ class Board:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One worker's board, read from another process.
+    """One worker's board, as another process reads it.
 
     Attributes:
-        name: The name of the function that runs; ``None`` while nothing runs.
-        since_ns: When it began, by the monotonic clock.
+        name: Name of the running function; ``None`` while nothing runs.
+        since_ns: Begin of the call, by the monotonic clock.
     """
 
     pid: int
@@ -378,12 +378,14 @@ class Seen:
 
 
 def boards_of(process: int) -> list[Seen]:
-    """Read the boards that another process shares with workers. Linux; it changes nothing.
+    """Read the boards that another process shares with workers.
+
+    Linux only; the function changes nothing.
 
     The kernel shows the descriptors of a process to its own user and to root alone.
 
     Raises:
-        OSError: There is no such process, or access is refused.
+        OSError: The process does not exist, or access is refused.
 
     Source:
         proc_pid_fd(5).

@@ -1,16 +1,16 @@
 """``multiprocessing``'s fork server, for ``mp_context="forkserver"``: capped before it imports.
 
 From Python 3.14 on that server imports the program's script, with all of its imports, before it
-forks the first worker. So a pool has a server of its own. The program's server may have begun
-without caps, and its other children must not have any:
+forks the first worker. Hence a pool has a server of its own. The program's server may have begun
+without caps, and its other children must have none:
 
     settings    one server for each environment of workers, kept until the program ends
     start       the command that starts it sets the variables and watches imports, then preloads
     preloaded   what the program has asked for by ``multiprocessing.set_forkserver_preload()``
 
 Not covered:
-    * A program with more settings than ``_MOST``: the further ones use the program's own server,
-      and the workers are capped when it has forked them.
+    * A program with more settings than ``_MOST``: the other settings use the program's own server,
+      and the workers are capped after the fork.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ class CappedProcess(multiprocessing.context.ForkServerProcess):
     """A process of ``multiprocessing`` that the server of its environment forks.
 
     Args:
-        environment: Environment of the worker, ``None`` for a variable that it is born without.
-        threads: For each of its native pools.
-        cpus: CPUs that it is bound to; empty if to none. Its server is bound to the CPUs of the
-            first, so that a library starts as many threads as one worker has CPUs.
+        environment: Environment of the worker; ``None`` for a variable that the worker must not
+            have.
+        threads: Threads for each native pool of the worker.
+        cpus: CPUs that the worker is bound to; empty for no binding. The server is bound to the
+            CPUs of the first worker, so that a library starts as many threads as one worker has
+            CPUs.
         more: The same as for ``multiprocessing.Process``.
     """
 

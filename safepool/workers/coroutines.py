@@ -1,11 +1,12 @@
 """A task that is a coroutine function: the worker runs its coroutine to the end.
 
-What a task returns is looked at, not its function: a partial, a decorated function, and an object
-with an asynchronous ``__call__`` return the same. ``asyncio`` is imported by the first one.
+The check is of a task's result and not of its function: a partial, a decorated function, and an
+object with an asynchronous ``__call__`` return a coroutine as well. The first coroutine imports
+``asyncio``.
 
 Not covered:
-    * An asynchronous generator: it has no one result. It cannot be pickled, as a generator.
-    * Coroutines inside of a result, such as a list of them: they cannot be pickled.
+    * An asynchronous generator: it has no single result and, like a generator, cannot be pickled.
+    * Coroutines inside of a result, such as a list of coroutines: they cannot be pickled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 
 def run_to_its_end(awaitable: Any) -> Any:
-    """Run a coroutine by ``asyncio.run()`` in an event loop of its own, and return its result.
+    """Run a coroutine by ``asyncio.run()`` in a new event loop, and return its result.
 
     Raises:
         BaseException: The exception of the coroutine, without the frames of the event loop.

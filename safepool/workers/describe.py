@@ -39,9 +39,9 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def get_ready() -> None:
-    """Load the modules that a description takes, before a task runs.
+    """Load the modules that a description needs, before a task runs.
 
-    An import needs a descriptor, and a task may have used up all of them.
+    An import needs a descriptor, and a task may use up all descriptors.
     """
     for name in _IMPORTED_WITHIN:
         try:

@@ -1,8 +1,8 @@
-"""A process that a fork server has started: signalled, waited for, asked how it ended.
+"""A process that a fork server has started: signals to it, its end, and its exit code.
 
-It is no child of this process, so the server reaps it and writes its exit code into a pipe. A
-pidfd refers to it alone and reports its end (pidfd_open(2), Linux 5.3). A worker that is started
-afresh is a child, and otherwise the same.
+The process is no child of this process, so the server reaps it and writes its exit code into a
+pipe. A pidfd refers to this process alone and reports its end (pidfd_open(2), Linux 5.3). A worker
+that is started afresh is a child; all else is the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ForkedProcess:
         self.pid = pid
         self.pidfd = pidfd
         self._status = status
-        # Its life-line: closing this end ends it.
+        # The process's life-line: closing this end ends the process.
         self._line = line
         self._exitcode: int | None = None
         self._lost = False

@@ -11,8 +11,8 @@
 
 A server is born with the caps in its environment and imports the modules that its workers will
 need (``server``, ``preload``). If the plan says so it runs the program's script (``plan``,
-``script``). Then it forks a worker in milliseconds. There is one for each distinct setting, shared
-by the pools of this process and kept for the next ones; it ends with the program.
+``script``). Then it forks a worker in milliseconds. Each distinct setting has one server, which
+the pools of this process share and keep for later pools; the server ends with the program.
 
 What goes wrong, and what is done:
     It is killed            its workers live on; another is started when one is needed. The script
@@ -32,15 +32,15 @@ What goes wrong, and what is done:
     The program gives up    another is started with its new rights. Where the new user cannot start
     root                    one (an interpreter below /root), the one that runs gives up the same,
                             and has no use if it then has other rights than the program.
-    The program forks       the child gives up its copies: it would keep the server alive. What
-                            a start needs is imported here, in the thread that makes the pool: a
-                            child could never import what another thread was importing.
+    The program forks the child gives up its copies: it would keep the server alive. The modules
+    that a start needs are imported here, in the thread that makes the pool: a child could never
+    import a module that another thread was importing at the fork.
 
 Not covered:
-    * A worker that ends while the server is inside one long call of an import: its exit code
-      is asked for in vain.
-    * A preloaded library that reads a variable when it is imported has read it as it was when
-      the server imported it, unless it is one of those that bound threads.
+    * A worker that ends while the server is inside one long call of an import: its exit code stays
+      unknown.
+    * A preloaded library that reads a variable at its import has the value that the server had
+      then, unless the variable bounds threads.
 """
 
 from __future__ import annotations
@@ -77,11 +77,12 @@ class _Setting:
     # User, groups, capabilities, control group, name spaces, root directory: a program that
     # has given up rights must not get workers that still have them.
     identity: tuple[str, ...]
-    # The script that it has run. Workers of another pool must not have anything of it.
+    # The script that the server has run. Workers of another pool must not have anything of that
+    # script.
     script: tuple[str, ...]
-    # It has a keeper above it.
+    # Whether the server is below a keeper.
     kept: bool
-    # It forks no worker.
+    # Whether the server forks no worker.
     asked_only: bool
     # Of a server whose imports have read another environment: it has no new workers.
     outdated: int = 0

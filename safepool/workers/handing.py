@@ -81,7 +81,7 @@ def let_in(ours: list[int]) -> tuple[int, int]:
 def tracker() -> int:
     """Return the pipe to the resource tracker.
 
-    Shared, so that the worker's own tracker does not unlink shared memory at its end.
+    Workers share the program's tracker: their own would unlink shared memory at their end.
     """
     with safe_path():
         found = resource_tracker.getfd()

@@ -35,7 +35,7 @@ def rights() -> tuple[str, ...]:
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise
-        # Not Linux, or not shown.
+        # Another system than Linux, or the values are hidden.
     return (*found, repr(_users()))
 
 
@@ -55,7 +55,7 @@ def place() -> tuple[str, ...]:
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise
-        # Not Linux, or not shown; the values read so far still count.
+        # Another system than Linux, or the values are hidden; the values read so far still count.
     return tuple(found)
 
 

@@ -68,7 +68,7 @@ def pack(initializer: Initializer, *, forked: bool = False) -> Inheritance:
 def _owner(initializer: object) -> dict[str, object]:
     """Return the global of the script whose method this is (``CACHE.update``), by its name.
 
-    The worker's own global is to be changed, as in a fork, and not a copy of it.
+    As in a fork, a method changes the worker's own global, and not a copy.
     """
     while isinstance(initializer, functools.partial):
         initializer = initializer.func

@@ -1,21 +1,22 @@
-"""The keeper's own program: the parent of a fork server, which ends what tasks have started.
+"""Program of the keeper: a fork server's parent, which ends the processes that tasks have started.
 
-A program that a task starts and does not wait for has no parent of its own after its worker's end,
-and a daemon has left its parent by itself. With ``end_subprocesses=True`` a fork server is the
-child of a small process that adopts all of them (prctl(2), ``PR_SET_CHILD_SUBREAPER``). So each is
-its descendant for life, even after the server's end:
+A process that a task starts and does not wait for loses its parent at the worker's end, and a
+daemon leaves its parent by itself. With ``end_subprocesses=True`` a fork server is the child of a
+small process that adopts all such processes (prctl(2), ``PR_SET_CHILD_SUBREAPER``). Each of them
+is a descendant of the keeper for life, even after the server's end:
 
     program  --- unnamed socket pair --->  keeper  --- posix_spawn --->  server  --- fork --->  ...
 
     to the keeper     one byte: end the server       from it    SERVER_END, when it has ended
                       its end: the program is gone
 
-It waits for the program's end, and then kills its descendants until there is none. It also ends
-when the server and all of its descendants have ended. It imports almost nothing, and holds only
-its end of the program's socket. Signals to a whole process group do not end it.
+The keeper waits for the program's end, and then kills its descendants until none is left. The
+keeper also ends when the server and all of its descendants have ended. The keeper imports almost
+nothing, and holds only its end of the program's socket. Signals to a whole process group do not
+end it.
 
 Not covered:
-    * A keeper that is killed. The server ends with it, so the next workers have another.
+    * A keeper that is killed: the server ends too, and the next workers have a new keeper.
     * A process of another user, which the program may not signal.
 """
 
@@ -84,7 +85,7 @@ class _Keeper:
     def __init__(self, sock: socket.socket, woken: socket.socket, server: int) -> None:
         self._sock = sock
         self._woken = woken
-        # Its process id; 0 after its end.
+        # Process id of the server; 0 after its end.
         self._server = server
 
     def run(self, poll: select.poll) -> None:
@@ -153,7 +154,7 @@ def _let_go(handed: Sequence[int]) -> None:
 
 
 def _watch(program: int, poll: select.poll) -> None:
-    """Notice the program's end also when a fork of it has kept its end of the socket."""
+    """Notice the program's end, also when a fork of the program has kept its end of the socket."""
     try:
         pidfd = linux.pidfd_open(program)
     except OSError:  # before Linux 5.3, or it is gone: the socket tells

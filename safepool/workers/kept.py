@@ -1,7 +1,7 @@
-"""A fork server below a keeper, in the words of ``subprocess.Popen``.
+"""A fork server below a keeper, with the interface of ``subprocess.Popen``.
 
-The keeper (``keeper``) is this process's child, the server the keeper's. So the keeper ends the
-server on request, and reports how it ended.
+The keeper (``keeper``) is this process's child, the server the keeper's. On request, the keeper
+ends the server and reports how it ended.
 """
 
 from __future__ import annotations

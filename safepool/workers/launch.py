@@ -110,14 +110,15 @@ def launch(
     """Start an interpreter that serves, or becomes a worker; return it and this end of its socket.
 
     Raises:
-        OSError: The system has no room for it.
-        NoInterpreterError: There is no interpreter to start.
+        OSError: The system lacks memory, processes or descriptors.
+        NoInterpreterError: No interpreter can be started.
     """
     ours, theirs = _pair()
     # Above the standard streams, which the child gets others for; a program may have closed
     # its own.
     handed: list[int] = []
-    # Blocked, so that Ctrl-C ends neither the server nor a worker before it has a handler.
+    # SIGINT is blocked, so that Ctrl-C ends neither the server nor a worker before it has a
+    # handler.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         handed.append(_above_streams(theirs.fileno()))
@@ -220,7 +221,7 @@ def executable() -> str:
     """Return the interpreter, as multiprocessing's own start methods find it.
 
     Raises:
-        NoInterpreterError: Its path is unknown: Python is embedded in another program.
+        NoInterpreterError: The path is unknown, because Python is embedded in another program.
     """
     found = multiprocessing.spawn.get_executable()
     if not found:

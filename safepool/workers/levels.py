@@ -1,14 +1,14 @@
-"""The levels of the program's loggers, in a worker. No logger is made to be given one.
+"""The levels of the program's loggers, in a worker. No logger is made for its level.
 
-A library with a class of loggers of its own makes its logger at its import, and fails or gets
-another class if the name is taken. So a level waits here until its logger exists.
+A library with its own class of loggers makes its logger at its import, and fails or gets another
+class if the name is taken. Hence a level waits here until its logger exists.
 
-A level that a library sets for its logger at its import gives way to the program's: the program
-has imported the library too, and has set its level later. A level that an initializer or a task
-sets holds until the program changes its own.
+A level that a library sets for its logger at its import is replaced by the program's level: the
+program has imported the library too, and has set its level later. A level that an initializer or a
+task sets holds until the program changes its level.
 
 Not covered:
-    * A level that is assigned (``logger.level = 10``) and not set.
+    * A level that is assigned (``logger.level = 10``) instead of set.
 """
 
 from __future__ import annotations

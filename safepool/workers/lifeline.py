@@ -1,21 +1,21 @@
-"""The life-line: a pipe that tells the kernel to end a process when the program is gone.
+"""The life-line: a pipe by which the kernel ends a process when the program has ended.
 
-Only the program holds the writing end. Each process that must not outlive it holds the reading end
-in a file description of its own. It asks the kernel for ``SIGKILL`` when that becomes readable,
-which is when the last writer has gone (fcntl(2), ``F_SETOWN``, ``F_SETSIG``, ``O_ASYNC``). So a
-worker ends even in the middle of C code, in every case of the program's end, and lives on when the
-fork server is killed. ``PR_SET_PDEATHSIG`` cannot give both: it reports the server's end, not the
-program's.
+Only the program holds the writing end. Each process that must not outlive the program holds the
+reading end in a separate file description. The process asks the kernel for ``SIGKILL`` when that
+end becomes readable, which is when the last writer has gone (fcntl(2), ``F_SETOWN``, ``F_SETSIG``,
+``O_ASYNC``). Hence a worker ends even in the middle of C code, however the program ends, and
+survives the end of the fork server. ``PR_SET_PDEATHSIG`` cannot give both: it reports the server's
+end, not the program's.
 
-Each worker has a second one of its own, whose writing end only the program holds: closing it ends
+Each worker has a second life-line, whose writing end only the program holds: closing that end ends
 this worker alone. The kernel asks whether the *worker* may signal itself, not whether the program
 may: so it also ends a worker of a program that has given up root.
 
 Not covered:
     * A task that closes every descriptor: the worker ends when it wants to answer.
-    * Linux before 5.6, which sends the signal when anybody's description is closed: each worker's
-      end would be that of all others. There they end with the fork server, which ends with the
-      program (``birth``).
+    * Linux before 5.6, which sends the signal when any description is closed, so that each
+      worker's end would end all others. There, workers end with the fork server, which ends with
+      the program (``birth``).
 
 Source: Linux, fs/pipe.c, ``pipe_release``, before and after 6551d5c56eb0 ("pipe: make sure to
 wake up everybody when the last reader/writer closes").
@@ -41,7 +41,7 @@ def hold(descriptor: int) -> int:
     """End this process by ``SIGKILL`` as soon as the program is gone. Returns the new reading end.
 
     Raises:
-        OSError: The system lacks this (some emulations of Linux, and old ones).
+        OSError: The system lacks this feature (some emulations of Linux, and old versions).
     """
     if not _tells_of_the_last_writer(os.uname().release):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))

@@ -1,7 +1,7 @@
-"""A module that starts a pool when it is imported, and a worker that imports it for a call.
+"""Protection of workers against modules that start a pool when a worker imports them for a call.
 
-Its worker would import it again, and so on: a chain of processes without an end. The standard
-library's ``spawn`` meets it with an error, ``fork`` does not know it.
+That pool's worker would import the module again, and so on: a chain of processes without an end.
+The standard library's ``spawn`` raises an error in this case; ``fork`` does not have it.
 
 The program's own script is such a module if the fork server runs it and its top level requests a
 pool.
@@ -43,8 +43,8 @@ def check_no_import() -> None:
     """Refuse to start a pool while a worker imports a module in order to read a call.
 
     Raises:
-        RuntimeError: This is a worker, and such a module is being imported.
-        AskedForPoolError: This is the fork server, which runs the script.
+        RuntimeError: This process is a worker that is importing such a module.
+        AskedForPoolError: This process is the fork server, which runs the script.
     """
     if script_is_run:
         refuse("it asks for a pool")

@@ -1,27 +1,28 @@
-"""Log records of a worker, on their way to the loggers of its program.
+"""Log records of a worker, sent to the loggers of its program.
 
 A program configures logging once, in its own process, and workers do not have that configuration.
-So a record that no handler of the worker takes travels to the pool, and the program handles it as
-its own. A worker may have handlers of its own, because a task, an initializer or a library has
-configured logging. It keeps the records that they take: each record is handled in one place. A
-``NullHandler`` takes nothing. A record that has passed filters of its logger in the worker does
-not pass them again in the program. Filters of the program's handlers run in the program.
+A record that no handler of the worker takes travels to the pool, and the program handles it as its
+own. A worker may have handlers of its own, because a task, an initializer or a library has
+configured logging. The worker keeps the records that these handlers take: each record is handled
+in one place. A ``NullHandler`` takes nothing. A record that has passed filters of its logger in
+the worker does not pass them again in the program. Filters of the program's handlers run in the
+program.
 
-The hook is in the logger's call of its handlers (``Logger.callHandlers``), and not a handler of
-the root logger: a record of a logger that does not propagate would never get there, and
-``logging.basicConfig`` in an initializer would find a handler and do nothing.
+The hook is in the logger's call of its handlers (``Logger.callHandlers``). A handler of the root
+logger would miss records of a logger that does not propagate, and ``logging.basicConfig`` in an
+initializer would find that handler and do nothing.
 
-``logging.warning()`` and its relatives call ``basicConfig()`` themselves, without arguments, when
-the root logger has no handler. In a worker that does nothing: otherwise one such call would keep
-every later record there.
+``logging.warning()`` and the other module-level functions call ``basicConfig()`` themselves,
+without arguments, when the root logger has no handler. In a worker that call has no effect:
+otherwise one such call would keep every later record there.
 
-Records never hold up the task. Records wait here while the pool is slow, up to a bound. Beyond it
-records are dropped, and a record of its own says how many. Records of a task arrive before its
+Records never delay the task. They wait here, up to a bound, while the pool is slow. Beyond the
+bound, records are dropped, and a further record says how many. Records of a task arrive before its
 result.
 
 Not covered:
-    * A process that a task forks: its records go to the handlers that it has, or as anywhere
-      to stderr from ``WARNING`` on. The channel is the worker's.
+    * A process that a task forks, because the channel belongs to the worker: its records go to its
+      handlers, or to stderr from ``WARNING`` on.
     * Records that wait when a worker falls idle are sent with its next record or answer.
     * Systems where a send cannot be non-blocking (Windows): records travel with the task's answer.
 """
@@ -49,15 +50,15 @@ if TYPE_CHECKING:
 
 # Records that wait for a slow pool: a few thousand of the usual ones.
 _WAITING_BYTES = 1024 * 1024
-# These travel in one pickle; anything else in one of its own, which may fail by itself.
+# These travel in one pickle; each other object in a separate one, which may fail alone.
 
 _formatter = logging.Formatter()
 
 
 class Outbox:
-    """Frames that a worker sends, from whichever thread: whole, one after the other.
+    """Frames that a worker sends, from any thread: whole, one after the other.
 
-    Answers wait until the pool reads; records do not. Logging never waits for the lock, so a
+    Answers wait until the pool reads; records never wait. Logging never waits for the lock, so a
     signal handler or a thread may log while an answer is being sent. The thread that holds the
     lock checks for new records after it has released it.
 

@@ -1,7 +1,7 @@
 """Steps of a worker process before its first task: environment, caps, signals, channel.
 
-It imports only the standard library and the floors below. threadpoolctl comes with the first cap,
-cloudpickle with the first object that needs it.
+The module imports only the standard library and the floors below. The first cap imports
+threadpoolctl, the first object that needs it cloudpickle.
 """
 
 from __future__ import annotations
@@ -99,17 +99,17 @@ def be_worker(
 
 
 def be_taken_before_the_program(*, server: bool = False) -> None:
-    """Let the kernel take this process, out of memory, and what its tasks start; not the program.
+    """Let the kernel's out-of-memory killer take this process and its children, not the program.
 
-    The kernel takes the process with the highest sum of its memory, in thousandths of the
-    machine's, and this number. So 1000 more than the program's is always first, whatever the
-    program holds: that loses one task, with an error. Every process may raise its own; 1000 is
-    also the maximum. If the program is born with 1000 (a pod of Kubernetes without requests), the
-    size decides.
+    The killer takes the process with the highest sum of its memory, in thousandths of the
+    machine's, and this number. A process with 1000 more than the program is always first, whatever
+    the program holds: that loses one task, with an error. Every process may raise its own number;
+    1000 is the maximum. If the program is born with 1000 (a pod of Kubernetes without requests),
+    the size decides.
 
     Args:
-        server: This process is a fork server, whose end gives next to nothing back. The server has
-            the middle between the program and its workers.
+        server: Whether this process is a fork server, whose end frees almost no memory. The
+            server's number is the middle between those of the program and its workers.
 
     Source:
         proc_pid_oom_score_adj(5); Linux, mm/oom_kill.c, ``oom_badness``.
@@ -126,7 +126,7 @@ def be_taken_before_the_program(*, server: bool = False) -> None:
         # A process that is forked from here on belongs to a server, or has this one as its
         # program.
         _programs_score = programs if server else None
-        if wanted > score:  # else it was raised before
+        if wanted > score:  # otherwise it was raised before
             with open(_OOM_SCORE, "wb") as file:
                 file.write(b"%d" % wanted)
     except (OSError, ValueError):

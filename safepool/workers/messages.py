@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 _FUNCTION = struct.Struct("<I")
 # Of each call in a frame of several: the function's number and the length of the pickle.
 _CALL = struct.Struct("<II")
-# Of a batch: the function's number; whether each item holds all arguments of its call or is
-# the only one, whether the calls have a timeout, and whether each item is a pickle.
+# Head of a batch: the function's number; whether each item is the tuple of all arguments; whether
+# the calls have a timeout; whether each item is a pickle.
 _BATCH = struct.Struct("<I???")
 # Of values: the microseconds that they took, and in which kind of lane they were, 0 for none.
 _VALUES = struct.Struct("<IB")
-# The whole head of a frame of one call, and of one record, as `encode` makes them: that of any
-# frame up to its position, the position, and the lengths of the segments.
+# Whole head of a frame of one call with one record, as `encode` makes it: the head of any frame up
+# to its position, the position, and the lengths of the segments.
 _CALL_HEAD = struct.Struct("!8sQQQ")
 _CALL_BEGIN = encode(Kind.TASKS, 0, [b"", b""])[0][:8]
 _CALL_BYTES = _CALL_HEAD.size + _CALL.size

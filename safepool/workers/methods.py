@@ -38,13 +38,13 @@ def find_context(
             ``"loky"`` (each worker a fresh interpreter, started by exec), or one of
             ``multiprocessing``'s. ``None`` is the first of these that works here.
         preload: Modules that the server imports ahead.
-        main: Way of the program's ``__main__`` into workers, as in :func:`plan_main`.
+        main: Source of the program's ``__main__`` in workers, as in :func:`plan_main`.
         end_subprocesses: Whether the programs that tasks have started end with the program.
 
     Raises:
-        MissingExtraError: loky is asked for, and is not installed.
-        ValueError: There is no context of this name; or ``main`` is ``"run"``, and there is no
-            script that could be run; or it cannot see to it that ``end_subprocesses`` holds.
+        MissingExtraError: ``wanted`` is loky, which is not installed.
+        ValueError: No context has this name; or ``main`` is ``"run"`` without a script that can be
+            run; or the context cannot provide ``end_subprocesses``.
     """
     if wanted is None or wanted == "safepool":
         ours = _server_context(preload, main, end_subprocesses)
@@ -62,7 +62,7 @@ def find_context(
         )
     if wanted is None or wanted == "loky":
         try:
-            # Its reducers are registered by imports, which -X lazy_imports=all would put off.
+            # Imports register the reducers of loky; -X lazy_imports=all would delay these imports.
             with eager_imports():
                 from loky.backend import get_context  # noqa: PLC0415 -- needed on few systems
         except ImportError as error:

@@ -1,12 +1,12 @@
-"""``__main__`` inside a worker: filled by the names that arrive, kept by what runs there.
+"""``__main__`` inside a worker: names that arrive are bound in it, and changes by tasks stay.
 
-A worker that does not run the script has a ``__main__`` of its own. The functions, classes and
-data of the script arrive as names, each before the first call that asks for it (``pool.names``),
-and are bound there once. From then on they are the worker's: what its initializer or a task does
-to them stays, until the program's own value has changed and arrives again.
+A worker that does not run the script has a separate ``__main__``. The functions, classes and data
+of the script arrive as names, each before the first call that needs it (``pool.names``), and are
+bound there once. From then on they belong to the worker: a change by its initializer or a task
+stays until the program's own value has changed and arrives again.
 
 A list, dictionary, set or bytearray that arrives again keeps its identity and gets the new
-content, as in the program: other references to it in the worker see the change.
+content, as in the program: other references in the worker see the change.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Way of the program's ``__main__`` into workers: decided once for each pool, in the program.
+"""Source of the program's ``__main__`` in workers: decided once for each pool, in the program.
 
     run      the fork server runs the script once, as ``__mp_main__``, as the standard library's
              ``spawn`` and ``forkserver`` do; every worker is a fork of that. Functions and classes
              travel by name (``transport.main_names``).
     value    nothing is run; functions and classes travel by value.
 
-A script is run if it says itself that it may be imported: by ``if __name__ == "__main__":`` at its
-top level. A script without such a guard would do its work again, or request the next pool.
+A script is run if it declares that it can be imported, by ``if __name__ == "__main__":`` at its
+top level. A script without such a guard would repeat its work, or request the next pool.
 
 Source: Python, Lib/multiprocessing/spawn.py, ``get_preparation_data``.
 
 Not covered:
-    * A guard that names no ``__name__``, such as a comparison by a function of the script. Say
-      ``main="run"``.
+    * A guard that does not contain ``__name__``, such as a comparison by a function of the script:
+      pass ``main="run"``.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ class MainPlan:
 
 
 def plan_main(wanted: str) -> MainPlan:
-    """Choose the way of ``__main__`` into workers that are forked from a fork server.
+    """Choose the source of ``__main__`` for workers that are forked from a fork server.
 
     Raises:
-        ValueError: ``wanted`` is none of them, or is ``"run"`` without a script.
+        ValueError: ``wanted`` is no element of :data:`MAINS`, or is ``"run"`` without a script.
 
     Example:
         >>> plan_main("value").because
@@ -138,7 +138,7 @@ def plan_main(wanted: str) -> MainPlan:
 
 
 def _find_script() -> tuple[str, str, str]:  # noqa: PLR0911 -- one for each reason
-    """Return the module's name or the file's path, or the reason why there is neither."""
+    """Return the module's name or the file's path, or the reason for having neither."""
     if hasattr(sys, "ps1") or "get_ipython" in vars(builtins):
         return "", "", "the program is a prompt or a notebook"
     space = main_space()
@@ -172,8 +172,8 @@ def find_space() -> None:
     """
     main = sys.modules["__main__"]
     if main.__name__ == "__mp_main__":
-        # A child by spawn or forkserver, whose first frame is the standard library's. It has run
-        # the script by ``runpy``, and the module has a copy of the result.
+        # A child by spawn or forkserver, whose first frame is the standard library's. Such a child
+        # has run the script by ``runpy``, and the module has a copy of the result.
         for value in [*vars(main).values()]:
             if isinstance(value, types.FunctionType) and value.__module__ == "__mp_main__":
                 space = value.__globals__

@@ -1,22 +1,23 @@
-"""Modules that a fork server imports ahead: the program's libraries, and those of its tasks.
+"""Modules that a fork server preloads: the program's libraries, and those of its tasks.
 
-Only installed modules are, those of the standard library and of ``site-packages``: to import one
-of the program's own, from its folder or an editable install, runs the program's code. The
-installed modules among them are
+Only installed modules are preloaded: those of the standard library and of ``site-packages``. The
+import of a module of the program, from its folder or an editable install, would run the program's
+code. The installed modules among them are
 
 * the modules that the program has imported. Behind a front end (a notebook, IPython, pytest),
-  which has imported a thousand modules that no task needs, it is what the program's own modules
-  refer to: modules, functions and classes among the globals of ``__main__`` and of whatever else
-  is not installed;
-* what tasks have imported, as their workers tell (``Imports``): the next worker has it.
+  which imports a thousand modules that no task needs, only the modules that the program's own
+  modules refer to: modules, functions and classes among the globals of ``__main__`` and of other
+  modules that are not installed;
+* the modules that tasks have imported, as their workers report (``Imports``): the next worker has
+  them.
 
-The server looks at what each import leaves beside its modules (``traces``). One that leaves
-threads, descriptors, children or another state that workers must not have from it is left out from
+The server looks for effects of each import beside its modules (``traces``). A module whose import
+leaves threads, descriptors, children or other state that workers must not have is left out from
 then on, and the server is started again without it. The tables here are the exceptions.
 
 Not covered:
-    * A generator of random numbers that a library makes when it is imported, other than
-      Python's and NumPy's own: every worker draws the same numbers from it, as under ``fork``.
+    * A random generator that a library makes at its import, other than Python's and NumPy's own:
+      every worker draws the same numbers from it, as under ``fork``.
 """
 
 from __future__ import annotations

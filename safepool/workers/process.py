@@ -1,4 +1,4 @@
-"""One worker process and the pool's end of its channel: started, signalled, waited for."""
+"""One worker process and the pool's end of its channel: start, signals, end."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ if TYPE_CHECKING:
 
 
 class WorkerProcess:
-    """One running worker.
+    """A running worker process.
 
     Args:
-        board: Its shared board; closed with this object, also if the start fails.
+        board: The worker's shared board; closed with this object, also if the start fails.
 
     Raises:
         OSError: The system gave no process or no descriptor.
 
     Attributes:
-        process: In the words of ``multiprocessing.Process``; ``None`` when this was closed.
-        board: Memory that it and the pool both read and write; ``None`` if there is none.
+        process: The process, with the interface of ``multiprocessing.Process``; ``None`` after the
+            close.
+        board: Memory that worker and pool both read and write, or ``None``.
         channel: The pool's end, which never blocks.
-        sentinel: A descriptor that turns readable when the process ends; ``None`` where only
-            the channel tells.
+        sentinel: Descriptor that turns readable when the process ends; ``None`` where only the
+            channel reports the end.
     """
 
     channel: Channel

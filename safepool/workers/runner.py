@@ -68,7 +68,7 @@ class Runner:
     """The calls of one pool in this process.
 
     Args:
-        board: Shared with the pool; ``None`` if there is none, then calls come one by one.
+        board: Board shared with the pool; without one (``None``) calls come one by one.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
         imports: Listener to the imports of tasks, which the worker reports to the pool; ``None``
             reports none.
@@ -132,7 +132,7 @@ class Runner:
     def _run_alone(self) -> None:
         """Run calls that arrive one by one, until another message has come.
 
-        They need neither board nor frame reader, which cost more than a tiny call
+        This needs neither board nor frame reader, which cost more than a tiny call
         (benchmarks/dispatch.py, round-trip).
         """
         channel, functions, imports = self._channel, self._functions, self._imports
@@ -276,7 +276,7 @@ class Runner:
             else:
                 arguments, keywords = self._loads(pickled)
             if len(segments) > 2:
-                segments.clear()  # the arrays made of them keep the buffers
+                segments.clear()  # the arrays of the segments keep the buffers
             del pickled
             result = function(*arguments, **keywords)
             # Before it is pickled: what only the result refers to is to go first.

@@ -1,4 +1,4 @@
-"""Starts interpreters that do not import from the working directory (``python -P``).
+"""Start of interpreters that do not import from the working directory (``python -P``).
 
 ``python -c`` and ``python -m`` search the working directory before the standard library. The
 program itself does so only if it is a prompt, ``-c`` or ``-m``, or if its script is there. In any
@@ -51,7 +51,7 @@ def _flags() -> list[str]:
 def is_safe(module: str = "os") -> bool:
     """Return whether the program does not import from the working directory itself.
 
-    Not for a frozen program, which takes no options of Python.
+    Always false for a frozen program, which takes no options of Python.
 
     Args:
         module: Name of the module that the new interpreter has to import. Directories on

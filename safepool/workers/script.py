@@ -1,11 +1,12 @@
-"""The program's script, run once in the fork server, so that every worker has its results.
+"""The program's script, run once in the fork server for all workers.
 
-It is run as ``spawn`` and ``forkserver`` of the standard library run it: as ``__mp_main__``, in a
+The run is that of the standard library's ``spawn`` and ``forkserver``: as ``__mp_main__``, in a
 process that is a child of ``multiprocessing``, with the program's arguments, path, directory and
-environment. Its imports, settings, registrations and data exist once, and all workers share them.
+environment. The script's imports, settings, registrations and data exist once, and all workers
+share them.
 
     Unlike there, functions of the script and ``sys.modules["__main__"]`` have one namespace, so
-    that a global which a worker gets is the one that its functions see.
+    that functions see a global that a worker receives.
 
     Exit functions run once, when the server ends, and in no worker: they would remove folders that
     all workers use.
@@ -16,8 +17,8 @@ stays. Otherwise the reason is reported, and the program starts another server w
 Source: Python, Lib/multiprocessing/spawn.py, ``_fixup_main_from_name`` and ``_from_path``.
 
 Not covered:
-    * Files that the top level writes, messages that it sends and files that it deletes: that
-      happens again, once for each server, as under ``spawn``. That belongs below the guard.
+    * Writing of files, sending of messages and deletion of files at the top level: they are
+      repeated once for each server, as under ``spawn``, and belong below the guard.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def read_prints(data: bytes) -> dict[str, bytes | None]:
 
 
 def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> types.CodeType:
-    """Return the script's code, unless it is known, with the module ready for it."""
+    """Return the script's code, and prepare the module for its run."""
     spec: Any = None
     if name:
         parent = name.rpartition(".")[0]
@@ -173,7 +174,8 @@ def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> t
             importlib.import_module(parent)
             spec = importlib.util.find_spec(name)
         else:
-            # Not by find_spec(): ``__main__`` of a folder or a zip file is the script here, too.
+            # find_spec() is not used: ``__main__`` of a folder or a zip file is the script here,
+            # too.
             spec = importlib.machinery.PathFinder.find_spec(name, sys.path)
         loader = None if spec is None else spec.loader
         code = marshal.loads(known) if known else loader and loader.get_code(name)
@@ -204,10 +206,9 @@ def _code_of(path: str) -> types.CodeType:
 
 
 def _share_loggers() -> None:
-    """Let ``getLogger(__name__)`` of the script be the logger that the program has so.
+    """Make ``getLogger(__name__)`` of the script return the program's logger ``__main__``.
 
-    Settings of the program for it apply here by its name, which is ``__main__``, and handlers and
-    filters see that name in its records.
+    The program's settings for that name apply, and handlers and filters see it in the records.
     """
     manager: Any = logging.root.manager
     get_logger = manager.getLogger

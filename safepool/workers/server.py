@@ -1,9 +1,11 @@
-"""The fork server's own program: import, run the script, check, fork, report. It runs no task.
+"""Program of the fork server: import, run the script, check, fork, report.
 
-One thread, one socket to the program that started it. On request it imports modules, runs the top
-level of the program's script (``script``) and forks workers, and it reports how each ended. It
-ends with the program: when the socket closes or, should it be in the middle of a long import, by
-the life-line.
+The server runs no task.
+
+The server has one thread, and one socket to the program that started it. On request the server
+imports modules, runs the top level of the program's script (``script``) and forks workers, and it
+reports the end of each worker. The server ends with the program: when the socket closes or, in the
+middle of a long import, by the life-line.
 
     to the server     ("preload", details)        from it    ("importing", name) before each
                                                              ("preloaded", report), or
@@ -18,7 +20,7 @@ the life-line.
                       ("become", details) + files            nothing: it is the worker
                                                   and first  ("up", pid)
 
-Every worker has a pipe besides, into which the server writes its exit code when it has ended.
+Each worker also has a pipe, into which the server writes the worker's exit code.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def serve(
     # Modules that are imported here ask for the number of CPUs, or keep the function that does.
     share = os.environ.get("PYTHON_CPU_COUNT", "")
     pretend(int(share) if share.isdecimal() else 1)
-    # Each worker opens a description of its own from this one; the server's is another.
+    # Each worker opens a separate description of this one; the server's is another.
     line = os.dup(lifeline_descriptor)
     try:
         lifeline.hold(lifeline_descriptor)
@@ -188,8 +190,8 @@ class _Server:
                     before = traces.Traces.look()
         self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
         find_ahead()
-        # These objects stay for good. A collection in a worker would write to, and so copy, every
-        # page of them.
+        # These objects stay for ever. A collection in a worker would write to every page of them,
+        # and so copy it.
         gc.freeze()
         gc.enable()
         report = {"failed": failed, "culprits": culprits, "read": read}
@@ -241,12 +243,12 @@ class _Server:
                 script.tell_prints(names, pipe)
             finally:
                 os._exit(0)
-        # Its exit code is not needed.
+        # Nobody needs the child's exit code.
         self._workers[pid] = os.open(os.devnull, os.O_WRONLY)
         os.close(pipe)
 
     def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:
-        if len(descriptors) < details["files"]:  # no room for all of them
+        if len(descriptors) < details["files"]:  # not all descriptors fitted
             _close_all(descriptors)
             letters.send(self._sock, ("refused", errno.EMFILE))
             return
@@ -293,7 +295,8 @@ class _Server:
                     importlib.import_module(name)
                 except BaseException:  # noqa: BLE001 -- user code; a worker may do without
                     pass
-        # Open until this process has ended: before Linux 5.3 nothing else reports its end.
+        # This descriptor stays open until the process has ended: before Linux 5.3 nothing else
+        # reports the end.
         os.dup(descriptors[0])
         self._become_worker(details, descriptors)
 
@@ -326,7 +329,7 @@ class _Server:
             os.close(status)
 
     def _leave(self) -> None:
-        """Stop being a server, in a child of it."""
+        """Leave the role of the server, in its child."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._wake_receiver.close()

@@ -1,11 +1,11 @@
-"""Settings of the program, in its workers: which there are, and how a worker takes them.
+"""Settings of the program in its workers: their table, and how a worker applies them.
 
-The pool reads the program's settings (``pool.settings``) and sends changes. Here it is
-set: at once where its module is there, otherwise when somebody has imported that. No module is
-    ever imported for a setting, nor for the objects in its value, such as the warning class of a
-    library: the setting waits for that import as well.
+The pool reads the program's settings (``pool.settings``) and sends changes. The worker sets them:
+    at once if the setting's module is imported, otherwise after its import. No module is ever
+    imported for a setting, nor for objects in its value, such as the warning class of a library:
+    the setting waits for that import as well.
 
-A setting of an initializer or a task belongs to the worker until the program changes its own.
+A setting of an initializer or a task belongs to the worker until the program changes that setting.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def register_setting(
             compare and pickle can pickle. It must take microseconds: most calls of a pool call it.
         write: Function of the module and a value of ``read`` that sets the value. Workers call
             it, so it must be a function of a module or of the script.
-        of_thread: ``True`` if each thread has a value of its own. Workers then take that of the
+        of_thread: ``True`` if each thread has a separate value. Workers then take the value of the
             thread that made the pool.
 
     Raises:
@@ -193,7 +193,7 @@ class WorkerSettings:
         self._imports = AfterImport(self._imported)
         # A module that has run to its end, and whose import has not returned yet.
         self._just: ModuleType | None = None
-        # The filters that were sent last, and those of them that could be read.
+        # The filters that were sent last, and those that could be read.
         self._found: tuple[Packed | None, list[Any]] = (None, [])
 
     def apply(self, frame: Buffer) -> None:

@@ -1,19 +1,18 @@
-"""Settings of the whole process that workers are given. Knowledge, no code.
+"""Table of the process-wide settings that workers take over, without code.
 
-A forked pool inherits it. Anything else gets it only if the statement is at the top level of a
-script that workers run, and loses it silently if not: warnings come back, numbers have fewer
-digits, arrays another type.
+A forked pool inherits these settings. Any other pool has a setting only if the statement is at the
+top level of a script that workers run. Otherwise the setting is lost silently: warnings come back,
+numbers have fewer digits, arrays another type.
 
-Left out on purpose:
-    * The state of random generators: each worker draws numbers of its own. Give each task its
-      seed.
-    * ``faulthandler``: a worker's writes the stack of a crash where the pool reads it.
-    * ``gc.disable()``: ``timeit`` and its like do that for a moment.
+Excluded on purpose:
+    * The state of random generators: each worker draws different numbers. Give each task its seed.
+    * ``faulthandler``: a worker's handler writes the stack of a crash where the pool reads it.
+    * ``gc.disable()``: ``timeit`` and other libraries use it for a moment.
     * ``tracemalloc``, tracers and profilers: they measure a process, and slow it down.
     * Native threads, and the number of CPUs: the cap's (``safepool.threads``).
     * ``threading.stack_size()``: reading it resets it.
-    * Registrations (``csv.register_dialect``, ``codecs.register``): they belong at the top level
-      of a guarded script or into a module, and are there then. Of a script without the guard see
+    * Registrations (``csv.register_dialect``, ``codecs.register``): put them at the top level of a
+      guarded script or into a module, and workers have them. For a script without the guard see
       also ``transport.additions``.
     * Environment, directory, umask, limits, priority, path and ``sys.argv``: a worker is born with
       them (``birth``).
@@ -36,20 +35,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One setting of a process.
+    """A setting of the process.
 
     Attributes:
-        module: The module that holds it, by the full name that is imported. Where that is not
-            there, there is nothing to read; and in a worker it is set when it has been imported,
-            at once if it is built into the interpreter.
+        module: Full name of the module that holds the setting. If it is not imported, the program
+            has no value to read; a worker sets the value after the import, or at once if the
+            module is built into the interpreter.
         read: Function of the module that returns a copy of the present value, which ``==``
             compares and which can be pickled.
-        write: Given the module and what ``read`` returned, sets it.
-        of_thread: Each thread has its own: that of the thread which made the pool counts.
+        write: Function of the module and a value of ``read`` that sets the value.
+        of_thread: Whether each thread has a separate value: that of the thread which made the pool
+            counts.
         glance: Function of the module that returns another object as soon as the setting has
-            changed, or ``None`` if that is unknown. It is used where ``read`` takes longer.
-        seldom: Whether it seldom changes while a program runs, or takes long to read: it is read
-            less often.
+            changed, or ``None`` if that is unknown. Used if ``read`` takes longer.
+        seldom: Whether the setting seldom changes, or takes long to read: it is then read less
+            often.
     """
 
     name: str
@@ -100,7 +100,7 @@ def _glance_at_filters(warnings: Any) -> object:
 
 
 def _write_filters(warnings: Any, value: list[Any]) -> None:
-    # It also informs the C code.
+    # The call also informs the C code.
     warnings.resetwarnings()
     ours = filters_of(warnings)
     ours[:] = value
@@ -152,7 +152,7 @@ def _write_authkey(process: Any, value: bytes) -> None:
     process.current_process().authkey = value
 
 
-# Of libraries.
+# Errors of libraries.
 
 
 def _glance_at_errors(_numpy: Any) -> object:
@@ -339,7 +339,7 @@ SETTINGS: tuple[Setting, ...] = (
             seldom=True,
             source="Python, multiprocessing.Process.authkey",
         )
-        # The second is a fork of the first, with processes and keys of its own.
+        # The second is a fork of the first, with separate processes and keys.
         for package in ("multiprocessing", "multiprocess")
     ),
     Setting(

@@ -74,7 +74,7 @@ class StandardProcess:
                 pass  # a filter refuses this call, and not kill(2)
             else:
                 return
-        # It was not waited for yet, so the number cannot belong to another process.
+        # Nobody has waited for the process yet, so the number cannot belong to another process.
         if self.is_alive():
             try:
                 os.kill(self.pid, number)
@@ -84,7 +84,7 @@ class StandardProcess:
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its end and return the exit code, ``None`` if unknown."""
         deadline = time.monotonic() + timeout_s
-        # Not by join(): that waits for multiprocessing's pipe, which a child of the worker may
+        # join() is not used: it waits for multiprocessing's pipe, which a child of the worker may
         # hold open. And a fork server passes the code on a moment after the end.
         exitcode: int | None
         while (exitcode := self.process.exitcode) is None and time.monotonic() < deadline:
@@ -98,8 +98,8 @@ class StandardProcess:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
-        # multiprocessing's object is not closed: a caller that has it from _processes may still
-        # join() it, or read its exit code. Its descriptors go with the last reference.
+        # multiprocessing's object is not closed: a caller with the object from _processes may
+        # still join() it, or read its exit code. The last reference frees its descriptors.
         self.process = None
 
 
@@ -167,10 +167,9 @@ class Standard(StartMethod):
     else:
 
         def begin(self, process: Any) -> None:
-            """Start it, with ``SIGINT`` blocked until it is ready for that.
+            """Start the process, with ``SIGINT`` blocked until the worker can handle it.
 
-            An interrupt can neither end a worker that still imports, nor make it print a
-            traceback.
+            An interrupt cannot end a worker that still imports, or make it print a traceback.
             """
             self.start_trackers()
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -235,7 +234,7 @@ METHODS: dict[str, type[Standard]] = {
 
 
 def _check_descriptors(existing: int) -> None:
-    """Raise now what would be raised in the middle of a start, which then leaks its pipes."""
+    """Raise now an error that would otherwise come in the middle of a start, and leak pipes."""
     spare: list[int] = []
     try:
         while len(spare) < _START_DESCRIPTORS:
@@ -358,11 +357,11 @@ else:
     METHODS |= {"forkserver": _ForkServer, "fork": _Fork}
 
     class _QuietProcess(multiprocessing.context.ForkProcess):
-        """A process whose fork does not raise a warning, which may come too late to be one.
+        """A process whose fork raises no warning.
 
         From Python 3.12 on ``os.fork()`` warns in a process that has threads. Where warnings are
-        errors (``-W error``), Python 3.15 raises it after the fork, and the child would be
-        unknown. The pool has warned before (:class:`safepool.ProcessPool`).
+        errors (``-W error``), Python 3.15 raises the warning after the fork, and the child would
+        be unknown. The pool has warned before (:class:`safepool.ProcessPool`).
         """
 
         @staticmethod

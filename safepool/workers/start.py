@@ -23,17 +23,21 @@ class WorkerStart:
     """Facts for a new worker.
 
     Attributes:
-        environment: Variables it is born with, ``None`` for those it is born without.
-        threads: Threads for each of its native pools.
+        environment: Environment variables of the worker; ``None`` for a variable that the worker
+            must not have.
+        threads: Threads for each native pool of the worker.
         own: Variables of this worker, which take precedence over those of all workers.
-        cpus: Bound to these, before it imports anything of the caller's; to none if empty.
-        by_name: Functions of the script are sent as names; the worker has run the script.
-        learns: Whether it tells the pool which libraries tasks import.
-        descriptors: The program's, to which the initializer's arguments refer.
-        forked: Whether it is a fork of the program, and has all that this had when it was started.
-        initializer: For a fork of the program, instead of a pickle of it.
-        foreign: Descriptors of the program, which a fork must close: another worker's channel
-            would never be seen closed.
+        cpus: CPUs that the worker is bound to before it imports anything of the caller's; empty
+            for no binding.
+        by_name: Whether functions of the script are sent as names, because the worker has run the
+            script.
+        learns: Whether the worker reports which libraries tasks import.
+        descriptors: Descriptors of the program, to which the initializer's arguments refer.
+        forked: Whether the worker is a fork of the program, with all that the program had at the
+            start.
+        initializer: Initializer of a fork of the program, instead of a pickle.
+        foreign: Descriptors of the program that a fork must close: otherwise nobody would see
+            another worker's channel close.
     """
 
     environment: Mapping[str, str | None]
@@ -87,12 +91,12 @@ class Started(Protocol):
 
 
 class StartMethod:
-    """One way to start workers. The defaults here hold for most of them.
+    """A way of starting workers. The defaults here fit most start methods.
 
     Attributes:
-        is_fork: A worker is a copy of this process.
-        by_value: Functions of the script always travel by value.
-        runs_script: Each worker runs the script itself, and says nothing of what that made.
+        is_fork: Whether a worker is a copy of this process.
+        by_value: Whether functions of the script always travel by value.
+        runs_script: Whether each worker runs the script itself, and does not report the result.
     """
 
     is_fork = False
@@ -110,7 +114,7 @@ class StartMethod:
 
         Raises:
             OSError: The system gave no process or no descriptor.
-            InterruptedError: The start was given up.
+            InterruptedError: The pool no longer needs the start.
         """
         raise NotImplementedError
 
@@ -121,8 +125,8 @@ class StartMethod:
         """Prepare the first worker; return whether later ones need no new process.
 
         Raises:
-            OSError: The system has no room for it.
-            RuntimeError: The interpreter shuts down, or there is none to start.
+            OSError: The system lacks memory, processes or descriptors.
+            RuntimeError: The interpreter shuts down, or no interpreter can be started.
         """
         del environment
         return False
@@ -130,10 +134,10 @@ class StartMethod:
     def run_script(
         self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
     ) -> Mapping[str, bytes]:
-        """Run the program's script where workers come from, if that is the plan.
+        """Run the program's script in the process that workers come from, if that is the plan.
 
         Returns:
-            Names that workers have of it, from :func:`~safepool.transport.marks.marks_of`.
+            Names of the script that workers have, from :func:`~safepool.transport.marks.marks_of`.
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
@@ -154,4 +158,4 @@ class StartMethod:
         return {}
 
     def finish(self, environment: Mapping[str, str | None]) -> None:
-        """Prepare a faster start of the next pool, without waiting for it."""
+        """Prepare a faster start of the next pool, without waiting."""

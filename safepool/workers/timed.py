@@ -1,12 +1,12 @@
-"""When calls began and ended, by the worker's own clock: only for a pool that is traced.
+"""Times at which calls began and ended, by the worker's clock: only for a traced pool.
 
-The times travel just ahead of the answers, in a frame of their own (``Kind.TIMES``): one entry for
-a call, or for several very short ones of a batch. The clock is the monotonic one, which all
+The times travel just ahead of the answers, in a separate frame (``Kind.TIMES``): one entry for a
+call, or for several very short calls of a batch. The clock is the monotonic one, which all
 processes of a machine share.
 
 Not covered:
-    * Calls of a batch that run without a look at the clock (the shortest ones) have one entry
-      together, even if the last of them took long.
+    * Calls of a batch that run without a look at the clock (the shortest calls) have one entry
+      together, even if the last call took long.
     * A worker that is killed: times that it had not sent are lost.
 """
 
@@ -74,8 +74,7 @@ class TimedAnswers(Answers):
         super().__init__(outbox, board, fork)
         self._times: list[Timed] = []
         self._send = self._send_timed
-        # Begin of the next measurement, and the parts of it that were spent on reading and
-        # packing.
+        # Begin of the next measurement, and its time for reading and packing.
         self._since_ns = self._loaded_ns = self._packed_ns = 0
         # The last entry is of calls that others may join.
         self._joins = False
@@ -110,7 +109,7 @@ class TimedAnswers(Answers):
         """Count the time of what comes from now on."""
         super().begin()
         self._joins = False
-        # It may have read the function for the next call.
+        # The time may include reading the function for the next call.
         apart_ns = self._mark_ns - self._since_ns - self._loaded_ns
         if not self._loaded_ns or apart_ns > _APART_NS:
             self._since_ns, self._loaded_ns = self._mark_ns, 0
@@ -154,6 +153,6 @@ class TimedAnswers(Answers):
 
     def _send_timed(self, pieces: Sequence[bytes | memoryview]) -> None:
         times, self._times = self._times, []
-        # In one piece: a message of its own would wake the pool once more.
+        # The message travels with the answers: sent alone, it would wake the pool once more.
         told = encode(Kind.TIMES, 0, [b"".join([_ENTRY.pack(*entry) for entry in times])])
         self._outbox.send([*told, *pieces] if times else pieces)

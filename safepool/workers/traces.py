@@ -1,16 +1,17 @@
-"""Traces of an import in a process beside its modules, and files that it has read.
+"""Effects of an import on a process beside its modules, and files that the import has read.
 
-A worker that is forked afterwards has it as well. Threads would be lost in a worker, and all
-workers would share descriptors and children. Some states are set anew in each worker to the
-program's (``birth``), which would undo the import's change. So the tasks import such a module, in
-each worker.
+A worker that is forked afterwards has these effects as well, but no threads; all workers would
+share descriptors and children. Some states are set anew in each worker to the
+program's (``birth``), which would undo the import's change. Hence the tasks import such a module,
+in each worker.
 
 The environment is that of the program at the time of the import. Reads of variables are recorded:
-the server is useless after one of them has changed in the program.
+the server is useless after such a variable has changed in the program.
 
 Not covered:
-    * Variables that native code reads by getenv(3); those that bound threads are the server's.
-    * Threads: ``server`` counts them before each fork as well.
+    * Variables that native code reads by getenv(3); variables that bound threads belong to the
+      server.
+    * Threads: ``server`` counts threads before each fork as well.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def recorded_environment() -> Iterator[set[str]]:
 
     class Recording(kind):  # type: ignore[valid-type, misc]
         def __getitem__(self, key: str) -> str:
-            if isinstance(key, str):  # else it is an error, which some libraries expect
+            if isinstance(key, str):  # some libraries expect the error of others
                 read.add(key)
             value: str = super().__getitem__(key)
             return value

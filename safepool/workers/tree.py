@@ -52,11 +52,12 @@ else:
 class TreeEnd:
     """The end of a worker and of every process that descends from it, in steps that do not wait.
 
-    First everybody is stopped. A stopped process can start no other, and cannot end and orphan its
-    children. A fork in progress ends before the stop, and its child is found. Then all are killed.
+    First all processes are stopped. A stopped process cannot start another, and cannot end and
+    orphan its children. A fork in progress ends before the stop, and its child is found. Then all
+    processes are killed.
 
     Attributes:
-        found: Processes that descend from it, as far as they were seen.
+        found: Descendants of the worker that were seen.
     """
 
     def __init__(self, worker: Root) -> None:
@@ -66,11 +67,11 @@ class TreeEnd:
         worker.end(_STOP)
 
     def advance(self) -> bool:
-        """Go on as far as possible; return whether all were killed, else call again soon."""
+        """Do all possible steps; return whether all were killed. If not, call again soon."""
         worker = self._worker
         elapsed_s = time.monotonic() - self._begun
         at_rest = "TtZXxD" if elapsed_s > _UNINTERRUPTIBLE_S else "TtZXx"
-        if worker.is_alive():  # else its number may belong to another process by now
+        if worker.is_alive():  # otherwise the number may belong to another process by now
             pids = [worker.pid, *(one.pid for one in self.found)]
             stopped = all(procfs.states(pid).issubset(at_rest) for pid in pids)
             # A child may start others while we look; each round sees those of the one before.

@@ -35,12 +35,13 @@ _ENDING_S = 1.0
 
 
 class Server:
-    """One fork server, started when it is needed.
+    """A fork server, started on demand.
 
     Attributes:
-        takes_rights: Whether it has the rights that the program had before, and is to take those
-            of now.
-        users: Pools that use it at the moment; under the lock of the servers' table.
+        takes_rights: Whether the server has the program's former rights, and must take over the
+            present ones.
+        users: Number of pools that use the server at the moment; under the lock of the servers'
+            table.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Server:
         self._changes = dict(changes)
         self._plan = plan
         self._kept = is_kept
-        # From now on each worker is an interpreter of its own.
+        # Whether each worker is an interpreter of its own from now on.
         self._afresh = asked_only
         self._lock = threading.Lock()
         self.running: asking.RunningServer | None = None
@@ -64,7 +65,7 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; ``None`` if none runs."""
+        """Process id of the server; ``None`` if none runs."""
         running = self.running
         return None if running is None else running.pid
 
@@ -74,7 +75,7 @@ class Server:
         return self.running is not None and not self._afresh
 
     def is_idle(self) -> bool:
-        """Return whether it is unused and no pool has a worker of it."""
+        """Return whether no pool uses the server or has a worker of it."""
         # Not whether they live: their exit codes are read once, by the threads of their pools.
         return not self.users and all(worker.closed for worker in self._workers)
 
@@ -154,9 +155,9 @@ class Server:
                 os.close(tell)
 
     def preload_ahead(self, modules: Sequence[str]) -> None:
-        """Request the import of new modules, and do not wait for it."""
+        """Request the import of new modules, without waiting for it."""
         if not self._lock.acquire(blocking=False):
-            return  # its user will ask for it
+            return  # the pool that uses the server will request it
         try:
             if self.running is not None and not self._afresh:
                 self.running.preload_ahead(modules)

@@ -1,14 +1,14 @@
 """The start file of ``safepool run --patch``: Python imports it before the program.
 
-Its folder is on PYTHONPATH, so it also starts the Python processes that the program starts.
-It imports nothing of safepool's: it leaves hooks that act when the program itself imports
+The folder of the file is on PYTHONPATH, so it also starts the Python processes that the program
+starts. The file imports nothing of safepool. Its hooks act when the program imports
 ``concurrent.futures.process``, ``multiprocessing.pool`` (or ``multiprocess``, the fork of that
-package) or ``joblib.parallel``, and lets ``os.cpu_count()`` say what
-``PYTHON_CPU_COUNT`` says, where Python does not; then it takes its folder off ``sys.path``
-and runs the ``sitecustomize`` that would have been found without it.
+package) or ``joblib.parallel``. It makes ``os.cpu_count()`` return ``PYTHON_CPU_COUNT`` where
+Python does not. Then it takes its folder off ``sys.path`` and runs the ``sitecustomize`` that
+Python would have found otherwise.
 
-Any Python may find it, also one that is older or lacks safepool: such a one prints that, and runs
-the program unchanged. So its syntax is that of every Python 3.
+Any Python may find the file, also one that is older or lacks safepool: then it prints that, and
+runs the program unchanged. Hence its syntax is that of every Python 3.
 
 Not covered: ``python -I``, ``-E`` and ``-S``, which do not look here.
 """
@@ -48,8 +48,8 @@ def _patch_futures(module):
 
 
 def _patch_pool(module):
-    # Its own code, such as that of ThreadPool, still finds the class in its namespace. An importer
-    # of the module gets one without it, and looks up the replacement.
+    # The module's own code, such as that of ThreadPool, still finds the class in its namespace. An
+    # importer of the module gets a module without the class, and looks up the replacement.
     shown = type(module)(module.__name__)
     vars(shown).update(vars(module))
     shown._safepool_replaces = vars(shown).pop("Pool")

@@ -56,7 +56,8 @@ class Carrier(Protocol):
 
         Returns:
             A future with the function's result or exception; with :class:`PlaceLostError` if the
-            place is gone. It need not be cancellable. The engine must not run the function again.
+            place is gone. The future need not be cancellable. The engine must not run the function
+            again.
 
         Raises:
             EngineGoneError: The engine takes no more calls.

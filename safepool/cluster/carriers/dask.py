@@ -1,9 +1,9 @@
 r"""Dask distributed: places are the workers of the user's own ``distributed.Client``.
 
-Calls go by ``Client.run``, outside of Dask's task scheduling. So Dask never runs a call again,
+Calls go by ``Client.run``, outside of Dask's task scheduling. Hence Dask never runs a call again,
 keeps no result and counts no thread of the worker for it; its scheduler only passes messages on.
-The connection is the client's own, with its encryption: client and workers need not reach each
-other. If they do, large arguments go from client to worker.
+The client's own connection is used, with its encryption: client and workers need not reach each
+other. If they can, large arguments go from client to worker.
 
 From a laptop to a cluster, one line of a program changes. The nodes need safepool, the program's
 libraries, and the same version of Python::

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class ExecutorCarrier:
-    """Carries calls by an executor.
+    """Carrier of calls by an executor.
 
     Args:
-        executor: The user's.
-        nodes: Number of its parallel calls, each on a node of its own.
+        executor: The user's executor.
+        nodes: Number of parallel calls, each on a separate node.
     """
 
     at_once = True

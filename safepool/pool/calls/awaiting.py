@@ -1,19 +1,19 @@
-"""Calls of an executor that coroutines await, on the machinery of its ``submit`` and ``map``.
+"""Calls of an executor that coroutines await, based on ``submit`` and ``map``.
 
     run      `submit`; the future's callback rings a bell (`latch.Bell`)
     amap     `map`; its results ring the bell, and many may be there by then
     a coroutine that is cancelled                          ends its calls for real
     async with                                             waits in a thread of its own
 
-Nothing here blocks the event loop, and nothing here knows of processes: another executor whose
-``map`` returns a `ResultIterator` may have the same.
+Nothing here blocks the event loop or knows of processes: another executor whose ``map`` returns a
+`ResultIterator` may use this module.
 
-uvloop's loops and anyio (on asyncio) work, and each thread may have a loop of its own.
+uvloop's loops and anyio (on asyncio) work, and each thread may have a separate loop.
 
 Not covered:
     * Event loops that are not asyncio's: trio.
-    * A loop that is closed while calls run: they go on to their end. ``asyncio.run()`` cancels its
-      tasks before, also after Ctrl-C.
+    * A loop that is closed while calls run: the calls go on to their end. ``asyncio.run()``
+      cancels its tasks before, also after Ctrl-C.
     * Work of ``submit`` itself: it runs in the loop's thread for some microseconds. A check of
       large globals of the script takes longer (``help("safepool.pool")``).
 """
@@ -119,9 +119,9 @@ class AwaitedCalls:
     ) -> _T: ...
 
     async def run(self: Executor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run ``fn(*args, **kwargs)`` in a worker and wait for it, without blocking the loop.
+        """Run ``fn(*args, **kwargs)`` in a worker and await the result; the loop is not blocked.
 
-        Cancelling the coroutine while it waits, as ``asyncio.timeout()`` does, ends the task: a
+        Cancelling the coroutine while it waits, as ``asyncio.timeout()`` does, ends the task. A
         waiting task is dropped; the worker of a running task is killed and replaced, as by
         ``cancel(future, kill=True)``. The ``CancelledError`` goes on at once, before the worker
         has ended.
@@ -328,8 +328,8 @@ class AwaitedCalls:
     ) -> None:
         """Leave the block as ``with`` does, without blocking the loop.
 
-        If the block or its end is cancelled, running calls are ended. It then waits for the
-        workers' end, unless it is cancelled again.
+        If the block or its end is cancelled, running calls are ended. The method then waits for
+        the workers' end, unless it is cancelled again.
         """
         import asyncio  # noqa: PLC0415 -- whoever comes here has it
 

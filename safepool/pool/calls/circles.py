@@ -11,7 +11,7 @@ _N = TypeVar("_N")
 
 
 def components(edges: Mapping[_N, Sequence[_N]]) -> list[list[_N]]:
-    """Return the nodes in circles, each circle behind those that it leads to.
+    """Return the nodes in cycles, each cycle after the cycles that it leads to.
 
     Source:
         R. Tarjan, Depth-first search and linear graph algorithms, 1972.

@@ -28,7 +28,7 @@ ADDED = "with"
 
 
 def close(table: Table, roots: frozenset[str]) -> Closure:
-    """Find out what names lead to."""
+    """Find the objects that names lead to."""
     if table.imports is None or len(main_space()) != table.look_at:
         _look_beside(table)
     walk = Walk(table)

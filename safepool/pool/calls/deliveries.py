@@ -1,4 +1,4 @@
-"""Names of the script with their values, on the way to workers, and which of them a worker has."""
+"""Names of the script with their values, sent to workers, and each worker's record of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ versions: itertools.count[int] = itertools.count(1)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delivery:
-    """Names with their values, on the way to workers.
+    """Names with their values, sent to workers.
 
     Attributes:
-        version: Higher than that of any that was made before.
+        version: Higher than that of every earlier delivery.
         born: By name, the version with which its present object was delivered first. Workers keep
             a container or class when its content has changed.
         head: Facts for workers about the names.
-        draws: A generator of random numbers is among the values.
+        draws: Whether a generator of random numbers is among the values.
     """
 
     version: int
@@ -62,7 +62,8 @@ class Needs(list[Delivery]):
     """Deliveries that a call needs, in the order in which they are sent.
 
     Attributes:
-        number: Number of this object. A worker that has had all of it once needs no further check.
+        number: Number of this object. A worker that once had all these deliveries needs no further
+            check.
     """
 
     def __init__(self, deliveries: Iterable[Delivery]) -> None:

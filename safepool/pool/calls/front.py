@@ -228,22 +228,23 @@ class PoolCalls(AwaitedCalls):
                 ``TimeoutError``; ``None`` waits for ever.
             chunksize: Items that one task takes, at least 1.
             buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
-                takes all items of an iterable with a length at once. From another iterable it
-                takes 16,384 items before this returns, and further ones as the results are taken:
-                it may have no end.
-            progress: Show a bar on standard error, with this label if it is one. It counts calls
-                that have ended, in any order. Needs ``safepool[progress]``.
-            ordered: Results come in the order of the items. ``False`` yields each when its call
-                has ended: one that takes long keeps no other waiting.
+                takes all items of an iterable with a length at once. From another iterable, which
+                may be endless, the pool takes 16,384 items before this returns, and further items
+                as the results are taken.
+            progress: ``True`` or a label: a bar on standard error. The bar counts ended calls, in
+                any order. Needs ``safepool[progress]``.
+            ordered: ``True`` yields results in the order of the items. ``False`` yields each
+                result when its call has ended.
             return_exceptions: ``True`` yields the exception of a call in the place of its result,
                 also :class:`safepool.WorkerDiedError`.
 
         Returns:
-            The results. The iterator raises the exception of a call in its turn. Asked again, it
-            goes on with the next result. Leaving the loop early, or the pool's ``with`` block by
-            such an error, cancels waiting calls. A ``TimeoutError`` of ``timeout`` ends the
-            iterator. The pool sends no further calls while untaken results of at least 64 KiB
-            exceed 256 MiB, or a quarter of the memory that the limits left with the first of them.
+            The results. The iterator raises the exception of a call at its position. The next
+            request returns the next result. If the loop ends early, or such an error leaves the
+            pool's ``with`` block, waiting calls are cancelled. A ``TimeoutError`` of ``timeout``
+            ends the iterator. The pool sends no further calls while untaken results of at least 64
+            KiB exceed 256 MiB, or a quarter of the memory that the limits left when the first of
+            them arrived.
 
         Raises:
             ValueError: ``chunksize`` or ``buffersize`` is below 1.

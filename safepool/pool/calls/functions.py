@@ -78,7 +78,7 @@ class Functions:
         return self.importable(function) or self._main(function)
 
     def known(self, function: Callable[..., Any]) -> SentFunction | None:
-        """Return a module's own function, or one of ``__main__`` that has not changed."""
+        """Return a module's own function, or an unchanged function of ``__main__``."""
         if type(function) not in (types.FunctionType, types.BuiltinFunctionType):
             return None
         sent = self._importable.get(function)

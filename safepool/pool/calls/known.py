@@ -87,7 +87,7 @@ class Known:
         before = time.thread_time()
         same = self._has_print_of(doubts, here=here)
         self.spent_s += time.thread_time() - before
-        self.asked += same or not here  # else another thread checks it again
+        self.asked += same or not here  # otherwise another thread checks again
         if self.spent_s > _MUCH_S:
             self._tell_of_time()
         return same

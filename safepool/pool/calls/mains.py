@@ -1,6 +1,6 @@
-"""The script's functions, classes and data: has one changed since it was pickled?
+"""Check whether a function, class or value of the script has changed since it was pickled.
 
-A look at a value tells apart
+The check distinguishes:
 
     parts     what identity tells all about: numbers, text, ``None``, modules, functions and
               classes that workers import, and those of the script, of which it looks further at
@@ -9,7 +9,7 @@ A look at a value tells apart
               They are compared by their pickles.
 
 Not covered:
-    * Annotations that are changed in place: to read them may run code.
+    * Annotations that are changed in place: reading them may run code.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def plain_function(value: object) -> PlainFunction | None:
         return None
     # Modules that cloudpickle sends along depend on the imports so far.
     modules = (here.get(name) for name in value.__code__.co_names)
-    # By its type: a lazy module would import something when it is asked for attributes.
+    # The type is compared: a lazy module would import something if its attributes were read.
     packages = (type(one) is types.ModuleType and hasattr(one, "__path__") for one in modules)
     return None if any(packages) else PlainFunction(value)
 
@@ -252,7 +252,7 @@ class Look:
 
 
 def _is_imported(module: types.ModuleType) -> bool:
-    # Not by the module's own __getattribute__, which may start a lazy import.
+    # The module's own __getattribute__ is avoided: it may start a lazy import.
     return sys.modules.get(object.__getattribute__(module, "__name__")) is module
 
 
@@ -328,7 +328,7 @@ def is_of_main(function: Any) -> TypeGuard[types.FunctionType]:
 def is_importable(thing: Any) -> bool:
     """Tell whether a function or class is found under its own name in a module.
 
-    A module or metaclass with ``__getattr__`` may make the attribute when it is asked.
+    A module or metaclass with ``__getattr__`` may make the attribute on request.
     """
     if not issubclass(type(thing), (types.FunctionType, types.BuiltinFunctionType, type)):
         return False

@@ -1,6 +1,6 @@
-"""``map``: many calls of one function, their results handed over in order, or as they come.
+"""``map``: many calls of one function, with their results in order, or as they arrive.
 
-The calls have no future each. The scheduler's thread stores each result under its index, and the
+The calls have no futures. The scheduler's thread stores each result under its index, and the
 iterating thread takes it. Calls that are sent, taken back or lost together are a span.
 
     Results         items in, results out: how many items are taken ahead of the results
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Coming", "Feed", "MapRun", "ResultIterator", "Results", "Span", "end_failed"]
 
-# Items that ``map`` takes before it returns from an iterator without a length: the standard pool
-# takes all of them, and their source may be closed afterwards. The portions grow, so that workers
-# have work early. Later portions double whenever the workers ran out, and are never larger than
-# the last of these.
+# Items that ``map`` takes before it returns, from an iterator without a length. The standard pool
+# takes all of them, and the caller may close their source afterwards. The portions grow, so that
+# workers have work early. Later portions double whenever the workers ran out, and are never larger
+# than the last of these.
 _FIRST_PORTION = 256
 _AT_ONCE = 16384
 _MOST_AHEAD = 65536
 
-# Bound on results that have arrived and were not taken. Above it, or above a part of the memory
-# that the limits left with the first of them, no further call of that map is sent to a worker. A
-# smaller sum is always allowed.
+# Bound on results that have arrived and were not taken. Above this bound, or above a part of the
+# memory that the limits left when the first arrived, no further call of that map is sent to a
+# worker. A smaller sum is always allowed.
 _MOST_HELD_BYTES = 256 << 20
 _LITTLE_BYTES = 1 << 20
 # Each of a larger size is counted, the others by their mean.
@@ -159,7 +159,7 @@ class Waiting:
 
 
 class MapRun:
-    """One ``map``, between the iterating thread and the scheduler's thread.
+    """One ``map``, shared by the iterating thread and the scheduler's thread.
 
     Args:
         at_once: Calls that travel together; ``None`` is as many as their time allows.
@@ -171,10 +171,11 @@ class MapRun:
 
     Attributes:
         waiting, queued, most_at_once, dropped, held, noted: The same as in the core's ``Run``.
-            Only the scheduler's thread looks at what waits.
+            Only the scheduler's thread reads the waiting calls.
         unsettled: Calls that were queued and have no result yet.
-        turns: Turns by which calls were sent that the scheduler does not know yet, in order.
-        length: Number of calls that there will be; ``None`` if that is not known here.
+        turns: Turns by which callers have sent calls that the scheduler does not know yet, in
+            order.
+        length: Number of calls in all; ``None`` if unknown here.
         reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
 
@@ -262,7 +263,7 @@ class MapRun:
         return span
 
     def undraw(self, span: Span) -> None:
-        """Take back what was drawn last, and not sent."""
+        """Undo the last :meth:`draw`, whose calls were not sent."""
         self.unsettled -= span.count
         self.count -= span.count
         self._cut -= span.count
@@ -334,7 +335,7 @@ class MapRun:
         self._sizes.clear()
 
     def end(self, length: int) -> None:
-        """Store the number of results, for a reader that may wait for one more."""
+        """Store the number of results, for a reader that may wait for another one."""
         self.length = length
         self.tell()
 
@@ -525,12 +526,11 @@ class Results:
         return self._run.iterator(self, keep)
 
     def feed(self, chunk: int) -> None:
-        """Queue calls as their items come, in a thread of its own.
+        """Queue calls as their items arrive, in a separate thread.
 
         Items at hand are queued before the thread waits for the next item, which may depend on a
-        result. There is no bound before the first request for a result, so that calls run for
-        their effects. If the pool ends meanwhile, the calls of items already taken raise its
-        error.
+        result. Before the first request for a result there is no bound: the calls run for their
+        effects. If the pool ends meanwhile, the calls of taken items raise its error.
         """
         items = self._items
         try:
@@ -633,7 +633,7 @@ class Results:
                 return _Raised(ValueError("another thread waits for the next result of this map"))
             return self._advance()
         finally:
-            # Not an iteration of another thread.
+            # This excludes an iteration by another thread.
             if vars(self).get("_inside") is here:
                 del vars(self)["_inside"]
 
@@ -790,11 +790,11 @@ _failed: weakref.WeakSet[ResultIterator] = weakref.WeakSet()
 
 
 class ResultIterator:
-    """The results of a map, as its caller holds them.
+    """The results of a map, in the form that the caller has.
 
-    The exception of a call is raised in its turn, and the iterator goes on when it is asked again.
-    Other exceptions end it: the time is over, the pool takes no more items, a signal handler has
-    raised.
+    The exception of a call is raised at its position, and the next request continues with the next
+    result. Other exceptions end the iterator: the timeout is over, the pool takes no more items, a
+    signal handler has raised.
     """
 
     __slots__ = ("__weakref__", "_failed", "_guard", "_here", "_keep", "results")

@@ -1,34 +1,34 @@
-"""The script's names: state of the program's ``__main__`` in workers, and names that they lack.
+"""The script's names: state of the program's ``__main__`` in workers, and names that workers lack.
 
-A function of the script travels without the globals that its code names. Each of those is a name
-of its own here, whatever it holds: a module, a function or class of the script, data. Before a
-worker is sent a call it is sent the names that the call needs, and that it lacks in their present
-version. The worker binds them. From then on they are the worker's own: a change by a task stays. A
+A function of the script travels without the globals that its code names. Each such global is a
+separate name here, whatever its value: a module, a function or class of the script, data. Before a
+call, a worker is sent the names that the call needs and that the worker lacks in their present
+version. The worker binds them. From then on they belong to the worker: a change by a task stays. A
 name gets a new version only when the program's own value has changed:
 
     what identity tells about    by identity: numbers, text, modules, what workers import
     functions, classes           by the parts that they are made of (``mains``)
     all else                     by its pickle, and the memory of its arrays
 
-Names that refer to each other, or to a common object, are pickled together, so that the object is
-one in the worker as well. Objects that the worker already has are pickled as names.
+Names that refer to each other, or to a common object, are pickled together, so that the object
+stays one object in the worker. Objects that the worker already has are pickled as names.
 
 Changes of the script to modules follow last (``transport.additions``), even for a call that needs
-no names. They are searched again when the script has more names.
+no names. The search runs again when the script has more names.
 
 Not covered:
     * An object that two globals have in common, and that is no global itself, if one of them was
-      delivered before the other was needed: each has its own.
+      delivered before the other was needed: each global gets a separate copy.
     * A change that is undone before the next call.
-    * An object whose pickle is another one each time: only rebinding the name is seen.
+    * An object whose pickle differs each time: only rebinding of the name is noticed.
     * Changes by the program between the fork of a worker (``mp_context="fork"``) and the first
       call that needs them.
 
-No lock is held while code of the program is pickled: it may wait for another call, without end, or
-for a finalizer. A thread writes its findings into a draft of the table, and publishes the draft in
-one step. If another thread has published meanwhile, it merges entries about other names, and looks
-at the rest again. Calls that need the same names wait for the first of them, so that a large
-object is pickled once.
+No lock is held while code of the program is pickled: that code may wait for another call, without
+end, or for a finalizer. A thread writes its findings into a draft of the table, and publishes the
+draft in one step. If another thread has published meanwhile, the thread merges entries about other
+names, and looks at the rest again. Calls that need the same names wait for the first of these
+calls, so that a large object is pickled once.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Names:
         return mine
 
     def _close(self, roots: frozenset[str]) -> Closure | None:
-        """Find the objects of names; ``None`` if another thread has published some of them."""
+        """Find the objects of names; ``None`` if another thread has published one of the names."""
         base = self.table
         draft = base.draft()
         try:
@@ -164,7 +164,7 @@ class Names:
         return closure
 
     def _publish(self, base: Table, draft: Table) -> bool:
-        """Publish a draft as the table; return whether all of it counts."""
+        """Publish a draft as the table; return whether the whole draft counts."""
         whole = True
         gone = {
             id(base.known[name])

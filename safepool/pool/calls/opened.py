@@ -25,13 +25,13 @@ class OpenMaps:
     def add(
         self, iterator: ResultIterator, results: Results, do: Callable[[Callable[[], None]], None]
     ) -> None:
-        """Note a map. Even without a request for results, it runs all its calls.
+        """Note a map, which runs all its calls even without a request for results.
 
         Args:
-            iterator: Over its results.
-            results: Where these come from.
-            do: Calls a function: elsewhere, if this is the thread that runs the pool. The
-                collector may drop an iterator there.
+            iterator: Iterator over the results.
+            results: Source of the results.
+            do: Function that calls a function, elsewhere if this is the thread that runs the pool:
+                the collector may drop an iterator in that thread.
         """
         self._results[weakref.ref(iterator, partial(self._finish_unseen, do))] = results
 

@@ -1,7 +1,7 @@
-"""Prints of the program's data when it was pickled: is it still the same?
+"""Prints of the program's data when they were pickled, for a later comparison.
 
 A pickle is compared with a pickle, and the memory of arrays with the copy that workers were sent.
-No hash of it: to compare 40 MiB takes 3 ms, and the fastest hash of the standard library 16
+A hash would be slower: comparing 40 MiB takes 3 ms, the fastest hash of the standard library 16 ms
 (benchmarks/names.py).
 """
 

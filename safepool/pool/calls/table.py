@@ -55,15 +55,15 @@ class Table:
     A thread changes its own draft only; a published table is immutable.
 
     Args:
-        main: Names that workers have because they run the script; ``None`` if none do.
+        main: Names that workers have because they run the script; ``None`` if no worker runs it.
 
     Attributes:
-        made: The part of that which is new since the table before.
+        made: The entries of ``known`` that are new since the previous table.
         first: Versions in which names were pickled first.
-        there: Versions in which a worker that has run the script has names by itself.
-        slow: Values that took too long to pickle, in case that they are asked for.
-        beside: Deliveries that come with any names: the imports, and those that nothing names.
-        added: The last delivery; ``None`` if there is nothing.
+        there: Versions of names that a worker has by itself after running the script.
+        slow: Values that took too long to pickle, kept for a later request.
+        beside: Deliveries that accompany any names: the imports, and objects without a name.
+        added: The last delivery; ``None`` without one.
         look_at: Number of the script's names at the last look.
         heir: The table that was published after this one, by the key 0.
     """

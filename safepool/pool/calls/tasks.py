@@ -1,4 +1,4 @@
-"""One call and its result, and the ways of the result to the caller."""
+"""One call, its result, and the ways of the result to the caller."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ _MOMENT_S = 0.02
 class PoolFuture(Future[Any]):
     """A future without a lock that could be held while a signal handler runs.
 
-    So a handler may wait for any call, independent of the code that it has interrupted. The base
-    class holds a condition in ``result()`` and ``cancel()``, and the thread that ends the future
-    needs the same condition.
+    A handler may wait for any call, whatever code it has interrupted.
+    ``concurrent.futures.Future`` holds a condition in ``result()`` and ``cancel()``, and the
+    thread that ends the future needs the same condition.
 
         claim     _RUN or _CANCEL: one of them, by ``dict.setdefault``, in one step
         verdict   state, result and exception: the first one counts, by the same
@@ -86,15 +86,16 @@ class PoolFuture(Future[Any]):
                   under ``_condition``
         turn      by which the call was sent, while the scheduler does not know of it (``turns``)
 
-    ``_condition`` and its relatives are made on first access. It may have to wait again, and
-    raises exceptions whatever their truth value: ``concurrent.futures.Future`` before Python 3.14
-    asks ``if self._exception:`` and so returns ``None`` for an exception with ``__bool__`` or an
-    empty ``__len__`` (gh-132063).
+    ``_condition`` and its relatives are made on first access. Unlike ``concurrent.futures.Future``
+    before Python 3.14, this class raises exceptions whatever their truth value: that one asks ``if
+    self._exception:`` and so returns ``None`` for an exception with ``__bool__`` or an empty
+    ``__len__`` (gh-132063).
     """
 
     def __init__(self, owner: object = None) -> None:
         """Make one that this pool ends."""
-        # Not the base's: the condition that it makes costs as much as the pickling of a call.
+        # The base class's __init__ is not called: its condition costs as much as the pickling of a
+        # call.
         self.owner = owner
 
     def __getattr__(self, name: str) -> Any:
@@ -272,7 +273,7 @@ class PoolFuture(Future[Any]):
         facts = self.__dict__
         mine = threading.RLock()
         mine.acquire()
-        # The condition does not exist yet: a later request for it waits for the end of this.
+        # Without a condition, a later request for one waits for the end of this.
         condition = facts.setdefault("_condition", mine)
         held = condition is mine or condition.acquire(timeout=_MOMENT_S)
         try:
@@ -283,11 +284,11 @@ class PoolFuture(Future[Any]):
         finally:
             if held:
                 condition.release()
-        if not held and self._outcome() is not _CANCELLED:  # else its canceller does
+        if not held and self._outcome() is not _CANCELLED:  # otherwise the canceller does
             self._tell_later()
         self._announce()
         if not first:
-            # Not repr(): it waits for the condition.
+            # repr() is not used: it waits for the condition.
             raise InvalidStateError(f"future at {id(self):#x} has ended, or was cancelled")
 
     def _tell(self) -> None:
@@ -310,7 +311,7 @@ class PoolFuture(Future[Any]):
     def _tell_now(self) -> str | None:
         """Set it for a reader that comes before the scheduler; ``None`` if another thread must."""
         condition: Any = self._condition
-        # Nor while another thread holds it and expects no change.
+        # The same if another thread holds the condition and expects no change.
         if condition._is_owned() or not condition.acquire(blocking=False):
             return None
         try:
@@ -420,11 +421,12 @@ _callers = threading.local()
 
 
 def callbacks_by(call: Callable[[Callable[[], None]], None], owner: object) -> None:
-    """Let callbacks of futures that this thread ends be called by ``call``.
+    """Have ``call`` run the callbacks of futures that this thread ends.
 
     Args:
         call: Function that runs jobs, in order, in another thread.
-        owner: Owner of the futures that this thread ends: it must not wait for one of them.
+        owner: Owner of the futures that this thread ends: the thread must not wait for such a
+            future.
     """
     _callers.call, _callers.owner = call, owner
 
@@ -457,8 +459,8 @@ def _in_a_thread(run: Callable[[], None]) -> None:
 def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> None:
     """End the future that a coroutine awaits (``asyncio.wrap_future``, ``run_in_executor``).
 
-    A coroutine cannot be told of a ``StopIteration``: asyncio refuses it before Python 3.12, and
-    the coroutine waits for ever. So the coroutine gets a ``RuntimeError``, as PEP 479 demands.
+    A coroutine cannot receive a ``StopIteration``: asyncio refuses it before Python 3.12, and the
+    coroutine waits for ever. The coroutine gets a ``RuntimeError`` instead, as PEP 479 demands.
     """
     error = None if future.cancelled() else future.exception()
     if isinstance(error, (StopIteration, StopAsyncIteration)):
@@ -552,6 +554,6 @@ def rebuild(
         notes[:] = [
             note.replace(UNSENT_RESULT, told) if isinstance(note, str) else note for note in notes
         ]
-    # Not by the exception's own __setattr__: a frozen dataclass forbids it.
+    # The exception's own __setattr__ is not used: a frozen dataclass forbids it.
     BaseException.__setattr__(error, "__cause__", _RemoteTraceback(trace))
     return error

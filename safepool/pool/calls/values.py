@@ -39,12 +39,13 @@ OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__"
 
 @dataclass(slots=True)
 class Pickled:
-    """Names as they are pickled now.
+    """Names as they were just pickled.
 
     Attributes:
-        kinds: By name the type of a container whose content is pickled, or ``None``.
-        by_identity: Workers have an object of their own: only another one is a change.
-        there: Workers have it by themselves, as it is.
+        kinds: By name, the type of a container whose content is pickled, or ``None``.
+        by_identity: Whether workers have an object of their own, so that only another object is a
+            change.
+        there: Whether workers have the value by themselves, unchanged.
         held: By ``id()``, objects that another name may hold as well. Objects made for the pickle
             are kept, so that their id() is not used again.
     """
@@ -68,10 +69,11 @@ class Looked:
     """State of values just before they were pickled.
 
     Attributes:
-        printed: Pickle of the objects in doubt; ``None`` if there are none.
-        replaced: That pickle is for comparing only.
-        failed: Whether it cannot be made, as it was pickled in other company.
-        plain: There is one value, and its identity is enough.
+        printed: Pickle of the objects in doubt; ``None`` without such objects.
+        replaced: Whether that pickle is for comparing only.
+        failed: Whether that pickle is impossible, because the value was pickled together with
+            others.
+        plain: Whether there is one value, and its identity is enough.
     """
 
     look: Look
@@ -148,13 +150,13 @@ def pickle_names(group: tuple[str, ...], seeds: Mapping[str, object]) -> Pickled
 def pickle_additions(
     additions: Mapping[int, Addition],
 ) -> tuple[bytes, frozenset[str], Sequence[Shared[Any]]]:
-    """Pickle the script's changes to modules, each by itself; leave out those that fail.
+    """Pickle each of the script's changes to modules separately; leave out changes that fail.
 
     Args:
-        additions: By a number, so that a worker makes each once.
+        additions: By a number, so that a worker makes each change once.
 
     Returns:
-        The pickle, the names that it refers to, and its shared objects.
+        The pickle, the names that the changes refer to, and their shared objects.
     """
     named = data_by_id()
     pickles: dict[int, list[bytes]] = {}
@@ -205,7 +207,8 @@ def can_be_shared(value: object) -> bool:
     kind = type(value)
     if kind in CONTAINERS or kind is types.CellType:
         return True
-    # By its type: an object that imports something late does so when it is asked for more.
+    # The type is compared: an object with lazy imports imports something when its attributes are
+    # read.
     if issubclass(kind, (types.ModuleType, enum.Enum)) or is_definition(value):
         return False
     home = str(kind.__module__).partition(".")[0]
@@ -242,7 +245,7 @@ _GENERATORS = frozenset(
 
 
 def _is_generator(value: object) -> bool:
-    """Return whether this draws random numbers, and a copy of it repeats them."""
+    """Return whether this draws random numbers, and a copy repeats the draws."""
     kind = type(value)
     if kind is random.Random or (kind.__module__, kind.__qualname__) in _GENERATORS:
         return True

@@ -317,7 +317,7 @@ def _together(pickled: Mapping[str, Pickled]) -> list[tuple[str, ...]]:
             name = parents[name]
         return name
 
-    # An object that two of them hold must stay one object.
+    # An object of two names must stay one object.
     holders: dict[int, str] = {}
     for name, one in pickled.items():
         for held in one.held:

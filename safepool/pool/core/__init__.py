@@ -1,4 +1,4 @@
-"""Decisions of the pool, without a process, a clock, a lock, a future or a file.
+"""Decisions of the pool, without process, clock, lock, future and file.
 
 events     events of a pool, and actions: a table of each
 machine    the state machine: an event in, actions out

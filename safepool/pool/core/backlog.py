@@ -86,7 +86,7 @@ class Backlog:
             self._entries.append(run)
 
     def put_back(self, works: Sequence[Call | Span]) -> None:
-        """Queue returned work, in its order, ahead of everything else."""
+        """Queue returned work, in its order, ahead of all other work."""
         entries = self._entries
         for work in reversed(works):
             head = entries[0] if entries else None
@@ -161,7 +161,7 @@ class Backlog:
         return run.held
 
     def _let_go(self) -> None:
-        """Queue runs again that are no longer full, ahead of everything else."""
+        """Queue repeated calls of runs that have room again, ahead of all other work."""
         for run in reversed(self._held):
             if not (self.holds and run.is_full):
                 run.held = False

@@ -1,4 +1,4 @@
-"""Facts about the end of a worker, collected once, for every report and decision.
+"""Facts about the end of a worker, collected once for all reports and decisions.
 
     reader                attributes
     the futures' errors   `error_of`
@@ -6,7 +6,7 @@
     the trace             `how`, `died`, `outcome_of`
     the pool              `was_of_use`, `was_for_nothing`, `unasked`, `breaks`
 
-It computes; no process, no clock.
+The module only computes: no process, no clock.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ _DEBUG, _WARNING = 10, 30
 
 
 class Lost(NamedTuple):
-    """A call that a worker has taken along.
+    """A call that was lost with its worker.
 
     Attributes:
-        work: The work that was lost, or whose part was.
-        place: Its place there.
-        begun: The worker may have begun it; else it was on its way, and was not kept.
-        again: The work that is queued for it; ``None`` if it has failed.
+        work: The work that was lost, whole or in part.
+        place: Index of the call in the work.
+        begun: Whether the worker may have begun the call; otherwise the pool had sent it and kept
+            no copy.
+        again: The work that is queued for the call; ``None`` if the call has failed.
     """
 
     work: Given
@@ -57,12 +58,13 @@ class Ending:
 
     Attributes:
         by_pool: The pool has sent the signal that ended it.
-        reading: The name of the function whose arguments it read.
-        dismissed: Whether the pool told it to stop, or ended it.
-        pool_ends: The pool ends all of them.
-        exceeded: Memory of the worker, if the pool has ended it for that: a death like any other.
-        fault: Why no more could come of it, if the pool ended it for that.
-        stack: The Python stack in which it was.
+        reading: Name of the function whose arguments the worker read.
+        dismissed: Whether the pool told the worker to stop, or ended it.
+        pool_ends: Whether the pool ends all workers.
+        exceeded: Memory of the worker, if the pool ended it for its memory: a death like any
+            other.
+        fault: Defect for which the pool ended the worker, such as a broken connection.
+        stack: The Python stack of the worker at its end.
     """
 
     pid: int
@@ -96,7 +98,7 @@ class Ending:
 
     @property
     def was_for_nothing(self) -> bool:
-        """Return whether it ended by itself before it did anything."""
+        """Return whether the worker ended by itself before it did anything."""
         idle = self.stage in (Stage.STARTING, Stage.READY)
         return idle and not (self.lost or self.dismissed or self.condemned)
 

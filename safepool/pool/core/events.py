@@ -117,12 +117,12 @@ class Answered(NamedTuple):
 
 
 class Then(NamedTuple):
-    """Reason for taking calls back: the decision that follows.
+    """Reason for taking calls back, and the decision that follows.
 
     Attributes:
-        overdue: The position of a call whose time is over; else 0.
-        cancelled: A call that is not wanted, or a run of which none is.
-        exceeded: Memory of the worker, if it is too much.
+        overdue: Position of a call that has exceeded its timeout; otherwise 0.
+        cancelled: A cancelled call, or a run without any wanted call.
+        exceeded: Memory of the worker, if it exceeds the limit.
     """
 
     overdue: int = 0
@@ -134,8 +134,8 @@ class Revoked(NamedTuple):
     """A worker was told which calls are taken back.
 
     Attributes:
-        claimed: The last position that it had claimed then.
-        results: Results that were left on its board before.
+        claimed: The last position that the worker had claimed by then.
+        results: Results that the worker had left on its board.
     """
 
     worker: Member
@@ -168,10 +168,10 @@ class Sent(NamedTuple):
     """A worker was sent work.
 
     Attributes:
-        worker: Which.
-        given: Work that it has now, or that is being copied for it.
-        back: Work that it must not have yet.
-        exclusive: Nothing may follow until it is answered.
+        worker: The worker.
+        given: Work that the worker has now, or that is being copied for it.
+        back: Work that the worker must not have yet.
+        exclusive: Whether nothing may follow until the work is answered.
         unsent: Position of the work that is being copied; otherwise 0.
         full: The same as in :class:`HandOut`, from now on.
     """
@@ -185,13 +185,13 @@ class Sent(NamedTuple):
 
 
 class Turned(NamedTuple):
-    """Callers have sent calls to an idle worker, one after the other, and read the answers.
+    """Callers have sent calls to an idle worker, one after the other, and have read the answers.
 
     Attributes:
         answered: Number of calls that were answered.
-        spent: Name of the last of them, and nanoseconds of each call that was sent with it.
-        call: The work that was sent after them, and is not answered: from now on it is like any
-            other.
+        spent: Name of the last function, and nanoseconds of each call that was sent with it.
+        call: The work that was sent last and is not answered: from now on the pool treats it as
+            usual.
     """
 
     worker: Member
@@ -251,15 +251,15 @@ class Parted(NamedTuple):
 
 
 class Died(NamedTuple):
-    """A worker's process has ended, and all that it sent was brought before.
+    """A worker's process has ended, after everything that it had sent was delivered.
 
     Attributes:
         by_pool: The pool has sent the signal that ended it.
         lost: Number of workers that could not be ended, and are still there.
-        forced: The pool ends all of them.
-        claimed: The last position that it had claimed, by its board.
-        began: The last one that it had begun.
-        results: Results that are left on its board.
+        forced: Whether the pool ends all workers.
+        claimed: The last position that the worker had claimed, by its board.
+        began: The last position that the worker had begun.
+        results: Results on the worker's board.
     """
 
     worker: Member

@@ -1,7 +1,7 @@
-"""Time of the next memory check of a worker, and its result. It computes, and reads nothing.
+"""Time of a worker's next memory check, and its result. The module computes, and reads nothing.
 
-A look wakes the scheduler's thread, so a worker that does not grow is looked at ten times a
-second. A growing worker is checked more often the less it has left, at most a hundred times a
+A check wakes the scheduler's thread, so a worker that does not grow is checked ten times a second.
+A growing worker is checked more often the less memory it has left, at most a hundred times a
 second.
 """
 

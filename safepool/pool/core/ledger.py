@@ -125,10 +125,10 @@ class Ledger(Generic[_W]):
     def withdraw(self) -> _W:
         """Remove the rest of the next work, and return it.
 
-        What was sent behind it stays: the worker may have begun that.
+        Work that was sent behind it stays: the worker may have begun that.
 
         Raises:
-            IndexError: Nothing is owed.
+            IndexError: The ledger is empty.
         """
         work = self._works.popleft()
         if work.done:
@@ -137,10 +137,10 @@ class Ledger(Generic[_W]):
         return work
 
     def strike(self) -> tuple[_W, int]:
-        """Remove the next call, and return its work and its place there.
+        """Remove the next call, and return its work and its index in the work.
 
         Raises:
-            IndexError: Nothing is owed.
+            IndexError: The ledger is empty.
         """
         work = self._works[0]
         place = work.done

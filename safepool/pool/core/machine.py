@@ -11,8 +11,8 @@
     workers to hire, let go, give up             `HandOut`, `Step`, `Died`
     place of a worker                            `place_of_next`, before it is started
 
-Actions are executed in the order in which they are returned, and the events that answer one are
-delivered before the next is executed. Letters name the scheduler's races.
+The caller executes actions in the order of return, and delivers the events that answer an action
+before it executes the next. Letters name the scheduler's races.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ _ROUNDING = 1e-6
 _PRESSED_NS = 5_000_000
 # Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
 _MOST_LOST = 2
-# Time for which the place of an ending worker is kept, so that two processes rarely have the same:
-# a port or a device with its number may still be in use.
+# Time for which the index of an ending worker is not given to another, so that two processes
+# rarely have the same: a port or device of that number may still be in use.
 _PLACE_NS = 1_000_000_000
 _NOTHING = e.Then()
 
@@ -58,12 +58,13 @@ class Core:
     """Knowledge and decisions of one pool.
 
     Args:
-        size: The most workers at a time.
-        tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
-        break_on_death: One dead worker ends the pool as a whole, as the standard pool.
+        size: The most workers at the same time.
+        tasks_per_worker: Number of tasks after which a worker is replaced; ``None`` is no limit.
+        break_on_death: Whether one dead worker breaks the pool as a whole, as in the standard
+            pool.
 
     Attributes:
-        idle_ns: Workers end that have had nothing to do for so long; ``None`` is never.
+        idle_ns: Time after which an idle worker ends; ``None`` is never.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Core:
     def lend(self, now_ns: int) -> list[Member]:
         """Return the workers that callers may send a call themselves, until the next event.
 
-        There is none while earlier calls wait, or calls arrive several at a time.
+        The result is empty while earlier calls wait, or calls arrive several at a time.
         """
         if (
             self.backlog
@@ -360,8 +361,8 @@ class Core:
         free = self._size - sum(place < self._size for place in kept)
         wanted = min(most, free, self.backlog.at_most(self._size) - starting)
         if wanted > 0:
-            # As many may take their time to end as stay: if none ends by itself, all would pile
-            # up.
+            # At most as many workers may be ending slowly as stay: otherwise workers that do not
+            # end would pile up.
             hurry = len(members) + wanted - 2 * self._size
             self._actions.append(e.Hire(wanted, hurry))
 

@@ -1,14 +1,15 @@
 """Expected time of a function's calls, and so the number to send ahead.
 
-A worker that waits for its next task wastes its CPU; a task that waits behind a long one wastes
-time. So the number of calls sent ahead follows from the time that calls of the same function took.
+A worker that waits for its next task wastes its CPU; a task that waits behind a long one loses
+time. The number of calls sent ahead follows from the duration of earlier calls of the same
+function.
 """
 
 from __future__ import annotations
 
-# Work that a worker holds. It is more than the 5 ms for which a thread of this process may keep
-# the interpreter (sys.getswitchinterval) and so keep the scheduler from sending. It is less than a
-# person or another task would notice.
+# Work that a worker holds. More than the 5 ms for which a thread of this process may hold the
+# interpreter (sys.getswitchinterval), and so keep the scheduler from sending. Less than a person
+# or another task would notice.
 _AHEAD_NS = 10_000_000
 # Of one kind in one message: for calls so short that the measurement says little.
 _MOST_AT_ONCE = 2048

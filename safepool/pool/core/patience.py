@@ -1,8 +1,8 @@
-"""Patience with workers that end before they did any work. It computes; no clock, no process.
+"""Limit of workers that end before they did any work. The module computes: no clock, no process.
 
-A crash has a cause that will be there again: an initializer, a broken library. A kill from outside
-(``SIGKILL`` and ``SIGTERM``, sent by the out-of-memory killer and service managers) hits any
-worker, on a busy host several new workers in a row.
+A crash has a cause that stays: an initializer, a broken library. A kill from outside (``SIGKILL``
+and ``SIGTERM``, sent by the out-of-memory killer and by service managers) hits any worker, and on
+a busy host several new workers in a row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _MOST_PAUSE_S = 1.0
 
 @dataclass(slots=True)
 class Patience:
-    """Counts the workers of one pool that were of no use.
+    """Counts of useless workers of one pool, which ended before they did any work.
 
     Attributes:
-        crashed: Number of workers that ended by themselves since one was of use.
+        crashed: Number of workers that ended by themselves since the last useful worker.
         killed: Number of workers that were killed from outside since then.
 
     Example:

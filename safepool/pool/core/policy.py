@@ -44,9 +44,9 @@ def policy_of(function: Callable[..., Any], default: Policy) -> Policy:
     """Return the policy for calls of ``function``.
 
     Args:
-        function: A decorated one has a policy of its own; also inside of
+        function: The function; a decorated one has its own policy, also inside of
             ``functools.partial``.
-        default: The pool's.
+        default: The pool's policy.
     """
     own = getattr(function, _ATTRIBUTE, None) or getattr(
         getattr(function, "func", None), _ATTRIBUTE, None

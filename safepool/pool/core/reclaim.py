@@ -1,10 +1,10 @@
-"""Choice of workers to give calls back, so that none waits behind a long one, or needlessly.
+"""Choice of workers that give calls back, so that no call waits needlessly.
 
-Workers are sent short calls ahead (``pace``). Calls that one of them has not begun are better off
-with another worker when a call turns out to be long, or when another worker is idle.
+Workers are sent short calls ahead (``pace``). When a call turns out to be long, or another worker
+is idle, calls that have not begun should move to another worker.
 
 Not covered:
-    * How they are taken back: by the board (``workers.board``).
+    * Execution of the choice: the board does that (``workers.board``).
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def to_look_at(members: Sequence[Member], *, nothing_waits: bool) -> Iterator[Me
 def slow_workers(
     members: Sequence[Member], now_ns: int, *, nothing_waits: bool
 ) -> Iterator[Member]:
-    """Yield the workers that are to give back calls that they have not begun.
+    """Yield the workers that give back calls that have not begun.
 
     Args:
-        members: All of them, as their boards were just read.
-        now_ns: By the monotonic clock.
-        nothing_waits: There is nothing else that an idle worker could do.
+        members: All workers, with the state that was just read from their boards.
+        now_ns: The present time by the monotonic clock.
+        nothing_waits: Whether an idle worker has no other work.
     """
     idle = nothing_waits and any(member.is_idle for member in members)
     long_ns = _LONG_WHILE_IDLE_NS if idle else _LONG_NS

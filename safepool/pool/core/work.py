@@ -22,11 +22,11 @@ class Work(Protocol):
     """A call, or several that travel together.
 
     Attributes:
-        position: The first one's, while a worker has it.
+        position: Position of the first call, while a worker has the work.
         count: Number of calls, at least 1.
-        done: Number of them that are settled.
-        expected_ns: Expected time of each.
-        bound: They stay together, even if other workers are idle.
+        done: Number of settled calls.
+        expected_ns: Expected time of each call.
+        bound: Whether the calls stay together, even if other workers are idle.
     """
 
     position: int
@@ -54,7 +54,7 @@ class Run(Protocol):
         queued: Whether it is in the backlog.
         held: No further calls are sent, as too much waits to be taken.
         is_full: Whether as much does, and somebody can take it.
-        noted: Notes of a listener; not set without one.
+        noted: Notes of a listener; unset without a listener.
     """
 
     at_once: int | None
@@ -134,19 +134,19 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Span:
-    """Calls of one run that follow each other: sent together, or taken back.
+    """Successive calls of one run, which are sent together and taken back together.
 
     Attributes:
         run: The :class:`Run` of their map.
-        start: The index of the first.
-        items: The arguments of each.
-        attempts: Number of times that the first was begun and lost with its worker.
-        alone: Whether it holds one call that must not travel with others.
-        apart: Each item was pickled by itself.
+        start: Index of the first call.
+        items: Arguments of each call.
+        attempts: Number of times that the first call was begun and lost with its worker.
+        alone: Whether the span is one call that must not travel with others.
+        apart: Whether each item was pickled separately.
         bound: Whether the calls of a chunk share an object that one of them could change. Such a
             chunk is not divided, so that the others see the change, as in the standard pool.
-        pickled: The pickle of its items, if it was made before a worker had room: nothing looks
-            into it here. The span then stays in one piece.
+        pickled: The pickle of the items, if it was made before a worker had room; the core does
+            not look into it. The span then stays whole.
         noted: Notes of a listener; not set without one.
     """
 

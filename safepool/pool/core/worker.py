@@ -1,6 +1,6 @@
 """A worker as the core knows it: its open calls, its last known progress, and its phase.
 
-`Phase` only ever goes up, and only the core moves it (``machine``):
+`Phase` only goes up, and only the core changes it (``machine``):
 
     STARTING --> READY --> RETIRING --> STOPPING --> ENDED
        any that is not leaving      --> DYING, STOPPING
@@ -47,26 +47,28 @@ class Member:
 
     Attributes:
         pid: Its process id.
-        index: Its place in the pool, from 0 up: no other has it at the same time.
-        phase: Stage that it has reached. Written by the core alone.
-        leaving_since_ns: When it came to `Phase.DYING`, or beyond.
-        ready: Its initializer has ended well.
-        has_board: Whether it shares a board with the pool, by which work that it has not begun can
-            be taken back.
-        ledger: Work that it was sent and has not answered.
-        done: Number of calls that it has finished.
-        tasks_done: The same in tasks: a chunk of a map is one, if the caller said its size.
-        claimed: The last position that it was seen to have claimed.
-        since_ns: When it did.
-        awaited: First position of the calls that were last taken back from it; 0 once it came
-            there.
-        sent_ns: When it was last sent something.
-        unsent: Position of the work that is being copied for it; nothing else is sent meanwhile.
-            Or 0.
-        exclusive: Whether nothing may follow the work that it holds.
-        overdue: The position whose time was over at the last look.
-        idle_since_ns: Since when it was seen to have nothing to do.
-        condemned: Why the pool ends it in the middle of a call.
+        index: Index of the worker in the pool, from 0: no other worker has the same at the same
+            time.
+        phase: Stage that the worker has reached. Only the core writes it.
+        leaving_since_ns: Time at which the worker came to `Phase.DYING`, or beyond.
+        ready: Whether the initializer has ended well.
+        has_board: Whether the worker shares a board with the pool, by which work that has not
+            begun can be taken back.
+        ledger: Work that the worker was sent and has not answered.
+        done: Number of calls that the worker has finished.
+        tasks_done: Number of tasks that the worker has finished: a chunk of a map is one task, if
+            the caller set its size.
+        claimed: The last position that the worker was seen to have claimed.
+        since_ns: Time at which that position was seen first.
+        awaited: First position of the calls that were last taken back; 0 once the worker has
+            reached it.
+        sent_ns: Time at which the worker was last sent something.
+        unsent: Position of the work that is being copied for the worker; otherwise 0. Nothing else
+            is sent meanwhile.
+        exclusive: Whether nothing may follow the work of the worker.
+        overdue: Position of a call that had exceeded its timeout at the last look.
+        idle_since_ns: Time since which the worker was seen without work.
+        condemned: Reason of the pool to end the worker in the middle of a call.
     """
 
     pid: int

@@ -1,8 +1,8 @@
-"""From what waits to messages for one worker: pickled, numbered, written in its ledger.
+"""Waiting calls become messages for one worker: pickled, numbered, entered in its ledger.
 
 The scheduler's thread pickles objects whose pickling is known to run no code of the program
-(``trusted``). The hands pickle everything else, and the scheduler goes on when that takes longer
-than a moment:
+(``trusted``). Other threads (``hands``) pickle everything else, and the scheduler goes on if that
+takes longer than a moment:
 
     pack()  a task without a pickle   --> `_prepare`: in time, it is sent at once
                                           late, it is aside until `come_back`, then queued
@@ -10,8 +10,8 @@ than a moment:
                                           second nothing overtakes it
             the same for calls of a map, and for its function
 
-The scheduler's thread looks up afterwards which functions and shared objects a worker must be sent
-before (``_introduce``): the hands know no worker.
+Afterwards the scheduler's thread sends the worker missing functions and shared objects first
+(``_introduce``): the other threads know no worker.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ if TYPE_CHECKING:
     from safepool.transport.sharing import Shared
     from safepool.workers.inheritance import Inheritance
 
-# A larger pickle goes to an idle worker only, in a message of its own, and is not kept. It cannot
-# be sent again: the program may change the objects it refers to as soon as it was sent.
+# A larger pickle goes only to an idle worker, in a separate message, and is not kept. The pool
+# cannot send it again: the program may change its objects as soon as it was sent.
 _SMALL_BYTES = 64 * 1024
 # Arguments of a batch, in one message.
 _BATCH_BYTES = 256 * 1024
@@ -93,15 +93,15 @@ _UNCHANGED: tuple[type, ...] = (
 _MOST_PARTS = 1000
 # Sets of names that a worker is known to have.
 _MOST_DELIVERED = 256
-# Time to wait for a pickle of the hands. Most of them are ready by then, and calls begin in the
-# order in which they came.
+# Time to wait for a pickle of another thread. Most pickles are ready by then, and calls begin in
+# the order of submission.
 _PATIENCE_S = 0.005
 # Pickles made at a time, and calls that may wait for theirs.
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
 # Calls of one function of which it is searched what could not be pickled.
 _MOST_BLAMED = 3
-# Begin of the note on such an error.
+# First words of the note on a pickling error.
 _NOT_SENT = "while the call of "
 # In the pickler's words: of a coroutine that was called too early.
 _COROUTINE = "'coroutine' object"
@@ -460,7 +460,7 @@ class Dispatch:
         return Pickled(None, segments, (), needs) if met.names == names else None
 
     def _pickle_task(self, task: Task) -> Pickled:
-        """Return a task's pickle. In any thread."""
+        """Return a task's pickle. Any thread may call this."""
         call, task.call = task.call, None  # dropped here: a finalizer may wait as well
         assert call is not None
         function, args, kwargs = call
@@ -499,7 +499,7 @@ class Dispatch:
             return None
 
     def _pickle_span(self, span: Span) -> Pickled:
-        """Return the pickle of what calls of a run need. In any thread."""
+        """Return the pickle of a run's function and common data, in any thread."""
         run: MapRun = span.run
         if run.sent is None:
             try:
@@ -713,7 +713,7 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
     """Pickle the items of several calls; ``None`` if each must travel alone.
 
     In a common pickle, an object that two calls refer to would be one object in the worker, and
-    one call would see the changes of another. So each call gets a pickle of its own, unless the
+    one call would see the changes of another. Hence each call gets a separate pickle, unless the
     caller has said which calls belong together, or nothing can be changed. cloudpickle costs more
     for each pickle: calls that need it share one if they have no object in common.
     """
@@ -752,7 +752,7 @@ def _have_parts_in_common(items: list[Any]) -> bool:
         parts = [item]
         while parts:
             part = parts.pop()
-            # Not isinstance(), which reads __class__ of an object of the program.
+            # isinstance() is not used: it reads __class__ of an object of the program.
             if issubclass(type(part), _UNCHANGED) or id(part) in mine:
                 continue
             if id(part) in seen:

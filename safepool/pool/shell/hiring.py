@@ -40,22 +40,22 @@ class Hiring:
     """Starts workers.
 
     Args:
-        told: Facts for each of them.
+        told: Facts for each worker.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
-        own: Variables of each worker alone; ``None`` if all have the same.
-        may_fork: Where the initializer cannot be pickled, workers are forks of this process.
-        main: Way of the script into workers.
+        own: Variables of each single worker; ``None`` if all workers have the same.
+        may_fork: Whether workers are forks of this process if the initializer cannot be pickled.
+        main: Source of the script in workers.
 
     Attributes:
         inheritance: Content of the first message to a new worker.
         need: Function that gets the names of the script that the initializer uses, when it is
             pickled.
-        not_before: When to try again, by the monotonic clock.
+        not_before: Time of the next attempt, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
         hired: Set when the first worker is on the list, or when there will be none.
-        given_up: Function that returns ``True`` when the pool no longer needs this worker. Polled
-            during a slow start.
+        given_up: Function that returns ``True`` when the pool no longer needs the worker; called
+            repeatedly during a slow start.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Hiring:
             let_handlers_pass(error)
 
     def prepare(self) -> None:
-        """Do what must be done before one or more workers are started, and before :meth:`pack`.
+        """Prepare the start of one or more workers, before :meth:`pack`.
 
         Raises:
-            OSError: The system has no room for it.
+            OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
         if not self.started.is_open and self._method.prepare(self._told.environment):
@@ -158,11 +158,11 @@ class Hiring:
             self.inheritance = packed
 
     def start(self, place: int) -> Worker:
-        """Start one, with this place in the pool.
+        """Start one worker, with this index in the pool.
 
         Raises:
-            ScriptLostError: From :meth:`prepare` on is to be done again.
-            OSError: The system has no room for it.
+            ScriptLostError: The caller must begin again with :meth:`prepare`.
+            OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
         try:

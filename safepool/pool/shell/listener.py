@@ -1,6 +1,6 @@
-"""Listening to a pool, without cost for pools that have no listener.
+"""Listeners of a pool, without cost for pools that have none.
 
-The pool asks its listener once, when it is made, for what to call in the place of a few functions:
+The pool asks its listener once, when it is made, for replacements of a few functions:
 
     asked for     in the place of                            thread      what is heard
     of_calls      what brings a `Call` or a `Fed`               any         who waits since when
@@ -9,7 +9,7 @@ The pool asks its listener once, when it is made, for what to call in the place 
     of_actions    what does each kind of action              scheduler   actions
     of_answers    what settles calls by their answers        scheduler   what calls have raised
 
-So a pool without a listener calls its own functions. Rare events are reported by calls instead.
+A pool without a listener calls its own functions. Rare events are reported by calls instead.
 """
 
 from __future__ import annotations

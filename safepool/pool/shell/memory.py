@@ -1,15 +1,17 @@
-"""Memory of workers that run calls, read often enough to end one that holds too much.
+"""Memory checks of workers that run calls, often enough to end a worker that holds too much.
 
 The measure is the memory of a worker alone: resident less shared pages of ``/proc/PID/statm``,
-minus its memory at birth. So it does not count mapped files (libraries, ``numpy.memmap``), shared
-memory (:func:`safepool.share`, arguments that no task has written to, ``/dev/shm``), or pages of
+minus its memory at birth. The measure excludes mapped files (libraries, ``numpy.memmap``), shared
+memory (:func:`safepool.share`, arguments that no task has written to, ``/dev/shm``), and pages of
 its parent. A read takes two microseconds; the kernel's exact sums (``smaps_rollup``) take 17 ms
 for each gigabyte, and stop the worker meanwhile.
 
 Not covered:
-    * Memory that was swapped out, and what processes hold that a task has started.
-    * Pages that a fork had from its birth, and has written to since: they count as before.
-    * Memory of a worker while it runs no call. A worker that exceeds the limit then is replaced.
+    * Memory that was swapped out, and memory of processes that a task has started.
+    * Pages that a fork had from its birth and has since written to: they count as part of the
+      birth.
+    * Memory of a worker while it runs no call. The pool replaces a worker that exceeds the limit
+      then.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Did the kernel's out-of-memory killer take a worker? Counters before and after, compared.
+"""Counters of the kernel's out-of-memory killer before and after a worker's death.
 
-The kernel counts its kills by control group, and its signal looks like any other SIGKILL. So a
+The kernel counts its kills by control group, and its signal looks like any other SIGKILL. Hence a
 killed worker is matched with a count that has grown meanwhile.
 
 Not covered:
-    * The process: if the kernel killed another process of the group, and within seconds a person
-      kills a worker, the kernel is named for that. In a pool that has nothing to do nobody looks:
-      there it is named for an idle worker also later.
+    * The process: if the kernel killed another process of the group, and a person kills a worker
+      within seconds, the error names the kernel. An idle pool does not read the counters: its
+      errors may name the kernel for an older kill.
     * A worker that its task has moved to another group.
 """
 

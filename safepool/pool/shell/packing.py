@@ -1,7 +1,8 @@
-"""Large payloads on their way into files.
+"""Copies of large payloads into memory files.
 
 Copying 100 MB takes tens of milliseconds, in which the scheduler's thread would not serve the
-other workers. So hands copy it, and the scheduler sends the message when the copy is there.
+other workers. Hence other threads (``hands``) copy, and the scheduler sends the message when the
+copy is complete.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Packing:
-    """One payload.
+    """One large payload of a worker.
 
     Attributes:
-        position: There.
+        position: Position of the work in the ledger.
         function: Number of the function that is called, 0 if it is in the payload.
-        segments: The payload; when it is done, as it is to be sent.
-        error: Why it could not be copied.
+        segments: The payload; after the copy, the segments to send.
+        error: Reason why the payload could not be copied.
     """
 
     worker: Worker

@@ -75,8 +75,8 @@ class Records:
 def _handle(segments: Sequence[bytes | bytearray | memoryview]) -> None:
     """Handle a worker's record as if it had been logged in this process.
 
-    The level that its logger has here and now decides whether it is wanted; a worker knows the
-    levels from its start.
+    The present level of its logger in this process decides whether the record is handled; a worker
+    knows the levels from its start.
     """
     record = logging.LogRecord("safepool", logging.ERROR, "", 0, "", None, None)
     try:

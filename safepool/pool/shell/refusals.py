@@ -28,11 +28,11 @@ _REMEDY = "Raise it, or use fewer workers"
 
 
 def explain(error: BaseException) -> BaseException:
-    """Return an error that names the limit or the refused call, or else the same error.
+    """Return an error that names the limit or the refused call, otherwise the same error.
 
     Args:
-        error: The exception of a start. Its kind stays: an ``OSError`` with the same number,
-            a ``RuntimeError`` if no thread was started.
+        error: The exception of a start. The type stays: an ``OSError`` with the same number, or a
+            ``RuntimeError`` if no thread was started.
     """
     try:
         return _explain(error) or error

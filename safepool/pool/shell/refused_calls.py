@@ -1,16 +1,16 @@
 """Find system calls that every worker needs and that a filter refuses (seccomp(2)).
 
-A worker that is refused a call dies before it can say so, and what Python raises names no call. So
-each call of the table is made with arguments that no kernel accepts, -1 throughout. A filter
-answers before the kernel looks at them, and the call has no effect in either case. Filters are
-inherited: a call that is refused here is refused in workers.
+A worker dies before it can report a refused call, and Python's exception does not name the call.
+Hence each call of the table is made with arguments that no kernel accepts: -1 everywhere. A filter
+answers before the kernel reads the arguments, and the call has no effect in either case. Child
+processes inherit filters: a call that is refused here is refused in workers.
 
 Sources: seccomp(2), proc_pid_status(5); the numbers are those of Linux,
 arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
 
 Not covered:
     * Calls that a pool can do without (``pidfd_open``, ``memfd_create``, ``membarrier``, ...).
-    * A filter that is installed in workers alone; one that looks at arguments; other processors.
+    * A filter in workers only; a filter that reads arguments; other processors.
     * ``futex`` and other calls without which no Python runs.
 """
 

@@ -8,12 +8,13 @@
 
 The core (``core.machine``) decides about calls and workers: it gets events and returns actions.
 The scheduler delivers the events and executes the actions (``_tell``, and the table at the end). A
-submitted call waits in the core, then becomes a message (``dispatch``). It belongs to exactly one
-worker until it is settled or taken back. It ends (``settling``) by its future or among its map's
-results (``mapping``). Callers only append to the inbox or raise a flag, and then wake the thread.
-They share no lock with it: a signal handler may wait for the pool during any call.
+submitted call waits in the core, then becomes a message (``dispatch``). The message belongs to
+exactly one worker until the call is settled or taken back. The call ends (``settling``) by its
+future or among its map's results (``mapping``). Callers only append to the inbox or raise a flag,
+and then wake the thread. Callers share no lock with the thread: a signal handler may wait for the
+pool during any call.
 
-Code of the program that may be slow, or wait, runs in other threads (``hands``):
+Code of the program that may be slow or wait runs in other threads (``hands``):
 
     code                                             thread
     pickling of arguments, functions, initializers   the dispatch's hands, if not ``trusted``
@@ -22,38 +23,39 @@ Code of the program that may be slow, or wait, runs in other threads (``hands``)
     handlers of log records and warnings             one thread, in order (``records``)
     items of a ``map`` whose results were not used   the callbacks' thread
 
-The staff (``staff``) owns the processes of the workers: it starts them (``hiring``), reads their
-messages and waits for their end.
+The staff (``staff``) owns the processes of the workers: it starts workers (``hiring``), reads
+their messages and waits for their end.
 
 A worker is sent several short tasks at a time. The pool can take back tasks that have not begun,
-by the board that it shares with the worker (``workers.board``). It does so when another worker is
-idle, a task turns out to be long, a task exceeds its timeout, or the worker dies.
+by the board that it shares with the worker (``workers.board``). The pool takes tasks back when
+another worker is idle, a task turns out to be long, a task exceeds its timeout, or the worker
+dies.
 
-Races, each handled where its letter stands, here or in the core (A to C: ``staff``):
+Races, each handled at its letter, here or in the core (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: no thread waits for
        its thread. A finalizer that the collector runs in the scheduler's thread and that waits
        for a call of the pool gets an error.
-    E  The pool object is dropped by the garbage collector in any thread, under any lock:
-       the weak reference's callback sets a flag and wakes the thread, nothing more. (The
-       callback of an unused iterator of a ``map`` takes the remaining items.)
-    F  The interpreter shuts down: it refuses new processes, so the first worker is started
-       before submit() returns, and later calls fail instead of waiting.
-    G  The program forks: the child has no scheduler thread; its submit() says so.
-    H  A worker is gone when a task is to be sent, or dies before it has begun: it goes to
-       another. Only a large one that was sent in part is lost with its worker.
+    E The pool object is dropped by the garbage collector in any thread, under any lock: the weak
+       reference's callback sets a flag and wakes the thread, nothing more. (The callback of an
+       unused iterator of a ``map`` takes the remaining items.)
+    F The interpreter shuts down and refuses new processes: the first worker is started before
+    submit() returns, and later calls fail instead of waiting. G The program forks: the child has
+    no scheduler thread, and its submit() raises. H A worker has ended when a task is to be sent,
+    or dies before the task has begun: the task goes to another worker. Only a large task that was
+    sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
        taken back before, and it is left alone if the next had been claimed by then, so the signal
        meets this task or nothing; a result that was left on the board before counts. A later
        result does not count: the signal for the stack may have interrupted what the task was
        waiting for.
-    J  A worker claims a task in the moment in which it is taken back: it finds so, says so
-       (``SKIPPED``), and the task waits again.
+    J A worker claims a task in the moment in which the pool takes it back: the worker notices,
+    sends ``SKIPPED``, and the task waits again.
 
 Not covered:
-    * A finalizer that the collector runs in the scheduler's thread, and that waits for something
-      other than the pool; functions of ``os.register_at_fork``, with ``mp_context="fork"``.
-    * Systems without a board (all but Linux): a worker holds one task at a time, or as many calls
-      of a map as its ``chunksize`` says.
+    * A finalizer that the collector runs in the scheduler's thread, and that waits for anything
+      but the pool; functions of ``os.register_at_fork``, with ``mp_context="fork"``.
+    * Systems without a board (all but Linux): a worker holds one task at a time, or ``chunksize``
+      calls of a map.
 """
 
 from __future__ import annotations
@@ -191,14 +193,14 @@ _SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
 
 
 class Scheduler:
-    """Run tasks in worker processes, whatever a task does to its worker.
+    """Runs tasks in worker processes, and survives any effect of a task on its worker.
 
     Args:
-        tasks_per_worker: A worker is replaced after this many tasks; ``None`` is never.
-        memory_per_worker: Bytes; a worker that holds more is replaced between two tasks.
-        memory: Looks at what workers hold while they run tasks; ``None`` limits that not.
+        tasks_per_worker: Number of tasks after which a worker is replaced; ``None`` is no limit.
+        memory_per_worker: Bytes above which a worker is replaced between two tasks.
+        memory: Checks of the memory of workers that run tasks; ``None`` sets no limit.
         break_on_death: ``True`` if one dead worker ends the whole pool, as in the standard pool.
-        listener: Hears what happens. Closed with the pool.
+        listener: Listener of the pool, closed with the pool.
     """
 
     def __init__(
@@ -471,7 +473,7 @@ class Scheduler:
         """
         if os.getpid() != self._pid:  # race G
             return
-        # Not in the scheduler's own thread (race D), nor in a thread that it waits for in the end:
+        # The scheduler's own thread must not run this (race D), nor a thread for which it waits:
         # the items may be results of this pool.
         here = threading.current_thread()
         others = (*self._hands, self._callers, self._records.teller)

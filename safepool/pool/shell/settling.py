@@ -168,9 +168,9 @@ class Settling:
         return answer.value if answer.failed else None
 
     def _refuse(self, size_bytes: int) -> MemoryLimitError | None:
-        """Return the error if there is no room for unpickled objects; ``None`` if there is.
+        """Return the error if there is no room for unpickled objects; ``None`` if there is room.
 
-        Each result may be small, while the program keeps all of them.
+        The program may keep all results, however small each is.
         """
         self._arrived_bytes += size_bytes
         if self._arrived_bytes < _ARRIVED_BYTES or size_bytes < _LEAST_REFUSED_BYTES:
@@ -199,7 +199,7 @@ class Settling:
     def _settle_values(
         self, done: Settle, values: list[Any], size_bytes: int
     ) -> dict[int, BaseException]:
-        """End calls of runs, which returned plain values."""
+        """End calls of runs that returned plain values."""
         refused, each = self._refuse(size_bytes), OBJECTS * size_bytes // len(values)
         for work, place, count, at in done.settled:
             run: MapRun = work.run

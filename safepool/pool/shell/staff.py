@@ -1,12 +1,12 @@
-"""The workers of one pool: hired, listened to, dismissed, and seen to their end.
+"""The workers of one pool, from their start to their end.
 
-Only the scheduler's thread uses it. It knows processes, channels and deadlines; the scheduler
-knows tasks and their loss.
+Only the scheduler's thread uses the staff. The staff knows processes, channels and deadlines; the
+scheduler knows tasks and their loss.
 
-Races, each handled where its letter stands below:
-    A  A worker's channel closes before the system tells how it ended: wait for the ending.
-    B  A worker ends, its result already on the way: read the channel dry before judging.
-    C  A worker ends, a program it started holds its channel open: the pidfd tells anyway.
+Races, each handled at its letter below: A A worker's channel closes before the system reports the
+exit code: wait for the end of the process. B A worker ends with its result in transit: read the
+    channel to its end before deciding. C A worker ends, and a program that it started holds its
+    channel open: the pidfd reports the end.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = ContainedLogger()
 
 # A worker whose channel is closed and that has not ended by then is ended (race A).
 _ENDING_S = 1.0
-# A worker that was told to stop may flush, run its atexit functions and join its threads.
+# Time for a stopped worker to flush, run its atexit functions and join its threads.
 _STOPPING_S = 30.0
 # Between SIGTERM and SIGKILL when workers are ended at once: a prompt is to be back
 # within a second of Ctrl-C.
@@ -99,7 +99,7 @@ class Staff:
         self._wake_sender.setblocking(False)
         self._selector.register(self._wake_receiver, selectors.EVENT_READ)
         try:
-            # Where this call is refused wake() would have no effect, and could not report it.
+            # If a filter refuses this call, wake() would have no effect, and could not report it.
             with naming("sendto()"):
                 self._wake_sender.send(b"\0", NO_SIGPIPE)
         except OSError:
@@ -138,11 +138,11 @@ class Staff:
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def hire(self, place: int) -> Worker:
-        """Start one worker, with this place in the pool.
+        """Start one worker, with this index in the pool.
 
         Raises:
-            Exception: The exception of the start; ``OSError`` if the system has no room for it,
-                ``RuntimeError`` if the interpreter shuts down.
+            Exception: The exception of the start: ``OSError`` if the system lacks memory,
+                processes or descriptors; ``RuntimeError`` if the interpreter shuts down.
         """
         worker = self._start(place)
         self._all = (*self._all, worker)
@@ -267,7 +267,7 @@ class Staff:
     def condemn(self, worker: Worker) -> None:
         """End a worker in the middle of its task, with every process that the task started.
 
-        It is asked first for its Python stack, which it leaves on its board.
+        The worker first writes its Python stack on its board.
         """
         pause_s = 0.0
         if worker.board is not None and STACK_SIGNAL:
@@ -343,7 +343,7 @@ class Staff:
             self._selector.unregister(worker.channel)
             worker.channel.close()
         if not worker.dismissed or worker.fault is not None:
-            self._expect_the_end(worker)  # else it has the time that it was given
+            self._expect_the_end(worker)  # otherwise the earlier deadline holds
 
     def _expect_the_end(self, worker: Worker) -> None:
         self._parted(self, worker)
@@ -411,7 +411,7 @@ class Staff:
 
     def _forget(self, worker: Worker) -> int | None:
         self._all = tuple(one for one in self._all if one is not worker)
-        self._parted(self, worker)  # it is sent nothing more, whatever its last results are
+        self._parted(self, worker)  # the worker is sent nothing more, whatever its last results
         if worker.channel.fileno() >= 0:
             self._selector.unregister(worker.channel)
         if worker.sentinel is not None:

@@ -1,10 +1,10 @@
-"""The shortest way for one call, or a few: the caller sends them, and reads the answer.
+"""The shortest way for one call, or a few: the caller sends the calls and reads the answer.
 
-While the scheduler's thread sleeps, each idle worker has a lane, and a lane a *turn*: one call
-that any thread may make. No lock is held, and a caller changes nothing of the scheduler's. It
-leaves notes in the turn, which the scheduler's thread writes into its books when it wakes up: at
-the latest after :data:`TICK_S`. From then on the call is one like any other. The calls of a short
-map are sent together, as one; if several workers are idle, divided among them.
+While the scheduler's thread sleeps, each idle worker has a *lane*, and each lane has a *turn*: one
+call that any thread may make. A caller holds no lock and changes nothing of the scheduler's. The
+caller leaves notes in the turn, and the scheduler's thread copies them into its records when it
+wakes up: after :data:`TICK_S` at the latest. From then on the call is like any other. The calls of
+a short map travel together; if several workers are idle, the calls are divided among them.
 
     caller's thread                              scheduler's thread
     call(),    pop `free`, send, note that       park()   make lanes, listen no more to their
@@ -15,12 +15,12 @@ map are sent together, as one; if several workers are idle, divided among them.
                end the future                             pop `reader`, or what was read goes to
                make the next turn                         the frame reader
 
-Each note is made in one step of the interpreter together with the action that it records:
+Each note is written in one step of the interpreter together with the recorded action:
 ``list.extend`` over ``map(operator.call, ...)`` calls functions written in C one after the other
-and stores their results. No signal's handler runs in between, with or without a GIL. So an
+and stores their results. No signal handler runs in between, with or without a GIL. Hence an
 interrupted thread leaves nothing, or a complete note. Only before Python 3.12 the collector may
-run there, and what it calls may wait: if that takes long, the worker is ended before anything is
-decided (`_close`).
+run there, and may call code that waits: if that takes long, the pool ends the worker before any
+decision (`_close`).
 
     What is decided                              by
     who has the turn: a caller or the scheduler  ``free.pop()``
@@ -28,15 +28,14 @@ decided (`_close`).
     whether another turn follows                 ``marks.setdefault("next", ...)``
     whether the call was sent                    ``marks.setdefault("sent", ...)``
 
-A caller that asks the future in another way than by ``result()`` in one thread wakes the scheduler
-(``tasks.PoolFuture``), as does a caller that finds something other than a plain answer. After a
-few of these the scheduler goes on to listen while it lends workers, and reads the answers itself.
+A caller wakes the scheduler if it uses the future in another way than by ``result()`` in one
+thread (``tasks.PoolFuture``), or if it finds anything but a plain answer. After a few such calls
+the scheduler also listens while it lends workers, and reads the answers itself.
 
-Not covered, these go the usual way:
+Not covered, because the scheduler sends these calls:
     * Calls with a timeout, calls submitted in a thread with a running event loop, and calls of a
-      pool that is traced, or that replaces workers after some tasks or by their memory.
-    * Calls that need another message to the worker first, or whose pickling runs code of the
-      program.
+      pool with a trace, or with replacement of workers after some tasks or by their memory.
+    * Calls whose worker needs another message first, or whose pickling runs code of the program.
     * Maps of many items, with a chunk size or unordered, and maps that need more workers than are
       idle.
     * Calls on systems without eventfd(2), poll(2) or a board (all but Linux).
@@ -83,8 +82,9 @@ _MOST_MISSED = 3
 # More callers at a time are better off if their calls are sent ahead; and each lane costs the
 # scheduler's thread two system calls whenever it wakes up.
 _MOST_LANES = 4
-# Calls of a map. Those that take less time in all stay with one worker. A worker is sent more than
-# one only if they are known to take no longer than that: its answers wait for each other so long.
+# Calls of a map. If all calls together take less time, one worker gets all of them. A worker is
+# sent several calls only if they are known to take no longer than that: each answer waits for the
+# last.
 _LITTLE_NS, _MOST_NS = 100_000, 500_000
 # A larger pickle may not go at once.
 _MOST_BYTES = 32 * 1024
@@ -112,9 +112,10 @@ class _Lane:
     """One worker that any thread may send calls, until the scheduler wakes up.
 
     Attributes:
-        watched: The scheduler listens to it, and its thread alone reads the answers.
-        first: The position of the first turn.
-        turn: The last one; an earlier one if a caller was interrupted.
+        watched: Whether the scheduler listens to the worker, and its thread alone reads the
+            answers.
+        first: Position of the first turn.
+        turn: The last turn; an earlier one if a caller was interrupted.
     """
 
     __slots__ = ("fileno", "first", "read", "send", "spent", "turn", "turns", "watched", "worker")
@@ -147,8 +148,8 @@ class Turn:
     """One call in a lane, or several calls of a map that travel together.
 
     Attributes:
-        position: By which the worker and its ledger know the first call.
-        work: The calls. They count if they were sent.
+        position: Position of the first call, for the worker and its ledger.
+        work: The calls; valid if they were sent.
         free: List with one entry. The thread that pops it has the turn.
         record: Record that ``free`` gave, and the number of bytes that were sent.
         reader: List with one entry. The thread that pops it reads the answer.
@@ -215,7 +216,7 @@ class Turn:
     def collect(self, timeout_s: float | None) -> None:
         """Wait for the answer, and end the calls by it.
 
-        It may also return because the scheduler takes over, or the time is over.
+        The method may also return because the scheduler takes over, or because the time is over.
         """
         turns = self.lane.turns
         if self.lane.watched:
@@ -260,8 +261,8 @@ class Turn:
                     return False
                 return True
             if (bell, _POLLIN) in events:
-                if self.reader:  # else the pool may have ended, and this be another's by now
-                    _silence(bell)  # it was meant for the former owner
+                if self.reader:  # otherwise another pool may use this bell by now
+                    _silence(bell)  # the former owner's wake-up
             elif events:  # the worker is gone
                 self.ask()
                 return False
@@ -289,7 +290,7 @@ class Turn:
         microseconds, values = read
         if isinstance(work, Task):
             if not work.future.end_alone(values[0]):
-                self.ask()  # it was cancelled, or another thread waits for it as well
+                self.ask()  # cancelled, or another thread waits for it as well
                 return
         else:
             work.run.put(work.start, values, OBJECTS * len(data))
@@ -358,22 +359,23 @@ class Turn:
 
 
 class Turns:
-    """The lanes of one pool.
+    """Lanes of one pool.
 
     Args:
-        pack: Returns number and pickle of calls if a worker needs nothing else for them.
+        pack: Function that returns number and pickle of calls, if a worker needs nothing else for
+            them.
         is_same_user: Function that returns whether the program still has the user for whom workers
             were started.
-        settling: Object that counts the calls that were ended here.
+        settling: Object that counts the calls that ended here.
         pace: Expected times of calls.
-        allowed: No option of the pool is against it.
+        allowed: Whether the pool's options allow lanes.
 
     Attributes:
         idle: Turns that callers may take.
         bells: Descriptors of eventfd(2): one for each thread that waits.
-        wanted: Lanes may be of use.
-        lanes: Turns that there are.
-        worked: Ids of workers that were sent something here since the scheduler last looked.
+        wanted: Whether lanes may be of use.
+        lanes: Turns of all open lanes.
+        worked: Ids of workers that callers have sent something since the scheduler last looked.
     """
 
     def __init__(
@@ -448,7 +450,7 @@ class Turns:
 
     def _may_send(self) -> bool:
         """Tell whether an idle worker may be sent something now; if not, whether soon."""
-        # The next call of a loop comes before there are lanes again: no lane is kept for it.
+        # An event loop's next call comes before lanes exist again: no lane is kept for it.
         if runs_a_loop():
             return False
         if not self.idle:
@@ -547,7 +549,7 @@ class Turns:
         return [lane.worker for lane, call in found if call is not None and not lane.watched]
 
     def _close(self, staff: Staff, lane: _Lane) -> Task | Span | None:
-        """Take a lane back; return what is under way, which the ledger gets."""
+        """Take a lane back; return its calls in transit for the ledger."""
         worker = lane.worker
         turn = lane.turn = lane.turn.last()
         if not lane.watched:
@@ -560,9 +562,8 @@ class Turns:
         self._was_used(worker)
         self._missed = self._missed + 1 if "asked" in turn.marks else 0
         if not turn.is_decided():
-            # Its caller's thread is kept in the middle of that by other threads, or by a
-            # finalizer. First no new call can begin there, then the calls that have begun are
-            # looked at.
+            # Other threads, or a finalizer, hold up the caller's thread in the middle of the step.
+            # First no new call can begin there, then the calls that have begun are looked at.
             self._kill(staff, worker)
             turn.marks.setdefault("sent", turn.has_begun())
         if turn.marks.get("sent", True) is not True:

@@ -74,13 +74,13 @@ class Variables:
 
 
 def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, tuple[str, ...]]:
-    """Return, by variable, its values in one worker after the other.
+    """Return, by variable, the values for each worker.
 
     Args:
         gpus: The same as for :class:`safepool.ProcessPool`.
 
     Raises:
-        ValueError: There are fewer devices than ``gpus``.
+        ValueError: The system has fewer devices than ``gpus``.
     """
     found = read_gpus(os.environ)
     lists = {name: ids for name, ids in found.lists.items() if ids}

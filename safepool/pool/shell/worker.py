@@ -42,29 +42,28 @@ if sys.platform != "win32":
 
 
 class Worker(Member, WorkerProcess):
-    """A worker process with what its pool knows about it.
+    """A worker process, with the pool's records about it.
 
     Attributes:
-        functions: Numbers of the functions that it keeps.
-        names: The versions of the script's names that it has.
-        delivered: Numbers of the needs that it was found to have.
-        shared: Numbers of the shared objects that it keeps.
-        logged: Whether its last message was a log record.
-        memory_look_ns: When its memory is next to be looked at.
-        memory: Memory that it holds, and ``gauge``: when to look; ``None`` without
+        functions: Numbers of the functions that the worker keeps.
+        names: Versions of the script's names that the worker has.
+        delivered: Numbers of the needs that the worker has.
+        shared: Numbers of the shared objects that the worker keeps.
+        logged: Whether the worker's last message was a log record.
+        memory_look_ns: Time of the next memory check.
+        memory: File with the worker's memory, and ``gauge``: its next check; ``None`` without
             ``memory_limit``.
-        killed: Whether it was sent ``SIGKILL``, or its life-line was cut.
-        unkillable: Reason why it could not be ended: the pool goes on without it.
-        tree: Its end together with all that it has started.
-        signals: Signals that the pool has sent it.
+        killed: Whether the worker was sent ``SIGKILL``, or its life-line was cut.
+        unkillable: Whether the worker could not be ended: the pool goes on without it.
+        tree: Ending of the worker together with all processes that it has started.
+        signals: Signals that the pool has sent to the worker.
         fault: Reason why the pool ended it, if its messages were invalid or its channel failed.
-        deadline: When, by the monotonic clock, it is ended by ``SIGKILL``, or given up if that was
-            sent.
-        events: Events for which the selector watches its channel.
-        stack_begin: Where on its board the stack begins that it was asked for when it was
-            condemned.
-        guard: Held while another thread uses its descriptors, and while they are closed.
-        lane: By which callers may send it calls while the scheduler's thread sleeps.
+        deadline: Time of ``SIGKILL``, by the monotonic clock, or, once that was sent, of giving
+            up.
+        events: Events for which the selector watches the channel.
+        stack_begin: Offset on the board of the stack that a condemned worker writes.
+        guard: Lock held while another thread uses the descriptors, and while they are closed.
+        lane: Lane by which callers may send calls while the scheduler's thread sleeps.
     """
 
     told: object = None

@@ -11,5 +11,5 @@ rows     begin and end of each call: a row for each worker
 events   the events, as lines, and the description of their format
 file     the file, and the thread that writes it
 
-A row is a place: a worker that replaces one which has ended gets its row.
+A row is an index in the pool: a replacement continues the row of its predecessor.
 """

@@ -1,7 +1,7 @@
 """Costs of calls in the program before a worker has them.
 
-A call notes when it was submitted, and work notes how long its pickling took. The calls of a run
-are too many for that: the run notes when each portion of them was queued.
+A call notes when it was submitted, and work notes how long its pickling took. A run has too many
+calls for that, and notes when each portion of calls was queued.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ as well, with the rows of its workers, and numbers the rows of all nodes togethe
         scheduler's thread in percent; events that were left out, as the disk was too slow
     M   names of the process and the rows
 
-A row is a place: a worker that replaces one which has ended gets its row.
+A row is an index in the pool: a replacement continues the row of its predecessor.
 
-Size: calls that end within a millisecond of the row's last event are joined with it. So a row has
-at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time doubles,
-and so does the pause between two readings of the counters: a run twice as long adds 32 MiB, not
-twice as much. Each worker that ends and is replaced adds half a kilobyte.
+Size: calls that end within a millisecond of the row's last event are joined with it. Hence a row
+has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
+doubles, and so does the pause between two readings of the counters: a run twice as long adds 32
+MiB, not twice as much. Each worker that ends and is replaced adds half a kilobyte.
 
 Not covered:
-    * When calls began and ended: ``rows``.
+    * The times at which calls began and ended: ``rows``.
 
 Source: Trace Event Format, "Event Descriptions": complete, instant, counter, metadata events.
 """
@@ -126,7 +126,7 @@ class Events:
         self._next_bytes = _DOUBLES_BYTES
         # Functions' names as they are written.
         self._quoted: dict[str, str] = {}
-        # Of rows and processes that are not the pool's own.
+        # For rows and processes other than the pool's own.
         self._pids: dict[int, int] = {}
         self._counted: dict[str, str] = {}
         began = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,15 +1,15 @@
-"""The file of a trace: a thread of its own writes the lines in pieces.
+"""The file of a trace, which a separate thread writes in pieces.
 
-The format is the Trace Event Format's JSON array, one event in each line. Viewers read it without
-the closing bracket as well: so a file is valid at any moment, also after ``kill -9``, up to the
-last half second. A thread writes, so that a slow disk holds up no worker.
+The format is the Trace Event Format's JSON array, one event in each line. Viewers read the array
+without the closing bracket, too: the file is valid at any moment, also after ``kill -9``, up to
+the last half second. The thread's purpose: a slow disk delays no worker.
 
 An existing file is replaced, unless a running pool writes it.
 
 Not covered:
-    * A program that is killed in the middle of a write leaves a torn line, which Perfetto and
-      ``safepool report`` pass over, and chrome://tracing does not.
-    * Windows: that another pool writes the file is not noticed there.
+    * A program that is killed in the middle of a write leaves a torn line. Perfetto and ``safepool
+      report`` skip it; chrome://tracing does not.
+    * Windows: nothing notices that another pool writes the file.
 
 Source: Trace Event Format, "JSON Array Format"; Perfetto, json_trace_tokenizer.cc,
 ``NotifyEndOfFile``.
@@ -39,8 +39,8 @@ _log = ContainedLogger()
 
 # Pause between two writes: a kill loses that time, and writing twice a second costs nothing.
 EVERY_S = 0.5
-# A larger backlog in memory is written at once. A disk that stays slower than that loses events,
-# and not the program its memory.
+# A larger backlog in memory is written at once. If the disk stays slower than that, the trace
+# loses events, and the program no memory.
 _MANY_BYTES = 256 * 1024
 _MOST_BYTES = 16 << 20
 # For the last writes, when the pool ends.
@@ -48,14 +48,14 @@ _ENDING_S = 10.0
 
 
 class TraceFile:
-    """Lines for one file. They may be added in any thread.
+    """Lines for one file, added by any thread.
 
     Args:
-        path: Where. Created, or emptied.
+        path: Path of the file, created or emptied.
 
     Attributes:
-        written_bytes: So much was handed over so far.
-        dropped: Lines that were left out, as the disk was too slow.
+        written_bytes: Number of bytes handed to the file so far.
+        dropped: Number of lines that were left out because the disk was too slow.
 
     Raises:
         TraceFileError: The file cannot be written, or another running pool writes it.
@@ -205,7 +205,7 @@ if sys.platform == "win32":
 else:
 
     def _lock(descriptor: int) -> bool:
-        """Lock the file until it is closed; ``False`` if somebody else has."""
+        """Lock the file until it is closed; ``False`` if another process has locked it."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

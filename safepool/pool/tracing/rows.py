@@ -1,8 +1,8 @@
-"""A worker's row in a trace: which call ran from when to when, and how it ended.
+"""A worker's row in a trace: begin, end and outcome of each call.
 
-Two sources report it. The scheduler knows which calls were answered and how, the worker when each
-began and ended (``workers.timed``). Both come in the order of positions, either may come first,
-and here they are joined.
+There are two sources: the scheduler knows which calls were answered and how, and the worker when
+each began and ended (``workers.timed``). Both deliver in the order of positions, either may be
+first, and this module joins them.
 
 Not covered:
     * Calls that a killed worker had ended but not reported: their times are estimated from the
@@ -61,7 +61,7 @@ class Row:
         # Answers whose times have not arrived, and the other way round.
         self._settled: deque[Settled] = deque()
         self._times: deque[Timed] = deque()
-        # The last event ends then. It may be one that further calls join.
+        # End of the last event, which further calls may join.
         self._end_ns = hired_ns
         self._calls: Calls | None = None
         self.given_up: tuple[Given, int] | None = None
