@@ -581,8 +581,8 @@ class Core:
         if unwanted is not None and head is not None:
             # All that is left of a span has begun, or ended.
             if _is_of(head, unwanted) and member.can_be_at(head.position + head.count - 1):
-                why = RuntimeError("the program cancelled the call")
-                self._condemn(member, why, stack=False)
+                cancelled = RuntimeError("the program cancelled the call")
+                self._condemn(member, cancelled, stack=False)
             elif any(_is_of(work, unwanted) for work in member.ledger if work is not head):
                 # The calls before it have ended, and their answers are on their way: only then the
                 # signal is sure to meet this call.
