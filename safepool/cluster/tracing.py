@@ -113,7 +113,7 @@ class ClusterTrace(CountedTrace):
         """A call has ended, or will run again.
 
         Args:
-            place: The engine's name of where the agent is.
+            place: The engine's name for the agent's place.
             call: The call.
             answer: Answer of the call.
             outcome: Word of ``safepool.pool.tracing.events``; for "raised" the error decides

@@ -141,7 +141,7 @@ class StartMethod:
 
         Raises:
             OSError: The system has no room for a process or a descriptor.
-            InterruptedError: The start was given up.
+            InterruptedError: The pool no longer needs the start.
         """
         del environment, threads, given_up
         return {}

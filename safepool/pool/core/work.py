@@ -90,7 +90,7 @@ class Call:
         policy: Policy of the call.
         attempts: Number of times that it was begun and lost with its worker.
         pickled: Bytes that were sent, kept while they may have to be sent again.
-        noted: Notes of a listener; not set without one.
+        noted: Notes of a listener; unset without a listener.
         position, done, count, expected_ns, bound: The same as in any :class:`Work`.
     """
 

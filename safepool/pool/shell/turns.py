@@ -563,7 +563,7 @@ class Turns:
         self._missed = self._missed + 1 if "asked" in turn.marks else 0
         if not turn.is_decided():
             # Other threads, or a finalizer, hold up the caller's thread in the middle of the step.
-            # First no new call can begin there, then the calls that have begun are looked at.
+            # Prevent new calls first, then look at the calls that have begun.
             self._kill(staff, worker)
             turn.marks.setdefault("sent", turn.has_begun())
         if turn.marks.get("sent", True) is not True:
