@@ -112,7 +112,9 @@ def _ratio(cell: dict[str, Any]) -> str:
     median, ratio = cell["median"], cell["ratio"]
     if not _is_number(median):
         return median or "-"
-    return _short(median) if ratio in (1, None) else f"{ratio:.2g} x"
+    if ratio in (1, None):
+        return _short(median)
+    return f"{ratio:.2g} x" if ratio < 100 else f"{ratio:,.0f} x"
 
 
 def as_markdown(result: dict[str, Any], *, drawn: bool) -> str:
@@ -147,8 +149,10 @@ def _table(table: dict[str, Any]) -> list[str]:
     if rounds := table.get("rounds"):
         title += f" ({max(rounds.values())} rounds)"
     lines = [f"**{title}**", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    rows: dict[str, list[Any]] = table.get("rows") or table["outcomes"]
-    for name, cells in rows.items():
+    rows: list[tuple[str, list[Any]]] = [*(table.get("rows") or table["outcomes"]).items()]
+    if "rows" in table:  # who is ahead comes first
+        rows.sort(key=lambda row: _or_inf(row[1][0]["median"]))
+    for name, cells in rows:
         shown = [cell if isinstance(cell, str) else _cell(cell) for cell in cells]
         lines.append(f"| {' | '.join([name, *shown])} |")
     return lines
@@ -167,6 +171,10 @@ def _short(figure: Any) -> str:
     if not _is_number(figure):
         return str(figure)
     return f"{figure:.3g}" if abs(figure) < 1000 else f"{figure:,.0f}"
+
+
+def _or_inf(figure: Any) -> float:
+    return figure if _is_number(figure) else float("inf")
 
 
 def _is_number(figure: object) -> bool:

@@ -123,8 +123,8 @@ safepool 1, loky 3.7
 
 |  | us | a\\|b |
 |---|---|---|
-| loky | 2.00 x: 1,234 (0.5 to 1,234) | not done after 9 s |
 | safepool | 1.00 x: 617 (0.5 to 617) | - |
+| loky | 2.00 x: 1,234 (0.5 to 1,234) | not done after 9 s |
 
 **then**
 
