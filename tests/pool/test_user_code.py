@@ -10,6 +10,7 @@ import pickle
 import queue
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import threading
 import time
@@ -734,6 +735,10 @@ class Dropped:
         self.gate.event.wait(30)
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    reason="free-threaded builds run a finalizer in whichever thread collects",
+)
 def test_a_finalizer_of_an_argument_that_waits_delays_no_call(gate: Gate) -> None:
     with ProcessPool(1) as pool:
         future = pool.submit(abs, Dropped(gate))

@@ -35,21 +35,21 @@ Races, each handled at its letter, here or in the core (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: no thread waits for
        its thread. A finalizer that the collector runs in the scheduler's thread and that waits
        for a call of the pool gets an error.
-    E The pool object is dropped by the garbage collector in any thread, under any lock: the weak
-       reference's callback sets a flag and wakes the thread, nothing more. (The callback of an
-       unused iterator of a ``map`` takes the remaining items.)
-    F The interpreter shuts down and refuses new processes: the first worker is started before
-    submit() returns, and later calls fail instead of waiting. G The program forks: the child has
-    no scheduler thread, and its submit() raises. H A worker has ended when a task is to be sent,
-    or dies before the task has begun: the task goes to another worker. Only a large task that was
-    sent in part is lost with its worker.
+    E  The pool object is dropped by the garbage collector in any thread, under any lock: the
+       weak reference's callback sets a flag and wakes the thread, nothing more. (The callback of
+       an unused iterator of a ``map`` takes the remaining items.)
+    F  The interpreter shuts down and refuses new processes: the first worker is started before
+       submit() returns, and later calls fail instead of waiting.
+    G  The program forks: the child has no scheduler thread, and its submit() raises.
+    H  A worker has ended when a task is to be sent, or dies before the task has begun: the task
+       goes to another worker. Only a large task that was sent in part is lost with its worker.
     I  A task ends while it is being ended for its timeout, or cancelled: everything behind it was
        taken back before, and it is left alone if the next had been claimed by then, so the signal
        meets this task or nothing; a result that was left on the board before counts. A later
        result does not count: the signal for the stack may have interrupted what the task was
        waiting for.
-    J A worker claims a task in the moment in which the pool takes it back: the worker notices,
-    sends ``SKIPPED``, and the task waits again.
+    J  A worker claims a task in the moment in which the pool takes it back: the worker notices,
+       sends ``SKIPPED``, and the task waits again.
 
 Not covered:
     * A finalizer that the collector runs in the scheduler's thread, and that waits for anything

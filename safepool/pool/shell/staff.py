@@ -3,10 +3,12 @@
 Only the scheduler's thread uses the staff. The staff knows processes, channels and deadlines; the
 scheduler knows tasks and their loss.
 
-Races, each handled at its letter below: A A worker's channel closes before the system reports the
-exit code: wait for the end of the process. B A worker ends with its result in transit: read the
-    channel to its end before deciding. C A worker ends, and a program that it started holds its
-    channel open: the pidfd reports the end.
+Races, each handled at its letter below:
+    A  A worker's channel closes before the system reports the exit code: wait for the end of the
+       process.
+    B  A worker ends with its result in transit: read the channel to its end before deciding.
+    C  A worker ends, and a program that it started holds its channel open: the pidfd reports the
+       end.
 """
 
 from __future__ import annotations
