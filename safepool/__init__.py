@@ -1,24 +1,24 @@
 """Process pools that fit the machine they run on.
 
-    ProcessPool         in the place of ``concurrent.futures.ProcessPoolExecutor``
-    Pool                in the place of ``multiprocessing.Pool``
+    ProcessPool         replaces ``concurrent.futures.ProcessPoolExecutor``
+    Pool                replaces ``multiprocessing.Pool``
     ClusterPool         the same executor over many nodes, carried by Dask or an executor
-    ThreadPool          in the place of ``concurrent.futures.ThreadPoolExecutor``
-    parallel_backend    joblib and scikit-learn in such a pool
-    worker              a decorator: native threads capped in any pool, a timeout, retries
-    limit_threads       fewer native threads in this process itself
-    share               an object that many tasks use, placed once
-    worker_index        in a task: the number of its worker in the pool, from 0 up
-    register_setting    one more library setting that workers take over from the program
+    ThreadPool          replaces ``concurrent.futures.ThreadPoolExecutor``
+    parallel_backend    joblib and scikit-learn in a safepool pool
+    worker              decorator: caps native threads in any pool, sets a timeout and retries
+    limit_threads       fewer native threads in this process
+    share               places an object once for many tasks
+    worker_index        index of the task's worker in its pool, from 0
+    register_setting    adds a library setting that workers take over from the program
     cpu_limit, cpu_count, read_limits
                         the limits of this process, each with the file it was read from
     threads             the native thread pools that are loaded, and their variables
 
-``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` what differs
-from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON,
+``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` the
+differences from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON,
 ``help("safepool.threats")`` the threat model.
 
-The same at the prompt: ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
+The shell command is ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
 Other messages of the package go to the logger ``safepool``, which is silent until the program
 configures logging.
 

@@ -339,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
         "process",
         type=_whole_number(at_least=1),
         metavar="PID",
-        help="process that has made the pool",
+        help="process id of the program that has made the pool",
     )
     for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
@@ -409,8 +409,8 @@ examples:
   safepool top 4711
   safepool top --json 4711 | jq '.workers[] | select(.running_s > 60)'
 
-Exit codes: 0 it was printed, or the process has ended, 2 there is no such
-process, it has no workers, or it is another user's, 130 Ctrl-C."""
+Exit codes: 0 the table was printed, or the process has ended, 2 the process
+does not exist, has no workers, or is another user's, 130 Ctrl-C."""
 
 
 def _add_limits_options(parser: argparse.ArgumentParser, **default: Any) -> None:
@@ -474,10 +474,10 @@ Start a program with every variable set that bounds its native threads
 (OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...), its pools of
 processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...) and tools in other
 languages (GOMAXPROCS, CARGO_BUILD_JOBS, MAX_JOBS, ...), so that workers x
-threads fit the present limit. Variables that you have set stay. The default is
-as many workers as CPUs, of one thread each; a program of one process gets all
-threads with --workers 1. The exit status and the signals are the program's,
-also as the first process of a container."""
+threads fit the present limit. Variables that you have set keep their value. The
+default is as many workers as CPUs, with one thread each; with --workers 1, a
+program of one process gets all threads. The exit status and the signals are the
+program's, also as the first process of a container."""
 
 _RUN_EXAMPLES = """\
 examples:
@@ -596,7 +596,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         # compiled for 64): half of the 32,768 thread ids of Linux by default (proc_sys_kernel(5)).
         type=_whole_number(at_least=1, at_most=128),
         metavar="N",
-        help="let Python and native libraries believe in N CPUs, as in a container on a host of "
+        help="report N CPUs to Python and native libraries, as in a container on a host of "
         "that size (Linux, with a C compiler; the limit stays real)",
     )
     demo.add_argument(
@@ -604,13 +604,13 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         type=_number(at_least=0.01),
         default=20.0,
         metavar="SECONDS",
-        help="cut a pool off after this time (%(default)g)",
+        help="end a pool's run after this time (%(default)g)",
     )
     demo.add_argument(
         "--plot",
         type=_picture,
         metavar="FILE",
-        help="draw the result, in a file that ends in .svg or .png (needs safepool[plot])",
+        help="draw the result into a .svg or .png file (needs safepool[plot])",
     )
 
 

@@ -32,15 +32,15 @@ State of a place:
     Look()                   time has passed                      Fail, Deliver
 
     action                       effect
-    Open(place)                  ask its agent
+    Open(place)                  ask the place's agent
     Deliver(place, ...)          send calls, numbers of calls to give back, of calls to end
-    Settle(call, answer)         a call has ended
-    Again(call, answer)          its worker has died, and it is going to be run again
-    Lose(call, place, reason)    a call had begun, its place is gone, no retry is left
-    Fail(calls, reason)          calls that can no longer run
-    Cancel(calls)                calls that were cancelled
-    Release(place)               its agent may forget this pool
-    Finished()                   nothing is left to do
+    Settle(call, answer)         end a call by its answer
+    Again(call, answer)          report that a call's worker has died, and that it runs again
+    Lose(call, place, reason)    fail a begun call whose place is gone, without a retry left
+    Fail(calls, reason)          fail calls that can no longer run
+    Cancel(calls)                end calls as cancelled
+    Release(place)               tell the place's agent that the pool has ended
+    Finished()                   end: nothing is left to do
 
 A call that was delivered counts as begun, because a dead node cannot answer. Hence no more calls
 are delivered than begin at once, or soon: `_AHEAD_S` of work for each worker.

@@ -2,26 +2,26 @@
 
 event           delivered when                                     by
 Hired           a worker was started                               `Hire`
-Ready           its initializer has ended well                     the worker
-InitFailed      its initializer has failed                         the worker
+Ready           a worker's initializer has ended well              the worker
+InitFailed      a worker's initializer has failed                  the worker
 Queued          calls were submitted                              a caller
 Fed             further calls of a map were queued                 a caller
 Answered        answers have arrived                               the worker
-Revoked         calls that it had not begun were taken back        `Revoke`
+Revoked         calls that had not begun were taken back           `Revoke`
 Seen            boards were read                                   `Look`
-Skipped         it came to a call that was taken back              the worker
-Unreadable      it could not read a batch                          the worker
-Sent            it was sent work, or some of it                    `Send`
-Turned          callers have sent it calls, and read answers       the turns
-Copied          work that was being copied for it was sent         the packer
-NotSent         work that was being copied for it cannot be sent   the packer
+Skipped         a worker came to a call that was taken back        the worker
+Unreadable      a worker could not read a batch                    the worker
+Sent            a worker was sent work, or a part of it            `Send`
+Turned          callers have sent calls, and read answers          the turns
+Copied          work that was being copied was sent                the packer
+NotSent         work that was being copied cannot be sent          the packer
 Returned        work that the hands have pickled may be sent       the hands
 Cancelled       a call or run that a worker has was cancelled      a caller
-Outgrown        it holds too much memory, to be replaced           a look at it
-Exceeded        it holds too much memory, to be ended              a look at it
-Strangers       workers have rights that the program gave up       a look at them
-Parted          it can no longer be sent anything                  the staff
-Died            its process has ended                              the staff
+Outgrown        a worker holds too much memory: replace it         a memory check
+Exceeded        a worker holds too much memory: end it             a memory check
+Strangers       workers have rights that the program gave up       a check of the rights
+Parted          a worker can no longer be sent anything            the staff
+Died            a worker's process has ended                       the staff
 Step            the pool checks all of its workers                 the scheduler
 HandOut         the pool gives its workers the waiting work        the scheduler
 CancelWaiting   waiting and later calls are cancelled              a caller
