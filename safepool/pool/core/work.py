@@ -147,7 +147,7 @@ class Span:
             chunk is not divided, so that the others see the change, as in the standard pool.
         pickled: The pickle of the items, if it was made before a worker had room; the core does
             not look into it. The span then stays whole.
-        noted: Notes of a listener; not set without one.
+        noted: Notes of a listener; unset without a listener.
     """
 
     run: Any

@@ -35,9 +35,9 @@ Races, each handled at its letter, here or in the core (A to C: ``staff``):
     D  A callback of a future submits to, shuts down or breaks this pool: no thread waits for
        its thread. A finalizer that the collector runs in the scheduler's thread and that waits
        for a call of the pool gets an error.
-    E  The pool object is dropped by the garbage collector in any thread, under any lock: the
-       weak reference's callback sets a flag and wakes the thread, nothing more. (The callback of
-       an unused iterator of a ``map`` takes the remaining items.)
+    E The pool object is dropped by the garbage collector in any thread, under any lock: the weak
+       reference's callback sets a flag and wakes the thread, nothing more. (The callback of an
+       unused iterator of a ``map`` takes the remaining items.)
     F  The interpreter shuts down and refuses new processes: the first worker is started before
        submit() returns, and later calls fail instead of waiting.
     G  The program forks: the child has no scheduler thread, and its submit() raises.
