@@ -142,6 +142,17 @@ def test_a_worker_that_could_not_read_what_was_not_sent_is_not_trusted(case: str
         assert f"position {position}, which was not sent" in str(action.error)
 
 
+def test_a_cancelled_call_behind_what_was_not_read_is_looked_after_again() -> None:
+    core, unwanted = Core(1), call()
+    member = hire(core)
+    core.handle(e.Turned(member, 0, None, span(0, 2)), 0)
+    lend(core, member, unwanted)
+    assert core.handle(e.Revoked(member, 3, (), e.Then(cancelled=unwanted)), 0) == []
+    actions = core.handle(e.Unreadable(member, 1), 0)
+
+    assert actions == [e.Revoke(member, 3, e.Then(cancelled=unwanted))]
+
+
 def span(start: int, count: int, at_once: int | None = None, **others: Any) -> Span:
     run = others.pop("run", None) or MapRun(support_tasks.square, "square", NO_POLICY, at_once)
     return Span(run, start, [(n,) for n in range(count)], **others)
