@@ -22,8 +22,8 @@ from _pytest.runner import runtestprotocol
 from libcst import FunctionDef
 from mutmut.mutation.file_mutation import create_mutations, deep_replace
 
-# Of a mutant that explores for ever: of the processor, and of memory.
-LIMIT_S = 15
+# Of a mutant that explores for ever: as a multiple of what the tests take of a processor; memory.
+MOST = 3
 LIMIT_BYTES = 3 << 30
 
 
@@ -106,7 +106,9 @@ class Mutants:
         pid = os.fork()
         if pid == 0:
             try:
-                resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 5))
+                if self._costs:
+                    limit_s = 2 + int(MOST * sum(self._costs.values()))
+                    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 5))
                 resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
                 apply(file, text)
                 for one in order:
