@@ -19,7 +19,7 @@ pytestmark = [
         reason="distributed is not installed: pip install 'safepool[dask]'",
     ),
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
 ]
 
 # Node A is the first of two; its workers are in a control group of their own.

@@ -8,6 +8,17 @@ Restrictions of such an executor, and their consequences:
     that a node is lost        only by an exception of the executor's call. If an executor waits
                                for ever then, so do the calls that were there
     a call that waits in it    ``no_nodes_timeout`` counts while its queue has begun none
+
+Two are run by the tests, with two nodes on one machine::
+
+    mpi4py 4.1         ``mpiexec -n 3 python -m mpi4py.futures script.py``, with MPICH 5.0. The
+                       script passes ``MPIPoolExecutor()``. MPI itself ends the whole program when
+                       one of its processes dies
+    executorlib 1.11   ``SingleNodeExecutor(max_workers=2, block_allocation=True)`` and
+                       ``nodes=2``. Without ``block_allocation`` each message starts a process, and
+                       a pool in it: seconds instead of milliseconds
+
+Not tried: executorlib's executors on SLURM and flux, which need these systems.
 """
 
 from __future__ import annotations
