@@ -291,7 +291,12 @@ def _reduce_class(kind: type) -> Any:
     code = {name: value for name, value in attributes.items() if type(value) in _CODE}
     if code and any(map(_may_ask_its_class, attributes.values())):
         data = {name: value for name, value in attributes.items() if name not in code}
-        attributes = {_METHODS_FIRST: _Methods(kind, code), **data}
+        ready = {
+            name: type(value)() if type(value) in _EMPTIED else value
+            for name, value in data.items()
+            if _NEW in code and name != "_fields_" and type(value) in _EMPTIED | _SAYS_ALL
+        }
+        attributes = {_METHODS_FIRST: _Methods(kind, code, ready), **data}
         if _NEW in code:
             attributes[_NEW] = code[_NEW]
     return _class_of, (number, make, arguments), attributes, None, None, _fill_class
@@ -299,6 +304,7 @@ def _reduce_class(kind: type) -> Any:
 
 _CODE = frozenset({types.FunctionType, classmethod, staticmethod, property})
 _SAYS_ALL = _CODE | {int, float, bool, str, bytes, type(None)}
+_EMPTIED = frozenset({dict, list, set})
 _METHODS_FIRST = "<methods>"
 _NEW = "__new__"
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
@@ -315,26 +321,31 @@ class _Methods:
     """Methods of a class, set while its attributes are read.
 
     An attribute may be an instance of the class, or a dictionary that has one for a key: to make
-    it may take the class's ``__hash__`` or ``__setstate__``. Its own ``__new__`` comes last: it
-    may ask for attributes that are not there yet.
+    it may take the class's ``__hash__`` or ``__setstate__``. Its own ``__new__`` may ask for
+    attributes that are not there yet: numbers and texts are there, and its containers, which are
+    still empty. If that is not enough for it, the base makes the instance.
     """
 
-    def __init__(self, kind: type, methods: dict[str, Any]) -> None:
-        self._about = kind, methods
+    def __init__(self, kind: type, methods: dict[str, Any], ready: dict[str, Any]) -> None:
+        self._about = kind, methods, ready
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _set_methods, self._about
 
 
-def _set_methods(kind: type, methods: dict[str, Any]) -> None:
+def _set_methods(kind: type, methods: dict[str, Any], ready: dict[str, Any]) -> None:
     if _NEW in methods:
-        methods[_NEW] = staticmethod(_new_by_base)
-    _fill_class(kind, methods)
+        new = methods[_NEW].__get__(None, kind)
+        methods[_NEW] = staticmethod(functools.partial(_new_or_by_base, new))
+    _fill_class(kind, methods | ready)
 
 
-def _new_by_base(kind: Any, *arguments: Any, **_words: Any) -> Any:
-    base = next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
-    return base.__new__(kind) if base is object else base.__new__(kind, *arguments)
+def _new_or_by_base(new: Callable[..., Any], kind: Any, *arguments: Any, **words: Any) -> Any:
+    try:
+        return new(kind, *arguments, **words)
+    except Exception:  # noqa: BLE001 -- user code
+        base = next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
+        return base.__new__(kind) if base is object else base.__new__(kind, *arguments)
 
 
 def _class_of(number: str, make: Callable[..., type], arguments: tuple[Any, ...]) -> type:

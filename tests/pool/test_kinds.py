@@ -272,6 +272,37 @@ class StrictC(metaclass=Strict):
     x = 1
 
 
+class Interned:
+    made = {}
+    count = 0
+
+    def __new__(cls, n):
+        if n not in cls.made:
+            cls.made[n] = one = super().__new__(cls)
+            one.n = n
+            cls.count += 1
+        return cls.made[n]
+
+    def __reduce__(self):
+        return Interned, (self.n,)
+
+
+Interned("early")
+
+
+class Lonely:
+    one = None
+
+    def __new__(cls):
+        if cls.one is None:
+            cls.one = super().__new__(cls)
+            cls.one.tag = "the one"
+        return cls.one
+
+
+Lonely()
+
+
 class Needs(type):
     def __new__(m, n, b, ns):
         if b and "field" not in ns:
@@ -504,6 +535,11 @@ MAKE = {
     "KWChild": (KWChild, lambda o: (o.v, o.kind, KW.kinds, KWChild.__mro__[1:])),
     "Metad": (Metad, lambda o: (o.called, Metad.tag, type(Metad).__name__)),
     "StrictC": (StrictC, lambda o: o.x),
+    "Interned": (
+        lambda: Interned("late"),
+        lambda o: (o.n, o is Interned("late"), Interned("early").n, sorted(Interned.made)),
+    ),
+    "Lonely": (Lonely, lambda o: (o.tag, o is Lonely())),
     "NeedsC": (NeedsC, lambda o: o.field),
     "ABCChild": (ABCChild, lambda o: (o.name, isinstance(o, ABCKw), ABCChild.__mro__)),
     "St": (
