@@ -162,7 +162,7 @@ BENCHMARKS = {
     "cluster": Benchmark(
         "What does a call over nodes cost, beside Dask's own ways?",
         "--nodes 1 --rounds 1",
-        limit_s=400,
+        limit_s=240,
         needs=("distributed",),
         compared=("distributed", "joblib"),
     ),

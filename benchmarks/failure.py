@@ -4,8 +4,8 @@
 
 Tasks of 5 ms are submitted all the time, twice as many as there are workers. Each pool has a fresh
 program, the programs take turns, and the worker that returned the latest result is killed. A pool
-that has returned nothing for 2.5 s hangs. Results are counted over all of the time, also if the
-pool was broken for most of it. Nothing here fails for being slow.
+that has returned nothing for 2 s is given up. Results are counted over all of the time, also if
+the pool was broken for most of it. Nothing here fails for being slow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tasks import spin_and_tell
 WORKERS = 2
 TASK_US = 5_000
 KILLED_EVERY_S = 0.1
-HANGS_AFTER_S = 2.5
+HANGS_AFTER_S = 2.0
 
 
 def measure(name: str, seconds: float) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
                 worker = first.result(0.5) if hasattr(first, "result") else first.get(0.5)
             except (TimeoutError, queue.Empty, _multiprocessing_timeout()):
                 if time.monotonic() - progress > HANGS_AFTER_S:
-                    outcome = f"hangs after {progress - begun:.1f} s"
+                    outcome = f"no result for {HANGS_AFTER_S:g} s, after {progress - begun:.1f} s"
                     break
                 continue
             except Exception:  # noqa: BLE001 -- of each pool its own
