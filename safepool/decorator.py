@@ -3,9 +3,9 @@
 The standard pickler pickles a function as its name, so the name must lead to the pickled object.
 Hence the decorator returns one of two shapes:
 
-    a function          of a ``def`` that is being decorated: its name will be the result's
-    a ``WorkerCall``    of what has its name already, or none (``worker(f, timeout=5)``, a
-                        method, a partial, a callable object): pickled as what it calls
+    a function          for a ``def`` that is being decorated: the result takes its name
+    a ``WorkerCall``    for an object that has its name already, or none (``worker(f, timeout=5)``,
+                        a method, a partial, a callable object): pickled as that object
 
 The body of a generator, a coroutine or an asynchronous generator runs in steps, each from a
 resumption to the next ``yield`` or ``await``. The cap holds during each step, in its thread.

@@ -8,8 +8,8 @@ error in existing ``except`` clauses:
                       tasks go on
     TaskTimeoutError  a TimeoutError: the task ran for more than its timeout=
     MemoryLimitError  a MemoryError: no room for a task's arguments or result
-    PoolBrokenError   a BrokenProcessPool: the whole pool is broken, as its initializer raised or
-                      no worker can be started
+    PoolBrokenError   a BrokenProcessPool: the whole pool is broken, because its initializer raised
+                      or no worker can be started
     RemoteTaskError   the class of the task's exception cannot be pickled; its text is sent
 """
 

@@ -267,9 +267,9 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         if stands_for_forks and self._inherits and (shared := shared_with_forks()):
             self._mp_context = find_context("fork")
             tell_once(
-                "workers are forked from this process, because nothing else can give them "
-                f'{shared}. To have clean workers: make it by get_context("spawn") of '
-                "multiprocessing, and pass it by initializer= and initargs="
+                f"workers are forks of this process, because only forks inherit {shared}. To have "
+                'clean workers, make it by multiprocessing.get_context("spawn"), and pass it by '
+                "initializer= and initargs="
             )
         method = method_of(self._mp_context)
         if main == "run" and method.by_value:

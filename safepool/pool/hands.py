@@ -1,7 +1,8 @@
 """Threads that run the program's code, so that the scheduler's thread does not wait for it.
 
-    Hands any number at a time: pickling of arguments, unpickling of results. A slow job delays no
-    other job. Teller one after the other, in order: callbacks of futures, handlers of log records.
+    Hands     any number at a time: pickling of arguments, unpickling of results. A slow job
+              delays no other job.
+    Teller    one after the other, in order: callbacks of futures, handlers of log records.
 
 A job that ends within the scheduler's patience has its result in the scheduler's thread at once,
 so the order of jobs is kept. A later job ends by a wake-up of the scheduler.

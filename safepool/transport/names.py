@@ -1,9 +1,10 @@
 """Names of the script, which replace objects of the worker's ``__main__`` in a pickle.
 
+    side      object                                                      in the pickle
     program   a function or class of the script, while a pool pickles     its name, ``Met.refs``
               the globals that a function's code names                    nothing, ``Met.uses``
               an object that a global of the script holds (``seeds``)     its name
-    worker    the name                                                    what is bound there
+    worker    the object that is bound to the name                        the name
 
 A worker that was forked from the program sends the same names back for objects of both.
 

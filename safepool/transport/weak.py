@@ -1,9 +1,10 @@
 """Weak containers and references, which arrive together with their objects.
 
-    what a container holds         sent with it
-    a global that keeps it alive   sent with it too, so that it is one object: then the container
-                                   holds it weakly, as in the program
-    kept alive by anything else    kept by the container that arrives, for as long as that lives
+    an object in a container       sent with the container
+    a global that keeps the        sent too, so that both have one object: the container holds it
+    object alive                   weakly, as in the program
+    an object that something       kept alive by the arrived container, as long as that lives
+    else keeps alive
 
 A reference (``weakref.ref``, ``WeakMethod``) keeps nothing alive: it arrives dead if nothing else
 in the worker holds its object.

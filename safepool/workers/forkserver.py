@@ -2,9 +2,9 @@
 
     forkserver   the table: a server for each setting
     upkeep       one server, started again when it is lost
-    asking       one that runs: what it is asked, and what its answers mean
-    launch       an interpreter is started that serves
-    handing      what a worker is given
+    asking       one running server: requests and answers
+    launch       start of an interpreter that becomes a server
+    handing      state and descriptors for a worker
 
     program  --- unnamed socket pair --->  server  --- fork --->  worker, worker, ...
              --- life-line (a pipe) ---->          ----------->
@@ -14,27 +14,29 @@ need (``server``, ``preload``). If the plan says so it runs the program's script
 ``script``). Then it forks a worker in milliseconds. Each distinct setting has one server, which
 the pools of this process share and keep for later pools; the server ends with the program.
 
-What goes wrong, and what is done:
-    It is killed            its workers live on; another is started when one is needed. The script
-                            is run again; it is not to blame before the third in a row.
-    The script cannot be    the pool has another server, which has not run it, and its functions
-    run there               travel by value; told once.
-    An import crashes or    another is started without that library; one that started threads
-    starts threads          would make every fork unsafe.
-    It does not answer      it is killed, and another is started.
-    It cannot fork          each worker is started afresh: a server that becomes the worker
-                            itself, and runs the script as the server has run it. An agent or a
-                            debugger has threads in every interpreter, or something refuses the
-                            fork. The reason is logged once.
-    It never says a word    an error names the executable: it is no Python interpreter.
-    Tasks leave programs    they go on, as with any pool; if the pool asks for it, its server is
-                            below a keeper, which ends them with the program (``keeper``).
-    The program gives up    another is started with its new rights. Where the new user cannot start
-    root                    one (an interpreter below /root), the one that runs gives up the same,
-                            and has no use if it then has other rights than the program.
-    The program forks the child gives up its copies: it would keep the server alive. The modules
-    that a start needs are imported here, in the thread that makes the pool: a child could never
-    import a module that another thread was importing at the fork.
+Failures and their treatment:
+    a server is killed      Its workers live on. The next worker starts another server, which runs
+                            the script again; only the third death in a row is the script's fault.
+    the script cannot be    The pool uses another server without the script, and its functions
+    run there               travel by value. The log says so once.
+    an import crashes or    Another server is started without that library: threads make every
+    starts threads          fork unsafe.
+    a server does not       The server is killed, and another is started.
+    answer
+    a server cannot fork    Each worker is started afresh: a server that becomes the worker itself,
+                            and runs the script as the server has run it. An agent or a debugger
+                            has threads in every interpreter, or the system refuses the fork. The
+                            log has the reason once.
+    a server never answers  An error names the executable: it is no Python interpreter.
+    tasks leave programs    The programs go on, as with any pool. With ``end_subprocesses=True``
+                            the server has a parent that ends them with the program (``keeper``).
+    the program gives up    Another server is started with the new rights. If the new user cannot
+    root                    start one (an interpreter below /root), the running server gives up
+                            root too; it is useless if its rights then differ from the program's.
+    the program forks       The child closes its copies, which would keep the server alive. The
+                            modules of a start are imported here, in the thread that makes the
+                            pool: a child could never import a module that another thread was
+                            importing at the fork.
 
 Not covered:
     * A worker that ends while the server is inside one long call of an import: its exit code stays

@@ -122,7 +122,7 @@ def test_what_only_a_fork_can_be_given_makes_workers_forks(thing: str, tmp_path:
 
     assert ended.returncode == 0, ended.stderr
     assert [line.split()[0] for line in ended.stdout.splitlines()] == ["2470", *THINGS[thing]]
-    said = ended.stderr.count("workers are forked from this process, because nothing else can")
+    said = ended.stderr.count("workers are forks of this process, because only forks inherit")
     assert said == (FORKS and thing not in PICKLED)
 
 
@@ -332,7 +332,7 @@ def test_what_a_fork_shares_with_the_program_makes_workers_forks(
     names = ["in_module of __main__"]
     if not guarded:
         names = ["shared of __main__", "Holder of __main__", "shared of beside"]
-    said = "workers are forked from this process, because nothing else can give them "
+    said = "workers are forks of this process, because only forks inherit "
     assert [name for name in names if said + name in ended.stderr] == names
     assert ended.stderr.count(said) == len(names)
 

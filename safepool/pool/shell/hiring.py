@@ -240,7 +240,7 @@ class Hiring:
             if not self._may_fork or self._method.is_fork:
                 raise
             tell_once(
-                "workers are forked from this process, because nothing else can give them their "
+                "workers are forks of this process, because only forks inherit their "
                 f"initializer and its arguments: {text_of(error)}. Pass initargs= that can be "
                 "pickled"
             )

@@ -450,7 +450,7 @@ class Scheduler:
         self._check_fork()
         if not isinstance(future, PoolFuture) or future.owner is not self._me:
             raise ValueError(
-                "this future is not one of this pool's submit(): pass one that it returned"
+                "this future does not belong to this pool: pass a future of its submit()"
             )
         if not future.cancel_running():
             return False
