@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -81,8 +82,9 @@ def _multiprocessing_timeout() -> type[Exception]:
 def run(name: str, seconds: float) -> list[Any]:
     """Measure one pool in a program of its own, whose session ends with it."""
     command = [sys.executable, __file__, "--child", name, "--seconds", str(seconds)]
-    output = last_line(command, limit_s=seconds + 15)
-    return json.loads(output) if output else [0.0, 0, 0, "hangs"]
+    limit_s = seconds + 15
+    output = last_line(command, limit_s=limit_s)
+    return json.loads(output) if output else [*[math.nan] * 3, f"not done after {limit_s:g} s"]
 
 
 def main() -> None:
