@@ -21,6 +21,8 @@ Terms, one for each thing:
     take back  remove unclaimed calls from a worker, so that they wait again
     settle     end an answered call, and remove it from the ledger
     lost       begun by a worker that ended before it answered
+    lane       an idle worker to which callers may send calls themselves, one *turn* at a time
+               (``shell.turns``); on a board: slots for results that are numbers
 
 Differences from a forked pool:
 
