@@ -14,7 +14,7 @@ what must hold, and in each last state that every call has ended.
     exceed          a look finds that it holds too much
     deliver         the pool reads the next message of worker k; `notice`: its end
     copied, failed  a large call for worker k is on its way, or could not be copied
-    pickled         a call that was aside comes back
+    pickled         a call that was aside comes back; `passed`: what came after it waits no longer
     tick            time passes
     drop            a caller cancels a call, whatever it does
     submit          a caller queues a call that comes late; `turn`: it sends it itself to worker k
@@ -84,6 +84,7 @@ class FakeRun:
     at_once: int | None = None
     name: str = "f"
     most_at_once: int = 1000
+    number: int = 0
     waiting: list[str] = field(default_factory=list)
     stopped: bool = False
     dropped: bool = False
@@ -136,6 +137,11 @@ class Scenario:
 
     def __post_init__(self) -> None:
         _scenarios[id(self)] = self
+
+    @property
+    def is_queue(self) -> bool:
+        """Whether calls begin in their order: there is never a second worker."""
+        return self.size == 1 and "resize" not in self.budget
 
     def __reduce__(self) -> tuple[Callable[[int], Scenario], tuple[int]]:
         """Be the same one in each state."""
@@ -196,11 +202,17 @@ class World:
         self.outcomes: dict[str, str] = {}
         self.starts: dict[str, int] = {}
         self.dropped: set[str] = set()
+        # Calls as they came, and those that later ones may begin before.
+        self.order: list[str] = []
+        self.behind: set[str] = set()
+        self.passes = False
         self.calls = {key: Given(key, policy) for key in (*scenario.calls, *scenario.late)}
         self.runs: list[FakeRun] = []
         for key in scenario.calls:
+            self.order.append(key)
             self.tell(e.Queued([self.calls[key]]))
         for keys in scenario.maps:
+            self.order += keys
             for key in keys:
                 self.letters.setdefault(key, "")
             self.tell(e.Fed(self.run_of([*keys]), [*keys], last=True))
@@ -223,7 +235,7 @@ class World:
         if not self.stopped:
             if core.is_busy(self.size, 0):
                 self.tell(e.Step(self.size))
-            self.tell(e.HandOut())
+            self.tell(e.HandOut(kept=0 if self.passes else len(self.aside)))
             ends = self.closing and not (core.backlog or core.owes or self.aside)
             if ends or self.forced or self.broken:
                 self.stopped = True
@@ -261,7 +273,10 @@ class World:
                 for one in staying
                 if one.is_idle and one.takes_more and one.phase is Phase.READY
             ]
-            must(not idle, f"a call waits while worker {[one.pid for one in idle]} is idle")
+            kept = 0 if self.passes else len(self.aside)
+            must(
+                len(idle) <= kept, f"a call waits while worker {[one.pid for one in idle]} is idle"
+            )
             fails = any(one.fails_to_start for one in core.members)
             # The next one waits for a place.
             ends = any(one.leaving for one in core.members)
@@ -269,8 +284,26 @@ class World:
         must(len(staying) <= max(self.scenario.size, self.size), "more workers than may be")
         for key, count in self.starts.items():
             must(count <= 1 + self.scenario.retries, f"{key} was started {count} times")
+        self.passes = self.passes and bool(self.aside)
         running = [one.keys[one.at] for one in self.workers if one.alive and one.state == "runs"]
         must(len(running) == len({*running}), "a call runs twice at a time")
+
+    def check_order(self, key: str) -> None:
+        """Check that the only worker has done all that came before a call that begins."""
+        if not self.scenario.is_queue:
+            return
+        answered = {
+            worker.keys[position]
+            for worker in self.workers
+            for positions in (
+                worker.left,
+                *(some for what, some in worker.outbox if what == "answers"),
+            )
+            for position in positions
+        }
+        before = {*self.order[: self.order.index(key)]} - answered - self.behind
+        before -= self.outcomes.keys()
+        must(not before, f"{key} begins before {sorted(before)}")
 
     def end_call(self, key: str, outcome: str) -> None:
         if key not in self.dropped:
@@ -297,6 +330,7 @@ class World:
         must(not worker.leaving, "work for one that leaves")
         position, given, back = worker.ledger.last + 1, [], []
         exclusive = unsent = 0
+        full = False
         if isinstance(action.work, Span):
             span = action.work
             span.bound = self.scenario.bound and span.count > 1
@@ -312,25 +346,33 @@ class World:
                 if "a" in letters:
                     self.letters[call.key] = letters.replace("a", "")
                     self.aside.append(call)
-                elif "l" in letters and (worker.ledger.owed or given):
+                    if self.passes:
+                        self.behind.add(call.key)
+                        continue
+                    back, full = action.work[place + 1 :], True
+                    break
+                if "l" in letters and (worker.ledger.owed or given):
                     back = action.work[place:]
                     break
-                else:
-                    given.append(call)
-                    names.append(call.key)
-                    if "l" in letters:
-                        back, exclusive, unsent = action.work[place + 1 :], 1, position
-                        break
+                given.append(call)
+                names.append(call.key)
+                if "l" in letters:
+                    back, exclusive, unsent = action.work[place + 1 :], 1, position
+                    break
             if given and not unsent:
                 worker.inbox.append(("tasks", [*range(position, position + len(given))]))
         worker.keys.update(zip(range(position, position + len(names)), names, strict=True))
         if not worker.alive and given:
             worker.inbox.clear()
             self.tell(e.Parted(worker))
-        return e.Sent(worker, given, back, bool(exclusive), unsent)
+        return e.Sent(worker, given, back, bool(exclusive), unsent, full)
 
     def do_hire(self, action: e.Hire) -> None:
         self.paused = False
+        # The others take so long to end that their place is given away.
+        owed = [work for one in self.workers if one.leaving for work in one.ledger]
+        for work in owed:
+            self.behind.update(work.items if isinstance(work, Span) else [work.key])
         for _ in range(action.workers):
             self.hired += 1
             worker = Worker(self.hired)
@@ -348,7 +390,8 @@ class World:
     def do_revoke(self, action: e.Revoke) -> e.Revoked:
         worker: Worker = action.worker
         worker.b_revoked = action.last
-        return e.Revoked(worker, worker.b_claimed, self.left_by(worker), action.then)
+        claimed, began = worker.b_claimed, worker.b_began
+        return e.Revoked(worker, claimed, began, self.left_by(worker), action.then)
 
     def left_by(self, worker: Worker) -> list[e.Answered]:
         answers = [(position, 1, None) for position in worker.left]
@@ -426,6 +469,8 @@ class World:
         for worker in self.workers:
             yield from ((name, worker.pid) for name in self.steps_of(worker))
         yield from (("pickled", number) for number in range(len(self.aside)))
+        if self.aside and not self.passes:
+            yield ("passed",)
         if self.late and not (self.closing or self.broken):
             yield ("submit",)
         for name, left in self.budget.items():
@@ -542,12 +587,14 @@ class World:
         if worker.state == "reads" and len(worker.todo) and self.poisoned(worker):
             if "u" in self.poisoned(worker):
                 self.on_flush(worker)
+                self.behind.update(worker.keys[at] for at in (worker.at, *worker.todo))
                 worker.outbox.append(("unreadable", [worker.at]))
                 worker.todo, worker.state = [], "idle"
             else:
                 worker.alive, worker.exitcode = False, -11
             return
         key = worker.keys[worker.at]
+        self.check_order(key)
         worker.b_began, worker.state = worker.at, "runs"
         self.starts[key] = self.starts.get(key, 0) + 1
 
@@ -628,6 +675,10 @@ class World:
     def on_pickled(self, number: int) -> None:
         self.tell(e.Returned([self.aside.pop(number)]))
 
+    def on_passed(self) -> None:
+        self.passes = True
+        self.behind.update(call.key for call in self.aside)
+
     def on_tick(self) -> None:
         self.now_ns += 2000 * MS
         self.paused = False
@@ -658,10 +709,12 @@ class World:
     def on_submit(self) -> None:
         if self.scenario.together:
             keys, self.late = [*self.late], ()
+            self.order += keys
             self.tell(e.Fed(self.run_of(keys), keys, last=True))
             return
         key, *late = self.late
         self.late = (*late,)
+        self.order.append(key)
         self.tell(e.Queued([self.calls[key]]))
 
     def run_of(self, keys: list[str]) -> FakeRun:
@@ -672,6 +725,7 @@ class World:
     def on_turn(self, worker: Worker) -> bool:
         many = len(self.late) if self.scenario.together else 1
         keys, self.late = self.late[:many], self.late[many:]
+        self.order += keys
         work: Given | Span = self.calls[keys[0]]
         if self.scenario.together:
             run = self.run_of([*keys])
@@ -739,7 +793,8 @@ class World:
                 return (names[key],)
             names[key] = len(names)
             ended, dropped = key in self.outcomes, key in self.dropped
-            return self.letters[key], self.starts.get(key, 0), ended, dropped
+            behind = key in self.behind
+            return self.letters[key], self.starts.get(key, 0), ended, dropped, behind
 
         def work(one: Any) -> tuple[Any, ...]:
             if isinstance(one, Given):
@@ -763,6 +818,8 @@ class World:
             sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),
             sorted(self.budget.items()),
             self.size, self.closing, self.forced, self.stopped, self.broken, self.paused,
+            self.passes,
+            self.scenario.is_queue and [names[key] for key in self.order if key in names],
             repr(vars(core)["_patience"]),
         )  # fmt: skip
         return hashlib.blake2b(repr(state).encode(), digest_size=16).digest()
@@ -785,7 +842,7 @@ class World:
             type(one.condemned).__name__,
             one.exitcode, one.tasks_done if self.scenario.tasks_per_worker else 0,
             one.overdue == one.next, one.unsent and ago(one.unsent),
-            one.silent and end - one.awaited, ago(one.claimed),
+            one.silent and end - one.awaited, one.may_pass_over, ago(one.claimed),
             ago(one.b_claimed), ago(one.b_began), ago(one.b_revoked),
             self.now_ns - one.b_since, self.now_ns - one.sent_ns,
             one.state, here and ago(here), bool(one.todo or here) and (one.is_batch, one.is_read),

@@ -300,6 +300,17 @@ def log(path: str, value: int, seconds: float = 0.0) -> int:
     return value
 
 
+def log_with(path: str, value: int, _: object) -> int:
+    return log(path, value)
+
+
+def log_and_die_once(path: str, value: int) -> int:
+    log(path, value)
+    if Path(path).read_text().split().count(str(value)) == 1:
+        be_killed()
+    return value
+
+
 def start_a_child_and_sleep(path: str, seconds: float) -> None:
     import subprocess
 

@@ -46,11 +46,13 @@ _log = ContainedLogger()
 # A job that runs for so long may wait for something: it no longer counts as one of the most.
 _STUCK_S = 0.05
 HELD_UP_S = 0.5
-"""After so long nothing waits for its turn behind a job. An import may take that long."""
+"""So long calls wait for what is pickled before them. An import may take that long."""
+STANDS_S = 5.0
+"""A job that uses no processor for so long may wait for what comes after it."""
 # Behind one that is late, the next ones are waited for as long as a thread takes to be woken.
 _BRIEF_S = 0.001
 # Less time of a processor is taken by one that only looks whether it may go on.
-_MOVES_NS = 50_000_000
+_MOVES_MS = 50
 # A thread of a closed pool ends at once, unless the program's code keeps it.
 _ENDING_S = 1.0
 
@@ -178,27 +180,48 @@ def within(patience_s: float, run: Callable[[], _T]) -> _T:
     return found  # type: ignore[no-any-return]
 
 
-class _Job:
-    """Something that one thread runs, and the scheduler may wait for."""
+class Job:
+    """Something that one thread runs, and the scheduler may wait for.
 
-    __slots__ = ("begun_s", "clock", "ended", "finish", "place", "run", "turn")
+    Attributes:
+        begun_s: When a thread was given it, by the monotonic clock; 0 before.
+        ended: Whether it was run. It is finished afterwards.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_ident",
+        "_may_be_passed",
+        "_rests_since_s",
+        "_turn",
+        "_used",
+        "begun_s",
+        "ended",
+        "finish",
+        "place",
+        "run",
+    )
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
         self.finish = finish
         self.begun_s = 0.0
+        self._ident = 0
         # Clock of its thread's processor time; 0 if there is none.
-        self.clock = 0
+        self._clock = 0
+        self._used, self._rests_since_s = math.nan, 0.0
+        self._may_be_passed = False
         self.ended = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
-        self.turn = [True]
+        self._turn = [True]
         self.place: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do(self) -> bool:
         """Run it, and return whether the scheduler still waits."""
         run, self.run = self.run, None
         assert run is not None
-        self.clock = _clock_of(threading.get_ident())
+        self._ident = threading.get_ident()
+        self._clock = _clock_of(self._ident)
         _contain(run, "a job of the pool's own failed")
         del run  # its references are dropped here, at once
         self.ended = True
@@ -208,9 +231,31 @@ class _Job:
         """Return whether it has ended in time; if not, it comes back."""
         return (patience_s > 0 and arrives(self.place, patience_s)) or not self._decide()
 
+    def rests_since(self, now_s: float) -> float:
+        """Return since when it uses no processor, as far as it was asked.
+
+        Where processor time is unknown, and when it has ended, it counts as going on.
+        """
+        used = _busy_for(self._clock) // _MOVES_MS if self._clock and not self.ended else math.nan
+        if used != self._used:
+            self._used, self._rests_since_s = used, now_s
+        return self._rests_since_s
+
+    def may_be_passed(self, now_s: float) -> bool:
+        """Tell whether what came after it is not to wait: it stands still, or asks the pool."""
+        if self.begun_s and not (self.ended or self._may_be_passed):
+            since_s = self.rests_since(now_s) if self._clock else self.begun_s
+            self._may_be_passed = now_s - since_s >= STANDS_S
+        return self._may_be_passed
+
+    def asks(self, ident: int) -> None:
+        """Let others pass if this thread runs it, which is about to wait for the pool."""
+        if self._ident == ident and not self.ended:
+            self._may_be_passed = True
+
     def _decide(self) -> bool:
         try:
-            self.turn.pop()
+            self._turn.pop()
         except IndexError:
             return False
         return True
@@ -240,50 +285,41 @@ class Hands:
         self._name = name
         self._wake = wake
         self._most, self._long_s = most, long_s
-        self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._waiting: deque[_Job] = deque()
-        self._active: list[_Job] = []
-        self._late: deque[_Job] = deque()
+        self._given: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: deque[Job] = deque()
+        # Begun, and not finished.
+        self._active: list[Job] = []
+        self._late: deque[Job] = deque()
         self._threads: list[threading.Thread] = []
         self._closed = False
-        self._rests = (0, 0.0)
+        self._rests_since_s = 0.0
 
     @property
     def waiting(self) -> int:
         """Number of jobs that no thread has begun."""
         return len(self._waiting)
 
-    @property
-    def holds_up(self) -> bool:
-        """Whether a job is late and none is late for long: what came after it waits."""
-        now = time.monotonic()
-        ages = [now - job.begun_s for job in self._active if not job.ended]
-        return bool(ages) and max(ages) < HELD_UP_S
-
     def rests_since(self) -> float:
-        """Return the time since which no job has used the processor, by the monotonic clock.
+        """Return since when no job goes on, by the monotonic clock, as :meth:`Job.rests_since`."""
+        now = time.monotonic()
+        for job in self._active:
+            self._rests_since_s = max(self._rests_since_s, job.rests_since(now))
+        return self._rests_since_s
 
-        A waiting job uses no processor time. Where processor time is unknown, every job counts as
-        working.
-        """
-        now, used = time.monotonic(), 0
-        jobs = [job for job in self._active if not job.ended]
-        for job in jobs:
-            if not job.clock:
-                return now
-            try:
-                used += 1 + _used_ns(job.clock) // _MOVES_NS
-            except OSError:  # it has just ended
-                return now
-        if jobs and used != self._rests[0]:
-            self._rests = (used, now)
-        return self._rests[1]
+    def note_that_one_asks(self) -> None:
+        """Note that the job of this thread, if it runs one, waits for the pool. In any thread."""
+        if self._active:
+            ident = threading.get_ident()
+            for job in [*self._active]:
+                job.asks(ident)
 
     def has(self, thread: threading.Thread) -> bool:
         """Tell whether this is one of the threads. From any thread."""
         return thread in self._threads
 
-    def do(self, run: Callable[[], None], finish: Callable[[], None], patience_s: float) -> bool:
+    def do(
+        self, run: Callable[[], None], finish: Callable[[], None], patience_s: float
+    ) -> Job | None:
         """Run a job, and wait for a short time for its end.
 
         Args:
@@ -293,34 +329,33 @@ class Hands:
             patience_s: Seconds to wait.
 
         Returns:
-            Whether the job has ended.
+            ``None`` if it was in time, else the job.
         """
-        job = _Job(run, finish)
+        job = Job(run, finish)
         self._waiting.append(job)
-        behind = len(self._active) > 0
+        behind = self._busy
         self.pump()
         if job.begun_s == 0.0:
             patience_s = 0.0
-        elif behind and self._active[:-1]:
+        elif behind and self._busy > 1:
             patience_s = min(patience_s, _BRIEF_S)
-        in_time = job.await_end(patience_s)
-        if in_time:
-            if job in self._active:
-                self._active.remove(job)  # drops the job's references
-            finish()
-        return in_time
+        if not job.await_end(patience_s):
+            return job
+        if job in self._active:
+            self._active.remove(job)  # drops the job's references
+        finish()
+        return None
 
     def pump(self) -> None:
         """Begin jobs that wait, as far as there may be more."""
         if not self._waiting:
             return
         now = time.monotonic()
-        self._active = [job for job in self._active if not job.ended]
         while self._waiting and self._count(now) < self._most:
             job = self._waiting.popleft()
             job.begun_s = now
             self._active.append(job)
-            if len(self._active) > len(self._threads):
+            if self._busy > len(self._threads):
                 self._start()
             if self._threads:
                 self._given.put(job)
@@ -329,15 +364,12 @@ class Hands:
 
     def next_pump(self) -> float | None:
         """Return when to ask again what may begin, by the monotonic clock."""
+        if not self._waiting:
+            return None
         now = time.monotonic()
         begun = [job.begun_s for job in self._active if not job.ended]
-        times = []
-        if self.holds_up:
-            times.append(min(begun, default=now) + HELD_UP_S)
-        if self._waiting:
-            fresh = [since for since in begun if now - since <= self._long_s]
-            times.append(min(fresh, default=now) + self._long_s)
-        return min(times, default=None)
+        fresh = [since for since in begun if now - since <= self._long_s]
+        return min(fresh, default=now) + self._long_s
 
     def come_back(self, *, more: bool = True) -> None:
         """Finish late jobs that have ended; with ``more`` also begin waiting ones."""
@@ -367,14 +399,14 @@ class Hands:
         for thread in self._threads:
             # If all threads are busy, this does not wait: they end by themselves.
             while thread.is_alive() and time.monotonic() < deadline:
-                busy = sum(not job.ended for job in self._active)
+                busy = self._busy
                 if busy and not busy_too and sum(one.is_alive() for one in self._threads) <= busy:
                     return
                 thread.join(_BRIEF_S)
 
     def let_go(self) -> bool:
         """End the threads if none has anything to do; return whether there were some."""
-        if not self._threads or self._waiting or any(not job.ended for job in self._active):
+        if not self._threads or self._waiting or self._busy:
             return False
         left, self._threads = self._threads, []
         for _ in left:
@@ -388,6 +420,10 @@ class Hands:
                 break
             time.sleep(_BRIEF_S)
         return True
+
+    @property
+    def _busy(self) -> int:
+        return sum(not job.ended for job in self._active)
 
     def _count(self, now: float) -> int:
         return sum(not job.ended and now - job.begun_s <= self._long_s for job in self._active)
@@ -405,7 +441,7 @@ class Hands:
             self._do(job)
             del job
 
-    def _do(self, job: _Job) -> None:
+    def _do(self, job: Job) -> None:
         if job.do():
             job.place.put(None)
             return

@@ -68,6 +68,16 @@ SCENARIOS: dict[str, Scenario] = {
     "a call is pickled elsewhere": Scenario(
         {"a": "a", "b": ""}, size=1, budget={"terminate": 1, "die": 1}
     ),
+    "a call behind others is pickled elsewhere": Scenario(
+        {"a": "", "b": "", "c": "a", "d": ""}, size=1, retries=1, budget={"die": 1}
+    ),
+    "a call is pickled elsewhere, and two workers": Scenario(
+        {"a": "a", "b": "", "c": ""}, unread=2
+    ),
+    "calls are taken back": Scenario(THREE, size=1, budget={"tick": 2}),
+    "calls of a map are taken back": Scenario(
+        {"d": ""}, maps=MAP, size=1, retries=1, budget={"tick": 1, "die": 1}
+    ),
     "a map": Scenario(maps=MAP, size=1, retries=1, budget={"die": 2}),
     "a map of two workers": Scenario(maps=(("a", "b"),), budget={"die": 1}),
     "a map is ended by force": Scenario(maps=MAP, size=1, budget={"terminate": 1, "die": 1}),
@@ -305,6 +315,25 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "callers send calls themselves",
         "one.phase is Phase.READY and one.is_idle and one.has_board",
         "one.phase is Phase.READY and one.has_board",
+    ),
+    "a later call is sent before one that was passed over": (
+        "calls are taken back",
+        "member.doubted = claimed",
+        "pass",
+    ),
+    "a later call takes the only worker": (
+        "a call is pickled elsewhere",
+        "hungry = hungry[event.kept :] if free > event.kept else []",
+        "pass",
+    ),
+    "a later call is sent with one that is pickled elsewhere": (
+        "a call is pickled elsewhere",
+        """        if event.full:
+            self._hungry.clear()
+""",
+        """        if False:
+            pass
+""",
     ),
     "the dead are counted among the workers": (
         "no retry",

@@ -147,7 +147,7 @@ def test_a_cancelled_call_behind_what_was_not_read_is_looked_after_again() -> No
     member = hire(core)
     core.handle(e.Turned(member, 0, None, span(0, 2)), 0)
     lend(core, member, unwanted)
-    assert core.handle(e.Revoked(member, 3, (), e.Then(cancelled=unwanted)), 0) == []
+    assert core.handle(e.Revoked(member, 3, 3, (), e.Then(cancelled=unwanted)), 0) == []
     actions = core.handle(e.Unreadable(member, 1), 0)
 
     assert actions == [e.Revoke(member, 3, e.Then(cancelled=unwanted))]
@@ -218,11 +218,11 @@ def test_the_first_reason_to_end_a_worker_stays() -> None:
     core, first, second = Core(1), too_much(2), too_much(3)
     member = hire(core)
     lend(core, member, call())
-    ended = core.handle(e.Revoked(member, 1, (), e.Then(exceeded=first)), 0)
+    ended = core.handle(e.Revoked(member, 1, 1, (), e.Then(exceeded=first)), 0)
 
     assert ended == [e.Condemn(member, stack=True)]
     assert core.handle(e.Exceeded(member, second), 0) == []
-    assert core.handle(e.Revoked(member, 1, (), e.Then(exceeded=second)), 0) == []
+    assert core.handle(e.Revoked(member, 1, 1, (), e.Then(exceeded=second)), 0) == []
     assert member.condemned is first
 
 
@@ -230,7 +230,7 @@ def test_a_call_that_is_cancelled_has_no_stack() -> None:
     core, unwanted = Core(1), call()
     member = hire(core)
     lend(core, member, unwanted)
-    ended = core.handle(e.Revoked(member, 1, (), e.Then(cancelled=unwanted)), 0)
+    ended = core.handle(e.Revoked(member, 1, 1, (), e.Then(cancelled=unwanted)), 0)
 
     assert ended == [e.Condemn(member, stack=False)]
 

@@ -80,6 +80,7 @@ class Table:
             lambda: True,
             settling=Any,
             pace=Pace(),
+            size=SimpleNamespace(now=1),
             allowed=True,
         )
         self.turns._make_bells(1)

@@ -26,7 +26,7 @@ from safepool import ProcessPool
 from safepool.pool import hands
 from safepool.pool.calls.mains import runs_no_code
 from safepool.pool.calls.names import Names
-from safepool.pool.shell import scheduler
+from safepool.pool.shell import dispatch, scheduler
 from safepool.pool.shell.dispatch import Dispatch
 from safepool.transport import marks, trusted
 from safepool.workers import preload
@@ -53,7 +53,10 @@ class Gate:
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """What stands still lets others pass soon."""
+    monkeypatch.setattr(hands, "STANDS_S", 0.1)
+    monkeypatch.setattr(dispatch, "_LOOK_S", 0.05)
     made = Gate()
     yield made
     if not made.event.is_set():
@@ -207,7 +210,7 @@ def test_a_closed_pool_gives_up_an_initializer_that_never_goes_on() -> None:
 
 def test_a_job_that_uses_its_processor_goes_on(gate: Gate) -> None:
     working = hands.Hands("safepool-test", lambda: None, 2)
-    assert not working.do(lambda: gate.event.wait(30) and None, lambda: None, 0.0)
+    assert working.do(lambda: gate.event.wait(30) and None, lambda: None, 0.0) is not None
     wait_until(lambda: working.rests_since() == working.rests_since() > 0)
     ended = threading.Event()
 
@@ -215,7 +218,7 @@ def test_a_job_that_uses_its_processor_goes_on(gate: Gate) -> None:
         while not ended.is_set():
             pass
 
-    assert not working.do(spin, lambda: None, 0.0)
+    assert working.do(spin, lambda: None, 0.0) is not None
     since = working.rests_since()
     wait_until(lambda: working.rests_since() > since)
     ended.set()

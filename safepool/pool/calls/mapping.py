@@ -219,6 +219,7 @@ class MapRun:
         self._small_bytes = self.taken = 0
         self.waiting: Waiting = Waiting()
         self.queued = False
+        self.number: int = 0
         self.count: int = 0
         self.sent: SentFunction | None = None
         self.needs: Sequence[Delivery] = ()

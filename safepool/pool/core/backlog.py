@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.core.work import Call, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from safepool.pool.core.work import Run
 
@@ -31,6 +32,7 @@ class Backlog:
         self._entries: deque[Call | Span | Run] = deque()
         # Runs whose results are not taken as fast as they come.
         self._held: list[Run] = []
+        self._numbers = itertools.count(1)
         self.holds = True
 
     def __bool__(self) -> bool:
@@ -74,8 +76,13 @@ class Backlog:
             entries.popleft()
         return False
 
+    def number(self, work: Call | Span) -> None:
+        """Note that work comes after all that came before, but is not queued."""
+        work.number = next(self._numbers)
+
     def add(self, task: Call) -> None:
         """Queue a task."""
+        self.number(task)
         self._entries.append(task)
 
     def add_items(self, run: Run, items: list[Any], *, last: bool = False) -> None:
@@ -83,23 +90,19 @@ class Backlog:
         run.add(items, last=last)
         if run.waiting and not run.queued:
             run.queued = True
+            run.number = next(self._numbers)
             self._entries.append(run)
 
-    def put_back(self, works: Sequence[Call | Span]) -> None:
-        """Queue returned work, in its order, ahead of all other work."""
-        entries = self._entries
-        for work in reversed(works):
-            head = entries[0] if entries else None
-            # In one piece again what workers gave back in several: a message for each would
-            # cost more than the calls (benchmarks/dispatch.py, map).
-            if isinstance(work, Span) and isinstance(head, Span):
-                if work.is_followed_by(head):
-                    work.items += head.items
-                    entries.popleft()
-                elif head.is_followed_by(work):
-                    head.items += work.items
-                    continue
-            entries.appendleft(work)
+    def put_back(self, works: Iterable[Call | Span | Run]) -> None:
+        """Queue returned work, ahead of all that came after it."""
+        entries, first = self._entries, list[Any]()
+        for work in sorted(works, key=_rank):
+            while entries and _rank(entries[0]) < _rank(work):
+                _join(first, entries.popleft())
+            _join(first, work)
+        if entries:
+            _join(first, entries.popleft())
+        entries.extendleft(reversed(first))
 
     def clear(self) -> list[Any]:
         """Empty it, and return its content."""
@@ -161,11 +164,10 @@ class Backlog:
         return run.held
 
     def _let_go(self) -> None:
-        """Queue repeated calls of runs that have room again, ahead of all other work."""
-        for run in reversed(self._held):
-            if not (self.holds and run.is_full):
-                run.held = False
-                self._entries.appendleft(run)
+        """Queue runs again that are no longer full."""
+        for run in self._held:
+            run.held = self.holds and run.is_full
+        self.put_back(run for run in self._held if not run.held)
         self._held = [run for run in self._held if run.held]
 
     def _take_tasks(self, offer: _Offer) -> list[Call]:
@@ -215,11 +217,31 @@ class Backlog:
         else:
             many = run.at_once
         span = run.cut(many)
+        span.number = run.number
         span.expected_ns = expected_ns(run.name)
         if not run.waiting:
             run.queued = False
             self._entries.popleft()
         return span
+
+
+def _rank(entry: Call | Span | Run) -> tuple[int, float]:
+    if isinstance(entry, Call):
+        return entry.number, 0
+    return entry.number, entry.start if isinstance(entry, Span) else math.inf
+
+
+def _join(entries: list[Any], entry: Call | Span | Run) -> None:
+    """Append an entry.
+
+    In one piece again what workers gave back in several: a message for each would cost more than
+    the calls (benchmarks/dispatch.py, map).
+    """
+    last = entries[-1] if entries else None
+    if isinstance(last, Span) and isinstance(entry, Span) and last.is_followed_by(entry):
+        last.items += entry.items
+    else:
+        entries.append(entry)
 
 
 def _size(entry: Call | Span | Run) -> int:

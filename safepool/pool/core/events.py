@@ -135,11 +135,13 @@ class Revoked(NamedTuple):
 
     Attributes:
         claimed: The last position that the worker had claimed by then.
+        began: The last position that the worker had begun by then.
         results: Results that the worker had left on its board.
     """
 
     worker: Member
     claimed: int
+    began: int
     results: Sequence[Answered]
     then: Then
 
@@ -173,7 +175,7 @@ class Sent(NamedTuple):
         back: Work that the worker must not have yet.
         exclusive: Whether nothing may follow until the work is answered.
         unsent: Position of the work that is being copied; otherwise 0.
-        full: The same as in :class:`HandOut`, from now on.
+        full: Nobody is to be given more before the next :class:`HandOut`.
     """
 
     worker: Member
@@ -292,11 +294,12 @@ class HandOut(NamedTuple):
 
     Attributes:
         told: Number up to which workers must know names first.
-        full: Whether no more may be pickled before the present pickling has ended.
+        kept: Number of idle workers that are kept for calls that are being pickled. If no more
+            are idle, none is given anything.
     """
 
     told: bool = True
-    full: bool = False
+    kept: int = 0
 
 
 class CancelWaiting(NamedTuple):

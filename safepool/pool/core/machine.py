@@ -151,6 +151,7 @@ class Core:
             or self._cancelling
             or self._broken
             or self._tasks_per_worker is not None
+            or len(self.members) > self._size
             or now_ns - self._pressed_ns < _PRESSED_NS
         ):
             return []
@@ -245,7 +246,9 @@ class Core:
             return
         self._among = max(1, min(self._size, len(staying)))
         hungry = [
-            one for one in staying if one.phase is Phase.READY and one.claimed >= one.awaited
+            one
+            for one in staying
+            if one.phase is Phase.READY and not (one.silent or one.may_pass_over)
         ]
         if len(staying) > self._size:  # it has become smaller: some that are to go are busy
             busy = [one for one in hungry if one.ledger.owed]
@@ -255,7 +258,10 @@ class Core:
         if len(hungry) > 1:
             # Idle workers first, so that none waits while others are sent more ahead.
             hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
-        self._hungry = deque([] if event.full else hungry[: self._size])
+        if event.kept:
+            free = sum(not one.ledger.owed for one in hungry)
+            hungry = hungry[event.kept :] if free > event.kept else []
+        self._hungry = deque(hungry[: self._size])
         self._offer()
 
     def _offer(self) -> None:
@@ -328,6 +334,7 @@ class Core:
         member.idle_since_ns = None
         if call is not None:
             call.expected_ns = self.pace.expected_ns(call.name)
+            self.backlog.number(call)
             member.ledger.give(call)
             member.sent_ns = self._now_ns
 
@@ -562,6 +569,8 @@ class Core:
         for results in event.results:
             self._answered(results)
         member.claimed = max(member.claimed, claimed)
+        if event.began < claimed:
+            member.doubted = claimed  # race J
         back = member.ledger.take_back(claimed)
         if back and not 0 < member.unsent <= claimed + 1:
             member.awaited = claimed + 1  # it will come to it, and say so (race J)

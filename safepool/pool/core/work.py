@@ -26,11 +26,13 @@ class Work(Protocol):
         count: Number of calls, at least 1.
         done: Number of settled calls.
         expected_ns: Expected time of each call.
+        number: Place in the order in which work came.
         bound: Whether the calls stay together, even if other workers are idle.
     """
 
     position: int
     done: int
+    number: int
     expected_ns: int
     bound: bool
 
@@ -48,6 +50,7 @@ class Run(Protocol):
     Attributes:
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         most_at_once: Calls whose arguments are thought to fit one message.
+        number: Place of what waits in the order in which work came.
         waiting: Work that no worker has, in order.
         stopped: The rest is not needed, or cannot be computed.
         dropped: No further results will be taken.
@@ -59,6 +62,7 @@ class Run(Protocol):
 
     at_once: int | None
     most_at_once: int
+    number: int
     dropped: bool
     queued: bool
     held: bool
@@ -91,7 +95,7 @@ class Call:
         attempts: Number of times that it was begun and lost with its worker.
         pickled: Bytes that were sent, kept while they may have to be sent again.
         noted: Notes of a listener; unset without a listener.
-        position, done, count, expected_ns, bound: The same as in any :class:`Work`.
+        position, done, count, expected_ns, number, bound: The same as in any :class:`Work`.
     """
 
     __slots__ = (
@@ -100,6 +104,7 @@ class Call:
         "expected_ns",
         "name",
         "noted",
+        "number",
         "pickled",
         "policy",
         "position",
@@ -109,6 +114,7 @@ class Call:
     done: int
     expected_ns: int
     noted: Any
+    number: int
     position: int
     count = 1
     bound = False
@@ -117,7 +123,7 @@ class Call:
         self.name: str = name
         self.policy: Policy = policy
         self.pickled: Any = None
-        self.attempts = self.position = self.done = self.expected_ns = 0
+        self.attempts = self.position = self.done = self.expected_ns = self.number = 0
 
     def is_wanted(self) -> bool:
         """Whether anybody waits for its result."""
@@ -160,6 +166,7 @@ class Span:
     position: int = 0
     done: int = 0
     expected_ns: int = 0
+    number: int = 0
     pickled: Any = field(default=None, repr=False)
     noted: Any = field(init=False, repr=False)
 
@@ -201,7 +208,7 @@ class Span:
     def split(self, at: int) -> Self:
         """Keep the calls before ``at``, return the others."""
         rest = type(self)(self.run, self.start + at, self.items[at:])
-        rest.expected_ns = self.expected_ns
+        rest.expected_ns, rest.number = self.expected_ns, self.number
         rest.bound = self.bound
         del self.items[at:]
         return rest
@@ -210,4 +217,5 @@ class Span:
         """Return the call at this place as a span that travels alone."""
         span = type(self)(self.run, self.start + place, [self.items[place]], alone=True)
         span.attempts = self.attempts if place == 0 else 0
+        span.number = self.number
         return span

@@ -62,6 +62,8 @@ class Member:
         since_ns: Time at which that position was seen first.
         awaited: First position of the calls that were last taken back; 0 once the worker has
             reached it.
+        doubted: Position that the worker had claimed, and perhaps not begun, when calls were last
+            taken back.
         sent_ns: Time at which the worker was last sent something.
         unsent: Position of the work that is being copied for the worker; otherwise 0. Nothing else
             is sent meanwhile.
@@ -82,6 +84,7 @@ class Member:
     claimed = 0
     since_ns = 0
     awaited = 0
+    doubted = 0
     sent_ns = 0
     unsent = 0
     exclusive = False
@@ -122,6 +125,11 @@ class Member:
     def silent(self) -> bool:
         """Whether it has not come to what was taken back from it: stopped, or in a long call."""
         return self.claimed < self.awaited
+
+    @property
+    def may_pass_over(self) -> bool:
+        """Whether it may pass over its next call, which then comes before what it has not got."""
+        return 0 < self.next <= self.doubted
 
     @property
     def is_idle(self) -> bool:

@@ -6,8 +6,8 @@ takes longer than a moment:
 
     pack()  a task without a pickle   --> `_prepare`: in time, it is sent at once
                                           late, it is aside until `come_back`, then queued
-                                          first, with its pickle or its error; for half a
-                                          second nothing overtakes it
+                                          first, with its pickle or its error; a worker is
+                                          kept for it meanwhile (`kept`)
             the same for calls of a map, and for its function
 
 Afterwards the scheduler's thread sends the worker missing functions and shared objects first
@@ -23,6 +23,7 @@ import math
 import os
 import pickle
 import sys
+import time
 import types
 import weakref
 from collections import Counter, deque
@@ -37,7 +38,7 @@ from safepool.pool.calls.names import Names
 from safepool.pool.calls.tasks import Pickled, begin, fail
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
-from safepool.pool.hands import Hands
+from safepool.pool.hands import HELD_UP_S, Hands
 from safepool.pool.shell.packing import Packing
 from safepool.pool.shell.settings import Settings, Telling
 from safepool.transport import payloads, references, trusted
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.deliveries import Delivery
     from safepool.pool.calls.mapping import MapRun
     from safepool.pool.calls.tasks import Parts, Task
+    from safepool.pool.hands import Job
     from safepool.pool.shell.hiring import Hiring
     from safepool.pool.shell.listener import Listener
     from safepool.pool.shell.staff import Staff
@@ -96,6 +98,10 @@ _MOST_DELIVERED = 256
 # Time to wait for a pickle of another thread. Most pickles are ready by then, and calls begin in
 # the order of submission.
 _PATIENCE_S = 0.005
+# Between two looks whether what is being pickled still keeps a worker.
+_LOOK_S = 0.25
+# No worker is given anything.
+_ALL = sys.maxsize
 # Pickles made at a time, and calls that may wait for theirs.
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
@@ -150,7 +156,7 @@ class Dispatch:
         self._copied: list[Packing] = []
         self._closed = False
         # Work that is being pickled, or waits for that, and is in no queue.
-        self.aside: dict[Task | Span, None] = {}
+        self.aside: dict[Task | Span, Job] = {}
         self._back: list[Task | Span] = []
         self._packing = False
         self._wake = wake
@@ -176,16 +182,29 @@ class Dispatch:
         return bool(self.aside) or self._packing or self.telling.waits
 
     @property
-    def is_full(self) -> bool:
-        """Whether no further calls are to be taken from the queue.
+    def kept(self) -> int:
+        """Number of idle workers to keep for work that is aside, which comes first.
 
-        Work that is aside comes first, unless it takes long; or too much is aside.
+        For a moment none is given anything. Then each keeps one: the only worker of a pool, too.
+        Nothing is kept as long as one may wait for a later call.
         """
-        return bool(self.aside) and (self.hands.holds_up or self.hands.waiting >= _MOST_ASIDE)
+        if not self.aside:
+            return 0
+        now = time.monotonic()
+        jobs = [job for work, job in self.aside.items() if _is_wanted(work)]
+        if self.hands.waiting >= _MOST_ASIDE:
+            return _ALL
+        if any(job.may_be_passed(now) for job in jobs):
+            return 0
+        return (
+            _ALL if any(now - job.begun_s < HELD_UP_S or job.ended for job in jobs) else len(jobs)
+        )
 
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
-        looks = self.hands.next_pump(), self.telling.next_look()
+        looks = [self.hands.next_pump(), self.telling.next_look()]
+        if self.kept:
+            looks.append(time.monotonic() + _LOOK_S)
         return min((look for look in looks if look is not None), default=None)
 
     def come_back(self, *, more: bool) -> list[Task | Span]:
@@ -223,7 +242,7 @@ class Dispatch:
         self, packing: Packing, before: Pieces, back: Sequence[Task]
     ) -> tuple[Pieces, Sent]:
         """Make a message of a payload that may go in files, or have it copied there first."""
-        worker, work, full = packing.worker, packing.work, self.is_full
+        worker, work = packing.worker, packing.work
         exclusive = not isinstance(work, Span)
         if worker.channel.takes_file(packing.segments):
             if _size(packing.segments) > _AT_ONCE_BYTES:
@@ -234,11 +253,11 @@ class Dispatch:
                 )
                 if self._copied:  # no thread could be started
                     self._wake()
-                return before, Sent(worker, [work], back, exclusive, packing.position, full)
+                return before, Sent(worker, [work], back, exclusive, packing.position)
             packing.store()
         pieces, again = self._finish(packing)
         given = [work] if pieces else []
-        sent = Sent(worker, given, [*again, *back], exclusive and bool(given), full=full)
+        sent = Sent(worker, given, [*again, *back], exclusive and bool(given))
         return [*before, *pieces], sent
 
     def _finish(self, packing: Packing) -> tuple[Pieces, Sequence[Task | Span]]:
@@ -289,12 +308,13 @@ class Dispatch:
         given: list[Task | Span] = []
         back: list[Task] = []
         group: list[tuple[int, bytes | memoryview]] = []
-        first = worker.ledger.last + 1
+        first, full = worker.ledger.last + 1, False
         for place, task in enumerate(tasks):
             if not begin(task.future):
                 continue
             if task.pickled is None and not self._prepare(task):
-                if self.is_full:
+                full = self.kept > 0
+                if full:
                     back = tasks[place + 1 :]
                     break
                 continue
@@ -313,12 +333,12 @@ class Dispatch:
             given.append(task)
             group.append((number, small))
         pieces += _tasks(first, group)
-        return pieces, Sent(worker, given, back, full=self.is_full)
+        return pieces, Sent(worker, given, back, full=full)
 
     def _pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, Sent]:
         run: MapRun = span.run
         if span.pickled is None and not self._prepare(span):
-            return [], Sent(worker, (), (), full=self.is_full)
+            return [], Sent(worker, (), (), full=self.kept > 0)
         assert span.pickled is not None
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
@@ -327,7 +347,7 @@ class Dispatch:
         # one call would see the changes of another.
         if not segments or (span.count > 1 and any(one.writable for one in shared)):
             alone = [span.only(place) for place in range(span.count)]
-            return [], Sent(worker, (), alone, full=self.is_full)
+            return [], Sent(worker, (), alone)
         run.most_at_once = max(1, _BATCH_BYTES * span.count // max(_size(segments), 1))
         pieces = self._deliver(worker, run.needs)
         pieces += self._introduce(worker, run.sent, shared, needs)
@@ -353,19 +373,20 @@ class Dispatch:
                 error.append(_without_frames(problem))
 
         def finish() -> None:
-            if work in self.aside:
-                del self.aside[work]
-                if error:
-                    self._fail(work, error[0])
-                elif late:
-                    self._back.append(work)
+            if job is not None and self.aside.pop(work, None) is None:
+                return  # it was given up
+            if error:
+                self._fail(work, error[0])
+            elif job is not None:
+                self._back.append(work)
 
-        late = False
-        self.aside[work] = None
-        late = not self.hands.do(pickle_it, finish, _PATIENCE_S)
-        if late and not isinstance(work, Span):
-            work.future.wait_again()
-        return not (late or error)
+        job: Job | None = None
+        job = self.hands.do(pickle_it, finish, _PATIENCE_S)
+        if job is not None:
+            self.aside[work] = job
+            if not isinstance(work, Span):
+                work.future.wait_again()
+        return not (job or error)
 
     def pickle_now(self, task: Task) -> None:
         """Pickle a task in the thread that submits it, if this thread imports a module.
@@ -679,6 +700,10 @@ def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
     found = dispatch()
     if found is not None and os.getpid() == pid:  # a fork has others' descriptors, if any
         found.tell_unshared(number)
+
+
+def _is_wanted(work: Task | Span) -> bool:
+    return not (work.run.dropped if isinstance(work, Span) else work.future.cancelled())
 
 
 def _is_name_in_main(name: str) -> bool:

@@ -271,6 +271,7 @@ class Scheduler:
             self._rights.is_same_user,
             settling=self._settling,
             pace=self._core.pace,
+            size=size,
             allowed=type(listener) is Listener and memory_per_worker is None and memory is None,
         )
         self._hiring = hiring
@@ -361,6 +362,7 @@ class Scheduler:
     def _bring_in(self, what: Task | Fed) -> None:
         """Let the scheduler's thread have something."""
         self._inbox.append(what)
+        self._dispatch.hands.note_that_one_asks()
         # The scheduler makes its bed first, then it looks.
         bed = self._bed
         if bed:
@@ -429,6 +431,7 @@ class Scheduler:
                 "the pool's own thread would wait for itself. Do not wait for a result of a pool "
                 "in a finalizer (__del__)"
             )
+        self._dispatch.hands.note_that_one_asks()
 
     def give_up(self, run: MapRun) -> None:
         """Drop the calls of a run that no worker has: they are not needed (race E)."""
@@ -882,7 +885,7 @@ class Scheduler:
             return
         dispatch = self._dispatch
         told = not len(staff) or dispatch.telling.may_be_told()
-        self._tell(staff, HandOut(told, dispatch.is_full))
+        self._tell(staff, HandOut(told, dispatch.kept))
 
     def _send(self, staff: Staff, action: Send) -> Sent:
         worker: Worker = action.worker
@@ -909,7 +912,7 @@ class Scheduler:
             left = left_by(worker, board.peek())
         except ValueError as error:
             staff.distrust(worker, error)
-        return Revoked(worker, board.claimed, left, action.then)
+        return Revoked(worker, board.claimed, board.began, left, action.then)
 
     def _settle(self, _: Staff, action: Settle) -> Outgrown | None:
         self._settle_calls(action)

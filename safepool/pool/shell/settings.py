@@ -210,7 +210,7 @@ class Telling:
             if asked:
                 self._asked_at = time.monotonic()
                 run = functools.partial(self._ask, asked)
-                if self._hands.do(run, self._come_back, _PATIENCE_S):
+                if self._hands.do(run, self._come_back, _PATIENCE_S) is None:
                     self._look()
             if self._asked_at is None:
                 self._known = state

@@ -161,7 +161,7 @@ class Settling:
                         work.run.tell()
 
             self._unread.append(answer)
-            if not self.hands.do(answer.read, finish, _PATIENCE_S):
+            if self.hands.do(answer.read, finish, _PATIENCE_S) is not None:
                 return Exception() if answer.kind == Kind.EXCEPTION else None
         else:
             self._end(answer)

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from safepool.pool.core.pace import Pace
     from safepool.pool.core.work import Span
     from safepool.pool.shell.settling import Settling
+    from safepool.pool.shell.size import Size
     from safepool.pool.shell.staff import Staff
     from safepool.pool.shell.worker import Worker
 
@@ -368,6 +369,7 @@ class Turns:
             were started.
         settling: Object that counts the calls that ended here.
         pace: Expected times of calls.
+        size: Size of the pool. While there are more workers, none is lent.
         allowed: Whether the pool's options allow lanes.
 
     Attributes:
@@ -387,6 +389,7 @@ class Turns:
         *,
         settling: Settling,
         pace: Pace,
+        size: Size,
         allowed: bool,
     ) -> None:
         self.pid: int = os.getpid()
@@ -397,6 +400,7 @@ class Turns:
         self._pack = pack
         self._settling = settling
         self._pace = pace
+        self._size = size
         self._queued = queued
         self._is_same_user = is_same_user
         self._allowed = allowed and _HAS_BELLS and _poll is not None
@@ -458,7 +462,8 @@ class Turns:
                 self._asked = self.wanted = True
             return False
         self._asked = True
-        return not self._queued
+        # With one worker calls begin in their order, from resize(1) on.
+        return not self._queued and len(self.lanes) <= self._size.now
 
     def _send(self, work: Task | Span) -> Turn | None:
         """Send calls to an idle worker; return the turn, ``None`` if they are to be queued."""
