@@ -343,6 +343,8 @@ def main() -> int:
         for name in names:
             print(f"{name:18}{BENCHMARKS[name].question}")
         return 0
+    # Ignored in what a shell has started in the background, and then by benchmarks, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     begun = time.monotonic()
     end = begun + 60 * asked.minutes
     failed = [name for name in names if not _run_and_keep(name, asked, end - time.monotonic())]
