@@ -38,13 +38,15 @@ from safepool.limits.place import components, parse_own_groups
 from safepool.limits.quota import parse_cfs_quota, parse_cpu_max, parse_cpu_stat
 from safepool.limits.waiting import parse_idle, parse_schedstat
 from safepool.transport.frames import CorruptFrameError, FrameReader, Kind, encode
-from safepool.workers.board import LANE_CALLS, Board, numbers_of, record_of, records_of
+from safepool.workers.board import LANE_CALLS, RECORD, Board, numbers_of, records_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import CodeType, FrameType
 
 PACKAGE = str(Path(cli.__file__).parents[1])
+# What a board holds of a call that has returned.
+_RECORD = RECORD.pack(1, 5, 3, 2) + b"abc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +285,8 @@ TARGETS: dict[str, Target] = {
     "board": Target(
         read=_read_board,
         seeds=(
-            record_of(1, 5, 2, b"abc") + record_of(2, 5, 2, b""),
-            bytes(range(1, 9)) * 12 + b"|" + bytes(64) + b"|" + record_of(1, 5, 2, b"abc"),
+            _RECORD + RECORD.pack(2, 5, 0, 2),
+            bytes(range(1, 9)) * 12 + b"|" + bytes(64) + b"|" + _RECORD,
         ),
         words=(b"|", bytes(8), b"\xff" * 8, b"\1" + bytes(7), b"\x10" + bytes(7)),
         inputs=300,

@@ -1,4 +1,4 @@
-"""Questions for a number of CPUs, their answers in a worker, and the calls that change these.
+"""Numbers of CPUs that code in a worker is told, and the calls that change these.
 
 A library that sizes its pool of threads by the machine would start 48 of them in each worker of a
 host with 48 CPUs. Hence functions that count CPUs return the worker's share where possible. Code
@@ -11,36 +11,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safepool.threads.calls import attempt
 from safepool.threads.imports import imported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """A way to ask for a number of CPUs.
-
-    Attributes:
-        asked: The expression, or the command.
-        told: Answer in a worker: the worker's share, which is the threads of each native pool; the
-            affinity mask, which is the share if workers are pinned; or the machine.
-        by: Cause of the answer, or the remedy if the answer is ``"machine"``.
-        module: Module that is changed in the worker after its import; empty if none.
-        write: Function of the module and the share that changes the module.
-        source: Documentation of the question.
-    """
-
-    asked: str
-    told: Literal["share", "affinity", "machine"]
-    by: str
-    module: str = ""
-    write: Callable[[Any, int], object] | None = None
-    source: str
 
 
 def _set_loky(context: Any, count: int) -> None:
@@ -70,152 +47,16 @@ def _set_dask(system: Any, count: int) -> None:
             sys.modules[name].CPU_COUNT = count  # type: ignore[attr-defined]
 
 
-_OS = "os.cpu_count() is replaced in a worker, and in the fork server before it imports anything"
+_ANSWERS: dict[str, Callable[[Any, int], object]] = {
+    "joblib.externals.loky.backend.context": _set_loky,
+    "loky.backend.context": _set_loky,
+    "psutil": _set_psutil,
+    "numexpr": _set_numexpr,
+    "dask.system": _set_dask,
+}
+"""By module, what changes it. tests/threads/test_counts.py lists every question, with sources."""
 
-QUESTIONS: tuple[Question, ...] = (
-    Question(asked="os.cpu_count()", told="share", by=_OS, source="Python, os.cpu_count"),
-    Question(
-        asked="os.process_cpu_count()",
-        told="share",
-        by=_OS,
-        source="Python 3.13, os.process_cpu_count",
-    ),
-    Question(
-        asked="multiprocessing.cpu_count()",
-        told="share",
-        by="asks os.cpu_count()",
-        source="Python, multiprocessing.cpu_count",
-    ),
-    Question(
-        asked="multiprocessing.Pool()._processes",
-        told="share",
-        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count()",
-        source="Python, multiprocessing.pool.Pool",
-    ),
-    Question(
-        asked="concurrent.futures.ProcessPoolExecutor()._max_workers",
-        told="share",
-        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count()",
-        source="Python, concurrent.futures.ProcessPoolExecutor",
-    ),
-    Question(
-        asked="concurrent.futures.ThreadPoolExecutor()._max_workers - 4",
-        told="share",
-        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count(); adds 4",
-        source="Python, concurrent.futures.ThreadPoolExecutor",
-    ),
-    Question(
-        asked="joblib.cpu_count()",
-        told="share",
-        by="asks os.cpu_count() and LOKY_MAX_CPU_COUNT",
-        source="joblib, joblib.cpu_count",
-    ),
-    Question(
-        asked="joblib.cpu_count(only_physical_cores=True)",
-        told="share",
-        by="its copy of loky counts no cores",
-        module="joblib.externals.loky.backend.context",
-        write=_set_loky,
-        source="joblib, joblib.cpu_count; LightGBM's default asks so",
-    ),
-    Question(
-        asked="loky.cpu_count()",
-        told="share",
-        by="asks os.cpu_count() and LOKY_MAX_CPU_COUNT",
-        source="loky, README, loky.cpu_count",
-    ),
-    Question(
-        asked="loky.cpu_count(only_physical_cores=True)",
-        told="share",
-        by="it counts no cores",
-        module="loky.backend.context",
-        write=_set_loky,
-        source="loky, README, loky.cpu_count",
-    ),
-    Question(
-        asked="psutil.cpu_count()",
-        told="share",
-        by="the function of its platform is replaced",
-        module="psutil",
-        write=_set_psutil,
-        source="psutil, psutil.cpu_count",
-    ),
-    Question(
-        asked="psutil.cpu_count(logical=False)",
-        told="share",
-        by="the function of its platform is replaced",
-        source="psutil, psutil.cpu_count",
-    ),
-    Question(
-        asked="numexpr.detect_number_of_cores()",
-        told="share",
-        by="the function is replaced",
-        module="numexpr",
-        write=_set_numexpr,
-        source="NumExpr, numexpr.detect_number_of_cores",
-    ),
-    Question(
-        asked="dask.system.CPU_COUNT",
-        told="share",
-        by="the number is set wherever Dask keeps it",
-        module="dask.system",
-        write=_set_dask,
-        source="Dask, dask.system.CPU_COUNT",
-    ),
-    Question(
-        asked="numba.config.NUMBA_NUM_THREADS",
-        told="share",
-        by="NUMBA_NUM_THREADS, and the cap on Numba",
-        source="Numba, Environment variables, NUMBA_NUM_THREADS",
-    ),
-    Question(
-        asked="torch.get_num_threads()",
-        told="share",
-        by="OMP_NUM_THREADS, and the cap on PyTorch",
-        source="PyTorch, torch.get_num_threads",
-    ),
-    Question(
-        asked="polars.thread_pool_size()",
-        told="share",
-        by="POLARS_MAX_THREADS",
-        source="Polars, polars.thread_pool_size",
-    ),
-    Question(
-        asked="pyarrow.cpu_count()",
-        told="share",
-        by="OMP_NUM_THREADS, and the cap on Arrow",
-        source="Arrow, pyarrow.cpu_count",
-    ),
-    Question(
-        asked="len(os.sched_getaffinity(0))",
-        told="affinity",
-        by="left as it is: programs bind threads by it. pin_workers=True makes it the share",
-        source="Python, os.sched_getaffinity; sched_getaffinity(2), nproc(1)",
-    ),
-    Question(
-        asked="os.sysconf('SC_NPROCESSORS_ONLN')",
-        told="machine",
-        by="asks the C library, as native code does: a variable of its own (safepool.threads), "
-        "or the library's argument for it",
-        source="sysconf(3)",
-    ),
-    Question(
-        asked="sum(line.startswith('processor') for line in open('/proc/cpuinfo'))",
-        told="machine",
-        by="a file of the kernel's, which no affinity changes: a variable of its own, or its "
-        "argument",
-        source="proc_cpuinfo(5)",
-    ),
-    Question(
-        asked="len(set(line for line in subprocess.run(['lscpu', '-p=CPU'], capture_output=True, "
-        "text=True).stdout.splitlines() if line[:1] != '#'))",
-        told="machine",
-        by="another program, which reads /sys: as for /proc/cpuinfo",
-        source="lscpu(1)",
-    ),
-)
-
-MODULES = frozenset(question.module for question in QUESTIONS if question.module)
+MODULES = frozenset(_ANSWERS)
 """The modules that are changed, by the full name that is imported."""
 
 
@@ -229,9 +70,8 @@ def answer(count: int) -> None:
 
 def answer_in(name: str, module: Any, count: int) -> None:
     """Do the same as :func:`answer`, for one module; nothing if it is not in the table."""
-    for question in QUESTIONS:
-        if question.module == name and question.write is not None:
-            attempt(question.write, module, count)
+    if name in _ANSWERS:
+        attempt(_ANSWERS[name], module, count)
 
 
 _count = 1

@@ -464,8 +464,3 @@ RUNTIMES: tuple[NativeRuntime, ...] = (
         source="Python, Doc/using/cmdline.rst, PYTHON_CPU_COUNT",
     ),
 )
-
-# Variables with a number: the worker's threads.
-THREAD_VARIABLES: tuple[ThreadVariable, ...] = tuple(
-    variable for row in RUNTIMES for variable in row.variables if variable.off is None
-)

@@ -409,11 +409,6 @@ def boards_of(process: int) -> list[Seen]:
     return [found[pid] for pid in sorted(found) if pid not in (0, process)]
 
 
-def record_of(position: int, microseconds: int, kind: int, pickled: Segment) -> bytes:
-    """Return one record as :func:`records_of` reads it, for a result that is not published."""
-    return RECORD.pack(position, microseconds, len(pickled), kind) + pickled
-
-
 def numbers_of(kind: int, data: bytes | bytearray | memoryview) -> list[Any]:
     """Return the results that a lane held."""
     if kind not in LANES.values() or len(data) % 8:

@@ -11,12 +11,12 @@ import pytest
 import support_tasks as tasks
 
 from safepool import ProcessPool
-from safepool.threads.table import THREAD_VARIABLES
+from safepool.threads.table import RUNTIMES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-NAMES = [variable.name for variable in THREAD_VARIABLES]
+NAMES = [one.name for row in RUNTIMES for one in row.variables if one.off is None]
 
 pytestmark = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2 if hasattr(os, "sched_getaffinity") else False,

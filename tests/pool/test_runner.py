@@ -13,7 +13,7 @@ from safepool.pool.calls.tasks import rebuild
 from safepool.transport import payloads
 from safepool.transport.channel import Channel, ChannelClosedError
 from safepool.transport.frames import Kind, encode
-from safepool.workers.board import Board, record_of, records_of
+from safepool.workers.board import RECORD, Board, records_of
 from safepool.workers.messages import (
     answer_frame,
     batch_frame,
@@ -145,9 +145,8 @@ def test_frames_in_one_piece_are_what_the_others_are() -> None:
     (usual,) = tasks_frame(7, [(3, pickled)])
 
     assert call_frame(7, 3, pickled) == usual
-    assert (
-        answer_frame(7, 5, 6, pickled) == encode(Kind.RESULTS, 0, [record_of(7, 5, 6, pickled)])[0]
-    )
+    record = RECORD.pack(7, 5, len(pickled), 6) + pickled
+    assert answer_frame(7, 5, 6, pickled) == encode(Kind.RESULTS, 0, [record])[0]
     two = tasks_frame(7, [(3, pickled), (3, pickled)])[0]
     assert isinstance(two, bytes)
     for other in (usual[:-1], usual + b"\0", usual + usual, two, b""):

@@ -6,17 +6,168 @@ import importlib.util
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pytest
 import support_natives as natives
-
-from safepool.threads.counts import QUESTIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the machine is imitated on Linux")
+
+
+class Question(NamedTuple):
+    """A way to ask for a number of CPUs.
+
+    Attributes:
+        asked: The expression.
+        told: Answer in a worker: the worker's share, which is the threads of each native pool; the
+            affinity mask, which is the share if workers are pinned; or the machine.
+        by: Cause of the answer, or the remedy if the answer is ``"machine"``.
+        source: Documentation of the question.
+    """
+
+    asked: str
+    told: Literal["share", "affinity", "machine"]
+    by: str
+    source: str
+
+
+_OS = "os.cpu_count() is replaced in a worker, and in the fork server before it imports anything"
+
+QUESTIONS: tuple[Question, ...] = (
+    Question(asked="os.cpu_count()", told="share", by=_OS, source="Python, os.cpu_count"),
+    Question(
+        asked="os.process_cpu_count()",
+        told="share",
+        by=_OS,
+        source="Python 3.13, os.process_cpu_count",
+    ),
+    Question(
+        asked="multiprocessing.cpu_count()",
+        told="share",
+        by="asks os.cpu_count()",
+        source="Python, multiprocessing.cpu_count",
+    ),
+    Question(
+        asked="multiprocessing.Pool()._processes",
+        told="share",
+        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count()",
+        source="Python, multiprocessing.pool.Pool",
+    ),
+    Question(
+        asked="concurrent.futures.ProcessPoolExecutor()._max_workers",
+        told="share",
+        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count()",
+        source="Python, concurrent.futures.ProcessPoolExecutor",
+    ),
+    Question(
+        asked="concurrent.futures.ThreadPoolExecutor()._max_workers - 4",
+        told="share",
+        by="asks os.cpu_count(), from 3.13 on os.process_cpu_count(); adds 4",
+        source="Python, concurrent.futures.ThreadPoolExecutor",
+    ),
+    Question(
+        asked="joblib.cpu_count()",
+        told="share",
+        by="asks os.cpu_count() and LOKY_MAX_CPU_COUNT",
+        source="joblib, joblib.cpu_count",
+    ),
+    Question(
+        asked="joblib.cpu_count(only_physical_cores=True)",
+        told="share",
+        by="its copy of loky counts no cores",
+        source="joblib, joblib.cpu_count; LightGBM's default asks so",
+    ),
+    Question(
+        asked="loky.cpu_count()",
+        told="share",
+        by="asks os.cpu_count() and LOKY_MAX_CPU_COUNT",
+        source="loky, README, loky.cpu_count",
+    ),
+    Question(
+        asked="loky.cpu_count(only_physical_cores=True)",
+        told="share",
+        by="it counts no cores",
+        source="loky, README, loky.cpu_count",
+    ),
+    Question(
+        asked="psutil.cpu_count()",
+        told="share",
+        by="the function of its platform is replaced",
+        source="psutil, psutil.cpu_count",
+    ),
+    Question(
+        asked="psutil.cpu_count(logical=False)",
+        told="share",
+        by="the function of its platform is replaced",
+        source="psutil, psutil.cpu_count",
+    ),
+    Question(
+        asked="numexpr.detect_number_of_cores()",
+        told="share",
+        by="the function is replaced",
+        source="NumExpr, numexpr.detect_number_of_cores",
+    ),
+    Question(
+        asked="dask.system.CPU_COUNT",
+        told="share",
+        by="the number is set wherever Dask keeps it",
+        source="Dask, dask.system.CPU_COUNT",
+    ),
+    Question(
+        asked="numba.config.NUMBA_NUM_THREADS",
+        told="share",
+        by="NUMBA_NUM_THREADS, and the cap on Numba",
+        source="Numba, Environment variables, NUMBA_NUM_THREADS",
+    ),
+    Question(
+        asked="torch.get_num_threads()",
+        told="share",
+        by="OMP_NUM_THREADS, and the cap on PyTorch",
+        source="PyTorch, torch.get_num_threads",
+    ),
+    Question(
+        asked="polars.thread_pool_size()",
+        told="share",
+        by="POLARS_MAX_THREADS",
+        source="Polars, polars.thread_pool_size",
+    ),
+    Question(
+        asked="pyarrow.cpu_count()",
+        told="share",
+        by="OMP_NUM_THREADS, and the cap on Arrow",
+        source="Arrow, pyarrow.cpu_count",
+    ),
+    Question(
+        asked="len(os.sched_getaffinity(0))",
+        told="affinity",
+        by="left as it is: programs bind threads by it. pin_workers=True makes it the share",
+        source="Python, os.sched_getaffinity; sched_getaffinity(2), nproc(1)",
+    ),
+    Question(
+        asked="os.sysconf('SC_NPROCESSORS_ONLN')",
+        told="machine",
+        by="asks the C library, as native code does: a variable of its own (safepool.threads), "
+        "or the library's argument for it",
+        source="sysconf(3)",
+    ),
+    Question(
+        asked="sum(line.startswith('processor') for line in open('/proc/cpuinfo'))",
+        told="machine",
+        by="a file of the kernel's, which no affinity changes: a variable of its own, or its "
+        "argument",
+        source="proc_cpuinfo(5)",
+    ),
+    Question(
+        asked="len(set(line for line in subprocess.run(['lscpu', '-p=CPU'], capture_output=True, "
+        "text=True).stdout.splitlines() if line[:1] != '#'))",
+        told="machine",
+        by="another program, which reads /sys: as for /proc/cpuinfo",
+        source="lscpu(1)",
+    ),
+)
 
 # joblib asks this program for the physical cores; a machine that seems to have 48 has 48 of them.
 LSCPU = "#!/bin/sh\nfor core in $(seq 0 47); do echo $core; done\n"

@@ -10,7 +10,7 @@ import pytest
 import support_natives as natives
 
 from safepool.threads import NativeRuntime, inspect, pools, register, unregister
-from safepool.threads.table import RUNTIMES, THREAD_VARIABLES, ThreadVariable
+from safepool.threads.table import RUNTIMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,8 +140,9 @@ def test_the_variable_that_wins_is_the_one_that_is_named(
 ) -> None:
     runtime, variables, expected = RULING[order]
     row = next(row for row in RUNTIMES if row.name == runtime)
-    for variable in (*THREAD_VARIABLES, *(ThreadVariable(name=name) for name in row.removed)):
-        monkeypatch.delenv(variable.name, raising=False)
+    names = {one.name for row in RUNTIMES for one in row.variables if one.off is None}
+    for name in names.union(row.removed):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
