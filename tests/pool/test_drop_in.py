@@ -655,7 +655,7 @@ def test_a_fork_of_the_program_is_told() -> None:
                 pool.submit(tasks.square, 2)
             except RuntimeError as error:
                 pool.shutdown()
-                os._exit(0 if "is its fork" in str(error) else 1)
+                os._exit(0 if "is a fork" in str(error) else 1)
             os._exit(2)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9

@@ -850,7 +850,7 @@ def test_a_fork_of_the_program_ends_like_any_other(tmp_path: Path) -> None:
             try:
                 use()
             except RuntimeError as error:
-                print("is its fork" in str(error))
+                print("is a fork" in str(error))
         with safepool.ProcessPool(1) as own:
             print(own.submit(abs, -5).result(30))
         pool.shutdown()
