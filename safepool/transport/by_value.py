@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 from cloudpickle import cloudpickle as _internals
 
-from safepool.transport import kinds
+from safepool.transport import kinds, weak
 from safepool.transport.annotations import annotations_of, closure_of, global_names
 from safepool.transport.classes import arrived, fill_class, reduce_class
 from safepool.transport.exceptions import reduce_exception
@@ -304,7 +304,7 @@ def _reduce_class(kind: type) -> Any:
 
 _CODE = frozenset({types.FunctionType, classmethod, staticmethod, property})
 _SAYS_ALL = _CODE | {int, float, bool, str, bytes, type(None)}
-_EMPTIED = frozenset({dict, list, set})
+_EMPTIED = frozenset({dict, list, set, *weak.KINDS})
 _METHODS_FIRST = "<methods>"
 _NEW = "__new__"
 # Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.

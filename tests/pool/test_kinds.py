@@ -290,6 +290,23 @@ class Interned:
 Interned("early")
 
 
+class HeldWeakly:
+    made = weakref.WeakValueDictionary()
+
+    def __new__(cls, n):
+        one = cls.made.get(n)
+        if one is None:
+            cls.made[n] = one = super().__new__(cls)
+            one.n = n
+        return one
+
+    def __reduce__(self):
+        return HeldWeakly, (self.n,)
+
+
+held = HeldWeakly("held")
+
+
 class Lonely:
     one = None
 
@@ -539,6 +556,7 @@ MAKE = {
         lambda: Interned("late"),
         lambda o: (o.n, o is Interned("late"), Interned("early").n, sorted(Interned.made)),
     ),
+    "HeldWeakly": (lambda: HeldWeakly("held"), lambda o: (o.n, o is HeldWeakly("held"))),
     "Lonely": (Lonely, lambda o: (o.tag, o is Lonely())),
     "NeedsC": (NeedsC, lambda o: o.field),
     "ABCChild": (ABCChild, lambda o: (o.name, isinstance(o, ABCKw), ABCChild.__mro__)),
