@@ -119,8 +119,10 @@ def test_an_answer_that_cannot_be_right_is_refused(answer: str) -> None:
     assert ledger.owed == 4
 
 
-def test_nothing_owed_cannot_be_struck_or_withdrawn() -> None:
+def test_nothing_owed_cannot_be_struck_withdrawn_or_answered() -> None:
     with pytest.raises(IndexError):
         Ledger[Calls]().strike()
     with pytest.raises(IndexError):
         Ledger[Calls]().withdraw()
+    with pytest.raises(ValueError, match="answer for position 1, last sent 0"):
+        Ledger[Calls]().settle(1)
