@@ -123,7 +123,7 @@ def test_the_future_of_another_pool_is_refused() -> None:
         future = other.submit(tasks.square, 3)
 
         for foreign in (future, Future[int]()):
-            with pytest.raises(ValueError, match="not one of this pool"):
+            with pytest.raises(ValueError, match="does not belong to this pool"):
                 pool.cancel(foreign, kill=True)
         assert future.result(timeout=30) == 9
 

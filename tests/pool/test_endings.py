@@ -231,7 +231,7 @@ def test_deaths_while_arguments_are_read_are_no_failed_starts(
 
     def hand_out_when_all_are_there(self: Core, event: HandOut) -> None:
         starting = any(one.phase is Phase.STARTING for one in self.members)
-        hand_out(self, event._replace(full=starting))
+        hand_out(self, event._replace(kept=3 * starting))
 
     monkeypatch.setitem(machine._HANDLERS, HandOut, hand_out_when_all_are_there)
     with ProcessPool(3) as pool:
