@@ -50,6 +50,15 @@ class Interrupt(BaseException):
 
 def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[], object]) -> bool:
     """Call, and call the handler before this instruction; ``False`` if there are not so many."""
+    return _reached(place, call, handler) == place
+
+
+def instructions(call: Callable[[], object]) -> int:
+    """Call, and return how many places there are in it for :func:`interrupted_at`."""
+    return _reached(sys.maxsize, call, lambda: None)
+
+
+def _reached(place: int, call: Callable[[], object], handler: Callable[[], object]) -> int:
     count = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -75,7 +84,7 @@ def interrupted_at(place: int, call: Callable[[], object], handler: Callable[[],
         pass
     finally:
         sys.settrace(before)
-    return count == place
+    return count
 
 
 def is_in_a_finalizer(frame: FrameType | None) -> bool:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
-from support_interrupts import Interrupt, interrupted_at, others_uncollected, places
+from support_interrupts import Interrupt, instructions, interrupted_at, others_uncollected, places
 
 from safepool import ProcessPool
 from safepool.errors import let_handlers_pass
@@ -193,7 +193,10 @@ def test_no_error_of_a_handlers_is_lost_in_a_submit(value: object) -> None:
 def test_a_handler_may_come_at_any_moment_of_the_first_call(handler: str) -> None:
     """Threads are started, and the first worker: nothing of it is left half done."""
     handle = HANDLERS[handler]
-    for place in places(31):
+    # It looks at each module that there is: after other tests at ten times as many.
+    with ProcessPool(1) as pool:
+        count = instructions(lambda: pool.submit(abs, -1).result(timeout=30))
+    for place in places(max(31, count // 60)):
         with ProcessPool(1) as pool:
             reached = interrupted_at(
                 place,
