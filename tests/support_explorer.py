@@ -235,7 +235,9 @@ class World:
         if not self.stopped:
             if core.is_busy(self.size, 0):
                 self.tell(e.Step(self.size))
-            self.tell(e.HandOut(kept=0 if self.passes else len(self.aside)))
+            kept = 0 if self.passes else len(self.aside)
+            before = min((work.number for work in self.aside), default=0)
+            self.tell(e.HandOut(kept=kept, before=before))
             ends = self.closing and not (core.backlog or core.owes or self.aside)
             if ends or self.forced or self.broken:
                 self.stopped = True

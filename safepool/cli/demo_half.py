@@ -4,10 +4,8 @@ The script that people write: NumPy and SciPy imported at the top, a pool with i
 task submitted, results taken as they come. The process measures only its own seconds.
 
 Arguments: ``standard`` or ``safepool``, tasks, points, and the ``.npy`` file for the results: one
-    row for each task, whose first number turns from 0 to 1 when the row is complete. Hence the
-    work of a half can be compared even if a signal ended it. Standard output carries one JSON
-    object a
-line:
+row for each task, whose first number turns from 0 to 1 when the row is complete. Hence the work of
+a half can be compared even if a signal ended it. Standard output carries one JSON object a line:
 
     {"start_method": "fork"}    imports are done, the clock starts
     {"pids": [17, 18]}          the pool's worker processes, when they change

@@ -70,11 +70,11 @@ Differences from a forked pool:
     * Hashes of text. ``hash("a")`` and the order of a set differ between workers and program, as
       under ``spawn``, unless ``PYTHONHASHSEED`` is set.
     * Order. In a pool of one worker, calls begin in the order of their submission, and a call that
-      is run again keeps its place. Later calls go ahead only if the pickling of an argument asks
-      the pool for something, or stands still for five seconds (the standard pool waits without
-      end), or if too many results of a ``map`` wait to be taken. Several workers are sent short
-      calls in groups, so a call may begin before an earlier one of another group. A call whose
-      arguments take longer than half a second to be pickled keeps one of the workers free.
+      is run again keeps its place. Later calls go ahead only if the pickling of an argument
+      submits to the pool, or stands still for five seconds (the standard pool waits without end),
+      or if too many results of a ``map`` wait to be taken. Several workers are sent short calls in
+      groups, so a call may begin before an earlier one of another group. A call whose arguments
+      take longer than half a second to be pickled keeps one of the workers free.
     * ``map`` over a generator or a file takes 16,384 items before it returns, and more as you take
       results. An endless generator does not fill the memory.
     * The first pool of a program starts its server: a Python, and the imports that workers share

@@ -9,8 +9,8 @@ so the order of jobs is kept. A later job ends by a wake-up of the scheduler.
 
     scheduler's thread                  a thread of the hands
     do(run, finish)  ---------------->  run()
-      in time: finish(), and True  <--
-      late: False, and goes on
+      in time: finish(), and None  <--
+      late: the job, and goes on
     come_back(): finish()  <----------  and wakes the scheduler
 
 Not covered:
@@ -46,7 +46,7 @@ _log = ContainedLogger()
 # A job that runs for so long may wait for something: it no longer counts as one of the most.
 _STUCK_S = 0.05
 HELD_UP_S = 0.5
-"""So long calls wait for what is pickled before them. An import may take that long."""
+"""So long no call begins behind one that is being pickled. An import may take that long."""
 STANDS_S = 5.0
 """A job that uses no processor for so long may wait for what comes after it."""
 # Behind one that is late, the next ones are waited for as long as a thread takes to be woken.
@@ -242,7 +242,7 @@ class Job:
         return self._rests_since_s
 
     def may_be_passed(self, now_s: float) -> bool:
-        """Tell whether what came after it is not to wait: it stands still, or asks the pool."""
+        """Tell whether later work need not wait: it stands still, or submits to the pool."""
         if self.begun_s and not (self.ended or self._may_be_passed):
             since_s = self.rests_since(now_s) if self._clock else self.begun_s
             self._may_be_passed = now_s - since_s >= STANDS_S
@@ -270,7 +270,7 @@ _clock_of: Any = getattr(time, "pthread_getcpuclockid", lambda _: 0)
 class Hands:
     """Threads that run several jobs at the same time, one each.
 
-    Only the scheduler's thread calls the methods.
+    Only the scheduler's thread calls the methods, but for `note_that_one_asks` and `has`.
 
     Args:
         name: Name of the threads.

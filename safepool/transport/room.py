@@ -2,7 +2,7 @@
 
 A copy in transit between pool and worker counts for the control group, and a memory file for no
 process: out of memory, the kernel would end an innocent process. A copy that does not fit is
-    refused instead, and only its own call fails.
+refused instead, and only its own call fails.
 
 A check costs about 0.1 ms. Hence not every copy is checked: after a check, a part of the remaining
 memory may be copied without another check, for a second. Each process checks separately, and

@@ -323,8 +323,13 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a later call takes the only worker": (
         "a call is pickled elsewhere",
-        "hungry = hungry[event.kept :] if free > event.kept else []",
-        "pass",
+        "range(self._kept if free > self._kept else len(hungry))",
+        "range(0)",
+    ),
+    "a later call goes along with one that comes first": (
+        "a call behind others is pickled elsewhere",
+        "before = self._before if self._kept else sys.maxsize",
+        "before = sys.maxsize",
     ),
     "a later call is sent with one that is pickled elsewhere": (
         "a call is pickled elsewhere",

@@ -68,6 +68,27 @@ def test_a_new_call_has_no_past() -> None:
     assert (span(0, 4).tasks_in(4), span(0, 4, at_once=2).tasks_in(4)) == (4, 2)
 
 
+@pytest.mark.parametrize("kept", [1, 2, 9])
+def test_workers_are_kept_only_from_what_came_later(kept: int) -> None:
+    """Calls that came before the one that is being pickled are sent, and not those behind it."""
+    core = Core(2)
+    member, other = hire(core), hire(core)
+    early, later = call(), call()
+    core.handle(e.Queued([early, call(), later]), 0)
+    aside = core.backlog.take(lambda *_: 2, lambda _: 0, 1, 2)[1]  # type: ignore[index]
+    core.handle(e.Returned([early]), 0)
+
+    sent = core.handle(e.HandOut(kept=kept, before=aside.number), 0)
+    assert [(one.worker, one.work) for one in sent if isinstance(one, e.Send)] == [
+        (member, [early])
+    ]
+    assert core.handle(e.Sent(member, [early], ()), 0) == []
+    assert [*core.backlog] == [later]
+    sent = core.handle(e.HandOut(), 0)
+    assert [one.worker for one in sent if isinstance(one, e.Send)] == [other]
+    assert core.handle(e.Sent(other, [later], ()), 0) == []
+
+
 def test_a_worker_that_is_idle_for_so_long_is_let_go() -> None:
     core = Core(2)
     core.idle_ns = IDLE_NS

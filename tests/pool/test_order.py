@@ -7,10 +7,12 @@ long to be pickled keeps a worker, so later calls never take the last one from i
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,6 +204,24 @@ def test_no_later_call_takes_the_last_worker(
         gate.set()
         first.result(timeout=30)
         assert [future.result(timeout=30) for future in later] == [None] * 3
+
+
+def test_a_call_that_is_pickled_late_is_not_kept(gate: threading.Event) -> None:
+    """Nor its result, not even until the next collection."""
+    reached = threading.Event()
+    gc.disable()
+    try:
+        with ProcessPool(1) as pool:
+            future = pool.submit(abs, beside(3, lambda: (reached.set(), gate.wait())))
+            assert reached.wait(30)
+            wait_until(lambda: bool(pool._scheduler._dispatch.aside))
+            gate.set()
+            assert future.result(timeout=30) == 3
+            gone = weakref.ref(future)
+            del future
+            wait_until(lambda: gone() is None)
+    finally:
+        gc.enable()
 
 
 def test_a_cancelled_call_keeps_no_worker(gate: threading.Event) -> None:

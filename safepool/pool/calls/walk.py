@@ -48,7 +48,7 @@ QUIET_BYTES = 1 << 20
 
 # Time that the pickling of objects without a name may wait for something.
 UNASKED_S = 1.0
-_TOO_LONG = f"no called function uses the name, and its pickling took more than {UNASKED_S:g} s"
+_TOO_LONG = "no called function uses the name, and its pickling waited without using the processor"
 # Code that names one of these may ask for any name of the script.
 _REACHES_ALL = frozenset({"globals", "vars", "eval", "exec"})
 # A global is worth a word when it is sent again and again; it takes tens of milliseconds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ class Backlog:
 
     def __iter__(self) -> Iterator[Call | Span | Run]:
         return itertools.chain(self._held, self._entries)
+
+    @property
+    def first(self) -> int:
+        """Place of the first that waits, in the order in which work came."""
+        if self._held:
+            self._let_go()
+        return self._entries[0].number if self._entries else 0
 
     def at_most(self, limit: int) -> int:
         """Return how many calls wait, counted up to ``limit``."""
@@ -120,6 +128,7 @@ class Backlog:
         expected_ns: Callable[[str], int],
         among: int,
         most: int,
+        before: int = sys.maxsize,
     ) -> Span | list[Any]:
         """Take what one worker gets in one message.
 
@@ -128,6 +137,7 @@ class Backlog:
             expected_ns: Expected time of one call of a name.
             among: Number of workers that share the waiting work.
             most: Number of tasks in all at most, nothing below 1.
+            before: Place before which all that is taken came, in the order in which work came.
 
         Returns:
             A span of one run, or tasks; an empty list if there is nothing, or no room.
@@ -135,10 +145,10 @@ class Backlog:
         if self._held:
             self._let_go()
         offer = room, expected_ns, among, most
-        while self._entries and most > 0:
+        while self._entries and most > 0 and self._entries[0].number < before:
             head = self._entries[0]
             if isinstance(head, Call):
-                return self._take_tasks(offer)
+                return self._take_tasks(offer, before)
             if isinstance(head, Span):
                 if head.run.dropped:
                     self._entries.popleft()
@@ -170,13 +180,13 @@ class Backlog:
         self.put_back(run for run in self._held if not run.held)
         self._held = [run for run in self._held if run.held]
 
-    def _take_tasks(self, offer: _Offer) -> list[Call]:
+    def _take_tasks(self, offer: _Offer, before: int) -> list[Call]:
         room, expected_ns, among, most = offer
         entries = self._entries
         taken: list[Any] = []
         left = min(most, -(-len(entries) // among))
         name, fit, each, held = "", 0, 0, 0
-        while left and entries and isinstance(entries[0], Call):
+        while left and entries and isinstance(entries[0], Call) and entries[0].number < before:
             task = entries[0]
             if task.name != name:
                 name = task.name

@@ -296,10 +296,12 @@ class HandOut(NamedTuple):
         told: Number up to which workers must know names first.
         kept: Number of idle workers that are kept for calls that are being pickled. If no more
             are idle, none is given anything.
+        before: Place of the first of these calls. Workers are kept only from what came later.
     """
 
     told: bool = True
     kept: int = 0
+    before: int = 0
 
 
 class CancelWaiting(NamedTuple):

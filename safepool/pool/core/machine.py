@@ -86,6 +86,8 @@ class Core:
         self._unwanted: list[tuple[Member, Call | Run]] = []
         # Workers that may have room, idle ones first.
         self._hungry: deque[Member] = deque()
+        # How many of them are kept from what came at this place or later.
+        self._kept = self._before = 0
         # Between how many what waits is divided.
         self._among = 1
         # When calls were last sent several at a time, or waited.
@@ -258,10 +260,8 @@ class Core:
         if len(hungry) > 1:
             # Idle workers first, so that none waits while others are sent more ahead.
             hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
-        if event.kept:
-            free = sum(not one.ledger.owed for one in hungry)
-            hungry = hungry[event.kept :] if free > event.kept else []
         self._hungry = deque(hungry[: self._size])
+        self._kept, self._before = event.kept, event.before
         self._offer()
 
     def _offer(self) -> None:
@@ -269,6 +269,12 @@ class Core:
         hungry, backlog = self._hungry, self.backlog
         # One message each, and again: the first is not to get all there is.
         while hungry and backlog:
+            if self._kept and backlog.first >= self._before:
+                free = sum(not one.ledger.owed for one in hungry)
+                for _ in range(self._kept if free > self._kept else len(hungry)):
+                    hungry.popleft()
+                self._kept = 0
+                continue
             member = hungry.popleft()
             # A large call that was taken back no longer occupies the worker.
             member.exclusive = member.exclusive and member.ledger.owed > 0
@@ -292,7 +298,8 @@ class Core:
             return pace.room(name, ledger.expected_ns + more_ns, idle=idle)
 
         left = self._tasks_left(member)
-        return self.backlog.take(room, pace.expected_ns, self._among, left)
+        before = self._before if self._kept else sys.maxsize
+        return self.backlog.take(room, pace.expected_ns, self._among, left, before)
 
     def _tasks_left(self, member: Member) -> int:
         """Return how many more tasks a worker may be sent before it is replaced."""

@@ -185,7 +185,8 @@ class Dispatch:
     def kept(self) -> int:
         """Number of idle workers to keep for work that is aside, which comes first.
 
-        For a moment none is given anything. Then each keeps one: the only worker of a pool, too.
+        For a moment no worker is given anything. Then each work keeps one, also the only worker of
+        a pool. What came before all of it is given out (:attr:`comes_first`).
         Nothing is kept as long as one may wait for a later call.
         """
         if not self.aside:
@@ -199,6 +200,11 @@ class Dispatch:
         return (
             _ALL if any(now - job.begun_s < HELD_UP_S or job.ended for job in jobs) else len(jobs)
         )
+
+    @property
+    def comes_first(self) -> int:
+        """Place of the first work that is aside, in the order in which work came."""
+        return min((work.number for work in self.aside if _is_wanted(work)), default=0)
 
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
@@ -313,7 +319,7 @@ class Dispatch:
             if not begin(task.future):
                 continue
             if task.pickled is None and not self._prepare(task):
-                full = self.kept > 0
+                full = task in self.aside and self.kept > 0
                 if full:
                     back = tasks[place + 1 :]
                     break
@@ -338,7 +344,7 @@ class Dispatch:
     def _pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, Sent]:
         run: MapRun = span.run
         if span.pickled is None and not self._prepare(span):
-            return [], Sent(worker, (), (), full=self.kept > 0)
+            return [], Sent(worker, (), (), full=span in self.aside and self.kept > 0)
         assert span.pickled is not None
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
@@ -365,6 +371,7 @@ class Dispatch:
         if work.pickled is not None:
             return True
         error: list[BaseException] = []
+        late = False  # not the job itself: it has `finish`, and the two would keep the work
 
         def pickle_it() -> None:
             try:
@@ -373,16 +380,16 @@ class Dispatch:
                 error.append(_without_frames(problem))
 
         def finish() -> None:
-            if job is not None and self.aside.pop(work, None) is None:
+            if late and self.aside.pop(work, None) is None:
                 return  # it was given up
             if error:
                 self._fail(work, error[0])
-            elif job is not None:
+            elif late:
                 self._back.append(work)
 
-        job: Job | None = None
         job = self.hands.do(pickle_it, finish, _PATIENCE_S)
         if job is not None:
+            late = True
             self.aside[work] = job
             if not isinstance(work, Span):
                 work.future.wait_again()

@@ -54,7 +54,7 @@ class MemoryWatch:
         except OSError as error:
             raise ValueError(
                 "memory_limit= needs /proc/PID/statm, the kernel's figures of a process's memory, "
-                f"and this system does not provide that file ({error}). Leave memory_limit= out"
+                f"and this process cannot read that file ({error}). Leave memory_limit= out"
             ) from error
 
     def meet(self, worker: Worker) -> None:

@@ -885,7 +885,7 @@ class Scheduler:
             return
         dispatch = self._dispatch
         told = not len(staff) or dispatch.telling.may_be_told()
-        self._tell(staff, HandOut(told, dispatch.kept))
+        self._tell(staff, HandOut(told, dispatch.kept, dispatch.comes_first))
 
     def _send(self, staff: Staff, action: Send) -> Sent:
         worker: Worker = action.worker
