@@ -75,7 +75,7 @@ class Harness:
         self._stderr = os.dup(2)
         self._timers: dict[pytest.Item, threading.Timer] = {}
         # pytest-xdist's word for one of the processes that share the run.
-        self._shares = hasattr(config, "workerinput")
+        self._shares = leaks.run_is_shared = hasattr(config, "workerinput")
         self._leads = bool(getattr(config.option, "numprocesses", None))
         self._units_only = config.option.markexpr == "unit"
         # In the temporary folder of the process that leads the run.

@@ -549,8 +549,8 @@ def _is_someone_elses(name: Path) -> bool:
     if alive:
         return alive.isdisjoint({os.getpid(), *(process.pid for process in family())})
     # Its maker has ended, or the name is multiprocessing's, without a process id: nothing tells
-    # whose it is where two sessions of these tests share a machine.
-    return _another_session_runs()
+    # whose it is where two sessions of these tests share a machine, or two processes this run.
+    return run_is_shared or _another_session_runs()
 
 
 def _another_session_runs() -> bool:
@@ -561,6 +561,9 @@ def _another_session_runs() -> bool:
 
 # The session's state. The keys of leaks that a test has failed for: nothing fails twice.
 _CHARGED: set[str] = set()
+
+# Whether other processes run tests of the same run; conftest.py tells.
+run_is_shared = False
 
 # Fixtures that are set up, and belong to more than one test.
 _SHARED_FIXTURES: set[pytest.FixtureDef[object]] = set()
