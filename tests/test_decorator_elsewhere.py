@@ -214,15 +214,13 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "Celery": ("celery", CELERY),
     "gunicorn": ("gunicorn", GUNICORN),
 }
+_SLOW = {"daemons, forkserver", "prefork, inside of a call"}
 
 
 # A child of the fork server is started afresh, as by spawn.
 @pytest.mark.parametrize(
     "program",
-    [
-        pytest.param(one, marks=[pytest.mark.slow] * (one == "daemons, forkserver"))
-        for one in PROGRAMS
-    ],
+    [pytest.param(one, marks=[pytest.mark.slow] * (one in _SLOW)) for one in PROGRAMS],
 )
 def test_it_caps_and_restores_in(program: str, tmp_path: Path) -> None:
     """Also what the call itself has imported, and for each process that the program starts."""

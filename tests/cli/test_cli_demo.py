@@ -170,6 +170,7 @@ def test_without_cpus_the_limit_that_is_there_is_named() -> None:
     assert told["safepool"]["throttling"]["source"].startswith(str(group.cpu))
 
 
+@pytest.mark.slow
 def test_no_group_is_one_line_and_the_demo_still_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_ctrl_c_ends_all_of_them() -> None:
     assert not Path(group).parent.exists()
 
 
+@pytest.mark.slow
 @needs_groups
 @pytest.mark.usefixtures("folder")
 def test_a_quota_that_is_there_is_enough() -> None:

@@ -184,6 +184,7 @@ def _fail_at_seven(n: int) -> None:
     time.sleep(0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pools_by_name")
 def test_a_call_that_fails_costs_no_call_of_another_thread() -> None:
     """They share workers: the signal for a batch of one must not meet a batch of the other."""

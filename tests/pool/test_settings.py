@@ -260,10 +260,7 @@ def test_what_is_not_installed_is_told() -> None:
 @pytest.mark.timeout(260)
 @pytest.mark.parametrize(
     "method",
-    [
-        pytest.param(one, marks=[pytest.mark.slow] if one in {"fork", "loky"} else [])
-        for one in METHODS
-    ],
+    [pytest.param(one, marks=[pytest.mark.slow] if one != "safepool" else []) for one in METHODS],
 )
 def test_a_worker_has_what_the_program_has_set(method: str, tmp_path: Path) -> None:
     """After the top level, before its first call and between two; its own stays its own."""

@@ -371,7 +371,13 @@ FORKING: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("forking", FORKING)
+_SLOW_FORKING = {"a fork of a large process", "forks in three threads"}
+
+
+@pytest.mark.parametrize(
+    "forking",
+    [pytest.param(one, marks=[pytest.mark.slow] * (one in _SLOW_FORKING)) for one in FORKING],
+)
 def test_a_timeout_in_the_middle_of_a_fork_leaves_nothing(forking: str, tmp_path: Path) -> None:
     script = f"""
         import os, subprocess, sys, threading, time

@@ -224,7 +224,7 @@ def can_be_asked(asked: str) -> bool:
 # Each imports all that is installed. On a machine that has much else to do, that takes minutes.
 @pytest.mark.timeout(260)
 @pytest.mark.parametrize("before", ["before", "in the task"])
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_question_is_answered_as_the_table_says(
     threads: int, before: str, tmp_path: Path
 ) -> None:

@@ -188,7 +188,15 @@ with safepool.ProcessPool(1) as p:
     assert threads(program, "with", tmp_path) == [1, 1]
 
 
-@pytest.mark.parametrize("method", ["loky", "spawn", "forkserver", "fork"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "loky",
+        "fork",
+        pytest.param("spawn", marks=pytest.mark.slow),
+        pytest.param("forkserver", marks=pytest.mark.slow),
+    ],
+)
 def test_two_threads_per_worker(method: str, tmp_path: Path) -> None:
     """Not one, and not all: imported before the pool, in the initializer or in the task."""
     program = """

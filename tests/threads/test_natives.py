@@ -69,7 +69,7 @@ ROWS = [
         name,
         method,
         marks=[pytest.mark.slow]
-        if name in {"scikit-learn", "scipy"} and method not in {"safepool", "fork"}
+        if name in {"scikit-learn", "scipy"} and method != "safepool"
         else [],
     )
     for name in LIBRARIES
