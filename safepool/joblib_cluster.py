@@ -166,7 +166,9 @@ class _Pool:
     def cancel(self, future: Future[Any], *, kill: bool = False) -> bool:
         with self._lock:
             sent = self._running.get(future, future)
-        return self._pool.cancel(sent, kill=kill) if type(sent) is PoolFuture else sent.cancel()
+        return (
+            self._pool.cancel(sent, kill=kill) if isinstance(sent, PoolFuture) else sent.cancel()
+        )
 
     def size_to(self, workers: int) -> None:
         self._most = workers
