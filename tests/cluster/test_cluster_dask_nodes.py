@@ -155,6 +155,7 @@ class Counted:
     # In the place of the carrier.
     def __init__(self, carrier):
         self.carrier, self.at_once, self.places, self.count = carrier, False, carrier.places, 0
+        self.is_in_this_thread = carrier.is_in_this_thread
 
     def submit(self, *args):
         self.count += 1
