@@ -13,6 +13,7 @@ from pathlib import Path
 # What a test says when it is skipped, as a pattern; and why it is right that no stage runs it.
 ALLOWED = {
     r"(SimpleITK|av|catboost|jax|onnxruntime|torch) is not installed": "large, and in no extra",
+    r"(executorlib|mpi4py|mpiexec) is not installed: .*": "an engine of clusters, in no extra",
     r"not installed, so not checked: .*": "a summary: each row of the table has its own test",
     r"(crun|docker|fish|podman|runc) is not installed": "a program that few machines have",
     r".*(controller|freezer|control groups).*": "the machine has control groups of one version",
