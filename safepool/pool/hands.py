@@ -204,14 +204,14 @@ class Job:
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
-        self.finish = finish
-        self.begun_s = 0.0
+        self.finish: Callable[[], None] = finish
+        self.begun_s: float = 0.0
         self._ident = 0
         # Clock of its thread's processor time; 0 if there is none.
         self._clock = 0
         self._used, self._rests_since_s = math.nan, 0.0
         self._may_be_passed = False
-        self.ended = False
+        self.ended: bool = False
         # Who pops it decides: the thread that the job was in time, the scheduler that it is late.
         self._turn = [True]
         self.place: queue.SimpleQueue[None] = queue.SimpleQueue()

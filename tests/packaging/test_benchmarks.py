@@ -86,7 +86,7 @@ def cell(median: Any, ratio: float | None = None) -> dict[str, Any]:
     return {"median": median, "low": 0.5, "high": median, "ratio": ratio}
 
 
-RESULT = {
+RESULT: dict[str, Any] = {
     "benchmark": "latency",
     "question": "How long?",
     "command": "python benchmarks/latency.py",
