@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -331,14 +332,19 @@ def last_line(
     Returns:
         The last line that it has printed, "" for none; ``None`` if it has not ended in time.
     """
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **(env or {})},
-    ) as program:
+    # joblib's folder is in memory as ever, and does not outlive a program that is killed.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "JOBLIB_TEMP_FOLDER": folder, **(env or {})},
+        ) as program,
+    ):
         try:
             return (program.communicate(timeout=limit_s)[0].splitlines() or [""])[-1]
         except subprocess.TimeoutExpired:
