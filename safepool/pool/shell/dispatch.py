@@ -181,35 +181,32 @@ class Dispatch:
         """Whether something is being pickled, or about to be, beside the scheduler's thread."""
         return bool(self.aside) or self._packing or self.telling.waits
 
-    @property
-    def kept(self) -> int:
-        """Number of idle workers to keep for work that is aside, which comes first.
+    def kept(self) -> tuple[int, int]:
+        """Return how many idle workers to keep for work that is aside, and the place of its first.
 
         For a moment no worker is given anything. Then each work keeps one, also the only worker of
-        a pool. What came before all of it is given out (:attr:`comes_first`).
+        a pool. What came before all of it is given out.
         Nothing is kept as long as one may wait for a later call.
         """
-        if not self.aside:
-            return 0
-        now = time.monotonic()
-        jobs = [job for work, job in self.aside.items() if _is_wanted(work)]
+        wanted = [(work.number, job) for work, job in self.aside.items() if _is_wanted(work)]
+        if not wanted:
+            return 0, 0
+        now, first = time.monotonic(), min(number for number, _ in wanted)
         if self.hands.waiting >= _MOST_ASIDE:
-            return _ALL
-        if any(job.may_be_passed(now) for job in jobs):
-            return 0
-        return (
-            _ALL if any(now - job.begun_s < HELD_UP_S or job.ended for job in jobs) else len(jobs)
-        )
+            return _ALL, first
+        if any(job.may_be_passed(now) for _, job in wanted):
+            return 0, first
+        fresh = any(now - job.begun_s < HELD_UP_S or job.ended for _, job in wanted)
+        return (_ALL if fresh else len(wanted)), first
 
-    @property
-    def comes_first(self) -> int:
-        """Place of the first work that is aside, in the order in which work came."""
-        return min((work.number for work in self.aside if _is_wanted(work)), default=0)
+    def _keeps_all(self, work: Task | Span) -> bool:
+        """Tell whether work that was not pickled in time keeps workers from later work."""
+        return work in self.aside and self.kept()[0] > 0
 
     def next_look(self) -> float | None:
         """Return when to call :meth:`come_back` at the latest, by the monotonic clock."""
         looks = [self.hands.next_pump(), self.telling.next_look()]
-        if self.kept:
+        if self.kept()[0]:
             looks.append(time.monotonic() + _LOOK_S)
         return min((look for look in looks if look is not None), default=None)
 
@@ -280,7 +277,7 @@ class Dispatch:
         if isinstance(work, Span) and work.count > 1:
             return [], [work.only(place) for place in range(work.count)]
         work.pickled = None
-        self._fail(work, error)
+        self.fail(work, error)
         return [], []
 
     def _frame(self, packing: Packing) -> Pieces:
@@ -319,7 +316,7 @@ class Dispatch:
             if not begin(task.future):
                 continue
             if task.pickled is None and not self._prepare(task):
-                full = task in self.aside and self.kept > 0
+                full = self._keeps_all(task)
                 if full:
                     back = tasks[place + 1 :]
                     break
@@ -344,7 +341,7 @@ class Dispatch:
     def _pack_span(self, worker: Worker, span: Span) -> tuple[Pieces, Sent]:
         run: MapRun = span.run
         if span.pickled is None and not self._prepare(span):
-            return [], Sent(worker, (), (), full=span in self.aside and self.kept > 0)
+            return [], Sent(worker, (), (), full=self._keeps_all(span))
         assert span.pickled is not None
         assert run.sent is not None
         packed, span.pickled = span.pickled, None
@@ -383,7 +380,7 @@ class Dispatch:
             if late and self.aside.pop(work, None) is None:
                 return  # it was given up
             if error:
-                self._fail(work, error[0])
+                self.fail(work, error[0])
             elif late:
                 self._back.append(work)
 
@@ -573,7 +570,8 @@ class Dispatch:
         except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
             pass
 
-    def _fail(self, work: Task | Span, error: BaseException) -> None:
+    def fail(self, work: Task | Span, error: BaseException) -> None:
+        """End the calls of work with an exception."""
         if not isinstance(work, Span):
             if work.future.running() or begin(work.future):
                 fail(work.future, error)

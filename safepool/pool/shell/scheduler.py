@@ -86,44 +86,7 @@ from safepool.pool.calls.tasks import (
     fresh,
     rebuild,
 )
-from safepool.pool.core.events import (
-    Break,
-    Bury,
-    Cancel,
-    Cancelled,
-    CancelWaiting,
-    Condemn,
-    Died,
-    Distrust,
-    End,
-    EndNow,
-    Fail,
-    Fed,
-    GiveUp,
-    HandOut,
-    Hire,
-    Hired,
-    InitFailed,
-    Look,
-    Outgrown,
-    Parted,
-    Pause,
-    Queued,
-    Ready,
-    Returned,
-    Revoke,
-    Revoked,
-    Seen,
-    Send,
-    Sent,
-    Settle,
-    Skipped,
-    Step,
-    Stop,
-    Strangers,
-    Unreadable,
-    Wait,
-)
+from safepool.pool.core import events as e
 from safepool.pool.core.machine import Core
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
@@ -150,7 +113,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from safepool.pool.calls.mapping import Item, ResultIterator
-    from safepool.pool.core.events import Action, Answered, Event, Force
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.hiring import Hiring
     from safepool.pool.shell.memory import MemoryWatch
@@ -189,7 +151,7 @@ _RESTED = (
 )
 
 
-_SHARPER: tuple[Force, ...] = ("", "ask", "terminate", "kill")
+_SHARPER: tuple[e.Force, ...] = ("", "ask", "terminate", "kill")
 
 
 class Scheduler:
@@ -229,13 +191,13 @@ class Scheduler:
         # ended.
         # Appended in one step, and no lock is held: a signal's handler may submit, or wait for
         # this pool, in the middle of a submit().
-        self._inbox: deque[Task | Fed | PoolFuture | MapRun] = deque()
+        self._inbox: deque[Task | e.Fed | PoolFuture | MapRun] = deque()
         self._dropped_runs: deque[MapRun] = deque()
         # Flags, which callers only ever raise.
         self._closing = False
         self._cancelling = False
         self._exiting = False
-        self._asked: list[Force] = []
+        self._asked: list[e.Force] = []
         self._broken: PoolBrokenError | None = None
         self._begun = False
         self._thread: threading.Thread | None = None
@@ -301,7 +263,7 @@ class Scheduler:
             self._hiring.hired.wait()
 
     @property
-    def _forced(self) -> Force:
+    def _forced(self) -> e.Force:
         return max(self._asked, key=_SHARPER.index) if self._asked else ""
 
     def resize(self, workers: int, *, level: int = logging.INFO) -> None:
@@ -359,7 +321,7 @@ class Scheduler:
         self._wait_for_the_first_worker()
         return future
 
-    def _bring_in(self, what: Task | Fed) -> None:
+    def _bring_in(self, what: Task | e.Fed) -> None:
         """Let the scheduler's thread have something."""
         self._inbox.append(what)
         self._dispatch.hands.note_that_one_asks()
@@ -370,7 +332,7 @@ class Scheduler:
             bed.clear()
         if self._over:
             self._refuse_late()
-            if not (isinstance(what, Fed) and not what.items):
+            if not (isinstance(what, e.Fed) and not what.items):
                 self._check_open()
 
     def map(
@@ -420,7 +382,7 @@ class Scheduler:
             self._check_open()
         rest = self._turns.share(run, items) if items and last else items
         if rest or not items:
-            self._bring(Fed(run, rest, last))
+            self._bring(e.Fed(run, rest, last))
         if items:
             self._wait_for_the_first_worker()
 
@@ -464,7 +426,7 @@ class Scheduler:
             future.tell()
         return True
 
-    def shut_down(self, *, wait: bool, cancel: bool = False, end: Force = "") -> None:
+    def shut_down(self, *, wait: bool, cancel: bool = False, end: e.Force = "") -> None:
         """Take no more tasks; finish those that were submitted, and end the workers.
 
         Args:
@@ -536,7 +498,7 @@ class Scheduler:
             if isinstance(late, Task):
                 if begin(late.future):
                     fail(late.future, self._refusal())
-            elif isinstance(late, Fed):
+            elif isinstance(late, e.Fed):
                 run: Any = late.run
                 run.stop(self._refusal)
 
@@ -624,7 +586,7 @@ class Scheduler:
             # made.
             self._staff = staff = Staff(
                 self._hiring.start,
-                lambda staff, worker: self._tell(staff, Parted(worker)),
+                lambda staff, worker: self._tell(staff, e.Parted(worker)),
                 self._ended,
             )
             self._thread = threading.current_thread()
@@ -722,7 +684,7 @@ class Scheduler:
             # round-trip).
             return self._is_awaited if closing or self._forced else True
         if core.idle_ns is not None or core.is_busy(size, staff.lost):
-            self._tell(staff, Step(size, staff.lost))
+            self._tell(staff, e.Step(size, staff.lost))
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
@@ -737,7 +699,7 @@ class Scheduler:
                 self._tell(staff, exceeded)
         if self._rights.have_changed() and len(staff):
             _log.info("the program's user or rights have changed: the pool replaces its workers")
-            self._tell(staff, Strangers())
+            self._tell(staff, e.Strangers())
 
     @property
     def _is_awaited(self) -> bool:
@@ -764,9 +726,9 @@ class Scheduler:
                 tasks.append(brought)
                 continue
             if tasks:
-                self._tell(staff, Queued(tasks))
+                self._tell(staff, e.Queued(tasks))
                 tasks = []
-            if isinstance(brought, Fed):
+            if isinstance(brought, e.Fed):
                 run: Any = brought.run
                 self._tell(staff, brought)
                 if run.fed and not run.unsettled:
@@ -775,7 +737,7 @@ class Scheduler:
                 brought.tell()
                 self._unwanted.append(brought)
         if tasks:
-            self._tell(staff, Queued(tasks))
+            self._tell(staff, e.Queued(tasks))
 
     def _send_packed(self, staff: Staff) -> None:
         self._dispatch.unshare(staff)
@@ -785,13 +747,13 @@ class Scheduler:
             self._settling.hands.come_back()
         if self._dispatch.waits:
             more = not len(staff) or any(worker.is_idle for worker in staff)
-            self._tell(staff, Returned(self._dispatch.come_back(more=more)))
+            self._tell(staff, e.Returned(self._dispatch.come_back(more=more)))
 
     def _cancel_waiting(self, staff: Staff, *, begun: bool = True) -> None:
         """Cancel what waits, if that is wanted."""
         if self._cancelling:
             self._take_in(staff)
-            self._tell(staff, CancelWaiting(all=not begun))
+            self._tell(staff, e.CancelWaiting(all=not begun))
             for entry in self._dispatch.take_aside():
                 _cancel(entry)
 
@@ -869,7 +831,7 @@ class Scheduler:
 
     # Events for the core, and its actions.
 
-    def _tell(self, staff: Staff, event: Event) -> None:
+    def _tell(self, staff: Staff, event: e.Event) -> None:
         """Deliver an event to the core, execute its actions, and deliver further events."""
         handle = self._handle
         todo = handle(event, time.monotonic_ns())
@@ -883,11 +845,10 @@ class Scheduler:
     def _hand_out(self, staff: Staff) -> None:
         if not self._core.backlog and len(staff) <= self.size.now:
             return
-        dispatch = self._dispatch
-        told = not len(staff) or dispatch.telling.may_be_told()
-        self._tell(staff, HandOut(told, dispatch.kept, dispatch.comes_first))
+        told = not len(staff) or self._dispatch.telling.may_be_told()
+        self._tell(staff, e.HandOut(told, *self._dispatch.kept()))
 
-    def _send(self, staff: Staff, action: Send) -> Sent:
+    def _send(self, staff: Staff, action: e.Send) -> e.Sent:
         worker: Worker = action.worker
         make_room()
         settings = self._dispatch.bring_settings(worker)
@@ -898,39 +859,41 @@ class Scheduler:
             staff.send(worker, pieces)  # race H: its end is at hand, and tells
         return sent
 
-    def _look_at_boards(self, _: Staff, action: Look) -> Seen:
+    def _look_at_boards(self, _: Staff, action: e.Look) -> e.Seen:
         boards = [(worker, worker.board) for worker in action.workers]
-        return Seen([(worker, board.claimed, board.since_ns) for worker, board in boards if board])
+        return e.Seen(
+            [(worker, board.claimed, board.since_ns) for worker, board in boards if board]
+        )
 
-    def _revoke(self, staff: Staff, action: Revoke) -> Revoked:
+    def _revoke(self, staff: Staff, action: e.Revoke) -> e.Revoked:
         worker: Worker = action.worker
         board = worker.board
         assert board is not None
         board.revoke(action.last)
-        left: Sequence[Answered] = ()
+        left: Sequence[e.Answered] = ()
         try:
             left = left_by(worker, board.peek())
         except ValueError as error:
             staff.distrust(worker, error)
-        return Revoked(worker, board.claimed, board.began, left, action.then)
+        return e.Revoked(worker, board.claimed, board.began, left, action.then)
 
-    def _settle(self, _: Staff, action: Settle) -> Outgrown | None:
+    def _settle(self, _: Staff, action: e.Settle) -> e.Outgrown | None:
         self._settle_calls(action)
         worker: Worker = action.worker
         outgrown = self._settling.has_outgrown(worker)
         if self._memory is not None and not outgrown:
             outgrown = self._memory.has_outgrown(worker)
-        return Outgrown(worker) if outgrown else None
+        return e.Outgrown(worker) if outgrown else None
 
-    def _wait(self, _: Staff, action: Wait) -> None:
+    def _wait(self, _: Staff, action: e.Wait) -> None:
         for task in action.works:
             task.future.wait_again()
 
-    def _cancel(self, _: Staff, action: Cancel) -> None:
+    def _cancel(self, _: Staff, action: e.Cancel) -> None:
         for entry in action.works:
             _cancel(entry)
 
-    def _fail(self, _: Staff, action: Fail) -> None:
+    def _fail(self, _: Staff, action: e.Fail) -> None:
         error = self._broken
         assert error is not None
         for entry in action.works:
@@ -943,7 +906,7 @@ class Scheduler:
             return
         missing = self.size.now - sum(not worker.leaving for worker in staff)
         if missing > 0:
-            self._hire(staff, Hire(missing, 0))
+            self._hire(staff, e.Hire(missing, 0))
             if self._dispatch.waits and not self._forced:  # for the initializer
                 return
         self._filled = None
@@ -951,7 +914,7 @@ class Scheduler:
 
     # New workers.
 
-    def _hire(self, staff: Staff, action: Hire) -> None:
+    def _hire(self, staff: Staff, action: e.Hire) -> None:
         if time.monotonic() < self._hiring.not_before:
             return
         staff.hurry(action.hurry)
@@ -985,12 +948,12 @@ class Scheduler:
         self._hiring.hired.open()
         if self._memory is not None:
             self._memory.meet(worker)
-        self._tell(staff, Hired(worker, worker.board is not None))
+        self._tell(staff, e.Hired(worker, worker.board is not None))
         try:
             staff.send(worker, [*self._listener.greeting, *encode(Kind.LOG, 0)])
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
         except BaseException:  # no memory for the initializer; without it nothing may run there
-            self._tell(staff, End("kill", worker))
+            self._tell(staff, e.End("kill", worker))
             raise
 
     def _is_late(self) -> bool:
@@ -1024,18 +987,18 @@ class Scheduler:
                 self._listener.timed(worker, segments)
             case Kind.INITIALIZER_FAILED:
                 worker.failure = rebuild(segments)
-                self._tell(staff, InitFailed(worker))
+                self._tell(staff, e.InitFailed(worker))
             case Kind.SKIPPED:  # race J
-                self._tell(staff, Skipped(worker, position))
+                self._tell(staff, e.Skipped(worker, position))
             case Kind.UNREADABLE:
-                self._tell(staff, Unreadable(worker, position))
+                self._tell(staff, e.Unreadable(worker, position))
             case _:
                 raise CorruptFrameError(f"message {kind!r} was not requested")
 
     def _welcome(self, staff: Staff, worker: Worker, *, has_board: bool) -> None:
         if not has_board:
             worker.drop_board()
-        self._tell(staff, Ready(worker, worker.board is not None))
+        self._tell(staff, e.Ready(worker, worker.board is not None))
 
     def _settled(self, run: MapRun, count: int) -> None:
         run.unsettled -= count
@@ -1058,7 +1021,7 @@ class Scheduler:
             for work in worker.ledger:
                 if (work.future if isinstance(work, Task) else work.run) is whose:
                     call = work if isinstance(work, Task) else work.run
-                    self._tell(staff, Cancelled(worker, call))
+                    self._tell(staff, e.Cancelled(worker, call))
                     break  # the ledger is another now
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
@@ -1071,7 +1034,7 @@ class Scheduler:
                 worker.fault = worker.fault or error
         self._tell(
             staff,
-            Died(
+            e.Died(
                 worker,
                 exitcode,
                 by_pool=by_pool,
@@ -1086,26 +1049,21 @@ class Scheduler:
             ),
         )
 
-    def _bury(self, _: Staff, action: Bury) -> None:
+    def _bury(self, _: Staff, action: e.Bury) -> None:
         ending = action.ending
         for lost in ending.lost:
             error = None if lost.again is not None else ending.error_of(lost)
             level, text = ending.line_of(lost, error)
             _log.log(level, text)  # no argument, whose lines would become one: the stack has many
             if error is not None:
-                self._fail_lost(lost.work, lost.place, error)
+                work = lost.work
+                self._dispatch.fail(
+                    work.only(lost.place) if isinstance(work, Span) else work, error
+                )
         level, text = ending.line
         _log.log(level, "%s", text)
 
-    def _fail_lost(self, work: Task | Span, place: int, error: BaseException) -> None:
-        if isinstance(work, Task):
-            fail(work.future, error)
-            return
-        work.run.put_error(work.start + place, error)
-        self._settled(work.run, 1)
-        work.run.tell()
-
-    def _give_up(self, staff: Staff, action: GiveUp) -> None:
+    def _give_up(self, staff: Staff, action: e.GiveUp) -> None:
         worker: Worker = action.worker
         reason, cause = action.reason, worker.failure
         if cause is not None:
@@ -1123,16 +1081,16 @@ class Scheduler:
         self._closing = True
         self._asked.append("terminate")
         self._take_in(staff)
-        self._tell(staff, Break(str(error)))
+        self._tell(staff, e.Break(str(error)))
         for entry in self._dispatch.take_aside():
             _fail(entry, lambda: fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:
         if not self._forced:
-            self._tell(staff, End(""))
+            self._tell(staff, e.End(""))
         while len(staff):
             if self._forced:  # from the beginning, or while the workers stop
-                self._tell(staff, End(self._forced))
+                self._tell(staff, e.End(self._forced))
             self._listen(staff, None)
             self._cancel_waiting(staff)  # calls sent ahead to a worker that was ended
 
@@ -1159,28 +1117,28 @@ def _cancel(entry: Task | Span | MapRun) -> None:
         _fail(entry, CancelledError)
 
 
-_DO: dict[type[Action], Callable[[Scheduler, Staff, Any], Event | None]] = {
-    Send: Scheduler._send,
-    Hire: Scheduler._hire,
-    Look: Scheduler._look_at_boards,
-    Revoke: Scheduler._revoke,
-    Settle: Scheduler._settle,
-    Wait: Scheduler._wait,
-    Cancel: Scheduler._cancel,
-    Fail: Scheduler._fail,
-    Bury: Scheduler._bury,
-    Stop: lambda _, staff, do: (
+_DO: dict[type[e.Action], Callable[[Scheduler, Staff, Any], e.Event | None]] = {
+    e.Send: Scheduler._send,
+    e.Hire: Scheduler._hire,
+    e.Look: Scheduler._look_at_boards,
+    e.Revoke: Scheduler._revoke,
+    e.Settle: Scheduler._settle,
+    e.Wait: Scheduler._wait,
+    e.Cancel: Scheduler._cancel,
+    e.Fail: Scheduler._fail,
+    e.Bury: Scheduler._bury,
+    e.Stop: lambda _, staff, do: (
         staff.stop(do.worker) if do.worker.failure is None else staff.dismiss_failed(do.worker)
     ),
-    Condemn: lambda _, staff, do: (
+    e.Condemn: lambda _, staff, do: (
         staff.condemn(do.worker) if do.stack else staff.end_with_descendants(do.worker)
     ),
-    EndNow: lambda _, staff, do: (
+    e.EndNow: lambda _, staff, do: (
         staff.ask(do.worker)
         if do.force == "ask"
         else staff.end(do.worker, at_once=do.force == "kill")
     ),
-    Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
-    Pause: lambda scheduler, _, do: scheduler._hiring.pause(do.pause_s),
-    GiveUp: Scheduler._give_up,
+    e.Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
+    e.Pause: lambda scheduler, _, do: scheduler._hiring.pause(do.pause_s),
+    e.GiveUp: Scheduler._give_up,
 }
