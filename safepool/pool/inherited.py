@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, Any
 from safepool.machine import tell_once
 from safepool.pool.core.policy import Policy
 from safepool.pool.shell.scheduler import Scheduler
-from safepool.transport.marks import MAIN_NAMES, PLAIN, attribute_of, main_space, space_of
+from safepool.transport.marks import (
+    MAIN_NAMES,
+    PLAIN,
+    attribute_of,
+    codes_in,
+    main_space,
+    space_of,
+)
 from safepool.workers.preload import is_own
 from safepool.workers.unlike import CONTAINERS, summary, unlike
 
@@ -314,10 +321,7 @@ class _Named:
 @functools.lru_cache(maxsize=1024)
 def _named_by(code: types.CodeType) -> _Named:
     named = _Named()
-    todo = [code]
-    while todo:
-        inner = todo.pop()
-        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+    for inner in codes_in(code):
         steps = [step for step in dis.get_instructions(inner) if step.opname != "EXTENDED_ARG"]
         for step, after in itertools.zip_longest(steps, steps[1:]):
             named.add(step, after)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.transport import room
-from safepool.transport.descriptors import Descriptor
+from safepool.transport.descriptors import Descriptor, close_all
 from safepool.transport.frames import CorruptFrameError, Filed, Missing
 
 if TYPE_CHECKING:
@@ -409,11 +409,11 @@ class Side:
             for (number,) in struct.iter_unpack("i", packed[: len(packed) // 4 * 4])
         ]
         if len(data) != _NUMBER.size or _NUMBER.unpack(data)[0] != self._received:
-            _close_all(descriptors)
+            close_all(descriptors)
             raise CorruptFrameError(f"file {self._received} was announced, {data!r} was received")
         if len(descriptors) == count:
             return descriptors
-        _close_all(descriptors)
+        close_all(descriptors)
         if not told & socket.MSG_CTRUNC:
             raise CorruptFrameError(
                 f"{count} descriptors were announced, {len(descriptors)} were received"
@@ -441,11 +441,6 @@ def _explain(error: OSError | MemoryError, lengths: tuple[int, ...]) -> Exceptio
     what = f"{size:,} bytes of arrays" if size else f"{len(lengths)} descriptors"
     told = f"cannot receive {what}: {error.strerror}"
     return OSError(error.errno, told)
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _check(descriptor: int, lengths: Sequence[int]) -> None:

@@ -29,7 +29,7 @@ import types
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import let_handlers_pass
-from safepool.transport.marks import MAIN_NAMES, PLAIN, main_space
+from safepool.transport.marks import MAIN_NAMES, PLAIN, is_of_python, main_space, own_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -160,9 +160,9 @@ class _Search:
         elif kind is types.FunctionType:
             yield from self._dispatched(path, value)
         elif issubclass(kind, type):
-            if value.__flags__ & _HEAP and _top_of(value) == self._top:
+            if is_of_python(value) and _top_of(value) == self._top:
                 yield from self._in_class(path, value)
-        elif _top_of(kind) == self._top and kind.__flags__ & _HEAP and not self._is_standard:
+        elif _top_of(kind) == self._top and is_of_python(kind) and not self._is_standard:
             yield from self._in_object(path, value, depth)
 
     def _at(self, path: tuple[Any, ...], how: str, key: Any, value: Any) -> Addition:
@@ -187,8 +187,8 @@ class _Search:
                 how = "last"
 
     def _in_object(self, path: tuple[Any, ...], value: Any, depth: int) -> Iterator[Addition]:
-        own = _own_of(value)
-        for name, one in own.copy().items() if len(own) <= _MOST_ITEMS else ():
+        own = own_dict(value)
+        for name, one in [*own.items()] if len(own) <= _MOST_ITEMS else ():
             if _is_defined_by_script(one):
                 yield self._at(path, "attribute", name, one)
             else:
@@ -226,20 +226,10 @@ _NOTHING = (
 )
 _CONTAINERS = frozenset({*_DICTIONARIES, *_LISTS, set})
 _OF_INTERPRETER = frozenset({"__weakref__", "_abc_impl", "__init_subclass__"})
-# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
-_HEAP = 1 << 9
 
 
 def _top_of(kind: Any) -> str:
     return str(vars(kind).get("__module__", "")).partition(".")[0]
-
-
-def _own_of(value: object) -> dict[str, Any]:
-    try:
-        own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return own if type(own) is dict else {}
 
 
 def _is_of_others(value: Any, main: dict[str, Any]) -> bool:
@@ -290,11 +280,11 @@ def _is_of(value: Any) -> bool:
         return kind is tuple and any(map(_is_defined_by_script, value))
     if _is_defined_by_script(value):
         return True
-    if issubclass(kind, type) or not kind.__flags__ & _HEAP:
+    if issubclass(kind, type) or not is_of_python(kind):
         return False
     if kind.__module__ in MAIN_NAMES:
         return True
-    own = _own_of(value)
+    own = own_dict(value)
     return len(own) <= _MOST_ATTRIBUTES and any(map(_is_defined_by_script, [*own.values()]))
 
 

@@ -13,6 +13,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
+from safepool.transport.marks import codes_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def _parts(value: Any) -> Iterator[tuple[str, object]]:
 
 def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, object]]:
     name = f"{function.__module__}.{function.__qualname__}"
-    for used in _names(function.__code__):
+    for used in (name for code in codes_in(function.__code__) for name in code.co_names):
         if used in function.__globals__:
             yield f"global {used!r} of {name}", function.__globals__[used]
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -114,13 +115,6 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, obje
         yield f"default {key!r} of {name}", default
     for key, attribute in vars(function).items():
         yield f"attribute {key!r} of {name}", attribute
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _short(key: object) -> str:

@@ -39,7 +39,7 @@ from safepool.transport.held import (
     modules_by_value,
 )
 from safepool.transport.lazy import arrived_lazily, reducers
-from safepool.transport.marks import MAIN_NAMES, is_of_main, main_space
+from safepool.transport.marks import MAIN_NAMES, is_of_main, is_of_python, main_space
 from safepool.transport.names import met, names_of, of_script, reduce_by_program
 
 if TYPE_CHECKING:
@@ -307,8 +307,6 @@ _SAYS_ALL = _CODE | {int, float, bool, str, bytes, type(None)}
 _EMPTIED = frozenset({dict, list, set, *weak.KINDS})
 _METHODS_FIRST = "<methods>"
 _NEW = "__new__"
-# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
-_HEAP = 1 << 9
 
 
 def _may_ask_its_class(value: object) -> bool:
@@ -344,7 +342,7 @@ def _new_or_by_base(new: Callable[..., Any], kind: Any, *arguments: Any, **words
     try:
         return new(kind, *arguments, **words)
     except Exception:  # noqa: BLE001 -- user code
-        base = next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
+        base = next(one for one in kind.__mro__ if not is_of_python(one))
         return base.__new__(kind) if base is object else base.__new__(kind, *arguments)
 
 

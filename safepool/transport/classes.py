@@ -32,15 +32,13 @@ from cloudpickle import cloudpickle as _internals
 
 from safepool.transport.held import is_importable
 from safepool.transport.lazy import loaded
-from safepool.transport.marks import find_in_main, main_space
+from safepool.transport.marks import find_in_main, is_of_python, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 Parts = tuple["Callable[..., type]", tuple[Any, ...], dict[str, Any]]
 
-# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
-_HEAP = 1 << 9
 _OWN_DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 # Attributes that the interpreter makes anew.
 _MADE_ANEW = frozenset({"__dict__", "__weakref__", "__annotate_func__", "__annotations_cache__"})
@@ -186,7 +184,7 @@ _hooking = threading.RLock()
 @contextlib.contextmanager
 def _other_hooks(bases: Iterable[type], other: Callable[[type], object]) -> Iterator[None]:
     """Let bases have another ``__init_subclass__``, or their own where ``other`` returns none."""
-    lines = [one for base in bases for one in base.__mro__ if one.__flags__ & _HEAP]
+    lines = [one for base in bases for one in base.__mro__ if is_of_python(one)]
     others = {one: hook for one in lines if _HOOK in vars(one) and (hook := other(one))}
     if not others:
         yield

@@ -35,7 +35,7 @@ from safepool.transport.frames import Filed
 from safepool.transport.lazy import loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Self
 
     from safepool.transport.frames import Buffer
@@ -101,6 +101,15 @@ class Handed(Filed):
 
     def __del__(self) -> None:
         self.close()
+
+
+def close_all(numbers: Iterable[int]) -> None:
+    """Close descriptors, of which some may be closed already."""
+    for number in numbers:
+        try:
+            os.close(number)
+        except OSError:
+            pass
 
 
 _under_way: weakref.WeakSet[Handed] = weakref.WeakSet()

@@ -21,13 +21,12 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
+from safepool.transport.marks import is_of_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 _WAYS = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__getnewargs__")
-# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
-_HEAP = 1 << 9
 _DESCRIPTORS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _NOT_SENT = frozenset({"obj"})
 _UNSET: Any = object()
@@ -92,7 +91,7 @@ def _is_own(kind: type, way: str) -> bool:
 
 def _base_of(kind: type) -> type[BaseException]:
     """Return the interpreter's own class that an exception is an extension of."""
-    while kind.__flags__ & _HEAP:
+    while is_of_python(kind):
         assert kind.__base__ is not None
         kind = kind.__base__
     return kind
@@ -140,7 +139,7 @@ def _fields_of(error: BaseException) -> dict[str, Any]:
 
 
 def _slots_of(error: BaseException) -> dict[str, Any]:
-    names = [name for one in type(error).__mro__ if one.__flags__ & _HEAP for name in _own(one)]
+    names = [name for one in type(error).__mro__ if is_of_python(one) for name in _own(one)]
     values = {name: _get(getattr(type(error), name), error) for name in names}
     return {name: value for name, value in values.items() if value is not _UNSET}
 

@@ -10,7 +10,6 @@ Both ends are the same program and user, on an unnamed socket pair, so a pickle 
 
 from __future__ import annotations
 
-import os
 import pickle
 import socket
 import struct
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from safepool import linux
 from safepool.errors import naming
+from safepool.transport.descriptors import close_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 assert sys.platform == "linux"
 
@@ -90,20 +90,15 @@ def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
         if pickled is not None:
             return pickle.loads(pickled), list(descriptors)
     except BaseException:
-        _close_all(descriptors)
+        close_all(descriptors)
         raise
-    _close_all(descriptors)
+    close_all(descriptors)
     return None
 
 
 def _receive_body(sock: socket.socket, begun: bytes) -> bytes | None:
     rest = _receive_all(sock, _HEADER.size - len(begun))
     return None if rest is None else _receive_all(sock, _HEADER.unpack(begun + rest)[0])
-
-
-def _close_all(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _receive_all(sock: socket.socket, left: int) -> bytes | None:

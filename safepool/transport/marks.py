@@ -43,6 +43,11 @@ def found_in(holder: Any, name: str) -> Any:
         return None
 
 
+def is_of_python(kind: type) -> bool:
+    """Tell whether a class was made at run time, as every class of Python code."""
+    return bool(kind.__flags__ & 1 << 9)  # Py_TPFLAGS_HEAPTYPE
+
+
 def is_full(cell: types.CellType) -> bool:
     """Tell whether something is bound to a variable of a function around."""
     try:
@@ -85,8 +90,13 @@ def use_space(space: dict[str, Any]) -> None:
 
 def find_in_main(qualname: str) -> object:
     """Return what this process's ``__main__`` has under a qualified name; ``None`` if nothing."""
-    first, *rest = qualname.split(".")
-    found: object = main_space().get(first)
+    return at_path(main_space(), qualname)
+
+
+def at_path(space: Mapping[str, Any], path: str) -> Any:
+    """Return the object at a dotted name below these; ``None`` if there is none."""
+    first, *rest = path.split(".")
+    found = space.get(first)
     for part in rest:
         found = getattr(found, part, None)
     return found
@@ -157,6 +167,15 @@ def space_of(thing: object) -> Mapping[str, Any]:
     return found if type(found) in (dict, types.MappingProxyType) else {}
 
 
+def own_dict(value: object) -> Mapping[str, Any]:
+    """Return the attributes of an object itself, without any code of its class."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return found if type(found) in (dict, types.MappingProxyType) else {}
+
+
 _OF_OBJECTS = (types.GetSetDescriptorType, type(None))
 _vars_of_class: Callable[[type], Mapping[str, Any]] = vars(type)["__dict__"].__get__
 
@@ -221,7 +240,7 @@ def _named(value: Any, path: str) -> Iterator[Any]:
                     if issubclass(type(inner), (type, types.FunctionType)):
                         yield from _named(inner, f"{path}.{name}")
     elif str(getattr(type(value), "__module__", "")).partition(".")[0] in _WRAPPERS:
-        attributes = _attributes_of(value)
+        attributes = dict(own_dict(value))
         if attributes.get("__qualname__") == path and attributes.get("__module__") in MAIN_NAMES:
             yield value
         for name, part in attributes.items():
@@ -231,14 +250,6 @@ def _named(value: Any, path: str) -> Iterator[Any]:
 
 # Modules whose objects stand for the function that they wrap, under its name.
 _WRAPPERS = frozenset({"functools", "safepool"})
-
-
-def _attributes_of(value: object) -> Mapping[str, Any]:
-    try:
-        found = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return dict(found) if isinstance(found, dict) else {}
 
 
 def mark_of(thing: Any) -> bytes:
@@ -263,19 +274,24 @@ def is_mark_of(mark: bytes, thing: Any) -> bool:
     return mine == mark or (isinstance(thing, type) and {*mine.split(b",")} <= {*mark.split(b",")})
 
 
-def _mark_of_code(code: types.CodeType) -> bytes:
-    mark = hashlib.blake2b(digest_size=8)
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield code, and the code of all functions and classes inside of it."""
     todo = [code]
     while todo:
-        one = todo.pop()
-        constants = []
-        for constant in one.co_consts:
-            if isinstance(constant, types.CodeType):
-                todo.append(constant)
-            elif isinstance(constant, frozenset):  # in another order in each process
-                constants.append(repr(sorted(map(repr, constant))))
-            else:
-                constants.append(repr(constant))
+        inner = todo.pop()
+        todo += [one for one in inner.co_consts if isinstance(one, types.CodeType)]
+        yield inner
+
+
+def _mark_of_code(code: types.CodeType) -> bytes:
+    mark = hashlib.blake2b(digest_size=8)
+    for one in codes_in(code):
+        # The items of a frozenset are in another order in each process.
+        constants = [
+            repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+            for constant in one.co_consts
+            if not isinstance(constant, types.CodeType)
+        ]
         about = one.co_firstlineno, one.co_name, one.co_names, one.co_varnames, constants
         mark.update(repr(about).encode("utf-8", "surrogatepass"))
         mark.update(one.co_code)

@@ -22,7 +22,7 @@ import threading
 import types
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.marks import is_of_main, main_space
+from safepool.transport.marks import at_path, codes_in, is_of_main, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -36,10 +36,7 @@ _UINT = struct.Struct("<I")
 def names_of(code: types.CodeType) -> frozenset[str]:
     """Return the globals that code names; ``globals`` among them if it may ask for any."""
     names: set[str] = set()
-    todo = [code]
-    while todo:
-        inner = todo.pop()
-        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+    for inner in codes_in(code):
         names.update(one.argval for one in dis.get_instructions(inner) if one.opname in _GLOBALS)
         if {"modules", "__main__"}.intersection(inner.co_names) or "__main__" in inner.co_consts:
             names.add("globals")
@@ -50,10 +47,7 @@ def names_of(code: types.CodeType) -> frozenset[str]:
 def mentioned_in(code: types.CodeType) -> frozenset[str]:
     """Return what code names as an attribute or has as a text: names that it may look up."""
     names: set[str] = set()
-    todo = [code]
-    while todo:
-        inner = todo.pop()
-        todo += [constant for constant in inner.co_consts if isinstance(constant, types.CodeType)]
+    for inner in codes_in(code):
         names.update(inner.co_names, (one for one in inner.co_consts if type(one) is str))
     return frozenset(names)
 
@@ -131,11 +125,8 @@ class Met:
         """Return the dotted name of a function or class in the script; ``None``: pickle it."""
         here = main_space()
         path = getattr(thing, "__qualname__", "")
-        root, _, rest = path.partition(".")
-        found = here.get(root)
-        for part in rest.split(".") if rest else ():
-            found = getattr(found, part, None)
-        if found is not thing:
+        root = path.partition(".")[0]
+        if at_path(here, path) is not thing:
             if self._held is None:
                 self._held = frozenset(map(id, list(here.values())))
             if id(thing) not in self._held:  # most lambdas, and functions made by a function
@@ -204,11 +195,7 @@ def reduce_by_program(thing: Any) -> tuple[Any, ...] | None:
     if not _born_with or not issubclass(kind, (types.FunctionType, type)) or not is_of_main(thing):
         return None
     path: str = thing.__qualname__
-    root, *rest = path.split(".")
-    found = _born_with.get(root)
-    for part in rest:
-        found = getattr(found, part, None)
-    return (of_script, (path,)) if found is thing else None
+    return (of_script, (path,)) if at_path(_born_with, path) is thing else None
 
 
 class OfScript:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import let_handlers_pass
 from safepool.transport.frames import Missing
 from safepool.transport.growing import STEP_BYTES, Sink, Source, load
-from safepool.transport.marks import MAIN_NAMES, PLAIN
+from safepool.transport.marks import MAIN_NAMES, PLAIN, is_of_python
 from safepool.transport.memmaps import Reducers
 from safepool.transport.payloads import segments_of
 from safepool.transport.sharing import Shared
@@ -149,15 +149,7 @@ def _array_pickler() -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
-        module = sys.modules.get(module_name)
-        if module is None or not is_settled(module):
-            raise UntrustedError
-        first, *others = global_name.split(".")
-        found: Any = vars(module).get(first)
-        for name in others:
-            if type(found) is not type:
-                raise UntrustedError
-            found = vars(found).get(name)
+        found = _found_in(module_name, global_name)
         trusted = global_name in _MAKERS.get(module_name, ())
         if not trusted:
             a_class = isinstance(found, type)
@@ -198,17 +190,22 @@ def _is_trusted(obj: Any) -> bool:
 
 def is_found(thing: Any) -> bool:
     """Return whether a function or class is pickled as a name only."""
-    name, module_name = thing.__qualname__, thing.__module__
-    module = None if module_name in MAIN_NAMES else sys.modules.get(module_name)
+    module_name = thing.__module__
+    return module_name not in MAIN_NAMES and _found_in(module_name, thing.__qualname__) is thing
+
+
+def _found_in(module_name: str, path: str) -> Any:
+    """Return the object at a dotted name; ``None`` if there is none, or to look may run code."""
+    module = sys.modules.get(module_name)
     if module is None or not is_settled(module):
-        return False
-    first, *others = name.split(".")
-    found = vars(module).get(first)
-    for one in others:
+        return None
+    first, *others = path.split(".")
+    found: Any = vars(module).get(first)
+    for name in others:
         if type(found) is not type:
-            return False
-        found = vars(found).get(one)
-    return found is thing
+            return None
+        found = vars(found).get(name)
+    return found
 
 
 _known: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
@@ -231,13 +228,11 @@ def _looks_tame(kind: type) -> bool:
     by_object = (
         special.__reduce_ex__ is object.__reduce_ex__ and special.__reduce__ is object.__reduce__
     )
-    if kind.__flags__ & _HEAP_TYPE == 0 or not by_object:
+    if not is_of_python(kind) or not by_object:
         return False  # C code of somebody's, or a constructor that is called
     return all(_is_harmless(getattr(kind, name, None)) for name in _CALLED)
 
 
-# CPython, Include/object.h, Py_TPFLAGS_HEAPTYPE.
-_HEAP_TYPE = 1 << 9
 _C_METHODS = (
     types.WrapperDescriptorType,
     types.MethodDescriptorType,

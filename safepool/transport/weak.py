@@ -22,7 +22,7 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.marks import PLAIN, main_space
+from safepool.transport.marks import PLAIN, is_of_python, main_space, own_dict
 from safepool.transport.names import met
 
 if TYPE_CHECKING:
@@ -135,14 +135,8 @@ def _held_by(value: Any) -> Iterator[object]:
     elif kind in (dict, collections.defaultdict, collections.OrderedDict):
         yield from value.copy().keys()
         yield from value.copy().values()
-    elif issubclass(kind, type) or kind.__flags__ & _HEAP:
-        try:
-            own = object.__getattribute__(value, "__dict__")
-        except AttributeError:
-            return
-        yield from [*own.values()]
+    elif issubclass(kind, type) or is_of_python(kind):
+        yield from [*own_dict(value).values()]
 
 
-# Py_TPFLAGS_HEAPTYPE: made at run time, as every class of Python code.
-_HEAP = 1 << 9
 _HOLD_NOTHING = PLAIN | {types.FunctionType}

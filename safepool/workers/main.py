@@ -19,6 +19,7 @@ from safepool.threads.counts import pretend
 from safepool.threads.environment import change_environment
 from safepool.threads.placement import bind
 from safepool.transport.channel import Channel, ChannelClosedError
+from safepool.transport.descriptors import close_all
 from safepool.transport.files import accept
 from safepool.transport.lazy import load_own
 from safepool.transport.names import be_fork
@@ -46,8 +47,7 @@ def worker_main(
     inherited: Sequence[Connection] = (),
 ) -> None:
     """Be a worker that a ``multiprocessing`` context has started."""
-    for descriptor in told.foreign:
-        _close(descriptor)
+    close_all(told.foreign)
     bind(told.cpus)
     if told.by_name:
         find_space()
@@ -166,13 +166,6 @@ def _take(handle: Connection) -> int:
     descriptor = os.dup(handle.fileno())
     handle.close()
     return descriptor
-
-
-def _close(descriptor: int) -> None:
-    try:
-        os.close(descriptor)
-    except OSError:
-        pass
 
 
 def _do_nothing(_signal: int, _frame: object) -> None:

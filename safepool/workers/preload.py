@@ -29,6 +29,7 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING
 
 from safepool.transport.lazy import lazy_names
+from safepool.transport.marks import own_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -124,7 +125,7 @@ def _may_be_preloaded(name: object) -> bool:
 
 def _is_there(module: object) -> bool:
     """Tell whether a module is installed, and was not made by the program."""
-    return _is_installed(_origin_of((_namespace(module) or {}).get("__spec__")))
+    return _is_installed(_origin_of(_namespace(module).get("__spec__")))
 
 
 def _origin_of(spec: object) -> str | None:
@@ -141,12 +142,9 @@ def _is_installed(origin: str | None) -> bool:
     )
 
 
-def _namespace(module: object) -> dict[str, object] | None:
+def _namespace(module: object) -> Mapping[str, object]:
     # Not by its own attributes: one that is loaded at the first look (LazyLoader) would be.
-    if not issubclass(type(module), ModuleType):
-        return None
-    found: dict[str, object] = object.__getattribute__(module, "__dict__")
-    return found
+    return own_dict(module) if issubclass(type(module), ModuleType) else {}
 
 
 def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
@@ -155,7 +153,7 @@ def _referred_to(modules: Mapping[str, object]) -> Iterator[str]:
     for name, module in modules.items():
         if name != "__main__" and (not _may_be_preloaded(name) or not is_own(module)):
             continue
-        for value in [*(_namespace(module) or {}).values()]:
+        for value in [*_namespace(module).values()]:
             found = _module_of(value)
             if found in modules and _may_be_preloaded(found) and _is_there(modules[found]):
                 yield found
@@ -183,14 +181,14 @@ def _lazy() -> Iterator[str]:
 
 def is_own(module: object) -> bool:
     """Tell whether a module is of the program, and not installed: from its folder, say."""
-    origin = _origin_of((_namespace(module) or {}).get("__spec__"))
+    origin = _origin_of(_namespace(module).get("__spec__"))
     return origin is not None and os.sep in origin and not _is_installed(origin)
 
 
 def _module_of(value: object) -> str:
     kind = type(value)
     if issubclass(kind, ModuleType):
-        found: object = (_namespace(value) or {}).get("__name__")
+        found: object = _namespace(value).get("__name__")
     elif kind in (FunctionType, BuiltinFunctionType) or issubclass(kind, type):
         try:
             found = value.__module__

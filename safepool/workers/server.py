@@ -42,6 +42,7 @@ from safepool import linux, procfs
 from safepool.threads.cap import find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
+from safepool.transport.descriptors import close_all
 from safepool.transport.lazy import eager_imports, load_own
 from safepool.workers import birth, identity, keeper, lifeline, script, traces
 from safepool.workers.describe import get_ready
@@ -49,7 +50,6 @@ from safepool.workers.main import be_taken_before_the_program
 from safepool.workers.preload import BACKGROUND_THREADS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import NoReturn
 
 assert sys.platform == "linux"
@@ -200,7 +200,7 @@ class _Server:
     def _run_script(self, details: dict[str, Any], descriptors: list[int]) -> None:
         threads = _foreign_threads() if details["forks"] else []
         if threads:  # of whatever starts some in every interpreter: not the script's
-            _close_all(descriptors)
+            close_all(descriptors)
             letters.send(self._sock, ("threads", threads))
             return
         gc.disable()
@@ -249,13 +249,13 @@ class _Server:
 
     def _fork(self, details: dict[str, Any], descriptors: list[int]) -> None:
         if len(descriptors) < details["files"]:  # not all descriptors fitted
-            _close_all(descriptors)
+            close_all(descriptors)
             letters.send(self._sock, ("refused", errno.EMFILE))
             return
         status = descriptors[0]
         threads = _foreign_threads()
         if threads:
-            _close_all(descriptors)
+            close_all(descriptors)
             letters.send(self._sock, ("threads", threads))
             return
         try:
@@ -264,7 +264,7 @@ class _Server:
             with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
                 pid = os.fork()
         except Exception as error:  # noqa: BLE001 -- somebody else's functions run around a fork
-            _close_all(descriptors)
+            close_all(descriptors)
             if isinstance(error, OSError):
                 letters.send(self._sock, ("refused", error.errno))
             else:
@@ -278,11 +278,11 @@ class _Server:
         except OSError:  # before Linux 5.3
             pidfd = []
         self._workers[pid] = status
-        _close_all(descriptors[1:])
+        close_all(descriptors[1:])
         try:
             letters.send(self._sock, ("forked", pid), pidfd)
         finally:
-            _close_all(pidfd)
+            close_all(pidfd)
 
     def _become(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
         """Be a worker without a fork: there are threads that it would lose, or it is refused."""
@@ -335,7 +335,7 @@ class _Server:
         self._wake_receiver.close()
         self._wake_sender.close()
         self._sock.close()
-        _close_all(self._workers.values())
+        close_all(self._workers.values())
 
     def _bury_orphans(self) -> None:
         """Wait for what workers have left that ended before it did: it has come here.
@@ -394,11 +394,3 @@ def _foreign_threads() -> list[str]:
         # A thread that an import has started and joined may still be on its way out.
         time.sleep(0.01 * attempt)
     return foreign
-
-
-def _close_all(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        try:
-            os.close(descriptor)
-        except OSError:
-            pass

@@ -14,7 +14,7 @@ from safepool.errors import let_handlers_pass
 from safepool.pool.calls.mains import ABSENT, Look, is_definition, is_importable, is_plain
 from safepool.pool.calls.prints import Print, length, print_of, steadily
 from safepool.transport import payloads
-from safepool.transport.marks import find_attribute, main_space
+from safepool.transport.marks import find_attribute, is_of_python, main_space
 from safepool.transport.names import Met
 from safepool.transport.references import Collected
 
@@ -31,8 +31,6 @@ _MOST_MET = 200_000
 _LARGE_BYTES = 16 * 1024
 # Types whose objects keep their identity in a worker when their content has changed.
 CONTAINERS = frozenset({dict, list, set, bytearray})
-# Py_TPFLAGS_HEAPTYPE.
-_HEAP = 1 << 9
 # Names of the worker's own module.
 OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__", "__loader__"})
 
@@ -215,7 +213,7 @@ def can_be_shared(value: object) -> bool:
     if home == "numpy":
         return isinstance(value, sys.modules["numpy"].ndarray)  # not their types
     # Of any class that Python code has made: it may be a sentinel.
-    return bool(kind.__flags__ & _HEAP) and home not in _UNCHANGED
+    return is_of_python(kind) and home not in _UNCHANGED
 
 
 # Types whose objects never change, or are pickled as names.
