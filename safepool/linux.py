@@ -42,10 +42,12 @@ __all__ = [
     "MFD_CLOEXEC",
     "MSG_CMSG_CLOEXEC",
     "POLLRDHUP",
+    "find_pidfd",
     "memfd_create",
     "pidfd_open",
     "pidfd_send_signal",
     "preadv",
+    "send_signal",
 ]
 
 F_ADD_SEALS: int = getattr(fcntl, "F_ADD_SEALS", 1033)
@@ -110,3 +112,24 @@ pidfd_send_signal: Callable[[int, int], None] = getattr(
     signal, "pidfd_send_signal", _pidfd_send_signal
 )
 preadv: Callable[[int, Sequence[memoryview], int], int] = getattr(os, "preadv", _preadv)
+
+
+def find_pidfd(pid: int) -> int | None:
+    """Return a descriptor that stands for a process; ``None`` before Linux 5.3."""
+    try:
+        return pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def send_signal(pidfd: int | None, number: int) -> bool:
+    """Send a signal by a pidfd, unless the process has ended; ``False`` if the system refuses."""
+    if pidfd is None:
+        return False
+    try:
+        pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        pass
+    except OSError:
+        return False  # a filter refuses this call, and not kill(2)
+    return True

@@ -114,6 +114,14 @@ class ThreadThatStarts(threading.Thread):
             _thread.start_new_thread(begin, ())
 
 
+def in_a_thread(run: Callable[[], None], name: str) -> None:
+    """Run something in a thread of its own, or here if no thread can be started."""
+    try:
+        ThreadThatStarts(run, name).start()
+    except RuntimeError:
+        run()
+
+
 def _contain(run: Callable[[], None], failed: str) -> None:
     """Run the program's code: log its exceptions, and end a fork that it makes."""
     here = os.getpid()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safepool import procfs
 from safepool.transport import marks
 from safepool.workers import lifeline, script
+from safepool.workers.fork import code_of, flush
 from safepool.workers.main import be_worker
 
 if TYPE_CHECKING:
@@ -108,11 +109,8 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
     script.be_worker()
     try:
         be_worker(socket.socket(fileno=channel), board, details["told"], more)
-    except SystemExit as error:
-        code = _exit_code(error)
     except BaseException as error:  # noqa: BLE001 -- as the interpreter itself reports it
-        sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
+        code = code_of(error)
     else:
         code = 0
     _finish()
@@ -213,15 +211,6 @@ def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> 
     tracker._resource_tracker._fd = tracker_descriptor
 
 
-def _exit_code(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    if isinstance(error.code, int):
-        return error.code & 0xFF
-    sys.stderr.write(f"{error.code}\n")  # as the interpreter does
-    return 1
-
-
 def _finish() -> None:
     """Do the steps of an interpreter's end that concern the program."""
     known: Any = threading
@@ -230,11 +219,7 @@ def _finish() -> None:
             step()
         except BaseException as error:  # noqa: BLE001 -- the rest is to be done as well
             sys.excepthook(type(error), error, error.__traceback__)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass  # closed, or without a reader
+    flush(sys.stdout, sys.stderr)
 
 
 def _try(call: Any, *arguments: Any) -> None:

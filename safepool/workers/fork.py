@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,15 +35,30 @@ class Fork:
 
 def leave_fork(error: BaseException | None = None) -> NoReturn:
     """End this process, as a fork of any program ends."""
-    code = 0
-    if isinstance(error, SystemExit):
-        code = 0 if error.code is None else error.code if isinstance(error.code, int) else 1
-    elif error is not None:
+    code = code_of(error)
+    flush(sys.stdout, sys.stderr)
+    os._exit(code)
+
+
+def code_of(error: BaseException | None) -> int:
+    """Return the exit code of a process that ends with this, and print what its end prints."""
+    if error is None:
+        return 0
+    if not isinstance(error, SystemExit):
         sys.excepthook(type(error), error, error.__traceback__)
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
+        return 1
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    sys.stderr.write(f"{error.code}\n")
+    return 1
+
+
+def flush(*streams: Any) -> None:
+    """Write out what was printed, as far as that is possible."""
+    for stream in streams:
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
-            pass
-    os._exit(code & 0xFF)
+            pass  # closed, or without a reader

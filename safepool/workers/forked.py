@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from safepool import linux
 from safepool.workers import server
+from safepool.workers.tree import try_to_signal
 
 if TYPE_CHECKING:
     import subprocess
@@ -132,19 +133,8 @@ class ForkedProcess:
         with self._lock:
             if number == signal.SIGKILL:
                 self.drop_line()  # even where this process may not send it a signal
-            try:
-                if self.pidfd is not None:
-                    linux.pidfd_send_signal(self.pidfd, number)
-                    return
-            except ProcessLookupError:
-                return
-            except OSError:
-                pass  # a filter refuses this call, and not kill(2)
-            if self.is_alive():
-                try:
-                    os.kill(self.pid, number)
-                except (ProcessLookupError, PermissionError):
-                    pass
+            if not linux.send_signal(self.pidfd, number) and self.is_alive():
+                try_to_signal(self.pid, number)
 
     def close(self) -> None:
         """Give its descriptors back."""
@@ -186,11 +176,7 @@ class ChildProcess(ForkedProcess):
     def __init__(
         self, name: str, started: subprocess.Popen[bytes], status: int, line: int
     ) -> None:
-        try:
-            pidfd = linux.pidfd_open(started.pid)
-        except OSError:  # before Linux 5.3
-            pidfd = None
-        super().__init__(name, started.pid, pidfd, status, line)
+        super().__init__(name, started.pid, linux.find_pidfd(started.pid), status, line)
         started.returncode = 0  # waited for here
 
     def _ask(self) -> None:

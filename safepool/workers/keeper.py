@@ -155,9 +155,8 @@ def _let_go(handed: Sequence[int]) -> None:
 
 def _watch(program: int, poll: select.poll) -> None:
     """Notice the program's end, also when a fork of the program has kept its end of the socket."""
-    try:
-        pidfd = linux.pidfd_open(program)
-    except OSError:  # before Linux 5.3, or it is gone: the socket tells
+    pidfd = linux.find_pidfd(program)
+    if pidfd is None:  # the socket tells
         return
     # In another pid name space the number belongs to another process, or to none.
     if os.getppid() == program:

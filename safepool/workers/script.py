@@ -46,6 +46,7 @@ from safepool.errors import text_of
 from safepool.transport.fingerprints import ABSENT, fingerprint
 from safepool.transport.marks import find_attribute, marks_of
 from safepool.workers import loading
+from safepool.workers.fork import flush
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -358,11 +359,7 @@ def silence() -> Iterator[None]:
 
 def _flush() -> None:
     """Let nothing that was printed here be printed again by a fork."""
-    for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
-        try:
-            stream.flush()  # type: ignore[union-attr]
-        except (AttributeError, OSError, ValueError):
-            pass
+    flush(*{sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__})
     import ctypes  # noqa: PLC0415
 
     ctypes.CDLL(None).fflush(None)  # what C code has printed

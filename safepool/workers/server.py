@@ -273,16 +273,14 @@ class _Server:
         if pid == 0:
             self._become_worker(details, descriptors)
         # Before it may be waited for: so long the number is this worker's.
-        try:
-            pidfd = [linux.pidfd_open(pid)]
-        except OSError:  # before Linux 5.3
-            pidfd = []
+        pidfd = linux.find_pidfd(pid)
+        given = [] if pidfd is None else [pidfd]
         self._workers[pid] = status
         close_all(descriptors[1:])
         try:
-            letters.send(self._sock, ("forked", pid), pidfd)
+            letters.send(self._sock, ("forked", pid), given)
         finally:
-            close_all(pidfd)
+            close_all(given)
 
     def _become(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
         """Be a worker without a fork: there are threads that it would lose, or it is refused."""

@@ -30,6 +30,10 @@ from safepool.workers.main import worker_main
 from safepool.workers.safe_path import SAFE_PATH, is_safe, safe_path
 from safepool.workers.settings_table import filters_of
 from safepool.workers.start import StartMethod
+from safepool.workers.tree import try_to_signal
+
+if sys.platform == "linux":
+    from safepool import linux
 
 if TYPE_CHECKING:
     import socket
@@ -56,7 +60,11 @@ class StandardProcess:
     def __init__(self, process: Any) -> None:
         self.process: Any = process
         self.pid: int = process.pid or 0
-        self._pidfd = _open_pidfd(self.pid)
+        # The standard sentinel is a pipe that a task's own children can hold open; a pidfd tells
+        # about this process alone (pidfd_open(2)).
+        self._pidfd: int | None = None
+        if sys.platform == "linux":
+            self._pidfd = linux.find_pidfd(self.pid)
         self.sentinel: int | None = _sentinel(process, self._pidfd)
 
     def is_alive(self) -> bool:
@@ -65,21 +73,11 @@ class StandardProcess:
 
     def signal(self, number: int) -> None:
         """Send it a signal, if it is still the process that was started."""
-        if self._pidfd is not None and sys.platform == "linux":
-            try:
-                linux.pidfd_send_signal(self._pidfd, number)
-            except ProcessLookupError:
-                return  # it has ended
-            except OSError:
-                pass  # a filter refuses this call, and not kill(2)
-            else:
-                return
+        if sys.platform == "linux" and linux.send_signal(self._pidfd, number):
+            return
         # Nobody has waited for the process yet, so the number cannot belong to another process.
         if self.is_alive():
-            try:
-                os.kill(self.pid, number)
-            except (ProcessLookupError, PermissionError):
-                pass
+            try_to_signal(self.pid, number)
 
     def wait(self, timeout_s: float) -> int | None:
         """Wait for its end and return the exit code, ``None`` if unknown."""
@@ -394,20 +392,3 @@ else:
 
     def _sentinel(process: Any, pidfd: int | None) -> int | None:
         return pidfd if pidfd is not None else int(process.sentinel)
-
-
-if sys.platform == "linux":
-    from safepool import linux
-
-    def _open_pidfd(pid: int) -> int | None:
-        # The standard sentinel is a pipe that a task's own children can hold open; a pidfd
-        # tells about this process alone (pidfd_open(2), Linux 5.3).
-        try:
-            return linux.pidfd_open(pid)
-        except OSError:
-            return None
-
-else:  # not Linux
-
-    def _open_pidfd(_pid: int) -> int | None:
-        return None

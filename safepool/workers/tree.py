@@ -118,10 +118,15 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
         stat = procfs.read_stat(pid)
         if stat is None or stat.started != started:
             continue  # it has ended, and this process is not related
-        try:
-            os.kill(pid, number)
-        except (ProcessLookupError, PermissionError):
-            pass
+        try_to_signal(pid, number)
+
+
+def try_to_signal(pid: int, number: int) -> None:
+    """Send a signal, if there is such a process and this one may."""
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
 
 
 def bury(processes: Collection[Descendant]) -> set[Descendant]:

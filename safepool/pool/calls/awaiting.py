@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Ty
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.mapping import Coming
-from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.hands import in_a_thread
 from safepool.pool.latch import Bell
 
 if TYPE_CHECKING:
@@ -348,10 +348,7 @@ class AwaitedCalls:
             else:
                 ended.set_result(None)
 
-        try:
-            ThreadThatStarts(leave, "safepool-exit").start()
-        except RuntimeError:  # no thread can be started
-            leave()
+        in_a_thread(leave, "safepool-exit")
         waiter = asyncio.wrap_future(ended)
         try:
             await asyncio.shield(waiter)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import PoolBrokenError, RemoteTaskError, text_of
 from safepool.pool.core.work import Call
-from safepool.pool.hands import ThreadThatStarts
+from safepool.pool.hands import in_a_thread
 from safepool.pool.latch import Bell, Latch
 from safepool.transport import payloads
 from safepool.transport.trusted import UntrustedError
@@ -71,6 +71,8 @@ _CANCELLED: _Verdict = (_base.CANCELLED_AND_NOTIFIED, None, None)
 # For those who look at many futures at once, and hold their locks: microseconds, unless a signal's
 # handler runs meanwhile.
 _MOMENT_S = 0.02
+# Name of a thread that waits for a lock which a signal's handler may keep.
+_LATE = "safepool-late"
 
 
 class PoolFuture(Future[Any]):
@@ -306,7 +308,7 @@ class PoolFuture(Future[Any]):
             if _is_free(waiter):
                 notify(self)
             else:
-                _in_a_thread(functools.partial(notify, self))
+                in_a_thread(functools.partial(notify, self), _LATE)
 
     def _tell_now(self) -> str | None:
         """Set it for a reader that comes before the scheduler; ``None`` if another thread must."""
@@ -328,7 +330,7 @@ class PoolFuture(Future[Any]):
             with condition:
                 self._tell()
 
-        _in_a_thread(tell)
+        in_a_thread(tell, _LATE)
 
     def _announce(self) -> None:
         """Wake the waiting thread, and call the callbacks."""
@@ -446,14 +448,6 @@ def _is_free(waiter: Any) -> bool:
     condition = getattr(getattr(waiter, "event", None), "_cond", None)
     locks = getattr(waiter, "lock", None), getattr(condition, "_lock", None)
     return not any(lock is not None and lock.locked() for lock in locks)
-
-
-def _in_a_thread(run: Callable[[], None]) -> None:
-    """Do what must wait for a lock that a signal's handler may keep."""
-    try:
-        ThreadThatStarts(run, "safepool-late").start()
-    except RuntimeError:  # no thread can be started
-        run()
 
 
 def _end_awaiting(end: Callable[[Future[Any]], object], future: Future[Any]) -> None:

@@ -145,16 +145,17 @@ class Settings:
             return pack_setting(row, value)
         except Exception as error:  # noqa: BLE001 -- user code; workers do without
             let_handlers_pass(error)
-            _log.warning(
-                "the program's %s cannot be sent to workers: %s. Set it in initializer=",
-                row.name,
-                repr(error),
-            )
+            _tell_of(row.name, error)
             return None
 
     def packed(self) -> list[Packed]:
         """Return all settings for workers. From any thread."""
         return [*self._packed.copy().values()]
+
+
+def _tell_of(name: str, error: Exception) -> None:
+    told = "the program's %s cannot be sent to workers: %s. Set it in initializer="
+    _log.warning(told, name, repr(error))
 
 
 def _is_equal(one: object, other: object) -> bool:
@@ -239,11 +240,7 @@ class Telling:
             except Exception as error:  # noqa: BLE001 -- user code; workers do without
                 let_handlers_pass(error)
                 self._found[one.name] = (one, None)
-                _log.warning(
-                    "the program's %s cannot be sent to workers: %s. Set it in initializer=",
-                    one.name,
-                    repr(error),
-                )
+                _tell_of(one.name, error)
 
     def _come_back(self) -> None:
         self._asked_at = None
