@@ -140,7 +140,7 @@ def _read_frames(data: bytes) -> None:
 def _read_board(data: bytes) -> None:
     """Read a board that a worker has scribbled on, and records that it sent."""
     board = Board.create()
-    if board is None:  # the system has none
+    if not board:  # the system has none
         return
     try:
         # The cells, the lane and the results: each begins with a part of the input.

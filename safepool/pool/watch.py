@@ -133,7 +133,7 @@ def _look_at(worker: Worker) -> WorkerInfo:
 def _place(worker: Worker) -> tuple[int, int]:
     """Return the position that a worker has come to, and when that began."""
     board = worker.board
-    while board is not None:
+    while board:
         try:
             at, since_ns = board.claimed, board.since_ns
             if board.claimed == at:
@@ -202,7 +202,6 @@ class _Request:
             if self._text:
                 return
             assert status is not None
-            assert worker.board is not None
             # Answers to other requests, and late ones, do not count.
             self._begin = worker.board.written
             self._blocking = threads_that_block(worker.pid, STACK_SIGNAL)
@@ -210,7 +209,7 @@ class _Request:
                 worker.end(STACK_SIGNAL)
 
     def _why_not(self, status: Status | None) -> str:
-        if not STACK_SIGNAL or self.worker.board is None:
+        if not (STACK_SIGNAL and self.worker.board):
             return "(no stacks: this system has no file that a worker can leave them in)"
         if status is None or status.state in "ZX":
             return "(it has ended)"
@@ -228,7 +227,7 @@ class _Request:
             return True
         worker = self.worker
         with worker.guard:
-            if worker.closed or worker.board is None:
+            if worker.closed or not worker.board:
                 self._text = "(it has ended)"
                 return True
             status = read_status(worker.pid)
@@ -249,6 +248,5 @@ class _Request:
         if self._text:
             return self._text
         with self.worker.guard:
-            board = self.worker.board
-            found = "" if board is None or self.worker.closed else board.fault(self._begin)
+            found = "" if self.worker.closed else self.worker.board.fault(self._begin)
         return found or "(no answer in time: it waits in the kernel, or is frozen)"

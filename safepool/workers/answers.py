@@ -42,7 +42,7 @@ class Answers:
     values, on the board as records and here as a list; records of any answers.
     """
 
-    def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
+    def __init__(self, outbox: Outbox, board: Board, fork: Fork) -> None:
         self._outbox = outbox
         self._send: Callable[[Sequence[bytes | memoryview]], None] = outbox.send
         self._board = board
@@ -74,12 +74,7 @@ class Answers:
         board, outbox, head = self._board, self._outbox, segments[0]
         if self._values or self._kind:
             self.flush()
-        if (
-            board is None
-            or len(segments) > 1
-            or isinstance(head, Filed)
-            or len(head) > SMALL_BYTES
-        ):
+        if not board or len(segments) > 1 or isinstance(head, Filed) or len(head) > SMALL_BYTES:
             self.flush()
             outbox.logged = False
             self._send_large(position, kind, segments)
@@ -121,14 +116,12 @@ class Answers:
 
     def keep(self, position: int, value: object, pickled: bytes) -> bool:
         """Leave a plain value for the next flush; ``False`` if it must be sent."""
-        board = self._board
         if (
-            board is None
-            or self._others
+            self._others
             or self._kind
             or self._fork.here
             or self._outbox.logged
-            or not board.publish(position, 0, _RESULT, pickled)
+            or not self._board.publish(position, 0, _RESULT, pickled)
         ):
             return False
         if not self._values:
@@ -138,7 +131,6 @@ class Answers:
 
     def lane(self, position: int, kind: int, calls: int) -> tuple[memoryview[Any], int, int]:
         """Return slots for results from this claimed position on, the first one, and how many."""
-        assert self._board is not None
         if kind != self._kind or self._count == LANE_CALLS:
             self.flush()
             self._slots = self._board.open_lane(position, kind)
@@ -152,7 +144,7 @@ class Answers:
     def flush(self) -> None:
         """Send the results that were left on the board."""
         board = self._board
-        if board is None or not (self._kind or self._values or self._others):
+        if not (self._kind or self._values or self._others):
             return
         self._fork.leave()
         now = time.monotonic_ns()

@@ -35,8 +35,8 @@ The same unnamed file takes faulthandler's report, behind the board: a crashing 
 write there.
 
 Not covered:
-    * Systems without memfd_create(2) or membarrier(2): ``create`` returns ``None``, and a worker
-      then holds one task at a time.
+    * Systems without memfd_create(2) or membarrier(2): the board is then :data:`NO_BOARD`,
+      and a worker holds one task at a time.
     * A worker that is killed between the end of a call in the lane and its read of ``revoked``:
       the next call counts as begun.
 """
@@ -57,7 +57,6 @@ from safepool.workers.fence import barrier, has_barrier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import Self
 
     Segment = bytes | memoryview
 
@@ -144,15 +143,15 @@ class Board:
         self._filled, self._used = 0, LANE_CALLS
 
     @classmethod
-    def create(cls) -> Self | None:
-        """Return a new board; ``None`` where the system cannot give one.
+    def create(cls) -> Board:
+        """Return a new board; :data:`NO_BOARD` where the system cannot give one.
 
         Raises:
             OSError: No descriptor or no memory is left.
         """
         descriptor = _create_file() if has_barrier() else None
         if descriptor is None:
-            return None
+            return NO_BOARD
         try:
             os.ftruncate(descriptor, _BYTES)
             os.lseek(descriptor, _BYTES, os.SEEK_SET)  # where faulthandler begins to write
@@ -160,7 +159,7 @@ class Board:
         except BaseException as error:
             os.close(descriptor)
             if isinstance(error, OSError) and error.errno in REFUSALS:
-                return None
+                return NO_BOARD
             raise
         board._cells[_MARK] = int.from_bytes(os.urandom(8), sys.byteorder)
         return board
@@ -361,6 +360,42 @@ class Board:
             os.ftruncate(self._descriptor, _BYTES)
         except OSError:
             pass
+
+
+class _NoBoard(Board):
+    """Stands for the board where there is none. It is false, and has nothing to say."""
+
+    __slots__ = ()
+
+    claimed = began = since_ns = property(lambda _: 0)
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+
+    def __bool__(self) -> bool:
+        return False
+
+    def _do_nothing(self, *_: Any, **_words: Any) -> None:
+        pass
+
+    sign = tell = rest = begin = revoke = flushed = _do_nothing
+
+    def claim(self, _position: int, _now_ns: int, *, reading: bool = False) -> bool:  # noqa: ARG002
+        """Let every position begin: the pool takes none back."""
+        return True
+
+    def publish(self, *_: object) -> bool:
+        """Take no result."""
+        return False
+
+    def peek(self) -> Left:
+        """Return no results."""
+        return Left()
+
+    left = peek
+
+
+NO_BOARD: Board = _NoBoard()
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         self,
         told: WorkerStart,
         end: socket.socket,
-        board: Board | None,
+        board: Board,
         given_up: Callable[[], bool],
     ) -> forked.ForkedProcess:
         """Fork a worker from the server.
@@ -198,14 +198,14 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         self,
         told: WorkerStart,
         end: socket.socket,
-        board: Board | None,
+        board: Board,
         given_up: Callable[[], bool],
     ) -> forked.ForkedProcess:
         changes = told.environment
         wish = self._wish(told.threads, given_up)
-        files = [end.fileno(), *([] if board is None else [board.fileno()]), *told.descriptors]
+        files = [end.fileno(), *([board.fileno()] if board else []), *told.descriptors]
         told = replace(told, learns=self._learns, descriptors=(), foreign=())
-        details = {"told": told, "board": board is not None}
+        details = {"told": told, "board": bool(board)}
         plan = self._plan_now(changes)
         try:
             with self._server(changes, plan) as server:

@@ -24,7 +24,7 @@ from safepool.transport.files import accept
 from safepool.transport.lazy import load_own
 from safepool.transport.names import be_fork
 from safepool.workers import inheritance
-from safepool.workers.board import STACK_SIGNAL, Board
+from safepool.workers.board import NO_BOARD, STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
 from safepool.workers.index import be_index
@@ -144,9 +144,9 @@ def _adopt(end: Any) -> socket.socket:
     return sock
 
 
-def _open_board(handle: Any) -> Board | None:
+def _open_board(handle: Any) -> Board:
     if handle is None:
-        return None
+        return NO_BOARD
     descriptor = handle if isinstance(handle, int) else _take(handle)
     os.set_inheritable(descriptor, False)
     board = Board(descriptor)
@@ -157,7 +157,7 @@ def _open_board(handle: Any) -> Board | None:
         faulthandler.register(STACK_SIGNAL, file=descriptor, all_threads=True)
     if not register():
         board.close()
-        return None
+        return NO_BOARD
     return board
 
 

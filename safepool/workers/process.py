@@ -10,11 +10,11 @@ from safepool import procfs
 from safepool.errors import naming
 from safepool.transport.channel import Channel
 from safepool.transport.files import invite
+from safepool.workers.board import NO_BOARD, Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safepool.workers.board import Board
     from safepool.workers.start import StartMethod, WorkerStart
 
 
@@ -30,7 +30,7 @@ class WorkerProcess:
     Attributes:
         process: The process, with the interface of ``multiprocessing.Process``; ``None`` after the
             close.
-        board: Memory that worker and pool both read and write, or ``None``.
+        board: Memory that worker and pool both read and write.
         channel: The pool's end, which never blocks.
         sentinel: Descriptor that turns readable when the process ends; ``None`` where only the
             channel reports the end.
@@ -43,10 +43,10 @@ class WorkerProcess:
         method: StartMethod,
         told: WorkerStart,
         *,
-        board: Board | None = None,
+        board: Board = NO_BOARD,
         given_up: Callable[[], bool] = bool,
     ) -> None:
-        self.board: Board | None = board
+        self.board: Board = board
         self.cpus: tuple[int, ...] = told.cpus
         ours: socket.socket | Channel | None = None
         theirs: socket.socket | None = None
@@ -58,9 +58,9 @@ class WorkerProcess:
             told = replace(told, foreign=(*told.foreign, *ours.descriptors()))
             self._started = method.start(told, theirs, board, given_up)
         except BaseException:
-            for one in (ours, board):
-                if one is not None:
-                    one.close()
+            board.close()
+            if ours is not None:
+                ours.close()
             raise
         finally:
             if theirs is not None:
@@ -71,8 +71,7 @@ class WorkerProcess:
 
     def descriptors(self) -> list[int]:
         """Return what belongs to this worker alone, and no other must inherit."""
-        board = self.board  # another thread may drop it
-        found = [*self.channel.descriptors(), -1 if board is None else board.fileno()]
+        found = [*self.channel.descriptors(), self.board.fileno()]
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def resident_bytes(self) -> int | None:
@@ -94,7 +93,6 @@ class WorkerProcess:
     def close(self) -> None:
         """Give back every descriptor. The process has ended or is left to itself."""
         self.channel.close()
-        if self.board is not None:
-            self.board.close()
+        self.board.close()
         self._started.close()
         self.process = None

@@ -68,7 +68,7 @@ class Runner:
     """The calls of one pool in this process.
 
     Args:
-        board: Board shared with the pool; without one (``None``) calls come one by one.
+        board: Board shared with the pool; without one calls come one by one.
         initializer: Initializer that a forked worker has inherited, instead of a pickle of it.
         imports: Listener to the imports of tasks, which the worker reports to the pool; ``None``
             reports none.
@@ -77,7 +77,7 @@ class Runner:
     def __init__(
         self,
         channel: Channel,
-        board: Board | None,
+        board: Board,
         cap: WorkerCap,
         initializer: Initializer | None = None,
         imports: Imports | None = None,
@@ -138,8 +138,7 @@ class Runner:
         channel, functions, imports = self._channel, self._functions, self._imports
         board = self._board
         while True:
-            if board is not None:
-                board.rest()
+            board.rest()
             data = channel.receive_raw()
             call = read_call(data)
             if call is None or call[1] not in functions or not self._run_plain(*call):
@@ -153,7 +152,7 @@ class Runner:
         board, fork, answers = self._board, self._fork, self._answers
         self._cap.recheck()
         now = time.monotonic_ns()
-        if board is None or fork.here or self._timed or not board.claim(position, now):
+        if not board or fork.here or self._timed or not board.claim(position, now):
             return False
         if number != self._told:
             self._tell(number, self._functions[number])
@@ -181,8 +180,6 @@ class Runner:
     def _tell(self, number: int, function: Callable[..., Any]) -> None:
         """Say on the board which function runs."""
         self._told = number
-        if self._board is None:
-            return
         try:
             name = name_of(function)
         except Exception:  # noqa: BLE001 -- attributes of an object of the user's
@@ -244,8 +241,7 @@ class Runner:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
             if initializer is not None:
-                if self._board is not None:
-                    self._board.tell(name_of(initializer), time.monotonic_ns())
+                self._board.tell(name_of(initializer), time.monotonic_ns())
                 initializer(*arguments)
         except BaseException as error:  # the pool must learn of SystemExit as well
             self._main.explain(error)
@@ -306,8 +302,7 @@ class Runner:
             self._outbox.send(encode(Kind.UNREADABLE, position))
             return
         self._fork.leave()
-        if self._board is not None:
-            self._board.begin(position)
+        self._board.begin(position)
         segments.clear()
         items.reverse()  # each is dropped when its turn has come
         self._run_items(position, function, items, starred=starred, timed=timed)
@@ -330,10 +325,10 @@ class Runner:
             if now - checked > _LOADING_NS:
                 self._cap.recheck()  # libraries that earlier calls have loaded
                 checked = now
-            if board is not None and position != begun and not board.claim(position, now):
+            if position != begun and not board.claim(position, now):
                 self._skip(position)
                 return
-            if board is None or self._lane not in LANES or misses > _MOST_MISSES:
+            if not board or self._lane not in LANES or misses > _MOST_MISSES:
                 self._run_item(position, function, items, starred=starred)
                 position += 1
             else:
@@ -382,7 +377,6 @@ class Runner:
         # Local names, and no look at the clock: for the shortest calls this loop is most of the
         # cost (benchmarks/dispatch.py, map).
         board, answers, fork, outbox = self._board, self._answers, self._fork, self._outbox
-        assert board is not None
         kind = self._lane
         slots, first, room = answers.lane(position, LANES[kind], min(most, len(items)))
         cells = board.enter_lane(position + room - 1)
@@ -424,10 +418,9 @@ class Runner:
 
     def _claim(self, position: int, *, reading: bool = False) -> bool:
         self._cap.recheck()  # libraries that the task before has loaded
-        board = self._board
         if self._fork.here:  # while it read the arguments: the call is the worker's
             os._exit(0)
-        if board is None or board.claim(position, time.monotonic_ns(), reading=reading):
+        if self._board.claim(position, time.monotonic_ns(), reading=reading):
             return True
         self._skip(position)
         return False

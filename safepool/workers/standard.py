@@ -111,7 +111,7 @@ class Standard(StartMethod):
         self,
         told: WorkerStart,
         end: socket.socket,
-        board: Board | None,
+        board: Board,
         given_up: Callable[[], bool],
     ) -> StandardProcess:
         """Start a worker, without regard to ``given_up``."""
@@ -119,7 +119,7 @@ class Standard(StartMethod):
         handles = [_handle(end)]
         try:
             shared = None
-            if board is not None:
+            if board:
                 shared = _handle_of(os.dup(board.fileno()))
                 handles.append(shared)
             inherited = [_handle_of(os.dup(number)) for number in told.descriptors]

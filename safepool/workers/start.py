@@ -107,7 +107,7 @@ class StartMethod:
         self,
         told: WorkerStart,
         end: socket.socket,
-        board: Board | None,
+        board: Board,
         given_up: Callable[[], bool],
     ) -> Started:
         """Start a worker.

@@ -70,7 +70,7 @@ def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed
 class TimedAnswers(Answers):
     """Answers, and when each call ended; arguments as of :class:`Answers`."""
 
-    def __init__(self, outbox: Outbox, board: Board | None, fork: Fork) -> None:
+    def __init__(self, outbox: Outbox, board: Board, fork: Fork) -> None:
         super().__init__(outbox, board, fork)
         self._times: list[Timed] = []
         self._send = self._send_timed

@@ -72,7 +72,7 @@ def make_known(pool: ProcessPool, *functions: Callable[..., Any]) -> None:
 def has_begun(pool: ProcessPool) -> bool:
     """Tell whether a worker has begun a call, and not only been sent one."""
     boards = [worker.board for worker in pool._scheduler.workers()]
-    return any(board is not None and board.began > 0 for board in boards)
+    return any(board.began > 0 for board in boards)
 
 
 def has_begun_what_it_owes(pool: ProcessPool, count: int) -> bool:

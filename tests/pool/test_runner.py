@@ -44,9 +44,7 @@ class Desk:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         ours.settimeout(10)
-        board = Board.create()
-        assert board is not None
-        self.board = board
+        self.board = board = Board.create()
         self.pool = Channel(ours)
         self.worker = Channel(theirs)
         self.runner = Runner(self.worker, board, NoCap())  # type: ignore[arg-type]

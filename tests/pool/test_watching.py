@@ -21,7 +21,7 @@ from safepool.pool import watch
 from safepool.pool.core.worker import Member, Phase
 from safepool.pool.shell import staff
 from safepool.pool.shell.worker import Worker
-from safepool.workers.board import STACK_SIGNAL, Board
+from safepool.workers.board import NO_BOARD, STACK_SIGNAL, Board
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -358,7 +358,6 @@ def test_an_answer_that_comes_late_is_not_taken_for_another(
             monkeypatch.undo()
             os.kill(pid, signal.SIGCONT)
         board = pool._scheduler.workers()[0].board
-        assert board is not None
         until(lambda: board.written, "the late answer")
         assert main_stacks(pool.dump_tracebacks(timeout=10)[pid]) == 1
         error = pool.submit(tasks.be_killed).exception(timeout=30)
@@ -378,7 +377,6 @@ def test_stacks_that_were_asked_for_are_not_a_crashs(
         pid = pool.submit(tasks.pid).result(timeout=30)
         answers = [pool.dump_tracebacks(timeout=20)[pid] for _ in range(5)]
         board = pool._scheduler.workers()[0].board
-        assert board is not None
         assert (board.written == 0) == (kept_bytes == 0)
         error = pool.submit(support.crash).exception(timeout=30)
 
@@ -457,7 +455,7 @@ def test_a_pool_that_is_stuck_in_a_callback_can_be_looked_at(tmp_path: Path) -> 
 
 @on_linux
 def test_a_worker_without_a_board_is_said_to_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Board, "create", lambda: None)
+    monkeypatch.setattr(Board, "create", lambda: NO_BOARD)
     with ProcessPool(1) as pool:
         pool.submit(tasks.pid).result(timeout=30)
         assert the_worker(pool).tasks_done == 1

@@ -128,7 +128,6 @@ STEPS = st.lists(
 def test_records_come_back_as_they_were_written(steps: list[tuple[str, int, int]]) -> None:
     """Until they are flushed; what has no room is refused, and costs nothing."""
     board = Board.create()
-    assert board is not None
     there: list[tuple[int, int, int, bytes]] = []
     room = len(board._results)
     for position, (step, size, kind) in enumerate(steps, 1):
@@ -314,7 +313,6 @@ LANE_STEPS = st.lists(
 def test_a_lane_claims_what_follows_each_result(steps: list[tuple[str, int]]) -> None:
     """Up to its last call; and what was flushed is not there any more."""
     board = Board.create()
-    assert board is not None
     position, there = 1, 0
     slots = first = None
     for step, count in steps:

@@ -868,7 +868,6 @@ class Scheduler:
     def _revoke(self, staff: Staff, action: e.Revoke) -> e.Revoked:
         worker: Worker = action.worker
         board = worker.board
-        assert board is not None
         board.revoke(action.last)
         left: Sequence[e.Answered] = ()
         try:
@@ -948,7 +947,7 @@ class Scheduler:
         self._hiring.hired.open()
         if self._memory is not None:
             self._memory.meet(worker)
-        self._tell(staff, e.Hired(worker, worker.board is not None))
+        self._tell(staff, e.Hired(worker, bool(worker.board)))
         try:
             staff.send(worker, [*self._listener.greeting, *encode(Kind.LOG, 0)])
             staff.send(worker, self._dispatch.initialize(worker, self._hiring.inheritance))
@@ -998,7 +997,7 @@ class Scheduler:
     def _welcome(self, staff: Staff, worker: Worker, *, has_board: bool) -> None:
         if not has_board:
             worker.drop_board()
-        self._tell(staff, e.Ready(worker, worker.board is not None))
+        self._tell(staff, e.Ready(worker, bool(worker.board)))
 
     def _settled(self, run: MapRun, count: int) -> None:
         run.unsettled -= count
@@ -1027,11 +1026,10 @@ class Scheduler:
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
         by_pool, board, left = worker.was_ours(exitcode), worker.board, []
-        if board is not None:
-            try:
-                left = left_by(worker, board.left())
-            except ValueError as error:
-                worker.fault = worker.fault or error
+        try:
+            left = left_by(worker, board.left())
+        except ValueError as error:
+            worker.fault = worker.fault or error
         self._tell(
             staff,
             e.Died(
@@ -1040,8 +1038,8 @@ class Scheduler:
                 by_pool=by_pool,
                 lost=staff.lost,
                 forced=bool(self._forced),
-                claimed=0 if board is None else board.claimed,
-                began=0 if board is None else board.began,
+                claimed=board.claimed,
+                began=board.began,
                 results=left,
                 oom=self._oom.explain() if exitcode == _KILLED and not by_pool else None,
                 fault=worker.fault,

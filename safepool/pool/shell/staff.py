@@ -272,7 +272,7 @@ class Staff:
         The worker first writes its Python stack on its board.
         """
         pause_s = 0.0
-        if worker.board is not None and STACK_SIGNAL:
+        if worker.board and STACK_SIGNAL:
             worker.stack_begin = worker.board.written
             worker.end(STACK_SIGNAL)
             hog = isinstance(worker.condemned, MemoryExceeded)

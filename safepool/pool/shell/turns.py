@@ -330,8 +330,7 @@ class Turn:
 
     def has_begun(self) -> bool:
         """Tell whether the worker has come to the call."""
-        board = self.lane.worker.board
-        return board is not None and board.claimed >= self.position
+        return self.lane.worker.board.claimed >= self.position
 
     def rest(self) -> bytes:
         """Return what could not be sent at once."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safepool.errors import users_stack
 from safepool.pool.core.worker import Member
+from safepool.workers.board import NO_BOARD
 from safepool.workers.process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from safepool.pool.core.gauge import Gauge
     from safepool.pool.core.work import Span
     from safepool.procfs import MemoryFile
-    from safepool.workers.board import Board
     from safepool.workers.settings import Packed
     from safepool.workers.tree import TreeEnd
 
@@ -81,7 +81,6 @@ class Worker(Member, WorkerProcess):
     events: int = selectors.EVENT_READ
     stack_begin: int | None = None
     closed: bool = False
-    board: Board | None
     lane: Lane | None = None
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -116,7 +115,7 @@ class Worker(Member, WorkerProcess):
         asked, crashed = self.stack_begin is not None, exitcode is None or -exitcode in _CRASHES
         # Not in every case: a process that a task has forked leaves its stack on the same board if
         # it crashes.
-        if self.board is None or not (asked or crashed):
+        if not (asked or crashed):
             return ""
         return users_stack(self.board.fault(self.stack_begin))
 
@@ -137,6 +136,5 @@ class Worker(Member, WorkerProcess):
     def drop_board(self) -> None:
         """Do without the board: the worker's system cannot use it."""
         with self.guard:
-            if self.board is not None:
-                self.board.close()
-                self.board = None
+            self.board.close()
+            self.board = NO_BOARD

@@ -146,13 +146,13 @@ class Trace(CountedTrace, Listener):
         self._events.of_pool("break", why=event.why)
         for worker, row in self._rows.items():
             work, board = worker.ledger.head, worker.board
-            if work is not None and (board is None or board.claimed >= worker.next):
+            if work is not None and (not board or board.claimed >= worker.next):
                 row.given_up = (work, work.done)
 
     def _ended(self, action: Bury) -> None:
         worker, ending = action.worker, action.ending
         # The call that it began last; of the shortest calls it reports few.
-        since = worker.sent_ns if worker.board is None else worker.board.since_ns
+        since = worker.board.since_ns if worker.board else worker.sent_ns
         lost: Sequence[Lost] = ending.lost
         with self._lock:
             row = self._rows.pop(worker)
