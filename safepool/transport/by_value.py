@@ -39,7 +39,7 @@ from safepool.transport.held import (
     modules_by_value,
 )
 from safepool.transport.lazy import arrived_lazily, reducers
-from safepool.transport.marks import MAIN_NAMES, is_of_main, is_of_python, main_space
+from safepool.transport.marks import LRU_CACHE, MAIN_NAMES, is_of_main, is_of_python, main_space
 from safepool.transport.names import met, names_of, of_script, reduce_by_program
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 else:
     from cloudpickle import Pickler as CloudPickler
 
-_LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Every function that singledispatch returns runs this code.
 _dispatching: Any = functools.singledispatch(repr)
 _SINGLE_DISPATCH: types.CodeType = _dispatching.__code__
@@ -141,7 +140,7 @@ class ByValuePickler(CloudPickler):
     def _of_main(self, obj: Any) -> Any:
         """Reduce a function or class of ``__main__``; ``None`` for any other object."""
         kind = type(obj)
-        if not (kind is types.FunctionType or kind is _LRU_CACHE or issubclass(kind, type)):
+        if not (kind is types.FunctionType or kind is LRU_CACHE or issubclass(kind, type)):
             return None
         of_main = is_of_main(obj) or (
             kind is types.FunctionType and obj.__globals__ is main_space()
@@ -156,7 +155,7 @@ class ByValuePickler(CloudPickler):
         # By value, also if cloudpickle would find it in ``__mp_main__``.
         if issubclass(kind, type):
             return _reduce_class(obj)
-        if kind is _LRU_CACHE or obj.__code__ is _SINGLE_DISPATCH:
+        if kind is LRU_CACHE or obj.__code__ is _SINGLE_DISPATCH:
             return None
         if obj.__globals__.get("__name__") in MAIN_NAMES:
             # Not always those of the module: ``runpy`` and profilers have a copy.
@@ -175,7 +174,7 @@ def reducer_table(
     """
     own: dict[type, Callable[[Any], Any]] = {
         types.CodeType: _reduce_code,
-        _LRU_CACHE: _reduce_lru_cache,
+        LRU_CACHE: _reduce_lru_cache,
         functools.singledispatchmethod: _reduce_dispatch_method,
         functools.cached_property: _reduce_cached_property,
         **reducers(),

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copyreg
 import enum
-import functools
 import hashlib
 import pickle
 import types
@@ -24,7 +23,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from safepool.errors import let_handlers_pass
 from safepool.transport import weak
-from safepool.transport.marks import PLAIN, attribute_of, found_as, is_full, is_of_main, mark_of
+from safepool.transport.marks import (
+    LRU_CACHE,
+    PLAIN,
+    attribute_of,
+    found_as,
+    is_full,
+    is_of_main,
+    mark_of,
+)
 from safepool.transport.sharing import Shared
 
 if TYPE_CHECKING:
@@ -33,9 +40,8 @@ if TYPE_CHECKING:
 UNKNOWN: Final = b""
 """Of a value that is too large to be looked at, or shared: it may be the same or not."""
 
-_LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Decorators have put attributes on them that no type checker knows.
-_LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, _LRU_CACHE)
+_LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, LRU_CACHE)
 ABSENT: Final = b"absent"
 """What is said of a name that is not there."""
 
@@ -130,7 +136,7 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         if isinstance(obj, type):
             return tuple, ((name, mark_of(obj)),)
-        if isinstance(obj, _LRU_CACHE):
+        if isinstance(obj, LRU_CACHE):
             return tuple, ((name, obj.__wrapped__),)
         if hasattr(obj, "registry") and hasattr(obj, "__wrapped__"):  # of singledispatch
             return tuple, ((name, obj.__wrapped__, dict(obj.registry)),)

@@ -81,7 +81,7 @@ class _Origins:
 
         match node:
             case ast.ImportFrom(module=module, names=names, level=level):
-                origin = _absolute(module or "", level, space)
+                origin = absolute(module or "", level, space)
                 for alias in names if origin else ():
                     if alias.name == "*":
                         self.stars.append(origin)
@@ -201,7 +201,8 @@ def _is_typed(name: object) -> bool:
     return isinstance(name, str) and name.startswith(("<python-input-", "<stdin>-"))
 
 
-def _absolute(module: str, level: int, space: Mapping[str, Any]) -> str:
+def absolute(module: str, level: int, space: Mapping[str, Any]) -> str:
+    """Return the full name of a module that a statement imports; empty if it has none."""
     if not level:
         return module
     try:

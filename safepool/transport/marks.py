@@ -6,6 +6,7 @@ a child of ``multiprocessing`` by ``spawn`` or ``forkserver``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import types
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 MAIN_NAMES = frozenset({"__main__", "__mp_main__"})
 """The names under which the program's ``__main__`` is known in this process or another one."""
+
+LRU_CACHE = type(functools.lru_cache(lambda: None))
+"""Type of what ``functools.lru_cache`` returns."""
 
 PLAIN: frozenset[type] = frozenset({int, float, complex, bool, str, bytes, type(None)})
 """Types of which an object holds no other, and cannot be changed."""

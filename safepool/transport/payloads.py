@@ -76,75 +76,63 @@ def dumps(
         >>> loads(dumps({"a": lambda: 3}))["a"]()
         3
     """
-    segments = None if by_value else _by_reference(value, into_main=into_main, reducers=reducers)
-    if segments is not None:
-        return segments
     way = Outgoing(allowed=False)
-    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
-    return _dumps_by(way, value, dump, into_main=into_main, by_value=by_value, reducers=reducers)
+    return _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=reducers)
 
 
 def dumps_to_send(
     value: object, *, into_main: bool = False, by_value: bool = False
 ) -> list[Segment]:
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors."""
-    segments = None if by_value else _by_reference(value, into_main=into_main)
-    if segments is not None:
-        return [*segments]
     way = Outgoing(allowed=sys.platform == "linux")
-    dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=None)
-    segments = _dumps_by(way, value, dump, into_main=into_main, by_value=by_value)
+    segments = _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=None)
     return [*segments, *way.segments()]
-
-
-def _by_reference(
-    value: object, *, into_main: bool, reducers: Mapping[type, Callable[[Any], Any]] | None = None
-) -> list[bytes | memoryview] | None:
-    """Return the segments by the standard pickler; ``None`` if they may not be right."""
-    if by_value_modules() or are_beyond():
-        return None
-    try:
-        segments = segments_of(value, functools.partial(_standard_dumps, reducers=reducers))
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
-        let_handlers_pass(error)
-        return None
-    pickled = segments[0]
-    right = CONNECTION not in pickled and _SENTINEL not in pickled
-    return segments if right and _is_right(pickled, into_main=into_main) else None
-
-
-def _is_right(pickled: bytes | memoryview, *, into_main: bool) -> bool:
-    # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
-    # ``multiprocessing`` it is known by another one.
-    return not (b"__main__" in pickled or (into_main and b"__mp_main__" in pickled))
 
 
 def _dumps_by(
     way: Outgoing,
     value: object,
-    by_value_dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes],
     *,
     into_main: bool,
     by_value: bool,
-    reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+    reducers: Mapping[type, Callable[[Any], Any]] | None,
 ) -> list[bytes | memoryview]:
+    by_value = by_value or by_value_modules()
+    if not (by_value or are_beyond()):
+        dump = functools.partial(_standard_dumps, reducers=reducers)
+        segments = _tried(value, dump, into_main=into_main)
+        if segments and not (CONNECTION in segments[0] or _SENTINEL in segments[0]):
+            return segments
     known = registered()
     with way:
-        if known.beyond and not (by_value or by_value_modules()):
+        if known.beyond and not by_value:
             dump = functools.partial(_standard_dumps, reducers=reducers, known=known)
-            try:
-                segments = segments_of(value, dump)
-            except MemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001 -- as above
-                let_handlers_pass(error)
-            else:
-                if _is_right(segments[0], into_main=into_main):
-                    return segments
+            segments = _tried(value, dump, into_main=into_main)
+            if segments:
+                return segments
             way.drop()
-        return segments_of(value, by_value_dump)
+        dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
+        return segments_of(value, dump)
+
+
+def _tried(
+    value: object,
+    dump: Callable[[object, Callable[[pickle.PickleBuffer], bool]], bytes],
+    *,
+    into_main: bool,
+) -> list[bytes | memoryview] | None:
+    """Return the segments by the standard pickler; ``None`` if they may not be right."""
+    try:
+        segments = segments_of(value, dump)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+        let_handlers_pass(error)
+        return None
+    # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
+    # ``multiprocessing`` it is known by another one.
+    wrong = b"__main__" in segments[0] or (into_main and b"__mp_main__" in segments[0])
+    return None if wrong else segments
 
 
 def loads(segments: Sequence[Buffer]) -> Any:
@@ -204,12 +192,16 @@ def _standard_dumps(
     entries = len(copyreg.dispatch_table)
     kind: Any = _table_pickler(known, entries, arrays="numpy" in sys.modules, prints=prints)
     if reducers:
-        table: Any = ChainMap(dict(reducers), kind.dispatch_table)
-        # The table is an attribute of the class, where the C pickler looks for it.
-        kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
+        kind = _with(kind, reducers)
     file = Sink()
     _finish(kind(file, protocol=5, buffer_callback=in_band), file, value, script)
     return file.getvalue()
+
+
+def _with(kind: Any, reducers: Mapping[type, Callable[[Any], Any]]) -> Any:
+    # The table is an attribute of the class, where the C pickler looks for it.
+    table: Any = ChainMap(dict(reducers), kind.dispatch_table)
+    return type("PicklerOnce", (kind,), {"dispatch_table": table})
 
 
 @functools.lru_cache(maxsize=8)
@@ -259,9 +251,8 @@ def dump_by_value(
         "numpy" in sys.modules,
         script is not None and script.prints,
     )
-    if reducers is not None:
-        table = ChainMap(dict(reducers), kind.dispatch_table)
-        kind = type("PicklerOnce", (kind,), {"dispatch_table": table})
+    if reducers:
+        kind = _with(kind, reducers)
     pickler = kind(file, protocol=5, buffer_callback=in_band)
     pickler.to_worker = into_main
     if into_main:

@@ -239,13 +239,13 @@ def guarded_lines(source: str) -> tuple[tuple[int, int], ...]:
 def _guards(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     for statement in body:
         match statement:
-            case ast.If(test=test) if _asks(test):
+            case ast.If(test=test) if asks_for_name(test):
                 yield statement
             case ast.Match(subject=subject) if _is_name(subject):
                 yield statement
-            case ast.Expr(value=ast.BoolOp(values=[first, *_])) if _asks(first):
+            case ast.Expr(value=ast.BoolOp(values=[first, *_])) if asks_for_name(first):
                 yield statement
-            case ast.Expr(value=ast.IfExp(test=test)) if _asks(test):
+            case ast.Expr(value=ast.IfExp(test=test)) if asks_for_name(test):
                 yield statement
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 pass
@@ -262,7 +262,7 @@ def _inner(statement: ast.stmt) -> Iterator[ast.stmt]:
             yield from part.body
 
 
-def _asks(test: ast.expr) -> bool:
+def asks_for_name(test: ast.expr) -> bool:
     """Tell whether an expression compares ``__name__`` with ``"__main__"``.
 
     Or the name of the process with ``"MainProcess"``, which is that of no child either.

@@ -14,8 +14,9 @@ import sys
 import types
 from typing import TYPE_CHECKING
 
-from safepool.transport.held import sources_of
+from safepool.transport.held import absolute, sources_of
 from safepool.transport.marks import main_space
+from safepool.workers.plan import asks_for_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Imports:
         if isinstance(statement, ast.Import):
             self.modules += [alias.name for alias in statement.names if alias.name in sys.modules]
             return
-        module = _absolute(statement)
+        module = absolute(statement.module or "", statement.level, main_space())
         if module not in sys.modules:
             return
         self.modules.append(module)
@@ -50,13 +51,6 @@ class Imports:
             below = f"{module}.{alias.name}"
             if issubclass(type(sys.modules.get(below)), types.ModuleType):
                 self.modules.append(below)
-
-
-def _absolute(statement: ast.ImportFrom) -> str:
-    package = (main_space().get("__package__") or "").split(".")
-    up = statement.level - 1
-    base = package[: len(package) - up] if up >= 0 else []
-    return ".".join([*base, *([statement.module] if statement.module else [])])
 
 
 def _imports(sources: list[str]) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -71,14 +65,5 @@ def _imports(sources: list[str]) -> Iterator[ast.Import | ast.ImportFrom]:
                 yield node
             elif not isinstance(
                 node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.expr)
-            ) and not _is_guard(node):
+            ) and not (isinstance(node, ast.If) and asks_for_name(node.test)):
                 todo += reversed([*ast.iter_child_nodes(node)])
-
-
-def _is_guard(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.If)
-        and isinstance(node.test, ast.Compare)
-        and isinstance(node.test.left, ast.Name)
-        and node.test.left.id == "__name__"
-    )

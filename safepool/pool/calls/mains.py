@@ -15,7 +15,6 @@ Not covered:
 from __future__ import annotations
 
 import enum
-import functools
 import operator
 import sys
 import types
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from safepool.transport.lazy import LAZY_TYPES, loaded
 from safepool.transport.marks import (
+    LRU_CACHE,
     MAIN_NAMES,
     PLAIN,
     attribute_of,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _PLAIN = PLAIN | {type(...), range} | LAZY_TYPES
-LRU_CACHE = type(functools.lru_cache(lambda: None))
 # Parts of annotations, which are pickled as names.
 _BUILT_IN = _PLAIN | {tuple, list, dict, set, frozenset, bytearray, object, type}
 _MOST_PARTS = 100

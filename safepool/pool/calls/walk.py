@@ -13,7 +13,6 @@ from safepool.pool.calls.deliveries import Delivery, versions
 from safepool.pool.calls.known import Known
 from safepool.pool.calls.mains import (
     ABSENT,
-    LRU_CACHE,
     is_data,
     is_definition,
     is_importable,
@@ -35,7 +34,7 @@ from safepool.pool.calls.values import (
 )
 from safepool.pool.hands import LateError, within
 from safepool.transport.held import Held, held_by_module
-from safepool.transport.marks import attribute_of, attributes_of, main_space
+from safepool.transport.marks import LRU_CACHE, attribute_of, attributes_of, main_space
 from safepool.transport.names import mentioned_in
 
 if TYPE_CHECKING:
