@@ -401,7 +401,7 @@ def _lacks_as_context(value: Any) -> str:
 def _lacks_as_environment(value: Any) -> str:
     for name, text in () if callable(value) else value.items():
         if not name or "=" in name or "\0" in name + text:
-            return 'a mapping of variables (a name is not empty and has no "=", neither has a NUL)'
+            return 'a mapping of variables (a name is not empty and has no "="; no text has a NUL)'
     return ""
 
 
@@ -445,7 +445,7 @@ ENVIRONMENT = Rule(
     lacks=_lacks_as_environment,
     remedy='Write numbers as text: {"OMP_NUM_THREADS": "2"}',
 )
-"""Of ``env`` where it is no function, and what it returns for one worker if it is."""
+"""Rule of a mapping in ``env``, and of the result of a function in ``env``."""
 
 RULES: dict[str, Rule] = {
     "buffersize": _integer(
@@ -456,11 +456,11 @@ RULES: dict[str, Rule] = {
     ),
     "chunksize": _integer(
         1,
-        "The number is that of the items in one task",
+        "It is the number of items in one task",
         lacks=_unless(lambda value: value >= 1, ">= 1."),
     ),
     "end_subprocesses": _flag(
-        "True ends the programs that tasks have started when this program ends"
+        "With True, programs that tasks started end together with this program"
     ),
     "env": replace(
         ENVIRONMENT,
@@ -468,7 +468,7 @@ RULES: dict[str, Rule] = {
         is_kind=lambda value: callable(value) or _is_environment(value),
     ),
     "function": Rule(
-        kind="something that can be called",
+        kind="a callable",
         is_kind=lambda value: callable(value) or isinstance(value, (classmethod, staticmethod)),
         remedy="Pass threads=, timeout= and retries= by name",
     ),
@@ -498,19 +498,19 @@ RULES: dict[str, Rule] = {
         kind="a callable", is_kind=callable, remedy="Pass its arguments by initargs="
     ),
     "main": _one_of("auto", "run", "value", remedy='Leave it out for "auto"'),
-    "max_memory_per_worker": _size("Pass None to replace no worker for its size"),
+    "max_memory_per_worker": _size("Pass None for no limit"),
     "max_nbytes": Rule(
         kind=_MAX_NBYTES,
         is_kind=_is_size,
         lacks=_lacks_as_size_for_joblib,
-        remedy="Units of a size are K, M and G (powers of 1024). Pass None to place no array",
+        remedy="Units of a size are K, M and G (powers of 1024). Pass None to place no array once",
         optional=True,
     ),
     "max_tasks_per_child": Rule(
         kind="an integer",
         is_kind=_is_index,
         lacks=_unless(lambda value: value >= 1, ">= 1"),
-        remedy="Pass None to replace no worker for its tasks",
+        remedy="Pass None for no limit",
     ),
     "maxtasksperchild": Rule(  # the words of multiprocessing.Pool, as for processes
         kind="a positive int or None",
@@ -518,7 +518,7 @@ RULES: dict[str, Rule] = {
         lacks=_unless(
             lambda value: isinstance(value, int) and value > 0, "a positive int or None"
         ),
-        remedy="Pass None to replace no worker for its tasks",
+        remedy="Pass None for no limit",
     ),
     "max_workers": Rule(
         kind="an integer of at least 1",
@@ -529,13 +529,19 @@ RULES: dict[str, Rule] = {
     "memory_limit": _size("Pass None for no limit"),
     "memory_per_worker": _size("Pass None to ignore memory"),
     "mmap_mode": _one_of(
-        "auto", "r", "r+", "w+", "c", remedy='"c" lets each task write for itself', optional=True
+        "auto",
+        "r",
+        "r+",
+        "w+",
+        "c",
+        remedy='With "c", each task writes into its own copy',
+        optional=True,
     ),
     "mp_context": Rule(
         kind="a context of multiprocessing, or the name of a start method",
         is_kind=_is_context,
         lacks=_lacks_as_context,
-        remedy="Leave it out for the best start method here. The function is initializer=",
+        remedy="Leave it out for the best start method here. Pass a function by initializer=",
         choices=("safepool", "loky", "spawn", "fork", "forkserver"),
     ),
     "n": _integer_or_auto('"auto" is the number of CPUs that the limits grant'),
@@ -546,10 +552,14 @@ RULES: dict[str, Rule] = {
         lacks=_unless(lambda value: value != 0, "other than 0"),
         optional=True,
     ),
-    "on_worker_death": _one_of("replace", "break", remedy='"break" is the standard pool\'s way'),
+    "on_worker_death": _one_of(
+        "replace", "break", remedy='"break" ends the whole pool, as in the standard pool'
+    ),
     "ordered": _flag("False yields each result when its call has ended"),
     "pin_workers": _flag("True binds each worker to CPUs of its own"),
-    "prefer": _one_of("processes", remedy="Leave it out to have threads where calls prefer them"),
+    "prefer": _one_of(
+        "processes", remedy="Leave it out to use threads for calls that prefer them"
+    ),
     "preload": Rule(
         kind='"auto" or a list of module names',
         is_kind=_is_names,
@@ -557,7 +567,7 @@ RULES: dict[str, Rule] = {
             lambda value: not isinstance(value, str) or value == "auto",
             '"auto" or a list of module names',
         ),
-        remedy="Pass [] to import nothing ahead",
+        remedy="Pass [] to preload nothing",
         choices=("auto",),
     ),
     "processes": Rule(
@@ -579,7 +589,7 @@ RULES: dict[str, Rule] = {
         lambda value: 0 <= value < math.inf,
         "The workers leave that many CPUs to this process, such as 0.5",
     ),
-    "retries": _integer(0, "Pass 0 to run no call again"),
+    "retries": _integer(0, "Pass 0 for no retries"),
     "return_exceptions": _flag("True yields a call's exception in the place of its result"),
     "rounding": _one_of(
         "floor", "nearest", "ceil", remedy='"floor" leaves a fraction of a CPU to this process'
@@ -601,9 +611,9 @@ RULES: dict[str, Rule] = {
     ),
     "writable": _flag("True lets each task write into a view of its own"),
 }
-"""What each parameter takes, by its name. Those of :func:`checked` come first."""
+"""The rule of each parameter, by its name."""
 
 TIME_TO_WAIT = _number(
-    "a number of seconds", lambda value: not math.isnan(value), "None waits for ever"
+    "a number of seconds", lambda value: not math.isnan(value), "Pass None to wait without a limit"
 )
-"""A ``timeout`` of whoever waits: below 0 is no time at all, as in the standard library."""
+"""Rule of the ``timeout`` of a wait. A number below 0 is 0, as in the standard library."""

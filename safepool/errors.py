@@ -149,7 +149,7 @@ class OutOfMemory:
             told += f" in {source}"
         return (
             f"the limit of {_mebibytes(self.limit_bytes)} in {group} was used up ({told}). "
-            "Fewer workers leave more to each: see max_workers= and memory_per_worker="
+            "Run fewer workers: see max_workers= and memory_per_worker="
         )
 
 
@@ -170,9 +170,9 @@ class MemoryExceeded:
         ...     limit_bytes=2 << 30, held_bytes=2310 << 20, born_bytes=12 << 20,
         ...     source="/proc/4711/statm",
         ... ))  # doctest: +NORMALIZE_WHITESPACE
-        'it held 2,310 MiB, and memory_limit= is 2,048 MiB (resident less shared memory in
-        /proc/4711/statm, without the 12 MiB of its birth). Raise memory_limit=, or use less memory
-        in each task'
+        'it held 2,310 MiB, and memory_limit= is 2,048 MiB (resident minus shared memory in
+        /proc/4711/statm, minus the 12 MiB that it started with). Raise memory_limit=, or use less
+        memory in each task'
     """
 
     limit_bytes: int
@@ -183,9 +183,9 @@ class MemoryExceeded:
     def __str__(self) -> str:
         return (
             f"it held {_mebibytes(self.held_bytes)}, and memory_limit= is "
-            f"{_mebibytes(self.limit_bytes)} (resident less shared memory in {self.source}, "
-            f"without the {_mebibytes(self.born_bytes)} of its birth). Raise memory_limit=, or "
-            "use less memory in each task"
+            f"{_mebibytes(self.limit_bytes)} (resident minus shared memory in {self.source}, "
+            f"minus the {_mebibytes(self.born_bytes)} that it started with). Raise memory_limit=, "
+            "or use less memory in each task"
         )
 
 

@@ -59,7 +59,9 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
         ValueError: The mode is none of joblib's.
     """
     if mmap_mode not in _MODES:
-        raise ValueError(f"mmap_mode={mmap_mode!r} is none of {', '.join(map(repr, _MODES))}")
+        raise ValueError(
+            f"mmap_mode must be one of {', '.join(map(repr, _MODES))}, not {mmap_mode!r}"
+        )
     if mmap_mode == "r" and _mode_of_context() is _UNSET:
         return "c"
     if mmap_mode in ("r+", "w+"):

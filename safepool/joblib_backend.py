@@ -443,9 +443,9 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             ):
                 if value is not None:
                     tell_once(
-                        f"{word}= of the joblib backend 'safepool' ends tasks in workers. This "
-                        "call has none: it is sequential, in this process, where nothing can end "
-                        "a task. Leave it out",
+                        f"{word}= of the joblib backend 'safepool' has no effect on a sequential "
+                        "call: it runs in this process, and only tasks in workers can be ended. "
+                        "Leave it out",
                         subject=f"{word} of a sequential call",
                     )
             raise FallbackToBackend(sequential(self._label, self.nesting_level))

@@ -89,5 +89,5 @@ def _quota(limits: Limits, cpus: float | None) -> float | None:
         enough = limits.cpu_quota is not None and limits.cpu_quota <= (real or math.inf)
         return None if enough else real
     if real is not None and cpus > real:
-        raise PretendError(f"--cpus {cpus:g} is more than the {real:g} CPUs that there really are")
+        raise PretendError(f"--cpus {cpus:g} is more than the {real:g} real CPUs of this process")
     return cpus

@@ -81,7 +81,7 @@ def environment(cpus: int, folder: Path) -> dict[str, str]:
     # The loader goes on without a library that it cannot load, such as from a noexec folder.
     if asked.stdout.split() != [str(cpus)] * 2:
         said = (asked.stderr.strip() or asked.stdout.strip() or "nothing").splitlines()[0]
-        raise PretendError(f"{sys.executable} does not see {cpus} CPUs with {library}: {said}")
+        raise PretendError(f"{sys.executable} with {library} does not report {cpus} CPUs: {said}")
     return variables
 
 
@@ -131,8 +131,9 @@ def seen_from_inside(limits: Limits, cpus: int) -> Limits:
     real = limits.affinity.cpus or 1.0
     if min((quota.cpus for quota in limits.quotas if quota.cpus), default=real + 1) > real:
         raise PretendError(
-            f"needs a quota of at most the {real:g} CPUs that there really are, which nothing "
-            "else tells. Run it in a container with one, or as root with --cpus"
+            f"needs a CPU quota of at most {real:g}, the real CPUs of this process: nothing else "
+            "tells the pool the real limit. Run it in a container with a quota, or as root with "
+            "--cpus"
         )
     affinity = Limit(name=AFFINITY, cpus=float(cpus), source="--pretend-host-cpus", raw=str(cpus))
     return replace(limits, affinity=affinity)

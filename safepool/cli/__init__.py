@@ -128,9 +128,9 @@ def _run(argv: Sequence[str] | None) -> int:
         if command:
             options.command = [*options.command, *command[bool(not options.command) :]]
         if options.run is _run_doctor and options.libraries and (options.pid or options.watch):
-            asked.error("--pid and --watch go without a library")
+            asked.error("--pid and --watch cannot be combined with a library")
         if options.cluster and (options.run is not _run_limits or options.pid or options.watch):
-            asked.error("--cluster goes without --pid, --watch and another command")
+            asked.error("--cluster cannot be combined with --pid, --watch or another command")
         if options.run is _run_run and not options.command:
             asked.error("a command is missing, as in: safepool run -- python train.py")
     except SystemExit as stop:

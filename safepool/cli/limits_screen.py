@@ -351,7 +351,7 @@ def _view(pid: int) -> View:
         except ProcessLookupError as error:
             raise ScreenError(str(error)) from error
     else:  # not Linux
-        raise ScreenError("--pid and --watch need Linux, whose /proc tells about processes")
+        raise ScreenError("--pid and --watch read /proc, which only Linux has")
 
 
 def _sampled(

@@ -284,7 +284,7 @@ def read(path: str) -> Report:
     except (OSError, ValueError) as error:
         raise ReportError(path, getattr(error, "strerror", None) or str(error)) from None
     if not known:
-        raise ReportError(path, "it is empty, or no trace of a safepool pool")
+        raise ReportError(path, "the file is empty, or no trace of a safepool pool")
     report.slowest = sorted(report.slowest, reverse=True)[:_SLOWEST]
     for row in report.workers.values():
         row.end(report.seconds)

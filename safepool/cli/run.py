@@ -282,8 +282,8 @@ def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
         return _exec(command, environ)
     except FileNotFoundError as error:
         if found := shutil.which(command[0]):
-            why = f"there is no {as_ascii(' '.join(_shebang(found)[:1])) or 'interpreter for it'}"
-            raise RunError(f"{name}: cannot be run: {why}", 126) from error
+            its = as_ascii(" ".join(["its interpreter", *_shebang(found)[:1]]))
+            raise RunError(f"{name}: cannot be run: {its} does not exist", 126) from error
         raise RunError(f"{name}: command not found", 127) from error
     except OSError as error:
         raise RunError(f"{name}: cannot be run: {error.strerror}", 126) from error

@@ -60,7 +60,7 @@ def read(pid: int) -> list[Row]:
         TopError: The process does not exist, or access is refused.
     """
     if not os.path.isdir("/proc/self/fd"):
-        raise TopError("top needs Linux, whose /proc tells about processes")
+        raise TopError("top reads /proc, which only Linux has")
     try:
         owner = _owner(pid)
         if owner != _owner("self"):
@@ -75,7 +75,7 @@ def read(pid: int) -> list[Row]:
             "container"
         ) from error
     except OSError as error:
-        raise TopError(f"there is no process {pid}. Pass the number of a running one") from error
+        raise TopError(f"there is no process {pid}. Pass the id of a running process") from error
     now_ns = time.monotonic_ns()
     found = []
     for board in boards:

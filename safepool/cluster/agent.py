@@ -322,8 +322,8 @@ class Agent:
         session = self._sessions.get(name)
         if session is None:
             raise SessionLostError(
-                f"process {os.getpid()} does not know the session {name}: it has started anew, or "
-                f"heard nothing of it for {_LAPSE_S:.0f} s"
+                f"process {os.getpid()} has no session {name}: the process was restarted, or the "
+                f"session sent nothing for {_LAPSE_S:.0f} s"
             )
         session.heard_s = time.monotonic()
         return session

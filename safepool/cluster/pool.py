@@ -407,10 +407,13 @@ def _carrier(engine: Any, nodes: int | Sequence[str] | None) -> Carrier:
     told: object = getattr(engine, "_max_workers", None)
     number = nodes if isinstance(nodes, int) else told
     if nodes is not None and not isinstance(nodes, int):
-        raise ValueError("nodes= of an executor is a number: it does not say which is which")
+        raise ValueError(
+            "nodes= must be a number if the engine is an executor, which does not name its nodes"
+        )
     if not isinstance(number, int):
         kind = type(engine).__name__
         raise ValueError(  # noqa: TRY004 -- it is nodes= that lacks
-            f"{kind} does not say how many calls it runs at a time. Pass that number as nodes="
+            f"{kind} does not report the number of calls that it runs at a time. Pass that number "
+            "as nodes="
         )
     return ExecutorCarrier(engine, number)

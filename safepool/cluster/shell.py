@@ -480,8 +480,8 @@ class Shell:
         """
         if self._carrier.at_once:
             raise NotImplementedError(
-                "ClusterPool cannot look into the nodes of an executor: each node runs one call "
-                "until it has ended, and answers nothing else. Pass a distributed.Client instead"
+                "ClusterPool cannot ask the nodes of an executor for their state: each node runs "
+                "one long call and answers nothing else. Pass a distributed.Client instead"
             )
         self.check_may_wait()
         asked: dict[str, Future[Any]] = {}

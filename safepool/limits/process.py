@@ -58,7 +58,7 @@ class ProcessView:
         if not os.path.isdir(f"/proc/{pid}"):
             if not os.path.isdir("/proc/self"):
                 raise ProcessLookupError(
-                    "/proc is not mounted here: other processes cannot be read. Mount it"
+                    "cannot read other processes: /proc is not mounted here. Mount it"
                 )
             raise ProcessLookupError(f"there is no process {pid}")
         self.pid = pid

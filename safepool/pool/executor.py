@@ -139,8 +139,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
             processes go on, even after their task and after the pool. The option costs one small
             process above the fork server. ``False`` leaves such processes alone. In both cases a
             timeout, or a kill of the task, ends the processes that the task started. The option
-            needs workers that a server forks; where each worker is started afresh, the pool logs
-            once that the option has no effect. Example: ``end_subprocesses=True``.
+            needs workers that a server forks; where each worker is a fresh interpreter, the pool
+            logs once that the option has no effect. Example: ``end_subprocesses=True``.
 
         *Start*
         mp_context (context or str; default None): A ``multiprocessing`` context that starts the
@@ -267,9 +267,9 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         if stands_for_forks and self._inherits and (shared := shared_with_forks()):
             self._mp_context = find_context("fork")
             tell_once(
-                f"workers are forks of this process, because only forks inherit {shared}. To have "
-                'clean workers, make it by multiprocessing.get_context("spawn"), and pass it by '
-                "initializer= and initargs="
+                f"workers are forks of this process, because only forks inherit {shared}. "
+                'Make it by multiprocessing.get_context("spawn") and pass it by initializer= and '
+                "initargs= to have clean workers"
             )
         method = method_of(self._mp_context)
         if main == "run" and method.by_value:

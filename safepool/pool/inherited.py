@@ -170,8 +170,8 @@ def _tell(asked: Future[list[str]]) -> None:
     names = asked.result()
     tell_once(
         f"workers do not have the program's value of {', '.join(names)}. They import the module "
-        "anew, where a fork would have the value. Pass it as an argument, or set it in the "
-        "workers by initializer= and initargs="
+        "again, and only forks of this process have the value. Pass it as an argument, or set it "
+        "in the workers by initializer= and initargs="
     )
 
 

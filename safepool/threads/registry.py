@@ -110,10 +110,12 @@ def register(
             )
         if row.name != runtime.name and (taken := _names(row) & _names(runtime)):
             raise ValueError(
-                f"{min(taken)} is a variable of {row.name!r} already: leave it out of the new row"
+                f"{min(taken)} is already a variable of {row.name!r}: leave it out of the new row"
             )
     if write is not None and not runtime.modules:
-        raise ValueError("write= is called with a module, and runtime.modules is empty: name one")
+        raise ValueError(
+            "write= is called with a module, but runtime.modules is empty: name one there"
+        )
     call = None if write is None else Call(read=read, write=write, undone=read is not None)
     _added[runtime.name] = (runtime, call)
     _changed()

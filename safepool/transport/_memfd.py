@@ -197,7 +197,7 @@ def _fill(
         while done < len(buffer):
             if given_up():
                 raise InterruptedError(
-                    "the copy of arrays was stopped: its call is no longer wanted"
+                    "the copy of arrays was stopped: its call is no longer needed"
                 )
             piece = buffer[done : done + _STEP_BYTES]
             room.require(len(piece), done_bytes, whole_bytes)
@@ -292,7 +292,7 @@ def _read(descriptor: int, size: int) -> memoryview:
     while done < size:
         count = linux.preadv(descriptor, [whole[done : done + _MOST_WRITTEN_BYTES]], done)
         if not count:
-            raise CorruptFrameError(f"a file of {done} bytes, {size} announced")
+            raise CorruptFrameError(f"expected a file of {size} bytes, found {done}")
         done += count
     return whole
 
@@ -410,14 +410,12 @@ class Side:
         ]
         if len(data) != _NUMBER.size or _NUMBER.unpack(data)[0] != self._received:
             close_all(descriptors)
-            raise CorruptFrameError(f"file {self._received} was announced, {data!r} was received")
+            raise CorruptFrameError(f"expected file {self._received}, found {data!r}")
         if len(descriptors) == count:
             return descriptors
         close_all(descriptors)
         if not told & socket.MSG_CTRUNC:
-            raise CorruptFrameError(
-                f"{count} descriptors were announced, {len(descriptors)} were received"
-            )
+            raise CorruptFrameError(f"expected {count} descriptors, found {len(descriptors)}")
         return []
 
     def close(self) -> None:
@@ -449,7 +447,7 @@ def _check(descriptor: int, lengths: Sequence[int]) -> None:
     found = os.fstat(descriptor).st_size
     if seals & _SEALS != _SEALS or found < size:
         raise CorruptFrameError(
-            f"a file of {size} bytes was announced, {found} bytes with seals {seals:#x} received"
+            f"expected a sealed file of {size} bytes, found {found} bytes with seals {seals:#x}"
         )
 
 

@@ -142,8 +142,8 @@ class Descriptor(bytearray):
         number, self._number = self._number, -1
         if number < 0:
             raise OSError(
-                "this descriptor was taken before, and can be taken once only: keep what the "
-                "first call returned"
+                "this descriptor was detached before, and detach() works only once: keep the "
+                "number that the first call returned"
             )
         return number
 
@@ -265,8 +265,8 @@ def arrive(place: int) -> Descriptor:
     incoming: Incoming | None = getattr(_thread, "incoming", None)
     if incoming is None:
         raise LookupError(
-            f"descriptor {place} cannot be unpickled here: it travels between a pool and a worker "
-            "only"
+            f"descriptor {place} cannot be unpickled here: only a pool and its workers exchange "
+            "descriptors"
         )
     return incoming.take(place)
 

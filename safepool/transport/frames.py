@@ -198,7 +198,7 @@ def _table_of(filed: Filed) -> list[int]:
 
 
 def _fetch_nothing(_kind: Kind, _lengths: tuple[int, ...]) -> list[Received]:
-    raise CorruptFrameError("a frame refers to a file, and this channel has none")
+    raise CorruptFrameError("a frame refers to a file, but this channel has no files")
 
 
 class FrameReader:
@@ -375,10 +375,10 @@ class FrameReader:
             elif length & _IN_A_FILE and inside <= _MOST_BYTES and self._goes_on(len(in_stream)):
                 self._files[-1][1].append(inside)
             else:
-                raise CorruptFrameError(f"a segment of length {length:#x} is announced")
+                raise CorruptFrameError(f"invalid length of a segment: {length:#x}")
         whole = sum(in_stream)
         if whole > _MOST_BYTES or (whole > _FIRST_BYTES and not _could_be_had(whole)):
-            raise CorruptFrameError(f"segments of {whole:,} bytes are announced")
+            raise CorruptFrameError(f"invalid length of all segments: {whole:,} bytes")
         self._expect(in_stream)
         assert self._head is not None
         if self._hold is not None and whole >= _HELD_BYTES and self._head[0] in _ANSWERS:

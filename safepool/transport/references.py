@@ -142,8 +142,8 @@ def attach(number: int) -> Any:
     shared = _kept.get(number) or _made.get(number)
     if shared is None:
         raise LookupError(
-            f"shared object {number} cannot be unpickled here: it travels to workers of a pool "
-            "only"
+            f"shared object {number} cannot be unpickled here: only workers of a pool have shared "
+            "objects"
         )
     return shared.value
 

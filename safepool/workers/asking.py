@@ -43,7 +43,7 @@ _ENDING_S = 1.0
 LOOK_S = 0.1
 """Between two looks whether an import is still waited for: Ctrl-C must not have to."""
 
-_HAD_THREADS = "it had threads from its start, which an agent or a debugger brings: {}"
+_HAD_THREADS = "it had threads from its start, usually those of an agent or a debugger: {}"
 
 # Modules that cannot be preloaded in this program: the first part of the name, and whether it was
 # requested by name. A request by name is refused only for threads.
@@ -341,9 +341,9 @@ class RunningServer:
                 raise CannotForkError(f"the system refuses its fork: {os.strerror(answer)}")
             raise OSError(answer, os.strerror(answer))
         if what == "unforkable":
-            raise CannotForkError(f"its fork raised {answer}")
+            raise CannotForkError(f"its fork failed: {answer}")
         if self._plan is not None:
-            raise CannotRunError(f"it starts threads that stay ({', '.join(answer)})")
+            raise CannotRunError(f"it starts threads that do not end ({', '.join(answer)})")
         raise self._useless(answer, imported=bool(self._asked))
 
     def _useless(self, threads: Sequence[str], *, imported: bool) -> Exception:

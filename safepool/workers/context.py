@@ -155,7 +155,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 # a user of the standard library's way.
                 logging.INFO if threads > 1 or self._asked_only else logging.WARNING,
                 "%s is not run in the fork server: %s. Its functions travel to workers by value. "
-                'Move what is not for workers below if __name__ == "__main__":, or pass '
+                'Move work that workers do not need below if __name__ == "__main__":, or pass '
                 'main="value"',
                 plan.name or plan.path,
                 problem,

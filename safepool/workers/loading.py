@@ -57,9 +57,9 @@ def check_no_import() -> None:
         elif code is payloads.loads.__code__ and module and _in_a_worker(frame):
             raise RuntimeError(
                 f"module {module} starts a process pool when it is imported, and this worker "
-                "imports it to find a function of it: the worker's worker would do the same, and "
-                f"so on. Start the pool in a function of {module}, or below "
-                "if __name__ == '__main__':"
+                f"imports {module} to find one of its functions: the new pool's workers would "
+                f"import {module} too, and start pools without end. Start the pool in a function "
+                f"of {module}, or below if __name__ == '__main__':"
             )
         frame = frame.f_back
 

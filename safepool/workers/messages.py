@@ -194,16 +194,16 @@ def read_values(segments: Sequence[bytes | bytearray | memoryview]) -> tuple[int
     """Return microseconds and values of a frame of :func:`values_frame` or :func:`numbers_frame`.
 
     Raises:
-        CorruptFrameError: The frame is none of values.
+        CorruptFrameError: The frame is no frame of values.
     """
     try:
         head, data = segments
         spent, kind = _VALUES.unpack(head)
         values = numbers_of(kind, data) if kind else pickle.loads(data)
     except Exception as error:
-        raise CorruptFrameError(f"a frame of values that cannot be read: {error!r}") from error
+        raise CorruptFrameError(f"cannot read a frame of values: {error!r}") from error
     if not isinstance(values, list) or not values:
-        raise CorruptFrameError(f"a frame of values that holds {values!r}")
+        raise CorruptFrameError(f"expected a list of values, found {values!r}")
     return spent, values
 
 
@@ -216,11 +216,11 @@ def read_tasks(
         CorruptFrameError: The table does not fit what follows it.
     """
     if len(segments) != 2 or len(segments[0]) % _CALL.size:
-        raise CorruptFrameError("a frame of calls without a table of them")
+        raise CorruptFrameError("a frame of calls without a valid table of calls")
     pickles = memoryview(segments[1])
     at = 0
     for function, length in _CALL.iter_unpack(segments[0]):
         yield function, pickles[at : at + length]
         at += length
     if at != len(pickles):
-        raise CorruptFrameError(f"{len(pickles)} bytes of calls, {at} announced")
+        raise CorruptFrameError(f"expected {at} bytes of calls, found {len(pickles)}")

@@ -181,7 +181,7 @@ def _prepared(module: types.ModuleType, name: str, path: str, known: bytes) -> t
         loader = None if spec is None else spec.loader
         code = marshal.loads(known) if known else loader and loader.get_code(name)
         if spec is None or code is None:
-            raise ImportError(f"no code of {name} is found")
+            raise ImportError(f"cannot find the code of {name}")
         file = spec.origin
     else:
         code, file = marshal.loads(known) if known else _code_of(path), path

@@ -208,7 +208,7 @@ class _Server:
         self._hear_of_endings()
         threads = _foreign_threads() if details["forks"] else []
         if threads and not report["problem"]:
-            report["problem"] = f"it starts threads that stay ({', '.join(threads)})"
+            report["problem"] = f"it starts threads that do not end ({', '.join(threads)})"
         find_ahead()
         gc.freeze()
         gc.enable()

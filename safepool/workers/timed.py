@@ -63,7 +63,7 @@ def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed
         CorruptFrameError: The frame is none of times.
     """
     if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
-        raise CorruptFrameError("a frame of times of another size")
+        raise CorruptFrameError("a frame of times has a wrong size")
     return [Timed._make(entry) for entry in _ENTRY.iter_unpack(segments[0])]
 
 

@@ -212,12 +212,12 @@ class Server:
     def _be_afresh(self, error: asking.CannotForkError) -> None:
         self._afresh = True
         _log_once(
-            "each worker is started afresh, as no fork server can be used "
-            f"(a start takes longer, and no memory is shared): {error}"
+            "no fork server can be used, so each worker is a fresh interpreter "
+            f"(workers start more slowly and share no memory): {error}"
         )
         if self._kept:
             _log_once(
-                "end_subprocesses=True has no effect on workers that are started afresh: "
+                "end_subprocesses=True has no effect if each worker is a fresh interpreter: "
                 "processes that their tasks start may outlive this program. End them in the task"
             )
 
@@ -269,7 +269,9 @@ class Server:
             except (asking.CannotForkError, asking.CannotRunError, InterruptedError):
                 self._stop()  # it may be in the middle of an import, or have run half a script
                 raise
-        raise asking.CannotForkError(f"{_MOST_STARTS} in a row failed; the last {why}")
+        raise asking.CannotForkError(
+            f"{_MOST_STARTS} fork servers in a row failed; the last {why}"
+        )
 
     def _lose(self, running: asking.RunningServer, error: Exception, attempt: int) -> str:
         """End a server that was lost, and say how it ended."""

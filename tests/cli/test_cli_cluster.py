@@ -34,7 +34,7 @@ def test_without_dask_the_install_command_is_said(
 )
 def test_it_goes_alone(others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--cluster", "tcp://scheduler:8786", *others]) == 2
-    assert "--cluster goes without" in capsys.readouterr().err
+    assert "--cluster cannot be combined with" in capsys.readouterr().err
 
 
 # One row per address: where nobody answers, and what is none.

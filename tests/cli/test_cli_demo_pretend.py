@@ -254,7 +254,7 @@ REFUSED = {
     "no compiler": ({"PATH": "", "CC": ""}, "there is no cc, gcc or clang here"),
     "a compiler that is not there": ({"CC": "no-such-cc"}, "no-such-cc does not run"),
     "a compiler that fails": ({"CC": "false"}, "false cannot compile"),
-    "a file that is no library": ({"CC": "true"}, "does not see 48 CPUs"),
+    "a file that is no library": ({"CC": "true"}, "does not report 48 CPUs"),
 }
 
 

@@ -237,8 +237,12 @@ def test_a_script_whose_interpreter_is_missing_says_so(tmp_path: Path) -> None:
     of_windows = safepool_run("--", written(tmp_path, "#!/bin/sh\r\n"))
 
     assert ended.returncode == 126
-    assert ended.stderr.endswith("script: cannot be run: there is no /no/such/python\n")
-    assert of_windows.stderr.endswith("cannot be run: there is no /bin/sh\\x0d\n")
+    assert ended.stderr.endswith(
+        "script: cannot be run: its interpreter /no/such/python does not exist\n"
+    )
+    assert of_windows.stderr.endswith(
+        "cannot be run: its interpreter /bin/sh\\x0d does not exist\n"
+    )
 
 
 def safepool_run(

@@ -422,14 +422,14 @@ def test_what_is_large_goes_past_the_scheduler_where_it_can(kind: str) -> None:
 
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:
-    with pytest.raises(agent.SessionLostError, match="does not know the session"):
+    with pytest.raises(agent.SessionLostError, match="has no session"):
         agent._deliver("never", Packet.of(None))
 
 
 # Each wrong argument, and what its error says.
 WRONG: dict[str, tuple[tuple[Any, dict[str, Any]], type[Exception], str]] = {
     "names of an executor's nodes": (
-        (ThreadPoolExecutor(1), {"nodes": ["a"]}), ValueError, "does not say which is which",
+        (ThreadPoolExecutor(1), {"nodes": ["a"]}), ValueError, "does not name its nodes",
     ),
     "an executor of no known size": ((Executor(), {}), ValueError, "Pass that number as nodes="),
 }  # fmt: skip
@@ -523,7 +523,7 @@ def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
         assert asyncio.run(awaited(pool)) == [3, [4, 5], [6, 7]]
         assert pool.size == 1
         assert [node.place for node in pool.nodes()] == ["call 1"]
-        with pytest.raises(NotImplementedError, match="cannot look into the nodes of an executor"):
+        with pytest.raises(NotImplementedError, match="cannot ask the nodes of an executor"):
             pool.workers()
 
 

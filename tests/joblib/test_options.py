@@ -104,7 +104,7 @@ def test_an_initializer_runs_once_here_where_calls_do(where: str) -> None:
 def test_that_nothing_ends_a_task_here_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safepool.machine._told", set())
     with safepool.parallel_backend(1, timeout=5):
-        with pytest.warns(RuntimeWarning, match="where nothing can end a task"):
+        with pytest.warns(RuntimeWarning, match="only tasks in workers can be ended"):
             assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
         assert Parallel()(delayed(abs)(-n) for n in range(2)) == [0, 1]
 
@@ -380,7 +380,7 @@ def test_mmap_mode_decides_who_may_write(mode: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux has mapped")
 def test_a_mode_that_is_none_is_refused_by_the_call_too() -> None:
-    with BLOCK(2), pytest.raises(ValueError, match="mmap_mode='rw' is none of 'r', "):
+    with BLOCK(2), pytest.raises(ValueError, match="mmap_mode must be one of 'r', "):
         Parallel(mmap_mode="rw")(delayed(abs)(-n) for n in range(2))
 
 

@@ -218,7 +218,7 @@ def test_where_none_can_go_an_error_says_so() -> None:
         with pytest.raises(pickle.PicklingError, match="can be handed over as an argument"):
             safepool.share([other])
         segments = dumps_to_send([other])
-        with pytest.raises(LookupError, match="travels between a pool and a worker"):
+        with pytest.raises(LookupError, match="only a pool and its workers"):
             loads(segments[:1])  # type: ignore[arg-type]
 
 

@@ -321,7 +321,7 @@ def test_the_error_survives_a_pipe() -> None:
     assert (again.args, again.oom, str(again)) == (error.args, oom, str(error))
     assert str(error) == (
         "worker 4711 was killed by the kernel's out-of-memory killer while it ran f: the limit "
-        "of 512 MiB in /sys/fs/cgroup/a was used up (oom_kill 1 -> 2). Fewer workers leave more "
-        "to each: see max_workers= and memory_per_worker="
+        "of 512 MiB in /sys/fs/cgroup/a was used up (oom_kill 1 -> 2). Run fewer workers: "
+        "see max_workers= and memory_per_worker="
     )
     assert WorkerDiedError(os.getpid(), -9, "f").oom is None

@@ -276,7 +276,7 @@ MISTAKES: dict[str, tuple[Callable[[], None], str]] = {
         lambda: register(
             NativeRuntime(name="x", used_by="-", removed=("OMP_NUM_THREADS",), source="-")
         ),
-        "OMP_NUM_THREADS is a variable of 'openmp' already",
+        "OMP_NUM_THREADS is already a variable of 'openmp'",
     ),
     "a call without a module": (
         lambda: register(NativeRuntime(name="x", used_by="-", source="-"), write=lambda *_: None),

@@ -95,8 +95,8 @@ class Known:
     def _tell_of_time(self) -> None:
         name = self.names[0]
         tell_once(
-            f"checks whether the global {name} of the script has changed have taken "
-            f"{self.spent_s:.1f} s: one check for each of {self.asked} calls of submit() and "
+            f"the pool has spent {self.spent_s:.1f} s on checking whether the global {name} of "
+            f"the script has changed: one check for each of {self.asked} calls of submit() and "
             "map(). Give map() more items at once, make arrays read-only "
             f"({name}.flags.writeable = False), or place a constant object once for all workers: "
             f"{name} = safepool.share({name})",

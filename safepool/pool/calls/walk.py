@@ -346,9 +346,9 @@ def _tell_of_large(delivery: Delivery) -> None:
     if _changes[delivery.names] == _TOLD_AT:
         tell_once(
             f"the global {names} of the script ({delivery.size_bytes >> 20} MiB) is changed "
-            f"between calls and sent to every worker again, {_TOLD_AT} times by now. Only a "
-            "global that has changed is sent: keep what changes in one of its own, or pass it as "
-            "an argument",
+            f"between calls and sent to every worker again, {_TOLD_AT} times by now. Keep the "
+            "part that changes in a global of its own, because only changed globals are sent, or "
+            "pass it as an argument",
             subject=f"{names} is sent again",
         )
 

@@ -429,7 +429,7 @@ class Core:
                     if peeked:
                         return  # an earlier message has not been read; that will bring these too
                 elif plain and isinstance(head, Call):
-                    raise ValueError(f"several answers for position {here}, which is one call")
+                    raise ValueError(f"several answers for position {here}, which has one call")
                 found = ledger.settle(here, end - here)
                 if found is None:
                     break  # given up

@@ -87,8 +87,8 @@ def devices_of(gpus: Literal["auto"] | int | Sequence[int | str]) -> dict[str, t
     if gpus == "auto":
         if not lists:
             tell_once(
-                f'gpus="auto" finds no GPU: none in {found.source}. Workers see what this program '
-                "sees. Pass gpus= a list of devices if there are some"
+                f'gpus="auto" finds no GPU in {found.source}. Workers see the same devices as '
+                "this program. Pass gpus= a list of devices if there are GPUs"
             )
         return lists
     if not isinstance(gpus, Sequence):

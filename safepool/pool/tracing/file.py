@@ -188,7 +188,7 @@ def _open(path: str) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         if not _lock(descriptor):
             os.close(descriptor)
-            reason = "another pool that still runs writes it"
+            reason = "another running pool writes it"
             raise TraceFileError(errno.EBUSY, reason, path)
         os.ftruncate(descriptor, 0)
     return descriptor
