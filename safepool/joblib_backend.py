@@ -51,8 +51,8 @@ from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, BornWith, Lease, 
 from safepool.joblib_progress import CallBar
 from safepool.joblib_threads import HeldThreads, sequential
 from safepool.machine import log_once, read_budget, tell_once
+from safepool.pool.calls.pickling import was_not_sent
 from safepool.pool.core.policy import Policy, policy_of
-from safepool.pool.shell.dispatch import was_not_sent
 from safepool.progress import label_of, require_tqdm
 from safepool.threads.cap import capped
 from safepool.workers.describe import name_of

@@ -5,6 +5,7 @@ mapping      the calls of a ``map`` and the iterator over its results; `gatherin
              once; `counted`: for a bar; `awaiting`: for coroutines; `opened`: maps whose items are
              not all taken yet
 front        ``map``, ``cancel`` and the ``with`` block of any pool
+pickling     pickles of calls
 functions    functions that a worker is sent once, and that are called by number from then on
 names        names of the script that workers have, and names that they lack
 closures     objects that a name leads to: `walk` follows them, `circles` orders them, `imports`

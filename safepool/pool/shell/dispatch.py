@@ -1,7 +1,7 @@
 """Waiting calls become messages for one worker: pickled, numbered, entered in its ledger.
 
-The scheduler's thread pickles objects whose pickling is known to run no code of the program
-(``trusted``). Other threads (``hands``) pickle everything else, and the scheduler goes on if that
+The scheduler's thread makes the pickles (``calls.pickling``) that run no code of the program
+(``trusted``). Other threads (``hands``) make all others, and the scheduler goes on if that
 takes longer than a moment:
 
     pack()  a task without a pickle   --> `_prepare`: in time, it is sent at once
@@ -16,40 +16,26 @@ Afterwards the scheduler's thread sends the worker missing functions and shared 
 
 from __future__ import annotations
 
-import functools
-import gc
-import itertools
 import math
 import os
-import pickle
 import sys
 import time
-import types
 import weakref
-from collections import Counter, deque
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import text_of, users_frames
+from safepool.errors import users_frames
 from safepool.machine import tell_once
 from safepool.pool.calls.deliveries import Needs
-from safepool.pool.calls.functions import Functions, SentFunction
-from safepool.pool.calls.mains import is_data, runs_no_code
-from safepool.pool.calls.names import Names
-from safepool.pool.calls.tasks import Pickled, begin, fail
+from safepool.pool.calls.pickling import Pickling
+from safepool.pool.calls.tasks import begin, fail
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
 from safepool.pool.hands import HELD_UP_S, Hands
 from safepool.pool.shell.packing import Packing
 from safepool.pool.shell.settings import Settings, Telling
-from safepool.transport import payloads, references, trusted
-from safepool.transport.blame import find_unpicklable
 from safepool.transport.channel import size_of
-from safepool.transport.descriptors import are_beyond
-from safepool.transport.files import require_to_pickle
 from safepool.transport.frames import Filed, Kind, encode
-from safepool.transport.marks import MAIN_NAMES, PLAIN
-from safepool.transport.names import Met, names_of
-from safepool.transport.trusted import UntrustedError, imports_here
 from safepool.workers.messages import batch_frame, call_frame, task_frame, tasks_frame
 from safepool.workers.settings import settings_frame
 
@@ -57,8 +43,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.pool.calls.deliveries import Delivery
+    from safepool.pool.calls.functions import SentFunction
     from safepool.pool.calls.mapping import MapRun
-    from safepool.pool.calls.tasks import Parts, Task
+    from safepool.pool.calls.names import Names
+    from safepool.pool.calls.tasks import Task
     from safepool.pool.hands import Job
     from safepool.pool.shell.hiring import Hiring
     from safepool.pool.shell.listener import Listener
@@ -79,20 +67,6 @@ _BATCH_BYTES = 256 * 1024
 # thread and be woken.
 _AT_ONCE_BYTES = 4 << 20
 
-# The most items of a batch that may be large.
-_FEW = 16
-
-# They hold nothing that a call could change.
-_UNCHANGED: tuple[type, ...] = (
-    *PLAIN,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-)
-
-# Parts of one item that are looked at.
-_MOST_PARTS = 1000
 # Sets of names that a worker is known to have.
 _MOST_DELIVERED = 256
 # Time to wait for a pickle of another thread. Most pickles are ready by then, and calls begin in
@@ -105,15 +79,6 @@ _ALL = sys.maxsize
 # Pickles made at a time, and calls that may wait for theirs.
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
-# Calls of one function of which it is searched what could not be pickled.
-_MOST_BLAMED = 3
-# First words of the note on a pickling error.
-_NOT_SENT = "while the call of "
-# In the pickler's words: of a coroutine that was called too early.
-_COROUTINE = "'coroutine' object"
-# Text of multiprocessing's locks, values and queues about a pickler that starts no process.
-_INHERITED = "shared between processes through inheritance"
-
 Pieces = list["bytes | memoryview"]
 
 
@@ -136,10 +101,10 @@ class Dispatch:
     ) -> None:
         # The pickling function for this thread, and the one for other threads.
         heard = listener.of_pickles
-        self._of_task = heard(self._pickle_task_here), heard(self._pickle_task)
-        self._of_span = heard(self._pickle_span_here), heard(self._pickle_span)
-        self.functions: Functions = Functions()
-        self.names: Names = Names(main)
+        self.pickling: Pickling = Pickling(main)
+        self.names: Names = self.pickling.names
+        self._of_task = heard(self.pickling.task_here), heard(self.pickling.task)
+        self._of_span = heard(self.pickling.span_here), heard(self.pickling.span)
         self.settings: Settings = Settings()
         self.hands: Hands = Hands("safepool-pickler", wake, _MOST_PICKLED)
         self.telling: Telling = Telling(self.settings, self.names, self.hands)
@@ -147,7 +112,6 @@ class Dispatch:
         self._named: set[int] = set()
         # Names that an initializer needs.
         self._first: Sequence[Delivery] = ()
-        self._blamed: Counter[str] = Counter()
         # First worker that had each random generator of the script.
         self._generators: dict[str, int] = {}
         self._settled = settled
@@ -392,31 +356,6 @@ class Dispatch:
                 work.future.wait_again()
         return not (job or error)
 
-    def pickle_now(self, task: Task) -> None:
-        """Pickle a task in the thread that submits it, if this thread imports a module.
-
-        Objects of that module would make another thread wait for the import's end, and the program
-        may wait for the call before the import ends.
-        """
-        if imports_here() and not _is_name_in_main(task.name):
-            try:
-                with Met() as met:
-                    pickled = payloads.dumps_to_send(task.call, into_main=True)
-                if not (met.names or references.known()):
-                    task.pickled = Pickled(None, pickled, (), ())
-            except Exception:  # noqa: BLE001 -- user code; tried again, and told, in its turn
-                pass
-
-    def pickle_function_now(self, run: MapRun) -> None:
-        """Pickle the function of a run, as :meth:`pickle_now`."""
-        if imports_here() and not _is_name_in_main(run.name):
-            try:
-                sent = self.functions.once(run.function, of_main=False)
-                run.needs = self.names.needed(sent.names)
-                run.sent = sent
-            except Exception:  # noqa: BLE001 -- as above
-                pass
-
     def pack_alone(
         self, worker: Worker, work: Task | Span
     ) -> tuple[int, bytes | memoryview] | None:
@@ -429,10 +368,10 @@ class Dispatch:
             large, or to pickle it may run code of the program.
         """
         if isinstance(work, Span):
-            pickled = self._pickle_span_here(work)
+            pickled = self.pickling.span_here(work)
             function, needs = work.run.sent, work.run.needs
         else:
-            pickled = work.pickled = self._pickle_task_here(work)
+            pickled = work.pickled = self.pickling.task_here(work)
             function, needs = (pickled.function, pickled.needs) if pickled else (None, ())
         if pickled is None or function is None or pickled.shared or not pickled.segments:
             return None
@@ -445,130 +384,6 @@ class Dispatch:
         ):
             return None
         return number, small
-
-    def _pickle_task_here(self, task: Task) -> Pickled | None:
-        """Return a task's pickle, if to make it runs no code of the program."""
-        assert task.call is not None
-        function, args, kwargs = task.call
-        sent = self.functions.known(function)
-        if sent is None:
-            bare = not kwargs and runs_no_code(function) and is_data(args)
-            return self._pickle_bare(task) if bare else None
-        needs = self.names.needed_here(sent.names)
-        if needs is None:
-            return None
-        try:
-            require_to_pickle(args)
-            if kwargs:
-                require_to_pickle(kwargs.values())
-            elif PLAIN.issuperset(map(type, args)):
-                return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs)
-            return _dumps_here((args, kwargs))._replace(function=sent, needs=needs)
-        except (UntrustedError, MemoryError):  # the hands say why
-            return None
-
-    def _pickle_bare(self, task: Task) -> Pickled | None:
-        """Return the pickle of a function by value that holds data alone: most lambdas."""
-        assert task.call is not None
-        function, args, kwargs = task.call
-        names = names_of(function.__code__)
-        needs = self.names.needed_here(names)
-        by_value = sys.modules.get("safepool.transport.by_value")
-        if needs is None or by_value is None or not trusted.is_settled(by_value):
-            return None
-        sent = self.functions.lasting(function)
-        if sent is not None:
-            same = sent.names == names
-            return Pickled(sent, [pickle.dumps((args, kwargs), 5)], (), needs) if same else None
-        with Met() as met:
-            segments = payloads.dumps(task.call, into_main=True, by_value=True)
-        return Pickled(None, segments, (), needs) if met.names == names else None
-
-    def _pickle_task(self, task: Task) -> Pickled:
-        """Return a task's pickle. Any thread may call this."""
-        call, task.call = task.call, None  # dropped here: a finalizer may wait as well
-        assert call is not None
-        function, args, kwargs = call
-        try:
-            require_to_pickle(args)
-            require_to_pickle(kwargs.values())
-            sent = self.functions.lasting(function)
-            if sent is None:
-                return self._dumps(call, by_value=_is_name_in_main(task.name))
-            return self._dumps((args, kwargs), names=sent.names)._replace(function=sent)
-        except BaseException as error:
-            self._say_what(error, task.name, _whole(call))
-            raise
-
-    def _dumps(
-        self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
-    ) -> Pickled:
-        """Pickle a call, or a part of it."""
-        with Met() as met, references.Collected() as shared:
-            segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value)
-        needed = self.names.needed(names | met.names if met.refs or met.uses else names)
-        return Pickled(None, segments, shared.found, needed)
-
-    def _pickle_span_here(self, span: Span) -> Pickled | None:
-        run: MapRun = span.run
-        if run.sent is None:
-            sent = self.functions.known(run.function)
-            needs = None if sent is None else self.names.needed_here(sent.names)
-            if needs is not None:
-                run.sent, run.needs = sent, needs
-        if run.sent is None:
-            return None
-        try:
-            return _pickle_items(span, _dumps_here)
-        except (UntrustedError, MemoryError):  # the hands say why
-            return None
-
-    def _pickle_span(self, span: Span) -> Pickled:
-        """Return the pickle of a run's function and common data, in any thread."""
-        run: MapRun = span.run
-        if run.sent is None:
-            try:
-                sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
-                run.needs = self.names.needed(sent.names)
-                run.sent = sent
-            except BaseException as error:
-                self._say_what(error, run.name, run.function)
-                raise
-        try:
-            return _pickle_items(span, self._dumps)
-        except BaseException as error:
-            if span.count > 1:
-                return _EACH_ALONE
-            items = run.arguments_of(span.items[0])
-            self._say_what(error, run.name, _whole((run.function, items, {})))
-            raise
-
-    def _say_what(self, error: BaseException, name: str, value: object) -> None:
-        """Add to a pickling error what it does not know: whose call it was, and what in it."""
-        note = f"{_NOT_SENT}{name} was pickled, with its arguments"
-        if _is_name_in_main(name):
-            note += (
-                " and the globals of __main__ that it uses, which travel to the worker by value"
-            )
-        inherited = isinstance(error, RuntimeError) and _INHERITED in text_of(error)
-        # Not for each of many calls of a function: the workers wait meanwhile.
-        if self._blamed[name] < _MOST_BLAMED and (
-            inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
-        ):
-            self._blamed[name] += 1
-            culprit = find_unpicklable(value, payloads.dumps_to_send)
-            note += f". It is {culprit}" if culprit else ""
-            if _COROUTINE in text_of(error):
-                note += ". A coroutine cannot be sent: pass its function and its arguments"
-        if inherited:
-            note += (
-                '. Make it by multiprocessing.get_context("spawn"), and give it to the workers '
-                "by ProcessPool(initializer=, initargs=)"
-            )
-        try:
-            error.add_note(note)
-        except BaseException:  # noqa: BLE001 -- an exception whose class allows no attributes
-            pass
 
     def fail(self, work: Task | Span, error: BaseException) -> None:
         """End the calls of work with an exception."""
@@ -711,108 +526,11 @@ def _is_wanted(work: Task | Span) -> bool:
     return not (work.run.dropped if isinstance(work, Span) else work.future.cancelled())
 
 
-def _is_name_in_main(name: str) -> bool:
-    return name.partition(".")[0] in MAIN_NAMES
-
-
-def _dumps_here(value: object) -> Pickled:
-    """Pickle what runs no code of the program."""
-    if payloads.by_value_modules() or are_beyond():
-        raise UntrustedError
-    if not references.known():
-        return Pickled(None, trusted.dumps(value), (), ())
-    with references.Collected() as met:
-        segments = trusted.dumps(value)
-    return Pickled(None, segments, met.found, ())
-
-
-# Stands for the pickle of calls that must travel one by one.
-_EACH_ALONE = Pickled(None, (), (), ())
-
-
-def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
-    if span.count <= _FEW:
-        for item in span.items:
-            require_to_pickle(span.run.arguments_of(item))
-    if span.alone:
-        return dumps((span.run.arguments_of(span.items[0]), {}))
-    return _dumps_items(span, dumps) or _EACH_ALONE
-
-
-def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | None:
-    """Pickle the items of several calls; ``None`` if each must travel alone.
-
-    In a common pickle, an object that two calls refer to would be one object in the worker, and
-    one call would see the changes of another. Hence each call gets a separate pickle, unless the
-    caller has said which calls belong together, or nothing can be changed. cloudpickle costs more
-    for each pickle: calls that need it share one if they have no object in common.
-    """
-    items = span.items
-    span.apart = False
-    if span.run.at_once is not None and span.count > 1:
-        span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
-    if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
-        return dumps(items)
-    pickles: list[bytes | memoryview] = []
-    shared: list[Shared[Any]] = []
-    needs: list[Delivery] = []
-    for item in items:
-        _, segments, more, needed = dumps(item)
-        if len(segments) > 1:
-            return None
-        if needed and not pickles and not _have_parts_in_common(items):
-            return dumps(items)
-        pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
-        shared += more
-        needs += needed
-    span.apart = True
-    return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, needs)
-
-
-def _are_plain(items: list[Any], starred: bool) -> bool:
-    parts = itertools.chain.from_iterable(items) if starred else items
-    return PLAIN.issuperset(map(type, parts))
-
-
-def _have_parts_in_common(items: list[Any]) -> bool:
-    """Tell whether two items refer, however deep, to one object that a call could change."""
-    seen: set[int] = set()
-    for item in items:
-        mine: set[int] = set()
-        parts = [item]
-        while parts:
-            part = parts.pop()
-            # isinstance() is not used: it reads __class__ of an object of the program.
-            if issubclass(type(part), _UNCHANGED) or id(part) in mine:
-                continue
-            if id(part) in seen:
-                return True
-            # Only the content of these can be changed.
-            if type(part) not in (tuple, frozenset):
-                mine.add(id(part))
-            parts += gc.get_referents(part)
-            if len(mine) + len(parts) > _MOST_PARTS:
-                return True  # perhaps: to find out would take longer than to send them apart
-        seen |= mine
-    return False
-
-
 def _without_frames(error: BaseException) -> BaseException:
     """Return an error without our frames, and without what there was no memory for."""
     frames = None if isinstance(error, MemoryError) else users_frames(error.__traceback__)
     # By the base class: a frozen dataclass forbids to set an attribute.
     return BaseException.with_traceback(error, frames)
-
-
-def was_not_sent(error: BaseException) -> bool:
-    """Return whether this is an exception of the pickler, and no worker has begun the call."""
-    return any(note.startswith(_NOT_SENT) for note in getattr(error, "__notes__", ()))
-
-
-def _whole(call: Parts) -> object:
-    """Return a call in one piece, for words about its parts."""
-    function, args, kwargs = call
-    return functools.partial(function, *args, **kwargs) if callable(function) else call
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:

@@ -314,7 +314,7 @@ class Scheduler:
         task = Task(future, (function, args, kwargs), name, policy)
         self._settings.look_before(future)
         self._dispatch.names.look()
-        self._dispatch.pickle_now(task)
+        self._dispatch.pickling.task_now(task)
         self._check_open()
         if not self._turns.call(task):
             self._bring(task)
@@ -349,7 +349,7 @@ class Scheduler:
             self._check_open()
         self._settings.look()
         self._dispatch.names.look()
-        self._dispatch.pickle_function_now(run)
+        self._dispatch.pickling.function_now(run)
         results = Results(run, iter(items), self, ahead, deadline)
         # Once all calls are queued the pool may be dropped: results arrive without it.
         iterator = results.iterate(None if results.exhausted else keep)
