@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from safepool.arguments import RULES, Rule, check, what_was_meant
 from safepool.pool.calls.gathering import GatheredRun
-from safepool.pool.calls.mapping import MapRun, ResultIterator
+from safepool.pool.calls.mapping import MapRun
+from safepool.pool.calls.results import ResultIterator
 from safepool.pool.core.policy import policy_of
 from safepool.pool.executor import ProcessPool
 from safepool.pool.hands import ThreadThatStarts
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from typing import Literal, NoReturn, Self, Unpack
 
     from safepool.budget import Rounding
-    from safepool.pool.calls.mapping import Results
+    from safepool.pool.calls.results import Results
     from safepool.pool.watch import WorkerInfo
 
     # Features that the standard library's types lack, or have only in generic form.

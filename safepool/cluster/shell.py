@@ -52,8 +52,8 @@ from safepool.cluster.messages import (
     python_version,
 )
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
-from safepool.pool.calls.mapping import Results
 from safepool.pool.calls.opened import OpenMaps
+from safepool.pool.calls.results import Results
 from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
 from safepool.pool.core.work import Call
 from safepool.pool.hands import Teller, ThreadThatStarts
@@ -69,7 +69,8 @@ if TYPE_CHECKING:
 
     from safepool.cluster.carriers import Carrier
     from safepool.cluster.tracing import ClusterTrace
-    from safepool.pool.calls.mapping import Item, MapRun, ResultIterator
+    from safepool.pool.calls.mapping import Item, MapRun
+    from safepool.pool.calls.results import ResultIterator
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.worker import Worker
 

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
 
-    from safepool.pool.calls.mapping import MapRun, ResultIterator
+    from safepool.pool.calls.mapping import MapRun
+    from safepool.pool.calls.results import ResultIterator
     from safepool.pool.calls.tasks import PoolFuture
 
 # By the last part of the module's name: "multiprocess" is a fork of the module.

@@ -34,7 +34,7 @@ from safepool.cluster.messages import (
     pickle_function,
     python_version,
 )
-from safepool.pool.calls import mapping
+from safepool.pool.calls import results as map_results
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -546,7 +546,7 @@ def test_items_that_are_not_taken_yet_are_taken_when_the_block_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As by the standard pool, which takes all of them at first."""
-    monkeypatch.setattr(mapping, "_AT_ONCE", 20)
+    monkeypatch.setattr(map_results, "_AT_ONCE", 20)
     items = (n for n in range(2000))
     with ThreadPoolExecutor(1) as executor:
         with ClusterPool(executor, workers_per_node=1) as pool:

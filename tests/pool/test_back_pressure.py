@@ -24,7 +24,7 @@ COUNT = 40
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "_MOST_HELD_BYTES", 3 * 8 * arrays.ITEMS)
+    monkeypatch.setattr(mapping, "MOST_HELD_BYTES", 3 * 8 * arrays.ITEMS)
 
 
 def mark_and_ones(folder: Path, number: int) -> Any:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from support_processes import wait_until
 
 from safepool import ProcessPool
-from safepool.pool.calls.mapping import MapRun, Results, Span, end_failed
+from safepool.pool.calls.mapping import MapRun, Span
+from safepool.pool.calls.results import Results, end_failed
 from safepool.pool.core.policy import NO_POLICY
 
 if TYPE_CHECKING:

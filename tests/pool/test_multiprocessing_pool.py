@@ -29,7 +29,7 @@ from support_processes import wait_until
 import safepool
 from safepool import ProcessPool, WorkerDiedError
 from safepool.multiprocessing_pool import ApplyResult, IMapIterator, MapResult, Options, Pool
-from safepool.pool.calls import mapping
+from safepool.pool.calls import results as map_results
 from safepool.pool.calls.tasks import PoolFuture
 
 if TYPE_CHECKING:
@@ -490,7 +490,7 @@ def test_what_is_ahead_of_its_reader_ends_with_the_pool(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Joining takes all items, though nobody reads; terminating takes none."""
-    monkeypatch.setattr(mapping, "_MOST_AHEAD", 4)
+    monkeypatch.setattr(map_results, "_MOST_AHEAD", 4)
     with safepool.Pool(1) as pool:
         items = iter(range(500)) if end == "join" else itertools.count()
         results = pool.imap(abs, items)

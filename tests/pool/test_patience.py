@@ -130,7 +130,7 @@ def test_workers_that_take_long_to_be_freed_are_killed_once(
 
 def test_a_map_takes_no_more_bytes_ahead_than_may_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """From a generator; a few large items, as many small ones as ever."""
-    monkeypatch.setattr(mapping, "_MOST_HELD_BYTES", 16 << 20)
+    monkeypatch.setattr(mapping, "MOST_HELD_BYTES", 16 << 20)
     taken: list[int] = []
 
     def items(count: int, size: int) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
 """Calls, maps and their results, and the names of the script that they need.
 
 tasks        a call with a future
-mapping      the calls of a ``map`` and the iterator over its results; `gathering`: all results at
-             once; `counted`: for a bar; `awaiting`: for coroutines; `opened`: maps whose items are
-             not all taken yet
+mapping      the calls of a ``map``; `results`: the iterator over its results; `gathering`: all
+             results at once; `counted`: for a bar; `awaiting`: for coroutines; `opened`: maps
+             whose items are not all taken yet
 front        ``map``, ``cancel`` and the ``with`` block of any pool
 pickling     pickles of calls
 functions    functions that a worker is sent once, and that are called by number from then on

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Required, Self, TypedDict, Unpack
 
-    from safepool.pool.calls.mapping import ResultIterator, Results
+    from safepool.pool.calls.results import ResultIterator, Results
 
     class Options(TypedDict, total=False):
         """Options of ``map``."""

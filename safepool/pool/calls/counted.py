@@ -16,7 +16,7 @@ from safepool.progress import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from safepool.pool.calls.mapping import ResultIterator
+    from safepool.pool.calls.results import ResultIterator
 
 
 class CountedRun(MapRun):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
-from safepool.pool.calls.mapping import Coming, MapRun, end_failed
+from safepool.pool.calls.mapping import Coming, MapRun
+from safepool.pool.calls.results import end_failed
 from safepool.pool.core.policy import policy_of
 from safepool.workers.describe import name_of
 
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from safepool.pool.calls.awaiting import Raising as _Raising
     from safepool.pool.calls.awaiting import Returning as _Returning
-    from safepool.pool.calls.mapping import Feed, Item, ResultIterator
+    from safepool.pool.calls.mapping import Item
+    from safepool.pool.calls.results import Feed, ResultIterator
     from safepool.pool.core.events import Force
     from safepool.pool.core.policy import Policy
 

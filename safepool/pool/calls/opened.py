@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from safepool.pool.calls.mapping import ResultIterator, Results
+    from safepool.pool.calls.results import ResultIterator, Results
 
 
 class OpenMaps:

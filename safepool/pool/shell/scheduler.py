@@ -74,8 +74,9 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
-from safepool.pool.calls.mapping import Coming, MapRun, Results, Span
+from safepool.pool.calls.mapping import Coming, MapRun, Span
 from safepool.pool.calls.opened import OpenMaps
+from safepool.pool.calls.results import Results
 from safepool.pool.calls.tasks import (
     PoolFuture,
     Task,
@@ -112,7 +113,8 @@ from safepool.workers.preload import learn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from safepool.pool.calls.mapping import Item, ResultIterator
+    from safepool.pool.calls.mapping import Item
+    from safepool.pool.calls.results import ResultIterator
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.hiring import Hiring
     from safepool.pool.shell.memory import MemoryWatch
