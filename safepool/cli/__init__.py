@@ -13,8 +13,8 @@ error. The module of a command is imported only for that command:
     report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
     top             ``safepool top PID``: what the workers of a running process do
 
-A JSON Schema in ``safepool/cli/schemas`` describes the ``--json`` output of each command. Keys are
-added, and none is renamed or removed within the number ``schema``.
+A JSON Schema in ``safepool/cli/schemas`` describes each key of the ``--json`` output of each
+command. Keys are added, and none is renamed or removed within the number ``schema``.
 
 Without ``--pid`` the command evaluates what an unmodified program would start. In a container with
 a quota that usually is a problem. A health check evaluates the running program, as that program's

@@ -2,14 +2,7 @@
 
 A Dask worker of each node reads the limits, so the limits are those of a ``ClusterPool``'s calls
 there. The command gives up after `_CONNECT_S` seconds without a scheduler, and after `_ANSWER_S`
-seconds without a node. ``--json`` prints one object:
-
-    schema     1
-    version    of safepool
-    nodes      of each node: place, name, workers, and what ``safepool --json`` prints there
-    unused     why a Dask worker is not the one that was asked, by its address
-
-The exit code is 1 if a node has a problem, and 2 if no node was found.
+seconds without a node. The exit code is 1 if a node has a problem, and 2 if no node was found.
 """
 
 from __future__ import annotations

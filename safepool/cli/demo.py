@@ -6,29 +6,6 @@ under this process's own limits. The command computes none of the printed number
 change the environment of the halves. ``demo_report`` has the table, the sentence below it, and
 JSON. A quota, a pretended larger host and the picture are shared with the benchmarks
 (``benchmarks/host``; the wheel has the folder as ``safepool/cli/host``).
-
-``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
-
-    schema                               1
-    tasks, points, cpus_asked, bound_s   the options; cpus_asked is null without --cpus
-    versions                             of Python, numpy and scipy, by name
-    pretend_host_cpus                    CPUs that both halves believed in, or null: the machine's
-    machine_cpus                         CPUs of the machine, whoever may use them
-    limit                                what binds: name, cpus, source, raw
-    no_group                             why --cpus was left out, or null
-    standard, safepool                   the two halves, each with
-        pool, start_method               how it was made; how multiprocessing starts here
-        workers, threads                 most at once; threads is null if not counted
-        seconds, tasks_done, cut_off     seconds is null if it failed, the bound if cut off
-        error                            what it said as it failed, or null
-        throttling                       periods, throttled_periods, throttled_us, source; or
-                                         null without a quota
-    ratio, ratio_is_lower_bound          seconds of standard by seconds of safepool, or null
-    oversubscribed                       standard had more threads than CPUs, or null
-    nothing_to_win                       not oversubscribed, or the ratio is below 1.1
-    comparison                           compared, equal, largest_difference, rtol, atol
-    failed                               safepool's half did not end, or the results differ
-    verdict                              the sentence
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ class Report:
         )
 
     def as_json(self) -> str:
-        """Return the report as one JSON object; ``safepool.cli.demo`` lists its keys."""
+        """Return the report as one JSON object."""
         derived = ("ratio", "oversubscribed", "nothing_to_win", "failed")
         return json_of(
             {

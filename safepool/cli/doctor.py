@@ -3,25 +3,6 @@
 A fresh process without caps (``doctor_child``) imports the libraries one after the other; this
 process imports none of them. If a library crashes that process or hangs, the command reports it
 and examines the others in a new process.
-
-``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
-
-    schema           1
-    version          of safepool
-    python           version of the interpreter
-    cpus             CPUs that this process may use, such as 2.5
-    libraries        one object for each library, in the order that was asked for:
-        name                 as asked for
-        error                why it could not be imported, empty if it could
-        version              its ``__version__``, empty if it has none
-        os_threads_before    threads of the process before the import; null if not told
-        os_threads           and after it
-        pools                native pools that are new: the fields of
-                             ``safepool.threads.NativePool``, by name
-        changed              pools of before whose size the import has changed:
-                             runtime, library, threads_before, threads
-        guests               what computes in the threads of another runtime:
-                             runtime, through (that other), fixed, hole
 """
 
 from __future__ import annotations
@@ -181,7 +162,7 @@ class Report:
         return "\n".join(lines)
 
     def as_json(self) -> str:
-        """Return the report for programs; the module lists the keys."""
+        """Return the report for programs."""
         return json_of({"version": safepool.__version__, **asdict(self)})
 
     def _library_lines(self, library: Library, paint: Paint) -> Iterator[str]:

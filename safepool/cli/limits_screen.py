@@ -4,24 +4,7 @@ The module reads through ``safepool.limits``, decides through ``safepool.budget`
 value with its source and raw text, without a rule of its own.
 
 The exit code is 1 if a problem was found. A health check needs ``--pid 1``: without that, the
-command evaluates the pools that an unmodified program would start here. ``--json`` prints one
-object; keys are added, and none is renamed or removed within a ``schema``:
-
-    schema              1
-    version             of safepool
-    limits              every field of ``safepool.Limits``, by name
-    because             the limit that decides, with its name, source and raw text
-    budget              workers, threads_per_worker, and the other numbers of ``safepool.Budget``
-    throttling          periods, throttled_periods, throttled_us, source; null without a quota
-    sample              the same counters over a moment, before this was printed, or null
-    standard_workers    what ``ProcessPoolExecutor()`` starts here
-    joblib_workers      what joblib's ``n_jobs=-1`` starts; null for another process, and where
-                        joblib itself cannot tell
-    native_threads      what a native thread pool starts in a process, such as OpenBLAS
-    variables           the variables of native thread pools that are set, by name
-    process             with ``--pid``: pid, threads, and the native runtimes that it has
-                        loaded: runtime, library; else null
-    findings            what was found: code, problem (or advice), text, remedy
+command evaluates the pools that an unmodified program would start here.
 """
 
 from __future__ import annotations
@@ -173,7 +156,7 @@ class Screen:
         return "\n".join(lines)
 
     def as_json(self) -> str:
-        """Return the screen for programs; the module lists the keys."""
+        """Return the screen for programs."""
         return json_of(self.as_object())
 
     def as_object(self) -> dict[str, object]:

@@ -2,32 +2,11 @@
 
 The command reads the file that ``trace=`` of a pool writes, line by line, complete or torn.
 
-``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
-
-    schema          1
-    seconds         from the pool's begin to the last event
-    calls           that were run; each attempt counts
-    busy_s          of all workers: they ran calls
-    starved_s       of all workers: idle while a call waited
-    idle_s          of all workers: no call was there
-    pickling_s      of the program and the workers: arguments and results
-    throttled_s     the kernel had frozen the control group
-    tail_s          the last call ran alone, though it was submitted while others ran
-    deaths          of workers
-    retries         calls that were run again, as their worker had died
-    outcomes        how many calls of each: "returned", "raised", as in ``pool.tracing.events``
-    workers         for each row, "worker 1" and so on: calls, busy_s, starved_s, idle_s, and node
-    slowest         the longest calls, the longest first: seconds, function, outcome
-    broken          why the pool gave up; null if it did not
-    damaged_lines   that could not be read
-    dropped_events  that the pool left out, as the disk was too slow: what they told is missing
-    conclusion      what follows, in a sentence
-
 Not covered:
     * A pause between short calls that share an event counts as idle, also if a call waited.
 
-Source: Trace Event Format, "Event Descriptions"; what is in them:
-``safepool.pool.tracing.events``.
+Source: Trace Event Format, "Event Descriptions"; ``safepool.pool.tracing.events`` describes the
+events.
 """
 
 from __future__ import annotations
@@ -117,7 +96,7 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
-    """Content of a trace; the module documents the fields."""
+    """Content of a trace; ``schemas/report.json`` describes the fields."""
 
     seconds: float = 0.0
     pickling_s: float = 0.0

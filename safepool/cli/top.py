@@ -3,13 +3,6 @@
 The command reads the boards that the process shares with its workers (``workers.board``), and
 ``/proc``. It sends nothing, so it disturbs no worker and no pool, and shows a stuck pool as well.
 
-``--json`` prints one object; keys are added, and none is renamed or removed within a ``schema``:
-
-    schema          1
-    pid             of the process
-    workers         one object for each: pid, task (null if idle), running_s (null if idle),
-                    resident_bytes, native_threads
-
 Not covered:
     * A process in another process-id namespace, such as a container's, seen from outside: its
       workers have other numbers there. Run the command in the container.

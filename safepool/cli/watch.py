@@ -1,13 +1,6 @@
 """Floor 7: ``--watch``: one line a second about a group's CPU time and how often it is frozen.
 
-A line is ASCII of at most 80 columns, or with ``--json`` one object:
-
-    seconds             since the line before
-    cpus                that this process may use
-    used_cpus           what its control group used of them; null if the kernel does not tell
-    periods             enforcement periods of the quota; null without one
-    throttled_periods   those in which the group was frozen
-    throttled_us        for how long, in microseconds; version 1 adds its CPUs up
+A line is ASCII of at most 80 columns, or with ``--json`` one object.
 """
 
 from __future__ import annotations
@@ -62,7 +55,7 @@ class View(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Events since the line before; the module documents the fields."""
+    """Events since the line before; ``schemas/watch.json`` describes the fields."""
 
     seconds: float
     cpus: float

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -233,15 +233,6 @@ def test_json_holds_every_field(name: str) -> None:
     assert (told.pop("schema"), told.pop("version")) == (1, safepool.__version__)
     # Through JSON, so that tuples are lists on both sides.
     assert told == json.loads(json.dumps(asdict(report)))
-
-
-@pytest.mark.parametrize("shown", [Report, Library, Change, Guest])
-def test_the_documented_keys_are_the_fields(shown: type) -> None:
-    """Whoever adds a field documents it; whoever renames one breaks a promise."""
-    assert doctor.__doc__ is not None
-    documented = set(doctor.__doc__.replace(",", " ").replace(":", " ").split())
-
-    assert documented.issuperset(field.name for field in fields(shown))
 
 
 def told(
