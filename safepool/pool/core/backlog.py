@@ -33,7 +33,8 @@ class Backlog:
         self._entries: deque[Call | Span | Run] = deque()
         # Runs whose results are not taken as fast as they come.
         self._held: list[Run] = []
-        self._numbers = itertools.count(1)
+        # Not itertools.count(), which Python 3.14 does not pickle: states are copied so.
+        self._last_number = 0
         self.holds = True
 
     def __bool__(self) -> bool:
@@ -84,9 +85,10 @@ class Backlog:
             entries.popleft()
         return False
 
-    def number(self, work: Call | Span) -> None:
+    def number(self, work: Call | Span | Run) -> None:
         """Note that work comes after all that came before, but is not queued."""
-        work.number = next(self._numbers)
+        self._last_number += 1
+        work.number = self._last_number
 
     def add(self, task: Call) -> None:
         """Queue a task."""
@@ -98,7 +100,7 @@ class Backlog:
         run.add(items, last=last)
         if run.waiting and not run.queued:
             run.queued = True
-            run.number = next(self._numbers)
+            self.number(run)
             self._entries.append(run)
 
     def put_back(self, works: Iterable[Call | Span | Run]) -> None:
