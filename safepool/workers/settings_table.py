@@ -66,17 +66,40 @@ class Setting:
 
 
 def _by_functions(
-    module: str, get: str, put: str, *, seldom: bool = False, source: str = ""
+    module: str,
+    get: str,
+    put: str,
+    *,
+    of_thread: bool = False,
+    glance: Callable[[Any], object] | None = None,
+    seldom: bool = False,
+    source: str = "",
 ) -> Setting:
-    """Return the row of a setting that one function of a module returns, and another one sets."""
+    """Return the row of a setting that one function of a module returns, and another one sets.
+
+    A dictionary is passed as keyword arguments, a tuple as positional ones.
+    """
+
+    def write(found: Any, value: Any) -> None:
+        function = getattr(found, put)
+        if isinstance(value, dict):
+            function(**value)
+        else:
+            function(*value if isinstance(value, tuple) else (value,))
+
     return Setting(
         name=f"{module}.{put}()",
         module=module,
         read=operator.methodcaller(get),
-        write=lambda found, value: getattr(found, put)(value),
+        write=write,
+        of_thread=of_thread,
+        glance=glance,
         seldom=seldom,
-        source=source or f"Python, {module}.{put}",
+        source=source or f"{_LIBRARIES.get(module, 'Python')}, {module}.{put}",
     )
+
+
+_LIBRARIES = {"numpy": "NumPy", "sklearn": "scikit-learn"}
 
 
 def filters_of(warnings: Any) -> list[Any]:
@@ -312,14 +335,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _by_functions("sys", "getrecursionlimit", "setrecursionlimit", seldom=True),
     _by_functions("sys", "getswitchinterval", "setswitchinterval", seldom=True),
-    Setting(
-        name="gc.set_threshold()",
-        module="gc",
-        read=lambda gc: gc.get_threshold(),
-        write=lambda gc, value: gc.set_threshold(*value),
-        seldom=True,
-        source="Python, gc.set_threshold",
-    ),
+    _by_functions("gc", "get_threshold", "set_threshold", seldom=True),
     _by_functions("csv", "field_size_limit", "field_size_limit"),
     _by_functions("socket", "getdefaulttimeout", "setdefaulttimeout"),
     Setting(
@@ -342,41 +358,16 @@ SETTINGS: tuple[Setting, ...] = (
         # The second is a fork of the first, with separate processes and keys.
         for package in ("multiprocessing", "multiprocess")
     ),
-    Setting(
-        name="numpy.seterr()",
-        module="numpy",
-        read=lambda numpy: numpy.geterr(),
-        write=lambda numpy, value: numpy.seterr(**value),
-        of_thread=True,
-        glance=_glance_at_errors,
-        source="NumPy, numpy.seterr",
-    ),
-    Setting(
-        name="numpy.seterrcall()",
-        module="numpy",
-        read=lambda numpy: numpy.geterrcall(),
-        write=lambda numpy, value: numpy.seterrcall(value),
-        of_thread=True,
-        glance=_glance_at_errors,
-        source="NumPy, numpy.seterrcall",
-    ),
-    Setting(
-        name="numpy.set_printoptions()",
-        module="numpy",
-        read=lambda numpy: numpy.get_printoptions(),
-        write=lambda numpy, value: numpy.set_printoptions(**value),
+    _by_functions("numpy", "geterr", "seterr", of_thread=True, glance=_glance_at_errors),
+    _by_functions("numpy", "geterrcall", "seterrcall", of_thread=True, glance=_glance_at_errors),
+    _by_functions(
+        "numpy",
+        "get_printoptions",
+        "set_printoptions",
         of_thread=True,
         glance=_glance_at_printing,
-        source="NumPy, numpy.set_printoptions",
     ),
-    Setting(
-        name="sklearn.set_config()",
-        module="sklearn",
-        read=lambda sklearn: sklearn.get_config(),
-        write=lambda sklearn, value: sklearn.set_config(**value),
-        of_thread=True,
-        source="scikit-learn, sklearn.set_config",
-    ),
+    _by_functions("sklearn", "get_config", "set_config", of_thread=True),
     Setting(
         name="matplotlib.rcParams",
         module="matplotlib",
