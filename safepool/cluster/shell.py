@@ -52,8 +52,7 @@ from safepool.cluster.messages import (
     python_version,
 )
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
-from safepool.pool.calls.opened import OpenMaps
-from safepool.pool.calls.results import Results
+from safepool.pool.calls.results import OpenMaps, Results
 from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
 from safepool.pool.core.work import Call
 from safepool.pool.hands import Teller, ThreadThatStarts

@@ -83,7 +83,8 @@ def reduce_class(kind: type) -> tuple[Any, ...] | Parts:
     attributes = _attributes_of(kind)
     if "__slots__" in vars(kind):
         keywords["__slots__"] = _slots_of(kind)
-    bases = kind.__bases__ if _is_named_tuple(kind) else _internals._get_bases(kind)
+    is_named_tuple = tuple in kind.__bases__ and "_fields" in vars(kind)
+    bases = kind.__bases__ if is_named_tuple else _internals._get_bases(kind)
     bases = () if bases == (object,) else bases  # as in most class statements
     for name in _OF_CTYPES & attributes.keys():
         keywords[name] = attributes.pop(name)
@@ -139,16 +140,12 @@ def _is_made_anew(kind: type, value: object) -> bool:
 
 def _slots_of(kind: type) -> tuple[str, ...]:
     """Return its slots under the names that they have, which may be private ones."""
-    own = [name for name, value in vars(kind).items() if _is_slot(kind, value)]
+    own = [
+        name
+        for name, value in vars(kind).items()
+        if isinstance(value, types.MemberDescriptorType) and value.__objclass__ is kind
+    ]
     return (*own, *(name for name in ("__dict__", "__weakref__") if name in vars(kind)))
-
-
-def _is_slot(kind: type, value: object) -> bool:
-    return isinstance(value, types.MemberDescriptorType) and value.__objclass__ is kind
-
-
-def _is_named_tuple(kind: type) -> bool:
-    return tuple in kind.__bases__ and "_fields" in vars(kind)
 
 
 def _make(meta: type | None, name: str, bases: tuple[Any, ...], keywords: dict[str, Any]) -> type:

@@ -63,23 +63,19 @@ class Outbox:
     lock checks for new records after it has released it.
 
     Attributes:
+        open: Whether records may be added.
         logged: ``True`` if there was a record since the runner last set this to ``False``.
     """
 
-    __slots__ = ("_channel", "_dropped", "_lock", "_open", "_waiting", "logged")
+    __slots__ = ("_channel", "_dropped", "_lock", "_waiting", "logged", "open")
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
         self._waiting: deque[bytes] = deque()
         self._dropped = 0
-        self._open = True
+        self.open: bool = True
         self.logged: bool = False
-
-    @property
-    def open(self) -> bool:
-        """Whether records may be added."""
-        return self._open
 
     def hand_over(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         """Send the files of an answer, just before the frame that refers to them.
@@ -135,7 +131,7 @@ class Outbox:
 
     def close(self, *, flush: bool = False) -> None:
         """Take no more records; ``flush`` sends those that wait."""
-        self._open = False
+        self.open = False
         if flush:
             with self._lock:
                 self._send_records()

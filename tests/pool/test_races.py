@@ -28,10 +28,9 @@ from safepool.pool.core import reclaim
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import hiring, scheduler
-from safepool.pool.shell.dispatch import Dispatch
+from safepool.pool.shell.dispatch import Dispatch, Packing
 from safepool.pool.shell.hiring import Hiring
 from safepool.pool.shell.listener import Listener
-from safepool.pool.shell.packing import Packing
 from safepool.workers.describe import name_of
 
 if sys.platform != "win32":

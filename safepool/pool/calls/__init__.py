@@ -2,8 +2,7 @@
 
 tasks        a call with a future
 mapping      the calls of a ``map``; `results`: the iterator over its results; `gathering`: all
-             results at once; `counted`: for a bar; `awaiting`: for coroutines; `opened`: maps
-             whose items are not all taken yet
+             results at once; `counted`: for a bar; `awaiting`: for coroutines
 front        ``map``, ``cancel`` and the ``with`` block of any pool
 pickling     pickles of calls
 functions    functions that a worker is sent once, and that are called by number from then on

@@ -157,7 +157,7 @@ class Look:
         """Return whether nothing has changed, apart from objects in doubt."""
         mine, theirs = self._parts, other._parts
         same = len(mine) == len(theirs) and len(self.doubts) == len(other.doubts)
-        return same and all(map(_is, mine, theirs))
+        return same and all(map(operator.is_, mine, theirs))
 
     def forget_doubts(self) -> None:
         """Keep nothing alive that is compared by content."""
@@ -364,7 +364,3 @@ _numbers: dict[int, int] = {}
 def _interned(number: int) -> int:
     """Return the same object for the same number."""
     return _numbers.setdefault(number, number)
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other

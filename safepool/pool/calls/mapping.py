@@ -397,7 +397,9 @@ class MapRun:
         return self._is_over(index)
 
     def _is_over(self, index: int) -> bool:
-        return self.has(index) or index == self.length or self._is_stopped_at(index)
+        if self.has(index) or index == self.length:
+            return True
+        return self._stopped is not None and (index >= self._stopped[0] or self.dropped)
 
     def _rest_at(self, index: int) -> list[Any] | Raised:
         """Return what there is in the place of a result that will not come."""
@@ -405,6 +407,3 @@ class MapRun:
             return []
         error = self._stopped[1]()
         return [error] if self.returns_errors else Raised(error)
-
-    def _is_stopped_at(self, index: int) -> bool:
-        return self._stopped is not None and (index >= self._stopped[0] or self.dropped)

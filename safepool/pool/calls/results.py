@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.mapping import Item, MapRun
     from safepool.pool.latch import Bell, Place
 
-__all__ = ["Feed", "ResultIterator", "Results", "end_failed"]
+__all__ = ["Feed", "OpenMaps", "ResultIterator", "Results", "end_failed"]
 
 # Items that ``map`` takes before it returns, from an iterator without a length. The standard pool
 # takes all of them, and the caller may close their source afterwards. The portions grow, so that
@@ -89,6 +89,7 @@ class Results:
     Args:
         ahead: Items taken ahead of the results; ``None`` is as many as keep the workers busy,
             0 none but by :meth:`feed`.
+        deadline: When waiting for a result ends, by the monotonic clock.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Results:
         self._is_fed = ahead == 0
         self._room = Waiters()
         self._most_ahead = _MOST_AHEAD
-        self._deadline = deadline
+        self.deadline: float | None = deadline
         self._error: BaseException | None = None
         # Results of which each lets a further item be taken, in reverse order.
         self._rest: list[Any] = []
@@ -222,11 +223,6 @@ class Results:
             return True
         return self._run.look(index, bell)
 
-    @property
-    def deadline(self) -> float | None:
-        """When waiting for a result ends, by the monotonic clock."""
-        return self._deadline
-
     def end(self) -> None:
         """Drop what has not begun, and end what runs: for a reader that is ended itself."""
         self.seen = True
@@ -325,7 +321,7 @@ class Results:
             self._ahead = min(2 * self._ahead, _MOST_AHEAD)  # the workers have run out
         if not run.has(index):
             self._feed.check_may_wait()
-        results = run.take(index, self._deadline)
+        results = run.take(index, self.deadline)
         if run.held and not run.is_full:
             self._feed.wake()
         return results
@@ -502,6 +498,43 @@ def _as_of_a_generator(error: BaseException) -> BaseException:
     stopped = RuntimeError("generator raised StopIteration")
     stopped.__cause__ = error
     return stopped
+
+
+class OpenMaps:
+    """Maps of one pool whose items are not all taken yet: they do not say how many there are.
+
+    The standard pool takes all items when ``map`` is called. The pool takes the remaining items
+    when it is shut down, or when the unused iterator over the results is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[weakref.ref[Any], Results] = {}
+
+    def add(
+        self, iterator: ResultIterator, results: Results, do: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Note a map, which runs all its calls even without a request for results.
+
+        Args:
+            iterator: Iterator over the results.
+            results: Source of the results.
+            do: Function that calls a function, elsewhere if this is the thread that runs the pool:
+                the collector may drop an iterator in that thread.
+        """
+        self._results[weakref.ref(iterator, partial(self._finish_unseen, do))] = results
+
+    def finish(self) -> None:
+        """Take all items that are left."""
+        for results in [*self._results.values()]:
+            results.finish()
+
+    def _finish_unseen(
+        self, do: Callable[[Callable[[], None]], None], iterator: weakref.ref[Any]
+    ) -> None:
+        results = self._results.pop(iterator, None)
+        # The callback of a weak reference may run before the iterator's own finalizer.
+        if results is not None and not results.seen:
+            do(results.finish)
 
 
 def end_failed(feed: Feed) -> None:

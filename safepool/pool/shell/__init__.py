@@ -1,7 +1,7 @@
 """Delivers events to the core and executes its actions, with threads, processes and files.
 
 scheduler    the thread that owns every worker; `turns`: direct calls by the caller's thread
-dispatch     work -> messages; `packing`: large payloads; `settings`: settings of the program
+dispatch     work -> messages; `settings`: settings of the program
 settling     answers -> results
 staff        all workers, from start to end; `worker` is one of them
 hiring       starts workers, with `variables`; `refusals`, `refused_calls`: reasons of the system

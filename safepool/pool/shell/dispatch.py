@@ -22,6 +22,7 @@ import sys
 import time
 import weakref
 from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import users_frames
@@ -32,7 +33,6 @@ from safepool.pool.calls.tasks import begin, fail
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
 from safepool.pool.hands import HELD_UP_S, Hands
-from safepool.pool.shell.packing import Packing
 from safepool.pool.shell.settings import Settings, Telling
 from safepool.transport.channel import size_of
 from safepool.transport.frames import Filed, Kind, encode
@@ -80,6 +80,43 @@ _ALL = sys.maxsize
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
 Pieces = list["bytes | memoryview"]
+
+
+@dataclass(slots=True, eq=False)
+class Packing:
+    """One large payload of a worker, on its way into memory files.
+
+    Copying 100 MB takes tens of milliseconds, in which the scheduler's thread would not serve the
+    other workers. Hence other threads (``hands``) copy, and the scheduler sends the message when
+    the copy is complete.
+
+    Attributes:
+        position: Position of the work in the ledger.
+        function: Number of the function that is called, 0 if it is in the payload.
+        segments: The payload; after the copy, the segments to send.
+        error: Reason why the payload could not be copied.
+    """
+
+    worker: Worker
+    work: Task | Span
+    position: int
+    function: int
+    segments: Sequence[Segment] = field(repr=False)
+    error: BaseException | None = None
+
+    def store(self, given_up: Callable[[], bool] = bool) -> None:
+        """Copy it into files, or learn why that cannot be."""
+        try:
+            self.segments = self.worker.channel.store(self.segments, given_up)
+        except BaseException as error:  # noqa: BLE001 -- told to the task
+            # The frames in its traceback would keep their objects alive as long as the error.
+            self.error, self.segments = error.with_traceback(None), ()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the worker still owes it."""
+        owed = any(work is self.work for work in self.worker.ledger)
+        return owed and self.work.position == self.position and not self.worker.leaving
 
 
 class Dispatch:

@@ -75,8 +75,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import PoolBrokenError, text_of
 from safepool.machine import handlers_by
 from safepool.pool.calls.mapping import Coming, MapRun, Span
-from safepool.pool.calls.opened import OpenMaps
-from safepool.pool.calls.results import Results
+from safepool.pool.calls.results import OpenMaps, Results
 from safepool.pool.calls.tasks import (
     PoolFuture,
     Task,
@@ -200,7 +199,8 @@ class Scheduler:
         self._cancelling = False
         self._exiting = False
         self._asked: list[e.Force] = []
-        self._broken: PoolBrokenError | None = None
+        # Why the pool gave up as a whole.
+        self.broken: PoolBrokenError | None = None
         self._begun = False
         self._thread: threading.Thread | None = None
         self._over = False
@@ -248,12 +248,7 @@ class Scheduler:
     @property
     def state(self) -> str:
         """``"closed "`` or ``"broken "``, empty for a pool that takes tasks."""
-        return "broken " if self._broken is not None else "closed " if self._closing else ""
-
-    @property
-    def broken(self) -> PoolBrokenError | None:
-        """Why the pool gave up as a whole; ``None`` while it works."""
-        return self._broken
+        return "broken " if self.broken is not None else "closed " if self._closing else ""
 
     def workers(self) -> list[Worker]:
         """Return the live workers."""
@@ -505,8 +500,8 @@ class Scheduler:
                 run.stop(self._refusal)
 
     def _refusal(self) -> BaseException:
-        if self._broken is not None:
-            return fresh(self._broken)
+        if self.broken is not None:
+            return fresh(self.broken)
         return RuntimeError("cannot schedule new futures after shutdown")
 
     def exit(self) -> None:
@@ -543,8 +538,8 @@ class Scheduler:
             self._hiring.pack_ahead()
 
     def _check_open(self) -> None:
-        if self._broken is not None:
-            raise fresh(self._broken)
+        if self.broken is not None:
+            raise fresh(self.broken)
         # Until its own exit() a running pool can take the remaining items of its maps.
         if self._exiting or (not self._begun and has_exited()):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
@@ -895,7 +890,7 @@ class Scheduler:
             _cancel(entry)
 
     def _fail(self, _: Staff, action: e.Fail) -> None:
-        error = self._broken
+        error = self.broken
         assert error is not None
         for entry in action.works:
             _fail(entry, lambda: fresh(error))
@@ -1077,7 +1072,7 @@ class Scheduler:
     ) -> None:
         """Give up as a whole: every task fails, every worker ends."""
         error.__cause__ = cause
-        self._broken = self._broken or error
+        self.broken = self.broken or error
         self._closing = True
         self._asked.append("terminate")
         self._take_in(staff)
