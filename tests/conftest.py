@@ -16,7 +16,6 @@ name lives in a helper module directly in ``tests/`` (it is on ``pythonpath``).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import os
@@ -27,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+from multiprocessing import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -82,7 +82,10 @@ class Harness:
         self._turns = Turns(Path(tempfile.gettempdir(), "turns")) if self._shares else None
         self._tempdir = tempfile.mkdtemp(prefix="safepool-")
         # At exit, not after the last test: multiprocessing's exit handler still looks there.
-        atexit.register(shutil.rmtree, self._tempdir, ignore_errors=True)
+        # After multiprocessing's own folder in it, which goes at -100.
+        util.Finalize(
+            None, shutil.rmtree, (self._tempdir,), {"ignore_errors": True}, exitpriority=-101
+        )
         self._patch = pytest.MonkeyPatch()
         self._set_environment()
 
