@@ -45,16 +45,16 @@ MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Values that a parameter takes beside its default.
+    """Rule for the values of a parameter; its default is always accepted.
 
     Attributes:
-        kind: Accepted values in words, such as "an integer of at least 1".
+        kind: Accepted type in words, such as "an integer of at least 1".
         is_kind: Whether a value has the right type. A wrong type is a ``TypeError``.
-        lacks: Words for the lacking property of a value of the right type, or ``""``. Raises
-            ``ValueError``.
+        lacks: Function that returns the property that a value of the right type lacks, in words;
+            ``""`` if the value is valid. A value that lacks one is a ``ValueError``.
         remedy: A sentence that says what to pass instead.
-        choices: Words that it takes, of which the caller may have meant one.
-        optional: Whether ``None`` is taken where it is not the default.
+        choices: Accepted words. The error suggests a similar one.
+        optional: ``True`` if ``None`` is accepted although it is not the default.
     """
 
     kind: str

@@ -51,7 +51,7 @@ class Request:
         threads_per_worker: Threads of each native pool in a worker, at least 1. ``"auto"`` divides
             the limit by ``max_workers``.
         rounding: Treatment of a fraction of a CPU.
-        reserve: CPUs kept for this process and for others beside it, such as 0.5.
+        reserve: CPUs kept for this process and for other processes, such as 0.5.
         memory_per_worker: Bytes that one worker needs; ``None`` leaves memory out.
     """
 
@@ -179,7 +179,7 @@ def is_held_back(sample: WaitSample) -> bool:
 
 
 def _exact(limits: Limits, request: Request) -> tuple[int, Limit] | None:
-    """Return the number that somebody has set, and who."""
+    """Return the number of workers that was set explicitly, and its source."""
     if request.max_workers is not None:
         return request.max_workers, Limit(
             name="max_workers",

@@ -301,8 +301,8 @@ class TaskTimeoutError(SafepoolError, TimeoutError):
         pid: Process id of the worker.
         timeout_s: Seconds that the task had, from its start.
         task: Name of the call, such as ``"package.module.function"``.
-        stack: The Python stack where it was, as :mod:`faulthandler` writes it; empty where
-            it cannot be had.
+        stack: The task's Python stack at the timeout, in the format of :mod:`faulthandler`; empty
+            if it is unknown.
 
     Example:
         >>> import time

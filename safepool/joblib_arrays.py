@@ -42,7 +42,7 @@ def mode_of_block(mmap_mode: str | None) -> str | None:
     """Return the default mode of a block for calls without one.
 
     Args:
-        mmap_mode: ``"auto"`` is what holds around it, if anything was said there.
+        mmap_mode: ``"auto"`` is the mode of the surrounding joblib context, or else ``"c"``.
     """
     if mmap_mode == "auto":
         around = _mode_of_context()
@@ -51,12 +51,12 @@ def mode_of_block(mmap_mode: str | None) -> str | None:
 
 
 def mode_asked_for(mmap_mode: str | None) -> str | None:
-    """Return what somebody has asked for, of what joblib hands over.
+    """Return the mode that the program chose for a call.
 
-    ``"r"`` is also its default, so it counts only if the call's context names it.
+    ``"r"`` is also joblib's default, so it counts only if the call's context sets it.
 
     Raises:
-        ValueError: The mode is none of joblib's.
+        ValueError: joblib has no such mode.
     """
     if mmap_mode not in _MODES:
         raise ValueError(
@@ -86,7 +86,7 @@ _AT_ONCE_BYTES = 8 * 1024**2
 
 @dataclass
 class _Met:
-    """An array of a call: what drops it here, and its handle if there is one.
+    """An array of a call, with its handle if the array was placed.
 
     A handle that only one batch was given lives as long as that batch; a second batch keeps it.
     """

@@ -373,7 +373,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         )
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Return the number of workers that ``n_jobs`` stands for, at least 1."""
+        """Return the number of workers for ``n_jobs``, at least 1."""
         if n_jobs == 0:
             raise ValueError("n_jobs == 0 in Parallel has no meaning")
         if n_jobs is None:
@@ -557,7 +557,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def retrieval_context(self) -> AbstractContextManager[object]:
         """Wait for the end of a call whose results are wanted all at once.
 
-        Everything is dispatched that is to be at once. joblib's code after this looks for results
+        All tasks of the first dispatch were sent. joblib's code after this looks for results
         every 10 ms, which for a short call is most of its time.
         """
         if self._bar is not None:

@@ -34,7 +34,7 @@ class Callbacks:
     """Runs the callbacks of one ``Parallel`` call, one after the other, until it is closed.
 
     Args:
-        goes_on: Function that tells whether the call needs further ones.
+        goes_on: Function that returns whether the call needs further results.
     """
 
     def __init__(self, goes_on: Callable[[], bool]) -> None:

@@ -92,12 +92,12 @@ class ClusterPools(Pools):
         return cast("_Pool", lease.pool)
 
     def close(self, *, end: bool, which: Callable[[Lease], bool] = lambda _: True) -> None:  # noqa: ARG002
-        """End all pools: they are the block's alone."""
+        """End all pools: only this block uses them."""
         super().close(end=end)
 
 
 class _Pool:
-    """A cluster pool that runs no more than so many batches at a time."""
+    """A cluster pool that runs at most ``most`` batches at a time."""
 
     def __init__(self, pool: ClusterPool, most: int) -> None:
         self._pool = pool
@@ -111,7 +111,7 @@ class _Pool:
         return self._pool._scheduler.is_broken
 
     def workers(self) -> int:
-        """Return the workers of all nodes that there are now; wait for the first node.
+        """Return the workers of all present nodes; wait for the first node.
 
         Raises:
             NoNodesError: None can be used.

@@ -45,9 +45,9 @@ class BornWith:
 
     Attributes:
         environ: The environment, without variables that are set for each worker.
-        folder: The working directory; empty if there is none.
+        folder: The working directory; empty if it does not exist.
         path: ``sys.path``.
-        cpus: The affinity mask; ``None`` where there is none.
+        cpus: The affinity mask; ``None`` if the system has none.
         contents: Changes with the contents of the initializer, its arguments and globals. Empty
             if they cannot be pickled, which the pool says when it is made.
     """
@@ -148,11 +148,11 @@ class TaskPool(Protocol):
         ...
 
     def size_to(self, workers: int) -> None:
-        """Run so many batches at a time."""
+        """Run at most ``workers`` batches at a time."""
         ...
 
     def let_go_after(self, idle_s: float) -> None:
-        """Let workers go that have done nothing for so long."""
+        """End workers that have been idle for ``idle_s``."""
         ...
 
     def end(self, *, wait: bool, at_once: bool = False) -> None:
@@ -229,7 +229,7 @@ class Pools:
         _made.add(self)
 
     def lease(self, settings: Settings, workers: int, user: object) -> Lease:
-        """Return a pool with so many workers, one that was used before if there is any."""
+        """Return a pool with that many workers, an earlier one if possible."""
         with self._lock:
             self._leases = [lease for lease in self._leases if not lease.pool.is_broken]
             self._end([lease for lease in self._leases if lease.is_outdated(settings)])
@@ -271,7 +271,7 @@ class Pools:
 
         Args:
             end: Do not wait for running tasks.
-            which: Function that tells whether a lease is one to close.
+            which: Function that returns whether to close a lease.
         """
         with self._lock:
             leases = [lease for lease in self._leases if which(lease)]
@@ -280,7 +280,7 @@ class Pools:
             lease.pool.end(wait=True, at_once=end)
 
     def _end_unused(self) -> None:
-        """Make room: an initializer that is made anew for each call fits no pool before it."""
+        """End idle pools: a new initializer for each call would add a pool each time."""
         unused = [lease for lease in self._leases if not lease.users]
         self._end(unused[: max(0, len(unused) - _MOST_UNUSED + 1)])
 

@@ -41,7 +41,7 @@ class HeldThreads(ThreadingBackend):
     """joblib's own, with as many threads as workers fit, and their native pools held.
 
     Args:
-        count: Says how many threads ``n_jobs`` stands for.
+        count: Function that returns the number of threads for ``n_jobs``.
         threads: Native threads of each.
     """
 
@@ -60,7 +60,7 @@ class HeldThreads(ThreadingBackend):
         self._bar: CallBar | None = None
 
     def effective_n_jobs(self, n_jobs: int | None) -> int:
-        """Return the number of threads that ``n_jobs`` stands for, at least 1."""
+        """Return the number of threads for ``n_jobs``, at least 1."""
         return self._count(n_jobs)
 
     def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:

@@ -115,7 +115,7 @@ preadv: Callable[[int, Sequence[memoryview], int], int] = getattr(os, "preadv", 
 
 
 def find_pidfd(pid: int) -> int | None:
-    """Return a descriptor that stands for a process; ``None`` before Linux 5.3."""
+    """Return a descriptor of a process; ``None`` before Linux 5.3."""
     try:
         return pidfd_open(pid)
     except OSError:

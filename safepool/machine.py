@@ -97,12 +97,12 @@ def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
 class BudgetWatch:
     """The budget of a running pool, computed again as its limits change.
 
-    Read in the thread that starts the workers, which are born in that thread's group.
+    Read in the thread that starts the workers: they start in that thread's control group.
 
     Args:
         request: The wishes of the pool.
-        limits: The limits at the time when it was made. The room for memory, processes and open
-            files is that of this moment: the later use includes the workers.
+        limits: The limits when the pool was made. Memory, processes and open files are not read
+            again: their later use includes the workers.
     """
 
     def __init__(self, request: Request, limits: Limits) -> None:
@@ -114,7 +114,7 @@ class BudgetWatch:
         self._held_back = 0
 
     def read(self) -> Budget:
-        """Return the budget as the limits are now, as far as they can be read."""
+        """Return the budget under the present limits; unchanged if they cannot be read."""
         now = self._quotas.read()
         if any(skipped.reason in _NO_DESCRIPTOR for skipped in now.skipped):
             return self._budget  # a limit that cannot be read is not gone
@@ -131,7 +131,7 @@ class BudgetWatch:
         return self._budget
 
     def look_for_hidden_limit(self, pids: Iterable[int], budget: Budget) -> None:
-        """Log once if the workers fit the visible limit and are held back all the same.
+        """Log once if the workers fit the visible limit, but are held back.
 
         Args:
             pids: The workers that have work.
@@ -163,20 +163,20 @@ _thread = threading.local()
 
 
 def handlers_by(run: Callable[[Callable[[], None]], None]) -> None:
-    """Let handlers of warnings and of log records not run in this thread, but by ``run``.
+    """Let ``run`` call the handlers of this thread's warnings and log records.
 
-    They are the program's, and may wait for what this thread does.
+    Handlers are code of the program, and may wait for this thread.
     """
     _thread.run = run
 
 
 def has_handlers_elsewhere() -> bool:
-    """Tell whether :func:`handlers_by` was called in this thread."""
+    """Return whether :func:`handlers_by` was called in this thread."""
     return getattr(_thread, "run", None) is not None
 
 
 def call_handlers(call: Callable[[], None]) -> None:
-    """Make a call that runs such handlers: here, or where :func:`handlers_by` has said."""
+    """Make a call that runs handlers, by the function of :func:`handlers_by` if there is one."""
     run = getattr(_thread, "run", None)
     if run is None:
         call()
@@ -189,7 +189,7 @@ def tell_once(text: str, *, subject: str | None = None) -> None:
 
     Args:
         text: The warning.
-        subject: Subject that must not be warned of twice, where the text differs each time.
+        subject: Subject of warnings whose text varies: only the first one is shown.
     """
     subject = subject or text
     if subject in _told:

@@ -83,7 +83,7 @@ _CHUNKS = 4
 
 
 class Options(TypedDict, total=False):
-    """Further arguments of ``Pool``, by name: the same as of ``ProcessPool``."""
+    """Further arguments of ``Pool``, by name: those of ``ProcessPool``."""
 
     threads_per_worker: int | Literal["auto"]
     rounding: Rounding
@@ -596,13 +596,13 @@ def _of_the_pool(error: BaseException) -> BaseException:
 
 
 def _of_its_end(error: BaseException) -> BaseException:
-    """Return what stands for calls of a pool that has ended before them."""
+    """Return the error of calls whose pool ended before them."""
     refused = type(error) is RuntimeError  # it took no more calls
     return _of_the_pool(CancelledError() if refused else error)
 
 
 class _Shown:
-    """Stands for a result of which only its ``repr()`` has arrived."""
+    """Placeholder for a result of which only the ``repr()`` has arrived."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -687,7 +687,7 @@ class ApplyResult(_StandardResult[_T]):
         return self._raised() is None
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the call has ended, at most so many seconds.
+        """Wait until the call has ended, at most ``timeout`` seconds.
 
         Example:
             >>> with Pool(1) as pool:
@@ -708,7 +708,7 @@ class ApplyResult(_StandardResult[_T]):
             timeout: Seconds to wait at most; ``None`` waits for ever.
 
         Raises:
-            multiprocessing.TimeoutError: The call has not ended by then.
+            multiprocessing.TimeoutError: The call has not ended within ``timeout``.
 
         Example:
             >>> with Pool(1) as pool:

@@ -92,7 +92,7 @@ else:
         return os.open(name, flags, dir_fd=below)
 
     def _target(folder: int, name: str) -> str | None:
-        """Return where a link leads, ``""`` if only the kernel knows; ``None`` if it is none."""
+        """Return a link's target, ``""`` for a link of the kernel; ``None`` for no link."""
         link = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
             about = os.fstat(link)

@@ -139,7 +139,7 @@ class ThreadLimit:
             )
 
     def _is_kept(self, pool: NativePool, environment: Mapping[str, str]) -> bool:
-        """Return whether a pool is known to have more threads than it should."""
+        """Return whether a pool is known to have more threads than the limit."""
         if pool.threads is not None:
             return pool.threads > self.threads
         row = next((row for row in runtimes() if row.name == pool.runtime), None)

@@ -46,7 +46,7 @@ __all__ = [
 
 
 def read(path: str, errors: str = "replace") -> str | None:
-    """Return the text of a file; ``None`` if there is none, or it is hidden."""
+    """Return the text of a file; ``None`` if it does not exist or is hidden."""
     try:
         with open(path, encoding="utf-8", errors=errors) as file:
             return file.read()
@@ -77,8 +77,8 @@ class Status(NamedTuple):
         state: One letter: ``R`` runs, ``S`` and ``D`` wait, ``T`` and ``t`` are stopped,
             ``Z`` has ended.
         threads: Number of threads that the system counts, native ones included.
-        caught: Signals that have a handler; bit 0 is signal 1.
-        pending: Signals that were sent and not delivered.
+        caught: Bit mask of signals that have a handler; bit 0 is signal 1.
+        pending: Bit mask of signals that were sent and not delivered.
     """
 
     state: str
@@ -119,7 +119,7 @@ def parse_status(text: str) -> Status | None:
 
 
 def read_status(pid: int) -> Status | None:
-    """Return the system's facts about a process; ``None`` if there are none."""
+    """Return the system's facts about a process; ``None`` if unknown."""
     return parse_status(read(f"/proc/{pid}/status") or "")
 
 

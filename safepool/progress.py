@@ -221,7 +221,7 @@ def _output(tqdm: Any) -> dict[str, Any]:
 
 
 def label_of(progress: bool | str | None) -> str | None:
-    r"""Return what stands before the bar, ``""`` for nothing, ``None`` if no bar is wanted.
+    r"""Return the label of the bar, ``""`` for a bar without one, ``None`` for no bar.
 
     Args:
         progress: The argument of that name: ``True``, ``False`` or a label.

@@ -3,7 +3,7 @@
     pytest -p safepool.pytest_plugin -n auto
 
 ``-n auto`` is :func:`safepool.cpu_count`, not the CPUs of the host, unless
-``PYTEST_XDIST_AUTO_NUM_WORKERS`` says something. With N workers the native thread pools of each
+``PYTEST_XDIST_AUTO_NUM_WORKERS`` is set. With N workers the native thread pools of each
 have an N-th of :func:`safepool.cpu_limit`, at least 1 thread. The variables at a worker's start
 set that, and :func:`safepool.limit_threads` for libraries that its conftest files have imported.
 Without ``-n`` they have the whole limit. The environment is restored at the end.
@@ -44,7 +44,7 @@ def share_of(cpus: float, workers: int) -> int:
 # This hook runs first because xdist has a hook that answers, too.
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """Say how many workers ``-n auto`` is."""
+    """Return the number of workers for ``-n auto``."""
     return None if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS") else cpu_count()
 
 

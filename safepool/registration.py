@@ -1,4 +1,4 @@
-"""joblib learns of the backend ``"safepool"``, as soon as it is there, and not before."""
+"""Registration of the backend ``"safepool"`` with joblib, once the program has imported joblib."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _JOBLIB = "joblib.parallel"
 def register() -> None:
     """Register the backend with joblib: now, or when the program has imported it.
 
-    joblib itself is not imported, which takes a tenth of a second. Until then a finder
-    stands in ``sys.meta_path`` that finds nothing.
+    joblib itself is not imported, which takes a tenth of a second. Until the program imports it,
+    ``sys.meta_path`` holds a finder that waits for joblib.
 
     Source:
         joblib, ``register_parallel_backend``.

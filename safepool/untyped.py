@@ -22,11 +22,11 @@ class Untyped:
     submit: Any
 
     def __init__(self, *_arguments: Any, **_keywords: Any) -> None:
-        """Be made of anything."""
+        """Accept any arguments."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
 
 
 class UntypedMixin:
-    """Has none of these attributes, and is named before the other base."""
+    """A second base class, without these attributes; it comes first."""

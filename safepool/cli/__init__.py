@@ -252,7 +252,7 @@ _UNKNOWN_COMMAND = re.compile(
 
 
 def _likely(name: str, commands: list[str]) -> str:
-    """Say that there is no such command, and what may have been meant.
+    """Return the error text for an unknown command, with the likely one.
 
     Example:
         >>> _likely("docter", ["limits", "doctor", "run"])

@@ -25,12 +25,12 @@ _CODES: dict[Style, int] = {"strong": 1, "problem": 31, "good": 32, "advice": 33
 
 
 def plain(text: str, style: Style) -> str:  # noqa: ARG001 -- as `Paint`
-    """Return the text as it is."""
+    """Return the text unchanged."""
     return text
 
 
 def paint_for(stream: IO[str] | None, environ: Mapping[str, str]) -> Paint:
-    r"""Return what colours text for a stream, or leaves it as it is.
+    r"""Return a function that colours text for a stream, or returns it unchanged.
 
     Example:
         >>> import io

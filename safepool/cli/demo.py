@@ -90,7 +90,7 @@ class Setting:
     """Surroundings of both halves. By default they are this process's own.
 
     Attributes:
-        no_group: Why there is no quota although one was asked for; ``None`` otherwise.
+        no_group: Reason why the requested quota could not be set; ``None`` otherwise.
         variables: Variables that are added to the environment of a half.
         members_file: File of a control group that a half joins by writing ``0`` to it.
         throttling: Reads how often the kernel has frozen a half's group.
@@ -119,10 +119,10 @@ def run(
 
     Args:
         tasks: Number of tasks.
-        points: Size of each, at least 16.
+        points: Size of each task, at least 16.
         bound_s: Seconds after which a half is cut off.
-        cpus: Quota to run under, at least 0.01; ``None`` for the limits there are.
-        pretend_host_cpus: CPUs that both halves believe in; ``None`` for those that there are.
+        cpus: Quota for both halves, at least 0.01; ``None``: the present limits.
+        pretend_host_cpus: CPUs that both halves see; ``None``: the real number.
         plot: File for a picture.
         as_json: Print one JSON object in place of the table.
 
@@ -274,7 +274,7 @@ def _follow(
     """Read messages and count threads until the half has finished, or its time is up.
 
     Returns:
-        Why there is no result, for a child that says nothing about it.
+        Reason for the missing result, if the child itself printed none.
     """
     pids: list[int] = []
     started, latest_s, before, rest = time.monotonic(), _START_WITHIN_S, None, ""
@@ -379,9 +379,9 @@ def undisturbed() -> AbstractContextManager[None]:
 
 @contextmanager
 def _signals(handler: Any, numbers: Iterable[int]) -> Iterator[None]:
-    """Handle signals in this way for a while.
+    """Handle signals by a handler inside the block.
 
-    Outside the main thread Python never delivers them, so there is nothing to handle.
+    Outside the main thread this does nothing: Python delivers signals only there.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():

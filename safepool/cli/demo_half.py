@@ -43,7 +43,7 @@ _CORNERS = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0))
 def interpolate_and_solve(seed: int, points: int) -> NDArray[np.float64]:
     """Interpolate scattered measurements twice, then solve and decompose a system.
 
-    The input follows from the seed alone, so that two pools work on the same numbers.
+    The input depends only on the seed, so that two pools work on the same numbers.
 
     Args:
         seed: Number of the task.

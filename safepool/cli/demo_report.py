@@ -46,8 +46,8 @@ class Half:
             where the system does not list them.
         seconds: From making the pool to the last result; the bound, if it was cut off;
             ``None`` if it ended with an error.
-        tasks_done: Results that had arrived by then.
-        cut_off: Whether the half was ended because its time was up.
+        tasks_done: Number of results at the end.
+        cut_off: ``True`` if the half was ended because its time was up.
         error: The last line of a child that ended early.
         throttling: Number of times that the kernel froze the group between the end of the child's
             imports and the last result; ``None`` without a quota, or if unknown.
@@ -99,15 +99,15 @@ class Report:
     """Conditions of both halves, and everything that the demo measured.
 
     Attributes:
-        points: Size of each.
+        points: Size of each task.
         cpus_asked: Quota that the user asked for, or ``None``.
         bound_s: Seconds after which a half is cut off.
         versions: Versions of Python and of the tasks' libraries, by name.
-        pretend_host_cpus: CPUs that both halves believe in; ``None`` for the machine's.
+        pretend_host_cpus: CPUs that both halves see; ``None``: the real number.
         machine_cpus: CPUs of the machine.
         limit: The ceiling that binds in both halves; its ``cpus`` is ``None`` where none is
             known.
-        no_group: Why there is no quota although one was asked for; ``None`` otherwise.
+        no_group: Reason why the requested quota could not be set; ``None`` otherwise.
     """
 
     tasks: int

@@ -65,7 +65,7 @@ _COLUMN = 18
 
 
 class DoctorError(SafepoolError):
-    """The process that imports the libraries could not be used at all."""
+    """The process that imports the libraries ended before it imported any."""
 
     def __init__(self, ending: str, output: str) -> None:
         super().__init__(ending, output)
@@ -142,7 +142,7 @@ class Report:
 
     @property
     def failed(self) -> list[Library]:
-        """Names of the libraries that could not be imported."""
+        """Libraries that could not be imported."""
         return [library for library in self.libraries if library.error]
 
     def as_text(self, paint: Paint = plain) -> str:
@@ -417,7 +417,7 @@ if sys.platform == "win32":
 else:
 
     def _end(process: subprocess.Popen[bytes]) -> None:
-        """End the process and whatever an import has started: its whole session's group."""
+        """End the process, and all processes that an import has started in its group."""
         try:
             # Also after its end: its number stays the group's while a member is left, and belongs
             # to no other process for a moment after that.

@@ -45,7 +45,7 @@ _GONE_WITHIN_S = 1.0
 
 
 def main(arguments: list[str]) -> None:
-    """Import one library after the other, say what each brought, and end the process."""
+    """Import one library after the other, print the effects of each, and end the process."""
     limit_s, *names = arguments
     with os.fdopen(os.dup(1), "w", encoding="ascii") as told:
         os.dup2(2, 1)
@@ -115,7 +115,7 @@ def _wait_for_the_end_of(ended: set[int]) -> None:
 
 
 def _os_threads() -> int | None:
-    """Return the number of threads that the kernel counts in this process, if it tells."""
+    """Return the kernel's number of threads of this process; ``None`` if unknown."""
     told = procfs.fields().get("Threads")
     return None if told is None else int(told)
 

@@ -60,7 +60,7 @@ _standard_count = getattr(os, "process_cpu_count", os.cpu_count)
 
 
 class ScreenError(CommandError):
-    """The process or system that was asked for cannot be looked at."""
+    """The limits of the process or of the cluster cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class NativeLibrary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OtherProcess:
-    """Facts about another process alone."""
+    """Facts about the process of ``--pid``."""
 
     pid: int
     threads: int
@@ -85,12 +85,12 @@ class Screen:
     """Content of the screen. Built from a captured machine as well as from this one.
 
     Attributes:
-        budget: The workers and threads that ``safepool.ProcessPool()`` would start under them.
+        budget: The workers and threads of ``safepool.ProcessPool()`` under these limits.
         throttling: Number of times that the kernel has frozen the group whose quota binds.
         standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
-        standard_reads_variable: ``PYTHON_CPU_COUNT`` bounds them.
-        sample: The same as ``throttling`` over a moment.
-        joblib_workers: Workers that joblib starts, ``None`` if it was not asked.
+        standard_reads_variable: ``True`` if ``PYTHON_CPU_COUNT`` bounds ``standard_workers``.
+        sample: Growth of ``throttling`` over a moment.
+        joblib_workers: Workers that joblib starts; ``None`` if unknown.
         native_threads: Threads that a native pool starts in a process.
         variables: Thread variables that are set.
     """
@@ -259,7 +259,7 @@ def read_screen(*, sample_s: float = 0.0) -> Screen:
     """Read this process's limits.
 
     Args:
-        sample_s: Seconds over which throttling is sampled, if there is a quota; 0 is not.
+        sample_s: Seconds over which throttling is sampled, if there is a quota; 0: no sample.
     """
     limits = read_limits()
     throttling, sample = _sampled(read_throttling, sample_s)
@@ -340,7 +340,7 @@ def _view(pid: int) -> View:
 def _sampled(
     read: Callable[[], Throttling | None], sample_s: float
 ) -> tuple[Throttling | None, Throttling | None]:
-    """Return the counters, and how they grew in so many seconds, or longer if it is not clear."""
+    """Return the counters, and their growth in ``sample_s``, or in a longer time if in doubt."""
     before = read()
     if before is None or sample_s <= 0:
         return before, None

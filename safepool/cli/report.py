@@ -68,22 +68,22 @@ class Row:
 
     @property
     def idle_s(self) -> float:
-        """No call was there."""
+        """Seconds in which the worker was idle and no call waited."""
         return max(0.0, self.lived_s - self.busy_s - self.starved_s)
 
     def start(self, at_s: float) -> None:
-        """Take the start of a process; if the end of the one before is lost, it ends here too."""
+        """Note the start of a process. The one before ended with its last event, if not before."""
         self.end(self.end_s)
         self.begin_s = self.end_s = max(at_s, self.end_s)
 
     def end(self, at_s: float) -> None:
-        """Take the end of its process."""
+        """Note the end of the process."""
         if self.begin_s is not None:
             self.lived_s += max(at_s, self.end_s) - self.begin_s
         self.begin_s = None
 
     def as_dict(self) -> dict[str, float | str]:
-        """Return it for programs."""
+        """Return the report for programs."""
         node: dict[str, float | str] = {"node": self.node} if self.node else {}
         told: dict[str, float | str] = {
             "calls": self.calls,
@@ -127,10 +127,10 @@ class Report:
         )
 
     def tail_s(self) -> float:
-        """Return for how long the last call kept one worker busy while no other was.
+        """Return the seconds in which only the last call ran, all other workers being idle.
 
-        Only if the call was there before the other workers had ended theirs: otherwise nothing
-        could be gained.
+        0 if the call was submitted after the other workers had finished: an earlier start was
+        impossible.
         """
         if len(self.workers) < 2:
             return 0.0
@@ -139,14 +139,14 @@ class Report:
         return end_s - max(begin_s, others_s) if asked_s <= others_s else 0.0
 
     def conclusion(self) -> str:
-        """Say in one sentence what follows."""
+        """Return the meaning of the figures in one sentence."""
         total = self.total()
         if not total.calls or not total.lived_s:
             return NOTHING
         return next(said for said, found in CONCLUSIONS.items() if found(self, total))
 
     def as_text(self) -> str:
-        """Return it for people."""
+        """Return the report for people."""
         total = self.total()
         calls, workers = counted(total.calls, "call"), counted(len(self.workers), "worker")
         lines = [f"{self.seconds:.2f} s, {calls}, {workers}", ""]
@@ -177,7 +177,7 @@ class Report:
         return "\n".join([*lines, "", *wrapped(self.conclusion(), 0)])
 
     def as_json(self) -> str:
-        """Return it for programs."""
+        """Return the report for programs."""
         total = self.total()
         told = {
             "seconds": self.seconds,

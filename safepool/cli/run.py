@@ -129,7 +129,7 @@ class Plan:
 
     Attributes:
         changes: The value of each variable; ``None`` removes it.
-        kept: Variables of the user, which were left alone.
+        kept: Variables of the user that keep their value.
         patched: The program's pools are replaced as well.
     """
 
@@ -144,7 +144,7 @@ class Plan:
         return {name: value for name, value in changed.items() if value is not None}
 
     def as_text(self) -> str:
-        """Return what was set and what was kept: ASCII, a variable a line."""
+        """Return the variables that were set and kept: ASCII, one variable per line."""
         budget = self.budget
         because = budget.because
         lines = wrapped(

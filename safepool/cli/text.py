@@ -35,7 +35,7 @@ def json_of(told: Any, *, schema: int | None = 1, indent: int | None = 2) -> str
     """Return the one object that a command prints for programs.
 
     Args:
-        told: Mapping or dataclass of its keys and values; dataclasses in it are objects too.
+        told: Mapping or dataclass of the keys and values. Dataclasses inside become objects.
         schema: Number of its schema, the first key. Keys are added within a schema, and none is
             renamed or removed. ``None`` where the keys are names from elsewhere, or each line is
             an object.

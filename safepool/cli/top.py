@@ -102,7 +102,7 @@ def run(pid: int, *, as_json: bool) -> int:
     """Print the workers of a process; on a terminal again and again until Ctrl-C.
 
     Raises:
-        TopError: They cannot be shown, or there are none.
+        TopError: The workers cannot be shown, or the process has none.
     """
     rows = read(pid)
     if not rows:

@@ -31,7 +31,7 @@ class View(Protocol):
     pid: int
 
     def environ(self) -> dict[str, str]:
-        """Return the environment that it was started with."""
+        """Return the environment that the process was started with."""
         ...
 
     def read_limits(self) -> Limits:
@@ -39,17 +39,17 @@ class View(Protocol):
         ...
 
     def read_throttling(self) -> Throttling | None:
-        """Read its group's counters."""
+        """Read the counters of the process's group."""
 
     def read_usage(self) -> CpuUsage | None:
-        """Read the CPU time of its group."""
+        """Read the CPU time of the process's group."""
 
     def threads(self) -> int:
-        """Count its threads; 0 when it has ended."""
+        """Count the process's threads; 0 when the process has ended."""
         ...
 
     def libraries(self) -> tuple[str, ...]:
-        """Return the files that it runs code from."""
+        """Return the files whose code the process runs."""
         ...
 
 
@@ -91,7 +91,7 @@ def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -
         view: The group and the process to watch.
         cpus: CPUs that it may use.
         as_json: Print objects.
-        lines: End after so many; ``None`` goes on.
+        lines: Number of lines to print; ``None``: until the process ends.
     """
     paint = paint_for(sys.stdout, os.environ)
     before, usage, throttling = time.monotonic(), view.read_usage(), view.read_throttling()

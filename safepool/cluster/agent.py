@@ -249,7 +249,7 @@ class Session:
         return bool(self._answers) or self._returned is not None
 
     def report(self) -> Report:
-        """Return what there is to collect, and keep it no longer."""
+        """Return what can be collected, and drop it here."""
         self.heard_s = time.monotonic()
         answers, nbytes = list[Any](), 0
         while self._answers and nbytes <= MESSAGE_BYTES:
@@ -262,7 +262,7 @@ class Session:
         return Report(answers, returned, size, source if self._traced else None)
 
     def wait_for_all(self, number: int) -> None:
-        """Return when so many answers are there."""
+        """Return when that many answers have arrived."""
         while len(self._answers) < number:
             self._wake.clear()
             if len(self._answers) < number:

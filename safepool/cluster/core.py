@@ -88,7 +88,7 @@ class Answer(NamedTuple):
 
     Attributes:
         seconds: Duration of the call; negative if it did not run to its end.
-        died: ``True`` if its worker has died, so that it may run again.
+        died: ``True`` if the call's worker has died: the call may run again.
         content: The value that it returned or the error that it raised, still pickled.
         ran: The worker that had it and its times, for a trace.
     """
@@ -115,7 +115,7 @@ class Opened(NamedTuple):
     Attributes:
         node: The same for all places of one machine and limit.
         workers: Number of workers of the node's pool.
-        wanted: Whether the user has named it, or no node at all.
+        wanted: ``True`` if the user has named the node, or no nodes at all.
         holds: No other process of the node has the agent that all cluster pools use.
     """
 
@@ -299,7 +299,7 @@ class _Place:
     Attributes:
         state: Stage that the node has reached.
         workers: Number of workers of the node's pool.
-        wanted: Whether the user has named it, or no node at all.
+        wanted: ``True`` if the user has named the node, or no nodes at all.
         gives_way: Another process of its node has the agent.
         why: Why it was refused.
         wrong_s: When it refused the pool's arguments.
@@ -308,7 +308,7 @@ class _Place:
         posting: A message is on its way.
         asked_back: Numbers that were asked back and are not answered yet.
         sent_s: When calls were last delivered.
-        kill: Numbers of calls that are to be ended.
+        kill: Numbers of the calls to end.
     """
 
     name: str
@@ -395,7 +395,7 @@ class Core:
 
     @property
     def waiting(self) -> int:
-        """Number of calls that no node has."""
+        """Number of calls that were not sent to a node."""
         return len(self._backlog)
 
     @property

@@ -149,7 +149,7 @@ class DeliverMessage(NamedTuple):
         large: Large buffers of arguments that the agent does not have, by key.
         objects: Shared objects that the agent does not have, by number.
         back: Numbers of calls that are wanted back if they have not begun.
-        kill: Numbers of calls that are to be ended.
+        kill: Numbers of the calls to end.
         forget: Numbers of shared objects, and keys of functions and buffers, that are no longer
             needed.
         traced: Answers are to tell which worker had a call, and when.

@@ -232,7 +232,7 @@ class Shell:
         trace: Trace of calls and nodes; ``None`` for none.
 
     Attributes:
-        told: Maps whose readers are to look again.
+        told: Maps whose readers must check for new results.
         buffers: Copies of large buffers of arguments.
     """
 
@@ -349,7 +349,7 @@ class Shell:
         self._put(partial(self._fed, run, items, last))
 
     def give_up(self, run: MapRun) -> None:
-        """Drop the calls that no node has: they are not needed."""
+        """Drop the calls that were not sent to a node, because they are not needed."""
         self._put(partial(self._drop, run))
 
     def end_calls(self, run: MapRun) -> None:
@@ -437,7 +437,7 @@ class Shell:
         return () if self.trace is None else [*self.trace.descriptors()]
 
     def workers(self) -> list[Worker]:
-        """Return workers on this machine: none."""
+        """Return no worker: all workers are on nodes."""
         return []
 
     def open_nodes(self) -> list[tuple[str, str, int, int]]:

@@ -86,7 +86,7 @@ class ClusterTrace(CountedTrace):
         self._events.of_pool("node opened", node=node, workers=workers)
 
     def lost(self, node: str, why: str, calls: int) -> None:
-        """A node is lost, and so many calls failed with it."""
+        """A node is lost, and ``calls`` calls failed with it."""
         self._events.of_pool("node lost", node=node, why=why, calls=calls)
 
     def reported(self, place: str, name: str, source: Source) -> None:

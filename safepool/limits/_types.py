@@ -69,7 +69,7 @@ class PidsLimit:
 
     Attributes:
         name: ``pids.max``, or ``RLIMIT_NPROC``.
-        tasks: The ceiling; ``None`` means that the source sets none.
+        tasks: The most processes and threads; ``None`` means that the source sets no ceiling.
         used_tasks: Present number of tasks; ``None`` if unknown, or not read because there is no
             ceiling.
         source: The file or the call that was read.
@@ -88,8 +88,8 @@ class OpenFilesLimit:
     """The ceiling on this process's open file descriptors.
 
     Attributes:
-        name: ``RLIMIT_NOFILE``, whose soft value it is.
-        files: The ceiling; ``None`` means no ceiling.
+        name: ``RLIMIT_NOFILE``; ``files`` is its soft value.
+        files: The most open files; ``None`` means no ceiling.
         used_files: Present number of open files; ``None`` if unknown.
         source: The call that was made.
         raw: Text of the source, word for word.

@@ -145,8 +145,8 @@ def _show_hidden(
 ) -> None:
     """Add the groups that have no name between a mount above our namespace and us.
 
-    Needed where `_show_ancestors` left a gap: a mount's root is so and so many levels above
-    us, and not every level between was shown.
+    Needed if `_show_ancestors` left a gap: a mount's root is several levels above this process,
+    and some of the levels between were not shown.
     """
     shown = {_depth(group) for group in seen}
     outermost = min(seen, key=_depth)

@@ -56,7 +56,7 @@ class Machine:
 
         Returns:
             Its text: UTF-8, where any other byte becomes a surrogate, as in ``os.fsdecode``.
-            ``None`` if there is no such file or it cannot be read, which is noted.
+            ``None`` if the file does not exist or cannot be read; the latter is noted.
         """
         try:
             actual = self._actual(path)
@@ -80,7 +80,7 @@ class Machine:
         return data.decode("utf-8", "surrogateescape")
 
     def is_directory(self, path: str) -> bool:
-        """Tell whether there is a directory of that name."""
+        """Return whether a directory of that name exists."""
         try:
             return stat.S_ISDIR(os.stat(self._actual(path)).st_mode)
         except (OSError, ValueError):

@@ -49,7 +49,7 @@ class Gpus:
 
 
 def parse_visible(text: str) -> tuple[str, ...]:
-    """Return the devices that a variable names; it ends at the first that is none, as for CUDA.
+    """Return the devices in a variable, up to the first invalid one, as CUDA does.
 
     Example:
         >>> parse_visible("2, GPU-8932f937,-1,3")

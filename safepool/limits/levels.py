@@ -84,7 +84,7 @@ def parse_number(text: str, *, source: str, unit: str = "bytes") -> int | None:
 
 
 def read_number(machine: Machine, source: str, *, unit: str = "bytes") -> int | None:
-    """Read a file of one number; ``None`` if there is none, or it is no number (noted)."""
+    """Read a file of one number; ``None`` if the file is missing or holds no number (noted)."""
     text = machine.read(source)
     if text is None:
         return None

@@ -201,7 +201,7 @@ def _directories_above(path: str) -> Iterable[str]:
 
 
 def is_inside(path: str, directory: str) -> bool:
-    """Tell whether a path is a directory or lies below it, by whole components.
+    """Return whether a path is a directory or is below it, by whole components.
 
     Example:
         >>> is_inside("/a/b", "/a"), is_inside("/a", "/a"), is_inside("/ab", "/a")

@@ -40,8 +40,8 @@ def parse_cpu_max(text: str, *, source: str) -> Limit:
 
     Args:
         text: ``"<quota> <period>\n"``, both in microseconds. The quota may be the word
-            ``max``, which sets no ceiling. A quota alone has the default period, 100 ms;
-            what follows the period is left to future kernels.
+            ``max``, which sets no ceiling. A quota without a period has the default period,
+            100 ms. Further fields, of future kernels, are ignored.
         source: Path the text was read from. The result and the error name it.
 
     Returns:

@@ -70,7 +70,7 @@ def parse_idle(text: str, cpus: Iterable[int]) -> int:
 
 
 class WaitWatch:
-    """Samples some processes now and then. Reads only when asked; keeps the last reading."""
+    """Measures the time that processes wait for CPUs between two calls of :meth:`sample`."""
 
     def __init__(self) -> None:
         self._processes: dict[int, tuple[int, int]] = {}

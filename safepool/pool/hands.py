@@ -144,7 +144,7 @@ def _busy_for(clock: int) -> float:
 
 
 class LateError(Exception):
-    """The job waits for longer than there is time."""
+    """The job did not end within its time."""
 
 
 def within(patience_s: float, run: Callable[[], _T]) -> _T:

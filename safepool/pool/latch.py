@@ -133,7 +133,7 @@ class Latch:
         self._waiters.wake()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Return whether it is open by then; ``None`` waits for ever."""
+        """Return whether it opens in time; ``None`` waits without a limit."""
         return self.is_open or self._waiters.wait(self._is_open, timeout_s)
 
     def _is_open(self) -> bool:

@@ -222,7 +222,7 @@ class _Request:
         return ""
 
     def look(self) -> bool:
-        """Tell whether nothing more is to be waited for."""
+        """Return whether nothing is left to wait for."""
         if self._text:
             return True
         worker = self.worker

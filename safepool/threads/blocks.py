@@ -58,7 +58,7 @@ class Hold:
     """An open block.
 
     Attributes:
-        lowers: Whether the block only lowers larger numbers, and leaves smaller ones alone.
+        lowers: ``True`` if the block only lowers larger numbers, and keeps smaller ones.
         thread: The thread in which the block is open.
         own: Former numbers of libraries with a number for each thread.
     """

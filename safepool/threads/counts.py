@@ -78,7 +78,7 @@ _count = 1
 
 
 def pretend(count: int) -> None:
-    """Let ``os.cpu_count()`` and its kin say ``count`` in this process.
+    """Make ``os.cpu_count()`` and similar functions return ``count`` in this process.
 
     Python 3.13 reads PYTHON_CPU_COUNT and does this itself where the interpreter was started
     with it; here it is done for older ones, and for workers that were forked.

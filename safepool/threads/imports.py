@@ -55,7 +55,7 @@ class AfterImport:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Let the other finders find it; a module that is wanted tells when it has run."""
+        """Let the other finders find the module; a wanted module reports the end of its import."""
         if fullname not in self._names:
             return None
         # Those behind this one: another of its kind, before it, asks it for the same module.

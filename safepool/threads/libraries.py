@@ -20,7 +20,7 @@ import sys
 
 
 class _ImportedModules:
-    """Stands in where the loader's list cannot be had."""
+    """Replacement where the loader's list of libraries is not available."""
 
     def __init__(self) -> None:
         self._seen = -1

@@ -28,8 +28,8 @@ def choose_cpus(
     """Choose the CPUs of one more worker: those that the fewest workers are bound to.
 
     Args:
-        mask: The CPUs there are, by the kernel's numbers; at least one.
-        threads: Number of threads of the worker, at least 1. More than there are is all.
+        mask: The available CPUs, by the kernel's numbers; at least one.
+        threads: Number of threads of the worker, at least 1. A larger number than the mask: all.
         load: Number of workers that are bound to each CPU; one that is missing has none.
         first: Begin of the choice among equals, counted along the mask and round it, 0 or more.
 
@@ -98,7 +98,7 @@ if sys.platform == "linux":
         return ""
 
     def bind(cpus: Collection[int]) -> None:
-        """Let this thread, and those that it will start, run on these CPUs alone."""
+        """Restrict this thread, and those that it will start, to these CPUs."""
         if not cpus:
             return
         try:

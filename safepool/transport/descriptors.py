@@ -104,7 +104,7 @@ class Handed(Filed):
 
 
 def close_all(numbers: Iterable[int]) -> None:
-    """Close descriptors, of which some may be closed already."""
+    """Close descriptors; some may be closed already."""
     for number in numbers:
         try:
             os.close(number)

@@ -52,11 +52,11 @@ _MOST_ORDERED_BYTES = 1 << 20
 
 
 class _TooLargeError(Exception):
-    """The value is too large to be looked at."""
+    """The value is too large for a fingerprint."""
 
 
 def fingerprint(value: object) -> bytes | None:
-    """Return what tells a value from others in another process.
+    """Return a hash that distinguishes values, also between processes.
 
     Args:
         value: Anything. Only its own pickling methods are called.
@@ -160,7 +160,7 @@ class _OrderedPickler(_Pickler):
 
 
 def _key(item: Any) -> str:
-    """Return what tells an item of a set from others, in any process."""
+    """Return a key that distinguishes the items of a set, in any process."""
     kind = type(item)
     if kind in PLAIN:
         return repr(item)

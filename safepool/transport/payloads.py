@@ -143,7 +143,7 @@ def loads(segments: Sequence[Buffer]) -> Any:
             themselves, so they are writable where the buffer is.
 
     Raises:
-        MemoryError: A segment could not be had.
+        MemoryError: There is no memory for a segment.
         OSError: The same, for want of a descriptor.
         Exception: The exception of unpickling.
     """

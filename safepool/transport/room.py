@@ -56,7 +56,7 @@ _CONTAINERS = frozenset({tuple, list, dict})
 
 
 class _Pause:
-    """A time in which there is no use in looking again, unless much was freed since."""
+    """A time in which the room is not read again, unless much memory was freed."""
 
     def __init__(self) -> None:
         self._until = 0.0

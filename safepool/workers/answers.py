@@ -95,14 +95,14 @@ class Answers:
             self.flush()
 
     def send_number(self, position: int, begun_ns: int, pickled: bytes) -> None:
-        """Answer a call that has arrived alone and returned a number, or nothing."""
+        """Answer a single call that has returned a number or ``None``."""
         microseconds = min((time.monotonic_ns() - begun_ns) // 1000, 0xFFFF_FFFF)
         outbox = self._outbox
         outbox.send_answer(answer_frame(position, microseconds, _RESULT, pickled))
         outbox.logged = False
 
     def send_alone(self, position: int, begun_ns: int, kind: Kind, segments: Segments) -> None:
-        """Answer a call that has arrived alone."""
+        """Answer a single call."""
         self._mark_ns = begun_ns
         self._outbox.logged = True  # nothing waits for what follows
         self.send(position, kind, segments)

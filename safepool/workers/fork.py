@@ -56,7 +56,7 @@ def code_of(error: BaseException | None) -> int:
 
 
 def flush(*streams: Any) -> None:
-    """Write out what was printed, as far as that is possible."""
+    """Flush standard output and standard error, if possible."""
     for stream in streams:
         try:
             stream.flush()

@@ -32,7 +32,7 @@ class KeptServer:
         sock: This end of its socket. Closed, it tells the keeper that the program is gone.
 
     Attributes:
-        pid: The process id of the server; 0 until it has said it.
+        pid: Process id of the server; 0 until the server has sent it.
         returncode: Exit code of the server; ``None`` while it is not known.
     """
 

@@ -71,7 +71,7 @@ keep({}, {}, {!r}, {})
 
 
 class NoInterpreterError(RuntimeError):
-    """The interpreter for workers is none, or not for this user: another try is of no use."""
+    """The interpreter for workers is no Python, or this user may not start it."""
 
 
 line: list[int] = []

@@ -97,7 +97,7 @@ class Outbox:
         self._offer_records()
 
     def send_answer(self, frame: bytes) -> None:
-        """Send a frame as :meth:`send` does, with less ado if there are no records."""
+        """Send a frame as :meth:`send` does, but faster if there are no log records."""
         if self.logged or self._waiting or not self._lock.acquire(blocking=False):
             self.send([frame])
             return

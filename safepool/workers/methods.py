@@ -95,7 +95,7 @@ if sys.platform == "linux":
         return ServerContext(preload, plan_main(main), kept=kept)
 
     def script_method(method: StartMethod, main: str) -> StartMethod:
-        """Return what tells which names of the script workers have."""
+        """Return a value that identifies the names of the script that workers have."""
         if not method.runs_script or main == "value" or not os.path.isdir("/proc/self/task"):
             return method
         plan = plan_main("auto")

@@ -70,7 +70,7 @@ class WorkerProcess:
         self.sentinel: int | None = self._started.sentinel
 
     def descriptors(self) -> list[int]:
-        """Return what belongs to this worker alone, and no other must inherit."""
+        """Return the descriptors of this worker, which no other worker must inherit."""
         found = [*self.channel.descriptors(), self.board.fileno()]
         return [descriptor for descriptor in found if descriptor >= 0]
 

@@ -57,8 +57,7 @@ _AT_ONCE_NS = 20_000
 # Calls of a batch whose results did not go to the lane, until it is given up for the rest.
 _MOST_MISSES = 3
 _NOTHING = object()
-# Results of a type of which it is found out what in them cannot be pickled. The most calls of a
-# message that name an error's cause.
+# The most calls of a message whose errors name the part that cannot be pickled.
 _MOST_BLAMED = 3
 
 _dumps = pickle.dumps

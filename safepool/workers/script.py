@@ -137,12 +137,12 @@ def finish() -> None:
 
 
 def tell_prints(names: list[str], pipe: int) -> None:
-    """Write what globals of the script are like, in a process that is there for such alone.
+    """Write fingerprints of the script's globals, in a process that does nothing else.
 
     Args:
         names: Names of the globals, and paths to attributes of its functions and classes.
-        pipe: Pipe that :func:`read_prints` reads. The content is as much as there is when
-            this process is ended: by its own code, or after half a minute.
+        pipe: Pipe that :func:`read_prints` reads. The content may end early: this process ends
+            after half a minute, or by code of the script.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _PRINTS_S)

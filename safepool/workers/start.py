@@ -36,8 +36,8 @@ class WorkerStart:
         forked: Whether the worker is a fork of the program, with all that the program had at the
             start.
         initializer: Initializer of a fork of the program, instead of a pickle.
-        foreign: Descriptors of the program that a fork must close: otherwise nobody would see
-            another worker's channel close.
+        foreign: Descriptors of the program that a fork must close: otherwise the other end would
+            not see another worker's channel close.
     """
 
     environment: Mapping[str, str | None]

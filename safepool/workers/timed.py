@@ -60,7 +60,7 @@ def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed
     """Return the entries of a frame of times.
 
     Raises:
-        CorruptFrameError: The frame is none of times.
+        CorruptFrameError: The frame is no frame of times.
     """
     if len(segments) != 1 or len(segments[0]) % _ENTRY.size:
         raise CorruptFrameError("a frame of times has a wrong size")

@@ -40,7 +40,7 @@ class Traces:
 
     Attributes:
         signals: The masks of signals that are blocked, ignored and handled.
-        states: States that each worker is given anew.
+        states: States that are reset in each worker.
     """
 
     files: dict[str, str]

@@ -86,7 +86,7 @@ class TreeEnd:
 
 
 class Descendant(NamedTuple):
-    """One process, which its number alone does not name: that may be another's later.
+    """One process. Its id alone is not enough: another process may get the id later.
 
     Attributes:
         started: When, in ticks since the system started.
@@ -122,7 +122,7 @@ def signal_all(processes: Iterable[Descendant], number: int) -> None:
 
 
 def try_to_signal(pid: int, number: int) -> None:
-    """Send a signal, if there is such a process and this one may."""
+    """Send a signal, if the process exists and this one may signal it."""
     try:
         os.kill(pid, number)
     except (ProcessLookupError, PermissionError):

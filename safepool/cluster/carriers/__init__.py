@@ -40,7 +40,7 @@ class Carrier(Protocol):
     at_once: bool
 
     def places(self) -> Sequence[str]:
-        """Return the places that there are now. Asked once a second; waits for nothing.
+        """Return the present places. Called once a second, and must not wait.
 
         Raises:
             EngineGoneError: The engine takes no more calls.

@@ -72,10 +72,12 @@ class Needs(list[Delivery]):
 
 
 class Versions(dict[str, int]):
-    """Versions of the names that a worker has, some of which it was born with.
+    """Version numbers of the names that a worker knows.
+
+    ``first`` has the versions of the values that the worker got at its start.
 
     Args:
-        known: Versions of names that were known by then.
+        known: Versions of names that are known at the start.
         first: Function that returns the versions of other names.
         names: The other names; ``None`` is all names that ``first`` returns.
     """

@@ -203,7 +203,7 @@ class MapRun:
 
     @property
     def stopped(self) -> bool:
-        """Whether the rest is not needed, or cannot be computed."""
+        """Whether the remaining calls must not run: not needed, or an item failed."""
         return self._stopped is not None
 
     def add(self, items: list[Item], *, last: bool) -> None:

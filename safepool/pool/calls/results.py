@@ -513,13 +513,13 @@ class OpenMaps:
     def add(
         self, iterator: ResultIterator, results: Results, do: Callable[[Callable[[], None]], None]
     ) -> None:
-        """Note a map, which runs all its calls even without a request for results.
+        """Register an open map: its calls run even if the program takes no result.
 
         Args:
             iterator: Iterator over the results.
             results: Source of the results.
-            do: Function that calls a function, elsewhere if this is the thread that runs the pool:
-                the collector may drop an iterator in that thread.
+            do: Function that calls a function; in another thread if this is the pool's own thread,
+                where the garbage collector may drop an iterator.
         """
         self._results[weakref.ref(iterator, partial(self._finish_unseen, do))] = results
 

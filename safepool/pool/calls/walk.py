@@ -56,7 +56,7 @@ _TOLD_AT = 3
 
 
 class Walk:
-    """The walk from some names to everything that they lead to.
+    """A walk over names of the script, and over all objects that they refer to.
 
     Args:
         table: A draft, which gets the new entries.

@@ -175,7 +175,7 @@ class Sent(NamedTuple):
         back: Work that the worker must not have yet.
         exclusive: Whether nothing may follow until the work is answered.
         unsent: Position of the work that is being copied; otherwise 0.
-        full: Nobody is to be given more before the next :class:`HandOut`.
+        full: ``True`` if no worker gets more work before the next :class:`HandOut`.
     """
 
     worker: Member
@@ -317,11 +317,11 @@ class Break(NamedTuple):
 
 
 class End(NamedTuple):
-    """Workers are to end: after their calls, or by force.
+    """Order to end workers: after their calls, or by force.
 
     Attributes:
         force: The way to end it.
-        worker: This one alone; ``None`` is all.
+        worker: The worker to end; ``None`` is all.
     """
 
     force: Force
@@ -336,7 +336,7 @@ class Send(NamedTuple):
 
 
 class Hire(NamedTuple):
-    """Start so many workers; of those that end slowly, let so many end at once."""
+    """Start ``workers`` workers; let at most ``hurry`` of those that end slowly end at once."""
 
     workers: int
     hurry: int

@@ -46,7 +46,7 @@ class Ledger(Generic[_W]):
 
     @property
     def head(self) -> _W | None:
-        """Work that the worker does now, or will next."""
+        """Work that the worker does now, or will do next."""
         return self._works[0] if self._works else None
 
     @property

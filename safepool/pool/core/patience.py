@@ -38,7 +38,7 @@ class Patience:
     killed: int = 0
 
     def was_of_use(self) -> None:
-        """Begin to count anew."""
+        """Set the counters to zero."""
         self.crashed = self.killed = 0
 
     def after(self, exitcode: int | None, *, ours: bool) -> float | None:

@@ -55,8 +55,8 @@ class Run(Protocol):
         stopped: The rest is not needed, or cannot be computed.
         dropped: No further results will be taken.
         queued: Whether it is in the backlog.
-        held: No further calls are sent, as too much waits to be taken.
-        is_full: Whether as much does, and somebody can take it.
+        held: ``True`` if no further calls are sent, because too many results wait to be taken.
+        is_full: ``True`` if too much waits to be taken, and a reader can take it.
         noted: Notes of a listener; unset without a listener.
     """
 

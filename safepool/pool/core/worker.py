@@ -123,7 +123,7 @@ class Member:
 
     @property
     def silent(self) -> bool:
-        """Whether it has not come to what was taken back from it: stopped, or in a long call."""
+        """Whether the worker has not yet confirmed the calls that were taken back from it."""
         return self.claimed < self.awaited
 
     @property

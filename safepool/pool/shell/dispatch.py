@@ -548,7 +548,7 @@ class Dispatch:
                     staff.send(worker, encode(Kind.UNSHARE, number))
 
     def tell_unshared(self, number: int) -> None:
-        """Note that a handle is gone. From any thread, under any lock (the collector's)."""
+        """Note that a handle was dropped. From any thread, also by the garbage collector."""
         self._unshared.append(number)
         self._wake()
 

@@ -56,12 +56,12 @@ class _Seen:
 
 
 class Settings:
-    """The settings of the program as one pool has read them.
+    """The program's settings, as one pool has read them.
 
-    No lock is held: a signal's handler may submit in the middle of a look.
+    The methods hold no lock, because a signal handler may submit in the middle of one.
 
     Attributes:
-        state: Another object after each change.
+        state: An object that is replaced after each change of a setting.
     """
 
     def __init__(self) -> None:

@@ -368,14 +368,14 @@ class Turns:
             were started.
         settling: Object that counts the calls that ended here.
         pace: Expected times of calls.
-        size: Size of the pool. While there are more workers, none is lent.
+        size: Size of the pool. A pool with more workers than that lends none.
         allowed: Whether the pool's options allow lanes.
 
     Attributes:
         idle: Turns that callers may take.
         bells: Descriptors of eventfd(2): one for each thread that waits.
-        wanted: Whether lanes may be of use.
-        lanes: Turns of all open lanes.
+        wanted: ``True`` if callers may use lanes.
+        lanes: The turn of each open lane.
         worked: Ids of workers that callers have sent something since the scheduler last looked.
     """
 
@@ -417,7 +417,7 @@ class Turns:
     # Any thread.
 
     def call(self, task: Task) -> bool:
-        """Send a call to an idle worker; ``False`` if it is to be queued."""
+        """Send a call to an idle worker; ``False`` if the call must be queued."""
         if not self.idle and self._asked and self.wanted:
             return False  # as of each of many that are submitted at once
         if not self._may_send() or task.pickled is not None or task.policy.timeout_s is not None:
@@ -498,7 +498,7 @@ class Turns:
     # The scheduler's thread.
 
     def park(self, staff: Staff, lend: Callable[[int], Sequence[Any]]) -> bool:
-        """Make lanes for some workers, if they may be of use; return whether it did."""
+        """Make lanes for some workers, if callers may use them; return whether it did."""
         now = time.monotonic()
         if self._asked:
             self._asked, self._until = False, now + _WARM_S

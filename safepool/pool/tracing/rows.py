@@ -88,7 +88,7 @@ class Row:
 
         Args:
             since_ns: Begin of its last call.
-            now_ns: When it was seen to have ended.
+            now_ns: Time at which the pool noticed the end.
             lost: Calls that it took along, each with the work it is a part of, the place in it,
                 the outcome, and which attempt it was.
         """
