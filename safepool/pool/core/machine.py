@@ -163,23 +163,6 @@ class Core:
             if one.phase is Phase.READY and one.is_idle and one.has_board and not one.unsent
         ]
 
-    def check(self) -> None:
-        """Check what holds between any two events."""
-        given: set[int] = set()
-        for member in self.members:
-            works = [*member.ledger]
-            assert member.phase is not Phase.ENDED, "an ended worker is kept"
-            assert member.ready or not works, "a worker that is not ready was given work"
-            assert member.has_board or len(works) <= 1, "work was sent ahead without a board"
-            assert member.ledger.owed == sum(work.count - work.done for work in works)
-            assert (member.phase is Phase.CONDEMNED) == (member.condemned is not None)
-            assert given.isdisjoint(map(id, works)), "two workers have the same work"
-            given.update(map(id, works))
-        places = [member.index for member in self.members if not member.leaving]
-        assert len(places) == len({*places}), "two workers have one place"
-        waiting = {id(entry) for entry in self.backlog}
-        assert given.isdisjoint(waiting), "work waits that a worker has"
-
     # Workers come, and what waits for them.
 
     def _hired(self, event: e.Hired) -> None:
