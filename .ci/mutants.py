@@ -3,15 +3,22 @@
     python .ci/mutants.py RESULTS MODULE.py... -- TESTS AND OPTIONS OF PYTEST...
 
 The tests are collected once. For each mutant a fork of this process gives its function the mutated
-code and runs them, those first that have found most for their time, until one fails. So a mutant
-that is killed takes a fifth of a second. RESULTS gets a line of JSON for each; those that it has
-are not run again. Needs mutmut, and setup.cfg with its ``source_paths``.
+code and runs the tests that call the function, those first that have found most for their time,
+until one fails. So a mutant that is killed takes a fifth of a second. There are two rounds: the
+short tests, which take a tenth of the time of all, and then, for what survives them, all tests.
+
+RESULTS gets a line of JSON for each test, with its time and the functions that it calls, and for
+each mutant of a round; it is printed as a table at the end. What it has is not run again, but for
+survivors when the number of tests is another. Several runs at a time share one RESULTS. Needs
+mutmut, and setup.cfg with its ``source_paths``.
 """
 
 import difflib
 import importlib
+import itertools
 import json
 import os
+import random
 import resource
 import sys
 import time
@@ -25,10 +32,12 @@ from mutmut.mutation.file_mutation import create_mutations, deep_replace
 # Of a mutant that explores for ever: as a multiple of what the tests take of a processor; memory.
 MOST = 3
 LIMIT_BYTES = 3 << 30
+# The short tests take this part of the time of all tests.
+SHORT = 0.1
 
 
 def mutants(files):
-    """Yield for each mutant its name, its file, and the text without and with the fault."""
+    """Yield for each mutant its name, file and function, the module, and what is to be mutated."""
     for file in files:
         module, found, _, _ = create_mutations(file, Path(file).read_text("utf-8"))
         counts = {}
@@ -38,8 +47,7 @@ def mutants(files):
                 continue
             name = function.name.value
             counts[name] = counts.get(name, 0) + 1
-            mutated = deep_replace(module, mutation.original_node, mutation.mutated_node)
-            yield f"{file}:{name}:{counts[name]}", file, module.code, mutated.code
+            yield f"{file}:{name}:{counts[name]}", file, name, module, mutation
 
 
 def functions(names, module, prefix=""):
@@ -74,48 +82,97 @@ class Mutants:
     def __init__(self, results, files):
         self._results = results
         self._files = files
-        # By the place of a test: seconds that it took, and mutants that it has killed.
-        self._costs, self._kills = {}, {}
+        # By the place of a test: seconds that it took, mutants that it has killed, and the names
+        # of the functions that it calls.
+        self._costs, self._kills, self._calls = {}, {}, {}
 
     def pytest_runtestloop(self, session):
         """Run what has no result yet."""
-        lines = self._results.read_text().splitlines() if self._results.exists() else []
-        done = {json.loads(line)["name"] for line in lines}
-        for name, file, text, mutated in mutants(self._files):
-            if name in done:
-                continue
-            if not self._costs and self._run(session.items, file, text)[0]:
-                raise SystemExit("a test fails without a mutant")
-            code, killer = self._run(session.items, file, mutated)
-            diff = [
-                *difflib.unified_diff(text.splitlines(), mutated.splitlines(), lineterm="", n=0)
-            ]
-            killer = killer if killer is None else session.items[killer].nodeid
-            told = {"name": name, "code": code, "by": killer, "diff": diff}
-            with self._results.open("a") as results:
-                results.write(json.dumps(told) + "\n")
+        items, found = session.items, [*mutants(self._files)]
+        random.shuffle(found)
+        self._measure(items, {function for _, _, function, _, _ in found})
+        by_cost = sorted(self._costs, key=self._costs.get)
+        total, short = sum(self._costs.values()), []
+        for test in by_cost:
+            total_s = sum(self._costs[one] for one in (*short, test))
+            if total_s <= SHORT * total:
+                short.append(test)
+        for tests in (short, by_cost):
+            for name, file, function, module, mutation in found:
+                code, of = self._read("name").get(name, {"code": 0, "of": 0}).values()
+                if code or of == len(tests):
+                    continue
+                node = deep_replace(module, mutation.original_node, mutation.mutated_node)
+                apt = [test for test in tests if function in self._calls[test]]
+                code, killer = self._run(items, apt, file, node.code)
+                lines = module.code.splitlines(), node.code.splitlines()
+                self._tell(
+                    name=name,
+                    code=code,
+                    of=len(tests),
+                    by=None if killer is None else items[killer].nodeid,
+                    diff=[*difflib.unified_diff(*lines, lineterm="", n=0)],
+                )
+        self._show({name for name, *_ in found})
         return True
 
-    def _run(self, items, file, text):
+    def _measure(self, items, functions):
+        """Run the tests that have not been run without a mutant."""
+        known = self._read("test")
+        new = [place for place, item in enumerate(items) if item.nodeid not in known]
+        if new and self._run(items, new)[0]:
+            raise SystemExit("a test fails without a mutant")
+        for place, item in enumerate(items):
+            if item.nodeid in known:
+                self._costs[place], self._calls[place] = known[item.nodeid].values()
+            else:
+                calls = self._calls[place] = sorted(functions.intersection(self._calls[place]))
+                self._tell(test=item.nodeid, cost=self._costs[place], calls=calls)
+
+    def _tell(self, **line):
+        with self._results.open("a") as results:
+            results.write(json.dumps(line) + "\n")
+
+    def _read(self, kind):
+        """Return the first two values of the last line of each test, or mutant, by its name."""
+        lines = self._results.read_text().splitlines() if self._results.exists() else []
+        told = [json.loads(line) for line in lines]
+        return {
+            one.pop(kind): dict(itertools.islice(one.items(), 2)) for one in told if kind in one
+        }
+
+    def _show(self, names):
+        """Print for each module the mutants, the killed, and the survivors."""
+        found = self._read("name")
+        for file in self._files:
+            codes = [found[name]["code"] for name in names if name.startswith(f"{file}:")]
+            print(f"| `{file}` | {len(codes)} | {sum(map(bool, codes))} | {codes.count(0)} |")
+
+    def _run(self, items, tests, file=None, text=None):
         """Return the exit code, 0 if the mutant survives, and the place of the test that fails."""
         order = sorted(
-            range(len(items)),
-            key=lambda one: self._costs.get(one, 0.01) / (self._kills.get(one, 0) + 0.3),
+            tests, key=lambda one: self._costs.get(one, 0.01) / (self._kills.get(one, 0) + 0.3)
         )
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                if self._costs:
-                    limit_s = 2 + int(MOST * sum(self._costs.values()))
+                if text is not None:
+                    limit_s = 2 + int(MOST * sum(self._costs[one] for one in tests))
                     resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 5))
+                    apply(file, text)
                 resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-                apply(file, text)
                 for one in order:
+                    called = set()
+                    if text is None:
+                        sys.settrace(lambda frame, *_, called=called: called.add(frame.f_code))
                     start = time.process_time()
                     failed = any(test.failed for test in runtestprotocol(items[one], log=False))
                     took = time.process_time() - start
-                    os.write(writing, b"%d %f %d\n" % (one, took, failed))
+                    sys.settrace(None)
+                    names = {code.co_name for code in called}
+                    told = json.dumps([one, took, failed, sorted(names)])
+                    os.write(writing, f"{told}\n".encode())
                     if failed:
                         os._exit(1)
                 os._exit(0)
@@ -125,10 +182,11 @@ class Mutants:
         killer = None
         with open(reading) as pipe:
             for line in pipe:
-                one, took, failed = line.split()
-                self._costs.setdefault(int(one), float(took))
-                if failed == "1":
-                    killer = int(one)
+                one, took, failed, names = json.loads(line)
+                self._costs.setdefault(one, took)
+                self._calls.setdefault(one, {*names})
+                if failed:
+                    killer = one
                     self._kills[killer] = self._kills.get(killer, 0) + 1
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), killer
 
