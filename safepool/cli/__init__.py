@@ -316,8 +316,10 @@ def _parser() -> argparse.ArgumentParser:
     env.set_defaults(run=_run_env, parser=env, form="sh")
     _add_run_options(env)
     forms = env.add_mutually_exclusive_group()
-    for option, known in (("--shell", ["sh", "fish"]), ("--format", ["dotenv", "json"])):
-        text = f"print it for {' or '.join(known)}"
+    for option, known, text in (
+        ("--shell", ["sh", "fish"], "print statements for this shell"),
+        ("--format", ["dotenv", "json"], "print lines of a .env file, or JSON"),
+    ):
         forms.add_argument(
             option, dest="form", choices=known, default=argparse.SUPPRESS, help=text
         )
@@ -330,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "how a pool's workers spent their time"
     report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
     report.set_defaults(run=_run_report, parser=report)
-    report.add_argument("trace", metavar="FILE", help="trace file of the pool, complete or torn")
+    report.add_argument("trace", metavar="FILE", help="trace file of the pool")
 
     text = "the present task of each worker of a running process"
     top = commands.add_parser("top", help=text, description=_TOP, epilog=_TOP_EXAMPLES)
@@ -339,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
         "process",
         type=_whole_number(at_least=1),
         metavar="PID",
-        help="process id of the program that has made the pool",
+        help="process id of the program that made the pool",
     )
     for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
@@ -379,23 +381,23 @@ examples:
   safepool limits --watch            a line a second, until Ctrl-C
   safepool limits --json | jq .budget.workers
 
-Exit codes: 0 nothing to do, or advice only, 1 a problem was found, 2 there is
-no such process, 130 Ctrl-C."""
+Exit codes: 0 no problem, 1 a problem was found, 2 the process does not exist,
+130 Ctrl-C."""
 
 
 _REPORT = """\
 Print how the workers of safepool.ProcessPool(trace=FILE) spent their time:
-busy, waiting while calls were there, and without work; the time for pickling,
-the time for which the kernel froze the group, deaths, retries and the slowest
-calls; and a conclusion. A file that a crash has torn is read up to its end."""
+busy, idle while calls waited, and without calls; the time for pickling, the
+time for which the kernel froze the group, deaths, retries and the slowest
+calls; and a conclusion. A file that a crash has cut off is read as well."""
 
 _REPORT_EXAMPLES = """\
 examples:
   safepool report run.json           for people
   safepool report --json run.json | jq .conclusion
 
-Exit codes: 0 it was read, 2 there is no such file, or it is no trace,
-130 Ctrl-C. The file itself opens at https://ui.perfetto.dev"""
+Exit codes: 0 the file was read, 2 the file does not exist or is no trace,
+130 Ctrl-C. To see the trace itself, open it at https://ui.perfetto.dev"""
 
 
 _TOP = """\
@@ -440,11 +442,11 @@ def _add_cluster_option(parser: argparse.ArgumentParser, **default: Any) -> None
 
 
 _DOCTOR = """\
-Import libraries one after the other in a fresh process, in which nothing is
-capped, and print for each one: the native thread pools that came with it, their
-files, their default number of threads here, the environment variable that
-bounds them and its value, and the number of threads of the process afterwards.
-Without a library: the same as 'safepool limits'."""
+Import libraries one after the other in a fresh process without caps. Print for
+each library: its native thread pools, their files, their default number of
+threads here, the environment variable that bounds them and its value, and the
+number of threads of the process afterwards. Without a library: the same as
+'safepool limits'."""
 
 _DOCTOR_EXAMPLES = """\
 examples:
@@ -470,14 +472,14 @@ def _add_doctor_options(doctor: argparse.ArgumentParser) -> None:
 
 
 _RUN = """\
-Start a program with every variable set that bounds its native threads
-(OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...), its pools of
-processes (LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...) and tools in other
-languages (GOMAXPROCS, CARGO_BUILD_JOBS, MAX_JOBS, ...), so that workers x
-threads fit the present limit. Variables that you have set keep their value. The
-default is as many workers as CPUs, with one thread each; with --workers 1, a
-program of one process gets all threads. The exit status and the signals are the
-program's, also as the first process of a container."""
+Set variables so that workers x threads fit the present limit, and start a
+program. The variables bound its native threads (OMP_NUM_THREADS,
+OPENBLAS_NUM_THREADS, MKL_NUM_THREADS, ...), its process pools
+(LOKY_MAX_CPU_COUNT, PYTHON_CPU_COUNT, ...) and tools in other languages
+(GOMAXPROCS, CARGO_BUILD_JOBS, MAX_JOBS, ...). Variables that you have set keep
+their value. The default is as many workers as CPUs, with one thread each; with
+--workers 1, a program of one process gets all threads. Exit status and signals
+are the program's, also as the first process of a container."""
 
 _RUN_EXAMPLES = """\
 examples:
@@ -490,14 +492,14 @@ examples:
 --patch needs safepool in the program's Python. It also affects the Python
 processes that the program starts. It has no effect on python -I, -E and -S.
 
-Exit codes: the program's; 126 it cannot be run, 127 it was not found, 2 wrong
-usage."""
+Exit codes: the program's own; 126 the program cannot be run, 127 it was not
+found, 2 wrong usage."""
 
 
 _ENV = """\
 Print the variables that 'safepool run' sets with the same options, as
-statements for a shell: eval "$(safepool env)". Variables that you have set
-stay, and are left out."""
+statements for a shell: eval "$(safepool env)". Variables that you have set are
+not printed, and keep their value."""
 
 _ENV_EXAMPLES = """\
 examples:
@@ -506,7 +508,7 @@ examples:
   safepool env --format dotenv       for docker run --env-file
   safepool env --format json | jq .OMP_NUM_THREADS
 
-Exit codes: 0 it was printed, 2 wrong usage, 130 Ctrl-C."""
+Exit codes: 0 fine, 2 wrong usage, 130 Ctrl-C."""
 
 
 def _add_run_options(run: argparse.ArgumentParser) -> None:
@@ -588,7 +590,7 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
         type=_number(at_least=0.01),
         metavar="X",
         help="run under a quota of X CPUs, in a control group made for it and removed again "
-        "(Linux, as root; elsewhere it is left out)",
+        "(Linux, as root; no effect elsewhere)",
     )
     demo.add_argument(
         "--pretend-host-cpus",

@@ -176,7 +176,7 @@ class Report:
                 f"has {self.machine_cpus}"
             )
         if self.no_group is not None:
-            lines.append(f"--cpus {self.cpus_asked:g} is left out: {as_ascii(self.no_group)}")
+            lines.append(f"--cpus {self.cpus_asked:g} has no effect: {as_ascii(self.no_group)}")
         head = "  ".join(f"{name:{width}}" for name, width in _COLUMNS.items())
         return [*lines, "", head.rstrip()]
 
@@ -232,13 +232,13 @@ class Report:
             )
         if ours.cut_off:
             return (
-                f"Nothing is shown: {ours.pool} was cut off too. Give both more time with "
+                f"No comparison: {ours.pool} was cut off too. Give both more time with "
                 "--bound, or less work with --tasks."
             )
         if standard.error is not None:
-            return f"{standard.pool} did not get through it: {standard.error}; {ours.crew} did."
+            return f"{standard.pool} failed: {standard.error}; {ours.crew} did all tasks."
         if self.nothing_to_win:
-            return f"Nothing to win here: {self._why_nothing()}"
+            return f"No gain here: {self._why_nothing()}"
         if standard.cut_off:
             return (
                 f"On {self.where}, {standard.crew} did {standard.tasks_done} of {self.tasks} "
@@ -263,7 +263,7 @@ class Report:
         workers = "workers" if known is None else counted(known, "worker")
         return (
             f"{said} 'safepool demo --cpus 1' shows what happens when the same {workers} of the "
-            "standard pool may use one CPU, as in a container (it takes root on Linux)."
+            "standard pool may use one CPU, as in a container (on Linux, as root)."
         )
 
     def as_json(self) -> str:

@@ -153,10 +153,8 @@ class Report:
         ]
         for library in self.libraries:
             lines += ["", *self._library_lines(library, paint)]
-        lines += self._section(
-            "Fixed once it is loaded, so in the environment before the start", "fixed"
-        )
-        lines += self._section("Not reached by any cap of safepool's", "hole")
+        lines += self._section("Fixed after loading: set the variable before the start", "fixed")
+        lines += self._section("Not bounded by safepool", "hole")
         if any(library.pools for library in self.libraries):
             lines += ["", *_ENDING]
         return "\n".join(lines)
@@ -194,7 +192,7 @@ class Report:
 
     def _size(self, threads: int | None, paint: Paint) -> str:
         if threads is None:
-            return "does not say how many threads"
+            return "unknown number of threads"
         if threads == 0:
             return "no threads of its own"
         if threads <= max(1, self.cpus):
@@ -218,7 +216,7 @@ class Report:
 
 _ENDING = wrapped(
     "In a worker of safepool.ProcessPool() each of these pools has threads_per_worker threads, "
-    "one by default, but for what is not reached.",
+    "one by default, except for the parts that are not bounded.",
     0,
 )
 
@@ -402,10 +400,10 @@ def _shortened(path: str) -> str:
 
 def _ruled(pool: NativePool) -> str:
     if pool.variable is None:
-        return "no variable rules it"
+        return "no variable bounds it"
     if pool.value is None:
-        return f"{pool.variable} rules it, and is not set"
-    return f"{pool.variable}={pool.value} rules it"
+        return f"{pool.variable} bounds it, and is not set"
+    return f"{pool.variable}={pool.value} bounds it"
 
 
 if sys.platform == "win32":

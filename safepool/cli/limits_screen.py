@@ -139,7 +139,7 @@ class Screen:
                 first, *rest = row.lines(arrow=row is pointed)
                 lines += [paint(first, "strong") if row is pointed else first, *rest]
             if not rows:
-                lines.append("   not limited, or not told")
+                lines.append("   no limit, or unknown")
         if self.limits.skipped:
             lines.append("Skipped")
             for skipped in self.limits.skipped:
@@ -201,7 +201,7 @@ class Screen:
     def _throttling_lines(self) -> list[str]:
         throttling = self.throttling
         if throttling is None:
-            return ["   never: no quota, or the kernel does not tell"]
+            return ["   no quota, or the kernel does not count it"]
         periods = f"{throttling.throttled_periods} of {throttling.periods} periods"
         lines = [f"   {periods}, {throttling.throttled_us / 1e6:.2f} s in all"]
         if self.sample is not None:

@@ -206,27 +206,27 @@ CONCLUSIONS: dict[str, Callable[[Report, Row], bool]] = {
     f"A run of less than {_LEAST_S:g} s is not judged: starting the workers takes much of it.": (
         lambda report, _: report.seconds < _LEAST_S
     ),
-    "The kernel froze the group for a part of the time: fewer workers fit better.": (
+    "The kernel froze the group for a part of the time: use fewer workers.": (
         lambda report, _: report.throttled_s > 0.1 * report.seconds
     ),
-    "One long call ran last, and the other workers had none: begin with the longest calls.": (
+    "One long call ran last, while other workers were idle: submit the longest calls first.": (
         lambda report, _: report.tail_s() > 0.2 * report.seconds
     ),
-    "Calls are too short to keep the workers busy: let each do more.": (
+    "Calls are too short to keep the workers busy: give each call more work.": (
         lambda _, total: (
             total.starved_s > 0.2 * total.lived_s and total.busy_s < 0.001 * total.calls
         )
     ),
-    "Pickling takes much of the time: send less, or share it (safepool.share).": (
+    "Pickling takes much of the time: send less data, or place it once (safepool.share).": (
         lambda report, _: report.pickling_s > 0.3 * report.seconds
     ),
-    "The workers were busy: only more of them, or faster calls, would help.": (
+    "The workers were busy: only more workers or faster calls would help.": (
         lambda _, total: total.busy_s >= 0.7 * total.lived_s
     ),
-    "The workers had nothing to do for much of the time: the program is slower.": (
+    "The workers had no calls for much of the time: the program submits them too slowly.": (
         lambda _, total: total.starved_s < 0.2 * total.lived_s
     ),
-    "The workers waited for calls that were there already.": lambda _report, _total: True,
+    "The workers were idle although calls were waiting.": lambda _report, _total: True,
 }
 NOTHING = "No call has ended in this trace."
 

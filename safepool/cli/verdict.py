@@ -114,7 +114,7 @@ def _throttled(budget: Budget, sample: Throttling | None) -> Iterator[Finding]:
             code="throttled",
             problem=True,
             text=f"The kernel froze the group in {sample.throttled_periods} of "
-            f"{counted(sample.periods, 'period')} just now: its threads want more than "
+            f"{counted(sample.periods, 'period')} just now: its threads need more than "
             f"{counted(budget.cpus, 'CPU')}",
             remedy=_USE_SAFEPOOL,
         )
@@ -155,7 +155,7 @@ def _no_room(budget: Budget) -> Iterator[Finding]:
             problem=True,
             text=f"{why.name} ({why.raw} in {why.source}) has room for "
             f"{counted(budget.workers, 'worker')} on {counted(budget.cpus, 'CPU')}",
-            remedy="raise that limit, or end what uses it up",
+            remedy="raise that limit, or end programs that use it up",
         )
 
 

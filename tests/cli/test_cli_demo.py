@@ -182,7 +182,7 @@ def test_no_group_is_one_line_and_the_demo_still_runs(
 
     out, err = capsys.readouterr()
     assert err == ""
-    assert "--cpus 0.5 is left out: nobody makes a group of 0.5 CPUs here\n" in out
+    assert "--cpus 0.5 has no effect: nobody makes a group of 0.5 CPUs here\n" in out
     # The table has a row for each pool.
     rows = [line.split() for line in out.splitlines() if "8/8" in line]
     assert [row[0] for row in rows] == ["ProcessPoolExecutor()", "safepool.ProcessPool()"]

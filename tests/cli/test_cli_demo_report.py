@@ -68,7 +68,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         8.0,
         False,
         True,
-        ["Nothing to win here", "when the same workers of the standard pool"],
+        ["No gain here", "when the same workers of the standard pool"],
     ),
     "threads fit": (
         replace(STANDARD, workers=2, threads=4, seconds=0.7),
@@ -77,7 +77,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         8.0,
         False,
         True,
-        ["Nothing to win here", "4 threads fit 8 CPUs", "--cpus 1", "2 workers"],
+        ["No gain here", "4 threads fit 8 CPUs", "--cpus 1", "2 workers"],
     ),
     "as fast": (
         replace(STANDARD, seconds=0.65),
@@ -86,7 +86,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         4.0,
         False,
         True,
-        ["Nothing to win here", "0.65 s", "0.60 s", "--cpus 1"],
+        ["No gain here", "0.65 s", "0.60 s", "--cpus 1"],
     ),
     "as fast on one CPU already": (
         replace(STANDARD, seconds=0.1),
@@ -95,7 +95,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         1.0,
         False,
         True,
-        ["Nothing to win here", "0.10 s"],
+        ["No gain here", "0.10 s"],
     ),
     "threads not counted": (
         replace(STANDARD, threads=None),
@@ -122,7 +122,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         1.0,
         True,
         False,
-        ["Nothing is shown", "--bound", "--tasks"],
+        ["No comparison", "--bound", "--tasks"],
     ),
     "the standard pool failed": (
         FAILED,
@@ -131,7 +131,7 @@ OUTCOMES: dict[str, tuple[Half, Half, Comparison, float, bool, bool, list[str]]]
         1.0,
         False,
         False,
-        ["ProcessPoolExecutor() did not get through", "can't start", "1 thread in 1 worker did"],
+        ["ProcessPoolExecutor() failed", "can't start", "1 thread in 1 worker did"],
     ),
     "safepool's pool failed": (
         STANDARD,
@@ -291,7 +291,7 @@ def test_what_keeps_the_quota_away_is_one_line() -> None:
         report_of("oversubscribed"), cpus_asked=0.5, no_group="only Linux has control groups"
     )
 
-    assert "--cpus 0.5 is left out: only Linux has control groups" in report.opening_lines()
+    assert "--cpus 0.5 has no effect: only Linux has control groups" in report.opening_lines()
 
 
 # One row per pair of result files: rows of the standard half, rows of safepool's half (the

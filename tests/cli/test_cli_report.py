@@ -154,7 +154,7 @@ def test_a_run_is_judged_from_two_seconds_on(
 
     said = read(str(path)).conclusion()
 
-    assert ("the program is slower" in said) == is_judged
+    assert ("submits them too slowly" in said) == is_judged
     assert ("is not judged" in said) == (not is_judged)
 
 
