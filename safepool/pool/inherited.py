@@ -45,12 +45,9 @@ from safepool.workers.preload import is_own
 from safepool.workers.unlike import CONTAINERS, summary, unlike
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
-    from safepool.pool.calls.mapping import MapRun
-    from safepool.pool.calls.results import ResultIterator
-    from safepool.pool.calls.tasks import PoolFuture
 
 # By the last part of the module's name: "multiprocess" is a fork of the module.
 _SHARED = frozenset(
@@ -124,44 +121,21 @@ _SEQUENCES = frozenset({list, tuple, set, frozenset})
 class WatchingScheduler(Scheduler):
     """Scheduler that tells which globals of modules workers lack."""
 
-    _looked_at: set[object] | None = None
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        # Code of the functions that were looked at, or need not be.
+        self._met: set[object] = {unlike.__code__}
 
-    def submit(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        name: str,
-        policy: Policy,
-    ) -> PoolFuture:
-        """Queue a call. Before the function's first call, find the data that it would lack."""
-        self._look_at(function)
-        return super().submit(function, args, kwargs, name=name, policy=policy)
-
-    def map(
-        self,
-        run: MapRun,
-        items: Iterable[Any],
-        ahead: int | None,
-        deadline: float | None,
-        keep: object,
-    ) -> ResultIterator:
-        """Queue calls. Before the function's first call, find the data that it would lack."""
-        self._look_at(run.function)
-        return super().map(run, items, ahead, deadline, keep)
-
-    def _look_at(self, function: Callable[..., Any]) -> None:
+    def _meet(self, function: Callable[..., Any]) -> None:
+        """Find the data that a function would lack, before its first call."""
         code = getattr(_unwrapped(function), "__code__", None)
-        if self._looked_at is None:
-            self._looked_at = set()
-        if code is None or code in self._looked_at:
+        if code is None or code in self._met:
             return
-        self._looked_at.add(code)
+        self._met.add(code)
         told = data_of(function)
         if told:
             name, policy = "a comparison of globals", Policy(timeout_s=None, retries=0)
-            asked = super().submit(unlike, (told,), {}, name=name, policy=policy)
+            asked = self.submit(unlike, (told,), {}, name=name, policy=policy)
             asked.add_done_callback(_tell)
 
 

@@ -47,6 +47,9 @@ class Channel:
         sock: A connected stream socket, blocking for a worker and not for a pool. The channel owns
             it from now on.
         side: Takes descriptors; ``None`` if there is none, then all goes by the stream.
+
+    Raises:
+        ChannelClosedError: The other end is gone; by each method that sends or receives.
     """
 
     def __init__(self, sock: socket.socket, side: Side | None = None) -> None:
@@ -126,11 +129,7 @@ class Channel:
         return bool(self._unsent)
 
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Queue the pieces of one frame and send as much as the kernel takes now.
-
-        Raises:
-            ChannelClosedError: The other end is gone.
-        """
+        """Queue the pieces of one frame and send as much as the kernel takes now."""
         if len(pieces) == 1 and not self._unsent:  # the common case, without a queue
             try:
                 sent = self._sock.send(pieces[0], NO_SIGPIPE)
@@ -146,11 +145,7 @@ class Channel:
             self.flush()
 
     def send_whole(self, frame: bytes) -> None:
-        """Send a frame that is in one piece, from the end that waits.
-
-        Raises:
-            ChannelClosedError: The other end is gone.
-        """
+        """Send a frame that is in one piece, from the end that waits."""
         if self._unsent:
             self.send([frame])
             return
@@ -167,9 +162,6 @@ class Channel:
         Returns:
             Whether it was taken: sent, or queued as the only one. ``False`` while an earlier
             one is queued, and always where the system can only wait (Windows).
-
-        Raises:
-            ChannelClosedError: The other end is gone.
         """
         if not _DO_NOT_WAIT:
             return False
@@ -181,11 +173,7 @@ class Channel:
         return True
 
     def flush(self, flags: int = 0) -> None:
-        """Send queued frames, as far as the kernel takes them.
-
-        Raises:
-            ChannelClosedError: The other end is gone.
-        """
+        """Send queued frames, as far as the kernel takes them."""
         while self._unsent:
             try:
                 sent = self._send_some(flags)
@@ -212,9 +200,6 @@ class Channel:
 
         Returns:
             Nothing, at once, if a part of a frame is here: :meth:`receive` is to be called.
-
-        Raises:
-            ChannelClosedError: The other end is gone.
         """
         if self._fed or not self._reader.is_empty:
             return b""

@@ -307,6 +307,7 @@ class Scheduler:
                 of the one that made the pool.
         """
         self._check_fork()
+        self._meet(function)
         future = PoolFuture(self._me)
         task = Task(future, (function, args, kwargs), name, policy)
         self._settings.look_before(future)
@@ -317,6 +318,9 @@ class Scheduler:
             self._bring(task)
         self._wait_for_the_first_worker()
         return future
+
+    def _meet(self, function: Callable[..., Any]) -> None:
+        """Look at a function before calls of it are queued; nothing is done by default."""
 
     def _bring_in(self, what: Task | e.Fed) -> None:
         """Let the scheduler's thread have something."""
@@ -342,6 +346,7 @@ class Scheduler:
     ) -> ResultIterator:
         """Queue the calls of a run and return the iterator over its results."""
         self._check_fork()
+        self._meet(run.function)
         if isinstance(items, Coming):  # of others the first are queued at once, or refused
             self._check_open()
         self._settings.look()

@@ -250,14 +250,10 @@ def _arguments(calls: Calls) -> str:
         args += f',"error":{json.dumps(calls.error)}'
     if calls.attempt != 1:
         args += f',"attempt":{calls.attempt}'
-    if calls.waited_ns >= 1000:
-        args += f',"waited_us":{calls.waited_ns // 1000}'
-    if calls.pickled_ns >= 1000:
-        args += f',"pickled_us":{calls.pickled_ns // 1000}'
-    if calls.loaded_ns >= 1000:
-        args += f',"loaded_us":{calls.loaded_ns // 1000}'
-    if calls.packed_ns >= 1000:
-        args += f',"packed_us":{calls.packed_ns // 1000}'
+    for name in ("waited", "pickled", "loaded", "packed"):
+        spent_us = getattr(calls, f"{name}_ns") // 1000
+        if spent_us:
+            args += f',"{name}_us":{spent_us}'
     if calls.calls > 1:
         args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
     if calls.names is not None:
