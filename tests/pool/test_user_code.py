@@ -26,7 +26,7 @@ from safepool import ProcessPool
 from safepool.pool import hands
 from safepool.pool.calls.mains import runs_no_code
 from safepool.pool.calls.names import Names
-from safepool.pool.shell import dispatch, scheduler
+from safepool.pool.shell import dispatch, loop
 from safepool.pool.shell.dispatch import Dispatch
 from safepool.transport import marks, trusted
 from safepool.workers import preload
@@ -156,7 +156,7 @@ def test_a_pool_ends_while_an_argument_waits(gate: Gate, end: str) -> None:
 def test_a_closed_pool_gives_up_what_never_goes_on(
     gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(scheduler, "_REST_S", 0.2)
+    monkeypatch.setattr(loop, "_REST_S", 0.2)
     with ProcessPool(1) as pool:
         argument = Waits(gate, "an event")
         if kind == "submit":
@@ -173,7 +173,7 @@ def test_a_closed_pool_gives_up_what_never_goes_on(
 INITIALIZER = """
     import threading
     from safepool import ProcessPool
-    from safepool.pool.shell import scheduler
+    from safepool.pool.shell import loop
 
 
     class Waits:
@@ -186,7 +186,7 @@ INITIALIZER = """
 
 
     WAITS = Waits()
-    scheduler._REST_S = 0.2
+    loop._REST_S = 0.2
     with ProcessPool(1, initializer=start) as pool:
         future = pool.submit(abs, -1)
     print(repr(future.exception()))

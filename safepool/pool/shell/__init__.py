@@ -1,6 +1,7 @@
 """Delivers events to the core and executes its actions, with threads, processes and files.
 
-scheduler    the thread that owns every worker; `turns`: direct calls by the caller's thread
+scheduler    methods for callers; `turns`: direct calls by the caller's thread
+loop         the thread that owns every worker
 dispatch     work -> messages; `settings`: settings of the program
 settling     answers -> results
 staff        all workers, from start to end; `worker` is one of them
