@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from concurrent.futures import Future
-    from types import TracebackType
     from typing import Literal, NoReturn, Self, Unpack
 
     from safepool.budget import Rounding
@@ -60,8 +59,7 @@ if TYPE_CHECKING:
 else:
     _standard = multiprocessing.pool
     # "safepool run --patch" has put this pool in its place, and left it there.
-    _StandardPool = vars(multiprocessing.pool).get("_safepool_replaces")
-    _StandardPool = _StandardPool or multiprocessing.pool.Pool
+    _StandardPool = vars(_standard).get("_safepool_replaces") or _standard.Pool
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
 
@@ -73,6 +71,7 @@ __all__ = ["ApplyResult", "IMapIterator", "MapResult", "Pool"]
 
 _S = TypeVar("_S")
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound=MapRun)
 
 INIT, RUN, CLOSE, TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
 
@@ -187,14 +186,8 @@ class Pool(_StandardPool):
                 hint = what_was_meant(name, [*_STANDARD, *known])
                 raise TypeError(f"Pool() got an unexpected keyword argument {name!r}{hint}")
         self._chunk_is_task = maxtasksperchild is not None
-        self._engine = ProcessPool(
-            processes,
-            context,
-            initializer,
-            tuple(initargs or ()),
-            max_tasks_per_child=maxtasksperchild,
-            **options,
-        )
+        arguments = processes, context, initializer, tuple(initargs or ())
+        self._engine = ProcessPool(*arguments, max_tasks_per_child=maxtasksperchild, **options)
         # Workers of the standard pool are daemons.
         self._engine._scheduler.ends_at_exit = True
         # They take items of imap() and imap_unordered().
@@ -473,12 +466,7 @@ class Pool(_StandardPool):
         self._require_running()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.terminate()
 
     # Default arguments are still there when the interpreter ends.
@@ -515,15 +503,9 @@ class Pool(_StandardPool):
         if chunk < 1 and items:
             raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
         scheduler = self._engine._scheduler
-        run = _Gathered(
-            func,
-            name_of(func),
-            policy_of(func, self._engine._policy),
-            None if chunksize is None and not self._chunk_is_task else chunk,
-            starred=starred,
-            count=len(items),
-            owner=scheduler._me,
-        )
+        at_once = None if chunksize is None and not self._chunk_is_task else chunk
+        more = {"starred": starred, "count": len(items), "owner": scheduler._me}
+        run = self._run(_Gathered, func, at_once, **more)
         if items:
             scheduler.map(run, items, sys.maxsize, None, keep=None)
         else:  # not reported, as in the standard pool
@@ -544,14 +526,8 @@ class Pool(_StandardPool):
         chunk = 1 if chunksize is None else chunksize
         if chunk < 1:
             raise ValueError(f"Chunksize must be 1+, not {chunksize!r}")
-        run = _Streamed(
-            func,
-            name_of(func),
-            policy_of(func, self._engine._policy),
-            None if chunk == 1 else chunk,
-            starred=False,
-            ordered=ordered,
-        )
+        at_once = None if chunk == 1 else chunk
+        run = self._run(_Streamed, func, at_once, starred=False, ordered=ordered)
         # Another iterable may run code of the program for each item, and wait for its results.
         there = type(iterable) in (list, tuple, range) and len(iterable) <= _MOST_AT_ONCE  # type: ignore[arg-type]
         scheduler = self._engine._scheduler
@@ -559,6 +535,12 @@ class Pool(_StandardPool):
         if not there:
             self._feed(iterator.results, chunk)
         return iterator  # type: ignore[no-any-return]
+
+    def _run(
+        self, kind: type[_R], func: Callable[..., Any], at_once: int | None, **more: Any
+    ) -> _R:
+        policy = policy_of(func, self._engine._policy)
+        return kind(func, name_of(func), policy, at_once, **more)
 
     def _feed(self, results: Results, chunk: int) -> None:
         def feed() -> None:
@@ -595,20 +577,13 @@ def _of_the_pool(error: BaseException) -> BaseException:
     return error
 
 
-def _of_its_end(error: BaseException) -> BaseException:
-    """Return the error of calls whose pool ended before them."""
-    refused = type(error) is RuntimeError  # it took no more calls
-    return _of_the_pool(CancelledError() if refused else error)
-
-
-class _Shown:
+class _Shown(str):
     """Placeholder for a result of which only the ``repr()`` has arrived."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    __slots__ = ()
 
     def __repr__(self) -> str:
-        return self._text
+        return str(self)
 
 
 class _OfThePool(MapRun):
@@ -618,7 +593,12 @@ class _OfThePool(MapRun):
         super().put_error(index, _of_the_pool(error))
 
     def stop(self, error: Callable[[], BaseException]) -> None:
-        super().stop(lambda: _of_its_end(error()))
+        def told() -> BaseException:
+            problem = error()
+            refused = type(problem) is RuntimeError  # the pool took no more calls
+            return _of_the_pool(CancelledError() if refused else problem)
+
+        super().stop(told)
 
 
 class _Gathered(_OfThePool, GatheredRun):
