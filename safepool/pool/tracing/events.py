@@ -250,10 +250,10 @@ def _arguments(calls: Calls) -> str:
         args += f',"error":{json.dumps(calls.error)}'
     if calls.attempt != 1:
         args += f',"attempt":{calls.attempt}'
-    for name in ("waited", "pickled", "loaded", "packed"):
-        spent_us = getattr(calls, f"{name}_ns") // 1000
-        if spent_us:
-            args += f',"{name}_us":{spent_us}'
+    costs = calls.waited_ns, calls.pickled_ns, calls.loaded_ns, calls.packed_ns
+    for name, ns in zip(("waited", "pickled", "loaded", "packed"), costs, strict=True):
+        if ns >= 1000:
+            args += f',"{name}_us":{ns // 1000}'
     if calls.calls > 1:
         args += f',"calls":{calls.calls},"busy_us":{_us(calls.busy_ns)}'
     if calls.names is not None:
