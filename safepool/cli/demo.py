@@ -115,16 +115,7 @@ def run(
     plot: Path | None = None,
     as_json: bool = False,
 ) -> int:
-    """Run both halves, print the measurements, and leave nothing behind.
-
-    Args:
-        tasks: Number of tasks.
-        points: Size of each task, at least 16.
-        bound_s: Seconds after which a half is cut off.
-        cpus: Quota for both halves, at least 0.01; ``None``: the present limits.
-        pretend_host_cpus: CPUs that both halves see; ``None``: the real number.
-        plot: File for a picture.
-        as_json: Print one JSON object in place of the table.
+    """Run both halves with the options of the command, print the measurements, and clean up.
 
     Returns:
         Exit code: 0, or 1 if the comparison failed.

@@ -37,21 +37,7 @@ _COLUMNS = {
 
 @dataclass(slots=True, kw_only=True)
 class Half:
-    """Measurements of one pool on the batch.
-
-    Attributes:
-        start_method: The default start method of ``multiprocessing`` here.
-        workers: Most worker processes alive at once; ``None`` if none was seen.
-        threads: Most native threads in all workers together, counted from outside; ``None``
-            where the system does not list them.
-        seconds: From making the pool to the last result; the bound, if it was cut off;
-            ``None`` if it ended with an error.
-        tasks_done: Number of results at the end.
-        cut_off: ``True`` if the half was ended because its time was up.
-        error: The last line of a child that ended early.
-        throttling: Number of times that the kernel froze the group between the end of the child's
-            imports and the last result; ``None`` without a quota, or if unknown.
-    """
+    """Measurements of one pool on the batch; ``schemas/demo.json`` describes the fields."""
 
     pool: str
     start_method: str | None = None
@@ -74,22 +60,13 @@ class Half:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The results of the two halves, side by side.
-
-    Attributes:
-        compared: Number of tasks that both halves had done.
-        equal: Whether ``numpy.allclose(rtol=rtol, atol=atol)`` holds for all of these tasks.
-        largest_difference: The largest absolute difference of two numbers; ``None`` if
-            nothing was compared.
-        rtol: Relative tolerance: small enough to show any wrong result, and large enough for a sum
-            in another order. With one and with several BLAS threads these tasks differ by less
-            than 1e-12 at up to 1,200 points.
-        atol: Absolute tolerance, chosen in the same way.
-    """
+    """Comparison of the results of both halves; ``schemas/demo.json`` describes the fields."""
 
     compared: int = 0
     equal: bool = True
     largest_difference: float | None = None
+    # Small enough to show any wrong result, and large enough for a sum in another order: with one
+    # and with several BLAS threads these tasks differ by less than 1e-12 at up to 1,200 points.
     rtol: float = 1e-9
     atol: float = 1e-9
 
@@ -98,16 +75,7 @@ class Comparison:
 class Report:
     """Conditions of both halves, and everything that the demo measured.
 
-    Attributes:
-        points: Size of each task.
-        cpus_asked: Quota that the user asked for, or ``None``.
-        bound_s: Seconds after which a half is cut off.
-        versions: Versions of Python and of the tasks' libraries, by name.
-        pretend_host_cpus: CPUs that both halves see; ``None``: the real number.
-        machine_cpus: CPUs of the machine.
-        limit: The ceiling that binds in both halves; its ``cpus`` is ``None`` where none is
-            known.
-        no_group: Reason why the requested quota could not be set; ``None`` otherwise.
+    ``schemas/demo.json`` describes the fields.
     """
 
     tasks: int

@@ -79,13 +79,7 @@ class DoctorError(SafepoolError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A pool whose size was changed by the import of another library.
-
-    Attributes:
-        library: The file that the pool was loaded from.
-        threads_before: Number of threads before the import; ``None`` if unknown.
-        threads: Number of threads after the import.
-    """
+    """A pool whose size was changed by the import of another library."""
 
     runtime: str
     library: str
@@ -95,11 +89,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guest:
-    """A library that computes in the threads of another runtime.
-
-    Attributes:
-        through: The row whose threads it uses.
-    """
+    """A library that computes in the threads of another runtime."""
 
     runtime: str
     through: str
@@ -109,18 +99,7 @@ class Guest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """Effects of one import.
-
-    Attributes:
-        error: Reason why the import failed; empty if it did not.
-        version: Version of the library, empty if unknown.
-        os_threads_before: Threads that the kernel counted before the import; ``None`` if it does
-            not count them.
-        os_threads: Number of threads after the import.
-        pools: Native pools that came with the library.
-        changed: Earlier pools that the library changed.
-        guests: Libraries that came with the library and have no pool of their own.
-    """
+    """Effects of one import; ``schemas/doctor.json`` describes the fields."""
 
     name: str
     error: str = ""

@@ -82,17 +82,10 @@ class OtherProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screen:
-    """Content of the screen. Built from a captured machine as well as from this one.
+    """Content of the screen; ``schemas/limits.json`` describes the fields.
 
     Attributes:
-        budget: The workers and threads of ``safepool.ProcessPool()`` under these limits.
-        throttling: Number of times that the kernel has frozen the group whose quota binds.
-        standard_workers: Workers that ``ProcessPoolExecutor()`` starts.
         standard_reads_variable: ``True`` if ``PYTHON_CPU_COUNT`` bounds ``standard_workers``.
-        sample: Growth of ``throttling`` over a moment.
-        joblib_workers: Workers that joblib starts; ``None`` if unknown.
-        native_threads: Threads that a native pool starts in a process.
-        variables: Thread variables that are set.
     """
 
     limits: Limits
@@ -188,8 +181,10 @@ class Screen:
             "CPUs": [*(_cpu_row(limit, "CPU") for limit in cpus)]
             + [_cpu_row(limit, "worker") for limit in exact],
             "Memory": [_memory_row(limit) for limit in limits.memory],
-            "Processes and threads": [_pids_row(limit) for limit in limits.pids],
-            "Open files": [_files_row(limit) for limit in files],
+            "Processes and threads": [
+                _count_row(limit, limit.tasks, limit.used_tasks) for limit in limits.pids
+            ],
+            "Open files": [_count_row(limit, limit.files, limit.used_files) for limit in files],
             "Shared memory": [_shared_memory_row(limit) for limit in shared],
         }
 
@@ -297,13 +292,8 @@ def read_process_screen(view: View, *, sample_s: float = 0.0) -> Screen:
 def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
     """Print the limits of this process or of another one.
 
-    Args:
-        as_json: Whether to print JSON.
-        pid: Process id of another process.
-        watched: Whether to go on with a line a second.
-
     Returns:
-        The exit code: 1 if there is a problem.
+        The exit code: 1 if a problem was found.
 
     Raises:
         ScreenError: The process does not exist, or this system does not show it.
@@ -468,14 +458,9 @@ def _memory_row(limit: MemoryLimit) -> _Row:
     return _row(limit, "no limit" if limit.bytes is None else size(limit.bytes), *notes)
 
 
-def _pids_row(limit: PidsLimit) -> _Row:
-    notes = [] if limit.used_tasks is None else [f"{limit.used_tasks} used"]
-    return _row(limit, "no limit" if limit.tasks is None else str(limit.tasks), *notes)
-
-
-def _files_row(limit: OpenFilesLimit) -> _Row:
-    notes = [] if limit.used_files is None else [f"{limit.used_files} used"]
-    return _row(limit, "no limit" if limit.files is None else str(limit.files), *notes)
+def _count_row(limit: _NamedLimit, most: int | None, used: int | None) -> _Row:
+    notes = [] if used is None else [f"{used} used"]
+    return _row(limit, "no limit" if most is None else str(most), *notes)
 
 
 def _shared_memory_row(limit: SharedMemory) -> _Row:

@@ -49,8 +49,6 @@ class Row:
     """Time of one worker, in seconds.
 
     Attributes:
-        busy_s: Seconds in which the worker ran calls.
-        starved_s: Seconds in which the worker was idle while a call waited.
         lived_s: Seconds between the worker's start and end.
         begin_s: Time at which the present process was started; ``None`` without one.
         end_s: Time at which the worker last had work.

@@ -40,14 +40,7 @@ CODES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A problem or advice.
-
-    Attributes:
-        code: Name of the finding for programs, one of ``CODES``.
-        problem: ``True`` if the exit code reports it, ``False`` if it is advice.
-        text: The observation and its reason.
-        remedy: The action to take.
-    """
+    """A problem or advice; ``schemas/limits.json`` describes the fields."""
 
     code: str
     problem: bool
@@ -65,20 +58,10 @@ def judge(
     standard_reads_variable: bool = True,
     joblib_workers: int | None = None,
 ) -> tuple[Finding, ...]:
-    """Return the findings, the most pressing first.
+    """Return the findings, the most pressing first; none if there is nothing to do.
 
-    Args:
-        limits: The limits that were read.
-        budget: The workers and threads that fit.
-        sample: Throttling over a moment, ``None`` without a quota.
-        standard_workers: Workers that ``ProcessPoolExecutor()`` starts; ``None`` leaves them out.
-        native_threads: Threads that a native thread pool starts in each.
-        standard_reads_variable: ``PYTHON_CPU_COUNT``, which ``safepool run`` sets, bounds
-            ``ProcessPoolExecutor()``: since Python 3.13.
-        joblib_workers: Workers that joblib's ``n_jobs=-1`` starts; ``None`` leaves them out.
-
-    Returns:
-        The findings, empty if there is nothing to do.
+    The arguments are those of ``limits_screen.Screen``. A number of workers that is ``None`` is
+    left out.
 
     Example:
         >>> from safepool.budget import fit

@@ -85,14 +85,7 @@ class Line:
 
 
 def watch(view: View, cpus: float, *, as_json: bool, lines: int | None = None) -> None:
-    """Print a line a second until the process has ended.
-
-    Args:
-        view: The group and the process to watch.
-        cpus: CPUs that it may use.
-        as_json: Print objects.
-        lines: Number of lines to print; ``None``: until the process ends.
-    """
+    """Print a line a second until the process has ended, or ``lines`` lines."""
     paint = paint_for(sys.stdout, os.environ)
     before, usage, throttling = time.monotonic(), view.read_usage(), view.read_throttling()
     while lines is None or lines > 0:

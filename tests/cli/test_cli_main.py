@@ -62,7 +62,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "too few points": (["demo", "--points", "15"], "at least 16, found '15'"),
     "no time": (["doctor", "--timeout", "0", "numpy"], "at least 0.1, found '0'"),
     "unknown option of the doctor": (["doctor", "numpy", "--fast"], "--fast"),
-    "a process and a library": (["doctor", "--pid", "1", "numpy"], "without a library"),
+    "a process and a library": (
+        ["doctor", "--pid", "1", "numpy"],
+        "cannot be combined with a library",
+    ),
     "no process": (["--pid", "0"], "at least 1, found '0'"),
     "no CPUs": (["demo", "--cpus", "0"], "at least 0.01, found '0'"),
     "negative CPUs": (["demo", "--cpus=-1"], "found '-1'"),
