@@ -2,7 +2,7 @@
 
     ProcessPool         replaces ``concurrent.futures.ProcessPoolExecutor``
     Pool                replaces ``multiprocessing.Pool``
-    ClusterPool         the same executor over many nodes, carried by Dask or an executor
+    ClusterPool         the same executor over many nodes, through Dask or an executor
     ThreadPool          replaces ``concurrent.futures.ThreadPoolExecutor``
     parallel_backend    joblib and scikit-learn in a safepool pool
     worker              decorator: caps native threads in any pool, sets a timeout and retries
@@ -15,7 +15,7 @@
     threads             the native thread pools that are loaded, and their variables
 
 ``help(safepool.ProcessPool)`` has all arguments in groups, ``help("safepool.pool")`` the
-differences from a forked pool, ``help("safepool.cli")`` the commands, exit codes and keys of JSON,
+differences from a forked pool, ``help("safepool.cli")`` the commands and exit codes,
 ``help("safepool.threats")`` the threat model.
 
 The shell command is ``safepool --help``. All errors are subclasses of :class:`SafepoolError`.
@@ -145,7 +145,7 @@ _HOMES = {
 _SUBMODULES = frozenset({"limits", "threads"})
 
 
-# A type checker would take any misspelled name for an object.
+# Hidden from type checkers, which would accept any misspelled name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

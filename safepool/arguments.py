@@ -1,8 +1,8 @@
 """Floor 0: one table with the valid values of each parameter, and the errors for all other values.
 
 A parameter has the same meaning in every function, so each name has one row. :func:`checked`
-decorates a front-end. The decorator compares the arguments with the rows once, before the body
-runs. The body relies on that. A value that is the parameter's default is never compared.
+decorates a public function. The decorator compares the arguments with the rows once, before the
+body runs, and the body relies on that. A parameter's default is never compared.
 
 Not covered:
     * Missing and surplus positional arguments: Python's own errors name them.
@@ -153,7 +153,7 @@ def what_was_meant(word: str, names: Iterable[str]) -> str:
         >>> what_was_meant("colour", ["max_workers", "timeout"])
         '. There are max_workers, timeout'
     """
-    import difflib  # noqa: PLC0415 -- of use to an error alone
+    import difflib  # noqa: PLC0415 -- needed only for an error
 
     names = [name for name in names if name != "self"]
     lines = [line.split() for line in _SAME.splitlines()]
@@ -162,8 +162,9 @@ def what_was_meant(word: str, names: Iterable[str]) -> str:
     return f": did you mean {near[0]}=?" if near else f". There are {', '.join(sorted(names))}"
 
 
-# A line for what other pools call the same: multiprocessing.Pool, joblib, loky, dask, mpire,
-# pebble, torch's DataLoader, datasets. An unknown keyword means the one of its line that there is.
+# Each line has the names of one parameter in several libraries: multiprocessing.Pool, joblib,
+# loky, dask, mpire, pebble, torch's DataLoader, datasets. For an unknown keyword, the error
+# suggests the known name of its line.
 _SAME = """
 max_workers processes n_jobs workers num_workers n_workers nworkers num_processes n_processes \
 max_processes num_proc nproc nprocs n_procs jobs cpus n_cpus num_cpus ncpus cores n_cores size \
@@ -204,7 +205,7 @@ def _shown(value: object) -> str:
 def _meant(value: object, rule: Rule) -> Iterator[object]:
     """Yield guesses of the caller's intention behind a wrong value."""
     if isinstance(value, str):
-        import difflib  # noqa: PLC0415 -- of use to an error alone
+        import difflib  # noqa: PLC0415 -- needed only for an error
 
         yield from difflib.get_close_matches(value.lower(), rule.choices, n=1)
     if isinstance(value, (str, float)):
@@ -236,7 +237,7 @@ def _is_integer(value: object) -> bool:
 def _is_number(value: object) -> bool:
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
-    import numbers  # noqa: PLC0415 -- NumPy's scalars; of use to few
+    import numbers  # noqa: PLC0415 -- for NumPy's scalars, which are rare
 
     return isinstance(value, numbers.Real)
 
@@ -324,7 +325,7 @@ def _flag(remedy: str) -> Rule:
 
 
 def _lacks_as_number_of_workers(value: int) -> str:
-    # In the standard pool's words.
+    # The standard pool's own texts.
     if value < 1:
         return "greater than 0"
     return "" if value <= MOST_WORKERS else f"<= {MOST_WORKERS}"
@@ -405,7 +406,7 @@ def _lacks_as_environment(value: Any) -> str:
     return ""
 
 
-# Of CUDA and HIP: a number, or the beginning of the id of a device or of a part of one.
+# For CUDA and HIP: a number, or the beginning of the id of a device or of a part of a device.
 _DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
 
 

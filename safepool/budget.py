@@ -28,16 +28,16 @@ Rounding = Literal["floor", "nearest", "ceil"]
 # 10 ms and odd periods give 1.99999 where 2 was meant.
 _SNAP = 0.01
 
-# The kernel counts threads as it counts processes. Beside its first thread a worker has
-# those of one native pool, a thread or two of a library's own (jemalloc's, Arrow's), and
-# starts a program now and then.
+# The kernel counts threads like processes. Besides its first thread and those of its native pools,
+# a worker has one or two threads of a library (jemalloc's, Arrow's), and starts a program now
+# and then.
 _TASKS_BESIDE_THREADS = 3
-# The scheduler's thread, the processes that come with a start method, and something to spare.
+# The scheduler's thread, the processes of a start method, and a reserve.
 _TASKS_OF_A_POOL = 8
 
-# A channel, a process descriptor, a start method's pipe, and one while it starts.
+# For each worker: channel, process descriptor, pipe of the start method, and one during its start.
 _FILES_PER_WORKER = 4
-# For the program itself, which opens more while the pool lives.
+# Left for the program itself.
 _FILES_SPARED = 32
 
 
@@ -133,7 +133,7 @@ def fit(limits: Limits, request: Request | None = None) -> Budget:
     """
     request = request or Request()
     binding = limits.binding
-    # A captured machine may say nothing at all; one CPU is the only number sure to exist.
+    # A captured machine may have no limit at all; only one CPU is certain.
     cpus = 1.0 if binding.cpus is None else binding.cpus
     exact = _exact(limits, request)
     if exact is not None:

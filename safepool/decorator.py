@@ -49,7 +49,7 @@ _C = TypeVar("_C")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# Attributes by which ``inspect`` and others tell a function from another callable.
+# Attributes by which ``inspect`` and others recognise a function.
 _OF_FUNCTIONS = (
     "__annotations__",
     "__code__",
@@ -185,7 +185,7 @@ class WorkerCall:
 
     def __init__(self, function: Callable[..., Any], terms: _Terms) -> None:
         """Take what :func:`worker` was given."""
-        # What it has beside its name is asked of it (``__getattr__``): it may change.
+        # Other attributes are looked up in the function (``__getattr__``): they may change.
         functools.update_wrapper(self, function, updated=())
         self.__safepool_terms__ = terms
         self._run = functools.update_wrapper(_capped_like(function, terms.threads), function)
@@ -200,8 +200,8 @@ class WorkerCall:
         return self._run(*args, **kwargs)
 
     def __get__(self, instance: object, owner: type | None = None) -> Any:
-        # In a class body it becomes a method where what it calls would: a function does, a
-        # builtin or a partial does not.
+        # In a class body the object becomes a method if the called object would: a function does,
+        # a builtin or a partial does not.
         function: Any = self.__wrapped__
         if instance is None or not hasattr(type(function), "__get__"):
             return self
@@ -301,7 +301,7 @@ def _capped_generator(function: Callable[..., Any], threads: int) -> Any:
     def run_capped(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         body = function(*args, **kwargs)
         step, value = body.send, None
-        # A list hands the item on: this frame keeps no reference while the body waits.
+        # Passed in a list: this frame must not keep a reference to the item while the body waits.
         item: list[Any] = []
         while True:
             try:

@@ -233,7 +233,7 @@ class WorkerDiedError(SafepoolError, BrokenProcessPool):
         exceeded: MemoryExceeded | None = None,
     ) -> None:
         super().__init__(pid, exitcode, task, stack, oom, by_pool, begun, exceeded)
-        # In the words of the standard pool from Python 3.15 on.
+        # The text of the standard pool from Python 3.15 on.
         told = f"\n'''\nProcess {pid} terminated abruptly with exit code {exitcode}'''"
         cause = _RemoteTraceback(told)  # type: ignore[arg-type]
         BaseException.__setattr__(self, "__cause__", cause)

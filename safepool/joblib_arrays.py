@@ -1,10 +1,10 @@
 """Large arrays in joblib's calls: an array among the arguments of several tasks is placed once.
 
-    mmap_mode       a task gets                         joblib's own backend
-    "c"             what it may write to, for itself    the same
-    "r"             what it may only read               the same, and by default
-    "r+", "w+"      as "c", and the log says so         what other tasks see too
-    None            as "c", sent with each batch        a copy
+    mmap_mode       a task gets                             joblib's own backend
+    "c"             an array that it can write, alone       the same
+    "r"             a read-only array                       the same; the default
+    "r+", "w+"      the same as "c"; the log says so        an array that all tasks write
+    None            the same as "c", sent with each batch   a copy
 
 Not covered:
     * Placing an array that is inside of another argument: the array travels with its batch.
@@ -79,8 +79,8 @@ def _mode_of_context() -> Any:
 
 # Calls of a batch whose arguments may be large.
 _FEW = 16
-# Placed for the first batch already: a smaller array costs less inside of its batch, should no
-# other batch be given it (benchmarks/joblib_backend.py).
+# An array of this size is placed for its first batch. A smaller array is placed for its second
+# batch: if there is none, it costs less inside of its batch (benchmarks/joblib_backend.py).
 _AT_ONCE_BYTES = 8 * 1024**2
 
 
@@ -106,7 +106,7 @@ class Arrays:
     def __init__(self, more_than_bytes: float | None, *, read_only: bool = False) -> None:
         self._more_than_bytes = more_than_bytes
         self._read_only = read_only
-        # By id(), which is another array's once this one is gone.
+        # By id(). After the end of an array, another one may have its id.
         self._met: dict[int, _Met] = {}
 
     def place(self, batch: Any) -> Any:
@@ -188,7 +188,7 @@ class _ReadOnly:
         return self._batch()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In a pickle of its own: a pickler's way with a type holds for all that it pickles.
+        # In a separate pickle: a pickler's rule for a type applies to everything that it pickles.
         reducers = read_only_reducers(self._more_than_bytes)
         pickled, *buffers = dumps(self._batch, into_main=True, reducers=reducers)
         return _received, (pickled, [pickle.PickleBuffer(buffer) for buffer in buffers])

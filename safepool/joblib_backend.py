@@ -260,13 +260,13 @@ class Words(TypedDict, total=False):
 
 
 _WORDS = Words.__annotations__.keys()
-# joblib's own max_nbytes: it was not set.
-_UNSAID_BYTES = 1 << 20
+# joblib's default of max_nbytes: the program has not set it.
+_DEFAULT_BYTES = 1 << 20
 # And the context of multiprocessing's start method.
 _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
 
 
-# What a word says that is None: the same as without it.
+# Arguments whose ``None`` means the default.
 _MAY_BE_NONE = frozenset(
     {
         "idle_worker_timeout",
@@ -316,10 +316,10 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         **words: Unpack[Words],
     ) -> None:
         super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-        # A call that names its backend means it; joblib.parallel_config() finds out the level
-        # later.
+        # Without a level, the backend was named in a call, or in joblib.parallel_config(), which
+        # sets the level later.
         self._takes_hints = nesting_level is None
-        # The one that this is a copy of, if it is.
+        # The backend that this one is a copy of, or itself.
         self._origin = self
         if unknown := sorted(words.keys() - _WORDS):
             hint = what_was_meant(unknown[0], _WORDS)
@@ -327,7 +327,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         self._cluster = cluster
         self._pools = (_cluster_pools() if cluster is not None else pools) or SHARED
         self._lease: Lease | None = None
-        # Leases of its copies as well.
+        # Its own leases, and those of its copies.
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._futures: set[Future[Any]] = set()
         self._arrays = Arrays(None)
@@ -364,7 +364,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return 1 if self.inner_max_num_threads is None else self.inner_max_num_threads
 
     def _request(self) -> Request:
-        # Made anew: joblib sets inner_max_num_threads later as well.
+        # Made for each use, because joblib may set inner_max_num_threads later.
         check("threads_per_worker", self._threads, _THREADS)
         return Request(
             threads_per_worker=self._threads,
@@ -455,7 +455,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         self._release()
         mode = mode_asked_for(mmap_mode)
         arrays = self._arrays_of_block
-        if arrays is not None and mmap_mode == "r" and max_nbytes == _UNSAID_BYTES:
+        if arrays is not None and mmap_mode == "r" and max_nbytes == _DEFAULT_BYTES:
             mode = arrays["mmap_mode"]
             max_nbytes = arrays.get("max_nbytes", max_nbytes)
         self._max_nbytes = None if mode is None else max_nbytes
@@ -494,13 +494,13 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
     def _of_one(self, words: Words) -> SafepoolBackend:
         """Return a backend like this one that a single ``Parallel`` object uses.
 
-        joblib gives all of a block the same one. Facts about a call must not be another's:
-        generators may be used in turns.
+        joblib gives all ``Parallel`` objects of a block the same backend. Calls must not mix their
+        state: the results of several generators may be taken in turns.
         """
         backend = self._like(_is_of_one=True, _lease=None, _futures=set())
         backend.reset_batch_stats()
         if words:
-            # An initializer is not given the arguments of another.
+            # The arguments of an earlier initializer must not go to this one.
             others: Words = {"initargs": ()} if "initializer" in words else {}
             backend._take({**self._words, **others, **words})
         return backend
@@ -520,7 +520,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return backend
 
     def _what_workers_are_born_with(self) -> BornWith:
-        # Once for a block, whose copies have the same list.
+        # Computed once for a block: its copies share the list.
         if not self._born_with:
             words = self._words
             found = BornWith.now(words.get("initializer"), words.get("initargs", ()))
@@ -542,7 +542,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         )
 
     def start_call(self) -> None:
-        """Begin one call; what arrays hold is another matter in each."""
+        """Begin one call, with a new collection of arrays: their contents may have changed."""
         # Batches that an earlier, failed call had prepared and not sent: joblib would send them
         # with this call's, and return their results.
         self.parallel._ready_batches = queue.Queue()
@@ -578,7 +578,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         return not self.parallel._aborting and self.parallel._wait_retrieval()
 
     def stop_call(self) -> None:
-        """End it; its arrays are placed no longer."""
+        """End the call, and drop its placed arrays."""
         self._arrays = Arrays(None)
         callbacks, self._callbacks = self._callbacks, None
         if callbacks is not None:
@@ -630,7 +630,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
         if len(items) > 1:
             others = len(items) - 1
             name += f" and {others} more call{'s' if others > 1 else ''} of its batch"
-        # Limited if all of them are: a call that is not may take as long as it likes.
+        # A batch has a timeout only if each of its calls has one.
         limited = len(timeouts) == len(policies)
         return name, Policy(
             timeout_s=max(timeouts) * len(items) if limited else None,
@@ -639,7 +639,7 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
 
     def compute_batch_size(self) -> int:
         """Return how many calls are to travel together."""
-        # A timeout is one call's.
+        # A timeout applies to a single call.
         if self._policy.timeout_s is not None:
             return 1
         size: int = super().compute_batch_size()

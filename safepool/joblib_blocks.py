@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Block", "enter", "leave"]
 
-# joblib's names for its defaults, and ours in its table of backends. They stay there, as another
-# thread may be about to look them up.
+# joblib's names of its default backends, and our names in its table of backends. Ours stay in the
+# table, because another thread may be about to look them up.
 _NAMES = {
     "DEFAULT_BACKEND": "safepool block",
     "DEFAULT_THREAD_BACKEND": "safepool block, threads",
@@ -65,10 +65,10 @@ class _Blocks:
 
     def leave(self, block: Block) -> None:
         with self._lock:
-            # By identity: a block within one of the same arguments is another.
+            # Compared by identity: an inner block may have equal arguments.
             self._open = [one for one in self._open if one is not block]
             for kind, ours in _NAMES.items():
-                # Unless somebody has set another one inside.
+                # Unless the program has set another one inside the block.
                 if not self._open and getattr(parallel, kind) == ours:
                     setattr(parallel, kind, self._before[kind])
 

@@ -1,4 +1,4 @@
-"""joblib's callbacks in a thread of their call's own.
+"""A thread for the callbacks of one joblib call.
 
 A callback takes the next calls from the program's iterator and submits them. The iterator may be
 slow, or wait for another parallel call: in the thread that serves the pool it would delay every
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Callbacks"]
 
-# Ctrl-C is to bring the prompt back within a second.
+# After Ctrl-C the prompt must come back within a second.
 _WAIT_S = 0.5
 # Pause between two checks of a call, in case that a wake-up is lost.
 _LOOK_S = 0.1

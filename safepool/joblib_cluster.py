@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ClusterPools", "ClusterSettings"]
 
-# A node that is slow to answer is used as soon as it does, and not counted before.
+# A slow node counts, and is used, from its answer on.
 _ANSWERS_S = 10.0
 _NOWHERE = BornWith(environ={}, folder="", path=(), cpus=None, contents=b"")
 
@@ -132,7 +132,7 @@ class _Pool:
         return future
 
     def _submit(self, batch: Callable[[], Any], name: str, policy: Policy) -> Future[Any]:
-        # The batch as an argument: functions are kept by the workers.
+        # The batch is an argument, because workers keep functions.
         future = self._pool._scheduler.submit(_call, (batch,), {}, name=name, policy=policy)
         error = future.exception() if future.done() and not future.cancelled() else None
         if error is not None:

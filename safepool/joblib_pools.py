@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ["IDLE_S", "NOT_PICKLED", "SHARED", "BornWith", "Lease", "Pools", "Settings", "TaskPool"]
 
-# In the words of joblib's own backend, which programs match.
+# The text of joblib's own backend, which programs compare.
 NOT_PICKLED = "Could not pickle the task to send to the workers."
 # Time that a worker waits for the next call outside of a block, as loky's workers do.
 IDLE_S = 300.0
-# Pools that no call uses; more end at once.
+# The most idle pools to keep.
 _MOST_UNUSED = 4
 
 
@@ -172,7 +172,7 @@ class _Pool(ProcessPool):
         return self._scheduler.submit(batch, (), {}, name=name, policy=policy)
 
     def size_to(self, workers: int) -> None:
-        # A call's own n_jobs= is no news for its program.
+        # The program itself set n_jobs= in the call: no log line.
         self._scheduler.resize(workers, level=logging.DEBUG)
 
     def let_go_after(self, idle_s: float) -> None:
@@ -193,7 +193,7 @@ def _digest(value: object) -> bytes:
 
 
 def _are_same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    # By identity: what an initializer is given need not be comparable.
+    # Compared by identity: arguments of an initializer may not support comparison.
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
@@ -290,7 +290,7 @@ class Pools:
             lease.pool.end(wait=False)
 
     def forget(self) -> None:
-        """Know of no pool, after a fork: they are the parent's, and a thread may hold the lock."""
+        """Drop all pools after a fork: they are the parent's, whose threads may hold the lock."""
         self._lock = threading.Lock()
         self._lock_here = threading.RLock()
         self._leases = []

@@ -31,7 +31,7 @@ else:
 
 __all__ = ["CallBar", "SequentialWithBar"]
 
-# Calls of this thread that run one after the other in it, and have a bar.
+# Sequential calls of this thread that have a bar.
 _thread = threading.local()
 
 
@@ -138,5 +138,5 @@ def _calls() -> list[Any]:
 
 
 def _is_inside_a_call() -> bool:
-    # A generator that waits to be asked for its next result is in no call.
+    # While a generator waits for a request for its next result, no call runs.
     return any(call.n_dispatched_tasks > call.n_completed_tasks for call in _calls())

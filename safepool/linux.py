@@ -1,4 +1,6 @@
-"""Linux's calls and numbers that a Python may lack: the kernel has them all the same.
+"""System calls and constants of Linux that a build of Python may lack.
+
+The kernel has them all the same.
 
 A Python that was built with the C headers of an old system (manylinux2014 is CentOS 7, 2014) has
 no ``os.memfd_create``, no ``os.pidfd_open`` and no ``fcntl.F_SEAL_*``, on any kernel. Many builds

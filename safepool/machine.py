@@ -29,12 +29,12 @@ __all__ = ["BudgetWatch", "cpu_count", "cpu_limit", "log_once", "read_budget", "
 
 _log = logging.getLogger("safepool")
 
-# Less than this is what rounding is for; more may be a surprise.
+# A smaller loss by rounding is expected and not logged.
 _NOTABLE_CPUS = 0.25
-# Samples in a row, a second apart, before the pool says that it is held back: one or two
-# are a neighbour's burst.
+# Samples in a row, a second apart, before the warning: one or two may be a burst of another
+# program.
 _SAMPLES_HELD_BACK = 3
-# Why a limit is not read by a program that has used up its descriptors, or its machine's.
+# Error texts if the program, or the machine, has no descriptor left for reading a limit.
 _NO_DESCRIPTOR = {os.strerror(errno.EMFILE), os.strerror(errno.ENFILE)}
 
 
@@ -138,8 +138,8 @@ class BudgetWatch:
             budget: The workers, and the limits that they were fitted to.
         """
         sample = self._waiting.sample(pids)
-        # More threads than CPUs, by another rounding or the minimum of one worker, are frozen
-        # by the limit that can be seen.
+        # If there are more threads than CPUs (another rounding, or the minimum of one worker), the
+        # visible limit itself freezes them.
         fits = budget.workers * budget.threads_per_worker <= budget.cpus
         if sample is None or not fits or not is_held_back(sample):
             self._held_back = 0
@@ -205,7 +205,7 @@ def _warn(text: str) -> None:
     try:
         warnings.warn(printable(text), RuntimeWarning, stacklevel=3)
     except RuntimeWarning:
-        # Filtered to an error. A problem of the machine must not prevent a pool.
+        # A filter turns warnings into errors. A problem of the machine must not prevent a pool.
         _log.warning("%s", printable(text))
 
 

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     _standard: Any = multiprocessing.pool
 else:
     _standard = multiprocessing.pool
-    # "safepool run --patch" has put this pool in its place, and left it there.
+    # The standard class, if "safepool run --patch" has replaced it by this pool.
     _StandardPool = vars(_standard).get("_safepool_replaces") or _standard.Pool
     _StandardResult = multiprocessing.pool.ApplyResult
     _StandardMapResult = multiprocessing.pool.MapResult
@@ -75,9 +75,9 @@ _R = TypeVar("_R", bound=MapRun)
 
 INIT, RUN, CLOSE, TERMINATE = "INIT", "RUN", "CLOSE", "TERMINATE"
 
-# A longer sequence is not put into messages in one go, before imap() has returned.
+# A longer sequence is not put into messages at once, before imap() returns.
 _MOST_AT_ONCE = 1_000_000
-# The standard pool's: so many chunks for each worker.
+# Chunks for each worker, as in the standard pool.
 _CHUNKS = 4
 
 
@@ -190,7 +190,7 @@ class Pool(_StandardPool):
         self._engine = ProcessPool(*arguments, max_tasks_per_child=maxtasksperchild, **options)
         # Workers of the standard pool are daemons.
         self._engine._scheduler.ends_at_exit = True
-        # They take items of imap() and imap_unordered().
+        # Threads that take the items of imap() and imap_unordered().
         self._feeders: dict[threading.Thread, Results] = {}
         self._state = RUN
         if initializer is not None:
@@ -572,7 +572,7 @@ def _of_the_pool(error: BaseException) -> BaseException:
         return CancelledError("the pool was terminated before this call had ended")
     cause = error.__cause__
     if isinstance(cause, _RemoteTraceback):
-        # The exception's own __setattr__ may refuse: that of a frozen dataclass does.
+        # The exception's __setattr__ may refuse, as that of a frozen dataclass does.
         BaseException.__setattr__(error, "__cause__", _standard.RemoteTraceback(cause.tb))
     return error
 

@@ -6,7 +6,7 @@ forbids most such cases where ``fs.protected_symlinks`` and the related settings
 module protects the program wherever they are off, and in any folder.
 
     what is found on the way            what is done
-    a link of this user, or of root     followed, and what it leads to is treated alike
+    a link of this user, or of root     followed; the same rules apply to its target
     a link below /proc                  followed: the kernel made it (``/dev/stdout``)
     a link of another user              refused
     in a sticky folder for everybody: a file of another user, or with a second name

@@ -83,8 +83,7 @@ class ThreadLimit:
         self.threads = threads
         self.kept: tuple[NativePool, ...] = ()
         self._lock = threading.Lock()
-        # State that the call has set, until the first block takes it over; and that of open
-        # blocks.
+        # The state of the call itself, until the first block takes it over, and of open blocks.
         self._lasting: blocks.Hold | None = self._set()
         self._holds: list[blocks.Hold] = []
 

@@ -1,4 +1,4 @@
-"""A bar for the progress of calls: tqdm's, on standard error, drawn by a thread of its own.
+"""A progress bar for calls: tqdm's, on standard error, drawn by a separate thread.
 
 Code that runs calls counts them in a `Progress`, which costs an addition. A thread reads the
 numbers ten times a second and draws. A terminal that does not read delays no worker, and the bar
@@ -75,11 +75,11 @@ class Progress:
         self.total = total
         self._look = look
         self._ended = threading.Event()
-        # Reentrant: a signal's handler may ask for a result of the same map.
+        # Reentrant: a signal handler may request a result of the same map.
         self._drawing = threading.RLock()
         self._shown_failed = 0
-        # Without tqdm's monitor for this one: a thread that never ends, and ours looks often
-        # enough. The program's own bars keep it.
+        # Without tqdm's monitor, a thread that never ends; this package's thread draws often
+        # enough. The program's own bars keep the monitor.
         every_s, tqdm.monitor_interval = tqdm.monitor_interval, 0
         try:
             self._bar: Any = tqdm(
@@ -213,7 +213,7 @@ def _output(tqdm: Any) -> dict[str, Any]:
     try:
         if sys.stderr is None:  # closed before the start
             return {"disable": True}
-        # tqdm does so before it begins, and what stands in the buffer may find no way out.
+        # As tqdm does before it begins: the text in the buffer may be impossible to write.
         sys.stderr.flush()
     except Exception:  # noqa: BLE001 -- a stream of the program's own
         return {"disable": True}

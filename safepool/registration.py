@@ -37,7 +37,7 @@ def _register(_name: str, module: ModuleType) -> None:
 
 
 def _backend(**parameters: Any) -> Any:
-    from safepool.joblib_backend import SafepoolBackend  # noqa: PLC0415 -- with its first use
+    from safepool.joblib_backend import SafepoolBackend  # noqa: PLC0415 -- only when it is used
 
     return SafepoolBackend(**parameters)
 

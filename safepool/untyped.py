@@ -1,4 +1,4 @@
-"""Floor 0: base classes for type checkers, in the place of classes of libraries without types.
+"""Floor 0: base classes for type checkers, instead of classes of libraries without types.
 
 Otherwise type checkers treat those classes as unknown, and every class that extends them, also in
 the user's program.

@@ -122,7 +122,7 @@ def _run(argv: Sequence[str] | None) -> int:
         options, unknown = parser.parse_known_args(ours)
         asked: argparse.ArgumentParser = options.parser
         if unknown:
-            # The command that does not know it raises the error: its help lists the known ones.
+            # The error refers to the help of that command, which lists the known options.
             asked.error(f"unrecognized arguments: {' '.join(unknown)}")
         # argparse must not see a first "--" that belongs to the command.
         if command:
@@ -159,16 +159,16 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _run_limits(options: argparse.Namespace) -> int:
     if options.cluster:
-        from safepool.cli import cluster_screen  # noqa: PLC0415 -- only where it is asked for
+        from safepool.cli import cluster_screen  # noqa: PLC0415 -- only for this option
 
         return cluster_screen.run(options.cluster, as_json=options.json)
-    from safepool.cli import limits_screen  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import limits_screen  # noqa: PLC0415 -- only for this command
 
     return limits_screen.run(as_json=options.json, pid=options.pid, watched=options.watch)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from safepool.cli import demo  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import demo  # noqa: PLC0415 -- only for this command
 
     return demo.run(
         tasks=options.tasks,
@@ -184,25 +184,25 @@ def _run_demo(options: argparse.Namespace) -> int:
 def _run_doctor(options: argparse.Namespace) -> int:
     if not options.libraries:
         return _run_limits(options)
-    from safepool.cli import doctor  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import doctor  # noqa: PLC0415 -- only for this command
 
     return doctor.run(options.libraries, limit_s=options.timeout, as_json=options.json)
 
 
 def _run_run(options: argparse.Namespace) -> int:
-    from safepool.cli import run  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import run  # noqa: PLC0415 -- only for this command
 
     return run.run(_plan(options), options.command, explain=options.explain)
 
 
 def _run_env(options: argparse.Namespace) -> int:
-    from safepool.cli import env  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import env  # noqa: PLC0415 -- only for this command
 
     return env.run(_plan(options), options.form)
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    from safepool.cli import run  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import run  # noqa: PLC0415 -- only for this command
 
     return run.plan_here(
         workers=options.workers,
@@ -215,13 +215,13 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _run_report(options: argparse.Namespace) -> int:
-    from safepool.cli import report  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import report  # noqa: PLC0415 -- only for this command
 
     return report.run(options.trace, as_json=options.json)
 
 
 def _run_top(options: argparse.Namespace) -> int:
-    from safepool.cli import top  # noqa: PLC0415 -- only the command that is asked for
+    from safepool.cli import top  # noqa: PLC0415 -- only for this command
 
     return top.run(options.process, as_json=options.json)
 
@@ -245,7 +245,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(_USAGE, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
-# As argparse says it: in 3.11 with the names in quotes, later without, from 3.15 on with a guess.
+# argparse's text: in 3.11 with quoted names, later without quotes, from 3.15 on with a guess.
 _UNKNOWN_COMMAND = re.compile(
     r"argument command: invalid choice: '(.*?)'(?:, maybe you meant .*)? \(choose from (.*)\)"
 )

@@ -56,8 +56,8 @@ _SAMPLE_S = 0.02
 _START_WITHIN_S = 120.0
 # Time for a child to shut its pool down, which is not part of the measurement.
 _LEAVE_WITHIN_S = 10.0
-# A process that its quota has frozen dies when it runs again: at most one period (0.1 s) for
-# each share of the quota that it owes. Longer means that the kernel itself holds it.
+# A killed process that its quota has frozen ends when it may run again, after some periods of
+# 0.1 s. If it takes longer, the kernel itself holds it.
 _GONE_WITHIN_S = 5.0
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -132,10 +132,10 @@ def run(
     changed = any(value is not None for value in asked.values())
     if plot is not None:
         host().check_plot(plot)
-    # nohup has them ignored, and a program that runs us may handle them itself: left alone.
+    # Signals that are ignored (nohup) or handled by the calling program stay as they are.
     ours = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
     with (
-        # kill and a closed terminal unwind as Ctrl-C does, so that the group goes too.
+        # kill and a closed terminal unwind like Ctrl-C, so that the group is removed.
         _signals(_leave, ours),
         tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_short_folder()) as made,
         host().setting(**asked, points=points, folder=Path(made))

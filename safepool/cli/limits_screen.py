@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 _NAME_WIDTH = 26
 # The variables of runtimes that nearly every program has, in order of precedence.
 _NATIVE_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-# Three periods of the usual quota; and fifteen, if one of the three was cut off: a health check
-# must not take one burst for a problem.
+# Three periods of the usual quota, or fifteen if one of the three was throttled: for a health
+# check, a single burst must not be a problem.
 _SAMPLE_S = 0.3
 _LONGER = 5
 
@@ -304,7 +304,7 @@ def run(*, as_json: bool, pid: int | None = None, watched: bool = False) -> int:
     else:
         screen = read_screen(sample_s=_SAMPLE_S)
     if view is not None and watched:
-        from safepool.cli.watch import watch  # noqa: PLC0415 -- only where it is asked for
+        from safepool.cli.watch import watch  # noqa: PLC0415 -- only for this option
 
         watch(view, screen.budget.cpus, as_json=as_json)
         return 0
@@ -353,8 +353,8 @@ def _standard_workers() -> int:
 
 
 def _joblib_count() -> int | None:
-    # By its copy of loky, whose folder is imported under another name: joblib itself would import
-    # NumPy, and start the threads that this command is to report.
+    # joblib's copy of loky has the function. Its folder is imported under another name, because
+    # joblib itself would import NumPy and start the threads that this command reports.
     found = importlib.util.find_spec("joblib")
     if found is None or not found.submodule_search_locations:
         return None
@@ -431,7 +431,7 @@ class _Row:
         if len(indent) + len(" ".join(parts)) <= WIDTH:
             parts = [" ".join(parts)]
         for part in parts:
-            # A long path is worth more in one piece than in its column.
+            # A long path stays in one piece, even if it leaves its column.
             yield f"{indent if len(indent) + len(part) <= WIDTH else '      '}{part}"
 
 

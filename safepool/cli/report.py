@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SLOWEST = 5
-# Exceptions for a line that no pool has written.
+# Exceptions that a damaged line may cause.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-# No number in a trace is as large: microseconds, they are three centuries.
+# Larger than any number in a trace: three centuries in microseconds.
 _MOST = 1e16
 # The command reads a longer line, of another file, in pieces.
 _LONGEST_LINE = 16 << 20
@@ -199,7 +199,8 @@ class Report:
         return json_of(told)
 
 
-# What is said, and of which report and sum over its workers: the first that holds.
+# The conclusion is the first sentence whose condition, on the report and the sum over its workers,
+# is true.
 CONCLUSIONS: dict[str, Callable[[Report, Row], bool]] = {
     f"A run of less than {_LEAST_S:g} s is not judged: starting the workers takes much of it.": (
         lambda report, _: report.seconds < _LEAST_S

@@ -292,13 +292,13 @@ def _become(command: Sequence[str], environ: Mapping[str, str]) -> int:
 if sys.platform == "win32":
 
     def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
-        # exec there starts another process and ends this one at once.
+        # On Windows, exec starts another process and ends this one at once.
         return subprocess.call(command, env=environ)
 
 else:
 
     def _exec(command: Sequence[str], environ: Mapping[str, str]) -> int:
-        # Python ignores them, and what is ignored stays so: `yes | head` would not end.
+        # Python ignores these signals. The program would inherit that: `yes | head` would not end.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         try:

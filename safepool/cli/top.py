@@ -93,7 +93,7 @@ def as_text(pid: int, rows: Iterable[Row]) -> str:
         since = "-" if row.running_s is None else f"{row.running_s:.1f}"
         memory = "-" if row.resident_bytes is None else size(row.resident_bytes)
         head = f"{row.pid:>8}{since:>10}{memory:>12}{row.native_threads:>9}  "
-        # The end of a long name says more than its begin.
+        # The end of a long name is more useful than its beginning.
         lines.append(head + as_ascii(row.task or "(idle)")[len(head) - WIDTH :])
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.limits import Limits, Throttling
 
-# A period in which a burst was cut off is no problem; one in ten is felt.
+# A single throttled period is no problem; one in ten slows the program down.
 _FEWEST_THROTTLED = 2
 _THROTTLED_SHARE = 0.1
 _MEMORY_SHARE = 0.9
@@ -153,7 +153,7 @@ def _oversubscribed(
 ) -> Iterator[Finding]:
     most = math.ceil(budget.cpus)
     cpus = f"{counted(budget.cpus, 'CPU')} ({limits.binding.name})"
-    # Who, does what, and how many: the verb is said of the first alone.
+    # Subject, verb, and number. Only the first subject gets its verb.
     too_many: list[tuple[str, str, str]] = []
     remedy = _USE_SAFEPOOL
     if standard_workers is not None and standard_workers > most:

@@ -1,4 +1,4 @@
-"""Floor 1, limits: on how many CPUs a captured process may be placed: text in, number out.
+"""Floor 1, limits: number of CPUs on which a captured process may run: text in, number out.
 
 Not covered:
     * This machine's own process: its mask comes from `os.sched_getaffinity`, which also works

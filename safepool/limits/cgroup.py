@@ -101,7 +101,7 @@ def find_levels(machine: Machine, place: Place, controller: str) -> tuple[Level,
 
 
 def _version(place: Place, controller: str) -> int:
-    """Say which hierarchy has the controller: a controller is in exactly one at a time."""
+    """Return the version of the hierarchy that has the controller; only one has it at a time."""
     if controller in place.own:
         return 1
     if "" in place.own:
@@ -113,7 +113,7 @@ def _version(place: Place, controller: str) -> int:
 def _holds(mount: Mount, version: int, controller: str) -> bool:
     if mount.type != GROUP_TYPES[version - 1]:
         return False
-    # The whole word: cpuset, cpuacct and name=cpu are others.
+    # Whole words: cpuset, cpuacct and name=cpu are other controllers.
     return version == 2 or controller in mount.options.split(",")
 
 
@@ -143,7 +143,7 @@ def _show_ancestors(seen: dict[GroupPath, list[str]], mounts: list[Mount], own: 
 def _show_hidden(
     machine: Machine, seen: dict[GroupPath, list[str]], mounts: list[Mount], version: int
 ) -> None:
-    """Add the groups that have no name between a mount above our namespace and us.
+    """Add the nameless groups between this process and a mount above its namespace.
 
     Needed if `_show_ancestors` left a gap: a mount's root is several levels above this process,
     and some of the levels between were not shown.
@@ -167,7 +167,7 @@ def _show_hidden(
 
 
 def _undeleted(machine: Machine, mounts: list[Mount], own: GroupPath) -> GroupPath:
-    """Take the kernel's " (deleted)" off, unless the group is really called so."""
+    """Remove the kernel's " (deleted)", unless it is part of the group's name."""
     if not own or not own[-1].endswith(_DELETED):
         return own
     for mount in mounts:
@@ -179,7 +179,7 @@ def _undeleted(machine: Machine, mounts: list[Mount], own: GroupPath) -> GroupPa
 
 
 def _leads_to(candidates: list[Mount], mounts: list[Mount], path: str, group: GroupPath) -> bool:
-    """Tell whether a directory below a mount point is not covered by yet another mount."""
+    """Return whether no other mount hides a directory below a mount point."""
     mount = covering(candidates, path)
     if mount is None or mount not in mounts:
         return False
@@ -192,7 +192,7 @@ def _conventional_levels(
     machine: Machine, own: Mapping[str, GroupPath], controller: str
 ) -> tuple[Level, ...]:
     """Find the directories by their usual names, without a list of mounts."""
-    # Without a word on the own group either version is possible.
+    # If the process's own group is unknown, either version is possible.
     tries: list[tuple[int, tuple[str, ...], GroupPath]] = []
     if controller not in own:
         tries.append((2, CONVENTIONAL_V2, own.get("", ())))
@@ -203,7 +203,7 @@ def _conventional_levels(
         point = next((point for point in points if machine.is_directory(point)), None)
         if point is None:
             continue
-        # A path out of the namespace cannot be followed by name.
+        # A path that leaves the namespace cannot be followed by name.
         known = () if leading_ups(group) else group
         levels.extend(
             Level(version=version, directories=("/".join((point, *known[:length])),))

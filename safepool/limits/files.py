@@ -60,7 +60,7 @@ class Machine:
         """
         try:
             actual = self._actual(path)
-            # Before it is opened: a named pipe in a captured folder would be waited for.
+            # Checked before opening: opening a named pipe in a captured folder would wait.
             if not stat.S_ISREG(os.stat(actual).st_mode):
                 self.note(path, "not a regular file")
                 return None
@@ -107,7 +107,7 @@ class Machine:
         self.note(error.source, f"expected {error.expected}, found {found!r}")
 
     def _actual(self, path: str) -> str:
-        """Say where a path of that machine is on this one, with links kept inside the root."""
+        """Return the place of a path of that machine on this one, with links kept in the root."""
         if self.is_this_one:
             return path
         # Resolved by hand: an absolute link of the captured machine (/proc/self, or

@@ -66,7 +66,7 @@ def _lists(machine: Machine, directory: str, version: int, own: str) -> bool:
     for name in _MEMBERS[version]:
         before = len(machine.skipped)
         text = machine.read(f"{directory}/{name}")
-        # Other groups' files are none of our limits: not being allowed to read them is no news.
+        # Files of other groups are no limits of this process: a refused access is not reported.
         del machine.skipped[before:]
         if text:
             return own in text.split()

@@ -1,4 +1,4 @@
-r"""Floor 1, limits: the memory that this process can still be given, of all ceilings the least.
+r"""Floor 1, limits: the memory that this process can still get, below the tightest ceiling.
 
 The room below a ceiling is the ceiling minus the use, plus the part of the use that the kernel
 takes back first (page cache), plus swap. The machine's own memory is a ceiling as well:
@@ -107,7 +107,7 @@ def _left_below(machine: Machine, limit: MemoryLimit, swap: int) -> MemoryLeft |
 
 
 def _with_swap(machine: Machine, group: str, left: int, reclaimable: int, swap: int) -> int:
-    # A missing file is no ceiling of its own: the machine's swap is the group's.
+    # Without the file, the group may use all swap of the machine.
     ceiling = read_number(machine, f"{group}/memory.swap.max")
     if ceiling is not None:
         used = read_number(machine, f"{group}/memory.swap.current") or 0

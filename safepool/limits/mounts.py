@@ -141,8 +141,8 @@ def reachable(mounts: Sequence[Mount]) -> list[Mount]:
         )
 
     def is_attached(index: int) -> bool:
-        # Upwards through the parents. `chain` also ends it: a captured text may go in
-        # circles, and the first mount of a kernel is its own parent.
+        # Upwards through the parents. `chain` also ends the loop: a captured text may have
+        # cycles, and the first mount of a kernel is its own parent.
         chain = [index]
         while True:
             mount = mounts[index]
@@ -211,7 +211,7 @@ def is_inside(path: str, directory: str) -> bool:
 
 
 def covering(mounts: Iterable[Mount], path: str) -> Mount | None:
-    """Say which of some reachable mounts a path leads into: the one with the longest point."""
+    """Return the reachable mount that a path is in: the one with the longest mount point."""
     inside = (mount for mount in mounts if is_inside(path, mount.point))
     return max(inside, key=lambda mount: len(mount.point), default=None)
 

@@ -84,7 +84,7 @@ def parse_own_groups(text: str) -> dict[str, GroupPath]:
 
 
 def read_own_groups_text(machine: Machine) -> str | None:
-    """Read the text that names this process's groups: when it changes, it has moved."""
+    """Read the text with this process's groups. It changes if the process is moved."""
     for path in OWN_GROUP_FILES:
         text = machine.read(path)
         if text:
@@ -129,7 +129,7 @@ def components(path: str) -> GroupPath | None:
 
 
 def leading_ups(group: GroupPath) -> int:
-    """Count the leading ``..``: how far above the namespace's root a path begins."""
+    """Return the number of leading ``..``: levels above the namespace's root."""
     for count, name in enumerate(group):
         if name != "..":
             return count

@@ -194,7 +194,7 @@ class _ProcessMachine(Machine):
             theirs = os.readlink(f"/proc/{pid}/ns/mnt")
             self._shares_mounts = theirs == os.readlink("/proc/self/ns/mnt")
         except OSError:
-            # Not ours to see: then its root is not, either.
+            # This process may not see it, and so may not see its root.
             self._shares_mounts = True
 
     def note(self, source: str, reason: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
 
-# sched-bwc.rst: the period of a group for which none was written.
+# sched-bwc.rst: the period of a group if none was set.
 DEFAULT_PERIOD_US = 100_000
 
 _NUMBER = r"[0-9]{1,20}"

@@ -1,8 +1,8 @@
-"""Floor 1, limits: how long processes waited for a CPU while CPUs stood idle.
+"""Floor 1, limits: time that processes waited for a CPU while CPUs were idle.
 
-A quota that this process cannot see (on a group outside its control-group namespace, on
-the virtual machine) shows nowhere in its own group's counters. It shows in this: processes
-want to run, CPUs that they may run on are idle, and the processes wait all the same.
+A quota that this process cannot see (of a group outside its control-group namespace, or of the
+virtual machine) is not in the counters of its own group. The sign of such a quota: processes wait
+for a CPU although CPUs that they may use are idle.
 
 Formats: Linux, Documentation/scheduler/sched-stats.rst, "/proc/<pid>/schedstat", and
 proc_stat(5).
@@ -77,10 +77,10 @@ class WaitWatch:
         self._idle: int | None = None
 
     def sample(self, pids: Iterable[int]) -> WaitSample | None:
-        """Return what happened since the last call to the processes that were there then.
+        """Return the times since the last call, for the processes of both calls.
 
         Returns:
-            The differences; ``None`` the first time, and where the system does not tell.
+            The differences; ``None`` for the first call, and if the system does not report them.
         """
         before, idle_before = self._processes, self._idle
         self._processes = {pid: found for pid in pids if (found := _schedstat(pid)) is not None}

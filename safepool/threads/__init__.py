@@ -1,17 +1,17 @@
 """Floor 3: the native thread pools that a worker can meet, and how each one is capped.
 
     table         knowledge: a row for each runtime
-    counts        who asks for a number of CPUs, and what it is told in a worker
-    calls         what caps a loaded runtime, for the rows that threadpoolctl does not know
-    registry      the rows that count here: the table's, and those that others add
-    environment   what a worker is born with
-    libraries     what was loaded since the last look
-    imports       what is being imported
-    placement     which CPUs a worker is bound to, if it is
-    native        what threadpoolctl caps
-    blocks        a number that holds for a while, and what was before
-    cap           the three layers of a worker, and the block around a function
-    pools         what is loaded now
+    counts        functions that count CPUs, and their results in a worker
+    calls         functions that cap a loaded runtime which threadpoolctl does not know
+    registry      the valid rows: those of the table, and added ones
+    environment   variables at a worker's start
+    libraries     libraries that were loaded since the last check
+    imports       calls at the end of a module's import
+    placement     the CPUs that a worker is bound to
+    native        libraries that threadpoolctl caps
+    blocks        temporary caps, and the former numbers
+    cap           the three layers of caps in a worker, and the block around a function
+    pools         the pools that are loaded now
 
 The package never measures limits: the caller gives the number of threads. It imports no library in
 order to cap it.
@@ -40,7 +40,7 @@ _HOMES = {
 }
 
 
-# A type checker would take any misspelled name for an object.
+# Hidden from type checkers, which would accept any misspelled name.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:

@@ -142,8 +142,8 @@ class _Blocks:
             try:
                 self._remember(hold, loaded_inside=True)
             finally:
-                # Whatever is raised: one that stayed would hold the process for ever. At the end
-                # of the stack, the blocks around this one set everything once more.
+                # After any exception: a block that stayed would cap the process for ever. The
+                # outer blocks set everything again at their end.
                 self._holds.remove(hold)
                 try:
                     self._end(hold)
@@ -213,7 +213,7 @@ class _Blocks:
             if path in (self._libraries if of_the_process else hold.own):
                 continue
             if of_the_process:
-                # Loaded while a block is open it has read the block's variables.
+                # A library that is loaded while a block is open has read the block's variables.
                 before = self._unruled(library) if loaded_inside else library.num_threads
                 self._libraries[path] = (library, before)
             elif hold in self._holds:
@@ -264,8 +264,8 @@ class _Blocks:
             for name in changes.keys() - self._variables.keys():
                 self._variables[name] = os.environ.get(name)
             values.update(changes)
-        # Only what is to be another value: a look at a variable that is not set costs a
-        # microsecond, and there are some forty.
+        # Only variables whose value changes: reading an unset variable costs a microsecond, and
+        # there are some forty.
         try:
             change_environment(
                 {

@@ -1,7 +1,7 @@
 """The calls that cap a loaded runtime, one for each row of the table that names one.
 
-They are handed the module, which somebody else has imported: nothing here imports a library.
-threadpoolctl finds its libraries itself (``cap``), and they are not here.
+Each call gets a module that the program has imported: this module imports no library.
+threadpoolctl finds its own libraries itself (``cap``).
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
 A worker is capped in three layers, because no single one reaches everything:
 
-    environment   set before the interpreter starts; read by a library when it is loaded.
-                  Some pools have no variable, and a forked worker has them loaded already.
-    initializer   what is loaded by then, before the user's and after it. What a task
-                  imports later it cannot know.
-    each task     a look at the loader's list; capped again if it has grown. In between, each of
-                  a task's own imports is capped at its end (``imports``).
+    environment   Variables, set before the interpreter starts. A library reads them when it is
+                  loaded. Some pools have no variable, and a forked worker has libraries already.
+    initializer   Calls that cap all loaded libraries, before the user's initializer and after it.
+                  Libraries that a task imports later are missing.
+    each task     A check of the loader's list; new libraries are capped. During a task, a library
+                  is capped at the end of its import (``imports``).
 
 Not covered:
     * OpenMP and MKL in another thread: their run-time cap holds for the calling thread only

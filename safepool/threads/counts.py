@@ -1,4 +1,4 @@
-"""Numbers of CPUs that code in a worker is told, and the calls that change these.
+"""Numbers of CPUs that functions return in a worker, and the calls that change them.
 
 A library that sizes its pool of threads by the machine would start 48 of them in each worker of a
 host with 48 CPUs. Hence functions that count CPUs return the worker's share where possible. Code

@@ -58,7 +58,7 @@ class AfterImport:
         """Let the other finders find the module; a wanted module reports the end of its import."""
         if fullname not in self._names:
             return None
-        # Those behind this one: another of its kind, before it, asks it for the same module.
+        # Only later finders: an earlier one of this kind calls this one for the same module.
         finders = [*sys.meta_path]
         for finder in finders[finders.index(self) + 1 if self in finders else 0 :]:
             find = getattr(finder, "find_spec", None)
@@ -96,8 +96,8 @@ class AfterImport:
                 self._tell(fullname, module)
 
         try:
-            # The loader's own, not one in its place: code asks a module's loader for its
-            # source, its resources and its type.
+            # The loader itself, and no replacement: code uses a module's loader for the module's
+            # source, resources and type.
             loader.exec_module = exec_module
         except AttributeError:
             pass

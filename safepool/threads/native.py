@@ -1,4 +1,4 @@
-"""Libraries that threadpoolctl caps: found once, and again when something was loaded."""
+"""Libraries that threadpoolctl caps: searched once, and again when a library was loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows that count in this process: the table's, and those that others have added."""
+"""The valid rows in this process: those of the table, and added ones."""
 
 from __future__ import annotations
 

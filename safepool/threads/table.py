@@ -1,9 +1,9 @@
 """Table of every native thread pool that a worker can meet, one row each, without code.
 
-A row has the variables that bound a pool, in their order of precedence; the sign by which the
-loaded pool is recognised; the call that caps it then; and its hole, the part that no variable and
-no call reaches. The code that uses it is in ``environment`` (variables), ``calls`` (run time) and
-``pools`` (loaded pools).
+A row has the variables that bound a pool, in their order of precedence; the marks by which the
+loaded pool is recognised; the call that caps the loaded pool; and its hole, the part that no
+variable and no call bounds. The code that uses the table is in ``environment`` (variables),
+``calls`` (run time) and ``pools`` (loaded pools).
 
 Excluded on purpose, because setting them does harm:
     * ``OMP_THREAD_LIMIT``: an OpenBLAS built on OpenMP spins for ever as soon as
