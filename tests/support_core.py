@@ -25,12 +25,19 @@ def span_of(run: MapRun, calls: int, start: int = 0, **is_: Any) -> Span:
     return span
 
 
-def worker(calls: int = 0, each_ns: int = 0, policy: Policy = NO_POLICY, **is_: Any) -> Member:
+def worker(
+    calls: int = 0,
+    each_ns: int = 0,
+    policy: Policy = NO_POLICY,
+    *,
+    bound: bool = False,
+    **is_: Any,
+) -> Member:
     """Return a worker that was sent so many calls of a map, now if nothing else is said."""
     member = Member()
     state = {"pid": 7, "ready": True, "has_board": True, "phase": Phase.READY, "sent_ns": NOW}
     for name, value in {**state, **is_}.items():
         setattr(member, name, value)
     if calls:
-        member.ledger.give(span_of(run_of(policy), calls, expected_ns=each_ns))
+        member.ledger.give(span_of(run_of(policy), calls, expected_ns=each_ns, bound=bound))
     return member

@@ -179,3 +179,133 @@ def test_of_very_many_entries_each_further_one_counts_as_one_call() -> None:
     assert backlog.waiting() == 2 + 999 + 3
     backlog.add_items(last, [(1,), (2,), (3,)])
     assert backlog.waiting() == 2 + 999 + 3 + 1
+
+
+def tasks(*names: str) -> tuple[Backlog, list[Task]]:
+    backlog = Backlog()
+    queued = [Task(PoolFuture(), (abs, (1,), {}), name, NO_POLICY) for name in names]
+    for task in queued:
+        backlog.add(task)
+    return backlog, queued
+
+
+def test_the_place_before_which_work_came_is_a_bound() -> None:
+    backlog, queued = tasks("f", "f", "f")
+    for last in (0, 1, 2):
+        assert queued[last].number == last + 1
+        assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9, queued[0].number) == []
+    assert backlog.first == 1
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9, queued[2].number) == queued[:2]
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_of_a_run_nothing_is_taken_without_room_or_tasks_left(at_once: int | None) -> None:
+    backlog, run = Backlog(), MapRun(abs, "run", NO_POLICY, at_once)
+    backlog.add_items(run, [(1,), (2,)])
+    assert backlog.take(lambda *_: 0, lambda _: 1, 1, 9) == []
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 0) == []
+    assert names_of(backlog.take(lambda *_: 1, lambda _: 1, 1, 9)) == [1, 2][: at_once or 1]
+
+
+def test_each_name_has_its_room_and_its_time() -> None:
+    """What was taken before is asked for; nothing, which a task takes at first, counts as 1."""
+    backlog, queued = tasks("f", "f", "g", "h", "g")
+    asked: list[object] = []
+
+    def room(*about: object) -> int:
+        asked.append(about)
+        return 0 if about[0] == "h" else 5
+
+    taken = backlog.take(room, lambda name: 0 if name == "f" else 7, 1, 9)
+    assert taken == queued[:3]
+    assert asked == [("f", 0), ("g", 2), ("h", 9)]
+    assert [task.expected_ns for task in queued[:3]] == [0, 0, 7]
+
+
+# One row per number of tasks that wait, workers, and tasks that one may get: how many it gets.
+SHARES = [(5, 2, 9, 3), (4, 2, 9, 2), (5, 1, 3, 3), (1, 4, 9, 1), (9, 9, 9, 1)]
+
+
+@pytest.mark.parametrize(("waiting", "among", "most", "taken"), SHARES)
+def test_what_waits_is_shared(waiting: int, among: int, most: int, taken: int) -> None:
+    backlog, queued = tasks(*"f" * waiting)
+    assert backlog.take(lambda *_: 9, lambda _: 1, among, most) == queued[:taken]
+    run = MapRun(abs, "run", NO_POLICY, None)
+    backlog = Backlog()
+    backlog.add_items(run, [(n,) for n in range(waiting)])
+    assert len(names_of(backlog.take(lambda *_: 9, lambda _: 1, among, most))) == taken
+
+
+def test_a_run_is_queued_once_and_again_when_it_was_empty() -> None:
+    backlog, run = Backlog(), MapRun(abs, "run", NO_POLICY, None)
+    backlog.add_items(run, [(1,)])
+    assert backlog.is_wanted()
+    backlog.add_items(run, [(2,)])
+    assert [*backlog] == [run]
+    assert names_of(backlog.take(lambda *_: 9, lambda _: 1, 1, 9)) == [1, 2]
+    assert [*backlog] == []
+    backlog.add_items(run, [])
+    assert [*backlog] == []
+    backlog.add_items(run, [(3,)])
+    assert [*backlog] == [run]
+
+
+def test_what_is_held_waits_before_all_else() -> None:
+    backlog, held = Backlog(), MapRun(abs, "held", NO_POLICY, None)
+    backlog.add_items(held, [(1,)])
+    held.put(0, ["large"], 1 << 40)
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9) == []
+    task = new_task(5)
+    backlog.add(task)
+    assert [*backlog] == [held, task]
+    assert backlog.clear() == [held, task]
+    assert not backlog
+
+
+def test_waiting_calls_are_counted_up_to_a_limit() -> None:
+    backlog, _ = tasks("f", "f")
+    backlog.add_items(MapRun(abs, "run", NO_POLICY, None), [(1,), (2,), (3,)])
+    assert [backlog.at_most(limit) for limit in (1, 2, 4, 5, 6)] == [1, 2, 4, 5, 5]
+
+
+def test_the_time_of_a_call_is_that_of_all_and_more_of_the_last() -> None:
+    pace = Pace()
+    pace.note("f", 300, 3)
+    assert pace.expected_ns("f") == 100
+    pace.note("f", 400, 2)
+    assert pace.expected_ns("f") == 130
+    assert pace.expected_ns("g") == 0
+
+
+def test_the_time_of_so_many_functions_is_remembered() -> None:
+    pace = Pace()
+    for number in range(4096):
+        pace.note(f"f{number}", 5)
+    assert (pace.expected_ns("f0"), pace.expected_ns("f4095")) == (5, 5)
+    pace.note("f0", 5)
+    pace.note("f4096", 5)
+    assert (pace.expected_ns("f0"), pace.expected_ns("f4096")) == (0, 5)
+
+
+# One row per time of a call, time that a worker holds of a hundred, and whether it is idle: how
+# many more calls it is sent.
+ROOMS = [
+    (10, 0, True, 10),
+    (10, 50, False, 5),
+    (10, 51, False, 0),
+    (10, 95, True, 1),
+    (300, 0, True, 1),
+    (300, 0, False, 0),
+    (1, 0, False, 100),
+    (0.1, 0, False, 100),
+]
+
+
+@pytest.mark.parametrize(("each_ns", "held_ns", "idle", "calls"), ROOMS)
+def test_how_many_calls_a_worker_is_sent(
+    each_ns: float, held_ns: int, idle: bool, calls: int
+) -> None:
+    pace = Pace()
+    pace.ahead_ns = 100
+    pace.note("f", each_ns)
+    assert pace.room("f", held_ns, idle=idle) == calls

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks
+from support_core import MS, NOW, worker
 
-from safepool.errors import MemoryExceeded
+from safepool.errors import MemoryExceeded, TaskTimeoutError
 from safepool.pool.calls.mapping import MapRun, Span
 from safepool.pool.core import events as e
 from safepool.pool.core.gauge import Gauge
@@ -283,6 +284,273 @@ def test_a_call_that_could_not_be_sent_waits_again_and_occupies_nobody() -> None
     assert (member.exclusive, member.unsent, [*member.ledger]) == (False, 0, [first])
 
 
+# One row per worker of a pool of the size 1: what a step does with it.
+STEPS: dict[str, tuple[Member, list[str], Phase]] = {
+    "is idle": (worker(), [], Phase.READY),
+    "is in its only call": (worker(1, claimed=1), [], Phase.READY),
+    "is ahead": (worker(2), ["Look"], Phase.READY),
+    "has not come to what was taken back": (worker(awaited=1), ["Look"], Phase.READY),
+    "is to go, and idle": (worker(phase=Phase.RETIRING), ["Stop"], Phase.STOPPING),
+    "is to go, and in a call": (worker(1, claimed=1, phase=Phase.RETIRING), [], Phase.RETIRING),
+    "is to go, and ahead": (worker(2, phase=Phase.RETIRING), ["Revoke", "Look"], Phase.RETIRING),
+    "is beyond the size, and idle": (worker(index=1), ["Stop"], Phase.STOPPING),
+    "is beyond the size, and ahead": (worker(2, index=1), ["Revoke", "Look"], Phase.RETIRING),
+    "is beyond the size, and in a chunk that stays together": (
+        worker(2, index=1, bound=True),
+        [],
+        Phase.RETIRING,
+    ),
+    "is to go, and in a chunk that stays together": (
+        worker(2, phase=Phase.RETIRING, bound=True),
+        ["Revoke"],
+        Phase.RETIRING,
+    ),
+    "is beyond the size, and ends": (worker(index=1, phase=Phase.DYING), [], Phase.DYING),
+    "is long in a call, with others behind it, and no board is read": (
+        worker(2, has_board=False, policy=Policy(timeout_s=0.0), overdue=1),
+        ["Condemn"],
+        Phase.CONDEMNED,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_what_a_step_does(case: str) -> None:
+    member, names, phase = STEPS[case]
+    core = Core(3)
+    core.members = (member,)
+    actions = core.handle(e.Step(1), NOW)
+    assert [type(action).__name__ for action in actions] == names
+    assert all(
+        getattr(action, "worker", member) is member
+        and getattr(action, "workers", [member]) == [member]
+        for action in actions
+    )
+    assert member.phase is phase
+
+
+def test_boards_are_read_of_who_matters_when_nothing_waits() -> None:
+    member, idle, core = worker(1), worker(), Core(2)
+    core.members = (member, idle)
+    assert core.handle(e.Step(2), NOW) == [e.Look([member])]
+    core.handle(e.Queued([call()]), NOW)
+    assert core.handle(e.Step(2), NOW) == []
+
+
+def revoked(core: Core, member: Member, claimed: int, began: int, **what: Any) -> list[e.Action]:
+    then = e.Then(**what)
+    return core.handle(e.Revoked(member, claimed, began, (), then), NOW)
+
+
+def test_what_a_board_says_is_remembered() -> None:
+    member, core = worker(2, sent_ns=NOW - 30 * MS), Core(1)
+    core.members = (member,)
+    assert core.handle(e.Seen([(member, 1, NOW - 20 * MS)]), NOW) == []
+    assert (member.claimed, member.since_ns) == (1, NOW - 20 * MS)
+    assert core.handle(e.Seen([(member, 0, NOW - 21 * MS)]), NOW) == [
+        e.Revoke(member, 2, e.Then())
+    ]
+    assert (member.claimed, member.since_ns) == (1, NOW - 21 * MS)
+
+
+def test_calls_are_taken_back_of_who_is_slow_when_nothing_waits() -> None:
+    member, core = worker(2, sent_ns=NOW - 2 * MS), Core(2)
+    core.members = (member, worker())
+    assert core.handle(e.Seen([]), NOW) == [e.Revoke(member, 2, e.Then())]
+    core.handle(e.Queued([call()]), NOW)
+    assert core.handle(e.Seen([]), NOW) == []
+
+
+def test_a_call_whose_time_is_over_ends_at_the_second_look() -> None:
+    """The program may have been stopped, and the result be here in time."""
+    member, core = worker(1, policy=Policy(timeout_s=0.005), claimed=1), Core(1)
+    core.members = (member,)
+    member.since_ns = NOW - 5 * MS + 1
+    for _ in range(2):
+        assert core.handle(e.Seen([]), NOW) == []
+    member.since_ns = NOW - 5 * MS
+    assert core.handle(e.Seen([]), NOW) == []
+    assert core.handle(e.Seen([]), NOW) == [e.Revoke(member, 1, e.Then(overdue=1))]
+    assert revoked(core, member, 1, 1, overdue=1) == [e.Condemn(member, stack=True)]
+    why = member.condemned
+    assert isinstance(why, TaskTimeoutError)
+    assert (why.pid, why.timeout_s, why.task, why.stack) == (7, 0.005, "square", "")
+    assert member.phase is Phase.CONDEMNED
+    assert core.handle(e.Seen([]), NOW) == []
+
+
+# One row per worker with three calls of a map when a look ends: what it had claimed, and the
+# reason to take calls back, with whether that ends it.
+SINCE: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "its time is over": (1, {"overdue": 1}, True),
+    "its time is over, and it has ended": (2, {"overdue": 1}, False),
+    "the time of another was over": (2, {"overdue": 2}, False),
+    "its map is cancelled": (1, {"cancelled": True}, True),
+    "another call is cancelled": (1, {"cancelled": Call("f", NO_POLICY)}, False),
+    "it holds too much": (1, {"exceeded": too_much(2)}, True),
+    "it held too much before its call": (0, {"exceeded": too_much(2)}, False),
+    "it was slow": (1, {}, False),
+}
+
+
+@pytest.mark.parametrize("case", SINCE)
+def test_what_ends_a_worker_when_calls_were_taken_back(case: str) -> None:
+    claimed, what, ends = SINCE[case]
+    member, core = worker(3, policy=Policy(timeout_s=1.0)), Core(1)
+    core.members = (member,)
+    head = member.ledger.head
+    assert head is not None
+    cancelled = what.get("cancelled") is True
+    if cancelled:
+        what = {"cancelled": head.run}
+    actions = revoked(core, member, claimed, claimed, **what)
+    condemned = [one for one in actions if isinstance(one, e.Condemn)]
+    assert condemned == [e.Condemn(member, not cancelled)] * ends
+    assert not cancelled or str(member.condemned) == "the program cancelled the call"
+
+
+def test_calls_that_a_worker_has_not_claimed_wait_again() -> None:
+    member, core = worker(4), Core(1)
+    core.members = (member,)
+    revoked(core, member, 2, 2)
+    assert [(one.start, one.count) for one in core.backlog] == [(2, 2)]  # type: ignore[union-attr]
+    assert (member.claimed, member.awaited, member.doubted, member.ledger.owed) == (2, 3, 0, 2)
+    revoked(core, member, 2, 1)  # nothing is left to take back
+    assert (member.awaited, member.doubted) == (3, 2)
+    assert not [*core.backlog][1:]
+
+
+# One row per position of what was not sent yet, in a worker that has claimed one of three calls:
+# whether it will come to what is taken back.
+@pytest.mark.parametrize(("unsent", "comes"), [(0, True), (1, False), (2, False), (3, True)])
+def test_a_worker_comes_to_what_was_sent(unsent: int, comes: bool) -> None:
+    member, core = worker(3, unsent=unsent), Core(1)
+    core.members = (member,)
+    revoked(core, member, 1, 1)
+    assert member.awaited == (2 if comes else 0)
+
+
+def test_results_on_the_board_of_who_gives_calls_back_count_first() -> None:
+    member, core = worker(2), Core(1)
+    core.members = (member,)
+    result = e.Answered(member, [(1, 1, None)], [b""], peeked=True)
+    actions = core.handle(e.Revoked(member, 2, 2, [result], e.Then(overdue=1)), NOW)
+    assert [type(action) for action in actions] == [e.Settle]
+    assert member.done == 1
+
+
+def test_a_worker_that_is_to_go_stops_once_it_has_nothing() -> None:
+    member, core = worker(2, phase=Phase.RETIRING), Core(1)
+    core.members = (member,)
+    assert revoked(core, member, 0, 0) == []  # it has to come to what was taken back
+    assert core.handle(e.Skipped(member, 1), NOW) == []
+    assert revoked(core, member, 1, 1) == [e.Stop(member)]
+
+
+# One row per position at which a worker passes over a call, of three calls in two messages, the
+# first of two: the calls that wait again, and what it still has to come to.
+PASSED: dict[str, tuple[int, list[int], int]] = {
+    "its next call": (1, [0, 1], 3),
+    "the one before what was taken back": (2, [], 0),
+    "one that was answered": (0, [], 3),
+}
+
+
+@pytest.mark.parametrize("case", PASSED)
+def test_a_worker_passes_over_a_call(case: str) -> None:
+    position, back, awaited = PASSED[case]
+    member, core = worker(2, awaited=3), Core(1)
+    core.members = (member,)
+    member.ledger.give(span(2, 1))
+    core.handle(e.Skipped(member, position), NOW)
+    assert [item[0] for one in core.backlog for item in one.items] == back  # type: ignore[union-attr]
+    assert (member.claimed, member.awaited) == (position, awaited)
+    assert member.ledger.owed == 3 - len(back)
+
+
+def test_a_condemned_worker_keeps_the_call_that_it_passes_over() -> None:
+    member, core = worker(1, phase=Phase.CONDEMNED), Core(1)
+    core.handle(e.Skipped(member, 1), NOW)
+    assert member.ledger.owed == 1
+
+
+def test_a_cancelled_call_is_looked_after_again_when_the_one_before_it_is_passed_over() -> None:
+    members, unwanted, core = (worker(1), worker(1)), call(), Core(2)
+    core.members = members
+    for member in members:
+        member.ledger.give(unwanted)
+        assert revoked(core, member, 2, 2, cancelled=unwanted) == []
+    for member in members:
+        actions = core.handle(e.Skipped(member, 1), NOW)
+        assert actions == [e.Revoke(member, 2, e.Then(cancelled=unwanted))]
+
+
+def test_a_request_to_end_is_done_for_each_worker_or_for_one() -> None:
+    core = Core(3)
+    core.members = members = worker(), worker(1), worker(phase=Phase.STOPPING)
+    assert core.handle(e.End("", members[1]), NOW) == [e.Stop(members[1])]
+    assert (members[1].phase, members[1].leaving_since_ns) == (Phase.STOPPING, NOW)
+    assert core.handle(e.End(""), NOW + 1) == [e.Stop(members[0])]
+    assert core.handle(e.End("kill", members[1]), NOW + 2) == [e.EndNow(members[1], "kill")]
+    assert members[1].leaving_since_ns == NOW
+    assert core.handle(e.End("terminate"), NOW) == [e.EndNow(one, "terminate") for one in members]
+
+
+def test_a_worker_that_is_ended_by_force_is_to_stop() -> None:
+    member, core = worker(), Core(1)
+    core.handle(e.End("ask", member), NOW)
+    assert (member.phase, member.leaving_since_ns) == (Phase.STOPPING, NOW)
+
+
+def test_a_worker_whose_initializer_fails_is_told_to_stop() -> None:
+    core = Core(1)
+    member = hire(core, ready=False)
+    assert core.handle(e.InitFailed(member), 5) == [e.Stop(member)]
+    assert (member.phase, member.leaving_since_ns) == (Phase.FAILED, 5)
+
+
+def test_a_worker_that_can_be_sent_nothing_leaves() -> None:
+    core = Core(1)
+    member = hire(core)
+    assert core.handle(e.Parted(member), 5) == []
+    assert (member.phase, member.leaving_since_ns) == (Phase.DYING, 5)
+    core.handle(e.Ready(member, has_board=False), 6)  # said before
+    assert (member.phase, member.leaving_since_ns, member.has_board) == (Phase.DYING, 5, False)
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_what_waits_is_cancelled_and_what_comes(of_all: bool) -> None:
+    core, waiting, later = Core(1), call(), call()
+    member = hire(core)
+    core.handle(e.Queued([waiting]), 0)
+    revokes = [e.Revoke(member, 0, e.Then())] * of_all
+    assert core.handle(e.CancelWaiting(of_all), 0) == [*revokes, e.Cancel([waiting])]
+    assert core.handle(e.Queued([later]), 0) == [e.Cancel([later])]
+
+
+def test_calls_without_a_board_are_cancelled_at_once() -> None:
+    member, unwanted, core = worker(has_board=False), call(), Core(1)
+    core.members = (member,)
+    member.ledger.give(unwanted)
+    assert core.handle(e.Cancelled(member, unwanted), NOW) == [e.Condemn(member, stack=False)]
+
+
+def test_who_holds_too_much_gives_its_calls_back_first() -> None:
+    member, much, core = worker(2), too_much(2), Core(1)
+    core.members = (member,)
+    assert core.handle(e.Exceeded(member, much), NOW) == [
+        e.Revoke(member, 2, e.Then(exceeded=much))
+    ]
+
+
+def test_a_pool_that_broke_cancels_nothing() -> None:
+    core = Core(1)
+    core.handle(e.CancelWaiting(), 0)
+    core.handle(e.Break(), 0)
+    waiting = call()
+    assert core.handle(e.Queued([waiting]), 0) == [e.Fail([waiting])]
+
+
 # One row per policy of a function and of its pool: what holds.
 POLICIES: dict[str, tuple[Policy | None, Policy, Policy]] = {
     "of a function, of a pool without": (Policy(retries=2), NO_POLICY, Policy(retries=2)),
@@ -311,6 +579,8 @@ def test_which_policy_holds(case: str) -> None:
         own.attach(function)
     assert policy_of(function, default) == held
     assert policy_of(partial(function), default) == held
+    if own is not None and default is NO_POLICY:  # no new one for each call
+        assert policy_of(function, default) is own
 
 
 MIB = 1 << 20

@@ -126,3 +126,35 @@ def test_nothing_owed_cannot_be_struck_withdrawn_or_answered() -> None:
         Ledger[Calls]().withdraw()
     with pytest.raises(ValueError, match="answer for position 1, last sent 0"):
         Ledger[Calls]().settle(1)
+
+
+def test_what_is_answered_is_done_wherever_it_was_divided() -> None:
+    ledger, work = Ledger[Calls](), Calls([1, 2, 3])
+    assert (ledger.owed, ledger.expected_ns) == (0, 0)
+    ledger.give(work)
+    assert (ledger.owed, ledger.expected_ns) == (3, 30)
+    assert ledger.settle(1) == (work, 0, 1)
+    assert (work.done, ledger.owed, ledger.expected_ns) == (1, 2, 20)
+    assert ledger.settle(2, 9) == (work, 1, 2)
+    assert (work.done, ledger.owed, ledger.expected_ns) == (3, 0, 0)
+
+
+# One row per number of calls that have begun, of two and two, the first of which is answered: what
+# is taken back, and the time that is left.
+BACK: dict[int, tuple[list[list[int]], int]] = {
+    1: ([[2], [3, 4]], 0),
+    2: ([[3, 4]], 10),
+    3: ([[4]], 20),
+    4: ([], 30),
+}
+
+
+@pytest.mark.parametrize("begun", BACK)
+def test_calls_that_have_not_begun_are_taken_back(begun: int) -> None:
+    ledger = Ledger[Calls]()
+    for names in ([1, 2], [3, 4]):
+        ledger.give(Calls(names))
+    ledger.settle(1)
+    back, left_ns = BACK[begun]
+    assert [work.left() for work in ledger.take_back(begun)] == back
+    assert ledger.expected_ns == left_ns

@@ -110,6 +110,7 @@ def test_when_to_look_again(case: str) -> None:
     member = worker(sent_ns=NOW - 500 * MS, **state)
 
     assert reclaim.next_looks([member], NOW) == [NOW + after for after in alone]
+    assert reclaim.next_looks([member, member], NOW) == [NOW + after for after in alone * 2]
     found = reclaim.next_looks([member, worker()], NOW)
     assert found == [NOW + after for after in beside_an_idle_one]
 

@@ -91,15 +91,12 @@ class Ledger(Generic[_W]):
             if place < done:
                 return None
             raise ValueError(f"answer for position {position}, expected {work.position + done}")
-        left = work.count - done
-        if most < left:
-            work.done += most
-        else:
-            most = left
-            work.done += left
+        many = min(most, work.count - done)
+        work.done += many
+        if work.done == work.count:
             self._works.popleft()
-        self._owe_less(work, most)
-        return work, place, most
+        self._owe_less(work, many)
+        return work, place, many
 
     def take_back(self, begun: int) -> list[_W]:
         """Remove the calls that have not begun, and return them in order."""
@@ -149,4 +146,4 @@ class Ledger(Generic[_W]):
 
     def _owe_less(self, work: _W, count: int) -> None:
         self.owed -= count
-        self.expected_ns = self.expected_ns - work.expected_ns * count if self.owed else 0
+        self.expected_ns -= work.expected_ns * count

@@ -229,7 +229,7 @@ class Core:
         staying = [member for member in self.members if member.phase < Phase.DYING]
         if not (self.backlog and event.told):
             return
-        self._among = max(1, min(self._size, len(staying)))
+        self._among = min(self._size, len(staying))
         hungry = [
             one
             for one in staying
