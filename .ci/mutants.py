@@ -8,9 +8,9 @@ until one fails. So a mutant that is killed takes a fifth of a second. There are
 short tests, which take a tenth of the time of all, and then, for what survives them, all tests.
 
 RESULTS gets a line of JSON for each test, with its time and the functions that it calls, and for
-each mutant of a round; it is printed as a table at the end. What it has is not run again, but for
-survivors when the number of tests is another. Several runs at a time share one RESULTS. Needs
-mutmut, and setup.cfg with its ``source_paths``.
+each mutant of a round, by the text of its function; a table of them is printed at the end. What it
+has is not run again, but for survivors when the number of tests is another. Several runs at a time
+share one RESULTS. Needs mutmut, and setup.cfg with its ``source_paths``.
 """
 
 import difflib
@@ -22,6 +22,7 @@ import random
 import resource
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,17 @@ def mutants(files):
     """Yield for each mutant its name, file and function, the module, and what is to be mutated."""
     for file in files:
         module, found, _, _ = create_mutations(file, Path(file).read_text("utf-8"))
-        counts = {}
+        counts, texts = {}, {}
         for mutation in found:
             function = mutation.contained_by_top_level_function
             if not isinstance(function, FunctionDef):
                 continue
             name = function.name.value
+            if function not in texts:
+                texts[function] = zlib.crc32(module.code_for_node(function).encode())
             counts[name] = counts.get(name, 0) + 1
-            yield f"{file}:{name}:{counts[name]}", file, name, module, mutation
+            full_name = f"{file}:{name}:{texts[function]:08x}:{counts[name]}"
+            yield full_name, file, name, module, mutation
 
 
 def functions(names, module, prefix=""):
