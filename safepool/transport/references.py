@@ -32,7 +32,8 @@ _thread = threading.local()
 _made: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()
 # Shared objects that a pool has sent to this worker, by the pool's number.
 _kept: dict[int, Handle] = {}
-# The arrays that are the values of both, by id(): to be recognized when they are sent on.
+# The arrays that are the values of both, by id() of what they and their views are views of: to be
+# recognized when they are sent on.
 _arrays: dict[int, weakref.ref[Handle]] = {}
 
 
@@ -88,14 +89,29 @@ def known() -> bool:
     return bool(_made)
 
 
-def value_of(shared: Handle, value: object) -> None:
-    """Note the object that is shared, so that it is known where it is met."""
-    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
-        _arrays[id(value)] = weakref.ref(shared)
+def value_of(shared: Handle, value: object) -> int:
+    """Note the object that is shared, so that it is known where it is met.
+
+    Returns:
+        The key to :data:`value_gone`.
+    """
+    if type(value).__module__ != "numpy" or type(value).__name__ != "ndarray":
+        return 0
+    key = id(_owner(value))
+    _arrays[key] = weakref.ref(shared)
+    return key
 
 
-# Called with id() of a value that can no longer be attached to, and None. A bound method, because
-# the last handles go when the interpreter has cleared this module.
+def _owner(array: Any) -> Any:
+    """Return the array that NumPy notes as base of an array's views.
+
+    An array that was unpickled is mostly a view itself, of one that has another shape.
+    """
+    return array.base if type(array.base) is type(array) else array
+
+
+# Called with the key of a value that can no longer be attached to, and None. A bound method,
+# because the last handles go when the interpreter has cleared this module.
 value_gone: Callable[..., object] = _arrays.pop
 
 
@@ -112,22 +128,17 @@ def reference_to(array: Any) -> tuple[Any, ...] | None:
     """Return the pickled form of a shared array or a view of one; ``None`` for others."""
     if not _arrays or getattr(_thread, "collected", None) is None:
         return None
-    shared = _shared_array(array)
-    if shared is not None:
+    owner = _owner(array)
+    reference = _arrays.get(id(owner))
+    shared = None if reference is None else reference()
+    if shared is None:
+        return None
+    if shared.value is array:
         return reduce(shared)
-    base = array.base
-    if base is None:
+    if array.dtype.hasobject:
         return None
-    shared = _shared_array(base)
-    if shared is None or array.dtype.hasobject:
-        return None
-    begin = array.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    begin = array.__array_interface__["data"][0] - owner.__array_interface__["data"][0]
     return _view_of, (shared, begin, array.dtype, array.shape, array.strides)
-
-
-def _shared_array(array: object) -> Handle | None:
-    reference = _arrays.get(id(array))
-    return None if reference is None else reference()
 
 
 def attach(number: int) -> Any:
@@ -154,7 +165,8 @@ def _itself(value: object) -> object:
 
 def _view_of(array: Any, begin: int, dtype: Any, shape: Any, strides: Any) -> Any:
     numpy: Any = sys.modules["numpy"]  # the array has brought it
-    view: Any = numpy.ndarray(shape, dtype, buffer=array, offset=begin, strides=strides)
+    buffer = array if array.flags.c_contiguous else array.T
+    view: Any = numpy.ndarray(shape, dtype, buffer=buffer, offset=begin, strides=strides)
     return view
 
 

@@ -104,6 +104,7 @@ class Shared(Generic[_T]):
         self._segments = segments
         self._value: _T | None = None
         self._loaded = False
+        self._key = 0
 
     @property
     def value(self) -> _T:
@@ -119,7 +120,7 @@ class Shared(Generic[_T]):
         if not self._loaded:
             self._value = loads([_read_only(part) for part in self._parts()])
             self._loaded = True
-            references.value_of(self, self._value)
+            self._key = references.value_of(self, self._value)
         return self._value  # type: ignore[return-value]
 
     @property
@@ -150,7 +151,7 @@ class Shared(Generic[_T]):
         return references.reduce(self)
 
     def __del__(self, gone: Callable[..., object] = references.value_gone) -> None:
-        gone(id(self._value), None)
+        gone(self._key, None)
 
     def __repr__(self) -> str:
         how = "writable" if self.writable else "read-only"
