@@ -46,6 +46,7 @@ class Settings:
         tasks: Ceiling on processes and threads.
         read_only: No file of the root folder can be written.
         shared_memory: Whether ``/dev/shm`` is there.
+        temporary: Whether ``/tmp`` can be written, whatever the root folder.
         user: Number of the user and the group; no other file says anything of it.
         capabilities: Whether it has those that ``runc spec`` gives.
         refused: System calls that a filter refuses.
@@ -58,6 +59,7 @@ class Settings:
     tasks: int | None = None
     read_only: bool = False
     shared_memory: bool = True
+    temporary: bool = False
     user: int = 0
     capabilities: bool = True
     refused: tuple[str, ...] = ()
@@ -73,6 +75,8 @@ class Settings:
             process["capabilities"] = {kind: [] for kind in process["capabilities"]}
         if not self.shared_memory:
             spec["mounts"] = [one for one in spec["mounts"] if one["destination"] != "/dev/shm"]
+        if self.temporary:
+            spec["mounts"].append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
         resources: dict[str, Any] = {}
         if self.cpus is not None:
             resources["cpu"] = {"quota": round(self.cpus * PERIOD_US), "period": PERIOD_US}
@@ -128,12 +132,12 @@ def container(
     }
     spec["process"] |= {"terminal": False, "args": [*command], "cwd": "/"}
     spec["process"]["env"] = [f"{name}={value}" for name, value in environ.items()]
+    settings.write(spec)
     places = {"/app": str(folder / "app"), **{path: path for path in shared_folders()}}
     spec["mounts"] += [
         {"destination": there, "source": here, "type": "bind", "options": ["rbind", "ro"]}
         for there, here in places.items()
     ]
-    settings.write(spec)
     file.write_text(json.dumps(spec))
     words = [engine, "--root", str(folder / "state")]
     name = f"{support_cgroups.PREFIX}{os.getpid()}-{folder.name}"

@@ -204,6 +204,27 @@ def test_a_pool_works_in_a_container(case: str, tmp_path: Path) -> None:
     assert said == {**GOOD, **{name: what for name, what in expected.items() if name != "oom"}}
 
 
+SUITE = ("pool/test_drop_in.py", "pool/test_worker_death.py", "workers/test_forked.py")
+POOR = Settings(cpus=1, read_only=True, temporary=True, user=123456, capabilities=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "settings", [Settings(cpus=1, temporary=True), POOR], ids=["root", "poor"]
+)
+def test_the_core_of_the_suite_passes_in_a_container(settings: Settings, tmp_path: Path) -> None:
+    """Without ``/dev/shm`` the standard pool, which is compared with, does not work."""
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c"]
+    command += [str(tests.parent / "pyproject.toml"), *(str(tests / name) for name in SUITE)]
+    with container(find_engine(), tmp_path / "core", command, settings) as words:
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=580, check=False)
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert " passed" in ran.stdout
+
+
 def test_a_container_without_unix_sockets_is_named(tmp_path: Path) -> None:
     """A pool cannot do without."""
     said = run(tmp_path, Settings(refused_family=socket.AF_UNIX))
