@@ -3,22 +3,22 @@
 The module parses the arguments, calls one module, and turns every error into one line on standard
 error. The module of a command is imported only for that command:
 
-    limits_screen   ``safepool``, ``safepool limits``: what this process may use, and why;
-                    ``verdict`` judges it, ``watch`` prints a line a second
-    cluster_screen  ``safepool --cluster ADDRESS``: the same of each node
-    doctor          ``safepool doctor NAME...``: which library brings which native threads
-    run             ``safepool run -- COMMAND``: any program, started with its limits set
-    env             ``safepool env``: the same settings, for a shell to take over
+    limits_screen   ``safepool``, ``safepool limits``: the limits of this process, with sources;
+                    ``verdict`` finds problems, ``watch`` prints a line a second
+    cluster_screen  ``safepool --cluster ADDRESS``: the same for each node
+    doctor          ``safepool doctor NAME...``: the native threads of each library
+    run             ``safepool run -- COMMAND``: start any program with its limits set
+    env             ``safepool env``: the same variables, for a shell
     demo            ``safepool demo``: the standard pool and safepool's on the same work
-    report          ``safepool report FILE``: what ``ProcessPool(trace=FILE)`` has written
-    top             ``safepool top PID``: what the workers of a running process do
+    report          ``safepool report FILE``: summary of a file of ``ProcessPool(trace=FILE)``
+    top             ``safepool top PID``: present calls of the workers of a running process
 
 A JSON Schema in ``safepool/cli/schemas`` describes each key of the ``--json`` output of each
 command. Keys are added, and none is renamed or removed within the number ``schema``.
 
-Without ``--pid`` the command evaluates what an unmodified program would start. In a container with
-a quota that usually is a problem. A health check evaluates the running program, as that program's
-own user: ``safepool --pid 1 > /dev/null``.
+Without ``--pid`` the command evaluates the pools that an unmodified program would start. In a
+container with a quota that usually is a problem. A health check evaluates the running program, as
+that program's own user: ``safepool --pid 1 > /dev/null``.
 
 Output is ASCII in 80 columns. Colours are for terminals only: ``NO_COLOR=1`` and ``TERM=dumb``
 turn them off, ``FORCE_COLOR=1`` turns them on elsewhere.

@@ -1,10 +1,10 @@
 """Floor 7: start an unmodified program with the limits in its environment.
 
 The command computes a budget and writes it into every variable that bounds a native thread pool, a
-pool of processes, or a tool in another language. Then it becomes the program: process id, signals
-and exit status are the program's own, also as the first process of a container. Variables that the
-user has set stay. A variable for a family of runtimes (``OMP_NUM_THREADS``) also bounds runtimes
-that fall back to it.
+pool of processes, or a tool in another language. Then it executes the program in its own place:
+process id, signals and exit status are the program's, also as the first process of a container.
+Variables that the user has set keep their value. A variable for a family of runtimes
+(``OMP_NUM_THREADS``) also bounds runtimes that fall back to it.
 
 ``PROGRAM_VARIABLES`` and ``safepool.threads.table`` list the variables with their sources.
 ``--explain`` prints the variables, ``--force`` also replaces the user's, ``safepool env`` prints

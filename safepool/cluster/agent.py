@@ -514,7 +514,7 @@ def _deliver(session: str, message: Packet) -> None:
 
 
 async def agent_collect(session: str, most_s: float) -> Packet:
-    """Return a `Report` as soon as there is something to report, or after ``most_s`` seconds.
+    """Return a `Report` as soon as an answer or a message is ready, or after ``most_s`` seconds.
 
     Raises:
         SessionLostError: This process does not know the session.

@@ -415,7 +415,7 @@ class Core:
 
     @property
     def is_asking(self) -> bool:
-        """Whether a place has not said yet whether it can be used."""
+        """Whether a place has not yet answered whether it can be used."""
         return any(one.state in (State.LISTED, State.OPENING) for one in self._places.values())
 
     def is_open(self, place: str) -> bool:

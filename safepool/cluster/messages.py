@@ -257,7 +257,7 @@ class Buffers:
         self._recent: OrderedDict[str, _Large] = OrderedDict()
 
     def copy(self, part: memoryview) -> _Large:
-        """Return a copy of a buffer, an earlier one if there is one."""
+        """Return a copy of a buffer, the earlier one if it was copied before."""
         nbytes = part.nbytes
         sample = nbytes, bytes(part[:: nbytes // 64])
         with self._guard:

@@ -156,20 +156,19 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
         max_workers          is workers_per_node: nodes come and go
         mp_context           refused: each node starts its workers in the way that works best there
         on_worker_death      refused: a broken pool would break other programs' calls on the node
-        main                 refused: no node has the script; what calls need of it is sent
-        preload              () by default: the engine's process has imported what no call needs
+        main                 refused: no node has the script; calls bring what they need of it
+        preload              () by default: calls need few imports of the engine's process
         resize()             refused: other cluster pools use the pool of the node as well
         size                 of the nodes that are open now: 0 before the first call
         workers()            names the node of each worker
         dump_tracebacks()    has the name of the node in each key
         nodes()              only here
-        map(chunksize=)      without effect: a batch is what takes a twentieth of a second
+        map(chunksize=)      without effect: a batch has a twentieth of a second of calls
         _max_workers, _processes, _broken    of the standard pool: not here
         settings             of the program, such as warning filters: not sent, use initializer=
 
-    A call counts as begun when it was sent to a node, and a lost node fails the calls that it was
-    sent. Hence a node is sent only as many calls as it has workers, or as it can finish in a
-    twentieth of a second.
+    A call counts as begun when it was sent to a node: if the node is lost, the call fails. Hence a
+    node gets only as many calls as it has workers, or as it can finish in a twentieth of a second.
 
     An executor as engine cannot end a call: its node finishes the call and the result is dropped.
 

@@ -158,7 +158,7 @@ class _Mapped(Call):
         self.args: PickledArguments | None = None
 
     def is_wanted(self) -> bool:
-        """Whether somebody takes further results."""
+        """Whether a reader takes further results."""
         if not self.run.stopped:
             return True
         self._settled()
@@ -281,7 +281,7 @@ class Shell:
     # Methods for callers, from any thread.
 
     def begin(self) -> None:
-        """Ask the places that there are, ahead of the first call."""
+        """Ask the present places, before the first call."""
         with self._starting:
             if self._thread is None:
                 finish_at_exit(self)

@@ -5,17 +5,17 @@ The package reads files and asks the system; it never decides.
 No rounding, no cache, nothing read at import. The one reader, `read_limits`, and its modules in
 the order in which data passes them:
 
-    files        one machine's files as text; what cannot be read is noted
+    files        one machine's files as text, with notes of unreadable ones
     mounts       mountinfo -> the mounts that can be reached
-    place        /proc/self/cgroup -> own groups; both together are where we are
-    hidden       a group's directory that has no name, found by looking
+    place        /proc/self/cgroup -> own groups, and the mounts
+    hidden       search for the directory of a group without a name
     cgroup       own group x mounts x ancestors -> directories, innermost first
     levels       each of these directories, read for one kind of limit
     quota, memory, pids, oom, affinity, environment
-                 the text of each -> limits, each with its source and raw text
-    left         the memory that all of them leave, read again and again
+                 text of a file or variable -> limits with source and raw text
+    left         the memory that all limits leave, for repeated reading
     _linux, _no_groups
-                 one of them is chosen here, and asks the system
+                 calls to the system; this package chooses one of them
 
 Not covered: see each module; above all, limits that the kernel enforces and does not show.
 """

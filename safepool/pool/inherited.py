@@ -64,7 +64,7 @@ def shared_with_forks() -> str:
     """Return the name of a global that a forked worker would share with the program.
 
     Returns:
-        The same as in ``"lock of __main__"``; empty if there is none.
+        Text such as ``"lock of __main__"``; empty if there is no such object.
     """
     for module, space in _own_spaces():
         for name, value in [*space.items()]:
@@ -119,7 +119,7 @@ _SEQUENCES = frozenset({list, tuple, set, frozenset})
 
 
 class WatchingScheduler(Scheduler):
-    """Scheduler that tells which globals of modules workers lack."""
+    """Scheduler that warns of globals of modules that workers lack."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

@@ -34,7 +34,7 @@ class Place(Protocol):
 
 
 def arrives(place: SimpleQueue[None], timeout_s: float | None = None) -> bool:
-    """Wait until something is put there; return whether it is by then.
+    """Wait until something is put there; return whether it was in time.
 
     Example:
         >>> place = SimpleQueue()

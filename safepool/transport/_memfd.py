@@ -452,7 +452,7 @@ def _check(descriptor: int, lengths: Sequence[int]) -> None:
 
 
 class _Spare:
-    """A descriptor that is kept to be given back when a file arrives and there is no other.
+    """A descriptor in reserve, closed when a file arrives and no other descriptor is free.
 
     One for the process, as long as it has an end of a side: it is held while a descriptor is
     taken, mapped and closed again.

@@ -63,7 +63,7 @@ def _fails(part: object, dumps: Callable[[object], object]) -> bool:
 
 
 def _parts(value: Any) -> Iterator[tuple[str, object]]:
-    """Yield what is pickled with a value, as far as it is known: its name in words, and itself."""
+    """Yield the known parts of a value that are pickled with it: name in words, and part."""
     match value:
         case dict():
             yield from ((f"item {_short(key)}", part) for key, part in value.items())

@@ -97,7 +97,7 @@ class ByValuePickler(CloudPickler):
     Attributes:
         to_worker: Whether it pickles for a worker, in which ``__main__`` is what this pickler
             says.
-        namespace: Namespace that stands for the globals of ``__main__``.
+        namespace: Replacement of the globals of ``__main__``.
     """
 
     to_worker = False

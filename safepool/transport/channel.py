@@ -46,7 +46,7 @@ class Channel:
     Args:
         sock: A connected stream socket, blocking for a worker and not for a pool. The channel owns
             it from now on.
-        side: Takes descriptors; ``None`` if there is none, then all goes by the stream.
+        side: Channel for descriptors; ``None``: everything goes through the stream.
 
     Raises:
         ChannelClosedError: The other end is gone; by each method that sends or receives.

@@ -74,7 +74,7 @@ _thread = threading.local()
 
 
 class Handed(Filed):
-    """Descriptors on their way, beside a pickle that refers to them.
+    """Descriptors in transit, with a pickle that refers to them.
 
     Args:
         numbers: At most 253, owned by this object from now on.
@@ -189,7 +189,7 @@ class Outgoing:
         return [Handed(numbers[at : at + _MOST_AT_ONCE]) for at in steps]
 
     def drop(self) -> None:
-        """Close what has been taken: the pickle is not used."""
+        """Close the taken descriptors: the pickle is not used."""
         Handed(self._numbers).close()
         self._numbers = []
 
@@ -277,7 +277,7 @@ class Registered:
 
     Attributes:
         reducers: By type; without those of the standard library that pickle does not need.
-        beyond: Whether there are reducers for types that pickle itself accepts.
+        beyond: ``True`` if some reducers are for types that pickle itself accepts.
     """
 
     reducers: dict[type, Callable[[Any], Any]]

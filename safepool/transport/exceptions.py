@@ -173,7 +173,7 @@ class Unsent:
 
 
 class Sendable:
-    """Stands in a pickle for an exception of which a part cannot be pickled, and arrives as it.
+    """Replacement in a pickle for an exception with a part that cannot be pickled.
 
     An argument of that kind is replaced by :class:`Unsent`, an attribute is left out.
 

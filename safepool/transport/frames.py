@@ -260,7 +260,7 @@ class FrameReader:
         return self._head is None and self._start == self._end
 
     def buffer(self) -> memoryview:
-        """Return the memory that the next bytes are to be received into, never empty."""
+        """Return the memory for the next received bytes, never empty."""
         direct = self._direct()
         if direct is not None:
             return direct

@@ -57,7 +57,7 @@ class _Origins:
     Attributes:
         sources: Number of pieces of source that were read; a prompt adds to them.
         names: Modules and attributes, by name. The attribute is empty for a module itself.
-        stars: Modules of which everything was imported.
+        stars: Modules that were imported by ``from ... import *``.
     """
 
     __slots__ = ("names", "sources", "stars")

@@ -127,7 +127,7 @@ def _from_space(name: str) -> Any:
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
-    """Return by its path what programs keep in a function or class of theirs: its own attributes.
+    """Return the attributes that the program has set on a function or class, by their paths.
 
     Returns:
         Values that were set on it at any time. Attributes of the definition itself are left out:
@@ -210,7 +210,7 @@ _OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
 
 
 def find_attribute(path: str) -> tuple[Any, ...]:
-    """Return the object of ``__main__`` under a path, alone in a tuple; ``()`` if it has none.
+    """Return a tuple of the object of ``__main__`` at a path; ``()`` if there is none.
 
     The search calls no descriptor and no ``__getattr__``.
     """
@@ -257,7 +257,7 @@ _WRAPPERS = frozenset({"functools", "safepool"})
 
 
 def mark_of(thing: Any) -> bytes:
-    """Return what tells a function or class from another one of the same name.
+    """Return a mark that distinguishes functions or classes of the same name.
 
     A class is known by its functions: its attributes may be set at any time.
     """

@@ -106,7 +106,7 @@ def _not_held(things: Iterable[object]) -> list[object]:
 
 
 def _holders(things: Iterable[object]) -> dict[int, str]:
-    """Return by ``id()`` the name of a global that keeps a thing alive, as far as there is one."""
+    """Return the name of a global that keeps an object alive, by the object's ``id()``."""
     wanted = {*map(id, things)}
     found: dict[int, str] = {}
     level = [(name, value) for name, value in main_space().copy().items() if name[:2] != "__"]

@@ -70,7 +70,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         self._marks: Mapping[str, bytes] | None = None
 
     def prepare(self, changes: Mapping[str, str | None]) -> bool:
-        """Start the server, if none runs; ``False`` if each worker is to be started afresh."""
+        """Start the server, if none runs; ``False`` if each worker is a fresh interpreter."""
         with self._server(changes, self._plan_now(changes)) as server:
             return server.start()
 

@@ -91,7 +91,7 @@ def describe(error: BaseException) -> list[bytes | memoryview]:
 
 
 def _pickled(error: BaseException | Sendable) -> tuple[list[bytes] | None, str]:
-    """Return the pickle of an exception, or why there is none."""
+    """Return the pickle of an exception, or the reason why it cannot be pickled."""
     try:
         segments = [bytes(segment) for segment in dumps(error)]
         # A class's own way to be pickled may fail at the other end: found out here, where it

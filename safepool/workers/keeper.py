@@ -124,7 +124,7 @@ class _Keeper:
         return left
 
     def _end_all(self) -> NoReturn:
-        """Stop all that there are, so that none starts another meanwhile; then kill them."""
+        """Stop all processes first, so that none starts another one; then kill them."""
         begun = time.monotonic()
         while self._reap() and time.monotonic() - begun < _ENDING_S:
             found: set[Descendant] = set()
@@ -144,7 +144,7 @@ def adopt_orphans() -> None:
 
 
 def _let_go(handed: Sequence[int]) -> None:
-    """Hold nothing that somebody waits for: the end of a pipe, a folder to be unmounted."""
+    """Release everything that others may wait for: pipes, the working directory."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)

@@ -130,7 +130,7 @@ def _fill(container: Any, content: Any) -> None:
 
 
 def _import_all(modules: Sequence[str]) -> None:
-    """Import what the script has imported, for what it does: registers, patches, configures."""
+    """Import the script's imports, for their effects: they register, patch and configure."""
     for module in modules:
         try:
             importlib.import_module(module)

@@ -54,7 +54,7 @@ class MainPlan:
         mode: ``"run"`` or ``"value"``.
         name: The module that is run, as for ``python -m``; ``""`` if it is a file.
         path: The file that is run; ``""`` if it is a module.
-        argv: ``sys.argv`` while it is run. Part of what tells two plans apart.
+        argv: ``sys.argv`` during the run. Plans with different ones are different.
         because: The reason, for a person.
         lines: The lines of the source that a guard keeps from being run, from first to last.
     """

@@ -344,7 +344,7 @@ def end_children(children: Collection[int]) -> None:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Let what is imported print nothing: it has said it in the program already."""
+    """Suppress the output of imports: the program has printed it already."""
     kept = os.dup(2)
     nothing = os.open(os.devnull, os.O_WRONLY)
     try:

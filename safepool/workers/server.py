@@ -283,7 +283,7 @@ class _Server:
             close_all(given)
 
     def _become(self, details: dict[str, Any], descriptors: list[int]) -> NoReturn:
-        """Be a worker without a fork: there are threads that it would lose, or it is refused."""
+        """Become the worker without a fork, which would lose threads, or is refused."""
         if len(descriptors) < details["files"]:
             os._exit(1)
         os.environ.update(details["told"].own)
@@ -377,7 +377,7 @@ def _thread_count() -> int:
 
 
 def _foreign_threads() -> list[str]:
-    """Return the names of threads that a fork would lose and somebody might miss."""
+    """Return the names of threads that a fork would lose."""
     foreign: list[str] = []
     for attempt in range(5):
         if _thread_count() == 1:

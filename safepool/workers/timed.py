@@ -68,7 +68,7 @@ def read_times(segments: Sequence[bytes | bytearray | memoryview]) -> list[Timed
 
 
 class TimedAnswers(Answers):
-    """Answers, and when each call ended; arguments as of :class:`Answers`."""
+    """Answers, with the end time of each call; the arguments are those of :class:`Answers`."""
 
     def __init__(self, outbox: Outbox, board: Board, fork: Fork) -> None:
         super().__init__(outbox, board, fork)

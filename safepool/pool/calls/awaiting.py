@@ -258,7 +258,7 @@ class AwaitedCalls:
 
         Args:
             fn: The same as for :meth:`run`.
-            *iterables: Asynchronous ones as well. They end with the shortest.
+            *iterables: Iterables of items, also asynchronous. The shortest one ends the calls.
             timeout: The same as for :meth:`map`.
             chunksize: The same as for :meth:`map`.
             buffersize: Tasks taken from the iterables ahead of the results, at least 1. ``None``
@@ -405,7 +405,7 @@ class AsyncResults(AsyncIterator[_T_co], Generic[_T_co]):
 
 
 async def _until_at_hand(results: Results) -> None:
-    """Wait until a result, an error or the end can be had at once, or the time is over.
+    """Wait until a result, an error or the end is available, or the time is over.
 
     Even if a result is already there, the loop gets one turn for many results.
     """
@@ -432,7 +432,7 @@ async def _until_at_hand(results: Results) -> None:
 
 
 async def _feed(source: AsyncIterable[Any], results: Results, most: int) -> None:
-    """Queue calls as their items come, no more than so many ahead of the results."""
+    """Queue calls as their items arrive, a bounded number ahead of the results."""
     loop = _running_loop()
     error: BaseException | None = None
     try:

@@ -47,7 +47,7 @@ class CountedRun(MapRun):
     def shown(
         self, label: str, total: int | None, start: Callable[[], ResultIterator]
     ) -> ResultIterator:
-        """Return the results, beside which the bar stands until they end or are dropped."""
+        """Return the results, with a bar until they end or are dropped."""
         # Before anything is queued: tqdm may be missing.
         bar = self._bar = Progress(label, total, look=self._look)
         try:

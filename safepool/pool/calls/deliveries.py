@@ -46,7 +46,7 @@ class Delivery:
         return [pickle.dumps({**self.head, "keep": keep}, protocol=5), *self.segments]
 
     def lacks(self, has: Mapping[str, int]) -> bool:
-        """Tell whether a worker with these versions is to be sent this one."""
+        """Return whether a worker with these versions needs this delivery."""
         return any(has.get(name, 0) < self.version for name in self.names)
 
     @property

@@ -225,7 +225,7 @@ class PoolCalls(AwaitedCalls):
 
         Args:
             fn: Called with one item of each iterable.
-            *iterables: They end with the shortest.
+            *iterables: Iterables of items. The shortest one ends the calls.
             timeout: Seconds from this call after which waiting for a result raises
                 ``TimeoutError``; ``None`` waits for ever.
             chunksize: Items that one task takes, at least 1.

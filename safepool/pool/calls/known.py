@@ -31,11 +31,11 @@ class Known:
     Attributes:
         doubts: Print of the objects that may have changed in place.
         stamp: The versions of the objects that it refers to.
-        plain: The value, if identity tells all about it.
+        plain: The value, if its identity is enough to compare it.
         attributes: Paths to the attributes that were set on it, if it is a function or class that
             workers have.
         short: The look at a function, if a short one will do.
-        pickled_again: Only the pickle of the whole tells whether it has changed.
+        pickled_again: ``True`` if only a new pickle shows whether the value has changed.
         is_large: The check takes too long for the scheduler's thread.
         unsteady: The pickle differs each time: only identity can be compared.
         spent_s: CPU time spent so far on finding out whether it has changed.
@@ -60,7 +60,7 @@ class Known:
     asked: int = 0
 
     def is_still(self, space: Mapping[str, object]) -> bool:
-        """Tell whether the only value is still there, if identity tells all about it."""
+        """Return whether the only value is unchanged, if its identity is enough."""
         name, value, attributes = self.names[0], self.plain, self.attributes
         if (value_of(name) if "." in name else space.get(name, ABSENT)) is not value:
             return False

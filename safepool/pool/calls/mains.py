@@ -141,7 +141,7 @@ class Look:
     """State of some values at one moment.
 
     Attributes:
-        doubts: Objects that are to be compared by content.
+        doubts: Objects that must be compared by content.
     """
 
     __slots__ = ("_parts", "_seen", "doubts")
@@ -307,7 +307,7 @@ def _part_of(thing: object, name: str) -> Any:
 
 
 def is_plain(value: object) -> bool:
-    """Tell whether identity tells all about a value that is no function or class."""
+    """Return whether the identity of a value, no function or class, is enough."""
     if type(value) in _PLAIN:
         return True
     if is_definition(value):

@@ -53,7 +53,7 @@ class Raised:
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool | None:
-    """Tell whether a function takes so many arguments; ``None`` if it does not say."""
+    """Return whether a function takes that many arguments; ``None`` if unknown."""
     import inspect  # noqa: PLC0415 -- of use to an error alone
 
     try:
@@ -97,13 +97,13 @@ class Waiting:
         return self._count
 
     def add(self, items: list[Item]) -> None:
-        """Add items, which the caller leaves alone from now on."""
+        """Add items. The caller must not change them afterwards."""
         if items:
             self._portions.append(items)
             self._count += len(items)
 
     def take(self, count: int) -> list[Item]:
-        """Return the first items, at most so many, and keep them no longer."""
+        """Remove and return the first items, at most ``count``."""
         taken: list[Item] = []
         while self._portions and len(taken) < count:
             portion = self._portions[0]
@@ -238,7 +238,7 @@ class MapRun:
         self._cut -= span.count
 
     def has_run_out(self, fed: int) -> bool:
-        """Tell whether nothing waits of so many calls that were queued. From any thread."""
+        """Return whether none of the first ``fed`` queued calls waits. From any thread."""
         return self._cut >= fed
 
     def cut(self, count: int) -> Span:
@@ -249,12 +249,12 @@ class MapRun:
         return span
 
     def arguments_of(self, item: Item) -> tuple[Any, ...]:
-        """Return the arguments of the call that an item stands for."""
+        """Return the arguments of an item's call."""
         return item if self.starred else (item,)
 
     @property
     def is_full(self) -> bool:
-        """Whether as much waits to be taken as may, and somebody can take it."""
+        """Whether too many results wait to be taken, and a reader can take them."""
         settled = self.count - self.unsettled
         held_bytes = self._put_bytes - self._taken_bytes
         held_bytes += self._small_bytes * max(0, settled - self.taken) // max(1, settled)
@@ -326,7 +326,7 @@ class MapRun:
         self.tell()
 
     def has(self, index: int) -> bool:
-        """Tell whether the result is there that is taken when so many were."""
+        """Return whether the result with this index in the order of reading has arrived."""
         return index in self._results if self._arrived is None else bool(self._arrived)
 
     def take(self, index: int, deadline: float | None) -> list[Any]:
@@ -336,7 +336,7 @@ class MapRun:
             At least one, in order; none at the end.
 
         Raises:
-            TimeoutError: None is there by then. ``taken`` is as before.
+            TimeoutError: None has arrived in time. ``taken`` is unchanged.
             BaseException: The exception of the call. The call counts as taken.
         """
         while (results := self._pop(index)) is None:
@@ -365,7 +365,7 @@ class MapRun:
         return results
 
     def wait(self, index: int, deadline: float | None) -> bool:
-        """Return whether :meth:`take` has something to return, or to raise, by then."""
+        """Wait; return whether :meth:`take` would return or raise without waiting."""
         is_over = partial(self._is_over, index)
         while not is_over():
             left_s = None if deadline is None else deadline - time.monotonic()
@@ -402,7 +402,7 @@ class MapRun:
         return self._stopped is not None and (index >= self._stopped[0] or self.dropped)
 
     def _rest_at(self, index: int) -> list[Any] | Raised:
-        """Return what there is in the place of a result that will not come."""
+        """Return the replacement of a result that will not come."""
         if self._stopped is None or index == self.length:
             return []
         error = self._stopped[1]()

@@ -119,7 +119,7 @@ class Pickling:
             return None
 
     def _pickle_bare(self, task: Task) -> Pickled | None:
-        """Return the pickle of a function by value that holds data alone: most lambdas."""
+        """Return the pickle of a function by value that holds only data, as most lambdas do."""
         assert task.call is not None
         function, args, kwargs = task.call
         names = names_of(function.__code__)
@@ -199,7 +199,7 @@ class Pickling:
         run.sent = sent
 
     def _say_what(self, error: BaseException, name: str, value: object) -> None:
-        """Add to a pickling error what it does not know: whose call it was, and what in it."""
+        """Add the call, and the part of the call, to a pickling error."""
         note = f"{_NOT_SENT}{name} was pickled, with its arguments"
         if _is_name_in_main(name):
             note += (
@@ -255,7 +255,7 @@ def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
 
 
 def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | None:
-    """Pickle the items of several calls; ``None`` if each must travel alone.
+    """Pickle the items of several calls; ``None`` if each must be sent separately.
 
     In a common pickle, an object that two calls refer to would be one object in the worker, and
     one call would see the changes of another. Hence each call gets a separate pickle, unless the

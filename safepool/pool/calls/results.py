@@ -167,7 +167,7 @@ class Results:
             self.push_no_more()
 
     def take_all(self) -> None:
-        """Let :meth:`feed` go on without a bound: somebody waits for its end, not for results."""
+        """Let :meth:`feed` go on without a bound: a thread waits for its end, not for results."""
         self._most_ahead = sys.maxsize
         self._room.wake()
 
@@ -204,7 +204,7 @@ class Results:
         return not self.seen or self._items is None or self.ahead < self._most_ahead
 
     def wait(self, timeout_s: float) -> bool:
-        """Return whether :meth:`advance` returns at once, by then."""
+        """Wait; return whether :meth:`advance` would return at once."""
         if self._rest or self._over or (not self._is_fed and self._run.taken == self._fed):
             return True
         return self._run.wait(self._run.taken, time.monotonic() + timeout_s)
@@ -224,7 +224,7 @@ class Results:
         return self._run.look(index, bell)
 
     def end(self) -> None:
-        """Drop what has not begun, and end what runs: for a reader that is ended itself."""
+        """Drop waiting calls, and end running ones, because the reader itself is ended."""
         self.seen = True
         self.close()
         self._feed.end_calls(self._run)
@@ -501,7 +501,7 @@ def _as_of_a_generator(error: BaseException) -> BaseException:
 
 
 class OpenMaps:
-    """Maps of one pool whose items are not all taken yet: they do not say how many there are.
+    """Maps of one pool over iterators of unknown length, whose items are not all taken yet.
 
     The standard pool takes all items when ``map`` is called. The pool takes the remaining items
     when it is shut down, or when the unused iterator over the results is dropped.

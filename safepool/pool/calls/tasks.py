@@ -78,7 +78,7 @@ _LATE = "safepool-late"
 class PoolFuture(Future[Any]):
     """A future without a lock that could be held while a signal handler runs.
 
-    A handler may wait for any call, whatever code it has interrupted.
+    A signal handler may wait for any call, whatever code it has interrupted.
     ``concurrent.futures.Future`` holds a condition in ``result()`` and ``cancel()``, and the
     thread that ends the future needs the same condition.
 

@@ -71,7 +71,7 @@ class Looked:
         replaced: Whether that pickle is for comparing only.
         failed: Whether that pickle is impossible, because the value was pickled together with
             others.
-        plain: Whether there is one value, and its identity is enough.
+        plain: ``True`` for a single value whose identity is enough.
     """
 
     look: Look

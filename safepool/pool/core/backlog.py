@@ -135,14 +135,15 @@ class Backlog:
         """Take what one worker gets in one message.
 
         Args:
-            room: Number of calls of a name to send on top of so many nanoseconds of work.
+            room: Function that returns the number of calls of a name to send, in addition to some
+                nanoseconds of work.
             expected_ns: Expected time of one call of a name.
             among: Number of workers that share the waiting work.
-            most: Number of tasks in all at most, nothing below 1.
-            before: Place before which all that is taken came, in the order in which work came.
+            most: The most tasks in all; nothing is taken below 1.
+            before: Only work that arrived before this place is taken.
 
         Returns:
-            A span of one run, or tasks; an empty list if there is nothing, or no room.
+            A span of one run, or tasks; an empty list without calls or without room.
         """
         if self._held:
             self._let_go()

@@ -59,7 +59,7 @@ class Ending:
     Attributes:
         by_pool: The pool has sent the signal that ended it.
         reading: Name of the function whose arguments the worker read.
-        dismissed: Whether the pool told the worker to stop, or ended it.
+        dismissed: ``True`` if the pool told the worker to stop, or ended it.
         pool_ends: Whether the pool ends all workers.
         exceeded: Memory of the worker, if the pool ended it for its memory: a death like any
             other.

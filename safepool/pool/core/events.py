@@ -131,11 +131,11 @@ class Then(NamedTuple):
 
 
 class Revoked(NamedTuple):
-    """A worker was told which calls are taken back.
+    """A worker has received the list of calls that are taken back.
 
     Attributes:
-        claimed: The last position that the worker had claimed by then.
-        began: The last position that the worker had begun by then.
+        claimed: The last position that the worker had claimed at that time.
+        began: The last position that the worker had begun at that time.
         results: Results that the worker had left on its board.
     """
 
@@ -160,7 +160,7 @@ class Skipped(NamedTuple):
 
 
 class Unreadable(NamedTuple):
-    """A worker could not read the arguments of a batch, of which this is the first position."""
+    """A worker could not read the arguments of a batch, given by its first position."""
 
     worker: Member
     position: int

@@ -462,7 +462,7 @@ class Core:
             self._end_unwanted(member)
 
     def _unreadable(self, event: e.Unreadable) -> None:
-        """Find out which call of a batch it is by sending each alone."""
+        """Send each call of a batch alone, to find the unreadable one."""
         member, position = event.worker, event.position
         if member.phase is Phase.CONDEMNED:
             return
@@ -775,7 +775,7 @@ def _can_wait_again(work: Given) -> bool:
 
 
 def _again(work: Given, place: int) -> Given | None:
-    """Return a lost call as it is to be queued again, if it may be."""
+    """Return a lost call in the form to queue again, if it may run again."""
     retries = work.policy.retries or 0
     again = work.only(place) if isinstance(work, Span) else work
     if again.attempts >= retries or (again is work and work.pickled is None):

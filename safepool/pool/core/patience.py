@@ -49,7 +49,7 @@ class Patience:
             ours: The pool has sent the signal.
 
         Returns:
-            Seconds before another is started; ``None`` if none is to be.
+            Seconds before the next start; ``None``: start no other.
         """
         if exitcode in FROM_OUTSIDE and not ours:
             self.killed += 1

@@ -88,7 +88,7 @@ class Run(Protocol):
 
 
 class Call:
-    """A call that travels alone.
+    """A call that is sent separately.
 
     Attributes:
         policy: Policy of the call.
@@ -134,7 +134,7 @@ class Call:
         return calls
 
     def split(self, at: int) -> Self:
-        """Never asked for: there is one call."""
+        """Never called: there is only one call."""
         raise ValueError(at)
 
 
@@ -147,7 +147,7 @@ class Span:
         start: Index of the first call.
         items: Arguments of each call.
         attempts: Number of times that the first call was begun and lost with its worker.
-        alone: Whether the span is one call that must not travel with others.
+        alone: ``True`` if the span is one call that must be sent separately.
         apart: Whether each item was pickled separately.
         bound: Whether the calls of a chunk share an object that one of them could change. Such a
             chunk is not divided, so that the others see the change, as in the standard pool.
@@ -188,11 +188,11 @@ class Span:
         return policy
 
     def tasks_in(self, calls: int) -> float:
-        """Tell how many tasks so many calls are: a part, if the caller said what makes one."""
+        """Return the number of tasks in some calls; a part of one with a ``chunksize``."""
         return calls / (self.run.at_once or 1)
 
     def is_followed_by(self, other: Span) -> bool:
-        """Tell whether both can be one: none of their calls has begun or must travel alone.
+        """Return whether both can be joined: no call has begun or must be sent separately.
 
         Nor calls of two chunks, which share nothing in a worker.
         """
@@ -214,7 +214,7 @@ class Span:
         return rest
 
     def only(self, place: int) -> Self:
-        """Return the call at this place as a span that travels alone."""
+        """Return the call at this place as a separate span."""
         span = type(self)(self.run, self.start + place, [self.items[place]], alone=True)
         span.attempts = self.attempts if place == 0 else 0
         span.number = self.number

@@ -58,7 +58,7 @@ class Member:
         done: Number of calls that the worker has finished.
         tasks_done: Number of tasks that the worker has finished: a chunk of a map is one task, if
             the caller set its size.
-        claimed: The last position that the worker was seen to have claimed.
+        claimed: The last position whose claim by the worker the pool has seen.
         since_ns: Time at which that position was seen first.
         awaited: First position of the calls that were last taken back; 0 once the worker has
             reached it.
@@ -155,7 +155,7 @@ class Member:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether it holds calls that may be had back."""
+        """Whether the worker holds calls that the pool may take back."""
         return self.ledger.owed > 1 and self.has_board and not self.unsent and not self.is_bound
 
     @property

@@ -179,7 +179,7 @@ class Dispatch:
 
     @property
     def waits(self) -> bool:
-        """Whether something is being pickled, or about to be, beside the scheduler's thread."""
+        """Whether another thread than the scheduler's pickles something, or is about to."""
         return bool(self.aside) or self._packing or self.telling.waits
 
     def kept(self) -> tuple[int, int]:

@@ -40,7 +40,7 @@ class Hiring:
     """Starts workers.
 
     Args:
-        told: Facts for each worker.
+        told: Facts that each worker receives.
         placement: Chooses the CPUs that each worker is bound to; ``None`` binds none.
         own: Variables of each single worker; ``None`` if all workers have the same.
         may_fork: Whether workers are forks of this process if the initializer cannot be pickled.
@@ -195,7 +195,7 @@ class Hiring:
 
         Args:
             error: Why, as ``refusals.explain`` returns it.
-            alone: The pool has no worker.
+            alone: ``True`` if the pool has no worker.
 
         Returns:
             Why the pool must give up; ``None`` if it tries again, because it has, or had, others.

@@ -75,7 +75,7 @@ def explained() -> Iterator[None]:
 
 
 def limit_met(number: int, limits: Limits | None = None) -> str:
-    """Return which limit an error number stands for, as words; empty if none that is known.
+    """Return the limit behind an error number, in words; empty if unknown.
 
     Args:
         number: ``EAGAIN`` of fork(2) and clone(2), ``EMFILE``, ``ENFILE`` or ``ENOMEM``.

@@ -124,7 +124,7 @@ class Scheduler(Loop):
             self._hiring.hired.wait()
 
     def resize(self, workers: int, *, level: int = logging.INFO) -> None:
-        """Keep at most so many workers from now on, as :meth:`Size.keep`."""
+        """Keep at most ``max_workers`` workers from now on; see :meth:`Size.keep`."""
         self.size.keep(workers, level=level)
         self.wake()
 

@@ -213,7 +213,7 @@ class Settling:
         return {} if refused is None else {at: refused for *_, at in done.settled}
 
     def has_outgrown(self, worker: Worker) -> bool:
-        """Tell whether a worker holds more memory than it may; looked at now and then."""
+        """Return whether a worker holds more memory than allowed; read at intervals."""
         limit = self._memory_per_worker
         if limit is None or worker.phase is not Phase.READY:
             return False
@@ -230,7 +230,7 @@ class Settling:
 
 
 def answer_of(worker: Member, position: int, kind: int, segments: _Segments) -> Answered:
-    """Return the event for an answer that arrived alone."""
+    """Return the event for a single answer."""
     return Answered(worker, [(position, 1, None)], [(kind, segments)])
 
 

@@ -52,7 +52,7 @@ class Size:
         return None if self._watch is None or self._by_hand else self._look_at
 
     def keep(self, workers: int, *, level: int = logging.INFO) -> None:
-        """Keep at most so many from now on, and follow the limits no more. From any thread.
+        """Set a fixed number of workers, and stop following the limits. From any thread.
 
         Args:
             workers: At least 1.
@@ -67,7 +67,7 @@ class Size:
         """Read the limits again, at most once a second while there is work.
 
         Args:
-            workers: All that there are. This is the thread that starts them.
+            workers: All present workers. Called in the thread that starts workers.
             worked: Ids of those that have worked since the last call, and owe nothing.
             more: Calls wait.
         """

@@ -231,7 +231,7 @@ class Staff:
         self.send(worker, encode(Kind.STOP, 0))
 
     def hurry(self, count: int) -> None:
-        """Give a second more to the first workers that take their time to end, at most so many."""
+        """Give one more second to the first ``count`` workers that end slowly."""
         ending = [one for one in self._all if one.dismissed and one.channel.fileno() < 0]
         for worker in ending[: max(0, count)]:
             self._expect_the_end(worker)
@@ -242,14 +242,14 @@ class Staff:
         worker.deadline = time.monotonic() + _ENDING_S
 
     def ask(self, worker: Worker) -> None:
-        """Ask a worker to end in the middle of what it does: a handler may take its time."""
+        """Ask a worker to end in the middle of its call; its signal handler may take time."""
         if not worker.terminated:
             worker.terminated = True
             self.stop(worker)  # for one that does not heed the signal
             worker.end(signal.SIGTERM)
 
     def end(self, worker: Worker, *, at_once: bool = False) -> None:
-        """End a worker now, whatever it does: ask by ``SIGTERM``, then ``SIGKILL``."""
+        """End a worker now: first by ``SIGTERM``, then by ``SIGKILL``."""
         if worker.killed:
             return
         if at_once:

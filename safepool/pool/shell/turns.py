@@ -465,7 +465,7 @@ class Turns:
         return not self._queued and len(self.lanes) <= self._size.now
 
     def _send(self, work: Task | Span) -> Turn | None:
-        """Send calls to an idle worker; return the turn, ``None`` if they are to be queued."""
+        """Send calls to an idle worker; return the turn, ``None`` if they must be queued."""
         try:
             turn = self.idle.pop()
         except IndexError as error:

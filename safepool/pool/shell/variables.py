@@ -22,7 +22,7 @@ _MOST_DEVICES = 4096
 
 
 class Variables:
-    """Variables of single workers beside those of all.
+    """Variables of single workers, in addition to those of all workers.
 
     Args:
         devices: By variable, its values in the first, second, ... worker, and again from the
@@ -41,7 +41,7 @@ class Variables:
         self._known: dict[int, dict[str, str]] = {}
 
     def prepare(self, workers: int) -> None:
-        """Compute those of so many workers, in the thread of the caller.
+        """Compute the variables of ``workers`` workers, in the calling thread.
 
         Raises:
             TypeError: The function returned no mapping of text to text.

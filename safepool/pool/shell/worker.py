@@ -129,7 +129,7 @@ class Worker(Member, WorkerProcess):
             super().close()
 
     def descriptors(self) -> list[int]:
-        """Return what belongs to this worker alone, as the base does."""
+        """Return the descriptors of this worker, as the base class does."""
         memory = self.memory  # another thread may drop it
         return super().descriptors() + ([] if memory is None else [memory.fileno()])
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CountedTrace:
-    """A trace with counters of the pool's calls and workers, beside its rows.
+    """A trace with counters of the pool's calls and workers, in addition to its rows.
 
     Args:
         path: Path of the file. An existing one is replaced.

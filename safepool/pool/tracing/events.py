@@ -4,35 +4,35 @@ Events of one process, one in each line (``file``). A ``ClusterPool`` has a proc
 as well, with the rows of its workers, and numbers the rows of all nodes together:
 
     X   cat "task": a call, in the row of its worker: name of the function, begin, duration; args:
-            outcome        returned, raised, retried (its worker died, it is run again), died,
-                           timed out, cancelled, ended (with the pool)
-            error          type of what it raised
-            attempt        if not the first
-            waited_us      from its submission to its begin
-            pickled_us     what the program took to pickle it
-            loaded_us      what the worker took to read function and arguments,
-            packed_us      and to pickle the result: both are part of the duration
+            outcome        returned, raised, retried (its worker died, and the call runs again),
+                           died, timed out, cancelled, ended (with the pool)
+            error          type of the exception
+            attempt        number of the attempt, except for the first
+            waited_us      time from the submission to the begin
+            pickled_us     time of pickling in the program
+            loaded_us      time of reading function and arguments in the worker
+            packed_us      time of pickling the result; like loaded_us a part of the duration
         Short calls that follow each other are one event:
-            calls          how many
-            busy_us        the sum of their durations
-            functions      how many of each, if there are several, which then is the name
-            outcomes       how many of each, if there are several
+            calls          number of calls
+            busy_us        sum of their durations
+            functions      calls by function, if there are several: the name is "3 functions"
+            outcomes       calls by outcome, if there are several
     X   cat "start": a worker, from its start until its initializer has ended
     i   cat "worker", in its row: start, end, death; args: pid, and how it ended
         cat "pool": safepool, the first event; args: schema (of this form), began
             resize; args: before, after, why; break; args: why; end
             node opened; args: node, workers; node lost; args: node, why, calls (that failed)
-    C   calls that wait; workers that run something or none; milliseconds for which the kernel
-        has frozen the group, and the periods of the quota in which it did; CPU time of the
-        scheduler's thread in percent; events that were left out, as the disk was too slow
+    C   number of waiting calls; number of busy and of idle workers; milliseconds for which the
+        kernel froze the group, and the number of such periods; CPU time of the scheduler's thread
+        in percent; number of events left out because the disk was too slow
     M   names of the process and the rows
 
 A row is an index in the pool: a replacement continues the row of its predecessor.
 
 Size: calls that end within a millisecond of the row's last event are joined with it. Hence a row
 has at most some 1,000 events a second, of about 170 bytes. With each further 32 MiB that time
-doubles, and so does the pause between two readings of the counters: a run twice as long adds 32
-MiB, not twice as much. Each worker that ends and is replaced adds half a kilobyte.
+doubles, and so does the pause between two readings of the counters: a run of double length adds
+only 32 MiB. Each worker that ends and is replaced adds half a kilobyte.
 
 Not covered:
     * The times at which calls began and ended: ``rows``.
