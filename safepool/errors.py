@@ -522,7 +522,7 @@ def text_of(error: BaseException) -> str:
     try:
         return str.__str__(str(error))  # a plain one: a subclass of str may not travel
     except BaseException:  # noqa: BLE001 -- user code
-        return "(its text cannot be had)"
+        return "(its text is not available)"
 
 
 def users_frames(

@@ -58,7 +58,7 @@ class Callbacks:
             self._over.clear()
 
     def close(self) -> None:
-        """Run no further ones, and wait for the one that runs; twice is once.
+        """Run no further callbacks, and wait for the running one. May be called twice.
 
         A ``Parallel`` object may be called again at once, and joblib's callback would count its
         batch for that call. A callback in the middle of a slow iterator is not waited for.

@@ -60,7 +60,7 @@ class CallBar:
             self.progress.failed += 1
 
     def close(self) -> None:
-        """Show the last numbers and end the bar; twice is once."""
+        """Show the last numbers and end the bar. May be called twice."""
         self.progress.close()
 
     def _look(self, progress: Progress) -> bool:

@@ -194,7 +194,7 @@ class Pool(_StandardPool):
         self._feeders: dict[threading.Thread, Results] = {}
         self._state = RUN
         if initializer is not None:
-            # The workers may exist only for the initializer's sake.
+            # The program may need only the initializer in the workers.
             self._engine._scheduler.staff_up()
 
     @property

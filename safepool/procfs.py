@@ -219,7 +219,7 @@ def children(thread: str) -> list[int]:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Return the memory that a process holds; ``None`` where the system does not tell."""
+    """Return the resident memory of a process; ``None`` if unknown."""
     try:
         return int((read(f"/proc/{pid}/statm") or "").split()[1]) * mmap.PAGESIZE
     except (ValueError, IndexError):

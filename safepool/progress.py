@@ -101,7 +101,7 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Draw the last numbers, leave the bar on the screen and end its thread; twice is once."""
+        """Draw the last numbers, leave the bar there and end its thread. May be called twice."""
         self._ended.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()

@@ -110,7 +110,7 @@ class Report:
 
     @property
     def ratio(self) -> float | None:
-        """The standard pool's seconds by safepool's: a lower bound if that was cut off."""
+        """The standard pool's seconds divided by safepool's; a lower bound after a cut-off."""
         if self.standard.seconds is None or not self.safepool.seconds or self.safepool.cut_off:
             return None
         return self.standard.seconds / self.safepool.seconds

@@ -73,7 +73,7 @@ def _import(name: str, limit_s: float) -> dict[str, object]:
     # takes a thread, and so must not be written while threads are counted.
     me = os.getpid()
     before = set(procfs.threads())
-    with contextlib.suppress(RuntimeError):  # no further thread can be had: no stack, then
+    with contextlib.suppress(RuntimeError):  # without another thread there is no stack
         faulthandler.dump_traceback_later(min(limit_s, _LONGEST_S))
     watcher = set(procfs.threads()) - before
     try:

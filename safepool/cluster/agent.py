@@ -277,7 +277,7 @@ class Session:
         self._tell()
 
     def forget(self) -> None:
-        """Keep nothing that calls were sent with."""
+        """Drop all objects, functions and arrays that came with calls."""
         self._objects.clear()
         self._functions.clear()
         self._large.clear()

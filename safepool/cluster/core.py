@@ -166,7 +166,7 @@ class Answered(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """Calls come back that have not begun."""
+    """Calls that have not begun come back."""
 
     place: str
     numbers: Sequence[int]

@@ -148,7 +148,7 @@ class DeliverMessage(NamedTuple):
             ones each time that they are needed, those of `LARGE_BYTES` until they are forgotten.
         large: Large buffers of arguments that the agent does not have, by key.
         objects: Shared objects that the agent does not have, by number.
-        back: Numbers of calls that are wanted back if they have not begun.
+        back: Numbers of the calls to return if they have not begun.
         kill: Numbers of the calls to end.
         forget: Numbers of shared objects, and keys of functions and buffers, that are no longer
             needed.
@@ -219,7 +219,7 @@ class PickledFunction(NamedTuple):
     """A function as agents know it.
 
     Attributes:
-        key: The same for the same pickle.
+        key: Key of the pickle; equal pickles have equal keys.
         packet: The pickle.
         shared: Shared objects that it refers to.
     """

@@ -205,7 +205,7 @@ class _Node:
     Attributes:
         session: Session of the agent there; each opening has its own.
         label: Name of the place in errors.
-        anyway: Whether it is used, whichever process of the machine has the agent.
+        anyway: ``True`` if the place is used even if another process has the node's agent.
         failed: Number of calls that have failed with it.
         objects: Numbers of shared objects that it has.
         kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
@@ -613,7 +613,7 @@ class Shell:
     # Places.
 
     def _submit(self, place: str, kind: str, function: Callable[..., Any], *args: Any) -> None:
-        """Send a message; its answer comes back as the method of that name."""
+        """Send a message; the method of that name gets the answer."""
         node = self._nodes[place]
         if not self._carrier.at_once:
             node.due[kind] = time.monotonic() + _SILENCE_S

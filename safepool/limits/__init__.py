@@ -17,7 +17,7 @@ the order in which data passes them:
     _linux, _no_groups
                  calls to the system; this package chooses one of them
 
-Not covered: see each module; above all, limits that the kernel enforces and does not show.
+Not covered: see each module. The main gap: limits that the kernel enforces and does not show.
 """
 
 from __future__ import annotations

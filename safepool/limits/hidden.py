@@ -56,8 +56,8 @@ def find_own_directory(machine: Machine, point: str, version: int) -> str | None
         waiting.extend(machine.subdirectories(directory))
     machine.note(
         point,
-        "this process's own group is below it, under a name that the kernel does not tell "
-        "(a cgroup namespace without a remount), and was not found",
+        "this process's own group is below it, but the kernel does not show its name (a cgroup "
+        "namespace without a remount), and a search has not found it",
     )
     return None
 

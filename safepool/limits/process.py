@@ -171,7 +171,7 @@ def tasks_of_user(user: int) -> int | None:
         user: Number of the real user.
 
     Returns:
-        ``None`` where nothing tells.
+        Number of tasks; ``None`` if unknown.
 
     Example:
         >>> (tasks_of_user(os.getuid()) or 0) >= 1

@@ -115,7 +115,7 @@ class ThreadThatStarts(threading.Thread):
 
 
 def in_a_thread(run: Callable[[], None], name: str) -> None:
-    """Run something in a thread of its own, or here if no thread can be started."""
+    """Call a function in a separate thread, or here if no thread can be started."""
     try:
         ThreadThatStarts(run, name).start()
     except RuntimeError:
@@ -236,13 +236,13 @@ class Job:
         return self._decide()
 
     def await_end(self, patience_s: float) -> bool:
-        """Return whether it has ended in time; if not, it comes back."""
+        """Return whether the job ended in time; if not, its end will be reported."""
         return (patience_s > 0 and arrives(self.place, patience_s)) or not self._decide()
 
     def rests_since(self, now_s: float) -> float:
-        """Return since when it uses no processor, as far as it was asked.
+        """Return the time since which the job has used no processor, as of the readings so far.
 
-        Where processor time is unknown, and when it has ended, it counts as going on.
+        If the processor time is unknown, or the job has ended, it counts as running.
         """
         used = _busy_for(self._clock) // _MOVES_MS if self._clock and not self.ended else math.nan
         if used != self._used:

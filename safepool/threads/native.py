@@ -68,7 +68,7 @@ def is_of_the_process(library: Any) -> bool:
 
 
 def set_threads(library: Any, threads: int) -> None:
-    """Set a library's number, whichever thread has set it before."""
+    """Set a library's number, even if another thread has set it before."""
     # threadpoolctl 3.8 and later keeps OpenBLAS for the thread that set it first, and passes
     # over what other threads set.
     release = getattr(library, "clear_controlling_thread", None)

@@ -190,7 +190,7 @@ class Channel:
                 self._unsent.popleft()
 
     def drop_unsent(self) -> None:
-        """Forget what waits for the other end: it reads no more."""
+        """Drop waiting data: the other end reads no more."""
         self._unsent.clear()
 
     def receive_raw(self) -> bytes:

@@ -137,7 +137,7 @@ class Filed:
 
 
 class Missing(bytearray):
-    """Stands, empty, for a segment that has arrived and that this process cannot have."""
+    """Empty placeholder for a segment that has arrived and that this process cannot hold."""
 
     __slots__ = ("error",)
 

@@ -176,7 +176,7 @@ def _count_of_sources(space: Mapping[str, Any]) -> int:
 
 
 def sources_of(space: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the source of a script as far as it is known, in pieces."""
+    """Yield the known source of a script, in pieces."""
     cells = space.get("In")  # IPython; without a cell yet in "ipython script.py"
     if isinstance(cells, list) and any(cells):
         yield from map(str, cells)

@@ -92,7 +92,7 @@ def keepers() -> list[kept.KeptServer]:
 
 
 def descriptors() -> list[int]:
-    """Return what this process holds for its servers, whichever they are."""
+    """Return the descriptors that this process holds for its servers."""
     return [*line, *(one.fileno() for one in [*_kept])]
 
 

@@ -22,7 +22,7 @@ script_is_run = False
 """Whether this process is a fork server that runs the script's top level at this moment."""
 
 asked_for: str = ""
-"""What the top level has asked for, in whichever thread and whatever it has caught."""
+"""Name of what the top level tried to start, in any thread, even if it caught the error."""
 
 
 class AskedForPoolError(BaseException):

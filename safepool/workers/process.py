@@ -75,7 +75,7 @@ class WorkerProcess:
         return [descriptor for descriptor in found if descriptor >= 0]
 
     def resident_bytes(self) -> int | None:
-        """Return the memory that the process holds; ``None`` where the system does not tell."""
+        """Return the resident memory of the process; ``None`` if unknown."""
         return procfs.resident_bytes(self.pid)
 
     def is_alive(self) -> bool:

@@ -87,7 +87,7 @@ class Started(Protocol):
         """Wait for its end and return the exit code, ``None`` if it is not known by then."""
 
     def close(self) -> None:
-        """Give back every descriptor. The process has ended or is left to itself."""
+        """Close every descriptor. The process has ended, or goes on without the pool."""
 
 
 class StartMethod:

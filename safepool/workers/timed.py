@@ -42,7 +42,7 @@ class Timed(NamedTuple):
     """Calls that follow each other, and when.
 
     Attributes:
-        begin_ns: When the first began, its arguments still to be read.
+        begin_ns: Begin of the first call, before its arguments were read.
         end_ns: When the last had ended, its result pickled.
         loaded_ns: Part of that time in which functions and arguments were read.
         packed_ns: Part of that time in which results were pickled.

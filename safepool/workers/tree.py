@@ -113,7 +113,7 @@ def descendants(pid: int) -> set[Descendant]:
 
 
 def signal_all(processes: Iterable[Descendant], number: int) -> None:
-    """Send a signal to each that is still the process it was."""
+    """Send a signal to each process whose id was not reused."""
     for pid, started in processes:
         stat = procfs.read_stat(pid)
         if stat is None or stat.started != started:

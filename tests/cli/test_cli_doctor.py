@@ -333,7 +333,7 @@ def test_what_cannot_be_imported_is_said_and_the_rest_goes_on(
     assert found["raises"]["error"] == "ValueError: no\nluck"
     assert found["exits"]["error"] == "SystemExit: bye"
     assert found["interrupts"]["error"] == "KeyboardInterrupt: "
-    assert found["silent"]["error"] == "E: (its text cannot be had)"
+    assert found["silent"]["error"] == "E: (its text is not available)"
     assert found["nosuch"]["error"] == "ModuleNotFoundError: No module named 'nosuch'"
     assert found[""]["error"] != ""
     assert found[".relative"]["error"] != ""

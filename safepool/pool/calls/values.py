@@ -68,8 +68,8 @@ class Looked:
 
     Attributes:
         printed: Pickle of the objects in doubt; ``None`` without such objects.
-        replaced: Whether that pickle is for comparing only.
-        failed: Whether that pickle is impossible, because the value was pickled together with
+        replaced: ``True`` if ``printed`` is only for comparison.
+        failed: ``True`` if that pickle is impossible, because the value was pickled together with
             others.
         plain: ``True`` for a single value whose identity is enough.
     """

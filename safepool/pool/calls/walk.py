@@ -1,4 +1,4 @@
-"""From the names that a call asks for to all that they lead to: pickled as far as it is new."""
+"""Walk from the names of a call to all objects that they refer to; new ones are pickled."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ class Walk:
             return None
         try:
             one = self._alone(name)
-        except Exception as error:  # noqa: BLE001 -- the worker's own stays, as nothing else can be had
+        except Exception as error:  # noqa: BLE001 -- the worker then keeps its own object
             let_handlers_pass(error)
             one = Pickled((name,), by_identity=True)
         one.there = True

@@ -147,7 +147,7 @@ class Revoked(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Boards were read: who, the last position that it has claimed, and when."""
+    """Boards were read: worker, last claimed position, and time of each."""
 
     boards: Sequence[tuple[Member, int, int]]
 
@@ -278,7 +278,7 @@ class Died(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The pool looks after its workers.
+    """The pool checks its workers.
 
     Attributes:
         size: The most workers that it may have now.
@@ -290,7 +290,7 @@ class Step(NamedTuple):
 
 
 class HandOut(NamedTuple):
-    """The pool hands out what waits.
+    """The pool hands out waiting work.
 
     Attributes:
         told: Number up to which workers must know names first.

@@ -88,7 +88,7 @@ class Core:
         self._hungry: deque[Member] = deque()
         # How many of them are kept from what came at this place or later.
         self._kept = self._before = 0
-        # Between how many what waits is divided.
+        # Number of workers that share the waiting work.
         self._among = 1
         # When calls were last sent several at a time, or waited.
         self._pressed_ns = 0
@@ -163,7 +163,7 @@ class Core:
             if one.phase is Phase.READY and one.is_idle and one.has_board and not one.unsent
         ]
 
-    # Workers come, and what waits for them.
+    # New workers, and the work that waits for them.
 
     def _hired(self, event: e.Hired) -> None:
         event.worker.has_board = event.has_board

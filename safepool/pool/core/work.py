@@ -50,7 +50,7 @@ class Run(Protocol):
     Attributes:
         at_once: Calls that travel together; ``None`` is as many as their time allows.
         most_at_once: Calls whose arguments are thought to fit one message.
-        number: Place of what waits in the order in which work came.
+        number: Place of the waiting calls in the order of arrival.
         waiting: Work that no worker has, in order.
         stopped: The rest is not needed, or cannot be computed.
         dropped: No further results will be taken.

@@ -29,7 +29,7 @@ class Phase(enum.IntEnum):
     READY = 2
     """It takes calls."""
     RETIRING = 3
-    """It is told to stop as soon as it owes nothing."""
+    """The worker gets the order to stop as soon as it owes no answer."""
     DYING = 4
     """Nothing more can be sent to it: it ends by itself, or for what it has sent."""
     STOPPING = 5

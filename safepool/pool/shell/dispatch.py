@@ -114,7 +114,7 @@ class Packing:
 
     @property
     def wanted(self) -> bool:
-        """Whether the worker still owes it."""
+        """Whether the worker still owes an answer for it."""
         owed = any(work is self.work for work in self.worker.ledger)
         return owed and self.work.position == self.position and not self.worker.leaving
 
@@ -215,7 +215,7 @@ class Dispatch:
         """Return work to queue again that was pickled meanwhile; fail work that could not be.
 
         Args:
-            more: A worker has room: pickle what waits for that.
+            more: ``True`` if a worker has room: pickle waiting work.
         """
         self.hands.come_back(more=more)
         back, self._back = self._back, []

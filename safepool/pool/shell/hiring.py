@@ -255,6 +255,6 @@ def _descriptors_of_all_pools() -> Iterable[int]:
 
 
 def _taken_cpus() -> Iterable[tuple[int, ...]]:
-    """Yield the CPUs of each worker that stays, whichever pool of this process has it."""
+    """Yield the CPUs of each remaining worker of all pools of this process."""
     for pool in working():
         yield from (worker.cpus for worker in pool.workers() if not worker.leaving)

@@ -390,7 +390,7 @@ class Loop:
             self._tell(staff, e.Returned(self._dispatch.come_back(more=more)))
 
     def _cancel_waiting(self, staff: Staff, *, begun: bool = True) -> None:
-        """Cancel what waits, if that is wanted."""
+        """Cancel waiting work, if requested."""
         if self._cancelling:
             self._take_in(staff)
             self._tell(staff, e.CancelWaiting(all=not begun))

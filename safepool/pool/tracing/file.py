@@ -121,7 +121,7 @@ class TraceFile:
         self._write()
 
     def close(self, last: str = "") -> None:
-        """Write what waits and ``last``, and close the file. Twice is once."""
+        """Write waiting events and ``last``, and close the file. May be called twice."""
         if os.getpid() != self._pid:  # a fork of the program: the lines are the program's
             self._give_back()
             return
