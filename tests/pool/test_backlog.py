@@ -241,7 +241,7 @@ def test_a_run_is_queued_once_and_again_when_it_was_empty() -> None:
     backlog.add_items(run, [(1,)])
     assert backlog.is_wanted()
     backlog.add_items(run, [(2,)])
-    assert [*backlog] == [run]
+    assert ([*backlog], run.fed) == ([run], False)
     assert names_of(backlog.take(lambda *_: 9, lambda _: 1, 1, 9)) == [1, 2]
     assert [*backlog] == []
     backlog.add_items(run, [])
@@ -309,3 +309,18 @@ def test_how_many_calls_a_worker_is_sent(
     pace.ahead_ns = 100
     pace.note("f", each_ns)
     assert pace.room("f", held_ns, idle=idle) == calls
+
+
+def test_what_comes_of_a_run_that_was_left_is_passed_over() -> None:
+    backlog, run = Backlog(), MapRun(abs, "run", NO_POLICY, None)
+    backlog.add_items(run, [(1,), (2,)])
+    span = backlog.take(lambda *_: 1, lambda _: 1, 1, 9)
+    assert isinstance(span, Span)
+    backlog.put_back([span])
+    assert backlog.is_wanted()
+    run.drop()
+    backlog.add_items(run, [(3,)])
+    assert not backlog.is_wanted()
+    backlog.add_items(run, [(4,)])
+    assert backlog.take(lambda *_: 1, lambda _: 1, 1, 9) == []
+    assert [*backlog] == []

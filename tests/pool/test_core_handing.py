@@ -66,9 +66,12 @@ def test_nothing_is_handed_out_before_the_workers_know_the_names() -> None:
 
 
 def test_idle_workers_come_first_and_then_those_that_hold_least() -> None:
-    more, idle, less = worker(3, MS), worker(), worker(2, MS)
-    core = core_of(more, idle, less, size=3, waiting=30)
-    assert [member for member, _ in handed_out(core)][:3] == [idle, less, more]
+    more, unknown, idle, less = worker(3, MS), worker(1), worker(), worker(2, MS)
+    core = core_of(more, unknown, idle, less, size=4, waiting=30)
+    assert [member for member, _ in handed_out(core)][:4] == [idle, unknown, less, more]
+    more, less = worker(3, MS), worker(2, MS)
+    core = core_of(more, less, waiting=30)
+    assert [member for member, _ in handed_out(core)][:2] == [less, more]
 
 
 # One row per worker: whether it is given one of two calls that wait.
@@ -288,6 +291,7 @@ def test_an_answer_before_which_one_is_unread_is_left_to_that() -> None:
     member = worker(3)
     core = core_of(member)
     assert answered(core, member, (2, 1, None), peeked=True) == []
+    assert answered(core_of(), worker(), (1, 1, None), peeked=True) == []
     (distrust,) = answered(core, member, (2, 1, None))
     assert isinstance(distrust, e.Distrust)
     assert member.ledger.owed == 3

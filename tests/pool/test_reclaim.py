@@ -143,6 +143,10 @@ DUE: dict[str, tuple[Core, int | None]] = {
         core_of(worker(2, policy=Policy(timeout_s=0.005), claimed=1, since_ns=NOW - MS)),
         4 * MS,
     ),
+    "a long timeout": (
+        core_of(worker(1, policy=Policy(timeout_s=10.0), claimed=1, since_ns=NOW)),
+        10_000 * MS,
+    ),
     "a timeout without a board": (
         core_of(worker(1, policy=Policy(timeout_s=0.005), sent_ns=NOW - 2 * MS, has_board=False)),
         3 * MS,
@@ -162,6 +166,19 @@ DUE: dict[str, tuple[Core, int | None]] = {
 def test_when_a_step_is_due(case: str) -> None:
     core, after_ns = DUE[case]
     assert core.next_look(NOW) == (None if after_ns is None else NOW + after_ns)
+
+
+# One row per time after which an idle worker goes, and timeout of a call, in milliseconds: when a
+# step is due. One more worker ends, and has its place for ten more.
+FIRST = [(3, 5, 3), (30, 5, 5), (30, 50, 10)]
+
+
+@pytest.mark.parametrize(("idle_ms", "timeout_ms", "due_ms"), FIRST)
+def test_a_step_is_due_at_the_first_of_all(idle_ms: int, timeout_ms: int, due_ms: int) -> None:
+    busy = worker(1, policy=Policy(timeout_s=timeout_ms / 1000), claimed=1, since_ns=NOW)
+    core = core_of(worker(idle_since_ns=NOW), leaving(NOW - 990 * MS), busy, waits=True, size=3)
+    core.idle_ns = idle_ms * MS
+    assert core.next_look(NOW) == NOW + due_ms * MS
 
 
 def test_a_step_is_due_when_an_idle_worker_may_go() -> None:

@@ -240,9 +240,8 @@ class Core:
             idle = [one for one in hungry if not one.ledger.owed]
             room = self._size - sum(one.ledger.owed > 0 for one in staying)
             hungry = [*idle[: max(0, room)], *busy]
-        if len(hungry) > 1:
-            # Idle workers first, so that none waits while others are sent more ahead.
-            hungry.sort(key=lambda one: one.ledger.expected_ns if one.ledger.owed else -1)
+        # Idle workers first, so that none waits while others are sent more ahead.
+        hungry.sort(key=lambda one: (one.ledger.owed > 0, one.ledger.expected_ns))
         self._hungry = deque(hungry[: self._size])
         self._kept, self._before = event.kept, event.before
         self._offer()
@@ -415,7 +414,7 @@ class Core:
                     raise ValueError(f"several answers for position {here}, which has one call")
                 found = ledger.settle(here, end - here)
                 if found is None:
-                    break  # given up
+                    return  # given up
                 work, place, many = found
                 settled.append((work, place, many, at - end + here))
                 here += many
@@ -483,13 +482,12 @@ class Core:
 
     def _step(self, event: e.Step) -> None:
         self._size, self._lost = event.size, event.lost
-        members, matters = self.members, False
+        members = self.members
         if self.idle_ns is not None:
             self._let_the_idle_go(self.idle_ns)
         if not event.lost:
             self._haunted.clear()
         for member in members:
-            matters = matters or member.ledger.owed > 0 or member.claimed < member.awaited
             too_many = member.index >= self._size
             if too_many:
                 self._move(member, Phase.RETIRING)
@@ -499,12 +497,11 @@ class Core:
                 self._revoke(member)  # the rest follows in `Revoked`, and in `HandOut`
             elif member.is_idle:
                 self._stop(member)
-        if matters:
-            looked_at = [*reclaim.to_look_at(members, nothing_waits=not self.backlog)]
-            if looked_at:
-                self._actions.append(e.Look(looked_at))
-            else:
-                self._look_after()
+        looked_at = [*reclaim.to_look_at(members, nothing_waits=not self.backlog)]
+        if looked_at:
+            self._actions.append(e.Look(looked_at))
+        else:
+            self._look_after()
 
     def _let_the_idle_go(self, idle_ns: int) -> None:
         for member in self.members:
