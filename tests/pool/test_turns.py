@@ -19,6 +19,7 @@ import threading
 import time
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from safepool.pool.core.pace import Pace
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import turns
 from safepool.transport.channel import NO_SIGPIPE, Channel
-from safepool.transport.frames import Kind
+from safepool.transport.frames import Kind, encode
 from safepool.workers.describe import name_of
 from safepool.workers.messages import answer_frame, call_frame
 
@@ -94,6 +95,11 @@ class Table:
     def send(self, turn: Turn) -> bool:
         task = Task(self.future, (abs, (), {}), "f", NO_POLICY)
         return turn.send(task, call_frame(turn.position, 1, b"call"))
+
+    def watch(self) -> int:
+        self.turns._watching = True
+        self.turns._watched[self.lane.fileno] = self.lane
+        return self.lane.fileno
 
     def close(self) -> None:
         self.turns.close()
@@ -191,6 +197,57 @@ def test_what_is_no_plain_answer_is_left_to_the_scheduler(table: Table, answer: 
     assert "next" not in table.turn.marks
 
 
+# What the scheduler's thread reads in a watched lane.
+HEARD = {
+    "nothing": (b"", False),
+    "answer": (answer_frame(7, 1, Kind.RESULT, b"\x80\x05N."), True),
+    "answer to another": (answer_frame(8, 1, Kind.RESULT, b"\x80\x05N."), False),
+    "log": (b"".join(encode(Kind.LOG, 0, [b"record"])), False),
+}
+
+
+@pytest.mark.parametrize("arrived", HEARD)
+@pytest.mark.parametrize("noted", [True, False], ids=["", "sender not back yet"])
+def test_the_scheduler_ends_calls_of_a_watched_lane(
+    table: Table, arrived: str, noted: bool
+) -> None:
+    """By a plain answer alone, also before the sending thread has come back from the system."""
+    data, plain = HEARD[arrived]
+    table.send(table.turn)
+    if not noted:
+        table.turn.record.pop()
+        table.turn.marks.clear()
+    if data:
+        table.theirs.send(data)
+    fileno = table.watch()
+
+    assert table.turns.hear([fileno]) is plain
+
+    assert table.future.done() is plain
+    assert [turn.position for turn in table.turns.idle] == ([8] if plain else [])
+    assert table.lane.done == plain
+    assert table.channel._fed == (b"" if plain else data)
+
+
+def test_a_wake_up_or_an_end_is_not_for_the_lanes(table: Table) -> None:
+    table.send(table.turn)
+    table.theirs.send(HEARD["answer"][0])
+    fileno = table.watch()
+
+    assert not table.turns.hear([])
+    assert not table.turns.hear([fileno, fileno + 1])
+    assert not table.future.done()
+
+
+def test_lanes_are_watched_as_long_as_nobody_waits_by_result(table: Table) -> None:
+    table.turns._watching = True
+    for collects in (True, True, False, True, True):
+        table.turns.heard(table.turn, collects=collects)
+    assert table.turns._watching
+    table.turns.heard(table.turn, collects=True)
+    assert not table.turns._watching
+
+
 def test_who_waits_is_woken_when_the_scheduler_takes_over(table: Table) -> None:
     table.send(table.turn)
     found: list[bool] = []
@@ -236,8 +293,8 @@ def submit_alone(pool: ProcessPool, *call: Any) -> Any:
         future.result(timeout=PATIENCE_S)
 
 
-def test_no_lane_is_kept_for_a_loop(table: Table) -> None:
-    """The calls of one do not go alone, and the scheduler lends workers as long as others ask."""
+def test_a_loop_sends_only_where_the_scheduler_reads(table: Table) -> None:
+    """Its thread does not wait for one: its first call lets the scheduler watch the lanes."""
 
     async def may_send() -> bool:
         return table.turns._may_send()
@@ -245,9 +302,9 @@ def test_no_lane_is_kept_for_a_loop(table: Table) -> None:
     table.turns.idle.append(table.turn)
 
     assert not asyncio.run(may_send())
-    assert not table.turns._asked
-    assert table.turns._may_send()
-    assert table.turns._asked
+    assert table.turns._loops
+    table.turns._watching = True
+    assert asyncio.run(may_send())
 
 
 def test_results_that_are_wanted_soon_are_asked_of_the_scheduler(table: Table) -> None:
@@ -417,6 +474,58 @@ def test_the_scheduler_reads_the_answers_of_those_who_wait_otherwise() -> None:
             ask = ASKED["result" if found == 2 else "wait"]
             ask(future)
             assert future.result(timeout=0) == 1
+
+
+async def _await(pool: ProcessPool) -> None:
+    loop = asyncio.get_running_loop()
+    assert await loop.run_in_executor(pool, abs, -1) == 1
+
+
+def _wait(pool: ProcessPool) -> None:
+    concurrent.futures.wait([pool.submit(abs, -1)], timeout=PATIENCE_S)
+
+
+def _call_back(pool: ProcessPool) -> None:
+    ended: SimpleQueue[object] = SimpleQueue()
+    pool.submit(abs, -1).add_done_callback(ended.put)
+    ended.get(timeout=PATIENCE_S)
+
+
+# Ways to wait for each call, in which the scheduler's thread reads the answer.
+OTHERWISE: dict[str, Callable[[ProcessPool], object]] = {"wait": _wait, "callback": _call_back}
+
+
+def _calls_without_a_look_around(pool: ProcessPool) -> Iterator[bool]:
+    """Yield before each of ten calls, and then whether lanes were taken back meanwhile."""
+    looks = itertools.count()
+    turns_, awake = pool._scheduler._turns, pool._scheduler._turns.awake
+    turns_.awake = lambda *given: (next(looks), awake(*given))[1]  # type: ignore[method-assign]
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        before = next(looks)
+        for _ in range(10):
+            yield True
+        # A tick falls into one of many.
+        if next(looks) == before + 1:
+            return
+        assert time.monotonic() < until
+
+
+@pytest.mark.parametrize("way", [*OTHERWISE, "await"])
+def test_calls_are_ended_while_lanes_are_open(way: str) -> None:
+    """Who waits by ``wait()``, a callback or in an event loop does not cost a look at all."""
+
+    async def await_all() -> None:
+        for _ in _calls_without_a_look_around(pool):
+            await _await(pool)
+
+    with warmed() as pool:
+        if way == "await":
+            asyncio.run(await_all())
+        else:
+            for _ in _calls_without_a_look_around(pool):
+                OTHERWISE[way](pool)
+        assert pool.submit(abs, -2).result(timeout=PATIENCE_S) == 2
 
 
 @pytest.mark.parametrize("size", [100, 2000, 15_000, 40_000, 500_000, 3_000_000])

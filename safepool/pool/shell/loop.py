@@ -403,7 +403,7 @@ class Loop:
             timeout_s = 0.0
         elif self._turns.wanted and timeout_s != 0.0:
             timeout_s = self._lend(staff, timeout_s)
-        for worker, news in staff.listen(timeout_s, self._awake):
+        for worker, news in staff.listen(timeout_s, self._turns.hear, self._awake):
             if news.kind is Kind.LOG:
                 worker.logged = True
                 self._records.handle(news.segments)

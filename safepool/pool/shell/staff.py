@@ -182,12 +182,17 @@ class Staff:
         self._selector.register(worker.channel, worker.events, worker)
 
     def listen(
-        self, timeout_s: float | None, awake: Callable[[], Sequence[Worker]]
+        self,
+        timeout_s: float | None,
+        hear: Callable[[Sequence[int]], bool],
+        awake: Callable[[], Sequence[Worker]],
     ) -> Iterator[tuple[Worker, Frame]]:
         """Wait for workers or a wake-up; yield the frames that arrived.
 
         Args:
             timeout_s: Return after this time at the latest; ``None`` is not limited.
+            hear: Called with the descriptors that have news. Returns whether it has seen to all of
+                them, so that the waiting goes on.
             awake: Called when the waiting is over. Returns the descriptors to listen to in any
                 case.
         """
@@ -195,9 +200,9 @@ class Staff:
             # Without a sentinel (Windows) a closed channel is all there is to see of an end.
             if worker.sentinel is None and worker.channel.fileno() < 0:
                 self._bury(worker)
-        events = self._selector.select(self._until_a_look(timeout_s))
+        news = self._wait(self._until_a_look(timeout_s), hear)
         others = awake()
-        for key, _ in events:
+        for key in news:
             found: Worker | None = key.data
             if found is None:
                 self._wake_receiver.recv(4096)
@@ -213,6 +218,19 @@ class Staff:
             if worker.channel.fileno() >= 0:
                 yield from self._read(worker)
         self._end_the_late()
+
+    def _wait(
+        self, timeout_s: float | None, hear: Callable[[Sequence[int]], bool]
+    ) -> list[selectors.SelectorKey]:
+        """Wait for news; return those that ``hear`` has not seen to."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            news = [key for key, _ in self._selector.select(timeout_s)]
+            if until is None or not hear([key.fd for key in news]):
+                return news
+            timeout_s = until - time.monotonic()
+            if timeout_s <= 0:
+                return []
 
     def _until_a_look(self, timeout_s: float | None) -> float | None:
         """Return the longest time to wait, in view of late workers and orphans."""

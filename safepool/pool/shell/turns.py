@@ -29,12 +29,14 @@ decision (`_close`).
     whether the call was sent                    ``marks.setdefault("sent", ...)``
 
 A caller wakes the scheduler if it uses the future in another way than by ``result()`` in one
-thread (``tasks.PoolFuture``), or if it finds anything but a plain answer. After a few such calls
-the scheduler also listens while it lends workers, and reads the answers itself.
+thread (``tasks.PoolFuture``), or if it finds anything but a plain answer. After a few such calls,
+or the first one of an event loop, the lanes are *watched*: the scheduler listens to them, ends the
+calls whose plain answers arrive, and makes the next turns, without taking the lanes back. After a
+few calls whose callers wait by ``result()`` the lanes are theirs again.
 
 Not covered, because the scheduler sends these calls:
-    * Calls with a timeout, calls submitted in a thread with a running event loop, and calls of a
-      pool with a trace, or with replacement of workers after some tasks or by their memory.
+    * Calls with a timeout, and calls of a pool with a trace, or with replacement of workers after
+      some tasks or by their memory.
     * Calls whose worker needs another message first, or whose pickling runs code of the program.
     * Maps of many items, with a chunk size or unordered, and maps that need more workers than are
       idle.
@@ -54,7 +56,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safepool.errors import let_handlers_pass
-from safepool.pool.calls.tasks import Task
+from safepool.pool.calls.tasks import Task, finish
 from safepool.pool.core.events import Turned
 from safepool.pool.core.machine import MOST_LENT
 from safepool.transport import trusted
@@ -221,6 +223,7 @@ class Turn:
         """
         turns = self.lane.turns
         if self.lane.watched:
+            self.marks["collects"] = True
             return
         if turns.pid != os.getpid() or (timeout_s is not None and timeout_s < 2 * TICK_S):
             return
@@ -275,17 +278,8 @@ class Turn:
         """End the calls by the answer, or leave that to the scheduler."""
         lane, work, data = self.lane, self.work, self.answer[1]
         assert work is not None
-        try:
-            # The scheduler reads again what cannot be read here: there it may run any code.
-            if work.count == 1:
-                found = read_answer(data, self.position)
-                read = found and (found[0], [trusted.loads([found[1]])])
-            else:
-                read = read_answers(data, self.position, work.count, trusted.loads)
-        except Exception as error:  # noqa: BLE001 -- as above
-            let_handlers_pass(error)
-            read = None
-        if read is None or lane.turns.is_full(len(data)):
+        read = self._read(work, data)
+        if read is None:
             self.ask()
             return
         microseconds, values = read
@@ -306,7 +300,55 @@ class Turn:
             lane.turn = after
             lane.turns.idle.append(after)
 
+    def _read(self, work: Task | Span, data: bytes) -> tuple[int, list[Any]] | None:
+        """Return microseconds and results of an answer; ``None`` leaves it to the scheduler.
+
+        The scheduler reads again what cannot be read here: there it may run any code.
+        """
+        try:
+            if work.count == 1:
+                found = read_answer(data, self.position)
+                read = found and (found[0], [trusted.loads([found[1]])])
+            else:
+                read = read_answers(data, self.position, work.count, trusted.loads)
+        except Exception as error:  # noqa: BLE001 -- as above
+            let_handlers_pass(error)
+            return None
+        return None if self.lane.turns.is_full(len(data)) else read
+
     # The scheduler's thread.
+
+    def hear(self) -> bool:
+        """Read the answer in a watched lane, and end the calls by it.
+
+        Returns:
+            ``False`` if that needs more. What was read is left to the channel.
+        """
+        lane, work = self.lane, self.work
+        if work is None or not self.record:
+            return False
+        try:
+            data = lane.read()
+        except OSError:
+            return False
+        read = self._read(work, data)
+        # The caller's thread may still be in the call that has sent it.
+        if read is None or self.marks.setdefault("sent", True) is not True:
+            lane.worker.channel.feed(data)
+            return False
+        microseconds, values = read
+        lane.spent = work.name, microseconds * 1000 // work.count
+        # First the next turn: whoever waits for this one may submit again at once.
+        lane.turn = after = self.marks["next"] = Turn(lane, self.position + work.count)
+        lane.turns.heard(after, collects="collects" in self.marks)
+        if isinstance(work, Task):
+            work.pickled = None
+            work.future.forget_turn()
+            finish(work.future, values[0])
+        else:
+            work.run.put(work.start, values, OBJECTS * len(data))
+            work.run.tell()
+        return True
 
     def last(self) -> Turn:
         """Return the last turn of the lane, after which no other can follow any more."""
@@ -413,6 +455,12 @@ class Turns:
         self._until = self._watched_until = 0.0
         # Calls in a row whose answers were asked for otherwise.
         self._missed = 0
+        # Whether lanes are watched, or are to be because an event loop asks; those lanes, by their
+        # descriptor; and calls in a row that were ended there: above 0 those that nobody waited
+        # for by `collect`, below 0 the others.
+        self._watching = self._loops = False
+        self._watched: dict[int, _Lane] = {}
+        self._heard = 0
 
     # Any thread.
 
@@ -453,10 +501,10 @@ class Turns:
 
     def _may_send(self) -> bool:
         """Tell whether an idle worker may be sent something now; if not, whether soon."""
-        # An event loop's next call comes before lanes exist again: no lane is kept for it.
-        if runs_a_loop():
-            return False
-        if not self.idle:
+        unheard = runs_a_loop() and not self._watching
+        if unheard:  # nobody reads for it
+            self._loops = True
+        if unheard or not self.idle:
             if self._allowed:
                 self._asked = self.wanted = True
             return False
@@ -502,12 +550,13 @@ class Turns:
         now = time.monotonic()
         if self._asked:
             self._asked, self._until = False, now + _WARM_S
-        if self._missed >= _MOST_MISSED:
-            self._missed, self._watched_until = 0, now + _WARM_S
+        if self._loops or max(self._missed, self._heard) >= _MOST_MISSED:
+            self._watched_until, self._loops = now + _WARM_S, False
+            self._missed = self._heard = 0
         self.wanted = self._asked or now < self._until
         if not self.wanted:
             return False
-        watched = now < self._watched_until
+        watched = self._watching = now < self._watched_until
         idle: list[Worker] = [one for one in lend(time.monotonic_ns()) if one.is_plain]
         del idle[_MOST_LANES:]
         if not (watched or self._make_bells(len(idle))):
@@ -517,6 +566,8 @@ class Turns:
                 staff.look_away(worker)
             worker.lane = lane = _Lane(self, worker, watched=watched)
             self.lanes.append(lane)
+        if watched:
+            self._watched = {lane.fileno: lane for lane in self.lanes}
         # The last is taken first: the worker that the scheduler would take, too.
         self.idle.extend(lane.turn for lane in reversed(self.lanes))
         return bool(idle)
@@ -531,6 +582,30 @@ class Turns:
             return False  # no descriptor is left
         return True
 
+    def hear(self, filenos: Sequence[int]) -> bool:
+        """End the calls of watched lanes whose answers have arrived, if nothing else has.
+
+        Args:
+            filenos: Descriptors that have news.
+
+        Returns:
+            ``False`` if the scheduler is to be awake.
+        """
+        if not (self._watching and filenos):
+            return False
+        lanes = [*map(self._watched.get, filenos)]
+        if None in lanes:
+            return False
+        heard = [lane.turn.hear() for lane in lanes if lane]  # each of them
+        return all(heard) and self._watching
+
+    def heard(self, after: Turn, *, collects: bool) -> None:
+        """Let callers have the turn after one whose calls end now."""
+        self.idle.append(after)
+        self._heard = min(self._heard, 0) - 1 if collects else max(self._heard, 0) + 1
+        if self._heard <= -_MOST_MISSED:
+            self._watching, self._watched_until = False, 0.0
+
     def awake(self, staff: Staff, tell: Callable[[Turned], None]) -> Sequence[Worker]:
         """Take the lanes back: no caller sends anything from now on. Twice is once.
 
@@ -541,7 +616,7 @@ class Turns:
         Returns:
             Workers with a call under way, which has become one of their ledger.
         """
-        lanes, self.lanes = self.lanes, []
+        lanes, self.lanes, self._watched = self.lanes, [], {}
         self.idle.clear()
         arrived_bytes, self._arrived_bytes = self._arrived_bytes, 0
         self._settling.arrived(arrived_bytes)
