@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
 from safepool.transport.growing import load
-from safepool.transport.lazy import loaded
 from safepool.transport.marks import found_as
 
 if TYPE_CHECKING:
@@ -290,8 +289,9 @@ def _name_of(module: types.ModuleType) -> str:
 
 def modules_by_value() -> set[str]:
     """Return the modules that the program asked cloudpickle to send by value."""
-    cloudpickle = loaded("cloudpickle", "list_registry_pickle_by_value")
-    found: set[str] = cloudpickle.list_registry_pickle_by_value() if cloudpickle else set()
+    # As of `loaded`, in one step: each call of a function of the script asks.
+    registered = getattr(sys.modules.get("cloudpickle"), "list_registry_pickle_by_value", set)
+    found: set[str] = registered()
     return found
 
 

@@ -28,6 +28,7 @@ class MainNames:
 
     Attributes:
         learned: Number of different reports so far.
+        are_known: Whether anything may travel by name.
 
     The values of the program's data globals at the end of the top level are requested when they
     are needed: see :meth:`changed`.
@@ -35,6 +36,7 @@ class MainNames:
 
     def __init__(self) -> None:
         self.learned: int = 0
+        self.are_known: bool = False
         self._marks: Mapping[str, bytes] | None = {}
         # Objects that were found to be the same, by name.
         self._same: dict[str, object] = {}
@@ -57,6 +59,7 @@ class MainNames:
         if marks != self._marks:
             self.learned += 1
             self._marks = marks
+            self.are_known = bool(marks)
             self._same.clear()
             self._prints.clear()
 
@@ -90,8 +93,7 @@ class MainNames:
         return found
 
     def __bool__(self) -> bool:
-        """Whether anything may travel by name."""
-        return bool(self._marks)
+        return self.are_known
 
     def has(self, thing: Any) -> bool:
         """Tell whether a function or class of ``__main__`` is there under its qualified name."""

@@ -130,6 +130,18 @@ def loads(segments: Sequence[Buffer]) -> Any:
     return _Unpickler(file, buffers=buffers).load()
 
 
+def loads_small(pickled: bytes) -> Any:
+    """Return the object of a small pickle without buffers, as :func:`loads`.
+
+    Raises:
+        UntrustedError: As there.
+        Exception: The exception of unpickling.
+    """
+    if b"\x93" not in pickled and not copyreg._extension_registry:  # type: ignore[attr-defined]
+        return pickle.loads(pickled)
+    return loads([pickled])
+
+
 class _Pickler(pickle.Pickler):
     """Refuses objects that are not known to be harmless.
 

@@ -75,7 +75,7 @@ class RightsWatch:
 
     def is_same_user(self) -> bool:
         """Tell whether user and group are those of the last look. From any thread."""
-        return _users() == self._users
+        return _user() == self._users[0] and _group() == self._users[1]
 
     def have_changed(self) -> bool:
         """Return whether they have changed since this was last asked; user and group at once."""
@@ -116,11 +116,10 @@ if sys.platform == "linux":
 
 
 if sys.platform == "win32":
-
-    def _users() -> tuple[int, ...]:
-        return ()
-
+    _user = _group = int  # there are none
 else:
+    _user, _group = os.geteuid, os.getegid
 
-    def _users() -> tuple[int, ...]:
-        return os.geteuid(), os.getegid()
+
+def _users() -> tuple[int, int]:
+    return _user(), _group()

@@ -33,6 +33,7 @@ _CALL_BEGIN = encode(Kind.TASKS, 0, [b"", b""])[0][:8]
 _CALL_BYTES = _CALL_HEAD.size + _CALL.size
 _ANSWER_HEAD = struct.Struct("!8sQQ")
 _ANSWER_BEGIN = encode(Kind.RESULTS, 0, [b""])[0][:8]
+_ANSWER_HEAD_BYTES, _RECORD_BYTES, _RESULT = _ANSWER_HEAD.size, RECORD.size, int(Kind.RESULT)
 _VALUES_BEGIN = encode(Kind.VALUES, 0, [b"", b""])[0][:8]
 
 Pieces = list[bytes | memoryview]
@@ -87,23 +88,21 @@ def answer_frame(
     return b"".join((head, RECORD.pack(position, microseconds, length, kind), pickled))
 
 
-def read_answer(data: bytes, position: int) -> tuple[int, memoryview] | None:
+def read_answer(data: bytes, position: int) -> tuple[int, bytes] | None:
     """Return microseconds and pickle of a result; ``None`` if these bytes are another thing.
 
     Example:
-        >>> microseconds, pickled = read_answer(answer_frame(7, 5, Kind.RESULT, b"abc"), 7)
-        >>> microseconds, bytes(pickled)
+        >>> read_answer(answer_frame(7, 5, Kind.RESULT, b"abc"), 7)
         (5, b'abc')
         >>> read_answer(answer_frame(7, 5, Kind.EXCEPTION, b"abc"), 7)
     """
-    size = len(data) - _ANSWER_HEAD.size
-    if size < RECORD.size or _ANSWER_HEAD.unpack_from(data) != (_ANSWER_BEGIN, 0, size):
+    size = len(data) - _ANSWER_HEAD_BYTES
+    if size < _RECORD_BYTES or _ANSWER_HEAD.unpack_from(data) != (_ANSWER_BEGIN, 0, size):
         return None
-    record = memoryview(data)[_ANSWER_HEAD.size :]
-    at, microseconds, length, kind = RECORD.unpack_from(record)
-    if at != position or length != size - RECORD.size or kind != Kind.RESULT:
+    at, microseconds, length, kind = RECORD.unpack_from(data, _ANSWER_HEAD_BYTES)
+    if at != position or length != size - _RECORD_BYTES or kind != _RESULT:
         return None
-    return microseconds, record[RECORD.size :]
+    return microseconds, data[_ANSWER_HEAD_BYTES + _RECORD_BYTES :]
 
 
 def read_answers(

@@ -66,6 +66,9 @@ _E = TypeVar("_E")
 _Run = TypeVar("_Run", bound=MapRun)
 
 
+_SIZED = frozenset({list, tuple, range, dict, str, bytes})
+
+
 class PoolCalls(AwaitedCalls):
     """The part of a pool that does not ask where its calls run.
 
@@ -266,7 +269,11 @@ class PoolCalls(AwaitedCalls):
         deadline = None if timeout is None else timeout + time.monotonic()
         # In items; a list is taken whole.
         ahead = None if buffersize is None else buffersize * chunksize
-        if ahead is None and all(isinstance(items, Sized) for items in iterables):
+        # The first of the two takes no call of Python's.
+        if ahead is None and (
+            _SIZED.issuperset(map(type, iterables))
+            or all(isinstance(items, Sized) for items in iterables)
+        ):
             ahead = sys.maxsize
         starred = len(iterables) != 1
         items = zip(*iterables, strict=False) if starred else iterables[0]

@@ -107,8 +107,10 @@ class Names:
         """Return what :meth:`needed` does; ``None`` if that may run code of the program."""
         if not (roots or self._adds or self._is_to_look()):
             return ()
-        closure = self._fresh(roots, here=True)
-        return None if closure is None else closure.deliveries
+        closure = self._closures.get(roots)
+        if closure is None or not self.table.is_fresh(closure, here=True):
+            return None
+        return closure.deliveries
 
     def born_with(self, *, forked: bool) -> dict[str, int]:
         """Return the versions of names that a new worker has."""
@@ -132,11 +134,14 @@ class Names:
             let_handlers_pass(error)
 
     def _is_to_look(self) -> bool:
-        return not self._main and len(main_space()) != self._looked_at
+        main = self._main
+        if main is not None and main.are_known:
+            return False
+        return len(main_space()) != self._looked_at
 
-    def _fresh(self, roots: frozenset[str], *, here: bool = False) -> Closure | None:
+    def _fresh(self, roots: frozenset[str]) -> Closure | None:
         closure = self._closures.get(roots)
-        return closure if closure and self.table.is_fresh(closure, here=here) else None
+        return closure if closure and self.table.is_fresh(closure) else None
 
     def _take_turn(self, roots: frozenset[str]) -> Latch:
         mine = Latch()

@@ -50,6 +50,9 @@ _UNCHANGED: tuple[type, ...] = (
     types.ModuleType,
 )
 
+# For the pickle of these no room is asked for.
+_NUMBERS = PLAIN - {str, bytes}
+
 # Parts of one item that are looked at.
 _MOST_PARTS = 1000
 # Calls of one function of which it is searched what could not be pickled.
@@ -109,6 +112,10 @@ class Pickling:
         if needs is None:
             return None
         try:
+            if not kwargs and _NUMBERS.issuperset(map(type, args)):
+                # In C code; the class's own __new__ is not.
+                parts = sent, [pickle.dumps((args, kwargs), 5)], (), needs
+                return tuple.__new__(Pickled, parts)
             require_to_pickle(args)
             if kwargs:
                 require_to_pickle(kwargs.values())
@@ -170,6 +177,10 @@ class Pickling:
                 run.sent, run.needs = sent, needs
         if run.sent is None:
             return None
+        items = span.items
+        if not span.alone and _are_plain(items, run.starred, _NUMBERS):
+            span.apart = False
+            return Pickled(None, [pickle.dumps(items, 5)], (), ())
         try:
             return _pickle_items(span, _dumps_here)
         except (UntrustedError, MemoryError):  # the hands say why
@@ -284,9 +295,9 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
     return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, needs)
 
 
-def _are_plain(items: list[Any], starred: bool) -> bool:
+def _are_plain(items: list[Any], starred: bool, kinds: frozenset[type] = PLAIN) -> bool:
     parts = itertools.chain.from_iterable(items) if starred else items
-    return PLAIN.issuperset(map(type, parts))
+    return kinds.issuperset(map(type, parts))
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:

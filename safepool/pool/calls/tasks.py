@@ -376,30 +376,32 @@ class PoolFuture(Future[Any]):
         if turn is not None and "_verdict" not in facts:
             turn.ask()
 
-    def _collect(self, turn: Turn, timeout_s: float | None) -> float | None:
+    def _collect(self, turn: Turn, timeout_s: float) -> float:
         """Wait for the answer in this thread; return the remaining time."""
-        if timeout_s is None:
-            turn.collect(None)
-            return None
         begun_s = time.monotonic()
         turn.collect(timeout_s)
         return max(0.0, timeout_s - (time.monotonic() - begun_s))
 
     def _wait(self, timeout_s: float | None) -> _Verdict:
-        verdict = self._outcome()
+        facts = self.__dict__
+        turn: Turn | None = facts.get("_turn")
+        # A call that was sent in a turn is not cancelled.
+        verdict: _Verdict | None
+        verdict = self._outcome() if turn is None else facts.get("_verdict")
         if verdict is None:
             if getattr(_callers, "owner", self) is self.owner:
                 raise RuntimeError(
                     "the pool's own thread would wait for itself. Do not wait for a call of a "
-                    "pool "
-                    "in a finalizer (__del__)"
+                    "pool in a finalizer (__del__)"
                 )
-            turn: Turn | None = self.__dict__.get("_turn")
             if turn is not None:
-                timeout_s = self._collect(turn, timeout_s)
-                verdict = self._outcome()
-                if verdict is not None:
-                    return verdict
+                if timeout_s is None:
+                    turn.collect(None)
+                else:
+                    timeout_s = self._collect(turn, timeout_s)
+                found: _Verdict | None = facts.get("_verdict")
+                if found is not None:
+                    return found
             latch: Latch = self._latch
             # First this, then the look.
             verdict = self._outcome()

@@ -166,17 +166,19 @@ class Scheduler(Loop):
             RuntimeError: The pool or the interpreter shuts down, or this process is a fork
                 of the one that made the pool.
         """
-        self._check_fork()
+        if not self._begun or os.getpid() != self._pid:
+            self._check_fork()
         self._meet(function)
         future = PoolFuture(self._me)
         task = Task(future, (function, args, kwargs), name, policy)
         self._settings.look_before(future)
         self._dispatch.names.look()
         self._dispatch.pickling.task_now(task)
-        self._open_up()
+        if not self._begun or self._closing or self._exiting:  # a broken pool is closing
+            self._open_up()
         if not self._turns.call(task):
             self._bring(task)
-        self._wait_for_the_first_worker()
+            self._wait_for_the_first_worker()
         return future
 
     def _meet(self, function: Callable[..., Any]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from safepool.errors import let_handlers_pass
 from safepool.pool.hands import HELD_UP_S
+from safepool.transport.marks import PLAIN
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.settings import Packed, module_of, pack_setting, revision, settings
 
@@ -95,9 +96,7 @@ class Settings:
         if self._made_of != (len(sys.modules), revision()):
             self._find()
         ours = threading.get_ident() == self._thread
-        self._look_at(self._often, ours)
-        if seldom:
-            self._look_at(self._seldom, ours)
+        self._look_at([*self._often, *self._seldom] if seldom else self._often, ours)
         ended_ns = time.monotonic_ns()
         self._often_not_before_ns = ended_ns + _PAUSE * (ended_ns - begun_ns)
         if seldom:
@@ -126,9 +125,11 @@ class Settings:
                 if seen is not None and seen is one.seen:
                     continue
                 value = one.read(one.module)
-                if one.known and _is_equal(one.value, value):
-                    one.seen = seen
-                    continue
+                if one.known:
+                    plain = type(value) in PLAIN and type(one.value) is type(value)
+                    if one.value == value if plain else _is_equal(one.value, value):
+                        one.seen = seen
+                        continue
             except Exception as error:  # noqa: BLE001 -- any library's own errors, and user code
                 let_handlers_pass(error)
                 _log.debug("the setting %s cannot be read: %s", one.row.name, repr(error))

@@ -308,13 +308,15 @@ class Turn:
         try:
             if work.count == 1:
                 found = read_answer(data, self.position)
-                read = found and (found[0], [trusted.loads([found[1]])])
+                read = found and (found[0], [trusted.loads_small(found[1])])
             else:
                 read = read_answers(data, self.position, work.count, trusted.loads)
         except Exception as error:  # noqa: BLE001 -- as above
             let_handlers_pass(error)
             return None
-        return None if self.lane.turns.is_full(len(data)) else read
+        if len(data) >= _COUNTED_BYTES and self.lane.turns.is_full(len(data)):
+            return None
+        return read
 
     # The scheduler's thread.
 
@@ -510,7 +512,8 @@ class Turns:
             return False
         self._asked = True
         # With one worker calls begin in their order, from resize(1) on.
-        return not self._queued and len(self.lanes) <= self._size.now
+        lent = len(self.lanes)
+        return not self._queued and (lent <= 1 or lent <= self._size.now)
 
     def _send(self, work: Task | Span) -> Turn | None:
         """Send calls to an idle worker; return the turn, ``None`` if they must be queued."""
@@ -539,8 +542,7 @@ class Turns:
 
     def is_full(self, size_bytes: int) -> bool:
         """Tell whether the scheduler is to look at the memory that is left for results."""
-        if size_bytes >= _COUNTED_BYTES:
-            self._arrived_bytes += size_bytes
+        self._arrived_bytes += size_bytes
         return self._arrived_bytes > _ARRIVED_BYTES
 
     # The scheduler's thread.
