@@ -158,7 +158,8 @@ class Runner:
         kind, number_of = Kind.RESULT, b""
         packed: Segments = []
         try:
-            arguments, keywords = loads([pickled])
+            # It has no buffers, and is no larger than what is read at a time.
+            arguments, keywords = pickle.loads(pickled)
             result = self._functions[number](*arguments, **keywords)
             # Before it is pickled, as below.
             del arguments, keywords
