@@ -134,7 +134,7 @@ def loads_small(pickled: bytes) -> Any:
     """Return the object of a small pickle without buffers, as :func:`loads`.
 
     Raises:
-        UntrustedError: As there.
+        UntrustedError: Unpickling may run code of the program.
         Exception: The exception of unpickling.
     """
     if b"\x93" not in pickled and not copyreg._extension_registry:  # type: ignore[attr-defined]

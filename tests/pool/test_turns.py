@@ -190,7 +190,8 @@ def test_what_is_no_plain_answer_is_left_to_the_scheduler(table: Table, answer: 
     table.send(table.turn)
     table.turn.answer = [True, answer]
 
-    table.turn._end()
+    assert table.turn.work is not None
+    table.turn._end(table.turn.work, turns.Turn(table.lane, 8))
 
     assert table.woken == 1
     assert not table.future.done()

@@ -239,8 +239,12 @@ class Turn:
         try:
             # First this, then the look: the scheduler pops the reader, then it rings.
             self.bells.append(bell)
+            work = self.work
+            assert work is not None
+            # Made while the worker is at work: afterwards the caller would wait for it.
+            after = Turn(self.lane, self.position + work.count)
             if self._await(bell, deadline):
-                self._end()
+                self._end(work, after)
         finally:
             turns.bells.append(bell)
 
@@ -274,10 +278,9 @@ class Turn:
                 return False
         return False
 
-    def _end(self) -> None:
+    def _end(self, work: Task | Span, after: Turn) -> None:
         """End the calls by the answer, or leave that to the scheduler."""
-        lane, work, data = self.lane, self.work, self.answer[1]
-        assert work is not None
+        lane, data = self.lane, self.answer[1]
         read = self._read(work, data)
         if read is None:
             self.ask()
@@ -291,7 +294,6 @@ class Turn:
             work.run.put(work.start, values, OBJECTS * len(data))
             work.run.tell()
         lane.spent = work.name, microseconds * 1000 // work.count
-        after = Turn(lane, self.position + work.count)
         # Unless the scheduler has closed this lane; then they are calls of the ledger's.
         if self.marks.setdefault("next", after) is after:
             if isinstance(work, Task):
