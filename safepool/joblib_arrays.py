@@ -66,8 +66,8 @@ def mode_asked_for(mmap_mode: str | None) -> str | None:
         return "c"
     if mmap_mode in ("r+", "w+"):
         log_once(
-            f"mmap_mode={mmap_mode!r}: a task writes into an array of its own. To write what "
-            "others see, give it a numpy.memmap"
+            f"mmap_mode={mmap_mode!r}: each task writes into its own copy of an array. Pass a "
+            "numpy.memmap for writes that all tasks see"
         )
     return mmap_mode
 

@@ -392,7 +392,8 @@ class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):
             each = f", each with {threads} threads" if threads > 1 else ""
             log_once(
                 f"n_jobs={n_jobs} is more than the {fitting} ({budget.because.name}: "
-                f"{budget.because.raw}{each}); it is done as asked"
+                f"{budget.because.raw}{each}), and is used all the same. Pass n_jobs=-1 for as "
+                "many as fit"
             )
         return n_jobs
 

@@ -82,14 +82,14 @@ def read_budget(request: Request | None = None) -> tuple[Budget, Limits]:
     budget = fit(limits, request)
     if not isinstance(budget.because, Limit):
         log_once(
-            f"{budget.workers} workers: there is no room for more within {budget.because.name} "
-            f"({budget.because.raw} in {budget.because.source})"
+            f"{budget.workers} workers: {budget.because.name} ({budget.because.raw} in "
+            f"{budget.because.source}) has no room for more. Raise that limit to start more"
         )
     if budget.dropped_cpus > _NOTABLE_CPUS:
         log_once(
             f"{budget.cpus:g} CPUs ({budget.because.name} in {budget.because.source}) make "
             f"{budget.workers} workers: {budget.dropped_cpus:.2f} CPUs are left to this "
-            'process. rounding="ceil" would use them'
+            'process. Pass rounding="ceil" to use them'
         )
     return budget, limits
 

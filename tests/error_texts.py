@@ -324,6 +324,7 @@ _SINKS = {
     "tell_once": ("warning", 0),
     "warn": ("warning", 0),
     "_log_once": ("log warning", 0),
+    "log_once": ("log info", 0),
     "log": ("log", 1),
     "add_note": ("note", 0),
     "GiveUp": ("PoolBrokenError", 1),

@@ -295,8 +295,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         of_first = {} if self._own is None else self._own.of(0)
         for override in overridden(threads, {**of_all, **of_first}):
             log_once(
-                f"{override.variable}={override.value} for workers takes the place of the cap "
-                f"on {override.runtime}, {override.instead_of}"
+                f"{override.variable}={override.value} in env= replaces the cap on "
+                f"{override.runtime}, {override.instead_of}. Leave it out of env= to keep the cap"
             )
         placement = _placement(threads) if pin_workers else None
         hiring = Hiring(

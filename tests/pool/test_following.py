@@ -274,7 +274,7 @@ def test_a_dropped_fraction_is_logged_once(
     (record,) = caplog.records
     assert record.getMessage() == (
         "2.5 CPUs (cpu.max in /a/cpu.max) make 2 workers: 0.50 CPUs are left to this process. "
-        'rounding="ceil" would use them'
+        'Pass rounding="ceil" to use them'
     )
 
 
@@ -294,7 +294,8 @@ def test_what_bounds_the_workers_beside_cpus_is_logged(
 
     (record,) = caplog.records
     assert record.getMessage() == (
-        "2 workers: there is no room for more within pids.max (20 in /a/pids.max)"
+        "2 workers: pids.max (20 in /a/pids.max) has no room for more. Raise that limit to start "
+        "more"
     )
 
 
