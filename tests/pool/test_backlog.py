@@ -323,4 +323,4 @@ def test_what_comes_of_a_run_that_was_left_is_passed_over() -> None:
     assert not backlog.is_wanted()
     backlog.add_items(run, [(4,)])
     assert backlog.take(lambda *_: 1, lambda _: 1, 1, 9) == []
-    assert [*backlog] == []
+    assert ([*backlog], run.queued, backlog.first) == ([], False, 0)
