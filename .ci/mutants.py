@@ -111,6 +111,7 @@ class Mutants:
     def __init__(self, results, files):
         self._results = results
         self._files = files
+        self._paths = {str(Path(file).resolve()) for file in files}
         # By the place of a test: seconds that it took, mutants that it has killed, and the names
         # of the functions that it calls.
         self._costs, self._kills, self._calls = {}, {}, {}
@@ -119,7 +120,7 @@ class Mutants:
         """Run what has no result yet."""
         items, found = session.items, [*mutants(self._files)]
         random.shuffle(found)
-        self._measure(items, {function for _, _, function, _, _ in found})
+        self._measure(items)
         by_cost = sorted(self._costs, key=self._costs.get)
         total, short = sum(self._costs.values()), []
         for test in by_cost:
@@ -145,7 +146,7 @@ class Mutants:
         self._show({name for name, *_ in found})
         return True
 
-    def _measure(self, items, functions):
+    def _measure(self, items):
         """Run the tests that have not been run without a mutant."""
         known = self._read("test")
         new = [place for place, item in enumerate(items) if item.nodeid not in known]
@@ -155,8 +156,8 @@ class Mutants:
             if item.nodeid in known:
                 self._costs[place], self._calls[place] = known[item.nodeid].values()
             else:
-                calls = self._calls[place] = sorted(functions.intersection(self._calls[place]))
-                self._tell(test=item.nodeid, cost=self._costs[place], calls=calls)
+                cost, calls = self._costs[place], self._calls[place]
+                self._tell(test=item.nodeid, cost=cost, calls=calls)
 
     def _tell(self, **line):
         with self._results.open("a") as results:
@@ -199,7 +200,7 @@ class Mutants:
                     failed = any(test.failed for test in runtestprotocol(items[one], log=False))
                     took = time.process_time() - start
                     sys.settrace(None)
-                    names = {code.co_name for code in called}
+                    names = {code.co_name for code in called if code.co_filename in self._paths}
                     told = json.dumps([one, took, failed, sorted(names)])
                     os.write(writing, f"{told}\n".encode())
                     if failed:
@@ -213,7 +214,7 @@ class Mutants:
             for line in pipe:
                 one, took, failed, names = json.loads(line)
                 self._costs.setdefault(one, took)
-                self._calls.setdefault(one, {*names})
+                self._calls.setdefault(one, names)
                 if failed:
                     killer = one
                     self._kills[killer] = self._kills.get(killer, 0) + 1
