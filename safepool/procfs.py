@@ -256,7 +256,7 @@ class MemoryFile:
         return self._file.fileno()
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the file."""
         self._file.close()
 
 

@@ -429,7 +429,7 @@ def agent_greet(protocol: int, session: str, options: bytes) -> tuple[Any, ...]:
 if sys.platform == "linux":
 
     def _bound(name: str) -> socket.socket | None:
-        """Take a name that one process of a machine can have, and that its end gives back.
+        """Take a name that only one process of a machine can have, until its end.
 
         Returns:
             Holder of the name; ``None`` if another user has taken it, to keep this one from it.

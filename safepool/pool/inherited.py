@@ -280,7 +280,7 @@ class _Named:
         self.changes = False
 
     def add(self, step: dis.Instruction, after: dis.Instruction | None) -> None:
-        """Take one instruction, with the next."""
+        """Note the effect of one instruction, given the next one."""
         if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             self.stored.add(step.argval)
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):

@@ -61,7 +61,7 @@ MODULES = frozenset(_ANSWERS)
 
 
 def answer(count: int) -> None:
-    """Let each of the modules that is imported answer with the share."""
+    """Make each imported module return the share."""
     for name in MODULES:
         module = imported(name)
         if module is not None:

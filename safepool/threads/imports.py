@@ -78,7 +78,7 @@ class AfterImport:
             sys.meta_path.insert(0, self)
 
     def stop(self) -> None:
-        """Be asked no more."""
+        """Remove this finder from ``sys.meta_path``."""
         if sys.meta_path is not None and self in sys.meta_path:
             sys.meta_path.remove(self)
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _added: dict[str, tuple[NativeRuntime, Call | None]] = {}
 _revision = 0
-# Called when a row was added.
+# Function that is called after each added row.
 _told: list[Callable[[], object]] = []
 
 
 def when_added(tell: Callable[[], object]) -> None:
-    """Have a function called each time that a row was added, and no other any more."""
+    """Set the only function that is called after each added row."""
     _told[:] = [tell]
 
 

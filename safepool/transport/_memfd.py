@@ -482,7 +482,7 @@ class _Spare:
             self._users -= 1
 
     def give_back(self) -> None:
-        """Give it back, while this is held."""
+        """Close the descriptor in reserve, inside the ``with`` block."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

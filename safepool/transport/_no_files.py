@@ -23,7 +23,7 @@ class Stored(Filed):
         return []
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file: nothing to do."""
 
 
 class Side:

@@ -233,7 +233,7 @@ def _top_of(kind: Any) -> str:
 
 
 def _is_of_others(value: Any, main: dict[str, Any]) -> bool:
-    """Tell quickly of most functions, methods and properties that they are not the script's."""
+    """Return whether a function, method or property is clearly not the script's; quick."""
     kind = type(value)
     if kind is property:
         value = value.fget

@@ -180,7 +180,7 @@ _hooking = threading.RLock()
 
 @contextlib.contextmanager
 def _other_hooks(bases: Iterable[type], other: Callable[[type], object]) -> Iterator[None]:
-    """Let bases have another ``__init_subclass__``, or their own where ``other`` returns none."""
+    """Replace ``__init_subclass__`` of bases, except where ``other`` returns ``None``."""
     lines = [one for base in bases for one in base.__mro__ if is_of_python(one)]
     others = {one: hook for one in lines if _HOOK in vars(one) and (hook := other(one))}
     if not others:

@@ -134,7 +134,7 @@ class Descriptor(bytearray):
         self._number = number
 
     def detach(self) -> int:
-        """Give it away, as :class:`multiprocessing.resource_sharer.DupFd` does.
+        """Pass the descriptor on, as :class:`multiprocessing.resource_sharer.DupFd` does.
 
         Raises:
             OSError: The descriptor was given away before.

@@ -143,7 +143,7 @@ def held_by_module(
 
 
 def held_value(value: object, space: dict[str, Any]) -> tuple[str, str] | None:
-    """Tell the same of an object that code holds under no name: a default, a variable."""
+    """Return the same for an object that code holds without a name: a default, a variable."""
     kind = type(value)
     if kind in _NO_OBJECTS or issubclass(kind, (*_NAMELESS, *_NAMED, types.ModuleType)):
         return None

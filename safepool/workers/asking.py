@@ -173,14 +173,14 @@ class RunningServer:
         return received
 
     def take_rights(self, given_up: Callable[[], bool]) -> bool:
-        """Let it take the program's rights of now; return whether it has them then."""
+        """Give the server the program's present rights; return whether that succeeded."""
         self._hear_of_what_was_asked_ahead(given_up)
         self._send(("rights", identity.users()))
         (_, told), _ = self._receive(_FORK_S, given_up)
         return bool(told == (identity.rights(), identity.place()))
 
     def preload(self, wish: Wish) -> None:
-        """Let it import new modules.
+        """Make the server import new modules.
 
         Raises:
             StartedThreadsError: The server is useless now. The cause is left out from now on.
@@ -358,7 +358,7 @@ class RunningServer:
         return StartedThreadsError(told)
 
     def await_the_end(self) -> str:
-        """Say how it ended, whose end of the socket is closed: that is a moment before."""
+        """Wait for the end of a server that has closed its socket; return how it ended."""
         try:
             return describe_exit(self._process.wait(_ENDING_S))
         except subprocess.TimeoutExpired:

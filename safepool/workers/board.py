@@ -189,13 +189,13 @@ class Board:
         self._cells[_PID] = pid
 
     def tell(self, name: str, now_ns: int = 0) -> None:
-        """Say what runs from now on, or with the next claim if no time is given."""
+        """Write the name of the call that runs now, or from the next claim on without a time."""
         self._name[:] = name.encode("utf-8", "replace")[-_NAME_BYTES:].ljust(_NAME_BYTES, b"\0")
         if now_ns:
             self._cells[_SINCE] = now_ns
 
     def rest(self) -> None:
-        """Say that nothing runs, until the next claim."""
+        """Write that no call runs, until the next claim."""
         cells = self._cells
         cells[_RESTED] = cells[_SINCE]
 
@@ -254,7 +254,7 @@ class Board:
         return self._cells
 
     def leave_lane(self, position: int) -> None:
-        """Say that this is the last that has begun."""
+        """Write that this is the last position that has begun."""
         cells = self._cells
         cells[_LAST] = position
         cells[_CLAIMED] = position
@@ -381,7 +381,7 @@ class _NoBoard(Board):
     sign = tell = rest = begin = revoke = flushed = _do_nothing
 
     def claim(self, _position: int, _now_ns: int, *, reading: bool = False) -> bool:  # noqa: ARG002
-        """Let every position begin: the pool takes none back."""
+        """Allow every position to begin: the pool takes none back."""
         return True
 
     def publish(self, *_: object) -> bool:

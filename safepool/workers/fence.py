@@ -61,7 +61,7 @@ def has_barrier() -> bool:
 
 
 def register() -> bool:
-    """Let barriers of other processes reach this one; ``False`` if the system does not."""
+    """Let barriers of other processes reach this one; ``False`` if the system refuses."""
     call = _membarrier()
     return call is not None and call(_REGISTER_EXPEDITED) == 0
 

@@ -137,7 +137,7 @@ class ForkedProcess:
                 try_to_signal(self.pid, number)
 
     def close(self) -> None:
-        """Give its descriptors back."""
+        """Close the descriptors."""
         with self._lock:
             self.drop_line()
             if self._exitcode is None:
@@ -157,7 +157,7 @@ class ForkedProcess:
             pass
 
     def drop_line(self) -> None:
-        """Let go of its life-line. Takes no lock: in a fork of the program another holds it."""
+        """Close the life-line. Takes no lock: in a fork, a thread of the parent may hold it."""
         line, self._line = self._line, -1
         if line >= 0:
             os.close(line)

@@ -126,7 +126,7 @@ class _Received:
         self._place = place
 
     def detach(self) -> int:
-        """Give it away."""
+        """Return the received descriptor."""
         return _received[self._place]
 
 

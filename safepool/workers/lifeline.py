@@ -64,7 +64,7 @@ def hold(descriptor: int) -> int:
 
 
 def _tells_of_the_last_writer(release: str) -> bool:
-    """Tell by the kernel's release whether nothing but the program's end sends the signal.
+    """Return whether, by the kernel's release, only the program's end sends the signal.
 
     Example:
         >>> [_tells_of_the_last_writer(one) for one in ("4.18.0-553.el8.x86_64", "5.6.0", "6.1")]

@@ -262,7 +262,7 @@ class _NameWithCaps(str):
 
 @contextlib.contextmanager
 def _no_missing_streams() -> Iterator[None]:
-    """Give loky something to flush where a program has no stdout or stderr (``>&-``)."""
+    """Give loky streams to flush if the program has no stdout or stderr (``>&-``)."""
     missing = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
     for name in missing:
         setattr(sys, name, io.StringIO())

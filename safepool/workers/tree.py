@@ -130,7 +130,7 @@ def try_to_signal(pid: int, number: int) -> None:
 
 
 def bury(processes: Collection[Descendant]) -> set[Descendant]:
-    """Take the exit status of those that have come to this process, which has not started them.
+    """Reap processes that were handed over to this process, which has not started them.
 
     In a container they come to its first process. Never waits.
 

@@ -59,7 +59,7 @@ class GatheredRun(MapRun):
         self._end(1)
 
     def stop(self, error: Callable[[], BaseException]) -> None:
-        """Give the rest up: calls that no worker has raise ``error()``."""
+        """Give up the remaining calls: those that no worker has raise ``error()``."""
         missing = 0 if self.stopped else self._total - self._cut
         super().stop(error)
         if missing:

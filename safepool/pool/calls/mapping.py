@@ -319,7 +319,7 @@ class MapRun:
         self.stop(error)
 
     def stop(self, error: Callable[[], BaseException]) -> None:
-        """Give the rest up: calls that no worker has raise ``error()``."""
+        """Give up the remaining calls: those that no worker has raise ``error()``."""
         self.waiting.clear()
         if self._stopped is None:
             self._stopped = (self._cut, error)

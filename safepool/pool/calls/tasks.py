@@ -221,7 +221,7 @@ class PoolFuture(Future[Any]):
         facts["_turn"], facts["_claim"] = turn, _RUN
 
     def forget_turn(self) -> None:
-        """Be a future like any other: the scheduler knows the call, or it has ended."""
+        """Drop the turn: the scheduler knows the call, or the call has ended."""
         self.__dict__.pop("_turn", None)
 
     def end_alone(self, result: Any) -> bool:

@@ -129,7 +129,7 @@ class Ending:
         return error
 
     def outcome_of(self, lost: Lost) -> str:
-        """Say in one word of the trace what came of a call."""
+        """Return the outcome of a call in a word of the trace."""
         if isinstance(self.condemned, TaskTimeoutError):
             return "timed out"
         if self.condemned is not None:

@@ -187,7 +187,7 @@ class Loop:
         return ours if staff is None else [*staff.descriptors(), *ours]
 
     def _bring_in(self, what: Task | e.Fed) -> None:
-        """Let the scheduler's thread have something."""
+        """Queue a task or an event for the scheduler's thread."""
         self._inbox.append(what)
         self._dispatch.hands.note_that_one_asks()
         # The scheduler makes its bed first, then it looks.
@@ -355,7 +355,7 @@ class Loop:
         return time.monotonic() - since >= _REST_S
 
     def _take_in(self, staff: Staff) -> None:
-        """Take what callers have brought."""
+        """Process the tasks and events that callers have queued."""
         tasks: list[Task] = []
         while self._inbox:
             try:
