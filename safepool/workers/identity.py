@@ -12,7 +12,11 @@ import errno
 import os
 import sys
 import time
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _RIGHTS = ("Uid:", "Gid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp:")
 # What cannot be read without a descriptor is what it was: it has not changed for that.
@@ -29,13 +33,8 @@ def rights() -> tuple[str, ...]:
         OSError: No descriptor is left to look with.
     """
     found = []
-    try:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            found += [line for line in file if line.startswith(_RIGHTS)]
-    except OSError as error:
-        if error.errno in _NO_DESCRIPTOR:
-            raise
-        # Another system than Linux, or the values are hidden.
+    with _as_far_as_shown(), open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        found += [line for line in file if line.startswith(_RIGHTS)]
     return (*found, repr(_users()))
 
 
@@ -46,17 +45,23 @@ def place() -> tuple[str, ...]:
         OSError: No descriptor is left to look with.
     """
     found = []
-    try:
+    with _as_far_as_shown():
         with open("/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
             found.append(file.read())
         names = sorted(os.listdir("/proc/self/ns"))
         found += [os.readlink(f"/proc/self/ns/{name}") for name in names]
         found.append(os.readlink("/proc/self/root"))
+    return tuple(found)
+
+
+@contextmanager
+def _as_far_as_shown() -> Iterator[None]:
+    """Read as much as there is: on another system, or where it is hidden, nothing more."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_DESCRIPTOR:
             raise
-        # Another system than Linux, or the values are hidden; the values read so far still count.
-    return tuple(found)
 
 
 def can_start(*files: str) -> bool:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from safepool.errors import FROM_OUTSIDE
@@ -18,7 +19,7 @@ from safepool.workers import asking, forked, handing, launch, script
 from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from safepool.workers.plan import MainPlan
 
@@ -87,8 +88,7 @@ class Server:
         Raises:
             CannotRunError: The script cannot be run.
         """
-
-        def start() -> forked.ForkedProcess:
+        with self._alone(wish.given_up):
             process = None
             if not self._afresh:
                 try:
@@ -102,16 +102,13 @@ class Server:
             self._workers.append(process)
             return process
 
-        return self._alone(start, wish.given_up)
-
     def run_script(self, wish: asking.Wish) -> Mapping[str, bytes]:
         """Run the script of the plan, unless this server has run it, and return its names.
 
         Raises:
             CannotRunError: The script cannot be run here. The server has ended.
         """
-
-        def run() -> Mapping[str, bytes]:
+        with self._alone(wish.given_up):
             if self.running is None or self.running.marks is None:
                 try:
                     if not self._afresh:
@@ -124,19 +121,14 @@ class Server:
             assert self.running.marks is not None
             return self.running.marks
 
-        return self._alone(run, wish.given_up)
-
     def prints(self, names: list[str], given_up: Callable[[], bool]) -> Mapping[str, bytes | None]:
         """Return prints of the script's globals, as far as they are known."""
-
-        def ask() -> bool:
-            return self.running is not None and self.running.ask_prints(names, tell)
-
         found = b""
         told, tell = os.pipe()
         try:
-            if not self._alone(ask, given_up):
-                return {}  # it has ended
+            with self._alone(given_up):
+                if self.running is None or not self.running.ask_prints(names, tell):
+                    return {}  # it has ended
             os.close(tell)
             tell = -1
             while True:
@@ -188,11 +180,12 @@ class Server:
             worker.drop_line()
         self.running, self._workers = None, []
 
-    def _alone(self, deed: Callable[[], _T], given_up: Callable[[], bool]) -> _T:
+    @contextmanager
+    def _alone(self, given_up: Callable[[], bool]) -> Iterator[None]:
         while not self._lock.acquire(timeout=asking.LOOK_S):  # another pool waits for an import
             asking.check(given_up)
         try:
-            return deed()
+            yield
         finally:
             self._lock.release()
 
