@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from joblib import parallel
 
 from safepool.machine import log_once
-from safepool.transport.files import require_to_pickle
 from safepool.transport.memmaps import read_only_reducers
 from safepool.transport.payloads import dumps, loads
+from safepool.transport.room import require_to_pickle
 from safepool.transport.sharing import share
 
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ from safepool.transport.frames import Filed
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from safepool.errors import MemoryLimitError
     from safepool.transport.descriptors import Handed
     from safepool.transport.frames import Segment
 
@@ -61,29 +60,3 @@ def store(
 ) -> list[Segment]:
     """Return the segments as they are."""
     return list(segments)
-
-
-def require(size_bytes: int, done_bytes: int = 0, whole_bytes: int = 0) -> None:
-    """Return: the remaining memory is not known here."""
-
-
-def refusal(_size_bytes: int) -> MemoryLimitError | None:
-    """Return ``None``: the remaining memory is not known here."""
-    return None
-
-
-def be_full() -> None:
-    """Do nothing: the remaining memory is not known here."""
-
-
-def make_room() -> None:
-    """Do nothing: the remaining memory is not known here."""
-
-
-def require_to_pickle(values: Iterable[Any]) -> None:
-    """Return: the remaining memory is not known here."""
-
-
-def held_at_most(most_bytes: int) -> int:
-    """Return the same: the remaining memory is not known here."""
-    return most_bytes

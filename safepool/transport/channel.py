@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.errors import REFUSALS
 from safepool.transport.descriptors import Handed
-from safepool.transport.files import FILE_BYTES, Stored, require, store
+from safepool.transport.files import FILE_BYTES, Stored, store
 from safepool.transport.frames import CorruptFrameError, Filed, FrameReader, Kind
+from safepool.transport.room import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

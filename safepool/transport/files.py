@@ -23,43 +23,10 @@ import sys
 
 if sys.platform == "linux":
     from safepool.transport._memfd import Side, Stored, accept, invite, store
-    from safepool.transport.room import (
-        be_full,
-        held_at_most,
-        make_room,
-        refusal,
-        require,
-        require_to_pickle,
-    )
 else:  # not Linux
-    from safepool.transport._no_files import (
-        Side,
-        Stored,
-        accept,
-        be_full,
-        held_at_most,
-        invite,
-        make_room,
-        refusal,
-        require,
-        require_to_pickle,
-        store,
-    )
+    from safepool.transport._no_files import Side, Stored, accept, invite, store
 
-__all__ = [
-    "FILE_BYTES",
-    "Side",
-    "Stored",
-    "accept",
-    "be_full",
-    "held_at_most",
-    "invite",
-    "make_room",
-    "refusal",
-    "require",
-    "require_to_pickle",
-    "store",
-]
+__all__ = ["FILE_BYTES", "Side", "Stored", "accept", "invite", "store"]
 
 # A payload of at least so many bytes goes into a file. Below, the stream is faster: the kernel
 # hands out a file's memory in small pages, at 2 microseconds each; a large one has 2 MiB.

@@ -25,7 +25,7 @@ import pickle
 import sys
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.files import require
+from safepool.transport.room import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,22 +12,25 @@ not both count on the same memory.
 Not covered:
     * Copies of many workers between two checks, and memory that tasks use meanwhile: then the
       kernel takes a worker (``workers.main``).
+    * Other systems than Linux: nothing is known of the memory that is left, and nothing refused.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safepool.errors import MemoryLimitError
-
-assert sys.platform == "linux"
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from safepool.limits.left import MemoryLeft, MemoryWatch
+    if sys.platform == "linux":
+        from safepool.limits.left import MemoryLeft, MemoryWatch
+    else:  # not Linux
+        MemoryLeft: TypeAlias = Any
+        MemoryWatch: TypeAlias = Any
 
 # Bytes to copy without a check: at first, and of the memory that was left at the last check.
 _FIRST_BYTES = 4 << 20
@@ -53,6 +56,20 @@ _SAMPLE = 1 << 12
 # Where it is looked for: in containers of so few entries.
 _MOST_ENTRIES = 16
 _CONTAINERS = frozenset({tuple, list, dict})
+
+
+if sys.platform == "linux":
+
+    def _new_watch() -> MemoryWatch:
+        # Here: most workers never copy as much, and it takes 10 ms.
+        from safepool.limits.left import MemoryWatch  # noqa: PLC0415
+
+        return MemoryWatch()
+
+else:  # not Linux
+
+    def _new_watch() -> MemoryWatch:
+        raise NotImplementedError
 
 
 class _Pause:
@@ -134,11 +151,7 @@ class _Room:
         """Return the remaining memory; ``None`` if unknown."""
         self._until = time.monotonic() + _LOOK_S
         try:
-            if self._watch is None:
-                # Here: most workers never copy as much, and it takes 10 ms.
-                from safepool.limits.left import MemoryWatch  # noqa: PLC0415
-
-                self._watch = MemoryWatch()
+            self._watch = self._watch or _new_watch()
             return self._watch.read()
         except Exception:  # noqa: BLE001 -- a check that cannot be made must not cost a result
             return None
@@ -209,8 +222,9 @@ def held_at_most(most_bytes: int) -> int:
 
 
 def _usable(found: MemoryLeft) -> int:
-    kept = min(found.limit_bytes // _PART_KEPT, _MOST_KEPT_BYTES)
-    return max(0, found.bytes - kept)
+    left: int = found.bytes
+    kept: int = min(found.limit_bytes // _PART_KEPT, _MOST_KEPT_BYTES)
+    return max(0, left - kept)
 
 
 def _give_back() -> None:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from safepool import MemoryLimitError, SafepoolError
-from safepool.transport import _memfd, files
+from safepool.transport import _memfd, room
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 if sys.platform == "linux":
     from safepool.limits.left import MemoryLeft
-    from safepool.transport import room
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is left is Linux's to tell")
 
@@ -39,7 +38,7 @@ class Watch:
         self.left = 0
         self.now_s += 1
         with pytest.raises(MemoryLimitError):
-            files.require(8 * MIB)
+            room.require(8 * MIB)
 
     def read(self) -> MemoryLeft | None:
         self.asked += 1
@@ -63,9 +62,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 def test_a_copy_that_does_not_fit_is_refused_with_both_figures(watch: Watch) -> None:
     watch.left = 100 * MIB
-    files.require(100 * MIB)
+    room.require(100 * MIB)
     with pytest.raises(MemoryLimitError) as raised:
-        files.require(100 * MIB + 1)
+        room.require(100 * MIB + 1)
 
     error = raised.value
     assert (error.wanted_bytes, error.left_bytes) == (100 * MIB + 1, 100 * MIB)
@@ -79,10 +78,10 @@ def test_a_copy_that_does_not_fit_is_refused_with_both_figures(watch: Watch) -> 
 def test_a_step_of_a_long_copy_counts_what_was_copied_before(watch: Watch) -> None:
     """The other processes of the group have used what was there at its beginning."""
     watch.left = 60 * MIB
-    files.require(16 * MIB, 0, 50 * MIB)
+    room.require(16 * MIB, 0, 50 * MIB)
     watch.left = 20 * MIB
     with pytest.raises(MemoryLimitError) as raised:
-        files.require(16 * MIB, 16 * MIB, 50 * MIB)
+        room.require(16 * MIB, 16 * MIB, 50 * MIB)
 
     assert (raised.value.wanted_bytes, raised.value.left_bytes) == (50 * MIB, 36 * MIB)
 
@@ -91,18 +90,18 @@ def test_small_copies_look_seldom_and_are_counted(watch: Watch) -> None:
     """A sixteenth of what was left is copied without another look."""
     watch.left = 160 * MIB
     for _ in range(4):
-        files.require(MIB)
+        room.require(MIB)
     assert watch.asked == 0
     for _ in range(10):
-        files.require(MIB)
+        room.require(MIB)
     assert watch.asked == 1
     watch.left = 0
     with pytest.raises(MemoryLimitError):
-        files.require(MIB)
+        room.require(MIB)
     with pytest.raises(MemoryLimitError):  # and the next is looked at as well
-        files.require(1)
+        room.require(1)
     watch.left = 160 * MIB
-    files.require(MIB)
+    room.require(MIB)
     assert (
         watch.asked == 6
     )  # twice where it is refused: once more when freed memory was given back
@@ -110,32 +109,32 @@ def test_small_copies_look_seldom_and_are_counted(watch: Watch) -> None:
 
 def test_a_look_holds_for_a_second(watch: Watch) -> None:
     watch.left = 1000 * MIB
-    files.require(8 * MIB)
+    room.require(8 * MIB)
     watch.left = 0
-    files.require(8 * MIB)
+    room.require(8 * MIB)
     watch.now_s += 1
     with pytest.raises(MemoryLimitError):
-        files.require(8 * MIB)
+        room.require(8 * MIB)
 
 
 def test_where_nothing_is_told_nothing_is_refused(watch: Watch) -> None:
     watch.left = None
     for _ in range(3):
-        files.require(1 << 50)
+        room.require(1 << 50)
     assert watch.asked == 1
-    assert files.held_at_most(7) == 7
+    assert room.held_at_most(7) == 7
 
 
 def test_a_look_that_fails_refuses_nothing(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "read", lambda: int("x"))
-    files.require(1 << 50)
+    room.require(1 << 50)
 
 
 def test_results_that_wait_may_hold_a_part_of_what_is_left(watch: Watch) -> None:
     watch.left = 100 * MIB - KEPT
-    assert files.held_at_most(256 * MIB) == 25 * MIB
+    assert room.held_at_most(256 * MIB) == 25 * MIB
     watch.left = 100 << 30
-    assert files.held_at_most(256 * MIB) == 256 * MIB
+    assert room.held_at_most(256 * MIB) == 256 * MIB
 
 
 WIDE = "\u20ac" * (2 * MIB) + "x" * (2 * MIB)
@@ -159,7 +158,7 @@ def test_a_pickle_in_one_piece_needs_as_much_again(argument: str, watch: Watch) 
     value, size_mib = ARGUMENTS[argument]
     watch.left = MIB
     try:
-        files.require_to_pickle([1, value])
+        room.require_to_pickle([1, value])
     except MemoryLimitError as error:
         refused = error.wanted_bytes
     else:
@@ -215,13 +214,13 @@ def test_what_was_freed_is_given_back_before_others_need_it(
     """As long as there is no room, here or where a worker has looked."""
     attempts: list[float] = []
     monkeypatch.setattr(room, "_give_back", lambda: attempts.append(watch.now_s))
-    files.make_room()
+    room.make_room()
     assert not attempts
-    files.be_full()
-    files.make_room()
+    room.be_full()
+    room.make_room()
     assert len(attempts) == 1
     watch.left = 100 * MIB
     watch.now_s += 1
-    files.make_room()
-    files.make_room()
+    room.make_room()
+    room.make_room()
     assert len(attempts) == 2

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.errors import let_handlers_pass
 from safepool.pool.core.work import Span
 from safepool.pool.latch import Waiters
-from safepool.transport.files import held_at_most
+from safepool.transport.room import held_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

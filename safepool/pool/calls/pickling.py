@@ -23,9 +23,9 @@ from safepool.pool.calls.tasks import Pickled
 from safepool.transport import payloads, references, trusted
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.descriptors import are_beyond
-from safepool.transport.files import require_to_pickle
 from safepool.transport.marks import MAIN_NAMES, PLAIN
 from safepool.transport.names import Met, names_of
+from safepool.transport.room import require_to_pickle
 from safepool.transport.trusted import UntrustedError, imports_here
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from safepool.pool.calls import mapping
 from safepool.pool.calls.mapping import Raised
 from safepool.pool.calls.tasks import fresh
 from safepool.pool.latch import Waiters
-from safepool.transport.files import held_at_most
+from safepool.transport.room import held_at_most
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator

@@ -44,8 +44,8 @@ from safepool.pool.shell.records import Records
 from safepool.pool.shell.refused_calls import refused_call
 from safepool.pool.shell.settling import Settling, answer_of, answers_of, left_by, values_of
 from safepool.pool.shell.turns import TICK_S, Turns
-from safepool.transport.files import make_room
 from safepool.transport.frames import CorruptFrameError, Frame, Kind, encode
+from safepool.transport.room import make_room
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.identity import RightsWatch
 from safepool.workers.messages import read_values

@@ -12,9 +12,9 @@ from safepool.pool.core.work import Span
 from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Hands
 from safepool.transport import payloads, trusted
-from safepool.transport.files import be_full, refusal
 from safepool.transport.frames import Kind
 from safepool.transport.growing import OBJECTS, loaded_bytes
+from safepool.transport.room import be_full, refusal
 from safepool.transport.trusted import UntrustedError
 from safepool.workers.board import records_of
 from safepool.workers.contained import ContainedLogger
