@@ -238,6 +238,9 @@ def test_a_cancelled_call_of_the_dead_is_forgotten_and_others_are_not() -> None:
     core.handle(e.Died(members[0], -9, claimed=2, began=2), NOW)
     actions = core.handle(e.Answered(members[1], [(1, 1, None)], [b""]), NOW)
     assert of(e.Revoke, actions) == [e.Revoke(members[1], 2, e.Then(cancelled=unwanted))]
+    for member in members:  # once
+        actions = core.handle(e.Answered(member, [(1, 1, None)], [b""]), NOW)
+        assert of(e.Revoke, actions) == []
 
 
 def test_a_failed_initializer_breaks_the_pool_once_its_worker_has_ended() -> None:

@@ -60,6 +60,25 @@ def test_what_waits_is_divided_among_the_workers() -> None:
     assert handed_out(core_of(third, waiting=8)) == [(third, 8)]
 
 
+def test_what_came_later_does_not_go_along_while_workers_are_kept() -> None:
+    first, second = worker(), worker()
+    event = e.HandOut(kept=1, before=2)
+    assert handed_out(core_of(first, second, waiting=4), event) == [(first, 1)]
+
+
+def test_as_many_workers_are_kept_as_calls_are_pickled() -> None:
+    members = worker(), worker(), worker()
+    core = core_of(*members, size=3, waiting=3)
+    assert [one for one, _ in handed_out(core, e.HandOut(kept=1, before=1))][:2] == [*members[1:]]
+
+
+def test_calls_of_several_names_make_up_what_a_worker_may_hold() -> None:
+    core = core_of(worker(), size=1, waiting=4)
+    core.pace.note("g", MS)
+    core.handle(e.Queued([Call("g", NO_POLICY) for _ in range(12)]), NOW)
+    assert [count for _, count in handed_out(core)] == [10]
+
+
 def test_nothing_is_handed_out_before_the_workers_know_the_names() -> None:
     core = core_of(worker(), waiting=1)
     assert core.handle(e.HandOut(told=False), NOW) == []

@@ -98,6 +98,7 @@ def test_a_worker_that_is_idle_for_so_long_is_let_go() -> None:
 
     assert [stopped(core.handle(e.Step(2), now)) for now in (10, 109)] == [[], []]
     assert stopped(core.handle(e.Step(2), 110)) == [first]
+    assert first.idle_since_ns is None
     assert stopped(core.handle(e.Step(2), 500)) == []
     answer(core, second, 500)
     assert [stopped(core.handle(e.Step(2), now)) for now in (501, 600)] == [[], []]
@@ -258,8 +259,9 @@ def test_a_call_that_is_cancelled_has_no_stack() -> None:
 
 
 def test_a_pool_that_breaks_fails_each_call_that_is_not_answered() -> None:
-    core, waiting, later = Core(1), call(), call()
-    member = hire(core)
+    core, waiting, later, owed = Core(2), call(), call(), call()
+    member, other = hire(core), hire(core)
+    lend(core, other, owed)
     core.handle(e.Turned(member, 0, None, span(0, 3)), 0)
     core.handle(e.Answered(member, [(1, 1, None)], None), 0)
     core.handle(e.Queued([waiting]), 0)
@@ -269,6 +271,7 @@ def test_a_pool_that_breaks_fails_each_call_that_is_not_answered() -> None:
     assert failed.works[0] is waiting
     spans = [work for work in failed.works[1:] if isinstance(work, Span)]
     assert [(one.start, one.items) for one in spans] == [(1, [(1,)]), (2, [(2,)])]
+    assert failed.works[-1] is owed
     assert core.handle(e.Queued([later]), 0) == [e.Fail([later])]
 
 

@@ -114,8 +114,6 @@ class Ledger(Generic[_W]):
                 work = work.split(begun_of_it)
             self._owe_less(work, work.count)
             back.append(work)
-            if begun_of_it > 0:
-                break
         back.reverse()
         return back
 
