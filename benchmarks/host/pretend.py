@@ -131,9 +131,8 @@ def seen_from_inside(limits: Limits, cpus: int) -> Limits:
     real = limits.affinity.cpus or 1.0
     if min((quota.cpus for quota in limits.quotas if quota.cpus), default=real + 1) > real:
         raise PretendError(
-            f"needs a CPU quota of at most {real:g}, the real CPUs of this process: nothing else "
-            "tells the pool the real limit. Run it in a container with a quota, or as root with "
-            "--cpus"
+            f"needs a quota of at most the {real:g} CPUs of this process. Run it in a container "
+            "with a quota, or as root with --cpus"
         )
     affinity = Limit(name=AFFINITY, cpus=float(cpus), source="--pretend-host-cpus", raw=str(cpus))
     return replace(limits, affinity=affinity)
