@@ -58,6 +58,8 @@ def test_what_waits_is_divided_among_the_workers() -> None:
     assert handed_out(core_of(first, waiting=10)) == []  # it holds enough
     third = worker()
     assert handed_out(core_of(third, waiting=8)) == [(third, 8)]
+    third = worker()
+    assert handed_out(core_of(third, ending(NOW), waiting=8)) == [(third, 8)]
 
 
 def test_what_came_later_does_not_go_along_while_workers_are_kept() -> None:

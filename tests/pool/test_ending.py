@@ -167,6 +167,7 @@ def test_the_error_of_a_call_holds_what_is_known() -> None:
     assert (error.stack, error.begun, error.__cause__) == ("File x", False, fault)
     assert (error.oom, error.by_pool, error.exceeded) == (oom, True, None)
     assert found.error_of(SENT) is not error
+    assert ending(oom=oom).how != ending().how
 
 
 def test_the_error_of_a_call_whose_time_was_over_has_the_stack() -> None:

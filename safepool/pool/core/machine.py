@@ -574,7 +574,7 @@ class Core:
             why = TaskTimeoutError(member.pid, head.policy.timeout_s, head.name, "")
             self._condemn(member, why, stack=True)
         unwanted = then.cancelled
-        if unwanted is not None and head is not None:
+        if unwanted is not None:
             # All that is left of a span has begun, or ended.
             if _is_of(head, unwanted) and member.can_be_at(head.position + head.count - 1):
                 cancelled = RuntimeError("the program cancelled the call")
