@@ -35,9 +35,12 @@ class Fork:
 
 def leave_fork(error: BaseException | None = None) -> NoReturn:
     """End this process, as a fork of any program ends."""
-    code = code_of(error)
-    flush(sys.stdout, sys.stderr)
-    os._exit(code)
+    code = 1
+    try:
+        code = code_of(error)
+        flush(sys.stdout, sys.stderr)
+    finally:
+        os._exit(code)  # also if standard error is closed, or a hook of the program raises
 
 
 def code_of(error: BaseException | None) -> int:

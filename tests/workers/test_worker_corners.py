@@ -122,6 +122,23 @@ def test_the_exit_code_is_that_of_an_interpreter(
     assert capsys.readouterr().err.endswith(said)
 
 
+# One row per error that cannot be printed.
+UNPRINTABLE: dict[str, str] = {
+    "standard error is closed": "sys.stderr = None; fork.leave_fork(SystemExit('good bye'))",
+    "a hook raises": "sys.excepthook = lambda *_: 1 / 0; fork.leave_fork(ValueError('text'))",
+}
+
+
+@pytest.mark.parametrize("why", UNPRINTABLE)
+def test_a_fork_of_a_worker_ends_also_if_its_error_cannot_be_printed(why: str) -> None:
+    code = (
+        "import os, sys\nfrom safepool.workers import fork\n"
+        f"try:\n    {UNPRINTABLE[why]}\nfinally:\n    os._exit(9)  # it has gone on\n"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 1
+
+
 # --- logging -----------------------------------------------------------------------------
 
 
