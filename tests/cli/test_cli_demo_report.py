@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import support_schemas
 
 from safepool.cli.demo import compare
 from safepool.cli.demo_report import Comparison, Half, Report
@@ -241,6 +242,7 @@ def test_json_holds_what_the_report_holds(outcome: str) -> None:
 
     told = json.loads(report.as_json())
 
+    support_schemas.check("demo", told)
     assert set(told["standard"]) == set(told["safepool"]) == {f.name for f in fields(Half)}
     assert told["comparison"] == {
         "compared": report.comparison.compared,
