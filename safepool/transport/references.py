@@ -131,7 +131,8 @@ def reference_to(array: Any) -> tuple[Any, ...] | None:
     owner = _owner(array)
     reference = _arrays.get(id(owner))
     shared = None if reference is None else reference()
-    if shared is None:
+    # Two threads may have loaded the object: only the value of one of them is kept.
+    if shared is None or _owner(shared.value) is not owner:
         return None
     if shared.value is array:
         return reduce(shared)

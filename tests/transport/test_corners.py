@@ -431,6 +431,18 @@ def test_a_view_of_what_was_shared_is_copied_when_its_handle_is_gone() -> None:
     assert not collected.found
 
 
+def test_an_array_where_another_value_of_a_shared_object_was_is_copied() -> None:
+    """Two threads may have loaded the object at the same time."""
+    shared = safepool.share(np.arange(100.0))
+    other = np.ones(100)
+    assert len(shared.value) == 100
+    references._arrays[id(other)] = references._arrays[shared._key]
+    with references.Collected() as collected:
+        assert round_trip(other[1:3]).tolist() == [1.0, 1.0]
+        assert round_trip(other).tolist() == other.tolist()
+    assert not collected.found
+
+
 def test_a_print_is_never_read() -> None:
     with pytest.raises(AssertionError):
         memmaps._never_loaded(1)
