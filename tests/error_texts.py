@@ -61,6 +61,7 @@ BY_KIND = {
     "ReportError": "Pass the file of a trace= that was closed",
     "RunError": "Correct the command after --",
     "ScreenError": "Leave --pid and --watch out",
+    "PlaceLostError": "Internal: the calls that the node had are lost as with a lost node",
     "SessionLostError": "Internal: the calls that the node had are lost as with a lost node",
     "TopError": "Nothing: other systems do not tell about processes",
     "TraceFileError": "Choose another file",

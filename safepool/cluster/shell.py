@@ -83,6 +83,9 @@ _COLLECT_S = 5.0
 # A message that is not answered for so long: its node is given up. A worker of Dask may be busy
 # with other things that hold the lock of its interpreter.
 _SILENCE_S = 60.0
+# A program that ends as soon as its pool has must not be gone before the nodes know: their calls
+# would go on until they miss it.
+_RELEASE_S = 1.0
 # Why calls are lost that run when a pool is ended.
 _ENDS: dict[str, str] = {
     "ask": "terminate_workers() was called",
@@ -277,6 +280,7 @@ class Shell:
         self._askers: list[Latch] = []
         self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._watched: set[int] = set()
+        self._releases: list[Future[Any]] = []
 
     # Methods for callers, from any thread.
 
@@ -533,6 +537,8 @@ class Shell:
             self._refuse_late()
             self._answer_askers()
             self._close_trace()
+            if not self._carrier.at_once:
+                wait(self._releases, _RELEASE_S)
             self._ended.open()
 
     def _look(self) -> tuple[int, int, int]:
@@ -729,9 +735,11 @@ class Shell:
         if node is None:
             return
         try:
-            self._carrier.submit(action.place, agent.agent_release, node.session)
+            future = self._carrier.submit(action.place, agent.agent_release, node.session)
         except EngineGoneError:
-            pass  # and the agent with it, or soon
+            return  # and the agent with it, or soon
+        if self._closing:
+            self._releases.append(future)
 
     # Calls.
 

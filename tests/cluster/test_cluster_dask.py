@@ -118,7 +118,7 @@ with Client(sys.argv[1]) as client:
         kept = [one.kept for one in pool._scheduler._nodes.values()]
         told(sent_once=max(len(one) for one in kept))
         reached = pool._scheduler._carrier._reached
-        await_(lambda: all(reached.values()), "large arguments go to the workers")
+        await_(lambda: all(reached[node.place][0] for node in pool.nodes()), "messages go to the workers")
         told(directly=pool.submit(total, np.ones(1 << 18), 3).result())
         shared = safepool.share(array)
         told(shared=[pool.submit(total, shared, n).result() for n in range(4)])

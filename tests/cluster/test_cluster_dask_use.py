@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -208,3 +209,89 @@ def test_two_hosts_of_which_one_is_cut_off(tmp_path: Path) -> None:
     assert len(lost) <= 1
     assert all(facts["place"] in found and "has not answered" in found for found in lost)
     assert facts["found"][1:] == ["safepool-2"] * 2
+
+
+LOCAL = """
+import asyncio, json, sys, time
+import numpy as np
+from distributed import Client, LocalCluster
+from safepool.cluster import ClusterPool
+
+def told(**facts):
+    print(json.dumps(facts), flush=True)
+
+def changed(array):
+    array += 1
+    return array
+
+def reached(pool):
+    return all(pool._scheduler._carrier._reached.get(node.place, (False,))[0] for node in pool.nodes())
+
+def kind_of(call):
+    return type(call.exception()).__name__, str(call.exception()).partition(" was lost")[2]
+
+def use(name, client):
+    with ClusterPool(client) as pool, ClusterPool(client, workers_per_node=1) as other:
+        given = np.zeros(1 << 18)
+        first = pool.submit(changed, given).result()
+        while not reached(pool):
+            time.sleep(0.01)
+        second = pool.submit(changed, first).result()
+        second += 1
+        told(**{name: [float(one.sum()) / (1 << 18) for one in (given, first, second)]})
+        told(**{f"{name} together": [one.submit(abs, -3).result() for one in (pool, other)]})
+
+def main():
+    common = {"dashboard_address": ":0", "threads_per_worker": 1}
+    with LocalCluster(n_workers=2, **common) as cluster, Client(cluster) as client:
+        use("processes", client)
+    with LocalCluster(n_workers=2, processes=False, **common) as cluster, Client(cluster) as client:
+        use("threads", client)
+        with Client(cluster, set_as_default=False) as other:
+            pool = ClusterPool(other, workers_per_node=1)
+            call = pool.submit(time.sleep, 60)
+            while not call.running():
+                time.sleep(0.01)
+        told(closed=kind_of(call), later=kind_of(pool.submit(abs, 1)))
+        pool.shutdown()
+    asyncio.run(asynchronous(common))
+
+async def asynchronous(common):
+    async with LocalCluster(n_workers=1, processes=False, asynchronous=True, **common) as cluster:
+        async with Client(cluster, asynchronous=True) as client:
+            pool = ClusterPool(client)
+            call = asyncio.create_task(pool.run(time.sleep, 60))
+            while not any(node.calls for node in pool.nodes()):
+                await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.wait([call])
+            while any(node.calls for node in pool.nodes()):
+                await asyncio.sleep(0.01)
+            told(cancelled=call.cancelled(), nbytes=(await pool.run(np.ones, 1 << 18)).nbytes)
+            pool.shutdown()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_clusters_of_the_program_itself(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(LOCAL)
+    command = [sys.executable, "-W", "ignore", "program.py"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path, env=env
+    )
+    facts: dict[str, Any] = {}
+    for line in done.stdout.splitlines():
+        facts.update(json.loads(line))
+    assert facts == {
+        "processes": [0.0, 1.0, 3.0],
+        "processes together": [3, 3],
+        "threads": [0.0, 1.0, 3.0],
+        "threads together": [3, 3],
+        "closed": ["NodeLostError", " while it ran time.sleep: the Dask client was closed"],
+        "later": ["PoolBrokenError", ""],
+        "cancelled": True,
+        "nbytes": 1 << 21,
+    }

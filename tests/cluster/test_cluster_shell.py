@@ -50,7 +50,7 @@ class Engine:
         return self.needs_this_thread
 
     def __init__(self, **answers: Callable[[], object]) -> None:
-        self.answers = answers
+        self.answers: dict[str, Callable[[], object]] = {"release": lambda: None, **answers}
         self.gone = ""
         self.pending: list[Future[Any]] = []
         self.asked: list[str] = []
@@ -106,6 +106,29 @@ def pool_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ClusterPo
     for one in made:
         one.kill_workers()
         one.shutdown()
+
+
+def test_shutdown_returns_when_the_nodes_know_that_the_pool_has_ended(
+    pool_of: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that ends at once would otherwise take the message with it."""
+    monkeypatch.setattr(shell, "_RELEASE_S", 600.0)
+    engine = Engine(greet=welcome)
+    del engine.answers["release"]
+    pool = pool_of(engine)
+    pool.submit(abs, 1)
+    wait_until(lambda: "deliver" in engine.asked)
+    ending = threading.Thread(target=pool.shutdown)
+
+    pool.kill_workers()
+    ending.start()
+
+    wait_until(lambda: "release" in engine.asked)
+    assert ending.is_alive()
+    for future in engine.pending:
+        future.set_result(None)
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 def test_the_thread_that_carries_calls_does_not_wait_for_them(
@@ -381,44 +404,92 @@ class Scheduler:
     def __init__(self, kind: str) -> None:
         self.loop = SimpleNamespace(asyncio_loop=asyncio.get_running_loop())
         self.kind = kind
-        self.sent: list[bool] = []
-        self.data: dict[str, Any] = {}
+        self.rpc = self
+        self.ways: list[str] = []
+        self.worker = SimpleNamespace(data={}, handlers={}, id="worker")
 
     async def scatter(self, values: Any, *, workers: Any, hash: bool, direct: bool) -> Any:  # noqa: A002
-        assert (workers, hash) == (["w"], False)
-        self.sent.append(direct)
-        if direct and (self.kind == "unreachable" or (self.kind == "cut" and len(self.data) == 2)):
-            raise OSError("no route to host")
-        key = f"k{len(self.data)}"
-        self.data[key] = values[0] if not direct or self.kind != "another" else None
-        return [SimpleNamespace(key=key)]
+        assert (workers, hash, direct) == (["w"], False, False)
+        self.worker.data["key"] = values[0]
+        return [SimpleNamespace(key="key")]
 
     async def run(self, function: Callable[..., Any], *args: Any, workers: Any) -> Any:
-        data = {key: value for key, value in self.data.items() if value is not None}
-        return {workers[0]: function(*args, dask_worker=SimpleNamespace(data=data))}
+        found = function(*args, dask_worker=self.worker)
+        if asyncio.iscoroutine(found):
+            self.ways.append("scheduler")
+            found = await found
+        return {workers[0]: found}
+
+    # Connections to workers.
+
+    def __call__(self, place: str) -> Scheduler:
+        assert place == "w"
+        return self
+
+    async def identity(self) -> dict[str, str]:
+        if self.kind == "unreachable":
+            raise OSError("no route to host")
+        return {"id": "other" if self.kind == "another" else "worker"}
+
+    async def connect(self, place: str) -> str:
+        if self.kind == "cut" and "direct" in self.ways:
+            raise OSError("no route to host")
+        return place
+
+    def reuse(self, place: str, connection: str) -> None:
+        assert connection == place
+
+    async def safepool_call(self, *, segments: Any) -> Any:
+        self.ways.append("direct")
+        if self.kind == "new process" and len(self.ways) == 2:
+            return None
+        return {
+            "segments": (await self.worker.handlers["safepool_call"](segments.data))[
+                "segments"
+            ].data
+        }
 
 
-# Kind of worker: whether each message and the question before the second went past the scheduler.
+# Kind of worker: how each of four messages goes.
 WAYS = {
-    "near": [False, True, True, True],
-    "unreachable": [False, True, False, False],
-    "another": [False, True, False, False],
-    "cut": [False, True, True, False, False],
+    "near": ["scheduler", "direct", "direct", "direct"],
+    "unreachable": ["scheduler"] * 4,
+    "another": ["scheduler"] * 4,
+    "cut": ["scheduler", "direct", "scheduler", "scheduler"],
+    "new process": ["scheduler", "direct", "scheduler", "direct"],
 }
 
 
+@pytest.mark.parametrize("nbytes", [1, 2 << 20])
 @pytest.mark.parametrize("kind", WAYS)
-def test_what_is_large_goes_past_the_scheduler_where_it_can(kind: str) -> None:
-    async def send() -> list[bool]:
+def test_messages_go_past_the_scheduler_where_they_can(kind: str, nbytes: int) -> None:
+    pytest.importorskip("distributed", reason="pip install 'safepool[dask]'")
+
+    async def send() -> tuple[list[str], list[str]]:
         client = Scheduler(kind)
         carrier = DaskCarrier(client)
-        for _ in range(3):
-            await carrier._send_ahead("w", [[b"large"]])
+        wrong: list[str] = []
+        for number in range(4):
+            packet = Packet(memoryview(bytes([number]) * nbytes))
+            try:
+                size = await carrier._run("w", _size, (packet,))
+                assert size == (nbytes, number)
+            except PlaceLostError as error:
+                wrong.append(str(error))
             await asyncio.sleep(0)
             await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
-        return client.sent
+        return client.ways, wrong
 
-    assert asyncio.run(send()) == WAYS[kind]
+    ways, wrong = asyncio.run(send())
+
+    assert ways == WAYS[kind]
+    assert len(wrong) == (kind == "new process")
+    assert all("another process has its address now" in text for text in wrong)
+
+
+def _size(packet: Packet) -> tuple[int, int]:
+    (segment,) = packet.segments
+    return packet.nbytes, segment[0]
 
 
 def test_a_session_that_an_agent_does_not_know_is_an_error() -> None:

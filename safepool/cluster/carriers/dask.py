@@ -3,7 +3,8 @@ r"""Dask distributed: places are the workers of the user's own ``distributed.Cli
 Calls go by ``Client.run``, outside of Dask's task scheduling. Hence Dask never runs a call again,
 keeps no result and counts no thread of the worker for it; its scheduler only passes messages on.
 The client's own connection is used, with its encryption: client and workers need not reach each
-other. If they can, large arguments go from client to worker.
+other. If they can, messages go from client to worker and back, past the scheduler, by the client's
+pool of connections.
 
 From a laptop to a cluster, one line of a program changes. The nodes need safepool, the program's
 libraries, and the same version of Python::
@@ -78,8 +79,8 @@ import asyncio
 import importlib
 import inspect
 import logging
+import math
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
@@ -92,13 +93,15 @@ if TYPE_CHECKING:
 
 # While a client connects again, its scheduler may come back. Then it is gone.
 _RECONNECT_S = 10.0
-# Larger messages are sent ahead by ``Client.scatter``, in views, which are never copied on the
-# way. An argument of ``Client.run`` is copied some ten times (benchmarks/cluster.py, 8 MB).
+# Where the scheduler forwards messages, larger ones are sent ahead by ``Client.scatter``, in views
+# that are never copied on the way. An argument of ``Client.run`` is copied some ten times
+# (benchmarks/cluster.py, 8 MB).
 _LARGE_BYTES = 1 << 20
 # A worker that this process can reach answers within so long. Until then, and if it does not, the
-# scheduler forwards the messages.
+# scheduler forwards the messages; the worker is tried again.
 _REACH_S = 5.0
-_PACKET, _RETURNED, _RAISED = "packet", "returned", "raised"
+_TRY_AGAIN_S = 30.0
+_RETURNED, _RAISED = "returned", "raised"
 _GONE = frozenset({"closing", "closed"})
 
 
@@ -150,8 +153,8 @@ class DaskCarrier:
         self._places: list[str] = []
         self._asking = False
         self._away_since_s: float | None = None
-        # Whether each worker that was sent something large can be reached by this process.
-        self._reached: dict[str, bool] = {}
+        # Whether each worker can be reached by this process, and when that was tried last.
+        self._reached: dict[str, tuple[bool, float]] = {}
 
     def places(self) -> Sequence[str]:
         """Return the workers that the scheduler has named last, and ask it again."""
@@ -190,47 +193,66 @@ class DaskCarrier:
         return self._start(self._run(place, function, args))
 
     async def _run(self, place: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        sent: list[Any] = [*args]
-        held: list[Any] = []
+        packet = Packet.of((function, args))
         try:
-            for at, packet in enumerate(args):
-                if isinstance(packet, Packet) and packet.nbytes > _LARGE_BYTES:
-                    held += await self._send_ahead(place, [[*packet.segments]])
-                    sent[at] = _Ahead(held[-1].key)
+            if await self._is_reached(place):
+                found = await self._directly(place, packet)
+            else:
+                found = await self._by_scheduler(place, packet)
             # A worker that has ended is given up at once: no other has its address.
-            found = await self._client.run(safepool_call, function, *sent, workers=[place])
         except (OSError, KeyError) as error:
+            self._reached.pop(place, None)
+            if self._client.status in _GONE:
+                raise EngineGoneError("the Dask client was closed") from error
             raise PlaceLostError(f"{type(error).__name__}: {error}") from error
-        outcome, value = found[place]
+        outcome, value = _taken(found).value()
         if outcome == _RAISED:
             raise value
-        return Packet(*value) if outcome == _PACKET else value
+        return value
 
-    async def _send_ahead(self, place: str, values: list[Any]) -> list[Any]:
-        """Send values to a worker, past the scheduler if the worker can be reached."""
-        if place not in self._reached:
-            self._reached[place] = False
-            self._start(self._try_to_reach(place))
-        send = partial(self._client.scatter, values, workers=[place], hash=False)
-        found: list[Any]
-        if self._reached[place]:
+    async def _directly(self, place: str, packet: Packet) -> Any:
+        to_serialize = importlib.import_module("distributed.protocol").to_serialize
+        segments = to_serialize([*packet.segments])
+        answer = await self._client.rpc(place).safepool_call(segments=segments)
+        if answer is None:  # it has no such handler
+            self._reached.pop(place, None)
+            raise PlaceLostError("another process has its address now")
+        return answer["segments"]
+
+    async def _by_scheduler(self, place: str, packet: Packet) -> Any:
+        segments: Any = [*packet.segments]
+        # Kept while the call runs.
+        held: list[Any] = []
+        if packet.nbytes > _LARGE_BYTES:
+            held += await self._client.scatter(
+                [segments], workers=[place], hash=False, direct=False
+            )
+            segments = _Ahead(held[0].key)
+        found = await self._client.run(safepool_call, segments, workers=[place])
+        return found[place]
+
+    async def _is_reached(self, place: str) -> bool:
+        """Return whether the worker answers this process; begin to find out if that is unknown."""
+        now_s = time.monotonic()
+        reached, tried_s = self._reached.get(place, (False, -math.inf))
+        if reached:
+            connections = self._client.rpc
             try:
-                found = await send(direct=True)
-            except OSError:
-                self._reached[place] = False
-            else:
-                return found
-        found = await send(direct=False)
-        return found
+                connections.reuse(place, await connections.connect(place))
+            except OSError:  # nothing was sent
+                self._reached[place] = reached, _ = False, now_s
+        elif tried_s + _TRY_AGAIN_S < now_s:
+            self._reached[place] = False, now_s
+            self._start(self._try_to_reach(place))
+        return reached
 
     async def _try_to_reach(self, place: str) -> None:
         """Note whether what answers at a worker's address is that worker."""
         try:
-            held = await asyncio.wait_for(
-                self._client.scatter([b""], workers=[place], hash=False, direct=True), _REACH_S
-            )
-            found = await self._client.run(_has, held[0].key, workers=[place])
-            self._reached[place] = found[place]
+            found = await self._client.run(_opened, workers=[place])
+            answer = await asyncio.wait_for(self._client.rpc(place).identity(), _REACH_S)
+            if answer["id"] == found[place]:
+                self._reached[place] = True, 0.0
         except Exception:  # noqa: BLE001 -- the scheduler passes on what is sent
             pass
 
@@ -244,46 +266,56 @@ class DaskCarrier:
 
 
 class _Ahead(NamedTuple):
-    """Stands for a packet that Dask has sent ahead, and keeps in the worker under this key."""
+    """Stands for segments that Dask has sent ahead, and keeps in the worker under this key."""
 
     key: Any
 
 
-async def safepool_call(
-    function: Callable[..., Any], *args: Any, dask_worker: Any = None
-) -> tuple[str, Any]:
+async def safepool_call(segments: Any, dask_worker: Any = None) -> list[Any]:
     """Call a function in a worker's event loop; return its result or exception, and which it is.
 
-    What it raises is returned: Dask would write it into the worker's log. Segments of a packet are
-    returned one by one: Dask sends bytes as they are, and pickles other objects.
+    What it raises is returned: Dask would write it into the worker's log. Call and answer are the
+    segments of a packet, which Dask sends without a copy.
     """
     logger = logging.getLogger("distributed.worker")
     if _quiet not in logger.filters:
         logger.addFilter(_quiet)
     try:
-        result = function(
-            *(
-                Packet(*map(_writable, dask_worker.data[one.key]))
-                if isinstance(one, _Ahead)
-                else one
-                for one in args
-            )
-        )
+        if isinstance(segments, _Ahead):
+            segments = dask_worker.data[segments.key]
+        function, args = _taken(segments).value()
+        result = function(*args)
         if inspect.isawaitable(result):
             result = await result
     except Exception as error:  # noqa: BLE001 -- for the caller
-        return _RAISED, error
-    return (_PACKET, result.plain()) if isinstance(result, Packet) else (_RETURNED, result)
+        return [*Packet.of((_RAISED, error)).segments]
+    return [*Packet.of((_RETURNED, result)).segments]
 
 
-def _writable(segment: Any) -> Any:
-    # Dask may have made it read-only on the way: a call may write to its arrays.
-    is_view = isinstance(segment, memoryview)
-    return bytearray(segment) if is_view and segment.readonly else segment
+async def _answer(segments: list[Any]) -> Any:
+    """Answer a message that did not come by the scheduler."""
+    to_serialize = importlib.import_module("distributed.protocol").to_serialize
+    return {"segments": to_serialize(await safepool_call(segments))}
 
 
-def _has(key: Any, dask_worker: Any = None) -> bool:
-    return key in dask_worker.data
+def _opened(dask_worker: Any = None) -> str:
+    """Let a worker take messages that do not come by the scheduler; return its identity."""
+    dask_worker.handlers["safepool_call"] = _answer
+    identity: str = dask_worker.id
+    return identity
+
+
+def _taken(segments: Sequence[Any]) -> Packet:
+    """Return what Dask has received, with buffers that may be written to and kept."""
+    return Packet(*map(_own, segments))
+
+
+def _own(segment: Any) -> Any:
+    if not isinstance(segment, memoryview):
+        return segment
+    # A call may write to its arrays, and a view of a large message would keep all of it.
+    whole = memoryview(segment.obj).nbytes
+    return bytearray(segment) if segment.readonly or whole > 2 * segment.nbytes else segment
 
 
 def _quiet(record: logging.LogRecord) -> bool:
