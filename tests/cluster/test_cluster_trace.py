@@ -73,7 +73,7 @@ def test_each_call_is_in_the_row_of_its_worker(engine: ThreadPoolExecutor, tmp_p
         late = pool.submit(safepool.worker(time.sleep, timeout=0.1), 60)
         assert isinstance(late.exception(), safepool.TaskTimeoutError)
         pid = pool.submit(os.getpid).result()
-        with pytest.raises(safepool.TraceFileError, match="another pool that still runs"):
+        with pytest.raises(safepool.TraceFileError, match="another running pool"):
             ClusterPool(engine, trace=path)
     events = events_of(path)
     tasks = [one for one in events if one.get("cat") == "task"]
