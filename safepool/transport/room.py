@@ -231,9 +231,10 @@ def _give_back() -> None:
     """Give the system memory that this process has freed: glibc keeps it between used blocks."""
     import ctypes  # noqa: PLC0415 -- seldom
 
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library, or a system without one for all programs (Windows)
 
 
 _room = _Room()

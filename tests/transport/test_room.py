@@ -224,3 +224,19 @@ def test_what_was_freed_is_given_back_before_others_need_it(
     room.make_room()
     room.make_room()
     assert len(attempts) == 2
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_a_system_that_takes_nothing_back_is_left_alone(
+    error: type[Exception], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows has no C library that a program could ask so (TypeError)."""
+
+    def refuse(_name: None) -> None:
+        raise error
+
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    watch.left = None
+    room.be_full()
+    room.make_room()
+    assert not room._room.full
