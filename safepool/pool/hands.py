@@ -384,7 +384,7 @@ class Hands:
         while self._late:
             try:
                 job = self._late.popleft()
-            except IndexError:
+            except IndexError:  # emptied meanwhile
                 break
             if job in self._active:
                 self._active.remove(job)

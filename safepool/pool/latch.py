@@ -102,8 +102,8 @@ class Waiters:
         if not arrives(mine, timeout_s):
             try:
                 self._places.remove(mine)
-            except ValueError:
-                pass  # just woken
+            except ValueError:  # woken meanwhile
+                pass
         return is_true()
 
 

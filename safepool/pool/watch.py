@@ -156,7 +156,7 @@ def _works(worker: Worker) -> list[Task | Span]:
         try:
             work = None if lane is None else lane.work
             return list(worker.ledger) if work is None else [work]
-        except RuntimeError:  # the scheduler's thread has just changed it
+        except RuntimeError:  # changed meanwhile
             pass
 
 

@@ -381,7 +381,7 @@ class MapRun:
         """Read the next answers that this thread has asked for itself."""
         try:
             turn = self.turns.popleft()
-        except IndexError as error:  # another thread does
+        except IndexError as error:  # taken meanwhile
             let_handlers_pass(error)
             return
         turn.collect(timeout_s)

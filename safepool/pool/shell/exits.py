@@ -63,7 +63,7 @@ def working() -> list[Exiting]:
     while True:
         try:
             return list(_working)
-        except RuntimeError:  # another thread has just made a pool
+        except RuntimeError:  # changed meanwhile
             continue
 
 

@@ -225,7 +225,7 @@ class Loop:
         while self._inbox:
             try:
                 late = self._inbox.popleft()
-            except IndexError:
+            except IndexError:  # emptied meanwhile
                 return
             if isinstance(late, Task):
                 if begin(late.future):
@@ -286,7 +286,7 @@ class Loop:
         waiting = len(self._dispatch.aside) + len(self._inbox)
         try:
             waiting += self._core.backlog.waiting()
-        except RuntimeError:  # it has just been changed
+        except RuntimeError:  # changed meanwhile
             pass
         running = sum(map(bool, owed))
         return waiting + sum(owed) - running, running, len(owed)
@@ -360,7 +360,7 @@ class Loop:
         while self._inbox:
             try:
                 brought = self._inbox.popleft()
-            except IndexError:
+            except IndexError:  # emptied meanwhile
                 break
             if isinstance(brought, Task):
                 tasks.append(brought)

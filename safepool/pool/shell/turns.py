@@ -233,7 +233,7 @@ class Turn:
         try:
             self.seat.pop()
             bell = turns.bells.pop()
-        except IndexError as error:
+        except IndexError as error:  # taken meanwhile
             let_handlers_pass(error)
             return
         try:
