@@ -106,12 +106,8 @@ class _Sink:
         return size
 
     def add_buffer(self, buffer: pickle.PickleBuffer) -> bool:
-        """Add a buffer that the pickle refers to; ``True`` leaves it to the pickle."""
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
-        self.write(raw)
+        """Add a buffer that the pickle refers to; ``False`` keeps it out of the pickle."""
+        self.write(buffer.raw())  # contiguous: the pickler refuses others
         return False
 
 

@@ -167,10 +167,7 @@ def segments_of(
     buffers: list[memoryview] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:
-        try:
-            raw = buffer.raw()
-        except BufferError:  # not contiguous
-            return True
+        raw = buffer.raw()  # contiguous: the pickler refuses others
         if raw.nbytes < _OUT_OF_BAND_BYTES:
             return True
         buffers.append(raw)

@@ -178,6 +178,15 @@ def test_the_default_of_a_type_variable_arrives() -> None:
     assert round_trip(made["f"], by_value=True).__type_params__[0].__name__ == "U"
 
 
+def test_a_module_that_cannot_be_imported_is_made_again() -> None:
+    """Also where its name is none, or is not text."""
+    for name in ("made_by_a_test", "", 3):
+        module = made_module()
+        module.__name__ = name  # type: ignore[assignment]
+        kind, (made_of,), state = kinds.reduce_other(module, {})
+        assert (kind, made_of, state["LIMIT"]) == (types.ModuleType, name, 3)
+
+
 def test_what_an_attribute_names_only_for_a_type_checker_is_nothing() -> None:
     class Lazy:
         @property
