@@ -324,3 +324,17 @@ def test_what_comes_of_a_run_that_was_left_is_passed_over() -> None:
     backlog.add_items(run, [(4,)])
     assert backlog.take(lambda *_: 1, lambda _: 1, 1, 9) == []
     assert ([*backlog], run.queued, backlog.first) == ([], False, 0)
+
+
+def test_a_call_that_was_cancelled_is_not_wanted() -> None:
+    backlog, (task, _) = tasks("f", "f")
+    assert task.future.cancel()
+    assert backlog.is_wanted()
+    assert backlog.at_most(9) == 1
+
+
+def test_a_run_is_cut_where_its_arguments_fill_a_message() -> None:
+    backlog, run = Backlog(), MapRun(abs, "run", NO_POLICY, None)
+    backlog.add_items(run, [(1,), (2,), (3,)])
+    run.most_at_once = 2
+    assert names_of(backlog.take(lambda *_: 9, lambda _: 1, 1, 9)) == [1, 2]

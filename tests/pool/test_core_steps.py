@@ -332,6 +332,12 @@ def test_what_a_step_does(case: str) -> None:
     assert member.phase is phase
 
 
+def test_a_step_looks_at_each_worker() -> None:
+    members, core = (worker(), worker(phase=Phase.RETIRING)), Core(2)
+    core.members = members
+    assert stopped(core.handle(e.Step(2), NOW)) == [members[1]]
+
+
 def test_boards_are_read_of_who_matters_when_nothing_waits() -> None:
     member, idle, core = worker(1), worker(), Core(2)
     core.members = (member, idle)
@@ -508,6 +514,7 @@ def test_a_worker_that_is_ended_by_force_is_to_stop() -> None:
 def test_a_worker_whose_initializer_fails_is_told_to_stop() -> None:
     core = Core(1)
     member = hire(core, ready=False)
+    assert member.has_board
     assert core.handle(e.InitFailed(member), 5) == [e.Stop(member)]
     assert (member.phase, member.leaving_since_ns) == (Phase.FAILED, 5)
 

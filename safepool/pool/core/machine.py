@@ -571,7 +571,7 @@ class Core:
         head: Given = member.ledger.head
         if then.overdue and member.next == then.overdue and member.can_be_at(then.overdue):
             # Otherwise it has ended meanwhile (race I), or its answer is on its way.
-            why = TaskTimeoutError(member.pid, head.policy.timeout_s, head.name, "")
+            why = TaskTimeoutError(member.pid, head.policy.timeout_s, head.name)
             self._condemn(member, why, stack=True)
         unwanted = then.cancelled
         if unwanted is not None:
