@@ -195,7 +195,12 @@ def test_the_place_before_which_work_came_is_a_bound() -> None:
         assert queued[last].number == last + 1
         assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9, queued[0].number) == []
     assert backlog.first == 1
+    run = MapRun(abs, "run", NO_POLICY, None)
+    backlog.add_items(run, [(1,)])
+    assert run.number == 4
     assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9, queued[2].number) == queued[:2]
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9) == queued[2:]
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9, 4) == []
 
 
 @pytest.mark.parametrize("at_once", [None, 2])
