@@ -343,3 +343,11 @@ def test_a_run_is_cut_where_its_arguments_fill_a_message() -> None:
     backlog.add_items(run, [(1,), (2,), (3,)])
     run.most_at_once = 2
     assert names_of(backlog.take(lambda *_: 9, lambda _: 1, 1, 9)) == [1, 2]
+
+
+def test_what_comes_after_a_held_run_is_taken() -> None:
+    backlog, held, task = Backlog(), MapRun(abs, "held", NO_POLICY, None), new_task(5)
+    backlog.add_items(held, [(1,)])
+    held.put(0, ["large"], 1 << 40)
+    backlog.add(task)
+    assert backlog.take(lambda *_: 9, lambda _: 1, 1, 9) == [task]

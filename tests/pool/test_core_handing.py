@@ -123,6 +123,12 @@ def test_who_is_given_calls(case: str) -> None:
     assert not (given and member.exclusive)
 
 
+def test_a_call_that_was_taken_back_no_longer_occupies_its_worker() -> None:
+    member = worker(exclusive=True)
+    core_of(member, size=1, waiting=1).handle(e.HandOut(), NOW)
+    assert not member.exclusive
+
+
 def test_a_worker_without_a_board_has_one_call_at_a_time() -> None:
     member = worker(has_board=False)
     assert handed_out(core_of(member, waiting=3)) == [(member, 1)]

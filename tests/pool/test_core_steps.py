@@ -395,6 +395,7 @@ SINCE: dict[str, tuple[int, dict[str, Any], bool]] = {
     "its time is over, and it has ended": (2, {"overdue": 1}, False),
     "the time of another was over": (2, {"overdue": 2}, False),
     "its map is cancelled": (1, {"cancelled": True}, True),
+    "its map is cancelled, and has ended there": (4, {"cancelled": True}, False),
     "another call is cancelled": (1, {"cancelled": Call("f", NO_POLICY)}, False),
     "it holds too much": (1, {"exceeded": too_much(2)}, True),
     "it held too much before its call": (0, {"exceeded": too_much(2)}, False),
@@ -415,7 +416,7 @@ def test_what_ends_a_worker_when_calls_were_taken_back(case: str) -> None:
     actions = revoked(core, member, claimed, claimed, **what)
     condemned = [one for one in actions if isinstance(one, e.Condemn)]
     assert condemned == [e.Condemn(member, not cancelled)] * ends
-    assert not cancelled or str(member.condemned) == "the program cancelled the call"
+    assert not (cancelled and ends) or str(member.condemned) == "the program cancelled the call"
 
 
 def test_calls_that_a_worker_has_not_claimed_wait_again() -> None:
