@@ -297,6 +297,8 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             fn, args, kwargs, name=name_of(fn), policy=policy_of(fn, self._policy)
         )
 
+    _own_submit = submit
+
     def resize(self, max_workers: int) -> None:
         """Raise an error: cluster pools with the same options share the pool of a node.
 

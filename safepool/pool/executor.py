@@ -410,6 +410,8 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         policy = policy_of(fn, self._policy)
         return self._scheduler.submit(fn, args, kwargs, name=name_of(fn), policy=policy)
 
+    _own_submit = submit
+
     def terminate_workers(self) -> None:
         """Send every worker ``SIGTERM`` and close the pool, without waiting.
 

@@ -93,6 +93,24 @@ def test_map_keeps_the_order(pool_type: PoolType, chunksize: int) -> None:
 
 
 @both
+@pytest.mark.parametrize("chunksize", [1, 2])
+def test_map_calls_the_submit_of_a_subclass(pool_type: PoolType, chunksize: int) -> None:
+    """A subclass wraps or counts what goes through ``submit``."""
+    seen: list[object] = []
+
+    class Counting(pool_type):  # type: ignore[misc,valid-type]
+        def submit(self, fn: Callable[..., object], /, *args: object, **more: object) -> object:
+            seen.append(fn)
+            return super().submit(fn, *args, **more)
+
+    with Counting(1) as pool:
+        found = list(pool.map(pow, [2, 3], [5, 2], chunksize=chunksize))
+
+    assert found == [32, 9]
+    assert seen
+
+
+@both
 def test_map_raises_when_the_turn_comes(pool_type: PoolType) -> None:
     with pool_type(1) as pool:
         results = pool.map(divmod, [5, 5, 5], [2, 0, 3])

@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
@@ -75,10 +76,12 @@ class PoolCalls(AwaitedCalls):
     Attributes:
         _scheduler: `Runner` that does the work; each pool says which.
         _policy: Timeout and retries of calls whose function has no policy.
+        _own_submit: The pool's own ``submit``.
     """
 
     _scheduler: Any
     _policy: Policy
+    _own_submit: Any
 
     @overload
     def map(
@@ -226,6 +229,10 @@ class PoolCalls(AwaitedCalls):
     ) -> Iterator[_T | BaseException]:
         """Return an iterator over ``fn`` applied to the items, in order or as calls end.
 
+        A subclass may have a ``submit`` of its own: ``map`` then calls it for each item, as the
+        standard pool's does for each task. ``map`` with ``buffersize``, ``progress``, ``ordered``
+        or ``return_exceptions``, and ``amap``, do not call it.
+
         Args:
             fn: Called with one item of each iterable.
             *iterables: Iterables of items. The shortest one ends the calls.
@@ -279,6 +286,14 @@ class PoolCalls(AwaitedCalls):
         items = zip(*iterables, strict=False) if starred else iterables[0]
         if isinstance(items, Coming):
             ahead, starred = 0, items.starred
+        elif (
+            cast("Executor", self).submit != self._own_submit
+            and ordered
+            and progress in (False, None)
+            and not (return_exceptions or buffersize)
+        ):
+            # The standard map() submits. A subclass may wrap or count what goes through submit().
+            return Executor.map(cast("Executor", self), fn, *iterables, timeout=timeout)
 
         def make(kind: type[_Run]) -> _Run:
             return kind(
