@@ -493,7 +493,7 @@ def test_what_a_pool_logs(event: str, kept: support.Kept, monkeypatch: pytest.Mo
     for (_, text), (_, begin) in zip(found, expected, strict=True):
         assert text.startswith(begin)
     # Not the wrapper's.
-    assert {record.module for record in own} <= {"losses", "scheduler", "size", "staff"}
+    assert {record.module for record in own} <= {"losses", "loop", "size", "staff"}
 
 
 def _without_numbers(text: str) -> str:

@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_constructor(tmp_path: 
 def test_a_file_of_a_running_pool_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     with safepool.ProcessPool(1, trace=path) as pool:
-        with pytest.raises(safepool.TraceFileError, match="another pool"):
+        with pytest.raises(safepool.TraceFileError, match="another running pool"):
             safepool.ProcessPool(1, trace=path)
         assert pool.submit(abs, -1).result() == 1
     assert calls(read(path), "builtins.abs") == 1

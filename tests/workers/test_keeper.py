@@ -317,4 +317,4 @@ def test_where_workers_are_started_afresh_it_is_said_that_it_does_not_hold(tmp_p
     )
 
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("end_subprocesses=True has no effect on workers that are") == 1
+    assert done.stderr.count("end_subprocesses=True has no effect if each worker is") == 1
