@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copyreg
 import operator
+import pickle
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,9 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
     """The table of the standard pickler, with exceptions as above.
 
     All other types have the pickler's default as entry: C code that finds an entry is faster than
-    a miss, and than a method of the pickler that is called for each object.
+    a miss, and than a method of the pickler that is called for each object. An object of a class
+    of ``__main__`` ends the pickling: it travels by value, and its methods for pickling, which may
+    be the program's, are called once.
 
     Args:
         special: Other reducers. The mapping may return an entry for a type that it does not
@@ -58,11 +61,18 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
         except KeyError:
             if issubclass(kind, type):  # a class, which is pickled as a name
                 raise
-        is_error = issubclass(kind, BaseException)
-        reduce: Callable[[Any], Any] = _reduce_error if is_error else _reduce_by_itself
+        reduce: Callable[[Any], Any] = _reduce_by_itself
+        if vars(kind).get("__module__") == "__main__":
+            reduce = _refuse
+        elif issubclass(kind, BaseException):
+            reduce = _reduce_error
         if len(self) < _MOST_KINDS:
             self[kind] = reduce
         return reduce
+
+
+def _refuse(_: object) -> Any:
+    raise pickle.PicklingError  # whoever asked tries cloudpickle next
 
 
 def _reduce_error(error: BaseException) -> Any:

@@ -354,6 +354,43 @@ def test_an_instance_comes_back_as_one_of_the_programs_own_class(tmp_path: Path)
     assert told == {way: [expected, [], True, True] for way, (_, expected) in WAYS.items()}
 
 
+@pytest.mark.parametrize("main", ["value", "run"])
+def test_objects_of_the_script_are_pickled_once(main: str, tmp_path: Path) -> None:
+    """A method for pickling may give something away: a handle, a lease."""
+    body = """
+        class Counted:
+            pickled = 0
+            def __reduce__(self):
+                Counted.pickled += 1
+                return Counted, ()
+        def take(*values, **named):
+            return 1
+        def keep(times):
+            return [Counted() for _ in range(times)]
+        def count(ask):
+            before = Counted.pickled
+            ask()
+            return Counted.pickled - before
+        def begin():
+            Counted.pickled = 0
+        def tell():
+            return Counted.pickled
+    """
+    asked = """[
+        count(lambda: ask(take, Counted())),
+        count(lambda: ask(take, [Counted(), Counted()])),
+        count(lambda: pool.submit(len, [{1: Counted()}]).result()),
+        count(lambda: pool.submit(take, x=Counted()).result()),
+        count(lambda: list(pool.map(take, keep(2)))),
+        count(lambda: list(pool.map(take, keep(50)))),
+        count(lambda: list(pool.map(take, keep(9), keep(9)))),
+        count(lambda: list(pool.map(take, keep(9), chunksize=4))),
+        ask(begin) or len([ask(keep, 3)]) and ask(tell),
+    ]"""
+
+    assert run(body, asked, tmp_path, main=main) == [1, 2, 1, 1, 2, 50, 18, 9, 3]
+
+
 def test_what_a_worker_changes_of_a_class_stays_there(tmp_path: Path) -> None:
     """As in the standard pool; the program's own is untouched."""
     asked = "[ask(change, Child(3)).shared, Child.shared, Child(1).get() is made]"

@@ -279,6 +279,9 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
         span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
     if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
         return dumps(items)
+    # Each object's methods for pickling, which may be the program's, are called once.
+    if _is_of_main(items[0], span.run.starred) and not _have_parts_in_common(items):
+        return dumps(items)
     pickles: list[bytes | memoryview] = []
     shared: list[Shared[Any]] = []
     needs: list[Delivery] = []
@@ -298,6 +301,11 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
 def _are_plain(items: list[Any], starred: bool, kinds: frozenset[type] = PLAIN) -> bool:
     parts = itertools.chain.from_iterable(items) if starred else items
     return kinds.issuperset(map(type, parts))
+
+
+def _is_of_main(item: Any, starred: bool) -> bool:
+    parts = item if starred else (item,)
+    return any(vars(type(part)).get("__module__") == "__main__" for part in parts)
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:
