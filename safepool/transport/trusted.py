@@ -193,9 +193,11 @@ def _is_trusted(obj: Any) -> bool:
     kind = type(obj)
     if kind in PLAIN or kind is Shared or kind is functools.partial:
         return True
-    if kind in _CODE or kind is type:
+    if issubclass(kind, type):  # NumPy's dtypes have a class of their own for classes
+        return (kind is type or _is_library(kind.__module__)) and is_found(obj)
+    if kind in _CODE:
         return is_found(obj)
-    if issubclass(kind, type) or kind.__module__ in MAIN_NAMES:
+    if kind.__module__ in MAIN_NAMES:
         return False
     return _is_tame(kind)
 

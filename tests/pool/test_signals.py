@@ -30,6 +30,7 @@ from support_interrupts import Interrupt, instructions, interrupted_at, others_u
 from safepool import ProcessPool
 from safepool.errors import let_handlers_pass
 from safepool.limits.files import Machine
+from safepool.transport import trusted
 from safepool.transport.descriptors import Outgoing
 
 if TYPE_CHECKING:
@@ -163,6 +164,15 @@ def test_an_error_of_a_handlers_is_known_as_such(handler: Any) -> None:
         signal.signal(signal.SIGUSR1, before)
     let_handlers_pass(raised.value)  # nobody's any more
     let_handlers_pass(StopError())
+
+
+def test_no_handler_is_looked_up_for_an_error_of_the_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To ask for all handlers takes longer than a call."""
+    monkeypatch.setattr(signal, "getsignal", None)
+    with pytest.raises(trusted.UntrustedError):
+        trusted.dumps(lambda: 1)
 
 
 # Here the handler is a real one: its errors are told from others by that.

@@ -556,6 +556,22 @@ def test_what_the_schedulers_thread_pickles_itself(name: str) -> None:
     assert repr(arrived) == repr(make()) or arrived == make()
 
 
+@pytest.mark.parametrize("dtype", ["float64", "i2", "U3", "datetime64[s]", "f4,i8"])
+@pytest.mark.parametrize("size", [0, 3, 100_000])
+def test_the_schedulers_thread_pickles_arrays_itself(dtype: str, size: int) -> None:
+    """Small ones need no other thread, and large ones are pickled once."""
+    numpy = pytest.importorskip("numpy")
+    array = numpy.zeros(size, dtype)
+
+    segments = trusted.dumps({"a": [array]})
+
+    arrived: Any = trusted.loads(segments)
+    assert numpy.array_equal(arrived["a"][0], array)
+    assert arrived["a"][0].dtype == array.dtype
+    with pytest.raises(trusted.UntrustedError):
+        trusted.dumps(numpy.array([Waits(Gate(), "time")]))
+
+
 def _holding(value: object) -> Callable[[], object]:
     return lambda: value
 
