@@ -151,8 +151,10 @@ class _Room:
         """Return the remaining memory; ``None`` if unknown."""
         self._until = time.monotonic() + _LOOK_S
         try:
-            self._watch = self._watch or _new_watch()
-            return self._watch.read()
+            watch = self._watch
+            if watch is None:
+                watch = self._watch = _new_watch()
+            return watch.read()
         except Exception:  # noqa: BLE001 -- a check that cannot be made must not cost a result
             return None
 

@@ -460,6 +460,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow  # with Dask, which is there where the slow tests run
 @pytest.mark.parametrize("nbytes", [1, 2 << 20])
 @pytest.mark.parametrize("kind", WAYS)
 def test_messages_go_past_the_scheduler_where_they_can(kind: str, nbytes: int) -> None:
