@@ -8,7 +8,7 @@ import pickle
 import re
 import threading
 import time
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -597,6 +597,31 @@ def test_an_executor_of_one_long_call_per_node_carries_calls() -> None:
         assert [node.place for node in pool.nodes()] == ["call 1"]
         with pytest.raises(NotImplementedError, match="cannot ask the nodes of an executor"):
             pool.workers()
+
+
+@pytest.mark.usefixtures("short_lives")
+def test_calls_are_given_up_and_refused() -> None:
+    go_on = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(go_on.wait, 60)  # no node can be opened yet
+        pool = ClusterPool(executor, workers_per_node=1)
+        first, second, third = (pool.submit(abs, -n) for n in range(3))
+        with pytest.raises(ValueError, match="does not belong to this pool"):
+            pool.cancel(Future(), kill=True)
+        assert pool.cancel(first, kill=True)
+        results = pool.map(abs, range(100), buffersize=3)
+        go_on.set()
+        assert next(results) == 0
+        results.end()
+        assert third.result(60) == 2
+        assert not pool.cancel(third, kill=True)
+        with pytest.raises(CancelledError):
+            first.result(60)
+        pool.shutdown(wait=False, cancel_futures=True)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            pool.submit(abs, 1)
+        pool.shutdown()
+    assert second.result() == 1
 
 
 @pytest.mark.usefixtures("short_lives")
