@@ -101,6 +101,10 @@ def shared_folders() -> list[str]:
     """Return the machine's folders that a container has as well."""
     own = {Path(safepool.__file__).parents[1], Path(__file__).parent}
     python = {Path(sys.prefix), Path(sys.base_prefix), *map(Path, sys.path)}
+    program = Path(sys.executable)
+    while program.is_symlink():  # an environment's program is a link, perhaps to a link
+        program = program.parent / program.readlink()
+        python.add(program.parent)
     found = sorted(path for path in {*own, *python} if path.is_dir())
     inner = [path for path in found if not any(path.is_relative_to(one) for one in PROGRAMS)]
     outer = [one for one in inner if not any(other in one.parents for other in inner)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import support_cgroups
-from support_containers import Settings, container, find_engine
+from support_containers import Settings, container, find_engine, shared_folders
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="containers are Linux's")
 
@@ -126,7 +126,7 @@ def run(folder: Path, settings: Settings, *wanted: str) -> dict[str, Any]:
     assert groups_with(f"{support_cgroups.PREFIX}{key}") == []
     assert sorted(path.name for path in (folder / "app").iterdir()) == ["program.py"]
     left = {path.name for path in (folder / "rootfs").rglob("*safepool-*")}
-    assert left <= {*Path(__file__).parts, *Path(sys.prefix).parts}  # what is mounted there
+    assert left <= {part for one in shared_folders() for part in Path(one).parts}  # mounted there
     said: dict[str, Any] = json.loads(ran.stdout)
     return said
 
