@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_fuzz import TARGETS, Target, grow
 
-pytestmark = pytest.mark.unit
-
 # So many times as many inputs, and others in each run.
 TIMES = int(os.environ.get("SAFEPOOL_TEST_FUZZ_TIMES", "1"))
 ATHERIS_S = 10 * TIMES
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", TARGETS)
 def test_inputs_that_lead_somewhere_new_are_followed(name: str) -> None:
     """The same inputs in every run, as long as the package's lines are the same."""
@@ -31,6 +30,7 @@ def test_inputs_that_lead_somewhere_new_are_followed(name: str) -> None:
     assert found > 20
 
 
+@pytest.mark.unit
 @pytest.mark.parametrize("name", TARGETS)
 @settings(derandomize=TIMES == 1, max_examples=100 * TIMES)
 @given(data=st.data())
@@ -43,6 +43,7 @@ def test_inputs_of_any_kind(name: str, data: st.DataObject) -> None:
     target.read(data.draw(st.one_of(joined, st.binary(max_size=100))))
 
 
+@pytest.mark.unit
 def test_a_reader_that_fails_is_found() -> None:
     """Three steps deep, where chance alone does not come."""
 

@@ -90,6 +90,49 @@ if __name__ == "__main__":
     print(json.dumps(said))
 """
 
+# What the container lacks, found without a pool.
+LOOK = """
+import ctypes, errno, json, os, pwd, socket, sys
+import safepool
+
+def refusal(call):
+    try:
+        return call() and "" or ""
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+def membarrier():
+    if ctypes.CDLL(None, use_errno=True).syscall(int(sys.argv[1]), 0, 0, 0) < 0:
+        raise OSError(ctypes.get_errno(), "membarrier")
+
+with open("/proc/self/status") as file:
+    status = {name: text.strip() for name, _, text in (line.partition(":") for line in file)}
+try:
+    user = pwd.getpwuid(os.getuid()).pw_name
+except KeyError:
+    user = None
+limits = safepool.read_limits()
+print(json.dumps({
+    "first": (os.getpid(), os.getppid()),
+    "user": user,
+    "home": os.path.expanduser("~"),
+    "root": refusal(lambda: open("/file", "w")),
+    "named": os.path.exists("/dev/shm"),
+    "capabilities": sum(int(status[f"Cap{one}"], 16) for one in ("Eff", "Prm", "Bnd", "Inh")),
+    "filter": status["Seccomp"],
+    "cpus": min(one.cpus for one in limits.quotas if one.cpus is not None),
+    "memory": min(one.bytes for one in limits.memory if one.bytes is not None),
+    "tasks": min(one.tasks for one in limits.pids if one.tasks is not None),
+    "memfd_create": refusal(lambda: os.memfd_create("")),
+    "pidfd_open": refusal(lambda: os.pidfd_open(os.getpid())),
+    "membarrier": refusal(membarrier),
+    "sched_getaffinity": refusal(lambda: os.sched_getaffinity(0)),
+    "sockets": refusal(socket.socketpair),
+}))
+"""
+# Where the table of system calls is the one that architectures since 2012 share, or x86-64's.
+MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283}
+
 CPUS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
 GOOD: dict[str, Any] = {
     "pid": 1,
@@ -106,8 +149,8 @@ GOOD: dict[str, Any] = {
 OOM = "was killed by the kernel's out-of-memory killer"
 
 
-def run(folder: Path, settings: Settings, *wanted: str) -> dict[str, Any]:
-    """Run the program in a container, and look for what is left of it.
+def run(folder: Path, settings: Settings, *wanted: str, program: str = PROGRAM) -> dict[str, Any]:
+    """Run a program in a container, and look for what is left of it.
 
     Returns:
         What it said.
@@ -115,7 +158,7 @@ def run(folder: Path, settings: Settings, *wanted: str) -> dict[str, Any]:
     engine = find_engine()
     key = f"{os.getpid()}-{folder.name}"
     (folder / "app").mkdir()
-    (folder / "app" / "program.py").write_text(PROGRAM)
+    (folder / "app" / "program.py").write_text(program)
     # More than a worker is to have, and fewer than there may be processes.
     settings = replace(settings, environ={KEY: key, "OPENBLAS_NUM_THREADS": "2"})
     command = [sys.executable, "/app/program.py", *wanted]
@@ -191,6 +234,29 @@ def test_a_pool_works_in_a_container_that_has_next_to_nothing(tmp_path: Path) ->
 
     assert OOM in said.pop("oom")
     assert said == {**GOOD, "workers": 1, "user": 123456}
+
+
+def test_that_container_lacks_all_that_it_is_to_lack(tmp_path: Path) -> None:
+    """So that the test before can fail."""
+    number = MEMBARRIER.get(os.uname().machine)
+    if number is None:
+        pytest.skip("unknown numbers of system calls")
+    said = run(tmp_path, replace(ALL, refused_family=socket.AF_UNIX), str(number), program=LOOK)
+
+    assert said == {
+        "first": [1, 0],
+        "user": None,
+        "home": "/",  # where nothing can be written
+        "root": "EROFS",
+        "named": False,
+        "capabilities": 0,
+        "filter": "2",
+        "cpus": 1.0,
+        "memory": 256 * MIB,
+        "tasks": 32,
+        **dict.fromkeys(ALL.refused, "EPERM"),
+        "sockets": "EPERM",
+    }
 
 
 @pytest.mark.slow
