@@ -39,6 +39,7 @@ class Scenario:
         workers: Of each node.
         retries: Of each call.
         refused: Places that cannot be used.
+        mute: Places that never answer.
         wrong: As they do not take the arguments of the pool.
         holder: Place whose process has the agent of its node, for another cluster pool.
         frees: A place that is lost has an agent no longer.
@@ -54,6 +55,7 @@ class Scenario:
     workers: int = 1
     retries: int = 0
     refused: str = ""
+    mute: str = ""
     wrong: bool = False
     holder: str = ""
     frees: bool = True
@@ -157,8 +159,9 @@ class World:
     # What may happen next.
 
     def steps(self) -> Iterator[tuple[str, Any]]:
-        for place in self.opening:
-            yield "open", place
+        for asked in self.opening:
+            if asked.place not in self.scenario.mute:
+                yield "open", asked
         for place in self.sent:
             yield "arrive", place
         for place, calls in self.there.items():
@@ -324,7 +327,8 @@ class World:
         usable = [
             one
             for one in self.scenario.places
-            if one not in self.gone and one not in self.scenario.refused and not self.broken
+            if one not in (*self.gone, *self.scenario.refused, *self.scenario.mute)
+            and not self.broken
         ]
         must(not missing or not usable, f"{missing} wait, and nothing is asked of {usable}")
         must(

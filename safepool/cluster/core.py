@@ -66,9 +66,9 @@ _AHEAD_S = 0.05
 _AHEAD_AT_ONCE_S = 1.0
 # Calls in one message.
 _MOST_CALLS = 2000
-# A node has refused the pool's arguments: others that were asked have so long to take them.
+# A node has refused the pool's arguments: others that were asked have so long to take them. Those
+# that may have other versions of Python are waited for.
 _WRONG_S = 5.0
-_WRONG = "takes the arguments of this pool"
 # Age from which a delivered call that has not begun is requested back for an idle node.
 _LATE_S = 0.25
 
@@ -130,7 +130,7 @@ class Refused(NamedTuple):
     """A place cannot be used.
 
     Attributes:
-        wrong: The pool's arguments are the reason, so that no other place may take them either.
+        wrong: The pool's arguments are the reason: most likely no other place takes them either.
     """
 
     place: str
@@ -302,7 +302,8 @@ class _Place:
         wanted: ``True`` if the user has named the node, or no nodes at all.
         gives_way: Another process of its node has the agent.
         why: Why it was refused.
-        wrong_s: When it refused the pool's arguments.
+        refused_s: When it was refused.
+        wrong: The pool's arguments are the reason.
         sent: Calls delivered and not ended, by number.
         expected_s: Expected time of these calls, one after the other.
         posting: A message is on its way.
@@ -318,7 +319,8 @@ class _Place:
     wanted: bool = True
     gives_way: bool = False
     why: str = ""
-    wrong_s: float | None = None
+    refused_s: float = 0.0
+    wrong: bool = False
     sent: dict[int, tuple[Call, float]] = field(default_factory=dict)
     expected_s: float = 0.0
     posting: bool = False
@@ -450,6 +452,8 @@ class Core:
     # Places come and go.
 
     def _listed(self, event: Listed) -> None:
+        if self._broken:
+            return
         there = set(event.places)
         for name in [name for name in self._places if name not in there]:
             self._lose(name, "the engine no longer lists it")
@@ -475,7 +479,7 @@ class Core:
         place = self._places.get(event.place)
         if place is not None and place.state is State.OPENING:
             place.state, place.why = State.REFUSED, event.reason
-            place.wrong_s = self._now_s if event.wrong else None
+            place.refused_s, place.wrong = self._now_s, event.wrong
 
     def _lost(self, event: Lost) -> None:
         self._lose(event.place, event.reason)
@@ -693,8 +697,12 @@ class Core:
 
     def _ends_of_waiting(self) -> list[float]:
         """Return when calls fail for which no node is open."""
-        wrong = [one.wrong_s for one in self._places.values() if one.wrong_s is not None]
-        ends = [since_s + (_WRONG_S if self.is_asking else 0.0) for since_s in wrong]
+        asks = self.is_asking
+        ends = [
+            one.refused_s + (_WRONG_S if asks else 0.0)
+            for one in self._places.values()
+            if one.state is State.REFUSED and (one.wrong or not asks)
+        ]
         if self._no_nodes_s is not None:
             ends.append(self._nobody_since_s + self._no_nodes_s)
         return ends
@@ -708,6 +716,6 @@ class Core:
         is_over = self._no_nodes_s is not None and waited_s >= self._no_nodes_s
         why = [f"{place}: {reason}" for place, reason in self.unused_places.items()]
         told = "; ".join(why) if why else "the engine lists none"
-        what = f"could take a call for {self._no_nodes_s:g} s" if is_over else _WRONG
+        what = f"could take a call for {self._no_nodes_s:g} s" if is_over else "can be used"
         reason = f"no node {what} ({told})"
         self._actions.append(Fail(self._drop_waiting(), reason, no_nodes=True))

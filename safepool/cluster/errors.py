@@ -36,7 +36,7 @@ class NodeLostError(WorkerDiedError):
 
 
 class NoNodesError(PoolBrokenError):
-    """No node could take this call within ``no_nodes_timeout``.
+    """No node could take this call within ``no_nodes_timeout``, or none that is there can be used.
 
     Attributes:
         reason: The time that the call has waited, and why each node that is there cannot be used.

@@ -147,9 +147,27 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     programs. All Dask workers of one host and one limit are one node: the engine's own numbers of
     workers and threads are ignored. The node's pool starts with the first call. The pool of a node
     ends 10 seconds after the last cluster pool, or with the Dask worker. A node ends the calls of
-    a program that has sent nothing for 30 seconds. If no node can use the arguments (for example,
-    a module of ``preload`` does not exist), all calls fail: when all nodes have reported that, or
-    5 seconds after the first.
+    a program that has sent nothing for 30 seconds.
+
+    No call waits for ever, unless ``no_nodes_timeout`` is ``None``. Events, the error of the calls
+    that are concerned, and the latest time of that error::
+
+        no node is there            NoNodesError     after no_nodes_timeout
+        no node has the program's   NoNodesError     when each node that is there has answered. A
+        versions of Python and                       node with other versions is named in the log
+        safepool                                     once, and the others are used
+        no node can use the         NoNodesError     when each node has answered, or 5 s after the
+        arguments (for example,                      first answer
+        preload names no module)
+        a node has ended            NodeLostError    2 s after the engine knows
+        a node is silent            NodeLostError    60 s
+        the scheduler is gone       NodeLostError    2 s, for calls that were sent to a node
+                                    PoolBrokenError  12 s, for all others
+        the client is closed        PoolBrokenError  2 s
+        a result cannot be pickled  its TypeError    at once
+
+    A broken pool stays broken: if the scheduler was gone for 10 seconds, or the client is closed,
+    make a new ``ClusterPool``, also if a scheduler starts again at the same address.
 
     Differences from ``ProcessPool``::
 

@@ -653,12 +653,12 @@ class Shell:
         error = future.exception()
         if error is None:
             take(place, node, future.result())
+        elif kind != "greet" or isinstance(error, PlaceLostError):
+            self._lose(place, session, text_of(error))
         elif isinstance(error, agent.WrongOptionsError):
             self._refuse(place, text_of(error), wrong=True)
-        elif kind == "greet" and not isinstance(error, PlaceLostError):
-            self._refuse(place, f"{type(error).__name__}: {text_of(error)}")
         else:
-            self._lose(place, session, text_of(error))
+            self._refuse(place, f"{type(error).__name__}: {text_of(error)}")
 
     def _lose(self, place: str, session: str, reason: str) -> None:
         node = self._nodes.get(place)
@@ -685,8 +685,11 @@ class Shell:
     def _greeted(self, place: str, node: _Node, plain: Any) -> None:
         welcome = Welcome(*plain)
         node.label, node.pid = f"{place} ({welcome.host})", welcome.pid
-        here = python_version()
-        if welcome.protocol != PROTOCOL or welcome.python != here:
+        here, host = python_version(), welcome.host
+        names = {place, place.rpartition("://")[2], host, host.partition(".")[0]}
+        wanted = self._names is None or bool(names & self._names)
+        fits = (welcome.protocol, welcome.python) == (PROTOCOL, here)
+        if wanted and not fits:
             self._refuse(
                 place,
                 f"it has Python {welcome.python} and safepool {welcome.safepool}, the program has "
@@ -694,8 +697,6 @@ class Shell:
             )
             return
         one_call = self._carrier.at_once
-        names = {place, place.rpartition("://")[2], welcome.host, welcome.host.partition(".")[0]}
-        wanted = self._names is None or bool(names & self._names)
         # Another call may be on any node, the same one included.
         which = place if one_call else welcome.node
         holds = one_call or node.anyway or welcome.holds

@@ -47,6 +47,7 @@ SCENARIOS: dict[str, Scenario] = {
     "calls follow each other": Scenario("abcd", known_s=0.02, budget={"lose": 1}),
     "one of two nodes is used": Scenario(places=TWO, most_nodes=1, budget={"lose": 1}),
     "a node that is refused": Scenario(refused="p", budget={"tick": 1}),
+    "a node that never answers": Scenario(mute="p", budget={"lose": 1, "tick": 1}),
     "one of two is refused": Scenario(places=TWO, refused="p", budget={"lose": 1, "tick": 1}),
     "arguments that are wrong": Scenario(
         places=TWO, refused="pq", wrong=True, budget={"lose": 1, "tick": 1}
@@ -167,7 +168,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "pass",
     ),
     "nobody gives up waiting": (
-        "a node that is refused",
+        "a node that never answers",
         "            ends.append(self._nobody_since_s + self._no_nodes_s)",
         "            pass",
     ),
@@ -257,15 +258,32 @@ def test_calls_are_divided_among_nodes() -> None:
 
 def test_why_no_node_was_there_is_told() -> None:
     core = Core(no_nodes_s=5.0)
-    core.handle(c.Listed(["p"]), 0.0)
+    core.handle(c.Listed(["p", "q"]), 0.0)
     core.handle(c.Refused("p", "it has Python 2.7"), 0.0)
     call = Letter("x", 0)
     assert core.handle(c.Queued([call]), 1.0) == []
     assert core.next_look() == 6.0
     (action,) = core.handle(c.Look(), 6.0)
-    assert action == c.Fail(
-        [call], "no node could take a call for 5 s (p: it has Python 2.7)", True
-    )
+    told = "p: it has Python 2.7; q: it has not answered"
+    assert action == c.Fail([call], f"no node could take a call for 5 s ({told})", True)
+
+
+def test_nodes_of_another_version_are_told_as_soon_as_no_other_is_asked() -> None:
+    core = Core()
+    core.handle(c.Listed(["p", "q"]), 0.0)
+    call = Letter("x", 0)
+    assert core.handle(c.Queued([call]), 1.0) == []
+    assert core.handle(c.Refused("p", "it has Python 2.7"), 2.0) == []
+    assert core.next_look() is None  # the other may be right, however long it takes
+    assert core.handle(c.Look(), 1000.0) == []
+    (action,) = core.handle(c.Refused("q", "it has Python 2.6"), 1001.0)
+    told = "no node can be used (p: it has Python 2.7; q: it has Python 2.6)"
+    assert action == c.Fail([call], told, True)
+    # One that joins is asked, and used.
+    assert core.handle(c.Listed(["p", "q", "r"]), 1002.0) == [c.Open("r")]
+    assert core.handle(c.Queued([call]), 1003.0) == []
+    (sent,) = core.handle(c.Opened("r", "n", 1), 1004.0)
+    assert isinstance(sent, c.Deliver)
 
 
 def test_wrong_arguments_are_told_when_each_node_has_said_so_or_after_a_while() -> None:
@@ -276,7 +294,7 @@ def test_wrong_arguments_are_told_when_each_node_has_said_so_or_after_a_while() 
     assert core.handle(c.Refused("p", "no gpu", wrong=True), 2.0) == []
     assert core.next_look() == 7.0
     (action,) = core.handle(c.Refused("q", "no gpu", wrong=True), 3.0)
-    told = "no node takes the arguments of this pool (p: no gpu; q: no gpu)"
+    told = "no node can be used (p: no gpu; q: no gpu)"
     assert action == c.Fail([call], told, True)
     core.handle(c.Listed(["p", "q", "r"]), 8.0)
     (action,) = core.handle(c.Queued([call]), 9.0)  # it has had its time

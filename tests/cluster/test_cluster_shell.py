@@ -172,16 +172,40 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_why_a_node_is_not_used_is_in_the_error(
-    pool_of: Callable[..., ClusterPool], name: str
+    pool_of: Callable[..., ClusterPool], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer, words = REFUSALS[name]
-    pool = pool_of(Engine(greet=answer), no_nodes_timeout=0.05)
-    # First the refusal: on a slow machine the time could be over before it.
-    pool._scheduler.begin()
-    places: dict[str, Any] = vars(pool._scheduler._core)["_places"]
-    wait_until(lambda: "p" in places and places["p"].why)
-    with pytest.raises(NoNodesError, match=words):
-        pool.submit(abs, 1).result(30)
+    pool = pool_of(Engine(greet=answer), no_nodes_timeout=None)
+    # At once, as no other node is there.
+    with pytest.raises(NoNodesError, match=f"no node can be used .p: .*{words}"):
+        pool.submit(abs, 1).result(60)
+    with pytest.raises(NoNodesError):
+        pool.submit(abs, 2).result(60)
+    # The log tells it once.
+    assert [text for text in caplog.messages if "node p is not used: " in text] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_the_versions_of_a_node_that_is_not_named_do_not_matter(
+    pool_of: Callable[..., ClusterPool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The named one may join later."""
+    answer = REFUSALS["another protocol"][0]
+    pool = pool_of(Engine(greet=answer), nodes=["other"], no_nodes_timeout=None)
+    future = pool.submit(abs, 1)
+    wait_until(lambda: "not one of nodes=" in pool._scheduler.unused_places().get("p", ""))
+    assert not future.done()
+    assert caplog.messages == []
+
+
+def test_calls_at_a_node_that_refuses_the_arguments_later_are_lost(
+    pool_of: Callable[..., ClusterPool],
+) -> None:
+    """An executor may run each message on another node."""
+    engine = Engine(greet=welcome, work=raises(agent.WrongOptionsError("no such module")))
+    engine.at_once = True
+    with pytest.raises(NodeLostError, match="no such module"):
+        pool_of(engine).submit(abs, 1).result(60)
 
 
 def test_a_node_that_falls_silent_is_lost(
@@ -260,8 +284,12 @@ def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) 
     engine.gone = "the client is closed"
     with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
         future.result(30)
-    with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
-        pool.submit(abs, 1).result(30)
+    engine.gone = ""
+    for _ in range(2):  # it stays broken, when the engine is there again
+        with pytest.raises(safepool.PoolBrokenError, match="the client is closed"):
+            pool.submit(abs, 1).result(30)
+        wait_until(lambda: pool._scheduler._listed == ("p",))
+    assert pool.nodes() == ()
 
 
 def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
@@ -520,7 +548,7 @@ def test_arguments_that_no_node_can_use_are_told_at_once() -> None:
         error = pool.submit(abs, 1).exception(30)
     assert isinstance(error, NoNodesError)
     assert str(error) == (
-        "no node takes the arguments of this pool (call 1: ModuleNotFoundError: preload names "
+        "no node can be used (call 1: ModuleNotFoundError: preload names "
         "'nomodule': no module named 'nomodule'. Install it, or leave it out)"
     )
 
