@@ -14,6 +14,7 @@ Small objects take one step, which is not checked.
 Not covered:
     * Text outside ASCII: Python encodes and keeps the whole text before the first write.
       ``require_to_pickle`` checks such text among arguments, but not inside of objects.
+    * An allocator that a program brings along (``LD_PRELOAD``) and that moves no pages either.
 
 Sources: Python, Modules/_pickle.c, _Pickler_write_bytes, FRAME_SIZE_TARGET, PyMemoTable.
 """
@@ -53,8 +54,11 @@ _SLOT_BYTES = 16
 _FIRST_SLOTS = 1 << 18
 # More than are used by one frame.
 _SLOTS_AHEAD = 1 << 13
-# A buffer that grows is copied: the allocator of free-threaded builds moves no pages.
-_COPIES = "free-threading" in sys.version
+# A buffer of fewer bytes that outgrows its block is copied, and both blocks exist meanwhile: glibc
+# moves pages only of a block that has a mapping of its own. Blocks of up to 32 MiB have none
+# once the program has freed one as large (mallopt(3), M_MMAP_THRESHOLD). The allocator of
+# free-threaded builds moves no pages.
+_COPIED_BYTES = sys.maxsize if "free-threading" in sys.version else 32 << 20
 
 
 class Sink(io.BytesIO):
@@ -70,7 +74,7 @@ class Sink(io.BytesIO):
     def write(self, data: Any, /) -> int:
         """Write one step of a pickler."""
         # All of a small pickle is one step. No super(): this is half of what that costs.
-        if type(data) is not bytes or len(data) >= STEP_BYTES or data[-1] != _STOP:
+        if self._done or type(data) is not bytes or len(data) >= STEP_BYTES or data[-1] != _STOP:
             self._hold(data)
         return _write(self, data)
 
@@ -82,8 +86,9 @@ class Sink(io.BytesIO):
             if 3 * (self._used + _SLOTS_AHEAD) > 2 * self._slots:
                 more += 2 * self._slots * _SLOT_BYTES
                 self._slots *= 2
-        if _COPIES and self._done + size > self.__sizeof__():
-            more += self._done
+        at = self.tell()
+        if at < _COPIED_BYTES and at + size > self.__sizeof__() - _EMPTY_BYTES:
+            more += at
         try:
             require(more, self._done, self._done + more)
         except MemoryError:
@@ -104,6 +109,10 @@ def _announced(data: bytes) -> int:
         if length < rest <= length + _LEAST_FRAMED and data[-length - 1] == code:
             return int.from_bytes(data[-length:], "little")
     return 0
+
+
+# Size of a sink beside its bytes.
+_EMPTY_BYTES = Sink.__basicsize__ + b"".__sizeof__()
 
 
 class Source:

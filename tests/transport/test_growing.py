@@ -47,6 +47,7 @@ class Room:
 def room(monkeypatch: pytest.MonkeyPatch) -> Room:
     fake = Room()
     monkeypatch.setattr(growing, "require", fake.require)
+    monkeypatch.setattr(growing, "_COPIED_BYTES", 0)  # has a test of its own
     return fake
 
 
@@ -152,6 +153,40 @@ def test_the_table_of_what_was_pickled_is_asked_for(room: Room) -> None:
     pickle.Pickler(Sink(), protocol=5).dump([(n,) for n in range(180_000)])
     assert few < MIB
     assert 8 * MIB <= max(room.asked) < 9 * MIB
+
+
+def test_what_a_buffer_copies_when_it_grows_is_asked_for(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both blocks are there meanwhile, below the size from which on pages are moved."""
+    monkeypatch.setattr(growing, "_COPIED_BYTES", 2 * MIB)
+    file, step, grown = Sink(), bytes(growing.STEP_BYTES), []
+    for done in range(0, 4 * MIB, len(step)):
+        before = file.__sizeof__()
+        room.asked.clear()
+        file.write(step)
+        copied = 0
+        if file.__sizeof__() > before:
+            grown.append(done)
+            copied = done if done < 2 * MIB else 0
+        assert room.asked == [len(step) + copied]
+    assert grown[0] == 0
+    assert grown[-1] > 2 * MIB
+
+
+def test_the_last_step_is_asked_for_if_it_makes_a_buffer_grow(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be small, and what is there is copied all the same."""
+    monkeypatch.setattr(growing, "_COPIED_BYTES", 2 * MIB)
+    file = Sink()
+    file.write(bytes(MIB))
+    while file.tell() < file.__sizeof__() - growing._EMPTY_BYTES:
+        file.write(b"x")
+    done = file.tell()
+    file.write(b"2.")
+
+    assert room.asked[-1] == done + 2
 
 
 def test_a_file_is_what_an_unpickler_expects() -> None:
