@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import inspect
 import pkgutil
 import re
 import sys
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from joblib._parallel_backends import AutoBatchingMixin, ParallelBackendBase
 
 import safepool
+from safepool.joblib_backend import SafepoolBackend
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -182,6 +185,20 @@ NAMES: dict[str, list[str]] = {
     "loky.backend.reduction": ["_dispatch_table"],
 }
 
+# One row per function of joblib that is called: number of positional arguments, and keywords.
+CALLS: dict[str, tuple[int, list[str]]] = {
+    "joblib.Parallel._raise_error_fast": (1, []),
+    "joblib.Parallel._register_new_job": (2, []),
+    "joblib.Parallel._wait_retrieval": (1, []),
+    "joblib.disk.memstr_to_bytes": (1, []),
+    "joblib.parallel.BatchCompletionCallBack": (3, []),
+    "joblib.parallel.BatchCompletionCallBack._register_outcome": (2, []),
+    "joblib._parallel_backends.AutoBatchingMixin.compute_batch_size": (1, []),
+    "joblib._parallel_backends.AutoBatchingMixin.reset_batch_stats": (1, []),
+    "joblib._parallel_backends.FallbackToBackend": (1, []),
+    "joblib._parallel_backends.SequentialBackend": (0, ["nesting_level"]),
+}
+
 # Names that are no other package's, or that the code does without where they are missing.
 ELSEWHERE = {
     "_extobj_contextvar",  # NumPy 2: its errors are read at each look without it
@@ -218,6 +235,41 @@ def test_the_names_of_other_packages_are_there(place: str) -> None:
     missing = [name for name in NAMES[place] if not _has(found, name)]
 
     assert missing == [], {name: _users().get(name) for name in missing}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_function_of_joblib_takes_what_it_is_given(name: str) -> None:
+    count, words = CALLS[name]
+    signature = inspect.signature(pkgutil.resolve_name(name))
+
+    signature.bind(*range(count), **dict.fromkeys(words))
+    # A function of any keywords would drop one that it does not know.
+    assert set(words) <= set(signature.parameters)
+
+
+def test_the_backend_takes_what_joblib_gives_to_its_own() -> None:
+    own = vars(SafepoolBackend)
+    overridden = {
+        name: function
+        for base in (AutoBatchingMixin, ParallelBackendBase)
+        for name, function in vars(base).items()
+        if name in own and inspect.isfunction(function) and name != "__init__"
+    }
+
+    assert overridden.keys() >= {"configure", "submit", "compute_batch_size", "start_call"}
+    for name, function in overridden.items():
+        given = [
+            one.name
+            for one in inspect.signature(function).parameters.values()
+            if one.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        optional = [
+            one.name
+            for one in inspect.signature(function).parameters.values()
+            if one.default is not inspect.Parameter.empty
+        ]
+        signature = inspect.signature(own[name])
+        signature.bind(*(one for one in given if one not in optional), **dict.fromkeys(optional))
 
 
 def test_every_private_name_that_is_used_is_in_the_table() -> None:
