@@ -42,6 +42,7 @@ THREAD_HANDLE = (
 NAMES: dict[str, list[str]] = {
     "_codecs": ["encode"],
     "_locale": ["setlocale"],
+    "_signal": ["pthread_sigmask", "signal"],
     "_thread": ["start_joinable_thread" if sys.version_info >= (3, 13) else "start_new_thread"],
     "abc": ["_get_dump"],
     "abc:ABC": ["_abc_impl"],

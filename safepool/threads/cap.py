@@ -27,7 +27,13 @@ from safepool.threads.calls import attempt
 from safepool.threads.environment import runtime_threads, worker_environment
 from safepool.threads.imports import AfterImport
 from safepool.threads.native import NativeLibraries
-from safepool.threads.registry import brought_by, imported_runtimes, modules_to_cap, when_added
+from safepool.threads.registry import (
+    brought_by,
+    imported_runtimes,
+    modules_to_cap,
+    revision,
+    when_added,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +47,9 @@ class WorkerCap:
         """Decide the caps; :meth:`apply` sets them."""
         self.threads = threads
         self._environment = environment
+        # Threads of each runtime, and the revision of the rows that this was computed for.
         self._of: dict[str, int] = {}
+        self._rows = -1
         self._native = _found or NativeLibraries()
         self._imports = AfterImport(self._cap_new)
         # Number of caps so far, in all and in this thread.
@@ -53,7 +61,9 @@ class WorkerCap:
         if self._native.changed():
             self._times += 1
         self._here.times = self._times
-        self._of = runtime_threads(self.threads, self._environment)
+        rows = revision()
+        if self._rows != rows:
+            self._of, self._rows = _decided(self.threads, self._environment), rows
         attempt(self._native.set, lambda name: self._of.get(name, self.threads))
         self._cap_imported()
         self._imports.start(modules_to_cap() | counts.MODULES)
@@ -83,6 +93,7 @@ class WorkerCap:
 
 _worker_cap: WorkerCap | None = None
 _found: NativeLibraries | None = None
+_ahead: tuple[tuple[int, int, Mapping[str, str | None]], dict[str, int]] | None = None
 
 
 def find_ahead() -> None:
@@ -94,6 +105,20 @@ def find_ahead() -> None:
     global _found  # noqa: PLW0603 -- a fact about the process
     _found = NativeLibraries()
     attempt(_found.found)
+
+
+def decide_ahead(threads: int, environment: Mapping[str, str | None]) -> None:
+    """Decide the caps of a worker that is to be forked from this process, once for all alike."""
+    global _ahead  # noqa: PLW0603 -- a fact about the process
+    key = (revision(), threads, environment)
+    if _ahead is None or _ahead[0] != key:
+        _ahead = key, runtime_threads(threads, environment)
+
+
+def _decided(threads: int, environment: Mapping[str, str | None]) -> dict[str, int]:
+    if _ahead is not None and _ahead[0] == (revision(), threads, environment):
+        return _ahead[1]
+    return runtime_threads(threads, environment)
 
 
 def cap_worker(threads: int, environment: Mapping[str, str | None] | None = None) -> WorkerCap:

@@ -22,6 +22,7 @@ a group, the order is that of use in one start.
     keeper          the parent of a server, which ends the processes that tasks have started
     script, loading the program's script, run in the fork server
     capped_server, begin    code before the program is imported: forkserver, spawn
+    bare_signals    handlers and masks of signals without the pages that enumerations touch
     lifeline        a pipe whose end ends all of them
     identity        the rights of a process, and its place
     traces, preload    effects of an import; modules that are worth preloading

@@ -171,11 +171,15 @@ def _go(details: dict[str, Any], folder: int) -> None:
     except OSError:
         pass  # the program is in a directory that it may not enter
     os.close(folder)
-    if details["environ"] != dict(os.environ):
-        zone = os.environ.get("TZ")
-        os.environ.clear()
-        os.environ.update(details["environ"])
-        if os.environ.get("TZ") != zone:
+    wanted, now = details["environ"], dict(os.environ)
+    if wanted != now:
+        # Only the differences: each variable that is set costs copies of shared pages.
+        for name in now.keys() - wanted.keys():
+            del os.environ[name]
+        for name, value in wanted.items():
+            if now.get(name) != value:
+                os.environ[name] = value
+        if wanted.get("TZ") != now.get("TZ"):
             time.tzset()
     sys.path[:] = details["path"]
     sys.argv[:] = details["argv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pickle
 import traceback
@@ -38,10 +39,12 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{module}.{name}"
 
 
+@functools.cache
 def get_ready() -> None:
     """Load the modules that a description needs, before a task runs.
 
-    An import needs a descriptor, and a task may use up all descriptors.
+    An import needs a descriptor, and a task may use up all descriptors. Done once: a forked worker
+    has what its fork server has loaded.
     """
     for name in _IMPORTED_WITHIN:
         try:

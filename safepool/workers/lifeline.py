@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import re
 import signal
@@ -43,7 +44,7 @@ def hold(descriptor: int) -> int:
     Raises:
         OSError: The system lacks this feature (some emulations of Linux, and old versions).
     """
-    if not _tells_of_the_last_writer(os.uname().release):
+    if not _is_there():
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -61,6 +62,11 @@ def hold(descriptor: int) -> int:
     if gone:  # before the signal was asked for
         os._exit(0)
     return own
+
+
+@functools.cache  # a worker's fork server has asked
+def _is_there() -> bool:
+    return _tells_of_the_last_writer(os.uname().release)
 
 
 def _tells_of_the_last_writer(release: str) -> bool:

@@ -205,9 +205,6 @@ def _unless_asked(outbox: Outbox, configure: Callable[..., None]) -> Callable[..
 def _forwarding(
     outbox: Outbox, otherwise: Callable[[logging.Logger, logging.LogRecord], None]
 ) -> Callable[[logging.Logger, logging.LogRecord], None]:
-    # Only for its handling of errors: logging must not end the task.
-    errors = logging.Handler()
-
     def call_handlers(self: logging.Logger, record: logging.LogRecord) -> None:
         if not outbox.open or _is_taken(self, record):
             otherwise(self, record)
@@ -217,7 +214,7 @@ def _forwarding(
         except RecursionError:  # as in logging's own handlers (bpo-36272)
             raise
         except Exception:  # noqa: BLE001 -- user code
-            errors.handleError(record)
+            logging.Handler().handleError(record)  # which must not end the task
 
     return call_handlers
 

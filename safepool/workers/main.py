@@ -23,7 +23,7 @@ from safepool.transport.descriptors import close_all
 from safepool.transport.files import accept
 from safepool.transport.lazy import load_own
 from safepool.transport.names import be_fork
-from safepool.workers import inheritance
+from safepool.workers import bare_signals, inheritance
 from safepool.workers.board import NO_BOARD, STACK_SIGNAL, Board
 from safepool.workers.describe import get_ready
 from safepool.workers.fence import register
@@ -71,16 +71,20 @@ def be_worker(
     """
     be_taken_before_the_program()
     be_index(told.index)
-    change_environment(told.variables)
+    # A forked worker has nearly all of them.
+    wanted = told.variables
+    change_environment(
+        {name: wanted[name] for name in wanted if os.environ.get(name) != wanted[name]}
+    )
     pretend(told.threads)
     shared = _open_board(board)
-    cap = cap_worker(told.threads, told.variables)
+    cap = cap_worker(told.threads, wanted)
     # Ctrl-C reaches every process of the terminal; what happens to the tasks is the pool's
     # decision. A handler that does nothing rather than SIG_IGN, which programs started by
     # a task would inherit. The pool starts workers with the signal blocked, so that it
     # cannot strike before this line.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, _do_nothing)
+        bare_signals.set_handler(bare_signals.INTERRUPT, _do_nothing)
     _unblock_interrupt()
     sock.setblocking(True)  # independent of socket.setdefaulttimeout()
     try:
@@ -214,4 +218,4 @@ if sys.platform == "win32":
 else:
 
     def _unblock_interrupt() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        bare_signals.change_mask(bare_signals.UNBLOCK, (bare_signals.INTERRUPT,))

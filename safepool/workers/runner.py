@@ -237,6 +237,7 @@ class Runner:
         self._pack = answers.timed_pack(self._packed)
 
     def _initialize(self, segments: Sequence[Received]) -> None:
+        initializer = None
         try:
             initializer, arguments = self._initializer or loads(segments)
             self._initializer = None
@@ -253,7 +254,10 @@ class Runner:
         else:
             # Whether the pool's entries on the board are read.
             reply, described = Kind.READY, [b"board"] if self._board else []
-        self._cap.apply()  # libraries that the initializer has loaded or changed
+        if initializer is None:
+            self._cap.recheck()
+        else:
+            self._cap.apply()  # libraries that the initializer has loaded or changed
         self._fork.leave()
         self._outbox.send(encode(reply, 0, described))
 

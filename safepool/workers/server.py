@@ -36,27 +36,37 @@ import struct
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from safepool import linux, procfs
-from safepool.threads.cap import find_ahead
+from safepool.threads.calls import attempt
+from safepool.threads.cap import decide_ahead, find_ahead
 from safepool.threads.counts import pretend
 from safepool.transport import letters
 from safepool.transport.descriptors import close_all
 from safepool.transport.lazy import eager_imports, load_own
-from safepool.workers import birth, identity, keeper, lifeline, script, traces
+from safepool.workers import bare_signals, birth, identity, keeper, lifeline, script, traces
 from safepool.workers.describe import get_ready
+from safepool.workers.fence import has_barrier
 from safepool.workers.main import be_taken_before_the_program
 from safepool.workers.preload import BACKGROUND_THREADS
+from safepool.workers.settings import compile_ahead
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+    from contextlib import AbstractContextManager
     from typing import NoReturn
+
+    from safepool.workers.start import WorkerStart
 
 assert sys.platform == "linux"
 
 EXIT_CODE = struct.Struct("!i")
 """What is written into a worker's pipe when it has ended."""
 
+# A fork beside a background thread warns. Which threads may be there is checked here.
+_WARNS = sys.version_info >= (3, 12)
 # Modules that calls of any kind need, and that a worker would import with the first.
 _NEEDED = ("safepool.decorator", "safepool.transport.by_value")
 
@@ -89,6 +99,7 @@ def serve(
         pass  # the socket still tells, as soon as the server looks
     load_own()
     get_ready()
+    has_barrier()
     sock = socket.socket(fileno=sock_descriptor)
     try:
         if greets:
@@ -107,7 +118,7 @@ class _Server:
     def __init__(self, sock: socket.socket, line: int) -> None:
         self._sock = sock
         self._line = line
-        self._mask: set[int] = set()
+        self._mask: Collection[int] = ()
         # For each process id the pipe for its exit code.
         self._workers: dict[int, int] = {}
         # Variables that imports have set.
@@ -120,7 +131,7 @@ class _Server:
         self._wake_sender.setblocking(False)
 
     def run(self) -> None:
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, ())
+        self._mask = [int(one) for one in signal.pthread_sigmask(signal.SIG_UNBLOCK, ())]
         self._hear_of_endings()
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
@@ -189,7 +200,7 @@ class _Server:
                     script.end_children(before.new_children())
                     before = traces.Traces.look()
         self._made |= {key: os.environ[key] for key in os.environ.keys() - variables.keys()}
-        find_ahead()
+        _get_forks_ready()
         # These objects stay for ever. A collection in a worker would write to every page of them,
         # and so copy it.
         gc.freeze()
@@ -209,7 +220,7 @@ class _Server:
         threads = _foreign_threads() if details["forks"] else []
         if threads and not report["problem"]:
             report["problem"] = f"it starts threads that do not end ({', '.join(threads)})"
-        find_ahead()
+        _get_forks_ready()
         gc.freeze()
         gc.enable()
         self._forks = details["forks"]
@@ -232,7 +243,7 @@ class _Server:
             script.tell_prints(names, pipe)
             return
         try:
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            with _beside_threads():
                 pid = os.fork()
         except Exception:  # noqa: BLE001 -- as for a worker; nothing is known of them then
             os.close(pipe)
@@ -258,10 +269,10 @@ class _Server:
             close_all(descriptors)
             letters.send(self._sock, ("threads", threads))
             return
+        told: WorkerStart = details["told"]
+        decide_ahead(told.threads, told.variables)
         try:
-            # From Python 3.12 on, a fork beside a background thread warns; which threads may be
-            # there is checked here.
-            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            with _beside_threads():
                 pid = os.fork()
         except Exception as error:  # noqa: BLE001 -- somebody else's functions run around a fork
             close_all(descriptors)
@@ -329,7 +340,7 @@ class _Server:
     def _leave(self) -> None:
         """Leave the role of the server, in its child."""
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        bare_signals.set_handler(bare_signals.CHILD, bare_signals.DEFAULT)
         self._wake_receiver.close()
         self._wake_sender.close()
         self._sock.close()
@@ -354,7 +365,7 @@ class _Server:
             self._leave()
             status, gate, *own = descriptors
             os.close(status)
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            bare_signals.change_mask(bare_signals.SET_MASK, self._mask)
             if not os.read(gate, 1):
                 os._exit(0)  # the program has not waited for the answer, or is gone
             try:
@@ -371,6 +382,18 @@ class _Server:
             os._exit(code)
 
 
+def _get_forks_ready() -> None:
+    """Do here, once, what each worker would do at its start."""
+    find_ahead()
+    attempt(compile_ahead)
+
+
+def _beside_threads() -> AbstractContextManager[object]:
+    if not _WARNS:
+        return nullcontext()
+    return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
+
+
 def _thread_count() -> int:
     # proc(5): a directory's links are its entries and two more.
     return os.stat("/proc/self/task").st_nlink - 2
@@ -379,7 +402,7 @@ def _thread_count() -> int:
 def _foreign_threads() -> list[str]:
     """Return the names of threads that a fork would lose."""
     foreign: list[str] = []
-    for attempt in range(5):
+    for look in range(5):
         if _thread_count() == 1:
             return []
         foreign = [
@@ -390,5 +413,5 @@ def _foreign_threads() -> list[str]:
         if not foreign:
             return []
         # A thread that an import has started and joined may still be on its way out.
-        time.sleep(0.01 * attempt)
+        time.sleep(0.01 * look)
     return foreign

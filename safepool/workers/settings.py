@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import io
 import pickle
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -166,6 +167,18 @@ class _NotThereError(Exception):
 
 # Modules of Python and of this package may be imported for a value, and the script is there.
 _OURS = {*sys.stdlib_module_names, "__main__", "__mp_main__", "cloudpickle", "loky", "safepool"}
+
+
+def compile_ahead() -> None:
+    """Compile the patterns of this process's warning filters as they arrive in workers.
+
+    For workers that are forked from here: a program and its fork server import the same libraries,
+    which add the same filters.
+    """
+    for one in filters_of(warnings):
+        for part in one:
+            if isinstance(part, re.Pattern):
+                re.compile(part.pattern, part.flags)
 
 
 class _Reader(pickle.Unpickler):
