@@ -11,6 +11,7 @@ Not covered:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,12 +105,16 @@ def read_place(machine: Machine) -> Place:
         if text is not None:
             machine.note(path, f"no line of the form ID:CONTROLLERS:PATH in {text[:80]!r}")
     text = machine.read(MOUNTINFO, expected=True)
-    mounts = parse_mountinfo(text) if text is not None else []
-    if text is not None and not mounts:
+    mounts = None if text is None else _mounts_in(text)
+    if text is not None and mounts is None:
         machine.note(MOUNTINFO, f"no line that describes a mount in {text[:80]!r}")
-    return Place(
-        own=own, mounts=tuple(reachable(around_control_groups(mounts))) if mounts else None
-    )
+    return Place(own=own, mounts=mounts)
+
+
+@functools.lru_cache(maxsize=1)  # of the text, which is read each time and seldom changes
+def _mounts_in(text: str) -> tuple[Mount, ...] | None:
+    mounts = parse_mountinfo(text)
+    return tuple(reachable(around_control_groups(mounts))) if mounts else None
 
 
 def components(path: str) -> GroupPath | None:

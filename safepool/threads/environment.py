@@ -62,7 +62,10 @@ def worker_environment(
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
-    asked = overrides or {}
+    return _environment(threads, overrides) if overrides else {**block_environment(threads)}
+
+
+def _environment(threads: int, asked: Mapping[str, str]) -> dict[str, str | None]:
     environment: dict[str, str | None] = {}
     for row in runtimes():
         environment.update(dict.fromkeys(row.removed))
@@ -83,7 +86,7 @@ def block_environment(threads: int) -> Mapping[str, str | None]:
 
 @functools.lru_cache(maxsize=64)
 def _block_environment(threads: int, _revision: int) -> Mapping[str, str | None]:
-    return worker_environment(threads)
+    return _environment(threads, {})
 
 
 def lowered_environment(
@@ -163,6 +166,8 @@ def overridden(threads: int, overrides: Mapping[str, str]) -> tuple[Override, ..
         >>> [o.variable for o in overridden(1, {"OMP_NUM_THREADS": "2", "HOME": "/tmp"})]
         ['OMP_NUM_THREADS']
     """
+    if not overrides:
+        return ()
     ours = worker_environment(threads)
     return tuple(
         Override(variable=name, value=overrides[name], instead_of=ours.get(name), runtime=row.name)

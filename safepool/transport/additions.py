@@ -131,19 +131,34 @@ class _Search:
         self._top = module.partition(".")[0]
         self._is_standard = _is_standard(module)
         self._seen = seen
+        # Classes of objects that lead nowhere: of a library's functions in C, say.
+        self._nowhere: dict[type, bool] = {}
 
     def through(self, space: dict[str, Any]) -> Iterator[Addition]:
         registries, main = _REGISTRIES.get(self._module, ()), main_space()
         for name, value in space.copy().items():
             kind = type(value)
-            if kind in _NOTHING or name[:2] == "__":
+            if kind in _NOTHING or name[:2] == "__" or self._leads_nowhere(kind):
                 continue
-            if kind is types.FunctionType and not value.__dict__ and value.__globals__ is not main:
+            is_function = kind is types.FunctionType and "registry" not in value.__dict__
+            if is_function and _is_of_others(value, main):
                 continue
             if _is_defined_by_script(value):
                 yield Addition(self._module, (), "attribute", name, value)
             elif isinstance(value, type) or not self._is_standard or name in registries:
                 yield from self._below((name,), value, _MOST_DEEP)
+
+    def _leads_nowhere(self, kind: type) -> bool:
+        """Tell whether no object of a class is the script's, or holds something of it."""
+        known = self._nowhere.get(kind)
+        if known is None:
+            known = self._nowhere[kind] = not (
+                kind in _CONTAINERS
+                or kind in _MADE_OF_OTHERS
+                or issubclass(kind, type)
+                or (_top_of(kind) == self._top and is_of_python(kind) and not self._is_standard)
+            )
+        return known
 
     def _below(self, path: tuple[Any, ...], value: Any, depth: int) -> Iterator[Addition]:
         kind = type(value)
@@ -223,6 +238,9 @@ _NOTHING = (
     | {tuple, types.ModuleType}
     | {types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType}
     | {types.GetSetDescriptorType, types.MemberDescriptorType, types.GenericAlias}
+)
+_MADE_OF_OTHERS = frozenset(
+    {types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial}
 )
 _CONTAINERS = frozenset({*_DICTIONARIES, *_LISTS, set})
 _OF_INTERPRETER = frozenset({"__weakref__", "_abc_impl", "__init_subclass__"})

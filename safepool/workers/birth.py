@@ -72,8 +72,8 @@ def _limit(name: str) -> tuple[int, int] | None:
 
 def _umask() -> int | None:
     # umask(2) can only be asked by setting it, for all threads. Linux 4.7.
-    told = procfs.fields().get("Umask")
-    return None if told is None else int(told, 8)
+    _, found, rest = (procfs.read("/proc/self/status") or "").partition("\nUmask:")
+    return int(rest.partition("\n")[0], 8) if found else None
 
 
 def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:

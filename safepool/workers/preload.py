@@ -73,15 +73,24 @@ BACKGROUND_THREADS = frozenset(
 _learned: dict[str, None] = {}
 _MOST_LEARNED = 20_000
 
+# Modules of the program at the last look, by name, and those of them that are preloaded.
+_seen: tuple[dict[str, int], list[str]] = ({}, [])
+
 _STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
 _PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 
 def modules_of_the_program() -> list[str]:
     """Return the installed modules that the program has imported, or refers to, by now."""
+    global _seen  # noqa: PLW0603 -- of the process
     modules = dict(sys.modules)
     if _FRONT_ENDS.isdisjoint(modules):
-        found = [n for n, module in modules.items() if _may_be_preloaded(n) and _is_there(module)]
+        # The same modules, by identity, as at the start of another pool.
+        now = dict(zip(modules, map(id, modules.values()), strict=True))
+        if now != _seen[0]:
+            names = [n for n, one in modules.items() if _may_be_preloaded(n) and _is_there(one)]
+            _seen = now, names
+        found = _seen[1]
     else:
         found = [*_referred_to(modules)]
     return [*dict.fromkeys([*found, *_lazy()])]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.threads.imports import AfterImport, imported
 from safepool.transport import payloads
 from safepool.transport.frames import Kind, encode
+from safepool.transport.marks import PLAIN
 from safepool.transport.names import Met
 from safepool.workers.settings_table import SETTINGS, Setting, filters_of
 
@@ -127,6 +128,8 @@ class Packed:
 
 def pack_setting(row: Setting, value: Any) -> Packed:
     """Pickle the value of a setting."""
+    if type(value) in PLAIN and row.name not in _added:
+        return Packed(row.name, row.module, [[pickle.dumps(value, protocol=5)]], None)
     with Met() as met:
         write = None if row.name not in _added else _dumps(row.write)
         parts = [_dumps(value)] if row.name != _FILTERS else _dumps_filters(value)

@@ -10,16 +10,13 @@ Not covered:
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import types
-from typing import TYPE_CHECKING
 
 from safepool.transport.held import absolute, sources_of
 from safepool.transport.marks import main_space
 from safepool.workers.plan import asks_for_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Imports:
@@ -28,8 +25,13 @@ class Imports:
     def __init__(self) -> None:
         self.modules: list[str] = []
         sources = list(sources_of(main_space()))
-        for statement in _imports(sources):
-            self._take(statement)
+        for source in sources:
+            try:
+                statements = _imports(source)
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue  # a cell with the notebook's own commands
+            for statement in statements:
+                self._take(statement)
         if not sources:
             self.modules = [
                 value.__name__
@@ -53,17 +55,16 @@ class Imports:
                 self.modules.append(below)
 
 
-def _imports(sources: list[str]) -> Iterator[ast.Import | ast.ImportFrom]:
-    for source in sources:
-        try:
-            todo: list[ast.AST] = [ast.parse(source)]
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # a cell with the notebook's own commands
-        while todo:
-            node = todo.pop()
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                yield node
-            elif not isinstance(
-                node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.expr)
-            ) and not (isinstance(node, ast.If) and asks_for_name(node.test)):
-                todo += reversed([*ast.iter_child_nodes(node)])
+@functools.lru_cache(maxsize=1024)  # each pool looks at the same script
+def _imports(source: str) -> list[ast.Import | ast.ImportFrom]:
+    found: list[ast.Import | ast.ImportFrom] = []
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.expr)
+        ) and not (isinstance(node, ast.If) and asks_for_name(node.test)):
+            todo += reversed([*ast.iter_child_nodes(node)])
+    return found
