@@ -238,7 +238,7 @@ class World:
             kept = 0 if self.passes else len(self.aside)
             before = min((work.number for work in self.aside), default=0)
             self.tell(e.HandOut(kept=kept, before=before))
-            ends = self.closing and not (core.backlog or core.owes or self.aside)
+            ends = self.closing and core.may_end(awaited=bool(self.aside))
             if ends or self.forced or self.broken:
                 self.stopped = True
                 self.tell(e.End("terminate" if self.broken else self.forced))  # type: ignore[arg-type]

@@ -281,6 +281,11 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "self._actions.append(e.Fail(failed))",
         "pass",
     ),
+    "a closed pool ends before its calls": (
+        "the pool is closed",
+        "not (self.backlog or awaited or self.owes)",
+        "not (awaited or self.owes)",
+    ),
     "what waits when it is cancelled is forgotten": (
         "what waits is cancelled",
         "self._actions.append(e.Fail(waiting) if self._broken else e.Cancel(waiting))",

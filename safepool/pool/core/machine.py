@@ -10,6 +10,7 @@
     calls of a dead worker                       `Died`: answers, calls for others, lost calls
     workers to hire, let go, give up             `HandOut`, `Step`, `Died`
     place of a worker                            `place_of_next`, before it is started
+    end of a closed pool                         `may_end`
 
 The caller executes actions in the order of return, and delivers the events that answer an action
 before it executes the next. Letters name the scheduler's races.
@@ -126,6 +127,10 @@ class Core:
             ):
                 return True
         return False
+
+    def may_end(self, *, awaited: bool) -> bool:
+        """Return whether a closed pool is done; ``awaited``: further work is being pickled."""
+        return not (self.backlog or awaited or self.owes)
 
     def next_look(self, now_ns: int) -> int | None:
         """Return when a `Step` is due at the latest; ``None`` if only an event brings one."""

@@ -328,7 +328,7 @@ class Loop:
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
-        return not closing or bool(core.backlog) or self._is_awaited or core.owes
+        return not (closing and core.may_end(awaited=self._is_awaited))
 
     def _look_around(self, staff: Staff, worked: set[int]) -> None:
         """Check the conditions outside of the pool that change while it works."""
