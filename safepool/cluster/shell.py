@@ -653,7 +653,7 @@ class Shell:
         error = future.exception()
         if error is None:
             take(place, node, future.result())
-        elif kind != "greet" or isinstance(error, PlaceLostError):
+        elif kind != "greet" or isinstance(error, (PlaceLostError, EngineGoneError)):
             self._lose(place, session, text_of(error))
         elif isinstance(error, agent.WrongOptionsError):
             self._refuse(place, text_of(error), wrong=True)

@@ -292,6 +292,36 @@ def test_when_the_engine_is_gone_calls_end(pool_of: Callable[..., ClusterPool]) 
     assert pool.nodes() == ()
 
 
+def test_an_engine_that_is_gone_while_a_node_is_asked_is_no_fault_of_the_node(
+    pool_of: Callable[..., ClusterPool], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+
+    def close() -> None:
+        engine.gone = "the client is closed"
+        raise EngineGoneError(engine.gone)
+
+    engine.answers["greet"] = close
+    with pytest.raises(safepool.PoolBrokenError, match="the client is closed") as caught:
+        pool_of(engine).submit(abs, 1).result(60)
+    assert caught.type is safepool.PoolBrokenError
+    assert caplog.messages == []
+
+
+def test_a_closed_client_is_told_whatever_it_raises() -> None:
+    class Closed:
+        status = "running"
+
+        async def run(self, *_: Any, **_words: Any) -> None:
+            self.status = "closing"
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    carrier = DaskCarrier(Closed())
+    carrier._reached["w"] = False, time.monotonic()
+    with pytest.raises(EngineGoneError, match="client was closed"):
+        asyncio.run(carrier._run("w", _size, ()))
+
+
 def test_a_node_answers_for_a_call_that_it_was_told_to_end() -> None:
     """Else it would count as under way for ever."""
     node_pool = agent.NodePool({"max_workers": 1})

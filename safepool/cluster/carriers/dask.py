@@ -199,11 +199,13 @@ class DaskCarrier:
                 found = await self._directly(place, packet)
             else:
                 found = await self._by_scheduler(place, packet)
-            # A worker that has ended is given up at once: no other has its address.
-        except (OSError, KeyError) as error:
-            self._reached.pop(place, None)
+        except Exception as error:
             if self._client.status in _GONE:
                 raise EngineGoneError("the Dask client was closed") from error
+            if not isinstance(error, (OSError, KeyError)):
+                raise
+            # A worker that has ended is given up at once: no other has its address.
+            self._reached.pop(place, None)
             raise PlaceLostError(f"{type(error).__name__}: {error}") from error
         outcome, value = _taken(found).value()
         if outcome == _RAISED:
