@@ -40,6 +40,7 @@ THREAD_HANDLE = (
 # One row per object: where it is found, and the names that are read, set or called on it. What its
 # instances have alone is looked for in the code of a class.
 NAMES: dict[str, list[str]] = {
+    "_blake2": ["blake2b"],
     "_codecs": ["encode"],
     "_locale": ["setlocale"],
     "_signal": ["pthread_sigmask", "signal"],

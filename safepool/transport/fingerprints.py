@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import copyreg
 import enum
-import hashlib
 import pickle
 import types
+from _blake2 import blake2b  # as in marks
 from collections import ChainMap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,7 +90,7 @@ class _Sink:
     """A file that keeps only the hash of the written bytes."""
 
     def __init__(self) -> None:
-        self.hash = hashlib.blake2b(digest_size=16)
+        self.hash = blake2b(digest_size=16)
         self.may_have_sets = False
         self.size = 0
 

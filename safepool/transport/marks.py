@@ -7,9 +7,9 @@ a child of ``multiprocessing`` by ``spawn`` or ``forkserver``.
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import types
+from _blake2 import blake2b  # the same as hashlib's, which loads OpenSSL: 3 ms in each process
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import let_handlers_pass
@@ -288,7 +288,7 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _mark_of_code(code: types.CodeType) -> bytes:
-    mark = hashlib.blake2b(digest_size=8)
+    mark = blake2b(digest_size=8)
     for one in codes_in(code):
         # The items of a frozenset are in another order in each process.
         constants = [

@@ -7,7 +7,6 @@ A hash would be slower: comparing 40 MiB takes 3 ms, the fastest hash of the sta
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -122,6 +121,8 @@ def _buffers_of(segments: Sequence[Segment]) -> list[memoryview]:
 def _digest(pickled: bytes | memoryview) -> bytes:
     if len(pickled) < _COMPARED_BYTES:
         return bytes(pickled)
+    import hashlib  # noqa: PLC0415 -- OpenSSL, for large data alone
+
     return hashlib.sha256(pickled).digest()  # by one instruction, on most processors
 
 
