@@ -193,11 +193,12 @@ class Job:
 
     Attributes:
         begun_s: When a thread was given it, by the monotonic clock; 0 before.
-        ended: Whether it was run. It is finished afterwards.
+        ended: Whether it was run. It is finished afterwards, once.
     """
 
     __slots__ = (
         "_clock",
+        "_finish",
         "_ident",
         "_may_be_passed",
         "_rests_since_s",
@@ -205,14 +206,13 @@ class Job:
         "_used",
         "begun_s",
         "ended",
-        "finish",
         "place",
         "run",
     )
 
     def __init__(self, run: Callable[[], None], finish: Callable[[], None]) -> None:
         self.run: Callable[[], None] | None = run
-        self.finish: Callable[[], None] = finish
+        self._finish: Callable[[], None] | None = finish
         self.begun_s: float = 0.0
         self._ident = 0
         # Clock of its thread's processor time; 0 if there is none.
@@ -234,6 +234,15 @@ class Job:
         del run  # its references are dropped here, at once
         self.ended = True
         return self._decide()
+
+    def finish(self) -> None:
+        """Finish it: what it refers to, such as arguments, is not kept by the thread that ran it.
+
+        That thread may get no processor for long before it drops the job.
+        """
+        finish, self._finish = self._finish, None
+        assert finish is not None
+        finish()
 
     def await_end(self, patience_s: float) -> bool:
         """Return whether the job ended in time; if not, its end will be reported."""
@@ -350,8 +359,8 @@ class Hands:
         if not job.await_end(patience_s):
             return job
         if job in self._active:
-            self._active.remove(job)  # drops the job's references
-        finish()
+            self._active.remove(job)
+        job.finish()
         return None
 
     def pump(self) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import _thread
 import array
+import functools
 import math
 import threading
+import weakref
 from concurrent.futures import InvalidStateError
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,30 @@ def test_where_no_thread_can_be_started_it_is_done_here(
     monkeypatch.setattr(hands.ThreadThatStarts, "start", refuse_thread)
     WAYS[way](lambda: done.append(threading.current_thread()))
     assert done == [threading.current_thread()]
+
+
+def test_a_late_job_holds_nothing_when_it_was_finished() -> None:
+    """Arguments, above all. Its thread may get no processor for long before it drops the job."""
+    ends, ended, goes_on = threading.Event(), threading.Event(), threading.Event()
+
+    def wake() -> None:
+        ended.set()
+        goes_on.wait(60)
+
+    working = hands.Hands("safepool-test", wake, 1)
+    held = array.array("d")
+    seen = weakref.ref(held)
+    finish: Any = functools.partial(len, held)
+    run: Any = functools.partial(ends.wait, 60)
+    assert working.do(run, finish, 0.0)
+    del finish
+    del held
+    ends.set()
+    assert ended.wait(60)
+    working.come_back()
+    assert seen() is None
+    goes_on.set()
+    working.close()
 
 
 # One row per kind of interpreter: what its threading module has not.
