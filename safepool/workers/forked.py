@@ -140,21 +140,32 @@ class ForkedProcess:
         """Close the descriptors."""
         with self._lock:
             self.drop_line()
-            if self._exitcode is None:
-                self._wait_as_parent()
+            self._wait_as_parent()
             descriptors = [self._status, -1 if self.pidfd is None else self.pidfd]
             self._status, self.pidfd, self._lost = -1, None, True
             for descriptor in descriptors:
                 if descriptor >= 0:
                     os.close(descriptor)
 
+    def bury(self) -> None:
+        """Wait for it if it was closed before its server, which was killed, had ended.
+
+        Only the server's end makes it another process's child.
+        """
+        with self._lock:
+            if self.closed:
+                self._wait_as_parent()
+
     def _wait_as_parent(self) -> None:
         # Its server was killed, and this process is the first of a container: it has become its
         # child, and would stay as a zombie.
-        try:
-            os.waitpid(self.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass
+        if self._exitcode is None:
+            try:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if ended:
+                self._exitcode = os.waitstatus_to_exitcode(status)
 
     def drop_line(self) -> None:
         """Close the life-line. Takes no lock: in a fork, a thread of the parent may hold it."""

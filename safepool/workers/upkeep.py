@@ -200,7 +200,12 @@ class Server:
 
     def _stop(self) -> str:
         running, self.running = self.running, None
-        return "" if running is None else running.stop()
+        if running is None:
+            return ""
+        ending = running.stop()
+        for worker in self._workers:
+            worker.bury()
+        return ending
 
     def _be_afresh(self, error: asking.CannotForkError) -> None:
         self._afresh = True

@@ -135,6 +135,27 @@ def test_the_exit_code_of_a_worker_that_outlived_its_server_is_not_invented() ->
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9
 
 
+def test_a_worker_that_ended_before_its_killed_server_is_no_zombie(tmp_path: Path) -> None:
+    """The first process of a container becomes its parent, and only when the server has ended."""
+    script = """
+        import os, signal
+        from safepool import ProcessPool
+        from safepool.workers import forkserver, keeper
+
+        if __name__ == "__main__":
+            keeper.adopt_orphans()  # as the first process of a container does
+            with ProcessPool(1) as pool:
+                worker = pool.submit(os.getpid).result(60)
+                (server,) = forkserver.running()
+                os.kill(server, signal.SIGSTOP)  # it waits for no worker
+                error = pool.submit(os._exit, 3).exception(60)
+                os.kill(server, signal.SIGKILL)
+                print(type(error).__name__, pool.submit(abs, -4).result(60))
+                print(os.path.exists(f"/proc/{worker}"))
+    """
+    assert run(textwrap.dedent(script), tmp_path) == "WorkerDiedError 4\nFalse"
+
+
 def test_a_stopped_server_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     """It answers nothing; the pool waits for a while, and then starts another."""
     receive = asking.RunningServer._receive
