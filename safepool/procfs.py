@@ -260,15 +260,18 @@ class MemoryFile:
         self._file.close()
 
 
-def parse_maps(text: str) -> list[str]:
-    r"""Return the files of a ``maps``, each once, in its order.
+def parse_maps(text: str, *, code: bool = False) -> list[str]:
+    r"""Return the files of a ``maps``, each once, in its order; with ``code`` those of code alone.
 
     Example:
         >>> parse_maps("00-10 r-xp 00 08:02 17 /lib/a b.so\n10-20 rw-p 00 00:00 0 [heap]\n")
         ['/lib/a b.so']
+        >>> parse_maps("00-10 r--p 00 08:02 17 /lib/a b.so\n", code=True)
+        []
     """
-    paths = (line.split(maxsplit=5)[5] for line in text.split("\n") if line.count(" /"))
-    return list(dict.fromkeys(path for path in paths if path.startswith("/")))
+    lines = (line.split(maxsplit=5) for line in text.split("\n") if line.count(" /"))
+    found = (line[5] for line in lines if len(line) == 6 and ("x" in line[1] or not code))
+    return list(dict.fromkeys(path for path in found if path.startswith("/")))
 
 
 def mapped_files() -> list[str]:

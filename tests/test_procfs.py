@@ -88,6 +88,7 @@ MAPS: dict[str, tuple[str, list[str]]] = {
     "each once": ("00-10 r-xp 00 08:02 17 /a\n10-20 rw-p 00 08:02 17 /a\n", ["/a"]),
     "a blank": ("00-10 r-xp 00 08:02 17   /a b\n", ["/a b"]),
     "one that is gone": ("00-10 r-xp 00 08:02 17 /a (deleted)\n", ["/a (deleted)"]),
+    "no line of maps": ("00-10 /a\n", []),
     "no path": ("00-10 r-xp 00 08:02 17 anon_inode:x /y\n", []),
 }
 

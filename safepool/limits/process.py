@@ -142,9 +142,8 @@ class ProcessView:
 
     def libraries(self) -> tuple[str, ...]:
         """Return the files that it has mapped to run code from, each once, sorted."""
-        lines = (self._machine.read("/proc/self/maps", expected=True) or "").split("\n")
-        fields = (line.split(None, 5) for line in lines)
-        return tuple(sorted({f[5] for f in fields if len(f) == 6 and "x" in f[1] and "/" in f[5]}))
+        text = self._machine.read("/proc/self/maps", expected=True) or ""
+        return tuple(sorted(procfs.parse_maps(text, code=True)))
 
     def _open_files(self) -> OpenFilesLimit | None:
         match = _OPEN_FILES.search(self._machine.read("/proc/self/limits") or "")
