@@ -7,6 +7,7 @@ Not covered:
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import logging
@@ -304,4 +305,7 @@ def _forget_all() -> None:
 _made: weakref.WeakSet[Pools] = weakref.WeakSet()
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_all)
+# The interpreter keeps functions for a fork to its very end, and with them, by way of the pools,
+# the script's functions and their globals, which would not be finalized.
+atexit.register(_forget_all)
 SHARED = Pools(IDLE_S)

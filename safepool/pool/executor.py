@@ -6,7 +6,6 @@ import importlib.util
 import multiprocessing
 import sys
 import threading
-import weakref
 from concurrent.futures import Future, process
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, overload
 
@@ -333,8 +332,7 @@ class ProcessPool(PoolCalls, _Standard):  # type: ignore[misc]
         self._stacks = Stacks()
         # The scheduler lives until the submitted work is done. So the scheduler must not keep the
         # pool alive, and its end must not need the pool.
-        self._finalizer = weakref.finalize(self, self._scheduler.abandon)
-        self._finalizer.atexit = False
+        self._scheduler.serve(self)
 
     @property
     def size(self) -> int:

@@ -394,3 +394,32 @@ def test_nothing_is_left_after_many_pools() -> None:
             assert list(pool.map(support_tasks.square, range(4))) == [0, 1, 4, 9]
 
     assert descriptors() == before
+
+
+# One row per way to use pools from a script. The script's globals lead to the pools, and back.
+USES: dict[str, str] = {
+    "shut down": "with safepool.ProcessPool(1) as pool: pool.submit(square, 1).result()",
+    "never shut down": "pool = safepool.ProcessPool(1); pool.submit(square, 1).result()",
+    "joblib": """
+        with safepool.parallel_backend(): Parallel(2)(delayed(square)(n) for n in range(4))
+    """,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_globals_of_the_script_are_finalized_when_it_ends(use: str, tmp_path: Path) -> None:
+    """As with the standard pool: what they clean up and flush in ``__del__`` is done."""
+    script = f"""
+        import os
+        from joblib import Parallel, delayed
+        import safepool
+        class Kept:
+            def __del__(self): os.write(1, b"finalized")
+        def square(x): return x * x
+        if __name__ == "__main__":
+            kept = Kept()
+            {USES[use].strip()}
+    """
+    done = run(script, cwd=tmp_path)
+
+    assert done.stdout == "finalized"

@@ -113,6 +113,8 @@ class Scheduler(Loop):
     These are the methods for callers, from any thread; arguments as of `Loop`.
     """
 
+    _served: weakref.finalize[..., object] | None = None
+
     @property
     def state(self) -> str:
         """``"closed "`` or ``"broken "``, empty for a pool that takes tasks."""
@@ -338,8 +340,19 @@ class Scheduler(Loop):
         self._exiting = True
         self.shut_down(wait=True, end="terminate" if ends else "")
 
-    def abandon(self) -> None:
-        """Finish in the background: the pool object is gone (race E)."""
+    def serve(self, pool: object) -> None:
+        """Finish in the background when the pool object is gone."""
+        self._served = weakref.finalize(pool, self._abandon)
+        self._served.atexit = False
+
+    def _end(self) -> None:
+        # The list of finalizers holds the scheduler, which knows functions of the script, whose
+        # globals may hold the pool: nothing of them would end with the interpreter.
+        if self._served is not None:
+            self._served.detach()
+        super()._end()
+
+    def _abandon(self) -> None:  # race E
         self._closing = True
         if self._begun or not self._close_unused():
             self.wake()
