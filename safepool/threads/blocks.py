@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -188,9 +187,10 @@ class _Blocks:
 
     def fork_ended(self) -> None:
         """Let blocks begin and end again, in the parent."""
-        # Another thread held it for too long.
-        with suppress(RuntimeError):
+        try:
             self._lock.release()
+        except RuntimeError:
+            pass  # another thread held it for too long
 
     def forked(self) -> None:
         """Be usable in a forked child, which has none of the parent's other threads.

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+from multiprocessing import process, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from safepool import procfs
@@ -121,8 +122,6 @@ def be_born(details: dict[str, Any], line: int, own: Sequence[int]) -> int:
 
 def run_script(details: dict[str, Any], line: int, folder: int, tracker: int) -> dict[str, Any]:
     """Run the program's script in this process, which has the state of a child."""
-    from multiprocessing import process  # noqa: PLC0415
-
     known: Any = process
     known.ORIGINAL_DIR = details["original_dir"]
     _go(details, folder)
@@ -198,8 +197,6 @@ def _draw_other_numbers() -> None:
 
 def _be_a_child(details: dict[str, Any], line: int, tracker_descriptor: int) -> None:
     """Look like a child of ``multiprocessing``: programs ask whether they run in one."""
-    from multiprocessing import process, resource_tracker  # noqa: PLC0415
-
     known: Any = process
     child: Any = process.BaseProcess(name=details["name"])
     child._identity = details["identity"]

@@ -67,6 +67,8 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         self._asked_only = asked_only
         self._learns = False
         self._imported: list[str] | None = None
+        # What the server was asked for last.
+        self._wished: list[str] = []
         self._marks: Mapping[str, bytes] | None = None
 
     def prepare(self, changes: Mapping[str, str | None]) -> bool:
@@ -97,7 +99,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
 
     def finish(self, changes: Mapping[str, str | None]) -> None:
         """Let the server import what this pool's tasks have imported."""
-        if self._learns:
+        if self._learns and self._known() != self._wished:
             try:
                 with self._server(changes, self._plan_now(changes)) as server:
                     server.preload_ahead(self._known())
@@ -167,7 +169,8 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         # With more threads a BLAS starts them when it is loaded, and the process could not be
         # forked.
         self._learns = threads == 1
-        return asking.Wish(self._known() if self._learns else [], False, given_up)
+        self._wished = self._known() if self._learns else []
+        return asking.Wish(self._wished, False, given_up)
 
     def _known(self) -> list[str]:
         """Return the modules that the program and its tasks have imported."""

@@ -1,4 +1,4 @@
-"""What calls cost, in counts: pickles, blocks of memory, switches to another thread. No times.
+"""What calls and workers cost, in counts: pickles, blocks of memory, switches, imports. No times.
 
 The calls of the system in one round trip are counted in test_turns.py.
 """
@@ -9,9 +9,11 @@ import gc
 import sys
 import time
 import tracemalloc
+import warnings
 from typing import Any, ClassVar
 
 import pytest
+import support_born
 from support_processes import wait_until
 
 import safepool
@@ -134,3 +136,21 @@ def test_calls_of_a_map_share_their_switches() -> None:
 def switches() -> int:
     """How often this process has given its CPU away to wait for something."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux")
+def test_a_worker_imports_and_compiles_nothing_that_its_fork_server_could() -> None:
+    """Each worker would do it again: imports, and the patterns of the libraries' filters."""
+    warnings.filterwarnings("ignore", message=support_born.PATTERN)
+    with safepool.ProcessPool(1, preload=["support_born"]) as pool:
+        imported = pool.submit(support_born.imported).result()
+        compiled = pool.submit(support_born.compiled).result()
+        assert pool.submit(has_filter).result()
+
+    assert imported == set()
+    assert support_born.PATTERN not in compiled
+
+
+def has_filter() -> bool:
+    """Whether the program's filter has arrived, and been read."""
+    return any(getattr(one[1], "pattern", "") == support_born.PATTERN for one in warnings.filters)
