@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.cluster.messages import Packet, unpickle
 from safepool.transport import payloads
+from safepool.transport.reductions import Reductions
 from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, get_ready, say_what
 from safepool.workers.index import worker_index
@@ -55,10 +56,11 @@ def run(
         if type(result) is CoroutineType:
             result = run_to_its_end(result)
         packed_ns = time.monotonic_ns()
+        done = Reductions()
         try:
-            answered = payloads.dumps(result, into_main=True)
+            answered = payloads.dumps(result, into_main=True, reductions=done)
         except Exception as error:
-            say_what(error, result, look=True)
+            say_what(error, result, done, look=True)
             raise
         answer = Packet(RETURNED, *answered)
     except BaseException as error:  # noqa: BLE001 -- SystemExit too is the call's, as in any pool

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import pickle
 import sys
 import types
 import uuid
@@ -103,6 +104,8 @@ class ByValuePickler(CloudPickler):
     to_worker = False
     namespace: dict[str, Any]
 
+    dump: Any = pickle.Pickler.dump  # cloudpickle's makes another error of a RecursionError
+
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.script: Met | None = met()
@@ -131,7 +134,9 @@ class ByValuePickler(CloudPickler):
         if issubclass(kind, type):
             return NotImplemented if _is_by_reference(obj) else _reduce_class(obj)
         if issubclass(kind, BaseException):
-            return reduce_exception(obj)
+            reduced = reduce_exception(obj)
+            if reduced is not NotImplemented:
+                return reduced
         return kinds.reduce_other(obj, self.dispatch_table)
 
     def _empty_cell(self, cell: types.CellType) -> types.CellType:

@@ -23,6 +23,7 @@ Not covered:
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import pickle
 import sys
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from safepool.transport.frames import Filed
 from safepool.transport.lazy import loaded
+from safepool.transport.reductions import belong_to_pickle, reduce_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -180,6 +182,7 @@ class Outgoing:
             )
         # In one step: a signal's handler that raises between two would lose the duplicate.
         self._numbers.extend(map(os.dup, (descriptor,)))
+        belong_to_pickle()
         return _Place(len(self._numbers) - 1)
 
     def segments(self) -> list[Handed]:
@@ -310,12 +313,13 @@ def registered() -> Registered:
     extra: dict[type, Callable[[Any], Any]] = reduction.ForkingPickler._extra_reducers
     now = [*extra.values()]
     if now != _seen:
-        reducers = {
+        reducers: dict[type, Callable[[Any], Any]] = {
             kind: _where_it_holds(reduce)
             for kind, reduce in extra.copy().items()
             if _NOT_NEEDED.isdisjoint((_name_of(reduce), _name_of(reduce)[0]))
         }
         beyond = not {*map(_name_of, reducers.values())} <= _REFUSED
+        reducers = {kind: functools.partial(reduce_once, one) for kind, one in reducers.items()}
         _registered = Registered(reducers, beyond=beyond)
         _seen[:] = now
     return _registered

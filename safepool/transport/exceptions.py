@@ -16,13 +16,14 @@ Not covered:
 from __future__ import annotations
 
 import copyreg
-import operator
+import functools
 import pickle
 import types
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import text_of
 from safepool.transport.marks import is_of_python
+from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +36,6 @@ _UNSET: Any = object()
 
 # Types that a table remembers; the others are looked up each time.
 _MOST_KINDS = 256
-_reduce_by_itself = operator.methodcaller("__reduce_ex__", 5)
 
 
 class StandardTable(dict[type, "Callable[[Any], Any]"]):
@@ -43,8 +43,7 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
 
     All other types have the pickler's default as entry: C code that finds an entry is faster than
     a miss, and than a method of the pickler that is called for each object. An object of a class
-    of ``__main__`` ends the pickling: it travels by value, and its methods for pickling, which may
-    be the program's, are called once.
+    of ``__main__`` ends the pickling: it travels by value.
 
     Args:
         special: Other reducers. The mapping may return an entry for a type that it does not
@@ -56,12 +55,15 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
         self._special = special
 
     def __missing__(self, kind: type) -> Callable[[Any], Any]:
+        reduce: Callable[[Any], Any]
         try:
-            return self._special[kind]
+            reduce = self._special[kind]
         except KeyError:
             if issubclass(kind, type):  # a class, which is pickled as a name
                 raise
-        reduce: Callable[[Any], Any] = _reduce_by_itself
+        else:
+            return _once(reduce) if is_of_program(reduce) else reduce
+        reduce = _once(by_itself) if runs_code(kind) else by_itself
         if vars(kind).get("__module__") == "__main__":
             reduce = _refuse
         elif issubclass(kind, BaseException):
@@ -71,13 +73,16 @@ class StandardTable(dict[type, "Callable[[Any], Any]"]):
         return reduce
 
 
+_once = functools.partial(functools.partial, reduce_once)
+
+
 def _refuse(_: object) -> Any:
     raise pickle.PicklingError  # whoever asked tries cloudpickle next
 
 
 def _reduce_error(error: BaseException) -> Any:
     reduced = reduce_exception(error)
-    return _reduce_by_itself(error) if reduced is NotImplemented else reduced
+    return reduce_once(by_itself, error) if reduced is NotImplemented else reduced
 
 
 def reduce_exception(error: BaseException) -> Any:

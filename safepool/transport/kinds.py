@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.transport import weak
 from safepool.transport.lazy import loaded
 from safepool.transport.marks import MAIN_NAMES, find_in_main, found_as
+from safepool.transport.reductions import by_itself, is_of_program, reduce_once, runs_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,26 +51,30 @@ _MOST_PLAIN = 256
 def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
     """Return how to make an object that is no function or class; usually ``NotImplemented``."""
     kind: Any = type(obj)
-    if kind in _plain or kind in dispatch_table:
+    if kind in _plain:
         return NotImplemented
-    if issubclass(kind, types.ModuleType):
-        return _reduce_module(obj)
+    if kind in dispatch_table:
+        reduce = dispatch_table[kind]
+        return reduce_once(reduce, obj) if is_of_program(reduce) else NotImplemented
     special = _reduce_special(obj, kind)
     if special is not None:
         return special
     plain: Any = object
-    if kind.__reduce__ is plain.__reduce__ and kind.__reduce_ex__ is plain.__reduce_ex__:
+    by_object = kind.__reduce__ is plain.__reduce__ and kind.__reduce_ex__ is plain.__reduce_ex__
+    if by_object and not runs_code(kind):
         if len(_plain) >= _MOST_PLAIN:
             _plain.clear()
         _plain.add(kind)
         return NotImplemented
-    reduced = obj.__reduce_ex__(5)
+    reduced = reduce_once(by_itself, obj)
     if isinstance(reduced, str) and not _is_in_its_module(obj, reduced) and _has(reduced, obj):
         return _named(reduced, object.__new__, (kind,), object.__getstate__(obj))
     return reduced
 
 
 def _reduce_special(obj: Any, kind: Any) -> Any:
+    if issubclass(kind, types.ModuleType):
+        return _reduce_module(obj)
     if kind is object:
         return _reduce_object(obj)
     if issubclass(kind, threading.local) and kind.__reduce__ is threading.local.__reduce__:

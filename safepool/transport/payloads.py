@@ -30,6 +30,7 @@ from safepool.transport.growing import Sink, load
 from safepool.transport.marks import main_space
 from safepool.transport.memmaps import Prints, Reducers
 from safepool.transport.names import met
+from safepool.transport.reductions import begin, end, has_failed, reduce_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from safepool.transport.frames import Buffer, Segment
     from safepool.transport.names import Met
+    from safepool.transport.reductions import Reductions
 
 # A smaller buffer is cheaper as a copy in the pickle than as a segment.
 _OUT_OF_BAND_BYTES = 32 * 1024
@@ -51,6 +53,7 @@ def dumps(
     into_main: bool = False,
     by_value: bool = False,
     reducers: Mapping[type, Callable[[Any], Any]] | None = None,
+    reductions: Reductions | None = None,
 ) -> list[bytes | memoryview]:
     """Return the segments of ``value``: its pickle, then its large buffers, not copied.
 
@@ -62,6 +65,7 @@ def dumps(
         by_value: Whether the value is known to hold something of ``__main__``: it is then pickled
             once, without a first try by reference.
         reducers: Reducers of certain types, for this value only.
+        reductions: Results of methods for pickling that ran for this value before.
 
     Returns:
         At least one segment. The buffers are views of the value's own memory, which must not
@@ -77,15 +81,27 @@ def dumps(
         3
     """
     way = Outgoing(allowed=False)
-    return _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=reducers)
+    before = begin(reductions)
+    try:
+        return _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=reducers)
+    finally:
+        end(before)
 
 
 def dumps_to_send(
-    value: object, *, into_main: bool = False, by_value: bool = False
+    value: object,
+    *,
+    into_main: bool = False,
+    by_value: bool = False,
+    reductions: Reductions | None = None,
 ) -> list[Segment]:
     """Return the segments of ``value`` as :func:`dumps`, and behind them its open descriptors."""
     way = Outgoing(allowed=sys.platform == "linux")
-    segments = _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=None)
+    before = begin(reductions)
+    try:
+        segments = _dumps_by(way, value, into_main=into_main, by_value=by_value, reducers=None)
+    finally:
+        end(before)
     return [*segments, *way.segments()]
 
 
@@ -110,7 +126,6 @@ def _dumps_by(
             segments = _tried(value, dump, into_main=into_main)
             if segments:
                 return segments
-            way.drop()
         dump = functools.partial(_by_value_dumps, into_main=into_main, reducers=reducers)
         return segments_of(value, dump)
 
@@ -124,9 +139,12 @@ def _tried(
     """Return the segments by the standard pickler; ``None`` if they may not be right."""
     try:
         segments = segments_of(value, dump)
-    except MemoryError:
+    except (MemoryError, RecursionError):
         raise
-    except Exception as error:  # noqa: BLE001 -- whatever it is, cloudpickle may know better, or says it
+    except Exception as error:
+        # Of the pickler or of C code: cloudpickle may know better, or says it.
+        if has_failed():
+            raise
         let_handlers_pass(error)
         return None
     # A name in ``__main__`` is another thing in the worker, or nothing. In a child of
@@ -197,7 +215,8 @@ def _standard_dumps(
 
 def _with(kind: Any, reducers: Mapping[type, Callable[[Any], Any]]) -> Any:
     # The table is an attribute of the class, where the C pickler looks for it.
-    table: Any = ChainMap(dict(reducers), kind.dispatch_table)
+    once = {kind: functools.partial(reduce_once, reduce) for kind, reduce in reducers.items()}
+    table: Any = ChainMap(once, kind.dispatch_table)
     return type("PicklerOnce", (kind,), {"dispatch_table": table})
 
 

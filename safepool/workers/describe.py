@@ -13,6 +13,7 @@ from safepool.errors import text_of, users_frames
 from safepool.transport.blame import find_unpicklable
 from safepool.transport.exceptions import Sendable
 from safepool.transport.payloads import dumps, dumps_to_send, loads
+from safepool.transport.reductions import Reductions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,9 +67,11 @@ _IMPORTED_WITHIN = (
 )
 
 
-def say_what(error: Exception, result: object, *, look: bool) -> None:
+def say_what(error: Exception, result: object, done: Reductions, *, look: bool) -> None:
     """Add to a pickling error that it was a result, and what in it if it is to ``look``."""
-    culprit = find_unpicklable(result, dumps_to_send) if look else ""
+    done.is_search = True
+    dumps = functools.partial(dumps_to_send, reductions=done)
+    culprit = find_unpicklable(result, dumps) if look else ""
     try:
         error.add_note(f"{UNSENT_RESULT}. It is {culprit}" if culprit else UNSENT_RESULT)
         error.unsent_result = _SHORT.repr(result)  # type: ignore[attr-defined]
@@ -84,19 +87,21 @@ def describe(error: BaseException) -> list[bytes | memoryview]:
     # Frames hold the task's arguments; the other end could not use them anyway. By the base
     # class, since a frozen dataclass forbids to set an attribute.
     BaseException.with_traceback(error, None)
-    pickled, reason = _pickled(error)
+    done = Reductions()
+    pickled, reason = _pickled(error, done)
     if pickled is None:
         left: list[str] = []
-        pickled, _ = _pickled(Sendable(error, dumps, left))
+        parts = functools.partial(dumps, reductions=done)
+        pickled, _ = _pickled(Sendable(error, parts, left), done)
         if pickled is not None:
             trace += "".join(f"(left in the worker: {part})\n" for part in dict.fromkeys(left))
     return [pickle.dumps((pickled, name, text, trace, reason), protocol=5)]
 
 
-def _pickled(error: BaseException | Sendable) -> tuple[list[bytes] | None, str]:
+def _pickled(error: BaseException | Sendable, done: Reductions) -> tuple[list[bytes] | None, str]:
     """Return the pickle of an exception, or the reason why it cannot be pickled."""
     try:
-        segments = [bytes(segment) for segment in dumps(error)]
+        segments = [bytes(segment) for segment in dumps(error, reductions=done)]
         # A class's own way to be pickled may fail at the other end: found out here, where it
         # costs one task and not a pool.
         arrived = loads(segments)

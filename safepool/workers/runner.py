@@ -19,6 +19,7 @@ from safepool.transport import references
 from safepool.transport.frames import Kind, encode
 from safepool.transport.marks import PLAIN
 from safepool.transport.payloads import dumps_to_send, loads
+from safepool.transport.reductions import Reductions
 from safepool.transport.sharing import received
 from safepool.workers.answers import SMALL_BYTES, Answers
 from safepool.workers.board import LANES, REVOKED
@@ -441,15 +442,16 @@ class Runner:
     def _packed(self, result: object) -> Segments:
         if type(result) is CoroutineType:
             result = run_to_its_end(result)
+        done = Reductions()
         try:
-            segments: Segments = _pickle(result)
+            segments: Segments = _pickle(result, done)
         except MemoryError:
             raise
         except Exception as error:
             if not isawaitable(result):
                 kind = type(result).__qualname__
                 self._unsent[kind] += 1
-                say_what(error, result, look=self._unsent[kind] <= _MOST_BLAMED)
+                say_what(error, result, done, look=self._unsent[kind] <= _MOST_BLAMED)
                 raise
             segments = ()
         if not segments:
@@ -474,7 +476,7 @@ def _load_function(
     return function
 
 
-def _pickle(result: object) -> Segments:
+def _pickle(result: object, done: Reductions) -> Segments:
     if type(result) in _PLAIN and (not isinstance(result, (str, bytes)) or len(result) < 1024):
         return [pickle.dumps(result, protocol=5)]
-    return dumps_to_send(result)
+    return dumps_to_send(result, reductions=done)

@@ -23,6 +23,7 @@ import pytest
 
 from safepool.transport.channel import ChannelClosedError
 from safepool.transport.frames import Kind
+from safepool.transport.reductions import Reductions
 from safepool.workers import (
     answers,
     board,
@@ -80,7 +81,7 @@ class Odd(metaclass=Nameless):
 
 
 def test_errors_that_refuse_everything_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    describe.say_what(ClosedError(), threading.Lock(), look=True)
+    describe.say_what(ClosedError(), threading.Lock(), Reductions(), look=True)
     assert not describe._speaks(SilentError())
     assert describe._speaks(ValueError("text"))
     assert describe._name(Odd) == "(an exception whose type has no name)"

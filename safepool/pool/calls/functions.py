@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.transport.frames import Segment
+    from safepool.transport.reductions import Reductions
     from safepool.transport.sharing import Shared
 
 # Each is kept alive, and in every worker; a program that makes functions without end sends
@@ -151,12 +152,16 @@ class Functions:
             self._importable[function] = sent
         return sent
 
-    def once(self, function: Callable[..., Any], *, of_main: bool) -> SentFunction:
+    def once(
+        self, function: Callable[..., Any], done: Reductions | None = None, *, of_main: bool
+    ) -> SentFunction:
         """Return any callable, pickled now and for one ``map``."""
         sent = self.lasting(function)
         if sent is None:
             with Collected() as shared, Met() as met:
-                segments = payloads.dumps_to_send(function, into_main=True, by_value=of_main)
+                segments = payloads.dumps_to_send(
+                    function, into_main=True, by_value=of_main, reductions=done
+                )
             stored = store_large(segments)
             number = next(self._numbers)
             sent = SentFunction(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from safepool.pool.calls.tasks import Turn
     from safepool.pool.core.policy import Policy
     from safepool.pool.latch import Bell
+    from safepool.transport.reductions import Reductions
 
 __all__ = ["Coming", "MapRun", "Raised", "Span"]
 
@@ -143,6 +144,8 @@ class MapRun:
         turns: Turns by which callers have sent calls that the scheduler does not know yet, in
             order.
         length: Number of calls in all; ``None`` if unknown here.
+        reductions: By the index of a call without a result: results of methods for pickling,
+            which run once, however often the call is sent.
         reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
 
@@ -191,6 +194,7 @@ class MapRun:
         self.count: int = 0
         self.sent: SentFunction | None = None
         self.needs: Sequence[Delivery] = ()
+        self.reductions: dict[int, Reductions] = {}
         self._cut = 0
         self.turns: deque[Turn] = deque()
         # By the index of the first: values of calls that follow each other, or an error.
@@ -266,6 +270,9 @@ class MapRun:
 
     def put(self, index: int, results: list[Any], size_bytes: int = 0) -> None:
         """Store consecutive results; :meth:`tell` follows when these are all for now."""
+        if self.reductions:
+            for place in range(index, index + len(results)):
+                self.reductions.pop(place, None)
         if self.dropped:
             return
         if size_bytes <= _COUNTED_BYTES:
@@ -281,6 +288,7 @@ class MapRun:
 
     def put_error(self, index: int, error: BaseException) -> None:
         """Store the exception of a call."""
+        self.reductions.pop(index, None)
         if not self.dropped:
             self._results[index] = [error] if self.returns_errors else Raised(error)
             if self._arrived is not None:

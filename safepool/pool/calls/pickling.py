@@ -25,6 +25,7 @@ from safepool.transport.blame import find_unpicklable
 from safepool.transport.descriptors import are_beyond
 from safepool.transport.marks import MAIN_NAMES, PLAIN
 from safepool.transport.names import Met, names_of
+from safepool.transport.reductions import Reductions
 from safepool.transport.room import require_to_pickle
 from safepool.transport.trusted import UntrustedError, imports_here
 
@@ -147,23 +148,31 @@ class Pickling:
         call, task.call = task.call, None  # dropped here: a finalizer may wait as well
         assert call is not None
         function, args, kwargs = call
+        done = Reductions()
         try:
             require_to_pickle(args)
             require_to_pickle(kwargs.values())
             sent = self.functions.lasting(function)
             if sent is None:
-                return self._dumps(call, by_value=_is_name_in_main(task.name))
-            return self._dumps((args, kwargs), names=sent.names)._replace(function=sent)
+                return self._dumps(call, done, by_value=_is_name_in_main(task.name))
+            return self._dumps((args, kwargs), done, names=sent.names)._replace(function=sent)
         except BaseException as error:
-            self._say_what(error, task.name, _whole(call))
+            self._say_what(error, task.name, _whole(call), done)
             raise
 
     def _dumps(
-        self, value: object, *, by_value: bool = False, names: frozenset[str] = frozenset()
+        self,
+        value: object,
+        done: Reductions,
+        *,
+        by_value: bool = False,
+        names: frozenset[str] = frozenset(),
     ) -> Pickled:
         """Pickle a call, or a part of it."""
         with Met() as met, references.Collected() as shared:
-            segments = payloads.dumps_to_send(value, into_main=True, by_value=by_value)
+            segments = payloads.dumps_to_send(
+                value, into_main=True, by_value=by_value, reductions=done
+            )
         needed = self.names.needed(names | met.names if met.refs or met.uses else names)
         return Pickled(None, segments, shared.found, needed)
 
@@ -190,26 +199,29 @@ class Pickling:
         """Return the pickle of a run's calls, and make that of its function. In any thread."""
         run: MapRun = span.run
         if run.sent is None:
+            done = Reductions()
             try:
-                self._send_once(run)
+                self._send_once(run, done)
             except BaseException as error:
-                self._say_what(error, run.name, run.function)
+                self._say_what(error, run.name, run.function, done)
                 raise
         try:
             return _pickle_items(span, self._dumps)
         except BaseException as error:
             if span.count > 1:
+                error.with_traceback(None)  # it may be kept until its call has been sent alone
                 return _EACH_ALONE
             items = run.arguments_of(span.items[0])
-            self._say_what(error, run.name, _whole((run.function, items, {})))
+            done = run.reductions.pop(span.start, Reductions())
+            self._say_what(error, run.name, _whole((run.function, items, {})), done)
             raise
 
-    def _send_once(self, run: MapRun) -> None:
-        sent = self.functions.once(run.function, of_main=_is_name_in_main(run.name))
+    def _send_once(self, run: MapRun, done: Reductions | None = None) -> None:
+        sent = self.functions.once(run.function, done, of_main=_is_name_in_main(run.name))
         run.needs = self.names.needed(sent.names)
         run.sent = sent
 
-    def _say_what(self, error: BaseException, name: str, value: object) -> None:
+    def _say_what(self, error: BaseException, name: str, value: object, done: Reductions) -> None:
         """Add the call, and the part of the call, to a pickling error."""
         note = f"{_NOT_SENT}{name} was pickled, with its arguments"
         if _is_name_in_main(name):
@@ -222,7 +234,9 @@ class Pickling:
             inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
         ):
             self._blamed[name] += 1
-            culprit = find_unpicklable(value, payloads.dumps_to_send)
+            done.is_search = True
+            dumps = functools.partial(payloads.dumps_to_send, reductions=done)
+            culprit = find_unpicklable(value, dumps)
             note += f". It is {culprit}" if culprit else ""
             if _COROUTINE in text_of(error):
                 note += ". A coroutine cannot be sent: pass its function and its arguments"
@@ -241,7 +255,7 @@ def _is_name_in_main(name: str) -> bool:
     return name.partition(".")[0] in MAIN_NAMES
 
 
-def _dumps_here(value: object) -> Pickled:
+def _dumps_here(value: object, _done: Reductions | None = None) -> Pickled:
     """Pickle what runs no code of the program."""
     if payloads.by_value_modules() or are_beyond():
         raise UntrustedError
@@ -256,16 +270,17 @@ def _dumps_here(value: object) -> Pickled:
 _EACH_ALONE = Pickled(None, (), (), ())
 
 
-def _pickle_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled:
+def _pickle_items(span: Span, dumps: Callable[[object, Reductions], Pickled]) -> Pickled:
+    run: MapRun = span.run
     if span.count <= _FEW:
         for item in span.items:
-            require_to_pickle(span.run.arguments_of(item))
+            require_to_pickle(run.arguments_of(item))
     if span.alone:
-        return dumps((span.run.arguments_of(span.items[0]), {}))
+        return _dumps_at(span, span.start, (run.arguments_of(span.items[0]), {}), dumps)
     return _dumps_items(span, dumps) or _EACH_ALONE
 
 
-def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | None:
+def _dumps_items(span: Span, dumps: Callable[[object, Reductions], Pickled]) -> Pickled | None:
     """Pickle the items of several calls; ``None`` if each must be sent separately.
 
     In a common pickle, an object that two calls refer to would be one object in the worker, and
@@ -278,19 +293,16 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
     if span.run.at_once is not None and span.count > 1:
         span.bound = not _are_plain(items, span.run.starred) and _have_parts_in_common(items)
     if span.run.at_once is not None or span.count == 1 or _are_plain(items, span.run.starred):
-        return dumps(items)
-    # Each object's methods for pickling, which may be the program's, are called once.
-    if _is_of_main(items[0], span.run.starred) and not _have_parts_in_common(items):
-        return dumps(items)
+        return _dumps_all(span, dumps)
     pickles: list[bytes | memoryview] = []
     shared: list[Shared[Any]] = []
     needs: list[Delivery] = []
-    for item in items:
-        _, segments, more, needed = dumps(item)
+    for index, item in enumerate(items, span.start):
+        _, segments, more, needed = _dumps_at(span, index, item, dumps)
         if len(segments) > 1:
             return None
         if needed and not pickles and not _have_parts_in_common(items):
-            return dumps(items)
+            return _dumps_all(span, dumps)
         pickles.append(segments[0])  # type: ignore[arg-type]  # no file yet
         shared += more
         needs += needed
@@ -298,14 +310,37 @@ def _dumps_items(span: Span, dumps: Callable[[object], Pickled]) -> Pickled | No
     return Pickled(None, payloads.dumps([bytes(one) for one in pickles]), shared, needs)
 
 
+def _dumps_at(
+    span: Span, index: int, value: object, dumps: Callable[[object, Reductions], Pickled]
+) -> Pickled:
+    """Pickle the value of one call, which may be sent again: otherwise, or to another worker."""
+    before: dict[int, Reductions] = span.run.reductions
+    done = before.pop(index, None) or Reductions()
+    try:
+        return dumps(value, done)
+    finally:
+        if done and not done.of_one_pickle:
+            before[index] = done
+
+
+def _dumps_all(span: Span, dumps: Callable[[object, Reductions], Pickled]) -> Pickled:
+    """Pickle the values of all calls in common."""
+    before: dict[int, Reductions] = span.run.reductions
+    indexes = range(span.start, span.start + span.count)
+    done = Reductions()
+    if before:
+        for index in indexes:
+            done.update(before.get(index, ()))
+    try:
+        return dumps(span.items, done)
+    finally:
+        if done and not done.of_one_pickle:
+            before.update(dict.fromkeys(indexes, done))
+
+
 def _are_plain(items: list[Any], starred: bool, kinds: frozenset[type] = PLAIN) -> bool:
     parts = itertools.chain.from_iterable(items) if starred else items
     return kinds.issuperset(map(type, parts))
-
-
-def _is_of_main(item: Any, starred: bool) -> bool:
-    parts = item if starred else (item,)
-    return any(vars(type(part)).get("__module__") == "__main__" for part in parts)
 
 
 def _have_parts_in_common(items: list[Any]) -> bool:

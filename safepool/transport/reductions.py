@@ -1,0 +1,208 @@
+"""Results of methods for pickling: each method runs once for an object that is sent.
+
+A value may be pickled several times: by the standard pickler; by value, where that one meets
+something that it cannot send; part by part, in search of the part that nobody can send; and again
+for another worker. Methods of the program (``__reduce__``, ``__getstate__``, a reducer registered
+with ``copyreg``) run in the first of these only, as in the standard pool: a method may give
+something away. The others get the same result.
+
+Not covered:
+    * Methods that a class gets after its first instance was pickled.
+    * Properties that take the place of ``__dict__``, ``__class__`` or a slot.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+import pickle
+import sys
+import threading
+import types
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, Union
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# What a pickler calls of a class, and reads of an instance.
+_METHODS = (
+    "__reduce_ex__",
+    "__reduce__",
+    "__getstate__",
+    "__getnewargs_ex__",
+    "__getnewargs__",
+    "__getattribute__",
+    "__getattr__",
+)
+# The same of containers.
+_OF_CONTAINERS = ("items", "__iter__")
+# Nobody sees how often these run. The last are of named tuples, whose methods are made by `exec`.
+_LIBRARIES = sys.stdlib_module_names | {"cloudpickle", "loky", "numpy", "safepool"}
+_MADE_BY_PYTHON = "namedtuple_"
+_WITHOUT_CODE = (
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    types.BuiltinFunctionType,
+    type(None),
+)
+_Replayed: Any = type(itertools.tee((), 1)[0])
+
+# ``reductions``: those of the value that is pickled, ``None`` if it has none yet; without a value
+# ``False``.
+_thread = threading.local()
+_Place = Union["Reductions", Literal[False], None]
+
+
+class Reductions(dict[int, "tuple[object, Any]"]):
+    """Results for the objects of one value, by ``id()``; the objects are kept alive.
+
+    Attributes:
+        failed: Whether the last pickler was ended by an exception of the program.
+        is_search: ``True`` while the object that nobody can send is searched for.
+        of_one_pickle: ``True`` if results refer to descriptors beside one pickle, which the next
+            pickle has not, or hold a buffer of the program, which could not be resized meanwhile.
+    """
+
+    failed = is_search = of_one_pickle = False
+
+
+def begin(known: Reductions | None) -> _Place:
+    """Let the picklers of this thread look into results; return what :func:`end` is to be given.
+
+    Args:
+        known: The results so far. ``None`` makes them with the first one: most values have none.
+    """
+    before: _Place = _thread.__dict__.get("reductions", False)
+    _thread.reductions = known
+    if known is not None:
+        known.failed = False
+    return before
+
+
+def end(before: _Place) -> None:
+    """Let the picklers look where they have looked before :func:`begin`."""
+    if before and before is _thread.reductions:
+        before.failed = False  # of a part of the value, in the middle of it
+    _thread.reductions = before
+
+
+def has_failed() -> bool:
+    """Tell whether code of the program has ended the last pickler of this thread."""
+    return getattr(_thread.reductions, "failed", False)
+
+
+def belong_to_pickle() -> None:
+    """Note that the result that is being made is of use to this pickle only."""
+    known = _reductions()
+    if known is not None:
+        known.of_one_pickle = True
+
+
+def _reductions() -> Reductions | None:
+    """Return the results of the value that this thread pickles; ``None`` if it pickles none."""
+    known: _Place = _thread.__dict__.get("reductions", False)
+    if known is None:
+        known = _thread.reductions = Reductions()
+    return None if known is False else known
+
+
+by_itself: Callable[[Any], Any] = operator.methodcaller("__reduce_ex__", 5)
+"""Reduces an object by its class's methods."""
+
+
+def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
+    """Return ``reduce(obj)``, which is called once for an object of the value.
+
+    Raises:
+        Exception: The exception of ``reduce``.
+    """
+    known = _reductions()
+    if known is None:
+        return reduce(obj)
+    entry = known.get(id(obj))
+    if entry is None:
+        try:
+            reduced = reduce(obj)
+        except Exception as error:
+            # Otherwise C code has raised it: another pickler may have a way of its own.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+                known.failed = True
+                known[id(obj)] = obj, _Failed(error)
+            raise
+        if type(reduced) is tuple:
+            reduced = (
+                *reduced[:3],
+                *(_replayed(part, known) for part in reduced[3:5]),
+                *reduced[5:],
+            )
+            if pickle.PickleBuffer in map(type, itertools.chain(*_tuples(reduced[1:3]))):
+                known.of_one_pickle = True
+        entry = known[id(obj)] = obj, reduced
+    reduced = entry[1]
+    if type(reduced) is _Failed:
+        known.failed = True
+        raise pickle.PicklingError if known.is_search else reduced.error
+    if type(reduced) is tuple and len(reduced) > 3:
+        return tuple(one.__copy__() if type(one) is _Replayed else one for one in reduced)
+    return reduced
+
+
+class _Failed:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _tuples(parts: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    return (part if type(part) is tuple else (part,) for part in parts)
+
+
+def _replayed(items: Any, known: Reductions) -> Any:
+    """Return an iterator that can be copied at its beginning; anything else as it is."""
+    if not hasattr(type(items), "__next__"):
+        return items
+    return itertools.tee(_watched(items, known), 1)[0]
+
+
+def _watched(items: Iterator[Any], known: Reductions) -> Iterator[Any]:
+    try:
+        yield from items
+    except Exception:
+        known.failed = True  # a copy would end here
+        raise
+
+
+_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def runs_code(kind: type) -> bool:
+    """Tell whether code of the program runs when an instance is pickled."""
+    known = _kinds.get(kind)
+    if known is None:
+        names = _METHODS + _OF_CONTAINERS * issubclass(kind, (dict, list))
+        known = any(is_of_program(_found(kind, name)) for name in names)
+        _kinds[kind] = known
+    return known
+
+
+def _found(kind: type, name: str) -> Any:
+    """Return a method as it lies in the class, or ``None``."""
+    for one in type.__getattribute__(kind, "__mro__"):
+        if name in vars(one):
+            return vars(one)[name]
+    return None
+
+
+def is_of_program(method: Any) -> bool:
+    """Tell whether a method or a registered function may be code of the program."""
+    if type(method) is types.FunctionType:
+        return not _is_library(method.__globals__.get("__name__"))
+    return not isinstance(method, _WITHOUT_CODE)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_library(home: str | None) -> bool:
+    name = str(home)
+    return name.partition(".")[0] in _LIBRARIES or name.startswith(_MADE_BY_PYTHON)
