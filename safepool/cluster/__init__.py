@@ -7,7 +7,9 @@
                                    place, list of places          calls: run in its workers
 
     pool        `ClusterPool`: arguments and methods
-    shell       does what the core decides; futures, maps, sessions
+    shell       does what the core decides; the one thread, maps, sessions
+    submitted   calls as the shell holds them: how each is pickled, and ends
+    nodes       what each node has, and what a message must bring it
     core        a pure state machine: which call is where, what is sent, lost, run again
     messages    what travels, and how it is pickled
     carriers/   the boundary to engines, and the two that there are: Dask, and any executor
@@ -16,8 +18,8 @@
     calls       in a worker of that pool: unpickle, call, pickle
     errors      what only a cluster has
 
-Data flows one way: ``errors, core, messages, calls -> agent -> carriers, tracing -> shell ->
-pool``.
+Data flows one way: ``errors, core, messages, calls -> agent -> carriers, tracing -> nodes,
+submitted -> shell -> pool``.
 
 One rule ensures "at most 1 + retries starts": a call that was sent may have begun, and is sent
 again only as one of its retries. The engine's own repetition of calls is not used.

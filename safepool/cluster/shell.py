@@ -21,9 +21,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections import OrderedDict
 from concurrent.futures import CancelledError, wait
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,28 +31,23 @@ from safepool.cluster.calls import RAISED
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.errors import NodeLostError, NoNodesError
 from safepool.cluster.messages import (
-    KEPT_BYTES,
-    LARGE_BYTES,
     MESSAGE_BYTES,
     PROTOCOL,
     Buffers,
     DeliverMessage,
     Packet,
-    Parcel,
-    PickledArguments,
-    PickledFunction,
     Report,
     Welcome,
     own_version,
     pickle_arguments,
     pickle_function,
-    placed_bytes,
     python_version,
 )
+from safepool.cluster.nodes import Handles, Node
+from safepool.cluster.submitted import ClusterFuture, Mapped, Submitted
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
 from safepool.pool.calls.results import OpenMaps, Results
-from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by, fail, finish, rebuild
-from safepool.pool.core.work import Call
+from safepool.pool.calls.tasks import PoolFuture, callbacks_by, rebuild
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
 from safepool.pool.shell.exits import finish_at_exit, last_uncaught
@@ -92,138 +85,6 @@ _ENDS: dict[str, str] = {
     "kill": "kill_workers() was called",
     "terminate": "the program was interrupted",
 }
-# Number of large functions and buffers that a node keeps beside those of the last message that had
-# some: each is a descriptor there.
-_MOST_KEPT = 64
-
-
-class _Future(PoolFuture):
-    """A future that refuses to be waited for by the thread that carries its call."""
-
-    def _wait(self, timeout_s: float | None) -> Any:
-        shell: Shell | None = self.owner()  # type: ignore[operator]
-        if shell is not None and timeout_s != 0 and not self.done():
-            shell.check_may_wait()
-        return super()._wait(timeout_s)
-
-
-class _Submitted(Call):
-    """A call of ``submit()``."""
-
-    __slots__ = ("args", "function", "future")
-
-    def __init__(self, future: PoolFuture, name: str, policy: Policy) -> None:
-        super().__init__(name, policy)
-        self.future: PoolFuture = future
-        self.function: PickledFunction | None = None
-        self.args: PickledArguments | None = None
-
-    def is_wanted(self) -> bool:
-        """Whether it was not cancelled."""
-        return not self.future.cancelled()
-
-    def packed(self) -> tuple[PickledFunction, PickledArguments]:
-        """Return function and arguments as they travel."""
-        assert self.function is not None
-        assert self.args is not None
-        return self.function, self.args
-
-    def begin(self) -> bool:
-        """Become running; ``False`` if it was cancelled."""
-        return self.future.running() or begin(self.future)
-
-    def succeed(self, value: Any, nbytes: int) -> None:  # noqa: ARG002
-        """End with a result."""
-        finish(self.future, value)
-
-    def fail(self, error: BaseException) -> None:
-        """End with an exception."""
-        self.future.begin()
-        fail(self.future, error)
-
-    def cancel(self) -> None:
-        """End without having run."""
-        self.future.cancel_running()
-        self.future.tell()
-
-
-class _Mapped(Call):
-    """A call of ``map()``."""
-
-    __slots__ = ("args", "index", "item", "run", "shell")
-
-    def __init__(self, shell: Shell, run: MapRun, index: int, item: Any) -> None:
-        super().__init__(run.name, run.policy)
-        self.shell = shell
-        self.run: MapRun = run
-        self.index = index
-        self.item: Any = item
-        self.args: PickledArguments | None = None
-
-    def is_wanted(self) -> bool:
-        """Whether a reader takes further results."""
-        if not self.run.stopped:
-            return True
-        self._settled()
-        return False
-
-    def packed(self) -> tuple[PickledFunction, PickledArguments]:
-        """Return function and arguments as they travel."""
-        function: Any = self.run.sent
-        if self.args is None:
-            before_ns = time.monotonic_ns()
-            self.args = pickle_arguments(self.run.arguments_of(self.item), {}, self.shell.buffers)
-            self.item = None
-            if self.shell.trace is not None:
-                self.shell.trace.pickled(self, before_ns)
-        return function, self.args
-
-    def begin(self) -> bool:
-        """Become running."""
-        return True
-
-    def succeed(self, value: Any, nbytes: int) -> None:
-        """End with a result."""
-        self.run.put(self.index, [value], nbytes)
-        self._settled()
-
-    def fail(self, error: BaseException) -> None:
-        """End with an exception."""
-        self.run.put_error(self.index, error)
-        self._settled()
-
-    def cancel(self) -> None:
-        """End without having run."""
-        self.fail(CancelledError())
-
-    def _settled(self) -> None:
-        self.run.unsettled -= 1
-        self.shell.told.add(self.run)
-
-
-@dataclass(slots=True, eq=False)
-class _Node:
-    """Facts about a place that was asked, or is open.
-
-    Attributes:
-        session: Session of the agent there; each opening has its own.
-        label: Name of the place in errors.
-        anyway: ``True`` if the place is used even if another process has the node's agent.
-        failed: Number of calls that have failed with it.
-        objects: Numbers of shared objects that it has.
-        kept: Keys of large functions and buffers that it has, the last used last, and their sizes.
-        due: By when each kind of message must be answered.
-    """
-
-    session: str
-    label: str
-    anyway: bool = False
-    pid: int = 0
-    failed: int = 0
-    objects: set[int] = field(default_factory=set)
-    kept: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    forget: list[Any] = field(default_factory=list)
-    due: dict[str, float] = field(default_factory=dict)
 
 
 class Shell:
@@ -261,7 +122,7 @@ class Shell:
         )
         self._id = uuid.uuid4().hex
         self._openings = 0
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, Node] = {}
         self._listed: tuple[str, ...] = ()
         self._list_at_s = 0.0
         self.told: set[MapRun] = set()
@@ -278,8 +139,7 @@ class Shell:
         self._open_maps = OpenMaps()
         # Opened when no place is being asked.
         self._askers: list[Latch] = []
-        self._unshared: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._watched: set[int] = set()
+        self._handles = Handles()
         self._releases: list[Future[Any]] = []
 
     # Methods for callers, from any thread.
@@ -307,7 +167,7 @@ class Shell:
             RuntimeError: The pool was shut down, or this process is a fork of its owner.
         """
         self._check_open()
-        call = _Submitted(_Future(self._me), name, policy)
+        call = Submitted(ClusterFuture(self._me), name, policy)
         before_ns = time.monotonic_ns()
         try:
             call.function = pickle_function(function)
@@ -640,7 +500,7 @@ class Shell:
         place: str,
         session: str,
         kind: str,
-        take: Callable[[str, _Node, Any], None],
+        take: Callable[[str, Node, Any], None],
         future: Future[Any],
     ) -> None:
         node = self._nodes.get(place)
@@ -676,13 +536,13 @@ class Shell:
 
     def _open(self, action: c.Open) -> None:
         self._openings += 1
-        node = _Node(f"{self._id}-{self._openings}", action.place, anyway=action.anyway)
+        node = Node(f"{self._id}-{self._openings}", action.place, anyway=action.anyway)
         self._nodes[action.place] = node
         self._submit(
             action.place, "greet", agent.agent_greet, PROTOCOL, node.session, self._options
         )
 
-    def _greeted(self, place: str, node: _Node, plain: Any) -> None:
+    def _greeted(self, place: str, node: Node, plain: Any) -> None:
         welcome = Welcome(*plain)
         node.label, node.pid = f"{place} ({welcome.host})", welcome.pid
         here, host = python_version(), welcome.host
@@ -708,10 +568,10 @@ class Shell:
         if not one_call:
             self._collect(place, node)
 
-    def _collect(self, place: str, node: _Node) -> None:
+    def _collect(self, place: str, node: Node) -> None:
         self._submit(place, "collect", agent.agent_collect, node.session, _COLLECT_S)
 
-    def _collected(self, place: str, node: _Node, packet: Packet) -> None:
+    def _collected(self, place: str, node: Node, packet: Packet) -> None:
         # Asked for the next before these are unpickled.
         if self._core.is_open(place):
             self._collect(place, node)
@@ -726,7 +586,7 @@ class Shell:
         if report.returned is not None:
             self._handle(c.Returned(place, report.returned))
 
-    def _delivered(self, place: str, node: _Node, packet: Packet | None) -> None:  # noqa: ARG002
+    def _delivered(self, place: str, node: Node, packet: Packet | None) -> None:  # noqa: ARG002
         if packet is not None:
             self._take_report(place, packet.value())
         self._handle(c.Delivered(place))
@@ -751,7 +611,7 @@ class Shell:
         if self._over and items:
             run.stop(lambda: RuntimeError("cannot schedule new futures after shutdown"))
             return None
-        calls = [_Mapped(self, run, first + at, item) for at, item in enumerate(items)]
+        calls = [Mapped(self, run, first + at, item) for at, item in enumerate(items)]
         if self.trace is not None:
             for call in calls:
                 self.trace.brought(call)
@@ -764,13 +624,13 @@ class Shell:
         if isinstance(whose, PoolFuture):
             whose.tell()
         for call in self._core.under_way():
-            if (call.run if isinstance(call, _Mapped) else call.future) is whose:
+            if (call.run if isinstance(call, Mapped) else call.future) is whose:
                 self._handle(c.Kill(call))
 
     def _deliver(self, action: c.Deliver) -> None:
         place = action.place
         node = self._nodes[place]
-        self._forget_unshared()
+        self._handles.forget(self._nodes.values())
         traced = self.trace is not None
         message = DeliverMessage([], {}, {}, {}, action.back, action.kill, node.forget, traced)
         node.forget = []
@@ -782,13 +642,12 @@ class Shell:
                 left.append(number)
                 continue
             try:
-                nbytes += self._pack(node, message, number, call)
+                nbytes += node.pack(message, number, call, self._handles)
             except BaseException as error:  # noqa: BLE001 -- user code that pickles
                 failed.append(c.Answer(number, -1.0, False, error))
         at_once = self._carrier.at_once
         if not at_once:
-            node.objects.update(message.objects)
-            self._note_kept(node, message)
+            node.note(message)
         if message.calls or message.back or message.kill:
             packet = Packet.of(message)
             if at_once:
@@ -803,69 +662,6 @@ class Shell:
             self._bring(c.Answered(place, failed, 0))
         if left:
             self._bring(c.Returned(place, left))
-
-    def _pack(self, node: _Node, message: DeliverMessage, number: int, call: Any) -> int:
-        """Add a call to a message; return how many bytes it has."""
-        function, args = call.packed()
-        nbytes: int = args.packet.nbytes
-        for _, large in args.large:
-            if large.key not in node.kept and large.key not in message.large:
-                message.large[large.key] = large.packet
-                nbytes += large.packet.nbytes
-        for one in (*function.shared, *args.shared):
-            if one.number not in node.objects and one.number not in message.objects:
-                message.objects[one.number] = placed_bytes(one)
-                nbytes += one.nbytes
-                self._watch_handle(one)
-        if not call.begin():
-            raise CancelledError
-        if function.key not in node.kept and function.key not in message.functions:
-            numbers = tuple(one.number for one in function.shared)
-            message.functions[function.key] = function.packet, numbers
-            nbytes += function.packet.nbytes
-        keys = [(place, large.key) for place, large in args.large]
-        numbers = tuple(one.number for one in args.shared)
-        timeout_s = call.policy.timeout_s
-        parcel = Parcel(number, call.name, timeout_s, function.key, args.packet, keys, numbers)
-        message.calls.append(parcel)
-        return nbytes
-
-    def _note_kept(self, node: _Node, message: DeliverMessage) -> None:
-        """Note the large content that a node has now; let it forget the oldest."""
-        new = {
-            key: packet.nbytes
-            for key, (packet, _) in message.functions.items()
-            if packet.nbytes >= LARGE_BYTES
-        }
-        new |= {key: packet.nbytes for key, packet in message.large.items()}
-        node.kept.update(new)
-        used = {parcel.function for parcel in message.calls}
-        used |= {key for parcel in message.calls for _, key in parcel.large}
-        for key in used & node.kept.keys():
-            node.kept.move_to_end(key)
-        others = [key for key in node.kept if key not in used] if new else []
-        nbytes = sum(node.kept[key] for key in others)
-        for at, key in enumerate(others):
-            if len(others) - at <= _MOST_KEPT and nbytes <= KEPT_BYTES:
-                break
-            nbytes -= node.kept.pop(key)
-            node.forget.append(key)
-
-    def _watch_handle(self, shared: Any) -> None:
-        """Learn when the program has dropped the handle of a shared object."""
-        if shared.number not in self._watched:
-            self._watched.add(shared.number)
-            end = weakref.finalize(shared, self._unshared.put, shared.number)
-            end.atexit = False
-
-    def _forget_unshared(self) -> None:
-        while not self._unshared.empty():
-            number = self._unshared.get()
-            self._watched.discard(number)
-            for node in self._nodes.values():
-                if number in node.objects:
-                    node.objects.discard(number)
-                    node.forget.append(number)
 
     def _settle(self, action: c.Settle) -> None:
         call, answer = action.call, action.answer

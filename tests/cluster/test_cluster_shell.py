@@ -18,7 +18,15 @@ from support_processes import wait_until
 
 import safepool
 from safepool import WorkerInfo
-from safepool.cluster import ClusterPool, NodeLostError, NoNodesError, agent, messages, shell
+from safepool.cluster import (
+    ClusterPool,
+    NodeLostError,
+    NoNodesError,
+    agent,
+    messages,
+    nodes,
+    shell,
+)
 from safepool.cluster import pool as pool_module
 from safepool.cluster.carriers import EngineGoneError, PlaceLostError
 from safepool.cluster.carriers.dask import DaskCarrier
@@ -391,7 +399,7 @@ def test_a_large_argument_is_sent_to_a_node_once(pool_of: Callable[..., ClusterP
 def test_a_node_keeps_what_was_used_last(
     pool_of: Callable[..., ClusterPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shell, "KEPT_BYTES", LARGE_ARGUMENT_BYTES)
+    monkeypatch.setattr(nodes, "KEPT_BYTES", LARGE_ARGUMENT_BYTES)
     engine = Engine(greet=lambda: welcome(workers=99), deliver=lambda: None)
     pool = pool_of(engine)
     keys: list[str] = []
