@@ -130,8 +130,9 @@ def attributes_of(thing: Any) -> dict[str, Any]:
     """Return the attributes that the program has set on a function or class, by their paths.
 
     Returns:
-        Values that were set on it at any time. Attributes of the definition itself are left out:
-        functions, classes and descriptors under their own names, and the interpreter's entries.
+        Values that were set on it at any time, and on the functions and classes in it. Attributes
+        of the definition itself are left out: functions, classes and descriptors under their own
+        names, and the interpreter's entries.
     """
     path: str = attribute_of(thing, "__qualname__")
     found = {}
@@ -141,6 +142,8 @@ def attributes_of(thing: Any) -> dict[str, Any]:
         where = f"{path}.{name}"
         if _qualname_in(value) != where:
             found[where] = value
+        elif issubclass(type(value), (type, types.FunctionType)):
+            found |= attributes_of(value)
     return found
 
 

@@ -321,6 +321,10 @@ class Config:
     table = [1]
     def method(self):
         return "own"
+    class Inner:
+        level = 1
+        def method(self):
+            return "inner"
 def work(x):
     return x
 """
@@ -332,6 +336,13 @@ CHANGES: dict[str, tuple[str, str, str]] = {
     "an attribute of a class": ("Config.debug = True", "Config.debug", "True"),
     "an attribute of a class, in place": ("Config.table.append(2)", "Config.table", "[1, 2]"),
     "an attribute of a function": ("work.table = {1: 2}", "work.table", "{1: 2}"),
+    "an attribute of a class in a class": ("Config.Inner.level = 2", "Config.Inner.level", "2"),
+    "an attribute of a method": ("Config.method.mark = 3", "Config.method.mark", "3"),
+    "a method of a class in a class": (
+        "Config.Inner.method = lambda self: 'new'",
+        "Config.Inner().method()",
+        "new",
+    ),
     "a method": ("Config.method = lambda self: 'new'", "Config().method()", "new"),
     "a function": ("global work; work = lambda x: 'new'", "work(1)", "new"),
     "a function of the same name": (
