@@ -6,6 +6,7 @@ a child of ``multiprocessing`` by ``spawn`` or ``forkserver``.
 
 from __future__ import annotations
 
+import enum
 import functools
 import sys
 import types
@@ -132,18 +133,41 @@ def attributes_of(thing: Any) -> dict[str, Any]:
     Returns:
         Values that were set on it at any time, and on the functions and classes in it. Attributes
         of the definition itself are left out: functions, classes and descriptors under their own
-        names, and the interpreter's entries.
+        names, members of enumerations, and the interpreter's entries.
     """
     path: str = attribute_of(thing, "__qualname__")
     found = {}
-    for name, value in [*space_of(thing).items()]:
+    space = space_of(thing)
+    members = _plain_members(space) if issubclass(type(thing), enum.EnumType) else None
+    for name, value in [*space.items()]:
         if name in _OF_INTERPRETER or (name[:2] == "__" == name[-2:]):
+            continue
+        if members is not None and (name in members or _is_of_enumeration(name, value)):
             continue
         where = f"{path}.{name}"
         if _qualname_in(value) != where:
             found[where] = value
         elif issubclass(type(value), (type, types.FunctionType)):
             found |= attributes_of(value)
+    return found
+
+
+def _is_of_enumeration(name: str, value: object) -> bool:
+    """Tell whether an attribute is a table of an enumeration, and no method such as _missing_."""
+    return name[:1] == "_" == name[-1:] and type(_function_in(value)) is not types.FunctionType
+
+
+def _plain_members(space: Mapping[str, Any]) -> set[str]:
+    """Return the members of an enumeration that hold nothing of the program's.
+
+    A member that is sent is looked up in the worker's class: its attributes do not travel.
+    """
+    found = set()
+    for name, member in space.get("_member_map_", {}).items():
+        value = own_dict(member).get("_value_")
+        parts = value if type(value) is tuple else (value,)
+        if PLAIN.issuperset(map(type, parts)):
+            found.add(name)
     return found
 
 

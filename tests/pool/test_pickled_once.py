@@ -41,8 +41,7 @@ PROGRAM = """
     MADE = {
         "Refilled": "lambda mark: {0}Refilled({{1: mark, 2: [mark]}})",
         "Single": "lambda mark: {0}ONLY",
-        # The script's own enumeration is itself sent with its members.
-        "Colour": "lambda mark: counted.Colour.RED",
+        "Colour": "lambda mark: {0}Colour.RED",
     }
     WITH_PARTS = ("Reduced", "Stated", "Registered", "Slotted")
     # Of the other classes.
