@@ -23,6 +23,8 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from safepool.transport.lazy import loaded
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -56,8 +58,8 @@ _thread = threading.local()
 _Place = Union["Reductions", Literal[False], None]
 
 
-class Reductions(dict[int, "tuple[object, Any]"]):
-    """Results for the objects of one value, by ``id()``; the objects are kept alive.
+class Reductions(dict["tuple[int, int]", "tuple[object, object, Any]"]):
+    """Results for the objects of one value, by ``id()`` of object and reducer, which it keeps.
 
     Attributes:
         failed: Whether the last pickler was ended by an exception of the program.
@@ -122,26 +124,28 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
     known = _reductions()
     if known is None:
         return reduce(obj)
-    entry = known.get(id(obj))
+    key = id(obj), id(reduce)  # picklers may have different reducers
+    entry = known.get(key)
     if entry is None:
         try:
             reduced = reduce(obj)
         except Exception as error:
             # Otherwise C code has raised it: another pickler may have a way of its own.
-            if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            trace = error.__traceback__
+            if trace is not None and trace.tb_next is not None and not _is_by_value(type(obj)):
                 known.failed = True
-                known[id(obj)] = obj, _Failed(error)
+                known[key] = obj, reduce, _Failed(error)
             raise
         if type(reduced) is tuple:
             reduced = (
                 *reduced[:3],
-                *(_replayed(part, known) for part in reduced[3:5]),
+                *(_replayed(part, known, key) for part in reduced[3:5]),
                 *reduced[5:],
             )
             if pickle.PickleBuffer in map(type, itertools.chain(*_tuples(reduced[1:3]))):
                 known.of_one_pickle = True
-        entry = known[id(obj)] = obj, reduced
-    reduced = entry[1]
+        entry = known[key] = obj, reduce, reduced
+    reduced = entry[2]
     if type(reduced) is _Failed:
         known.failed = True
         raise pickle.PicklingError if known.is_search else reduced.error
@@ -159,18 +163,32 @@ def _tuples(parts: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     return (part if type(part) is tuple else (part,) for part in parts)
 
 
-def _replayed(items: Any, known: Reductions) -> Any:
+def _is_by_value(kind: type) -> bool:
+    """Tell whether a reducer for a class holds in the second pickler only."""
+    loky = loaded("loky.backend.reduction", "_dispatch_table")
+    cloudpickle = loaded("cloudpickle", "Pickler")
+    tables = (loky and loky._dispatch_table, cloudpickle and cloudpickle.Pickler.dispatch_table)
+    return any(kind in table for table in tables if table is not None)
+
+
+def _replayed(items: Any, known: Reductions, key: tuple[int, int]) -> Any:
     """Return an iterator that can be copied at its beginning; anything else as it is."""
     if not hasattr(type(items), "__next__"):
         return items
-    return itertools.tee(_watched(items, known), 1)[0]
+    return itertools.tee(_watched(items, known, key), 1)[0]
 
 
-def _watched(items: Iterator[Any], known: Reductions) -> Iterator[Any]:
+def _watched(items: Iterator[Any], known: Reductions, key: tuple[int, int]) -> Iterator[Any]:
     try:
         yield from items
-    except Exception:
-        known.failed = True  # a copy would end here
+    except GeneratorExit:
+        raise  # nobody needs the rest
+    except BaseException as error:
+        # A copy would end here, as if these were all.
+        obj, reduce, _ = known.pop(key)
+        if isinstance(error, Exception):
+            known.failed = True
+            known[key] = obj, reduce, _Failed(error)
         raise
 
 

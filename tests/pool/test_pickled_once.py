@@ -22,6 +22,7 @@ from safepool.pool.calls.mapping import MapRun
 from safepool.pool.calls.pickling import Pickling
 from safepool.pool.core.policy import Policy
 from safepool.transport import payloads
+from safepool.transport.reductions import Reductions
 
 TESTS = Path(__file__).parent.parent
 
@@ -271,6 +272,41 @@ def test_items_that_end_in_an_error_are_not_sent_without_the_rest() -> None:
     """A copy of the iterator would end where the error was."""
     with pytest.raises(LookupError, match="no more"):
         payloads.dumps([Yields(), lambda: 1])
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_items_that_end_in_an_error_do_so_again(at_once: int | None) -> None:
+    """The call is sent alone after it was to travel with others: not with a part of its items."""
+    _, span = drawn([[1], Yields()], at_once)
+    pickling = Pickling(None)
+    counted.take_calls()
+
+    assert not pickling.span(span).segments
+    assert pickling.span(span.only(0)).segments
+    with pytest.raises(LookupError, match="no more"):
+        pickling.span(span.only(1))
+    assert counted.take_calls() == ["Reduced1.__init__"]
+
+
+def test_items_that_end_in_an_interrupt_are_asked_for_again() -> None:
+    """Not with the first ones only."""
+    done = Reductions()
+    stops = [KeyboardInterrupt]
+
+    class Interrupted(dict[Any, Any]):
+        def __reduce__(self) -> tuple[Any, ...]:
+            return dict, (), None, None, self._pairs()
+
+        def _pairs(self) -> Any:
+            yield 1, 2
+            while stops:
+                raise stops.pop()
+            yield 3, 4
+
+    value = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        payloads.dumps(value, reductions=done)
+    assert payloads.loads(payloads.dumps(value, reductions=done)) == {1: 2, 3: 4}
 
 
 def test_the_search_for_the_culprit_asks_nobody_again() -> None:

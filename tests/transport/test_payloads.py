@@ -139,6 +139,32 @@ def test_reducers_registered_with_loky_hold() -> None:
         del reduction._dispatch_table[kind]
 
 
+class Refuses:
+    """An object that cannot be pickled by its own method."""
+
+    def __reduce__(self) -> str:
+        raise TypeError("cannot pickle this one")
+
+
+class Accepts:
+    """An object that has a way of its own."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Accepts, ()
+
+
+@pytest.mark.parametrize("kind", [Refuses, Accepts])
+def test_reducers_registered_with_loky_hold_for_classes_with_a_method(kind: Any) -> None:
+    """Also after that method has run for a pickle by reference."""
+    from loky.backend import reduction
+
+    reduction.register(kind, lambda _: (str, ("by loky",)))
+    try:
+        assert round_trip([kind(), lambda: 1])[0] == "by loky"
+    finally:
+        del reduction._dispatch_table[kind]
+
+
 def test_main_is_another_module_in_another_process(tmp_path: Path) -> None:
     """Functions, classes and instances of a script go by value and come back as its own."""
     (tmp_path / "script.py").write_text(
