@@ -162,7 +162,9 @@ BENCHMARKS = {
     "cluster": Benchmark(
         "What does a call over nodes cost, beside Dask's own ways?",
         "--nodes 1 --rounds 1",
-        limit_s=240,
+        # The first rounds are those in which each way gets its memory.
+        "--rounds 11 --kill",
+        limit_s=900,
         needs=("distributed",),
         compared=("distributed", "joblib"),
     ),
