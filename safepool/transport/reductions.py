@@ -13,6 +13,7 @@ Not covered:
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import operator
@@ -40,6 +41,7 @@ _METHODS = (
 )
 # The same of containers.
 _OF_CONTAINERS = ("items", "__iter__")
+_CONTAINERS = (dict, list, set, frozenset, collections.deque)
 # Nobody sees how often these run. The last are of named tuples, whose methods are made by `exec`.
 _LIBRARIES = sys.stdlib_module_names | {"cloudpickle", "loky", "numpy", "safepool"}
 _MADE_BY_PYTHON = "namedtuple_"
@@ -50,6 +52,7 @@ _WITHOUT_CODE = (
     types.BuiltinFunctionType,
     type(None),
 )
+_NOTHING = frozenset({type(None)})
 _Replayed: Any = type(itertools.tee((), 1)[0])
 
 # ``reductions``: those of the value that is pickled, ``None`` if it has none yet; without a value
@@ -121,7 +124,7 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
     Raises:
         Exception: The exception of ``reduce``.
     """
-    known = _reductions()
+    known = _thread.__dict__.get("reductions") or _reductions()
     if known is None:
         return reduce(obj)
     key = id(obj), id(reduce)  # picklers may have different reducers
@@ -137,21 +140,25 @@ def reduce_once(reduce: Callable[[Any], Any], obj: Any) -> Any:
                 known[key] = obj, reduce, _Failed(error)
             raise
         if type(reduced) is tuple:
-            reduced = (
-                *reduced[:3],
-                *(_replayed(part, known, key) for part in reduced[3:5]),
-                *reduced[5:],
-            )
-            if pickle.PickleBuffer in map(type, itertools.chain(*_tuples(reduced[1:3]))):
+            if not _NOTHING.issuperset(map(type, reduced[3:5])):
+                items = [_replayed(part, known, key) for part in reduced[3:5]]
+                reduced = _WithItems((*reduced[:3], *items, *reduced[5:]))
+            if any(map(_lends, reduced[1:3])):
                 known.of_one_pickle = True
         entry = known[key] = obj, reduce, reduced
     reduced = entry[2]
     if type(reduced) is _Failed:
         known.failed = True
         raise pickle.PicklingError if known.is_search else reduced.error
-    if type(reduced) is tuple and len(reduced) > 3:
+    if type(reduced) is _WithItems:
         return tuple(one.__copy__() if type(one) is _Replayed else one for one in reduced)
     return reduced
+
+
+class _WithItems(tuple[Any, ...]):
+    """Result of a method, with iterators that are to be copied."""
+
+    __slots__ = ()
 
 
 class _Failed:
@@ -159,8 +166,14 @@ class _Failed:
         self.error = error
 
 
-def _tuples(parts: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    return (part if type(part) is tuple else (part,) for part in parts)
+def _lends(part: Any) -> bool:
+    """Tell whether an argument or a state is a buffer of the program, or holds one."""
+    kind = type(part)
+    if kind is dict:
+        part = part.values()
+    elif kind is not tuple and kind is not list:
+        return kind is pickle.PickleBuffer
+    return pickle.PickleBuffer in map(type, part)
 
 
 def _is_by_value(kind: type) -> bool:
@@ -199,7 +212,7 @@ def runs_code(kind: type) -> bool:
     """Tell whether code of the program runs when an instance is pickled."""
     known = _kinds.get(kind)
     if known is None:
-        names = _METHODS + _OF_CONTAINERS * issubclass(kind, (dict, list))
+        names = _METHODS + _OF_CONTAINERS * issubclass(kind, _CONTAINERS)
         known = any(is_of_program(_found(kind, name)) for name in names)
         _kinds[kind] = known
     return known

@@ -6,6 +6,7 @@ since some classes are the script's.
 
 from __future__ import annotations
 
+import collections
 import gc
 import json
 import os
@@ -238,16 +239,21 @@ def test_an_item_that_fails_is_asked_once() -> None:
 class Lends:
     """Hands over its own memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         self.memory = bytearray(8)
+        self.how = how
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return bytearray, (pickle.PickleBuffer(self.memory),)
+        lent = pickle.PickleBuffer(self.memory)
+        if self.how == "argument":
+            return bytearray, (lent,)
+        return Lends, ("",), {"memory": lent} if self.how == "attribute" else lent
 
 
-def test_memory_is_not_lent_longer_than_it_is_pickled() -> None:
+@pytest.mark.parametrize("how", ["argument", "attribute", "state"])
+def test_memory_is_not_lent_longer_than_it_is_pickled(how: str) -> None:
     """The program may go on to fill the buffer while the call waits for its result."""
-    lending = Lends()
+    lending = Lends(how)
     run, span = drawn([lending], None)
 
     assert Pickling(None).span(span).segments
@@ -255,6 +261,26 @@ def test_memory_is_not_lent_longer_than_it_is_pickled() -> None:
     assert run.reductions == {}
     gc.collect()
     lending.memory += b"more"
+
+
+@pytest.mark.parametrize("base", [dict, list, set, frozenset, collections.deque])
+def test_a_container_is_iterated_once(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own method, which may take something out."""
+    begun = []
+
+    def iterate(one: Any) -> Any:
+        begun.append(one)
+        return base.__iter__(one)
+
+    names = {"__iter__": iterate, "items": lambda one: iterate(one) and base.items(one)}
+    kind = type("Iterated", (base,), {**names, "__module__": __name__})
+    value = kind([(1, 2)])
+    monkeypatch.setitem(globals(), "Iterated", kind)
+
+    segments = payloads.dumps([value, lambda: 1])
+
+    assert begun == [value]
+    assert payloads.loads(segments)[0] == value
 
 
 class Yields(dict[Any, Any]):
