@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -224,6 +226,7 @@ LOCAL = """
 import asyncio, json, sys, time
 import numpy as np
 from distributed import Client, LocalCluster
+from distributed.security import Security
 from safepool.cluster import ClusterPool
 
 def told(**facts):
@@ -279,21 +282,47 @@ async def asynchronous(common):
             told(cancelled=call.cancelled(), nbytes=(await pool.run(np.ones, 1 << 18)).nbytes)
             pool.shutdown()
 
+def encrypted():
+    files = {"tls_ca_file": "certificate.pem"}
+    for role in "client", "scheduler", "worker":
+        files |= {f"tls_{role}_cert": "certificate.pem", f"tls_{role}_key": "key.pem"}
+    security = Security(require_encryption=True, **files)
+    common = {"protocol": "tls://", "security": security, "dashboard_address": ":0"}
+    with LocalCluster(n_workers=1, threads_per_worker=1, **common) as cluster:
+        with Client(cluster, security=security) as client:
+            use(cluster.scheduler_address.partition(":")[0], client)
+
 if __name__ == "__main__":
-    main()
+    globals()[sys.argv[1]]()
 """
 
 
-def test_clusters_of_the_program_itself(tmp_path: Path) -> None:
-    (tmp_path / "program.py").write_text(LOCAL)
-    command = [sys.executable, "-W", "ignore", "program.py"]
-    env = {**os.environ, "TMPDIR": str(tmp_path)}
+def _of_its_own(folder: Path, start: str) -> dict[str, Any]:
+    """Run LOCAL; return what it told."""
+    (folder / "program.py").write_text(LOCAL)
+    command = [sys.executable, "-W", "ignore", "program.py", start]
+    env = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, cwd=tmp_path, env=env
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=folder, env=env
     )
     facts: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         facts.update(json.loads(line))
+    return facts
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="the command openssl is not installed")
+def test_a_cluster_with_tls_is_used_with_tls(tmp_path: Path) -> None:
+    """Its nodes are reached directly, too: they refuse what is not encrypted."""
+    made = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    made += " -keyout key.pem -out certificate.pem"
+    subprocess.run(shlex.split(made), check=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    facts = _of_its_own(tmp_path, "encrypted")
+    assert facts == {"tls": [0.0, 1.0, 3.0], "tls together": [3, 3]}
+
+
+def test_clusters_of_the_program_itself(tmp_path: Path) -> None:
+    facts = _of_its_own(tmp_path, "main")
     assert facts == {
         "processes": [0.0, 1.0, 3.0],
         "processes together": [3, 3],
