@@ -71,7 +71,15 @@ class Reductions(dict["tuple[int, int]", "tuple[object, object, Any]"]):
             pickle has not, or hold a buffer of the program, which could not be resized meanwhile.
     """
 
-    failed = is_search = of_one_pickle = False
+    failed: bool = False
+    is_search: bool = False
+    of_one_pickle: bool = False
+
+    def forget_errors(self) -> None:
+        """End the search, and let methods that have failed run for another call."""
+        self.is_search = False
+        for key in [key for key, entry in self.items() if type(entry[2]) is _Failed]:
+            del self[key]
 
 
 def begin(known: Reductions | None) -> _Place:

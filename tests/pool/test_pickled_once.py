@@ -236,6 +236,24 @@ def test_an_item_that_fails_is_asked_once() -> None:
     assert counted.take_calls() == ["Reduced1.__reduce__", "Failing0.__reduce__"]
 
 
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_calls_with_the_same_object_have_an_error_each(at_once: int | None) -> None:
+    """The second is not what the search for the first one's culprit has met."""
+    refusing = counted.Refusing()
+    run, span = drawn([refusing, [refusing]], at_once)
+    pickling = Pickling(None)
+    errors: list[Any] = []
+
+    assert not pickling.span(span).segments
+    for place in range(2):
+        with pytest.raises(TypeError, match="cannot pickle this one") as raised:
+            pickling.span(span.only(place))
+        errors.append(raised.value)
+
+    assert [len(error.__notes__) for error in errors] == [1, 1]
+    assert run.reductions == {}
+
+
 class Lends:
     """Hands over its own memory."""
 

@@ -214,6 +214,7 @@ class Pickling:
             items = run.arguments_of(span.items[0])
             done = run.reductions.pop(span.start, Reductions())
             self._say_what(error, run.name, _whole((run.function, items, {})), done)
+            done.forget_errors()  # these may be other calls' results, too
             raise
 
     def _send_once(self, run: MapRun, done: Reductions | None = None) -> None:
