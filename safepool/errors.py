@@ -541,6 +541,13 @@ def users_frames(
     return trace
 
 
+def without_our_frames(error: BaseException) -> BaseException:
+    """Return an error without our frames, and without what there was no memory for."""
+    frames = None if isinstance(error, MemoryError) else users_frames(error.__traceback__)
+    # By the base class: a frozen dataclass forbids to set an attribute.
+    return BaseException.with_traceback(error, frames)
+
+
 _OURS = (f"{os.path.dirname(__file__)}{os.sep}", f"{os.sep}cloudpickle{os.sep}cloudpickle.py")
 
 

@@ -296,6 +296,11 @@ class Pools:
         self._lock_here = threading.RLock()
         self._leases = []
 
+    def drop(self) -> None:
+        """Drop all pools and functions when the program ends."""
+        self.forget()
+        self._initialized_here = None
+
 
 def _forget_all() -> None:
     for pools in [*_made]:
@@ -305,7 +310,14 @@ def _forget_all() -> None:
 _made: weakref.WeakSet[Pools] = weakref.WeakSet()
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_all)
+
+
 # The interpreter keeps functions for a fork to its very end, and with them, by way of the pools,
 # the script's functions and their globals, which would not be finalized.
-atexit.register(_forget_all)
+@atexit.register
+def _drop_all() -> None:
+    for pools in [*_made]:
+        pools.drop()
+
+
 SHARED = Pools(IDLE_S)

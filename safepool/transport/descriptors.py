@@ -319,10 +319,20 @@ def registered() -> Registered:
             if _NOT_NEEDED.isdisjoint((_name_of(reduce), _name_of(reduce)[0]))
         }
         beyond = not {*map(_name_of, reducers.values())} <= _REFUSED
-        reducers = {kind: functools.partial(reduce_once, one) for kind, one in reducers.items()}
+        once = functools.partial(functools.partial, reduce_once)
+        reducers = {
+            kind: once(one if sys.platform == "linux" else functools.partial(_for_one_pickle, one))
+            for kind, one in reducers.items()
+        }
         _registered = Registered(reducers, beyond=beyond)
         _seen[:] = now
     return _registered
+
+
+def _for_one_pickle(reduce: Callable[[Any], Any], obj: Any) -> Any:
+    # What the standard library sends in the place of a handle can be used up once.
+    belong_to_pickle()
+    return reduce(obj)
 
 
 def _name_of(reduce: Callable[[Any], Any]) -> tuple[str, str]:
@@ -357,7 +367,10 @@ def _redirect() -> None:
 
     def duplicate(descriptor: int) -> Any:
         outgoing: Outgoing | None = getattr(_thread, "outgoing", None)
-        return standard(descriptor) if outgoing is None else outgoing.take(descriptor)
+        if outgoing is None:
+            belong_to_pickle()
+            return standard(descriptor)
+        return outgoing.take(descriptor)
 
     sharer.DupFd = duplicate
     _redirected = True

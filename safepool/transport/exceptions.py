@@ -82,7 +82,9 @@ def _refuse(_: object) -> Any:
 
 def _reduce_error(error: BaseException) -> Any:
     reduced = reduce_exception(error)
-    return reduce_once(by_itself, error) if reduced is NotImplemented else reduced
+    if reduced is not NotImplemented:
+        return reduced
+    return reduce_once(by_itself, error) if runs_code(type(error)) else by_itself(error)
 
 
 def reduce_exception(error: BaseException) -> Any:

@@ -14,7 +14,7 @@ Small objects take one step, which is not checked.
 Not covered:
     * Text outside ASCII: Python encodes and keeps the whole text before the first write.
       ``require_to_pickle`` checks such text among arguments, but not inside of objects.
-    * An allocator that a program brings along (``LD_PRELOAD``) and that moves no pages either.
+    * An allocator of the program's own (``LD_PRELOAD``) that copies large blocks when they grow.
 
 Sources: Python, Modules/_pickle.c, _Pickler_write_bytes, FRAME_SIZE_TARGET, PyMemoTable.
 """

@@ -66,7 +66,7 @@ def reduce_other(obj: Any, dispatch_table: typing.Mapping[type, Any]) -> Any:
             _plain.clear()
         _plain.add(kind)
         return NotImplemented
-    reduced = reduce_once(by_itself, obj)
+    reduced = reduce_once(by_itself, obj) if runs_code(kind) else by_itself(obj)
     if isinstance(reduced, str) and not _is_in_its_module(obj, reduced) and _has(reduced, obj):
         return _named(reduced, object.__new__, (kind,), object.__getstate__(obj))
     return reduced

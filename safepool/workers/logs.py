@@ -214,7 +214,7 @@ def _forwarding(
         except RecursionError:  # as in logging's own handlers (bpo-36272)
             raise
         except Exception:  # noqa: BLE001 -- user code
-            logging.Handler().handleError(record)  # which must not end the task
+            logging.Handler().handleError(record)  # an error of logging must not end the task
 
     return call_handlers
 

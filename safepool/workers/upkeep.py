@@ -205,6 +205,8 @@ class Server:
         ending = running.stop()
         for worker in self._workers:
             worker.bury()
+        # Another child of the program may get the process id of one that is waited for.
+        self._workers = [worker for worker in self._workers if not worker.closed]
         return ending
 
     def _be_afresh(self, error: asking.CannotForkError) -> None:

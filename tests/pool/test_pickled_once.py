@@ -7,6 +7,7 @@ since some classes are the script's.
 from __future__ import annotations
 
 import collections
+import datetime as dt
 import gc
 import json
 import os
@@ -248,9 +249,32 @@ def test_calls_with_the_same_object_have_an_error_each(at_once: int | None) -> N
     for place in range(2):
         with pytest.raises(TypeError, match="cannot pickle this one") as raised:
             pickling.span(span.only(place))
+        assert raised.traceback[-1].name == "__reduce__"
         errors.append(raised.value)
 
     assert [len(error.__notes__) for error in errors] == [1, 1]
+    assert run.reductions == {}
+
+
+def test_nothing_is_kept_for_objects_that_run_no_code_of_the_program() -> None:
+    """They are many, and their results would stay until the call has ended."""
+    done = Reductions()
+    values = [dt.date(2026, 11, 30), collections.deque([1]), OSError(2, "no"), lambda: 1]
+
+    payloads.dumps(values, reductions=done)
+
+    assert not done
+
+
+def test_nothing_is_kept_for_a_map_that_nobody_reads() -> None:
+    run, span = drawn([[counted.Reduced(1)]], None)
+    pickling = Pickling(None)
+    assert pickling.span(span).segments
+    assert run.reductions
+
+    run.drop()
+    assert pickling.span(span).segments
+
     assert run.reductions == {}
 
 

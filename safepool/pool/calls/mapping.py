@@ -144,8 +144,8 @@ class MapRun:
         turns: Turns by which callers have sent calls that the scheduler does not know yet, in
             order.
         length: Number of calls in all; ``None`` if unknown here.
-        reductions: By the index of a call without a result: results of methods for pickling,
-            which run once, however often the call is sent.
+        reductions: By the index of a call without a result: results of methods for pickling, for
+            the next time that the call is sent.
         reader: Weak reference to the result iterator. When it is dead, results are discarded.
     """
 
@@ -310,6 +310,7 @@ class MapRun:
         self.stop(CancelledError)
         self._results.clear()
         self._sizes.clear()
+        self.reductions.clear()
 
     def end(self, length: int) -> None:
         """Store the number of results, for a reader that may wait for another one."""

@@ -15,7 +15,7 @@ import types
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import text_of
+from safepool.errors import text_of, without_our_frames
 from safepool.pool.calls.functions import Functions
 from safepool.pool.calls.mains import is_data, runs_no_code
 from safepool.pool.calls.names import Names
@@ -209,7 +209,7 @@ class Pickling:
             return _pickle_items(span, self._dumps)
         except BaseException as error:
             if span.count > 1:
-                error.with_traceback(None)  # it may be kept until its call has been sent alone
+                without_our_frames(error)  # it may be kept until its call has been sent alone
                 return _EACH_ALONE
             items = run.arguments_of(span.items[0])
             done = run.reductions.pop(span.start, Reductions())
@@ -235,8 +235,8 @@ class Pickling:
             inherited or isinstance(error, (TypeError, AttributeError, pickle.PicklingError))
         ):
             self._blamed[name] += 1
-            done.is_search = True
             dumps = functools.partial(payloads.dumps_to_send, reductions=done)
+            done.is_search = True
             culprit = find_unpicklable(value, dumps)
             note += f". It is {culprit}" if culprit else ""
             if _COROUTINE in text_of(error):
@@ -320,7 +320,7 @@ def _dumps_at(
     try:
         return dumps(value, done)
     finally:
-        if done and not done.of_one_pickle:
+        if done and not (done.of_one_pickle or span.run.dropped):
             before[index] = done
 
 
@@ -335,7 +335,7 @@ def _dumps_all(span: Span, dumps: Callable[[object, Reductions], Pickled]) -> Pi
     try:
         return dumps(span.items, done)
     finally:
-        if done and not done.of_one_pickle:
+        if done and not (done.of_one_pickle or span.run.dropped):
             before.update(dict.fromkeys(indexes, done))
 
 

@@ -25,7 +25,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import users_frames
+from safepool.errors import without_our_frames
 from safepool.machine import tell_once
 from safepool.pool.calls.deliveries import Needs
 from safepool.pool.calls.pickling import Pickling
@@ -369,13 +369,13 @@ class Dispatch:
         if work.pickled is not None:
             return True
         error: list[BaseException] = []
-        late = False  # not the job itself: it has `finish`, and the two would keep the work
+        late = False  # not the job itself: it refers to `finish`, and the two would keep the work
 
         def pickle_it() -> None:
             try:
                 work.pickled = beside(work)
             except BaseException as problem:  # noqa: BLE001 -- user code; the call fails, not the pool
-                error.append(_without_frames(problem))
+                error.append(without_our_frames(problem))
 
         def finish() -> None:
             if late and self.aside.pop(work, None) is None:
@@ -561,13 +561,6 @@ def _tell(dispatch: weakref.ref[Dispatch], number: int, pid: int) -> None:
 
 def _is_wanted(work: Task | Span) -> bool:
     return not (work.run.dropped if isinstance(work, Span) else work.future.cancelled())
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """Return an error without our frames, and without what there was no memory for."""
-    frames = None if isinstance(error, MemoryError) else users_frames(error.__traceback__)
-    # By the base class: a frozen dataclass forbids to set an attribute.
-    return BaseException.with_traceback(error, frames)
 
 
 def _tasks(first: int, group: list[tuple[int, bytes | memoryview]]) -> Pieces:
