@@ -242,6 +242,25 @@ def test_pickling_may_wait_for_the_pool_itself() -> None:
         assert list(pool.map(abs, [AsksThePool(pool), -1])) == [5, 1]
 
 
+class EqualToAll(type):
+    """Code of a metaclass, which runs wherever classes are compared."""
+
+    def __eq__(cls, other: object) -> bool:
+        return True
+
+    __hash__ = type.__hash__
+
+
+class Equal(metaclass=EqualToAll):
+    pass
+
+
+def test_items_of_a_class_that_is_equal_to_all_others_are_sent() -> None:
+    with ProcessPool(1) as pool:
+        assert [*pool.map(callable, [Equal(), Equal()])] == [False, False]
+        assert pool.submit(callable, Equal()).result(60) is False
+
+
 class EndsThePool(AsksThePool):
     def __reduce__(self) -> tuple[Any, ...]:
         self.pool.shutdown()

@@ -217,8 +217,10 @@ class MapRun:
         self.fed = self.fed or last
 
     def _count(self, items: list[Item]) -> None:
-        if not self.count and items and not self.starred and type(items[0]) in (tuple, list):
-            self._width = len(items[0])
+        if not self.count and items and not self.starred:
+            kind = type(items[0])  # whose metaclass may say that it is equal to any other
+            if kind is tuple or kind is list:
+                self._width = len(items[0])
         self.unsettled += len(items)
         self.count += len(items)
 
