@@ -168,8 +168,8 @@ def parallel_backend(  # noqa: PLR0913 -- each by its name
     Raises:
         ValueError: ``n_jobs`` is 0, or another number is out of its range.
         MissingExtraError: ``progress`` is given, and tqdm is not installed.
-        NoNodesError: No node of the cluster could be used for 60 seconds. The ``Parallel`` call
-            raises it.
+        NoNodesError: No node of the cluster could be used for 60 seconds, or 10 seconds if each
+            node that is there has another version. The ``Parallel`` call raises it.
         TypeError: ``cluster`` is no client and no executor.
 
     Source:

@@ -41,13 +41,15 @@ class Scenario:
         refused: Places that cannot be used.
         mute: Places that never answer.
         wrong: As they do not take the arguments of the pool.
+        unnamed: Places that the user has not named.
+        late: Places that join by a step "join".
         holder: Place whose process has the agent of its node, for another cluster pool.
         frees: A place that is lost has an agent no longer.
         comes_back: A place that is lost is listed again.
         at_once: As of the core.
         most_nodes: As of the core.
         budget: Steps that may happen so many times: "lose" a place, "die" a worker, "drop" a call,
-            "tick" for time, "close", "cancel", "end", "broke".
+            "tick" for time, "later" for more, "join", "close", "cancel", "end", "broke".
     """
 
     calls: str = "ab"
@@ -57,6 +59,8 @@ class Scenario:
     refused: str = ""
     mute: str = ""
     wrong: bool = False
+    unnamed: str = ""
+    late: str = ""
     holder: str = ""
     frees: bool = True
     comes_back: bool = True
@@ -84,7 +88,7 @@ class World:
     def __init__(self, core: type[c.Core], scenario: Scenario) -> None:
         self.scenario = scenario
         self.now_s = 0.0
-        self.core = core(most_nodes=scenario.most_nodes, no_nodes_s=10.0, at_once=scenario.at_once)
+        self.core = core(most_nodes=scenario.most_nodes, no_nodes_s=60.0, at_once=scenario.at_once)
         self.budget = dict(scenario.budget)
         self.calls = {letter: Letter(letter, scenario.retries) for letter in scenario.calls}
         self.starts = dict.fromkeys(scenario.calls, 0)
@@ -96,14 +100,22 @@ class World:
         self.asked = dict.fromkeys(scenario.places, 0)
         # By node: the place whose process has the agent.
         self.holders = {scenario.places.get(scenario.holder, "n"): scenario.holder}
-        self.gone = ""
+        self.gone = scenario.late
+        # When a node was last open, and whether one was.
+        self.open_s = 0.0
+        self.was_open = False
         self.finished = self.closing = self.broken = False
         if scenario.known_s is not None:
             vars(self.core)["_mean_s"]["f"] = scenario.known_s
         self.tell(c.Queued([*self.calls.values()]))
-        self.tell(c.Listed([*scenario.places]))
+        self.tell(c.Listed(self.listed()))
+
+    def listed(self) -> list[str]:
+        return [one for one in self.scenario.places if one not in self.gone]
 
     def tell(self, event: c.Event) -> None:
+        if self.core.open_places:
+            self.open_s, self.was_open = self.now_s, True
         for action in self.core.handle(event, self.now_s):
             self.act(action)
         try:
@@ -139,14 +151,24 @@ class World:
             )
             self.end(action.call.letter, "lost")
         elif isinstance(action, (c.Fail, c.Cancel)):
+            how = self.failed(action) if isinstance(action, c.Fail) else "cancelled"
             for call in action.calls:
-                self.end(call.letter, "failed" if isinstance(action, c.Fail) else "cancelled")
+                self.end(call.letter, how)
         elif isinstance(action, c.Release):
             self.sent.pop(action.place, None)
             self.there.pop(action.place, None)
         else:
             must(not self.finished, "finished twice")
             self.finished = True
+
+    def failed(self, action: c.Fail) -> str:
+        if action.no_nodes:
+            least_s = 5.0 if self.scenario.wrong and not self.was_open else 10.0
+            if not set(self.scenario.refused) - set(self.scenario.unnamed):
+                least_s = 60.0
+            waited_s = self.now_s - self.open_s
+            must(waited_s >= least_s, f"calls have waited {waited_s:g} s, not {least_s:g} s")
+        return "failed"
 
     def end(self, letter: str, how: str) -> None:
         if self.calls[letter].dropped:
@@ -180,14 +202,15 @@ class World:
     def on_open(self, asked: c.Open) -> None:
         self.opening.remove(asked)
         place = asked.place
+        wanted = place not in self.scenario.unnamed
         if place in self.scenario.refused:
-            self.tell(c.Refused(place, "another version", self.scenario.wrong))
+            self.tell(c.Refused(place, "another version", self.scenario.wrong, wanted))
             return
         node = self.scenario.places[place]
         # Another process of this program's own list has it, or one that is at no place.
         self.holders[node] = self.holders.get(node) or place
         holds = asked.anyway or self.holders[node] == place
-        self.tell(c.Opened(place, node, self.scenario.workers, True, holds))
+        self.tell(c.Opened(place, node, self.scenario.workers, wanted, holds))
 
     def on_arrive(self, place: str) -> None:
         calls, back, kill = self.sent.pop(place)
@@ -221,8 +244,7 @@ class World:
             self.tell(c.Delivered(place))
 
     def can_lose(self) -> list[str]:
-        there = [one for one in self.scenario.places if one not in self.gone]
-        return there if not self.broken else []
+        return self.listed() if not self.broken else []
 
     def on_lose(self, place: str) -> None:
         self.opening = [one for one in self.opening if one.place != place]
@@ -236,7 +258,14 @@ class World:
         self.there.pop(place, None)
         self.tell(c.Lost(place, "killed"))
         self.gone += "" if self.scenario.comes_back else place
-        self.tell(c.Listed([one for one in self.scenario.places if one not in self.gone]))
+        self.tell(c.Listed(self.listed()))
+
+    def can_join(self) -> list[str]:
+        return [*self.scenario.late] if self.gone and not self.broken else []
+
+    def on_join(self, place: str) -> None:
+        self.gone = self.gone.replace(place, "")
+        self.tell(c.Listed(self.listed()))
 
     def can_die(self) -> list[Any]:
         return [
@@ -267,6 +296,13 @@ class World:
         self.tell(c.Look())
         due_s = self.core.next_look()
         must(due_s is None or due_s > self.now_s, "time is over, and over again")
+
+    def can_later(self) -> list[str]:
+        return [""]
+
+    def on_later(self, _: str) -> None:
+        self.now_s += 100.0
+        self.tell(c.Look())
 
     def can_close(self) -> list[str]:
         return [""]
@@ -310,7 +346,8 @@ class World:
             tuple(call.letter for call in core["_backlog"]),
             tuple((call.letter, call.attempts) for call in self.calls.values()),
             tuple(
-                (one.name, one.state, one.gives_way, one.posting, one.asked_back, *one.sent)
+                (one.name, one.state, one.gives_way, one.posting, one.asked_back, *one.sent,
+                 one.refused_s)
                 for one in core["_places"].values()
             ),
             *(
@@ -318,6 +355,7 @@ class World:
                 for one in core["_places"].values()
             ),
             self.now_s, self.gone, self.finished, self.closing,
+            self.scenario.refused and (core["_nobody_since_s"], self.open_s, self.was_open),
         )  # fmt: skip
 
     def check_end(self) -> None:
@@ -327,7 +365,8 @@ class World:
         usable = [
             one
             for one in self.scenario.places
-            if one not in (*self.gone, *self.scenario.refused, *self.scenario.mute)
+            if one in self.listed()
+            and one not in (*self.scenario.refused, *self.scenario.mute, *self.scenario.unnamed)
             and not self.broken
         ]
         must(not missing or not usable, f"{missing} wait, and nothing is asked of {usable}")

@@ -87,7 +87,20 @@ class SessionLostError(SafepoolError):
 
 
 class WrongOptionsError(SafepoolError):
-    """This node can make no pool of the arguments that a cluster pool was given."""
+    """This node can make no pool of the arguments that a cluster pool was given.
+
+    Attributes:
+        reason: The exception of the node's pool.
+        host: Name of the node's host.
+    """
+
+    def __init__(self, reason: str, host: str = "") -> None:
+        super().__init__(reason, host)
+        self.reason = reason
+        self.host = host
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class NodePool:
@@ -104,7 +117,8 @@ class NodePool:
                 given["env"] = unpickle(env, {})
             self.pool: ProcessPool = ProcessPool(**given, main="value")
         except Exception as error:  # noqa: BLE001 -- told by the program
-            raise WrongOptionsError(f"{type(error).__name__}: {text_of(error)}") from None
+            reason = f"{type(error).__name__}: {text_of(error)}"
+            raise WrongOptionsError(reason, socket.gethostname()) from None
         # The engine's process must not wait for calls when it ends: the node is lost then.
         self.pool._scheduler.ends_at_exit = True
         self.pool._scheduler.hold_ahead(_HELD_S)

@@ -66,8 +66,11 @@ _AHEAD_S = 0.05
 _AHEAD_AT_ONCE_S = 1.0
 # Calls in one message.
 _MOST_CALLS = 2000
-# A node has refused the pool's arguments: others that were asked have so long to take them. Those
-# that may have other versions of Python are waited for.
+# Calls fail when no node is open for so long and a node has refused: another may join, or restart.
+# Dask's nanny restarts a worker in 2 to 5 s, and the list of places is read once a second.
+_UNFIT_S = 10.0
+# The same if the pool's arguments were refused and no node has taken them yet: most likely none
+# will. Places that were asked and have not answered are not waited for beyond this.
 _WRONG_S = 5.0
 # Age from which a delivered call that has not begun is requested back for an idle node.
 _LATE_S = 0.25
@@ -131,11 +134,14 @@ class Refused(NamedTuple):
 
     Attributes:
         wrong: The pool's arguments are the reason: most likely no other place takes them either.
+        wanted: ``True`` if the user has named the node, or no nodes at all. ``False`` also if the
+            node is not known: it did not tell its name.
     """
 
     place: str
     reason: str
     wrong: bool = False
+    wanted: bool = True
 
 
 class Lost(NamedTuple):
@@ -334,7 +340,8 @@ class Core:
 
     Args:
         most_nodes: Nodes used at a time; ``None`` is all.
-        no_nodes_s: Seconds that calls wait while no node is open; ``None`` is for ever.
+        no_nodes_s: The most seconds that calls wait while no node is open; ``None`` is no limit.
+            Calls wait less if a node has refused: see `_UNFIT_S` and `_WRONG_S`.
         at_once: A place takes one message at a time and answers it when all its calls have ended.
         now_s: When this begins, by the monotonic clock.
     """
@@ -357,8 +364,9 @@ class Core:
         self._number = 0
         self._closing = self._finished = False
         self._broken = ""
-        # Since when no node could take a call.
+        # Since when calls wait and no node is open.
         self._nobody_since_s = now_s
+        self._was_open = False
         self._now_s = now_s
         self._actions: list[Action] = []
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
@@ -474,12 +482,14 @@ class Core:
             self._actions.append(Release(place.name))
         else:
             place.state = State.OPEN
+            self._was_open = True
 
     def _refused(self, event: Refused) -> None:
         place = self._places.get(event.place)
         if place is not None and place.state is State.OPENING:
             place.state, place.why = State.REFUSED, event.reason
             place.refused_s, place.wrong = self._now_s, event.wrong
+            place.wanted = event.wanted
 
     def _lost(self, event: Lost) -> None:
         self._lose(event.place, event.reason)
@@ -698,11 +708,13 @@ class Core:
     def _ends_of_waiting(self) -> list[float]:
         """Return when calls fail for which no node is open."""
         asks = self.is_asking
-        ends = [
-            one.refused_s + (_WRONG_S if asks else 0.0)
-            for one in self._places.values()
-            if one.state is State.REFUSED and (one.wrong or not asks)
-        ]
+        ends: list[float] = []
+        for one in self._places.values():
+            if one.state is State.REFUSED and one.wanted:
+                hopeless = one.wrong and not self._was_open
+                since_s = max(one.refused_s, self._nobody_since_s)
+                if hopeless or not asks:
+                    ends.append(since_s + (_WRONG_S if hopeless else _UNFIT_S))
         if self._no_nodes_s is not None:
             ends.append(self._nobody_since_s + self._no_nodes_s)
         return ends

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.cluster.messages import KEPT_BYTES, LARGE_BYTES, Parcel, placed_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from safepool.cluster.messages import DeliverMessage
 
@@ -120,7 +120,7 @@ class Handles:
             end = weakref.finalize(shared, self._dropped.put, shared.number)
             end.atexit = False
 
-    def forget(self, nodes: Iterable[Node]) -> None:
+    def forget(self, nodes: Collection[Node]) -> None:
         """Let nodes forget the objects whose handles were dropped."""
         while not self._dropped.empty():
             number = self._dropped.get()

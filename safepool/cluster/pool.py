@@ -116,7 +116,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             parallel calls, if it does not report that itself.
         no_nodes_timeout: Seconds without a usable node after which waiting calls fail with
             :class:`safepool.cluster.NoNodesError`. ``None`` waits without end, for a batch
-            system's queue.
+            system's queue. They fail earlier if nodes are there and none can be used: see below.
         workers_per_node: The most workers of each node; ``None`` is the number that fits there.
         initializer: Function that each worker of each node calls once before its first call.
         initargs: Arguments of ``initializer``.
@@ -153,18 +153,24 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
     that are concerned, and the latest time of that error::
 
         no node is there            NoNodesError     after no_nodes_timeout
-        no node has the program's   NoNodesError     when each node that is there has answered. A
-        versions of Python and                       node with other versions is named in the log
-        safepool                                     once, and the others are used
-        no node can use the         NoNodesError     when each node has answered, or 5 s after the
-        arguments (for example,                      first answer
-        preload names no module)
+        nodes are there, and none   NoNodesError     10 s, and when each has answered. A node with
+        has the program's versions                   other versions is named in the log once, and
+        of Python and safepool                       the others are used
+        nodes are there, and none   NoNodesError     5 s; 10 s, and when each has answered, if an
+        can use the arguments (for                   earlier node could use them
+        example, preload names no
+        module)
         a node has ended            NodeLostError    2 s after the engine knows
         a node is silent            NodeLostError    60 s
         the scheduler is gone       NodeLostError    2 s, for calls that were sent to a node
                                     PoolBrokenError  12 s, for all others
         the client is closed        PoolBrokenError  2 s
         a result cannot be pickled  its TypeError    at once
+
+    The 5 and 10 seconds begin when calls wait, no node is in use, and one has refused. A node that
+    joins or restarts in that time is used. If ``nodes`` has names, only the answers of named nodes
+    count. A node without safepool cannot tell its host: it counts if ``nodes`` has its address.
+    Otherwise the error comes after ``no_nodes_timeout``.
 
     A broken pool stays broken: if the scheduler was gone for 10 seconds, or the client is closed,
     make a new ``ClusterPool``, also if a scheduler starts again at the same address.

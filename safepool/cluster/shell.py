@@ -516,9 +516,9 @@ class Shell:
         elif kind != "greet" or isinstance(error, (PlaceLostError, EngineGoneError)):
             self._lose(place, session, text_of(error))
         elif isinstance(error, agent.WrongOptionsError):
-            self._refuse(place, text_of(error), wrong=True)
+            self._refuse(place, error.host, error.reason, wrong=True)
         else:
-            self._refuse(place, f"{type(error).__name__}: {text_of(error)}")
+            self._refuse(place, "", f"{type(error).__name__}: {text_of(error)}")
 
     def _lose(self, place: str, session: str, reason: str) -> None:
         node = self._nodes.get(place)
@@ -530,9 +530,13 @@ class Shell:
             self.trace.lost(node.label, reason, node.failed)
         del self._nodes[place]
 
-    def _refuse(self, place: str, reason: str, *, wrong: bool = False) -> None:
+    def _refuse(self, place: str, host: str, reason: str, *, wrong: bool = False) -> None:
         _log.warning("node %s is not used: %s", place, reason)
-        self._handle(c.Refused(place, reason, wrong))
+        self._handle(c.Refused(place, reason, wrong, self._is_wanted(place, host)))
+
+    def _is_wanted(self, place: str, host: str) -> bool:
+        names = {place, place.rpartition("://")[2], host, host.partition(".")[0]}
+        return self._names is None or bool(names & self._names)
 
     def _open(self, action: c.Open) -> None:
         self._openings += 1
@@ -546,12 +550,12 @@ class Shell:
         welcome = Welcome(*plain)
         node.label, node.pid = f"{place} ({welcome.host})", welcome.pid
         here, host = python_version(), welcome.host
-        names = {place, place.rpartition("://")[2], host, host.partition(".")[0]}
-        wanted = self._names is None or bool(names & self._names)
+        wanted = self._is_wanted(place, host)
         fits = (welcome.protocol, welcome.python) == (PROTOCOL, here)
         if wanted and not fits:
             self._refuse(
                 place,
+                host,
                 f"it has Python {welcome.python} and safepool {welcome.safepool}, the program has "
                 f"Python {here} and safepool {own_version()}. Install the same versions",
             )

@@ -49,6 +49,18 @@ SCENARIOS: dict[str, Scenario] = {
     "a node that is refused": Scenario(refused="p", budget={"tick": 1}),
     "a node that never answers": Scenario(mute="p", budget={"lose": 1, "tick": 1}),
     "one of two is refused": Scenario(places=TWO, refused="p", budget={"lose": 1, "tick": 1}),
+    "the only node that is not refused restarts": Scenario(
+        places=TWO, refused="q", retries=1, budget={"lose": 1, "tick": 1, "later": 1}
+    ),
+    "the only node that takes the arguments restarts": Scenario(
+        places=TWO, refused="q", wrong=True, retries=1, budget={"lose": 1, "tick": 1, "later": 1}
+    ),
+    "the first node to join is refused": Scenario(
+        places=TWO, refused="q", late="p", budget={"join": 1, "tick": 2}
+    ),
+    "a node that nobody has named is refused": Scenario(
+        places=TWO, refused="q", unnamed="q", late="p", budget={"join": 1, "tick": 2}
+    ),
     "arguments that are wrong": Scenario(
         places=TWO, refused="pq", wrong=True, budget={"lose": 1, "tick": 1}
     ),
@@ -172,6 +184,26 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "            ends.append(self._nobody_since_s + self._no_nodes_s)",
         "            pass",
     ),
+    "a restart is not waited for": (
+        "the only node that is not refused restarts",
+        "since_s = max(one.refused_s, self._nobody_since_s)",
+        "since_s = one.refused_s",
+    ),
+    "arguments that a node has taken are wrong": (
+        "the only node that takes the arguments restarts",
+        "hopeless = one.wrong and not self._was_open",
+        "hopeless = one.wrong",
+    ),
+    "no other node is waited for": (
+        "the first node to join is refused",
+        "ends.append(since_s + (_WRONG_S if hopeless else _UNFIT_S))",
+        "ends.append(since_s)",
+    ),
+    "a node that nobody has named ends the waiting": (
+        "a node that nobody has named is refused",
+        "if one.state is State.REFUSED and one.wanted:",
+        "if one.state is State.REFUSED:",
+    ),
     "calls of a dead engine are forgotten": (
         "the engine is gone",
         "calls += [call for call, _ in place.sent.values()]",
@@ -268,7 +300,7 @@ def test_why_no_node_was_there_is_told() -> None:
     assert action == c.Fail([call], f"no node could take a call for 5 s ({told})", True)
 
 
-def test_nodes_of_another_version_are_told_as_soon_as_no_other_is_asked() -> None:
+def test_nodes_of_another_version_are_told_when_each_has_answered_and_no_other_joins() -> None:
     core = Core()
     core.handle(c.Listed(["p", "q"]), 0.0)
     call = Letter("x", 0)
@@ -276,6 +308,7 @@ def test_nodes_of_another_version_are_told_as_soon_as_no_other_is_asked() -> Non
     assert core.handle(c.Refused("p", "it has Python 2.7"), 2.0) == []
     assert core.next_look() is None  # the other may be right, however long it takes
     assert core.handle(c.Look(), 1000.0) == []
+    # The first has had its time.
     (action,) = core.handle(c.Refused("q", "it has Python 2.6"), 1001.0)
     told = "no node can be used (p: it has Python 2.7; q: it has Python 2.6)"
     assert action == c.Fail([call], told, True)
@@ -286,21 +319,64 @@ def test_nodes_of_another_version_are_told_as_soon_as_no_other_is_asked() -> Non
     assert isinstance(sent, c.Deliver)
 
 
-def test_wrong_arguments_are_told_when_each_node_has_said_so_or_after_a_while() -> None:
+def test_a_restart_of_the_only_node_that_can_be_used_is_waited_for() -> None:
+    core = Core(no_nodes_s=60.0)
+    core.handle(c.Listed(["a", "b"]), 0.0)
+    core.handle(c.Refused("a", "it has Python 2.7"), 0.0)
+    core.handle(c.Opened("b", "n", 1), 0.0)
+    calls = [Letter("x", 3), Letter("y", 3)]
+    core.handle(c.Queued(calls), 100.0)
+    assert core.handle(c.Lost("b", "killed"), 200.0) == []
+    assert core.next_look() == 210.0
+    assert core.handle(c.Listed(["a", "new b"]), 205.0) == [c.Open("new b")]
+    assert core.next_look() == 260.0  # it may be slow
+    (sent,) = core.handle(c.Opened("new b", "n", 1), 215.0)
+    assert isinstance(sent, c.Deliver)
+    # It does not come back.
+    assert core.handle(c.Lost("new b", "killed"), 300.0) == []
+    (action,) = core.handle(c.Look(), 310.0)
+    assert action == c.Fail(calls, "no node can be used (a: it has Python 2.7)", True)
+
+
+def test_a_node_that_joins_after_one_that_cannot_be_used_is_waited_for() -> None:
+    core = Core()
+    call = Letter("x", 0)
+    core.handle(c.Listed(["a"]), 0.0)
+    core.handle(c.Refused("a", "it has Python 2.7"), 1.0)
+    assert core.handle(c.Queued([call]), 100.0) == []
+    assert core.next_look() == 110.0
+    core.handle(c.Listed(["a", "b"]), 109.0)
+    (sent,) = core.handle(c.Opened("b", "n", 1), 111.0)
+    assert isinstance(sent, c.Deliver)
+
+
+def test_a_refusal_of_a_node_that_is_not_named_does_not_end_the_waiting() -> None:
+    core = Core(no_nodes_s=60.0)
+    call = Letter("x", 0)
+    core.handle(c.Listed(["a"]), 0.0)
+    core.handle(c.Queued([call]), 0.0)
+    assert core.handle(c.Refused("a", "no safepool", wanted=False), 0.2) == []
+    assert core.next_look() == 60.0
+    (action,) = core.handle(c.Look(), 60.0)
+    told = "no node could take a call for 60 s (a: no safepool)"
+    assert action == c.Fail([call], told, True)
+
+
+def test_wrong_arguments_are_told_when_a_node_has_had_the_time_to_take_them() -> None:
     core = Core()
     core.handle(c.Listed(["p", "q"]), 0.0)
     call = Letter("x", 0)
     assert core.handle(c.Queued([call]), 1.0) == []
     assert core.handle(c.Refused("p", "no gpu", wrong=True), 2.0) == []
     assert core.next_look() == 7.0
-    (action,) = core.handle(c.Refused("q", "no gpu", wrong=True), 3.0)
+    assert core.handle(c.Refused("q", "no gpu", wrong=True), 3.0) == []
+    (action,) = core.handle(c.Look(), 7.0)
     told = "no node can be used (p: no gpu; q: no gpu)"
     assert action == c.Fail([call], told, True)
     core.handle(c.Listed(["p", "q", "r"]), 8.0)
-    (action,) = core.handle(c.Queued([call]), 9.0)  # it has had its time
-    assert isinstance(action, c.Fail)
-    assert core.handle(c.Opened("r", "n", 1), 9.5) == []
-    (action,) = core.handle(c.Queued([call]), 10.0)
+    assert core.handle(c.Queued([call]), 9.0) == []
+    assert core.next_look() == 14.0
+    (action,) = core.handle(c.Opened("r", "n", 1), 13.0)
     assert isinstance(action, c.Deliver)
 
 

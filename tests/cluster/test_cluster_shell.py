@@ -23,6 +23,7 @@ from safepool.cluster import (
     NodeLostError,
     NoNodesError,
     agent,
+    core,
     messages,
     nodes,
     shell,
@@ -178,13 +179,20 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no other node once one has refused."""
+    monkeypatch.setattr(core, "_UNFIT_S", 0.0)
+    monkeypatch.setattr(core, "_WRONG_S", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("name", REFUSALS)
 def test_why_a_node_is_not_used_is_in_the_error(
     pool_of: Callable[..., ClusterPool], name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     answer, words = REFUSALS[name]
     pool = pool_of(Engine(greet=answer), no_nodes_timeout=None)
-    # At once, as no other node is there.
     with pytest.raises(NoNodesError, match=f"no node can be used .p: .*{words}"):
         pool.submit(abs, 1).result(60)
     with pytest.raises(NoNodesError):
@@ -204,6 +212,30 @@ def test_the_versions_of_a_node_that_is_not_named_do_not_matter(
     wait_until(lambda: "not one of nodes=" in pool._scheduler.unused_places().get("p", ""))
     assert not future.done()
     assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_refusal_counts_if_its_node_is_named(pool_of: Callable[..., ClusterPool]) -> None:
+    wrong = raises(agent.WrongOptionsError("no such module", "host.domain"))
+    for names, answer in (
+        (["p"], REFUSALS["no safepool"][0]),
+        (["host"], REFUSALS["another Python"][0]),
+        (["host"], wrong),
+    ):
+        pool = pool_of(Engine(greet=answer), nodes=names, no_nodes_timeout=None)
+        with pytest.raises(NoNodesError, match=r"no node can be used \(p: "):
+            pool.submit(abs, 1).result(60)
+    for answer in (REFUSALS["no safepool"][0], wrong):
+        pool = pool_of(Engine(greet=answer), nodes=["other"], no_nodes_timeout=None)
+        future = pool.submit(abs, 1)
+        wait_until(lambda pool=pool: "odule" in pool._scheduler.unused_places().get("p", ""))
+        pool._scheduler.wait_for_answers(60)  # the refusal has had its effect
+        assert not future.done()
+
+
+def test_the_reason_and_the_host_of_wrong_arguments_travel() -> None:
+    error = pickle.loads(pickle.dumps(agent.WrongOptionsError("no such module", "host")))
+    assert (str(error), error.host) == ("no such module", "host")
 
 
 def test_calls_at_a_node_that_refuses_the_arguments_later_are_lost(
@@ -580,8 +612,8 @@ def test_wrong_arguments_are_told_by_name(name: str) -> None:
         ClusterPool(engine, **words)
 
 
-@pytest.mark.usefixtures("short_lives")
-def test_arguments_that_no_node_can_use_are_told_at_once() -> None:
+@pytest.mark.usefixtures("short_lives", "impatient")
+def test_arguments_that_no_node_can_use_are_told() -> None:
     with ThreadPoolExecutor(1) as executor, ClusterPool(executor, preload=["nomodule"]) as pool:
         error = pool.submit(abs, 1).exception(30)
     assert isinstance(error, NoNodesError)
