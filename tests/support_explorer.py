@@ -262,7 +262,7 @@ class World:
 
     def check(self) -> None:
         core = self.core
-        self.check_books()
+        core.check()
         staying = [one for one in core.members if not one.leaving]
         # While it becomes smaller some that are to go are busy, and those that stay may wait.
         full = len(staying) > self.size
@@ -286,24 +286,6 @@ class World:
         self.passes = self.passes and bool(self.aside)
         running = [one.keys[one.at] for one in self.workers if one.alive and one.state == "runs"]
         must(len(running) == len({*running}), "a call runs twice at a time")
-
-    def check_books(self) -> None:
-        """Check what holds between any two events."""
-        given: set[int] = set()
-        for member in self.core.members:
-            works = [*member.ledger]
-            must(member.phase is not Phase.ENDED, "an ended worker is kept")
-            must(member.ready or not works, "a worker that is not ready was given work")
-            must(member.has_board or len(works) <= 1, "work was sent ahead without a board")
-            owed = sum(work.count - work.done for work in works)
-            must(member.ledger.owed == owed, "the ledger counts wrong")
-            condemned = member.phase is Phase.CONDEMNED
-            must(condemned == (member.condemned is not None), "condemned without a reason")
-            must(given.isdisjoint(map(id, works)), "two workers have the same work")
-            given.update(map(id, works))
-        places = [member.index for member in self.core.members if not member.leaving]
-        must(len(places) == len({*places}), "two workers have one place")
-        must(given.isdisjoint(map(id, self.core.backlog)), "work waits that a worker has")
 
     def check_order(self, key: str) -> None:
         """Check that the only worker has done all that came before a call that begins."""
@@ -940,7 +922,7 @@ def walk(core: type[Core], scenario: Scenario, chance: random.Random, most: int 
 def _checked(do: Callable[[], object], path: tuple[Any, ...]) -> None:
     try:
         do()
-    except BadStateError as error:
+    except AssertionError as error:
         steps = []
         while path:
             path, step = path

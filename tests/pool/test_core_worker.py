@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
-from support_core import worker
+from typing import TYPE_CHECKING
 
+import pytest
+from support_core import NOW, run_of, span_of, worker
+
+from safepool.pool.core import events as e
+from safepool.pool.core.machine import Core
 from safepool.pool.core.worker import Member, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.unit
 
@@ -99,3 +106,129 @@ def test_the_next_call_is_the_first_that_is_not_answered() -> None:
 def test_where_a_worker_can_be(position: int, may_be: bool) -> None:
     assert worker(claimed=2).can_be_at(position) is may_be
     assert worker(claimed=2, has_board=False).can_be_at(position)
+
+
+def with_ledger(change: Callable[[Member], object]) -> list[Member]:
+    """Return a worker with two spans of two calls each, to which something has happened."""
+    member = worker(2, 5)
+    member.ledger.give(span_of(run_of(), 2, start=2, expected_ns=5))
+    change(member)
+    return [member]
+
+
+def owe(member: Member, **wrong: int) -> None:
+    for name, value in wrong.items():
+        setattr(member.ledger, name, value)
+
+
+def have_answered(member: Member, place: int, done: int) -> None:
+    work = [*member.ledger][place]
+    work.done = done
+    member.ledger.owed -= done
+    member.ledger.expected_ns -= 5 * done
+
+
+def put(member: Member, place: int, position: int) -> None:
+    [*member.ledger][place].position = position
+
+
+def complaint(core: Core) -> str:
+    with pytest.raises(AssertionError) as raised:
+        core.check()
+    return str(raised.value)
+
+
+# One row per pool whose books are wrong: its workers, and what the check says.
+WRONG: dict[str, tuple[list[Member], str]] = {
+    "ended": ([worker(phase=Phase.ENDED)], "worker 7: it has ended, and is kept"),
+    "not ready": ([worker(1, ready=False)], "worker 7: it is not ready, and was given work"),
+    "no board": (
+        with_ledger(lambda one: setattr(one, "has_board", False)),
+        "worker 7: work was sent ahead without a board",
+    ),
+    "condemned": (
+        [worker(phase=Phase.CONDEMNED)],
+        "worker 7: it is condemned without a reason",
+    ),
+    "to be ended": (
+        [worker(condemned=ValueError())],
+        "worker 7: it is condemned without a reason",
+    ),
+    "calls": (
+        with_ledger(lambda one: owe(one, owed=3)),
+        "worker 7: its ledger counts calls wrongly",
+    ),
+    "time": (
+        with_ledger(lambda one: owe(one, expected_ns=15)),
+        "worker 7: its ledger counts their time wrongly",
+    ),
+    "answered": (
+        with_ledger(lambda one: have_answered(one, 0, 2)),
+        "worker 7: work is owed that was answered",
+    ),
+    "answered out of order": (
+        with_ledger(lambda one: have_answered(one, 1, 1)),
+        "worker 7: later work was answered first",
+    ),
+    "position 0": (
+        with_ledger(lambda one: put(one, 0, 0)),
+        "worker 7: positions are not in order",
+    ),
+    "a position twice": (
+        with_ledger(lambda one: put(one, 1, 2)),
+        "worker 7: positions are not in order",
+    ),
+    "a position that was not sent": (
+        with_ledger(lambda one: put(one, 1, 4)),
+        "worker 7: positions are not in order",
+    ),
+    "places": (
+        [worker(index=1), worker(index=1), worker(index=1, phase=Phase.DYING)],
+        "two workers have one place: [1, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_books_that_are_wrong(case: str) -> None:
+    members, what = WRONG[case]
+    core = Core(2)
+    core.check()
+    core.members = (*members,)
+    assert complaint(core) == what
+
+
+def test_books_that_are_right() -> None:
+    core = Core(3)
+    gone = worker(index=1, phase=Phase.DYING)
+    core.members = (worker(index=1), gone, *with_ledger(lambda one: have_answered(one, 0, 1)))
+    core.handle(e.Fed(run_of(), [1, 2], last=True), NOW)
+    core.check()
+
+
+def test_work_that_stands_in_two_places() -> None:
+    core, work = Core(2), span_of(run_of(), 2)
+    core.members = worker(), worker(index=1)
+    core.members[0].ledger.give(work)
+    core.backlog.put_back([work])
+    assert complaint(core) == "work stands in two places"
+    core.backlog.clear()
+    core.check()
+    core.members[1].ledger.give(work)
+    assert complaint(core) == "work stands in two places"
+
+
+def test_a_map_that_waits_and_is_not_noted() -> None:
+    core, run = Core(2), run_of()
+    core.handle(e.Fed(run, [1, 2], last=True), NOW)
+    run.queued = False
+    assert complaint(core) == "a map waits that is not noted as queued"
+
+
+@pytest.mark.parametrize("event", [e.Break(), e.CancelWaiting()])
+def test_work_that_waits_in_vain(event: e.Event) -> None:
+    core = Core(2)
+    core.handle(event, NOW)
+    core.check()
+    core.backlog.put_back([span_of(run_of(), 1)])
+    assert complaint(core) == "work waits in a pool that runs no more"
