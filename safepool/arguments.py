@@ -18,8 +18,7 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,8 +42,7 @@ _F = TypeVar("_F", bound="Callable[..., Any]")
 MOST_WORKERS = 61 if sys.platform == "win32" else sys.maxsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class Rule(NamedTuple):
     """Rule for the values of a parameter; its default is always accepted.
 
     Attributes:
@@ -59,8 +57,8 @@ class Rule:
 
     kind: str
     is_kind: Callable[[Any], bool]
-    lacks: Callable[[Any], str] = lambda _: ""
     remedy: str
+    lacks: Callable[[Any], str] = lambda _: ""
     choices: tuple[str, ...] = ()
     optional: bool = False
 
@@ -282,7 +280,7 @@ def _unless(is_it: Callable[[Any], bool], words: str) -> Callable[[Any], str]:
 def _integer(least: int, remedy: str, **others: Any) -> Rule:
     words = f"an integer of at least {least}"
     lacks = _unless(lambda value: value >= least, f"at least {least}")
-    return replace(Rule(kind=words, is_kind=_is_integer, lacks=lacks, remedy=remedy), **others)
+    return Rule(kind=words, is_kind=_is_integer, lacks=lacks, remedy=remedy)._replace(**others)
 
 
 def _integer_or_auto(remedy: str) -> Rule:
@@ -463,8 +461,7 @@ RULES: dict[str, Rule] = {
     "end_subprocesses": _flag(
         "With True, programs that tasks started end together with this program"
     ),
-    "env": replace(
-        ENVIRONMENT,
+    "env": ENVIRONMENT._replace(
         kind="a mapping of text to text, or a function that returns one for a worker's index",
         is_kind=lambda value: callable(value) or _is_environment(value),
     ),

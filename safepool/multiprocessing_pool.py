@@ -26,7 +26,6 @@ import types
 import warnings
 from concurrent.futures import CancelledError
 from concurrent.futures.process import _RemoteTraceback
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from safepool.arguments import RULES, Rule, check, what_was_meant
@@ -115,7 +114,7 @@ _KWDS = Rule(
 )
 
 # A chunksize that is too small raises the standard pool's own text.
-_CHUNKSIZE = replace(RULES["chunksize"], lacks=lambda _: "", optional=True)
+_CHUNKSIZE = RULES["chunksize"]._replace(lacks=lambda _: "", optional=True)
 
 _STANDARD = ("processes", "initializer", "initargs", "maxtasksperchild", "context")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from safepool.arguments import RULES, TIME_TO_WAIT, Rule, check, checked
@@ -217,8 +217,7 @@ class ClusterPool(PoolCalls, Executor):  # type: ignore[misc]
             "main": "no node has the script. Its functions, classes and data are sent",
         },
         nodes=_NODES,
-        no_nodes_timeout=replace(
-            RULES["idle_worker_timeout"],
+        no_nodes_timeout=RULES["idle_worker_timeout"]._replace(
             remedy="Leave it out for 60 s. None waits for ever",
             optional=True,
         ),

@@ -19,8 +19,7 @@ Not covered:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.limits.hidden import find_own_directory
 from safepool.limits.mounts import GROUP_TYPES, Mount, covering, is_inside
@@ -32,8 +31,7 @@ if TYPE_CHECKING:
     from safepool.limits.files import Machine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class Level(NamedTuple):
     """A control group that contains this process, directly or in a group below.
 
     Attributes:

@@ -14,8 +14,7 @@ Not covered:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.errors import UnreadableLimitError
 from safepool.limits._types import Limit, Skipped
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundVariable:
+class BoundVariable(NamedTuple):
     """A variable with an upper bound.
 
     Attributes:

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +30,7 @@ _DEVICE_FILE = re.compile(r"nvidia[0-9]+", re.ASCII)
 _DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpus:
+class Gpus(NamedTuple):
     """The devices that this process may use.
 
     Attributes:

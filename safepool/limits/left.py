@@ -21,8 +21,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
@@ -42,8 +41,7 @@ _MEMINFO_LINE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryLeft:
+class MemoryLeft(NamedTuple):
     """Memory that the tightest ceiling leaves.
 
     Attributes:

@@ -19,8 +19,7 @@ Not covered:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 GROUP_TYPES = ("cgroup", "cgroup2")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
+class Mount(NamedTuple):
     """A line of ``mountinfo``, unescaped.
 
     Attributes:

@@ -12,8 +12,7 @@ Not covered:
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.limits.mounts import Mount, around_control_groups, parse_mountinfo, reachable
 
@@ -26,8 +25,7 @@ GroupPath = tuple[str, ...]
 """A group as the components of its path, leading ``..`` included."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """Place of this process in a machine's groups and mounts.
 
     Attributes:

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitSample:
+class WaitSample(NamedTuple):
     """CPU time and waiting of some processes between two readings.
 
     Attributes:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _FORK_WAITS_S = 5.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Hold:
     """An open block.
 
@@ -65,7 +65,7 @@ class Hold:
     threads: int
     lowers: bool = False
     thread: int = field(default_factory=threading.get_ident)
-    own: dict[str, tuple[Any, int]] = field(default_factory=dict, repr=False)
+    own: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
     def number(self, before: int) -> int:
         """Return the number of a pool inside, given ``before`` outside; 0 is all CPUs."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.threads.registry import revision, runtimes
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from safepool.threads.table import NativeRuntime
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Override:
+class Override(NamedTuple):
     """A thread variable that the user has set for workers, in place of the cap.
 
     Attributes:

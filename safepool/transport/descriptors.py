@@ -274,7 +274,7 @@ def arrive(place: int) -> Descriptor:
     return incoming.take(place)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Registered:
     """Reducers that were registered with ``multiprocessing`` at one time.
 

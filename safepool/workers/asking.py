@@ -11,9 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from multiprocessing import process as known
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import FROM_OUTSIDE, REFUSALS, describe_exit
 from safepool.transport import letters
@@ -72,8 +71,7 @@ class CannotRunError(Exception):
     """The script's top level cannot be run in a server."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """Modules that a pool wants a server to have imported.
 
     Attributes:

@@ -49,8 +49,7 @@ import signal
 import struct
 import sys
 from bisect import bisect_left
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import REFUSALS
 from safepool.workers.fence import barrier, has_barrier
@@ -98,13 +97,12 @@ else:  # not Linux
 _CRASH = b"Fatal Python error: "
 
 
-@dataclass(frozen=True, slots=True)
-class Left:
+class Left(NamedTuple):
     """Results that a worker has left on its board."""
 
-    records: bytes = b""
-    first: int = 0
-    numbers: list[Any] = field(default_factory=list)
+    records: bytes
+    first: int
+    numbers: list[Any]
 
 
 class Board:
@@ -313,7 +311,7 @@ class Board:
         barrier()  # all that these count is there
         left = self._left(before, kind)
         barrier()
-        return left if self._cells[_FILLED] >> 32 == before >> 32 else Left()
+        return left if self._cells[_FILLED] >> 32 == before >> 32 else Left(b"", 0, [])
 
     def left(self) -> Left:
         """Return the results that a worker which has ended did not flush."""
@@ -322,7 +320,7 @@ class Board:
     def _left(self, filled: int, kind: int) -> Left:
         records = bytes(self._results[: filled & _FILLED_MASK])
         if not kind:
-            return Left(records)
+            return Left(records, 0, [])
         lane = bytes(self._lane)
         slots = memoryview(lane).cast("Q").tolist()
         mark = self._cells[_MARK]
@@ -390,7 +388,7 @@ class _NoBoard(Board):
 
     def peek(self) -> Left:
         """Return no results."""
-        return Left()
+        return Left(b"", 0, [])
 
     left = peek
 
@@ -398,8 +396,7 @@ class _NoBoard(Board):
 NO_BOARD: Board = _NoBoard()
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """One worker's board, as another process reads it.
 
     Attributes:

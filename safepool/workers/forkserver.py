@@ -52,9 +52,8 @@ import os
 import sys
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.workers import launch, upkeep
 from safepool.workers.identity import can_start, place, rights
@@ -71,8 +70,7 @@ assert sys.platform == "linux"
 _MOST_IDLE = 3
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
+class _Setting(NamedTuple):
     """Settings that a server has for good: pools with others need another server."""
 
     changes: tuple[tuple[str, str | None], ...]
@@ -118,7 +116,7 @@ def server_for(
         found = _servers.get(setting)
         running = None if found is None else found.running
         if running is not None and running.has_read_otherwise():
-            _servers[replace(setting, outdated=id(running))] = _servers.pop(setting)
+            _servers[setting._replace(outdated=id(running))] = _servers.pop(setting)
             found = None
         if found is None:
             found = _with_rights_of_before(setting)
@@ -144,7 +142,7 @@ def _with_rights_of_before(setting: _Setting) -> upkeep.Server | None:
     if can_start(launch.executable(), os.__file__, __file__):
         return None
     for one, server in _servers.items():
-        if replace(one, identity=setting.identity) == setting and server.can_fork:
+        if one._replace(identity=setting.identity) == setting and server.can_fork:
             # Under its new name alone: it has no way back.
             _servers[setting] = _servers.pop(one)
             server.takes_rights = True

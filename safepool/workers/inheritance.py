@@ -14,8 +14,7 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.errors import let_handlers_pass
 from safepool.transport import payloads
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     Initializer = tuple[Callable[..., object] | None, tuple[Any, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Inheritance:
+class Inheritance(NamedTuple):
     """The initializer and its arguments, on their way to a worker.
 
     Attributes:
@@ -45,10 +43,10 @@ class Inheritance:
         names: Names of the script that the pickle refers to, or that its functions use.
     """
 
-    segments: Sequence[Segment] = field(repr=False)
+    segments: Sequence[Segment]
     descriptors: list[int]
     itself: Initializer | None = None
-    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    shared: Sequence[Shared[Any]] = ()
     names: frozenset[str] = frozenset()
 
 

@@ -25,8 +25,7 @@ import io
 import os
 import sys
 import types
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safepool.transport.marks import alias_main, main_space, use_space
 
@@ -46,8 +45,7 @@ class ScriptLostError(OSError):
     """The script was run for a pool, and later workers do not have its results."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MainPlan:
+class MainPlan(NamedTuple):
     """Way of ``__main__`` into the workers of one pool, and the reason.
 
     Attributes:
@@ -60,10 +58,10 @@ class MainPlan:
     """
 
     mode: Literal["run", "value"]
+    because: str
     name: str = ""
     path: str = ""
     argv: tuple[str, ...] = ()
-    because: str
     lines: tuple[tuple[int, int], ...] = ()
 
     @property

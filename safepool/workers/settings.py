@@ -16,8 +16,7 @@ import pickle
 import re
 import sys
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.threads.imports import AfterImport, imported
 from safepool.transport import payloads
@@ -108,8 +107,7 @@ def module_of(row: Setting) -> ModuleType | None:
     return imported(row.module)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(NamedTuple):
     """A setting on its way to a worker.
 
     Attributes:

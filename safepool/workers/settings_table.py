@@ -23,8 +23,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.threads.imports import is_importing
 from safepool.workers.levels import apply_levels, glance_at_levels, levels_of_the_program
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Setting(NamedTuple):
     """A setting of the process.
 
     Attributes:
@@ -56,10 +54,10 @@ class Setting:
     module: str
     read: Callable[[Any], object]
     write: Callable[[Any, Any], object]
+    source: str
     of_thread: bool = False
     glance: Callable[[Any], object] | None = None
     seldom: bool = False
-    source: str
 
 
 # The standard library's.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safepool.workers.inheritance import Initializer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class WorkerStart:
     """Facts for a new worker.
 
@@ -42,14 +42,14 @@ class WorkerStart:
 
     environment: Mapping[str, str | None]
     threads: int
-    own: Mapping[str, str] = field(default_factory=dict, repr=False)
+    own: Mapping[str, str] = field(default_factory=dict)
     index: int = 0
     cpus: tuple[int, ...] = ()
     by_name: bool = False
     learns: bool = False
     descriptors: tuple[int, ...] = ()
     forked: bool = False
-    initializer: Initializer | None = field(default=None, repr=False)
+    initializer: Initializer | None = None
     foreign: tuple[int, ...] = ()
 
     @property

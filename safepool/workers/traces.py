@@ -20,8 +20,7 @@ import gc
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from safepool import procfs
 
@@ -34,8 +33,7 @@ assert sys.platform == "linux"
 _OF_THE_C_LIBRARY = 3 << 31
 
 
-@dataclass(frozen=True, slots=True)
-class Traces:
+class Traces(NamedTuple):
     """State of the process at one moment.
 
     Attributes:

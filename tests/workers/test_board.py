@@ -200,7 +200,7 @@ def test_records_that_are_flushed_while_they_are_read_are_not_taken(
 ) -> None:
     board.publish(1, 0, 6, b"one")
     monkeypatch.setattr("safepool.workers.board.barrier", board.flushed)
-    assert board.peek() == Left()
+    assert board.peek() == Left(b"", 0, [])
 
 
 def test_the_era_begins_again_when_it_is_full(board: Board) -> None:

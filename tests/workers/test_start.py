@@ -67,7 +67,7 @@ def test_all_that_a_worker_is_told_arrives() -> None:
         initializer=(print, ("x",)),
         foreign=(7, 8),
     )
-    assert pickle.loads(pickle.dumps(told)) == told
+    assert dataclasses.asdict(pickle.loads(pickle.dumps(told))) == dataclasses.asdict(told)
     # Each option differs from what it is by default, so that none is missing above.
     for field in dataclasses.fields(told):
         assert getattr(told, field.name) != field.default, field.name

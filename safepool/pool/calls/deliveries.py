@@ -19,7 +19,7 @@ versions: itertools.count[int] = itertools.count(1)
 """Of deliveries: each is higher than the one before."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Delivery:
     """Names with their values, sent to workers.
 
@@ -34,9 +34,9 @@ class Delivery:
     version: int
     names: tuple[str, ...]
     born: tuple[int, ...] = ()
-    head: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    segments: Sequence[Segment] = field(default=(), repr=False)
-    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    head: Mapping[str, Any] = field(default_factory=dict)
+    segments: Sequence[Segment] = ()
+    shared: Sequence[Shared[Any]] = ()
     draws: bool = False
 
     def message(self, has: dict[str, int]) -> list[Segment]:

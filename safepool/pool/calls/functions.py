@@ -6,7 +6,7 @@ import itertools
 import pickle
 import types
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.pool.calls.mains import Look, is_definition, is_importable, is_of_main
@@ -31,7 +31,7 @@ _MOST = 1024
 _MOST_CHANGES = 8
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class SentFunction:
     """A function that workers keep.
 
@@ -42,13 +42,13 @@ class SentFunction:
     """
 
     number: int
-    segments: Sequence[Segment] = field(repr=False)
+    segments: Sequence[Segment]
     lasting: bool
-    shared: Sequence[Shared[Any]] = field(default=(), repr=False)
+    shared: Sequence[Shared[Any]] = ()
     names: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class _Kept:
     """A function of ``__main__`` that is kept.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MUCH_S = 1.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Known:
     """Names that were pickled together.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safepool.pool.calls.mains import ABSENT
 from safepool.transport.marks import main_space
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from safepool.transport.main_names import MainNames
 
 
-@dataclass(frozen=True, slots=True)
-class Added:
+class Added(NamedTuple):
     """Objects that the script has put into modules.
 
     Attributes:
@@ -31,7 +30,7 @@ class Added:
     delivery: Delivery
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Closure:
     """All that some names lead to.
 

@@ -35,7 +35,7 @@ CONTAINERS = frozenset({dict, list, set, bytearray})
 OF_ANY_MODULE = frozenset({"__name__", "__package__", "__builtins__", "__spec__", "__loader__"})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Pickled:
     """Names as they were just pickled.
 
@@ -62,7 +62,7 @@ class Pickled:
     looked: Looked | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Looked:
     """State of values just before they were pickled.
 

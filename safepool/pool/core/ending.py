@@ -12,7 +12,6 @@ The module only computes: no process, no clock.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from safepool.errors import TaskTimeoutError, WorkerDiedError, describe_exit
@@ -52,8 +51,7 @@ class Stage(enum.Enum):
     USED = "while it ran nothing"
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(NamedTuple):
     """Facts about a worker that has ended.
 
     Attributes:

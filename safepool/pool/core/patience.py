@@ -18,7 +18,7 @@ _FIRST_PAUSE_S = 0.05
 _MOST_PAUSE_S = 1.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class Patience:
     """Counts of useless workers of one pool, which ended before they did any work.
 

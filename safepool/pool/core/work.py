@@ -138,7 +138,7 @@ class Call:
         raise ValueError(at)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Span:
     """Successive calls of one run, which are sent together and taken back together.
 
@@ -158,7 +158,7 @@ class Span:
 
     run: Any
     start: int
-    items: list[Any] = field(repr=False)
+    items: list[Any]
     attempts: int = 0
     alone: bool = False
     apart: bool = False
@@ -167,8 +167,8 @@ class Span:
     done: int = 0
     expected_ns: int = 0
     number: int = 0
-    pickled: Any = field(default=None, repr=False)
-    noted: Any = field(init=False, repr=False)
+    pickled: Any = None
+    noted: Any = field(init=False)
 
     @property
     def count(self) -> int:

@@ -22,7 +22,7 @@ import sys
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safepool.errors import without_our_frames
@@ -82,7 +82,7 @@ _MOST_ASIDE = 1024
 Pieces = list["bytes | memoryview"]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Packing:
     """One large payload of a worker, on its way into memory files.
 
@@ -101,7 +101,7 @@ class Packing:
     work: Task | Span
     position: int
     function: int
-    segments: Sequence[Segment] = field(repr=False)
+    segments: Sequence[Segment]
     error: BaseException | None = None
 
     def store(self, given_up: Callable[[], bool] = bool) -> None:
