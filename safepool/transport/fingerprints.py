@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 from safepool.errors import let_handlers_pass
 from safepool.transport import weak
 from safepool.transport.marks import (
+    DESCRIPTORS,
     LRU_CACHE,
     PLAIN,
     attribute_of,
@@ -31,6 +32,7 @@ from safepool.transport.marks import (
     is_full,
     is_of_main,
     mark_of,
+    parts_of,
 )
 from safepool.transport.sharing import Shared
 
@@ -42,6 +44,7 @@ UNKNOWN: Final = b""
 
 # Decorators have put attributes on them that no type checker knows.
 _LOOKED_INTO: tuple[Any, ...] = (type, types.FunctionType, LRU_CACHE)
+_WRAPPERS = frozenset({*DESCRIPTORS, types.MethodType})
 ABSENT: Final = b"absent"
 """What is said of a name that is not there."""
 
@@ -123,6 +126,8 @@ class _Pickler(pickle.Pickler):
             return str, (attribute_of(obj, "__name__"),)  # an attribute may be loaded on reading
         if isinstance(obj, Shared):
             raise _TooLargeError  # the program's own, of any content
+        if type(obj) in _WRAPPERS:
+            return tuple, ((type(obj).__qualname__, *parts_of(obj).items()),)
         if not isinstance(obj, _LOOKED_INTO):
             return NotImplemented
         name = f"{obj.__module__}.{obj.__qualname__}"

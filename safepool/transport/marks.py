@@ -127,29 +127,62 @@ def _from_space(name: str) -> Any:
         raise AttributeError(f"__main__ has no {name!r}") from None
 
 
-def attributes_of(thing: Any) -> dict[str, Any]:
+def attributes_of(thing: Any, path: str = "") -> dict[str, Any]:
     """Return the attributes that the program has set on a function or class, by their paths.
+
+    Args:
+        thing: A function or class, or what wraps one.
+        path: Its path in the script; its qualified name if not given.
 
     Returns:
         Values that were set on it at any time, and on the functions and classes in it. Attributes
         of the definition itself are left out: functions, classes and descriptors under their own
         names, members of enumerations, and the interpreter's entries.
     """
-    path: str = attribute_of(thing, "__qualname__")
+    path = path or attribute_of(thing, "__qualname__")
     found = {}
     space = space_of(thing)
-    members = _plain_members(space) if issubclass(type(thing), enum.EnumType) else None
+    members = _members_of(thing)
+    known = _OF_INTERPRETER | _OF_DISPATCH if "registry" in space else _OF_INTERPRETER
     for name, value in [*space.items()]:
-        if name in _OF_INTERPRETER or (name[:2] == "__" == name[-2:]):
+        if name in known or (name[:2] == "__" == name[-2:]):
             continue
+        # A member that is sent is looked up in the worker's class: its attributes do not travel.
         if members is not None and (name in members or _is_of_enumeration(name, value)):
             continue
         where = f"{path}.{name}"
         if _qualname_in(value) != where:
             found[where] = value
         elif issubclass(type(value), (type, types.FunctionType)):
-            found |= attributes_of(value)
+            found |= attributes_of(value, where)
+        else:
+            found |= _attributes_in(value, where)
+    if type(thing) is types.FunctionType and "__wrapped__" in space:
+        found |= _attributes_in(thing, path)
     return found
+
+
+def _attributes_in(wrapper: Any, path: str) -> dict[str, Any]:
+    """Return the same of an object that stands for functions, and of these functions."""
+    found: dict[str, Any] = {}
+    parts = parts_of(wrapper)
+    functions = {n: one for n, one in parts.items() if type(one) is types.FunctionType}
+    if any(one.__qualname__ != path for one in functions.values()):
+        return {path: wrapper}  # another setter, say
+    for name, one in functions.items():
+        found |= attributes_of(one, f"{path}.{name}")
+    if type(wrapper) is not types.FunctionType:
+        # The others are as in the function, and as functools needs them.
+        known = {id(value) for one in functions.values() for value in vars(one).values()}
+        for name, value in [*space_of(wrapper).items()]:
+            if not (
+                name in parts or name in _OF_WRAPPERS or name[:1] == "_" or id(value) in known
+            ):
+                found[f"{path}.{name}"] = value
+    return found
+
+
+_OF_WRAPPERS = frozenset({"attrname", "lock", "cache_parameters"})
 
 
 def _is_of_enumeration(name: str, value: object) -> bool:
@@ -157,18 +190,47 @@ def _is_of_enumeration(name: str, value: object) -> bool:
     return name[:1] == "_" == name[-1:] and type(_function_in(value)) is not types.FunctionType
 
 
-def _plain_members(space: Mapping[str, Any]) -> set[str]:
-    """Return the members of an enumeration that hold nothing of the program's.
+def _members_of(thing: object) -> Mapping[str, Any] | None:
+    """Return the members of an enumeration, by name; ``None`` if it is none."""
+    if not issubclass(type(thing), enum.EnumType):
+        return None
+    members = space_of(thing).get("_member_map_")
+    return members if type(members) is dict else {}
 
-    A member that is sent is looked up in the worker's class: its attributes do not travel.
-    """
-    found = set()
-    for name, member in space.get("_member_map_", {}).items():
-        value = own_dict(member).get("_value_")
-        parts = value if type(value) is tuple else (value,)
-        if PLAIN.issuperset(map(type, parts)):
-            found.add(name)
-    return found
+
+def held_by_members(kind: type) -> Iterator[Any]:
+    """Yield what the members of an enumeration hold; nothing for another class."""
+    todo: list[Any] = [own_dict(one) for one in (_members_of(kind) or {}).values()]
+    seen: set[int] = set()
+    while todo:
+        one = todo.pop()
+        if type(one) in _HOLDERS and id(one) not in seen:
+            seen.add(id(one))
+            todo += one.values() if type(one) is dict else one
+        elif type(one) not in _HOLDERS:
+            yield one
+
+
+_HOLDERS = frozenset({dict, tuple, list, set, frozenset})
+_PARTS = ("__func__", "func", "dispatcher", "fget", "fset", "fdel", "__wrapped__")
+_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+
+
+def parts_of(thing: object) -> dict[str, Any]:
+    """Return by name the functions that an object is made of, and calls."""
+    found = {name: _part_of(thing, name) for name in _PARTS}
+    if found["__func__"] is not None:
+        del found["__wrapped__"]  # the same
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _part_of(thing: object, name: str) -> Any:
+    """Return an attribute that is simply there; ``None`` if code would have to be asked."""
+    for kind in type.__getattribute__(type(thing), "__mro__"):
+        found = space_of(kind).get(name)
+        if found is not None:
+            return found.__get__(thing) if type(found) in _SLOTS else None
+    return space_of(thing).get(name)
 
 
 # Reading attributes of these types runs no code of the program.
@@ -217,7 +279,9 @@ def _qualname_in(value: object) -> object:
         return value.__qualname__
     if type(value) in _NAMELESS:
         return None
-    name = attribute_of(_function_in(value), "__qualname__")
+    if issubclass(type(value), DESCRIPTORS):
+        value = next(iter(parts_of(value).values()), None)
+    name = attribute_of(value, "__qualname__")
     return name if type(name) is str else None
 
 
@@ -229,11 +293,18 @@ def _function_in(value: object) -> object:
     return object.__getattribute__(value, "fget") if issubclass(kind, property) else value
 
 
+DESCRIPTORS = (
+    *(staticmethod, classmethod, property),
+    *(functools.cached_property, functools.singledispatchmethod),
+)
+"""Types whose objects stand in a class for the function that they hold."""
 _NAMELESS = frozenset({int, float, str, bool, type(None), tuple, list, dict, set})
 
 
-# abc.ABCMeta, functools.update_wrapper.
+# Set by abc.ABCMeta and functools.update_wrapper.
 _OF_INTERPRETER = frozenset({"_abc_impl", "__wrapped__"})
+# What functools.singledispatch sets on its function.
+_OF_DISPATCH = frozenset({"register", "dispatch", "registry", "_clear_cache"})
 
 
 def find_attribute(path: str) -> tuple[Any, ...]:
@@ -248,6 +319,8 @@ def find_attribute(path: str) -> tuple[Any, ...]:
             return ()
         found = here[part]
         here = space_of(found)
+        if type(found) not in _WITHOUT_CODE:
+            here = {**here, **parts_of(found)}
     return (found,)
 
 

@@ -22,7 +22,7 @@ import threading
 import types
 from typing import TYPE_CHECKING, Any
 
-from safepool.transport.marks import at_path, codes_in, is_of_main, main_space
+from safepool.transport.marks import at_path, codes_in, find_attribute, is_of_main, main_space
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -173,8 +173,14 @@ def of_script(path: str) -> Any:
         found = main_space()[root]
     except KeyError:
         raise NameError(f"name {root!r} is not defined in __main__", name=root) from None
-    for part in rest.split(".") if rest else ():
-        found = getattr(found, part)
+    try:
+        for part in rest.split(".") if rest else ():
+            found = getattr(found, part)
+    except AttributeError:
+        way = find_attribute(path)  # through a descriptor
+        if not way:
+            raise
+        (found,) = way
     return found
 
 

@@ -116,7 +116,8 @@ def _bind(name: str, value: Any) -> None:
     """Bind a value to a name, or to an attribute of a function or class of the script."""
     holder, _, attribute = name.rpartition(".")
     if holder:
-        setattr(of_script(holder), attribute, value)
+        found = find_attribute(holder) or (of_script(holder),)
+        setattr(found[0], attribute, value)
     else:
         main_space()[name] = value
 

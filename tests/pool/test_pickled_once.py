@@ -196,6 +196,56 @@ def test_methods_for_pickling_run_as_with_the_standard_pool(
     assert wrong == {}
 
 
+MEMBERS = """
+    import enum
+    import functools
+    import safepool
+    from support_counted import Reduced, take_calls
+
+    class Own(Reduced):
+        pass
+
+    def scale(x):
+        return FACTOR * x
+
+    FACTOR = 1
+
+    class Colour(enum.Enum):
+        RED = [Own(1)]
+        BLUE = {"x": Reduced(2)}
+        GREEN = (3, [Own(3)])
+        SCALED = ("x", functools.partial(scale, 2))
+
+        def times(self):
+            return self.value[1]()
+
+    def look():
+        return Colour.RED.value[0].mark, Colour.SCALED.times(), take_calls()
+
+    if __name__ == "__main__":
+        FACTOR = 10
+        Colour.RED.value[0].mark = 5
+        take_calls()
+        with safepool.ProcessPool(1, main="run") as pool:
+            for _ in range(3):
+                print(*pool.submit(look).result())
+        print(take_calls())
+"""
+
+
+def test_members_of_a_script_s_enumeration_are_the_worker_s_own(tmp_path: Path) -> None:
+    """Whatever they hold: no method of it runs. Functions that they hold have their globals."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(MEMBERS))
+    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+
+    done = run_program(program, cwd=tmp_path, env=env)
+
+    made = ["Own1.__init__", "Reduced2.__init__", "Own3.__init__"]
+    lines = [f"1 20 {made}", *["1 20 []"] * 2, "[]"]
+    assert done.stdout.splitlines() == lines, done.stderr
+
+
 def drawn(items: list[object], at_once: int | None) -> tuple[MapRun, Any]:
     """Return a map, and its only span."""
     run = MapRun(len, "len", Policy(), at_once, starred=False)

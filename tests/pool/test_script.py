@@ -312,7 +312,9 @@ def test_run_is_an_error_where_there_is_no_script(tmp_path: Path) -> None:
 # One row per thing that the program changes below the guard: how, what its workers look at, and
 # what they find. In front of the guard stands BEFORE.
 BEFORE = """
-import threading
+import functools, threading
+def wrapped(function):
+    return functools.wraps(function)(lambda *args: function(*args))
 DATA = None
 SETTINGS = {"a": 1}
 LOCK = threading.Lock()
@@ -325,9 +327,52 @@ class Config:
         level = 1
         def method(self):
             return "inner"
+    @staticmethod
+    def static(): return "own"
+    @classmethod
+    def of_class(cls): return "own"
+    @property
+    def value(self): return "own"
+    @value.setter
+    def value(self, new): self.__dict__["value"] = new
+    @functools.cached_property
+    def cached(self): return "own"
+    def part(self, x=0): return x
+    partial = functools.partialmethod(part, x=1)
+    @wrapped
+    def outside(self): return "own"
+    @functools.lru_cache
+    def remembered(self): return "own"
+    @functools.singledispatchmethod
+    def shown(self, x): return "own"
 def work(x):
     return x
+@wrapped
+def around(x):
+    return x
+@functools.singledispatch
+def show(x):
+    return "own"
 """
+# One row per function in an object that stands for it.
+INNER = [
+    "Config.static",
+    "Config.of_class.__func__",
+    "Config.value.fget",
+    "Config.value.fset",
+    "Config.cached",
+    "Config.cached.func",
+    "vars(Config)['static']",
+    "vars(Config)['partial'].func",
+    "Config.outside",
+    "Config.outside.__wrapped__",
+    "Config.remembered",
+    "Config.remembered.__wrapped__",
+    "vars(Config)['shown'].func",
+    "around",
+    "around.__wrapped__",
+    "show",
+]
 CHANGES: dict[str, tuple[str, str, str]] = {
     "a global": ("global DATA; DATA = [1, 2]", "DATA", "[1, 2]"),
     "a global in place": ("SETTINGS['b'] = 2", "SETTINGS", "{'a': 1, 'b': 2}"),
@@ -343,7 +388,36 @@ CHANGES: dict[str, tuple[str, str, str]] = {
         "Config.Inner().method()",
         "new",
     ),
+    **{f"an attribute of {one}": (f"{one}.mark = [4]", f"{one}.mark", "[4]") for one in INNER},
     "a method": ("Config.method = lambda self: 'new'", "Config().method()", "new"),
+    "a static method": ("Config.static = staticmethod(lambda: 'new')", "Config.static()", "new"),
+    "a class method": (
+        "Config.of_class = classmethod(lambda cls: 'new')",
+        "Config.of_class()",
+        "new",
+    ),
+    "a property": ("Config.value = property(lambda self: 'new')", "Config().value", "new"),
+    "a setter": (
+        "Config.value = Config.value.setter(lambda self, new: None)",
+        "Config.value.fset.__name__",
+        "<lambda>",
+    ),
+    "a cached property": (
+        """Config.cached = functools.cached_property(lambda self: 'new')
+    Config.cached.__set_name__(Config, 'cached')""",
+        "Config().cached",
+        "new",
+    ),
+    "a partial method": (
+        "Config.partial = functools.partialmethod(Config.part, x=2)",
+        "Config().partial()",
+        "2",
+    ),
+    "a cache": (
+        "Config.remembered = functools.lru_cache(lambda self: 'new')",
+        "Config().remembered()",
+        "new",
+    ),
     "a function": ("global work; work = lambda x: 'new'", "work(1)", "new"),
     "a function of the same name": (
         "global work\n    def work(x): return 'new'\n    work.__qualname__ = 'work'",

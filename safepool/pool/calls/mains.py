@@ -27,8 +27,10 @@ from safepool.transport.marks import (
     PLAIN,
     attribute_of,
     found_in,
+    held_by_members,
     is_full,
     main_space,
+    parts_of,
     space_of,
 )
 from safepool.transport.names import names_of
@@ -285,25 +287,11 @@ def uses_of(
             if is_importable(one):
                 continue
             bases = type.__getattribute__(one, "__bases__")
-            todo += [*bases, type(one), *space_of(one).values()]
+            todo += [*bases, type(one), *space_of(one).values(), *held_by_members(one)]
         else:
-            todo += [_part_of(one, name) for name in _PARTS]
+            todo += parts_of(one).values()
         todo.append(space_of(one).get("__wrapped__"))
     return frozenset(names)
-
-
-# Functions that an object is made of, and calls.
-_PARTS = ("__func__", "func", "dispatcher", "fget", "fset", "fdel", "__wrapped__")
-_SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
-
-
-def _part_of(thing: object, name: str) -> Any:
-    """Return an attribute that is simply there; ``None`` if code would have to be asked."""
-    for kind in type.__getattribute__(type(thing), "__mro__"):
-        found = space_of(kind).get(name)
-        if found is not None:
-            return found.__get__(thing) if type(found) in _SLOTS else None
-    return space_of(thing).get(name)
 
 
 def is_plain(value: object) -> bool:
