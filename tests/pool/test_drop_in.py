@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import multiprocessing
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import support_tasks as tasks
@@ -36,6 +37,19 @@ both = pytest.mark.parametrize("pool_type", [ProcessPoolExecutor, ProcessPool])
 def pool() -> Iterator[ProcessPool]:
     with ProcessPool(2) as pool:
         yield pool
+
+
+@pytest.mark.parametrize(
+    ("standard", "ours"),
+    [
+        (ProcessPoolExecutor, ProcessPool),
+        (concurrent.futures.ThreadPoolExecutor, safepool.ThreadPool),
+        (multiprocessing.Pool, safepool.Pool),
+    ],
+)
+def test_the_end_of_a_block_returns_what_the_standard_one_does(standard: Any, ours: Any) -> None:
+    """Code that calls ``__exit__`` itself may look at it."""
+    assert ours(1).__exit__(None, None, None) is standard(1).__exit__(None, None, None)
 
 
 # One row per way a task can end: what runs, and what its caller must catch.

@@ -96,7 +96,7 @@ class Executor(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
         /,
-    ) -> None: ...
+    ) -> bool | None: ...
 
 
 class AwaitedCalls:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sized
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast, overload
 
 from safepool.arguments import TIME_TO_WAIT, checked
 from safepool.pool.calls.awaiting import AwaitedCalls
@@ -356,9 +356,10 @@ class PoolCalls(AwaitedCalls):
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> Literal[False]:
         # Someone at the terminal wants the prompt back: running tasks are not waited for.
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         if kind is not None:
             end_failed(self._scheduler)
         self._scheduler.shut_down(wait=True, end="terminate" if interrupted else "")
+        return False
