@@ -23,18 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = [
-    "ENVIRONMENT",
-    "MOST_WORKERS",
-    "RULES",
-    "TIME_TO_WAIT",
-    "Rule",
-    "check",
-    "checked",
-    "parse_bytes",
-    "what_was_meant",
-]
-
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
 # WaitForMultipleObjects takes 63 handles, and the standard pool allows this many. Elsewhere

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from safepool.limits import Limits
     from safepool.limits.waiting import WaitSample
 
-__all__ = ["AnyLimit", "Budget", "Request", "Rounding", "fit", "is_held_back"]
-
 AnyLimit = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 Rounding = Literal["floor", "nearest", "ceil"]
 

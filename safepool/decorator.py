@@ -43,8 +43,6 @@ from safepool.threads.cap import capped, is_capped
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
 
-__all__ = ["WorkerCall", "worker"]
-
 _C = TypeVar("_C")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -32,29 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import CodeType, TracebackType
 
-__all__ = [
-    "FROM_OUTSIDE",
-    "REFUSALS",
-    "MemoryExceeded",
-    "MemoryLimitError",
-    "MissingExtraError",
-    "OutOfMemory",
-    "PoolBrokenError",
-    "RefusedCallError",
-    "RemoteTaskError",
-    "SafepoolError",
-    "TaskTimeoutError",
-    "TraceFileError",
-    "UnreadableLimitError",
-    "WorkerDiedError",
-    "describe_exit",
-    "let_handlers_pass",
-    "naming",
-    "text_of",
-    "users_frames",
-    "users_stack",
-]
-
 FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
 """Exit codes of processes that may have met this by chance: the out-of-memory killer's, and what
 service managers send. It says nothing about what they ran."""

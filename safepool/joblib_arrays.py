@@ -30,8 +30,6 @@ from safepool.transport.sharing import share
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Arrays", "MmapMode", "mode_asked_for", "mode_of_block"]
-
 MmapMode = Literal["r", "r+", "w+", "c"] | None
 
 _MODES = ("r", "r+", "w+", "c", None)

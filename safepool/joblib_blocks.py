@@ -24,8 +24,6 @@ from joblib import parallel
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Block", "enter", "leave"]
-
 # joblib's names of its default backends, and our names in its table of backends. Ours stay in the
 # table, because another thread may be about to look them up.
 _NAMES = {

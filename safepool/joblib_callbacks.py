@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-__all__ = ["Callbacks"]
-
 # After Ctrl-C the prompt must come back within a second.
 _WAIT_S = 0.5
 # Pause between two checks of a call, in case that a wake-up is lost.

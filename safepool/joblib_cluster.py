@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from safepool.budget import Rounding
     from safepool.pool.core.policy import Policy
 
-__all__ = ["ClusterPools", "ClusterSettings"]
-
 # A slow node counts, and is used, from its answer on.
 _ANSWERS_S = 10.0
 _NOWHERE = BornWith(environ={}, folder="", path=(), cpus=None, contents=b"")

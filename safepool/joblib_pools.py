@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from safepool.pool.core.policy import Policy
 
-__all__ = ["IDLE_S", "NOT_PICKLED", "SHARED", "BornWith", "Lease", "Pools", "Settings", "TaskPool"]
-
 # The text of joblib's own backend, which programs compare.
 NOT_PICKLED = "Could not pickle the task to send to the workers."
 # Time that a worker waits for the next call outside of a block, as loky's workers do.

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 else:
     from joblib._parallel_backends import SequentialBackend
 
-__all__ = ["CallBar", "SequentialWithBar"]
-
 # Sequential calls of this thread that have a bar.
 _thread = threading.local()
 

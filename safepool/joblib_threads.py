@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 else:
     from joblib._parallel_backends import SequentialBackend, ThreadingBackend
 
-__all__ = ["HeldThreads", "sequential"]
-
 
 def sequential(label: str | None, nesting_level: int | None) -> SequentialBackend:
     """Return what runs calls one after the other, here; ``None`` for the label shows no bar."""

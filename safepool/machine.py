@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from safepool.budget import Budget
     from safepool.limits import Limits
 
-__all__ = ["BudgetWatch", "cpu_count", "cpu_limit", "log_once", "read_budget", "tell_once"]
-
 _log = logging.getLogger("safepool")
 
 # A smaller loss by rounding is expected and not logged.

@@ -66,8 +66,6 @@ else:
         __class_getitem__ = classmethod(types.GenericAlias)
 
 
-__all__ = ["ApplyResult", "IMapIterator", "MapResult", "Pool"]
-
 _S = TypeVar("_S")
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=MapRun)

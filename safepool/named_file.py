@@ -28,8 +28,6 @@ import os
 import stat
 import sys
 
-__all__ = ["open_named"]
-
 # Linux, MAXSYMLINKS.
 _MOST_LINKS = 40
 

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from safepool.threads.pools import NativePool
 
-__all__ = ["ThreadLimit", "limit_threads"]
-
 
 @checked("limit_threads")
 def limit_threads(n: int | Literal["auto"] = "auto") -> ThreadLimit:

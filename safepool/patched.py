@@ -15,8 +15,6 @@ from safepool import multiprocessing_pool
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Pool"]
-
 
 def _originals() -> tuple[type, ...]:
     modules = (sys.modules.get(f"{name}.pool") for name in ("multiprocessing", "multiprocess"))

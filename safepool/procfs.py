@@ -21,29 +21,6 @@ import mmap
 import os
 from typing import Any, NamedTuple
 
-__all__ = [
-    "MemoryFile",
-    "Stat",
-    "Status",
-    "children",
-    "fields",
-    "mapped_files",
-    "named_threads",
-    "obstacle",
-    "parse_fields",
-    "parse_maps",
-    "parse_stat",
-    "parse_status",
-    "processes",
-    "read",
-    "read_stat",
-    "read_status",
-    "resident_bytes",
-    "states",
-    "threads",
-    "threads_that_block",
-]
-
 
 def read(path: str, errors: str = "replace") -> str | None:
     """Return the text of a file; ``None`` if it does not exist or is hidden."""

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-__all__ = ["Progress", "beside_bars", "label_of", "require_tqdm"]
-
 _LOOK_S = 0.1
 
 # Bars on the screen. tqdm, imported.

@@ -26,8 +26,6 @@ from safepool.own_threads import ThreadLimit, limit_threads
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["share_of"]
-
 _LIMIT: pytest.StashKey[ThreadLimit] = pytest.StashKey()
 
 

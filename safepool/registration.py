@@ -10,8 +10,6 @@ from safepool.threads.imports import AfterImport, imported
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["register"]
-
 _JOBLIB = "joblib.parallel"
 
 

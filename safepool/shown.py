@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["counted", "html_table", "printable", "size"]
-
 
 def counted(number: float, noun: str) -> str:
     """Return ``"1 thread"``, ``"2.5 CPUs"``; a whole number with all its digits."""

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-__all__ = ["ThreadPool"]
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

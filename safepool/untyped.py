@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Untyped", "UntypedMixin"]
-
 
 class Untyped:
     """Accepts any arguments, and has the attributes that derived classes need of their base."""

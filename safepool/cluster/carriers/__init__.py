@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
-__all__ = ["Carrier", "EngineGoneError", "PlaceLostError"]
-
 
 class EngineGoneError(SafepoolError):
     """The engine takes no more calls: it was closed, or cannot be reached."""
