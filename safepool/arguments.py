@@ -393,7 +393,7 @@ def _lacks_as_environment(value: Any) -> str:
 
 
 # For CUDA and HIP: a number, or the beginning of the id of a device or of a part of a device.
-_DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
+DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
 
 
 def _lacks_as_gpus(value: Any) -> str:
@@ -403,7 +403,7 @@ def _lacks_as_gpus(value: Any) -> str:
         fits = value >= 1
     else:
         devices = [device for one in value for device in str(one).split(",")]
-        fits = bool(devices) and all(map(_DEVICE.fullmatch, devices))
+        fits = bool(devices) and all(map(DEVICE.fullmatch, devices))
     return "" if fits else _GPUS
 
 

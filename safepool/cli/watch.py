@@ -9,48 +9,27 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safepool.cli.colour import paint_for, plain
 from safepool.cli.text import counted, json_of
 
 if TYPE_CHECKING:
     from safepool.cli.colour import Paint, Style
-    from safepool.limits import Limits, Throttling
+    from safepool.limits import Throttling
     from safepool.limits._types import CpuUsage
+
+    if sys.platform == "linux":
+        from safepool.limits.process import ProcessView
+
+        View: TypeAlias = ProcessView
+    else:
+        View: TypeAlias = Any
 
 _BAR = 20
 _EVERY_S = 1.0
 # Share that counts as used up, within the accuracy of a sample.
 _ALL = 0.95
-
-
-class View(Protocol):
-    """A process as `safepool.limits.process.ProcessView` shows it, which only Linux has."""
-
-    pid: int
-
-    def environ(self) -> dict[str, str]:
-        """Return the environment that the process was started with."""
-        ...
-
-    def read_limits(self) -> Limits:
-        """Read all limits of the process."""
-        ...
-
-    def read_throttling(self) -> Throttling | None:
-        """Read the counters of the process's group."""
-
-    def read_usage(self) -> CpuUsage | None:
-        """Read the CPU time of the process's group."""
-
-    def threads(self) -> int:
-        """Count the process's threads; 0 when the process has ended."""
-        ...
-
-    def libraries(self) -> tuple[str, ...]:
-        """Return the files whose code the process runs."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

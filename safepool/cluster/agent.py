@@ -499,12 +499,8 @@ def _node(*binding: str) -> str:
     if sys.platform != "win32":
         facts.append(str(os.getuid()))
     # A container has its own process ids, and files of the same names.
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        try:
-            with open(path, encoding="ascii") as file:
-                facts.append(file.read().strip())
-        except OSError:
-            facts.append(socket.gethostname())
+    boot = procfs.read("/proc/sys/kernel/random/boot_id")
+    facts.append(socket.gethostname() if boot is None else boot.strip())
     for name in ("pid", "cgroup"):
         try:
             facts.append(os.readlink(f"/proc/self/ns/{name}"))

@@ -22,12 +22,12 @@ import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from safepool.arguments import DEVICE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _DEVICE_FILE = re.compile(r"nvidia[0-9]+", re.ASCII)
-# A number, or the id of a device or of a part of one, which may be cut short.
-_DEVICE = re.compile(r"[0-9]+|(GPU|MIG)-\S+", re.ASCII)
 
 
 class Gpus(NamedTuple):
@@ -56,7 +56,7 @@ def parse_visible(text: str) -> tuple[str, ...]:
     found = []
     for entry in text.split(","):
         device = entry.strip()
-        if not _DEVICE.fullmatch(device):
+        if not DEVICE.fullmatch(device):
             break
         found.append(device)
     return tuple(found)

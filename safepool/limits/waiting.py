@@ -18,6 +18,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from safepool import procfs
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -97,7 +99,7 @@ class WaitWatch:
 if sys.platform == "linux":
 
     def _idle_ticks() -> int | None:
-        text = _read("/proc/stat")
+        text = procfs.read("/proc/stat")
         try:
             return None if text is None else parse_idle(text, os.sched_getaffinity(0))
         except OSError:  # a filter refuses the call
@@ -116,13 +118,5 @@ else:  # not Linux
 
 
 def _schedstat(pid: int) -> tuple[int, int] | None:
-    text = _read(f"/proc/{pid}/schedstat")
+    text = procfs.read(f"/proc/{pid}/schedstat")
     return None if text is None else parse_schedstat(text)
-
-
-def _read(path: str) -> str | None:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return None

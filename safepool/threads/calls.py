@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from operator import attrgetter, methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -110,49 +111,31 @@ def _set_duckdb(duckdb: Any, threads: int) -> None:
     duckdb.connect = connect
 
 
+def _setter(name: str) -> Callable[[Any, int], object]:
+    return lambda module, threads: getattr(module, name)(threads)
+
+
 CALLS: dict[str, Call] = {
-    "torch": Call(
-        read=lambda torch: torch.get_num_threads(),
-        write=lambda torch, threads: torch.set_num_threads(threads),
-    ),
+    "torch": Call(read=methodcaller("get_num_threads"), write=_setter("set_num_threads")),
     "torch-interop": Call(
-        read=lambda torch: torch.get_num_interop_threads(),
-        write=_set_torch_interop,
-        undone=False,
+        read=methodcaller("get_num_interop_threads"), write=_set_torch_interop, undone=False
     ),
     "numba": Call(read=_read_numba, write=_set_numba),
-    "numexpr": Call(
-        read=lambda numexpr: numexpr.get_num_threads(),
-        write=lambda numexpr, threads: numexpr.set_num_threads(threads),
-    ),
-    "arrow": Call(
-        read=lambda pyarrow: pyarrow.cpu_count(),
-        write=lambda pyarrow, threads: pyarrow.set_cpu_count(threads),
-    ),
+    "numexpr": Call(read=methodcaller("get_num_threads"), write=_setter("set_num_threads")),
+    "arrow": Call(read=methodcaller("cpu_count"), write=_setter("set_cpu_count")),
     "arrow-io": Call(
-        read=lambda pyarrow: pyarrow.io_thread_count(),
-        write=lambda pyarrow, threads: pyarrow.set_io_thread_count(threads),
-        default=8,
+        read=methodcaller("io_thread_count"), write=_setter("set_io_thread_count"), default=8
     ),
-    "opencv": Call(read=lambda cv2: cv2.getNumThreads(), write=_set_opencv),
+    "opencv": Call(read=methodcaller("getNumThreads"), write=_set_opencv),
     "xgboost": Call(
         # 0 is what OpenMP says.
         read=lambda xgboost: xgboost.get_config().get("nthread"),
         write=lambda xgboost, threads: xgboost.set_config(nthread=threads),
     ),
     "duckdb": Call(read=None, write=_set_duckdb, undone=False),
-    "blosc": Call(
-        read=lambda blosc: blosc.nthreads,
-        write=lambda blosc, threads: blosc.set_nthreads(threads),
-    ),
-    "blosc2": Call(
-        read=lambda blosc2: blosc2.nthreads,
-        write=lambda blosc2, threads: blosc2.set_nthreads(threads),
-    ),
-    "numcodecs": Call(
-        read=lambda blosc: blosc.get_nthreads(),
-        write=lambda blosc, threads: blosc.set_nthreads(threads),
-    ),
+    "blosc": Call(read=attrgetter("nthreads"), write=_setter("set_nthreads")),
+    "blosc2": Call(read=attrgetter("nthreads"), write=_setter("set_nthreads")),
+    "numcodecs": Call(read=methodcaller("get_nthreads"), write=_setter("set_nthreads")),
     "itk": Call(
         read=lambda itk: itk.ProcessObject.GetGlobalDefaultNumberOfThreads(),
         write=lambda itk, threads: itk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads),
