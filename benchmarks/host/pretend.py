@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safepool.cli.errors import CommandError
+from safepool.cli.text import CommandError
 from safepool.limits import Limit
 from safepool.limits.affinity import AFFINITY
 

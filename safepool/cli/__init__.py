@@ -47,8 +47,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import safepool
-from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH
+from safepool.cli.text import WIDTH, CommandError
 from safepool.errors import MissingExtraError, SafepoolError
 from safepool.shown import printable
 
@@ -56,6 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from safepool.cli.run import Plan
+
+    _Run = Callable[[argparse.Namespace], int]
 
 __all__ = ["main"]
 
@@ -136,7 +137,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as stop:
         # argparse leaves this way after --help, --version and wrong arguments.
         return stop.code if isinstance(stop.code, int) else _USAGE
-    run: Callable[[argparse.Namespace], int] = options.run
+    run: _Run = options.run
     return run(options)
 
 
@@ -284,36 +285,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_run_limits, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="command")
 
-    text = "limits of this process, their sources, and the workers that fit (the default)"
-    limits = commands.add_parser("limits", help=text, description=_LIMITS, epilog=_LIMITS_EXAMPLES)
-    limits.set_defaults(run=_run_limits, parser=limits)
+    def add(
+        name: str, run: _Run, text: str, description: str, examples: str, usage: str | None = None
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=description, epilog=examples, usage=usage
+        )
+        made.set_defaults(run=run, parser=made)
+        return made
 
-    doctor = commands.add_parser(
-        "doctor",
-        help="native thread pools of your libraries, and the variables that bound them",
-        description=_DOCTOR,
-        epilog=_DOCTOR_EXAMPLES,
-    )
-    doctor.set_defaults(run=_run_doctor, parser=doctor)
+    text = "limits of this process, their sources, and the workers that fit (the default)"
+    limits = add("limits", _run_limits, text, _LIMITS, _LIMITS_EXAMPLES)
+
+    text = "native thread pools of your libraries, and the variables that bound them"
+    doctor = add("doctor", _run_doctor, text, _DOCTOR, _DOCTOR_EXAMPLES)
     _add_doctor_options(doctor)
 
-    run = commands.add_parser(
-        "run",
-        help="start an unmodified program with its limits set",
-        description=_RUN,
-        epilog=_RUN_EXAMPLES,
-        usage="safepool run [options] -- COMMAND [ARGUMENT ...]",
-    )
-    run.set_defaults(run=_run_run, parser=run)
+    text = "start an unmodified program with its limits set"
+    usage = "safepool run [options] -- COMMAND [ARGUMENT ...]"
+    run = add("run", _run_run, text, _RUN, _RUN_EXAMPLES, usage)
     run.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     _add_run_options(run)
     run.add_argument(
         "--explain", action="store_true", help="print the variables to standard error"
     )
 
-    text = "print what 'safepool run' sets, for eval"
-    env = commands.add_parser("env", help=text, description=_ENV, epilog=_ENV_EXAMPLES)
-    env.set_defaults(run=_run_env, parser=env, form="sh")
+    env = add("env", _run_env, "print what 'safepool run' sets, for eval", _ENV, _ENV_EXAMPLES)
+    env.set_defaults(form="sh")
     _add_run_options(env)
     forms = env.add_mutually_exclusive_group()
     for option, known, text in (
@@ -325,24 +323,17 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     text = "the same SciPy and NumPy work in ProcessPoolExecutor() and in safepool's pool"
-    demo = commands.add_parser("demo", help=text, description=_DEMO, epilog=_DEMO_EXAMPLES)
-    demo.set_defaults(run=_run_demo, parser=demo)
+    demo = add("demo", _run_demo, text, _DEMO, _DEMO_EXAMPLES)
     _add_demo_options(demo)
 
     text = "how a pool's workers spent their time"
-    report = commands.add_parser("report", help=text, description=_REPORT, epilog=_REPORT_EXAMPLES)
-    report.set_defaults(run=_run_report, parser=report)
+    report = add("report", _run_report, text, _REPORT, _REPORT_EXAMPLES)
     report.add_argument("trace", metavar="FILE", help="trace file of the pool")
 
     text = "the present task of each worker of a running process"
-    top = commands.add_parser("top", help=text, description=_TOP, epilog=_TOP_EXAMPLES)
-    top.set_defaults(run=_run_top, parser=top)
-    top.add_argument(
-        "process",
-        type=_whole_number(at_least=1),
-        metavar="PID",
-        help="process id of the program that made the pool",
-    )
+    top = add("top", _run_top, text, _TOP, _TOP_EXAMPLES)
+    text = "process id of the program that made the pool"
+    top.add_argument("process", type=_whole_number(at_least=1), metavar="PID", help=text)
     for command in (limits, doctor, demo, report, top):
         # Suppressed: a default here would undo a --json that stands before the command.
         command.add_argument(

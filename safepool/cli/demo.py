@@ -30,7 +30,7 @@ import safepool
 from safepool import procfs
 from safepool.cli.colour import paint_for
 from safepool.cli.demo_report import POOLS, Comparison, Half, Report
-from safepool.cli.errors import CommandError
+from safepool.cli.text import CommandError
 from safepool.errors import MissingExtraError, describe_exit
 from safepool.limits import read_limits, read_throttling
 from safepool.workers.tree import descendants, signal_all

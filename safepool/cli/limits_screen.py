@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import safepool
 from safepool.budget import fit
 from safepool.cli.colour import paint_for, plain
-from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH, as_ascii, counted, json_of, wrapped
+from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of, wrapped
 from safepool.cli.verdict import judge
 from safepool.limits import read_limits, read_throttling
 from safepool.shown import size

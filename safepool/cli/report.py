@@ -15,8 +15,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH, as_ascii, counted, json_of, wrapped
+from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -44,8 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from safepool.budget import Request, fit
-from safepool.cli.errors import CommandError
-from safepool.cli.text import as_ascii, counted, wrapped
+from safepool.cli.text import CommandError, as_ascii, counted, wrapped
 from safepool.limits import Limit, read_limits
 from safepool.threads.environment import worker_environment
 from safepool.threads.registry import runtimes

@@ -1,4 +1,4 @@
-"""Floor 7: the layout of the commands' output: ASCII, 80 columns."""
+"""Floor 7: what commands print: ASCII, 80 columns, one JSON object, or an error of one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,29 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from safepool.errors import SafepoolError
 from safepool.shown import counted
 
-__all__ = ["WIDTH", "as_ascii", "counted", "json_of", "wrapped"]
+__all__ = ["WIDTH", "CommandError", "as_ascii", "counted", "json_of", "wrapped"]
 
 WIDTH = 80
+
+
+class CommandError(SafepoolError):
+    """A command cannot do its work.
+
+    Args:
+        reason: The event, its place and the remedy.
+        code: The exit code.
+    """
+
+    def __init__(self, reason: str, code: int = 2) -> None:
+        super().__init__(reason, code)
+        self.reason = reason
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 _CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)}

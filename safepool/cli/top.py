@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safepool import procfs
-from safepool.cli.errors import CommandError
-from safepool.cli.text import WIDTH, as_ascii, counted, json_of
+from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of
 from safepool.shown import size
 from safepool.workers.board import boards_of
 
