@@ -47,9 +47,8 @@ from safepool.arguments import RULES, check, checked, parse_bytes, what_was_mean
 from safepool.budget import Request
 from safepool.joblib_arrays import Arrays, MmapMode, mode_asked_for, mode_of_block
 from safepool.joblib_callbacks import Callbacks
+from safepool.joblib_here import CallBar, HeldThreads, sequential
 from safepool.joblib_pools import IDLE_S, NOT_PICKLED, SHARED, BornWith, Lease, Pools, Settings
-from safepool.joblib_progress import CallBar
-from safepool.joblib_threads import HeldThreads, sequential
 from safepool.machine import log_once, read_budget, tell_once
 from safepool.pool.calls.pickling import was_not_sent
 from safepool.pool.core.policy import Policy, policy_of

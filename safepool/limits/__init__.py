@@ -10,8 +10,8 @@ the order in which data passes them:
     place        /proc/self/cgroup -> own groups, and the mounts
     hidden       search for the directory of a group without a name
     cgroup       own group x mounts x ancestors -> directories, innermost first
-    levels       each of these directories, read for one kind of limit
-    quota, memory, pids, oom, affinity, environment
+    levels       each of these directories, read for one kind of limit; number of tasks
+    quota, memory, oom, affinity, environment
                  text of a file or variable -> limits with source and raw text
     left         the memory that all limits leave, for repeated reading
     _linux, _no_groups

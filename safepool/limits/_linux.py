@@ -16,12 +16,13 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safepool.limits import memory, oom, pids, quota
+from safepool.limits import memory, oom, quota
 from safepool.limits._types import Limit, Limits, OpenFilesLimit, PidsLimit, SharedMemory
 from safepool.limits.affinity import AFFINITY, read_captured_affinity
 from safepool.limits.cgroup import find_levels
 from safepool.limits.environment import read_environment
 from safepool.limits.files import Machine
+from safepool.limits.levels import read_pids
 from safepool.limits.place import read_own_groups_text, read_place
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read_limits(
     place = read_place(machine)
     cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), environ)
     groups_memory = memory.read_memory(machine, find_levels(machine, place, "memory"))
-    tasks = pids.read_pids(machine, find_levels(machine, place, "pids"))
+    tasks = read_pids(machine, find_levels(machine, place, "pids"))
     here = machine.is_this_one
     return replace(
         cpu,

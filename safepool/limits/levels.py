@@ -1,8 +1,11 @@
 r"""Floor 1, limits: one file of every control group that this process is in, innermost first.
 
-Quotas, memory, tasks and the out-of-memory killer's counters are read with it. A level that more
-than one mount shows is read where it can be; a text of another shape is noted, and the next
-mount is tried.
+Quotas, memory and the out-of-memory killer's counters are read with it, and here the limits on
+tasks. A level that more than one mount shows is read where it can be; a text of another shape is
+noted, and the next mount is tried.
+
+Not covered:
+    * ``kernel.pid_max`` and ``kernel.threads-max``: ceilings of the whole machine.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, TypeVar
 
 from safepool.errors import UnreadableLimitError
+from safepool.limits._types import PidsLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -93,3 +97,26 @@ def read_number(machine: Machine, source: str, *, unit: str = "bytes") -> int | 
     except UnreadableLimitError as error:
         machine.note_unreadable(error)
         return None
+
+
+def read_pids(machine: Machine, levels: Iterable[Level]) -> tuple[PidsLimit, ...]:
+    """Read ``pids.max`` of every level; the file is the same in both versions.
+
+    Source:
+        Linux, Documentation/admin-guide/cgroup-v2.rst, "PID Interface Files"; cgroup-v1/pids.rst.
+    """
+    return read_levels(machine, levels, _read_pids)
+
+
+def _read_pids(machine: Machine, directory: str, _version: int) -> PidsLimit | None:
+    source = f"{directory}/pids.max"
+    text = machine.read(source)
+    if text is None:
+        return None
+    tasks = parse_number(text, source=source, unit="tasks")
+    used = None
+    if tasks is not None:
+        used = read_number(machine, f"{directory}/pids.current", unit="tasks")
+    return PidsLimit(
+        name="pids.max", tasks=tasks, used_tasks=used, source=source, raw=text.strip()
+    )

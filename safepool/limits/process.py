@@ -23,10 +23,11 @@ import sys
 from dataclasses import replace
 
 from safepool import procfs
-from safepool.limits import memory, pids, quota
+from safepool.limits import memory, quota
 from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, Throttling
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
+from safepool.limits.levels import read_pids
 from safepool.limits.place import read_place
 
 if sys.platform == "linux":
@@ -84,7 +85,7 @@ class ProcessView:
             cpu,
             affinity=replace(cpu.affinity, source=f"/proc/{self.pid}/status"),
             memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
-            pids=pids.read_pids(machine, find_levels(machine, place, "pids")),
+            pids=read_pids(machine, find_levels(machine, place, "pids")),
             open_files=self._open_files(),
             shared_memory=_shared_memory(f"/proc/{self._thread}/root/dev/shm"),
         )
