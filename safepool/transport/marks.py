@@ -76,7 +76,7 @@ _space: dict[str, Any] | None = None
 
 def main_space() -> dict[str, Any]:
     """Return the globals of the program's top level: those of ``__main__``, nearly always."""
-    return vars(sys.modules["__main__"]) if _space is None else _space
+    return sys.modules["__main__"].__dict__ if _space is None else _space
 
 
 def use_space(space: dict[str, Any]) -> None:

@@ -401,7 +401,7 @@ def test_a_round_trip_takes_few_calls_of_python(tmp_path: Path) -> None:
     of_module, of_script = [[*map(int, line.split())] for line in counted.stdout.splitlines()]
     assert of_module[0] <= 32
     assert of_module[1] <= 12
-    assert of_script[0] - of_module[0] <= 8
+    assert of_script[0] - of_module[0] <= 6
     assert of_script[1] <= 12
 
 

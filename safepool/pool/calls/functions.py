@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.pool.calls.mains import Look, is_definition, is_importable, is_of_main
 from safepool.transport import payloads
 from safepool.transport.channel import store_large
+from safepool.transport.held import modules_by_value
 from safepool.transport.marks import main_space
 from safepool.transport.names import Met, OfScript
 from safepool.transport.references import Collected
@@ -88,7 +89,7 @@ class Functions:
         kept = self._of_main.get(function)
         if kept is None:
             return self.importable(function) if is_found(function) else None
-        if payloads.by_value_modules():
+        if modules_by_value():
             return None
         if kept.look is None:
             return kept.sent if main_space().get(function.__qualname__) is function else None

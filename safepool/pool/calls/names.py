@@ -107,10 +107,9 @@ class Names:
         """Return what :meth:`needed` does; ``None`` if that may run code of the program."""
         if not (roots or self._adds or self._is_to_look()):
             return ()
-        closure = self._closures.get(roots)
-        if closure is None or not self.table.is_fresh(closure, here=True):
-            return None
-        return closure.deliveries
+        closure, table = self._closures.get(roots), self._last
+        table = self.table if table.heir else table
+        return closure.deliveries if closure and table.is_fresh(closure, here=True) else None
 
     def born_with(self, *, forked: bool) -> dict[str, int]:
         """Return the versions of names that a new worker has."""
