@@ -107,39 +107,26 @@ __all__ = [
     "worker_index",
 ]
 
-_HOMES = {
-    "Budget": "safepool.budget",
-    "ClusterPool": "safepool.cluster",
-    "Limit": "safepool.limits",
-    "Limits": "safepool.limits",
-    "MemoryExceeded": "safepool.errors",
-    "MemoryLimitError": "safepool.errors",
-    "MissingExtraError": "safepool.errors",
-    "OutOfMemory": "safepool.errors",
-    "PoolBrokenError": "safepool.errors",
-    "RefusedCallError": "safepool.errors",
-    "Pool": "safepool.multiprocessing_pool",
-    "ProcessPool": "safepool.pool.executor",
-    "RemoteTaskError": "safepool.errors",
-    "SafepoolError": "safepool.errors",
-    "TaskTimeoutError": "safepool.errors",
-    "ThreadLimit": "safepool.own_threads",
-    "ThreadPool": "safepool.thread_pool",
-    "TraceFileError": "safepool.errors",
-    "UnreadableLimitError": "safepool.errors",
-    "WorkerDiedError": "safepool.errors",
-    "WorkerInfo": "safepool.pool.watch",
-    "cpu_count": "safepool.machine",
-    "cpu_limit": "safepool.machine",
-    "limit_threads": "safepool.own_threads",
-    "parallel_backend": "safepool.joblib_backend",
-    "read_limits": "safepool.limits",
-    "register_setting": "safepool.workers.settings",
-    "share": "safepool.transport.sharing",
-    "unregister_setting": "safepool.workers.settings",
-    "worker": "safepool.decorator",
-    "worker_index": "safepool.workers.index",
+_NAMES = {
+    "budget": "Budget",
+    "cluster": "ClusterPool",
+    "decorator": "worker",
+    "errors": "MemoryExceeded MemoryLimitError MissingExtraError OutOfMemory PoolBrokenError "
+    "RefusedCallError RemoteTaskError SafepoolError TaskTimeoutError "
+    "TraceFileError UnreadableLimitError WorkerDiedError",
+    "joblib_backend": "parallel_backend",
+    "limits": "Limit Limits read_limits",
+    "machine": "cpu_count cpu_limit",
+    "multiprocessing_pool": "Pool",
+    "own_threads": "ThreadLimit limit_threads",
+    "pool.executor": "ProcessPool",
+    "pool.watch": "WorkerInfo",
+    "thread_pool": "ThreadPool",
+    "transport.sharing": "share",
+    "workers.index": "worker_index",
+    "workers.settings": "register_setting unregister_setting",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 # Reached by attribute after ``import safepool``.
 _SUBMODULES = frozenset({"limits", "threads"})
@@ -155,7 +142,7 @@ if not TYPE_CHECKING:
             home = _HOMES[name]
         except KeyError:
             raise AttributeError(f"module 'safepool' has no attribute {name!r}") from None
-        value: object = getattr(importlib.import_module(home), name)
+        value: object = getattr(importlib.import_module(f"{__name__}.{home}"), name)
         globals()[name] = value
         return value
 

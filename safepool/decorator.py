@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
@@ -39,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 from safepool.arguments import check, checked
 from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 from safepool.threads.cap import capped, is_capped
+from safepool.transport.marks import found_as
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Generator
@@ -237,22 +237,15 @@ _RUN = "._run"
 
 def _call_of(run: Any) -> WorkerCall:
     """Return the callable with that function: this process's own, or one like it."""
-    found = _found(run.__module__, run.__qualname__.removesuffix(_RUN))
+    found = found_as(run.__module__, run.__qualname__.removesuffix(_RUN))
     if isinstance(found, WorkerCall) and found._run is run:
         return found
     return WorkerCall(run.__wrapped__, run.__safepool_terms__)
 
 
-def _found(module: str | None, name: str | None) -> Any:
-    found: Any = sys.modules.get(module or "")
-    for part in (name or "").split("."):
-        found = getattr(found, part, None)
-    return found
-
-
 def _is_found_by_name(function: Any) -> bool:
-    name = getattr(function, "__qualname__", None)
-    return _found(getattr(function, "__module__", None), name) is function
+    name = getattr(function, "__qualname__", None) or ""
+    return found_as(getattr(function, "__module__", None) or "", name) is function
 
 
 def _is_of_main(function: Any) -> bool:

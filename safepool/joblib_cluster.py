@@ -51,19 +51,11 @@ class ClusterSettings(Settings):
 
     def make(self, workers: int) -> _Pool:
         """Make a pool."""
-        options: dict[str, Any] = {}
-        if self.memory_limit is not None:
-            options["memory_limit"] = self.memory_limit
         pool = ClusterPool(
             self.engine,
-            initializer=self.initializer,
-            initargs=self.initargs,
-            threads_per_worker=self.threads,
             rounding=self.rounding,
             memory_per_worker=self.memory_per_worker,
-            preload="auto" if self.preload == "auto" else self.preload,
-            end_subprocesses=self.end_subprocesses,
-            **options,
+            **self.options,
         )
         return _Pool(pool, workers)
 

@@ -117,17 +117,21 @@ class Settings:
         """Tell whether they were the same when they were given."""
         return self == other and _are_same(self.initargs, other.initargs)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of any pool."""
+        return {
+            "initializer": self.initializer,
+            "initargs": self.initargs,
+            "threads_per_worker": self.threads,
+            "preload": self.preload,
+            "end_subprocesses": self.end_subprocesses,
+            "memory_limit": self.memory_limit,
+        }
+
     def make(self, workers: int) -> TaskPool:
         """Make a pool."""
-        return _Pool(
-            workers,
-            initializer=self.initializer,
-            initargs=self.initargs,
-            threads_per_worker=self.threads,
-            preload="auto" if self.preload == "auto" else self.preload,
-            end_subprocesses=self.end_subprocesses,
-            memory_limit=self.memory_limit,
-        )
+        return _Pool(workers, **self.options)
 
 
 class TaskPool(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safepool.cli.colour import paint_for, plain
@@ -89,19 +89,12 @@ def _between(
     used = None
     if earlier is not None and later is not None and earlier.source == later.source:
         used = round((later.used_us - earlier.used_us) / 1e6 / seconds, 3)
-    line = Line(seconds=round(seconds, 3), cpus=cpus, used_cpus=used)
+    counts = {}
     before, now = throttling
-    if before is None or now is None or before.source != now.source:
-        return line
-    grown = now - before
-    return Line(
-        seconds=line.seconds,
-        cpus=cpus,
-        used_cpus=used,
-        periods=grown.periods,
-        throttled_periods=grown.throttled_periods,
-        throttled_us=grown.throttled_us,
-    )
+    if before is not None and now is not None and before.source == now.source:
+        counts = asdict(now - before)
+        del counts["source"]
+    return Line(seconds=round(seconds, 3), cpus=cpus, used_cpus=used, **counts)
 
 
 def _bar(share: float, width: int = _BAR, *, style: Style = "good", paint: Paint = plain) -> str:

@@ -41,18 +41,24 @@ def read_limits(
 ) -> Limits:
     """Read every limit; see `safepool.limits.read_limits`."""
     machine = Machine(root)
+    found = read_groups_limits(machine, environ)
+    if machine.is_this_one:
+        found = replace(
+            found,
+            pids=(*found.pids, _user_processes(machine)),
+            open_files=_open_files(machine),
+            shared_memory=read_shared_memory(_SHARED_MEMORY),
+        )
+    return replace(found, skipped=tuple(machine.skipped))
+
+
+def read_groups_limits(machine: Machine, environ: Mapping[str, str] | None) -> Limits:
+    """Read affinity, environment and the control groups' limits."""
     place = read_place(machine)
-    cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), environ)
-    groups_memory = memory.read_memory(machine, find_levels(machine, place, "memory"))
-    tasks = read_pids(machine, find_levels(machine, place, "pids"))
-    here = machine.is_this_one
     return replace(
-        cpu,
-        memory=groups_memory,
-        pids=(*tasks, _user_processes(machine)) if here else tasks,
-        open_files=_open_files(machine) if here else None,
-        shared_memory=_shared_memory(_SHARED_MEMORY) if here else None,
-        skipped=tuple(machine.skipped),
+        _cpu_limits(machine, find_levels(machine, place, "cpu"), environ),
+        memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
+        pids=read_pids(machine, find_levels(machine, place, "pids")),
     )
 
 
@@ -169,7 +175,8 @@ def _soft_limit(machine: Machine, name: str) -> tuple[int, str]:
     return soft, "unlimited" if soft == resource.RLIM_INFINITY else str(soft)
 
 
-def _shared_memory(path: str) -> SharedMemory | None:
+def read_shared_memory(path: str) -> SharedMemory | None:
+    """Ask for the size of a file system; ``None`` if there is none."""
     try:
         size = os.statvfs(path)
     except OSError:

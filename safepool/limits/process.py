@@ -23,15 +23,14 @@ import sys
 from dataclasses import replace
 
 from safepool import procfs
-from safepool.limits import memory, quota
+from safepool.limits import quota
 from safepool.limits._types import CpuUsage, Limits, OpenFilesLimit, Throttling
 from safepool.limits.cgroup import find_levels
 from safepool.limits.files import Machine
-from safepool.limits.levels import read_pids
 from safepool.limits.place import read_place
 
 if sys.platform == "linux":
-    from safepool.limits._linux import _cpu_limits, _shared_memory
+    from safepool.limits._linux import read_groups_limits, read_shared_memory
 
 assert sys.platform == "linux"
 
@@ -78,18 +77,14 @@ class ProcessView:
 
     def read_limits(self) -> Limits:
         """Read every limit of the process; see `safepool.limits.read_limits`."""
-        machine = self._machine
-        place = read_place(machine)
-        cpu = _cpu_limits(machine, find_levels(machine, place, "cpu"), self.environ())
+        groups = read_groups_limits(self._machine, self.environ())
         found = replace(
-            cpu,
-            affinity=replace(cpu.affinity, source=f"/proc/{self.pid}/status"),
-            memory=memory.read_memory(machine, find_levels(machine, place, "memory")),
-            pids=read_pids(machine, find_levels(machine, place, "pids")),
+            groups,
+            affinity=replace(groups.affinity, source=f"/proc/{self.pid}/status"),
             open_files=self._open_files(),
-            shared_memory=_shared_memory(f"/proc/{self._thread}/root/dev/shm"),
+            shared_memory=read_shared_memory(f"/proc/{self._thread}/root/dev/shm"),
         )
-        return replace(found, skipped=tuple(machine.skipped))
+        return replace(found, skipped=tuple(self._machine.skipped))
 
     def read_throttling(self) -> Throttling | None:
         """Read its group's counters; see `safepool.limits.read_throttling`."""
@@ -106,10 +101,10 @@ class ProcessView:
         machine = self._machine
         place = read_place(machine)
         levels = find_levels(machine, place, "cpu")
-        quotas = [limit for limit in quota.read_quotas(machine, levels) if limit.cpus is not None]
-        binding = min(quotas, key=lambda limit: limit.cpus or 0.0, default=None)
-        folders = [] if binding is None else [binding.source.removesuffix(f"/{binding.name}")]
-        if not folders:
+        binding = quota.read_binding(machine, levels)
+        if binding is not None:
+            folders = [binding.source.removesuffix(f"/{binding.name}")]
+        else:
             folders = [path for level in levels[:1] for path in level.directories]
         if place.mounts is not None and place.own.get("cpuacct") == place.own.get("cpu"):
             # Version 1 mounts it with cpu, or as a separate hierarchy.

@@ -162,12 +162,17 @@ def read_quotas(machine: Machine, levels: Iterable[Level]) -> tuple[Limit, ...]:
     return read_levels(machine, levels, _read)
 
 
+def read_binding(machine: Machine, levels: Iterable[Level]) -> Limit | None:
+    """Read the smallest quota; ``None`` if no group sets one."""
+    quotas = [limit for limit in read_quotas(machine, levels) if limit.cpus is not None]
+    return min(quotas, key=lambda limit: limit.cpus or 0.0, default=None)
+
+
 def read_throttling(machine: Machine, levels: Iterable[Level]) -> Throttling | None:
     """Read the counters of the group whose quota binds; `safepool.limits.read_throttling`."""
-    quotas = [limit for limit in read_quotas(machine, levels) if limit.cpus is not None]
-    if not quotas:
+    binding = read_binding(machine, levels)
+    if binding is None:
         return None
-    binding = min(quotas, key=lambda limit: limit.cpus or 0.0)
     source = binding.source.removesuffix(binding.name) + "cpu.stat"
     text = machine.read(source)
     if text is None:
