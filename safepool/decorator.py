@@ -32,16 +32,14 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
+from typing import Any, ParamSpec, TypeVar, overload
 
 from safepool.arguments import check, checked
 from safepool.pool.core.policy import NO_POLICY, Policy, policy_of
 from safepool.threads.cap import capped, is_capped
 from safepool.transport.marks import found_as
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
 
 _C = TypeVar("_C")
 _P = ParamSpec("_P")

@@ -16,8 +16,9 @@ from __future__ import annotations
 import pickle
 import sys
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from joblib import parallel
 
@@ -26,9 +27,6 @@ from safepool.transport.memmaps import read_only_reducers
 from safepool.transport.payloads import dumps, loads
 from safepool.transport.room import require_to_pickle
 from safepool.transport.sharing import share
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 MmapMode = Literal["r", "r+", "w+", "c"] | None
 

@@ -17,12 +17,10 @@ import functools
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from joblib import parallel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # joblib's names of its default backends, and our names in its table of backends. Ours stay in the
 # table, because another thread may be about to look them up.

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import multiprocessing.pool
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from safepool import multiprocessing_pool
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 
 def _originals() -> tuple[type, ...]:

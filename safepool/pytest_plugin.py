@@ -16,15 +16,12 @@ Not covered:
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import pytest
 
 from safepool.machine import cpu_count, cpu_limit
 from safepool.own_threads import ThreadLimit, limit_threads
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _LIMIT: pytest.StashKey[ThreadLimit] = pytest.StashKey()
 

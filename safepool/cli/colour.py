@@ -13,10 +13,8 @@ Source of the codes: ECMA-48, 8.3.117, "SGR".
 from __future__ import annotations
 
 import os
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import IO, Literal, TypeAlias
 
 Style: TypeAlias = Literal["good", "advice", "problem", "strong"]
 Paint: TypeAlias = "Callable[[str, Style], str]"

@@ -12,13 +12,11 @@ events.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of, wrapped
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _SLOWEST = 5
 # Exceptions that a damaged line may cause.

@@ -14,16 +14,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from safepool import procfs
 from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of
 from safepool.shown import size
 from safepool.workers.board import boards_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _EVERY_S = 1.0
 # ECMA-48, 8.3.21 "CUP" and 8.3.39 "ED": to the top left, and nothing below.

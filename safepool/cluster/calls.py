@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool.cluster.messages import Packet, unpickle
 from safepool.transport import payloads
@@ -14,9 +15,6 @@ from safepool.transport.reductions import Reductions
 from safepool.workers.coroutines import run_to_its_end
 from safepool.workers.describe import describe, get_ready, say_what
 from safepool.workers.index import worker_index
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 RETURNED, RAISED = b"=", b"!"
 """First segment of an answer: a result follows, or a description of what was raised."""

@@ -22,13 +22,11 @@ import pickle
 import sys
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from safepool.transport import payloads, references
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
 
 PROTOCOL = 1
 """Of these messages. Other versions of safepool may have the same."""

@@ -14,13 +14,11 @@ Not covered:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from safepool.errors import UnreadableLimitError
 from safepool.limits._types import Limit, Skipped
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class BoundVariable(NamedTuple):

@@ -20,12 +20,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from safepool.arguments import DEVICE
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _DEVICE_FILE = re.compile(r"nvidia[0-9]+", re.ASCII)
 

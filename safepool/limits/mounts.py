@@ -19,10 +19,8 @@ Not covered:
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 # Type of the file system, by version of the control groups.
 GROUP_TYPES = ("cgroup", "cgroup2")

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from safepool import procfs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 class WaitSample(NamedTuple):

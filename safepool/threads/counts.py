@@ -11,13 +11,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from safepool.threads.calls import attempt
 from safepool.threads.imports import imported
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def _set_loky(context: Any, count: int) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from safepool.threads.libraries import LoadedLibraries
 from safepool.threads.registry import runtimes
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class NativeLibraries:

@@ -23,13 +23,11 @@ Not tried: executorlib's executors on SLURM and flux, which need these systems.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool.cluster.carriers import EngineGoneError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 
 class ExecutorCarrier:
