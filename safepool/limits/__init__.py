@@ -8,10 +8,9 @@ the order in which data passes them:
     files        one machine's files as text, with notes of unreadable ones
     mounts       mountinfo -> the mounts that can be reached
     place        /proc/self/cgroup -> own groups, and the mounts
-    hidden       search for the directory of a group without a name
     cgroup       own group x mounts x ancestors -> directories, innermost first
     levels       each of these directories, read for one kind of limit; number of tasks
-    quota, memory, oom, affinity, environment
+    quota, memory, affinity, environment
                  text of a file or variable -> limits with source and raw text
     left         the memory that all limits leave, for repeated reading
     _linux, _no_groups

@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from safepool.limits import memory, oom, quota
+from safepool.limits import memory, quota
 from safepool.limits._types import Limit, Limits, OpenFilesLimit, PidsLimit, SharedMemory
 from safepool.limits.affinity import AFFINITY, read_captured_affinity
 from safepool.limits.cgroup import find_levels
@@ -80,7 +80,7 @@ def read_oom_counts(root: str | os.PathLike[str] = "/") -> tuple[OutOfMemoryCoun
     """Read the counters; see `safepool.limits.read_oom_counts`."""
     machine = Machine(root)
     levels = find_levels(machine, read_place(machine), "memory")
-    return oom.read_oom_counts(machine, levels)
+    return memory.read_oom_counts(machine, levels)
 
 
 def _cpu_limits(

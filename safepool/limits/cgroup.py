@@ -15,15 +15,20 @@ Not covered:
     * Ancestors that no mount shows: the kernel reports nothing about them.
     * Version 1 mounted with ``noprefix`` (file names without ``cpu.``).
     * Version 1 emulated by a file system other than the kernel's.
+    * A tree with more directories than the search for a group without a name reads: the limits of
+      the mount point count.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from safepool.limits.hidden import find_own_directory
 from safepool.limits.mounts import GROUP_TYPES, Mount, covering, is_inside
 from safepool.limits.place import OWN_GROUP_FILES, GroupPath, Place, components, leading_ups
+from safepool.procfs import parse_fields
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +60,15 @@ CONVENTIONAL_V1: dict[str, tuple[str, ...]] = {
     "memory": ("/sys/fs/cgroup/memory",),
     "pids": ("/sys/fs/cgroup/pids",),
 }
+
+# A desktop has some hundred groups, a full Kubernetes node about 2,000; each costs about 30
+# microseconds. The caller waits no longer than this, on any machine.
+SCAN_DIRECTORIES = 4096
+SCAN_SECONDS = 0.1
+
+# Files that list threads. cgroup.procs is last: a threaded group refuses to show it, and it
+# knows processes only. Sources: cgroup-v1/cgroups.rst and cgroup-v2.rst, "Core Interface Files".
+_MEMBERS = {1: ("tasks",), 2: ("cgroup.threads", "cgroup.procs")}
 
 # cgroup-v2.rst, "Processes": appended to the path of a group that was removed.
 _DELETED = " (deleted)"
@@ -151,7 +165,7 @@ def _show_hidden(
     for mount in mounts:
         if components(mount.root) != outermost:
             continue
-        found = find_own_directory(machine, mount.point, version)
+        found = _find_own_directory(machine, mount.point, version)
         if found is None:
             continue
         below = found[len(mount.point.rstrip("/")) :].strip("/").split("/")
@@ -162,6 +176,59 @@ def _show_hidden(
                 path = "/".join((mount.point.rstrip("/"), *below[:length]))
                 seen.setdefault(group, []).append(path)
         return
+
+
+def _find_own_directory(machine: Machine, point: str, version: int) -> str | None:
+    """Look below a mount point for the group that lists this thread.
+
+    Needed in one situation: a separate cgroup namespace over the old mounts (``unshare -C``
+    without a remount; some sandboxes). The kernel then calls the own group ``/`` and the mount's
+    root ``/..``, and gives no name for the groups between.
+
+    Args:
+        machine: The machine to read. On a captured machine, the thread is the process whose
+            ``/proc/self/status`` was captured.
+        point: The mount point. The search leaves it out, because it is above our namespace.
+        version: Version of the control groups, 1 or 2.
+
+    Returns:
+        The directory, or ``None``, with a note, if the search ended without it.
+    """
+    own = _own_number(machine)
+    if own is None:
+        return None
+    waiting = deque(machine.subdirectories(point))
+    deadline = time.monotonic() + SCAN_SECONDS
+    for _ in range(SCAN_DIRECTORIES):
+        if not waiting or time.monotonic() > deadline:
+            break
+        directory = waiting.popleft()
+        if _lists(machine, directory, version, own):
+            return directory
+        waiting.extend(machine.subdirectories(directory))
+    machine.note(
+        point,
+        "this process's own group is below it, but the kernel does not show its name (a cgroup "
+        "namespace without a remount), and a search has not found it",
+    )
+    return None
+
+
+def _lists(machine: Machine, directory: str, version: int, own: str) -> bool:
+    for name in _MEMBERS[version]:
+        before = len(machine.skipped)
+        text = machine.read(f"{directory}/{name}")
+        # Files of other groups are no limits of this process: a refused access is not reported.
+        del machine.skipped[before:]
+        if text:
+            return own in text.split()
+    return False
+
+
+def _own_number(machine: Machine) -> str | None:
+    if machine.is_this_one:
+        return str(threading.get_native_id())
+    return parse_fields(machine.read("/proc/self/status") or "").get("Pid")
 
 
 def _undeleted(machine: Machine, mounts: list[Mount], own: GroupPath) -> GroupPath:

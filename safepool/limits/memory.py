@@ -1,12 +1,21 @@
-"""Floor 1, limits: memory ceilings of control groups: text in, `MemoryLimit` out.
+"""Floor 1, limits: memory ceilings of control groups, and counts of the out-of-memory killer.
 
 Formats: Linux, Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files", and
-cgroup-v1/memory.rst.
+cgroup-v1/memory.rst; mm/memcontrol.c, memcg_memory_event.
+
+The killer has two counters, in different groups. A kill is counted in the group of the killed
+process. A used-up ceiling is counted in the group that has the ceiling, which may be any ancestor:
+
+    version   killed here                    ceiling of this group used up
+    1         memory.oom_control: oom_kill   memory.failcnt
+    2         memory.events: oom_kill        memory.events.local: oom, else memory.events: oom
 
 Not covered:
     * ``memory.low``, ``memory.min``, soft limits: guarantees to the group, not ceilings.
     * Swap and kernel memory, which have separate ceilings.
     * 32-bit kernels, whose "no limit" is a smaller number.
+    * The killed process: only the kernel's log names it, which few users may read.
+    * Version 1 before Linux 4.13, whose oom_control counts nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +25,11 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from safepool.errors import UnreadableLimitError
-from safepool.limits._types import MemoryLimit
+from safepool.limits._types import MemoryLimit, OutOfMemoryCount
 from safepool.limits.levels import NO_LIMIT, parse_number, read_levels, read_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from safepool.limits.cgroup import Level
     from safepool.limits.files import Machine
@@ -35,6 +44,11 @@ _RECLAIMABLE = {
     1: ("total_inactive_file", "total_active_file"),
     2: ("inactive_file", "active_file", "slab_reclaimable"),
 }
+
+_KILLS = {1: "memory.oom_control", 2: "memory.events"}
+# The peak is read because the present use says nothing after the killed process has freed its
+# part. Version 2 has the peak from Linux 5.19.
+_PEAK = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
 
 # Version 1 computes the smallest ceiling over all ancestors itself, those that no mount
 # shows included (memory.rst, "stat file").
@@ -107,3 +121,34 @@ def _read(machine: Machine, prefix: str, version: int, *, innermost: bool) -> li
         )
         for name, source, raw, ceiling in ceilings
     ]
+
+
+def read_oom_counts(machine: Machine, levels: Iterable[Level]) -> tuple[OutOfMemoryCount, ...]:
+    """Read the counters of every level, in their order; levels without them are left out."""
+    return read_levels(machine, levels, _read_oom)
+
+
+def _read_oom(machine: Machine, directory: str, version: int) -> OutOfMemoryCount | None:
+    source = f"{directory}/{_KILLS[version]}"
+    # Both files have lines of a name and a number, like memory.stat.
+    events = parse_memory_stat(machine.read(source) or "")
+    if "oom_kill" not in events:
+        return None
+    return OutOfMemoryCount(
+        kills=events["oom_kill"],
+        used_up=_read_used_up(machine, directory, version, events),
+        limit_bytes=read_number(machine, f"{directory}/{_CEILINGS[version][0]}"),
+        peak_bytes=read_number(machine, f"{directory}/{_PEAK[version]}"),
+        group=directory or "/",
+        source=source,
+    )
+
+
+def _read_used_up(
+    machine: Machine, directory: str, version: int, events: dict[str, int]
+) -> int | None:
+    if version == 1:
+        return read_number(machine, f"{directory}/memory.failcnt")
+    # memory.events counts the groups below as well (Linux 5.2 has the local file).
+    local = parse_memory_stat(machine.read(f"{directory}/memory.events.local") or "")
+    return local.get("oom", events.get("oom"))
