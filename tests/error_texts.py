@@ -328,7 +328,7 @@ _SINKS = {
     "log_once": ("log info", 0),
     "log": ("log", 1),
     "add_note": ("note", 0),
-    "GiveUp": ("PoolBrokenError", 1),
+    "GiveUp": ("PoolBrokenError", 0),
     "no_interpreter": ("reason of NoInterpreterError", 0),
 }
 

@@ -19,6 +19,8 @@ what must hold, and in each last state that every call has ended.
     drop            a caller cancels a call, whatever it does
     submit          a caller queues a call that comes late; `turn`: it sends it itself to worker k
     collect         it reads the answer of worker k; the pool learns of these when it next awakes
+    fill            all workers are to be started
+    refuse, retry   the system refuses the next start; the time of another attempt has come
     resize, cancel, close, terminate   of the pool
 """
 
@@ -194,7 +196,7 @@ class World:
         self.workers: list[Worker] = []
         self.hired = 0
         self.closing, self.forced, self.stopped, self.broken = False, "", False, False
-        self.paused = False
+        self.filling = self.refusing = False
         self.letters = {**scenario.calls, **scenario.poison, **dict.fromkeys(scenario.late, "")}
         self.late = scenario.late
         policy = self.policy = Policy(timeout_s=scenario.timeout_s, retries=scenario.retries)
@@ -235,6 +237,10 @@ class World:
         if not self.stopped:
             if core.is_busy(self.size, 0):
                 self.tell(e.Step(self.size))
+            if self.filling:
+                self.filling = False
+                self.tell(e.Fill())
+                must(not core.lacks_workers or self.waits, "not all workers were started")
             kept = 0 if self.passes else len(self.aside)
             before = min((work.number for work in self.aside), default=0)
             self.tell(e.HandOut(kept=kept, before=before))
@@ -266,7 +272,7 @@ class World:
         staying = [one for one in core.members if not one.leaving]
         # While it becomes smaller some that are to go are busy, and those that stay may wait.
         full = len(staying) > self.size
-        if core.backlog.is_wanted() and not (self.stopped or self.paused or full):
+        if core.backlog.is_wanted() and not (self.stopped or full):
             idle = [
                 one
                 for one in staying
@@ -279,13 +285,19 @@ class World:
             fails = any(one.fails_to_start for one in core.members)
             # The next one waits for a place.
             ends = any(one.leaving for one in core.members)
-            must(staying or fails or ends, "a call waits, and no worker is hired")
+            must(staying or fails or ends or self.waits, "a call waits, and no worker is hired")
         must(len(staying) <= max(self.scenario.size, self.size), "more workers than may be")
         for key, count in self.starts.items():
             must(count <= 1 + self.scenario.retries, f"{key} was started {count} times")
         self.passes = self.passes and bool(self.aside)
         running = [one.keys[one.at] for one in self.workers if one.alive and one.state == "runs"]
         must(len(running) == len({*running}), "a call runs twice at a time")
+
+    @property
+    def waits(self) -> bool:
+        """Whether a start was refused: the pool is to try again later."""
+        not_before_ns: int = vars(self.core)["_starts"].not_before_ns
+        return not_before_ns > self.now_ns
 
     def check_order(self, key: str) -> None:
         """Check that the only worker has done all that came before a call that begins."""
@@ -366,8 +378,11 @@ class World:
             self.tell(e.Parted(worker))
         return e.Sent(worker, given, back, bool(exclusive), unsent, full)
 
-    def do_hire(self, action: e.Hire) -> None:
-        self.paused = False
+    def do_hire(self, action: e.Hire) -> e.Refused | None:
+        must(not self.waits, "a worker is started before the time of the next attempt")
+        if self.refusing:
+            self.refusing = False
+            return e.Refused(OSError("refused"))
         # The others take so long to end that their place is given away.
         owed = [work for one in self.workers if one.leaving for work in one.ledger]
         for work in owed:
@@ -382,6 +397,7 @@ class World:
                 must(worker.index not in others, "two processes have one place")
             self.workers.append(worker)
             self.tell(e.Hired(worker, self.scenario.boards))
+        return None
 
     def do_look(self, action: e.Look) -> e.Seen:
         return e.Seen([(one, one.b_claimed, one.b_since) for one in action.workers])
@@ -450,10 +466,12 @@ class World:
     def do_distrust(self, action: e.Distrust) -> None:
         raise BadStateError(f"a worker that does no wrong is distrusted: {action.error}")
 
-    def do_pause(self, _: e.Pause) -> None:
-        self.paused = True
+    def do_putoff(self, _: e.PutOff) -> None:
+        must(self.hired, "a pool that never had a worker goes on without")
 
-    def do_giveup(self, _: e.GiveUp) -> None:
+    def do_giveup(self, action: e.GiveUp) -> None:
+        refused = action.reason == "cannot start a worker: refused"
+        must(not (refused and self.hired), "a pool that had a worker gives up at once")
         if not self.broken:
             self.broken = True
             self.tell(e.Break())
@@ -472,6 +490,8 @@ class World:
             yield ("passed",)
         if self.late and not (self.closing or self.broken):
             yield ("submit",)
+        if self.waits and self.core.backlog:
+            yield ("retry",)
         for name, left in self.budget.items():
             if left <= 0 or (name in ("cancel", "close", "terminate") and self.stopped):
                 continue
@@ -680,7 +700,6 @@ class World:
 
     def on_tick(self) -> None:
         self.now_ns += 2000 * MS
-        self.paused = False
         self.turn()  # what is over is looked at twice
 
     def on_drop(self, key: str) -> None:
@@ -755,6 +774,17 @@ class World:
     def on_wake(self, _: Worker) -> bool:
         return True
 
+    def on_fill(self) -> None:
+        self.filling = True
+
+    def on_refuse(self) -> None:
+        self.refusing = True
+
+    def on_retry(self) -> None:
+        look_ns = self.core.next_look(self.now_ns)
+        must(look_ns is not None, "nobody looks whether a worker can be started again")
+        self.now_ns = max(self.now_ns, look_ns or 0)
+
     def on_resize(self) -> None:
         self.size = 1 if self.size > 1 else 2
 
@@ -816,12 +846,22 @@ class World:
             [*map(work, self.aside)],
             sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),
             sorted(self.budget.items()),
-            self.size, self.closing, self.forced, self.stopped, self.broken, self.paused,
+            self.size, self.closing, self.forced, self.stopped, self.broken, self.refusing,
             self.passes,
             self.scenario.is_queue and [names[key] for key in self.order if key in names],
-            repr(vars(core)["_patience"]),
+            self.key_of_starts(),
         )  # fmt: skip
         return hashlib.blake2b(repr(state).encode(), digest_size=16).digest()
+
+    def key_of_starts(self) -> tuple[object, ...]:
+        """Return what tells the starts of workers from others; sizes are those of the world."""
+        starts = vars(self.core)["_starts"]
+        patience, since_ns = vars(starts)["_patience"], vars(starts)["_refused_since_ns"]
+        return (
+            patience.crashed, patience.killed, vars(starts)["_had_one"],
+            since_ns and self.now_ns - since_ns,
+            self.waits and starts.not_before_ns - self.now_ns,
+        )  # fmt: skip
 
     def key_of(self, one: Worker) -> tuple[Any, ...]:
         """Return what tells this worker from one in which something else can come."""

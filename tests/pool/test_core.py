@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 from support_explorer import BadStateError, Scenario, explore, walk
 
-from safepool.pool.core import events, machine
+from safepool.pool.core import events, machine, starts
 from safepool.pool.core.machine import Core
 
 if TYPE_CHECKING:
@@ -54,6 +54,15 @@ SCENARIOS: dict[str, Scenario] = {
     "what waits is cancelled": Scenario(THREE, size=1, budget={"cancel": 1, "die": 1}),
     "the pool is ended by force": Scenario(
         THREE, size=1, retries=1, budget={"terminate": 1, "die": 1}
+    ),
+    "all workers are started ahead": Scenario(
+        {"a": ""}, budget={"fill": 1, "die": 1, "resize": 1}
+    ),
+    "the system refuses a second worker": Scenario(
+        {"a": ""}, known=False, late=("b",), budget={"refuse": 1}
+    ),
+    "the system refuses the only worker": Scenario(
+        {"a": ""}, size=1, retries=1, budget={"refuse": 2, "die": 1, "fill": 1}
     ),
     "an initializer fails": Scenario(TWO, budget={"fail": 1}),
     "one death breaks the pool": Scenario(
@@ -258,7 +267,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "too many workers stay": (
         "the pool shrinks and grows",
-        "too_many = member.index >= self._size",
+        "too_many = member.index >= size",
         "too_many = False",
     ),
     "a worker that leaves is given calls": (
@@ -301,10 +310,30 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "is_last = condemned is not None or event.forced",
         "is_last = said is not None or event.forced",
     ),
+    "more workers than may be are started ahead": (
+        "all workers are started ahead",
+        "max(1, self.size - self.lost) - sum(not one.leaving for one in members)",
+        "max(1, self.size - self.lost)",
+    ),
+    "a worker that was refused is asked for at once": (
+        "the system refuses a second worker",
+        "            or now_ns < self.not_before_ns\n",
+        "",
+    ),
+    "a pool that has lost its worker does not try again": (
+        "the system refuses the only worker",
+        "if alone and (lasts or",
+        "if alone or (lasts or",
+    ),
+    "nobody looks after the time of the next attempt": (
+        "the system refuses the only worker",
+        "return [*looks, self.not_before_ns] if now_ns < self.not_before_ns else looks",
+        "return looks",
+    ),
     "two processes have one place": (
         "workers are replaced after two calls",
-        "free = self._size - sum(place < self._size for place in kept)",
-        "free = self._size",
+        "free = self.size - sum(place < self.size for place in kept)",
+        "free = self.size",
     ),
     "a position is used twice": (
         "callers send calls themselves",
@@ -363,16 +392,18 @@ def mutants() -> Iterator[list[str]]:
 
 def mutant(names: list[str], old: str, new: str) -> type[Core]:
     """Return the core with a fault in it."""
-    path = machine.__file__
-    assert path is not None
-    source = Path(path).read_text(encoding="utf-8")
-    assert source.count(old) == 1, old
-    name = f"mutant_{len(names)}"
-    module = ModuleType(name)
-    sys.modules[name] = module
-    names.append(name)
-    exec(compile(source.replace(old, new), name, "exec"), vars(module))
-    core: type[Core] = vars(module)["Core"]
+    found, copies = 0, []
+    for original in (starts, machine):
+        source = Path(original.__file__ or "").read_text(encoding="utf-8")
+        found += source.count(old)
+        name = f"mutant_of_{original.__name__.rpartition('.')[2]}"
+        copies.append(ModuleType(name))
+        sys.modules[name] = copies[-1]
+        names.append(name)
+        exec(compile(source.replace(old, new), name, "exec"), vars(copies[-1]))
+    assert found == 1, old
+    vars(copies[1])["Starts"] = vars(copies[0])["Starts"]
+    core: type[Core] = vars(copies[1])["Core"]
     return core
 
 

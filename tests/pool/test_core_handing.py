@@ -237,6 +237,72 @@ def test_who_is_hired(case: str) -> None:
     assert hired(core) == (None if found is None else e.Hire(*found))
 
 
+def refuse(core: Core, why: BaseException, now_ns: int = NOW) -> e.Action:
+    (action,) = core.handle(e.Refused(why), now_ns)
+    return action
+
+
+NO_PROCESS, NO_THREAD = OSError("no process"), RuntimeError("no thread")
+
+
+@pytest.mark.parametrize("why", [NO_PROCESS, NO_THREAD])
+def test_a_pool_that_gets_no_worker_at_all_gives_up(why: Exception) -> None:
+    assert refuse(core_of(), why) == e.GiveUp(f"cannot start a worker: {why}", why)
+
+
+@pytest.mark.parametrize("why", [NO_PROCESS, NO_THREAD])
+def test_a_pool_that_has_workers_gets_the_next_a_second_later(why: Exception) -> None:
+    core = core_of(worker(9, MS), waiting=1)
+    for second in range(40):
+        now_ns = NOW + 1000 * MS * second
+        assert hired_at(core, now_ns)
+        assert refuse(core, why, now_ns) == e.PutOff(why)
+        assert not hired_at(core, now_ns + 1000 * MS - 1)
+        assert core.handle(e.Fill(), now_ns + 1000 * MS - 1) == []
+
+
+def hired_at(core: Core, now_ns: int) -> bool:
+    return core.handle(e.HandOut(), now_ns) == [e.Hire(1, -2)]
+
+
+def test_a_pool_that_has_lost_its_workers_tries_for_half_a_minute() -> None:
+    core, member = core_of(waiting=1), worker()
+    core.handle(e.Hired(member, has_board=True), NOW)
+    core.members = ()
+    assert refuse(core, NO_PROCESS) == e.PutOff(NO_PROCESS)
+    assert core.next_look(NOW) == NOW + 1000 * MS
+    assert refuse(core, NO_PROCESS, NOW + 30_000 * MS) == e.PutOff(NO_PROCESS)
+    core.handle(e.Hired(member, has_board=True), NOW + 30_000 * MS)  # it begins anew
+    core.members = ()
+    for now_ns in (NOW + 31_000 * MS, NOW + 61_000 * MS):
+        assert refuse(core, NO_PROCESS, now_ns) == e.PutOff(NO_PROCESS)
+    assert isinstance(refuse(core, NO_PROCESS, NOW + 61_000 * MS + 1), e.GiveUp)
+    assert isinstance(refuse(core, NO_THREAD, NOW), e.GiveUp)
+
+
+# One row per pool of the size 3 whose workers are all to be started: its workers, how many could
+# not be ended, and how many are started.
+FILLED: dict[str, tuple[list[Member], int, int]] = {
+    "nobody": ([], 0, 3),
+    "one that starts, one that dies": (
+        [worker(ready=False, phase=Phase.STARTING), ending(NOW, 1)],
+        0,
+        2,
+    ),
+    "all are there": ([worker(index=at) for at in range(3)], 0, 0),
+    "one that could not be ended": ([], 1, 2),
+}
+
+
+@pytest.mark.parametrize("case", FILLED)
+def test_who_is_started_before_calls_come(case: str) -> None:
+    members, lost, missing = FILLED[case]
+    core = core_of(*members, size=3)
+    core.handle(e.Step(3, lost), NOW)
+    assert core.lacks_workers is (missing > 0)
+    assert core.handle(e.Fill(), NOW) == [e.Hire(missing, 0)] * bool(missing)
+
+
 def test_nobody_is_hired_for_what_nobody_wants() -> None:
     core, run = core_of(), run_of()
     core.handle(e.Fed(run, [(1,)], last=True), NOW)

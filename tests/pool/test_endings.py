@@ -665,8 +665,8 @@ def test_the_only_worker_dies_while_no_descriptor_is_left(lasting: str, tmp_path
     retrying_s, ending = USED_UP[lasting]
     code = f"""
     import os, resource, signal, threading, safepool, support_endings
-    from safepool.pool.shell import hiring
-    hiring._RETRYING_S = {retrying_s}
+    from safepool.pool.core import starts
+    starts._RETRYING_NS = {retrying_s} * 1_000_000_000
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     def free():
         for descriptor in support_endings.kept:
@@ -736,8 +736,8 @@ ROOM: dict[int, str] = {
 IN_A_FULL_GROUP = """
 import os, sys, time
 import safepool
-from safepool.pool.shell import hiring
-hiring._RETRY_S = 0.1
+from safepool.pool.core import starts
+starts._RETRY_NS = 100_000_000
 with safepool.ProcessPool(1) as pool:  # starts what a start method keeps for the program
     pool.submit(abs, 1).result(30)
 before = len(os.listdir("/proc/self/fd"))

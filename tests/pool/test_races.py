@@ -24,7 +24,7 @@ from support_processes import wait_until
 from safepool import ProcessPool, WorkerDiedError
 from safepool.pool.calls.mapping import MapRun
 from safepool.pool.calls.tasks import PoolFuture, begin, callbacks_by
-from safepool.pool.core import reclaim
+from safepool.pool.core import reclaim, starts
 from safepool.pool.core.ledger import Ledger
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.shell import hiring, scheduler
@@ -279,7 +279,7 @@ def test_a_worker_that_could_not_be_sent_its_initializer_is_replaced(
             raise MemoryError
         return initialize(self, worker, inheritance)
 
-    monkeypatch.setattr(hiring, "_RETRY_S", 0.1)
+    monkeypatch.setattr(starts, "_RETRY_NS", 100_000_000)
     monkeypatch.setattr(Dispatch, "initialize", initialize_late)
     with ProcessPool(1, trace=tmp_path / "run.json" if trace else None) as pool:
         assert pool.submit(tasks.square, 3).result(timeout=30) == 9

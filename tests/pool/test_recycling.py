@@ -13,7 +13,7 @@ import support_logging as support
 import support_tasks as tasks
 
 from safepool import ProcessPool
-from safepool.pool.core import machine
+from safepool.pool.core import starts
 from safepool.pool.shell import staff
 from safepool.pool.shell.worker import Worker
 
@@ -157,7 +157,7 @@ def test_workers_that_never_end_by_themselves_do_not_pile_up(
 ) -> None:
     """A thread that a task has left keeps each from its end; they have time, not all of them."""
     monkeypatch.setattr(staff, "_STOPPING_S", 1000.0)
-    monkeypatch.setattr(machine, "_PLACE_NS", 1_000_000)
+    monkeypatch.setattr(starts, "_PLACE_NS", 1_000_000)
     pool = ProcessPool(1, max_tasks_per_child=1)
     for _ in range(4):
         pool.submit(tasks.leave_a_thread).result(timeout=30)

@@ -2,6 +2,7 @@
 
 event           delivered when                                     by
 Hired           a worker was started                               `Hire`
+Refused         a worker could not be started                      `Hire`
 Ready           a worker's initializer has ended well              the worker
 InitFailed      a worker's initializer has failed                  the worker
 Queued          calls were submitted                              a caller
@@ -24,13 +25,14 @@ Parted          a worker can no longer be sent anything            the staff
 Died            a worker's process has ended                       the staff
 Step            the pool checks all of its workers                 the scheduler
 HandOut         the pool gives its workers the waiting work        the scheduler
+Fill            all workers are to be started, before calls come   a caller
 CancelWaiting   waiting and later calls are cancelled              a caller
 Break           the whole pool breaks                              a caller, `GiveUp`
 End             all workers are to end                             the scheduler
 
 action          effect                                             answered by
 Send            pickle work, and send it to a worker               `Sent`
-Hire            start workers                                      `Hired` for each
+Hire            start workers                                      `Hired` for each, `Refused`
 Look            read boards                                        `Seen`
 Revoke          take back calls that a worker has not begun        `Revoked`
 Settle          end calls by their answers
@@ -42,7 +44,7 @@ Stop            tell a worker to end
 Condemn         end a worker in the middle of a call
 EndNow          end a worker at once
 Distrust        end a worker that has violated the protocol
-Pause           start no worker for some time
+PutOff          report that a start was refused, and is tried again later
 GiveUp          break the pool                                     `Break`
 """
 
@@ -71,6 +73,12 @@ class Hired(NamedTuple):
     has_board: bool
 
 
+class Refused(NamedTuple):
+    """The system has refused to start a worker."""
+
+    why: BaseException
+
+
 class Ready(NamedTuple):
     """A worker's initializer has ended well."""
 
@@ -82,6 +90,7 @@ class InitFailed(NamedTuple):
     """A worker's initializer has failed."""
 
     worker: Member
+    error: BaseException | None = None
 
 
 class Queued(NamedTuple):
@@ -293,7 +302,7 @@ class HandOut(NamedTuple):
     """The pool hands out waiting work.
 
     Attributes:
-        told: Number up to which workers must know names first.
+        told: Workers can be told the program's settings, which come first.
         kept: Number of idle workers that are kept for calls that are being pickled. If no more
             are idle, none is given anything.
         before: Place of the first of these calls. Workers are kept only from what came later.
@@ -302,6 +311,10 @@ class HandOut(NamedTuple):
     told: bool = True
     kept: int = 0
     before: int = 0
+
+
+class Fill(NamedTuple):
+    """All workers that the pool may have are to be started."""
 
 
 class CancelWaiting(NamedTuple):
@@ -422,10 +435,10 @@ class Distrust(NamedTuple):
     error: ValueError
 
 
-class Pause(NamedTuple):
-    """Start no worker for some seconds."""
+class PutOff(NamedTuple):
+    """Report that a start was refused: the pool goes on, and tries again later."""
 
-    pause_s: float
+    why: BaseException
 
 
 class GiveUp(NamedTuple):
@@ -435,13 +448,14 @@ class GiveUp(NamedTuple):
         ask: Find out whether the system refuses something to every worker, which would be why.
     """
 
-    worker: Who
     reason: str
+    cause: BaseException | None = None
     ask: bool = False
 
 
 Event = (
     Hired
+    | Refused
     | Ready
     | InitFailed
     | Queued
@@ -464,6 +478,7 @@ Event = (
     | Died
     | Step
     | HandOut
+    | Fill
     | CancelWaiting
     | Break
     | End
@@ -482,6 +497,6 @@ Action = (
     | Condemn
     | EndNow
     | Distrust
-    | Pause
+    | PutOff
     | GiveUp
 )

@@ -8,8 +8,10 @@
     timeouts and cancelled running calls         `Seen`, `Cancelled`, then `Revoked`
     workers to end for their memory              `Exceeded`, then `Revoked`
     calls of a dead worker                       `Died`: answers, calls for others, lost calls
-    workers to hire, let go, give up             `HandOut`, `Step`, `Died`
+    workers to start, and when (``starts``)      `HandOut`, `Fill`, `Refused`
     place of a worker                            `place_of_next`, before it is started
+    workers to let go                            `Step`
+    end of a pool that cannot work               `Died`, `Refused`
     end of a closed pool                         `may_end`
 
 The caller executes actions in the order of return, and delivers the events that answer an action
@@ -18,20 +20,19 @@ before it executes the next. Letters name the scheduler's races.
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from safepool.errors import MemoryExceeded, TaskTimeoutError
+from safepool.errors import MemoryExceeded, TaskTimeoutError, text_of
 from safepool.pool.core import events as e
 from safepool.pool.core import reclaim
 from safepool.pool.core.backlog import Backlog
 from safepool.pool.core.books import violations
 from safepool.pool.core.ending import Ending, Lost, Stage
 from safepool.pool.core.pace import Pace
-from safepool.pool.core.patience import Patience
+from safepool.pool.core.starts import Starts
 from safepool.pool.core.work import Call, Given, Span
 from safepool.pool.core.worker import Phase
 
@@ -48,11 +49,6 @@ _ROUNDING = 1e-6
 # Nobody is lent so long after calls were sent several at a time: to send them ahead costs less for
 # each (benchmarks/latency.py).
 _PRESSED_NS = 5_000_000
-# Workers that cannot be ended, for each place of the pool, until it gives up: each is a process.
-_MOST_LOST = 2
-# Time for which the index of an ending worker is not given to another, so that two processes
-# rarely have the same: a port or device of that number may still be in use.
-_PLACE_NS = 1_000_000_000
 _NOTHING = e.Then()
 
 
@@ -76,13 +72,8 @@ class Core:
         self.backlog: Backlog = Backlog()
         self.pace: Pace = Pace()
         self.idle_ns: int | None = None
-        self._size = size
-        self._lost = 0
-        # The places of those that could not be ended.
-        self._haunted: set[int] = set()
+        self._starts = Starts(size, break_on_death=break_on_death)
         self._tasks_per_worker = tasks_per_worker
-        self._break_on_death = break_on_death
-        self._patience = Patience()
         self._cancelling = self._broken = False
         # Calls whose worker is to be ended as soon as it is sure that this meets them.
         self._unwanted: list[tuple[Member, Call | Run]] = []
@@ -129,8 +120,8 @@ class Core:
 
     def is_busy(self, size: int, lost: int) -> bool:
         """Tell whether a `Step` is due: a call is owed, a worker is to go, or a number changed."""
-        members = self.members
-        if size != self._size or lost != self._lost or len(members) > size:
+        members, starts = self.members, self._starts
+        if size != starts.size or lost != starts.lost or len(members) > size:
             return True
         for member in members:
             if (
@@ -145,6 +136,11 @@ class Core:
         """Return whether a closed pool is done; ``awaited``: further work is being pickled."""
         return not (self.backlog or awaited or self.owes)
 
+    @property
+    def lacks_workers(self) -> bool:
+        """Whether the pool may have more workers than it has."""
+        return self._starts.missing(self.members) > 0
+
     def next_look(self, now_ns: int) -> int | None:
         """Return when a `Step` is due at the latest; ``None`` if only an event brings one."""
         members, looks = self.members, list[int]()
@@ -152,8 +148,7 @@ class Core:
             idle_since = [one.idle_since_ns for one in members if one.idle_since_ns is not None]
             looks += [since + self.idle_ns for since in idle_since]
         if self.backlog:
-            ending = [one.leaving_since_ns for one in members if self._keeps_place(one)]
-            looks += [since + _PLACE_NS for since in ending]
+            looks += self._starts.next_looks(members, now_ns)
         if self.owes:
             looks += reclaim.next_looks(members, now_ns)
             for member in members:
@@ -171,7 +166,7 @@ class Core:
             or self._cancelling
             or self._broken
             or self._tasks_per_worker is not None
-            or len(self.members) > self._size
+            or len(self.members) > self._starts.size
             or now_ns - self._pressed_ns < _PRESSED_NS
         ):
             return []
@@ -186,21 +181,18 @@ class Core:
     def _hired(self, event: e.Hired) -> None:
         event.worker.has_board = event.has_board
         self.members = (*self.members, event.worker)
+        self._starts.was_started()
 
     def place_of_next(self) -> int:
-        """Return the place of a worker that is started now.
+        """Return the place of a worker that is started now."""
+        return self._starts.place_of_next(self.members)
 
-        The lowest of no process; if all have one, the lowest of one that takes its time to end.
-        """
-        staying = {member.index for member in self.members if not member.leaving}
-        taken = {member.index for member in self.members} | self._haunted
-        free = next(place for place in itertools.count() if place not in taken)
-        if free < self._size:
-            return free
-        return next(place for place in itertools.count() if place not in staying)
+    def _fill(self, _: e.Fill) -> None:
+        self._actions += self._starts.for_all_places(self.members, self._now_ns)
 
-    def _keeps_place(self, member: Member) -> bool:
-        return member.leaving and self._now_ns - member.leaving_since_ns < _PLACE_NS
+    def _refused(self, event: e.Refused) -> None:
+        alone = not self.members
+        self._actions.append(self._starts.refused(event.why, self._now_ns, alone=alone))
 
     def _ready(self, event: e.Ready) -> None:
         member = event.worker
@@ -209,6 +201,7 @@ class Core:
         self._move(member, Phase.READY)
 
     def _init_failed(self, event: e.InitFailed) -> None:
+        event.worker.failure = event.error
         self._move(event.worker, Phase.FAILED)
         self._actions.append(e.Stop(event.worker))
 
@@ -244,23 +237,23 @@ class Core:
     # Work to workers.
 
     def _hand_out(self, event: e.HandOut) -> None:
-        staying = [member for member in self.members if member.phase < Phase.DYING]
         if not (self.backlog and event.told):
             return
-        self._among = min(self._size, len(staying))
+        size, staying = self._starts.size, [one for one in self.members if not one.leaving]
+        self._among = min(size, len(staying))
         hungry = [
             one
             for one in staying
             if one.phase is Phase.READY and not (one.silent or one.may_pass_over)
         ]
-        if len(staying) > self._size:  # it has become smaller: some that are to go are busy
+        if len(staying) > size:  # it has become smaller: some that are to go are busy
             busy = [one for one in hungry if one.ledger.owed]
             idle = [one for one in hungry if not one.ledger.owed]
-            room = self._size - sum(one.ledger.owed > 0 for one in staying)
+            room = size - sum(one.ledger.owed > 0 for one in staying)
             hungry = [*idle[: max(0, room)], *busy]
         # Idle workers first, so that none waits while others are sent more ahead.
         hungry.sort(key=lambda one: (one.ledger.owed > 0, one.ledger.expected_ns))
-        self._hungry = deque(hungry[: self._size])
+        self._hungry = deque(hungry[:size])
         self._kept, self._before = event.kept, event.before
         self._offer()
 
@@ -286,7 +279,7 @@ class Core:
         hungry.clear()
         if backlog:
             self._pressed_ns = self._now_ns
-            self._hire()
+            self._actions += self._starts.for_waiting(self.members, backlog, self._now_ns)
 
     def _take_for(self, member: Member) -> Span | list[Any]:
         ledger, pace = member.ledger, self.pace
@@ -335,7 +328,7 @@ class Core:
             member.ledger.skip(event.answered)
             member.done += event.answered
             member.tasks_done += event.answered
-            self._patience.was_of_use()
+            self._starts.was_of_use()
         if event.spent is not None:
             self.pace.note(*event.spent)
         member.idle_since_ns = None
@@ -355,30 +348,6 @@ class Core:
         member.exclusive, member.unsent = False, 0
         member.ledger.take_back(event.position - 1)
         self._queue_again(event.again)
-
-    def _hire(self) -> None:
-        """Start workers while calls wait that no starting worker will take."""
-        members = self.members
-        staying = [member for member in members if not member.leaving]
-        # Not in the place of one that cannot be ended: the next would hang in the same way.
-        most = max(1, self._size - self._lost) - len(staying)
-        # A worker that fails to start may break the pool. Cancelled work is dropped here: without
-        # a worker it would stay, and a pool with waiting work does not end.
-        if (
-            most <= 0
-            or any(member.fails_to_start for member in members)
-            or not self.backlog.is_wanted()
-        ):
-            return
-        starting = sum(not member.ready for member in staying)
-        kept = {one.index for one in members if not one.leaving or self._keeps_place(one)}
-        free = self._size - sum(place < self._size for place in kept)
-        wanted = min(most, free, self.backlog.at_most(self._size) - starting)
-        if wanted > 0:
-            # At most as many workers may be ending slowly as stay: otherwise workers that do not
-            # end would pile up.
-            hurry = len(members) + wanted - 2 * self._size
-            self._actions.append(e.Hire(wanted, hurry))
 
     # Answers.
 
@@ -448,7 +417,7 @@ class Core:
             if most is not None:
                 member.tasks_done += work.tasks_in(calls)
         member.claimed = max(member.claimed, member.next - 1)
-        self._patience.was_of_use()
+        self._starts.was_of_use()
         if most is not None and member.tasks_done > most - _ROUNDING:
             self._move(member, Phase.RETIRING)
         if member.phase is Phase.RETIRING:
@@ -499,14 +468,13 @@ class Core:
     # The check of all workers: surplus ones, slow ones, and calls that exceed their timeout.
 
     def _step(self, event: e.Step) -> None:
-        self._size, self._lost = event.size, event.lost
-        members = self.members
+        members, size = self.members, event.size
+        self._starts.size = size
+        self._starts.note_lost(event.lost)
         if self.idle_ns is not None:
             self._let_the_idle_go(self.idle_ns)
-        if not event.lost:
-            self._haunted.clear()
         for member in members:
-            too_many = member.index >= self._size
+            too_many = member.index >= size
             if too_many:
                 self._move(member, Phase.RETIRING)
             if member.phase is not Phase.RETIRING:
@@ -648,9 +616,7 @@ class Core:
     def _died(self, event: e.Died) -> None:
         """Find out what a worker leaves: answers, calls for others, and calls that are lost."""
         member, ledger = event.worker, event.worker.ledger
-        if event.lost > self._lost:
-            self._haunted.add(member.index)
-        self._lost = event.lost
+        self._starts.note_lost(event.lost, member.index)
         fault = event.fault
         if member.has_board and member.phase is not Phase.CONDEMNED:  # race I
             for results in event.results:
@@ -689,25 +655,11 @@ class Core:
         self._actions.append(e.Bury(member, ending))
         self._queue_again([one.again for one in ending.lost if one.again is not None])
         if failed_to_start:
-            self._actions.append(
-                e.GiveUp(member, "the initializer raised an exception in a worker")
-            )
-        if event.lost > _MOST_LOST * self._size:
-            why = (
-                f"{event.lost} workers did not end after SIGKILL: each is in a system call that "
-                "does not return. See whether a disk or network mount that they use has stopped"
-            )
-            self._actions.append(e.GiveUp(member, why))
-        if self._break_on_death and ending.breaks:
-            why = (
-                "A process in the process pool was terminated abruptly while the future was "
-                f"running or pending: worker {ending.pid} {ending.how}"
-            )
-            self._actions.append(e.GiveUp(member, why))
-        if ending.was_of_use:
-            self._patience.was_of_use()
-        elif ending.was_for_nothing:
-            self._bear(member, ending)
+            why = "the initializer raised an exception in a worker"
+            if (error := member.failure) is not None:
+                why += f": {type(error).__name__}: {text_of(error)}"
+            self._actions.append(e.GiveUp(why, error))
+        self._actions += self._starts.after(ending, self._now_ns)
 
     def _have_back(self, event: e.Died) -> tuple[list[Given], Span | None]:
         """Take the calls that an ended worker had not begun.
@@ -729,22 +681,6 @@ class Core:
             alone = [back[0].only(place) for place in range(back[0].count)]
             return [*alone, *back[1:]], back[0]
         return back, None
-
-    def _bear(self, member: Member, ending: Ending) -> None:
-        """Wait before the next start, or give up if workers end in a row that were of no use."""
-        patience = self._patience
-        pause_s = patience.after(ending.exitcode, ours=ending.by_pool)
-        if pause_s is not None:
-            self._actions.append(e.Pause(pause_s))
-            return
-        why = (
-            f"{patience.in_a_row} workers in a row died before they ran a task; the last: "
-            f"worker {ending.unasked}"
-        )
-        why += "" if ending.oom is None else f": {ending.oom}"
-        # After a death from outside, the next call might meet the same end.
-        ask = ending.oom is None and (ending.by_pool or (ending.exitcode or 0) >= 0)
-        self._actions.append(e.GiveUp(member, why, ask))
 
     # The pool ends.
 
@@ -801,6 +737,7 @@ def _again(work: Given, place: int) -> Given | None:
 
 _HANDLERS: dict[type[e.Event], Callable[[Core, Any], None]] = {
     e.Hired: Core._hired,
+    e.Refused: Core._refused,
     e.Ready: Core._ready,
     e.InitFailed: Core._init_failed,
     e.Queued: Core._queued,
@@ -823,6 +760,7 @@ _HANDLERS: dict[type[e.Event], Callable[[Core, Any], None]] = {
     e.Died: Core._died,
     e.Step: Core._step,
     e.HandOut: Core._hand_out,
+    e.Fill: Core._fill,
     e.CancelWaiting: Core._cancel_waiting,
     e.Break: Core._break,
     e.End: Core._end,

@@ -71,6 +71,7 @@ class Member:
         overdue: Position of a call that had exceeded its timeout at the last look.
         idle_since_ns: Time since which the worker was seen without work.
         condemned: Reason of the pool to end the worker in the middle of a call.
+        failure: Exception of the initializer.
     """
 
     pid: int
@@ -91,6 +92,7 @@ class Member:
     overdue = 0
     idle_since_ns: int | None = None
     condemned: BaseException | MemoryExceeded | None = None
+    failure: BaseException | None = None
 
     def __init__(self) -> None:
         self.ledger: Ledger[Given] = Ledger()

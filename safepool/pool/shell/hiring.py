@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +29,6 @@ if TYPE_CHECKING:
 
 _log = ContainedLogger()
 
-# Pause between two attempts to start a worker when the system refuses. A pool that has lost all
-# workers tries for this long.
-_RETRY_S = 1.0
-_RETRYING_S = 30.0
-
 
 class Hiring:
     """Starts workers.
@@ -50,7 +44,6 @@ class Hiring:
         inheritance: Content of the first message to a new worker.
         need: Function that gets the names of the script that the initializer uses, when it is
             pickled.
-        not_before: Time of the next attempt, by the monotonic clock.
         started: Set when the first worker was started, or never will be (the scheduler's
             race F).
         hired: Set when the first worker is on the list, or when there will be none.
@@ -82,8 +75,6 @@ class Hiring:
         self._not_packed: PoolBrokenError | None = None
         self.need: Callable[[frozenset[str]], object] = frozenset
         self.names: MainNames = MainNames()
-        self.not_before: float = 0.0
-        self._refused_since: float | None = None
         self.started: Latch = Latch()
         self.hired: Latch = Latch()
         self.given_up: Callable[[], bool] = bool
@@ -171,7 +162,6 @@ class Hiring:
             if not self.hired.is_open:
                 raise
             raise OSError(text_of(error)) from None
-        self._refused_since = None
         self.started.open()
         return worker
 
@@ -189,33 +179,6 @@ class Hiring:
         worker = Worker(self._method, told, board=Board.create(), given_up=self.given_up)
         worker.index = place
         return worker
-
-    def refused(self, error: BaseException, *, alone: bool) -> PoolBrokenError | None:
-        """Decide about a failed start.
-
-        Args:
-            error: Why, as ``refusals.explain`` returns it.
-            alone: ``True`` if the pool has no worker.
-
-        Returns:
-            Why the pool must give up; ``None`` if it tries again, because it has, or had, others.
-        """
-        now = time.monotonic()
-        if self._refused_since is None:
-            self._refused_since = now
-        lasts = now - self._refused_since > _RETRYING_S
-        if alone and (lasts or not self.hired.is_open or not isinstance(error, OSError)):
-            return PoolBrokenError(f"cannot start a worker: {text_of(error)}")
-        _log.warning(
-            "cannot start another worker: %s. The pool goes on with the workers that it has",
-            text_of(error),
-        )
-        self.not_before = now + _RETRY_S
-        return None
-
-    def pause(self, pause_s: float) -> None:
-        """Start none for so long."""
-        self.not_before = max(self.not_before, time.monotonic() + pause_s)
 
     def close(self) -> None:
         """Start no more, keep nothing of the caller's."""

@@ -33,6 +33,7 @@ from safepool.pool.calls.tasks import (
 )
 from safepool.pool.core import events as e
 from safepool.pool.core.machine import Core
+from safepool.pool.core.worker import Phase
 from safepool.pool.hands import Teller
 from safepool.pool.latch import Latch
 from safepool.pool.shell import refusals
@@ -311,7 +312,6 @@ class Loop:
             self._forget(staff, run)
         for whose in unwanted:
             self._end_calls(staff, whose)
-        self._fill_up(staff)
         core, size = self._core, self.size.now
         worked = self._turns.worked
         if worked:
@@ -319,12 +319,13 @@ class Loop:
         if worked or core.backlog or core.is_busy(size, staff.lost):
             self._look_around(staff, worked)
             size = self.size.now
-        elif core.idle_ns is None:
+        elif core.idle_ns is None and self._filled is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
             return self._is_awaited if closing or self._forced else True
         if core.idle_ns is not None or core.is_busy(size, staff.lost):
             self._tell(staff, e.Step(size, staff.lost))
+        self._fill_up(staff)
         self._hand_out(staff)
         if self._forced:  # broken meanwhile
             return False
@@ -443,12 +444,9 @@ class Loop:
         waits, owes = bool(core.backlog), core.owes
         if not (waits or owes or times or core.idle_ns is not None):
             return None  # as after every lone task
-        if owes or core.idle_ns is not None:
-            look_ns = core.next_look(time.monotonic_ns())
-            if look_ns is not None:
-                times.append(look_ns / 1e9)
-        if waits and self._hiring.not_before > now:
-            times.append(self._hiring.not_before)
+        look_ns = core.next_look(time.monotonic_ns())
+        if look_ns is not None:
+            times.append(look_ns / 1e9)
         if waits or owes:
             if (follow_at := self.size.next_look) is not None:
                 times.append(follow_at)
@@ -483,7 +481,7 @@ class Loop:
                 todo += reversed(handle(answer, time.monotonic_ns()))
 
     def _hand_out(self, staff: Staff) -> None:
-        if not self._core.backlog and len(staff) <= self.size.now:
+        if not self._core.backlog:
             return
         told = not len(staff) or self._dispatch.telling.may_be_told()
         self._tell(staff, e.HandOut(told, *self._dispatch.kept()))
@@ -543,19 +541,16 @@ class Loop:
         filled = self._filled
         if filled is None:
             return
-        missing = self.size.now - sum(not worker.leaving for worker in staff)
-        if missing > 0:
-            self._hire(staff, e.Hire(missing, 0))
-            if self._dispatch.waits and not self._forced:  # for the initializer
-                return
+        self._tell(staff, e.Fill())
+        starting = self._dispatch.waits and self._core.lacks_workers  # for the initializer
+        if starting and not self._forced:
+            return
         self._filled = None
         filled.open()
 
     # New workers.
 
-    def _hire(self, staff: Staff, action: e.Hire) -> None:
-        if time.monotonic() < self._hiring.not_before:
-            return
+    def _hire(self, staff: Staff, action: e.Hire) -> e.Refused | None:
         staff.hurry(action.hurry)
         try:
             self._hiring.prepare()
@@ -571,10 +566,8 @@ class Loop:
             self.wake()
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
             if not (self._forced or isinstance(error, InterruptedError)):  # it was given up
-                why = refusals.explain(error)
-                broken = self._hiring.refused(why, alone=not len(staff))
-                if broken is not None:
-                    self._break(staff, broken, why)
+                return e.Refused(refusals.explain(error))
+        return None
 
     def _hire_one(self, staff: Staff) -> None:
         place = self._core.place_of_next()
@@ -625,8 +618,7 @@ class Loop:
             case Kind.TIMES:
                 self._listener.timed(worker, segments)
             case Kind.INITIALIZER_FAILED:
-                worker.failure = rebuild(segments)
-                self._tell(staff, e.InitFailed(worker))
+                self._tell(staff, e.InitFailed(worker, rebuild(segments)))
             case Kind.SKIPPED:  # race J
                 self._tell(staff, e.Skipped(worker, position))
             case Kind.UNREADABLE:
@@ -702,11 +694,8 @@ class Loop:
         _log.log(level, "%s", text)
 
     def _give_up(self, staff: Staff, action: e.GiveUp) -> None:
-        worker: Worker = action.worker
-        reason, cause = action.reason, worker.failure
-        if cause is not None:
-            reason += f": {type(cause).__name__}: {text_of(cause)}"
-        elif action.ask and (cause := refused_call()) is not None:
+        reason, cause, ask = action
+        if ask and (cause := refused_call()) is not None:
             reason += f": {cause}"
         self._break(staff, PoolBrokenError(reason), cause)
 
@@ -760,7 +749,9 @@ _DO: dict[type[e.Action], Callable[[Loop, Staff, Any], e.Event | None]] = {
     e.Fail: Loop._fail,
     e.Bury: Loop._bury,
     e.Stop: lambda _, staff, do: (
-        staff.stop(do.worker) if do.worker.failure is None else staff.dismiss_failed(do.worker)
+        staff.dismiss_failed(do.worker)
+        if do.worker.phase is Phase.FAILED
+        else staff.stop(do.worker)
     ),
     e.Condemn: lambda _, staff, do: (
         staff.condemn(do.worker) if do.stack else staff.end_with_descendants(do.worker)
@@ -771,6 +762,9 @@ _DO: dict[type[e.Action], Callable[[Loop, Staff, Any], e.Event | None]] = {
         else staff.end(do.worker, at_once=do.force == "kill")
     ),
     e.Distrust: lambda _, staff, do: staff.distrust(do.worker, do.error),
-    e.Pause: lambda loop, _, do: loop._hiring.pause(do.pause_s),
+    e.PutOff: lambda _, __, do: _log.warning(
+        "cannot start another worker: %s. The pool goes on with the workers that it has",
+        text_of(do.why),
+    ),
     e.GiveUp: Loop._give_up,
 }

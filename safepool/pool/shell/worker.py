@@ -76,7 +76,6 @@ class Worker(Member, WorkerProcess):
     unkillable: bool = False
     tree: TreeEnd | None = None
     fault: BaseException | None = None
-    failure: BaseException | None = None
     deadline: float | None = None
     events: int = selectors.EVENT_READ
     stack_begin: int | None = None
