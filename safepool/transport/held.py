@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import io
 import linecache
+import os
 import pickle
 import sys
 import types
@@ -182,6 +183,8 @@ def sources_of(space: Mapping[str, Any]) -> Iterator[str]:
         return
     name = space.get("__file__")
     if isinstance(name, str):
+        if os.path.exists(name) and not os.path.isfile(name):
+            return  # a named pipe: to open it would wait for a writer
         lines = linecache.getlines(name, dict(space))
         if lines:
             yield "".join(lines)

@@ -70,6 +70,8 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         # What the server was asked for last.
         self._wished: list[str] = []
         self._marks: Mapping[str, bytes] | None = None
+        # Whether a worker has the script's names: the pool's calls refer to them.
+        self._relied_on = False
 
     def prepare(self, changes: Mapping[str, str | None]) -> bool:
         """Start the server, if none runs; ``False`` if each worker is a fresh interpreter."""
@@ -109,7 +111,11 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     def run_script(
         self, changes: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
     ) -> Mapping[str, bytes]:
-        """Run the script in the server; if it cannot be run there, functions travel by value."""
+        """Run the script in the server; if it cannot be run there, functions travel by value.
+
+        Raises:
+            OSError: Workers have the script's names, and later ones cannot have them now.
+        """
         plan = self._plan_now(changes)
         if plan is None:
             return {}
@@ -119,7 +125,7 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                 self._marks = server.run_script(wish)
                 return self._marks
         except asking.CannotRunError as error:
-            self._send_by_value(plan, error, changes, threads)
+            self._lose_script(plan, error, changes, threads)
             return {}
 
     def prints(
@@ -140,14 +146,20 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
     ) -> AbstractContextManager[upkeep.Server]:
         return forkserver.server_for(changes, plan, kept=self._kept, asked_only=self._asked_only)
 
-    def _send_by_value(
+    def _lose_script(
         self,
         plan: MainPlan,
         error: asking.CannotRunError,
         changes: Mapping[str, str | None],
         threads: int,
     ) -> None:
+        """Let functions travel by value from now on, if no worker has the script's names."""
         problem = str(error)
+        if self._relied_on:
+            raise OSError(
+                f"{plan.name or plan.path}, which the pool's calls refer to, cannot be run in "
+                f'another fork server: {problem}. Pass main="value" to send functions by value'
+            ) from None
         self.plan, self._marks = plan.without(problem), None
         attempt = forkserver.attempt_of(plan, changes)
         if attempt not in forkserver.not_runnable:
@@ -188,8 +200,9 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
         """Fork a worker from the server.
 
         Raises:
-            OSError: Also if no server could be kept running.
-            ScriptLostError: The script, which was run for this pool, cannot be run again.
+            OSError: Also if no server could be kept running, or the script, which was run for
+                this pool's workers, cannot be run again.
+            ScriptLostError: The script cannot be run again, and the pool has had no worker.
         """
         try:
             return self._start(told, end, board, given_up)
@@ -218,11 +231,13 @@ class ServerContext(multiprocessing.context.SpawnContext, StartMethod):
                         "its top level defined other functions or classes when it was run in "
                         "another server"
                     )
-                return server.fork_worker(details, files, wish)
+                worker = server.fork_worker(details, files, wish)
         except asking.CannotRunError as error:
             assert plan is not None
-            self._send_by_value(plan, error, changes, told.threads)
+            self._lose_script(plan, error, changes, told.threads)
             raise ScriptLostError(
                 f"{plan.name or plan.path} was run in the fork server and cannot be run there "
                 f"again: {error}"
             ) from None
+        self._relied_on = plan is not None
+        return worker

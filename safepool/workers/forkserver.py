@@ -17,6 +17,7 @@ the pools of this process share and keep for later pools; the server ends with t
 Failures and their treatment:
     a server is killed      Its workers live on. The next worker starts another server, which runs
                             the script again; only the third death in a row is the script's fault.
+                            A pool that has had workers tries on: its calls refer to their names.
     the script cannot be    The pool uses another server without the script, and its functions
     run there               travel by value. The log says so once.
     an import crashes or    Another server is started without that library: threads make every

@@ -24,7 +24,6 @@ from safepool.pool.shell.listener import Listener
 from safepool.transport import channel
 from safepool.transport.frames import CorruptFrameError
 from safepool.workers import inheritance, logs
-from safepool.workers.plan import ScriptLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -199,25 +198,6 @@ def test_settings_that_raise_are_left_out(caplog: pytest.LogCaptureFixture) -> N
     settings.Telling._ask(telling, [asked])
     assert telling._found["other"] == (asked, None)
     assert "the program's other cannot be sent" in caplog.text
-
-
-def lose_script(_: int) -> None:
-    raise ScriptLostError("it cannot be run again")
-
-
-# One row per pool: whether it has had a worker, and what a lost script is to it.
-LOST: dict[str, tuple[bool, type[Exception]]] = {
-    "first worker": (False, ScriptLostError),
-    "later worker": (True, OSError),
-}
-
-
-@pytest.mark.parametrize("pool", LOST)
-def test_a_script_that_is_lost_later_is_a_start_that_failed(pool: str) -> None:
-    is_open, expected = LOST[pool]
-    hired: Any = SimpleNamespace(_start=lose_script, hired=SimpleNamespace(is_open=is_open))
-    with pytest.raises(expected, match="cannot be run again"):
-        hiring.Hiring.start(hired, 0)
 
 
 def test_an_initializer_of_a_fork_context_names_the_remedy() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import textwrap
+import threading
 import zipfile
 from typing import TYPE_CHECKING
 
@@ -102,6 +104,25 @@ def test_the_top_level_is_run_once_for_all_workers(way: str, tmp_path: Path) -> 
     assert runs(tmp_path) == "PS"
 
 
+def test_a_script_from_a_named_pipe_is_not_read_again(tmp_path: Path) -> None:
+    """To open the pipe a second time would wait for a writer without end."""
+    text = """
+    def double(x):
+        return x * 2
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1) as pool:
+            print(pool.submit(double, 3).result())
+    """
+    pipe = tmp_path / "program"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(TOP + textwrap.dedent(text),))
+    writer.start()
+    done = run_python("program", cwd=tmp_path)
+    writer.join()
+
+    assert done.stdout == "6\n", done.stderr
+
+
 @pytest.mark.parametrize("when", ["first", "again"])
 def test_a_server_that_is_killed_while_it_runs_the_script_is_no_fault_of_it(
     when: str, tmp_path: Path
@@ -130,6 +151,33 @@ def test_a_server_that_is_killed_while_it_runs_the_script_is_no_fault_of_it(
     assert out == "__mp_main__ __mp_main__\n", err
     assert "by value" not in err
     assert runs(tmp_path) == ("PSS" if when == "first" else "PSSSS")
+
+
+def test_a_pool_with_calls_by_name_waits_for_a_server_that_can_run_the_script(
+    tmp_path: Path,
+) -> None:
+    """Workers without the script lack the names, however many servers were killed over it."""
+    program = """
+    import signal
+    if __name__ != "__main__" and os.path.exists("kill"):
+        os.truncate("kill", left := os.path.getsize("kill") - 1)
+        if not left:
+            os.unlink("kill")
+        os.kill(os.getpid(), signal.SIGKILL)
+    def look():
+        return __name__, os.getppid()
+    if __name__ == "__main__":
+        with safepool.ProcessPool(1, max_tasks_per_child=1) as pool:
+            name, server = pool.submit(look).result()
+            with open("kill", "w") as file:
+                file.write("kkk")
+            os.kill(server, signal.SIGKILL)
+            print(name, *{pool.submit(look).result()[0] for _ in range(3)})
+    """
+    out, err = run(program, tmp_path, "program.py")
+
+    assert out == "__mp_main__ __mp_main__\n", err
+    assert "by value" not in err
 
 
 def test_two_pools_share_the_run_and_one_by_value_has_none(tmp_path: Path) -> None:

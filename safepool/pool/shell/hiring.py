@@ -18,7 +18,6 @@ from safepool.workers.board import Board
 from safepool.workers.contained import ContainedLogger
 from safepool.workers.inheritance import Inheritance
 from safepool.workers.methods import find_context, method_of, script_method
-from safepool.workers.plan import ScriptLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -156,12 +155,7 @@ class Hiring:
             OSError: The system lacks memory, processes or descriptors.
             RuntimeError: The interpreter shuts down.
         """
-        try:
-            worker = self._start(place)
-        except ScriptLostError as error:
-            if not self.hired.is_open:
-                raise
-            raise OSError(text_of(error)) from None
+        worker = self._start(place)
         self.started.open()
         return worker
 
