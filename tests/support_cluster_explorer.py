@@ -1,32 +1,22 @@
 """Every order of events for the core of a cluster pool: places that come, are lost and come again.
 
 A small model of the engine and the agents does the core's actions. A step is one thing that may
-happen next; `explore` goes through all orders of steps and `walk` through one at random.
+happen next; `support_orders` goes through all orders of steps.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from support_orders import BadStateError, must
 
 from safepool.cluster import core as c
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.work import Call
 
 if TYPE_CHECKING:
-    import random
     from collections.abc import Iterator
-
-
-class BadStateError(Exception):
-    """Something does not hold."""
-
-
-def must(holds: bool, what: str) -> None:
-    if not holds:
-        raise BadStateError(what)
 
 
 @dataclass(frozen=True)
@@ -84,6 +74,8 @@ class Letter(Call):
 
 class World:
     """The core, with agents and an engine around it."""
+
+    is_too_far = False
 
     def __init__(self, core: type[c.Core], scenario: Scenario) -> None:
         self.scenario = scenario
@@ -179,6 +171,10 @@ class World:
         self.outcomes[letter] = how
 
     # What may happen next.
+
+    @property
+    def at_will(self) -> dict[str, int]:
+        return self.budget
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         for asked in self.opening:
@@ -374,48 +370,3 @@ class World:
             not missing or not hopeless, f"nothing happens any more, and {missing} have not ended"
         )
         must(not self.closing or missing or self.finished, "closed, and not finished")
-
-
-def explore(core: type[c.Core], scenario: Scenario, most: int = 10**9) -> int:
-    """Go through every order of steps; return how many states there are."""
-    first = World(core, scenario)
-    seen = {first.key()}
-    waiting: deque[tuple[bytes, tuple[Any, ...]]] = deque([(pickle.dumps(first), ())])
-    while waiting and len(seen) < most:
-        frozen, path = waiting.popleft()
-        world: World = pickle.loads(frozen)
-        steps = [*world.steps()]
-        if not [step for step in steps if step[0] not in world.budget]:
-            _checked(world.check_end, path)
-        for number, step in enumerate(steps):
-            if number:
-                world = pickle.loads(frozen)
-            _checked(lambda world=world, step=step: world.do(step), (*path, step))
-            key = world.key()
-            if key not in seen:
-                seen.add(key)
-                waiting.append((pickle.dumps(world), (*path, step)))
-    return len(seen)
-
-
-def walk(core: type[c.Core], scenario: Scenario, chance: random.Random, most: int = 400) -> int:
-    """Take steps at random until nothing can happen any more; return how many."""
-    world = World(core, scenario)
-    path: list[Any] = []
-    for count in range(most):
-        steps = [*world.steps()]
-        if not [step for step in steps if step[0] not in world.budget]:
-            _checked(world.check_end, path)
-        if not steps:
-            return count
-        path.append(chance.choice(steps))
-        _checked(lambda: world.do(path[-1]), path)
-    return most
-
-
-def _checked(do: Any, path: Any) -> None:
-    try:
-        do()
-    except BadStateError as error:
-        told = ", ".join(f"{what} {which}".strip() for what, which in path)
-        raise BadStateError(f"{error}; after: {told}") from None

@@ -1,9 +1,9 @@
 """A pool without processes: the core between made-up callers, workers and a clock.
 
 `World` does the core's actions at once, as the scheduler does, and notes how often each call was
-started and how it ended. `explore` goes through every order of the steps that the others may
-take, breadth first, each state once; `walk` takes one order at random. Both check in each state
-what must hold, and in each last state that every call has ended.
+started and how it ended. `support_orders` goes through every order of the steps that the others
+may take. After each one it is checked what must hold, and in each last state that every call has
+ended.
 
     step            who
     init            worker k tells that it is ready
@@ -27,11 +27,11 @@ what must hold, and in each last state that every call has ended.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from support_orders import BadStateError, must
 
 from safepool.errors import MemoryExceeded, TaskTimeoutError
 from safepool.pool.core import events as e
@@ -40,26 +40,17 @@ from safepool.pool.core.work import Call, Span
 from safepool.pool.core.worker import Member, Phase
 
 if TYPE_CHECKING:
-    import random
     from collections.abc import Callable, Iterator
+
+    from support_orders import Step
 
     from safepool.pool.core.machine import Core
 
 MS = 1_000_000
 _scenarios: dict[int, Scenario] = {}
-Step = tuple[Any, ...]
 # What the scheduler's thread sleeps through.
 UNHEARD = {"init", "read", "claim", "look", "begin", "end", "flush", "die", "slain"}
 UNHEARD |= {"turn", "collect"}
-
-
-class BadStateError(AssertionError):
-    """Something does not hold."""
-
-
-def must(holds: object, what: str) -> None:
-    if not holds:
-        raise BadStateError(what)
 
 
 class Given(Call):
@@ -182,6 +173,8 @@ class Worker(Member):
 
 class World:
     """The core, and all around it."""
+
+    at_will = ()
 
     def __init__(self, core: type[Core], scenario: Scenario) -> None:
         self.scenario = scenario
@@ -907,65 +900,3 @@ class World:
         staying = [one for one in self.core.members if not one.leaving]
         must(len(staying) <= self.size, "nothing happens any more, and workers are too many")
         must(not self.stopped or not self.core.members, "the pool is closed, and has workers")
-
-
-def explore(core: type[Core], scenario: Scenario, most: int = 10**9) -> int:
-    """Go through every order of steps; return how many states there are.
-
-    Raises:
-        BadStateError: Something does not hold; it tells the steps that led there.
-    """
-    first = World(core, scenario)
-    seen = {first.key()}
-    queue: deque[tuple[bytes, tuple[Any, ...]]] = deque([(pickle.dumps(first, 5), ())])
-    while queue and len(seen) < most:
-        frozen, path = queue.popleft()
-        world: World = pickle.loads(frozen)
-        if world.is_too_far:
-            continue
-        steps = [*world.steps()]
-        if not steps:
-            _checked(world.check_end, path)
-        for number, step in enumerate(steps):
-            if number:
-                world = pickle.loads(frozen)
-            _checked(partial(world.do, step), (path, step))
-            key = world.key()
-            if key not in seen:
-                seen.add(key)
-                queue.append((pickle.dumps(world, 5), (path, step)))
-    return len(seen)
-
-
-def walk(core: type[Core], scenario: Scenario, chance: random.Random, most: int = 400) -> int:
-    """Take steps at random until nothing can happen any more; return how many.
-
-    Two workers may take calls from each other for as long as chance lets neither begin one: then
-    it ends after `most`.
-
-    Raises:
-        BadStateError: As of `explore`.
-    """
-    world = World(core, scenario)
-    path: tuple[Any, ...] = ()
-    for count in range(most):
-        steps = [*world.steps()]
-        if not steps:
-            _checked(world.check_end, path)
-            return count
-        step = chance.choice(steps)
-        path = (path, step)
-        _checked(partial(world.do, step), path)
-    return most
-
-
-def _checked(do: Callable[[], object], path: tuple[Any, ...]) -> None:
-    try:
-        do()
-    except AssertionError as error:
-        steps = []
-        while path:
-            path, step = path
-            steps.append(step)
-        told = ", ".join(" ".join(map(str, step)) for step in reversed(steps))
-        raise BadStateError(f"{error}; after: {told}") from None

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_cluster_explorer import BadStateError, Letter, Scenario, explore, walk
+from support_cluster_explorer import Letter, Scenario, World
+from support_orders import BadStateError, explore, walk
 
 from safepool.cluster import core as c
 from safepool.cluster.core import Core
@@ -82,7 +83,7 @@ SCENARIOS: dict[str, Scenario] = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
-    assert explore(Core, SCENARIOS[name]) > 3
+    assert explore(World(Core, SCENARIOS[name])) > 3
 
 
 LARGE: dict[str, Scenario] = {
@@ -103,7 +104,7 @@ LARGE: dict[str, Scenario] = {
 @pytest.mark.parametrize("name", LARGE)
 def test_walks_at_random_through_more(name: str) -> None:
     for seed in range(25):
-        assert walk(Core, LARGE[name], random.Random(seed)) > 0
+        assert walk(World(Core, LARGE[name]), random.Random(seed)) > 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -125,7 +126,7 @@ def test_walks_at_random_through_more(name: str) -> None:
     st.integers(0, 1000),
 )
 def test_any_scenario_ends(scenario: Scenario, seed: int) -> None:
-    walk(Core, scenario, random.Random(seed), most=150)
+    walk(World(Core, scenario), random.Random(seed), most=150)
 
 
 FAULTS: dict[str, tuple[str, str, str]] = {
@@ -243,7 +244,7 @@ def test_a_fault_in_the_core_is_found(name: str, mutants: list[str]) -> None:
     own = {kind.__name__ for kind in (*get_args(c.Event), *get_args(c.Action))} | {"Answer"}
     vars(module).update({kind: getattr(c, kind) for kind in own})
     with pytest.raises(BadStateError):
-        explore(vars(module)["Core"], SCENARIOS[scenario], 20000)
+        explore(World(vars(module)["Core"], SCENARIOS[scenario]), 20000)
 
 
 def test_the_tables_name_every_event_and_every_action() -> None:

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, get_args
 
 import pytest
-from support_explorer import BadStateError, Scenario, explore, walk
+from support_explorer import Scenario, World
+from support_orders import BadStateError, explore, walk
 
 from safepool.pool.core import events, machine, starts
 from safepool.pool.core.machine import Core
@@ -141,7 +142,7 @@ SCENARIOS |= {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
-    assert explore(Core, SCENARIOS[name]) > 20
+    assert explore(World(Core, SCENARIOS[name])) > 20
 
 
 # Too many orders for all of them.
@@ -183,7 +184,7 @@ LARGE: dict[str, Scenario] = {
 @pytest.mark.parametrize("name", LARGE)
 def test_walks_at_random_through_more(name: str) -> None:
     for seed in range(25):
-        assert walk(Core, LARGE[name], random.Random(seed)) > 0
+        assert walk(World(Core, LARGE[name]), random.Random(seed)) > 0
 
 
 # One row per fault that a user would meet: where it is found, a line of the core, and what stands
@@ -412,7 +413,7 @@ def test_a_fault_in_the_core_is_found(name: str, mutants: list[str]) -> None:
     scenario, *fault = FAULTS[name]
     core = mutant(mutants, *fault)
     with pytest.raises(BadStateError):
-        explore(core, SCENARIOS[scenario], 5000)
+        explore(World(core, SCENARIOS[scenario]), 5000)
 
 
 def test_the_tables_name_every_event_and_every_action() -> None:

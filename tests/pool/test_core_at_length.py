@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support_explorer import Scenario, explore
+from support_explorer import Scenario, World
+from support_orders import explore
 
 from safepool.pool.core.machine import Core
 
@@ -32,4 +33,4 @@ SCENARIOS: dict[str, Scenario] = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_whatever_comes_in_whatever_order_every_call_ends_once(name: str) -> None:
-    assert explore(Core, SCENARIOS[name]) > 1000
+    assert explore(World(Core, SCENARIOS[name])) > 1000
