@@ -8,6 +8,7 @@ line to another where no input before did, and goes on from there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import io
 import json
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from types import CodeType, FrameType
 
 PACKAGE = str(Path(cli.__file__).parents[1])
+# A thousand folders are made and removed: on a disk that takes seconds.
+_IN_MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 # What a board holds of a call that has returned.
 _RECORD = RECORD.pack(1, 5, 3, 2) + b"abc"
 
@@ -110,7 +113,7 @@ _FILES = (
 
 
 def _read_machine(data: bytes) -> None:
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory(dir=_IN_MEMORY) as root:
         for name, content in zip(_FILES, data.split(b"\0"), strict=False):
             path = Path(root, name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,6 +172,9 @@ def _read_records(data: bytes) -> None:
     assert sum(len(pickled) for *_, pickled in records_of(data)) <= len(data)
 
 
+_parser = functools.cache(cli._parser)
+
+
 def _read_command_line(data: bytes) -> None:
     """Parse a command line, and do not do what it says."""
     words = [word.decode("utf-8", "surrogateescape") for word in data.split(b"\0")]
@@ -176,7 +182,7 @@ def _read_command_line(data: bytes) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli._parser().parse_known_args(ours)
+            _parser().parse_known_args(ours)
         except SystemExit as stop:
             code = stop.code
         else:
@@ -203,7 +209,7 @@ def _read_environment(data: bytes) -> None:
 
 
 def _read_trace(data: bytes) -> None:
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile(dir=_IN_MEMORY) as file:
         file.write(data)
         file.flush()
         try:
