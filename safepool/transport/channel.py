@@ -58,7 +58,6 @@ class Channel:
         self._side = side
         waits = sock.getblocking()
         self._waits = waits
-        self._rounds = 1 if waits else _ROUNDS
         # Out of memory, a worker may be ended instead.
         self._reader = FrameReader(self._fetch, None if waits else require)
         self._unsent: deque[memoryview] = deque()
@@ -222,7 +221,7 @@ class Channel:
         Args:
             everything: Go on until nothing is left to read. Without it the call ends after a
                 while, so that one busy worker does not delay the others; on a blocking socket it
-                ends before it would wait again.
+                ends after the frames that have arrived with the end of the first.
 
         Raises:
             ChannelClosedError: The other end is gone and everything it sent was yielded.
@@ -232,7 +231,7 @@ class Channel:
             yield from self._cut_fed()
             if self._waits:
                 return
-        for _ in itertools.count() if everything else range(self._rounds):
+        for _ in itertools.count() if everything or self._waits else range(_ROUNDS):
             buffer = self._reader.buffer()
             room = len(buffer)
             try:
@@ -244,8 +243,10 @@ class Channel:
             if not count:
                 raise ChannelClosedError
             del buffer  # the owner of a frame may drop it while this waits for more
-            yield from self._reader.received(count)
-            if count < room and not everything:
+            some = yield from self._reader.received(count)
+            if everything:
+                continue
+            if some if self._waits else count < room:
                 # That was all: another call to find that out would cost as much as the first
                 # (benchmarks/dispatch.py, round-trip).
                 return

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from safepool.errors import SafepoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
     Buffer: TypeAlias = "bytes | bytearray | memoryview"
     Received: TypeAlias = "bytearray | memoryview"
@@ -270,8 +270,11 @@ class FrameReader:
             self._start, self._end = 0, rest
         return self._view[self._end :]
 
-    def received(self, count: int) -> Iterator[Frame]:
+    def received(self, count: int) -> Generator[Frame, None, bool]:
         """Account for ``count`` bytes in the last :meth:`buffer`; yield the complete frames.
+
+        Returns:
+            Whether there were any.
 
         Raises:
             CorruptFrameError: The bytes are not a frame of this version.
@@ -282,12 +285,14 @@ class FrameReader:
         else:
             index, filled = self._filled
             self._filled = (index, filled + count)
+        some = False
         while (frame := self._whole()) is not None or self._complete():
             # No reference is kept here: the owner of a frame may drop it while it waits for more.
             yield self._take() if frame is None else frame
-            frame = None
+            frame, some = None, True
             if self.is_empty:
-                return
+                break
+        return some
 
     def _direct(self) -> memoryview | None:
         index, filled = self._filled

@@ -405,6 +405,41 @@ def test_a_round_trip_takes_few_calls_of_python(tmp_path: Path) -> None:
     assert of_script[1] <= 12
 
 
+def test_calls_that_cannot_go_alone_make_no_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane costs the scheduler's thread more than half of what a small call takes."""
+    made: list[object] = []
+
+    class Lane(turns._Lane):
+        __slots__ = ()
+
+        def __init__(self, *told: Any, **others: Any) -> None:
+            made.append(told)
+            super().__init__(*told, **others)
+
+    monkeypatch.setattr(turns, "_Lane", Lane)
+    large = bytes(turns._MOST_BYTES + 1)
+    with warmed() as pool:
+        of_pool = pool._scheduler._turns
+        until = time.monotonic() + PATIENCE_S
+        while of_pool._unfit < turns._MOST_UNFIT:
+            assert time.monotonic() < until
+            pool.submit(len, large).result(timeout=PATIENCE_S)
+        before = len(made)
+        for _ in range(turns._TRIED_AGAIN - 1):
+            pool.submit(len, large).result(timeout=PATIENCE_S)
+        assert len(made) == before
+
+        assert submit_alone(pool, abs, -1).result(timeout=PATIENCE_S) == 1
+        assert not of_pool._unfit
+
+
+def test_calls_with_a_timeout_ask_for_no_lanes() -> None:
+    with ProcessPool(1, timeout=PATIENCE_S) as pool:
+        for _ in range(10):
+            pool.submit(abs, -1).result(timeout=PATIENCE_S)
+        assert not pool._scheduler._turns.wanted
+
+
 def test_the_time_of_calls_that_go_alone_is_known() -> None:
     """The scheduler sends no more of them ahead to a worker than fit."""
     with warmed() as pool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from safepool.transport.channel import Channel, ChannelClosedError
-from safepool.transport.frames import CorruptFrameError, Kind
+from safepool.transport.frames import CorruptFrameError, Kind, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,6 +66,22 @@ def test_a_full_socket_takes_a_frame_later(ends: tuple[Channel, socket.socket]) 
         pass
     channel.send([b"frame"])
     assert read_all(channel, theirs, filled + len(b"frame"))[filled:] == b"frame"
+
+
+def test_a_worker_waits_for_the_end_of_a_large_frame(ends: tuple[Channel, socket.socket]) -> None:
+    """In one call: it can do nothing else meanwhile, and a socket takes 0.2 MB at a time."""
+    channel, theirs = ends
+    frame = b"".join(encode(Kind.TASK, 1, [LARGE]))
+    sender = threading.Thread(target=theirs.sendall, args=(frame,))
+    sender.start()
+
+    (found,) = channel.receive()
+    sender.join()
+    assert found == (Kind.TASK, 1, [LARGE])
+    theirs.sendall(frame[:100])
+    theirs.close()
+    with pytest.raises(ChannelClosedError):
+        [*channel.receive()]
 
 
 # One row per use of a channel of which the other end is gone.

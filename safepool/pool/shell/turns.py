@@ -38,6 +38,7 @@ Not covered, because the scheduler sends these calls:
     * Calls with a timeout, and calls of a pool with a trace, or with replacement of workers after
       some tasks or by their memory.
     * Calls whose worker needs another message first, or whose pickling runs code of the program.
+      After a few of them in a row, no lanes are made for a while.
     * Maps of many items, with a chunk size or unordered, and maps that need more workers than are
       idle.
     * Calls on systems without eventfd(2), poll(2) or a board (all but Linux).
@@ -89,6 +90,9 @@ _MOST_LANES = 4
 # sent several calls only if they are known to take no longer than that: each answer waits for the
 # last.
 _LITTLE_NS, _MOST_NS = 100_000, 500_000
+# After so many calls in a row that could not be sent from a lane, none is made: it costs the
+# scheduler's thread 30 us. After so many more the next is tried.
+_MOST_UNFIT, _TRIED_AGAIN = 8, 64
 # A larger pickle may not go at once.
 _MOST_BYTES = 32 * 1024
 _READ_BYTES = 64 * 1024
@@ -453,6 +457,8 @@ class Turns:
         self.wanted: bool = False
         self._asked = False
         self._arrived_bytes = 0
+        # Calls in a row that could not be sent from a lane, such as those with large arguments.
+        self._unfit = 0
         # The scheduler's thread only.
         self.lanes: list[_Lane] = []
         self._made: list[int] = []
@@ -472,7 +478,7 @@ class Turns:
         """Send a call to an idle worker; ``False`` if the call must be queued."""
         if not self.idle and self._asked and self.wanted:
             return False  # as of each of many that are submitted at once
-        if not self._may_send() or task.pickled is not None or task.policy.timeout_s is not None:
+        if task.pickled is not None or task.policy.timeout_s is not None or not self._may_send():
             return False
         if self._send(task) is None:
             return False
@@ -505,6 +511,11 @@ class Turns:
 
     def _may_send(self) -> bool:
         """Tell whether an idle worker may be sent something now; if not, whether soon."""
+        if self._unfit >= _MOST_UNFIT:
+            self._unfit += 1
+            if self._unfit >= _MOST_UNFIT + _TRIED_AGAIN:
+                self._unfit = _MOST_UNFIT - 1
+            return False
         unheard = runs_a_loop() and not self._watching
         if unheard:  # nobody reads for it
             self._loops = True
@@ -526,7 +537,9 @@ class Turns:
             return None
         packed = self._pack(turn.lane.worker, work)
         if packed is None or len(packed[1]) > _MOST_BYTES or not self._is_same_user():
+            self._unfit += 1
             return None
+        self._unfit = 0
         if work.count == 1:
             frame = call_frame(turn.position, *packed)
         else:
@@ -557,7 +570,7 @@ class Turns:
         if self._loops or max(self._missed, self._heard) >= _MOST_MISSED:
             self._watched_until, self._loops = now + _WARM_S, False
             self._missed = self._heard = 0
-        self.wanted = self._asked or now < self._until
+        self.wanted = self._unfit < _MOST_UNFIT and (self._asked or now < self._until)
         if not self.wanted:
             return False
         watched = self._watching = now < self._watched_until
