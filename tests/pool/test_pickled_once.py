@@ -246,6 +246,123 @@ def test_members_of_a_script_s_enumeration_are_the_worker_s_own(tmp_path: Path) 
     assert done.stdout.splitlines() == lines, done.stderr
 
 
+GLOBALS = """
+    import json
+    import sys
+    import threading
+
+    import safepool
+    from support_counted import Reduced, Refilled, Stated, note, take_calls
+
+    class Own(Stated):
+        pass
+
+    class Without(Stated):
+        "Leaves out a part."
+        def __getstate__(self):
+            super().__getstate__()
+            return {"mark": self.mark, "parts": self.parts}
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            self.lock, self.seen = threading.Lock(), []
+
+    class Slotted:
+        __slots__ = ("mark", "other")
+        def __reduce__(self):
+            note(self, "__reduce__")
+            return Slotted.made, (self.mark,)
+        @classmethod
+        def made(cls, mark):
+            one = cls()
+            one.mark = mark
+            return one
+
+    class Holder:
+        held = Own(1)
+        listed = [Reduced(2)]
+        filled = Refilled(a=1)
+
+    def work():
+        pass
+    work.own = Own(3)
+    DATA = {"own": Own(4), "reduced": [Reduced(5)]}
+    WITHOUT = Without(6)
+    WITHOUT.lock, WITHOUT.seen = threading.Lock(), []
+    SLOTTED = Slotted.made(7)
+    LATE = None
+    SHARED = [8]
+    REFERS = Own(8, SHARED)
+
+    def look():
+        found = (
+            Holder.held.mark, Holder.listed[0].mark, Holder.filled["a"], work.own.mark,
+            DATA["own"].mark, DATA["reduced"][0].mark, WITHOUT.mark, SLOTTED.mark,
+            REFERS.mark, REFERS.parts[0] is SHARED, LATE and LATE.mark,
+        )
+        take_calls()
+        return found
+
+    # One row per change: what the program does, and which methods run for it in the program.
+    CHANGES = {
+        "nothing": (lambda: None, []),
+        "a class's object": (lambda: setattr(Holder.held, "mark", 11), ["Own11.__getstate__"]),
+        "in a class's list": (
+            lambda: setattr(Holder.listed[0], "mark", 12), ["Reduced12.__reduce__"]
+        ),
+        "in a dictionary": (
+            lambda: Holder.filled.update(a=13),
+            ["Refilled0.__reduce_ex__", "Refilled0.next pair"],
+        ),
+        "a function's object": (lambda: setattr(work.own, "mark", 14), ["Own14.__getstate__"]),
+        "in a global": (
+            lambda: setattr(DATA["own"], "mark", 15), ["Own15.__getstate__", "Reduced5.__reduce__"]
+        ),
+        "what is left out": (lambda: WITHOUT.seen.append(1), ["Without6.__getstate__"]),
+        "the rest": (lambda: setattr(WITHOUT, "mark", 16), ["Without16.__getstate__"]),
+        "a slot": (lambda: setattr(SLOTTED, "mark", 17), ["Slotted17.__reduce__"]),
+        "beside another global": (
+            lambda: setattr(REFERS, "mark", 18), ["Own18.__getstate__"]
+        ),
+        "the other global": (lambda: SHARED.append(1), ["Own18.__getstate__"]),
+        "a new object": (
+            lambda: globals().update(LATE=Own(19, SHARED)), ["Own19.__getstate__"]
+        ),
+    }
+
+    if __name__ == "__main__":
+        take_calls()
+        told = []
+        with safepool.ProcessPool(1, main=sys.argv[1]) as pool:
+            for change, (deed, expected) in CHANGES.items():
+                pool.submit(look).result()
+                take_calls()
+                deed()
+                found = pool.submit(look).result()
+                ran = take_calls()
+                again = pool.submit(look).result(), pool.submit(look).result()
+                told.append((change, ran, expected, take_calls(), again == (found, found)))
+        print(json.dumps([told, found]))
+"""
+
+
+@pytest.mark.parametrize("main", ["run", "value"])
+def test_methods_of_a_script_s_objects_run_once_for_each_change(main: str, tmp_path: Path) -> None:
+    """Whatever globals, classes and functions hold: not with each call that uses them."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(GLOBALS).replace("take_calls\n", "note, take_calls\n"))
+    env = {**os.environ, "PYTHONPATH": str(TESTS)}
+
+    done = run_program(program, main, cwd=tmp_path, env=env)
+
+    assert done.returncode == 0, done.stderr
+    told, found = json.loads(done.stdout)
+    assert found == [11, 12, 13, 14, 15, 5, 16, 17, 18, True, 19]
+    for change, ran, expected, later, is_same in told:
+        # By value, a class is sent again with all that it holds.
+        assert ran == expected or (main == "value" and set(expected) <= set(ran)), change
+        assert (later, is_same) == ([], True), change
+
+
 def drawn(items: list[object], at_once: int | None) -> tuple[MapRun, Any]:
     """Return a map, and its only span."""
     run = MapRun(len, "len", Policy(), at_once, starred=False)
