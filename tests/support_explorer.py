@@ -188,7 +188,7 @@ class World:
         self.budget = {**scenario.budget}
         self.workers: list[Worker] = []
         self.hired = 0
-        self.closing, self.forced, self.stopped, self.broken = False, "", False, False
+        self.closing = self.stopped = self.broken = False
         self.filling = self.refusing = False
         self.letters = {**scenario.calls, **scenario.poison, **dict.fromkeys(scenario.late, "")}
         self.late = scenario.late
@@ -226,7 +226,6 @@ class World:
     def turn(self) -> None:
         """One turn of the scheduler's loop, and what must hold after it."""
         core = self.core
-        core.backlog.holds = not self.closing
         if not self.stopped:
             if core.is_busy(self.size, 0):
                 self.tell(e.Step(self.size))
@@ -237,10 +236,10 @@ class World:
             kept = 0 if self.passes else len(self.aside)
             before = min((work.number for work in self.aside), default=0)
             self.tell(e.HandOut(kept=kept, before=before))
-            ends = self.closing and core.may_end(awaited=bool(self.aside))
-            if ends or self.forced or self.broken:
+            if core.may_end(awaited=bool(self.aside)):
                 self.stopped = True
-                self.tell(e.End("terminate" if self.broken else self.forced))  # type: ignore[arg-type]
+                self.tell(e.End(core.force))
+            must(self.stopped or not core.force, "a pool that is to end by force goes on")
         self.check()
         if self.late and not (self.closing or self.broken or self.aside):
             for worker in core.lend(self.now_ns + 10 * MS):  # nothing is pressing any more
@@ -661,7 +660,6 @@ class World:
                 worker,
                 worker.exitcode,
                 by_pool=worker.by_pool,
-                forced=bool(self.forced) or self.broken,
                 claimed=worker.b_claimed,
                 began=worker.b_began,
                 results=self.left_by(worker),
@@ -783,7 +781,7 @@ class World:
 
     def on_cancel(self) -> None:
         self.closing = True
-        self.tell(e.CancelWaiting())
+        self.tell(e.Close(cancel=True))
         self.cancel_aside()
 
     def cancel_aside(self) -> None:
@@ -793,10 +791,11 @@ class World:
 
     def on_close(self) -> None:
         self.closing = True
+        self.tell(e.Close())
 
     def on_terminate(self) -> None:
-        self.closing, self.forced = True, "terminate"
-        self.tell(e.CancelWaiting(all=True))
+        self.closing = True
+        self.tell(e.Close(cancel=True, forces=["terminate"]))
         self.cancel_aside()
 
     # States.
@@ -839,7 +838,7 @@ class World:
             [*map(work, self.aside)],
             sorted(call(key) for key in self.letters if key not in {*self.outcomes, *names}),
             sorted(self.budget.items()),
-            self.size, self.closing, self.forced, self.stopped, self.broken, self.refusing,
+            self.size, self.closing, core.force, self.stopped, self.broken, self.refusing,
             self.passes,
             self.scenario.is_queue and [names[key] for key in self.order if key in names],
             self.key_of_starts(),

@@ -228,8 +228,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "a call whose time was over is run again": (
         "a call hangs, with retries",
-        "is_last = condemned is not None or event.forced",
-        "is_last = event.forced",
+        "is_last = condemned is not None or bool(self.force)",
+        "is_last = bool(self.force)",
     ),
     "a cancelled call behind others runs on": (
         "a call that hangs is cancelled",
@@ -296,6 +296,16 @@ FAULTS: dict[str, tuple[str, str, str]] = {
         "not (self.backlog or awaited or self.owes)",
         "not (awaited or self.owes)",
     ),
+    "a pool that is ended by force waits for its calls": (
+        "the pool is ended by force",
+        "        if self.force:\n            return True\n",
+        "",
+    ),
+    "what is taken back of a pool that ends is run": (
+        "the pool is ended by force",
+        "self._cancelling = self._cancelling or event.cancel",
+        "pass",
+    ),
     "what waits when it is cancelled is forgotten": (
         "what waits is cancelled",
         "self._actions.append(e.Fail(waiting) if self._broken else e.Cancel(waiting))",
@@ -308,8 +318,8 @@ FAULTS: dict[str, tuple[str, str, str]] = {
     ),
     "one that took too much is not run again": (
         "a call takes too much memory, with retries",
-        "is_last = condemned is not None or event.forced",
-        "is_last = said is not None or event.forced",
+        "is_last = condemned is not None or bool(self.force)",
+        "is_last = said is not None or bool(self.force)",
     ),
     "more workers than may be are started ahead": (
         "all workers are started ahead",

@@ -28,6 +28,8 @@ RETRY = Policy(retries=1)
 def ended(member: Member, core: Core | None = None, **facts: Any) -> list[e.Action]:
     """Let the worker end, in a pool of its own if there is none; a signal killed it."""
     core = core or Core(1)
+    if facts.pop("forced", False):
+        core.handle(e.Close(forces=["kill"]), NOW)
     core.members = (*core.members, member)
     return core.handle(e.Died(member, **{"exitcode": -9, **facts}), NOW)
 

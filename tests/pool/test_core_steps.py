@@ -535,10 +535,40 @@ def test_what_waits_is_cancelled_and_what_comes(of_all: bool) -> None:
     member = hire(core)
     core.handle(e.Queued([waiting]), 0)
     revokes = [e.Revoke(member, 0, e.Then())] * of_all
-    actions = core.handle(e.CancelWaiting(of_all), 0)
+    actions = core.handle(e.Close(True, ["kill"] * of_all), 0)
     assert actions == [*revokes, e.Cancel([waiting])]
     assert isinstance(actions[-1], e.Cancel)
     assert core.handle(e.Queued([later]), 0) == [e.Cancel([later])]
+
+
+def test_a_closed_pool_ends_in_the_sharpest_way_that_was_asked_for() -> None:
+    core = Core(1)
+    member = hire(core)
+    lend(core, member, call())
+    assert not core.may_end(awaited=False)
+    assert core.handle(e.Close(), NOW) == []
+    assert (core.backlog.holds, core.force, core.may_end(awaited=False)) == (False, "", False)
+    asked: list[e.Force] = ["ask"]
+    assert core.handle(e.Close(True, asked), NOW) == [e.Revoke(member, 1, e.Then())]
+    assert core.may_end(awaited=True)
+    core.handle(e.Break(), NOW)
+    assert core.force == "terminate"
+    assert core.handle(e.Close(True, [*asked, "kill", *asked]), NOW) == []
+    core.handle(e.Break(), NOW)
+    assert core.force == "kill"
+
+
+# One row per closed pool: whether a call waits, one is pickled, a worker owes one; it may not end.
+@pytest.mark.parametrize("waits", ["", "queued", "pickled", "sent"])
+def test_a_closed_pool_ends_after_its_last_call(waits: str) -> None:
+    core = Core(1)
+    member = hire(core)
+    core.handle(e.Close(), NOW)
+    if waits == "queued":
+        core.handle(e.Queued([call()]), NOW)
+    elif waits == "sent":
+        lend(core, member, call())
+    assert core.may_end(awaited=waits == "pickled") is not bool(waits)
 
 
 def test_calls_without_a_board_are_cancelled_at_once() -> None:
@@ -558,7 +588,7 @@ def test_who_holds_too_much_gives_its_calls_back_first() -> None:
 
 def test_a_pool_that_broke_cancels_nothing() -> None:
     core = Core(1)
-    core.handle(e.CancelWaiting(), 0)
+    core.handle(e.Close(cancel=True), 0)
     core.handle(e.Break(), 0)
     waiting = call()
     (fail,) = core.handle(e.Queued([waiting]), 0)

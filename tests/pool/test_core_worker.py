@@ -225,7 +225,7 @@ def test_a_map_that_waits_and_is_not_noted() -> None:
     assert complaint(core) == "a map waits that is not noted as queued"
 
 
-@pytest.mark.parametrize("event", [e.Break(), e.CancelWaiting()])
+@pytest.mark.parametrize("event", [e.Break(), e.Close(cancel=True)])
 def test_work_that_waits_in_vain(event: e.Event) -> None:
     core = Core(2)
     core.handle(event, NOW)

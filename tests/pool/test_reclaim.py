@@ -235,7 +235,7 @@ def test_workers_are_lent_that_have_nothing_and_may_be_given_something() -> None
 
 def test_no_worker_is_lent_of_a_pool_that_cancels_breaks_or_replaces_them() -> None:
     core = core_of(worker())
-    core.handle(e.CancelWaiting(), NOW)
+    core.handle(e.Close(cancel=True), NOW)
     assert core.lend(NOW) == []
     core = core_of(worker())
     core.handle(e.Break(), NOW)

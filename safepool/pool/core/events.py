@@ -26,7 +26,7 @@ Died            a worker's process has ended                       the staff
 Step            the pool checks all of its workers                 the scheduler
 HandOut         the pool gives its workers the waiting work        the scheduler
 Fill            all workers are to be started, before calls come   a caller
-CancelWaiting   waiting and later calls are cancelled              a caller
+Close           no calls come any more; how the pool is to end     a caller
 Break           the whole pool breaks                              a caller, `GiveUp`
 End             all workers are to end                             the scheduler
 
@@ -267,7 +267,6 @@ class Died(NamedTuple):
     Attributes:
         by_pool: The pool has sent the signal that ended it.
         lost: Number of workers that could not be ended, and are still there.
-        forced: Whether the pool ends all workers.
         claimed: The last position that the worker had claimed, by its board.
         began: The last position that the worker had begun.
         results: Results on the worker's board.
@@ -277,7 +276,6 @@ class Died(NamedTuple):
     exitcode: int | None
     by_pool: bool = False
     lost: int = 0
-    forced: bool = False
     claimed: int = 0
     began: int = 0
     results: Sequence[Answered] = ()
@@ -317,10 +315,16 @@ class Fill(NamedTuple):
     """All workers that the pool may have are to be started."""
 
 
-class CancelWaiting(NamedTuple):
-    """Waiting work is dropped, and what comes; with ``all`` also what no worker has begun."""
+class Close(NamedTuple):
+    """The pool takes no more calls. Twice is once.
 
-    all: bool = False
+    Attributes:
+        cancel: Waiting calls are cancelled.
+        forces: Ways to end its workers without waiting for their calls.
+    """
+
+    cancel: bool = False
+    forces: Sequence[Force] = ()
 
 
 class Break(NamedTuple):
@@ -479,7 +483,7 @@ Event = (
     | Step
     | HandOut
     | Fill
-    | CancelWaiting
+    | Close
     | Break
     | End
 )

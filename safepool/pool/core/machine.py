@@ -12,7 +12,7 @@
     place of a worker                            `place_of_next`, before it is started
     workers to let go                            `Step`
     end of a pool that cannot work               `Died`, `Refused`
-    end of a closed pool                         `may_end`
+    end of a closed pool                         `Close`, then `may_end`
 
 The caller executes actions in the order of return, and delivers the events that answer an action
 before it executes the next. Letters name the scheduler's races.
@@ -50,6 +50,8 @@ _ROUNDING = 1e-6
 # each (benchmarks/latency.py).
 _PRESSED_NS = 5_000_000
 _NOTHING = e.Then()
+# Wishes for the end of a pool: the sharpest holds.
+_SHARPER: tuple[e.Force, ...] = ("", "ask", "terminate", "kill")
 
 
 class Core:
@@ -62,6 +64,7 @@ class Core:
             pool.
 
     Attributes:
+        force: The way to end the workers without waiting for their calls, once callers want that.
         idle_ns: Time after which an idle worker ends; ``None`` is never.
     """
 
@@ -74,7 +77,8 @@ class Core:
         self.idle_ns: int | None = None
         self._starts = Starts(size, break_on_death=break_on_death)
         self._tasks_per_worker = tasks_per_worker
-        self._cancelling = self._broken = False
+        self.force: e.Force = ""
+        self._closing = self._cancelling = self._broken = False
         # Calls whose worker is to be ended as soon as it is sure that this meets them.
         self._unwanted: list[tuple[Member, Call | Run]] = []
         # Workers that may have room, idle ones first.
@@ -134,7 +138,9 @@ class Core:
 
     def may_end(self, *, awaited: bool) -> bool:
         """Return whether a closed pool is done; ``awaited``: further work is being pickled."""
-        return not (self.backlog or awaited or self.owes)
+        if self.force:
+            return True
+        return self._closing and not (self.backlog or awaited or self.owes)
 
     @property
     def lacks_workers(self) -> bool:
@@ -629,7 +635,7 @@ class Core:
         # A worker that the kernel kills for its memory and one that the pool kills count the same.
         said = member.condemned
         exceeded, condemned = (said, None) if isinstance(said, MemoryExceeded) else (None, said)
-        is_last = condemned is not None or event.forced
+        is_last = condemned is not None or bool(self.force)
         ending = Ending(
             pid=member.pid,
             exitcode=event.exitcode,
@@ -638,7 +644,7 @@ class Core:
             stage=_stage_of(member, choked_on),
             reading="" if choked_on is None else choked_on.name,
             dismissed=member.dismissed,
-            pool_ends=event.forced,
+            pool_ends=bool(self.force),
             condemned=condemned,
             exceeded=exceeded,
             fault=fault,
@@ -684,15 +690,18 @@ class Core:
 
     # The pool ends.
 
-    def _cancel_waiting(self, event: e.CancelWaiting) -> None:
-        self._cancelling = True
-        if event.all:
+    def _close(self, event: e.Close) -> None:
+        waits, self.force = not self.force, _sharpest(self.force, *event.forces)
+        self._closing, self.backlog.holds = True, False
+        self._cancelling = self._cancelling or event.cancel
+        if waits and self.force:
             for member in self.members:
                 self._revoke(member)
         self._drop_waiting()
 
     def _break(self, _: e.Break) -> None:
-        self._broken = True
+        self._broken = self._closing = True
+        self.force, self.backlog.holds = _sharpest(self.force, "terminate"), False
         failed = self.backlog.clear()
         for member in self.members:
             while member.ledger.owed:
@@ -707,6 +716,10 @@ class Core:
                 self._actions.append(e.EndNow(member, event.force))
             elif member.phase < Phase.STOPPING:
                 self._stop(member)
+
+
+def _sharpest(*forces: e.Force) -> e.Force:
+    return max(forces, key=_SHARPER.index)
 
 
 def _stage_of(member: Member, choked_on: Span | None) -> Stage:
@@ -761,7 +774,7 @@ _HANDLERS: dict[type[e.Event], Callable[[Core, Any], None]] = {
     e.Step: Core._step,
     e.HandOut: Core._hand_out,
     e.Fill: Core._fill,
-    e.CancelWaiting: Core._cancel_waiting,
+    e.Close: Core._close,
     e.Break: Core._break,
     e.End: Core._end,
 }

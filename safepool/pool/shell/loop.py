@@ -74,8 +74,6 @@ _RESTED = (
     "for a lock, an import or a connection. Let it end before the pool is shut down"
 )
 
-_SHARPER: tuple[e.Force, ...] = ("", "ask", "terminate", "kill")
-
 
 class Loop:
     """The state of a pool, and the part that its thread runs.
@@ -177,10 +175,6 @@ class Loop:
         if staff is not None:
             staff.wake()
 
-    @property
-    def _forced(self) -> e.Force:
-        return max(self._asked, key=_SHARPER.index) if self._asked else ""
-
     def descriptors(self) -> Iterable[int]:
         """Return the descriptors that a worker forked while this pool works must close."""
         staff = self._staff
@@ -249,7 +243,7 @@ class Loop:
             self._listener.start(self._look)
             while self._step(staff):
                 self._listen(staff, self._patience())
-            self._cancel_waiting(staff)  # the pool may have been ended in the middle of a step
+            self._close(staff)  # the pool may have been ended in the middle of a step
             for entry in self._dispatch.take_aside():
                 _fail(entry, lambda: PicklingError(_RESTED.format("this call")))
             self._stop_all(staff)
@@ -295,14 +289,12 @@ class Loop:
     def _step(self, staff: Staff) -> bool:
         """Process shared state; return whether there is more to do."""
         # Before the look at what was brought: nothing is brought after it.
-        closing, ending = self._closing, self._forced
-        self._core.backlog.holds = not closing
+        self._close(staff)
         self._take_in(staff)
+        if self._core.force:
+            return False
         unwanted, self._unwanted = self._unwanted, []
         ended_runs, self._ended_runs = self._ended_runs, []
-        self._cancel_waiting(staff, begun=not ending)
-        if ending:
-            return False
         while self._dropped_runs:
             run = self._dropped_runs.popleft()
             run.drop()
@@ -322,14 +314,12 @@ class Loop:
         elif core.idle_ns is None and self._filled is None:
             # Nobody has or wants anything: after every lone task (benchmarks/dispatch.py,
             # round-trip).
-            return self._is_awaited if closing or self._forced else True
+            return not (self._closing and core.may_end(awaited=self._is_awaited))
         if core.idle_ns is not None or core.is_busy(size, staff.lost):
             self._tell(staff, e.Step(size, staff.lost))
         self._fill_up(staff)
         self._hand_out(staff)
-        if self._forced:  # broken meanwhile
-            return False
-        return not (closing and core.may_end(awaited=self._is_awaited))
+        return not (self._closing and core.may_end(awaited=self._is_awaited))
 
     def _look_around(self, staff: Staff, worked: set[int]) -> None:
         """Check the conditions outside of the pool that change while it works."""
@@ -390,11 +380,14 @@ class Loop:
             more = not len(staff) or any(worker.is_idle for worker in staff)
             self._tell(staff, e.Returned(self._dispatch.come_back(more=more)))
 
-    def _cancel_waiting(self, staff: Staff, *, begun: bool = True) -> None:
-        """Cancel waiting work, if requested."""
-        if self._cancelling:
+    def _close(self, staff: Staff) -> None:
+        """Tell the core how callers want the pool to end; cancel what it does not have."""
+        if not self._closing:
+            return
+        cancel = self._cancelling
+        self._tell(staff, e.Close(cancel, self._asked))
+        if cancel:
             self._take_in(staff)
-            self._tell(staff, e.CancelWaiting(all=not begun))
             for entry in self._dispatch.take_aside():
                 _cancel(entry)
 
@@ -543,7 +536,7 @@ class Loop:
             return
         self._tell(staff, e.Fill())
         starting = self._dispatch.waits and self._core.lacks_workers  # for the initializer
-        if starting and not self._forced:
+        if starting and not self._core.force:
             return
         self._filled = None
         filled.open()
@@ -565,7 +558,7 @@ class Loop:
         except ScriptLostError:  # nothing was sent by name yet, and nothing will be
             self.wake()
         except Exception as error:  # noqa: BLE001 -- OSError, or RuntimeError at exit (race F)
-            if not (self._forced or isinstance(error, InterruptedError)):  # it was given up
+            if not (self._asked or isinstance(error, InterruptedError)):  # it was given up
                 return e.Refused(refusals.explain(error))
         return None
 
@@ -590,7 +583,7 @@ class Loop:
 
     def _is_late(self) -> bool:
         """Tell whether a worker that is being started comes too late for anybody."""
-        if self._forced or self._cancelling:
+        if self._asked or self._cancelling:
             return True
         # The hands ask as well, and only this thread looks into the queue.
         if not self._closing or threading.current_thread() is not self._thread:
@@ -657,6 +650,7 @@ class Loop:
 
     def _ended(self, staff: Staff, worker: Worker, exitcode: int | None) -> None:
         """A worker's process has ended: what did it leave behind?"""
+        self._close(staff)
         by_pool, board, left = worker.was_ours(exitcode), worker.board, []
         try:
             left = left_by(worker, board.left())
@@ -669,7 +663,6 @@ class Loop:
                 exitcode,
                 by_pool=by_pool,
                 lost=staff.lost,
-                forced=bool(self._forced),
                 claimed=board.claimed,
                 began=board.began,
                 results=left,
@@ -713,13 +706,10 @@ class Loop:
             _fail(entry, lambda: fresh(error))
 
     def _stop_all(self, staff: Staff) -> None:
-        if not self._forced:
-            self._tell(staff, e.End(""))
         while len(staff):
-            if self._forced:  # from the beginning, or while the workers stop
-                self._tell(staff, e.End(self._forced))
+            self._close(staff)  # by force, perhaps, while the workers stop
+            self._tell(staff, e.End(self._core.force))
             self._listen(staff, None)
-            self._cancel_waiting(staff)  # calls sent ahead to a worker that was ended
 
 
 def _fail(entry: Task | Span | MapRun, error: Callable[[], BaseException]) -> None:
