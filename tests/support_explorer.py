@@ -35,6 +35,7 @@ from support_orders import BadStateError, must
 
 from safepool.errors import MemoryExceeded, TaskTimeoutError
 from safepool.pool.core import events as e
+from safepool.pool.core.backlog import kept_for
 from safepool.pool.core.policy import Policy
 from safepool.pool.core.work import Call, Span
 from safepool.pool.core.worker import Member, Phase
@@ -233,8 +234,8 @@ class World:
                 self.filling = False
                 self.tell(e.Fill())
                 must(not core.lacks_workers or self.waits, "not all workers were started")
-            kept = 0 if self.passes else len(self.aside)
-            before = min((work.number for work in self.aside), default=0)
+            aside = [work.number for work in self.aside]
+            kept, before = kept_for(aside, full=False, passed=[self.passes], fresh=[])
             self.tell(e.HandOut(kept=kept, before=before))
             if core.may_end(awaited=bool(self.aside)):
                 self.stopped = True

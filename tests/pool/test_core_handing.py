@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from support_core import MS, NOW, run_of, span_of, worker
 
 from safepool.pool.calls.mapping import Span
 from safepool.pool.core import events as e
+from safepool.pool.core.backlog import kept_for
 from safepool.pool.core.machine import Core
 from safepool.pool.core.policy import NO_POLICY
 from safepool.pool.core.work import Call
@@ -93,6 +95,26 @@ def test_idle_workers_come_first_and_then_those_that_hold_least() -> None:
     more, less = worker(3, MS), worker(2, MS)
     core = core_of(more, less, waiting=30)
     assert [member for member, _ in handed_out(core)][:2] == [less, more]
+
+
+ALL = sys.maxsize
+# One row per pool with work that is being pickled: the places of this work, whether it is too
+# much, whether each may be passed, and was begun just now; how many workers are kept, and from
+# which place on.
+KEPT: dict[str, tuple[list[int], bool, list[bool], list[bool], tuple[int, int]]] = {
+    "nothing": ([], False, [], [], (0, 0)),
+    "nothing, and too much waits": ([], True, [], [], (0, 0)),
+    "for a moment": ([7, 5], False, [False, False], [False, True], (ALL, 5)),
+    "for longer": ([7, 5], False, [False, False], [False, False], (2, 5)),
+    "one waits for a later call": ([5, 7], False, [False, True], [True, True], (0, 5)),
+    "too much, and one waits": ([5, 7], True, [True, True], [False, False], (ALL, 5)),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_who_is_kept_for_calls_that_are_pickled(case: str) -> None:
+    aside, full, passed, fresh, kept = KEPT[case]
+    assert kept_for(aside, full=full, passed=passed, fresh=fresh) == kept
 
 
 # One row per worker: whether it is given one of two calls that wait.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safepool.pool.core.work import Call, Span
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from safepool.pool.core.work import Run
 
@@ -236,6 +236,29 @@ class Backlog:
             run.queued = False
             self._entries.popleft()
         return span
+
+
+def kept_for(
+    aside: Sequence[int], *, full: bool, passed: Iterable[bool], fresh: Iterable[bool]
+) -> tuple[int, int]:
+    """Decide for how much work that is being pickled idle workers are kept.
+
+    For a moment no worker is given anything. Then each work keeps one, also the only worker of a
+    pool. What came before all of it is given out.
+
+    Args:
+        aside: The places of this work in the order of arrival.
+        full: No more may wait to be pickled.
+        passed: Whether each may wait for a later call: then nothing is kept.
+        fresh: Whether each is being pickled for a moment only.
+
+    Returns:
+        ``kept`` and ``before`` of a :class:`HandOut`.
+    """
+    first = min(aside, default=0)
+    if not aside or (not full and any(passed)):
+        return 0, first
+    return (sys.maxsize if full or any(fresh) else len(aside)), first
 
 
 def _rank(entry: Call | Span | Run) -> tuple[int, float]:

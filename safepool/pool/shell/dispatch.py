@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 import weakref
 from collections import deque
@@ -30,6 +29,7 @@ from safepool.machine import tell_once
 from safepool.pool.calls.deliveries import Needs
 from safepool.pool.calls.pickling import Pickling
 from safepool.pool.calls.tasks import begin, fail
+from safepool.pool.core.backlog import kept_for
 from safepool.pool.core.events import Copied, NotSent, Sent
 from safepool.pool.core.work import Span
 from safepool.pool.hands import HELD_UP_S, Hands
@@ -74,8 +74,6 @@ _MOST_DELIVERED = 256
 _PATIENCE_S = 0.005
 # Between two looks whether what is being pickled still keeps a worker.
 _LOOK_S = 0.25
-# No worker is given anything.
-_ALL = sys.maxsize
 # Pickles made at a time, and calls that may wait for theirs.
 _MOST_PICKLED = 16
 _MOST_ASIDE = 1024
@@ -185,20 +183,16 @@ class Dispatch:
     def kept(self) -> tuple[int, int]:
         """Return how many idle workers to keep for work that is aside, and the place of its first.
 
-        For a moment no worker is given anything. Then each work keeps one, also the only worker of
-        a pool. What came before all of it is given out.
-        Nothing is kept as long as one may wait for a later call.
+        As :func:`kept_for` decides.
         """
-        wanted = [(work.number, job) for work, job in self.aside.items() if _is_wanted(work)]
-        if not wanted:
-            return 0, 0
-        now, first = time.monotonic(), min(number for number, _ in wanted)
-        if self.hands.waiting >= _MOST_ASIDE:
-            return _ALL, first
-        if any(job.may_be_passed(now) for _, job in wanted):
-            return 0, first
-        fresh = any(now - job.begun_s < HELD_UP_S or job.ended for _, job in wanted)
-        return (_ALL if fresh else len(wanted)), first
+        now, wanted = time.monotonic(), [work for work in self.aside if _is_wanted(work)]
+        jobs = [self.aside[work] for work in wanted]
+        return kept_for(
+            [work.number for work in wanted],
+            full=self.hands.waiting >= _MOST_ASIDE,
+            passed=(job.may_be_passed(now) for job in jobs),
+            fresh=(now - job.begun_s < HELD_UP_S or job.ended for job in jobs),
+        )
 
     def _keeps_all(self, work: Task | Span) -> bool:
         """Tell whether work that was not pickled in time keeps workers from later work."""
