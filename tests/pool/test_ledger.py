@@ -46,7 +46,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_each_call_is_owed_until_it_is_settled_or_taken_back(steps: list[tuple[str, int]]) -> None:
-    ledger: Ledger[Calls] = Ledger()
+    ledger = Ledger()
     names = itertools.count()
     owed: dict[int, int] = {}  # names by position, in order
     last = 0
@@ -85,7 +85,7 @@ def test_each_call_is_owed_until_it_is_settled_or_taken_back(steps: list[tuple[s
 
 def test_what_is_withdrawn_leaves_what_is_behind_it() -> None:
     """The worker may have begun that; a part that is answered is not withdrawn."""
-    ledger: Ledger[Calls] = Ledger()
+    ledger = Ledger()
     for names in ([1, 2, 3], [4]):
         ledger.give(Calls(names))
     ledger.settle(1)
@@ -96,7 +96,7 @@ def test_what_is_withdrawn_leaves_what_is_behind_it() -> None:
 
 
 def test_calls_that_were_never_written_down_have_positions() -> None:
-    ledger, work = Ledger[Calls](), Calls([7])
+    ledger, work = Ledger(), Calls([7])
     ledger.skip(2)
     ledger.skip(1)
     assert ledger.last == 3
@@ -110,7 +110,7 @@ WRONG = {"never sent": 5, "out of turn": 3}
 
 @pytest.mark.parametrize("answer", WRONG)
 def test_an_answer_that_cannot_be_right_is_refused(answer: str) -> None:
-    ledger: Ledger[Calls] = Ledger()
+    ledger = Ledger()
     for names in ([1, 2, 3], [4]):
         ledger.give(Calls(names))
 
@@ -123,15 +123,15 @@ def test_an_answer_that_cannot_be_right_is_refused(answer: str) -> None:
 
 def test_nothing_owed_cannot_be_struck_withdrawn_or_answered() -> None:
     with pytest.raises(IndexError):
-        Ledger[Calls]().strike()
+        Ledger().strike()
     with pytest.raises(IndexError):
-        Ledger[Calls]().withdraw()
+        Ledger().withdraw()
     with pytest.raises(ValueError, match="answer for position 1, last sent 0"):
-        Ledger[Calls]().settle(1)
+        Ledger().settle(1)
 
 
 def test_what_is_answered_is_done_wherever_it_was_divided() -> None:
-    ledger, work = Ledger[Calls](), Calls([1, 2, 3])
+    ledger, work = Ledger(), Calls([1, 2, 3])
     assert (ledger.owed, ledger.expected_ns) == (0, 0)
     ledger.give(work)
     assert (ledger.owed, ledger.expected_ns) == (3, 30)
@@ -153,7 +153,7 @@ BACK: dict[int, tuple[list[list[int]], int]] = {
 
 @pytest.mark.parametrize("begun", BACK)
 def test_calls_that_have_not_begun_are_taken_back(begun: int) -> None:
-    ledger = Ledger[Calls]()
+    ledger = Ledger()
     for names in ([1, 2], [3, 4]):
         ledger.give(Calls(names))
     ledger.settle(1)

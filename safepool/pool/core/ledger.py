@@ -10,17 +10,15 @@ Positions in, work out: no process, no message, no clock.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safepool.pool.core.work import Work
-
-_W = TypeVar("_W", bound="Work")
+    from safepool.pool.core.work import Given
 
 
-class Ledger(Generic[_W]):
+class Ledger:
     """Debts of one worker.
 
     Attributes:
@@ -31,12 +29,12 @@ class Ledger(Generic[_W]):
     __slots__ = ("_next", "_works", "expected_ns", "owed")
 
     def __init__(self) -> None:
-        self._works: deque[_W] = deque()
+        self._works: deque[Given] = deque()
         self._next = 1
         self.owed: int = 0
         self.expected_ns: int = 0
 
-    def __iter__(self) -> Iterator[_W]:
+    def __iter__(self) -> Iterator[Given]:
         return iter(self._works)
 
     @property
@@ -45,12 +43,12 @@ class Ledger(Generic[_W]):
         return self._next - 1
 
     @property
-    def head(self) -> _W | None:
+    def head(self) -> Given | None:
         """Work that the worker does now, or will do next."""
         return self._works[0] if self._works else None
 
     @property
-    def tail(self) -> _W | None:
+    def tail(self) -> Given | None:
         """The last of the work that the worker has not answered."""
         return self._works[-1] if self._works else None
 
@@ -58,7 +56,7 @@ class Ledger(Generic[_W]):
         """Count calls that were sent and answered without being written down here."""
         self._next += calls
 
-    def give(self, work: _W) -> None:
+    def give(self, work: Given) -> None:
         """Note the work that is being sent."""
         work.position = self._next
         work.done = 0
@@ -67,7 +65,7 @@ class Ledger(Generic[_W]):
         self.owed += work.count
         self.expected_ns += work.expected_ns * work.count
 
-    def settle(self, position: int, most: int = 1) -> tuple[_W, int, int] | None:
+    def settle(self, position: int, most: int = 1) -> tuple[Given, int, int] | None:
         """Remove answered calls, from this position on.
 
         Args:
@@ -98,9 +96,9 @@ class Ledger(Generic[_W]):
         self._owe_less(work, many)
         return work, place, many
 
-    def take_back(self, begun: int) -> list[_W]:
+    def take_back(self, begun: int) -> list[Given]:
         """Remove the calls that have not begun, and return them in order."""
-        back: list[_W] = []
+        back: list[Given] = []
         while self._works:
             work = self._works[-1]
             begun_of_it = begun + 1 - work.position
@@ -117,7 +115,7 @@ class Ledger(Generic[_W]):
         back.reverse()
         return back
 
-    def withdraw(self) -> _W:
+    def withdraw(self) -> Given:
         """Remove the rest of the next work, and return it.
 
         Work that was sent behind it stays: the worker may have begun that.
@@ -131,7 +129,7 @@ class Ledger(Generic[_W]):
         self._owe_less(work, work.count)
         return work
 
-    def strike(self) -> tuple[_W, int]:
+    def strike(self) -> tuple[Given, int]:
         """Remove the next call, and return its work and its index in the work.
 
         Raises:
@@ -142,6 +140,6 @@ class Ledger(Generic[_W]):
         self.settle(work.position + place)
         return work, place
 
-    def _owe_less(self, work: _W, count: int) -> None:
+    def _owe_less(self, work: Given, count: int) -> None:
         self.owed -= count
         self.expected_ns -= work.expected_ns * count

@@ -1,7 +1,14 @@
 """Work for workers: a single call, or calls of a map that travel together.
 
 The caller's side adds the message and the place of the result (``tasks``, ``mapping``), which this
-module does not look at.
+module does not look at. Attributes of a call and of a span:
+
+    position      position of the first call, while a worker has the work
+    count         number of calls, at least 1
+    done          number of settled calls
+    expected_ns   expected time of each call
+    number        place in the order in which work came
+    bound         whether the calls stay together, even if other workers are idle
 """
 
 from __future__ import annotations
@@ -16,32 +23,6 @@ if TYPE_CHECKING:
 
 # A call or a span, with what its owner has added: its type is the owner's.
 Given = Any
-
-
-class Work(Protocol):
-    """A call, or several that travel together.
-
-    Attributes:
-        position: Position of the first call, while a worker has the work.
-        count: Number of calls, at least 1.
-        done: Number of settled calls.
-        expected_ns: Expected time of each call.
-        number: Place in the order in which work came.
-        bound: Whether the calls stay together, even if other workers are idle.
-    """
-
-    position: int
-    done: int
-    number: int
-    expected_ns: int
-    bound: bool
-
-    @property
-    def count(self) -> int: ...  # noqa: D102 -- an attribute above
-
-    def split(self, at: int) -> Self:
-        """Keep the calls before ``at``, return the others; 0 < ``at`` < count."""
-        ...
 
 
 class Run(Protocol):
@@ -95,7 +76,6 @@ class Call:
         attempts: Number of times that it was begun and lost with its worker.
         pickled: Bytes that were sent, kept while they may have to be sent again.
         noted: Notes of a listener; unset without a listener.
-        position, done, count, expected_ns, number, bound: The same as in any :class:`Work`.
     """
 
     __slots__ = (

@@ -18,7 +18,6 @@ from safepool.pool.core.ledger import Ledger
 
 if TYPE_CHECKING:
     from safepool.errors import MemoryExceeded
-    from safepool.pool.core.work import Given
 
 
 class Phase(enum.IntEnum):
@@ -95,7 +94,7 @@ class Member:
     failure: BaseException | None = None
 
     def __init__(self) -> None:
-        self.ledger: Ledger[Given] = Ledger()
+        self.ledger: Ledger = Ledger()
 
     @property
     def leaving(self) -> bool:
