@@ -29,27 +29,6 @@ from typing import Any
 
 assert sys.platform == "linux"
 
-__all__ = [
-    "F_ADD_SEALS",
-    "F_DUPFD_CLOEXEC",
-    "F_GET_SEALS",
-    "F_SEAL_GROW",
-    "F_SEAL_SEAL",
-    "F_SEAL_SHRINK",
-    "F_SEAL_WRITE",
-    "F_SETSIG",
-    "MFD_ALLOW_SEALING",
-    "MFD_CLOEXEC",
-    "MSG_CMSG_CLOEXEC",
-    "POLLRDHUP",
-    "find_pidfd",
-    "memfd_create",
-    "pidfd_open",
-    "pidfd_send_signal",
-    "preadv",
-    "send_signal",
-]
-
 F_ADD_SEALS: int = getattr(fcntl, "F_ADD_SEALS", 1033)
 F_GET_SEALS: int = getattr(fcntl, "F_GET_SEALS", 1034)
 F_SEAL_SEAL: int = getattr(fcntl, "F_SEAL_SEAL", 1)

@@ -214,7 +214,7 @@ class Shell:
 
     def give_up(self, run: MapRun) -> None:
         """Drop the calls that were not sent to a node, because they are not needed."""
-        self._put(partial(self._drop, run))
+        self._put(run.drop)
 
     def end_calls(self, run: MapRun) -> None:
         """End the calls of a run that was given up."""
@@ -620,9 +620,6 @@ class Shell:
             for call in calls:
                 self.trace.brought(call)
         return c.Queued(calls)
-
-    def _drop(self, run: MapRun) -> None:
-        run.drop()
 
     def _unwanted(self, whose: PoolFuture | MapRun) -> None:
         if isinstance(whose, PoolFuture):
