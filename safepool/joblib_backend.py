@@ -266,16 +266,7 @@ _WORDS_OF_JOBLIB = {*inspect.signature(Parallel.__init__).parameters, "context"}
 
 
 # Arguments whose ``None`` means the default.
-_MAY_BE_NONE = frozenset(
-    {
-        "idle_worker_timeout",
-        "initializer",
-        "memory_limit",
-        "memory_per_worker",
-        "threads_per_worker",
-        "timeout",
-    }
-)
+_MAY_BE_NONE = {word for word, kind in Words.__annotations__.items() if "None" in str(kind)}
 
 
 class SafepoolBackend(AutoBatchingMixin, ParallelBackendBase):

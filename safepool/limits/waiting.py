@@ -72,7 +72,7 @@ class WaitWatch:
 
     def __init__(self) -> None:
         self._processes: dict[int, tuple[int, int]] = {}
-        self._idle: int | None = None
+        self._idle_s: float | None = None
 
     def sample(self, pids: Iterable[int]) -> WaitSample | None:
         """Return the times since the last call, for the processes of both calls.
@@ -80,39 +80,27 @@ class WaitWatch:
         Returns:
             The differences; ``None`` for the first call, and if the system does not report them.
         """
-        before, idle_before = self._processes, self._idle
+        before, idle_before_s = self._processes, self._idle_s
         self._processes = {pid: found for pid in pids if (found := _schedstat(pid)) is not None}
-        self._idle = _idle_ticks()
+        self._idle_s = _idle_s()
         both = before.keys() & self._processes.keys()
-        if not both or idle_before is None or self._idle is None:
+        if not both or idle_before_s is None or self._idle_s is None:
             return None
-        ticks = self._idle - idle_before
         return WaitSample(
             ran_s=sum(self._processes[pid][0] - before[pid][0] for pid in both) / 1e9,
             waited_s=sum(self._processes[pid][1] - before[pid][1] for pid in both) / 1e9,
-            idle_s=max(0.0, ticks / _ticks_per_second()),
+            idle_s=max(0.0, self._idle_s - idle_before_s),
         )
 
 
-if sys.platform == "linux":
-
-    def _idle_ticks() -> int | None:
-        text = procfs.read("/proc/stat")
+def _idle_s() -> float | None:
+    text = procfs.read("/proc/stat")
+    if sys.platform == "linux" and text is not None:
         try:
-            return None if text is None else parse_idle(text, os.sched_getaffinity(0))
+            return parse_idle(text, os.sched_getaffinity(0)) / os.sysconf("SC_CLK_TCK")
         except OSError:  # a filter refuses the call
-            return None
-
-    def _ticks_per_second() -> int:
-        return os.sysconf("SC_CLK_TCK")
-
-else:  # not Linux
-
-    def _idle_ticks() -> int | None:
-        return None
-
-    def _ticks_per_second() -> int:
-        return 100
+            pass
+    return None
 
 
 def _schedstat(pid: int) -> tuple[int, int] | None:
