@@ -24,7 +24,8 @@ from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of, w
 from safepool.cli.verdict import judge
 from safepool.limits import read_limits, read_throttling
 from safepool.shown import size
-from safepool.threads.registry import runtimes
+from safepool.threads.environment import first_number
+from safepool.threads.registry import names_of, runtimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -380,11 +381,7 @@ def _joblib_count() -> int | None:
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
-    names = {
-        name
-        for row in runtimes()
-        for name in (*(v.name for v in row.variables), *row.removed, *row.opt_in)
-    }
+    names = {name for row in runtimes() for name in names_of(row)}
     return {name: environ[name] for name in sorted(names) if environ.get(name)}
 
 
@@ -393,11 +390,7 @@ def _native_threads(limits: Limits, environ: Mapping[str, str]) -> int:
 
     They see the affinity mask and no quota.
     """
-    for name in _NATIVE_VARIABLES:
-        first = environ.get(name, "").split(",")[0].strip()
-        if first.isascii() and first.isdigit() and int(first) > 0:
-            return int(first)
-    return max(1, int(limits.affinity.cpus or 1))
+    return first_number(_NATIVE_VARIABLES, environ) or max(1, int(limits.affinity.cpus or 1))
 
 
 def _native_libraries(files: Sequence[str]) -> tuple[NativeLibrary, ...]:

@@ -67,7 +67,7 @@ def _environment(threads: int, asked: Mapping[str, str]) -> dict[str, str | None
     environment: dict[str, str | None] = {}
     for row in runtimes():
         environment.update(dict.fromkeys(row.removed))
-        of_row = _first_number(_own(row), asked) or threads
+        of_row = first_number(_own(row), asked) or threads
         for variable in row.variables:
             if variable.off is None:
                 environment[variable.name] = str(of_row)
@@ -111,7 +111,7 @@ def lowered_environment(
             continue
         changes.update(dict.fromkeys(row.removed))
         for variable in row.variables:
-            now = _first_number((variable.name, *row.falls_back_to), environment)
+            now = first_number((variable.name, *row.falls_back_to), environment)
             if variable.off is not None:
                 changes[variable.name] = (
                     variable.off if threads == 1 else environment.get(variable.name)
@@ -125,7 +125,7 @@ def lowered_environment(
 
 def ruled_threads(row: NativeRuntime, environment: Mapping[str, str | None]) -> int | None:
     """Return the number that an environment rules a runtime to; ``None`` if it does not."""
-    return _first_number((*_own(row), *row.falls_back_to), environment)
+    return first_number((*_own(row), *row.falls_back_to), environment)
 
 
 def change_environment(changes: Mapping[str, str | None]) -> None:
@@ -179,7 +179,8 @@ def _own(row: NativeRuntime) -> tuple[str, ...]:
     return (*(variable.name for variable in row.variables if variable.off is None), *row.opt_in)
 
 
-def _first_number(names: Iterable[str], values: Mapping[str, str | None]) -> int | None:
+def first_number(names: Iterable[str], values: Mapping[str, str | None]) -> int | None:
+    """Return the number of the first of some variables that has one."""
     for name in names:
         # OMP_NUM_THREADS may be a list, one number for each level of nesting.
         first = (values.get(name) or "").split(",")[0].strip()

@@ -108,7 +108,7 @@ def register(
             raise ValueError(
                 f"the table of native runtimes already has a row {row.name!r}: choose another name"
             )
-        if row.name != runtime.name and (taken := _names(row) & _names(runtime)):
+        if row.name != runtime.name and (taken := names_of(row) & names_of(runtime)):
             raise ValueError(
                 f"{min(taken)} is already a variable of {row.name!r}: leave it out of the new row"
             )
@@ -134,5 +134,6 @@ def _changed() -> None:
     _revision += 1
 
 
-def _names(row: NativeRuntime) -> set[str]:
+def names_of(row: NativeRuntime) -> set[str]:
+    """Return the variables that bound the pool of ``row``."""
     return {*(variable.name for variable in row.variables), *row.removed, *row.opt_in}
