@@ -29,7 +29,7 @@ from safepool.threads.imports import is_importing
 from safepool.workers.levels import apply_levels, glance_at_levels, levels_of_the_program
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 class Setting(NamedTuple):
@@ -124,12 +124,29 @@ def _write_filters(warnings: Any, value: list[Any]) -> None:
     # The call also informs the C code.
     warnings.resetwarnings()
     ours = filters_of(warnings)
-    ours[:] = value
+    ours[:] = [*_with_script(value)]
     for name in ("filterwarnings", "simplefilter"):
         function = getattr(warnings, name)
         setattr(
             warnings, name, _in_order(warnings, getattr(function, "__wrapped__", function), ours)
         )
+
+
+def _with_script(filters: list[Any]) -> Iterator[Any]:
+    """Yield filters, and each one for the module ``__main__`` also for a worker's ``__mp_main__``.
+
+    A module is given as an expression, or as text that it must equal.
+    """
+    for one in filters:
+        yield one
+        module = one[3]
+        of_main = module == "__main__" if type(module) is str else _is_of_main(module)
+        if of_main:
+            yield (*one[:3], "__mp_main__", one[4])
+
+
+def _is_of_main(module: Any) -> bool:
+    return module is not None and module.match("__main__") and not module.match("__mp_main__")
 
 
 def _in_order(warnings: Any, add: Callable[..., None], ours: list[Any]) -> Callable[..., None]:

@@ -354,6 +354,49 @@ def test_filters_with_patterns_and_classes_of_their_own(method: str, tmp_path: P
     assert late[1] == "error"
 
 
+OF_MAIN = """
+import json, sys, warnings
+import safepool
+
+def end():
+    try:
+        warnings.warn("of the script", UserWarning)
+    except UserWarning:
+        return "error"
+    return "passed"
+
+WAYS = (
+    {"module": "__main__"},
+    {"module": ".*main"},
+    {"module": "__main__$"},
+    {"module": "another"},
+    {"module": "__main__", "message": "another"},
+)
+
+if __name__ == "__main__":
+    here, there = [], []
+    with safepool.ProcessPool(1, mp_context=sys.argv[1]) as pool:
+        for way in WAYS:
+            warnings.resetwarnings()
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", **way)
+            here.append(end())
+            there.append(pool.submit(end).result(60))
+        warnings.filters[:] = [("error", None, UserWarning, "__main__", 0)]
+        there.append(pool.submit(end).result(60))
+    print(json.dumps([here, there]))
+"""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_filters_for_the_script_hold_in_workers(method: str, tmp_path: Path) -> None:
+    """There its module has another name."""
+    here, there = natives.run(OF_MAIN, cpus=None, folder=tmp_path, arguments=(method,))
+
+    assert here == ["error", "error", "error", "passed", "passed"]
+    assert there == [*here, "error"]
+
+
 CANNOT_BE_PICKLED = """
 import json, logging, threading, warnings
 import numpy, safepool
