@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from safepool.arguments import check
-from safepool.limits import Limit, MemoryLimit, OpenFilesLimit, PidsLimit
+from safepool.limits import Limit, Limits, MemoryLimit, OpenFilesLimit, PidsLimit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from safepool.limits import Limits
     from safepool.limits.waiting import WaitSample
 
 AnyLimit = Limit | MemoryLimit | PidsLimit | OpenFilesLimit

@@ -21,16 +21,13 @@ import os
 import re
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool, _RemoteTraceback
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import CodeType, TracebackType
 
 from safepool.shown import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import CodeType, TracebackType
 
 FROM_OUTSIDE = frozenset({-signal.SIGTERM, -getattr(signal, "SIGKILL", signal.SIGTERM)})
 """Exit codes of processes that may have met this by chance: the out-of-memory killer's, and what

@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from safepool.pool.executor import ProcessPool
 from safepool.threads.environment import worker_environment
@@ -26,7 +26,6 @@ from safepool.transport.payloads import dumps
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from concurrent.futures import Future
-    from typing import Self
 
     from safepool.pool.core.policy import Policy
 

@@ -11,19 +11,13 @@ import logging
 import os
 import threading
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from safepool.budget import Request, fit, is_held_back
-from safepool.limits import Limit, QuotaWatch, read_limits
+from safepool.budget import Budget, Request, fit, is_held_back
+from safepool.limits import Limit, Limits, QuotaWatch, read_limits
 from safepool.limits.waiting import WaitWatch
 from safepool.shown import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from safepool.budget import Budget
-    from safepool.limits import Limits
 
 _log = logging.getLogger("safepool")
 

@@ -13,20 +13,16 @@ import math
 import operator
 import os
 import threading
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Mapping
+from typing import Literal, Self
 
 from safepool.arguments import checked
 from safepool.machine import cpu_count, tell_once
 from safepool.threads import blocks
 from safepool.threads.cap import worker_threads
 from safepool.threads.environment import ruled_threads
-from safepool.threads.pools import inspect
+from safepool.threads.pools import NativePool, inspect
 from safepool.threads.registry import runtimes
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from safepool.threads.pools import NativePool
 
 
 @checked("limit_threads")

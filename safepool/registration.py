@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 from safepool.threads.imports import AfterImport, imported
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 _JOBLIB = "joblib.parallel"
 

@@ -10,17 +10,14 @@ Not covered:
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 from safepool.arguments import RULES, checked
 from safepool.budget import Request
 from safepool.machine import read_budget
 from safepool.threads.cap import capped
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import Future
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

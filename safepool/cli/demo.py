@@ -21,10 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from types import FrameType
+from typing import IO, Any
 
 import safepool
 from safepool import procfs
@@ -32,16 +34,8 @@ from safepool.cli.colour import paint_for
 from safepool.cli.demo_report import POOLS, Comparison, Half, Report
 from safepool.cli.text import CommandError
 from safepool.errors import MissingExtraError, describe_exit
-from safepool.limits import read_limits, read_throttling
-from safepool.workers.tree import descendants, signal_all
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from contextlib import AbstractContextManager
-    from types import FrameType
-
-    from safepool.limits import Limit, Throttling
-    from safepool.workers.tree import Descendant
+from safepool.limits import Limit, Throttling, read_limits, read_throttling
+from safepool.workers.tree import Descendant, descendants, signal_all
 
 _NEEDED = ("numpy", "scipy")
 _PREFIX = "safepool-demo-"

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from safepool.cli.colour import plain
+from safepool.cli.colour import Paint, plain
 from safepool.cli.text import as_ascii, counted, json_of, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from safepool.cli.colour import Paint
     from safepool.limits import Limit, Throttling
 
 POOLS = {"standard": "ProcessPoolExecutor()", "safepool": "safepool.ProcessPool()"}

@@ -17,21 +17,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import safepool
-from safepool.cli.colour import paint_for, plain
+from safepool.cli.colour import Paint, paint_for, plain
 from safepool.cli.text import as_ascii, counted, json_of, wrapped
 from safepool.errors import SafepoolError, describe_exit
 from safepool.machine import cpu_limit
 from safepool.threads import NativePool
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from safepool.cli.colour import Paint
 
 # Run in the process that imports.
 _MODULE = "safepool.cli.doctor_child"

@@ -22,20 +22,16 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import packages_distributions
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from safepool import procfs
 from safepool.errors import text_of
-from safepool.threads import inspect
+from safepool.threads import NativePool, inspect
 from safepool.threads.imports import imported
 from safepool.threads.registry import runtimes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from safepool.threads import NativePool
 
 _Key = tuple[str, str]
 

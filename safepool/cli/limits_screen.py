@@ -18,11 +18,21 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import safepool
-from safepool.budget import fit
-from safepool.cli.colour import paint_for, plain
+from safepool.budget import Budget, fit
+from safepool.cli.colour import Paint, paint_for, plain
 from safepool.cli.text import WIDTH, CommandError, as_ascii, counted, json_of, wrapped
-from safepool.cli.verdict import judge
-from safepool.limits import read_limits, read_throttling
+from safepool.cli.verdict import Finding, judge
+from safepool.limits import (
+    Limit,
+    Limits,
+    MemoryLimit,
+    OpenFilesLimit,
+    PidsLimit,
+    SharedMemory,
+    Throttling,
+    read_limits,
+    read_throttling,
+)
 from safepool.shown import size
 from safepool.threads.environment import first_number
 from safepool.threads.registry import names_of, runtimes
@@ -30,19 +40,7 @@ from safepool.threads.registry import names_of, runtimes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from safepool.budget import Budget
-    from safepool.cli.colour import Paint
-    from safepool.cli.verdict import Finding
     from safepool.cli.watch import View
-    from safepool.limits import (
-        Limit,
-        Limits,
-        MemoryLimit,
-        OpenFilesLimit,
-        PidsLimit,
-        SharedMemory,
-        Throttling,
-    )
 
     _NamedLimit: TypeAlias = Limit | MemoryLimit | PidsLimit | OpenFilesLimit
 

@@ -43,7 +43,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from safepool.budget import Request, fit
+from safepool.budget import Budget, Request, fit
 from safepool.cli.text import CommandError, as_ascii, counted, wrapped
 from safepool.limits import Limit, read_limits
 from safepool.threads.environment import worker_environment
@@ -52,7 +52,6 @@ from safepool.threads.registry import runtimes
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from safepool.budget import Budget
     from safepool.threads.table import NativeRuntime
 
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from safepool.cli.text import counted
-from safepool.limits import Limit
+from safepool.limits import Limit, Limits, Throttling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from safepool.budget import Budget
-    from safepool.limits import Limits, Throttling
 
 # A single throttled period is no problem; one in ten slows the program down.
 _FEWEST_THROTTLED = 2

@@ -11,11 +11,10 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from safepool.cli.colour import paint_for, plain
+from safepool.cli.colour import Paint, Style, paint_for, plain
 from safepool.cli.text import counted, json_of
 
 if TYPE_CHECKING:
-    from safepool.cli.colour import Paint, Style
     from safepool.limits import Throttling
     from safepool.limits._types import CpuUsage
 

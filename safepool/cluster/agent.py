@@ -35,9 +35,10 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safepool import procfs
 from safepool.budget import Request
@@ -46,7 +47,9 @@ from safepool.cluster.messages import (
     LARGE_BYTES,
     MESSAGE_BYTES,
     PROTOCOL,
+    DeliverMessage,
     Packet,
+    Parcel,
     Report,
     Source,
     Welcome,
@@ -63,12 +66,6 @@ from safepool.transport.files import Stored, store
 from safepool.transport.frames import Filed
 from safepool.transport.sharing import Shared, share
 from safepool.workers.describe import describe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from concurrent.futures import Future
-
-    from safepool.cluster.messages import DeliverMessage, Parcel
 
 # A pool asks for answers all the time. After so long without a word it is gone.
 _LAPSE_S = 30.0

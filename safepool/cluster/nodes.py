@@ -11,16 +11,12 @@ from __future__ import annotations
 import queue
 import weakref
 from collections import OrderedDict
+from collections.abc import Collection
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safepool.cluster.messages import KEPT_BYTES, LARGE_BYTES, Parcel, placed_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from safepool.cluster.messages import DeliverMessage
+from safepool.cluster.messages import KEPT_BYTES, LARGE_BYTES, DeliverMessage, Parcel, placed_bytes
 
 # Number of large functions and buffers that a node keeps beside those of the last message that had
 # some: each is a descriptor there.

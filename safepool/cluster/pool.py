@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
@@ -25,7 +25,6 @@ from safepool.workers.describe import name_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Coroutine, Mapping
 
     from safepool.budget import Rounding
     from safepool.cluster.carriers import Carrier

@@ -21,14 +21,14 @@ import threading
 import time
 import uuid
 import weakref
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from safepool.cluster import agent
 from safepool.cluster import core as c
 from safepool.cluster.calls import RAISED
-from safepool.cluster.carriers import EngineGoneError, PlaceLostError
+from safepool.cluster.carriers import Carrier, EngineGoneError, PlaceLostError
 from safepool.cluster.errors import NodeLostError, NoNodesError
 from safepool.cluster.messages import (
     MESSAGE_BYTES,
@@ -46,7 +46,7 @@ from safepool.cluster.messages import (
 from safepool.cluster.nodes import Handles, Node
 from safepool.cluster.submitted import ClusterFuture, Mapped, Submitted
 from safepool.errors import PoolBrokenError, WorkerDiedError, text_of
-from safepool.pool.calls.results import OpenMaps, Results
+from safepool.pool.calls.results import OpenMaps, ResultIterator, Results
 from safepool.pool.calls.tasks import PoolFuture, callbacks_by, rebuild
 from safepool.pool.hands import Teller, ThreadThatStarts
 from safepool.pool.latch import Latch
@@ -57,12 +57,9 @@ from safepool.workers.contained import ContainedLogger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from concurrent.futures import Future
 
-    from safepool.cluster.carriers import Carrier
     from safepool.cluster.tracing import ClusterTrace
     from safepool.pool.calls.mapping import Item, MapRun
-    from safepool.pool.calls.results import ResultIterator
     from safepool.pool.core.policy import Policy
     from safepool.pool.shell.worker import Worker
 

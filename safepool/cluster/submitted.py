@@ -11,12 +11,11 @@ import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Protocol
 
-from safepool.cluster.messages import pickle_arguments
+from safepool.cluster.messages import Buffers, PickledArguments, PickledFunction, pickle_arguments
 from safepool.pool.calls.tasks import PoolFuture, begin, fail, finish
 from safepool.pool.core.work import Call
 
 if TYPE_CHECKING:
-    from safepool.cluster.messages import Buffers, PickledArguments, PickledFunction
     from safepool.cluster.tracing import ClusterTrace
     from safepool.pool.calls.mapping import MapRun
     from safepool.pool.core.policy import Policy

@@ -26,7 +26,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from safepool.cluster.messages import Ran
+from safepool.cluster.messages import Ran, Source
 from safepool.errors import TaskTimeoutError
 from safepool.pool.tracing.costs import note_brought, note_pickled, queued_ns
 from safepool.pool.tracing.counted import CountedTrace
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import os
 
     from safepool.cluster.core import Answer
-    from safepool.cluster.messages import Source
     from safepool.pool.core.work import Call
 
 

@@ -13,23 +13,26 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from safepool.limits import memory, quota
-from safepool.limits._types import Limit, Limits, OpenFilesLimit, PidsLimit, SharedMemory
+from safepool.limits._types import (
+    Limit,
+    Limits,
+    OpenFilesLimit,
+    OutOfMemoryCount,
+    PidsLimit,
+    SharedMemory,
+    Skipped,
+    Throttling,
+)
 from safepool.limits.affinity import AFFINITY, read_captured_affinity
-from safepool.limits.cgroup import find_levels
+from safepool.limits.cgroup import Level, find_levels
 from safepool.limits.environment import read_environment
 from safepool.limits.files import Machine
 from safepool.limits.levels import read_pids
 from safepool.limits.place import read_own_groups_text, read_place
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from safepool.limits._types import OutOfMemoryCount, Skipped, Throttling
-    from safepool.limits.cgroup import Level
 
 assert sys.platform == "linux"
 

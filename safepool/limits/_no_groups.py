@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from safepool.limits._types import Limit, Limits, Skipped
+from safepool.limits._types import Limit, Limits, OutOfMemoryCount, Skipped, Throttling
 from safepool.limits.environment import read_environment
 
 if sys.platform == "win32":
@@ -24,12 +24,6 @@ else:
     def restricted_affinity() -> Limit | None:
         """Return ``None``: the system offers no mask."""
         return None
-
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from safepool.limits._types import OutOfMemoryCount, Throttling
 
 
 def read_limits(

@@ -23,7 +23,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from safepool.limits.cgroup import find_levels
+from safepool.limits.cgroup import Level, find_levels
 from safepool.limits.files import Machine
 from safepool.limits.levels import read_number
 from safepool.limits.memory import read_memory
@@ -31,7 +31,6 @@ from safepool.limits.place import read_own_groups_text, read_place
 
 if TYPE_CHECKING:
     from safepool.limits._types import MemoryLimit
-    from safepool.limits.cgroup import Level
 
 assert sys.platform == "linux"
 

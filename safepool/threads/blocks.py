@@ -23,7 +23,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from safepool.threads.calls import attempt
+from safepool.threads.calls import Call, attempt
 from safepool.threads.environment import (
     block_environment,
     change_environment,
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
-    from safepool.threads.calls import Call
     from safepool.threads.table import NativeRuntime
 
 # A block begins or ends in a millisecond, or in as long as an import takes. Longer means that

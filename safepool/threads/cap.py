@@ -20,7 +20,8 @@ Not covered:
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from types import ModuleType
 
 from safepool.threads import blocks, counts
 from safepool.threads.calls import attempt
@@ -34,10 +35,6 @@ from safepool.threads.registry import (
     revision,
     when_added,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import ModuleType
 
 
 class WorkerCap:

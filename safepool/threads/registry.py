@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 from safepool.threads.calls import CALLS, Call
 from safepool.threads.imports import imported
-from safepool.threads.table import RUNTIMES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import ModuleType
-
-    from safepool.threads.table import NativeRuntime
+from safepool.threads.table import RUNTIMES, NativeRuntime
 
 _added: dict[str, tuple[NativeRuntime, Call | None]] = {}
 _revision = 0
