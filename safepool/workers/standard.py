@@ -9,6 +9,8 @@ In a fork ``worker_main`` sets the caps.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import io
 import itertools
 import multiprocessing.context
@@ -318,6 +320,8 @@ else:
             super().__init__(context)
             self._names: frozenset[str] = frozenset()
             self._marks: Mapping[str, bytes] = {}
+            # Another thread forks: it has no values of context variables.
+            self._values = contextvars.copy_context()
 
         def run_script(
             self, environment: Mapping[str, str | None], threads: int, given_up: Callable[[], bool]
@@ -347,7 +351,7 @@ else:
             create = super().kind(told)
             if create is not multiprocessing.context.ForkProcess:
                 return create
-            return _QuietProcess
+            return functools.partial(_QuietProcess, self._values)
 
         def start_trackers(self) -> None:
             """Start none: nothing is executed."""
@@ -360,7 +364,18 @@ else:
         From Python 3.12 on ``os.fork()`` warns in a process that has threads. Where warnings are
         errors (``-W error``), Python 3.15 raises the warning after the fork, and the child would
         be unknown. The pool has warned before (:class:`safepool.ProcessPool`).
+
+        Args:
+            values: The values of context variables that it has.
         """
+
+        def __init__(self, values: contextvars.Context, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self._values = values
+
+        def run(self) -> None:
+            """Run its function."""
+            self._values.run(super().run)
 
         @staticmethod
         def _Popen(process_obj: Any) -> Any:  # noqa: N802 -- the standard library's name

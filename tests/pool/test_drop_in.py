@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextvars
 import gc
 import multiprocessing
 import sys
@@ -651,6 +652,28 @@ def test_hundreds_of_megabytes_in_both_directions_at_once() -> None:
     for n, result in enumerate(results):
         assert result.shape == (5_000_000,)
         assert result[0] == result[-1] == n
+
+
+_level: contextvars.ContextVar[int] = contextvars.ContextVar("_level", default=0)
+
+
+def level() -> int:
+    return _level.get()
+
+
+def test_forked_workers_have_the_values_of_context_variables() -> None:
+    """Those of the program's thread: another one may fork."""
+    context = multiprocessing.get_context("fork")
+    found = []
+    token = _level.set(3)
+    try:
+        for pool_type in (ProcessPoolExecutor, ProcessPool):
+            with pool_type(1, mp_context=context) as pool:
+                found.append(pool.submit(level).result(timeout=60))
+    finally:
+        _level.reset(token)
+
+    assert found == [3, 3]
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork", "loky"])
